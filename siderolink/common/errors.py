@@ -1,0 +1,62 @@
+"""Every exception the package raises, in one tree. Messages say what was wrong and what to do; never a secret."""
+
+
+class SideroLinkError(Exception):
+    """The base of all errors raised on purpose by this package."""
+
+
+class ConfigurationError(SideroLinkError, ValueError):
+    """Raised when an option, URL or document cannot be used as given."""
+
+
+class JoinURLError(ConfigurationError):
+    """Raised when a join URL cannot be parsed."""
+
+
+class KeyFormatError(ConfigurationError):
+    """Raised when a WireGuard key is not 32 bytes of standard base64."""
+
+
+class DeviceError(SideroLinkError):
+    """Raised when a WireGuard interface cannot be made or has gone away."""
+
+
+class DeviceUnavailableError(DeviceError):
+    """Raised when this host lacks what a device needs: /dev/net/tun, the kernel module, or the right to use them."""
+
+
+class InterfaceInUseError(DeviceError):
+    """Raised when an interface of the wanted name exists already."""
+
+
+class AddressInUseError(SideroLinkError):
+    """Raised when a UDP or TCP port to listen on is taken."""
+
+
+class JoinError(SideroLinkError):
+    """The base of what can go wrong between a machine and its server's API."""
+
+
+class ServerUnreachableError(JoinError):
+    """Raised when the server's API cannot be reached, or does not answer in time. Trying again later may help."""
+
+
+class JoinRefusedError(JoinError):
+    """Raised when the server answers a join with a refusal; `status` is the gRPC status's name."""
+
+    def __init__(self, status: str, message: str) -> None:
+        super().__init__(f"the server refused the join: {status}: {message}")
+        self.status = status
+        self.message = message
+
+
+class InvalidAnswerError(JoinError):
+    """Raised when the server's answer to a join breaks the protocol."""
+
+
+class HandshakeTimeoutError(JoinError):
+    """Raised when no WireGuard handshake completes in the time allowed."""
+
+
+class StoreError(SideroLinkError):
+    """Raised when the server's record of its machines cannot be read or written."""

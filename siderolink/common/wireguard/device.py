@@ -1,0 +1,150 @@
+"""What a WireGuard device is, whichever kind: one interface, one private key, many peers."""
+
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv4Interface, IPv4Network, IPv6Address, IPv6Interface, IPv6Network
+from typing import Literal, Protocol
+
+from siderolink.common.keys import PresharedKey, PrivateKey, PublicKey
+from siderolink.common.wireguard.path import Datagrams, Path
+
+
+DeviceKind = Literal["auto", "kernel", "userspace"]
+Network = IPv4Network | IPv6Network
+Interface = IPv4Interface | IPv6Interface
+Endpoint = tuple[IPv4Address | IPv6Address, int]
+"""A UDP address and port; a link-local address carries its zone in `scope_id`."""
+
+DEFAULT_MTU = 1280
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceConfig:
+    """How to make a device."""
+
+    name: str
+    """The interface's name, 1 to 15 bytes."""
+    private_key: PrivateKey
+    addresses: tuple[Interface, ...] = ()
+    """Addresses for the interface, each with its prefix length."""
+    mtu: int = DEFAULT_MTU
+    listen_port: int | None = 0
+    """The UDP port: 0 for any free one, None for no UDP at all (every path is then a tunnel)."""
+    isolate: bool = False
+    """Pass only packets between a peer's own address and one of `addresses`: peers never reach each other or anything beyond."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PeerConfig:
+    """One peer as it shall be; setting it again replaces all but its sessions and counters."""
+
+    public_key: PublicKey
+    allowed_ips: tuple[Network, ...] = ()
+    endpoint: Endpoint | None = None
+    """Where to dial by UDP; None leaves the path as it is."""
+    preshared_key: PresharedKey | None = None
+    persistent_keepalive: int = 0
+    """Seconds between keepalives, 0 for none, at most 65,535."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PeerStatus:
+    """One peer as it is."""
+
+    public_key: PublicKey
+    allowed_ips: tuple[Network, ...]
+    path: str | None
+    """Where it was last heard from, as text for people; None if never."""
+    last_handshake: float | None
+    """Unix time in seconds of the last completed handshake; None if there was none."""
+    last_received: float | None
+    """Unix time in seconds of the last authenticated packet; None if there was none."""
+    received_bytes: int
+    sent_bytes: int
+    persistent_keepalive: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HandshakeCompleted:
+    """A session with the peer was made or renewed, and the peer has proved that it holds it."""
+
+    public_key: PublicKey
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PathChanged:
+    """An authenticated packet came by another path, and replies now go there."""
+
+    public_key: PublicKey
+    old: Path | None
+    new: Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HandshakeGaveUp:
+    """Ninety seconds of handshake attempts went unanswered; packets waiting for the session were dropped."""
+
+    public_key: PublicKey
+
+
+DeviceEvent = HandshakeCompleted | PathChanged | HandshakeGaveUp
+OnDeviceEvent = Callable[[DeviceEvent], None]
+"""Called on the event loop, between packets: it must be quick, must not raise, and may not call the device's `deliver`."""
+
+
+class Device(Protocol):
+    """A running WireGuard device. Everything is called on the event loop that opened it."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def kind(self) -> Literal["kernel", "userspace"]: ...
+
+    @property
+    def public_key(self) -> PublicKey: ...
+
+    @property
+    def listen_port(self) -> int | None:
+        """The UDP port in use; None without UDP."""
+
+    @property
+    def isolate(self) -> bool: ...
+
+    async def set_isolate(self, isolate: bool) -> None:
+        """Switch the filter between peers; see DeviceConfig.isolate."""
+
+    async def set_peer(self, peer: PeerConfig) -> None:
+        """Add the peer or replace its configuration. An allowed IP that another peer holds moves to this one."""
+
+    async def remove_peer(self, public_key: PublicKey) -> None:
+        """Forget the peer and its keys; no error if it is unknown."""
+
+    async def peer(self, public_key: PublicKey) -> PeerStatus | None: ...
+
+    async def peers(self) -> list[PeerStatus]: ...
+
+    def offer_path(self, public_key: PublicKey, path: Path) -> None:
+        """Use `path` for the peer if it has none that is open; without one, the peer is only reached after it was heard."""
+
+    def deliver(self, datagrams: Datagrams, path: Path) -> None:
+        """Take datagrams that came by `path` (a tunnel stream; a device reads its own UDP socket itself)."""
+
+    def drops(self) -> dict[str, int]:
+        """How many datagrams and packets were dropped, by named reason (docs/drops.md)."""
+
+
+DeviceContext = AbstractAsyncContextManager[Device]
+
+
+def open_device(kind: DeviceKind, config: DeviceConfig, on_event: OnDeviceEvent) -> DeviceContext:
+    """Make a device; leaving the context removes the interface and all that came with it.
+
+    `auto` takes the kernel's WireGuard where it can make such a link, else the built-in one over /dev/net/tun.
+    Raises DeviceUnavailableError, InterfaceInUseError or AddressInUseError on entering.
+    """
+    # TODO(founder): kernel device; for now auto means userspace
+    from siderolink.common.wireguard.userspace import UserspaceDevice
+
+    return UserspaceDevice.open(config, on_event)

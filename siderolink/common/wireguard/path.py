@@ -1,0 +1,79 @@
+"""How a WireGuard datagram travels, as far as a device needs to know.
+
+WireGuard only needs "the place this peer was last heard from". That place is a *path*: a UDP address is one, an open tunnel
+stream is one, and roaming is replacing one path by another after an authenticated packet.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(slots=True)
+class Datagrams:
+    """A batch of datagrams in one buffer, as rows of one stride.
+
+    Row i takes the bytes ``i * stride`` to ``(i + 1) * stride``: first `headroom` bytes that belong to the path, then one whole
+    datagram. Only the last row may be shorter, and `data` ends where it ends; so all datagrams but the last are equally long.
+    """
+
+    data: memoryview
+    """Contiguous bytes (format B), from the first row's headroom to the end of the last datagram."""
+    count: int
+    """The number of rows, at least 1."""
+    stride: int
+    """Bytes from one row to the next, the headroom included."""
+    headroom: int = 0
+    """Bytes before each datagram which the path fills on sending, and which mean nothing on receiving."""
+
+    @classmethod
+    def single(cls, datagram: bytes | bytearray | memoryview, headroom: int = 0) -> "Datagrams":
+        """One datagram; copied, behind `headroom` free bytes, only where there is a headroom."""
+        if headroom:
+            datagram = bytes(headroom) + bytes(datagram)
+        return cls(memoryview(datagram), 1, len(datagram), headroom)
+
+    def row(self, index: int) -> memoryview:
+        """The datagram of one row, without a copy."""
+        start = index * self.stride
+        return self.data[start + self.headroom : start + self.stride]
+
+
+class Path(Protocol):
+    """Where datagrams for one peer go. Two paths that lead to the same place compare equal."""
+
+    @property
+    def headroom(self) -> int:
+        """Free bytes this path wants before each datagram, so that it can frame them without a copy."""
+
+    @property
+    def peer(self) -> bytes | None:
+        """The only public key (32 bytes) that may be heard on this path, or None where any may."""
+
+    @property
+    def source(self) -> bytes:
+        """Bytes that name the sender, for cookies and rate limits (RFC-less; WireGuard whitepaper, section 5.3)."""
+
+    @property
+    def is_open(self) -> bool:
+        """False once nothing sent here can arrive any more."""
+
+    @property
+    def is_writable(self) -> bool:
+        """False while more would only queue; a device with a single peer then stops reading its interface."""
+
+    def send(self, datagrams: Datagrams) -> None:
+        """Send a batch whose headroom is this path's. Never blocks and never raises: what cannot be sent is dropped and counted.
+
+        The buffer belongs to the caller again when this returns.
+        """
+
+    def when_writable(self, callback: Callable[[], None]) -> None:
+        """Call `callback` once, soon after the path is writable again (or closed)."""
+
+    def __str__(self) -> str:
+        """The place, for people: ``192.0.2.1:51820`` or ``tunnel [fdae:…]:50888``."""
+
+
+Receive = Callable[[Datagrams, Path], None]
+"""Takes a received batch and the path it came by. The buffer is the giver's again when it returns."""
