@@ -1,0 +1,51 @@
+"""Generate siderolink/common/pb from siderolink/common/proto; with --check only tell whether it is fresh."""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PROTO = ROOT / "siderolink" / "common" / "proto"
+PB = ROOT / "siderolink" / "common" / "pb"
+OPTIONS = "client_generation=async,server_generation=async"
+
+
+def generate(target: Path) -> None:
+    sources = sorted(str(path) for path in PROTO.glob("*.proto"))
+    # protoc finds its plugin, and the plugin finds ruff, beside the running interpreter
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    command = [sys.executable, "-m", "grpc_tools.protoc", f"-I{PROTO}"]
+    command += [f"--python_betterproto2_out={target}", f"--python_betterproto2_opt={OPTIONS}", *sources]
+    done = subprocess.run(command, env=os.environ | {"PATH": path}, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"protoc failed:\n{done.stdout}{done.stderr}")
+    (target / "py.typed").unlink(missing_ok=True)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    files = (path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="change nothing; fail if a file differs")
+    check: bool = parser.parse_args().check
+    with tempfile.TemporaryDirectory() as name:
+        fresh = Path(name)
+        generate(fresh)
+        if check:
+            old, new = contents(PB), contents(fresh)
+            if stale := sorted(name for name in old | new if old.get(name) != new.get(name)):
+                sys.exit(f"siderolink/common/pb is not fresh (run `make proto`): {', '.join(stale)}")
+            return
+        shutil.rmtree(PB)
+        shutil.copytree(fresh, PB)
+
+
+if __name__ == "__main__":
+    main()
