@@ -1,0 +1,34 @@
+"""How long to wait before trying again: at once, then longer and longer, never in step with others."""
+
+import random
+from collections.abc import Callable
+
+
+class Backoff:
+    """Full jitter: each delay is uniform between `floor` and a bound that doubles from `first` up to `cap` (all in seconds)."""
+
+    def __init__(
+        self,
+        *,
+        first: float,
+        cap: float,
+        floor: float = 0.0,
+        at_once: bool = False,
+        uniform: Callable[[float, float], float] = random.uniform,
+    ) -> None:
+        self._first, self._cap, self._floor, self._at_once = first, cap, floor, at_once
+        self._uniform = uniform
+        self._failures = 0
+
+    def reset(self) -> None:
+        """Begin anew: what was tried has worked."""
+        self._failures = 0
+
+    def next(self) -> float:
+        """The seconds to wait after one more failure; 0 for the first one where `at_once`."""
+        failures = self._failures - (1 if self._at_once else 0)
+        self._failures += 1
+        if failures < 0:
+            return 0.0
+        bound = min(self._cap, self._first * 2.0 ** min(failures, 32))
+        return self._uniform(self._floor, max(self._floor, bound))

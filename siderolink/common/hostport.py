@@ -1,0 +1,62 @@
+"""A host and a port, as people write them: ``192.0.2.1:51820``, ``[2001:db8::1]:51820``, ``siderolink.example:51820``."""
+
+import re
+import socket
+from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv6Address, ip_address
+from typing import Self
+
+import anyio
+
+from siderolink.common.errors import ConfigurationError
+
+_LONGEST = 253 + 6
+_LABEL = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]*[A-Za-z0-9_])?"
+# A name whose last label is a number would be taken for an IPv4 address by resolvers (RFC 3696, section 2).
+_NAME = re.compile(rf"(?=.{{1,253}}\Z)(?!(?:.*\.)?[0-9]+\.?\Z){_LABEL}(?:\.{_LABEL})*\.?\Z")
+
+
+@dataclass(frozen=True, slots=True)
+class HostPort:
+    """Where to dial or to listen; `host` is an address without brackets, or a name."""
+
+    host: str
+    port: int
+
+    @classmethod
+    def parse(cls, text: str, *, port_zero: bool = False) -> Self:
+        """Read ``host:port``. Raises ConfigurationError; port 0 only where `port_zero`."""
+        if len(text) > _LONGEST:
+            raise ConfigurationError(f"a host and port have at most {_LONGEST} characters, not {len(text)}")
+        host, colon, digits = text.rpartition(":")
+        if not colon or not host:
+            raise ConfigurationError(f"{text!r} is no host:port")
+        bracketed = host.startswith("[") and host.endswith("]")
+        if bracketed:
+            host = host[1:-1]
+        if not _is_host(host, ipv6=bracketed):
+            raise ConfigurationError(f"{text!r} names no host; an IPv6 address stands in brackets")
+        if not digits.isascii() or not digits.isdigit() or not (0 if port_zero else 1) <= int(digits) <= 65535:
+            raise ConfigurationError(f"{text!r} has no port between 1 and 65535")
+        return cls(host, int(digits))
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+    async def resolve(self) -> list[tuple[IPv4Address | IPv6Address, int]]:
+        """Its addresses now, in the resolver's order. Raises OSError where there are none."""
+        try:
+            return [(ip_address(self.host), self.port)]
+        except ValueError:
+            pass
+        found = await anyio.getaddrinfo(self.host, self.port, type=socket.SOCK_DGRAM, flags=socket.AI_ADDRCONFIG)
+        addresses = dict.fromkeys(str(sockaddr[0]) for _, _, _, _, sockaddr in found)
+        return [(ip_address(address), self.port) for address in addresses]
+
+
+def _is_host(host: str, *, ipv6: bool) -> bool:
+    try:
+        address = ip_address(host)
+    except ValueError:
+        return not ipv6 and _NAME.match(host) is not None
+    return (address.version == 6) == ipv6

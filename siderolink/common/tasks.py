@@ -1,0 +1,35 @@
+"""Task groups for the inside of a context manager: they end with it, and never hide a lone error in a group."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import anyio
+from anyio.abc import TaskGroup
+
+
+@asynccontextmanager
+async def background_tasks() -> AsyncIterator[TaskGroup]:
+    """Tasks that are cancelled when the body is left, however it is left.
+
+    An error of a task cancels the body and is raised here. A single error, of a task or of the body, is raised as itself; only
+    several at once come as a group.
+    """
+    try:
+        async with anyio.create_task_group() as group:
+            try:
+                yield group
+            finally:
+                group.cancel_scope.cancel()
+    except BaseExceptionGroup as errors:
+        lone = _lone(errors)
+        if lone is None:
+            raise
+        raise lone from lone.__cause__
+
+
+def _lone(error: BaseException) -> BaseException | None:
+    while isinstance(error, BaseExceptionGroup):
+        if len(error.exceptions) != 1:
+            return None
+        error = error.exceptions[0]
+    return error
