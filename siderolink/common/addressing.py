@@ -1,0 +1,87 @@
+"""The overlay's addresses: which prefix, which address is whose, and how a tunnel's address is written."""
+
+import hashlib
+import os
+import re
+from collections.abc import Callable, Sequence
+from ipaddress import AddressValueError, IPv6Address, IPv6Network
+
+from siderolink.common.errors import ConfigurationError
+
+TUNNEL_PORT = 50888
+"""The port beside a machine's virtual address; it names no socket."""
+
+_PREFIX_LENGTH = 64
+_OVERLAY_MARK = 0x03
+_VIRTUAL_MARK = 0x04
+_HOST_BYTES = 8
+_DRAWS = 16
+_ADDR_PORT = re.compile(r"\[([0-9A-Fa-f:.]{2,45})\]:([0-9]{1,5})")
+
+
+def _prefix(installation_id: str, mark: int) -> IPv6Network:
+    packed = bytearray(hashlib.sha256(installation_id.encode()).digest()[-16:])
+    packed[0] = 0xFD
+    packed[7] = mark
+    packed[8:] = bytes(8)
+    return IPv6Network((bytes(packed), _PREFIX_LENGTH))
+
+
+def overlay_prefix(installation_id: str = "") -> IPv6Network:
+    """The /64 of one installation's overlay; the empty id's is the one in common use."""
+    return _prefix(installation_id, _OVERLAY_MARK)
+
+
+VIRTUAL_PREFIX = _prefix("", _VIRTUAL_MARK)
+"""Where the virtual addresses of tunnel peers lie, whatever the installation."""
+
+
+def server_address(prefix: IPv6Network) -> IPv6Address:
+    """The server's own address: the prefix's first."""
+    return prefix.network_address + 1
+
+
+def random_address(prefix: IPv6Network, entropy: Callable[[int], bytes] = os.urandom) -> IPv6Address:
+    """A machine's address: 64 random bits below a /64, never the server's, never the subnet-router anycast address.
+
+    `entropy` gives as many random bytes as asked for. Raises ConfigurationError for a prefix that is not a /64, or
+    when `entropy` gives nothing usable. The caller sees to it that no other machine has the address.
+    """
+    if prefix.prefixlen != _PREFIX_LENGTH:
+        raise ConfigurationError(f"machines are numbered in a /{_PREFIX_LENGTH}, not in {prefix}")
+    for _ in range(_DRAWS):
+        host = int.from_bytes(entropy(_HOST_BYTES)[:_HOST_BYTES], "big")
+        if host > 1:
+            return prefix.network_address + host
+    raise ConfigurationError("the source of random bytes gives only zeros and ones")
+
+
+def swap_endpoints(endpoints: Sequence[str]) -> list[str]:
+    """The server endpoints between their order of preference and their order on the wire: first and last change places.
+
+    Old machines read only the last value of the list. The swap is its own inverse.
+    """
+    swapped = list(endpoints)
+    if len(swapped) > 1:
+        swapped[0], swapped[-1] = swapped[-1], swapped[0]
+    return swapped
+
+
+def format_peer_addr_port(address: IPv6Address, port: int = TUNNEL_PORT) -> str:
+    """``[address]:port``, as in ProvisionResponse and in a stream's metadata."""
+    return f"[{address}]:{port}"
+
+
+def parse_peer_addr_port(text: str) -> tuple[IPv6Address, int]:
+    """Read ``[address]:port``. Raises ConfigurationError for anything else, zones included."""
+    match = _ADDR_PORT.fullmatch(text)
+    if match is None:
+        raise ConfigurationError("a tunnel's address is written [IPv6 address]:port; this text is not")
+    try:
+        address = IPv6Address(match[1])
+    except AddressValueError:
+        raise ConfigurationError("a tunnel's address is written [IPv6 address]:port; this address is none") from None
+    port = int(match[2])
+    if not 0 < port < 65536:
+        raise ConfigurationError(f"a port is a number from 1 to 65535, not {port}")
+    return address, port
