@@ -1,0 +1,94 @@
+# `make help` lists the verbs. Everything made lies under .venvs/.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-print-directory
+
+PYTHONS := $(shell scripts/find-pythons)
+VERSIONS := $(foreach python,$(PYTHONS),$(firstword $(subst =, ,$(python))))
+# the oldest interpreter runs everything; the others run what depends on the interpreter
+FIRST := $(firstword $(VERSIONS))
+OTHERS := $(wordlist 2,99,$(VERSIONS))
+interpreter = $(lastword $(subst =, ,$(filter $(1)=%,$(PYTHONS))))
+VENV := .venvs/$(FIRST)
+PYTHON := $(VENV)/bin/python
+UV := .venvs/tools/bin/uv
+
+SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
+PYTEST = $(SUDO) env PATH="$(abspath $(VENV)/bin):$$PATH:/usr/sbin:/sbin" $(PYTHON) -m pytest
+ARGS ?=
+
+.PHONY: help setup needs demo test check lint types fresh format proto unit netns interop examples others all-tests bench clean
+
+help: ## this list
+	@sed -n 's/^\([a-z -]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 32
+
+setup: $(VENV)/.ready ## a virtual environment with the package and the developer's tools
+
+needs: ## the Debian packages that the tests use (apt-get, as root or by sudo)
+	@scripts/install-needs test
+
+demo: setup ## the main job, shown in network namespaces of its own
+	@$(PYTHON) -m siderolink demo $(ARGS)
+
+test: needs check others all-tests ## every check and every test, on every interpreter
+
+check: lint types fresh ## what reads the code without running it
+
+lint: setup ## format and lint
+	@echo "lint"
+	@$(PYTHON) -m ruff format --check --quiet .
+	@$(PYTHON) -m ruff check --quiet .
+
+types: setup ## mypy, strict
+	@echo "types"
+	@$(PYTHON) -m mypy
+
+fresh: setup ## whether the generated code is what the sources give
+	@echo "fresh"
+	@$(PYTHON) scripts/generate_pb.py --check
+
+format: setup ## write the code as `make lint` wants it
+	@$(PYTHON) -m ruff format .
+	@$(PYTHON) -m ruff check --fix .
+
+proto: setup ## generate siderolink/common/pb from siderolink/common/proto
+	@$(PYTHON) scripts/generate_pb.py
+
+unit: setup ## tests that need nothing
+	@$(PYTHON) -m pytest tests/unit $(ARGS)
+
+netns interop examples: setup needs ## tests in network namespaces; against others' WireGuard and gRPC; of the examples
+	@$(PYTEST) tests/$@ $(ARGS)
+
+others: $(OTHERS:%=others-%)
+
+others-%: .venvs/%/.ready needs
+	@echo "unit and netns on Python $*"
+	@$(MAKE) VENV=.venvs/$* some-tests
+
+some-tests:
+	@$(PYTEST) -q tests/unit tests/netns $(ARGS)
+
+all-tests: setup needs
+	@echo "everything on Python $(FIRST)"
+	@$(PYTEST) -q $(ARGS)
+
+bench: setup needs ## figures of this machine, for what the design compares
+	@for file in benchmarks/*.py; do $(SUDO) $(PYTHON) "$$file" $(ARGS); done
+
+clean: ## remove what make made
+	rm -rf .venvs dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+.venvs/tools/bin/uv:
+	@$(if $(FIRST),,scripts/install-needs python; echo "Python 3.11 or newer is needed; run make again if it was just installed" >&2; exit 1)
+	@scripts/install-needs python $(call interpreter,$(FIRST))
+	@$(call interpreter,$(FIRST)) -m venv .venvs/tools
+	@.venvs/tools/bin/python -m pip install --quiet --disable-pip-version-check uv
+
+.PRECIOUS: .venvs/%/.ready
+.venvs/%/.ready: pyproject.toml | $(UV)
+	@echo "installing for Python $*"
+	@$(UV) venv --quiet --clear --no-python-downloads --python $(call interpreter,$*) .venvs/$*
+	@$(UV) pip install --quiet --python .venvs/$*/bin/python --group dev --editable '.[cli]'
+	@touch $@
