@@ -1,0 +1,137 @@
+"""mac1, mac2 and cookies (whitepaper, sections 5.3 and 5.4.4): cheap refusal of handshake messages, more so under load."""
+
+from collections.abc import Callable
+from hmac import compare_digest
+
+from .constants import COOKIE_REFRESH_TIME, LABEL_COOKIE, LABEL_MAC1, MAC_BYTES
+from .messages import CookieReply, encode_cookie_reply, parse_cookie_reply, sender_index
+from .primitives import hash2, mac, xopen, xseal
+
+NO_MAC2 = bytes(MAC_BYTES)
+
+UNDER_LOAD_RATE = 500
+"""Handshake messages in one second above which cookies are asked for; answering that many takes about a fifth of a core."""
+SOURCE_RATE = 400.0
+"""Handshake messages per second that one source may send under load; high because a thousand machines may share one NAT."""
+SOURCE_BURST = 1_000.0
+MAX_SOURCES = 16_384
+"""Sources remembered at a time; when so many are active, new ones are refused."""
+
+
+class MacSigner:
+    """Puts mac1 and mac2 on the handshake messages that go to one peer."""
+
+    __slots__ = ("_cookie", "_cookie_at", "_cookie_key", "_mac1_key", "_sent_mac1")
+
+    def __init__(self, remote_public: bytes) -> None:
+        self._mac1_key = hash2(LABEL_MAC1, remote_public)
+        self._cookie_key = hash2(LABEL_COOKIE, remote_public)
+        self._sent_mac1: bytes | None = None
+        self._cookie = b""
+        self._cookie_at = 0.0
+
+    def sign(self, message: bytes, now: float) -> bytes:
+        """The whole datagram: the message with both macs behind it."""
+        mac1 = mac(self._mac1_key, message)
+        self._sent_mac1 = mac1
+        signed = message + mac1
+        if self._cookie and now - self._cookie_at < COOKIE_REFRESH_TIME:
+            return signed + mac(self._cookie, signed)
+        return signed + NO_MAC2
+
+    def take_cookie(self, reply: CookieReply, now: float) -> bool:
+        """Keep the cookie for the next message; False if it is not an answer to the last one sent."""
+        if self._sent_mac1 is None:
+            return False
+        cookie = xopen(self._cookie_key, reply.nonce, reply.cookie, self._sent_mac1)
+        if cookie is None:
+            return False
+        self._sent_mac1 = None
+        self._cookie, self._cookie_at = cookie, now
+        return True
+
+    def take_cookie_datagram(self, datagram: bytes, now: float) -> bool:
+        return self.take_cookie(parse_cookie_reply(datagram), now)
+
+
+class MacGuard:
+    """Checks the macs of handshake messages that come to this device, and makes cookie replies."""
+
+    __slots__ = ("_cookie_key", "_entropy", "_mac1_key", "_secret", "_secret_at")
+
+    def __init__(self, public_key: bytes, entropy: Callable[[int], bytes]) -> None:
+        self._mac1_key = hash2(LABEL_MAC1, public_key)
+        self._cookie_key = hash2(LABEL_COOKIE, public_key)
+        self._entropy = entropy
+        self._secret = b""
+        self._secret_at = 0.0
+
+    def has_mac1(self, datagram: bytes) -> bool:
+        return compare_digest(mac(self._mac1_key, datagram[:-32]), datagram[-32:-16])
+
+    def has_mac2(self, datagram: bytes, source: bytes, now: float) -> bool:
+        """True if the message carries the cookie that was given to this source."""
+        return compare_digest(mac(self._cookie(source, now), datagram[:-16]), datagram[-16:])
+
+    def cookie_reply(self, datagram: bytes, source: bytes, now: float) -> bytes:
+        """The datagram that gives the source its cookie, readable only by whoever sent `datagram`."""
+        nonce = self._entropy(24)
+        sealed = xseal(self._cookie_key, nonce, self._cookie(source, now), datagram[-32:-16])
+        return encode_cookie_reply(CookieReply(sender_index(datagram), nonce, sealed))
+
+    def _cookie(self, source: bytes, now: float) -> bytes:
+        if not self._secret or now - self._secret_at >= COOKIE_REFRESH_TIME:
+            self._secret, self._secret_at = self._entropy(32), now
+        return mac(self._secret, source)
+
+
+class LoadMeter:
+    """Tells whether more handshake messages come than are worth answering on trust."""
+
+    __slots__ = ("_count", "_loaded_until", "_window_at", "rate")
+
+    def __init__(self, rate: int = UNDER_LOAD_RATE) -> None:
+        self.rate = rate
+        self._count = 0
+        self._window_at = 0.0
+        self._loaded_until = 0.0
+
+    def is_under_load(self, now: float) -> bool:
+        """Count one message and say whether it is one too many; once so, for a second longer."""
+        if now - self._window_at >= 1.0:
+            self._window_at, self._count = now, 0
+        self._count += 1
+        if self._count > self.rate:
+            self._loaded_until = now + 1.0
+        return now < self._loaded_until
+
+
+class SourceLimiter:
+    """A token bucket for each source, bounded in number."""
+
+    __slots__ = ("_buckets",)
+
+    def __init__(self) -> None:
+        self._buckets: dict[bytes, tuple[float, float]] = {}
+
+    def allows(self, source: bytes, now: float) -> bool:
+        key = source_network(source)
+        tokens, at = self._buckets.get(key, (SOURCE_BURST, now))
+        tokens = min(SOURCE_BURST, tokens + (now - at) * SOURCE_RATE)
+        if key not in self._buckets and len(self._buckets) >= MAX_SOURCES and not self._make_room(now):
+            return False
+        allowed = tokens >= 1.0
+        self._buckets[key] = (tokens - 1.0 if allowed else tokens, now)
+        return allowed
+
+    def _make_room(self, now: float) -> bool:
+        refill = SOURCE_BURST / SOURCE_RATE
+        self._buckets = {key: bucket for key, bucket in self._buckets.items() if now - bucket[1] < refill}
+        return len(self._buckets) < MAX_SOURCES
+
+
+def source_network(source: bytes) -> bytes:
+    """What counts as one source: an IPv4 address (6 bytes with its port), an IPv6 /64 (18 bytes), else the bytes as they are."""
+    if len(source) == 18:
+        return source[:8]
+    return source[:4] if len(source) == 6 else source

@@ -1,0 +1,228 @@
+"""Handshake messages in and out: from a datagram to a session, or to a counted reason why not.
+
+Receiving is ordered by cost: length, mac1, load, then one Curve25519 exchange, the peer's name, and only then the rest.
+"""
+
+from collections.abc import Callable
+
+from . import messages
+from .constants import REKEY_JITTER, REKEY_TIMEOUT
+from .cookies import LoadMeter, MacGuard, SourceLimiter
+from .drops import Drop
+from .handshake import (
+    Identity,
+    ReceivedInitiation,
+    SentInitiation,
+    claim_initiation,
+    consume_response,
+    create_initiation,
+    create_response,
+    verify_initiation,
+)
+from .output import Output
+from .peer import Path, Peer
+from .session import Session
+from .tai64n import Timestamps
+
+Entropy = Callable[[int], bytes]
+
+MIN_INITIATION_INTERVAL = 0.02
+"""Seconds between two initiations of one peer that are worth answering."""
+
+
+class Indices:
+    """The 32-bit names that the other side puts on messages for us: a session's, or an open initiation's."""
+
+    __slots__ = ("_entropy", "_pending", "_sessions")
+
+    def __init__(self, entropy: Entropy) -> None:
+        self._entropy = entropy
+        self._sessions: dict[int, Session] = {}
+        self._pending: dict[int, Peer] = {}
+
+    def fresh(self) -> int:
+        """A random index that nothing uses."""
+        while True:
+            index = int.from_bytes(self._entropy(4), "little")
+            if index not in self._sessions and index not in self._pending:
+                return index
+
+    def session(self, index: int) -> Session | None:
+        return self._sessions.get(index)
+
+    def pending(self, index: int) -> Peer | None:
+        return self._pending.get(index)
+
+    def open(self, peer: Peer, sent: SentInitiation) -> None:
+        """Remember an initiation, in place of the peer's last one."""
+        self.abandon(peer)
+        peer.initiation = sent
+        self._pending[sent.index] = peer
+
+    def abandon(self, peer: Peer) -> None:
+        """Forget the peer's open initiation."""
+        if peer.initiation is not None:
+            self._pending.pop(peer.initiation.index, None)
+            peer.initiation = None
+
+    def add(self, session: Session) -> None:
+        self._sessions[session.local_index] = session
+
+    def drop(self, sessions: list[Session]) -> None:
+        for session in sessions:
+            self._sessions.pop(session.local_index, None)
+
+
+class Exchange:
+    """The handshake side of an engine."""
+
+    def __init__(
+        self,
+        identity: Identity,
+        peers: dict[bytes, Peer],
+        output: Output,
+        *,
+        entropy: Entropy,
+        unix_time_ns: Callable[[], int],
+        timestamps: Timestamps,
+    ) -> None:
+        self.identity = identity
+        self.indices = Indices(entropy)
+        self.timestamps = timestamps
+        self.load = LoadMeter()
+        self._peers = peers
+        self._output = output
+        self._entropy = entropy
+        self._unix_time_ns = unix_time_ns
+        self._guard = MacGuard(identity.public, entropy)
+        self._limiter = SourceLimiter()
+
+    def rename(self, identity: Identity) -> None:
+        """Go on under another private key."""
+        self.identity = identity
+        self._guard = MacGuard(identity.public, self._entropy)
+
+    def jitter(self) -> float:
+        """Seconds, from 0 to a third."""
+        return int.from_bytes(self._entropy(2), "little") / 0xFFFF * REKEY_JITTER
+
+    def initiate(self, peer: Peer, now: float) -> None:
+        """Begin a handshake, or put it off where the last attempt is less than 5 s old."""
+        earliest = peer.last_initiation_sent_at + REKEY_TIMEOUT
+        if now < earliest:
+            peer.timers.initiation_postponed(now, earliest)
+            return
+        path = peer.reachable_path
+        peer.last_initiation_sent_at = now
+        peer.timers.authenticated_sent(now)
+        peer.timers.initiation_sent(now, self.jitter())
+        if path is None:
+            self._output.drop(Drop.NO_PATH)
+            return
+        stamp = self.timestamps.next(self._unix_time_ns())
+        message, sent = create_initiation(
+            self.identity, peer.public_key, peer.static_static, self.indices.fresh(), self._entropy(32), stamp
+        )
+        self.indices.open(peer, sent)
+        self._output.send(peer, path, peer.signer.sign(messages.encode_initiation(message), now))
+
+    def admits(self, datagram: bytes, path: Path, now: float) -> bool:
+        """The cheap checks of an initiation or response; under load, a cookie is asked for."""
+        if not self._guard.has_mac1(datagram):
+            self._output.drop(Drop.BAD_MAC1)
+            return False
+        if not self.load.is_under_load(now):
+            return True
+        if not self._guard.has_mac2(datagram, path.source, now):
+            self._output.drop(Drop.BAD_MAC2)
+            self._output.datagrams.append((path, self._guard.cookie_reply(datagram, path.source, now)))
+            return False
+        if not self._limiter.allows(path.source, now):
+            self._output.drop(Drop.RATE_LIMITED)
+            return False
+        return True
+
+    def receive_initiation(self, datagram: bytes, path: Path, now: float) -> Session | None:
+        """Answer an initiation; the session waits until the peer uses it."""
+        claimed = claim_initiation(self.identity, messages.parse_initiation(datagram))
+        if claimed is None:
+            self._output.drop(Drop.BAD_HANDSHAKE)
+            return None
+        peer = self._peers.get(claimed.public_key)
+        if peer is None:
+            self._output.drop(Drop.UNKNOWN_PEER)
+            return None
+        received = verify_initiation(claimed, peer.static_static)
+        reason = Drop.BAD_HANDSHAKE if received is None else self._refusal(peer, received, path, now)
+        if reason is not None or received is None:
+            self._output.drop(reason or Drop.BAD_HANDSHAKE)
+            return None
+        return self._respond(peer, received, path, now)
+
+    def _refusal(self, peer: Peer, received: ReceivedInitiation, path: Path, now: float) -> Drop | None:
+        if path.peer is not None and path.peer != peer.public_key:
+            return Drop.WRONG_PATH
+        if received.timestamp <= peer.last_timestamp:
+            return Drop.REPLAYED_INITIATION
+        if now - peer.last_initiation_received_at < MIN_INITIATION_INTERVAL:
+            return Drop.INITIATION_FLOOD
+        return None
+
+    def _respond(self, peer: Peer, received: ReceivedInitiation, path: Path, now: float) -> Session | None:
+        index = self.indices.fresh()
+        try:
+            message, keys = create_response(received, peer.public_key, peer.preshared_key, index, self._entropy(32))
+        except ValueError:
+            self._output.drop(Drop.BAD_HANDSHAKE)
+            return None
+        peer.last_timestamp = received.timestamp
+        peer.last_initiation_received_at = now
+        session = Session(peer, keys, local_index=index, remote_index=received.sender, is_initiator=False, now=now)
+        self._install(session, now)
+        peer.timers.authenticated_sent(now)
+        self._output.send(peer, path, peer.signer.sign(messages.encode_response(message), now))
+        return session
+
+    def receive_response(self, datagram: bytes, path: Path, now: float) -> Session | None:
+        """Complete a handshake that we began; the session can be used at once."""
+        message = messages.parse_response(datagram)
+        peer = self.indices.pending(message.receiver)
+        if peer is None or peer.initiation is None:
+            self._output.drop(Drop.UNEXPECTED_RESPONSE)
+            return None
+        if path.peer is not None and path.peer != peer.public_key:
+            self._output.drop(Drop.WRONG_PATH)
+            return None
+        keys = consume_response(self.identity, peer.initiation, message, peer.preshared_key)
+        if keys is None:
+            self._output.drop(Drop.BAD_HANDSHAKE)
+            return None
+        session = Session(
+            peer, keys, local_index=message.receiver, remote_index=message.sender, is_initiator=True, now=now
+        )
+        self.indices.abandon(peer)
+        self._install(session, now)
+        self.complete(peer, now)
+        return session
+
+    def receive_cookie(self, datagram: bytes, now: float) -> None:
+        """Take a cookie; it goes on the next try, which its timer sends."""
+        peer = self.indices.pending(messages.parse_cookie_reply(datagram).receiver)
+        if peer is None:
+            session = self.indices.session(messages.parse_cookie_reply(datagram).receiver)
+            peer = session.peer if session is not None else None
+        if peer is None:
+            self._output.drop(Drop.UNEXPECTED_RESPONSE)
+        elif not peer.signer.take_cookie_datagram(datagram, now):
+            self._output.drop(Drop.BAD_COOKIE)
+
+    def complete(self, peer: Peer, now: float) -> None:
+        """The handshake is done on both sides."""
+        peer.timers.handshake_completed()
+        peer.last_handshake_at = now
+        peer.last_handshake_ns = self._unix_time_ns()
+
+    def _install(self, session: Session, now: float) -> None:
+        self.indices.add(session)
+        self.indices.drop(session.peer.install(session))
+        session.peer.timers.session_derived(now)

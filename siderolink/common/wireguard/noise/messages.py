@@ -1,0 +1,107 @@
+"""The four messages on the wire (whitepaper, section 5.4): their layout and lengths, nothing else.
+
+All integers are little-endian; the first byte is the type and the next three are zero.
+"""
+
+import struct
+from typing import NamedTuple
+
+INITIATION = 1
+RESPONSE = 2
+COOKIE_REPLY = 3
+TRANSPORT = 4
+
+INITIATION_BYTES = 148
+RESPONSE_BYTES = 92
+COOKIE_REPLY_BYTES = 64
+TRANSPORT_HEADER_BYTES = 16
+TRANSPORT_OVERHEAD = 32
+"""Header and tag: the length of a keepalive."""
+
+_INITIATION = struct.Struct("<II32s48s28s16s16s")
+_RESPONSE = struct.Struct("<III32s16s16s16s")
+_COOKIE_REPLY = struct.Struct("<II24s32s")
+_TRANSPORT = struct.Struct("<IIQ")
+_WORD = struct.Struct("<I")
+
+
+class Initiation(NamedTuple):
+    sender: int
+    ephemeral: bytes
+    static: bytes
+    """The initiator's public key, sealed: 48 bytes."""
+    timestamp: bytes
+    """TAI64N, sealed: 28 bytes."""
+
+
+class Response(NamedTuple):
+    sender: int
+    receiver: int
+    ephemeral: bytes
+    empty: bytes
+    """Nothing, sealed: a tag of 16 bytes."""
+
+
+class CookieReply(NamedTuple):
+    receiver: int
+    nonce: bytes
+    cookie: bytes
+    """The cookie, sealed: 32 bytes."""
+
+
+def message_type(datagram: bytes | memoryview) -> int:
+    """The type, or 0 for what cannot be a message: a wrong length for its type included."""
+    length = len(datagram)
+    if length < TRANSPORT_OVERHEAD:
+        return 0
+    kind: int = _WORD.unpack_from(datagram)[0]
+    if kind == TRANSPORT:
+        return kind
+    if length == {INITIATION: INITIATION_BYTES, RESPONSE: RESPONSE_BYTES, COOKIE_REPLY: COOKIE_REPLY_BYTES}.get(kind):
+        return kind
+    return 0
+
+
+def parse_initiation(datagram: bytes) -> Initiation:
+    _, sender, ephemeral, static, timestamp, _, _ = _INITIATION.unpack(datagram)
+    return Initiation(sender, ephemeral, static, timestamp)
+
+
+def parse_response(datagram: bytes) -> Response:
+    _, sender, receiver, ephemeral, empty, _, _ = _RESPONSE.unpack(datagram)
+    return Response(sender, receiver, ephemeral, empty)
+
+
+def parse_cookie_reply(datagram: bytes) -> CookieReply:
+    _, receiver, nonce, cookie = _COOKIE_REPLY.unpack(datagram)
+    return CookieReply(receiver, nonce, cookie)
+
+
+def parse_transport(datagram: bytes | memoryview) -> tuple[int, int]:
+    """The receiver index and the counter."""
+    _, receiver, counter = _TRANSPORT.unpack_from(datagram)
+    return receiver, counter
+
+
+def sender_index(datagram: bytes) -> int:
+    """The sender's index of an initiation or a response."""
+    index: int = _WORD.unpack_from(datagram, 4)[0]
+    return index
+
+
+def encode_initiation(message: Initiation) -> bytes:
+    """The message up to, and without, its two macs."""
+    return _INITIATION.pack(INITIATION, *message, b"", b"")[:-32]
+
+
+def encode_response(message: Response) -> bytes:
+    """The message up to, and without, its two macs."""
+    return _RESPONSE.pack(RESPONSE, *message, b"", b"")[:-32]
+
+
+def encode_cookie_reply(message: CookieReply) -> bytes:
+    return _COOKIE_REPLY.pack(COOKIE_REPLY, *message)
+
+
+def encode_transport_header(receiver: int, counter: int) -> bytes:
+    return _TRANSPORT.pack(TRANSPORT, receiver, counter)

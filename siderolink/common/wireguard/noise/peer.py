@@ -1,0 +1,133 @@
+"""One peer: its keys, its sessions, what waits for it, and where it was last heard."""
+
+from collections import deque
+from typing import Protocol
+
+from .allowed_ips import Network
+from .cookies import MacSigner
+from .handshake import NO_PRESHARED_KEY, SentInitiation
+from .session import Session
+from .timers import NEVER, Timers
+
+MAX_STAGED = 128
+MAX_STAGED_BYTES = 512 * 1024
+
+
+class Path(Protocol):
+    """What the engine must know of a path: see the fuller contract beside the device."""
+
+    @property
+    def peer(self) -> bytes | None: ...
+
+    @property
+    def source(self) -> bytes: ...
+
+    @property
+    def is_open(self) -> bool: ...
+
+
+class Peer:
+    """State only; the engine changes it. `current` is the session to send with, `next` one that the peer has yet to confirm."""
+
+    __slots__ = (
+        "allowed_ips",
+        "current",
+        "initiation",
+        "last_handshake_at",
+        "last_handshake_ns",
+        "last_initiation_received_at",
+        "last_initiation_sent_at",
+        "last_received_at",
+        "last_timestamp",
+        "next",
+        "path",
+        "preshared_key",
+        "previous",
+        "public_key",
+        "received_bytes",
+        "scheduled_at",
+        "sent_bytes",
+        "signer",
+        "staged",
+        "staged_bytes",
+        "static_static",
+        "timers",
+    )
+
+    def __init__(self, public_key: bytes, static_static: bytes) -> None:
+        self.public_key = public_key
+        self.static_static = static_static
+        self.preshared_key = NO_PRESHARED_KEY
+        self.allowed_ips: set[Network] = set()
+        self.signer = MacSigner(public_key)
+        self.timers = Timers()
+        self.scheduled_at = NEVER
+        self.path: Path | None = None
+        self.initiation: SentInitiation | None = None
+        self.previous: Session | None = None
+        self.current: Session | None = None
+        self.next: Session | None = None
+        self.last_timestamp = b""
+        self.last_initiation_received_at = -NEVER
+        self.last_initiation_sent_at = -NEVER
+        self.last_handshake_at: float | None = None
+        self.last_handshake_ns: int | None = None
+        self.last_received_at: float | None = None
+        self.received_bytes = 0
+        self.sent_bytes = 0
+        self.staged: deque[bytes] | None = None
+        self.staged_bytes = 0
+
+    @property
+    def reachable_path(self) -> Path | None:
+        """The path, if something sent there can still arrive."""
+        path = self.path
+        return path if path is not None and path.is_open else None
+
+    def stage(self, packet: bytes) -> int:
+        """Keep a packet until there is a session; answers how many old ones had to go."""
+        if self.staged is None:
+            self.staged = deque()
+        self.staged.append(packet)
+        self.staged_bytes += len(packet)
+        dropped = 0
+        while len(self.staged) > MAX_STAGED or self.staged_bytes > MAX_STAGED_BYTES:
+            self.staged_bytes -= len(self.staged.popleft())
+            dropped += 1
+        return dropped
+
+    def take_staged(self) -> list[bytes]:
+        """All packets that waited, oldest first; the queue is empty afterwards."""
+        packets = list(self.staged or ())
+        self.staged, self.staged_bytes = None, 0
+        return packets
+
+    def install(self, session: Session) -> list[Session]:
+        """Take a new session into the rotation; answers those that are dropped by it."""
+        dropped = [self.previous]
+        if session.is_initiator:
+            if self.next is not None:
+                dropped.append(self.current)
+                self.previous, self.next = self.next, None
+            else:
+                self.previous = self.current
+            self.current = session
+        else:
+            dropped.append(self.next)
+            self.previous, self.next = None, session
+        return [old for old in dropped if old is not None]
+
+    def confirm(self) -> list[Session]:
+        """The peer has used the session we were waiting for: it becomes the current one. Answers the dropped ones."""
+        dropped = [self.previous] if self.previous is not None else []
+        self.previous, self.current, self.next = self.current, self.next, None
+        return dropped
+
+    def drop_sessions(self) -> list[Session]:
+        """Erase all sessions; answers them."""
+        dropped = [session for session in (self.previous, self.current, self.next) if session is not None]
+        self.previous = self.current = self.next = None
+        return dropped
+
+    def __repr__(self) -> str:
+        return f"<Peer {self.public_key.hex()[:8]} path={self.path} current={self.current}>"

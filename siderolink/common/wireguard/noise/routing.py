@@ -1,0 +1,37 @@
+"""Which peer owns which prefixes, and what follows when one moves."""
+
+from collections.abc import Iterable
+
+from .allowed_ips import AllowedIPs, Network
+from .peer import Peer
+
+
+class CryptokeyRouting:
+    """The allowed IPs of all peers; each peer also knows its own, in `Peer.allowed_ips`."""
+
+    __slots__ = ("_table", "lookup")
+
+    def __init__(self) -> None:
+        self._table: AllowedIPs[Peer] = AllowedIPs()
+        self.lookup = self._table.lookup
+        """The peer of a packed address (4 or 16 bytes), or None."""
+
+    def set(self, peer: Peer, networks: Iterable[Network]) -> None:
+        """Replace the peer's prefixes; one that another peer holds moves here."""
+        wanted = set(networks)
+        for network in peer.allowed_ips - wanted:
+            self.remove(peer, network)
+        for network in wanted - peer.allowed_ips:
+            self.add(peer, network)
+
+    def add(self, peer: Peer, network: Network) -> None:
+        before = self._table.insert(network, peer)
+        if before is not None:
+            before.allowed_ips.discard(network)
+        peer.allowed_ips.add(network)
+
+    def remove(self, peer: Peer, network: Network) -> None:
+        """Take a prefix away from the peer; nothing happens if it is not the peer's."""
+        if network in peer.allowed_ips:
+            peer.allowed_ips.discard(network)
+            self._table.remove(network)

@@ -1,0 +1,82 @@
+"""One pair of transport keys between two peers (whitepaper, section 5.4.6), and who may still use it."""
+
+from typing import TYPE_CHECKING
+
+from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
+
+from .constants import REJECT_AFTER_MESSAGES, REJECT_AFTER_TIME, REKEY_AFTER_MESSAGES
+from .handshake import SessionKeys
+from .replay import ReplayWindow
+
+if TYPE_CHECKING:
+    from .peer import Peer
+
+
+class Session:
+    """Send and receive keys, their counters, and their age. Created by the handshake, dropped by rotation or by time."""
+
+    __slots__ = (
+        "_keys",
+        "_opener",
+        "_sealer",
+        "created_at",
+        "is_initiator",
+        "local_index",
+        "peer",
+        "remote_index",
+        "replay",
+        "send_counter",
+    )
+
+    def __init__(
+        self, peer: "Peer", keys: SessionKeys, *, local_index: int, remote_index: int, is_initiator: bool, now: float
+    ) -> None:
+        self.peer = peer
+        self._keys = keys
+        self.local_index = local_index
+        self.remote_index = remote_index
+        self.is_initiator = is_initiator
+        self.created_at = now
+        self.send_counter = 0
+        self.replay = ReplayWindow()
+        self._sealer: ChaCha20Poly1305 | None = None
+        self._opener: ChaCha20Poly1305 | None = None
+
+    @property
+    def sealer(self) -> ChaCha20Poly1305:
+        """The AEAD for sending, made when first used: an idle peer keeps bare keys."""
+        if self._sealer is None:
+            self._sealer = ChaCha20Poly1305(self._keys.send)
+        return self._sealer
+
+    @property
+    def opener(self) -> ChaCha20Poly1305:
+        """The AEAD for receiving, made when first used."""
+        if self._opener is None:
+            self._opener = ChaCha20Poly1305(self._keys.receive)
+        return self._opener
+
+    def rest(self) -> None:
+        """Give back what only a busy session needs."""
+        self._sealer = self._opener = None
+
+    def is_expired(self, now: float) -> bool:
+        """True once nothing may be sent or received under these keys."""
+        return now - self.created_at >= REJECT_AFTER_TIME or self.send_counter >= REJECT_AFTER_MESSAGES
+
+    def wants_rekey_after_send(self, now: float, age: float) -> bool:
+        """True when the use made of these keys calls for new ones; by age only on the initiator's side."""
+        return self.send_counter > REKEY_AFTER_MESSAGES or (self.is_initiator and now - self.created_at >= age)
+
+    def reserve(self, count: int) -> int | None:
+        """Take `count` counters, never to be given back; answers the first, or None when the keys are used up."""
+        first = self.send_counter
+        if first + count > REJECT_AFTER_MESSAGES:
+            self.send_counter = REJECT_AFTER_MESSAGES
+            return None
+        self.send_counter = first + count
+        return first
+
+    def __repr__(self) -> str:
+        role = "initiator" if self.is_initiator else "responder"
+        return f"<Session {self.local_index:#010x} {role} sent={self.send_counter}>"

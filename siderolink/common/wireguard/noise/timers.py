@@ -1,0 +1,115 @@
+"""When a peer must act without being asked (whitepaper, section 6).
+
+Every timer is a deadline in seconds on the engine's clock, NEVER while it is not set. The rules read:
+
+=================  =====================================================  ==========================================
+timer              set when                                               what happens
+=================  =====================================================  ==========================================
+retransmit_at      an initiation was sent: 5 s and some jitter            it is sent again; after 90 s we give up
+keepalive_at       data came and we sent nothing: 10 s                    an empty data message is sent
+new_handshake_at   data was sent and nothing came: 15 s and some jitter   a new handshake begins
+zero_keys_at       a session was derived, or we gave up: 540 s            all keys are erased
+persistent_at      anything authenticated passed: the peer's interval     an empty data message is sent
+=================  =====================================================  ==========================================
+"""
+
+from .constants import KEEPALIVE_TIMEOUT, NEW_HANDSHAKE_TIME, REKEY_ATTEMPT_TIME, REKEY_TIMEOUT, ZERO_KEYS_TIME
+
+NEVER = float("inf")
+
+
+class Timers:
+    """The five deadlines of one peer. Methods name what happened; `jitter` is seconds from 0 to a third."""
+
+    __slots__ = (
+        "_another_keepalive",
+        "attempt_started_at",
+        "keepalive_at",
+        "new_handshake_at",
+        "persistent_at",
+        "persistent_interval",
+        "rekeyed_on_receive",
+        "retransmit_at",
+        "zero_keys_at",
+    )
+
+    def __init__(self) -> None:
+        self.persistent_interval = 0
+        self.clear()
+
+    def clear(self) -> None:
+        self.retransmit_at = NEVER
+        self.keepalive_at = NEVER
+        self.new_handshake_at = NEVER
+        self.zero_keys_at = NEVER
+        self.persistent_at = NEVER
+        self.attempt_started_at = 0.0
+        self.rekeyed_on_receive = False
+        self._another_keepalive = False
+
+    def next_at(self) -> float:
+        """The earliest deadline, or NEVER."""
+        return min(self.retransmit_at, self.keepalive_at, self.new_handshake_at, self.zero_keys_at, self.persistent_at)
+
+    def authenticated_sent(self, now: float) -> None:
+        """Any message of ours that the peer can authenticate: it serves as a keepalive."""
+        self.keepalive_at = NEVER
+        self._traversed(now)
+
+    def authenticated_received(self, now: float) -> None:
+        """Any message of the peer's that was authenticated: it is alive."""
+        self.new_handshake_at = NEVER
+        self._traversed(now)
+
+    def data_sent(self, now: float, jitter: float) -> None:
+        if self.new_handshake_at == NEVER:
+            self.new_handshake_at = now + NEW_HANDSHAKE_TIME + jitter
+
+    def data_received(self, now: float) -> None:
+        if self.keepalive_at == NEVER:
+            self.keepalive_at = now + KEEPALIVE_TIMEOUT
+        else:
+            self._another_keepalive = True
+
+    def keepalive_expired(self, now: float) -> None:
+        """The keepalive is being sent; data that came meanwhile calls for one more."""
+        self.keepalive_at = NEVER
+        if self._another_keepalive:
+            self._another_keepalive = False
+            self.keepalive_at = now + KEEPALIVE_TIMEOUT
+
+    def initiation_sent(self, now: float, jitter: float) -> None:
+        if self.retransmit_at == NEVER:
+            self.attempt_started_at = now
+        self.retransmit_at = min(now + REKEY_TIMEOUT + jitter, self.attempt_started_at + REKEY_ATTEMPT_TIME)
+
+    def initiation_postponed(self, now: float, at: float) -> None:
+        """An initiation is wanted, but the last one was too short ago."""
+        if self.retransmit_at == NEVER:
+            self.attempt_started_at = now
+            self.retransmit_at = at
+
+    def has_attempt_ended(self, now: float) -> bool:
+        return now >= self.attempt_started_at + REKEY_ATTEMPT_TIME
+
+    def attempt_abandoned(self, now: float) -> None:
+        self.retransmit_at = NEVER
+        self.keepalive_at = NEVER
+        self._another_keepalive = False
+        if self.zero_keys_at == NEVER:
+            self.zero_keys_at = now + ZERO_KEYS_TIME
+
+    def handshake_completed(self) -> None:
+        self.retransmit_at = NEVER
+        self.rekeyed_on_receive = False
+
+    def session_derived(self, now: float) -> None:
+        self.zero_keys_at = now + ZERO_KEYS_TIME
+
+    def persistent_expired(self, now: float) -> None:
+        """Where the keepalive cannot be sent (no path, no key), the next one is still due."""
+        self.persistent_at = now + self.persistent_interval if self.persistent_interval else NEVER
+
+    def _traversed(self, now: float) -> None:
+        if self.persistent_interval:
+            self.persistent_at = now + self.persistent_interval
