@@ -1,0 +1,201 @@
+"""A machine's link to its server, as an embedder holds it."""
+
+import os
+import ssl
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from ipaddress import IPv6Address, IPv6Interface
+from typing import Literal
+
+import anyio
+
+from siderolink.client.events import LinkEvent
+from siderolink.client.identity import machine_uuid
+from siderolink.client.provisioning import Machine, Provisioned
+from siderolink.client.runner import LinkOptions, LinkRunner
+from siderolink.client.state import LinkState
+from siderolink.common.broadcast import Broadcast
+from siderolink.common.errors import ConfigurationError, DeviceError, HandshakeTimeoutError
+from siderolink.common.grpc import client_tls
+from siderolink.common.join_url import JoinURL
+from siderolink.common.keys import PublicKey
+from siderolink.common.tasks import background_tasks
+from siderolink.common.wireguard.device import Device, DeviceKind, PeerStatus
+
+HANDSHAKE_TIMEOUT = 60.0
+"""Seconds from the server's first answer to the first handshake."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinkStatus:
+    """A link as it is."""
+
+    state: LinkState
+    interface: str | None
+    """None while there is no interface."""
+    device: Literal["kernel", "userspace"] | None
+    transport: Literal["udp", "tunnel"] | None
+    route: str | None
+    """The way to the server in use, or last tried."""
+    address: IPv6Interface | None
+    server_address: IPv6Address | None
+    public_key: PublicKey
+    """This machine's ephemeral key."""
+    listen_port: int | None
+    server: PeerStatus | None
+    """The server as the device knows it."""
+    drops: dict[str, int]
+
+
+class Link:
+    """A running link. What may change when the link is re-established says so."""
+
+    def __init__(self, runner: LinkRunner, broadcast: Broadcast[LinkEvent]) -> None:
+        self._runner = runner
+        self._broadcast = broadcast
+
+    @property
+    def address(self) -> IPv6Address:
+        """This machine's overlay address. A server that has forgotten the machine gives it another."""
+        return self._answer.address.ip
+
+    @property
+    def server_address(self) -> IPv6Address:
+        """The server's overlay address."""
+        return self._answer.server_address
+
+    @property
+    def server_key(self) -> PublicKey:
+        """The server's WireGuard key; another one after a server without memory was started again."""
+        return self._answer.server_key
+
+    @property
+    def public_key(self) -> PublicKey:
+        """This machine's ephemeral WireGuard key."""
+        return self._runner.public_key
+
+    @property
+    def state(self) -> LinkState:
+        return self._runner.state
+
+    @property
+    def transport(self) -> Literal["udp", "tunnel"]:
+        """How datagrams travel, as the server's last answer has it."""
+        transport = self._runner.transport
+        assert transport is not None  # a Link is only given out after an answer
+        return transport.kind
+
+    @property
+    def device(self) -> Device:
+        """The WireGuard device. Raises DeviceError while it is replaced by another, or after the link was left."""
+        if self._runner.device is None:
+            raise DeviceError("the link has no interface now")
+        return self._runner.device
+
+    @property
+    def interface(self) -> str:
+        """The interface's name. Raises as `device` does."""
+        return self.device.name
+
+    async def status(self) -> LinkStatus:
+        """How the link stands now."""
+        return await read_status(self._runner)
+
+    def events(self) -> AsyncIterator[LinkEvent]:
+        """What has happened since the link began (the last of it), then what happens, until the link is left."""
+        return self._broadcast.listen()
+
+    async def wait_down(self) -> None:
+        """Return once the link is down; at once where it is."""
+        await self._runner.down.wait()
+
+    @property
+    def _answer(self) -> Provisioned:
+        answer = self._runner.answer
+        assert answer is not None  # a Link is only given out after an answer
+        return answer
+
+    def __repr__(self) -> str:
+        return f"<Link {self.state} {self.address} to {self.server_address} by {self.transport}>"
+
+
+async def read_status(runner: LinkRunner) -> LinkStatus:
+    device, answer, transport = runner.device, runner.answer, runner.transport
+    return LinkStatus(
+        state=runner.state,
+        interface=device.name if device else None,
+        device=device.kind if device else None,
+        transport=transport.kind if transport else None,
+        route=str(runner.route) if runner.route else None,
+        address=answer.address if answer else None,
+        server_address=answer.server_address if answer else None,
+        public_key=runner.public_key,
+        listen_port=device.listen_port if device else None,
+        server=await device.peer(answer.server_key) if device and answer else None,
+        drops=device.drops() if device else {},
+    )
+
+
+@asynccontextmanager
+async def connect(
+    url: JoinURL | str,
+    *,
+    uuid: str | None = None,
+    unique_token: str = "",
+    talos_version: str = "",
+    interface: str | None = None,
+    device: DeviceKind = "auto",
+    tls: ssl.SSLContext | None = None,
+    ca_file: str | os.PathLike[str] | None = None,
+    handshake_timeout: float | None = HANDSHAKE_TIMEOUT,
+    on_event: Callable[[LinkEvent], None] | None = None,
+) -> AsyncIterator[Link]:
+    """Join the server at `url` and hold the link; the body runs once traffic flows, and leaving it leaves nothing behind.
+
+    `uuid` is the firmware's by default, `interface` the transport's usual name. For an https URL the server's certificate is
+    checked against the system's roots, or against `ca_file` (PEM), or as `tls` says. `on_event` is called on the event loop for
+    each event from the first on; it must be quick. A link that dies is re-established without end, and `events` tells.
+
+    Raises JoinURLError or ConfigurationError for what cannot be used as given; ServerUnreachableError, JoinRefusedError or
+    InvalidAnswerError where the first join fails; HandshakeTimeoutError after `handshake_timeout` seconds without a handshake
+    (None waits for ever); a DeviceError where there can be no interface.
+    """
+    if tls is not None and ca_file is not None:
+        raise ConfigurationError("give either tls or ca_file, not both")
+    url = JoinURL.parse(url) if isinstance(url, str) else url
+    if url.tls and tls is None:
+        tls = client_tls(os.fspath(ca_file) if ca_file is not None else None)
+    options = LinkOptions(
+        url=url,
+        machine=Machine(uuid=uuid or machine_uuid(), unique_token=unique_token, version=talos_version),
+        interface=interface,
+        device=device,
+        tls=tls,
+    )
+    broadcast: Broadcast[LinkEvent] = Broadcast()
+
+    def emit(event: LinkEvent) -> None:
+        broadcast.publish(event)
+        if on_event is not None:
+            on_event(event)
+
+    runner = LinkRunner(options, emit)
+    try:
+        async with background_tasks() as tasks:
+            tasks.start_soon(runner.run, name="siderolink link")
+            await _first_handshake(runner, handshake_timeout)
+            yield Link(runner, broadcast)
+    finally:
+        broadcast.close()
+
+
+async def _first_handshake(runner: LinkRunner, timeout: float | None) -> None:
+    await runner.answered.wait()
+    with anyio.move_on_after(timeout):
+        await runner.connected.wait()
+    if not runner.connected.is_set():
+        raise HandshakeTimeoutError(
+            f"no WireGuard handshake within {timeout:g} s; last tried: {runner.route}. "
+            "Does the server's endpoint answer, and does UDP pass? Where it does not, ask for the tunnel with grpc_tunnel=true"
+        )

@@ -1,0 +1,156 @@
+"""Asking the server's API for a place on the overlay: the Provision call and its answer, checked."""
+
+import ssl
+from dataclasses import dataclass, field
+from ipaddress import IPv6Address, IPv6Interface, IPv6Network
+
+from grpclib.const import Status
+from grpclib.exceptions import GRPCError
+
+from siderolink.common.addressing import parse_peer_addr_port, swap_endpoints
+from siderolink.common.errors import (
+    ConfigurationError,
+    InvalidAnswerError,
+    JoinError,
+    JoinRefusedError,
+    KeyFormatError,
+    ServerUnreachableError,
+)
+from siderolink.common.grpc import open_channel, translate_errors
+from siderolink.common.hostport import HostPort
+from siderolink.common.join_url import JoinURL
+from siderolink.common.keys import PublicKey
+from siderolink.common.pb.sidero.link import ProvisionRequest, ProvisionResponse, ProvisionServiceStub
+from siderolink.common.text import one_line
+
+PROVISION_TIMEOUT = 30.0
+"""Seconds: servers may hold a machine's call for this long until somebody decides."""
+MAX_ENDPOINTS = 32
+
+_OVERLAYS = IPv6Network("fd00::/8")
+_UNREACHABLE = frozenset({Status.UNAVAILABLE, Status.DEADLINE_EXCEEDED})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """What a machine says of itself when it joins."""
+
+    uuid: str
+    unique_token: str = field(default="", repr=False)
+    version: str = ""
+    """A release's tag such as ``v1.13.0``; not sent when empty."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Provisioned:
+    """The server's answer, checked."""
+
+    server_key: PublicKey
+    address: IPv6Interface
+    """This machine's overlay address, with the overlay's prefix length, /64."""
+    server_address: IPv6Address
+    endpoints: tuple[HostPort, ...]
+    """Where to dial by UDP, the preferred first; empty for the tunnel."""
+    virtual_address: tuple[IPv6Address, int] | None
+    """What names this machine on the tunnel's stream; None for UDP."""
+
+
+def make_request(url: JoinURL, machine: Machine, public_key: PublicKey) -> ProvisionRequest:
+    """The call's message: optional fields only where they say something, the unique token always."""
+    return ProvisionRequest(
+        node_uuid=machine.uuid,
+        node_public_key=public_key.encode(),
+        join_token=url.join_token or None,
+        node_unique_token=machine.unique_token,
+        talos_version=machine.version or None,
+        wireguard_over_grpc=True if url.tunnel else None,
+    )
+
+
+def read_response(response: ProvisionResponse, public_key: PublicKey) -> Provisioned:
+    """Check an answer to the machine of `public_key`. Raises InvalidAnswerError, naming the field.
+
+    An answer changes this host's addresses and routes, so it may name nothing but one /64 among the unique local addresses.
+    """
+    try:
+        server_key = PublicKey.parse(response.server_public_key)
+    except KeyFormatError as error:
+        raise InvalidAnswerError(f"the server's answer is invalid: server_public_key: {error}") from None
+    if server_key == public_key:
+        raise InvalidAnswerError("the server's answer is invalid: server_public_key is this machine's own key")
+    address, server_address = _read_addresses(response)
+    virtual_address: tuple[IPv6Address, int] | None = None
+    endpoints: tuple[HostPort, ...] = ()
+    if response.grpc_peer_addr_port:
+        try:
+            virtual_address = parse_peer_addr_port(response.grpc_peer_addr_port)
+        except ConfigurationError as error:
+            raise InvalidAnswerError(f"the server's answer is invalid: grpc_peer_addr_port: {error}") from None
+    else:
+        endpoints = _read_endpoints(response.server_endpoint)
+    return Provisioned(
+        server_key=server_key,
+        address=address,
+        server_address=server_address,
+        endpoints=endpoints,
+        virtual_address=virtual_address,
+    )
+
+
+def _read_addresses(response: ProvisionResponse) -> tuple[IPv6Interface, IPv6Address]:
+    try:
+        address = IPv6Interface(response.node_address_prefix)
+    except ValueError:
+        raise InvalidAnswerError("the server's answer is invalid: node_address_prefix is no IPv6 address/64") from None
+    network = address.network
+    if network.prefixlen != 64 or address.scope_id is not None or not network.subnet_of(_OVERLAYS):
+        raise InvalidAnswerError(f"the server's answer is invalid: node_address_prefix {address} is no /64 within {_OVERLAYS}")
+    try:
+        server_address = IPv6Address(response.server_address)
+    except ValueError:
+        raise InvalidAnswerError("the server's answer is invalid: server_address is no IPv6 address") from None
+    if server_address not in network or server_address == address.ip:
+        raise InvalidAnswerError(
+            f"the server's answer is invalid: server_address {server_address} is no other address within {network}"
+        )
+    return address, server_address
+
+
+def _read_endpoints(texts: list[str]) -> tuple[HostPort, ...]:
+    if not 1 <= len(texts) <= MAX_ENDPOINTS:
+        raise InvalidAnswerError(f"the server's answer is invalid: {len(texts)} endpoints, not 1 to {MAX_ENDPOINTS}")
+    try:
+        return tuple(dict.fromkeys(HostPort.parse(text) for text in swap_endpoints(texts)))
+    except ConfigurationError as error:
+        raise InvalidAnswerError(f"the server's answer is invalid: server_endpoint: {error}") from None
+
+
+async def provision(
+    url: JoinURL,
+    machine: Machine,
+    public_key: PublicKey,
+    *,
+    tls: ssl.SSLContext | None = None,
+    timeout: float = PROVISION_TIMEOUT,
+) -> Provisioned:
+    """Ask for a place, on a connection of its own. `tls` takes the place of the system's roots for an https URL.
+
+    Raises ServerUnreachableError, JoinRefusedError or InvalidAnswerError.
+    """
+    request = make_request(url, machine, public_key)
+    try:
+        with translate_errors():
+            async with open_channel(url.host, url.port, (tls or True) if url.tls else None) as channel:
+                response = await ProvisionServiceStub(channel).provision(request, timeout=timeout)
+    except GRPCError as error:
+        raise _refusal(error, url, machine) from None
+    except TimeoutError:
+        raise ServerUnreachableError(f"{url.authority} did not answer within {timeout:.0f} s") from None
+    return read_response(response, public_key)
+
+
+def _refusal(error: GRPCError, url: JoinURL, machine: Machine) -> JoinError:
+    message = one_line(error.message or "no reason given", secrets=(url.join_token, machine.unique_token))
+    if error.status in _UNREACHABLE:
+        return ServerUnreachableError(f"{url.authority} cannot be reached: {message}")
+    return JoinRefusedError(error.status.name, message)

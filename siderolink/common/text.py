@@ -1,0 +1,13 @@
+"""Text from outside, made fit for a person's terminal or a log."""
+
+from collections.abc import Iterable
+
+LONGEST = 400
+
+
+def one_line(text: str, *, secrets: Iterable[str | None] = (), limit: int = LONGEST) -> str:
+    """At most `limit` printable characters, with each of `secrets` masked."""
+    for secret in secrets:
+        if secret:
+            text = text.replace(secret, "…")
+    return "".join(c if c.isprintable() else " " for c in text[:limit])
