@@ -356,8 +356,8 @@ class Engine:
         if timers.retransmit_at <= now:
             self._retransmit(peer, now)
         if timers.keepalive_at <= now:
-            timers.keepalive_expired(now)
             self.send_keepalive(peer, now)
+            timers.keepalive_expired(now)
         if timers.new_handshake_at <= now:
             timers.new_handshake_at = NEVER
             self._exchange.initiate(peer, now)

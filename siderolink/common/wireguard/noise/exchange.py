@@ -197,9 +197,7 @@ class Exchange:
         if keys is None:
             self._output.drop(Drop.BAD_HANDSHAKE)
             return None
-        session = Session(
-            peer, keys, local_index=message.receiver, remote_index=message.sender, is_initiator=True, now=now
-        )
+        session = Session(peer, keys, local_index=message.receiver, remote_index=message.sender, is_initiator=True, now=now)
         self.indices.abandon(peer)
         self._install(session, now)
         self.complete(peer, now)

@@ -104,9 +104,7 @@ def verify_initiation(claimed: ClaimedInitiation, static_static: bytes) -> Recei
     timestamp = open_once(once, sealed, claimed.hash)
     if timestamp is None:
         return None
-    return ReceivedInitiation(
-        claimed.message.sender, claimed.message.ephemeral, chain, hash2(claimed.hash, sealed), timestamp
-    )
+    return ReceivedInitiation(claimed.message.sender, claimed.message.ephemeral, chain, hash2(claimed.hash, sealed), timestamp)
 
 
 def create_response(

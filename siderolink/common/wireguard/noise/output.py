@@ -19,7 +19,8 @@ class Output:
         self.drops: Counter[Drop] = Counter()
 
     def drop(self, reason: Drop, count: int = 1) -> None:
-        self.drops[reason] += count
+        if count:
+            self.drops[reason] += count
 
     def send(self, peer: Peer, path: Path, datagram: bytes) -> None:
         peer.sent_bytes += len(datagram)

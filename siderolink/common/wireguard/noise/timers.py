@@ -72,7 +72,7 @@ class Timers:
             self._another_keepalive = True
 
     def keepalive_expired(self, now: float) -> None:
-        """The keepalive is being sent; data that came meanwhile calls for one more."""
+        """The keepalive was sent; data that came since the timer was set calls for one more."""
         self.keepalive_at = NEVER
         if self._another_keepalive:
             self._another_keepalive = False
