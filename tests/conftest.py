@@ -1,6 +1,44 @@
+import asyncio
+import os
+from collections.abc import AsyncIterator, Iterator
+
 import pytest
+from pyroute2 import netns
 
 
 @pytest.fixture(scope="session")
 def anyio_backend() -> str:
     return "asyncio"
+
+
+def descriptors() -> dict[str, str]:
+    """This process's open descriptors and what each one is."""
+    found = {}
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            found[name] = os.readlink(f"/proc/self/fd/{name}")
+        except FileNotFoundError:
+            pass  # the descriptor of the listing itself
+    return found
+
+
+@pytest.fixture
+async def no_leaks(anyio_backend: str) -> AsyncIterator[None]:
+    """The test ends with no more tasks and descriptors than it began with."""
+    tasks, before = asyncio.all_tasks(), descriptors()
+    yield
+    # transports close their sockets one turn of the loop after they were told to
+    for _ in range(5):
+        await asyncio.sleep(0)
+    left = {task for task in asyncio.all_tasks() - tasks if not task.done()}
+    assert not left, f"tasks left behind: {left}"
+    opened = {name: what for name, what in descriptors().items() if before.get(name) != what}
+    assert not opened, f"descriptors left open: {opened}"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_namespaces_left() -> Iterator[None]:
+    """The run ends with no network namespace of its own."""
+    yield
+    left = [name for name in netns.listnetns() if name.startswith(f"sl{os.getpid()}-")]
+    assert not left, f"network namespaces left behind: {left}"
