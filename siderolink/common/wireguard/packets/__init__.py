@@ -1,0 +1,25 @@
+"""The data plane on matrices, without input or output: split (TSO), seal, open, merge (GRO), checksums."""
+
+from siderolink.common.wireguard.packets.buffers import Packets
+from siderolink.common.wireguard.packets.gather import Gatherer
+from siderolink.common.wireguard.packets.headers import VNET_SIZE, addresses
+from siderolink.common.wireguard.packets.merge import Merger, PacketDrop
+from siderolink.common.wireguard.packets.seal import Opened, Opener, Run, Sealer, find_runs, read_counters
+from siderolink.common.wireguard.packets.split import MalformedFrame, Splitter
+
+__all__ = [
+    "VNET_SIZE",
+    "Gatherer",
+    "MalformedFrame",
+    "Merger",
+    "Opened",
+    "Opener",
+    "PacketDrop",
+    "Packets",
+    "Run",
+    "Sealer",
+    "Splitter",
+    "addresses",
+    "find_runs",
+    "read_counters",
+]

@@ -1,0 +1,105 @@
+"""Buffers that live as long as a device, seen as rows and as columns."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+Bytes = bytes | bytearray | memoryview
+
+_MAX_CACHED = 32
+
+
+def round_up(size: int) -> int:
+    """The next multiple of 16, WireGuard's padding unit (whitepaper, section 5.4.6)."""
+    return (size + 15) & ~15
+
+
+def padded(size: int, mtu: int) -> int:
+    """The padded length of a packet of `size` bytes: a multiple of 16, but never above the MTU because of it."""
+    return max(size, min(round_up(size), mtu))
+
+
+class Scratch:
+    """A buffer that is written anew for each batch and grows when it must.
+
+    Slices and array views of it are made once for each shape and then kept, because making them is what costs.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._allocate(size)
+
+    def _allocate(self, size: int) -> None:
+        self.array: npt.NDArray[np.uint8] = np.zeros(size, np.uint8)
+        self.view = self.array.data
+        self._rows: dict[tuple[int, int, int], list[memoryview]] = {}
+        self._columns: dict[tuple[int, int, str], Array] = {}
+
+    def reserve(self, size: int) -> bool:
+        """Make room for `size` bytes. True if the buffer is a new one, so that views of the old one are stale."""
+        if size <= self.array.size:
+            return False
+        self._allocate(max(size, 2 * self.array.size))
+        return True
+
+    def rows(self, offset: int, stride: int, length: int, count: int) -> Sequence[memoryview]:
+        """At least `count` slices of `length` bytes, the first at `offset`, each `stride` after the one before."""
+        key = (offset, stride, length)
+        rows = self._rows.get(key)
+        if rows is None:
+            if len(self._rows) >= _MAX_CACHED:
+                self._rows.clear()
+            rows = self._rows[key] = []
+        view = self.view
+        for start in range(offset + len(rows) * stride, offset + count * stride, stride):
+            rows.append(view[start : start + length])
+        return rows
+
+    def column(self, offset: int, stride: int, dtype: str) -> Array:
+        """One number of each row, for as many rows as the buffer holds."""
+        key = (offset, stride, dtype)
+        column = self._columns.get(key)
+        if column is None:
+            if len(self._columns) >= _MAX_CACHED:
+                self._columns.clear()
+            count = (self.array.size - offset - np.dtype(dtype).itemsize) // stride + 1
+            column = self._columns[key] = np.ndarray((count,), dtype, self.array, offset, (stride,))
+        return column
+
+    def matrix(self, offset: int, stride: int, words: int, dtype: str = "<u4") -> Array:
+        """`words` numbers of each row from `offset` on, for as many rows as the buffer holds."""
+        key = (offset, stride, f"{words}{dtype}")
+        matrix = self._columns.get(key)
+        if matrix is None:
+            if len(self._columns) >= _MAX_CACHED:
+                self._columns.clear()
+            item = np.dtype(dtype).itemsize
+            count = (self.array.size - offset - words * item) // stride + 1
+            matrix = self._columns[key] = np.ndarray((count, words), dtype, self.array, offset, (stride, item))
+        return matrix
+
+
+@dataclass(slots=True)
+class Packets:
+    """Padded plaintext of packets for one peer, as rows of one buffer that the maker uses again for its next batch."""
+
+    data: memoryview
+    """From the first row to the end of the last one."""
+    count: int
+    """The number of rows, at least 1."""
+    stride: int
+    """Bytes from one row to the next; at least `length`."""
+    length: int
+    """The padded length of each row but the last."""
+    last: int
+    """The padded length of the last row, at most `length`."""
+    rows: Sequence[memoryview] = field(repr=False)
+    """Each row; there may be more of these than there are packets, and the last one is cut by `last`."""
+
+    @property
+    def size(self) -> int:
+        """All padded bytes."""
+        return self.length * (self.count - 1) + self.last

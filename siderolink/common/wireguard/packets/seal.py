@@ -1,0 +1,212 @@
+"""WireGuard transport messages (whitepaper, section 5.4.6), sealed and opened as rows of a matrix: one AEAD call a packet."""
+
+import struct
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import repeat
+from operator import length_hint
+from typing import Final
+
+import numpy as np
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
+
+from siderolink.common.wireguard.packets.buffers import Array, Packets, Scratch, round_up
+from siderolink.common.wireguard.path import Datagrams
+
+TRANSPORT_TYPE: Final = 4
+HEADER_SIZE: Final = 16
+TAG_SIZE: Final = 16
+OVERHEAD: Final = HEADER_SIZE + TAG_SIZE
+
+_HEADER: Final = struct.Struct("<IIQ")
+_KIND_AND_RECEIVER: Final = struct.Struct("<II")
+_COUNTER: Final = struct.Struct("<Q")
+_NONCE: Final = struct.Struct("<4xQ").pack
+_INITIAL_SIZE: Final = 1 << 16
+
+
+class Sealer:
+    """Turns packets into datagrams. What it returns is good until it is called again."""
+
+    def __init__(self) -> None:
+        self._scratch = Scratch(_INITIAL_SIZE)
+        self._steps: Array = np.arange(64, dtype=np.uint64)
+
+    def seal(self, packets: Packets, aead: ChaCha20Poly1305, receiver: int, counter: int, headroom: int = 0) -> Datagrams:
+        """Seal row i under counter + i. The caller has reserved `packets.count` counters from `counter` on, for good."""
+        count, length, last = packets.count, packets.length, packets.last
+        stride = headroom + OVERHEAD + length
+        start = headroom + HEADER_SIZE
+        end = (count - 1) * stride + headroom + OVERHEAD + last
+        scratch = self._scratch
+        scratch.reserve(end)
+        if count == 1:
+            _HEADER.pack_into(scratch.view, headroom, TRANSPORT_TYPE, receiver, counter)
+            aead.encrypt_into(_NONCE(counter), packets.data[:last], None, scratch.view[start:end])
+            return Datagrams(scratch.view[:end], 1, end, headroom)
+
+        if count > self._steps.size:
+            self._steps = np.arange(2 * count, dtype=np.uint64)
+        scratch.column(headroom, stride, "<u8")[:count] = receiver << 32 | TRANSPORT_TYPE
+        scratch.column(headroom + 8, stride, "<u8")[:count] = self._steps[:count] + np.uint64(counter)
+        full = count if last == length else count - 1
+        nonces = map(_NONCE, range(counter, counter + full))
+        sealed = scratch.rows(start, stride, length + TAG_SIZE, full)
+        deque(map(aead.encrypt_into, nonces, packets.rows, repeat(None), sealed), 0)
+        if full < count:
+            row = packets.data[(count - 1) * packets.stride :]
+            aead.encrypt_into(_NONCE(counter + full), row, None, scratch.view[start + full * stride : end])
+        return Datagrams(scratch.view[:end], count, stride, headroom)
+
+
+@dataclass(slots=True)
+class Run:
+    """Neighbouring datagrams of one kind for one receiver."""
+
+    kind: int
+    """The message type with its three reserved bytes; 0 if it is none, or a transport message too short to be one."""
+    receiver: int
+    """The bytes where transport messages have their receiver index, as a number; 0 if there are none."""
+    first: int
+    count: int
+    """More than 1 only for transport messages."""
+
+
+def find_runs(datagrams: Datagrams) -> list[Run]:
+    """Sort a received batch, which may mix peers, key pairs and handshake messages, into runs in order of arrival."""
+    data, count, stride, headroom = datagrams.data, datagrams.count, datagrams.stride, datagrams.headroom
+    full = count if len(data) == count * stride else count - 1
+    size = stride - headroom
+    if full > 1 and size >= OVERHEAD:
+        column: Array = np.ndarray((full,), "<u8", data, headroom, (stride,))
+        breaks = (np.flatnonzero(column[1:] != column[:-1]) + 1).tolist() if full > 1 else []
+        starts = [0, *breaks]
+        runs: list[Run] = []
+        for start, end in zip(starts, [*breaks, full], strict=True):
+            kind, receiver = _KIND_AND_RECEIVER.unpack_from(data, start * stride + headroom)
+            if kind == TRANSPORT_TYPE:
+                runs.append(Run(kind, receiver, start, end - start))
+            else:
+                runs.extend(Run(kind, receiver, row, 1) for row in range(start, end))
+    else:
+        runs = [_single_run(datagrams, row) for row in range(full)]
+    if full < count:
+        short = _single_run(datagrams, full)
+        if runs and short.kind == runs[-1].kind == TRANSPORT_TYPE and short.receiver == runs[-1].receiver:
+            runs[-1].count += 1
+        else:
+            runs.append(short)
+    return runs
+
+
+def _single_run(datagrams: Datagrams, row: int) -> Run:
+    datagram = datagrams.row(row)
+    if len(datagram) < 8:
+        return Run(0, 0, row, 1)
+    kind, receiver = _KIND_AND_RECEIVER.unpack_from(datagram)
+    if kind == TRANSPORT_TYPE and len(datagram) < OVERHEAD:
+        kind = 0
+    return Run(kind, receiver, row, 1)
+
+
+def read_counters(datagrams: Datagrams, first: int, count: int) -> list[int]:
+    """The counters of a run of transport messages, before anything of them is trusted."""
+    at = first * datagrams.stride + datagrams.headroom + 8
+    if count == 1:
+        return [_COUNTER.unpack_from(datagrams.data, at)[0]]
+    counters: list[int] = np.ndarray((count,), "<u8", datagrams.data, at, (datagrams.stride,)).tolist()
+    return counters
+
+
+@dataclass(slots=True)
+class Opened:
+    """Plaintext of a run, as rows of one buffer that the opener uses again for its next batch."""
+
+    scratch: Scratch
+    count: int
+    stride: int
+    """Bytes from one row to the next, a multiple of 16."""
+    length: int
+    """The padded length of each row but the last."""
+    last: int
+    """The padded length of the last row, at most `length`."""
+    counters: list[int]
+    """The counter of each row; it is genuine where `good`."""
+    good: list[bool]
+    """Whether each row's tag held. Set more of them to False to leave rows out, such as replayed ones."""
+
+    @property
+    def size(self) -> int:
+        """All padded bytes, of bad rows too."""
+        return self.length * (self.count - 1) + self.last
+
+    def row(self, index: int) -> memoryview:
+        """One row with its padding; zeros if its tag did not hold."""
+        start = index * self.stride
+        return self.scratch.view[start : start + (self.last if index == self.count - 1 else self.length)]
+
+
+class Opener:
+    """Turns datagrams into packets. What it returns is good until it is called again."""
+
+    def __init__(self) -> None:
+        self._scratch = Scratch(_INITIAL_SIZE)
+
+    def open(self, datagrams: Datagrams, first: int, count: int, aead: ChaCha20Poly1305) -> Opened:
+        """Open a run of transport messages (of find_runs). A row whose tag is wrong is erased, at no cost to its neighbours."""
+        data, step = datagrams.data, datagrams.stride
+        start = first * step + datagrams.headroom + HEADER_SIZE
+        length = step - datagrams.headroom - OVERHEAD
+        last = length
+        if first + count == datagrams.count:
+            last = len(data) - start - (count - 1) * step - TAG_SIZE
+        if not 0 <= last <= length:
+            raise ValueError("these rows are no transport messages")
+        scratch = self._scratch
+        if count == 1:
+            scratch.reserve(round_up(last))
+            counter = _COUNTER.unpack_from(data, start - 8)[0]
+            good = _open_row(aead, counter, data[start : start + last + TAG_SIZE], scratch.view[:last])
+            return Opened(scratch, 1, round_up(last), last, last, [counter], [good])
+
+        stride = round_up(length) or 16
+        scratch.reserve(count * stride)
+        counters = read_counters(datagrams, first, count)
+        full = count if last == length else count - 1
+        width = length + TAG_SIZE
+        sealed = [data[at : at + width] for at in range(start, start + full * step, step)]
+        flags = _open_rows(aead, counters, sealed, scratch.rows(0, stride, length, full))
+        if full < count:
+            sealed_last = data[start + full * step :][: last + TAG_SIZE]
+            flags.append(_open_row(aead, counters[-1], sealed_last, scratch.view[full * stride :][:last]))
+        return Opened(scratch, count, stride, length, last, counters, flags)
+
+
+def _open_row(aead: ChaCha20Poly1305, counter: int, sealed: memoryview, plain: memoryview) -> bool:
+    try:
+        aead.decrypt_into(_NONCE(counter), sealed, None, plain)
+    except InvalidTag:
+        plain[:] = bytes(len(plain))  # the plaintext is written before the tag is compared
+        return False
+    return True
+
+
+def _open_rows(
+    aead: ChaCha20Poly1305, counters: list[int], sealed: list[memoryview], plain: Sequence[memoryview]
+) -> list[bool]:
+    count = len(sealed)
+    good = [True] * count
+    # The map goes on after an exception, with the next row; the iterator of ciphertexts tells which row it was.
+    remaining = iter(sealed)
+    opening = map(aead.decrypt_into, map(_NONCE, counters), remaining, repeat(None), plain)
+    while True:
+        try:
+            deque(opening, 0)
+        except InvalidTag:
+            row = count - length_hint(remaining) - 1
+            plain[row][:] = bytes(len(plain[row]))
+            good[row] = False
+        else:
+            return good

@@ -1,0 +1,303 @@
+import struct
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
+from hypothesis import given
+from hypothesis import strategies as st
+
+from siderolink.common.wireguard.packets import Merger, Opened, Opener, PacketDrop, Splitter, addresses
+from tests.support.packets import (
+    ACK,
+    CWR,
+    ECE,
+    FIN,
+    PSH,
+    RST,
+    SYN,
+    TCP,
+    UDP,
+    URG,
+    Packet,
+    batch,
+    pad,
+    runs_of_one_size,
+    seal,
+    segment_frame,
+)
+
+AEAD = ChaCha20Poly1305(bytes(range(32)))
+OPENER = Opener()
+
+
+def opened(rows: list[bytes]) -> Opened:
+    result = OPENER.open(batch([seal(AEAD, row, 1, index) for index, row in enumerate(rows)]), 0, len(rows), AEAD)
+    assert all(result.good)
+    return result
+
+
+class Interface:
+    """Takes what a merger makes and cuts it up again, packet by packet."""
+
+    def __init__(self, *, tso: bool = True, uso: bool = True, refuse: frozenset[bytes] = frozenset()) -> None:
+        self.drops: Counter[PacketDrop] = Counter()
+        self.asked: list[tuple[bytes, bytes]] = []
+        self.refuse = refuse
+        self.merger = Merger(self._drop, tso=tso, uso=uso)
+
+    def _drop(self, reason: PacketDrop, count: int) -> None:
+        self.drops[reason] += count
+
+    def _admit(self, source: bytes, destination: bytes) -> bool:
+        self.asked.append((source, destination))
+        return source not in self.refuse
+
+    def frames(self, rows: list[bytes]) -> list[bytes]:
+        return self.frames_of(opened(rows))
+
+    def frames_of(self, batch: Opened) -> list[bytes]:
+        return [b"".join(bytes(part) for part in buffers) for buffers in self.merger.merge(batch, self._admit)]
+
+    def packets(self, rows: list[bytes]) -> list[bytes]:
+        return [packet for frame in self.frames(rows) for packet in segment_frame(frame)]
+
+
+def encoded(packet: Packet, gso_size: int) -> list[bytes]:
+    return [segment.encode() for segment in packet.segments(gso_size)]
+
+
+SIZES = [1, 7, 64, 1207, 1208, 1219, 1220]
+
+
+@pytest.mark.parametrize("gso_size", SIZES)
+@pytest.mark.parametrize("version", [4, 6])
+@pytest.mark.parametrize("protocol", [TCP, UDP])
+@pytest.mark.parametrize("short", [0, 1])
+def test_a_clean_run_becomes_one_frame(version: int, protocol: int, gso_size: int, short: int) -> None:
+    length = gso_size * 20 - min(short, gso_size - 1)
+    packet = Packet(
+        version=version,
+        protocol=protocol,
+        flags=ACK | PSH,
+        sequence=2**32 - 500,
+        identifier=65530,
+        payload=bytes(range(250)) * 100,
+    )
+    packet = replace(packet, payload=packet.payload[:length])
+    rows = [pad(row) for row in encoded(packet, gso_size)]
+    [frame] = Interface().frames(rows)
+    assert frame == packet.frame(gso_size)
+
+
+@given(
+    st.builds(
+        Packet,
+        version=st.sampled_from([4, 6]),
+        protocol=st.sampled_from([TCP, UDP]),
+        flags=st.sampled_from([ACK, ACK | PSH, ACK | FIN, ACK | CWR, ACK | ECE, ACK | CWR | PSH | FIN]),
+        options=st.integers(0, 10).map(lambda words: b"\1\2\3\4" * words),
+        sequence=st.integers(0, 2**32 - 1),
+        identifier=st.integers(0, 65535),
+        traffic_class=st.integers(0, 255),
+        payload=st.binary(min_size=100, max_size=3000),
+    ),
+    st.integers(50, 1200),
+)
+def test_what_the_splitter_cut_is_merged_to_the_same_frame(packet: Packet, gso_size: int) -> None:
+    if len(packet.payload) <= gso_size:
+        return
+    frame = packet.frame(gso_size)
+    packets = Splitter(1280).split(memoryview(frame))
+    rows = [bytes(row) for row in packets.rows[: packets.count - 1]]
+    rows.append(bytes(packets.data[(packets.count - 1) * packets.stride :]))
+    assert Interface().frames(rows) == [frame]
+
+
+@st.composite
+def disturbed(draw: st.DrawFn) -> list[bytes]:
+    """Segments of a few flows, some of them changed, left out, repeated, swapped or damaged."""
+    gso_size = draw(st.sampled_from([1, 8, 33, 500]))
+    flows = []
+    for source in range(draw(st.integers(1, 3))):
+        packet = Packet(
+            version=draw(st.sampled_from([4, 6])),
+            protocol=draw(st.sampled_from([TCP, TCP, UDP])),
+            source=source,
+            sequence=2**32 - 1000,
+            flags=ACK | draw(st.sampled_from([0, PSH, FIN, CWR])),
+            payload=bytes(range(gso_size % 251 + 1)) * 500,
+        )
+        packet = replace(
+            packet, payload=packet.payload[: gso_size * draw(st.integers(2, 7)) - draw(st.integers(0, gso_size - 1))]
+        )
+        flows.append(packet.segments(gso_size))
+    segments = [segment for flow in flows for segment in flow]
+    if draw(st.booleans()):
+        segments = draw(st.permutations(segments))
+    result: list[bytes] = []
+    changes = draw(st.lists(st.integers(0, len(segments) - 1), max_size=3))
+    for index, segment in enumerate(segments):
+        if index in changes:
+            result += _change(draw, segment)
+        else:
+            result.append(segment.encode())
+    return result
+
+
+def _change(draw: st.DrawFn, segment: Packet) -> list[bytes]:
+    replacement: dict[str, object] = draw(
+        st.sampled_from(
+            [
+                {"flags": ACK | URG, "urgent": 3},
+                {"flags": SYN},
+                {"flags": RST | ACK},
+                {"flags": ACK | FIN},
+                {"flags": ACK | PSH},
+                {"flags": ACK | CWR},
+                {"flags": ACK | ECE},
+                {"window": 9},
+                {"acknowledgement": 1},
+                {"urgent": 1},
+                {"options": bytes(4)},
+                {"sequence": segment.sequence + 1},
+                {"identifier": segment.identifier + 1},
+                {"fragment": 0x2000},
+                {"fragment": 0x0001},
+                {"fragment": 0},
+                {"hop_limit": 3},
+                {"ports": (1, 2)},
+                {"payload": b""},
+                {"payload": segment.payload + b"x"},
+                {"payload": segment.payload[:-1]},
+                {"traffic_class": 3},
+            ]
+        )
+    )
+    what = draw(st.sampled_from(["change", "drop", "repeat", "damage", "no checksum"]))
+    data = bytearray(segment.encode())
+    if what == "change":
+        return [replace(segment, **replacement).encode()]  # type: ignore[arg-type]
+    if what == "drop":
+        return []
+    if what == "repeat":
+        return [bytes(data)] * 2
+    if what == "no checksum":
+        at = segment.transport + (16 if segment.protocol == TCP else 6)
+        data[at : at + 2] = b"\0\0"
+        return [bytes(data)]
+    data[draw(st.integers(segment.transport, len(data) - 1))] ^= 1 << draw(st.integers(0, 7))
+    return [bytes(data)]
+
+
+@given(disturbed())
+def test_every_packet_passes_unchanged_and_in_order(packets: list[bytes]) -> None:
+    interface = Interface()
+    found: list[bytes] = []
+    for group in runs_of_one_size([pad(packet) for packet in packets]):
+        found += interface.packets(group)
+    assert found == packets
+    assert not interface.drops
+
+
+def test_a_damaged_segment_goes_alone_and_the_others_are_still_merged() -> None:
+    rows = [pad(row) for row in encoded(Packet(payload=bytes(100 * 9)), 100)]
+    damaged = bytearray(rows[4])
+    damaged[80] ^= 0x10
+    rows[4] = bytes(damaged)
+    frames = Interface().frames(rows)
+    assert [len(segment_frame(frame)) for frame in frames] == [4, 1, 4]
+    assert frames[1] == bytes(10) + damaged[:160]
+
+
+def test_padding_that_is_not_zero_is_not_part_of_the_packet() -> None:
+    rows = [pad(row)[:-1] + b"\xff" for row in encoded(Packet(payload=bytes(101 * 5)), 101)]
+    [frame] = Interface().frames(rows)
+    assert frame == Packet(payload=bytes(101 * 5)).frame(101)
+
+
+def test_a_short_last_row_does_not_borrow_from_the_batch_before() -> None:
+    rows = encoded(Packet(payload=bytes(range(100)) * 8), 100)
+    interface = Interface()
+    assert len(interface.frames([pad(row) for row in rows])) == 1
+    # The last row claims the length of the others, whose bytes are still in the buffer.
+    cut = [pad(row) for row in rows[:-1]] + [rows[-1][:80]]
+    frames = interface.frames(cut)
+    assert [segment for frame in frames for segment in segment_frame(frame)] == rows[:-1]
+    assert interface.drops == {PacketDrop.INNER_MALFORMED: 1}
+
+
+def test_rows_left_out_by_the_caller_split_a_run() -> None:
+    rows = encoded(Packet(payload=bytes(40 * 6)), 40)
+    batch = opened([pad(row) for row in rows])
+    batch.good[2] = False
+    frames = Interface().frames_of(batch)
+    assert [segment for frame in frames for segment in segment_frame(frame)] == rows[:2] + rows[3:]
+    assert len(frames) == 2
+
+
+@pytest.mark.parametrize(("tso", "uso"), [(True, False), (False, True), (False, False)])
+def test_without_offloads_nothing_is_merged(tso: bool, uso: bool) -> None:
+    for protocol, merges in ((TCP, tso), (UDP, uso)):
+        rows = encoded(Packet(protocol=protocol, payload=bytes(400)), 100)
+        frames = Interface(tso=tso, uso=uso).frames([pad(row) for row in rows])
+        assert [segment for frame in frames for segment in segment_frame(frame)] == rows
+        assert len(frames) == (1 if merges else 4)
+
+
+def test_addresses_are_asked_for_once_and_refused_ones_are_counted() -> None:
+    good, bad = Packet(payload=bytes(300)), Packet(source=9, payload=bytes(300))
+    rows = [pad(row) for pair in zip(encoded(good, 100), encoded(bad, 100), strict=True) for row in pair]
+    source = bad.encode()[8:24]
+    interface = Interface(refuse=frozenset([source]))
+    assert interface.packets(rows) == encoded(good, 100)
+    assert interface.drops == {PacketDrop.INNER_REFUSED: 3}
+    assert [pair[0] for pair in interface.asked] == [good.encode()[8:24], source]
+
+
+def test_what_is_not_ip_or_lies_about_its_length_is_dropped_alone() -> None:
+    good = pad(Packet(payload=bytes(30)).encode())
+    size = len(good)
+    liar = bytearray(good)
+    liar[4:6] = (size - 39).to_bytes(2, "big")
+    tiny = b"\x60" + bytes(size - 1)
+    rows = [good, bytes(liar), bytes(size), good, b"\x45" + bytes(size - 1), b"\x4f\0\0\x20" + bytes(size - 4), good[:16]]
+    interface = Interface()
+    assert interface.packets([*rows[:3], tiny, *rows[3:]]) == [good[:90], tiny[:40], good[:90]]
+    assert interface.drops == {PacketDrop.INNER_MALFORMED: 4, PacketDrop.INNER_NOT_IP: 1}
+
+
+def test_keepalives_are_silent() -> None:
+    interface = Interface()
+    assert interface.frames([b"", b""]) == []
+    assert not interface.drops
+    assert not interface.asked
+
+
+def test_extension_headers_are_never_merged() -> None:
+    rows = [row[:6] + b"\0" + row[7:] for row in encoded(Packet(payload=bytes(300)), 100)]
+    assert Interface().packets([pad(row) for row in rows]) == rows
+
+
+def test_a_run_is_cut_where_a_super_packet_ends() -> None:
+    rows = encoded(Packet(payload=bytes(1220 * 60)), 1220)
+    frames = Interface().frames([pad(row) for row in rows])
+    assert [segment for frame in frames for segment in segment_frame(frame)] == rows
+    assert [len(frame) - 10 for frame in frames] == [60 + 53 * 1220, 60 + 7 * 1220]
+
+
+@given(st.lists(st.binary(min_size=64, max_size=64), min_size=1, max_size=6), st.sampled_from([b"\x60", b"\x45", b"\x46", b""]))
+def test_any_bytes_are_taken(bodies: list[bytes], start: bytes) -> None:
+    rows = [start + body[len(start) :] for body in bodies]
+    interface = Interface()
+    frames = interface.frames(rows)
+    assert len(frames) + interface.drops.total() <= len(rows)
+
+
+def test_addresses() -> None:
+    six, four = Packet(source=5).encode(), Packet(version=4, source=5).encode()
+    assert addresses(six) == (6, six[8:24], six[24:40])
+    assert addresses(memoryview(struct.pack("10x") + four), 10) == (4, four[12:16], four[16:20])
+    assert [addresses(six[:size]) for size in range(40)] == [None] * 40
+    assert [addresses(four[:size]) for size in range(20)] == [None] * 20
+    assert addresses(bytes(60)) is None

@@ -1,0 +1,179 @@
+import struct
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from siderolink.common.wireguard.packets import Gatherer, MalformedFrame, Packets, Splitter
+from tests.support.packets import ACK, CWR, FIN, PSH, TCP, UDP, URG, Packet, pad
+
+
+def rows(packets: Packets) -> list[bytes]:
+    """Every row, checked for what the description of the batch promises."""
+    found = [
+        bytes(packets.data[at : at + (packets.length if index < packets.count - 1 else packets.last)])
+        for index, at in enumerate(range(0, packets.count * packets.stride, packets.stride))
+    ]
+    assert len(found) == packets.count
+    assert packets.size == sum(map(len, found))
+    assert [bytes(row) for row in packets.rows[: packets.count - 1]] == found[:-1]
+    assert len(packets.data) == (packets.count - 1) * packets.stride + packets.last
+    return found
+
+
+@st.composite
+def super_packets(draw: st.DrawFn) -> tuple[Packet, int]:
+    version = draw(st.sampled_from([4, 6]))
+    protocol = draw(st.sampled_from([TCP, UDP]))
+    gso_size = draw(st.integers(1, 1400) | st.sampled_from([1208, 1220, 1219, 64, 7]))
+    length = draw(st.integers(1, min(60 * gso_size, 65000)))
+    seed = draw(st.binary(min_size=1, max_size=40))
+    packet = Packet(
+        version=version,
+        protocol=protocol,
+        source=draw(st.integers(0, 2**24 - 1)),
+        ports=draw(st.tuples(st.integers(0, 65535), st.integers(0, 65535))),
+        sequence=draw(st.integers(0, 2**32 - 1)),
+        flags=ACK | draw(st.sampled_from([0, PSH, FIN, FIN | PSH, CWR, 64, CWR | PSH, URG])),
+        urgent=draw(st.sampled_from([0, 9])),
+        options=bytes(draw(st.integers(0, 10)) * 4),
+        identifier=draw(st.integers(0, 65535)),
+        traffic_class=draw(st.integers(0, 255)),
+        ip_options=b"\x01" * (4 * draw(st.integers(0, 2))) if version == 4 else b"",
+        payload=(seed * (length // len(seed) + 1))[:length],
+    )
+    return packet, gso_size
+
+
+SPLITTER = Splitter(1280)
+
+
+@given(super_packets())
+def test_segments_equal_those_made_one_at_a_time(case: tuple[Packet, int]) -> None:
+    packet, gso_size = case
+    expected = [pad(segment.encode()) for segment in packet.segments(gso_size)]
+    # The same splitter each time, so that a batch never shows what the one before left behind.
+    assert rows(SPLITTER.split(memoryview(packet.frame(gso_size)))) == expected
+
+
+@pytest.mark.parametrize("mtu", [1280, 1281, 1500, 9000])
+def test_padding_stops_at_the_mtu(mtu: int) -> None:
+    packet = Packet(payload=bytes(range(256)) * 100)
+    gso_size = mtu - 60
+    expected = [pad(segment.encode(), mtu) for segment in packet.segments(gso_size)]
+    found = rows(Splitter(mtu).split(memoryview(packet.frame(gso_size))))
+    assert found == expected
+    assert len(found[0]) == mtu
+
+
+def test_many_tiny_segments() -> None:
+    packet = Packet(payload=bytes(range(250)) * 250, options=bytes(12))
+    found = rows(Splitter(1280).split(memoryview(packet.frame(48))))
+    assert found == [pad(segment.encode()) for segment in packet.segments(48)]
+    assert len(found) == 1303
+
+
+def test_tcp_behind_an_extension_header() -> None:
+    plain = Packet(payload=bytes(range(100)))
+    extension = struct.pack(">BBHI", TCP, 0, 0x0104, 0)  # hop-by-hop with a PadN
+
+    def insert(packet: bytes) -> bytes:
+        size = int.from_bytes(packet[4:6], "big") + len(extension)
+        return packet[:4] + size.to_bytes(2, "big") + b"\0" + packet[7:40] + extension + packet[40:]
+
+    frame = plain.frame(30)
+    vnet = struct.pack("=BBHHHH", 1, 4, 68, 30, 48, 16)
+    expected = [pad(insert(segment.encode())) for segment in plain.segments(30)]
+    assert rows(SPLITTER.split(memoryview(vnet + insert(frame[10:])))) == expected
+
+
+@given(st.sampled_from([TCP, UDP]), st.sampled_from([4, 6]), st.binary(min_size=1, max_size=1200))
+def test_a_single_packet_gets_its_checksum(protocol: int, version: int, payload: bytes) -> None:
+    packet = Packet(protocol=protocol, version=version, payload=payload)
+    vnet = struct.pack("=BBHHHH", 1, 0, 0, 0, packet.transport, 16 if protocol == TCP else 6)
+    frame = memoryview(vnet + packet.encode(partial=True))
+    assert rows(SPLITTER.split(frame)) == [pad(packet.encode())]
+
+
+def test_a_udp_checksum_of_zero_is_written_as_ones() -> None:
+    # The payload makes the sum 0xFFFF, whose complement is zero.
+    base = Packet(protocol=UDP, payload=bytes(2))
+    value = int.from_bytes(base.encode()[46:48], "big")
+    packet = Packet(protocol=UDP, payload=value.to_bytes(2, "big"))
+    assert packet.encode()[46:48] == b"\xff\xff"
+    vnet = struct.pack("=BBHHHH", 1, 0, 0, 0, 40, 6)
+    assert rows(SPLITTER.split(memoryview(vnet + packet.encode(partial=True)))) == [pad(packet.encode())]
+    twice = Packet(protocol=UDP, payload=packet.payload * 2)
+    assert [row[46:48] for row in rows(SPLITTER.split(memoryview(twice.frame(2))))] == [b"\xff\xff"] * 2
+
+
+@given(super_packets(), st.data())
+def test_a_changed_frame_is_split_or_refused(case: tuple[Packet, int], data: st.DataObject) -> None:
+    frame = bytearray(case[0].frame(case[1]))
+    for _ in range(data.draw(st.integers(1, 3))):
+        frame[data.draw(st.integers(0, min(len(frame) - 1, 80)))] = data.draw(st.integers(0, 255))
+    cut = data.draw(st.integers(0, len(frame)) | st.just(len(frame)))
+    try:
+        packets = SPLITTER.split(memoryview(frame)[:cut])
+    except MalformedFrame:
+        return
+    rows(packets)
+
+
+def test_every_truncation_is_split_or_refused() -> None:
+    for packet in (Packet(payload=bytes(50)), Packet(version=4, payload=bytes(50)), Packet(protocol=UDP, payload=bytes(50))):
+        frame = packet.frame(20)
+        for cut in range(len(frame)):
+            try:
+                rows(SPLITTER.split(memoryview(frame)[:cut]))
+            except MalformedFrame:
+                continue
+            assert cut >= 10 + packet.transport + 8
+
+
+PLAIN = bytes(10)
+
+
+def test_gatherer_makes_rows_of_equal_frames() -> None:
+    gatherer = Gatherer(1280, max_rows=4)
+    packets = [Packet(protocol=UDP, payload=bytes([index]) * 60).encode() for index in range(4)]
+    assert [gatherer.add(memoryview(PLAIN + packet)) for packet in packets] == [True] * 4
+    assert not gatherer.add(memoryview(PLAIN + packets[0]))
+    taken = gatherer.take()
+    assert taken is not None
+    assert rows(taken) == [pad(packet) for packet in packets]
+    assert gatherer.take() is None
+
+
+def test_a_shorter_frame_ends_a_batch_and_a_longer_one_starts_another() -> None:
+    gatherer = Gatherer(1280)
+    short, middle, long = (Packet(protocol=UDP, payload=bytes(size)).encode() for size in (1, 100, 500))
+    assert gatherer.add(memoryview(PLAIN + middle))
+    assert not gatherer.add(memoryview(PLAIN + long))
+    assert gatherer.add(memoryview(PLAIN + short))
+    assert not gatherer.add(memoryview(PLAIN + short))
+    taken = gatherer.take()
+    assert taken is not None
+    assert rows(taken) == [pad(middle), pad(short)]
+
+
+def test_gatherer_leaves_super_packets_and_giants_to_the_splitter() -> None:
+    gatherer = Gatherer(1280)
+    assert not gatherer.add(memoryview(Packet(payload=bytes(3000)).frame(1220)))
+    giant = PLAIN + Packet(payload=bytes(3000)).encode()
+    assert not gatherer.add(memoryview(giant))
+    assert rows(Splitter(1280).split(memoryview(giant))) == [giant[10:]]
+    with pytest.raises(MalformedFrame):
+        gatherer.add(memoryview(bytes(12)))
+
+
+def test_gatherer_stays_whole_after_a_malformed_frame() -> None:
+    gatherer = Gatherer(1280)
+    good = Packet(protocol=UDP, payload=bytes(60)).encode()
+    assert gatherer.add(memoryview(PLAIN + good))
+    with pytest.raises(MalformedFrame):
+        gatherer.add(memoryview(struct.pack("=BBHHHH", 1, 0, 0, 0, 2000, 16) + good))
+    assert gatherer.add(memoryview(PLAIN + good))
+    taken = gatherer.take()
+    assert taken is not None
+    assert rows(taken) == [pad(good)] * 2
