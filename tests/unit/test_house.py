@@ -1,0 +1,210 @@
+"""The house rules, read off the source: who imports whom, what a package offers, how long things get."""
+
+import ast
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = ROOT / "siderolink"
+GENERATED = PACKAGE / "common" / "pb"
+FILE_LINES = 400
+FUNCTION_LINES = 60
+
+SOURCES = sorted(path for path in PACKAGE.rglob("*.py") if GENERATED not in path.parents)
+WRITTEN = SOURCES + sorted(
+    path for folder in ("tests", "examples", "scripts", "benchmarks") for path in (ROOT / folder).rglob("*.py")
+)
+
+# which rooms a room may import, besides itself
+ROOMS = {
+    "cli": {"client", "server", "common", ""},
+    "client": {"common"},
+    "server": {"common"},
+    "common": set[str](),
+    "": {"client", "server", "common"},
+    "__main__": {"cli"},
+}
+DEPENDENCIES = {"anyio", "betterproto2", "cryptography", "grpclib", "numpy", "pyroute2"}
+CLI_DEPENDENCIES = {"rich", "typer", "uvloop"}
+# what grpclib stands on; only the room that reaches into grpclib may use it
+GRPCLIB_INSIDES = {"h2", "hpack", "hyperframe", "multidict"}
+INPUT_AND_OUTPUT = {"anyio", "asyncio", "random", "secrets", "selectors", "socket", "threading", "time"}
+
+
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_bytes(), filename=str(path))
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imported(path: Path) -> set[str]:
+    """Every module imported anywhere in a file, as a dotted name; for ``from a import b`` both ``a`` and ``a.b``."""
+    package = path.parent.relative_to(ROOT).parts
+    found = set()
+    for node in ast.walk(parsed(path)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
+            source = ".".join(part for part in (base, node.module) if part)
+            found |= {source} | {f"{source}.{alias.name}" for alias in node.names}
+    return found
+
+
+def within(name: str, package: str) -> bool:
+    return name == package or name.startswith(package + ".")
+
+
+def room(name: str) -> str:
+    """The room of a module of ours: its second name; the root's own module, and names taken from it, give the empty one."""
+    parts = name.split(".")
+    return parts[1] if len(parts) > 1 and parts[1] in ROOMS else ""
+
+
+def identify(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def offences(pairs: Iterator[tuple[Path, str]]) -> None:
+    found = [f"{identify(path)}: {what}" for path, what in pairs]
+    assert not found, "\n".join(found)
+
+
+def test_imports_point_one_way() -> None:
+    def wrong() -> Iterator[tuple[Path, str]]:
+        for path in SOURCES:
+            here = room(module_name(path))
+            for name in imported(path):
+                if within(name, "siderolink") and name != "siderolink" and room(name) not in ROOMS[here] | {here}:
+                    yield path, name
+
+    offences(wrong())
+
+
+def test_the_protocol_imports_nothing_of_ours_and_does_no_input_or_output() -> None:
+    noise = PACKAGE / "common" / "wireguard" / "noise"
+
+    def wrong() -> Iterator[tuple[Path, str]]:
+        for path in noise.rglob("*.py"):
+            for name in imported(path):
+                ours = within(name, "siderolink") and not within(name, module_name(noise / "__init__.py"))
+                if ours or name.partition(".")[0] in INPUT_AND_OUTPUT:
+                    yield path, name
+
+    offences(wrong())
+
+
+def test_the_data_plane_does_no_input_or_output() -> None:
+    offences(
+        (path, name)
+        for path in (PACKAGE / "common" / "wireguard" / "packets").rglob("*.py")
+        for name in imported(path)
+        if name.partition(".")[0] in INPUT_AND_OUTPUT
+    )
+
+
+def test_only_declared_dependencies_are_imported_and_only_where_they_belong() -> None:
+    def wrong() -> Iterator[tuple[Path, str]]:
+        for path in SOURCES:
+            allowed = DEPENDENCIES | sys.stdlib_module_names | {"siderolink"}
+            if room(module_name(path)) == "cli":
+                allowed |= CLI_DEPENDENCIES
+            if within(module_name(path), "siderolink.common.grpc"):
+                allowed |= GRPCLIB_INSIDES
+            for name in imported(path):
+                if name.partition(".")[0] not in allowed:
+                    yield path, name
+
+    offences(wrong())
+
+
+def test_the_package_declares_its_six_dependencies() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+    def names(requirements: list[str]) -> set[str]:
+        return {requirement.split("=")[0].split(">")[0] for requirement in requirements}
+
+    assert names(project["dependencies"]) == DEPENDENCIES
+    assert names(project["optional-dependencies"]["cli"]) == CLI_DEPENDENCIES
+
+
+@pytest.mark.parametrize(
+    "module", ["siderolink", "siderolink.client", "siderolink.server", "siderolink.common.wireguard.device"]
+)
+def test_numpy_and_the_commands_needs_are_not_imported_before_they_are_used(module: str) -> None:
+    absent = sorted(CLI_DEPENDENCIES | {"numpy", "siderolink.common.wireguard.noise"})
+    program = f"import sys, {module}; print([name for name in {absent} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def public_names(path: Path) -> set[str]:
+    """What a module offers: its own public definitions and, for a package, what it imports from our modules."""
+    found: set[str] = set()
+    for node in parsed(path).body:
+        match node:
+            case ast.ClassDef(name=name) | ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name):
+                found.add(name)
+            case ast.Assign(targets=targets):
+                found |= {target.id for target in targets if isinstance(target, ast.Name)}
+            case ast.AnnAssign(target=ast.Name(id=name)):
+                found.add(name)
+            case ast.ImportFrom(module=source, names=names, level=level):
+                if path.name == "__init__.py" and (level or within(source or "", "siderolink")):
+                    found |= {alias.asname or alias.name for alias in names}
+    return {name for name in found if not name.startswith("_")}
+
+
+def declared_names(path: Path) -> list[str] | None:
+    for node in parsed(path).body:
+        if isinstance(node, ast.Assign) and any(isinstance(name, ast.Name) and name.id == "__all__" for name in node.targets):
+            return list(ast.literal_eval(node.value))
+    return None
+
+
+def test_every_all_is_exact() -> None:
+    def wrong() -> Iterator[tuple[Path, str]]:
+        for path in SOURCES:
+            declared, offered = declared_names(path), public_names(path)
+            if declared is None:
+                if offered and path.name == "__init__.py":
+                    yield path, "offers names without an __all__"
+            elif set(declared) != offered or len(declared) != len(set(declared)):
+                yield path, f"__all__ differs in {sorted(set(declared) ^ offered)}"
+
+    offences(wrong())
+
+
+def test_files_and_functions_fit_in_the_head() -> None:
+    def wrong() -> Iterator[tuple[Path, str]]:
+        for path in WRITTEN:
+            if (lines := len(path.read_text().splitlines())) >= FILE_LINES:
+                yield path, f"{lines} lines"
+            for node in ast.walk(parsed(path)):
+                if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                    lines = (node.end_lineno or 0) - node.lineno + 1
+                    if lines >= FUNCTION_LINES:
+                        yield path, f"{node.name} has {lines} lines"
+
+    offences(wrong())
+
+
+def test_tests_read_no_private_attributes() -> None:
+    def wrong() -> Iterator[tuple[Path, str]]:
+        for path in (ROOT / "tests").rglob("*.py"):
+            for node in ast.walk(parsed(path)):
+                match node:
+                    case ast.Attribute(value=ast.Name(id="self" | "cls")):
+                        pass
+                    case ast.Attribute(attr=name) if name.startswith("_") and not name.startswith("__"):
+                        yield path, f"line {node.lineno}: {name}"
+
+    offences(wrong())
