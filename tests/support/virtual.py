@@ -47,14 +47,12 @@ class Clock:
 class Node:
     """An engine with its owner's duties: release what was staged, keep what came."""
 
-    def __init__(self, name: str, address: str, clock: Clock, seed: int, **options: int) -> None:
+    def __init__(self, name: str, address: str, clock: Clock, seed: int) -> None:
         self.name = name
         self.address = address
         self.clock = clock
         self.random = random.Random(seed)
-        self.engine = Engine(
-            self.random.randbytes(32), entropy=self.random.randbytes, unix_time_ns=clock.unix_time_ns, **options
-        )
+        self.engine = Engine(self.random.randbytes(32), entropy=self.random.randbytes, unix_time_ns=clock.unix_time_ns)
         self.path = VirtualPath(name)
         self.received: list[bytes] = []
         self.events: list[Event] = []

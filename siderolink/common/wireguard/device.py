@@ -88,7 +88,14 @@ class HandshakeGaveUp:
     public_key: PublicKey
 
 
-DeviceEvent = HandshakeCompleted | PathChanged | HandshakeGaveUp
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InterfaceLost:
+    """The interface was deleted by somebody else; the device passes no packet any more and can only be left."""
+
+    reason: str
+
+
+DeviceEvent = HandshakeCompleted | PathChanged | HandshakeGaveUp | InterfaceLost
 OnDeviceEvent = Callable[[DeviceEvent], None]
 """Called on the event loop, between packets: it must be quick, must not raise, and may not call the device's `deliver`."""
 

@@ -141,7 +141,7 @@ def test_every_truncation_and_every_bit_flip_of_a_handshake_message(which: str) 
         altered[bit // 8] ^= 1 << bit % 8
         node.receive(bytes(altered), path)
     counted = dropped(node)
-    # A flip in mac2 is ignored where no cookie is asked for, so that message is as good as the original; the next 127 are replays.
+    # A flip in mac2 is ignored where no cookie is asked for: that message is as good as the original, the next 127 are replays.
     flips_that_pass = 128
     assert sum(counted.values()) == len(good) * 9 - 1
     replays = counted.pop(Drop.REPLAYED_INITIATION, 0) + counted.pop(Drop.UNEXPECTED_RESPONSE, 0)

@@ -131,7 +131,7 @@ class SourceLimiter:
 
 
 def source_network(source: bytes) -> bytes:
-    """What counts as one source: an IPv4 address (6 bytes with its port), an IPv6 /64 (18 bytes), else the bytes as they are."""
+    """What counts as one source: an IPv4 address (of 6 bytes with the port), an IPv6 /64 (of 18), else all the bytes."""
     if len(source) == 18:
         return source[:8]
     return source[:4] if len(source) == 6 else source

@@ -19,7 +19,7 @@ from .drops import Drop
 from .events import Event, HandshakeCompleted, HandshakeGaveUp, PathChanged
 from .exchange import Entropy, Exchange
 from .handshake import NO_PRESHARED_KEY, Identity
-from .inner import InnerHeader, inner_header, padded_length
+from .inner import inner_header, padded_length
 from .output import Output
 from .peer import Path, Peer
 from .primitives import dh, nonce
@@ -128,9 +128,20 @@ class Engine:
 
     # Packets out
 
-    def outbound_refusal(self, header: InnerHeader) -> Drop | None:
-        """Why a packet from the interface may not go out, or None."""
-        return Drop.INNER_DESTINATION if self.only_to is not None and header.source not in self.only_to else None
+    def find_peer(self, source: bytes, destination: bytes) -> Peer | None:
+        """The peer that a packet from the interface goes to; None, and counted, if it may not go anywhere."""
+        if self.only_to is not None and source not in self.only_to:
+            self._output.drop(Drop.INNER_DESTINATION)
+            return None
+        peer = self.allowed_ips.lookup(destination)
+        if peer is None:
+            self._output.drop(Drop.NO_PEER)
+        return peer
+
+    def can_send(self, peer: Peer, now: float) -> bool:
+        """True if `begin` would answer a session; if not, a packet has to be staged."""
+        session = peer.current
+        return session is not None and peer.reachable_path is not None and not session.is_expired(now)
 
     def begin(self, peer: Peer, count: int, size: int, now: float) -> tuple[Session, int, Path] | None:
         """Reserve counters for `count` data messages of `size` bytes in all, that the caller now seals and sends.
@@ -161,10 +172,8 @@ class Engine:
         if header is None or header.length != len(packet):
             self._output.drop(Drop.OUTBOUND_MALFORMED)
             return
-        refusal = self.outbound_refusal(header)
-        peer = self.allowed_ips.lookup(header.destination)
-        if refusal is not None or peer is None:
-            self._output.drop(refusal or Drop.NO_PEER)
+        peer = self.find_peer(header.source, header.destination)
+        if peer is None:
             return
         padded = padded_length(len(packet), self.mtu)
         begun = self.begin(peer, 1, padded + messages.TRANSPORT_OVERHEAD, now)

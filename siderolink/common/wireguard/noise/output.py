@@ -1,10 +1,13 @@
 """What an engine has to say after a verb: datagrams, events, peers with packets to release, and counted drops."""
 
 from collections import Counter
+from typing import TYPE_CHECKING
 
 from .drops import Drop
-from .events import Event
-from .peer import Path, Peer
+
+if TYPE_CHECKING:
+    from .events import Event
+    from .peer import Path, Peer
 
 
 class Output:
@@ -22,6 +25,6 @@ class Output:
         if count:
             self.drops[reason] += count
 
-    def send(self, peer: Peer, path: Path, datagram: bytes) -> None:
+    def send(self, peer: "Peer", path: "Path", datagram: bytes) -> None:
         peer.sent_bytes += len(datagram)
         self.datagrams.append((path, datagram))

@@ -1,13 +1,15 @@
 """One peer: its keys, its sessions, what waits for it, and where it was last heard."""
 
 from collections import deque
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from .allowed_ips import Network
 from .cookies import MacSigner
 from .handshake import NO_PRESHARED_KEY, SentInitiation
 from .session import Session
 from .timers import NEVER, Timers
+
+if TYPE_CHECKING:
+    from .allowed_ips import Network
 
 MAX_STAGED = 128
 MAX_STAGED_BYTES = 512 * 1024

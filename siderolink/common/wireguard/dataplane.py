@@ -1,0 +1,199 @@
+"""Packets between a TUN interface and paths, in batches; the protocol stays in the engine, the matrices in `packets`.
+
+Outwards: a super-packet from the interface is cut into rows, sealed and sent as one batch; small packets for the same peer that
+are read together are gathered into one. Inwards: each run of one session's datagrams is opened as a matrix and written to the
+interface merged again. What does not come in runs goes through the engine one by one.
+"""
+
+import time
+from collections.abc import Callable
+
+from siderolink.common.wireguard.noise import Drop, Engine, Event, Peer, Session
+from siderolink.common.wireguard.noise.messages import TRANSPORT_OVERHEAD
+from siderolink.common.wireguard.packets.buffers import Packets
+from siderolink.common.wireguard.packets.gather import Gatherer
+from siderolink.common.wireguard.packets.headers import PLAIN_VNET_HEADER, VNET_SIZE, addresses
+from siderolink.common.wireguard.packets.merge import Merger
+from siderolink.common.wireguard.packets.seal import Opened, Opener, Run, Sealer, find_runs
+from siderolink.common.wireguard.packets.split import MalformedFrame, Splitter
+from siderolink.common.wireguard.path import Datagrams, Path
+from siderolink.common.wireguard.tun import Tun
+
+MAX_READS = 32
+"""Frames read from the interface before other work has its turn."""
+
+
+def boot_time() -> float:
+    """Seconds on a clock that also runs while the host sleeps, so that keys age as the other side's do."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+class DataPlane:
+    """Moves packets; its owner watches the interface and the paths, and calls in."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        tun: Tun,
+        *,
+        on_events: Callable[[list[Event]], None],
+        on_drained: Callable[[float], None],
+        on_blocked: Callable[[Path], None],
+    ) -> None:
+        """`on_drained` is called with the time after each verb, to arm a timer; `on_blocked` when a lone peer's path is full."""
+        self._engine = engine
+        self._tun = tun
+        self._on_events = on_events
+        self._on_drained = on_drained
+        self._on_blocked = on_blocked
+        self._sealer = Sealer()
+        self._opener = Opener()
+        self._set_mtu(engine.mtu)
+        self._merger = Merger(engine.drop, tso=tun.tso, uso=tun.uso)
+        self._gathered_for: Peer | None = None
+
+    def _set_mtu(self, mtu: int) -> None:
+        self._splitter = Splitter(mtu)
+        self._gatherer = Gatherer(mtu)
+
+    def change_mtu(self, mtu: int) -> None:
+        """Follow the interface's MTU."""
+        self._engine.mtu = mtu
+        self._set_mtu(mtu)
+
+    # From the interface
+
+    def read_interface(self) -> None:
+        """Take what the interface has, up to a bound. Raises DeviceError when the interface is gone."""
+        now = boot_time()
+        for _ in range(MAX_READS):
+            frame = self._tun.read()
+            if frame is None:
+                break
+            self._send_frame(frame, now)
+        self._flush(now)
+        self.drain(now)
+
+    def _send_frame(self, frame: memoryview, now: float) -> None:
+        header = addresses(frame, VNET_SIZE)
+        if header is None:
+            self._engine.drop(Drop.OUTBOUND_MALFORMED)
+            return
+        peer = self._engine.find_peer(header[1], header[2])
+        if peer is None:
+            return
+        if peer is not self._gathered_for:
+            self._flush(now)
+            if not self._engine.can_send(peer, now):
+                self._engine.stage(peer, bytes(frame), now)
+                return
+        try:
+            if self._gatherer.add(frame):
+                self._gathered_for = peer
+                return
+            self._flush(now)
+            if self._gatherer.add(frame):
+                self._gathered_for = peer
+                return
+            self._transmit(self._splitter.split(frame), peer, now)
+        except MalformedFrame:
+            self._engine.drop(Drop.OUTBOUND_MALFORMED)
+
+    def _flush(self, now: float) -> None:
+        peer, self._gathered_for = self._gathered_for, None
+        if peer is None:
+            return
+        packets = self._gatherer.take()
+        if packets is not None:
+            self._transmit(packets, peer, now)
+
+    def _transmit(self, packets: Packets, peer: Peer, now: float) -> None:
+        count = packets.count
+        begun = self._engine.begin(peer, count, packets.size + count * TRANSPORT_OVERHEAD, now)
+        if begun is None:
+            self._engine.drop(Drop.EXPIRED_SESSION, count)
+            return
+        session, counter, path = begun
+        device_path: Path = path  # type: ignore[assignment] # the device gives the engine no other paths
+        device_path.send(self._sealer.seal(packets, session.sealer, session.remote_index, counter, device_path.headroom))
+        if not device_path.is_writable and len(self._engine.peers) == 1:
+            self._on_blocked(device_path)
+
+    # From a path
+
+    def deliver(self, datagrams: Datagrams, path: Path) -> None:
+        """Take a received batch, of any mix of peers and messages."""
+        now = boot_time()
+        if datagrams.count == 1:
+            self._receive_one(datagrams.row(0), path, now)
+        else:
+            for run in find_runs(datagrams):
+                if run.count == 1:
+                    self._receive_one(datagrams.row(run.first), path, now)
+                else:
+                    self._receive_run(datagrams, run, path, now)
+        self.drain(now)
+
+    def _receive_one(self, datagram: memoryview, path: Path, now: float) -> None:
+        packet = self._engine.receive(bytes(datagram), path, now)
+        if packet is not None:
+            self._tun.write((PLAIN_VNET_HEADER, packet))
+
+    def _receive_run(self, datagrams: Datagrams, run: Run, path: Path, now: float) -> None:
+        session = self._engine.session(run.receiver)
+        refusal = self._engine.session_refusal(session, path, now)
+        if refusal is not None or session is None:
+            self._engine.drop(refusal or Drop.UNKNOWN_RECEIVER, run.count)
+            return
+        opened = self._opener.open(datagrams, run.first, run.count, session.opener)
+        accepted = self._accept(opened, session)
+        if not accepted:
+            return
+        size = opened.size + opened.count * TRANSPORT_OVERHEAD
+        self._engine.opened(session, path, size * accepted // opened.count, now, has_data=opened.length > 0)
+        peer = session.peer
+        for buffers in self._merger.merge(opened, lambda source, to: self._engine.inbound_refusal(peer, source, to)):
+            self._tun.write(buffers)
+
+    def _accept(self, opened: Opened, session: Session) -> int:
+        """Leave out rows with a bad tag or a counter seen before; answers how many remain."""
+        good = opened.good
+        bad = good.count(False)
+        if not bad:
+            fresh = session.replay.accept_run(opened.counters)
+            if fresh is None:
+                return opened.count
+            opened.good = fresh
+        else:
+            self._engine.drop(Drop.BAD_TAG, bad)
+            accept = session.replay.accept
+            opened.good = [ok and accept(counter) for ok, counter in zip(good, opened.counters, strict=True)]
+        accepted = opened.good.count(True)
+        self._engine.drop(Drop.REPLAYED, opened.count - bad - accepted)
+        return accepted
+
+    # After each verb
+
+    def drain(self, now: float) -> None:
+        """Send what the engine has to say, release what was staged, tell the events."""
+        engine = self._engine
+        ready = engine.take_ready()
+        while ready:
+            for peer in ready:
+                for frame in peer.take_staged():
+                    self._send_frame(memoryview(frame), now)
+            self._flush(now)
+            ready = engine.take_ready()
+        for path, datagram in engine.datagrams_to_send():
+            device_path: Path = path  # type: ignore[assignment] # see _transmit
+            device_path.send(Datagrams.single(datagram, device_path.headroom))
+        events = engine.events()
+        if events:
+            self._on_events(events)
+        self._on_drained(now)
+
+    def handle_timers(self) -> None:
+        """Do what is due."""
+        now = boot_time()
+        self._engine.handle_timers(now)
+        self.drain(now)
