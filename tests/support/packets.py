@@ -69,8 +69,8 @@ class Packet:
 
     def _ip_header(self, size: int) -> bytes:
         if self.version == 6:
-            first = 6 << 28 | self.traffic_class << 20 | self.flow_label
-            return struct.pack(">IHBB", first, size, self.protocol, self.hop_limit) + self._addresses()
+            word = 6 << 28 | self.traffic_class << 20 | self.flow_label
+            return struct.pack(">IHBB", word, size, self.protocol, self.hop_limit) + self._addresses()
         length = 20 + len(self.ip_options)
         first = struct.pack(
             ">BBHHHBB",
