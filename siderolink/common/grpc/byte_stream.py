@@ -1,0 +1,222 @@
+"""The raw bytes of one bidirectional gRPC stream: its length-prefixed messages as they come, in pieces of any size."""
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping
+
+from grpclib import GRPCError, Status
+from grpclib.exceptions import StreamTerminatedError
+from grpclib.metadata import decode_grpc_message, encode_grpc_message
+from h2.errors import ErrorCodes
+
+from siderolink.common.grpc.connection import H2Stream, Headers
+from siderolink.common.grpc.refusals import Refusal, Refused
+
+log = logging.getLogger("siderolink")
+
+Receiver = Callable[[memoryview], None]
+"""Takes the next bytes; the buffer is the giver's again when it returns. May raise Refused, which ends the stream."""
+
+CONTENT_TYPE = "application/grpc"
+_HTTP_STATUS = {
+    "400": Status.INTERNAL,
+    "401": Status.UNAUTHENTICATED,
+    "403": Status.PERMISSION_DENIED,
+    "404": Status.UNIMPLEMENTED,
+    "429": Status.UNAVAILABLE,
+    "502": Status.UNAVAILABLE,
+    "503": Status.UNAVAILABLE,
+    "504": Status.UNAVAILABLE,
+}
+"""What an answer of HTTP alone means (gRPC's http-grpc-status-mapping)."""
+
+
+class ByteStream:
+    """One stream of either side. Everything but `wait_ended` returns at once."""
+
+    def __init__(self, stream: H2Stream, metadata: Mapping[str, str], *, server: bool) -> None:
+        assert stream.id is not None
+        self.metadata = metadata
+        """The request's metadata, first value of each key."""
+        self._stream = stream
+        self._id: int = stream.id
+        self._connection = stream.connection
+        self._server = server
+        self._receiver: Receiver | None = None
+        self._early: list[tuple[bytes, bool]] = []
+        self._unacknowledged = 0
+        self._window = self._connection.limits.stream_window_bytes
+        self._headers_sent = False
+        self._send_closed = False
+        self._wakers: list[Callable[[], None]] = []
+        self._outcome: asyncio.Future[Exception | None] = asyncio.get_running_loop().create_future()
+        self._heard_at = asyncio.get_running_loop().time()
+        self._idle_timer: asyncio.TimerHandle | None = None
+        self._connection.add_sink(stream, self)
+        if server and self._connection.limits.stream_idle_timeout is not None:
+            self._watch_idle(self._connection.limits.stream_idle_timeout)
+
+    @property
+    def is_open(self) -> bool:
+        """False once nothing sent here can arrive any more."""
+        return not self._send_closed and not self._outcome.done()
+
+    @property
+    def peer_name(self) -> str:
+        """The other end's address, for people."""
+        address = None if self._connection.is_closing() else self._connection.get_peer().addr()
+        return f"{address[0]}:{address[1]}" if isinstance(address, tuple) else "a local socket"
+
+    @property
+    def room(self) -> int:
+        """How many bytes `send` would take right now: what HTTP/2's windows and the socket leave."""
+        return self._connection.room(self._id) if self.is_open else 0
+
+    def accept(self) -> None:
+        """Server: send the initial metadata, once. Implied by the first `send`."""
+        if self._server and not self._headers_sent:
+            self._headers_sent = True
+            self._stream.put_headers([(":status", "200"), ("content-type", CONTENT_TYPE)])
+
+    def receive(self, receiver: Receiver) -> None:
+        """Give what comes, from the first byte on, to `receiver`."""
+        self._receiver = receiver
+        early, self._early = self._early, []
+        for data, flow in early:
+            self._give(memoryview(data), flow=flow)
+
+    def send(self, data: memoryview) -> int:
+        """Send the beginning of `data`, as much as there is `room`; returns how many bytes. The buffer is free on return."""
+        taken = min(self.room, len(data))
+        if taken:
+            self.accept()
+            self._connection.put_data(self._id, data[:taken])
+        return taken
+
+    def when_room(self, callback: Callable[[], None]) -> None:
+        """Call `callback` once when there may be room again, or when the stream has ended."""
+        self._wakers.append(callback)
+
+    def end(self, status: Status = Status.OK, message: str | None = None) -> None:
+        """Server: end the stream with this status. Client: say that no more will be sent; status and message are not sent."""
+        if self._send_closed:
+            return
+        self._send_closed = True
+        if self._server:
+            self._finish(None)
+            self._stream.put_headers(trailers(status, message, only=not self._headers_sent), end_stream=True)
+            self._stream.abort()
+        elif self._stream.closable:
+            self._connection.end_stream(self._id)
+        self.wake()
+
+    def reset(self) -> None:
+        """Give the stream up (CANCEL)."""
+        self._send_closed = True
+        self._finish(None)
+        self._stream.abort(ErrorCodes.CANCEL)
+        self.wake()
+
+    def refuse(self, refusal: Refusal, message: str, status: Status = Status.INVALID_ARGUMENT) -> None:
+        """End the stream because of what the peer sent, counted as `refusal`."""
+        self._connection.on_refusal(refusal, message)
+        if self._server:
+            self.end(status, message)
+        else:
+            self._finish(GRPCError(status, message))
+            self.reset()
+
+    async def wait_ended(self) -> None:
+        """Wait until the peer has ended the stream, or this side has.
+
+        Raises GRPCError for a status other than OK, and StreamTerminatedError when the stream was cut.
+        """
+        error = await asyncio.shield(self._outcome)
+        if error is not None:
+            raise error
+
+    def feed(self, data: memoryview, *, flow: bool) -> None:
+        self._heard_at = asyncio.get_running_loop().time()
+        if self._receiver is not None:
+            self._give(data, flow=flow)
+            return
+        self._early.append((bytes(data), flow))
+        if sum(len(early) for early, _ in self._early) > self._window:
+            self.refuse(Refusal.FLOW_CONTROL, "more than the stream's window", Status.RESOURCE_EXHAUSTED)
+
+    def ended(self) -> None:
+        headers = self._stream.trailers or self._stream.headers
+        self._finish(None if self._server else _error_of(headers))
+        self.wake()
+
+    def terminated(self, reason: str) -> None:
+        self._finish(StreamTerminatedError(reason))
+        self.wake()
+
+    def wake(self) -> None:
+        wakers, self._wakers = self._wakers, []
+        for waker in wakers:
+            waker()
+
+    def _give(self, data: memoryview, *, flow: bool) -> None:
+        assert self._receiver is not None
+        if self._outcome.done():
+            return
+        try:
+            self._receiver(data)
+        except Refused as refused:
+            self.refuse(refused.refusal, refused.message)
+            return
+        except Exception:
+            log.exception("a stream's receiver failed")
+            self.end(Status.INTERNAL)
+            return
+        if flow:
+            self._unacknowledged += len(data)
+            if self._unacknowledged >= self._window // 4:
+                self._connection.give_back(self._id, self._unacknowledged)
+                self._unacknowledged = 0
+
+    def _finish(self, error: Exception | None) -> None:
+        if self._idle_timer is not None:
+            self._idle_timer.cancel()
+            self._idle_timer = None
+        if not self._outcome.done():
+            self._outcome.set_result(error)
+            if self._unacknowledged:
+                self._connection.give_back(self._id, self._unacknowledged)
+                self._unacknowledged = 0
+
+    def _watch_idle(self, timeout: float) -> None:
+        loop = asyncio.get_running_loop()
+        silence = loop.time() - self._heard_at
+        if silence >= timeout:
+            self._idle_timer = None
+            self.refuse(Refusal.STREAM_IDLE, f"nothing was received for {timeout:g} s", Status.DEADLINE_EXCEEDED)
+        else:
+            self._idle_timer = loop.call_later(timeout - silence, self._watch_idle, timeout)
+
+
+def trailers(status: Status, message: str | None, *, only: bool) -> Headers:
+    """The headers that end a call; `only` when none were sent before."""
+    headers: Headers = [(":status", "200"), ("content-type", CONTENT_TYPE)] if only else []
+    headers.append(("grpc-status", str(status.value)))
+    if message:
+        headers.append(("grpc-message", encode_grpc_message(message)))
+    return headers
+
+
+def _error_of(headers: Headers | None) -> GRPCError | None:
+    """What a server's trailers, or its only headers, say."""
+    fields = dict(headers or ())
+    http_status = fields.get(":status", "200")
+    if http_status != "200":
+        return GRPCError(_HTTP_STATUS.get(http_status, Status.UNKNOWN), f"HTTP status {http_status[:8]!r}")
+    text = fields.get("grpc-status", "")
+    try:
+        status = Status(int(text))
+    except ValueError:
+        return GRPCError(Status.UNKNOWN, "the server ended the stream without a gRPC status")
+    if status is Status.OK:
+        return None
+    return GRPCError(status, decode_grpc_message(fields.get("grpc-message", "")))

@@ -1,0 +1,241 @@
+"""What the streams of one HTTP/2 connection share: grpclib's connection and stream, with bounds and a short way for bytes."""
+
+import asyncio
+from typing import Protocol
+
+from grpclib.config import Configuration
+from grpclib.exceptions import StreamTerminatedError
+from grpclib.protocol import Connection as _GrpclibConnection
+from grpclib.protocol import Stream as _GrpclibStream
+from grpclib.utils import Wrapper
+from h2.config import H2Configuration
+from h2.connection import H2Connection
+from h2.errors import ErrorCodes
+from h2.exceptions import ProtocolError
+from h2.settings import SettingCodes, Settings
+
+from siderolink.common.grpc import frames
+from siderolink.common.grpc.limits import Limits
+from siderolink.common.grpc.messages import MessageBuffer, OnRefusal
+from siderolink.common.grpc.refusals import Refusal
+
+Headers = list[tuple[str, str]]
+_STREAM_HEADROOM = 4
+
+
+class Sink(Protocol):
+    """Who takes a stream's raw bytes."""
+
+    def feed(self, data: memoryview, *, flow: bool) -> None:
+        """Take DATA; with `flow`, the sink gives the window back itself."""
+
+    def ended(self) -> None:
+        """The peer has sent all, or its trailers."""
+
+    def terminated(self, reason: str) -> None:
+        """The stream was reset or its connection is gone."""
+
+    def wake(self) -> None:
+        """There may be room to send again."""
+
+
+class H2Stream(_GrpclibStream):
+    """One stream; `sink` takes its bytes once it is raw."""
+
+    sink: Sink | None = None
+    connection: "Connection"
+    buffer: MessageBuffer
+
+    def init_stream(self, stream_id: int, connection: _GrpclibConnection) -> None:
+        super().init_stream(stream_id, connection)
+        owner = self.connection
+        self.buffer = MessageBuffer(lambda size: owner.ack(stream_id, size), owner.limits.max_message_bytes, owner.on_refusal)
+
+    async def send_data(self, data: bytes, end_stream: bool = False) -> None:
+        """Send all of it, or raise StreamTerminatedError when the peer leaves no room for it for `request_timeout`."""
+        try:
+            async with asyncio.timeout(self.connection.limits.request_timeout) as scope:
+                await super().send_data(data, end_stream)
+        except TimeoutError:
+            if scope.expired():
+                self.connection.on_refusal(Refusal.ANSWER_NOT_TAKEN, "the peer left no room for a message in time")
+                self.abort(ErrorCodes.CANCEL)
+                raise StreamTerminatedError("the peer left no room for a message in time") from None
+            raise
+
+    def put_headers(self, headers: Headers, *, end_stream: bool = False) -> None:
+        """Send headers now, without waiting; nothing happens on a stream that is closed."""
+        if not self.closable:
+            return
+        assert self.id is not None
+        try:
+            self._h2_connection.send_headers(self.id, headers, end_stream=end_stream)
+        except ProtocolError:
+            return
+        self.connection.flush()
+        self.connection.guard.sent_data()
+
+    def abort(self, error_code: ErrorCodes = ErrorCodes.NO_ERROR) -> None:
+        """Reset the stream if it is not closed."""
+        if self.closable:
+            assert self.id is not None
+            self._h2_connection.reset_stream(self.id, error_code=error_code)
+            self.connection.flush()
+
+    def __ended__(self) -> None:
+        super().__ended__()
+        if self.sink is not None:
+            self.sink.ended()
+
+    def __terminated__(self, reason: str) -> None:
+        super().__terminated__(reason)
+        self.buffer.settle()
+        if self.sink is not None:
+            self.sink.terminated(reason)
+
+
+class Connection(_GrpclibConnection):
+    """What all streams of a connection share."""
+
+    def __init__(
+        self, h2_connection: H2Connection, transport: asyncio.Transport, *, limits: Limits, server: bool, on_refusal: OnRefusal
+    ) -> None:
+        super().__init__(h2_connection, transport, config=grpclib_config(limits, server=server))
+        self.limits = limits
+        self.on_refusal = on_refusal
+        self.guard = frames.FloodGuard(limits, asyncio.get_running_loop().time)
+        self.scanner = frames.FrameScanner(limits, self.guard, server=server)
+        self.sinks: dict[int, Sink] = {}
+        self._unacknowledged = 0
+
+    def create_stream(self, *, stream_id: int | None = None, wrapper: Wrapper | None = None) -> H2Stream:
+        return H2Stream(self, self._connection, self._transport, stream_id=stream_id, wrapper=wrapper)
+
+    def ack(self, stream_id: int, size: int) -> None:
+        if not self.is_closing():
+            super().ack(stream_id, size)
+
+    def flush(self) -> None:
+        if not self.is_closing():
+            super().flush()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self.wake_sinks()
+
+    def wake_sinks(self) -> None:
+        for sink in tuple(self.sinks.values()):
+            sink.wake()
+
+    def add_sink(self, stream: H2Stream, sink: Sink) -> None:
+        """From now on the bytes of `stream` go to `sink`."""
+        assert stream.id is not None
+        stream.sink = sink
+        stream.buffer.settle()
+        self.sinks[stream.id] = sink
+        self.scanner.raw.add(stream.id)
+
+    def drop_sink(self, stream_id: int) -> None:
+        """Whatever still comes for this stream is the HTTP/2 engine's business again."""
+        self.sinks.pop(stream_id, None)
+        self.scanner.raw.discard(stream_id)
+
+    def give_back(self, stream_id: int, size: int) -> None:
+        """Tell the peer that it may send `size` more on the stream; the connection's share is told by halves of the window."""
+        if self.is_closing():
+            return
+        self._unacknowledged += size
+        updates = frames.window_update(stream_id, size) if stream_id in self._connection.streams else b""
+        if self._unacknowledged >= self.limits.connection_window_bytes // 4:
+            updates += frames.window_update(0, self._unacknowledged)
+            self._unacknowledged = 0
+        self._transport.write(updates)
+
+    def room(self, stream_id: int) -> int:
+        """How many bytes of DATA may be sent on the stream right now."""
+        if self.is_closing() or not self.write_ready.is_set():
+            return 0
+        stream = self._connection.streams.get(stream_id)
+        if stream is None or stream.closed:
+            return 0
+        return max(0, min(stream.outbound_flow_control_window, self._connection.outbound_flow_control_window))
+
+    def put_data(self, stream_id: int, data: memoryview) -> None:
+        """Send DATA that fits into `room`, in frames as long as the peer takes."""
+        size = len(data)
+        longest = min(self._connection.max_outbound_frame_size, self.limits.max_frame_bytes)
+        parts: list[bytes | memoryview] = []
+        for start in range(0, size, longest):
+            piece = data[start : start + longest]
+            parts.append(frames.frame_header(len(piece), frames.DATA, 0, stream_id))
+            parts.append(piece)
+        self._connection.streams[stream_id].outbound_flow_control_window -= size
+        self._connection.outbound_flow_control_window -= size
+        self.guard.sent_data(len(parts) // 2)
+        self._transport.write(b"".join(parts))
+
+    def end_stream(self, stream_id: int) -> None:
+        """Say that no more will be sent on the stream."""
+        self._connection.end_stream(stream_id)
+        self.flush()
+
+    def data_send_process(self) -> None:
+        super().data_send_process()
+        self.guard.sent_data()
+
+    def headers_send_process(self) -> None:
+        super().headers_send_process()
+        self.guard.sent_data()
+
+    def say_goodbye(self, error_code: ErrorCodes, reason: str) -> None:
+        """Send GOAWAY, if that can still be sent."""
+        if self.is_closing():
+            return
+        try:
+            self._connection.close_connection(error_code, additional_data=reason.encode())
+        except ProtocolError:
+            return
+        self.flush()
+
+    def ping(self) -> None:
+        self._connection.ping(b"siderolk")
+        self.flush()
+
+
+def grpclib_config(limits: Limits, *, server: bool) -> Configuration:
+    # grpclib's own pings are off: it counts an answer only, where here anything heard shows that the peer lives
+    config = Configuration(_keepalive_time=None, http2_connection_window_size=limits.connection_window_bytes)
+    return config.__for_server__() if server else config.__for_client__()
+
+
+def h2_config(*, server: bool) -> H2Configuration:
+    return H2Configuration(
+        client_side=not server,
+        header_encoding="latin-1",  # ASCII on the wire; a byte above it must not raise half way through a frame
+        validate_outbound_headers=False,
+        normalize_outbound_headers=False,
+        normalize_inbound_headers=False,
+    )
+
+
+def new_h2_connection(config: H2Configuration, limits: Limits) -> H2Connection:
+    connection = H2Connection(config)
+    settings: dict[SettingCodes, int] = {
+        SettingCodes.INITIAL_WINDOW_SIZE: limits.stream_window_bytes,
+        SettingCodes.MAX_FRAME_SIZE: limits.max_frame_bytes,
+        SettingCodes.MAX_HEADER_LIST_SIZE: limits.max_header_bytes,
+    }
+    if config.client_side:
+        settings[SettingCodes.ENABLE_PUSH] = 0
+    else:
+        settings[SettingCodes.MAX_CONCURRENT_STREAMS] = limits.max_streams
+    connection.local_settings = Settings(client=bool(config.client_side), initial_values=settings)
+    connection.max_inbound_frame_size = limits.max_frame_bytes
+    connection.decoder.max_header_list_size = limits.max_header_bytes
+    connection.initiate_connection()
+    connection.increment_flow_control_window(limits.connection_window_bytes - 65_535)
+    # The engine ends a whole connection for one call too many. It is told a higher number than the peer, so that
+    # calls opened before the peer has read our settings are refused one by one.
+    settings[SettingCodes.MAX_CONCURRENT_STREAMS] = limits.max_streams * _STREAM_HEADROOM
+    connection.local_settings = Settings(client=bool(config.client_side), initial_values=settings)
+    return connection

@@ -1,0 +1,63 @@
+"""How much one peer of the API may ask for, before it is refused."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """Bounds on connections, streams and messages. Sizes are bytes, times seconds; the defaults fit a server."""
+
+    max_message_bytes: int = 64 * 1024
+    """The longest gRPC message taken by an ordinary call, refused by its length prefix before it is buffered."""
+    max_header_bytes: int = 16 * 1024
+    """The longest header list, and the longest header block as it travels, of one call."""
+    max_frame_bytes: int = 64 * 1024
+    """The longest HTTP/2 frame taken (RFC 9113, 4.2: 16,384 to 16,777,215)."""
+    stream_window_bytes: int = 512 * 1024
+    """How much a peer may send on one stream before it is acknowledged."""
+    connection_window_bytes: int = 1024 * 1024
+    """How much a peer may send on all streams of one connection before it is acknowledged."""
+
+    max_connections: int = 16_384
+    """Connections in all; never more than the process may have descriptors."""
+    max_connections_per_address: int = 1_024
+    """Connections from one IPv4 address or one IPv6 /64. Many machines may share the address of one NAT."""
+    max_streams: int = 128
+    """Calls at the same time on one connection."""
+
+    preface_timeout: float = 10.0
+    """From accepting a connection to the end of the TLS handshake, and from there to the peer's first SETTINGS frame."""
+    request_timeout: float = 20.0
+    """From a call's headers to the end of its only request message."""
+    connection_idle_timeout: float = 300.0
+    """How long a connection may be without any call."""
+    stream_idle_timeout: float | None = 300.0
+    """How long a byte stream may go without receiving anything; WireGuard keeps a stream busy every 25 s. None for ever."""
+    shutdown_timeout: float = 1.0
+    """How long running calls may take to end when the server stops."""
+
+    flood_interval: float = 10.0
+    """The span over which the following counts are taken."""
+    max_resets: int = 200
+    """RST_STREAM frames per interval (CVE-2023-44487)."""
+    max_pings: int = 100
+    """PING frames per interval that no data of ours called for (CVE-2019-9512)."""
+    max_settings: int = 100
+    """SETTINGS frames per interval (CVE-2019-9515)."""
+    max_empty_frames: int = 100
+    """Empty DATA, HEADERS and CONTINUATION frames per interval (CVE-2019-9518)."""
+    max_window_updates: int = 2_000
+    """WINDOW_UPDATE frames per interval that no data of ours called for."""
+    max_other_frames: int = 500
+    """PRIORITY, GOAWAY and unknown frames per interval (CVE-2019-9513)."""
+
+    server_ping_interval: float | None = 60.0
+    """A server asks after a silent connection this often."""
+    client_ping_interval: float | None = 330.0
+    """A client asks after a silent connection this often; existing servers end connections that ask within 300 s."""
+    ping_timeout: float = 20.0
+    """How long an answer to such a PING may take; peers need not ask themselves."""
+    tcp_keepalive_idle: int = 30
+    """Whole seconds of silence before the kernel probes the peer; it gives up after three probes 10 s apart."""
+    connect_timeout: float = 10.0
+    """How long a client waits for a connection, the TLS handshake included."""

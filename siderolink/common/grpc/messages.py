@@ -1,0 +1,148 @@
+"""Bounds on gRPC's length-prefixed messages (gRPC over HTTP/2, "Length-Prefixed-Message"), and the codec of ordinary calls."""
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+from grpclib import GRPCError, Status
+from grpclib.encoding.proto import ProtoCodec
+from grpclib.protocol import Buffer
+
+from siderolink.common.errors import InvalidAnswerError
+from siderolink.common.grpc.refusals import Refusal, Refused
+
+PREFIX_BYTES = 5
+"""One byte that says whether the message is compressed, four of length."""
+
+OnRefusal = Callable[[Refusal, str], None]
+"""Called with the reason and one line about it."""
+
+
+def check_prefix(compressed: int, length: int, max_bytes: int) -> None:
+    """Raises Refused when a message with this prefix may not be taken."""
+    if compressed:
+        raise Refused(Refusal.MESSAGE_COMPRESSED, "the message is compressed, and no compression was agreed")
+    if length > max_bytes:
+        raise Refused(Refusal.MESSAGE_TOO_LARGE, f"the message has {length} bytes, more than {max_bytes}")
+
+
+class PrefixGuard:
+    """Watches the prefixes of a run of messages that arrives in any pieces."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self.messages = 0
+        """Messages that are complete."""
+        self._max_bytes = max_bytes
+        self._prefix = b""
+        self._remaining = 0
+
+    def feed(self, data: bytes) -> None:
+        """Look at the next bytes. Raises Refused at the first prefix that breaks a rule."""
+        pos, end = 0, len(data)
+        while pos < end:
+            if self._remaining:
+                taken = min(self._remaining, end - pos)
+                self._remaining -= taken
+            else:
+                taken = min(PREFIX_BYTES - len(self._prefix), end - pos)
+                self._prefix += data[pos : pos + taken]
+                if len(self._prefix) < PREFIX_BYTES:
+                    return
+                compressed, self._remaining = self._prefix[0], int.from_bytes(self._prefix[1:])
+                self._prefix = b""
+                check_prefix(compressed, self._remaining, self._max_bytes)
+            pos += taken
+            self.messages += not self._remaining
+
+
+class MessageBuffer(Buffer):
+    """What a call has received and not read yet; never more than the caps allow, and never waited for beyond a deadline."""
+
+    def __init__(self, acknowledge: Callable[[int], None], max_bytes: int, on_refusal: OnRefusal) -> None:
+        super().__init__(acknowledge)
+        self._acknowledge = acknowledge
+        self._guard = PrefixGuard(max_bytes)
+        self._on_refusal = on_refusal
+        self._error: GRPCError | None = None
+        self._timer: asyncio.TimerHandle | None = None
+
+    def expect_message(self, seconds: float) -> None:
+        """Refuse the call when its first message is not complete within `seconds`."""
+        self._timer = asyncio.get_running_loop().call_later(seconds, self._late, seconds)
+
+    def settle(self) -> None:
+        """Expect nothing any more."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def add(self, data: bytes, ack_size: int) -> None:
+        """Take one DATA frame. An empty one is nothing, where grpclib would take it for the end."""
+        if not ack_size:
+            return
+        if self._error is None:
+            try:
+                self._guard.feed(data)
+            except Refused as refused:
+                self._fail(refused.refusal, Status.RESOURCE_EXHAUSTED, refused.message)
+        if self._error is not None:
+            self._acknowledge(ack_size)
+            return
+        if self._guard.messages:
+            self.settle()
+        super().add(data, ack_size)
+
+    def eof(self) -> None:
+        """The peer has sent all."""
+        self.settle()
+        super().eof()
+
+    async def read(self, size: int) -> bytes:
+        """The next `size` bytes, or none at the end. Raises GRPCError for a call that was refused."""
+        try:
+            data = await super().read(size)
+        except AssertionError:
+            if self._error is None:
+                self._fail(Refusal.MESSAGE_MALFORMED, Status.INVALID_ARGUMENT, "the message was cut short")
+            data = b""
+        if self._error is not None:
+            raise self._error
+        return data
+
+    def _late(self, seconds: float) -> None:
+        self._timer = None
+        self._fail(
+            Refusal.REQUEST_TIMEOUT, Status.DEADLINE_EXCEEDED, f"the request did not come to its end within {seconds:g} s"
+        )
+
+    def _fail(self, refusal: Refusal, status: Status, message: str) -> None:
+        if self._error is None:
+            if refusal is Refusal.MESSAGE_COMPRESSED:
+                status = Status.UNIMPLEMENTED
+            self._error = GRPCError(status, message)
+            self._on_refusal(refusal, message)
+            super().eof()
+
+
+class ServerCodec(ProtoCodec):
+    """Protobuf as machines send it: what cannot be read is their fault and never ours."""
+
+    def __init__(self, on_refusal: OnRefusal) -> None:
+        self._on_refusal = on_refusal
+
+    def decode(self, data: bytes, message_type: Any) -> Any:
+        try:
+            return super().decode(data, message_type)
+        except Exception as error:
+            self._on_refusal(Refusal.MESSAGE_MALFORMED, f"{type(error).__name__} on reading a {message_type.__name__}")
+            raise GRPCError(Status.INVALID_ARGUMENT, "the message could not be read") from None
+
+
+class ClientCodec(ProtoCodec):
+    """Protobuf as a server sends it: what cannot be read is an invalid answer."""
+
+    def decode(self, data: bytes, message_type: Any) -> Any:
+        try:
+            return super().decode(data, message_type)
+        except Exception as error:
+            raise InvalidAnswerError(f"the server's answer is no {message_type.__name__}") from error

@@ -1,0 +1,275 @@
+"""One HTTP/2 connection of either side on asyncio: what comes, deadlines, and its end."""
+
+import asyncio
+import contextlib
+import logging
+import socket
+from collections.abc import Callable
+from typing import cast
+
+import h2.events
+from grpclib.protocol import AbstractHandler, EventsProcessor, H2Protocol
+from grpclib.protocol import Stream as _GrpclibStream
+from h2.errors import ErrorCodes
+from h2.exceptions import DenialOfServiceError, FlowControlError, ProtocolError, TooManyStreamsError
+
+from siderolink.common.grpc.connection import Connection, H2Stream, grpclib_config, h2_config, new_h2_connection
+from siderolink.common.grpc.limits import Limits
+from siderolink.common.grpc.messages import OnRefusal
+from siderolink.common.grpc.refusals import ERROR_CODES, Refusal, Refused
+
+log = logging.getLogger("siderolink")
+
+WRITE_BUFFER_BYTES = 64 * 1024
+"""Above this, what waits in the transport makes streams wait."""
+NOTSENT_LOWAT_BYTES = 128 * 1024
+"""How much the kernel may hold that it has not sent yet; what waits longer waits here, where it can be dropped."""
+CLOSE_SECONDS = 1.0
+"""How long a closed connection may take to send its last words."""
+
+
+class Processor(EventsProcessor):
+    """grpclib's dispatch of HTTP/2 events, which ignores what HTTP/2 says to ignore."""
+
+    connection: Connection
+
+    def __init__(self, handler: AbstractHandler, connection: Connection, on_streams: Callable[[int], None]) -> None:
+        super().__init__(handler, connection)
+        self._on_streams = on_streams
+
+    def process(self, event: h2.events.Event) -> None:
+        if event.__class__ in getattr(self, "processors", ()):
+            super().process(event)
+
+    def register(self, stream: _GrpclibStream) -> Callable[[], None]:
+        release = super().register(stream)
+        self._on_streams(len(self.streams))
+
+        def release_stream() -> None:
+            assert stream.id is not None
+            cast("H2Stream", stream).buffer.settle()
+            self.connection.drop_sink(stream.id)
+            release()
+            self._on_streams(len(self.streams))
+
+        return release_stream
+
+    def process_request_received(self, event: h2.events.RequestReceived) -> None:
+        if len(self.streams) < self.connection.limits.max_streams:
+            super().process_request_received(event)
+            return
+        message = f"more than {self.connection.limits.max_streams} calls at a time"
+        self.connection.on_refusal(Refusal.TOO_MANY_STREAMS, message)
+        self.connection.guard.count(Refusal.RESET_FLOOD)
+        self.connection.create_stream(stream_id=event.stream_id).abort(ErrorCodes.REFUSED_STREAM)
+
+    def process_data_received(self, event: h2.events.DataReceived) -> None:
+        sink = self.connection.sinks.get(event.stream_id)
+        if sink is None:
+            super().process_data_received(event)
+            return
+        sink.feed(memoryview(event.data), flow=False)
+        self.connection.ack(event.stream_id, event.flow_controlled_length or 0)
+
+    def process_window_updated(self, event: h2.events.WindowUpdated) -> None:
+        super().process_window_updated(event)
+        if event.stream_id == 0:
+            self.connection.wake_sinks()
+        elif event.stream_id in self.connection.sinks:
+            self.connection.sinks[event.stream_id].wake()
+
+    def process_remote_settings_changed(self, event: h2.events.RemoteSettingsChanged) -> None:
+        super().process_remote_settings_changed(event)
+        self.connection.wake_sinks()
+
+
+class Http2Protocol(H2Protocol):
+    """The asyncio protocol of either side. Nothing that a peer sends makes it raise."""
+
+    connection: Connection
+    processor: Processor
+
+    def __init__(
+        self,
+        handler: AbstractHandler,
+        limits: Limits,
+        *,
+        server: bool,
+        on_refusal: OnRefusal,
+        on_lost: Callable[[], None] = lambda: None,
+    ) -> None:
+        super().__init__(handler, grpclib_config(limits, server=server), h2_config(server=server))
+        self._limits = limits
+        self._server = server
+        self._on_refusal = on_refusal
+        self._on_lost = on_lost
+        self.was_made = False
+        """Whether the connection, the TLS handshake included, ever stood."""
+        self.lost = asyncio.Event()
+        """Set once the connection is gone."""
+        self._transport: asyncio.Transport | None = None
+        self._loop = asyncio.get_running_loop()
+        self._settings_received = False
+        self._heard_at = self._loop.time()
+        self._ping_sent = False
+        self._timers: dict[str, asyncio.TimerHandle] = {}
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.was_made = True
+        self._transport = cast("asyncio.Transport", transport)
+        self._transport.set_write_buffer_limits(high=WRITE_BUFFER_BYTES)
+        _tune(transport.get_extra_info("socket"), self._limits)
+        self.connection = Connection(
+            new_h2_connection(self.h2_config, self._limits),
+            self._transport,
+            limits=self._limits,
+            server=self._server,
+            on_refusal=self._on_refusal,
+        )
+        self.processor = Processor(self.handler, self.connection, self._on_streams)
+        self.connection.flush()
+        self._after("preface", self._limits.preface_timeout, self._preface_late)
+        interval = self._limits.server_ping_interval if self._server else self._limits.client_ping_interval
+        if interval is not None:
+            self._after("ping", interval, self._check_silence, interval)
+        self._on_streams(0)
+
+    def data_received(self, data: bytes) -> None:
+        if self._is_done():
+            return
+        self._heard_at = self._loop.time()
+        try:
+            for stream_id, piece in self.connection.scanner.feed(data):
+                if stream_id:
+                    self._feed_sink(stream_id, piece)
+                else:
+                    self._feed_engine(piece)
+                if self._is_done():
+                    return
+        except Refused as refused:
+            self.refuse(refused.refusal, refused.message)
+        except ProtocolError as error:
+            self.refuse(_refusal_of(error), str(error) or type(error).__name__)
+        except Exception as error:
+            log.debug("an API connection sent what HTTP/2 cannot read", exc_info=True)
+            self.refuse(Refusal.PROTOCOL_ERROR, type(error).__name__)
+
+    def _feed_sink(self, stream_id: int, piece: memoryview) -> None:
+        sink = self.connection.sinks.get(stream_id)
+        if sink is not None:
+            sink.feed(piece, flow=True)
+
+    def _feed_engine(self, piece: memoryview) -> None:
+        events = self.connection.feed(piece)  # type: ignore[arg-type]  # h2 takes any buffer
+        self.connection.flush()
+        for event in events:
+            if isinstance(event, h2.events.RemoteSettingsChanged):
+                self._settings_received = True
+                self._stop("preface")
+            self.processor.process(event)
+        self.connection.flush()
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        self._stop_all()
+        super().connection_lost(exc)
+        self._transport = None
+        self.lost.set()
+        self._on_lost()
+
+    def eof_received(self) -> None:
+        """A peer that half-closes TCP is done."""
+
+    def refuse(self, refusal: Refusal, message: str) -> None:
+        """End the connection, saying why as far as HTTP/2 can."""
+        if not self._is_done():
+            self._on_refusal(refusal, message)
+            self.close(ERROR_CODES.get(refusal, ErrorCodes.PROTOCOL_ERROR), refusal.value)
+
+    def close(self, error_code: ErrorCodes = ErrorCodes.NO_ERROR, reason: str = "") -> None:
+        """Say GOAWAY and close; a peer that does not take it is cut off after a second."""
+        transport = self._transport
+        if transport is None:
+            return
+        self.connection.say_goodbye(error_code, reason)
+        self._stop_all()
+        self.processor.close(f"the connection was closed: {reason}" if reason else "the connection was closed")
+        self._after("close", CLOSE_SECONDS, transport.abort)
+
+    def abort(self) -> None:
+        """Cut the connection off now."""
+        if self._transport is not None:
+            self._transport.abort()
+
+    def _is_done(self) -> bool:
+        return self._transport is None or self._transport.is_closing()
+
+    def _on_streams(self, count: int) -> None:
+        if self._is_done():
+            return
+        if count:
+            self._stop("idle")
+        elif self._server:
+            self._after("idle", self._limits.connection_idle_timeout, self._idle)
+
+    def _idle(self) -> None:
+        self.refuse(Refusal.CONNECTION_IDLE, f"no call for {self._limits.connection_idle_timeout:g} s")
+
+    def _preface_late(self) -> None:
+        self.refuse(Refusal.PREFACE_TIMEOUT, f"no HTTP/2 settings within {self._limits.preface_timeout:g} s")
+
+    def _check_silence(self, interval: float) -> None:
+        silence = self._loop.time() - self._heard_at
+        if silence < interval:
+            self._after("ping", interval - silence, self._check_silence, interval)
+        elif self._settings_received and (self._server or self.processor.streams):
+            self.connection.ping()
+            self._after("ping", self._limits.ping_timeout, self._check_pong, interval, self._loop.time())
+        else:
+            self._after("ping", interval, self._check_silence, interval)
+
+    def _check_pong(self, interval: float, asked_at: float) -> None:
+        if self._heard_at < asked_at:
+            self.refuse(Refusal.PING_TIMEOUT, f"no answer to a ping within {self._limits.ping_timeout:g} s")
+        else:
+            self._check_silence(interval)
+
+    def _after(self, name: str, seconds: float, callback: Callable[..., None], *args: object) -> None:
+        self._stop(name)
+        self._timers[name] = self._loop.call_later(seconds, callback, *args)
+
+    def _stop(self, name: str) -> None:
+        timer = self._timers.pop(name, None)
+        if timer is not None:
+            timer.cancel()
+
+    def _stop_all(self) -> None:
+        for timer in self._timers.values():
+            timer.cancel()
+        self._timers.clear()
+
+
+def _refusal_of(error: ProtocolError) -> Refusal:
+    if isinstance(error, TooManyStreamsError):
+        return Refusal.TOO_MANY_STREAMS
+    if isinstance(error, FlowControlError):
+        return Refusal.FLOW_CONTROL
+    if isinstance(error, DenialOfServiceError):
+        return Refusal.HEADERS_TOO_LARGE
+    return Refusal.PROTOCOL_ERROR
+
+
+def _tune(sock: socket.socket | None, limits: Limits) -> None:
+    if sock is None or sock.family not in (socket.AF_INET, socket.AF_INET6):
+        return
+    with contextlib.suppress(OSError):  # the peer may be gone already
+        _set_options(sock, limits)
+
+
+def _set_options(sock: socket.socket, limits: Limits) -> None:
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, limits.tcp_keepalive_idle)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, (limits.tcp_keepalive_idle + 30) * 1000)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, NOTSENT_LOWAT_BYTES)

@@ -1,0 +1,91 @@
+"""Why the API layer refused something, by name."""
+
+from enum import StrEnum
+
+from h2.errors import ErrorCodes
+
+
+class Refusal(StrEnum):
+    """A reason for which a connection, a call or a message was refused. Counted by the server; listed in docs/drops.md."""
+
+    TOO_MANY_CONNECTIONS = "too_many_connections"
+    """The server holds as many connections as it may."""
+    TOO_MANY_CONNECTIONS_FROM_ADDRESS = "too_many_connections_from_address"
+    """One address (an IPv6 /64 counts as one) holds as many connections as it may."""
+    TLS_HANDSHAKE_FAILED = "tls_handshake_failed"
+    """The TLS handshake failed or took too long."""
+    PREFACE_TIMEOUT = "preface_timeout"
+    """The peer did not finish HTTP/2's preface and first SETTINGS in time."""
+    NOT_HTTP2 = "not_http2"
+    """What came first was not HTTP/2's preface."""
+    PROTOCOL_ERROR = "protocol_error"
+    """The peer broke HTTP/2."""
+    FRAME_TOO_LARGE = "frame_too_large"
+    """A frame was longer than the peer was told it may be."""
+    HEADERS_TOO_LARGE = "headers_too_large"
+    """A header block was too long."""
+    FLOW_CONTROL = "flow_control"
+    """The peer sent more than the window it was given."""
+    CONNECTION_IDLE = "connection_idle"
+    """A connection was without a call for too long."""
+    PING_TIMEOUT = "ping_timeout"
+    """The peer did not answer a PING in time."""
+    TOO_MANY_STREAMS = "too_many_streams"
+    """The peer opened more calls at a time than it may."""
+    RESET_FLOOD = "reset_flood"
+    """Too many calls were reset in a short time."""
+    PING_FLOOD = "ping_flood"
+    """Too many PING frames in a short time."""
+    SETTINGS_FLOOD = "settings_flood"
+    """Too many SETTINGS frames in a short time."""
+    EMPTY_FRAME_FLOOD = "empty_frame_flood"
+    """Too many empty frames in a short time."""
+    WINDOW_UPDATE_FLOOD = "window_update_flood"
+    """Too many WINDOW_UPDATE frames in a short time."""
+    OTHER_FRAME_FLOOD = "other_frame_flood"
+    """Too many PRIORITY, GOAWAY or unknown frames in a short time."""
+    BAD_REQUEST = "bad_request"
+    """A call's headers were not those of gRPC, or its metadata could not be read."""
+    UNKNOWN_METHOD = "unknown_method"
+    """A call asked for a method that is not served here."""
+    MESSAGE_TOO_LARGE = "message_too_large"
+    """A gRPC message announced a length above the cap."""
+    MESSAGE_COMPRESSED = "message_compressed"
+    """A gRPC message was marked as compressed though no compression was agreed."""
+    MESSAGE_MALFORMED = "message_malformed"
+    """A gRPC message was cut short, or was not the protobuf message of its method."""
+    REQUEST_TIMEOUT = "request_timeout"
+    """A call's request message did not come to its end in time."""
+    ANSWER_NOT_TAKEN = "answer_not_taken"
+    """The peer left no room for an answer in time."""
+    STREAM_IDLE = "stream_idle"
+    """Nothing came by a byte stream for too long."""
+
+
+ERROR_CODES: dict[Refusal, ErrorCodes] = {
+    Refusal.TOO_MANY_CONNECTIONS: ErrorCodes.ENHANCE_YOUR_CALM,
+    Refusal.TOO_MANY_CONNECTIONS_FROM_ADDRESS: ErrorCodes.ENHANCE_YOUR_CALM,
+    Refusal.PREFACE_TIMEOUT: ErrorCodes.SETTINGS_TIMEOUT,
+    Refusal.FRAME_TOO_LARGE: ErrorCodes.FRAME_SIZE_ERROR,
+    Refusal.HEADERS_TOO_LARGE: ErrorCodes.ENHANCE_YOUR_CALM,
+    Refusal.FLOW_CONTROL: ErrorCodes.FLOW_CONTROL_ERROR,
+    Refusal.CONNECTION_IDLE: ErrorCodes.NO_ERROR,
+    Refusal.PING_TIMEOUT: ErrorCodes.NO_ERROR,
+    Refusal.TOO_MANY_STREAMS: ErrorCodes.ENHANCE_YOUR_CALM,
+    Refusal.RESET_FLOOD: ErrorCodes.ENHANCE_YOUR_CALM,
+    Refusal.PING_FLOOD: ErrorCodes.ENHANCE_YOUR_CALM,
+    Refusal.SETTINGS_FLOOD: ErrorCodes.ENHANCE_YOUR_CALM,
+    Refusal.EMPTY_FRAME_FLOOD: ErrorCodes.ENHANCE_YOUR_CALM,
+    Refusal.WINDOW_UPDATE_FLOOD: ErrorCodes.ENHANCE_YOUR_CALM,
+    Refusal.OTHER_FRAME_FLOOD: ErrorCodes.ENHANCE_YOUR_CALM,
+}
+"""HTTP/2's error code (RFC 9113, 7) in the GOAWAY of a refused connection; PROTOCOL_ERROR for the rest."""
+
+
+class Refused(Exception):
+    """Raised inside the API layer when the peer of a connection or stream is refused."""
+
+    def __init__(self, refusal: Refusal, message: str) -> None:
+        super().__init__(message)
+        self.refusal = refusal
+        self.message = message

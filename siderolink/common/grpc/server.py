@@ -1,0 +1,223 @@
+"""The API's server: listening, admission of connections, and a clean end."""
+
+import asyncio
+import contextlib
+import ipaddress
+import logging
+import os
+import resource
+import socket
+import ssl
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from grpclib.const import Handler
+
+from siderolink.common.grpc import frames
+from siderolink.common.grpc.calls import CallHandler, Servable, methods_of
+from siderolink.common.grpc.limits import Limits
+from siderolink.common.grpc.listeners import listen_tcp, listen_unix
+from siderolink.common.grpc.protocol import Http2Protocol
+from siderolink.common.grpc.refusals import ERROR_CODES, Refusal
+
+log = logging.getLogger("siderolink")
+
+_SPARE_DESCRIPTORS = 64
+_ACCEPT_PAUSE = 0.1
+
+
+class GrpcServer:
+    """A running server; made by `serve`."""
+
+    def __init__(
+        self,
+        methods: Mapping[str, Handler],
+        sockets: Sequence[socket.socket],
+        tls: ssl.SSLContext | None,
+        limits: Limits,
+        on_refusal: Callable[[Refusal, str], None] | None,
+    ) -> None:
+        self.refusals: Counter[Refusal] = Counter()
+        """How often each thing was refused."""
+        self._methods = methods
+        self._sockets = sockets
+        self._tls = tls
+        self._limits = limits
+        self._callback = on_refusal
+        self._max_connections = min(limits.max_connections, _spare_descriptors())
+        self._connections = 0
+        self._per_address: Counter[str] = Counter()
+        self._open: dict[Http2Protocol, CallHandler] = {}
+        self._all_closed = asyncio.Event()
+        self._all_closed.set()
+        self._handshakes: set[asyncio.Task[None]] = set()
+        self._accepting: list[asyncio.Task[None]] = []
+
+    @property
+    def port(self) -> int:
+        """The TCP port; 0 for a server on a local socket."""
+        name = self._sockets[0].getsockname()
+        return name[1] if isinstance(name, tuple) else 0
+
+    @property
+    def connections(self) -> int:
+        """How many connections are open, those in their TLS handshake included."""
+        return self._connections
+
+    def start(self) -> None:
+        """Begin to accept connections."""
+        loop = asyncio.get_running_loop()
+        self._accepting = [loop.create_task(self._accept(sock)) for sock in self._sockets]
+
+    async def stop(self) -> None:
+        """Stop accepting, tell running calls UNAVAILABLE, and close every connection; at most `shutdown_timeout` + 0.5 s."""
+        for task in (*self._accepting, *self._handshakes):
+            task.cancel()
+        await asyncio.gather(*self._accepting, *self._handshakes, return_exceptions=True)
+        for sock in self._sockets:
+            sock.close()
+        calls = [task for handler in self._open.values() for task in handler.tasks]
+        for handler in self._open.values():
+            handler.close()
+        if calls:
+            _, late = await asyncio.wait(calls, timeout=self._limits.shutdown_timeout)
+            if late:
+                log.warning("%d API calls did not end within %g s", len(late), self._limits.shutdown_timeout)
+        for protocol in tuple(self._open):
+            protocol.close()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(0.4):
+                await self._all_closed.wait()
+        for protocol in tuple(self._open):
+            protocol.abort()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(0.1):
+                await self._all_closed.wait()
+
+    def _refuse(self, refusal: Refusal, message: str) -> None:
+        self.refusals[refusal] += 1
+        log.debug("the API refused: %s: %s", refusal, message)
+        if self._callback is not None:
+            self._callback(refusal, message)
+
+    async def _accept(self, sock: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                connection, address = await loop.sock_accept(sock)
+            except OSError:  # out of descriptors or memory, or the peer is gone again
+                await asyncio.sleep(_ACCEPT_PAUSE)
+                continue
+            source = _source(address)
+            refusal = self._over(source)
+            if refusal is not None:
+                self._turn_away(connection, refusal, source)
+                continue
+            self._connections += 1
+            self._per_address[source] += 1
+            task = loop.create_task(self._admit(connection, source))
+            self._handshakes.add(task)
+            task.add_done_callback(self._handshakes.discard)
+
+    def _over(self, source: str) -> Refusal | None:
+        if self._connections >= self._max_connections:
+            return Refusal.TOO_MANY_CONNECTIONS
+        if source and self._per_address[source] >= self._limits.max_connections_per_address:
+            return Refusal.TOO_MANY_CONNECTIONS_FROM_ADDRESS
+        return None
+
+    def _turn_away(self, connection: socket.socket, refusal: Refusal, source: str) -> None:
+        self._refuse(refusal, f"from {source or 'a local process'}")
+        with connection, contextlib.suppress(OSError):
+            if self._tls is None:
+                connection.setblocking(False)
+                settings = frames.frame_header(0, frames.SETTINGS, 0, 0)
+                payload = bytes(4) + ERROR_CODES[refusal].to_bytes(4)
+                connection.send(settings + frames.frame_header(len(payload), frames.GOAWAY, 0, 0) + payload)
+
+    async def _admit(self, connection: socket.socket, source: str) -> None:
+        """Bring a connection to the point where HTTP/2 begins."""
+        loop = asyncio.get_running_loop()
+        handler = CallHandler(self._methods, self._limits, self._refuse)
+
+        def lost() -> None:
+            self._open.pop(protocol, None)
+            self._leave(source)
+
+        protocol = Http2Protocol(handler, self._limits, server=True, on_refusal=self._refuse, on_lost=lost)
+        self._open[protocol] = handler
+        self._all_closed.clear()
+        try:
+            await loop.connect_accepted_socket(
+                lambda: protocol,
+                connection,
+                ssl=self._tls,
+                ssl_handshake_timeout=self._limits.preface_timeout if self._tls is not None else None,
+            )
+        except BaseException as error:
+            if protocol in self._open and not protocol.was_made:
+                lost()
+                connection.close()
+            if not isinstance(error, Exception):
+                raise
+            self._refuse(Refusal.TLS_HANDSHAKE_FAILED, f"from {source}: {type(error).__name__}")
+
+    def _leave(self, source: str) -> None:
+        self._connections -= 1
+        self._per_address[source] -= 1
+        if self._per_address[source] <= 0:
+            del self._per_address[source]
+        if not self._connections:
+            self._all_closed.set()
+
+
+@asynccontextmanager
+async def serve(
+    handlers: Collection[Servable],
+    *,
+    host: str | Sequence[str] | None = None,
+    port: int = 0,
+    path: str | Path | None = None,
+    tls: ssl.SSLContext | None = None,
+    limits: Limits | None = None,
+    on_refusal: Callable[[Refusal, str], None] | None = None,
+) -> AsyncIterator[GrpcServer]:
+    """Serve gRPC on a TCP port of one or several hosts (None: all) or on a local socket at `path`, until the context is left.
+
+    `on_refusal` is called on the loop for whatever is refused, with one line about it; it must be quick and not raise.
+    Raises AddressInUseError, or ConfigurationError when the address cannot be used.
+    """
+    methods = methods_of(handlers)
+    if path is not None:
+        sockets = [listen_unix(path)]
+    else:
+        hosts = [""] if host is None else [host] if isinstance(host, str) else list(host)
+        sockets = await asyncio.to_thread(listen_tcp, hosts, port)
+    server = GrpcServer(methods, sockets, tls, limits or Limits(), on_refusal)
+    server.start()
+    try:
+        yield server
+    finally:
+        await server.stop()
+        if path is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+
+
+def _source(address: object) -> str:
+    """What counts as one address: an IPv4 address, an IPv6 /64, or nothing for a local socket."""
+    if not isinstance(address, tuple):
+        return ""
+    ip = ipaddress.ip_address(str(address[0]).partition("%")[0])
+    if isinstance(ip, ipaddress.IPv4Address):
+        return str(ip)
+    if ip.ipv4_mapped is not None:
+        return str(ip.ipv4_mapped)
+    return str(ipaddress.IPv6Network((ip, 64), strict=False))
+
+
+def _spare_descriptors() -> int:
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return max(soft - _SPARE_DESCRIPTORS, 16) if soft != resource.RLIM_INFINITY else 1 << 30
