@@ -7,7 +7,8 @@ from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from hypothesis import given
 from hypothesis import strategies as st
 
-from siderolink.common.wireguard.packets import Merger, Opened, Opener, PacketDrop, Splitter, addresses
+from siderolink.common.wireguard.noise.drops import Drop
+from siderolink.common.wireguard.packets import Merger, Opened, Opener, Splitter, addresses
 from tests.support.packets import (
     ACK,
     CWR,
@@ -41,23 +42,23 @@ class Interface:
     """Takes what a merger makes and cuts it up again, packet by packet."""
 
     def __init__(self, *, tso: bool = True, uso: bool = True, refuse: frozenset[bytes] = frozenset()) -> None:
-        self.drops: Counter[PacketDrop] = Counter()
+        self.drops: Counter[Drop] = Counter()
         self.asked: list[tuple[bytes, bytes]] = []
         self.refuse = refuse
         self.merger = Merger(self._drop, tso=tso, uso=uso)
 
-    def _drop(self, reason: PacketDrop, count: int) -> None:
+    def _drop(self, reason: Drop, count: int) -> None:
         self.drops[reason] += count
 
-    def _admit(self, source: bytes, destination: bytes) -> bool:
+    def _refuse(self, source: bytes, destination: bytes) -> Drop | None:
         self.asked.append((source, destination))
-        return source not in self.refuse
+        return Drop.INNER_SOURCE if source in self.refuse else None
 
     def frames(self, rows: list[bytes]) -> list[bytes]:
         return self.frames_of(opened(rows))
 
     def frames_of(self, batch: Opened) -> list[bytes]:
-        return [b"".join(bytes(part) for part in buffers) for buffers in self.merger.merge(batch, self._admit)]
+        return [b"".join(bytes(part) for part in buffers) for buffers in self.merger.merge(batch, self._refuse)]
 
     def packets(self, rows: list[bytes]) -> list[bytes]:
         return [packet for frame in self.frames(rows) for packet in segment_frame(frame)]
@@ -224,7 +225,7 @@ def test_a_short_last_row_does_not_borrow_from_the_batch_before() -> None:
     cut = [pad(row) for row in rows[:-1]] + [rows[-1][:80]]
     frames = interface.frames(cut)
     assert [segment for frame in frames for segment in segment_frame(frame)] == rows[:-1]
-    assert interface.drops == {PacketDrop.INNER_MALFORMED: 1}
+    assert interface.drops == {Drop.INNER_MALFORMED: 1}
 
 
 def test_rows_left_out_by_the_caller_split_a_run() -> None:
@@ -251,7 +252,7 @@ def test_addresses_are_asked_for_once_and_refused_ones_are_counted() -> None:
     source = bad.encode()[8:24]
     interface = Interface(refuse=frozenset([source]))
     assert interface.packets(rows) == encoded(good, 100)
-    assert interface.drops == {PacketDrop.INNER_REFUSED: 3}
+    assert interface.drops == {Drop.INNER_SOURCE: 3}
     assert [pair[0] for pair in interface.asked] == [good.encode()[8:24], source]
 
 
@@ -264,7 +265,7 @@ def test_what_is_not_ip_or_lies_about_its_length_is_dropped_alone() -> None:
     rows = [good, bytes(liar), bytes(size), good, b"\x45" + bytes(size - 1), b"\x4f\0\0\x20" + bytes(size - 4), good[:16]]
     interface = Interface()
     assert interface.packets([*rows[:3], tiny, *rows[3:]]) == [good[:90], tiny[:40], good[:90]]
-    assert interface.drops == {PacketDrop.INNER_MALFORMED: 4, PacketDrop.INNER_NOT_IP: 1}
+    assert interface.drops == {Drop.INNER_MALFORMED: 5}
 
 
 def test_keepalives_are_silent() -> None:

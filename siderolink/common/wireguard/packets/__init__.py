@@ -3,7 +3,7 @@
 from siderolink.common.wireguard.packets.buffers import Packets
 from siderolink.common.wireguard.packets.gather import Gatherer
 from siderolink.common.wireguard.packets.headers import VNET_SIZE, addresses
-from siderolink.common.wireguard.packets.merge import Merger, PacketDrop
+from siderolink.common.wireguard.packets.merge import Merger
 from siderolink.common.wireguard.packets.seal import Opened, Opener, Run, Sealer, find_runs, read_counters
 from siderolink.common.wireguard.packets.split import MalformedFrame, Splitter
 
@@ -14,7 +14,6 @@ __all__ = [
     "Merger",
     "Opened",
     "Opener",
-    "PacketDrop",
     "Packets",
     "Run",
     "Sealer",

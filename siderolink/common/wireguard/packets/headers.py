@@ -34,10 +34,6 @@ class Gso(IntEnum):
     """A flag beside the TCP types: the first segment may carry CWR."""
 
 
-class MalformedPacket(ValueError):
-    """Raised when a packet's headers contradict its size or each other."""
-
-
 class Inner(NamedTuple):
     """Where things are in one IP packet that carries TCP or UDP."""
 
@@ -65,23 +61,21 @@ def addresses(packet: Bytes, offset: int = 0) -> tuple[int, bytes, bytes] | None
 
 
 def total_length(packet: Bytes, size: int) -> int | None:
-    """The length of an IP packet by its own account. None if it is not IP; raises MalformedPacket if it does not fit `size`."""
+    """The length of an IP packet by its own account; None if it is not IP, or not whole in the `size` bytes there are."""
     version = packet[0] >> 4 if size else 0
     if version == 6:
         if size < 40:
-            raise MalformedPacket("an IPv6 packet is shorter than its header")
+            return None
         total = 40 + (packet[4] << 8 | packet[5])
     elif version == 4:
         if size < 20:
-            raise MalformedPacket("an IPv4 packet is shorter than its header")
+            return None
         total = packet[2] << 8 | packet[3]
         if not 20 <= (packet[0] & 15) * 4 <= total:
-            raise MalformedPacket("the header length of an IPv4 packet is impossible")
+            return None
     else:
         return None
-    if total > size:
-        raise MalformedPacket("an IP packet is longer than what carries it")
-    return total
+    return total if total <= size else None
 
 
 def parse_inner(packet: Bytes, total: int) -> Inner | None:

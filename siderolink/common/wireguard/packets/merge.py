@@ -6,12 +6,12 @@ steps, full segments but for the last, and right checksums. Whatever does not fi
 
 import struct
 from collections.abc import Callable, Iterator
-from enum import StrEnum
 from functools import lru_cache
 from typing import Final
 
 import numpy as np
 
+from siderolink.common.wireguard.noise.drops import Drop
 from siderolink.common.wireguard.packets.buffers import Array, Bytes
 from siderolink.common.wireguard.packets.checksum import (
     MODULUS,
@@ -36,7 +36,6 @@ from siderolink.common.wireguard.packets.headers import (
     VNET_HEADER,
     Gso,
     Inner,
-    MalformedPacket,
     parse_inner,
     total_length,
 )
@@ -48,40 +47,27 @@ _MAX_TOTAL: Final = 65535
 _PUT_16: Final = struct.Struct(">H").pack_into
 _PUT_32: Final = struct.Struct(">I").pack_into
 
-Admit = Callable[[bytes, bytes], bool]
-"""Whether packets with this source and destination (4 or 16 bytes each) may pass."""
-
-
-class PacketDrop(StrEnum):
-    """Why a packet that was opened did not reach the interface."""
-
-    INNER_MALFORMED = "inner_malformed"
-    """The packet is shorter than its IP header says, or than an IP header."""
-    INNER_NOT_IP = "inner_not_ip"
-    """The packet is neither IPv4 nor IPv6."""
-    INNER_REFUSED = "inner_refused"
-    """Its source or destination is not allowed for this peer."""
-
-
-OnPacketDrop = Callable[[PacketDrop, int], None]
+Refuse = Callable[[bytes, bytes], Drop | None]
+"""Why packets with this source and destination (4 or 16 bytes each) may not pass; None if they may."""
+OnDrop = Callable[[Drop, int], None]
 
 
 class Merger:
     """Makes frames for one interface."""
 
-    def __init__(self, on_drop: OnPacketDrop, *, tso: bool = True, uso: bool = False) -> None:
+    def __init__(self, on_drop: OnDrop, *, tso: bool = True, uso: bool = False) -> None:
         """`tso` and `uso`: whether the interface takes super-packets of TCP and of UDP."""
         self._on_drop = on_drop
         self._tso = tso
         self._uso = uso
 
-    def merge(self, opened: Opened, admit: Admit) -> Iterator[list[Bytes]]:
+    def merge(self, opened: Opened, refuse: Refuse) -> Iterator[list[Bytes]]:
         """The buffers of each frame, for one writev each; they are good until the opener is called again.
 
-        `admit` is asked once for each pair of addresses. Keepalives are passed over in silence.
+        `refuse` is asked once for each pair of addresses. Keepalives are passed over in silence.
         """
         count, stride, good, view = opened.count, opened.stride, opened.good, opened.scratch.view
-        admitted: dict[bytes, bool] = {}
+        refusals: dict[bytes, Drop | None] = {}
         row = 0
         while row < count:
             start = row * stride
@@ -89,7 +75,7 @@ class Merger:
             step = 1
             if good[row] and size:
                 packet = view[start : start + size]
-                total = self._admitted_length(packet, admit, admitted)
+                total = self._admitted_length(packet, refuse, refusals)
                 if total:
                     inner = self._mergeable(packet, total) if row + 1 < count else None
                     step = _run_length(opened, row, inner) if inner else 1
@@ -99,23 +85,19 @@ class Merger:
                         yield [PLAIN_VNET_HEADER, packet[:total]]
             row += step
 
-    def _admitted_length(self, packet: memoryview, admit: Admit, admitted: dict[bytes, bool]) -> int:
+    def _admitted_length(self, packet: memoryview, refuse: Refuse, refusals: dict[bytes, Drop | None]) -> int:
         """The packet's length without padding, or 0 if it is dropped."""
-        try:
-            total = total_length(packet, len(packet))
-        except MalformedPacket:
-            self._on_drop(PacketDrop.INNER_MALFORMED, 1)
-            return 0
+        total = total_length(packet, len(packet))
         if total is None:
-            self._on_drop(PacketDrop.INNER_NOT_IP, 1)
+            self._on_drop(Drop.INNER_MALFORMED, 1)
             return 0
         pair = bytes(packet[8:40] if packet[0] >> 4 == 6 else packet[12:20])
-        passes = admitted.get(pair)
-        if passes is None:
+        if pair not in refusals:
             half = len(pair) // 2
-            passes = admitted[pair] = admit(pair[:half], pair[half:])
-        if not passes:
-            self._on_drop(PacketDrop.INNER_REFUSED, 1)
+            refusals[pair] = refuse(pair[:half], pair[half:])
+        refusal = refusals[pair]
+        if refusal is not None:
+            self._on_drop(refusal, 1)
             return 0
         return total
 

@@ -1,0 +1,186 @@
+"""A TUN interface with offloads (Linux, Documentation/networking/tuntap; include/uapi/linux/if_tun.h)."""
+
+import errno
+import fcntl
+import os
+import re
+import struct
+from collections.abc import Iterable, Sequence
+from types import TracebackType
+from typing import Final, Self
+
+from pyroute2 import AsyncIPRoute
+from pyroute2.netlink.exceptions import NetlinkError
+
+from siderolink.common.errors import ConfigurationError, DeviceError, DeviceUnavailableError, InterfaceInUseError
+from siderolink.common.wireguard.device import Interface
+
+_DEVICE: Final = "/dev/net/tun"
+_TUNSETIFF: Final = 0x400454CA
+_TUNSETOFFLOAD: Final = 0x400454D0
+_IFF_TUN: Final = 0x0001
+_IFF_NO_PI: Final = 0x1000
+_IFF_VNET_HDR: Final = 0x4000
+_IFF_TUN_EXCL: Final = 0x8000
+_TSO: Final = 0x01 | 0x02 | 0x04 | 0x08
+"""TUN_F_CSUM, TUN_F_TSO4, TUN_F_TSO6, TUN_F_TSO_ECN."""
+_USO: Final = 0x20 | 0x40
+"""TUN_F_USO4, TUN_F_USO6: Linux 6.2 and newer."""
+_IFREQ: Final = struct.Struct("16sH22x")
+_IFA_F_NODAD: Final = 0x02
+_MAX_FRAME: Final = 70_000
+_GONE: Final = (errno.EBADFD, errno.ENODEV)
+_NAME: Final = re.compile(r"[!-$&-.0-9;-~]{1,15}")
+"""What the kernel takes, less `%`, which would make it count: visible ASCII without `/` and `:`."""
+
+Buffer = bytes | bytearray | memoryview
+
+
+class Tun:
+    """One TUN interface, which exists until close(). Frames begin with a virtio_net_hdr of 10 bytes."""
+
+    def __init__(self, fd: int, name: str, *, tso: bool, uso: bool) -> None:
+        self._fd = fd
+        self.name = name
+        self.tso = tso
+        """Whether the interface gives and takes super-packets of TCP, and packets without a checksum."""
+        self.uso = uso
+        """The same of UDP."""
+        self.write_errors = 0
+        """How many frames the interface did not take: while it is down, or because the kernel found fault with them."""
+        self._frame = memoryview(bytearray(_MAX_FRAME))
+        self._buffers = [self._frame]
+
+    @classmethod
+    def open(cls, name: str, mtu: int, *, offloads: bool = True) -> "Tun":
+        """Make the interface; it has no address and is down until configure(). Leaving it as a context closes it.
+
+        Raises ConfigurationError for a name or an MTU the kernel would not take, InterfaceInUseError if there is such an
+        interface, DeviceUnavailableError if this host has no TUN interfaces or they are not allowed.
+        """
+        if not _NAME.fullmatch(name) or name in (".", ".."):
+            raise ConfigurationError(
+                f"{name!r} cannot name an interface: 1 to 15 visible ASCII characters without '/', ':' and '%'"
+            )
+        if not 68 <= mtu <= 65_535:
+            raise ConfigurationError(f"an MTU of {mtu} is not possible: 68 to 65,535 bytes")
+        try:
+            fd = os.open(_DEVICE, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError as error:
+            raise _unavailable(error) from error
+        try:
+            _attach(fd, name)
+            tso = offloads and _set_offload(fd, _TSO)
+            uso = tso and _set_offload(fd, _TSO | _USO)
+            return cls(fd, name, tso=tso, uso=uso)
+        except BaseException:
+            os.close(fd)
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def fileno(self) -> int:
+        """The descriptor, for the event loop; -1 once closed."""
+        return self._fd
+
+    def read(self) -> memoryview | None:
+        """The next frame, good until the next read; None if there is none now.
+
+        Raises DeviceError once the interface was deleted by someone else; the descriptor is readable then.
+        """
+        try:
+            size = os.readv(self._fd, self._buffers)
+        except BlockingIOError:
+            return None
+        except OSError as error:
+            if error.errno in _GONE:
+                raise DeviceError(f"the interface {self.name} was deleted by someone else") from error
+            raise DeviceError(f"the interface {self.name} cannot be read: {error.strerror}") from error
+        return self._frame[:size]
+
+    def write(self, buffers: Sequence[Buffer]) -> bool:
+        """Write one frame, which may lie in several buffers. False, and counted, if the interface does not take it."""
+        try:
+            os.writev(self._fd, buffers)
+        except OSError:
+            self.write_errors += 1
+            return False
+        return True
+
+    async def configure(self, addresses: Iterable[Interface], mtu: int, *, gso_max_size: int | None = None) -> None:
+        """Give the interface its MTU and addresses (IPv6 at once, without duplicate detection) and bring it up.
+
+        `gso_max_size` caps the super-packets of the kernel; the default makes them fill whole UDP sends. Raises DeviceError.
+        """
+        if gso_max_size is None:
+            gso_max_size = fitting_gso_max_size(mtu)
+        async with AsyncIPRoute() as ipr:
+            try:
+                [index] = await ipr.link_lookup(ifname=self.name)
+                await ipr.link("set", index=index, mtu=mtu)
+                for address in addresses:
+                    flags = _IFA_F_NODAD if address.version == 6 else 0
+                    prefix = address.network.prefixlen
+                    await ipr.addr("add", index=index, address=str(address.ip), prefixlen=prefix, flags=flags)
+                if self.tso:
+                    await self._limit_gso(ipr, index, gso_max_size)
+                await ipr.link("set", index=index, state="up")
+            except NetlinkError as error:
+                raise DeviceError(f"the interface {self.name} cannot be configured: {error}") from error
+            except ValueError as error:  # nothing found
+                raise DeviceError(f"the interface {self.name} was deleted by someone else") from error
+
+    async def _limit_gso(self, ipr: AsyncIPRoute, index: int, size: int) -> None:
+        try:
+            await ipr.link("set", index=index, gso_max_size=size)
+        except NetlinkError:  # before Linux 5.19 it cannot be changed; super-packets then take one more send
+            pass
+
+    def close(self) -> None:
+        """Remove the interface and all its addresses and routes. Does nothing the second time."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def fitting_gso_max_size(mtu: int) -> int:
+    """The interface's gso_max_size at which a super-packet of TCP over IPv6 fills one UDP send of sealed rows.
+
+    Linux takes a little more than 320 bytes (MAX_TCP_HEADER) off it before it counts payload.
+    """
+    row = 32 + min(mtu, 65_000)
+    segments = max(1, 65_507 // row)
+    return min(65_535, segments * (mtu - 60) + 400)
+
+
+def _attach(fd: int, name: str) -> None:
+    flags = _IFF_TUN | _IFF_NO_PI | _IFF_VNET_HDR | _IFF_TUN_EXCL
+    try:
+        fcntl.ioctl(fd, _TUNSETIFF, _IFREQ.pack(name.encode(), flags))
+    except OSError as error:
+        # EINVAL: there is an interface of that name and another kind
+        if error.errno in (errno.EBUSY, errno.EEXIST, errno.EINVAL):
+            raise InterfaceInUseError(f"there is an interface {name} already: remove it, or choose another name") from error
+        raise _unavailable(error) from error
+
+
+def _set_offload(fd: int, offload: int) -> bool:
+    try:
+        fcntl.ioctl(fd, _TUNSETOFFLOAD, offload)
+    except OSError:
+        return False
+    return True
+
+
+def _unavailable(error: OSError) -> DeviceUnavailableError:
+    if error.errno in (errno.EPERM, errno.EACCES):
+        return DeviceUnavailableError(f"{_DEVICE} is not allowed here: run as root or with the capability CAP_NET_ADMIN")
+    if error.errno in (errno.ENOENT, errno.ENODEV, errno.ENXIO):
+        return DeviceUnavailableError(
+            f"this host has no {_DEVICE}: load the kernel module tun (modprobe tun), or give the container that device"
+        )
+    return DeviceUnavailableError(f"{_DEVICE} cannot be used: {error.strerror}")
