@@ -153,7 +153,7 @@ class Namespace:
 
     def nft(self, rules: str) -> None:
         """Load nftables rules in nft's own syntax."""
-        self.run(["nft", "-f", "-"], input=rules, stdin=None)
+        self.run(["nft", "-f", "-"], input=rules)
 
     def drop_udp(self) -> None:
         """Drop all UDP that enters or leaves, loopback excepted; what a strict firewall does."""
@@ -227,9 +227,11 @@ def link(
         namespace.set_link(name, up=True)
 
 
-def run_beside(process: subprocess.Popen[str], args: Sequence[str], *, check: bool = True, timeout: float = 15) -> str:
+def run_beside(
+    process: subprocess.Popen[str], args: Sequence[str], *, check: bool = True, timeout: float = 15, **options: Any
+) -> str:
     """Run a program in the network and mount namespaces of a running one, so that it sees the same UAPI sockets."""
-    return _run(["nsenter", "--net", "--mount", "--target", str(process.pid), *args], check, timeout)
+    return _run(["nsenter", "--net", "--mount", "--target", str(process.pid), *args], check, timeout, **options)
 
 
 def stop(process: subprocess.Popen[str], timeout: float = 5) -> int:
@@ -248,9 +250,8 @@ def stop(process: subprocess.Popen[str], timeout: float = 5) -> int:
 
 
 def _run(command: Sequence[str], check: bool, timeout: float, **options: Any) -> str:
-    options = {"stdin": subprocess.DEVNULL} | options
-    if options["stdin"] is None:
-        del options["stdin"]
+    if options.get("input") is None:
+        options = options | {"input": ""}
     done = subprocess.run(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout, check=False, **options
     )

@@ -1,0 +1,231 @@
+"""Our userspace device against Debian's wireguard-go, in both roles."""
+
+import hashlib
+import socket
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv6Interface, ip_interface, ip_network
+
+import anyio
+import pytest
+from anyio.from_thread import BlockingPortal
+
+from siderolink.common.keys import PresharedKey, PrivateKey
+from siderolink.common.wireguard.device import Device, DeviceConfig, PeerConfig, PeerStatus, open_device
+from tests.support.netns import Namespace
+from tests.support.topology import Net, direct
+from tests.support.wireguard_go import WireguardGo, wireguard_go
+
+OUR_ADDRESSES = ("fd00::1/64", "10.9.0.1/24")
+THEIR_ADDRESSES = ("fd00::2/64", "10.9.0.2/24")
+OURS = "fd00::1/128,10.9.0.1/32"
+THEIRS = (ip_network("fd00::2/128"), ip_network("10.9.0.2/32"))
+OUR_PORT = 51820
+THEIR_PORT = 51821
+MEGABYTES = 4
+
+
+@dataclass
+class Pair:
+    """Our device in `net.server`, wireguard-go in `net.machine`; neither knows the other yet."""
+
+    net: Net
+    portal: BlockingPortal
+    device: Device
+    other: WireguardGo
+    their_key: PrivateKey
+
+    def know_each_other(
+        self, *, we_dial: bool = False, they_dial: bool = False, preshared_key: PresharedKey | None = None, keepalive: int = 0
+    ) -> None:
+        self.other.set_peer(
+            self.device.public_key,
+            OURS,
+            endpoint=f"192.0.2.1:{OUR_PORT}" if they_dial else None,
+            preshared_key=preshared_key,
+            keepalive=keepalive if they_dial else 0,
+        )
+        peer = PeerConfig(
+            public_key=self.their_key.public_key(),
+            allowed_ips=THEIRS,
+            endpoint=(IPv4Address("192.0.2.2"), THEIR_PORT) if we_dial else None,
+            preshared_key=preshared_key,
+            persistent_keepalive=keepalive if we_dial else 0,
+        )
+        self.portal.call(self.device.set_peer, peer)
+
+    def peer(self) -> PeerStatus:
+        peer = self.portal.call(self.device.peer, self.their_key.public_key())
+        assert peer is not None
+        return peer
+
+    def wait(self, condition: Callable[[PeerStatus], bool]) -> PeerStatus:
+        """Wait until our view of the peer is as wanted."""
+
+        async def look() -> PeerStatus:
+            while True:
+                peer = await self.device.peer(self.their_key.public_key())
+                if peer is not None and condition(peer):
+                    return peer
+                await anyio.sleep(0.02)
+
+        return self.portal.call(look)
+
+
+@contextmanager
+def pair_of_ends() -> Iterator[Pair]:
+    their_key = PrivateKey.generate()
+    config = DeviceConfig(
+        name="ours",
+        private_key=PrivateKey.generate(),
+        addresses=tuple(ip_interface(address) for address in OUR_ADDRESSES),
+        listen_port=OUR_PORT,
+    )
+    with (
+        direct() as net,
+        wireguard_go(net.machine, their_key, port=THEIR_PORT, addresses=THEIR_ADDRESSES) as other,
+        net.server.portal() as portal,
+        portal.wrap_async_context_manager(open_device("userspace", config, lambda event: None)) as device,
+    ):
+        yield Pair(net, portal, device, other, their_key)
+
+
+@pytest.fixture
+def pair() -> Iterator[Pair]:
+    with pair_of_ends() as pair:
+        yield pair
+
+
+def ping(namespace: Namespace, address: str, *more: str) -> None:
+    namespace.run(["ping", "-c3", "-i0.05", "-W3", *more, address])
+
+
+def transfer(sender: Namespace, receiver: Namespace, address: str) -> None:
+    """Send some megabytes by TCP to `address` at the receiver, and compare what arrives."""
+    data = hashlib.shake_256(address.encode()).digest(MEGABYTES << 20)
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    listener = receiver.call(lambda: socket.create_server((address, 0), family=family))
+
+    def receive() -> str:
+        digest = hashlib.sha256()
+        listener.settimeout(15)
+        with listener, listener.accept()[0] as connection:
+            connection.settimeout(15)
+            while chunk := connection.recv(1 << 16):
+                digest.update(chunk)
+        return digest.hexdigest()
+
+    with ThreadPoolExecutor(1) as executor:
+        digest = executor.submit(receive)
+        port = listener.getsockname()[1]
+        with sender.call(lambda: socket.create_connection((address, port), timeout=15)) as connection:
+            connection.sendall(data)
+        assert digest.result() == hashlib.sha256(data).hexdigest()
+
+
+def test_we_dial(pair: Pair) -> None:
+    pair.know_each_other(we_dial=True)
+    ping(pair.net.server, "fd00::2")
+    ping(pair.net.server, "10.9.0.2")
+    ping(pair.net.machine, "fd00::1")
+    peer = pair.peer()
+    assert peer.path == f"192.0.2.2:{THEIR_PORT}"
+    assert peer.last_handshake is not None
+    assert abs(peer.last_handshake - pair.other.latest_handshake(pair.device.public_key)) < 5
+
+
+def test_they_dial(pair: Pair) -> None:
+    pair.know_each_other(they_dial=True)
+    ping(pair.net.machine, "fd00::1")
+    ping(pair.net.machine, "10.9.0.1")
+    ping(pair.net.server, "fd00::2")
+    assert pair.peer().path == f"192.0.2.2:{THEIR_PORT}"
+    assert pair.other.endpoint(pair.device.public_key) == f"192.0.2.1:{OUR_PORT}"
+
+
+@pytest.mark.parametrize("size", ["0", "1", "15", "16", "17", "1200", "1232"])
+def test_packets_of_any_size(pair: Pair, size: str) -> None:
+    pair.know_each_other(we_dial=True)
+    ping(pair.net.server, "fd00::2", "-s", size)
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [("fd00::1", "fd00::2"), ("10.9.0.1", "10.9.0.2")], ids=["IPv6", "IPv4"])
+def test_bulk_traffic_in_both_directions(pair: Pair, ours: str, theirs: str) -> None:
+    pair.know_each_other(we_dial=True)
+    transfer(pair.net.server, pair.net.machine, theirs)
+    transfer(pair.net.machine, pair.net.server, ours)
+    received, sent = pair.other.transfer(pair.device.public_key)
+    assert min(received, sent) > MEGABYTES << 20
+    assert min(pair.peer().received_bytes, pair.peer().sent_bytes) > MEGABYTES << 20
+
+
+@pytest.mark.parametrize("we_dial", [True, False])
+def test_a_preshared_key(pair: Pair, we_dial: bool) -> None:
+    pair.know_each_other(we_dial=we_dial, they_dial=not we_dial, preshared_key=PresharedKey.generate())
+    ping(pair.net.server if we_dial else pair.net.machine, "fd00::2" if we_dial else "fd00::1")
+
+
+def test_a_stranger_is_counted_and_gets_no_answer(pair: Pair) -> None:
+    pair.other.set_peer(pair.device.public_key, OURS, endpoint=f"192.0.2.1:{OUR_PORT}")
+    with pytest.raises(AssertionError, match="100% packet loss"):
+        pair.net.machine.run(["ping", "-c1", "-W1", "fd00::1"])
+    assert pair.device.drops()["unknown_peer"] >= 1
+    assert pair.other.latest_handshake(pair.device.public_key) == 0
+
+
+def test_another_preshared_key_makes_no_session(pair: Pair) -> None:
+    pair.know_each_other(we_dial=True, preshared_key=PresharedKey.generate())
+    pair.other.set_peer(pair.device.public_key, OURS, preshared_key=PresharedKey.generate())
+    with pytest.raises(AssertionError, match="100% packet loss"):
+        pair.net.server.run(["ping", "-c1", "-W1", "fd00::2"])
+    assert pair.device.drops()["bad_handshake"] >= 1
+    assert pair.peer().last_handshake is None
+
+
+def test_keepalives_alone_make_the_session(pair: Pair) -> None:
+    pair.know_each_other(they_dial=True, keepalive=1)
+    pair.wait(lambda peer: peer.last_handshake is not None)
+    before = pair.peer().last_received
+    pair.wait(lambda peer: peer.last_received != before)
+
+
+def test_we_follow_them_to_another_address(pair: Pair) -> None:
+    pair.know_each_other(they_dial=True)
+    ping(pair.net.machine, "fd00::1")
+    pair.net.machine.add_address("eth0", "192.0.2.3/24")
+    pair.net.machine.remove_address("eth0", "192.0.2.2/24")
+    ping(pair.net.machine, "fd00::1")
+    assert pair.peer().path == f"192.0.2.3:{THEIR_PORT}"
+    ping(pair.net.server, "fd00::2")
+
+
+def test_they_follow_us_to_another_address(pair: Pair) -> None:
+    pair.know_each_other(we_dial=True)
+    ping(pair.net.server, "fd00::2")
+    pair.net.server.add_address("eth0", "192.0.2.9/24")
+    pair.net.server.remove_address("eth0", "192.0.2.1/24")
+    ping(pair.net.server, "fd00::2")
+    assert pair.other.endpoint(pair.device.public_key) == f"192.0.2.9:{OUR_PORT}"
+
+
+def test_they_come_back_after_a_restart() -> None:
+    with pair_of_ends() as pair:
+        pair.know_each_other(they_dial=True)
+        ping(pair.net.machine, "fd00::1")
+        first = pair.peer().last_handshake
+        pair.other.end()
+        with wireguard_go(pair.net.machine, pair.their_key, port=THEIR_PORT, addresses=THEIR_ADDRESSES) as other:
+            other.set_peer(pair.device.public_key, OURS, endpoint=f"192.0.2.1:{OUR_PORT}")
+            ping(pair.net.machine, "fd00::1")
+            ping(pair.net.server, "fd00::2")
+        assert pair.peer().last_handshake != first
+
+
+def test_an_interface_goes_with_its_device(pair: Pair) -> None:
+    assert "ours" in pair.net.server.interfaces()
+    config = DeviceConfig(name="second", private_key=PrivateKey.generate(), addresses=(IPv6Interface("fd01::1/64"),))
+    with pair.portal.wrap_async_context_manager(open_device("userspace", config, lambda event: None)):
+        assert pair.net.server.addresses("second") >= {"fd01::1/64"}
+    assert "second" not in pair.net.server.interfaces()
