@@ -30,7 +30,7 @@ class Broadcast(Generic[T]):
             listener.wake()
 
     async def listen(self, *, past: bool = True, limit: int = 4096) -> AsyncIterator[T]:
-        """What happened (the last of it, where `past`), then what happens, until closed; more than `limit` unread drops the oldest."""
+        """What happened (where `past`), then what happens, until closed; more than `limit` unread drops the oldest."""
         listener: _Listener[T] = _Listener(self._history if past else (), limit)
         self._listeners.add(listener)
         try:

@@ -1,9 +1,11 @@
 """Firewall rules, written to the kernel by netlink: no `nft` program is needed."""
 
+import errno
 import struct
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import anyio
@@ -13,6 +15,7 @@ from pyroute2.nftables.expressions import genex, verdict
 from pyroute2.nftables.main import AsyncNFTables
 
 from siderolink.common.errors import SideroLinkError
+from siderolink.common.netlink import run_netlink
 
 Hook = Literal["prerouting", "input", "forward", "output", "postrouting"]
 Match = list[Any]
@@ -64,8 +67,16 @@ async def firewall(table: str, chains: Sequence[Chain]) -> AsyncIterator[None]:
 
     Raises SideroLinkError where the kernel refuses them.
     """
-    nft = AsyncNFTables(nfgen_family=NFPROTO_INET)
-    await nft.setup_endpoint()
+    await run_netlink(partial(_install, table, chains))
+    try:
+        yield
+    finally:
+        with anyio.CancelScope(shield=True):
+            await run_netlink(partial(_remove, table))
+
+
+async def _install(table: str, chains: Sequence[Chain]) -> None:
+    nft = await _open()
     try:
         try:
             await nft.table("create", name=table)
@@ -74,12 +85,28 @@ async def firewall(table: str, chains: Sequence[Chain]) -> AsyncIterator[None]:
         try:
             for chain in chains:
                 await _add_chain(nft, table, chain)
-            yield
-        finally:
-            with anyio.move_on_after(5, shield=True):
-                await nft.table("del", name=table)
+        except BaseException:
+            await nft.table("del", name=table)
+            raise
     finally:
         nft.close()
+
+
+async def _remove(table: str) -> None:
+    nft = await _open()
+    try:
+        await nft.table("del", name=table)
+    except NetlinkError as error:
+        if error.code != errno.ENOENT:
+            raise
+    finally:
+        nft.close()
+
+
+async def _open() -> AsyncNFTables:
+    nft = AsyncNFTables(nfgen_family=NFPROTO_INET)
+    await nft.setup_endpoint()
+    return nft
 
 
 async def _add_chain(nft: Any, table: str, chain: Chain) -> None:

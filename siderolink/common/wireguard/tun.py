@@ -6,6 +6,7 @@ import os
 import re
 import struct
 from collections.abc import Iterable, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Final, Self
 
@@ -13,6 +14,7 @@ from pyroute2 import AsyncIPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
 from siderolink.common.errors import ConfigurationError, DeviceError, DeviceUnavailableError, InterfaceInUseError
+from siderolink.common.netlink import run_netlink
 from siderolink.common.wireguard.device import Interface
 
 _DEVICE: Final = "/dev/net/tun"
@@ -118,6 +120,9 @@ class Tun:
         """
         if gso_max_size is None:
             gso_max_size = fitting_gso_max_size(mtu)
+        await run_netlink(partial(self._configure, tuple(addresses), mtu, gso_max_size))
+
+    async def _configure(self, addresses: Sequence[Interface], mtu: int, gso_max_size: int) -> None:
         async with AsyncIPRoute() as ipr:
             try:
                 [index] = await ipr.link_lookup(ifname=self.name)
