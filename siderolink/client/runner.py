@@ -121,15 +121,12 @@ class LinkRunner:
         answer = await provision(
             options.url, options.machine, self.public_key, tls=options.tls, timeout=options.provision_timeout
         )
-        self.answer = answer
-        self.transport = transport = choose(options.url, answer, options.tls)
-        self.answered.set()
         self._emit(
             events.Joined(
                 server_key=answer.server_key,
                 address=answer.address,
                 server_address=answer.server_address,
-                transport=transport.kind,
+                transport=choose(options.url, answer, options.tls).kind,
                 endpoints=tuple(str(endpoint) for endpoint in answer.endpoints),
             )
         )
@@ -137,7 +134,7 @@ class LinkRunner:
 
     async def _hold(self, answer: Provisioned) -> Provisioned:
         """Keep one device for as long as the server's answers fit it; returns the first that does not."""
-        transport = choose(self._options.url, answer, self._options.tls)
+        transport = self._adopt(answer)
         config = DeviceConfig(
             name=self._options.interface or transport.interface,
             private_key=self._key,
@@ -164,6 +161,13 @@ class LinkRunner:
             if newer.server_key != answer.server_key:
                 await device.remove_peer(answer.server_key)
             answer = newer
+            self._adopt(answer)
+
+    def _adopt(self, answer: Provisioned) -> Transport:
+        self.answer = answer
+        self.transport = choose(self._options.url, answer, self._options.tls)
+        self.answered.set()
+        return self.transport
 
     async def _try_routes(self, device: Device, answer: Provisioned, signals: "_Signals") -> Provisioned:
         """Take the ways to the server in turn, each until it fails; returns the next answer once they are used up."""

@@ -20,6 +20,7 @@ from siderolink.common.wireguard.device import Device, PeerConfig
 
 __all__ = ["Answer", "Route", "Transport", "TunnelTransport", "UdpTransport", "choose"]
 
+STREAM_PATH = "/sidero.link.WireGuardOverGRPCService/CreateStream"
 STREAM_METADATA = "x-siderolink-ipv6-addr"
 STABLE_AFTER = 10.0
 """Seconds: a stream that lived this long is opened again at once."""
@@ -140,7 +141,7 @@ class TunnelRoute:
         metadata = {STREAM_METADATA: self._virtual_address}
         async with (
             open_channel(self._url.host, self._url.port, self._tls) as channel,
-            open_byte_stream(channel, metadata=metadata) as stream,
+            open_byte_stream(channel, STREAM_PATH, metadata) as stream,
         ):
             path = TunnelPath(stream, self._virtual_address)
             await _set_peer(device, peer, path)

@@ -1,0 +1,118 @@
+"""Traffic over the overlay: echo requests, HTTP, and a bulk transfer. Nothing but the standard library's sockets."""
+
+import http.client
+import http.server
+import os
+import socket
+import struct
+import sys
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from ipaddress import IPv6Address
+from threading import Thread
+
+import anyio
+import anyio.to_thread
+from anyio.abc import Process
+
+_ECHO_REQUEST, _ECHO_REPLY = 128, 129
+_ICMPV6_FILTER = 1
+_ECHO = struct.Struct("!BBHHH")
+
+
+class _HTTPServer(http.server.ThreadingHTTPServer):
+    address_family = socket.AF_INET6
+    daemon_threads = True
+
+
+async def ping(address: IPv6Address, *, count: int = 3, timeout: float = 1.0, interval: float = 0.02) -> list[float]:
+    """Send echo requests (RFC 4443, section 4) one by one; the round trips in milliseconds of those that were answered."""
+    with socket.socket(socket.AF_INET6, socket.SOCK_RAW | socket.SOCK_NONBLOCK, socket.IPPROTO_ICMPV6) as sock:
+        passed = bytearray(b"\xff" * 32)
+        passed[_ECHO_REPLY // 8] &= ~(1 << _ECHO_REPLY % 8)
+        sock.setsockopt(socket.IPPROTO_ICMPV6, _ICMPV6_FILTER, bytes(passed))
+        identifier = os.getpid() & 0xFFFF
+        trips: list[float] = []
+        for sequence in range(count):
+            started = time.perf_counter()
+            try:
+                # The kernel fills in the checksum.
+                sock.sendto(_ECHO.pack(_ECHO_REQUEST, 0, 0, identifier, sequence) + bytes(48), (str(address), 0))
+            except OSError:
+                continue
+            with anyio.move_on_after(timeout):
+                while not _is_reply(await _receive(sock), address, identifier, sequence):
+                    pass
+                trips.append((time.perf_counter() - started) * 1000)
+                await anyio.sleep(interval)
+        return trips
+
+
+async def _receive(sock: socket.socket) -> tuple[bytes, str]:
+    await anyio.wait_readable(sock)
+    data, source = sock.recvfrom(2048)
+    return data, source[0]
+
+
+def _is_reply(received: tuple[bytes, str], address: IPv6Address, identifier: int, sequence: int) -> bool:
+    data, source = received
+    if len(data) < _ECHO.size or IPv6Address(source) != address:
+        return False
+    kind, _, _, *echoed = _ECHO.unpack_from(data)
+    return kind == _ECHO_REPLY and echoed == [identifier, sequence]
+
+
+@asynccontextmanager
+async def web_server(address: IPv6Address, text: str) -> AsyncIterator[int]:
+    """Answer any GET on the address with `text`; gives the port."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Type", "text/plain")
+            self.end_headers()
+            self.wfile.write(text.encode())
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    server = _HTTPServer((str(address), 0), Handler)
+    thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+    thread.start()
+    try:
+        yield server.server_address[1]
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+async def web_get(address: IPv6Address, port: int, *, timeout: float = 5.0) -> tuple[int, str]:
+    """Status and body of a GET. Raises OSError."""
+
+    def get() -> tuple[int, str]:
+        connection = http.client.HTTPConnection(str(address), port, timeout=timeout)
+        try:
+            connection.request("GET", "/")
+            response = connection.getresponse()
+            return response.status, response.read(4096).decode()
+        finally:
+            connection.close()
+
+    return await anyio.to_thread.run_sync(get, abandon_on_cancel=True)
+
+
+async def transfer_sink(address: IPv6Address) -> Process:
+    """A process that takes one bulk transfer at the address. It prints the port, then the bytes and the seconds."""
+    return await _transfer("sink", str(address))
+
+
+async def transfer_source(address: IPv6Address, port: int, seconds: float) -> Process:
+    """A process that sends as fast as it can for `seconds`."""
+    return await _transfer("source", str(address), str(port), str(seconds))
+
+
+async def _transfer(*arguments: str) -> Process:
+    # A process of its own: what moves the bytes must not share the interpreter with the engine that is measured.
+    return await anyio.open_process([sys.executable, "-m", "siderolink.cli.demo.transfer", *arguments])
