@@ -1,109 +1,34 @@
-"""WireGuard over UDP: one socket for each IP version on one port, with segmentation offloads, and the paths they lead to."""
+"""WireGuard over UDP: one socket for each IP version, on one port."""
 
 import asyncio
 import errno
 import socket
-import struct
 from collections import Counter
-from collections.abc import Callable
 from ipaddress import IPv4Address, IPv6Address
 from typing import Final
 
 from siderolink.common.errors import AddressInUseError, ConfigurationError
-from siderolink.common.wireguard.path import Datagrams, Receive
+from siderolink.common.transport.udp_socket import UdpPath, UdpSocket
+from siderolink.common.wireguard.device import Endpoint
+from siderolink.common.wireguard.path import Receive
 
-MAX_READS: Final = 16
-"""Buffers taken from a socket before other work has its turn; each holds up to 64 KiB of datagrams."""
-MAX_SEGMENTS: Final = 64
-"""Datagrams of one send; Linux before 6.9 takes no more."""
-MAX_PENDING: Final = 1 << 18
-"""Bytes kept while the socket's buffer is full."""
-_BUFFER_SIZE: Final = 8 << 20
-_MAX_PATHS: Final = 4096
-_MAX_PLAIN: Final = 1024
 _PORT_ATTEMPTS: Final = 32
-
-_SOL_UDP: Final = 17
-_UDP_SEGMENT: Final = 103
-_UDP_GRO: Final = 104
-_IP_MTU_DISCOVER: Final = 10
-_IP_PMTUDISC_DONT: Final = 0
-_IPV6_MTU_DISCOVER: Final = 23
-_IPV6_PMTUDISC_WANT: Final = 1
-_IP_PKTINFO: Final = 8
-_SO_SNDBUFFORCE: Final = 32
-_SO_RCVBUFFORCE: Final = 33
-_SEGMENT: Final = struct.Struct("=H").pack
-_INT: Final = struct.Struct("=i").unpack_from
-
-_UNPIN: Final = (errno.EINVAL, errno.EADDRNOTAVAIL, errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENODEV)
-"""What Linux says when packets cannot leave from the local address asked for, among others."""
-
-Address = IPv4Address | IPv6Address
-_SocketAddress = tuple[str, int] | tuple[str, int, int, int]
-_Control = tuple[int, int, bytes]
-
-
-class UdpPath:
-    """A UDP address, and the local address that packets came to from there."""
-
-    __slots__ = ("_socket", "address", "pinned")
-
-    headroom = 0
-    peer = None
-
-    def __init__(self, udp: "_Socket", address: _SocketAddress, pinned: _Control | None) -> None:
-        self._socket = udp
-        self.address = address
-        """As the socket module writes it: host, port, and for IPv6 flow information and zone."""
-        self.pinned = pinned
-        """The control message that makes packets leave from the local address; None for the routing table's choice."""
-
-    @property
-    def source(self) -> bytes:
-        """The address (4 or 16 bytes) and the port (2 bytes, big-endian)."""
-        return socket.inet_pton(self._socket.family, self.address[0]) + self.address[1].to_bytes(2, "big")
-
-    @property
-    def is_open(self) -> bool:
-        return self._socket.is_open
-
-    @property
-    def is_writable(self) -> bool:
-        return self._socket.is_writable
-
-    def send(self, datagrams: Datagrams) -> None:
-        self._socket.send(datagrams, self)
-
-    def when_writable(self, callback: Callable[[], None]) -> None:
-        self._socket.when_writable(callback)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, UdpPath) and self.address == other.address
-
-    def __hash__(self) -> int:
-        return hash(self.address)
-
-    def __str__(self) -> str:
-        if len(self.address) == 2:
-            return f"{self.address[0]}:{self.address[1]}"
-        host, port, _, zone = self.address
-        return f"[{host}%{zone}]:{port}" if zone else f"[{host}]:{port}"
-
-    def __repr__(self) -> str:
-        return f"UdpPath({self})"
 
 
 class UdpSockets:
     """The sockets of one device. Make them with open_udp()."""
 
-    def __init__(self, sockets: "list[_Socket]") -> None:
+    def __init__(self, sockets: "list[UdpSocket]") -> None:
         self._sockets = {udp.family: udp for udp in sockets}
-        self.port = sockets[0].port
-        """The UDP port, the same for both IP versions."""
 
-    def path(self, address: Address, port: int) -> UdpPath:
+    @property
+    def port(self) -> int:
+        """The UDP port, the same for both IP versions."""
+        return self._sockets[socket.AF_INET].port
+
+    def path(self, endpoint: Endpoint) -> UdpPath:
         """The path to an address. Raises ConfigurationError for one that cannot be dialled from here."""
+        address, port = endpoint
         if isinstance(address, IPv6Address) and address.ipv4_mapped is not None:
             address = address.ipv4_mapped
         if not 1 <= port <= 65535:
@@ -114,6 +39,17 @@ class UdpSockets:
             raise ConfigurationError(f"{address} cannot be dialled: this host has no IPv6")
         host, _, zone = str(address).partition("%")
         return UdpPath(self._sockets[socket.AF_INET6], (host, port, 0, _zone_index(zone)), None)
+
+    def rebind(self, port: int) -> None:
+        """Listen on another port (0: any); paths stay good. Raises as open_udp does, and then keeps the old port."""
+        if port == self.port:
+            return
+        for sock in _bind(port):
+            udp = self._sockets.get(socket.AddressFamily(sock.family))
+            if udp is not None:
+                udp.replace(sock)
+            else:  # IPv6 came up after the start
+                sock.close()
 
     def set_mark(self, mark: int) -> None:
         """Put a firewall mark (SO_MARK; 0 for none) on everything sent. Raises ConfigurationError if that is not allowed."""
@@ -137,9 +73,15 @@ def open_udp(port: int, receive: Receive, *, gso: bool = True) -> UdpSockets:
     Raises AddressInUseError, or ConfigurationError for a port that is not allowed.
     """
     loop = asyncio.get_running_loop()
+    return UdpSockets([UdpSocket(sock, loop, receive, gso) for sock in _bind(port)])
+
+
+def _bind(port: int) -> list[socket.socket]:
+    if not 0 <= port <= 65535:
+        raise ConfigurationError(f"{port} is no UDP port: 0 to 65,535")
     for _ in range(_PORT_ATTEMPTS):
         try:
-            bound = _bind_both(port)
+            return _bind_both(port)
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
                 if port == 0:
@@ -148,7 +90,6 @@ def open_udp(port: int, receive: Receive, *, gso: bool = True) -> UdpSockets:
             if error.errno in (errno.EACCES, errno.EPERM):
                 raise ConfigurationError(f"UDP port {port} is not allowed: it takes root or CAP_NET_BIND_SERVICE") from error
             raise ConfigurationError(f"UDP port {port} cannot be opened: {error.strerror}") from error
-        return UdpSockets([_Socket(sock, loop, receive, gso) for sock in bound])
     raise AddressInUseError("no UDP port is free for both IPv4 and IPv6")
 
 
@@ -187,188 +128,3 @@ def _zone_index(zone: str) -> int:
         return socket.if_nametoindex(zone)
     except OSError as error:
         raise ConfigurationError(f"there is no interface {zone!r}, which the address names as its zone") from error
-
-
-class _Socket:
-    """The socket of one IP version."""
-
-    def __init__(self, sock: socket.socket, loop: asyncio.AbstractEventLoop, receive: Receive, gso: bool) -> None:
-        self.family = socket.AddressFamily(sock.family)
-        self.port: int = sock.getsockname()[1]
-        self.is_open = True
-        self.drops: Counter[str] = Counter()
-        self._sock = sock
-        self._loop = loop
-        self._receive = receive
-        self._gso = gso
-        self._gso_has_worked = False
-        self._plain: dict[_SocketAddress, None] = {}
-        """Destinations behind a link too narrow for GSO, the oldest first."""
-        self._max_bytes = 65_507 if self.family == socket.AF_INET else 65_527
-        self._pending: tuple[Datagrams, UdpPath] | None = None
-        self._waiting: list[Callable[[], None]] = []
-        self._paths: dict[tuple[_SocketAddress, bytes], UdpPath] = {}
-        self._data = memoryview(bytearray(1 << 16))
-        self._buffers = [self._data]
-        self._control_size = socket.CMSG_SPACE(4) + socket.CMSG_SPACE(20)
-        _set_options(sock, gro=gso)
-        loop.add_reader(sock, self._read)
-
-    @property
-    def is_writable(self) -> bool:
-        return self._pending is None
-
-    def when_writable(self, callback: Callable[[], None]) -> None:
-        if self._pending is None or not self.is_open:
-            self._loop.call_soon(callback)
-        else:
-            self._waiting.append(callback)
-
-    def set_mark(self, mark: int) -> None:
-        try:
-            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, mark)
-        except OSError as error:
-            raise ConfigurationError(f"the firewall mark {mark} cannot be set: {error.strerror}") from error
-
-    def close(self) -> None:
-        if self.is_open:
-            self.is_open = False
-            self._loop.remove_reader(self._sock)
-            self._loop.remove_writer(self._sock)
-            self._sock.close()
-            self._pending = None
-            self._wake()
-
-    # Receiving
-
-    def _read(self) -> None:
-        for _ in range(MAX_READS):
-            if not self.is_open:  # closed by what was just received
-                return
-            try:
-                size, controls, _, address = self._sock.recvmsg_into(self._buffers, self._control_size)
-            except (BlockingIOError, InterruptedError):
-                return
-            except OSError:  # an error that some datagram of ours caused; the socket goes on
-                continue
-            stride, pinned = size, b""
-            for level, kind, value in controls:
-                if level == _SOL_UDP and kind == _UDP_GRO:
-                    stride = min(size, _INT(value)[0])
-                else:
-                    pinned = value
-            path = self._paths.get((address, pinned)) or self._make_path(address, pinned)
-            count = -(-size // stride) if stride else 1
-            self._receive(Datagrams(self._data[:size], count, stride), path)
-
-    def _make_path(self, address: _SocketAddress, info: bytes) -> UdpPath:
-        if len(self._paths) >= _MAX_PATHS:
-            self._paths.clear()
-        pinned: _Control | None = None
-        if self.family == socket.AF_INET and len(info) == 12:  # in_pktinfo: no interface, the local address
-            pinned = (socket.IPPROTO_IP, _IP_PKTINFO, bytes(4) + info[4:8] + bytes(4))
-        elif len(info) == 20:  # in6_pktinfo; only a link-local address needs the interface
-            link_local = info[0] == 0xFE and info[1] & 0xC0 == 0x80
-            pinned = (socket.IPPROTO_IPV6, socket.IPV6_PKTINFO, info if link_local else info[:16] + bytes(4))
-        path = self._paths[address, info] = UdpPath(self, address, pinned)
-        return path
-
-    # Sending
-
-    def send(self, datagrams: Datagrams, path: UdpPath) -> None:
-        if not self.is_open:
-            self.drops["send_failed"] += datagrams.count
-        elif self._pending is not None:
-            self.drops["send_buffer_full"] += datagrams.count
-        else:
-            self._send(datagrams, path)
-
-    def _send(self, datagrams: Datagrams, path: UdpPath) -> None:
-        data, stride, sent = datagrams.data, datagrams.stride, 0
-        while sent < datagrams.count:
-            step = 1
-            if datagrams.count - sent > 1 and self._gso and path.address not in self._plain:
-                step = max(1, min(MAX_SEGMENTS, self._max_bytes // stride, datagrams.count - sent))
-            try:
-                self._send_rows(data[sent * stride : (sent + step) * stride], stride, step, path)
-            except BlockingIOError:
-                self._keep(datagrams, sent, path)
-                return
-            except OSError as error:
-                if self._can_retry(error.errno or 0, path, step):
-                    continue
-                self.drops["send_failed"] += step
-            sent += step
-
-    def _send_rows(self, data: memoryview, stride: int, count: int, path: UdpPath) -> None:
-        controls: list[_Control] = [path.pinned] if path.pinned is not None else []
-        if count > 1:
-            controls.append((_SOL_UDP, _UDP_SEGMENT, _SEGMENT(stride)))
-        if controls:
-            self._sock.sendmsg((data,), controls, 0, path.address)
-        else:
-            self._sock.sendto(data, path.address)
-        if count > 1:
-            self._gso_has_worked = True
-
-    def _can_retry(self, code: int, path: UdpPath, count: int) -> bool:
-        """Take away what the kernel may have refused; False if nothing is left."""
-        if path.pinned is not None and code in _UNPIN:
-            path.pinned = None  # the local address is gone
-            return True
-        if count == 1:
-            return False
-        if code in (errno.EIO, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOPROTOOPT) and not self._gso_has_worked:
-            self._gso = False
-            return True
-        if code in (errno.EMSGSIZE, errno.EINVAL, errno.EIO):
-            # The route's MTU is below a row: fragments still pass. (Linux before 6.8 says EINVAL.)
-            while len(self._plain) >= _MAX_PLAIN:
-                del self._plain[next(iter(self._plain))]
-            self._plain[path.address] = None
-            return True
-        return False
-
-    def _keep(self, datagrams: Datagrams, sent: int, path: UdpPath) -> None:
-        """Copy what is left, up to a bound, and send it when there is room."""
-        stride = datagrams.stride
-        count = datagrams.count - sent
-        kept = max(1, min(count, MAX_PENDING // stride))
-        self.drops["send_buffer_full"] += count - kept
-        data = memoryview(bytes(datagrams.data[sent * stride : (sent + kept) * stride]))
-        self._pending = (Datagrams(data, kept, stride), path)
-        self._loop.add_writer(self._sock, self._write)
-
-    def _write(self) -> None:
-        if self._pending is not None:
-            (datagrams, path), self._pending = self._pending, None
-            self._send(datagrams, path)
-        if self._pending is None:
-            self._loop.remove_writer(self._sock)
-            self._wake()
-
-    def _wake(self) -> None:
-        waiting, self._waiting = self._waiting, []
-        for callback in waiting:
-            self._loop.call_soon(callback)
-
-
-def _set_options(sock: socket.socket, *, gro: bool) -> None:
-    for force, plain in ((_SO_RCVBUFFORCE, socket.SO_RCVBUF), (_SO_SNDBUFFORCE, socket.SO_SNDBUF)):
-        try:
-            sock.setsockopt(socket.SOL_SOCKET, force, _BUFFER_SIZE)
-        except OSError:  # without CAP_NET_ADMIN the system's limit holds
-            sock.setsockopt(socket.SOL_SOCKET, plain, _BUFFER_SIZE)
-    if sock.family == socket.AF_INET:
-        # As the kernel's WireGuard: no DF, so that routers may fragment and no lost ICMP message makes a black hole.
-        sock.setsockopt(socket.IPPROTO_IP, _IP_MTU_DISCOVER, _IP_PMTUDISC_DONT)
-        sock.setsockopt(socket.IPPROTO_IP, _IP_PKTINFO, 1)
-    else:
-        # Fragments are made here, as wide as the path is known to be.
-        sock.setsockopt(socket.IPPROTO_IPV6, _IPV6_MTU_DISCOVER, _IPV6_PMTUDISC_WANT)
-        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO, 1)
-    if gro:
-        try:
-            sock.setsockopt(_SOL_UDP, _UDP_GRO, 1)
-        except OSError:  # before Linux 5.0
-            pass
