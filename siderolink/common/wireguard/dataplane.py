@@ -40,7 +40,7 @@ class DataPlane:
         on_drained: Callable[[float], None],
         on_blocked: Callable[[Path], None],
     ) -> None:
-        """`on_drained` is called with the time after each verb, to arm a timer; `on_blocked` when a lone peer's path is full."""
+        """`on_drained` is called after each verb, to arm a timer; `on_blocked` when the path of an only peer is full."""
         self._engine = engine
         self._tun = tun
         self._on_events = on_events

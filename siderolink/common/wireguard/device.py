@@ -9,7 +9,6 @@ from typing import Literal, Protocol
 from siderolink.common.keys import PresharedKey, PrivateKey, PublicKey
 from siderolink.common.wireguard.path import Datagrams, Path
 
-
 DeviceKind = Literal["auto", "kernel", "userspace"]
 Network = IPv4Network | IPv6Network
 Interface = IPv4Interface | IPv6Interface
@@ -25,14 +24,15 @@ class DeviceConfig:
 
     name: str
     """The interface's name, 1 to 15 bytes."""
-    private_key: PrivateKey
+    private_key: PrivateKey | None
+    """None for a device that gets its key later; until then no handshake with it can succeed."""
     addresses: tuple[Interface, ...] = ()
     """Addresses for the interface, each with its prefix length."""
     mtu: int = DEFAULT_MTU
     listen_port: int | None = 0
     """The UDP port: 0 for any free one, None for no UDP at all (every path is then a tunnel)."""
     isolate: bool = False
-    """Pass only packets between a peer's own address and one of `addresses`: peers never reach each other or anything beyond."""
+    """Pass only packets between a peer's own address and one of `addresses`: peers reach neither each other nor beyond."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

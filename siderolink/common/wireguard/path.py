@@ -63,7 +63,7 @@ class Path(Protocol):
         """False while more would only queue; a device with a single peer then stops reading its interface."""
 
     def send(self, datagrams: Datagrams) -> None:
-        """Send a batch whose headroom is this path's. Never blocks and never raises: what cannot be sent is dropped and counted.
+        """Send a batch whose headroom is this path's. Never blocks or raises: what cannot be sent is dropped and counted.
 
         The buffer belongs to the caller again when this returns.
         """

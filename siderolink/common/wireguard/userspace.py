@@ -7,9 +7,11 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Literal
 
-from siderolink.common.errors import ConfigurationError, DeviceError
-from siderolink.common.keys import PublicKey
+from siderolink.common.errors import DeviceError
+from siderolink.common.keys import PrivateKey, PublicKey
 from siderolink.common.transport.udp import UdpSockets, open_udp
+from siderolink.common.wireguard.change import DeviceChange
+from siderolink.common.wireguard.configure import Configurator, peer_status
 from siderolink.common.wireguard.dataplane import DataPlane, boot_time
 from siderolink.common.wireguard.device import (
     DeviceConfig,
@@ -22,10 +24,11 @@ from siderolink.common.wireguard.device import (
     PeerConfig,
     PeerStatus,
 )
-from siderolink.common.wireguard.noise import Engine, Event, Peer
+from siderolink.common.wireguard.noise import Engine, Event
 from siderolink.common.wireguard.noise import events as noise
 from siderolink.common.wireguard.path import Datagrams, Path
 from siderolink.common.wireguard.tun import Tun
+from siderolink.common.wireguard.uapi.protocol import DeviceReport
 
 
 class UserspaceDevice:
@@ -37,6 +40,9 @@ class UserspaceDevice:
         self._engine = engine
         self._tun = tun
         self._udp: UdpSockets | None = None
+        if config.listen_port is not None:
+            self._udp = open_udp(config.listen_port, self.deliver)
+        self._configurator = Configurator(engine, config.private_key, self._udp)
         self._on_event = on_event
         self._local = frozenset(address.ip.packed for address in config.addresses)
         self._loop = asyncio.get_running_loop()
@@ -51,12 +57,11 @@ class UserspaceDevice:
     @asynccontextmanager
     async def open(cls, config: DeviceConfig, on_event: OnDeviceEvent) -> AsyncIterator["UserspaceDevice"]:
         """Make the interface and the sockets; leaving removes both."""
-        engine = Engine(bytes(config.private_key), entropy=os.urandom, unix_time_ns=time.time_ns, mtu=config.mtu)
+        key = config.private_key or PrivateKey.generate()
+        engine = Engine(bytes(key), entropy=os.urandom, unix_time_ns=time.time_ns, mtu=config.mtu)
         with Tun.open(config.name, config.mtu) as tun:
             device = cls(config, engine, tun, on_event)
             try:
-                if config.listen_port is not None:
-                    device._udp = open_udp(config.listen_port, device.deliver)
                 await tun.configure(config.addresses, config.mtu)
                 device._read_on()
                 yield device
@@ -84,30 +89,30 @@ class UserspaceDevice:
 
     async def set_peer(self, peer: PeerConfig) -> None:
         """Raises ConfigurationError for a key that cannot be a peer's."""
-        try:
-            entry = self._engine.add_peer(bytes(peer.public_key))
-        except ValueError as error:
-            raise ConfigurationError(f"{peer.public_key} cannot be a peer's key: {error}") from None
         now = boot_time()
-        self._engine.set_preshared_key(entry, bytes(peer.preshared_key) if peer.preshared_key else None)
-        self._engine.allowed_ips.set(entry, peer.allowed_ips)
-        if peer.endpoint is not None:
-            if self._udp is None:
-                raise ConfigurationError("this device has no UDP socket, so a peer cannot have a UDP endpoint")
-            entry.path = self._udp.path(*peer.endpoint)
-        self._engine.set_persistent_keepalive(entry, peer.persistent_keepalive, now)
+        self._configurator.set_peer(peer, now)
         self._plane.drain(now)
+
+    async def apply(self, change: DeviceChange) -> None:
+        """Carry out what `wg` asks for. Raises AddressInUseError or ConfigurationError."""
+        now = boot_time()
+        self._configurator.apply(change, now)
+        self._plane.drain(now)
+
+    def report(self) -> DeviceReport:
+        """The device as `wg` shows it, its keys included."""
+        return self._configurator.report()
 
     async def remove_peer(self, public_key: PublicKey) -> None:
         self._engine.remove_peer(bytes(public_key))
 
     async def peer(self, public_key: PublicKey) -> PeerStatus | None:
         entry = self._engine.peers.get(bytes(public_key))
-        return _status(entry, boot_time()) if entry is not None else None
+        return peer_status(entry, boot_time()) if entry is not None else None
 
     async def peers(self) -> list[PeerStatus]:
         now = boot_time()
-        return [_status(peer, now) for peer in self._engine.peers.values()]
+        return [peer_status(peer, now) for peer in self._engine.peers.values()]
 
     def offer_path(self, public_key: PublicKey, path: Path) -> None:
         entry = self._engine.peers.get(bytes(public_key))
@@ -174,20 +179,6 @@ class UserspaceDevice:
             self._timer.cancel()
         if self._udp is not None:
             self._udp.close()
-
-
-def _status(peer: Peer, now: float) -> PeerStatus:
-    received_at = peer.last_received_at
-    return PeerStatus(
-        public_key=PublicKey(peer.public_key),
-        allowed_ips=tuple(sorted(peer.allowed_ips, key=lambda network: (network.version, network.network_address.packed))),
-        path=str(peer.path) if peer.path is not None else None,
-        last_handshake=peer.last_handshake_ns / 1e9 if peer.last_handshake_ns is not None else None,
-        last_received=time.time() - (now - received_at) if received_at is not None else None,
-        received_bytes=peer.received_bytes,
-        sent_bytes=peer.sent_bytes,
-        persistent_keepalive=peer.timers.persistent_interval,
-    )
 
 
 def _translate(event: Event) -> DeviceEvent:

@@ -1,0 +1,141 @@
+"""From a stated change to the engine and its sockets, and back to a report: one place for `set_peer` and for `wg`."""
+
+import time
+from typing import Protocol
+
+from siderolink.common.errors import ConfigurationError
+from siderolink.common.keys import PresharedKey, PrivateKey, PublicKey
+from siderolink.common.wireguard.change import DeviceChange, PeerChange
+from siderolink.common.wireguard.device import Endpoint, PeerConfig, PeerStatus
+from siderolink.common.wireguard.noise import Engine, Peer
+from siderolink.common.wireguard.noise.handshake import NO_PRESHARED_KEY
+from siderolink.common.wireguard.path import Path
+from siderolink.common.wireguard.uapi.protocol import DeviceReport, PeerReport
+
+
+class Sockets(Protocol):
+    """What of the UDP sockets is configured."""
+
+    @property
+    def port(self) -> int: ...
+
+    def path(self, endpoint: Endpoint) -> Path: ...
+
+    def rebind(self, port: int) -> None:
+        """Listen on another port; paths stay good. Raises AddressInUseError and keeps the old port."""
+
+    def set_mark(self, mark: int) -> None:
+        """Mark all packets sent from now on; 0 for none."""
+
+
+class Configurator:
+    """Changes and describes one device."""
+
+    def __init__(self, engine: Engine, private_key: PrivateKey | None, sockets: Sockets | None) -> None:
+        """Without a private key the engine has a throw-away one, which no peer can know."""
+        self._engine = engine
+        self._private_key = private_key
+        self._sockets = sockets
+        self._fwmark = 0
+
+    def apply(self, change: DeviceChange, now: float) -> None:
+        """Carry out a change. Raises AddressInUseError or ConfigurationError; what came before in the change then stands."""
+        if change.clear_private_key or change.private_key is not None:
+            self._set_private_key(change.private_key)
+        if self._sockets is not None:
+            if change.fwmark is not None:
+                self._sockets.set_mark(change.fwmark)
+                self._fwmark = change.fwmark
+            if change.listen_port is not None and change.listen_port != self._sockets.port:
+                self._sockets.rebind(change.listen_port)
+        if change.replace_peers:
+            for key in list(self._engine.peers):
+                self._engine.remove_peer(key)
+        for peer in change.peers:
+            self.apply_peer(peer, now)
+
+    def set_peer(self, config: PeerConfig, now: float) -> None:
+        """Add a peer or replace its configuration. Raises ConfigurationError for a key that cannot be a peer's."""
+        change = PeerChange(
+            public_key=config.public_key,
+            clear_preshared_key=config.preshared_key is None,
+            preshared_key=config.preshared_key,
+            endpoint=config.endpoint,
+            persistent_keepalive=config.persistent_keepalive,
+        )
+        self._engine.allowed_ips.set(self._entry(config.public_key), config.allowed_ips)
+        self.apply_peer(change, now)
+
+    def apply_peer(self, change: PeerChange, now: float) -> None:
+        """Carry out the change of one peer. Our own key is passed over in silence, as the kernel does."""
+        key = bytes(change.public_key)
+        if change.remove:
+            self._engine.remove_peer(key)
+            return
+        if key == self._engine.public_key or (change.update_only and key not in self._engine.peers):
+            return
+        entry = self._entry(change.public_key)
+        if change.clear_preshared_key or change.preshared_key is not None:
+            self._engine.set_preshared_key(entry, bytes(change.preshared_key) if change.preshared_key else None)
+        if change.endpoint is not None:
+            self._set_endpoint(entry, change.endpoint)
+        if change.replace_allowed_ips:
+            self._engine.allowed_ips.set(entry, ())
+        for is_added, network in change.allowed_ips:
+            edit = self._engine.allowed_ips.add if is_added else self._engine.allowed_ips.remove
+            edit(entry, network)
+        if change.persistent_keepalive is not None:
+            self._engine.set_persistent_keepalive(entry, change.persistent_keepalive, now)
+
+    def report(self) -> DeviceReport:
+        """The device as `wg` shows it."""
+        return DeviceReport(
+            private_key=self._private_key,
+            listen_port=self._sockets.port if self._sockets is not None else None,
+            fwmark=self._fwmark,
+            peers=map(_report, self._engine.peers.values()),
+        )
+
+    def _entry(self, public_key: PublicKey) -> Peer:
+        try:
+            return self._engine.add_peer(bytes(public_key))
+        except ValueError as error:
+            raise ConfigurationError(f"{public_key} cannot be a peer's key: {error}") from None
+
+    def _set_private_key(self, key: PrivateKey | None) -> None:
+        if key is None or key != self._private_key:
+            self._engine.set_private_key(bytes(key or PrivateKey.generate()))
+            self._private_key = key
+
+    def _set_endpoint(self, entry: Peer, endpoint: Endpoint) -> None:
+        if self._sockets is None:
+            raise ConfigurationError("this device has no UDP socket, so a peer cannot have a UDP endpoint")
+        entry.path = self._sockets.path(endpoint)
+
+
+def peer_status(peer: Peer, now: float) -> PeerStatus:
+    """The peer for an embedder; `now` is the engine's clock."""
+    received_at = peer.last_received_at
+    return PeerStatus(
+        public_key=PublicKey(peer.public_key),
+        allowed_ips=tuple(peer.allowed_ips),
+        path=str(peer.path) if peer.path is not None else None,
+        last_handshake=peer.last_handshake_ns / 1e9 if peer.last_handshake_ns is not None else None,
+        last_received=time.time() - (now - received_at) if received_at is not None else None,
+        received_bytes=peer.received_bytes,
+        sent_bytes=peer.sent_bytes,
+        persistent_keepalive=peer.timers.persistent_interval,
+    )
+
+
+def _report(peer: Peer) -> PeerReport:
+    return PeerReport(
+        public_key=PublicKey(peer.public_key),
+        preshared_key=PresharedKey(peer.preshared_key) if peer.preshared_key != NO_PRESHARED_KEY else None,
+        endpoint=str(peer.path) if peer.path is not None else None,
+        last_handshake_ns=peer.last_handshake_ns or 0,
+        received_bytes=peer.received_bytes,
+        sent_bytes=peer.sent_bytes,
+        persistent_keepalive=peer.timers.persistent_interval,
+        allowed_ips=tuple(peer.allowed_ips),
+    )

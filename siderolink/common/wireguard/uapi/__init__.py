@@ -1,0 +1,1 @@
+"""The configuration protocol that `wg` speaks to a userspace interface, over a local socket (wireguard.com/xplatform)."""

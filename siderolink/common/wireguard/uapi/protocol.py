@@ -1,0 +1,176 @@
+"""The text of the configuration protocol: requests parsed, answers written. No I/O.
+
+A request is ``get=1`` or ``set=1`` and lines of ``key=value``, ended by an empty line; keys and preshared keys are lower-case
+hex. An answer ends with ``errno=N`` and an empty line, N being 0 or a negative errno.
+"""
+
+import errno
+import ipaddress
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TypeVar
+
+from siderolink.common.errors import KeyFormatError
+from siderolink.common.keys import PresharedKey, PrivateKey, PublicKey
+from siderolink.common.wireguard.change import DeviceChange, PeerChange
+from siderolink.common.wireguard.device import Endpoint, Network
+
+MAX_REQUEST_BYTES = 16 * 1024 * 1024
+"""A request for tens of thousands of peers is well below this."""
+
+K = TypeVar("K", PrivateKey, PublicKey, PresharedKey)
+
+
+class UapiError(Exception):
+    """Raised when a request cannot be parsed or carried out; `errno` is the positive error number for the answer."""
+
+    def __init__(self, message: str, number: int = errno.EINVAL) -> None:
+        super().__init__(message)
+        self.errno = number
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PeerReport:
+    """One peer for a ``get``."""
+
+    public_key: PublicKey
+    preshared_key: PresharedKey | None
+    endpoint: str | None
+    last_handshake_ns: int
+    """Unix time in nanoseconds, 0 for never."""
+    received_bytes: int
+    sent_bytes: int
+    persistent_keepalive: int
+    allowed_ips: tuple[Network, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceReport:
+    """A device for a ``get``."""
+
+    private_key: PrivateKey | None
+    listen_port: int | None
+    fwmark: int
+    peers: Iterable[PeerReport]
+
+
+def parse_set(lines: Iterable[str]) -> DeviceChange:
+    """Read the lines after ``set=1``. Raises UapiError; its message never holds a key."""
+    change = DeviceChange()
+    peer: PeerChange | None = None
+    for line in lines:
+        key, separator, value = line.partition("=")
+        if not separator:
+            raise UapiError("a line without '='", errno.EPROTO)
+        if key == "public_key":
+            peer = PeerChange(public_key=_key(PublicKey, value))
+            change.peers.append(peer)
+        elif peer is None:
+            _set_device(change, key, value)
+        else:
+            _set_peer(peer, key, value)
+    return change
+
+
+def _set_device(change: DeviceChange, key: str, value: str) -> None:
+    match key:
+        case "private_key":
+            private = _key(PrivateKey, value)
+            change.clear_private_key = not any(bytes(private))
+            change.private_key = None if change.clear_private_key else private
+        case "listen_port":
+            change.listen_port = _number(value, 65535)
+        case "fwmark":
+            change.fwmark = _number(value, 2**32 - 1)
+        case "replace_peers":
+            change.replace_peers = _flag(value)
+        case _:
+            raise UapiError(f"unknown device key {key[:40]!r}")
+
+
+def _set_peer(peer: PeerChange, key: str, value: str) -> None:
+    match key:
+        case "remove":
+            peer.remove = _flag(value)
+        case "update_only":
+            peer.update_only = _flag(value)
+        case "preshared_key":
+            preshared = _key(PresharedKey, value)
+            peer.clear_preshared_key = not any(bytes(preshared))
+            peer.preshared_key = None if peer.clear_preshared_key else preshared
+        case "endpoint":
+            peer.endpoint = parse_endpoint(value)
+        case "persistent_keepalive_interval":
+            peer.persistent_keepalive = _number(value, 65535)
+        case "replace_allowed_ips":
+            peer.replace_allowed_ips = _flag(value)
+        case "allowed_ip":
+            peer.allowed_ips.append((not value.startswith("-"), _network(value.removeprefix("-"))))
+        case "protocol_version":
+            if value != "1":
+                raise UapiError("only protocol version 1 is known", errno.EPROTONOSUPPORT)
+        case _:
+            raise UapiError(f"unknown peer key {key[:40]!r}")
+
+
+def write_get(report: DeviceReport) -> Iterable[str]:
+    """The lines of an answer to ``get=1``, without the final errno."""
+    if report.private_key is not None:
+        yield f"private_key={bytes(report.private_key).hex()}"
+    if report.listen_port is not None:
+        yield f"listen_port={report.listen_port}"
+    if report.fwmark:
+        yield f"fwmark={report.fwmark}"
+    for peer in report.peers:
+        yield f"public_key={bytes(peer.public_key).hex()}"
+        yield f"preshared_key={bytes(peer.preshared_key).hex() if peer.preshared_key else '0' * 64}"
+        yield "protocol_version=1"
+        if peer.endpoint is not None:
+            yield f"endpoint={peer.endpoint}"
+        seconds, nanoseconds = divmod(peer.last_handshake_ns, 1_000_000_000)
+        yield f"last_handshake_time_sec={seconds}"
+        yield f"last_handshake_time_nsec={nanoseconds}"
+        yield f"tx_bytes={peer.sent_bytes}"
+        yield f"rx_bytes={peer.received_bytes}"
+        yield f"persistent_keepalive_interval={peer.persistent_keepalive}"
+        for network in peer.allowed_ips:
+            yield f"allowed_ip={network}"
+
+
+def parse_endpoint(text: str) -> Endpoint:
+    """``192.0.2.1:51820`` or ``[2001:db8::1]:51820``, with a zone where it is link-local. Raises UapiError."""
+    host, _, port = text.rpartition(":")
+    bracketed = host.startswith("[") and host.endswith("]")
+    try:
+        address = ipaddress.ip_address(host[1:-1] if bracketed else host)
+    except ValueError:
+        raise UapiError("an endpoint is an IP address and a port") from None
+    if bracketed != (address.version == 6):
+        raise UapiError("in an endpoint, IPv6 addresses and only those have brackets")
+    return address, _number(port, 65535)
+
+
+def _key(kind: type[K], text: str) -> K:
+    try:
+        return kind(bytes.fromhex(text))
+    except (ValueError, KeyFormatError):
+        raise UapiError("a key is 64 hexadecimal digits") from None
+
+
+def _number(text: str, most: int) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) <= 10) or int(text) > most:
+        raise UapiError(f"a number from 0 to {most} was expected")
+    return int(text)
+
+
+def _flag(text: str) -> bool:
+    if text not in ("true", "false"):
+        raise UapiError("'true' was expected")
+    return text == "true"
+
+
+def _network(text: str) -> Network:
+    try:
+        return ipaddress.ip_network(text, strict=False)
+    except ValueError:
+        raise UapiError("an allowed IP is an address with a prefix length") from None

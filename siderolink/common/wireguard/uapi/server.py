@@ -1,0 +1,144 @@
+"""Listens where `wg` looks for an interface of ours, and answers it."""
+
+import asyncio
+import errno
+import os
+import socket
+import stat
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from siderolink.common.errors import InterfaceInUseError, SideroLinkError
+from siderolink.common.wireguard.change import DeviceChange
+from siderolink.common.wireguard.uapi.protocol import (
+    MAX_REQUEST_BYTES,
+    DeviceReport,
+    UapiError,
+    parse_set,
+    write_get,
+)
+
+SOCKET_FOLDER = Path("/var/run/wireguard")
+IDLE_TIMEOUT = 30.0
+"""Seconds in which a client that has begun a request must end it."""
+MAX_LINE_BYTES = 1024
+
+Apply = Callable[[DeviceChange], Awaitable[None]]
+Report = Callable[[], DeviceReport]
+
+
+@asynccontextmanager
+async def serve_uapi(name: str, report: Report, apply: Apply, *, folder: Path = SOCKET_FOLDER) -> AsyncIterator[Path]:
+    """Answer `wg` for the interface until the context is left; then the socket is gone.
+
+    Raises InterfaceInUseError when another process answers at the socket; one left behind by a crash is taken over.
+    """
+    path = _make_room(folder, name)
+    clients: set[asyncio.Task[None]] = set()
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        clients.add(task)
+        try:
+            await _serve_client(reader, writer, report, apply)
+        finally:
+            clients.discard(task)
+            writer.close()
+
+    mask = os.umask(0o077)
+    try:
+        server = await asyncio.start_unix_server(answer, path, limit=MAX_LINE_BYTES)
+    finally:
+        os.umask(mask)
+    inode = os.stat(path).st_ino
+    try:
+        yield path
+    finally:
+        server.close()
+        for task in clients:
+            task.cancel()
+        await asyncio.gather(*clients, return_exceptions=True)
+        _remove(path, inode)
+
+
+def _remove(path: Path, inode: int) -> None:
+    """Remove the socket, unless it has been taken over by another."""
+    try:
+        if path.stat().st_ino == inode:
+            path.unlink()
+    except FileNotFoundError:
+        pass
+
+
+def _make_room(folder: Path, name: str) -> Path:
+    """The socket's path, after removing one at which nobody answers."""
+    path = folder / f"{name}.sock"
+    folder.mkdir(mode=0o755, parents=True, exist_ok=True)
+    try:
+        mode = path.lstat().st_mode
+    except FileNotFoundError:
+        return path
+    if not stat.S_ISSOCK(mode):
+        raise InterfaceInUseError(f"{path} exists and is not a socket; remove it or choose another interface name")
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(str(path))
+        except (ConnectionRefusedError, FileNotFoundError):
+            path.unlink(missing_ok=True)
+            return path
+    raise InterfaceInUseError(f"another process answers at {path}; stop it or choose another interface name")
+
+
+async def _serve_client(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, report: Report, apply: Apply) -> None:
+    """One client may send several requests, one after the other."""
+    try:
+        while lines := await _read_request(reader):
+            try:
+                answer = await _answer(lines, report, apply)
+            except UapiError as error:
+                answer = [f"errno={-error.errno}"]
+            except SideroLinkError:
+                answer = [f"errno={-errno.EINVAL}"]
+            except OSError as error:
+                answer = [f"errno={-(error.errno or errno.EIO)}"]
+            writer.write(("\n".join(answer) + "\n\n").encode())
+            await writer.drain()
+    except (UapiError, ConnectionError, TimeoutError):
+        return
+
+
+async def _read_request(reader: asyncio.StreamReader) -> list[str]:
+    """The lines of one request, none at the end of the connection. Raises UapiError when it is too large or not text."""
+    lines: list[str] = []
+    size = 0
+    while True:
+        try:
+            if lines:
+                async with asyncio.timeout(IDLE_TIMEOUT):
+                    raw = await reader.readline()
+            else:
+                raw = await reader.readline()
+            line = raw.decode("ascii")
+        except ValueError:
+            raise UapiError("a line that is too long or not ASCII", errno.EPROTO) from None
+        size += len(raw)
+        if size > MAX_REQUEST_BYTES:
+            raise UapiError("the request is too large", errno.EFBIG)
+        if not line.endswith("\n"):
+            return []
+        if line == "\n":
+            if lines:
+                return lines
+            continue
+        lines.append(line[:-1])
+
+
+async def _answer(lines: list[str], report: Report, apply: Apply) -> Iterable[str]:
+    if lines == ["get=1"]:
+        return [*write_get(report()), "errno=0"]
+    if lines[0] == "set=1":
+        await apply(parse_set(lines[1:]))
+        return ["errno=0"]
+    raise UapiError("a request begins with get=1 or set=1", errno.EPROTO)
