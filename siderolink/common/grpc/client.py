@@ -25,6 +25,8 @@ from siderolink.common.grpc.tls import client_tls
 
 log = logging.getLogger("siderolink")
 
+CREATE_STREAM = "/sidero.link.WireGuardOverGRPCService/CreateStream"
+"""The bidirectional method of the tunnel."""
 _NEXT_ADDRESS_SECONDS = 0.25
 _CLOSE_SECONDS = 0.5
 _AddressInfo = tuple[int, int, int, str, tuple[Any, ...]]
@@ -136,7 +138,7 @@ async def open_channel(
 
 @asynccontextmanager
 async def open_byte_stream(
-    channel: GrpcChannel, path: str, metadata: Mapping[str, str] | None = None
+    channel: GrpcChannel, path: str = CREATE_STREAM, metadata: Mapping[str, str] | None = None
 ) -> AsyncIterator[ByteStream]:
     """Call a bidirectional method for its raw bytes; leaving the context gives the stream up if it still runs."""
     stream, release = await channel.start_stream(path, metadata or {})

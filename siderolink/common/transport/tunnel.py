@@ -1,0 +1,196 @@
+"""The gRPC tunnel: WireGuard datagrams inside one bidirectional stream, as a path."""
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+
+from siderolink.common.grpc import ByteStream, Status
+from siderolink.common.transport.tunnel_messages import HEADROOM, MessageRun, TunnelReader, encode
+from siderolink.common.wireguard.path import Datagrams, Receive
+
+ADDRESS_METADATA = "x-siderolink-ipv6-addr"
+"""The request's metadata that says whose stream it is: the machine's virtual ``[address]:port``."""
+QUEUE_BYTES = 256 * 1024
+"""How much may wait for a stream that has no room, by default."""
+
+_AT_ONCE_BYTES = 16 * 1024
+
+
+class TunnelPath:
+    """The path through one stream. What finds no room waits, up to a bound; then the oldest messages are dropped and counted.
+
+    Small batches are sent together at the end of the loop's turn; nothing waits for more to come.
+    """
+
+    headroom = HEADROOM
+
+    def __init__(self, stream: ByteStream, name: str, *, peer: bytes | None = None, queue_bytes: int = QUEUE_BYTES) -> None:
+        self.peer = peer
+        """The only public key (32 bytes) that may be heard here, None where any may."""
+        self.dropped = 0
+        """How many datagrams were dropped, for want of room or because the stream had ended."""
+        self._stream = stream
+        self._name = name
+        self._limit = queue_bytes
+        self._queue: deque[MessageRun] = deque()
+        self._queued = 0
+        self._waiting_for_turn = False
+        self._waiting_for_room = False
+        self._when_writable: list[Callable[[], None]] = []
+
+    @property
+    def source(self) -> bytes:
+        """The sender's name, for cookies and rate limits: its virtual address."""
+        return self._name.encode()
+
+    @property
+    def is_open(self) -> bool:
+        """False once the stream has ended."""
+        return self._stream.is_open
+
+    @property
+    def is_writable(self) -> bool:
+        """False while a quarter of the queue is taken."""
+        return self._queued <= self._limit // 4
+
+    @property
+    def queued_bytes(self) -> int:
+        """What waits for room."""
+        return self._queued
+
+    def send(self, datagrams: Datagrams) -> None:
+        """Send a batch that has 8 bytes of headroom; returns at once, and never raises."""
+        if not self.is_open:
+            self.dropped += datagrams.count
+            return
+        for run in encode(datagrams):
+            if not self._queue and len(run.data) >= _AT_ONCE_BYTES:
+                run.sent = self._stream.send(run.data)
+            if run.sent < len(run.data):
+                self._enqueue(MessageRun(memoryview(bytes(run.data)), run.stride, run.sent))
+
+    def when_writable(self, callback: Callable[[], None]) -> None:
+        """Call `callback` once, soon after the path is writable again or closed."""
+        if self.is_writable or not self.is_open:
+            asyncio.get_running_loop().call_soon(callback)
+        else:
+            self._when_writable.append(callback)
+
+    def close(self, status: Status = Status.OK, message: str | None = None) -> None:
+        """End the stream; a server's peer is told status and message exactly. What waits is sent as far as there is room."""
+        if self.is_open:
+            self._flush()
+            self._stream.end(status, message)
+        self._forget()
+
+    def __str__(self) -> str:
+        return self._name
+
+    def __repr__(self) -> str:
+        return f"<TunnelPath {self._name} {'open' if self.is_open else 'closed'}, {self._queued} bytes wait>"
+
+    def _enqueue(self, run: MessageRun) -> None:
+        self._queue.append(run)
+        self._queued += len(run.data) - run.sent
+        if self._queued > self._limit:
+            self._drop_oldest()
+        if not self._waiting_for_room and not self._waiting_for_turn:
+            self._waiting_for_turn = True
+            asyncio.get_running_loop().call_soon(self._turn)
+
+    def _turn(self) -> None:
+        self._waiting_for_turn = False
+        self._flush()
+
+    def _room(self) -> None:
+        self._waiting_for_room = False
+        self._flush()
+
+    def _flush(self) -> None:
+        if not self.is_open:
+            self._forget()
+            return
+        while self._queue:
+            taken = self._stream.send(self._next_bytes())
+            if not taken:
+                if not self._waiting_for_room:
+                    self._waiting_for_room = True
+                    self._stream.when_room(self._room)
+                break
+            self._queued -= taken
+            self._take(taken)
+        if self._when_writable and self.is_writable:
+            self._tell_writable()
+
+    def _next_bytes(self) -> memoryview:
+        """What to send next: the oldest run, or as many small ones as make about one frame."""
+        oldest = self._queue[0]
+        if len(oldest.data) - oldest.sent >= _AT_ONCE_BYTES or len(self._queue) == 1:
+            return oldest.data[oldest.sent :]
+        parts, size = [], 0
+        for run in self._queue:
+            parts.append(run.data[run.sent :])
+            size += len(run.data) - run.sent
+            if size >= _AT_ONCE_BYTES:
+                break
+        return memoryview(b"".join(parts))
+
+    def _take(self, size: int) -> None:
+        while size:
+            run = self._queue[0]
+            step = min(size, len(run.data) - run.sent)
+            run.sent += step
+            size -= step
+            if run.sent == len(run.data):
+                self._queue.popleft()
+
+    def _drop_oldest(self) -> None:
+        """Drop whole messages until the queue is within its bound; the one that is partly on the wire stays."""
+        begun = None
+        head = self._queue[0]
+        if head.sent % head.stride:
+            end = head.begun_end
+            begun = MessageRun(head.data[:end], head.stride, head.sent)
+            head.sent = end
+        while self._queued > self._limit and self._queue:
+            run = self._queue[0]
+            start = run.sent
+            rows = min(run.messages, -(-(self._queued - self._limit) // run.stride))
+            run.sent = min(start + rows * run.stride, len(run.data))
+            self._queued -= run.sent - start
+            self.dropped += rows
+            if run.sent == len(run.data):
+                self._queue.popleft()
+        if begun is not None:
+            self._queue.appendleft(begun)
+
+    def _forget(self) -> None:
+        """The stream has ended: nothing that waits can arrive."""
+        self.dropped += sum(run.messages for run in self._queue)
+        self._queue.clear()
+        self._queued = 0
+        self._tell_writable()
+
+    def _tell_writable(self) -> None:
+        waiting, self._when_writable = self._when_writable, []
+        for callback in waiting:
+            asyncio.get_running_loop().call_soon(callback)
+
+
+async def carry(stream: ByteStream, path: TunnelPath, receive: Receive) -> None:
+    """Give what comes by `stream` to `receive` as batches of `path`, until the stream ends.
+
+    Raises GRPCError when the peer ended it with another status than OK, StreamTerminatedError when it was cut.
+    """
+    reader = TunnelReader()
+
+    def take(chunk: memoryview) -> None:
+        for batch in reader.feed(chunk):
+            receive(batch, path)
+
+    stream.accept()
+    stream.receive(take)
+    try:
+        await stream.wait_ended()
+    finally:
+        path.close()

@@ -1,0 +1,216 @@
+"""The messages of a tunnel stream, sans-IO: WireGuard datagrams as `PeerPacket`s in gRPC's length-prefixed frames.
+
+One message is 0x00, the length in four bytes (big-endian), then the protobuf: tag 0x12, the datagram's length as a varint, the
+datagram. Where that varint takes two bytes, which is the case for 128 to 16,383, the header has eight bytes, and datagrams of
+one length behind eight bytes of headroom each become a run of messages by filling the headroom.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from siderolink.common.grpc import Refusal, Refused
+from siderolink.common.wireguard.path import Datagrams
+
+HEADROOM = 8
+"""Free bytes before each datagram, so that it needs no copy."""
+MAX_DATAGRAM = 65_535
+MAX_MESSAGE = MAX_DATAGRAM + 1024
+"""The longest message taken: the longest datagram, with room for fields of newer peers."""
+
+_TAG = 0x12
+_TAG_AND_VARINT = 3
+_PREFIX = 5
+_SHORTEST_ROW = 128
+_LONGEST_ROW = 16_383
+
+
+@dataclass(slots=True)
+class MessageRun:
+    """Messages back to back, all of `stride` bytes but the last, which may be shorter."""
+
+    data: memoryview
+    stride: int
+    sent: int = 0
+    """Bytes that are on the wire already."""
+
+    @property
+    def begun_end(self) -> int:
+        """Where the last message ends of which anything is on the wire."""
+        return min(-(-self.sent // self.stride) * self.stride, len(self.data))
+
+    @property
+    def messages(self) -> int:
+        """Messages of which nothing is on the wire."""
+        return -(-(len(self.data) - self.begun_end) // self.stride)
+
+
+def message_header(size: int) -> bytes:
+    """What stands before a datagram of `size` bytes on the wire."""
+    varint = bytearray()
+    rest = size
+    while rest > 0x7F:
+        varint.append(rest & 0x7F | 0x80)
+        rest >>= 7
+    varint.append(rest)
+    return b"\0" + (1 + len(varint) + size).to_bytes(4) + bytes((_TAG,)) + varint
+
+
+def encode(datagrams: Datagrams) -> list[MessageRun]:
+    """Turn a batch with the headroom of a tunnel into runs of messages, in place where the lengths and the buffer allow."""
+    size = datagrams.stride - HEADROOM
+    last = len(datagrams.data) - (datagrams.count - 1) * datagrams.stride - HEADROOM
+    if datagrams.data.readonly or not _SHORTEST_ROW <= size <= _LONGEST_ROW:
+        return [_copy(datagrams.row(index)) for index in range(datagrams.count)]
+    data, stride = datagrams.data, datagrams.stride
+    rows = datagrams.count if last == size else datagrams.count - 1
+    _fill(data, message_header(size), rows, stride)
+    if last == size:
+        return [MessageRun(data, stride)]
+    if last >= _SHORTEST_ROW:
+        data[rows * stride : rows * stride + HEADROOM] = message_header(last)
+        return [MessageRun(data, stride)]
+    return [MessageRun(data[: rows * stride], stride), _copy(datagrams.row(rows))]
+
+
+def _fill(data: memoryview, header: bytes, rows: int, stride: int) -> None:
+    """Write the header at the beginning of every row, one column at a time."""
+    end = (rows - 1) * stride + 1
+    for column in range(HEADROOM):
+        data[column : column + end : stride] = header[column : column + 1] * rows
+
+
+def _copy(datagram: memoryview) -> MessageRun:
+    message = message_header(len(datagram)) + datagram
+    return MessageRun(memoryview(message), len(message))
+
+
+class TunnelReader:
+    """Reads messages from pieces of any size; runs of equally long datagrams come as one batch, without a copy."""
+
+    def __init__(self, max_message: int = MAX_MESSAGE) -> None:
+        self._max_message = max_message
+        self._partial = bytearray()
+        self._missing = 0
+
+    @property
+    def is_between_messages(self) -> bool:
+        """True when all bytes so far made whole messages."""
+        return not self._partial
+
+    def feed(self, chunk: memoryview) -> Iterator[Datagrams]:
+        """Yield the datagrams that `chunk` completes; their memory is the chunk's where it can be.
+
+        Raises Refused: MESSAGE_COMPRESSED, MESSAGE_TOO_LARGE or MESSAGE_MALFORMED; the reader is of no use afterwards.
+        """
+        if self._partial:
+            if len(chunk) < self._missing:
+                self._keep(chunk)
+                return
+            chunk = memoryview(b"".join((self._partial, chunk)))
+            self._partial.clear()
+        pos, end = 0, len(chunk)
+        while end - pos >= _PREFIX:
+            head = bytes(chunk[pos : pos + HEADROOM])
+            total = _PREFIX + _length(head, self._max_message)
+            if end - pos < total:
+                break
+            if _is_row(head, total):
+                batch, pos = _run(chunk, pos, end, head, total)
+                yield batch
+            else:
+                datagram = parse_peer_packet(chunk[pos + _PREFIX : pos + total])
+                pos += total
+                if datagram is not None:
+                    yield Datagrams(datagram, 1, len(datagram))
+        if pos < end:
+            self._keep(chunk[pos:])
+
+    def _keep(self, rest: memoryview) -> None:
+        """Hold the beginning of a message until as much has come as is known to be missing."""
+        self._partial += rest
+        have = len(self._partial)
+        if have < _PREFIX:
+            self._missing = _PREFIX - have
+        else:
+            self._missing = _PREFIX + _length(bytes(self._partial[:_PREFIX]), self._max_message) - have
+
+
+def _length(head: bytes, longest: int) -> int:
+    """The length in a message's prefix. Raises Refused."""
+    if head[0]:
+        raise Refused(Refusal.MESSAGE_COMPRESSED, "the message is compressed, and no compression was agreed")
+    length = int.from_bytes(head[1:_PREFIX])
+    if length > longest:
+        raise Refused(Refusal.MESSAGE_TOO_LARGE, f"the message has {length} bytes, more than {longest}")
+    return length
+
+
+def _is_row(head: bytes, total: int) -> bool:
+    """Whether the message is a datagram behind a header of exactly eight bytes."""
+    if len(head) < HEADROOM or head[5] != _TAG or head[6] < 0x80 or head[7] >= 0x80:
+        return False
+    size = head[6] & 0x7F | head[7] << 7
+    return size == total - HEADROOM and size >= _SHORTEST_ROW
+
+
+def _run(chunk: memoryview, start: int, end: int, head: bytes, stride: int) -> tuple[Datagrams, int]:
+    """The batch that begins at `start`, and where it ends: rows with the same header, and one shorter row behind them."""
+    count, stop = 1, start + stride
+    while end - stop >= stride and chunk[stop : stop + HEADROOM] == head:
+        count += 1
+        stop += stride
+    tail = bytes(chunk[stop : stop + HEADROOM])
+    if len(tail) == HEADROOM and not tail[0]:
+        total = _PREFIX + int.from_bytes(tail[1:_PREFIX])
+        if total < stride and total <= end - stop and _is_row(tail, total):
+            count += 1
+            stop += total
+    return Datagrams(chunk[start:stop], count, stride, HEADROOM), stop
+
+
+def parse_peer_packet(message: memoryview) -> memoryview | None:
+    """The datagram in one PeerPacket, None where there is none; unknown fields are skipped. Raises Refused (MESSAGE_MALFORMED)."""
+    found: memoryview | None = None
+    pos, end = 0, len(message)
+    while pos < end:
+        key, pos = _varint(message, pos, 5)
+        field, wire_type = key >> 3, key & 7
+        if not field or key > 0xFFFF_FFFF:
+            raise _malformed("a field has no number")
+        if wire_type == 2:
+            size, pos = _varint(message, pos, 5)
+            if size > end - pos:
+                raise _malformed("a field is cut short")
+            if field == 2:
+                found = message[pos : pos + size]
+            pos += size
+        else:
+            pos = _skip(message, pos, wire_type)
+    return found if found else None
+
+
+def _skip(message: memoryview, pos: int, wire_type: int) -> int:
+    if wire_type == 0:
+        return _varint(message, pos, 10)[1]
+    width = {1: 8, 5: 4}.get(wire_type)
+    if width is None:
+        raise _malformed(f"a field has wire type {wire_type}")
+    if width > len(message) - pos:
+        raise _malformed("a field is cut short")
+    return pos + width
+
+
+def _varint(message: memoryview, pos: int, longest: int) -> tuple[int, int]:
+    """A varint of at most `longest` bytes, and where it ends."""
+    value = shift = 0
+    for index in range(pos, min(pos + longest, len(message))):
+        byte = message[index]
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, index + 1
+        shift += 7
+    raise _malformed("a number is cut short or too long")
+
+
+def _malformed(why: str) -> Refused:
+    return Refused(Refusal.MESSAGE_MALFORMED, f"the message is no PeerPacket: {why}")
