@@ -1,0 +1,44 @@
+"""The manager's side: a server that machines join."""
+
+from siderolink.server.authorization import Allow, Authorize, Deny, JoinRequest
+from siderolink.server.events import (
+    EventsLost,
+    EventStream,
+    HandshakeCompleted,
+    JoinRefused,
+    LeaveReason,
+    LinkDown,
+    MachineJoined,
+    MachineLeft,
+    ServerEvent,
+)
+from siderolink.server.links import LinkState
+from siderolink.server.options import MachineLimits
+from siderolink.server.refusals import JoinRefusal, StreamRefusal
+from siderolink.server.server import MachineStatus, Server
+from siderolink.server.store import Machine, MemoryStore, Store
+
+__all__ = [
+    "Allow",
+    "Authorize",
+    "Deny",
+    "EventStream",
+    "EventsLost",
+    "HandshakeCompleted",
+    "JoinRefusal",
+    "JoinRefused",
+    "JoinRequest",
+    "LeaveReason",
+    "LinkDown",
+    "LinkState",
+    "Machine",
+    "MachineJoined",
+    "MachineLeft",
+    "MachineLimits",
+    "MachineStatus",
+    "MemoryStore",
+    "Server",
+    "ServerEvent",
+    "Store",
+    "StreamRefusal",
+]

@@ -1,0 +1,54 @@
+"""Many deadlines, one at a time awaited: what they cost depends on those that are due, not on how many there are."""
+
+import heapq
+from collections.abc import Hashable
+from itertools import count
+from typing import Generic, TypeVar
+
+K = TypeVar("K", bound=Hashable)
+
+
+class Deadlines(Generic[K]):
+    """At most one deadline per key, by a clock that the caller reads."""
+
+    def __init__(self) -> None:
+        self._at: dict[K, tuple[float, int]] = {}
+        self._heap: list[tuple[float, int, K]] = []
+        self._numbers = count()
+
+    def __len__(self) -> int:
+        return len(self._at)
+
+    def __contains__(self, key: K) -> bool:
+        return key in self._at
+
+    @property
+    def next_at(self) -> float | None:
+        """The earliest deadline; None if there is none."""
+        self._drop_stale()
+        return self._heap[0][0] if self._heap else None
+
+    def set(self, key: K, at: float) -> None:
+        """Set or move the key's deadline."""
+        entry = (at, next(self._numbers))
+        self._at[key] = entry
+        heapq.heappush(self._heap, (*entry, key))
+        if len(self._heap) > 2 * len(self._at) + 64:
+            self._heap = [(*entry, key) for key, entry in self._at.items()]
+            heapq.heapify(self._heap)
+
+    def discard(self, key: K) -> None:
+        self._at.pop(key, None)
+
+    def pop_due(self, now: float) -> K | None:
+        """Take out one key whose deadline has come; None if none has."""
+        self._drop_stale()
+        if not self._heap or self._heap[0][0] > now:
+            return None
+        key = heapq.heappop(self._heap)[2]
+        del self._at[key]
+        return key
+
+    def _drop_stale(self) -> None:
+        while self._heap and self._at.get(self._heap[0][2]) != self._heap[0][:2]:
+            heapq.heappop(self._heap)

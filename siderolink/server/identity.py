@@ -1,0 +1,103 @@
+"""Who may speak for which machine: pure decisions, by the rows, the call, and how long ago each link was heard.
+
+Nothing in a Provision call proves that the caller holds the private key; only a WireGuard handshake does. UUIDs and public keys
+are no secrets. So a living link is never given away on their word, and a unique token once bound is asked for ever after.
+"""
+
+import hmac
+import re
+from dataclasses import dataclass, field
+
+from siderolink.common.errors import ConfigurationError
+from siderolink.common.keys import PublicKey
+from siderolink.server.refusals import JoinRefusal
+from siderolink.server.store import Machine
+
+ALIVE_SECONDS = 60.0
+"""A link is alive for so long after its last authenticated packet: two keepalives (25 s each) may get lost."""
+STALE_SECONDS = 180.0
+"""After so long without one its sessions have ended (whitepaper, section 6.1: Reject-After-Time)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Claimant:
+    """What a well-formed call says about itself."""
+
+    node_uuid: str
+    public_key: PublicKey
+    unique_token_digest: bytes | None = field(default=None, repr=False)
+
+
+_UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
+
+
+def parse_uuid(text: str) -> str:
+    """A UUID in its one form, in lower case. Raises ConfigurationError; the message does not repeat the text."""
+    if len(text) != 36 or _UUID.fullmatch(text.lower()) is None:
+        raise ConfigurationError("a UUID is written as 8-4-4-4-12 hexadecimal digits")
+    return text.lower()
+
+
+_PRIME = 2**255 - 19
+_LOW_ORDER = {
+    0,
+    1,
+    _PRIME - 1,
+    0x00B8495F16056286FDB1329CEB8D09DA6AC49FF1FAE35616AEB8413B7C7AEBE0,
+    0x57119FD0DD4E22D8868E1C58C45C44045BEF839C55B1D0B1248C50A3BC959C5F,
+}
+"""The u-coordinates whose exchange gives zeros with every private key (RFC 7748, section 6.1)."""
+
+
+def is_usable_key(public_key: PublicKey) -> bool:
+    """Whether a private key can belong to it and a handshake with it can succeed."""
+    u = int.from_bytes(bytes(public_key), "little") & (2**255 - 1)
+    return u % _PRIME not in _LOW_ORDER
+
+
+def is_alive(silence: float | None) -> bool:
+    """`silence` is seconds since the last authenticated packet; None if there was none."""
+    return silence is not None and silence < ALIVE_SECONDS
+
+
+def check_owner(owner: Machine, claimant: Claimant, silence: float | None) -> JoinRefusal | None:
+    """May the claimant speak for `owner`, the machine of the same UUID, whose link has been silent for `silence` seconds?"""
+    if owner.unique_token_digest is not None:
+        return None if _same_token(owner, claimant) else JoinRefusal.OTHER_UNIQUE_TOKEN
+    if owner.public_key != claimant.public_key and is_alive(silence):
+        return JoinRefusal.LINK_ALIVE
+    return None
+
+
+def check_holder(holder: Machine, claimant: Claimant, silence: float | None) -> JoinRefusal | None:
+    """May the claimant take its public key from `holder`, a machine of another UUID with the same key?
+
+    A machine's UUID may be overridden while it runs, and then it comes back with the same key and unique token.
+    """
+    if _same_token(holder, claimant) or not is_alive(silence):
+        return None
+    return JoinRefusal.KEY_IN_USE
+
+
+def binds_token(owner: Machine | None, silence: float | None) -> bool:
+    """Is this the moment to bind the claimant's unique token to the row? Never in a living link that has none bound."""
+    return owner is None or (owner.unique_token_digest is None and not is_alive(silence))
+
+
+def needs_virtual_address(owner: Machine | None, claimant: Claimant, silence: float | None, now: float) -> bool:
+    """Does a tunnel answer to this call carry a fresh virtual address?
+
+    It does for a new key, and where the link that was there has died: existing machines restart a stuck tunnel only when the
+    address changes. It does not for a call repeated within one link, or soon after a fresh address was given.
+    """
+    if owner is None or owner.virtual_address is None or owner.public_key != claimant.public_key:
+        return True
+    if owner.linked_at is None:
+        return False
+    just_issued = owner.virtual_issued_at is not None and 0 <= now - owner.virtual_issued_at < STALE_SECONDS
+    return not just_issued and (silence is None or silence >= STALE_SECONDS)
+
+
+def _same_token(machine: Machine, claimant: Claimant) -> bool:
+    known, given = machine.unique_token_digest, claimant.unique_token_digest
+    return known is not None and given is not None and hmac.compare_digest(known, given)

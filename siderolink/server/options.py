@@ -1,0 +1,111 @@
+"""The server's options, checked before anything is opened."""
+
+import ssl
+from dataclasses import dataclass, field
+
+from siderolink.common.errors import ConfigurationError
+from siderolink.common.grpc.limits import Limits
+from siderolink.common.hostport import HostPort
+from siderolink.common.keys import PrivateKey
+from siderolink.common.wireguard.device import DeviceKind
+from siderolink.server.authorization import Authorize, allow_all
+from siderolink.server.store import Store
+
+MAX_ENDPOINTS = 32
+MAX_INSTALLATION_ID_BYTES = 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MachineLimits:
+    """How much machines may cost, and how long they may take. Times are seconds."""
+
+    max_machines: int = 65_536
+    """Machines known at a time; more are refused with RESOURCE_EXHAUSTED."""
+    max_pending: int = 65_536
+    """Of these, machines that have not shaken hands yet."""
+    peer_without_handshake_timeout: float = 600.0
+    """A machine that never shakes hands is forgotten after so long. Existing machines try each endpoint for 30 s, so this is
+    time for twenty."""
+    down_after: float = 275.0
+    """A link is down when nothing authenticated came for so long: 180 s of session, 5 s and 90 s of attempts at a new one."""
+    stream_without_packet_timeout: float = 90.0
+    """A tunnel stream by which nothing authenticated comes is ended after so long: WireGuard itself gives up then."""
+    max_unproven_streams: int = 4
+    """Streams per virtual address by which nothing authenticated has come yet; one more ends the oldest."""
+    authorize_timeout: float = 10.0
+    """How long the authorize hook may take."""
+    event_limit: int = 1024
+    """Events that wait for one slow reader before the oldest are dropped."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerOptions:
+    """All that a server can be told; see Server for the meaning of each."""
+
+    api_listen: str | tuple[str, int]
+    wireguard_endpoints: tuple[str, ...] = ()
+    wireguard_listen_port: int | None = None
+    join_token: str | None = field(default=None, repr=False)
+    allow_any_token: bool = False
+    installation_id: str = ""
+    interface: str = "siderolink"
+    device: DeviceKind = "auto"
+    private_key: PrivateKey | None = None
+    tls: ssl.SSLContext | None = None
+    force_tunnel: bool = False
+    authorize: Authorize = allow_all
+    store: Store | None = None
+    persistent_keepalive: int = 25
+    api_limits: Limits = Limits()
+    limits: MachineLimits = MachineLimits()
+
+    def __post_init__(self) -> None:
+        _check_listen(self.api_listen)
+        _check_endpoints(self.wireguard_endpoints, self.force_tunnel)
+        _check_token(self.join_token, self.allow_any_token)
+        if len(self.installation_id.encode()) > MAX_INSTALLATION_ID_BYTES:
+            raise ConfigurationError(f"an installation id has at most {MAX_INSTALLATION_ID_BYTES} bytes")
+        if self.wireguard_listen_port is not None and not 0 <= self.wireguard_listen_port <= 65535:
+            raise ConfigurationError(f"a port is a number from 0 to 65535, not {self.wireguard_listen_port}")
+        if not 0 <= self.persistent_keepalive <= 65535:
+            raise ConfigurationError(f"a persistent keepalive is 0 to 65535 seconds, not {self.persistent_keepalive}")
+
+    @property
+    def api_address(self) -> HostPort:
+        if isinstance(self.api_listen, str):
+            return HostPort.parse(self.api_listen, port_zero=True)
+        return HostPort(*self.api_listen)
+
+    @property
+    def endpoints(self) -> tuple[HostPort, ...]:
+        return tuple(HostPort.parse(text, port_zero=True) for text in self.wireguard_endpoints)
+
+    @property
+    def device_listen_port(self) -> int | None:
+        """The UDP port of the device: as told, else the first endpoint's; None for no UDP."""
+        if self.wireguard_listen_port is not None:
+            return self.wireguard_listen_port
+        return self.endpoints[0].port if self.endpoints else None
+
+
+def _check_listen(listen: str | tuple[str, int]) -> None:
+    if isinstance(listen, str):
+        HostPort.parse(listen, port_zero=True)
+    elif not 0 <= listen[1] <= 65535:
+        raise ConfigurationError(f"a port is a number from 0 to 65535, not {listen[1]}")
+
+
+def _check_endpoints(endpoints: tuple[str, ...], force_tunnel: bool) -> None:
+    if not endpoints and not force_tunnel:
+        raise ConfigurationError("machines need a wireguard_endpoint to dial; without one, set force_tunnel=True")
+    if len(endpoints) > MAX_ENDPOINTS:
+        raise ConfigurationError(f"at most {MAX_ENDPOINTS} wireguard_endpoints can be advertised, not {len(endpoints)}")
+    for text in endpoints:
+        HostPort.parse(text, port_zero=True)
+
+
+def _check_token(join_token: str | None, allow_any_token: bool) -> None:
+    if allow_any_token and join_token:
+        raise ConfigurationError("give a join_token or allow_any_token=True, not both")
+    if not allow_any_token and not join_token:
+        raise ConfigurationError("a server without a join_token would admit everyone; give one, or set allow_any_token=True")

@@ -1,0 +1,219 @@
+"""The ProvisionService: a hostile call in, an exact answer or an exact refusal out."""
+
+import logging
+import re
+from collections import Counter
+from ipaddress import IPv6Network
+
+import anyio
+from grpclib import GRPCError, Status
+from grpclib.const import Cardinality, Handler
+from grpclib.server import Stream
+
+from siderolink.common.addressing import format_peer_addr_port, server_address, swap_endpoints
+from siderolink.common.errors import ConfigurationError, KeyFormatError, SideroLinkError
+from siderolink.common.hostport import HostPort
+from siderolink.common.keys import PublicKey
+from siderolink.common.pb.sidero.link import ProvisionRequest, ProvisionResponse
+from siderolink.common.text import one_line
+from siderolink.server.admission import Call
+from siderolink.server.authorization import Allow, Authorize, Deny, JoinRequest, allow_all
+from siderolink.server.events import EventHub, JoinRefused
+from siderolink.server.identity import Claimant, is_usable_key, parse_uuid
+from siderolink.server.machines import Machines
+from siderolink.server.refusals import JoinRefusal, JoinRejectedError
+from siderolink.server.store import Machine
+from siderolink.server.tokens import MAX_UNIQUE_TOKEN_BYTES, JoinTokenCheck, unique_token_digest
+
+log = logging.getLogger("siderolink")
+
+_VERSION = re.compile(r"[\x20-\x7e]{0,64}")
+
+STATUSES = {
+    JoinRefusal.MALFORMED_UUID: Status.INVALID_ARGUMENT,
+    JoinRefusal.MALFORMED_PUBLIC_KEY: Status.INVALID_ARGUMENT,
+    JoinRefusal.MALFORMED_VERSION: Status.INVALID_ARGUMENT,
+    JoinRefusal.MALFORMED_UNIQUE_TOKEN: Status.INVALID_ARGUMENT,
+    JoinRefusal.INVALID_JOIN_TOKEN: Status.PERMISSION_DENIED,
+    JoinRefusal.DENIED: Status.PERMISSION_DENIED,
+    JoinRefusal.AUTHORIZE_FAILED: Status.INTERNAL,
+    JoinRefusal.BANNED: Status.PERMISSION_DENIED,
+    JoinRefusal.OTHER_UNIQUE_TOKEN: Status.PERMISSION_DENIED,
+    # These two pass once the other link has been silent for a minute; the caller may try again.
+    JoinRefusal.LINK_ALIVE: Status.ALREADY_EXISTS,
+    JoinRefusal.KEY_IN_USE: Status.ALREADY_EXISTS,
+    JoinRefusal.TOO_MANY_MACHINES: Status.RESOURCE_EXHAUSTED,
+    JoinRefusal.TOO_MANY_PENDING: Status.RESOURCE_EXHAUSTED,
+    JoinRefusal.INTERNAL_ERROR: Status.INTERNAL,
+}
+"""The gRPC status of each refusal."""
+
+INTERNAL_TEXT = "internal server error"
+
+
+class Answers:
+    """What does not change from one answer to the next."""
+
+    def __init__(self, public_key: PublicKey, prefix: IPv6Network, endpoints: tuple[HostPort, ...]) -> None:
+        self._public_key = public_key.encode()
+        self._prefix_length = prefix.prefixlen
+        self._server_address = str(server_address(prefix))
+        self._endpoints = swap_endpoints([str(endpoint) for endpoint in endpoints])
+
+    def answer(self, machine: Machine, *, tunnel: bool) -> ProvisionResponse:
+        """The answer for an admitted machine, which has a virtual address where it shall use the tunnel."""
+        response = ProvisionResponse(
+            server_endpoint=self._endpoints,
+            server_public_key=self._public_key,
+            node_address_prefix=f"{machine.overlay_address}/{self._prefix_length}",
+            server_address=self._server_address,
+        )
+        if tunnel and machine.virtual_address is not None:
+            response.grpc_peer_addr_port = format_peer_addr_port(machine.virtual_address)
+            response.server_endpoint = [response.grpc_peer_addr_port]
+        return response
+
+
+class ProvisionService:
+    """Serves sidero.link.ProvisionService."""
+
+    def __init__(
+        self,
+        machines: Machines,
+        answers: Answers,
+        events: EventHub,
+        join_token: JoinTokenCheck,
+        *,
+        server_key: PublicKey,
+        force_tunnel: bool,
+        authorize: Authorize,
+        authorize_timeout: float,
+    ) -> None:
+        self._machines = machines
+        self._answers = answers
+        self._events = events
+        self._join_token = join_token
+        self._server_key = server_key
+        self._force_tunnel = force_tunnel
+        self._authorize = authorize
+        self._authorize_timeout = authorize_timeout
+        self.refusals: Counter[JoinRefusal] = Counter()
+
+    def __mapping__(self) -> dict[str, Handler]:
+        # Not the generated base: it hides the stream, and with it where the call came from.
+        return {
+            "/sidero.link.ProvisionService/Provision": Handler(
+                self._serve, Cardinality.UNARY_UNARY, ProvisionRequest, ProvisionResponse
+            )
+        }
+
+    async def _serve(self, stream: Stream[ProvisionRequest, ProvisionResponse]) -> None:
+        request = await stream.recv_message()
+        if request is None:
+            raise GRPCError(Status.INVALID_ARGUMENT, "the call has no request message")
+        await stream.send_message(await self.provision(request, source=_source(stream)))
+
+    async def provision(self, request: ProvisionRequest, *, source: str) -> ProvisionResponse:
+        """Answer one call. Raises GRPCError with the status and text that the caller shall see."""
+        try:
+            return await self._admit(request, source)
+        except JoinRejectedError as rejection:
+            error = rejection
+        except SideroLinkError as failure:
+            log.error("a join from %s failed: %s", source, failure)
+            error = JoinRejectedError(JoinRefusal.INTERNAL_ERROR, INTERNAL_TEXT)
+        except Exception:
+            log.exception("a join from %s failed", source)
+            error = JoinRejectedError(JoinRefusal.INTERNAL_ERROR, INTERNAL_TEXT)
+        self.refusals[error.reason] += 1
+        self._events.publish(JoinRefused(reason=error.reason, node_uuid=_uuid_or_none(request.node_uuid), source=source))
+        raise GRPCError(STATUSES[error.reason], error.message)
+
+    async def _admit(self, request: ProvisionRequest, source: str) -> ProvisionResponse:
+        if not self._join_token.accepts(request.join_token):
+            raise JoinRejectedError(JoinRefusal.INVALID_JOIN_TOKEN, "invalid join token")
+        join_request = self._parse(request, source)
+        verdict = await self._ask(join_request)
+        tunnel = self._force_tunnel or verdict.force_tunnel or join_request.wants_tunnel
+        call = Call(
+            claimant=Claimant(
+                node_uuid=join_request.node_uuid,
+                public_key=join_request.public_key,
+                unique_token_digest=unique_token_digest(join_request.unique_token or ""),
+            ),
+            talos_version=join_request.talos_version,
+            tunnel=tunnel,
+        )
+        return self._answers.answer(await self._machines.join(call), tunnel=tunnel)
+
+    def _parse(self, request: ProvisionRequest, source: str) -> JoinRequest:
+        """Check the form of everything in the call. Raises JoinRejectedError; no message repeats what the caller sent."""
+        node_uuid = _uuid_or_none(request.node_uuid)
+        if node_uuid is None:
+            raise JoinRejectedError(JoinRefusal.MALFORMED_UUID, "node_uuid is not a UUID (8-4-4-4-12 hexadecimal digits)")
+        unique_token = request.node_unique_token or ""
+        if len(unique_token) > MAX_UNIQUE_TOKEN_BYTES:
+            raise JoinRejectedError(
+                JoinRefusal.MALFORMED_UNIQUE_TOKEN, f"node_unique_token is longer than {MAX_UNIQUE_TOKEN_BYTES} bytes"
+            )
+        version = request.talos_version or ""
+        if _VERSION.fullmatch(version) is None:
+            raise JoinRejectedError(
+                JoinRefusal.MALFORMED_VERSION, "talos_version is longer than 64 characters or not printable ASCII"
+            )
+        return JoinRequest(
+            node_uuid=node_uuid,
+            public_key=self._parse_key(request.node_public_key),
+            join_token=request.join_token,
+            unique_token=unique_token or None,
+            talos_version=version,
+            wants_tunnel=bool(request.wireguard_over_grpc),
+            source=source,
+        )
+
+    def _parse_key(self, text: str) -> PublicKey:
+        try:
+            public_key = PublicKey.parse(text)
+        except KeyFormatError as error:
+            raise _bad_key(str(error)) from None
+        if public_key == self._server_key:
+            raise _bad_key("this is the server's own key")
+        if not is_usable_key(public_key):
+            raise _bad_key("no private key belongs to this one")
+        return public_key
+
+    async def _ask(self, request: JoinRequest) -> Allow:
+        """Ask the embedder. Raises JoinRejectedError."""
+        if self._authorize is allow_all:
+            return Allow()
+        known = await self._machines.find(request.node_uuid)
+        try:
+            with anyio.fail_after(self._authorize_timeout):
+                verdict = await self._authorize(request.about(known))
+        except TimeoutError:
+            log.error("the authorize hook took longer than %g s", self._authorize_timeout)
+            raise JoinRejectedError(JoinRefusal.AUTHORIZE_FAILED, INTERNAL_TEXT) from None
+        except Exception:
+            log.exception("the authorize hook failed")
+            raise JoinRejectedError(JoinRefusal.AUTHORIZE_FAILED, INTERNAL_TEXT) from None
+        if isinstance(verdict, Deny):
+            raise JoinRejectedError(JoinRefusal.DENIED, one_line(verdict.reason))
+        return verdict
+
+
+def _uuid_or_none(text: str) -> str | None:
+    try:
+        return parse_uuid(text)
+    except ConfigurationError:
+        return None
+
+
+def _bad_key(why: str) -> JoinRejectedError:
+    return JoinRejectedError(JoinRefusal.MALFORMED_PUBLIC_KEY, f"error parsing Wireguard key: {why}")
+
+
+def _source(stream: Stream[ProvisionRequest, ProvisionResponse]) -> str:
+    address = stream.peer.addr()
+    if isinstance(address, tuple):
+        return str(HostPort(address[0], address[1]))
+    return "a local socket"

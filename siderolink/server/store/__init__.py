@@ -1,0 +1,27 @@
+"""What the server remembers about its machines, and where."""
+
+from siderolink.server.store.base import (
+    BanChanged,
+    Change,
+    ChangesLost,
+    Machine,
+    MachineChanged,
+    MachineDeleted,
+    Store,
+    Transaction,
+    UniqueViolationError,
+)
+from siderolink.server.store.memory import MemoryStore
+
+__all__ = [
+    "BanChanged",
+    "Change",
+    "ChangesLost",
+    "Machine",
+    "MachineChanged",
+    "MachineDeleted",
+    "MemoryStore",
+    "Store",
+    "Transaction",
+    "UniqueViolationError",
+]

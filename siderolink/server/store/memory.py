@@ -1,0 +1,196 @@
+"""A store that lives as long as its process: the default for embedding."""
+
+from collections import deque
+from collections.abc import AsyncIterator, Hashable, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from typing import TypeVar
+
+import anyio
+
+from siderolink.common.errors import StoreError
+from siderolink.common.keys import PublicKey
+from siderolink.server.store.base import (
+    BanChanged,
+    Change,
+    ChangesLost,
+    Machine,
+    MachineChanged,
+    MachineDeleted,
+    UniqueViolationError,
+    Work,
+)
+
+T = TypeVar("T")
+
+UNIQUE_COLUMNS = ("node_uuid", "public_key", "overlay_address", "virtual_address")
+DEFAULT_FEED_LIMIT = 65_536
+
+
+class _Table:
+    """The rows and one index per unique column. Every change is checked whole before anything moves."""
+
+    def __init__(self) -> None:
+        self.rows: dict[str, Machine] = {}
+        self.banned: set[str] = set()
+        self._indexes: dict[str, dict[Hashable, str]] = {column: {} for column in UNIQUE_COLUMNS}
+
+    def find(self, column: str, value: Hashable) -> Machine | None:
+        machine_id = self._indexes[column].get(value)
+        return None if machine_id is None else self.rows[machine_id]
+
+    def put(self, machine: Machine) -> None:
+        """Add or replace a row. Raises UniqueViolationError with nothing changed."""
+        for column, value in _unique_values(machine):
+            if self._indexes[column].get(value, machine.id) != machine.id:
+                raise UniqueViolationError(column)
+        old = self.rows.get(machine.id)
+        if old is not None:
+            self.take(old.id)
+        self.rows[machine.id] = machine
+        for column, value in _unique_values(machine):
+            self._indexes[column][value] = machine.id
+
+    def take(self, machine_id: str) -> Machine | None:
+        machine = self.rows.pop(machine_id, None)
+        if machine is not None:
+            for column, value in _unique_values(machine):
+                del self._indexes[column][value]
+        return machine
+
+
+def _unique_values(machine: Machine) -> Iterator[tuple[str, Hashable]]:
+    for column in UNIQUE_COLUMNS:
+        value: Hashable = getattr(machine, column)
+        if value is not None:
+            yield column, value
+
+
+class _MemoryTransaction:
+    """Changes the table at once and remembers how to take each change back."""
+
+    def __init__(self, table: _Table) -> None:
+        self._table = table
+        self._before: list[tuple[str, Machine | None]] = []
+        self._bans_before: list[tuple[str, bool]] = []
+        self.changes: list[Change] = []
+
+    async def machine(self, machine_id: str) -> Machine | None:
+        return self._table.rows.get(machine_id)
+
+    async def machine_by_uuid(self, node_uuid: str) -> Machine | None:
+        return self._table.find("node_uuid", node_uuid)
+
+    async def machine_by_key(self, public_key: PublicKey) -> Machine | None:
+        return self._table.find("public_key", public_key)
+
+    async def insert(self, machine: Machine) -> Machine:
+        if machine.id in self._table.rows:
+            raise UniqueViolationError("id")
+        return self._put(replace(machine, revision=1), None)
+
+    async def update(self, machine: Machine) -> Machine:
+        old = self._table.rows.get(machine.id)
+        if old is None:
+            raise StoreError("there is no such machine to update")
+        return self._put(replace(machine, revision=old.revision + 1), old)
+
+    def _put(self, machine: Machine, old: Machine | None) -> Machine:
+        self._table.put(machine)
+        self._before.append((machine.id, old))
+        self.changes.append(MachineChanged(machine=machine))
+        return machine
+
+    async def delete(self, machine_id: str) -> Machine | None:
+        machine = self._table.take(machine_id)
+        if machine is not None:
+            self._before.append((machine_id, machine))
+            self.changes.append(MachineDeleted(machine=machine))
+        return machine
+
+    async def is_banned(self, node_uuid: str) -> bool:
+        return node_uuid in self._table.banned
+
+    async def set_banned(self, node_uuid: str, banned: bool) -> None:
+        was = node_uuid in self._table.banned
+        if was != banned:
+            self._bans_before.append((node_uuid, was))
+            self._set_banned(node_uuid, banned)
+            self.changes.append(BanChanged(node_uuid=node_uuid, banned=banned))
+
+    def _set_banned(self, node_uuid: str, banned: bool) -> None:
+        (self._table.banned.add if banned else self._table.banned.discard)(node_uuid)
+
+    def undo(self) -> None:
+        # All out first, then back in: on the way no two rows may hold the same value.
+        for machine_id, _ in self._before:
+            self._table.take(machine_id)
+        restored: dict[str, Machine | None] = {}
+        for machine_id, before in self._before:
+            restored.setdefault(machine_id, before)
+        for before in restored.values():
+            if before is not None:
+                self._table.put(before)
+        for node_uuid, was in reversed(self._bans_before):
+            self._set_banned(node_uuid, was)
+
+
+class _Feed:
+    """The changes that one reader has not read yet."""
+
+    def __init__(self, limit: int) -> None:
+        self._waiting: deque[Change] = deque()
+        self._limit = limit
+        self._ready = anyio.Event()
+
+    def add(self, changes: list[Change]) -> None:
+        if len(self._waiting) + len(changes) > self._limit:
+            self._waiting.clear()
+            self._waiting.append(ChangesLost())
+        else:
+            self._waiting.extend(changes)
+        self._ready.set()
+
+    async def read(self) -> AsyncIterator[Change]:
+        while True:
+            while self._waiting:
+                yield self._waiting.popleft()
+            self._ready = anyio.Event()
+            await self._ready.wait()
+
+
+class MemoryStore:
+    """Rows in dictionaries. Transactions run one after another; several servers of one process may share it."""
+
+    def __init__(self, *, feed_limit: int = DEFAULT_FEED_LIMIT) -> None:
+        """A reader of `changes` that falls `feed_limit` behind is told ChangesLost."""
+        self._table = _Table()
+        self._feeds: set[_Feed] = set()
+        self._feed_limit = feed_limit
+        self._lock = anyio.Lock(fast_acquire=True)
+
+    async def transact(self, work: Work[T]) -> T:
+        async with self._lock:
+            transaction = _MemoryTransaction(self._table)
+            try:
+                result = await work(transaction)
+            except BaseException:
+                transaction.undo()
+                raise
+            if transaction.changes:
+                for feed in self._feeds:
+                    feed.add(transaction.changes)
+        return result
+
+    async def machines(self) -> AsyncIterator[Machine]:
+        for machine in list(self._table.rows.values()):
+            yield machine
+
+    @asynccontextmanager
+    async def changes(self) -> AsyncIterator[AsyncIterator[Change]]:
+        feed = _Feed(self._feed_limit)
+        self._feeds.add(feed)
+        try:
+            yield feed.read()
+        finally:
+            self._feeds.discard(feed)

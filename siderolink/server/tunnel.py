@@ -1,0 +1,73 @@
+"""The WireGuardOverGRPCService: a machine's datagrams inside one stream, as one more path of the device."""
+
+from collections import Counter
+
+from grpclib import GRPCError, Status
+
+from siderolink.common.addressing import parse_peer_addr_port
+from siderolink.common.errors import ConfigurationError
+from siderolink.common.grpc import ByteStream, ByteStreamService
+from siderolink.common.transport.tunnel import ADDRESS_METADATA, TunnelPath, carry
+from siderolink.common.wireguard.device import Device
+from siderolink.server.links import Link, Links
+from siderolink.server.machines import Machines
+from siderolink.server.refusals import StreamRefusal
+
+METHOD = "/sidero.link.WireGuardOverGRPCService/CreateStream"
+
+ENDINGS = {
+    StreamRefusal.MALFORMED_ADDRESS: (Status.UNKNOWN, f"metadata {ADDRESS_METADATA} is not [address]:port"),
+    StreamRefusal.NOT_ALLOWED: (Status.PERMISSION_DENIED, "peer not allowed"),
+    StreamRefusal.REPLACED: (Status.ABORTED, "peer replaced"),
+    StreamRefusal.NEVER_AUTHENTICATED: (Status.DEADLINE_EXCEEDED, "nothing authenticated came by this stream"),
+    StreamRefusal.CROWDED_OUT: (Status.RESOURCE_EXHAUSTED, "too many streams claim this address"),
+    StreamRefusal.LINK_DOWN: (Status.UNAVAILABLE, "the link is down"),
+    StreamRefusal.MACHINE_GONE: (Status.PERMISSION_DENIED, "peer not allowed"),
+}
+"""How a stream ends for each reason. Existing machines compare status and text of two of them exactly."""
+
+
+class TunnelService:
+    """Serves sidero.link.WireGuardOverGRPCService."""
+
+    def __init__(self, machines: Machines, links: Links, device: Device) -> None:
+        self._machines = machines
+        self._links = links
+        self._device = device
+        self.refusals: Counter[StreamRefusal] = Counter()
+
+    def service(self) -> ByteStreamService:
+        return ByteStreamService({METHOD: self.create_stream})
+
+    async def create_stream(self, stream: ByteStream) -> None:
+        """Carry one stream until it ends."""
+        link, name = self._find_link(stream.metadata.get(ADDRESS_METADATA, ""))
+        key = link.machine.public_key
+        if key is None:
+            raise self._refused(StreamRefusal.NOT_ALLOWED)
+        path = TunnelPath(stream, name, peer=bytes(key))
+
+        def end(refusal: StreamRefusal) -> None:
+            self.refusals[refusal] += 1
+            path.close(*ENDINGS[refusal])
+
+        claim = self._machines.open_stream(link, path, end)
+        try:
+            await carry(stream, path, self._device.deliver)
+        finally:
+            self._machines.close_stream(claim)
+
+    def _find_link(self, value: str) -> tuple[Link, str]:
+        """The link of the virtual address in the metadata, and its name for people. The port says nothing."""
+        try:
+            address, port = parse_peer_addr_port(value)
+        except ConfigurationError:
+            raise self._refused(StreamRefusal.MALFORMED_ADDRESS) from None
+        link = self._links.by_virtual_address(address)
+        if link is None:
+            raise self._refused(StreamRefusal.NOT_ALLOWED)
+        return link, f"tunnel [{address}]:{port}"
+
+    def _refused(self, refusal: StreamRefusal) -> GRPCError:
+        self.refusals[refusal] += 1
+        return GRPCError(*ENDINGS[refusal])

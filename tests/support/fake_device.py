@@ -1,0 +1,118 @@
+"""A WireGuard device without WireGuard: it keeps peers in a dictionary, and a test says what was heard from them, and when.
+
+For tests of what a server decides, in virtual time. What a device does with packets is tested on real devices.
+"""
+
+from typing import Literal
+
+from siderolink.common.keys import PrivateKey, PublicKey
+from siderolink.common.wireguard.device import HandshakeCompleted, OnDeviceEvent, PathChanged, PeerConfig, PeerStatus
+from siderolink.common.wireguard.path import Datagrams, Path
+from siderolink.server.clock import Clock
+
+
+class VirtualClock:
+    """Both clocks of a server, turned by hand from 0.0 (and 1,000,000.0 in Unix time)."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def advance(self, seconds: float) -> None:
+        self.now += seconds
+
+    @property
+    def clock(self) -> Clock:
+        return Clock(monotonic=lambda: self.now, time=lambda: 1_000_000.0 + self.now)
+
+
+class FakePath:
+    """A path that keeps nothing."""
+
+    headroom = 8
+    source = b""
+    is_writable = True
+
+    def __init__(self, peer: PublicKey | None = None) -> None:
+        self.peer = None if peer is None else bytes(peer)
+        self.is_open = True
+
+    def send(self, datagrams: Datagrams) -> None:
+        pass
+
+    def when_writable(self, callback: object) -> None:
+        raise AssertionError("it is always writable")
+
+
+class FakeDevice:
+    """Implements Device as far as peers and paths go."""
+
+    name = "fake0"
+    kind: Literal["userspace"] = "userspace"
+    listen_port = 51820
+    isolate = True
+
+    def __init__(self, clock: VirtualClock, on_event: OnDeviceEvent | None = None) -> None:
+        self.public_key = PrivateKey.generate().public_key()
+        self.configs: dict[PublicKey, PeerConfig] = {}
+        self.calls: list[tuple[str, PublicKey]] = []
+        self.fails_with: Exception | None = None
+        self.on_event: OnDeviceEvent = on_event or (lambda event: None)
+        self._clock = clock
+        self._heard: dict[PublicKey, float] = {}
+        self._paths: dict[PublicKey, Path] = {}
+
+    def hear(self, key: PublicKey, path: Path | None = None, *, handshake: bool = False) -> None:
+        """An authenticated packet from the peer came just now."""
+        assert key in self.configs
+        self._heard[key] = self._clock.clock.time()
+        old = self._paths.get(key)
+        if path is not None and path is not old:
+            self._paths[key] = path
+            self.on_event(PathChanged(public_key=key, old=old, new=path))
+        if handshake:
+            self.on_event(HandshakeCompleted(public_key=key))
+
+    async def set_isolate(self, isolate: bool) -> None:
+        raise AssertionError("a server never does that by itself")
+
+    async def set_peer(self, peer: PeerConfig) -> None:
+        self.calls.append(("set", peer.public_key))
+        if self.fails_with is not None:
+            raise self.fails_with
+        self.configs[peer.public_key] = peer
+
+    async def remove_peer(self, public_key: PublicKey) -> None:
+        self.calls.append(("remove", public_key))
+        self.configs.pop(public_key, None)
+        self._heard.pop(public_key, None)
+        self._paths.pop(public_key, None)
+
+    async def peer(self, public_key: PublicKey) -> PeerStatus | None:
+        config = self.configs.get(public_key)
+        return None if config is None else self._status(config)
+
+    async def peers(self) -> list[PeerStatus]:
+        return [self._status(config) for config in self.configs.values()]
+
+    def _status(self, config: PeerConfig) -> PeerStatus:
+        return PeerStatus(
+            public_key=config.public_key,
+            allowed_ips=config.allowed_ips,
+            path=None,
+            last_handshake=None,
+            last_received=self._heard.get(config.public_key),
+            received_bytes=0,
+            sent_bytes=0,
+            persistent_keepalive=config.persistent_keepalive,
+        )
+
+    def offer_path(self, public_key: PublicKey, path: Path) -> None:
+        current = self._paths.get(public_key)
+        if current is None or not current.is_open:
+            self._paths[public_key] = path
+
+    def deliver(self, datagrams: Datagrams, path: Path) -> None:
+        raise AssertionError("no datagrams here")
+
+    def drops(self) -> dict[str, int]:
+        return {}

@@ -1,0 +1,151 @@
+"""The server's parts on a fake device, in virtual time: everything but the sockets."""
+
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+import pytest
+from grpclib import GRPCError, Status
+
+from siderolink.common.addressing import overlay_prefix, parse_peer_addr_port
+from siderolink.common.hostport import HostPort
+from siderolink.common.keys import PrivateKey, PublicKey
+from siderolink.common.pb.sidero.link import ProvisionRequest, ProvisionResponse
+from siderolink.server.admission import Admission
+from siderolink.server.authorization import Authorize, allow_all
+from siderolink.server.events import EventHub, EventsLost, EventStream, ServerEvent
+from siderolink.server.links import Link, Links
+from siderolink.server.machines import Machines
+from siderolink.server.options import MachineLimits
+from siderolink.server.provisioning import Answers, ProvisionService
+from siderolink.server.store import Machine, MemoryStore
+from siderolink.server.tokens import JoinTokenCheck
+from tests.support.fake_device import FakeDevice, VirtualClock
+
+TOKEN = "the-join-token"
+
+
+def new_key() -> PublicKey:
+    return PrivateKey.generate().public_key()
+
+
+@dataclass(kw_only=True)
+class FakeMachine:
+    """One machine's side of Provision."""
+
+    node_uuid: str = field(default_factory=lambda: str(uuid.uuid4()))
+    key: PublicKey = field(default_factory=new_key)
+    unique_token: str | None = None
+    tunnel: bool = False
+
+    def request(self, **changes: object) -> ProvisionRequest:
+        request = ProvisionRequest(
+            node_uuid=self.node_uuid,
+            node_public_key=self.key.encode(),
+            join_token=TOKEN,
+            node_unique_token=self.unique_token,
+            talos_version="v1.13.0",
+            wireguard_over_grpc=self.tunnel,
+        )
+        for name, value in changes.items():
+            setattr(request, name, value)
+        return request
+
+
+class Manager:
+    """A server without sockets."""
+
+    def __init__(
+        self,
+        *,
+        limits: MachineLimits | None = None,
+        store: MemoryStore | None = None,
+        force_tunnel: bool = False,
+        authorize: Authorize = allow_all,
+        join_token: str | None = TOKEN,
+        entropy: list[bytes] | None = None,
+        time: VirtualClock | None = None,
+    ) -> None:
+        limits = limits or MachineLimits()
+        self.time = time or VirtualClock()
+        self.device = FakeDevice(self.time)
+        self.store = store or MemoryStore()
+        self.hub = EventHub()
+        self.links = Links(
+            self.device, persistent_keepalive=25, max_unproven_streams=limits.max_unproven_streams, clock=self.time.clock
+        )
+        prefix = overlay_prefix()
+        admission = (
+            Admission(self.links, prefix, limits, self.time.clock)
+            if entropy is None
+            else Admission(self.links, prefix, limits, self.time.clock, lambda count: entropy.pop(0))
+        )
+        self.machines = Machines(self.links, self.store, admission, self.hub, limits, self.time.clock)
+        self.device.on_event = self.machines.on_device_event
+        self.service = ProvisionService(
+            self.machines,
+            Answers(self.device.public_key, prefix, tuple(HostPort("192.0.2.1", port) for port in (1, 2, 3))),
+            self.hub,
+            JoinTokenCheck(join_token),
+            server_key=self.device.public_key,
+            force_tunnel=force_tunnel,
+            authorize=authorize,
+            authorize_timeout=limits.authorize_timeout,
+        )
+        self._events = self.hub.subscribe()
+
+    async def join(self, machine: FakeMachine, **changes: object) -> ProvisionResponse:
+        return await self.service.provision(machine.request(**changes), source="198.51.100.7:1")
+
+    async def refuses(self, machine: FakeMachine, **changes: object) -> tuple[Status, str]:
+        """Status and text of the refusal; fails if the join is admitted."""
+        with pytest.raises(GRPCError) as caught:
+            await self.join(machine, **changes)
+        return caught.value.status, caught.value.message or ""
+
+    async def row(self, machine: FakeMachine) -> Machine:
+        row = await self.machines.find(machine.node_uuid)
+        assert row is not None
+        return row
+
+    async def handshake(self, machine: FakeMachine) -> None:
+        """The machine's handshake completes, and what follows from it is done."""
+        self.device.hear(machine.key, handshake=True)
+        await self.machines.check()
+
+    async def pass_time(self, seconds: float) -> None:
+        self.time.advance(seconds)
+        await self.machines.check()
+
+    def link(self, answer: ProvisionResponse) -> Link:
+        """The link that a tunnel stream with this answer's address finds."""
+        link = self.links.by_virtual_address(parse_peer_addr_port(answer.grpc_peer_addr_port)[0])
+        assert link is not None
+        return link
+
+    async def events(self) -> list[ServerEvent]:
+        """What happened since the last call."""
+        return await drain(self.hub, self._events)
+
+
+async def drain(hub: EventHub, events: EventStream) -> list[ServerEvent]:
+    """All events that wait: those before a mark put behind them."""
+    mark = EventsLost(count=0)
+    hub.publish(mark)
+    found = []
+    async for event in events:
+        if event is mark:
+            break
+        found.append(event)
+    return found
+
+
+@asynccontextmanager
+async def following(manager: Manager) -> AsyncIterator[Manager]:
+    """A manager that follows its store's changes."""
+    from siderolink.common.tasks import background_tasks
+
+    async with background_tasks() as tasks:
+        await tasks.start(manager.machines.follow)
+        yield manager

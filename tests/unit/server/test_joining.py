@@ -1,0 +1,326 @@
+"""Provision: exact answers, exact refusals, and what the device and the store hold afterwards."""
+
+from dataclasses import replace
+from ipaddress import IPv6Interface, IPv6Network
+
+import anyio
+import pytest
+from grpclib import Status
+
+from siderolink.common.addressing import VIRTUAL_PREFIX, overlay_prefix, parse_peer_addr_port
+from siderolink.common.errors import DeviceError
+from siderolink.common.keys import PublicKey
+from siderolink.server import Allow, Deny, JoinRefusal, JoinRefused, JoinRequest, MachineJoined, MachineLimits
+from tests.support.manager import FakeMachine, Manager, new_key
+
+pytestmark = pytest.mark.anyio
+
+ANOTHER = "another machine has joined with this UUID"
+LIVING = "a machine with this UUID has a living link"
+
+
+async def test_an_answer_has_every_field_and_the_peer_is_on_the_device_before_it() -> None:
+    manager, machine = Manager(), FakeMachine()
+    answer = await manager.join(machine)
+    address = IPv6Interface(answer.node_address_prefix)
+    assert answer.server_endpoint == ["192.0.2.1:3", "192.0.2.1:2", "192.0.2.1:1"]
+    assert answer.server_public_key == manager.device.public_key.encode()
+    assert address.network == overlay_prefix() == IPv6Network("fdae:41e4:649b:9303::/64")
+    assert answer.server_address == "fdae:41e4:649b:9303::1"
+    assert answer.grpc_peer_addr_port == ""
+    config = manager.device.configs[machine.key]
+    assert (config.allowed_ips, config.persistent_keepalive) == ((IPv6Network(address.ip),), 25)
+    row = await manager.row(machine)
+    assert (row.overlay_address, row.talos_version, row.tunnel) == (address.ip, "v1.13.0", False)
+    assert await manager.events() == [MachineJoined(machine=row, is_new=True)]
+
+
+@pytest.mark.parametrize(("asks", "forced", "allow"), [(True, False, False), (False, True, False), (False, False, True)])
+async def test_a_tunnel_answer_names_an_admitted_virtual_address(asks: bool, forced: bool, allow: bool) -> None:
+    async def authorize(request: JoinRequest) -> Allow | Deny:
+        return Allow(force_tunnel=allow)
+
+    manager, machine = Manager(force_tunnel=forced, authorize=authorize), FakeMachine(tunnel=asks)
+    answer = await manager.join(machine)
+    assert answer.server_endpoint == [answer.grpc_peer_addr_port]
+    address, port = parse_peer_addr_port(answer.grpc_peer_addr_port)
+    assert port == 50888
+    assert address in VIRTUAL_PREFIX
+    assert manager.link(answer).machine.public_key == machine.key
+
+
+async def test_two_calls_at_once_get_one_answer() -> None:
+    manager, machine = Manager(), FakeMachine(tunnel=True)
+    answers = []
+
+    async def call() -> None:
+        answers.append(await manager.join(machine))
+
+    async with anyio.create_task_group() as tasks:
+        for _ in range(5):
+            tasks.start_soon(call)
+    assert all(answer == answers[0] for answer in answers)
+    assert len(await manager.events()) == 1
+    assert manager.device.calls == [("set", machine.key)]
+
+
+async def test_a_call_repeated_in_a_living_link_gets_the_same_answer_and_ends_nothing() -> None:
+    manager, machine = Manager(), FakeMachine(tunnel=True)
+    answer = await manager.join(machine)
+    await manager.handshake(machine)
+    for _ in range(10):
+        await manager.pass_time(100)
+        manager.device.hear(machine.key)
+        assert await manager.join(machine) == answer
+
+
+async def test_a_dead_link_gets_one_fresh_virtual_address_and_keeps_its_overlay_address() -> None:
+    manager, machine = Manager(), FakeMachine(tunnel=True)
+    first = await manager.join(machine)
+    await manager.handshake(machine)
+    await manager.pass_time(179)
+    assert await manager.join(machine) == first
+    await manager.pass_time(1)
+    second = await manager.join(machine)
+    assert second.grpc_peer_addr_port != first.grpc_peer_addr_port
+    assert second.node_address_prefix == first.node_address_prefix
+    assert await manager.join(machine) == second
+    await manager.pass_time(179)
+    assert await manager.join(machine) == second
+    await manager.pass_time(1)
+    assert (await manager.join(machine)).grpc_peer_addr_port != second.grpc_peer_addr_port
+
+
+async def test_without_any_handshake_a_repeated_call_keeps_the_virtual_address() -> None:
+    manager, machine = Manager(), FakeMachine(tunnel=True)
+    first = await manager.join(machine)
+    await manager.pass_time(400)
+    assert await manager.join(machine) == first
+
+
+async def test_a_new_key_with_the_same_unique_token_replaces_the_peer_at_once() -> None:
+    manager, machine = Manager(), FakeMachine(unique_token="u", tunnel=True)
+    first = await manager.join(machine)
+    await manager.handshake(machine)
+    reborn = replace(machine, key=new_key())
+    second = await manager.join(reborn)
+    assert second.node_address_prefix == first.node_address_prefix
+    assert second.grpc_peer_addr_port != first.grpc_peer_addr_port
+    assert set(manager.device.configs) == {reborn.key}
+    joined = (await manager.events())[-1]
+    assert isinstance(joined, MachineJoined)
+    assert not joined.is_new
+
+
+async def test_another_unique_token_is_refused_for_ever() -> None:
+    manager, machine = Manager(), FakeMachine(unique_token="one")
+    await manager.join(machine)
+    for token in ("two", "", None):
+        clone = replace(machine, unique_token=token)
+        assert await manager.refuses(clone) == (Status.PERMISSION_DENIED, ANOTHER)
+        assert await manager.refuses(replace(clone, key=new_key())) == (Status.PERMISSION_DENIED, ANOTHER)
+    await manager.handshake(machine)
+    await manager.pass_time(100_000)
+    assert await manager.refuses(replace(machine, unique_token="two")) == (Status.PERMISSION_DENIED, ANOTHER)
+
+
+async def test_a_unique_token_is_its_token_part() -> None:
+    manager, machine = Manager(), FakeMachine(unique_token='{"Fingerprint":"aa","Token":"t"}')
+    await manager.join(machine)
+    await manager.join(replace(machine, unique_token='{"Token":"t","Fingerprint":"bb"}', key=new_key()))
+    for other in ('{"Fingerprint":"aa","Token":"x"}', "t", '{"Token":1}', "[" * 1024):
+        assert await manager.refuses(replace(machine, unique_token=other)) == (Status.PERMISSION_DENIED, ANOTHER)
+
+
+async def test_without_a_unique_token_a_living_link_keeps_its_address() -> None:
+    manager, machine = Manager(), FakeMachine()
+    await manager.join(machine)
+    await manager.handshake(machine)
+    thief = replace(machine, key=new_key())
+    await manager.pass_time(59)
+    assert await manager.refuses(thief) == (Status.ALREADY_EXISTS, LIVING)
+    assert await manager.refuses(replace(thief, unique_token="mine")) == (Status.ALREADY_EXISTS, LIVING)
+    assert set(manager.device.configs) == {machine.key}
+    await manager.pass_time(1)
+    await manager.join(thief)
+    assert set(manager.device.configs) == {thief.key}
+
+
+async def test_a_unique_token_is_not_bound_while_the_link_lives() -> None:
+    manager, machine = Manager(), FakeMachine()
+    await manager.join(machine)
+    await manager.handshake(machine)
+    await manager.join(replace(machine, unique_token="a stranger's"))
+    assert (await manager.row(machine)).unique_token_digest is None
+    await manager.pass_time(60)
+    await manager.join(replace(machine, unique_token="my own"))
+    assert (await manager.row(machine)).unique_token_digest is not None
+
+
+async def test_a_key_goes_to_another_uuid_only_with_its_token_or_when_its_link_is_dead() -> None:
+    manager, machine = Manager(), FakeMachine(unique_token="u", tunnel=True)
+    answer = await manager.join(machine)
+    await manager.handshake(machine)
+    thief = FakeMachine(key=machine.key, unique_token="other")
+    status, text = await manager.refuses(thief)
+    assert (status, text) == (Status.ALREADY_EXISTS, "another machine has a living link with this public key")
+    renamed = FakeMachine(key=machine.key, unique_token="u")
+    moved = await manager.join(renamed)
+    assert manager.device.configs[machine.key].allowed_ips == (IPv6Network(IPv6Interface(moved.node_address_prefix).ip),)
+    assert ("remove", machine.key) not in manager.device.calls
+    assert (await manager.row(machine)).public_key is None
+    assert manager.link(answer).machine.public_key is None
+    await manager.pass_time(60)
+    await manager.join(FakeMachine(key=machine.key))
+
+
+async def test_addresses_are_drawn_again_while_another_machine_has_them() -> None:
+    one, two = bytes(7) + b"\x05", bytes(7) + b"\x06"
+    manager = Manager(entropy=[one, one, one, one, two, two], force_tunnel=True)
+    first, second = await manager.join(FakeMachine()), await manager.join(FakeMachine())
+    assert (first.node_address_prefix, first.grpc_peer_addr_port) == (
+        "fdae:41e4:649b:9303::5/64",
+        "[fdae:41e4:649b:9304::5]:50888",
+    )
+    assert (second.node_address_prefix, second.grpc_peer_addr_port) == (
+        "fdae:41e4:649b:9303::6/64",
+        "[fdae:41e4:649b:9304::6]:50888",
+    )
+
+
+KEY_TEXTS = [
+    "",
+    "x" * 44,
+    "x" * 100_000,
+    "\0" * 44,
+    PublicKey(bytes(32)).encode(),
+    PublicKey(b"\1" + bytes(31)).encode(),
+    PublicKey(b"\xee" + b"\xff" * 31).encode(),
+    PublicKey(bytes.fromhex("e0eb7a7c3b41b8ae1656e3faf19fc46ada098deb9c32b1fd866205165f49b800")).encode(),
+    PublicKey(bytes.fromhex("5f9c95bca3508c24b1d0b1559c83ef5b04445cc4581c8e86d8224eddd09f1157")).encode(),
+]
+
+
+@pytest.mark.parametrize("text", KEY_TEXTS, ids=range(len(KEY_TEXTS)))
+async def test_a_malformed_key_is_refused_in_the_known_words(text: str) -> None:
+    manager = Manager()
+    status, message = await manager.refuses(FakeMachine(), node_public_key=text)
+    assert status is Status.INVALID_ARGUMENT
+    assert message.startswith("error parsing Wireguard key: ")
+    assert len(message) < 200
+    assert manager.service.refusals == {JoinRefusal.MALFORMED_PUBLIC_KEY: 1}
+    assert not manager.device.configs
+
+
+async def test_the_servers_own_key_is_no_machines() -> None:
+    manager = Manager()
+    status, message = await manager.refuses(FakeMachine(key=manager.device.public_key))
+    assert (status, message) == (Status.INVALID_ARGUMENT, "error parsing Wireguard key: this is the server's own key")
+
+
+@pytest.mark.parametrize("token", [None, "", "the-join-toke", "the-join-token ", "x" * 1_000_000, "\ud800"])
+async def test_a_wrong_join_token_is_refused_in_the_known_words(token: str | None) -> None:
+    manager = Manager()
+    assert await manager.refuses(FakeMachine(), join_token=token) == (Status.PERMISSION_DENIED, "invalid join token")
+    assert manager.service.refusals == {JoinRefusal.INVALID_JOIN_TOKEN: 1}
+
+
+async def test_without_a_join_token_any_is_accepted_within_bounds() -> None:
+    manager = Manager(join_token=None)
+    for token in (None, "", "whatever"):
+        await manager.join(FakeMachine(), join_token=token)
+    assert await manager.refuses(FakeMachine(), join_token="x" * 5000) == (Status.PERMISSION_DENIED, "invalid join token")
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"node_uuid": ""}, JoinRefusal.MALFORMED_UUID),
+        ({"node_uuid": "x" * 36}, JoinRefusal.MALFORMED_UUID),
+        ({"node_uuid": "00000000-0000-0000-0000-00000000000" + "\u0660"}, JoinRefusal.MALFORMED_UUID),
+        ({"node_uuid": "00000000-0000-0000-0000-00000000000\n"}, JoinRefusal.MALFORMED_UUID),
+        ({"node_uuid": "\u0130" * 36}, JoinRefusal.MALFORMED_UUID),
+        ({"node_uuid": "x" * 60_000}, JoinRefusal.MALFORMED_UUID),
+        ({"node_unique_token": "x" * 1025}, JoinRefusal.MALFORMED_UNIQUE_TOKEN),
+        ({"talos_version": "v" * 65}, JoinRefusal.MALFORMED_VERSION),
+        ({"talos_version": "v1\x1b[31m"}, JoinRefusal.MALFORMED_VERSION),
+    ],
+)
+async def test_malformed_fields_are_refused_by_name(changes: dict[str, object], reason: JoinRefusal) -> None:
+    manager, neighbour = Manager(), FakeMachine()
+    answer = await manager.join(neighbour)
+    await manager.events()
+    status, message = await manager.refuses(FakeMachine(), **changes)
+    assert status is Status.INVALID_ARGUMENT
+    assert len(message) < 200
+    (refused,) = await manager.events()
+    assert isinstance(refused, JoinRefused)
+    assert refused.reason is reason
+    assert refused.source == "198.51.100.7:1"
+    assert await manager.join(neighbour) == answer
+
+
+async def test_uuids_are_one_whatever_their_case() -> None:
+    manager, machine = Manager(), FakeMachine()
+    answer = await manager.join(machine)
+    assert await manager.join(machine, node_uuid=machine.node_uuid.upper()) == answer
+
+
+async def test_authorize_sees_the_call_and_its_reason_reaches_the_caller() -> None:
+    seen: list[JoinRequest] = []
+
+    async def authorize(request: JoinRequest) -> Allow | Deny:
+        seen.append(request)
+        return Allow() if len(seen) == 1 else Deny("not in\nthe inventory")
+
+    manager, machine = Manager(authorize=authorize), FakeMachine(unique_token="u")
+    await manager.join(machine)
+    assert await manager.refuses(machine) == (Status.PERMISSION_DENIED, "not in the inventory")
+    assert (seen[0].node_uuid, seen[0].public_key, seen[0].machine) == (machine.node_uuid, machine.key, None)
+    assert seen[1].machine == await manager.row(machine)
+    assert "the-join-token" not in repr(seen[0])
+    assert "'u'" not in repr(seen[0])
+
+
+async def test_a_failing_authorize_is_internal_without_detail(caplog: pytest.LogCaptureFixture) -> None:
+    async def authorize(request: JoinRequest) -> Allow | Deny:
+        raise RuntimeError("the secret of the house")
+
+    manager = Manager(authorize=authorize)
+    assert await manager.refuses(FakeMachine()) == (Status.INTERNAL, "internal server error")
+    assert "the secret of the house" in caplog.text
+    assert not manager.device.configs
+
+
+async def test_a_slow_authorize_is_given_up() -> None:
+    async def authorize(request: JoinRequest) -> Allow | Deny:
+        await anyio.sleep_forever()
+        raise AssertionError
+
+    manager = Manager(authorize=authorize, limits=MachineLimits(authorize_timeout=0.01))
+    assert await manager.refuses(FakeMachine()) == (Status.INTERNAL, "internal server error")
+    assert manager.service.refusals == {JoinRefusal.AUTHORIZE_FAILED: 1}
+
+
+async def test_a_failing_device_is_internal_and_the_next_call_sets_the_peer() -> None:
+    manager, machine = Manager(), FakeMachine()
+    manager.device.fails_with = DeviceError("netlink is on fire")
+    assert await manager.refuses(machine) == (Status.INTERNAL, "internal server error")
+    manager.device.fails_with = None
+    await manager.join(machine)
+    assert set(manager.device.configs) == {machine.key}
+
+
+async def test_limits_refuse_new_machines_and_leave_known_ones_alone() -> None:
+    manager = Manager(limits=MachineLimits(max_machines=2, max_pending=2))
+    one, two = FakeMachine(), FakeMachine()
+    await manager.join(one)
+    await manager.join(two)
+    assert (await manager.refuses(FakeMachine()))[0] is Status.RESOURCE_EXHAUSTED
+    await manager.join(one)
+    await manager.handshake(one)
+    assert await manager.refuses(FakeMachine()) == (Status.RESOURCE_EXHAUSTED, "the server knows as many machines as it may")
+    await manager.pass_time(300)
+    reborn = replace(one, key=new_key())
+    await manager.join(reborn)
+    assert (await manager.refuses(replace(reborn, key=new_key())))[1].startswith("too many machines have joined")

@@ -1,0 +1,109 @@
+"""The small parts: deadlines, locks, options, refusals."""
+
+import anyio
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from siderolink.common.errors import ConfigurationError
+from siderolink.server.deadlines import Deadlines
+from siderolink.server.locks import KeyedLocks
+from siderolink.server.options import ServerOptions
+from siderolink.server.provisioning import STATUSES
+from siderolink.server.refusals import JoinRefusal, StreamRefusal
+from siderolink.server.tokens import unique_token_digest
+from siderolink.server.tunnel import ENDINGS
+
+STEPS = st.lists(
+    st.tuples(st.sampled_from(["set", "discard", "pop"]), st.integers(0, 5), st.floats(0, 100)),
+    max_size=300,
+)
+
+
+@given(STEPS)
+def test_deadlines_do_what_a_dictionary_would(steps: list[tuple[str, int, float]]) -> None:
+    deadlines: Deadlines[int] = Deadlines()
+    model: dict[int, float] = {}
+    for step, key, at in steps:
+        if step == "set":
+            deadlines.set(key, at)
+            model[key] = at
+        elif step == "discard":
+            deadlines.discard(key)
+            model.pop(key, None)
+        else:
+            due = deadlines.pop_due(at)
+            earliest = min(model.values(), default=None)
+            assert (due is not None) == (earliest is not None and earliest <= at)
+            if due is not None:
+                assert model.pop(due) == earliest
+        assert deadlines.next_at == (min(model.values()) if model else None)
+        assert len(deadlines) == len(model)
+        assert (key in deadlines) == (key in model)
+
+
+@pytest.mark.anyio
+async def test_a_lock_exists_only_while_it_is_used() -> None:
+    locks = KeyedLocks()
+    order: list[str] = []
+
+    async def hold(name: str) -> None:
+        async with locks.hold("a"):
+            order.append(f"{name} in")
+            await anyio.lowlevel.checkpoint()
+            order.append(f"{name} out")
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(hold, "one")
+        tasks.start_soon(hold, "two")
+        await anyio.lowlevel.checkpoint()
+        assert len(locks) == 1
+        async with locks.hold("b"):
+            assert len(locks) == 2
+    assert order == ["one in", "one out", "two in", "two out"]
+    assert len(locks) == 0
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"join_token": None},
+        {"join_token": ""},
+        {"allow_any_token": True},
+        {"api_listen": "localhost"},
+        {"api_listen": ("127.0.0.1", 70_000)},
+        {"wireguard_endpoints": ()},
+        {"wireguard_endpoints": ("192.0.2.1",)},
+        {"wireguard_endpoints": ("192.0.2.1:51820",) * 33},
+        {"wireguard_listen_port": -1},
+        {"persistent_keepalive": 65_536},
+        {"installation_id": "x" * 1025},
+    ],
+)
+def test_options_that_cannot_be_used_are_refused_in_one_line(wrong: dict[str, object]) -> None:
+    right: dict[str, object] = {"api_listen": "[::1]:0", "wireguard_endpoints": ("192.0.2.1:51820",), "join_token": "the token"}
+    ServerOptions(**right)  # type: ignore[arg-type]
+    with pytest.raises(ConfigurationError) as caught:
+        ServerOptions(**right | wrong)  # type: ignore[arg-type]
+    assert "\n" not in str(caught.value)
+    assert "the token" not in str(caught.value)
+
+
+def test_options_print_no_token_and_listen_where_they_say() -> None:
+    options = ServerOptions(api_listen="[::1]:4000", wireguard_endpoints=("a.example:1", "b.example:2"), join_token="secret")
+    assert "secret" not in repr(options)
+    assert (options.api_address.host, options.api_address.port, options.device_listen_port) == ("::1", 4000, 1)
+    tunnel_only = ServerOptions(api_listen=("::1", 4000), force_tunnel=True, allow_any_token=True)
+    assert tunnel_only.device_listen_port is None
+
+
+def test_every_refusal_has_its_status() -> None:
+    assert set(STATUSES) == set(JoinRefusal)
+    assert set(ENDINGS) == set(StreamRefusal)
+
+
+@given(st.text(max_size=1024))
+def test_any_text_is_a_unique_token(text: str) -> None:
+    digest = unique_token_digest(text)
+    assert (digest is None) == (not text)
+    assert digest == unique_token_digest(text)

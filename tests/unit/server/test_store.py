@@ -1,0 +1,200 @@
+"""The memory store against a slow, obvious model, and what its contract promises to a server."""
+
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from ipaddress import IPv6Address
+
+import anyio
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from siderolink.common.errors import StoreError
+from siderolink.common.keys import PublicKey
+from siderolink.server.store import (
+    BanChanged,
+    ChangesLost,
+    Machine,
+    MachineChanged,
+    MachineDeleted,
+    MemoryStore,
+    Transaction,
+    UniqueViolationError,
+)
+
+pytestmark = pytest.mark.anyio
+
+UNIQUE = ("node_uuid", "public_key", "overlay_address", "virtual_address")
+
+
+def machine(machine_id: int, uuid: int, key: int | None = None, overlay: int = 0, virtual: int | None = None) -> Machine:
+    return Machine(
+        id=str(machine_id),
+        node_uuid=f"uuid-{uuid}",
+        public_key=None if key is None else PublicKey(bytes([key]) * 32),
+        overlay_address=IPv6Address(overlay),
+        virtual_address=None if virtual is None else IPv6Address(virtual),
+        created_at=0.0,
+        joined_at=0.0,
+    )
+
+
+SMALL = st.integers(0, 2)
+ROWS = st.builds(machine, SMALL, SMALL, st.none() | SMALL, SMALL, st.none() | SMALL)
+STEPS = st.lists(st.tuples(st.sampled_from(["insert", "update", "delete", "undone"]), ROWS), max_size=30)
+
+
+class Model:
+    """The rows as a list; uniqueness by looking at all of them."""
+
+    def __init__(self) -> None:
+        self.rows: dict[str, Machine] = {}
+
+    def violates(self, row: Machine) -> bool:
+        return any(
+            getattr(row, column) is not None and getattr(row, column) == getattr(other, column)
+            for other in self.rows.values()
+            if other.id != row.id
+            for column in UNIQUE
+        )
+
+    def apply(self, step: str, row: Machine) -> bool:
+        """Whether the step succeeds."""
+        exists = row.id in self.rows
+        if step == "delete":
+            self.rows.pop(row.id, None)
+            return True
+        if exists == (step == "insert") or self.violates(row):
+            return False
+        self.rows[row.id] = replace(row, revision=self.rows[row.id].revision + 1 if exists else 1)
+        return True
+
+
+def work_of(step: str, row: Machine) -> Callable[[Transaction], Awaitable[object]]:
+    async def work(transaction: Transaction) -> object:
+        match step:
+            case "insert":
+                return await transaction.insert(row)
+            case "update":
+                return await transaction.update(row)
+            case "delete":
+                return await transaction.delete(row.id)
+        await transaction.delete(row.id)
+        await transaction.insert(row)
+        await transaction.update(replace(row, public_key=None))
+        await transaction.set_banned("uuid-0", True)
+        raise StoreError("undo this")
+
+    return work
+
+
+@given(STEPS)
+def test_it_does_what_the_model_does(steps: list[tuple[str, Machine]]) -> None:
+    async def run() -> None:
+        store, model = MemoryStore(), Model()
+        for step, row in steps:
+            try:
+                await store.transact(work_of(step, row))
+                succeeded = True
+            except StoreError:
+                succeeded = False
+            assert succeeded == (step != "undone" and model.apply(step, row))
+            rows = {found.id: found async for found in store.machines()}
+            assert rows == model.rows
+            await store.transact(lambda transaction: _finds_exactly(transaction, model))
+
+    anyio.run(run)
+
+
+async def _finds_exactly(transaction: Transaction, model: Model) -> None:
+    for number in range(3):
+        key = PublicKey(bytes([number]) * 32)
+        by_uuid = [row for row in model.rows.values() if row.node_uuid == f"uuid-{number}"]
+        by_key = [row for row in model.rows.values() if row.public_key == key]
+        assert await transaction.machine_by_uuid(f"uuid-{number}") == next(iter(by_uuid), None)
+        assert await transaction.machine_by_key(key) == next(iter(by_key), None)
+        assert await transaction.machine(str(number)) == model.rows.get(str(number))
+    assert not await transaction.is_banned("uuid-0")
+
+
+async def test_a_violation_names_its_column_and_the_transaction_goes_on() -> None:
+    store = MemoryStore()
+
+    async def work(transaction: Transaction) -> Machine:
+        await transaction.insert(machine(1, uuid=1, overlay=7))
+        with pytest.raises(UniqueViolationError) as caught:
+            await transaction.insert(machine(2, uuid=2, overlay=7))
+        assert caught.value.column == "overlay_address"
+        return await transaction.insert(machine(2, uuid=2, overlay=8))
+
+    assert (await store.transact(work)).id == "2"
+    assert len([row async for row in store.machines()]) == 2
+
+
+async def test_an_undone_swap_leaves_both_rows_as_they_were() -> None:
+    store = MemoryStore()
+    one, two = machine(1, 1, key=1, overlay=1), machine(2, 2, key=2, overlay=2)
+
+    async def fill(transaction: Transaction) -> None:
+        await transaction.insert(one)
+        await transaction.insert(two)
+
+    async def swap(transaction: Transaction) -> None:
+        await transaction.update(replace(one, public_key=None))
+        await transaction.update(replace(two, public_key=one.public_key))
+        await transaction.update(replace(one, public_key=two.public_key))
+        raise StoreError("no")
+
+    await store.transact(fill)
+    with pytest.raises(StoreError):
+        await store.transact(swap)
+    assert {row.id: row.public_key async for row in store.machines()} == {"1": one.public_key, "2": two.public_key}
+
+
+async def test_changes_come_once_committed_and_in_order() -> None:
+    store = MemoryStore()
+
+    async def work(transaction: Transaction) -> None:
+        await transaction.insert(machine(1, 1))
+        await transaction.set_banned("uuid-9", True)
+        await transaction.set_banned("uuid-9", True)
+        await transaction.delete("1")
+
+    async with store.changes() as changes:
+        with pytest.raises(StoreError):
+            await store.transact(work_of("undone", machine(5, 5)))
+        await store.transact(work)
+        row = replace(machine(1, 1), revision=1)
+        assert [await anext(changes) for _ in range(3)] == [
+            MachineChanged(machine=row),
+            BanChanged(node_uuid="uuid-9", banned=True),
+            MachineDeleted(machine=row),
+        ]
+
+
+async def test_a_slow_reader_of_changes_is_told_that_it_lost_some() -> None:
+    store = MemoryStore(feed_limit=2)
+    async with store.changes() as changes:
+        for number in range(3):
+            await store.transact(work_of("insert", machine(number, number, overlay=number)))
+        assert await anext(changes) == ChangesLost()
+
+
+async def test_transactions_do_not_see_each_other_half_done() -> None:
+    store = MemoryStore()
+    await store.transact(work_of("insert", machine(1, 1)))
+
+    async def count_up(transaction: Transaction) -> None:
+        row = await transaction.machine("1")
+        assert row is not None
+        await anyio.lowlevel.checkpoint()
+        await transaction.update(replace(row, created_at=row.created_at + 1))
+
+    async with anyio.create_task_group() as tasks:
+        for _ in range(10):
+            tasks.start_soon(store.transact, count_up)
+    assert [row.created_at async for row in store.machines()] == [10.0]
+
+
+def test_a_row_prints_no_token() -> None:
+    assert "secret" not in repr(replace(machine(1, 1), unique_token_digest=b"secret"))

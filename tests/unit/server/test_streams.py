@@ -1,0 +1,136 @@
+"""Tunnel streams that claim a virtual address: takeover only by proof, bounds on those that prove nothing."""
+
+from dataclasses import dataclass, field, replace
+
+import pytest
+
+from siderolink.common.pb.sidero.link import ProvisionResponse
+from siderolink.server import MachineLimits, StreamRefusal
+from siderolink.server.links import Stream
+from tests.support.fake_device import FakePath
+from tests.support.manager import FakeMachine, Manager, new_key
+
+pytestmark = pytest.mark.anyio
+
+
+@dataclass
+class Claim:
+    """One stream as the tunnel service would hold it."""
+
+    path: FakePath
+    ended: list[StreamRefusal] = field(default_factory=list)
+    stream: Stream | None = None
+
+    def end(self, refusal: StreamRefusal) -> None:
+        self.ended.append(refusal)
+        self.path.is_open = False
+
+
+def claim(manager: Manager, answer: ProvisionResponse, machine: FakeMachine) -> Claim:
+    new = Claim(FakePath(machine.key))
+    new.stream = manager.machines.open_stream(manager.link(answer), new.path, new.end)
+    return new
+
+
+async def test_a_second_stream_takes_over_only_once_something_authenticated_came_by_it() -> None:
+    manager, machine = Manager(), FakeMachine(tunnel=True)
+    answer = await manager.join(machine)
+    first = claim(manager, answer, machine)
+    manager.device.hear(machine.key, first.path, handshake=True)
+    second = claim(manager, answer, machine)
+    await manager.pass_time(50)
+    assert (first.ended, second.ended) == ([], [])
+    manager.device.hear(machine.key, second.path)
+    assert (first.ended, second.ended) == ([StreamRefusal.REPLACED], [])
+    await manager.pass_time(90)
+    assert second.ended == []
+
+
+async def test_a_stream_that_proves_nothing_is_ended_and_the_living_one_stays() -> None:
+    manager, machine = Manager(), FakeMachine(tunnel=True)
+    answer = await manager.join(machine)
+    living = claim(manager, answer, machine)
+    manager.device.hear(machine.key, living.path, handshake=True)
+    squatter = claim(manager, answer, machine)
+    assert manager.machines.next_check_at == 90
+    await manager.pass_time(80)
+    manager.device.hear(machine.key)
+    await manager.pass_time(10)
+    assert squatter.ended == [StreamRefusal.NEVER_AUTHENTICATED]
+    assert living.ended == []
+
+
+async def test_a_reopened_stream_that_goes_on_with_its_session_is_proven_without_a_handshake() -> None:
+    manager, machine = Manager(), FakeMachine(tunnel=True)
+    answer = await manager.join(machine)
+    cut = claim(manager, answer, machine)
+    manager.device.hear(machine.key, cut.path, handshake=True)
+    cut.path.is_open = False
+    assert cut.stream is not None
+    manager.machines.close_stream(cut.stream)
+    await manager.pass_time(10)
+    again = claim(manager, answer, machine)
+    await manager.pass_time(5)
+    manager.device.hear(machine.key)
+    await manager.pass_time(90)
+    assert again.ended == []
+    silent = claim(manager, answer, machine)
+    await manager.pass_time(90)
+    assert silent.ended == [StreamRefusal.NEVER_AUTHENTICATED]
+
+
+async def test_the_oldest_of_too_many_unproven_streams_gives_way() -> None:
+    manager, machine = Manager(limits=MachineLimits(max_unproven_streams=2)), FakeMachine(tunnel=True)
+    answer = await manager.join(machine)
+    living = claim(manager, answer, machine)
+    manager.device.hear(machine.key, living.path, handshake=True)
+    claims = [claim(manager, answer, machine) for _ in range(5)]
+    assert [bool(each.ended) for each in claims] == [True, True, True, False, False]
+    assert claims[0].ended == [StreamRefusal.CROWDED_OUT]
+    assert living.ended == []
+
+
+@pytest.mark.parametrize("how", ["removed", "banned", "never linked", "down", "new key", "new address", "key given away"])
+async def test_a_stream_ends_with_what_it_stands_for(how: str) -> None:
+    manager, machine = Manager(), FakeMachine(tunnel=True, unique_token="u")
+    answer = await manager.join(machine)
+    row = await manager.row(machine)
+    await manager.pass_time(590)
+    stream = claim(manager, answer, machine)
+    if how != "never linked":
+        manager.device.hear(machine.key, stream.path, handshake=True)
+        await manager.machines.check()
+    expected = StreamRefusal.REPLACED
+    match how:
+        case "removed":
+            await manager.machines.remove(row.id)
+            expected = StreamRefusal.MACHINE_GONE
+        case "banned":
+            await manager.machines.ban(machine.node_uuid)
+            expected = StreamRefusal.MACHINE_GONE
+        case "never linked":
+            await manager.pass_time(10)
+            expected = StreamRefusal.MACHINE_GONE
+        case "down":
+            await manager.pass_time(275)
+            expected = StreamRefusal.LINK_DOWN
+        case "new key":
+            await manager.join(replace(machine, key=new_key()))
+        case "new address":
+            await manager.pass_time(180)
+            await manager.join(machine)
+        case "key given away":
+            await manager.join(FakeMachine(key=machine.key, unique_token="u"))
+            expected = StreamRefusal.MACHINE_GONE
+    assert stream.ended == [expected]
+    link = manager.links.get(row.id)
+    assert link is None or not link.streams
+
+
+async def test_a_machine_that_turns_to_udp_ends_its_stream() -> None:
+    manager, machine = Manager(), FakeMachine(tunnel=True)
+    answer = await manager.join(machine)
+    stream = claim(manager, answer, machine)
+    manager.device.hear(machine.key, stream.path, handshake=True)
+    manager.device.hear(machine.key, FakePath())
+    assert stream.ended == [StreamRefusal.REPLACED]
