@@ -1,0 +1,134 @@
+"""UDP paths over links that are narrow, slow, or lose an address."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from ipaddress import ip_address
+
+import anyio
+import pytest
+from anyio.from_thread import BlockingPortal
+
+from siderolink.common.wireguard.path import Datagrams
+from tests.support.netns import Namespace, link
+from tests.support.udp import End, batch
+
+ADDRESSES = (["192.0.2.1/24", "2001:db8::1/64"], ["192.0.2.2/24", "192.0.2.3/24", "2001:db8::2/64"])
+
+
+@dataclass
+class Joined:
+    near: Namespace
+    far: Namespace
+    here: BlockingPortal
+    """Runs code in `near`."""
+    there: BlockingPortal
+
+
+@contextmanager
+def joined() -> Iterator[Joined]:
+    with ExitStack() as stack:
+        near, far = stack.enter_context(Namespace("near")), stack.enter_context(Namespace("far"))
+        link(near, far, addresses=ADDRESSES)
+        yield Joined(near, far, stack.enter_context(near.portal()), stack.enter_context(far.portal()))
+
+
+@contextmanager
+def ends(net: Joined, *, echo: bool = False) -> Iterator[tuple[End, End]]:
+    one = net.here.call(lambda: _open(echo=False))
+    other = net.there.call(lambda: _open(echo=echo))
+    try:
+        yield one, other
+    finally:
+        net.here.call(one.udp.close)
+        net.there.call(other.udp.close)
+
+
+async def _open(*, echo: bool) -> End:
+    return End(echo=echo)
+
+
+@pytest.mark.parametrize(("wide", "narrow"), [("192.0.2.3", "192.0.2.2"), ("2001:db8::2", "2001:db8::3")])
+def test_a_narrow_route_costs_that_destination_its_offload_and_nothing_else(wide: str, narrow: str) -> None:
+    with joined() as net:
+        net.far.add_address("eth0", "2001:db8::3/64")
+        family = "-6" if ":" in narrow else "-4"
+        net.near.run(["ip", family, "route", "add", narrow, "dev", "eth0", "mtu", "1300"])
+        with ends(net) as (one, other):
+            datagrams, rows = batch(49, 1312, 700)
+            to_narrow = one.udp.path((ip_address(narrow), other.udp.port))
+            to_wide = one.udp.path((ip_address(wide), other.udp.port))
+            for turn in (1, 2):
+                net.here.call(to_narrow.send, datagrams)
+                assert net.there.call(other.wait_for, turn * 49) == rows * turn
+            net.here.call(to_wide.send, datagrams)
+            assert net.there.call(other.wait_for, 3 * 49) == rows * 3
+            assert max(other.batches[-3:]) > 1
+            assert one.udp.drops() == {}
+
+
+def test_a_path_outlives_its_local_address() -> None:
+    with joined() as net:
+        for version, local in (("192.0.2.3", "192.0.2.3/24"), ("2001:db8::3", "2001:db8::3/64")):
+            if version != "192.0.2.3":
+                net.far.add_address("eth0", local)
+            with ends(net) as (one, other):
+                net.here.call(one.udp.path((ip_address(version), other.udp.port)).send, Datagrams.single(b"hello"))
+                net.there.call(other.wait_for, 1)
+                back = other.paths[0]
+                net.there.call(back.send, batch(5, 100, 100)[0])
+                net.here.call(one.wait_for, 5)
+                assert str(one.paths[-1]) in (f"{version}:{other.udp.port}", f"[{version}]:{other.udp.port}")
+                net.far.remove_address("eth0", local)
+                net.there.call(back.send, batch(5, 100, 100)[0])
+                net.here.call(one.wait_for, 10)
+                assert str(one.paths[-1]) in (f"192.0.2.2:{other.udp.port}", f"[2001:db8::2]:{other.udp.port}")
+                assert other.udp.drops() == {}
+
+
+def test_a_full_socket_keeps_one_batch_and_goes_on_when_there_is_room() -> None:
+    """Packets for a neighbour that does not answer wait in the neighbour table and hold on to the socket's buffer."""
+    with joined() as net:
+        net.near.sysctl("net.ipv4.neigh.eth0.unres_qlen_bytes", 1 << 29)
+        with ends(net) as (one, other):
+            path = one.udp.path((ip_address("192.0.2.9"), other.udp.port))
+            datagrams, _ = batch(49, 1312, 1312)
+            sent = 0
+            while path.is_writable:
+                assert sent < 10_000
+                sent += 1
+                marked = sent.to_bytes(2, "big") * 656
+                net.here.call(path.send, Datagrams(memoryview(bytes(datagrams.data[:-1312]) + marked), 49, 1312))
+            assert one.udp.drops() == {}
+            net.here.call(path.send, datagrams)
+            assert one.udp.drops() == {"send_buffer_full": 49}
+            writable = net.here.call(_writable, path)
+            assert not writable.is_set()
+
+            net.far.add_address("eth0", "192.0.2.9/24")
+            net.here.call(_wait, writable)
+            assert path.is_writable
+            net.there.call(other.wait_until, marked)
+            net.here.call(path.send, Datagrams.single(b"more"))
+            net.there.call(other.wait_until, b"more")
+
+
+async def _writable(path: object) -> anyio.Event:
+    event = anyio.Event()
+    path.when_writable(event.set)  # type: ignore[attr-defined]
+    return event
+
+
+async def _wait(event: anyio.Event) -> None:
+    with anyio.fail_after(10):
+        await event.wait()
+
+
+def test_a_host_without_ipv6_addresses_still_has_ipv4() -> None:
+    with joined() as net:
+        net.near.sysctl("net.ipv6.conf.all.disable_ipv6", 1)
+        with ends(net, echo=True) as (one, other):
+            net.here.call(one.udp.path((ip_address("2001:db8::2"), other.udp.port)).send, Datagrams.single(b"six"))
+            assert one.udp.drops() == {"send_failed": 1}
+            net.here.call(one.udp.path((ip_address("192.0.2.2"), other.udp.port)).send, Datagrams.single(b"four"))
+            assert net.here.call(one.wait_for, 1) == [b"four"]

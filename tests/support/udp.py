@@ -1,0 +1,45 @@
+"""One end of UDP traffic, with real sockets."""
+
+import anyio
+
+from siderolink.common.transport.udp import UdpSockets, open_udp
+from siderolink.common.wireguard.path import Datagrams, Path
+
+
+class End:
+    """One end: its sockets, and all it received, datagram by datagram."""
+
+    def __init__(self, *, port: int = 0, gso: bool = True, echo: bool = False) -> None:
+        self.received: list[bytes] = []
+        self.batches: list[int] = []
+        self.paths: list[Path] = []
+        self._echo = echo
+        self._news = anyio.Event()
+        self.udp: UdpSockets = open_udp(port, self._receive, gso=gso)
+
+    def _receive(self, datagrams: Datagrams, path: Path) -> None:
+        self.received += [bytes(datagrams.row(index)) for index in range(datagrams.count)]
+        self.batches.append(datagrams.count)
+        self.paths.append(path)
+        if self._echo:
+            path.send(datagrams)
+        self._news.set()
+
+    async def wait_for(self, count: int) -> list[bytes]:
+        with anyio.fail_after(5):
+            while len(self.received) < count:
+                self._news = anyio.Event()
+                await self._news.wait()
+        return self.received
+
+    async def wait_until(self, datagram: bytes) -> None:
+        with anyio.fail_after(5):
+            while datagram not in self.received:
+                self._news = anyio.Event()
+                await self._news.wait()
+
+
+def batch(count: int, size: int, last: int) -> tuple[Datagrams, list[bytes]]:
+    rows = [index.to_bytes(2, "big") * (size // 2) for index in range(count)]
+    rows[-1] = rows[-1][:last]
+    return Datagrams(memoryview(b"".join(rows)), count, size), rows

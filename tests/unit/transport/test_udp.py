@@ -1,0 +1,155 @@
+"""Real sockets on the loopback interface."""
+
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from ipaddress import IPv4Address, IPv6Address, ip_address
+
+import pytest
+
+from siderolink.common.errors import AddressInUseError, ConfigurationError
+from siderolink.common.wireguard.path import Datagrams
+from tests.support.udp import End, batch
+
+pytestmark = pytest.mark.anyio
+
+LOCALS = [ip_address("127.0.0.1"), ip_address("::1")]
+
+
+@asynccontextmanager
+async def two(**options: bool) -> AsyncIterator[tuple[End, End]]:
+    one, other = End(**options), End(echo=True, **options)
+    try:
+        yield one, other
+    finally:
+        one.udp.close()
+        other.udp.close()
+
+
+@pytest.mark.parametrize("address", LOCALS)
+@pytest.mark.parametrize("gso", [True, False])
+@pytest.mark.parametrize(
+    ("count", "size", "last"), [(1, 92, 92), (49, 1312, 1312), (49, 1312, 96), (130, 64, 32), (100, 1400, 2)]
+)
+async def test_batches_arrive_and_come_back(
+    address: IPv4Address | IPv6Address, gso: bool, count: int, size: int, last: int
+) -> None:
+    async with two(gso=gso) as (one, other):
+        datagrams, rows = batch(count, size, last)
+        one.udp.path((address, other.udp.port)).send(datagrams)
+        assert await other.wait_for(count) == rows
+        assert await one.wait_for(count) == rows
+        if gso and count > 1:
+            assert max(one.batches) > 1
+        else:
+            assert set(one.batches) == {1}
+        assert one.udp.drops() == other.udp.drops() == {}
+
+
+@pytest.mark.parametrize("address", LOCALS)
+async def test_paths(address: IPv4Address | IPv6Address) -> None:
+    async with two() as (one, other):
+        path = one.udp.path((address, other.udp.port))
+        path.send(Datagrams.single(b"hello"))
+        await one.wait_for(1)
+        assert one.paths[0] == path
+        assert hash(one.paths[0]) == hash(path)
+        assert path != one.udp.path((address, other.udp.port - 1))
+        assert path.source == address.packed + other.udp.port.to_bytes(2, "big")
+        assert str(path) == (f"127.0.0.1:{other.udp.port}" if address.version == 4 else f"[::1]:{other.udp.port}")
+        assert path.is_open
+        assert path.is_writable
+        assert (path.headroom, path.peer) == (0, None)
+        one.udp.close()
+        assert not path.is_open
+        path.send(Datagrams.single(b"hello"))
+        assert one.udp.drops() == {"send_failed": 1}
+
+
+async def test_an_empty_datagram_is_one_datagram() -> None:
+    async with two() as (one, other):
+        one.udp.path((LOCALS[0], other.udp.port)).send(Datagrams.single(b""))
+        assert await other.wait_for(1) == [b""]
+        assert await one.wait_for(1) == [b""]
+
+
+async def test_replies_leave_from_the_address_that_was_called() -> None:
+    async with two() as (one, other):
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as client:
+            client.bind(("127.0.0.1", 0))
+            client.sendto(b"hello", ("127.9.9.9", other.udp.port))
+            await other.wait_for(1)
+            assert client.recvfrom(100) == (b"hello", ("127.9.9.9", other.udp.port))
+        del one
+
+
+async def test_icmp_errors_end_nothing() -> None:
+    async with two() as (one, other):
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as closed:
+            closed.bind(("127.0.0.1", 0))
+            port = closed.getsockname()[1]
+        datagrams, rows = batch(10, 1312, 1312)
+        for _ in range(3):
+            one.udp.path((LOCALS[0], port)).send(datagrams)
+        one.udp.path((LOCALS[0], other.udp.port)).send(datagrams)
+        assert await one.wait_for(10) == rows
+
+
+async def test_unreachable_destinations_are_counted() -> None:
+    async with two() as (one, _):
+        one.udp.path((ip_address("240.0.0.1"), 9)).send(batch(3, 100, 100)[0])
+        one.udp.path((ip_address("255.255.255.255"), 9)).send(Datagrams.single(b"x"))
+        assert one.udp.drops().keys() <= {"send_failed"}
+        one.udp.path((ip_address("127.0.0.1"), 9)).send(Datagrams.single(bytes(66_000)))
+        assert one.udp.drops()["send_failed"] >= 1
+
+
+async def test_ports() -> None:
+    one = End()
+    try:
+        with pytest.raises(AddressInUseError, match=f"UDP port {one.udp.port} is in use"):
+            End(port=one.udp.port)
+        for version in (socket.AF_INET, socket.AF_INET6):
+            with socket.socket(version, socket.SOCK_DGRAM) as blocker:
+                blocker.bind(("127.0.0.1" if version == socket.AF_INET else "::1", 0))
+                with pytest.raises(AddressInUseError):
+                    End(port=blocker.getsockname()[1])
+    finally:
+        one.udp.close()
+        one.udp.close()
+    again = End(port=one.udp.port)
+    assert again.udp.port == one.udp.port
+    again.udp.close()
+    for port in (-1, 65536):
+        with pytest.raises(ConfigurationError):
+            End(port=port)
+
+
+async def test_another_port_while_running() -> None:
+    async with two() as (one, other):
+        path = one.udp.path((LOCALS[1], other.udp.port))
+        before = one.udp.port
+        one.udp.rebind(0)
+        assert one.udp.port != before
+        path.send(Datagrams.single(b"hello"))
+        assert await one.wait_for(1) == [b"hello"]
+        assert str(other.paths[0]) == f"[::1]:{one.udp.port}"
+        with pytest.raises(AddressInUseError):
+            one.udp.rebind(other.udp.port)
+        path.send(Datagrams.single(b"again"))
+        assert await one.wait_for(2) == [b"hello", b"again"]
+        one.udp.rebind(one.udp.port)
+
+
+async def test_addresses_that_cannot_be_dialled() -> None:
+    async with two() as (one, other):
+        for port in (0, -1, 65536):
+            with pytest.raises(ConfigurationError, match="no UDP port"):
+                one.udp.path((LOCALS[0], port))
+        with pytest.raises(ConfigurationError, match="nosuch0"):
+            one.udp.path((IPv6Address("fe80::1%nosuch0"), 1))
+        assert one.udp.path((IPv6Address("::ffff:127.0.0.1"), 7)) == one.udp.path((LOCALS[0], 7))
+        zone = socket.if_nametoindex("lo")
+        assert one.udp.path((IPv6Address("fe80::1%lo"), 7)) == one.udp.path((IPv6Address(f"fe80::1%{zone}"), 7))
+        assert str(one.udp.path((IPv6Address("fe80::1%lo"), 7))) == f"[fe80::1%{zone}]:7"
+        del other
