@@ -84,5 +84,12 @@ class PrivateKey(_Key):
     def generate(cls) -> Self:
         return cls(X25519PrivateKey.generate().private_bytes_raw())
 
+    def clamped(self) -> Self:
+        """The same key as Curve25519 reads it (RFC 7748, section 5), which is how it is shown."""
+        raw = bytearray(self._raw)
+        raw[0] &= 248
+        raw[31] = raw[31] & 127 | 64
+        return type(self)(bytes(raw)) if any(self._raw) else self
+
     def public_key(self) -> PublicKey:
         return PublicKey(X25519PrivateKey.from_private_bytes(self._raw).public_key().public_bytes_raw())

@@ -31,6 +31,8 @@ class DeviceConfig:
     mtu: int = DEFAULT_MTU
     listen_port: int | None = 0
     """The UDP port: 0 for any free one, None for no UDP at all (every path is then a tunnel)."""
+    up: bool = True
+    """Bring the interface up; a tool that leaves this to others says False."""
     isolate: bool = False
     """Pass only packets between a peer's own address and one of `addresses`: peers reach neither each other nor beyond."""
 

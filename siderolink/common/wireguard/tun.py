@@ -113,16 +113,14 @@ class Tun:
             return False
         return True
 
-    async def configure(self, addresses: Iterable[Interface], mtu: int, *, gso_max_size: int | None = None) -> None:
+    async def configure(self, addresses: Iterable[Interface], mtu: int, *, up: bool = True) -> None:
         """Give the interface its MTU and addresses (IPv6 at once, without duplicate detection) and bring it up.
 
-        `gso_max_size` caps the super-packets of the kernel; the default makes them fill whole UDP sends. Raises DeviceError.
+        The kernel's super-packets are capped so that they fill whole UDP sends. Raises DeviceError.
         """
-        if gso_max_size is None:
-            gso_max_size = fitting_gso_max_size(mtu)
-        await run_netlink(partial(self._configure, tuple(addresses), mtu, gso_max_size))
+        await run_netlink(partial(self._configure, tuple(addresses), mtu, up))
 
-    async def _configure(self, addresses: Sequence[Interface], mtu: int, gso_max_size: int) -> None:
+    async def _configure(self, addresses: Sequence[Interface], mtu: int, up: bool) -> None:
         async with AsyncIPRoute() as ipr:
             try:
                 [index] = await ipr.link_lookup(ifname=self.name)
@@ -132,8 +130,9 @@ class Tun:
                     prefix = address.network.prefixlen
                     await ipr.addr("add", index=index, address=str(address.ip), prefixlen=prefix, flags=flags)
                 if self.tso:
-                    await self._limit_gso(ipr, index, gso_max_size)
-                await ipr.link("set", index=index, state="up")
+                    await self._limit_gso(ipr, index, fitting_gso_max_size(mtu))
+                if up:
+                    await ipr.link("set", index=index, state="up")
             except NetlinkError as error:
                 raise DeviceError(f"the interface {self.name} cannot be configured: {error}") from error
             except ValueError as error:  # nothing found

@@ -24,6 +24,7 @@ from siderolink.common.wireguard.device import (
     PeerConfig,
     PeerStatus,
 )
+from siderolink.common.wireguard.link_monitor import LinkMonitor, LinkState
 from siderolink.common.wireguard.noise import Engine, Event
 from siderolink.common.wireguard.noise import events as noise
 from siderolink.common.wireguard.path import Datagrams, Path
@@ -50,6 +51,8 @@ class UserspaceDevice:
         self._timer_at = float("inf")
         self._is_reading = False
         self._is_closed = False
+        self._is_up = False
+        self._monitor: LinkMonitor | None = None
         self._plane = DataPlane(engine, tun, on_events=self._tell, on_drained=self._arm, on_blocked=self._wait_until_writable)
         self._set_isolate(config.isolate)
 
@@ -62,8 +65,8 @@ class UserspaceDevice:
         with Tun.open(config.name, config.mtu) as tun:
             device = cls(config, engine, tun, on_event)
             try:
-                await tun.configure(config.addresses, config.mtu)
-                device._read_on()
+                await tun.configure(config.addresses, config.mtu, up=config.up)
+                device._begin(is_up=config.up)
                 yield device
             finally:
                 device._close()
@@ -125,11 +128,31 @@ class UserspaceDevice:
         self._plane.drain(now)
 
     def deliver(self, datagrams: Datagrams, path: Path) -> None:
-        if not self._is_closed:
+        if self._is_up and not self._is_closed:
             self._plane.deliver(datagrams, path)
 
     def drops(self) -> dict[str, int]:
         return {str(reason): count for reason, count in self._engine.drops.items()}
+
+    def _begin(self, *, is_up: bool) -> None:
+        self._is_up = is_up
+        if not is_up:
+            self._engine.stop()
+        self._monitor = LinkMonitor(self._tun.fileno(), self._tun.name, self._link_changed)
+        self._read_on()
+
+    def _link_changed(self, state: LinkState) -> None:
+        if state.mtu != self._engine.mtu:
+            self._plane.change_mtu(state.mtu)
+        if state.is_up == self._is_up:
+            return
+        self._is_up = state.is_up
+        now = boot_time()
+        if state.is_up:
+            self._engine.start(now)
+        else:
+            self._engine.stop()
+        self._plane.drain(now)
 
     def _set_isolate(self, isolate: bool) -> None:
         self._engine.only_to = self._local if isolate else None
@@ -177,6 +200,8 @@ class UserspaceDevice:
         self._stop_reading()
         if self._timer is not None:
             self._timer.cancel()
+        if self._monitor is not None:
+            self._monitor.close()
         if self._udp is not None:
             self._udp.close()
 

@@ -40,7 +40,7 @@ update_only=true
 preshared_key={"0" * 64}"""
     change = parse_set(text.split("\n"))
     assert change == DeviceChange(
-        private_key=PrivateKey(bytes.fromhex(KEY)),
+        private_key=PrivateKey(bytes.fromhex(KEY)).clamped(),
         listen_port=12912,
         fwmark=51,
         replace_peers=True,

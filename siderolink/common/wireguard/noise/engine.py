@@ -14,7 +14,6 @@ from collections.abc import Callable
 from cryptography.exceptions import InvalidTag
 
 from . import messages
-from .constants import REKEY_AFTER_TIME, REKEY_ON_RECEIVE_TIME
 from .drops import Drop
 from .events import Event, HandshakeCompleted, HandshakeGaveUp, PathChanged
 from .exchange import Entropy, Exchange
@@ -69,10 +68,6 @@ class Engine:
     @property
     def public_key(self) -> bytes:
         return self._exchange.identity.public
-
-    @property
-    def timestamps(self) -> Timestamps:
-        return self._exchange.timestamps
 
     @property
     def drops(self) -> dict[Drop, int]:
@@ -181,7 +176,7 @@ class Engine:
             self.stage(peer, packet, now)
             return
         session, counter, path = begun
-        self._output.datagrams.append((path, _seal(session, counter, packet + bytes(padded - len(packet)))))
+        self._output.datagrams.append((path, session.seal(counter, packet + bytes(padded - len(packet)))))
 
     def send_keepalive(self, peer: Peer, now: float) -> None:
         """Send an empty data message, or begin a handshake where there is no session."""
@@ -192,9 +187,9 @@ class Engine:
         if session is None or counter is None:
             self.initiate(peer, now)
             return
-        self._output.send(peer, path, _seal(session, counter, b""))
+        self._output.send(peer, path, session.seal(counter, b""))
         peer.timers.authenticated_sent(now)
-        self._keep_fresh(peer, session, REKEY_AFTER_TIME, now)
+        self._keep_fresh(peer, session, now)
         self._schedule.update(peer)
 
     def initiate(self, peer: Peer, now: float) -> None:
@@ -261,6 +256,21 @@ class Engine:
         for peer in self._schedule.due(now):
             self._handle_due(peer, now)
             self._schedule.update(peer)
+
+    def stop(self) -> None:
+        """Forget all sessions and what waits for them, and do nothing until `start`: the interface is down."""
+        self._exchange.is_stopped = True
+        for peer in self.peers.values():
+            self._erase(peer)
+            peer.timers.clear()
+            peer.take_staged()
+
+    def start(self, now: float) -> None:
+        """Go on; peers with a persistent keepalive are dialled at once."""
+        self._exchange.is_stopped = False
+        for peer in self.peers.values():
+            if peer.timers.persistent_interval:
+                self.send_keepalive(peer, now)
 
     # What comes out
 
@@ -348,15 +358,15 @@ class Engine:
         timers.authenticated_sent(now)
         if timers.new_handshake_at == NEVER:
             timers.data_sent(now, self._exchange.jitter())
-        self._keep_fresh(peer, session, REKEY_AFTER_TIME, now)
+        self._keep_fresh(peer, session, now)
         self._schedule.update(peer)
 
-    def _keep_fresh(self, peer: Peer, session: Session, age: float, now: float) -> None:
-        if session.wants_rekey_after_send(now, age):
+    def _keep_fresh(self, peer: Peer, session: Session, now: float) -> None:
+        if session.wants_rekey(now):
             self._exchange.initiate(peer, now)
 
     def _rekey_on_receive(self, peer: Peer, session: Session, now: float) -> None:
-        if session.is_initiator and now - session.created_at >= REKEY_ON_RECEIVE_TIME:
+        if session.wants_rekey_on_receive(now):
             peer.timers.rekeyed_on_receive = True
             self._exchange.initiate(peer, now)
 
@@ -389,8 +399,3 @@ class Engine:
     def _erase(self, peer: Peer) -> None:
         self._exchange.indices.abandon(peer)
         self._exchange.indices.drop(peer.drop_sessions())
-
-
-def _seal(session: Session, counter: int, plaintext: bytes) -> bytes:
-    header = messages.encode_transport_header(session.remote_index, counter)
-    return header + session.sealer.encrypt(nonce(counter), plaintext, None)

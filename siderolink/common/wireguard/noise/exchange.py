@@ -89,6 +89,8 @@ class Exchange:
         self.identity = identity
         self.indices = Indices(entropy)
         self.timestamps = timestamps
+        self.is_stopped = False
+        """While the interface is down, no handshake begins."""
         self.load = LoadMeter()
         self._peers = peers
         self._output = output
@@ -108,6 +110,8 @@ class Exchange:
 
     def initiate(self, peer: Peer, now: float) -> None:
         """Begin a handshake, or put it off where the last attempt is less than 5 s old."""
+        if self.is_stopped:
+            return
         earliest = peer.last_initiation_sent_at + REKEY_TIMEOUT
         if now < earliest:
             peer.timers.initiation_postponed(now, earliest)

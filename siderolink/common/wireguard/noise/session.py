@@ -4,8 +4,16 @@ from typing import TYPE_CHECKING
 
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
-from .constants import REJECT_AFTER_MESSAGES, REJECT_AFTER_TIME, REKEY_AFTER_MESSAGES
+from .constants import (
+    REJECT_AFTER_MESSAGES,
+    REJECT_AFTER_TIME,
+    REKEY_AFTER_MESSAGES,
+    REKEY_AFTER_TIME,
+    REKEY_ON_RECEIVE_TIME,
+)
 from .handshake import SessionKeys
+from .messages import encode_transport_header
+from .primitives import nonce
 from .replay import ReplayWindow
 
 if TYPE_CHECKING:
@@ -64,9 +72,14 @@ class Session:
         """True once nothing may be sent or received under these keys."""
         return now - self.created_at >= REJECT_AFTER_TIME or self.send_counter >= REJECT_AFTER_MESSAGES
 
-    def wants_rekey_after_send(self, now: float, age: float) -> bool:
-        """True when the use made of these keys calls for new ones; by age only on the initiator's side."""
-        return self.send_counter > REKEY_AFTER_MESSAGES or (self.is_initiator and now - self.created_at >= age)
+    def wants_rekey(self, now: float) -> bool:
+        """True when sending with these keys calls for new ones; by age only on the initiator's side."""
+        aged = self.is_initiator and now - self.created_at >= REKEY_AFTER_TIME
+        return aged or self.send_counter > REKEY_AFTER_MESSAGES
+
+    def wants_rekey_on_receive(self, now: float) -> bool:
+        """True when receiving under these keys calls for new ones, so that traffic one way does not end with them."""
+        return self.is_initiator and now - self.created_at >= REKEY_ON_RECEIVE_TIME
 
     def reserve(self, count: int) -> int | None:
         """Take `count` counters, never to be given back; answers the first, or None when the keys are used up."""
@@ -76,6 +89,11 @@ class Session:
             return None
         self.send_counter = first + count
         return first
+
+    def seal(self, counter: int, plaintext: bytes) -> bytes:
+        """One whole data message, under a counter that was reserved for it."""
+        header = encode_transport_header(self.remote_index, counter)
+        return header + self.sealer.encrypt(nonce(counter), plaintext, None)
 
     def __repr__(self) -> str:
         role = "initiator" if self.is_initiator else "responder"

@@ -75,7 +75,7 @@ def parse_set(lines: Iterable[str]) -> DeviceChange:
 def _set_device(change: DeviceChange, key: str, value: str) -> None:
     match key:
         case "private_key":
-            private = _key(PrivateKey, value)
+            private = _key(PrivateKey, value).clamped()
             change.clear_private_key = not any(bytes(private))
             change.private_key = None if change.clear_private_key else private
         case "listen_port":

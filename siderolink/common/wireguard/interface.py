@@ -1,0 +1,29 @@
+"""A WireGuard interface by itself, for `wg` and `ip` to configure like any other."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from siderolink.common.wireguard.device import DeviceConfig, DeviceEvent, InterfaceLost
+from siderolink.common.wireguard.uapi.server import serve_uapi
+from siderolink.common.wireguard.userspace import UserspaceDevice
+
+BARE_MTU = 1420
+"""What fits an Ethernet of 1,500 bytes with IPv6 outside."""
+
+
+@asynccontextmanager
+async def open_interface(name: str) -> AsyncIterator[asyncio.Event]:
+    """Make the interface, down and without key or address; leaving the context removes it and its socket.
+
+    The event is set when somebody deletes the interface. Raises DeviceUnavailableError or InterfaceInUseError.
+    """
+    lost = asyncio.Event()
+
+    def on_event(event: DeviceEvent) -> None:
+        if isinstance(event, InterfaceLost):
+            lost.set()
+
+    config = DeviceConfig(name=name, private_key=None, mtu=BARE_MTU, up=False)
+    async with UserspaceDevice.open(config, on_event) as device, serve_uapi(name, device.report, device.apply):
+        yield lost
