@@ -37,6 +37,19 @@ def enter_network_namespace() -> None:
     _unshare(_CLONE_NEWNET)
 
 
+def of_process(pid: int | str) -> int | None:
+    """What identifies a process's network namespace; None where there is no such process (any more)."""
+    try:
+        return Path(f"/proc/{pid}/ns/net").stat().st_ino
+    except OSError:
+        return None
+
+
+def is_in_use(identity: int | None) -> bool:
+    """Whether any process is in the namespace."""
+    return identity is not None and any(of_process(entry.name) == identity for entry in Path("/proc").glob("[0-9]*"))
+
+
 async def bring_up_loopback() -> None:
     async def work() -> None:
         async with AsyncIPRoute() as netlink:

@@ -15,13 +15,12 @@ from siderolink.common.grpc import GRPCError, Status, open_byte_stream, open_cha
 from siderolink.common.hostport import HostPort
 from siderolink.common.join_url import JoinURL
 from siderolink.common.text import one_line
-from siderolink.common.transport.tunnel import TunnelPath, carry
+from siderolink.common.transport.tunnel import ADDRESS_METADATA, TunnelPath, carry
 from siderolink.common.wireguard.device import Device, PeerConfig
 
 __all__ = ["Answer", "Route", "Transport", "TunnelTransport", "UdpTransport", "choose"]
 
 STREAM_PATH = "/sidero.link.WireGuardOverGRPCService/CreateStream"
-STREAM_METADATA = "x-siderolink-ipv6-addr"
 STABLE_AFTER = 10.0
 """Seconds: a stream that lived this long is opened again at once."""
 
@@ -138,7 +137,7 @@ class TunnelRoute:
             await anyio.sleep(self._backoff.next())
 
     async def _carry_once(self, device: Device, peer: PeerConfig) -> None:
-        metadata = {STREAM_METADATA: self._virtual_address}
+        metadata = {ADDRESS_METADATA: self._virtual_address}
         async with (
             open_channel(self._url.host, self._url.port, self._tls) as channel,
             open_byte_stream(channel, STREAM_PATH, metadata) as stream,

@@ -1,0 +1,61 @@
+"""From the command line to the demo and its exit status."""
+
+import os
+import signal
+
+import anyio
+
+from siderolink.cli.demo import namespace
+from siderolink.cli.demo.report import Report, make_report
+from siderolink.cli.demo.steps import Demo, StepFailed
+from siderolink.common.errors import SideroLinkError
+
+_TUN = "/dev/net/tun"
+
+
+def run_demo(*, as_json: bool, device: str, seconds: float) -> int:
+    """The exit status: 0 where every step holds, 1 where one does not, 130 after an interrupt. Raises SideroLinkError."""
+    _prepare()
+    report = make_report(as_json=as_json)
+    return anyio.run(_run, report, device, seconds, backend_options={"use_uvloop": True})
+
+
+def _prepare() -> None:
+    """See that this process may make network namespaces and interfaces, in a user namespace where it is not root."""
+    if os.geteuid() != 0:
+        try:
+            namespace.enter_user_namespace()
+        except OSError as error:
+            raise SideroLinkError(
+                f"the demo needs root: run it with sudo (a user namespace of its own was refused: {error.strerror})"
+            ) from None
+    try:
+        os.close(os.open(_TUN, os.O_RDWR))
+    except OSError as error:
+        raise SideroLinkError(
+            f"the demo needs {_TUN}: {error.strerror}. Run it as root, and load the tun module where the file is missing"
+        ) from None
+
+
+async def _run(report: Report, device: str, seconds: float) -> int:
+    status = 130
+    async with anyio.create_task_group() as tasks:
+
+        async def stop_when_told() -> None:
+            with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+                async for _ in signals:
+                    tasks.cancel_scope.cancel()
+                    return
+
+        tasks.start_soon(stop_when_told)
+        try:
+            report.finish(await Demo(report, device=device, seconds=seconds).run())
+            status = 0
+        except StepFailed as failure:
+            report.fail(failure.step, str(failure))
+            report.finish({"ok": False, "failed": failure.step, "reason": str(failure)})
+            status = 1
+        tasks.cancel_scope.cancel()
+    if status == 130:
+        report.fail("interrupted", "everything was removed")
+    return status
