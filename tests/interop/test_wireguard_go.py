@@ -40,13 +40,6 @@ class Pair:
     def know_each_other(
         self, *, we_dial: bool = False, they_dial: bool = False, preshared_key: PresharedKey | None = None, keepalive: int = 0
     ) -> None:
-        self.other.set_peer(
-            self.device.public_key,
-            OURS,
-            endpoint=f"192.0.2.1:{OUR_PORT}" if they_dial else None,
-            preshared_key=preshared_key,
-            keepalive=keepalive if they_dial else 0,
-        )
         peer = PeerConfig(
             public_key=self.their_key.public_key(),
             allowed_ips=THEIRS,
@@ -54,7 +47,18 @@ class Pair:
             preshared_key=preshared_key,
             persistent_keepalive=keepalive if we_dial else 0,
         )
-        self.portal.call(self.device.set_peer, peer)
+        # who dials is told last, so that no handshake is lost on someone who does not know of it yet
+        if not we_dial:
+            self.portal.call(self.device.set_peer, peer)
+        self.other.set_peer(
+            self.device.public_key,
+            OURS,
+            endpoint=f"192.0.2.1:{OUR_PORT}" if they_dial else None,
+            preshared_key=preshared_key,
+            keepalive=keepalive if they_dial else 0,
+        )
+        if we_dial:
+            self.portal.call(self.device.set_peer, peer)
 
     def peer(self) -> PeerStatus:
         peer = self.portal.call(self.device.peer, self.their_key.public_key())
@@ -191,13 +195,15 @@ def test_keepalives_alone_make_the_session(pair: Pair) -> None:
     pair.wait(lambda peer: peer.last_received != before)
 
 
-def test_we_follow_them_to_another_address(pair: Pair) -> None:
+def test_we_follow_them_to_another_address_and_port(pair: Pair) -> None:
     pair.know_each_other(they_dial=True)
     ping(pair.net.machine, "fd00::1")
     pair.net.machine.add_address("eth0", "192.0.2.3/24")
     pair.net.machine.remove_address("eth0", "192.0.2.2/24")
+    # this wireguard-go sticks to its old source address until its socket is made anew
+    pair.other.wg("set", pair.other.name, "listen-port", "4000")
     ping(pair.net.machine, "fd00::1")
-    assert pair.peer().path == f"192.0.2.3:{THEIR_PORT}"
+    assert pair.peer().path == "192.0.2.3:4000"
     ping(pair.net.server, "fd00::2")
 
 

@@ -43,6 +43,8 @@ class Namespace:
         netns.create(self.name)
         try:
             self.set_link("lo", up=True)
+            # an address that is removed does not take along the others of its subnet
+            self.sysctl("net.ipv4.conf.all.promote_secondaries", 1)
         except BaseException:
             netns.remove(self.name)
             raise
