@@ -57,11 +57,11 @@ async def test_paths(address: IPv4Address | IPv6Address) -> None:
         assert path != one.udp.path((address, other.udp.port - 1))
         assert path.source == address.packed + other.udp.port.to_bytes(2, "big")
         assert str(path) == (f"127.0.0.1:{other.udp.port}" if address.version == 4 else f"[::1]:{other.udp.port}")
-        assert path.is_open
-        assert path.is_writable
+        states = [(path.is_open, path.is_writable)]
         assert (path.headroom, path.peer) == (0, None)
         one.udp.close()
-        assert not path.is_open
+        states.append((path.is_open, path.is_writable))
+        assert states == [(True, True), (False, True)]
         path.send(Datagrams.single(b"hello"))
         assert one.udp.drops() == {"send_failed": 1}
 
