@@ -1,0 +1,248 @@
+"""A real TUN interface in a namespace of its own: the kernel at one side, the packet matrices at the other."""
+
+import os
+import socket
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from ipaddress import IPv4Interface, IPv6Interface, ip_interface
+
+import anyio
+import pytest
+from anyio.from_thread import BlockingPortal
+from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
+
+from siderolink.common.errors import ConfigurationError, DeviceError, DeviceUnavailableError, InterfaceInUseError
+from siderolink.common.wireguard.noise.drops import Drop
+from siderolink.common.wireguard.packets import Merger, Opener, Sealer, Splitter
+from siderolink.common.wireguard.tun import Tun, fitting_gso_max_size
+from tests.support.netns import Namespace
+
+NAME = "sltest0"
+
+
+@contextmanager
+def inside() -> Iterator[tuple[Namespace, BlockingPortal]]:
+    with Namespace("tun") as namespace, namespace.portal() as portal:
+        yield namespace, portal
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", "a" * 16, "a/b", "a:b", "a b", ".", "..", "tun%d", "tün", "a\0b", "a\n", "x" * 5000],
+    ids=lambda name: repr(name[:20]),
+)
+def test_impossible_names_are_refused(name: str) -> None:
+    with pytest.raises(ConfigurationError, match="cannot name an interface"):
+        Tun.open(name, 1280)
+
+
+@pytest.mark.parametrize("mtu", [0, -1, 67, 65536])
+def test_impossible_mtus_are_refused(mtu: int) -> None:
+    with pytest.raises(ConfigurationError, match=str(mtu)):
+        Tun.open(NAME, mtu)
+
+
+def test_names_that_are_taken() -> None:
+    with Namespace("tun") as namespace:
+        namespace.run(["ip", "tuntap", "add", "persistent0", "mode", "tun", "vnet_hdr"])
+        namespace.run(["ip", "link", "add", "dummy0", "type", "veth", "peer", "name", "dummy1"])
+        with namespace.call(Tun.open, NAME, 1280) as tun:
+            for name in (NAME, "persistent0", "dummy0", "lo"):
+                with pytest.raises(InterfaceInUseError, match=name):
+                    namespace.call(Tun.open, name, 1280)
+            assert tun.fileno() >= 0
+        assert namespace.interfaces() == {"lo", "persistent0", "dummy0", "dummy1"}
+        tun.close()
+        assert tun.fileno() == -1
+
+
+def test_without_the_right_to_make_interfaces() -> None:
+    pid = os.fork()
+    if not pid:  # a process of its own, because it gives up its rights for good
+        os.setuid(65534)
+        try:
+            Tun.open(NAME, 1280)
+        except DeviceUnavailableError as error:
+            os._exit(0 if "CAP_NET_ADMIN" in str(error) else 1)
+        os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+def test_configure() -> None:
+    with inside() as (namespace, portal):
+        with namespace.call(Tun.open, NAME, 1280) as tun:
+            addresses = (ip_interface("fd00::1/64"), ip_interface("10.1.2.3/24"))
+            portal.call(tun.configure, addresses, 1280)
+            assert {"fd00::1/64", "10.1.2.3/24"} <= namespace.addresses(NAME)
+            shown = namespace.run(["ip", "-d", "address", "show", "dev", NAME])
+            assert "mtu 1280" in shown
+            assert f"gso_max_size {fitting_gso_max_size(1280)} " in shown
+            assert "tentative" not in shown
+            assert "UP" in shown
+            with pytest.raises(DeviceError, match=NAME):
+                portal.call(tun.configure, addresses, 1280)
+        assert namespace.interfaces() == {"lo"}
+
+
+def test_an_interface_that_someone_deletes() -> None:
+    with inside() as (namespace, portal), namespace.call(Tun.open, NAME, 1280) as tun:
+        portal.call(tun.configure, (ip_interface("fd00::1/64"),), 1280)
+        namespace.run(["ip", "link", "delete", NAME])
+        with pytest.raises(DeviceError, match="deleted by someone else"):
+            portal.call(_read_until_error, tun)
+        assert not tun.write([bytes(10), bytes(40)])
+        assert tun.write_errors == 1
+        with pytest.raises(DeviceError, match="deleted by someone else"):
+            portal.call(tun.configure, (), 1280)
+
+
+async def _read_until_error(tun: Tun) -> None:
+    with anyio.fail_after(5):
+        while True:
+            while tun.read() is not None:
+                pass
+            await anyio.wait_readable(tun.fileno())
+
+
+def test_frames_the_interface_does_not_take_are_counted() -> None:
+    with inside() as (namespace, portal), namespace.call(Tun.open, NAME, 1280) as tun:
+        packet = bytes([0x60]) + bytes(39)
+        assert not tun.write([bytes(10), packet])  # it is down
+        portal.call(tun.configure, (ip_interface("fd00::1/64"),), 1280)
+        assert tun.write([bytes(10), packet])
+        assert not tun.write([b"\x01\x63" + bytes(8), packet])  # there is no such GSO type
+        assert not tun.write([b"\0"])
+        assert tun.write_errors == 3
+
+
+class Tunnel:
+    """Two TUN interfaces joined by a thread that splits, seals, opens and merges all that passes."""
+
+    def __init__(self, one: Tun, other: Tun) -> None:
+        self.rows: Counter[int] = Counter()
+        self.merged = 0
+        self.drops: Counter[Drop] = Counter()
+        self._tuns = (one, other)
+        self._aead = ChaCha20Poly1305(bytes(32))
+        self._stop_read, self._stop_write = os.pipe()
+        self._thread = threading.Thread(target=lambda: anyio.run(self._run))
+
+    def __enter__(self) -> "Tunnel":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._stop_write)
+        self._thread.join()
+        os.close(self._stop_read)
+
+    async def _run(self) -> None:
+        async with anyio.create_task_group() as tasks:
+            one, other = self._tuns
+            tasks.start_soon(self._carry, one, other)
+            tasks.start_soon(self._carry, other, one)
+            await anyio.wait_readable(self._stop_read)
+            tasks.cancel_scope.cancel()
+
+    async def _carry(self, source: Tun, target: Tun) -> None:
+        splitter, sealer, opener, counter = Splitter(1280), Sealer(), Opener(), 0
+        merger = Merger(self._drop, tso=target.tso, uso=target.uso)
+        while True:
+            await anyio.wait_readable(source.fileno())
+            while (frame := source.read()) is not None:
+                packets = splitter.split(frame)
+                self.rows[packets.count] += 1
+                datagrams = sealer.seal(packets, self._aead, 1, counter)
+                opened = opener.open(datagrams, 0, datagrams.count, self._aead)
+                counter += packets.count
+                for buffers in merger.merge(opened, lambda *_: None):
+                    self.merged += len(buffers) > 2
+                    assert target.write(buffers)
+
+    def _drop(self, reason: Drop, count: int) -> None:
+        self.drops[reason] += count
+
+
+ENDS = [("fd00::1", "fd00::2", 64), ("10.9.0.1", "10.9.0.2", 24)]
+
+
+@contextmanager
+def joined(*, offloads: bool) -> Iterator[tuple[Namespace, Namespace, Tunnel]]:
+    with ExitStack() as stack:
+        namespaces = [stack.enter_context(Namespace(label)) for label in ("one", "other")]
+        tuns = []
+        for index, namespace in enumerate(namespaces):
+            tun = stack.enter_context(namespace.call(_open, offloads))
+            with namespace.portal() as portal:
+                addresses = [ip_interface(f"{pair[index]}/{pair[2]}") for pair in ENDS]
+                portal.call(_configure, tun, addresses)
+            tuns.append(tun)
+        yield namespaces[0], namespaces[1], stack.enter_context(Tunnel(*tuns))
+
+
+def _open(offloads: bool) -> Tun:
+    return Tun.open(NAME, 1280, offloads=offloads)
+
+
+async def _configure(tun: Tun, addresses: list[IPv4Interface | IPv6Interface]) -> None:
+    await tun.configure(addresses, 1280)
+
+
+def _socket(family: int, kind: int) -> Callable[[], socket.socket]:
+    def make() -> socket.socket:
+        sock = socket.socket(family, kind)
+        sock.settimeout(10)
+        return sock
+
+    return make
+
+
+@pytest.mark.parametrize("offloads", [True, False])
+@pytest.mark.parametrize(("client", "server", "_"), ENDS)
+def test_tcp_passes_whole(offloads: bool, client: str, server: str, _: int) -> None:
+    data = os.urandom(1 << 16) * 80
+    family = socket.AF_INET6 if ":" in server else socket.AF_INET
+    with joined(offloads=offloads) as (one, other, tunnel):
+        with (
+            other.call(_socket(family, socket.SOCK_STREAM)) as listener,
+            one.call(_socket(family, socket.SOCK_STREAM)) as sender,
+        ):
+            listener.bind((server, 0))
+            listener.listen()
+            sender.connect(listener.getsockname())
+            accepted, _address = listener.accept()
+            thread = threading.Thread(target=sender.sendall, args=(data,))
+            thread.start()
+            received = bytearray()
+            with accepted:
+                accepted.settimeout(10)
+                while len(received) < len(data):
+                    received += accepted.recv(1 << 20)
+            thread.join()
+        assert received == data
+        assert not tunnel.drops
+        assert (tunnel.merged > 0) == (max(tunnel.rows) > 1) == offloads
+        if offloads and family == socket.AF_INET6:
+            # Full super-packets fill a UDP send and no more.
+            assert max(tunnel.rows) == 65_507 // 1312
+
+
+@pytest.mark.parametrize("offloads", [True, False])
+@pytest.mark.parametrize(("client", "server", "_"), ENDS)
+def test_udp_passes_whole(offloads: bool, client: str, server: str, _: int) -> None:
+    family = socket.AF_INET6 if ":" in server else socket.AF_INET
+    size = 1111
+    with joined(offloads=offloads) as (one, other, tunnel):
+        with other.call(_socket(family, socket.SOCK_DGRAM)) as receiver, one.call(_socket(family, socket.SOCK_DGRAM)) as sender:
+            receiver.bind((server, 0))
+            sender.connect(receiver.getsockname())
+            data = os.urandom(size * 20 + 5)
+            sender.sendmsg([data], [(17, 103, size.to_bytes(2, "little"))])  # UDP_SEGMENT
+            received = [receiver.recv(2000) for _ in range(21)]
+        assert received == [data[at : at + size] for at in range(0, len(data), size)]
+        assert not tunnel.drops
+        if offloads:
+            assert tunnel.rows[21] == 1
+            assert tunnel.merged == 1
