@@ -1,0 +1,17 @@
+"""The `siderolink` command: a thin shell over the same public API an embedder uses (extra: ``siderolink[cli]``)."""
+
+import sys
+
+_EXTRA = frozenset({"rich", "typer", "uvloop"})
+
+
+def main() -> None:
+    """Run the command line; what goes wrong is one line, and an exit status other than 0."""
+    try:
+        from siderolink.cli.app import run
+    except ModuleNotFoundError as error:
+        if error.name not in _EXTRA:
+            raise
+        print(f"siderolink: the command needs {error.name}: pip install 'siderolink[cli]'", file=sys.stderr)
+        sys.exit(1)
+    sys.exit(run())

@@ -1,0 +1,107 @@
+"""The local socket of a running `serve` or `join`, by which `status` asks it."""
+
+import os
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Protocol
+
+from grpclib.exceptions import GRPCError
+
+from siderolink.common.errors import AddressInUseError, ConfigurationError, ServerUnreachableError
+from siderolink.common.grpc import open_channel, serve, translate_errors
+from siderolink.common.pb.siderolink.control import (
+    ControlBase,
+    ControlStub,
+    Event,
+    EventsRequest,
+    Peer,
+    StatusRequest,
+    StatusResponse,
+)
+from siderolink.common.wireguard.device import PeerStatus
+
+_ANSWER_TIMEOUT = 5.0
+
+
+class Source(Protocol):
+    """What is asked: a running server, or a machine's link."""
+
+    async def status(self) -> StatusResponse: ...
+
+    def events(self) -> AsyncIterator[Event]: ...
+
+
+class ControlService(ControlBase):
+    """Answers on the socket for one source."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+
+    async def status(self, message: StatusRequest) -> StatusResponse:
+        return await self._source.status()
+
+    async def events(self, message: EventsRequest) -> AsyncIterator[Event]:
+        async for event in self._source.events():
+            yield event
+
+
+def directory() -> Path:
+    """Where the sockets are: /run/siderolink, unless the environment says otherwise."""
+    return Path(os.environ.get("SIDEROLINK_RUNTIME_DIR", "/run/siderolink"))
+
+
+@asynccontextmanager
+async def control_socket(interface: str, source: Source) -> AsyncIterator[Path]:
+    """Serve `source` on a socket named after the interface, for this user alone."""
+    folder = directory()
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigurationError(f"the folder {folder} of the control sockets cannot be made: {error.strerror}") from None
+    service = ControlService(source)
+    path = folder / f"{interface}.sock"
+    async with AsyncExitStack() as stack:
+        try:
+            await stack.enter_async_context(serve([service], path=path))
+        except AddressInUseError:
+            # The same name is used in another network namespace.
+            path = folder / f"{interface}.{os.getpid()}.sock"
+            await stack.enter_async_context(serve([service], path=path))
+        yield path
+
+
+async def ask_all() -> tuple[list[StatusResponse], list[str]]:
+    """The status of everything that answers here, and a line for each socket that does not."""
+    answers: list[StatusResponse] = []
+    complaints: list[str] = []
+    folder = directory()
+    try:
+        paths = sorted(path for path in folder.iterdir() if path.suffix == ".sock") if folder.exists() else []
+    except OSError as error:
+        raise ConfigurationError(f"{folder} cannot be read: {error.strerror}; ask as the user who runs siderolink") from None
+    for path in paths:
+        try:
+            answers.append(await _ask(path))
+        except (ServerUnreachableError, GRPCError, TimeoutError) as error:
+            complaints.append(f"{path} does not answer: {str(error) or 'timeout'}")
+    return answers, complaints
+
+
+async def _ask(path: Path) -> StatusResponse:
+    with translate_errors():
+        async with open_channel(path=str(path)) as channel:
+            return await ControlStub(channel).status(StatusRequest(), timeout=_ANSWER_TIMEOUT)
+
+
+def peer_message(peer: PeerStatus, node_uuid: str = "") -> Peer:
+    return Peer(
+        public_key=str(peer.public_key),
+        allowed_ips=[str(network) for network in peer.allowed_ips],
+        path=peer.path or "",
+        last_handshake=peer.last_handshake,
+        last_received=peer.last_received,
+        received_bytes=peer.received_bytes,
+        sent_bytes=peer.sent_bytes,
+        node_uuid=node_uuid,
+    )

@@ -1,0 +1,43 @@
+"""What `serve` and `join` share: the loop, the signals that stop them, and lines about what happens."""
+
+import signal
+import time
+from collections.abc import Awaitable, Callable
+
+import anyio
+from anyio.abc import TaskStatus
+from rich.console import Console
+from rich.markup import escape
+
+from siderolink.common.tasks import background_tasks
+from siderolink.common.text import one_line
+
+_console = Console(highlight=False)
+
+
+def say(name: str, text: str) -> None:
+    """One line about something that happened."""
+    now, text = time.strftime("%H:%M:%S"), one_line(text)
+    if _console.is_terminal:
+        _console.print(f"[dim]{now}[/] [cyan]{name:22}[/] {escape(text)}", soft_wrap=True)
+    else:
+        print(f"{now} {name}: {text}", flush=True)
+
+
+def run_until_stopped(work: Callable[[], Awaitable[None]]) -> None:
+    """Run `work` on uvloop until it ends or SIGINT or SIGTERM comes; either is a success."""
+
+    async def main() -> None:
+        async with background_tasks() as tasks:
+            await tasks.start(_stop_on_signal, tasks.cancel_scope)
+            await work()
+
+    anyio.run(main, backend_options={"use_uvloop": True})
+
+
+async def _stop_on_signal(scope: anyio.CancelScope, *, task_status: TaskStatus[None]) -> None:
+    with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        task_status.started()
+        async for _ in signals:
+            scope.cancel()
+            return

@@ -1,0 +1,38 @@
+"""Secrets for the commands: by file, environment or systemd credential, so that `ps` need not show them."""
+
+import os
+from pathlib import Path
+
+from siderolink.common.errors import ConfigurationError
+
+_LONGEST = 8192
+
+
+def read_secret(name: str, given: str | None, file: Path | None) -> str | None:
+    """The secret called `name` (such as ``join-token``), or None where there is none.
+
+    As given by argument or environment, else the first line of `file`, else the systemd credential ``siderolink.<name>``.
+    Raises ConfigurationError.
+    """
+    if given and file is not None:
+        raise ConfigurationError(f"give the {name} either by itself or by file, not both")
+    if given:
+        return given
+    if file is None:
+        directory = os.environ.get("CREDENTIALS_DIRECTORY")
+        credential = Path(directory, f"siderolink.{name}") if directory else None
+        if credential is None or not credential.exists():
+            return None
+        file = credential
+    try:
+        with file.open("rb") as opened:
+            data = opened.read(_LONGEST + 1)
+    except OSError as error:
+        raise ConfigurationError(f"the {name} cannot be read from {file}: {error.strerror}") from None
+    try:
+        text = data.decode().strip()
+    except UnicodeDecodeError:
+        raise ConfigurationError(f"{file} holds no text") from None
+    if not text or "\n" in text or len(data) > _LONGEST:
+        raise ConfigurationError(f"{file} must hold one line, of at most {_LONGEST} bytes")
+    return text

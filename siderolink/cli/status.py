@@ -1,0 +1,100 @@
+"""`siderolink status`: what runs on this host, as it says itself."""
+
+import json
+import sys
+import time
+from typing import Any
+
+import anyio
+from rich.console import Console
+from rich.table import Table
+
+from siderolink.cli.control import ask_all
+from siderolink.common.pb.siderolink.control import Peer, StatusResponse
+from siderolink.common.text import one_line
+
+
+def run_status(*, as_json: bool) -> None:
+    """Print the status of every running `serve` and `join`. Raises SideroLinkError."""
+    answers, complaints = anyio.run(ask_all, backend_options={"use_uvloop": True})
+    for complaint in complaints:
+        print(f"siderolink: {complaint}", file=sys.stderr)
+    if as_json:
+        print(json.dumps([to_json(answer) for answer in answers], indent=2))
+        return
+    if not answers:
+        print("no `siderolink serve` or `siderolink join` runs on this host")
+    # A pipe has no width of its own: nothing is cut or folded there.
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
+    for answer in answers:
+        _show(console, answer)
+
+
+def to_json(answer: StatusResponse) -> dict[str, Any]:
+    return {
+        "role": answer.role,
+        "state": answer.state,
+        "interface": answer.interface,
+        "device": answer.device_kind,
+        "transport": answer.transport,
+        "addresses": answer.addresses,
+        "public_key": answer.public_key,
+        "listen_port": answer.listen_port,
+        "drops": answer.drops,
+        "refusals": answer.refusals,
+        "peers": [
+            {
+                "public_key": peer.public_key,
+                "node_uuid": peer.node_uuid,
+                "allowed_ips": peer.allowed_ips,
+                "path": peer.path,
+                "last_handshake": peer.last_handshake,
+                "last_received": peer.last_received,
+                "received_bytes": peer.received_bytes,
+                "sent_bytes": peer.sent_bytes,
+            }
+            for peer in answer.peers
+        ],
+    }
+
+
+def _show(console: Console, answer: StatusResponse) -> None:
+    port = f", UDP port {answer.listen_port}" if answer.listen_port else ""
+    print(f"{answer.interface}: {answer.role}, {answer.state}, {answer.device_kind} device, {answer.transport}{port}")
+    print(f"  address {', '.join(answer.addresses)}  key {answer.public_key}")
+    counts = {**answer.drops, **answer.refusals}
+    if any(counts.values()):
+        print("  dropped or refused: " + ", ".join(f"{count} {name}" for name, count in counts.items() if count))
+    if not answer.peers:
+        return
+    table = Table(box=None, pad_edge=False)
+    for heading in ("peer", "allowed IPs", "path", "handshake", "received", "sent"):
+        table.add_column(heading, overflow="fold")
+    for peer in answer.peers:
+        table.add_row(*(one_line(cell) for cell in _row(peer)))
+    console.print(table)
+
+
+def _row(peer: Peer) -> tuple[str, ...]:
+    name = peer.node_uuid or peer.public_key
+    return (
+        name,
+        ", ".join(peer.allowed_ips),
+        peer.path or "-",
+        _ago(peer.last_handshake),
+        _size(peer.received_bytes),
+        _size(peer.sent_bytes),
+    )
+
+
+def _ago(at: float | None) -> str:
+    return "never" if at is None else f"{max(0.0, time.time() - at):.0f} s ago"
+
+
+def _size(count: int) -> str:
+    size = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"
