@@ -6,7 +6,8 @@ interface merged again. What does not come in runs goes through the engine one b
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 from siderolink.common.wireguard.noise import Drop, Engine, Event, Peer, Session
 from siderolink.common.wireguard.noise.messages import TRANSPORT_OVERHEAD
@@ -17,7 +18,6 @@ from siderolink.common.wireguard.packets.merge import Merger
 from siderolink.common.wireguard.packets.seal import Opened, Opener, Run, Sealer, find_runs
 from siderolink.common.wireguard.packets.split import MalformedFrame, Splitter
 from siderolink.common.wireguard.path import Datagrams, Path
-from siderolink.common.wireguard.tun import Tun
 
 MAX_READS = 32
 """Frames read from the interface before other work has its turn."""
@@ -28,13 +28,31 @@ def boot_time() -> float:
     return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
+class PacketInterface(Protocol):
+    """Where inner packets come from and go to; frames begin with a virtio_net_hdr of 10 bytes."""
+
+    @property
+    def tso(self) -> bool:
+        """Whether it takes super-packets of TCP."""
+
+    @property
+    def uso(self) -> bool:
+        """Whether it takes super-packets of UDP."""
+
+    def read(self) -> memoryview | None:
+        """The next frame, good until the next read; None if there is none now. Raises DeviceError once it is gone."""
+
+    def write(self, buffers: Sequence[bytes | bytearray | memoryview]) -> bool:
+        """Take one frame, given in pieces."""
+
+
 class DataPlane:
     """Moves packets; its owner watches the interface and the paths, and calls in."""
 
     def __init__(
         self,
         engine: Engine,
-        tun: Tun,
+        interface: PacketInterface,
         *,
         on_events: Callable[[list[Event]], None],
         on_drained: Callable[[float], None],
@@ -42,14 +60,14 @@ class DataPlane:
     ) -> None:
         """`on_drained` is called after each verb, to arm a timer; `on_blocked` when the path of an only peer is full."""
         self._engine = engine
-        self._tun = tun
+        self._interface = interface
         self._on_events = on_events
         self._on_drained = on_drained
         self._on_blocked = on_blocked
         self._sealer = Sealer()
         self._opener = Opener()
         self._set_mtu(engine.mtu)
-        self._merger = Merger(engine.drop, tso=tun.tso, uso=tun.uso)
+        self._merger = Merger(engine.drop, tso=interface.tso, uso=interface.uso)
         self._gathered_for: Peer | None = None
 
     def _set_mtu(self, mtu: int) -> None:
@@ -67,10 +85,17 @@ class DataPlane:
         """Take what the interface has, up to a bound. Raises DeviceError when the interface is gone."""
         now = boot_time()
         for _ in range(MAX_READS):
-            frame = self._tun.read()
+            frame = self._interface.read()
             if frame is None:
                 break
             self._send_frame(frame, now)
+        self._flush(now)
+        self.drain(now)
+
+    def send_packet(self, frame: bytes) -> None:
+        """Send one frame that its owner has at hand."""
+        now = boot_time()
+        self._send_frame(memoryview(frame), now)
         self._flush(now)
         self.drain(now)
 
@@ -137,7 +162,7 @@ class DataPlane:
     def _receive_one(self, datagram: memoryview, path: Path, now: float) -> None:
         packet = self._engine.receive(bytes(datagram), path, now)
         if packet is not None:
-            self._tun.write((PLAIN_VNET_HEADER, packet))
+            self._interface.write((PLAIN_VNET_HEADER, packet))
 
     def _receive_run(self, datagrams: Datagrams, run: Run, path: Path, now: float) -> None:
         session = self._engine.session(run.receiver)
@@ -153,7 +178,7 @@ class DataPlane:
         self._engine.opened(session, path, size * accepted // opened.count, now, has_data=opened.length > 0)
         peer = session.peer
         for buffers in self._merger.merge(opened, lambda source, to: self._engine.inbound_refusal(peer, source, to)):
-            self._tun.write(buffers)
+            self._interface.write(buffers)
 
     def _accept(self, opened: Opened, session: Session) -> int:
         """Leave out rows with a bad tag or a counter seen before; answers how many remain."""

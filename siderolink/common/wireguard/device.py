@@ -154,6 +154,6 @@ def open_device(kind: DeviceKind, config: DeviceConfig, on_event: OnDeviceEvent)
     Raises DeviceUnavailableError, InterfaceInUseError or AddressInUseError on entering.
     """
     # TODO(founder): kernel device; for now auto means userspace
-    from siderolink.common.wireguard.userspace import UserspaceDevice
+    from siderolink.common.wireguard.tun_device import TunDevice
 
-    return UserspaceDevice.open(config, on_event)
+    return TunDevice.open(config, on_event)

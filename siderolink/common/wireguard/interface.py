@@ -5,8 +5,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from siderolink.common.wireguard.device import DeviceConfig, DeviceEvent, InterfaceLost
+from siderolink.common.wireguard.tun_device import TunDevice
 from siderolink.common.wireguard.uapi.server import serve_uapi
-from siderolink.common.wireguard.userspace import UserspaceDevice
 
 BARE_MTU = 1420
 """What fits an Ethernet of 1,500 bytes with IPv6 outside."""
@@ -25,5 +25,5 @@ async def open_interface(name: str) -> AsyncIterator[asyncio.Event]:
             lost.set()
 
     config = DeviceConfig(name=name, private_key=None, mtu=BARE_MTU, up=False)
-    async with UserspaceDevice.open(config, on_event) as device, serve_uapi(name, device.report, device.apply):
+    async with TunDevice.open(config, on_event) as device, serve_uapi(name, device.report, device.apply):
         yield lost

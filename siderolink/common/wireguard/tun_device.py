@@ -1,0 +1,89 @@
+"""The built-in WireGuard on a TUN interface of the kernel's."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from siderolink.common.errors import DeviceError
+from siderolink.common.wireguard.device import DeviceConfig, InterfaceLost, OnDeviceEvent
+from siderolink.common.wireguard.link_monitor import LinkMonitor, LinkState
+from siderolink.common.wireguard.path import Path
+from siderolink.common.wireguard.tun import Tun
+from siderolink.common.wireguard.userspace import UserspaceDevice
+
+
+class TunDevice(UserspaceDevice):
+    """Reads the interface, and follows it up, down, to another MTU and to its end."""
+
+    def __init__(self, config: DeviceConfig, tun: Tun, on_event: OnDeviceEvent) -> None:
+        super().__init__(config, tun, on_event)
+        self._tun = tun
+        self._reader_loop = asyncio.get_running_loop()
+        self._is_reading = False
+        self._is_up = False
+        self._monitor: LinkMonitor | None = None
+
+    @classmethod
+    @asynccontextmanager
+    async def open(cls, config: DeviceConfig, on_event: OnDeviceEvent) -> AsyncIterator["TunDevice"]:
+        """Make the interface and the sockets; leaving removes both.
+
+        Raises DeviceUnavailableError, InterfaceInUseError or AddressInUseError.
+        """
+        with Tun.open(config.name, config.mtu) as tun:
+            device = cls(config, tun, on_event)
+            try:
+                await tun.configure(config.addresses, config.mtu, up=config.up)
+                device.watch(is_up=config.up)
+                yield device
+            finally:
+                device.close()
+
+    def watch(self, *, is_up: bool) -> None:
+        """Begin to read and to follow the interface."""
+        self._is_up = is_up
+        if is_up:
+            self.start()
+        else:
+            self.stop()
+        self._monitor = LinkMonitor(self._tun.fileno(), self._tun.name, self._link_changed)
+        self._read_on()
+
+    def close(self) -> None:
+        super().close()
+        self._stop_reading()
+        if self._monitor is not None:
+            self._monitor.close()
+            self._monitor = None
+
+    def pause_reading(self, path: Path) -> None:
+        """Leave packets in the interface's queue, where their senders feel it; nothing is lost."""
+        self._stop_reading()
+        path.when_writable(self._read_on)
+
+    def _read_on(self) -> None:
+        if not self._is_reading and self._monitor is not None:
+            self._is_reading = True
+            self._reader_loop.add_reader(self._tun.fileno(), self._readable)
+
+    def _stop_reading(self) -> None:
+        if self._is_reading:
+            self._is_reading = False
+            self._reader_loop.remove_reader(self._tun.fileno())
+
+    def _readable(self) -> None:
+        try:
+            self.plane.read_interface()
+        except DeviceError as error:
+            self._stop_reading()
+            self.on_event(InterfaceLost(reason=str(error)))
+
+    def _link_changed(self, state: LinkState) -> None:
+        if state.mtu != self.engine.mtu:
+            self.plane.change_mtu(state.mtu)
+        if state.is_up != self._is_up:
+            self._is_up = state.is_up
+            if state.is_up:
+                self.start()
+            else:
+                self.stop()

@@ -1,0 +1,76 @@
+"""Two whole devices in one process, over loopback: what someone embeds who wants only WireGuard."""
+
+from ipaddress import IPv4Address, IPv6Address, ip_interface, ip_network
+
+import anyio
+import pytest
+
+from siderolink.common.errors import AddressInUseError
+from siderolink.common.keys import PresharedKey, PrivateKey
+from siderolink.common.wireguard.device import DeviceConfig, DeviceEvent, HandshakeCompleted, PathChanged, PeerConfig
+from siderolink.common.wireguard.packet_device import open_packet_device
+from tests.support.virtual import inner_packet
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+@pytest.mark.parametrize("mtu", [576, 1280, 1420, 9000])
+async def test_every_inner_size(host: str, mtu: int) -> None:
+    key_a, key_b = PrivateKey.generate(), PrivateKey.generate()
+    psk = PresharedKey.generate()
+    got_a, got_b = anyio.create_memory_object_stream[bytes](100), anyio.create_memory_object_stream[bytes](100)
+    events: list[DeviceEvent] = []
+    config_a = DeviceConfig(name="a", private_key=key_a, addresses=(ip_interface("fd00::a/64"),), mtu=mtu)
+    config_b = DeviceConfig(name="b", private_key=key_b, addresses=(ip_interface("fd00::b/64"),), mtu=mtu)
+    with got_a[0], got_a[1], got_b[0], got_b[1]:
+        async with (
+            open_packet_device(config_a, got_a[0].send_nowait) as a,
+            open_packet_device(config_b, got_b[0].send_nowait, events.append) as b,
+        ):
+            assert b.listen_port is not None
+            address = IPv6Address(host) if ":" in host else IPv4Address(host)
+            await b.set_peer(
+                PeerConfig(
+                    public_key=a.public_key,
+                    allowed_ips=(ip_network("fd00::a/128"), ip_network("10.0.0.1/32")),
+                    preshared_key=psk,
+                )
+            )
+            await a.set_peer(
+                PeerConfig(
+                    public_key=b.public_key,
+                    allowed_ips=(ip_network("fd00::b/128"), ip_network("10.0.0.2/32")),
+                    preshared_key=psk,
+                    endpoint=(address, b.listen_port),
+                )
+            )
+            for family, header in (("fd00::a", 40), ("10.0.0.1", 20)):
+                other = "fd00::b" if header == 40 else "10.0.0.2"
+                for size in range(0, mtu - header + 1, 1 if mtu < 2000 else 61):
+                    packet = inner_packet(family, other, bytes([size & 255]) * size)
+                    a.send(packet)
+                    assert await got_b[1].receive() == packet
+                    if size % 100 == 0:
+                        answer = inner_packet(other, family, bytes(size))
+                        b.send(answer)
+                        assert await got_a[1].receive() == answer
+            assert a.drops() == {}
+            assert b.drops() == {}
+            assert {type(event) for event in events} == {HandshakeCompleted, PathChanged}
+            status = await b.peer(a.public_key)
+            assert status is not None
+            assert status.last_handshake is not None
+            assert status.received_bytes > 0
+
+
+async def test_a_packet_for_nobody_and_an_address_in_use() -> None:
+    config = DeviceConfig(name="a", private_key=PrivateKey.generate())
+    async with open_packet_device(config, lambda packet: None) as device:
+        device.send(inner_packet("fd00::a", "fd00::b", b""))
+        device.send(b"nonsense")
+        assert device.drops() == {"no_peer": 1, "outbound_malformed": 1}
+        taken = DeviceConfig(name="b", private_key=PrivateKey.generate(), listen_port=device.listen_port)
+        with pytest.raises(AddressInUseError, match=f"UDP port {device.listen_port} is in use"):
+            async with open_packet_device(taken, lambda packet: None):
+                pytest.fail("the port is taken")
