@@ -88,13 +88,15 @@ class GrpcChannel(Channel):
         connections = tuple(self._connections)
         for protocol in connections:
             protocol.close()
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_CLOSE_SECONDS):
-                for protocol in connections:
-                    await protocol.lost.wait()
-        for protocol in connections:
-            protocol.abort()
-        self.close()
+        try:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_CLOSE_SECONDS):
+                    for protocol in connections:
+                        await protocol.lost.wait()
+        finally:  # also under a cancellation
+            for protocol in connections:
+                protocol.abort()
+            self.close()
 
     async def start_stream(self, path: str, metadata: Mapping[str, str]) -> tuple[ByteStream, Callable[[], None]]:
         """Send a request's headers; returns its bytes and what to call when they are not wanted any more."""
