@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequen
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import anyio
 from grpclib.const import Handler
 
 from siderolink.common.grpc import frames
@@ -200,10 +201,14 @@ async def serve(
     try:
         yield server
     finally:
-        await server.stop()
-        if path is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(path)
+        # Bounded, so it may run to its end also when this task was cancelled.
+        with anyio.CancelScope(shield=True):
+            try:
+                await server.stop()
+            finally:
+                if path is not None:
+                    with contextlib.suppress(OSError):
+                        os.unlink(path)
 
 
 def _source(address: object) -> str:
