@@ -4,7 +4,7 @@ from collections.abc import Callable
 from hmac import compare_digest
 
 from .constants import COOKIE_REFRESH_TIME, LABEL_COOKIE, LABEL_MAC1, MAC_BYTES
-from .messages import CookieReply, encode_cookie_reply, parse_cookie_reply, sender_index
+from .messages import CookieReply, encode_cookie_reply, sender_index
 from .primitives import hash2, mac, xopen, xseal
 
 NO_MAC2 = bytes(MAC_BYTES)
@@ -49,9 +49,6 @@ class MacSigner:
         self._sent_mac1 = None
         self._cookie, self._cookie_at = cookie, now
         return True
-
-    def take_cookie_datagram(self, datagram: bytes, now: float) -> bool:
-        return self.take_cookie(parse_cookie_reply(datagram), now)
 
 
 class MacGuard:

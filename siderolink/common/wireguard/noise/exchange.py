@@ -116,6 +116,10 @@ class Exchange:
         if now < earliest:
             peer.timers.initiation_postponed(now, earliest)
             return
+        peer.has_retried_with_cookie = False
+        self._send_initiation(peer, now)
+
+    def _send_initiation(self, peer: Peer, now: float) -> None:
         path = peer.reachable_path
         peer.last_initiation_sent_at = now
         peer.timers.authenticated_sent(now)
@@ -208,15 +212,24 @@ class Exchange:
         return session
 
     def receive_cookie(self, datagram: bytes, now: float) -> None:
-        """Take a cookie; it goes on the next try, which its timer sends."""
-        peer = self.indices.pending(messages.parse_cookie_reply(datagram).receiver)
+        """Take a cookie, and try again with it.
+
+        The whitepaper leaves the new try to the timer. It is made at once here, but once for each timer, so that a forger who
+        sees our initiations (cookies are sealed under a public key) gains one more of them and no storm.
+        """
+        reply = messages.parse_cookie_reply(datagram)
+        peer = self.indices.pending(reply.receiver)
+        is_initiator = peer is not None
         if peer is None:
-            session = self.indices.session(messages.parse_cookie_reply(datagram).receiver)
+            session = self.indices.session(reply.receiver)
             peer = session.peer if session is not None else None
         if peer is None:
             self._output.drop(Drop.UNEXPECTED_RESPONSE)
-        elif not peer.signer.take_cookie_datagram(datagram, now):
+        elif not peer.signer.take_cookie(reply, now):
             self._output.drop(Drop.BAD_COOKIE)
+        elif is_initiator and not peer.has_retried_with_cookie:
+            peer.has_retried_with_cookie = True
+            self._send_initiation(peer, now)
 
     def complete(self, peer: Peer, now: float) -> None:
         """The handshake is done on both sides."""

@@ -34,6 +34,7 @@ class Peer:
     __slots__ = (
         "allowed_ips",
         "current",
+        "has_retried_with_cookie",
         "initiation",
         "last_handshake_at",
         "last_handshake_ns",
@@ -69,6 +70,7 @@ class Peer:
         self.previous: Session | None = None
         self.current: Session | None = None
         self.next: Session | None = None
+        self.has_retried_with_cookie = False
         self.last_timestamp = b""
         self.last_initiation_received_at = -NEVER
         self.last_initiation_sent_at = -NEVER
