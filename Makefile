@@ -89,6 +89,5 @@ clean: ## remove what make made
 .PRECIOUS: .venvs/%/.ready
 .venvs/%/.ready: pyproject.toml | $(UV)
 	@echo "installing for Python $*"
-	@$(UV) venv --quiet --clear --no-python-downloads --python $(call interpreter,$*) .venvs/$*
-	@$(UV) pip install --quiet --python .venvs/$*/bin/python --group dev --editable '.[cli]'
+	@scripts/make-venv $(UV) $(call interpreter,$*) .venvs/$*
 	@touch $@
