@@ -20,7 +20,8 @@ def generate(target: Path) -> None:
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     command = [sys.executable, "-m", "grpc_tools.protoc", f"-I{PROTO}"]
     command += [f"--python_betterproto2_out={target}", f"--python_betterproto2_opt={OPTIONS}", *sources]
-    done = subprocess.run(command, env=os.environ | {"PATH": path}, capture_output=True, text=True, check=False)
+    # away from the tree, whose settings for ruff would shape the output
+    done = subprocess.run(command, cwd=target, env=os.environ | {"PATH": path}, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(f"protoc failed:\n{done.stdout}{done.stderr}")
     (target / "py.typed").unlink(missing_ok=True)
