@@ -2,7 +2,6 @@
 
 import json
 import sys
-from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from subprocess import PIPE
@@ -36,7 +35,7 @@ class Host:
         self._on_event = on_event
         self._waiting: dict[int, _Answer] = {}
         self._last_number = 0
-        self._complaints: deque[str] = deque(maxlen=5)
+        self._complaint = ""
         self._ended = False
         self.ready = anyio.Event()
         self.namespace: int | None = None
@@ -84,12 +83,11 @@ class Host:
 
     async def read_complaints(self) -> None:
         async for line in _lines(self._process.stderr):
-            self._complaints.append(line)
+            self._complaint = line.strip() or self._complaint
 
     def _epitaph(self) -> str:
-        return f"{self.name} has {'ended' if self._ended else 'not started'}" + (
-            f": {' | '.join(self._complaints)}" if self._complaints else ""
-        )
+        what = f"{self.name} has {'ended' if self._ended else 'not started'}"
+        return f"{what}: {self._complaint}" if self._complaint else what
 
 
 class _Answer:
