@@ -83,7 +83,8 @@ class Admission:
         needs_virtual = call.tunnel and identity.needs_virtual_address(owner, claimant, silence, now)
         wanted = self._row(owner, call, silence, now, machine_id)
         if wanted != owner or needs_virtual:
-            wanted = await self._write(transaction, replace(wanted, joined_at=now), owner is None, needs_virtual)
+            wanted = wanted if owner is None else replace(wanted, joined_at=now)
+            wanted = await self._write(transaction, wanted, owner is None, needs_virtual)
         return Outcome(
             machine=wanted,
             displaced=displaced,

@@ -112,7 +112,7 @@ class Links:
             await self._device.set_peer(
                 PeerConfig(
                     public_key=machine.public_key,
-                    allowed_ips=(IPv6Network(machine.overlay_address),),
+                    allowed_ips=(IPv6Network((int(machine.overlay_address), 128)),),
                     persistent_keepalive=self._persistent_keepalive,
                 )
             )

@@ -1,38 +1,60 @@
-"""Locks by name, which exist only while someone holds or awaits them."""
+"""Locks by name, which cost nothing but a dictionary entry while nobody has to wait."""
 
-from collections.abc import AsyncIterator, Hashable
-from contextlib import asynccontextmanager
-
-import anyio
-
-
-class _CountedLock:
-    __slots__ = ("lock", "users")
-
-    def __init__(self) -> None:
-        self.lock = anyio.Lock(fast_acquire=True)
-        self.users = 0
+import asyncio
+from collections.abc import Hashable
+from types import TracebackType
 
 
 class KeyedLocks:
     """One lock per key. Whoever takes several takes them in one agreed order of kinds (here: UUID before public key)."""
 
     def __init__(self) -> None:
-        self._locks: dict[Hashable, _CountedLock] = {}
+        self._held: dict[Hashable, asyncio.Event | None] = {}
 
     def __len__(self) -> int:
-        return len(self._locks)
+        return len(self._held)
 
-    @asynccontextmanager
-    async def hold(self, key: Hashable) -> AsyncIterator[None]:
-        entry = self._locks.get(key)
-        if entry is None:
-            entry = self._locks[key] = _CountedLock()
-        entry.users += 1
+    def hold(self, *keys: Hashable) -> "_Hold":
+        """`async with` this to hold the keys' locks, taken in the order given."""
+        return _Hold(self, keys)
+
+    async def acquire(self, key: Hashable) -> None:
+        while key in self._held:
+            released = self._held[key]
+            if released is None:
+                released = self._held[key] = asyncio.Event()
+            await released.wait()
+        self._held[key] = None
+
+    def release(self, key: Hashable) -> None:
+        released = self._held.pop(key)
+        if released is not None:
+            released.set()
+
+
+class _Hold:
+    __slots__ = ("_keys", "_locks", "_taken")
+
+    def __init__(self, locks: KeyedLocks, keys: tuple[Hashable, ...]) -> None:
+        self._locks = locks
+        self._keys = keys
+        self._taken = 0
+
+    async def __aenter__(self) -> None:
         try:
-            async with entry.lock:
-                yield
-        finally:
-            entry.users -= 1
-            if not entry.users:
-                del self._locks[key]
+            for key in self._keys:
+                await self._locks.acquire(key)
+                self._taken += 1
+        except BaseException:
+            self._release()
+            raise
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._release()
+
+    def _release(self) -> None:
+        while self._taken:
+            self._taken -= 1
+            self._locks.release(self._keys[self._taken])

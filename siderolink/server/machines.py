@@ -72,7 +72,7 @@ class Machines:
     async def join(self, call: Call) -> Machine:
         """Admit a machine: its row stored, its peer on the device, its virtual address known. Raises JoinRejectedError."""
         machine_id = secrets.token_hex(8)
-        async with self._locks.hold(call.claimant.node_uuid), self._locks.hold(call.claimant.public_key):
+        async with self._locks.hold(call.claimant.node_uuid, call.claimant.public_key):
             # A cancellation from here on leaves a stored row that is not applied; `follow` then does that.
             outcome = await self._store.transact(lambda transaction: self._admission.admit(transaction, call, machine_id))
             await self._apply(outcome.machine)

@@ -44,8 +44,8 @@ class Machine:
     """When a WireGuard handshake first proved that the machine holds its present key; None if that has not happened yet."""
     was_linked: bool = False
     """Whether it ever proved any key. A machine that never did is forgotten after a while."""
-    revision: int = 0
-    """Counted up by the store with every change of the row."""
+    revision: int = 1
+    """1 when inserted, counted up by the store with every change of the row."""
 
 
 class UniqueViolationError(StoreError):

@@ -1,5 +1,6 @@
 """A store that lives as long as its process: the default for embedding."""
 
+import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Hashable, Iterator
 from contextlib import asynccontextmanager
@@ -87,7 +88,7 @@ class _MemoryTransaction:
     async def insert(self, machine: Machine) -> Machine:
         if machine.id in self._table.rows:
             raise UniqueViolationError("id")
-        return self._put(replace(machine, revision=1), None)
+        return self._put(machine if machine.revision == 1 else replace(machine, revision=1), None)
 
     async def update(self, machine: Machine) -> Machine:
         old = self._table.rows.get(machine.id)
@@ -167,7 +168,7 @@ class MemoryStore:
         self._table = _Table()
         self._feeds: set[_Feed] = set()
         self._feed_limit = feed_limit
-        self._lock = anyio.Lock(fast_acquire=True)
+        self._lock = asyncio.Lock()
 
     async def transact(self, work: Work[T]) -> T:
         async with self._lock:

@@ -43,24 +43,36 @@ def test_deadlines_do_what_a_dictionary_would(steps: list[tuple[str, int, float]
 
 
 @pytest.mark.anyio
-async def test_a_lock_exists_only_while_it_is_used() -> None:
+async def test_a_lock_is_held_by_one_at_a_time_in_turn_and_leaves_nothing() -> None:
     locks = KeyedLocks()
     order: list[str] = []
 
     async def hold(name: str) -> None:
-        async with locks.hold("a"):
+        async with locks.hold("b", "a"):
             order.append(f"{name} in")
             await anyio.lowlevel.checkpoint()
             order.append(f"{name} out")
 
-    async with anyio.create_task_group() as tasks:
-        tasks.start_soon(hold, "one")
-        tasks.start_soon(hold, "two")
-        await anyio.lowlevel.checkpoint()
+    async with anyio.create_task_group() as tasks, locks.hold("a"):
+        for name in ("one", "two", "three"):
+            tasks.start_soon(hold, name)
+        await anyio.wait_all_tasks_blocked()
+        assert len(locks) == 2
+        assert order == []
+    assert order == [f"{name} {what}" for name in ("one", "two", "three") for what in ("in", "out")]
+    assert len(locks) == 0
+
+
+@pytest.mark.anyio
+async def test_who_gives_up_waiting_for_a_lock_holds_none() -> None:
+    locks = KeyedLocks()
+    async with locks.hold("a"):
+        with anyio.move_on_after(0):
+            async with locks.hold("b", "a"):
+                raise AssertionError
         assert len(locks) == 1
-        async with locks.hold("b"):
-            assert len(locks) == 2
-    assert order == ["one in", "one out", "two in", "two out"]
+    async with locks.hold("a", "b"):
+        assert len(locks) == 2
     assert len(locks) == 0
 
 
