@@ -44,9 +44,9 @@ def main() -> None:
             if stale := sorted(name for name in old | new if old.get(name) != new.get(name)):
                 sys.exit(f"siderolink/common/pb is not fresh (run `make proto`): {', '.join(stale)}")
             return
+        shutil.rmtree(PB)
         shutil.copytree(fresh, PB)
         PB.chmod(0o755)  # not the temporary folder's own mode
-        shutil.copytree(fresh, PB)
 
 
 if __name__ == "__main__":
