@@ -177,3 +177,38 @@ def test_gatherer_stays_whole_after_a_malformed_frame() -> None:
     taken = gatherer.take()
     assert taken is not None
     assert rows(taken) == [pad(good)] * 2
+
+
+@given(
+    st.sampled_from([4, 6]),
+    st.sampled_from([TCP, UDP]),
+    st.lists(st.integers(0, 40) | st.sampled_from([1200, 1201, 1208, 64]), min_size=1, max_size=4),
+    st.lists(st.integers(0, 3), min_size=1, max_size=30),
+    st.booleans(),
+)
+def test_gathered_rows_equal_packets_made_one_at_a_time(
+    version: int, protocol: int, sizes: list[int], order: list[int], partial: bool
+) -> None:
+    expected: list[bytes] = []
+    found: list[bytes] = []
+    for number, choice in enumerate(order):
+        payload = bytes([number + 1]) * sizes[choice % len(sizes)]
+        packet = Packet(version=version, protocol=protocol, payload=payload, sequence=number)
+        expected.append(pad(packet.encode()))
+        vnet = struct.pack("=BBHHHH", 1, 0, 0, 0, packet.transport, 16 if protocol == TCP else 6) if partial else PLAIN
+        frame = memoryview(vnet + packet.encode(partial=partial))
+        if not GATHERER.add(frame):
+            found += rows(taken(GATHERER))
+            assert GATHERER.add(frame)
+    found += rows(taken(GATHERER))
+    assert found == expected
+    assert len(GATHERER) == 0
+
+
+def taken(gatherer: Gatherer) -> Packets:
+    packets = gatherer.take()
+    assert packets is not None
+    return packets
+
+
+GATHERER = Gatherer(1280, max_rows=20)

@@ -3,20 +3,29 @@
 from typing import Final
 
 from siderolink.common.wireguard.packets.buffers import Packets, Scratch, padded, round_up
-from siderolink.common.wireguard.packets.headers import VNET_SIZE
+from siderolink.common.wireguard.packets.checksum import complete_checksum, row_complements, row_sums
+from siderolink.common.wireguard.packets.headers import NEEDS_CSUM, VNET_HEADER, VNET_SIZE
 from siderolink.common.wireguard.packets.split import MAX_FRAME, MalformedFrame, place_packet
 
 MAX_ROWS: Final = 64
 
 
 class Gatherer:
-    """Collects frames without segmentation; all rows but the last get one padded length, so that order is kept."""
+    """Collects frames without segmentation; all rows but the last get one padded length, so that order is kept.
+
+    Frames that are like the first, equal in size and in virtio_net_hdr, are only copied; padding and checksums are then made
+    for all of them at once. Packets of one flow mostly are.
+    """
 
     def __init__(self, mtu: int, max_rows: int = MAX_ROWS) -> None:
         self._mtu = mtu
         self._max_rows = max_rows
         self._scratch = Scratch(max_rows * round_up(mtu))
         self._count = self._stride = self._length = self._last = 0
+        self._alike = 0
+        """How many rows from the first on still need padding and checksum."""
+        self._frame_size = 0
+        self._header = b""
 
     def __len__(self) -> int:
         return self._count
@@ -26,15 +35,41 @@ class Gatherer:
 
         An empty gatherer takes every well-formed frame that is no super-packet and fits the MTU. Raises MalformedFrame.
         """
+        count = self._count
+        if count and count == self._alike and len(frame) == self._frame_size and frame[:VNET_SIZE] == self._header:
+            if count >= self._max_rows:
+                return False
+            at = count * self._stride
+            self._scratch.view[at : at + self._frame_size - VNET_SIZE] = frame[VNET_SIZE:]
+            self._alike = self._count = count + 1
+            return True
+        return self._add_first(frame) if not count else self._add_other(frame)
+
+    def _is_small(self, frame: memoryview) -> bool:
         size = len(frame) - VNET_SIZE
         if not 20 <= size <= MAX_FRAME:
             raise MalformedFrame(f"a frame of {len(frame)} bytes")
-        if frame[1] or size > self._mtu:
+        return not frame[1] and size <= self._mtu
+
+    def _add_first(self, frame: memoryview) -> bool:
+        if not self._is_small(frame):
             return False
-        length = padded(size, self._mtu)
-        if not self._count:
-            self._length, self._stride = length, round_up(size)
-        elif length > self._length or self._last < self._length or self._count >= self._max_rows:
+        size = len(frame) - VNET_SIZE
+        flags, _, _, _, start, offset = VNET_HEADER.unpack_from(frame)
+        if flags & NEEDS_CSUM and start + offset + 2 > size:
+            raise MalformedFrame("the checksum field lies outside the packet")
+        self._frame_size, self._header = len(frame), bytes(frame[:VNET_SIZE])
+        self._stride, self._length = round_up(size), padded(size, self._mtu)
+        self._last = self._length
+        self._scratch.view[:size] = frame[VNET_SIZE:]
+        self._alike = self._count = 1
+        return True
+
+    def _add_other(self, frame: memoryview) -> bool:
+        if not self._is_small(frame):
+            return False
+        length = padded(len(frame) - VNET_SIZE, self._mtu)
+        if length > self._length or self._last < self._length or self._count >= self._max_rows:
             return False
         at = self._count * self._stride
         place_packet(frame, self._scratch.view[at : at + self._stride], self._mtu)
@@ -47,6 +82,25 @@ class Gatherer:
         count, stride, length = self._count, self._stride, self._length
         if not count:
             return None
-        self._count = 0
+        self._finish(self._alike, self._frame_size - VNET_SIZE)
+        self._count = self._alike = 0
         rows = self._scratch.rows(0, stride, length, count)
         return Packets(self._scratch.view[: (count - 1) * stride + self._last], count, stride, length, self._last, rows)
+
+    def _finish(self, count: int, size: int) -> None:
+        """Write padding and checksums of the first rows."""
+        scratch, stride = self._scratch, self._stride
+        if size < stride:
+            scratch.matrix(size, stride, stride - size, "u1")[:count] = 0
+        flags, _, _, _, start, offset = VNET_HEADER.unpack(self._header)
+        if not flags & NEEDS_CSUM:
+            return
+        if count < 4 or start % 4:
+            for at in range(0, count * stride, stride):
+                complete_checksum(scratch.view[at : at + size], start, offset)
+            return
+        sums = row_sums(scratch.matrix(start, stride, (stride - start) // 4)[:count])
+        checksums = row_complements(sums, 0)
+        if offset == 6:  # UDP: zero would mean "no checksum" (RFC 768)
+            checksums[checksums == 0] = 0xFFFF
+        scratch.column(start + offset, stride, "<u2")[:count] = checksums
