@@ -98,6 +98,14 @@ def join(
 
 
 @app.command()
+def wireguard(name: Annotated[str, typer.Argument(help="The interface's name.", metavar="IFNAME")]) -> None:
+    """Run a bare WireGuard interface in userspace, to be set up with `wg` like any other."""
+    from siderolink.cli.wireguard import run_wireguard
+
+    run_wireguard(name)
+
+
+@app.command()
 def status(as_json: Json = False) -> None:
     """Show the links and peers on this host."""
     from siderolink.cli.status import run_status

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from siderolink.common.errors import InterfaceInUseError, SideroLinkError
+from siderolink.common.errors import AddressInUseError, InterfaceInUseError, SideroLinkError
 from siderolink.common.wireguard.change import DeviceChange
 from siderolink.common.wireguard.uapi.protocol import (
     MAX_REQUEST_BYTES,
@@ -99,6 +99,8 @@ async def _serve_client(reader: asyncio.StreamReader, writer: asyncio.StreamWrit
                 answer = await _answer(lines, report, apply)
             except UapiError as error:
                 answer = [f"errno={-error.errno}"]
+            except AddressInUseError:
+                answer = [f"errno={-errno.EADDRINUSE}"]
             except SideroLinkError:
                 answer = [f"errno={-errno.EINVAL}"]
             except OSError as error:
