@@ -2,6 +2,8 @@
 
 import sys
 
+__all__ = ["main"]
+
 _EXTRA = frozenset({"rich", "typer", "uvloop"})
 
 
