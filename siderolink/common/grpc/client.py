@@ -83,6 +83,11 @@ class GrpcChannel(Channel):
     def _refused(self, refusal: Refusal, message: str) -> None:
         log.debug("the connection to %s was ended: %s: %s", self.target, refusal, message)
 
+    async def wait_lost(self) -> None:
+        """Wait until the connection that stands now is gone; returns at once when none does."""
+        for protocol in tuple(self._connections):
+            await protocol.lost.wait()
+
     async def shut_down(self) -> None:
         """Close the connection and wait until its socket is closed, half a second at most."""
         connections = tuple(self._connections)

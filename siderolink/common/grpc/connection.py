@@ -15,7 +15,7 @@ from h2.exceptions import ProtocolError
 from h2.settings import SettingCodes, Settings
 
 from siderolink.common.grpc import frames
-from siderolink.common.grpc.limits import Limits
+from siderolink.common.grpc.limits import DEFAULT_WINDOW, Limits
 from siderolink.common.grpc.messages import MessageBuffer, OnRefusal
 from siderolink.common.grpc.refusals import Refusal
 
@@ -233,7 +233,8 @@ def new_h2_connection(config: H2Configuration, limits: Limits) -> H2Connection:
     connection.max_inbound_frame_size = limits.max_frame_bytes
     connection.decoder.max_header_list_size = limits.max_header_bytes
     connection.initiate_connection()
-    connection.increment_flow_control_window(limits.connection_window_bytes - 65_535)
+    if limits.connection_window_bytes > DEFAULT_WINDOW:
+        connection.increment_flow_control_window(limits.connection_window_bytes - DEFAULT_WINDOW)
     # The engine ends a whole connection for one call too many. It is told a higher number than the peer, so that
     # calls opened before the peer has read our settings are refused one by one.
     settings[SettingCodes.MAX_CONCURRENT_STREAMS] = limits.max_streams * _STREAM_HEADROOM

@@ -2,6 +2,12 @@
 
 from dataclasses import dataclass
 
+from siderolink.common.errors import ConfigurationError
+
+DEFAULT_WINDOW = 65_535
+"""A connection's window before anyone has changed it (RFC 9113, 6.9.2)."""
+_LARGEST_WINDOW = 2**31 - 1
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
@@ -61,3 +67,12 @@ class Limits:
     """Whole seconds of silence before the kernel probes the peer; it gives up after three probes 10 s apart."""
     connect_timeout: float = 10.0
     """How long a client waits for a connection, the TLS handshake included."""
+
+    def __post_init__(self) -> None:
+        """Raises ConfigurationError for what HTTP/2 cannot express."""
+        if not 16_384 <= self.max_frame_bytes < 1 << 24:
+            raise ConfigurationError(f"max_frame_bytes is 16384 to 16777215, not {self.max_frame_bytes}")
+        if not DEFAULT_WINDOW <= self.connection_window_bytes <= _LARGEST_WINDOW:
+            raise ConfigurationError(f"connection_window_bytes is 65535 to 2147483647, not {self.connection_window_bytes}")
+        if not 1 <= self.stream_window_bytes <= _LARGEST_WINDOW:
+            raise ConfigurationError(f"stream_window_bytes is 1 to 2147483647, not {self.stream_window_bytes}")

@@ -171,7 +171,8 @@ class Http2Protocol(H2Protocol):
 
     def connection_lost(self, exc: BaseException | None) -> None:
         self._stop_all()
-        super().connection_lost(exc)
+        if self.was_made:
+            super().connection_lost(exc)
         self._transport = None
         self.lost.set()
         self._on_lost()

@@ -34,6 +34,7 @@ class TunnelPath:
         self._limit = queue_bytes
         self._queue: deque[MessageRun] = deque()
         self._queued = 0
+        self._detached = False
         self._waiting_for_turn = False
         self._waiting_for_room = False
         self._when_writable: list[Callable[[], None]] = []
@@ -46,7 +47,7 @@ class TunnelPath:
     @property
     def is_open(self) -> bool:
         """False once the stream has ended."""
-        return self._stream.is_open
+        return not self._detached and self._stream.is_open
 
     @property
     def is_writable(self) -> bool:
@@ -81,6 +82,11 @@ class TunnelPath:
         if self.is_open:
             self._flush()
             self._stream.end(status, message)
+        self._forget()
+
+    def detach(self) -> None:
+        """Carry nothing any more, and leave the stream's end to its owner."""
+        self._detached = True
         self._forget()
 
     def __str__(self) -> str:
@@ -180,6 +186,8 @@ class TunnelPath:
 async def carry(stream: ByteStream, path: TunnelPath, receive: Receive) -> None:
     """Give what comes by `stream` to `receive` as batches of `path`, until the stream ends.
 
+    The stream's owner ends it.
+
     Raises GRPCError when the peer ended it with another status than OK, StreamTerminatedError when it was cut.
     """
     reader = TunnelReader()
@@ -193,4 +201,4 @@ async def carry(stream: ByteStream, path: TunnelPath, receive: Receive) -> None:
     try:
         await stream.wait_ended()
     finally:
-        path.close()
+        path.detach()

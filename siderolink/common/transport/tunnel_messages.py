@@ -169,7 +169,7 @@ def _run(chunk: memoryview, start: int, end: int, head: bytes, stride: int) -> t
 
 
 def parse_peer_packet(message: memoryview) -> memoryview | None:
-    """The datagram in one PeerPacket, None where there is none; unknown fields are skipped. Raises Refused (MESSAGE_MALFORMED)."""
+    """The datagram in one PeerPacket, None where there is none; unknown fields are skipped. Raises Refused."""
     found: memoryview | None = None
     pos, end = 0, len(message)
     while pos < end:

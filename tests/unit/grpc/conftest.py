@@ -1,0 +1,18 @@
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+async def quiet(no_leaks: None, caplog: pytest.LogCaptureFixture) -> AsyncIterator[None]:
+    """Nothing a peer does reaches the loop's exception handler, or the log above debug."""
+    contexts: list[dict[str, Any]] = []
+    loop = asyncio.get_running_loop()
+    loop.set_exception_handler(lambda _, context: contexts.append(context))
+    yield
+    loop.set_exception_handler(None)
+    assert not contexts
+    loud = [record.getMessage() for record in caplog.records if record.levelname in ("WARNING", "ERROR", "CRITICAL")]
+    assert not loud

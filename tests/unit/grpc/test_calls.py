@@ -1,0 +1,126 @@
+"""Ordinary calls between the package's own client and server."""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator
+
+import pytest
+
+from siderolink.common.errors import InvalidAnswerError, ServerUnreachableError
+from siderolink.common.grpc import GrpcChannel, GRPCError, Limits, Refusal, Status, open_channel, translate_errors
+from tests.support.api import Raw, Service, method, serving
+
+pytestmark = pytest.mark.anyio
+
+
+@contextlib.asynccontextmanager
+async def calling(service: Service, limits: Limits | None = None, client: Limits | None = None) -> AsyncIterator[GrpcChannel]:
+    async with serving(limits, service) as server, open_channel("127.0.0.1", server.port, limits=client) as channel:
+        yield channel
+
+
+async def test_a_call_and_its_answer() -> None:
+    async with calling(Service(lambda data: data[::-1])) as channel:
+        assert (await method(channel)(Raw(b"abc"))).data == b"cba"
+        assert (await method(channel)(Raw(b""))).data == b""
+
+
+async def test_many_calls_at_a_time_on_one_connection() -> None:
+    async with serving() as server, open_channel("127.0.0.1", server.port) as channel:
+        answers = await asyncio.gather(*[method(channel)(Raw(b"%d" % index)) for index in range(500)])
+        assert [answer.data for answer in answers] == [b"%d" % index for index in range(500)]
+        assert server.connections == 1
+        assert not server.refusals
+
+
+async def test_a_handlers_status_reaches_the_caller_exactly() -> None:
+    def deny(_: bytes) -> bytes:
+        raise GRPCError(Status.PERMISSION_DENIED, "invalid join token: é")
+
+    async with calling(Service(deny)) as channel:
+        with pytest.raises(GRPCError) as caught:
+            await method(channel)(Raw(b"x"))
+        assert (caught.value.status, caught.value.message) == (Status.PERMISSION_DENIED, "invalid join token: é")
+
+
+async def test_what_a_handler_did_not_foresee_is_internal_without_detail(caplog: pytest.LogCaptureFixture) -> None:
+    def fail(_: bytes) -> bytes:
+        raise ValueError("what only the log may say")
+
+    async with calling(Service(fail)) as channel:
+        with pytest.raises(GRPCError) as caught:
+            await method(channel)(Raw(b"x"))
+        assert (caught.value.status, caught.value.message, caught.value.details) == (Status.INTERNAL, None, None)
+    assert [record.name for record in caplog.records if record.levelno >= logging.ERROR] == ["siderolink"]
+    caplog.clear()
+
+
+async def test_a_deadline_cancels_the_handler() -> None:
+    service = Service()
+    service.hold.clear()
+    async with calling(service) as channel:
+        with pytest.raises((GRPCError, TimeoutError)):
+            await method(channel)(Raw(b"x"), timeout=0.05)
+        await service.cancelled.wait()
+
+
+async def test_a_caller_who_gives_up_cancels_the_handler() -> None:
+    service = Service()
+    service.hold.clear()
+    async with calling(service) as channel:
+        task = asyncio.ensure_future(method(channel)(Raw(b"x")))
+        await service.begun.wait()
+        task.cancel()
+        await service.cancelled.wait()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+
+async def test_an_answer_above_the_clients_cap_is_refused() -> None:
+    async with calling(Service(lambda _: bytes(1001)), client=Limits(max_message_bytes=1000)) as channel:
+        with pytest.raises(GRPCError) as caught:
+            await method(channel)(Raw(b"x"))
+        assert caught.value.status is Status.RESOURCE_EXHAUSTED
+
+
+async def test_a_request_above_the_servers_cap_is_refused() -> None:
+    async with serving(Limits(max_message_bytes=1000)) as server, open_channel("127.0.0.1", server.port) as channel:
+        assert len((await method(channel)(Raw(bytes(1000)))).data) == 1000
+        with pytest.raises(GRPCError) as caught:
+            await method(channel)(Raw(bytes(1001)))
+        assert caught.value.status is Status.RESOURCE_EXHAUSTED
+        assert server.refusals == {Refusal.MESSAGE_TOO_LARGE: 1}
+
+
+async def test_an_answer_that_cannot_be_read_is_an_invalid_answer() -> None:
+    async with calling(Service(lambda _: b"\xff")) as channel:
+        with pytest.raises(InvalidAnswerError), translate_errors():
+            await method(channel)(Raw(b"x"))
+
+
+async def test_a_server_that_stops_tells_waiting_calls() -> None:
+    service = Service()
+    service.hold.clear()
+    async with serving(None, service) as server, open_channel("127.0.0.1", server.port) as channel:
+        task = asyncio.ensure_future(method(channel)(Raw(b"x")))
+        await service.begun.wait()
+        async with asyncio.timeout(2):
+            await server.stop()
+        with pytest.raises(GRPCError) as caught:
+            await task
+        assert caught.value.status is Status.UNAVAILABLE
+        with pytest.raises(ServerUnreachableError, match="cannot be reached"), translate_errors():
+            await method(channel)(Raw(b"x"))
+
+
+async def test_a_channel_dials_again_after_its_connection_was_lost() -> None:
+    async with serving(Limits(connection_idle_timeout=0.01)) as server, open_channel("127.0.0.1", server.port) as channel:
+        for times in range(1, 4):
+            async with asyncio.timeout(5):
+                while True:
+                    with contextlib.suppress(ServerUnreachableError), translate_errors():
+                        await method(channel)(Raw(b"x"))
+                        break
+                await channel.wait_lost()
+            assert server.refusals == {Refusal.CONNECTION_IDLE: times}
