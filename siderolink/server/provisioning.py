@@ -126,11 +126,12 @@ class ProvisionService:
             log.exception("a join from %s failed", source)
             error = JoinRejectedError(JoinRefusal.INTERNAL_ERROR, INTERNAL_TEXT)
         self.refusals[error.reason] += 1
-        self._events.publish(JoinRefused(reason=error.reason, node_uuid=_uuid_or_none(request.node_uuid), source=source))
+        node_uuid = _uuid_or_none(_text(request.node_uuid))
+        self._events.publish(JoinRefused(reason=error.reason, node_uuid=node_uuid, source=source))
         raise GRPCError(STATUSES[error.reason], error.message)
 
     async def _admit(self, request: ProvisionRequest, source: str) -> ProvisionResponse:
-        if not self._join_token.accepts(request.join_token):
+        if not self._join_token.accepts(_text(request.join_token)):
             raise JoinRejectedError(JoinRefusal.INVALID_JOIN_TOKEN, "invalid join token")
         join_request = self._parse(request, source)
         verdict = await self._ask(join_request)
@@ -148,26 +149,26 @@ class ProvisionService:
 
     def _parse(self, request: ProvisionRequest, source: str) -> JoinRequest:
         """Check the form of everything in the call. Raises JoinRejectedError; no message repeats what the caller sent."""
-        node_uuid = _uuid_or_none(request.node_uuid)
+        node_uuid = _uuid_or_none(_text(request.node_uuid))
         if node_uuid is None:
             raise JoinRejectedError(JoinRefusal.MALFORMED_UUID, "node_uuid is not a UUID (8-4-4-4-12 hexadecimal digits)")
-        unique_token = request.node_unique_token or ""
+        unique_token = _text(request.node_unique_token)
         if len(unique_token) > MAX_UNIQUE_TOKEN_BYTES:
             raise JoinRejectedError(
                 JoinRefusal.MALFORMED_UNIQUE_TOKEN, f"node_unique_token is longer than {MAX_UNIQUE_TOKEN_BYTES} bytes"
             )
-        version = request.talos_version or ""
+        version = _text(request.talos_version)
         if _VERSION.fullmatch(version) is None:
             raise JoinRejectedError(
                 JoinRefusal.MALFORMED_VERSION, "talos_version is longer than 64 characters or not printable ASCII"
             )
         return JoinRequest(
             node_uuid=node_uuid,
-            public_key=self._parse_key(request.node_public_key),
-            join_token=request.join_token,
+            public_key=self._parse_key(_text(request.node_public_key)),
+            join_token=_text(request.join_token) or None,
             unique_token=unique_token or None,
             talos_version=version,
-            wants_tunnel=bool(request.wireguard_over_grpc),
+            wants_tunnel=request.wireguard_over_grpc is True,
             source=source,
         )
 
@@ -199,6 +200,11 @@ class ProvisionService:
         if isinstance(verdict, Deny):
             raise JoinRejectedError(JoinRefusal.DENIED, one_line(verdict.reason))
         return verdict
+
+
+def _text(value: object) -> str:
+    """A text field's value. The decoder leaves something else in a field that came with another wire type: that is no text."""
+    return value if isinstance(value, str) else ""
 
 
 def _uuid_or_none(text: str) -> str | None:

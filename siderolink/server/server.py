@@ -137,6 +137,7 @@ class Server(AbstractAsyncContextManager["Server"]):
         try:
             return await self._running.__aexit__(kind, error, traceback)
         finally:
+            self._parts = None
             self._events.end()
 
     @asynccontextmanager
@@ -206,7 +207,7 @@ class Server(AbstractAsyncContextManager["Server"]):
 
     def _live(self) -> _Parts:
         if self._parts is None:
-            raise SideroLinkError("the server has not been entered; use `async with`")
+            raise SideroLinkError("the server does not run; use it inside its `async with`")
         return self._parts
 
     # --- what it is

@@ -12,8 +12,10 @@ from anyio.from_thread import BlockingPortal
 from grpclib import GRPCError, Status
 from grpclib.exceptions import StreamTerminatedError
 
+from siderolink.common.errors import AddressInUseError, InterfaceInUseError
 from siderolink.common.hostport import HostPort
 from siderolink.server import LinkState, MachineLimits, Server
+from tests.conftest import descriptors
 from tests.support.netns import Namespace
 from tests.support.raw_machine import RawLink, RawMachine
 from tests.support.topology import SERVER_V4, Net, routed
@@ -68,7 +70,7 @@ class Joined:
 
     def pings(self, destination: str, *options: str) -> bool:
         done = self.namespace.run(["ping", "-c1", "-W1", *options, destination], check=False)
-        return " 1 received" in done
+        return " 0 received" not in done
 
 
 @contextmanager
@@ -205,6 +207,8 @@ def test_a_stream_that_proves_nothing_ends_and_a_removed_machines_stream_ends() 
         assert refusal(machine.portal, machine.machine, address)[0] is Status.DEADLINE_EXCEEDED
         with carrying(machine) as ended:
             machine.wait_connected()
+            # past the time in which a stream has to prove itself
+            assert machine.pings(OVERLAY, "-c5", "-i0.1")
             (status,) = host.portal.call(host.server.machines)
             assert status.state is LinkState.UP
             assert status.peer is not None
@@ -243,3 +247,34 @@ def test_leaving_takes_everything_along() -> None:
                 assert net.server.interfaces() - before == {"siderolink"}
                 raise ZeroDivisionError
             assert net.server.interfaces() == before
+
+
+def test_a_cancelled_server_takes_everything_along() -> None:
+    async def serve_and_cancel() -> bool:
+        with anyio.CancelScope() as scope:
+            async with Server(api_listen=f"{SERVER_V4}:0", force_tunnel=True, allow_any_token=True):
+                scope.cancel()
+                await anyio.sleep_forever()
+        return scope.cancelled_caught
+
+    with routed(1) as net, net.server.portal() as portal:
+        before = net.server.interfaces(), descriptors()
+        for _ in range(20):
+            assert portal.call(serve_and_cancel)
+        assert (net.server.interfaces(), len(descriptors())) == (before[0], len(before[1]))
+
+
+def test_what_is_taken_is_said_in_one_line_and_nothing_stays() -> None:
+    async def serve(port: int) -> None:
+        async with Server(api_listen=(SERVER_V4, port), wireguard_endpoints=[f"{SERVER_V4}:51820"], join_token=TOKEN):
+            raise AssertionError
+
+    with serving(1) as host:
+        with pytest.raises(InterfaceInUseError, match="siderolink"):
+            host.portal.call(serve, 4001)
+        other = Server(
+            api_listen=f"{SERVER_V4}:4000", wireguard_endpoints=[f"{SERVER_V4}:0"], join_token=TOKEN, interface="another"
+        )
+        with pytest.raises(AddressInUseError, match="4000"), host.portal.wrap_async_context_manager(other):
+            raise AssertionError
+        assert "another" not in host.net.server.interfaces()

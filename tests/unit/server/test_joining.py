@@ -5,13 +5,16 @@ from ipaddress import IPv6Interface, IPv6Network
 
 import anyio
 import pytest
-from grpclib import Status
+from grpclib import GRPCError, Status
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from siderolink.common.addressing import VIRTUAL_PREFIX, overlay_prefix, parse_peer_addr_port
 from siderolink.common.errors import DeviceError
 from siderolink.common.keys import PublicKey
+from siderolink.common.pb.sidero.link import ProvisionRequest
 from siderolink.server import Allow, Deny, JoinRefusal, JoinRefused, JoinRequest, MachineJoined, MachineLimits
-from tests.support.manager import FakeMachine, Manager, new_key
+from tests.support.manager import TOKEN, FakeMachine, Manager, new_key
 
 pytestmark = pytest.mark.anyio
 
@@ -258,6 +261,39 @@ async def test_malformed_fields_are_refused_by_name(changes: dict[str, object], 
     assert refused.reason is reason
     assert refused.source == "198.51.100.7:1"
     assert await manager.join(neighbour) == answer
+
+
+def test_any_message_is_answered_by_a_join_or_a_plain_refusal() -> None:
+    valid = bytes(FakeMachine(unique_token="u", tunnel=True).request())
+    broken = st.tuples(st.integers(0, len(valid)), st.integers(0, 255)).map(
+        lambda at: valid[: at[0]] + bytes([at[1]]) + valid[at[0] + 1 :]
+    )
+    truncated = st.integers(0, len(valid)).map(lambda length: valid[:length])
+
+    @given(broken | truncated | st.binary(max_size=64))
+    @example(b"\x0b")
+    @example(b"\x08\x01\x10\x01\x18\x01 \x01(\x012\x01x")
+    def check(message: bytes) -> None:
+        try:
+            request = ProvisionRequest.parse(message)
+        except Exception:
+            return  # the API layer's own refusal; see its tests
+
+        async def status(manager: Manager) -> Status:
+            try:
+                await manager.service.provision(request, source="here")
+            except GRPCError as error:
+                return error.status
+            return Status.OK
+
+        for token in (TOKEN, None):
+            assert anyio.run(status, Manager(join_token=token)) in (
+                Status.OK,
+                Status.PERMISSION_DENIED,
+                Status.INVALID_ARGUMENT,
+            )
+
+    check()
 
 
 async def test_uuids_are_one_whatever_their_case() -> None:
