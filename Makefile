@@ -31,7 +31,11 @@ needs: ## the Debian packages that the tests use (apt-get, as root or by sudo)
 demo: setup ## the main job, shown in network namespaces of its own
 	@$(PYTHON) -m siderolink demo $(ARGS)
 
-test: needs check others all-tests ## every check and every test, on every interpreter
+test: setup needs ## every check and every test, on every interpreter
+	@echo "the tests that take minutes, beside the others"
+	@$(PYTEST) -q -m long $(ARGS) >.venvs/long.log 2>&1 & long=$$!; \
+	status=0; $(MAKE) check others all-tests || status=$$?; \
+	wait $$long || status=$$?; cat .venvs/long.log; exit $$status
 
 check: lint types fresh ## what reads the code without running it
 
@@ -68,11 +72,11 @@ others-%: .venvs/%/.ready needs
 	@$(MAKE) VENV=.venvs/$* some-tests
 
 some-tests:
-	@$(PYTEST) -q tests/unit tests/netns $(ARGS)
+	@$(PYTEST) -q -m "not long" tests/unit tests/netns $(ARGS)
 
 all-tests: setup needs
 	@echo "everything on Python $(FIRST)"
-	@$(PYTEST) -q $(ARGS)
+	@$(PYTEST) -q -m "not long" $(ARGS)
 
 bench: setup needs ## figures of this machine, for what the design compares
 	@for file in benchmarks/*.py; do $(SUDO) $(PYTHON) "$$file" $(ARGS); done

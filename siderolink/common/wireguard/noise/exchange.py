@@ -98,6 +98,7 @@ class Exchange:
         self._unix_time_ns = unix_time_ns
         self._guard = MacGuard(identity.public, entropy)
         self._limiter = SourceLimiter()
+        self._cookie_limiter = SourceLimiter()
 
     def rename(self, identity: Identity) -> None:
         """Go on under another private key."""
@@ -141,14 +142,16 @@ class Exchange:
             return False
         if not self.load.is_under_load(now):
             return True
-        if not self._guard.has_mac2(datagram, path.source, now):
-            self._output.drop(Drop.BAD_MAC2)
-            self._output.datagrams.append((path, self._guard.cookie_reply(datagram, path.source, now)))
-            return False
-        if not self._limiter.allows(path.source, now):
+        source = path.source
+        is_proven = self._guard.has_mac2(datagram, source, now)
+        limiter = self._limiter if is_proven else self._cookie_limiter
+        if not limiter.allows(source, now):
             self._output.drop(Drop.RATE_LIMITED)
             return False
-        return True
+        if not is_proven:
+            self._output.drop(Drop.BAD_MAC2)
+            self._output.datagrams.append((path, self._guard.cookie_reply(datagram, source, now)))
+        return is_proven
 
     def receive_initiation(self, datagram: bytes, path: Path, now: float) -> Session | None:
         """Answer an initiation; the session waits until the peer uses it."""

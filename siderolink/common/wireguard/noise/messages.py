@@ -18,6 +18,8 @@ TRANSPORT_HEADER_BYTES = 16
 TRANSPORT_OVERHEAD = 32
 """Header and tag: the length of a keepalive."""
 
+_FIXED_BYTES = {INITIATION: INITIATION_BYTES, RESPONSE: RESPONSE_BYTES, COOKIE_REPLY: COOKIE_REPLY_BYTES}
+
 _INITIATION = struct.Struct("<II32s48s28s16s16s")
 _RESPONSE = struct.Struct("<III32s16s16s16s")
 _COOKIE_REPLY = struct.Struct("<II24s32s")
@@ -57,9 +59,7 @@ def message_type(datagram: bytes | memoryview) -> int:
     kind: int = _WORD.unpack_from(datagram)[0]
     if kind == TRANSPORT:
         return kind
-    if length == {INITIATION: INITIATION_BYTES, RESPONSE: RESPONSE_BYTES, COOKIE_REPLY: COOKIE_REPLY_BYTES}.get(kind):
-        return kind
-    return 0
+    return kind if length == _FIXED_BYTES.get(kind) else 0
 
 
 def parse_initiation(datagram: bytes) -> Initiation:
