@@ -43,7 +43,8 @@ class ByteStream:
         self._connection = stream.connection
         self._server = server
         self._receiver: Receiver | None = None
-        self._early: list[tuple[bytes, bool]] = []
+        self._early = bytearray()
+        self._early_flow = 0
         self._unacknowledged = 0
         self._window = self._connection.limits.stream_window_bytes
         self._headers_sent = False
@@ -81,9 +82,9 @@ class ByteStream:
     def receive(self, receiver: Receiver) -> None:
         """Give what comes, from the first byte on, to `receiver`."""
         self._receiver = receiver
-        early, self._early = self._early, []
-        for data, flow in early:
-            self._give(memoryview(data), flow=flow)
+        if self._early:
+            early, self._early = self._early, bytearray()
+            self._give(memoryview(bytes(early)), flow=self._early_flow)
 
     def send(self, data: memoryview) -> int:
         """Send the beginning of `data`, as much as there is `room`; returns how many bytes. The buffer is free on return."""
@@ -138,10 +139,11 @@ class ByteStream:
     def feed(self, data: memoryview, *, flow: bool) -> None:
         self._heard_at = asyncio.get_running_loop().time()
         if self._receiver is not None:
-            self._give(data, flow=flow)
+            self._give(data, flow=len(data) if flow else 0)
             return
-        self._early.append((bytes(data), flow))
-        if sum(len(early) for early, _ in self._early) > self._window:
+        self._early += data
+        self._early_flow += len(data) if flow else 0
+        if len(self._early) > self._window:
             self.refuse(Refusal.FLOW_CONTROL, "more than the stream's window", Status.RESOURCE_EXHAUSTED)
 
     def ended(self) -> None:
@@ -158,7 +160,7 @@ class ByteStream:
         for waker in wakers:
             waker()
 
-    def _give(self, data: memoryview, *, flow: bool) -> None:
+    def _give(self, data: memoryview, *, flow: int) -> None:
         assert self._receiver is not None
         if self._outcome.done():
             return
@@ -172,7 +174,7 @@ class ByteStream:
             self.end(Status.INTERNAL)
             return
         if flow:
-            self._unacknowledged += len(data)
+            self._unacknowledged += flow
             if self._unacknowledged >= self._window // 4:
                 self._connection.give_back(self._id, self._unacknowledged)
                 self._unacknowledged = 0

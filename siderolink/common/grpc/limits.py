@@ -74,5 +74,7 @@ class Limits:
             raise ConfigurationError(f"max_frame_bytes is 16384 to 16777215, not {self.max_frame_bytes}")
         if not DEFAULT_WINDOW <= self.connection_window_bytes <= _LARGEST_WINDOW:
             raise ConfigurationError(f"connection_window_bytes is 65535 to 2147483647, not {self.connection_window_bytes}")
-        if not 1 <= self.stream_window_bytes <= _LARGEST_WINDOW:
-            raise ConfigurationError(f"stream_window_bytes is 1 to 2147483647, not {self.stream_window_bytes}")
+        if not self.max_message_bytes + 5 <= self.stream_window_bytes <= _LARGEST_WINDOW:
+            raise ConfigurationError(
+                f"stream_window_bytes is max_message_bytes + 5 to 2147483647, not {self.stream_window_bytes}"
+            )

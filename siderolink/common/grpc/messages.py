@@ -36,6 +36,11 @@ class PrefixGuard:
         self._prefix = b""
         self._remaining = 0
 
+    @property
+    def is_between(self) -> bool:
+        """True when no message has begun that is not complete."""
+        return not self._remaining and not self._prefix
+
     def feed(self, data: bytes) -> None:
         """Look at the next bytes. Raises Refused at the first prefix that breaks a rule."""
         pos, end = 0, len(data)
@@ -65,9 +70,13 @@ class MessageBuffer(Buffer):
         self._on_refusal = on_refusal
         self._error: GRPCError | None = None
         self._timer: asyncio.TimerHandle | None = None
+        self._single = False
+        self._partial = bytearray()
+        self._partial_size = 0
 
     def expect_message(self, seconds: float) -> None:
-        """Refuse the call when its first message is not complete within `seconds`."""
+        """Refuse the call when its only message is not complete within `seconds`; what comes behind it is dropped."""
+        self._single = True
         self._timer = asyncio.get_running_loop().call_later(seconds, self._late, seconds)
 
     def settle(self) -> None:
@@ -77,8 +86,14 @@ class MessageBuffer(Buffer):
             self._timer = None
 
     def add(self, data: bytes, ack_size: int) -> None:
-        """Take one DATA frame. An empty one is nothing, where grpclib would take it for the end."""
+        """Take one DATA frame. An empty one is nothing, where grpclib would take it for the end.
+
+        Frames are joined until a message is complete, so that many small ones cost no more than few large ones.
+        """
         if not ack_size:
+            return
+        if self._single and self._guard.messages:
+            self._acknowledge(ack_size)
             return
         if self._error is None:
             try:
@@ -88,13 +103,16 @@ class MessageBuffer(Buffer):
         if self._error is not None:
             self._acknowledge(ack_size)
             return
-        if self._guard.messages:
+        self._partial += data
+        self._partial_size += ack_size
+        if self._guard.is_between:
             self.settle()
-        super().add(data, ack_size)
+            self._pass_on()
 
     def eof(self) -> None:
         """The peer has sent all."""
         self.settle()
+        self._pass_on()
         super().eof()
 
     async def read(self, size: int) -> bytes:
@@ -108,6 +126,12 @@ class MessageBuffer(Buffer):
         if self._error is not None:
             raise self._error
         return data
+
+    def _pass_on(self) -> None:
+        if self._partial_size and self._error is None:
+            super().add(bytes(self._partial), self._partial_size)
+        self._partial.clear()
+        self._partial_size = 0
 
     def _late(self, seconds: float) -> None:
         self._timer = None

@@ -106,6 +106,7 @@ class GrpcServer:
     async def _accept(self, sock: socket.socket) -> None:
         loop = asyncio.get_running_loop()
         while True:
+            await asyncio.sleep(0)  # accepting never waits while connections are pending; the others get their turn
             try:
                 connection, address = await loop.sock_accept(sock)
             except OSError:  # out of descriptors or memory, or the peer is gone again

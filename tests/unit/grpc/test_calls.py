@@ -6,10 +6,21 @@ import logging
 from collections.abc import AsyncIterator
 
 import pytest
+from hyperframe.frame import DataFrame, SettingsFrame
 
 from siderolink.common.errors import InvalidAnswerError, ServerUnreachableError
-from siderolink.common.grpc import GrpcChannel, GRPCError, Limits, Refusal, Status, open_channel, translate_errors
-from tests.support.api import Raw, Service, method, serving
+from siderolink.common.grpc import (
+    GrpcChannel,
+    GRPCError,
+    Limits,
+    Refusal,
+    Status,
+    open_byte_stream,
+    open_channel,
+    translate_errors,
+)
+from tests.support.api import CALL, ECHO, Raw, Service, method, serving
+from tests.support.http2 import RawPeer, data, message
 
 pytestmark = pytest.mark.anyio
 
@@ -91,6 +102,36 @@ async def test_a_request_above_the_servers_cap_is_refused() -> None:
             await method(channel)(Raw(bytes(1001)))
         assert caught.value.status is Status.RESOURCE_EXHAUSTED
         assert server.refusals == {Refusal.MESSAGE_TOO_LARGE: 1}
+
+
+async def test_a_request_in_many_small_frames_is_one_message() -> None:
+    async with serving() as server, RawPeer.greeted(server.port) as peer:
+        headers = peer.request(CALL)
+        wire = message(bytes(range(200)))
+        peer.send(headers, *[data(headers.stream_id, wire[index : index + 1]) for index in range(len(wire))])
+        peer.send(data(headers.stream_id, message(b"behind it") * 50, end=True))
+        while not isinstance(frame := await peer.frame(), DataFrame):
+            assert frame is not None
+        assert frame.data == wire
+        assert not server.refusals
+
+
+async def test_a_server_that_falls_silent_is_noticed_by_its_client() -> None:
+    silent = asyncio.Event()
+
+    async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(SettingsFrame(0).serialize())
+        await silent.wait()
+        writer.transport.abort()
+
+    server = await asyncio.start_server(accept, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    limits = Limits(client_ping_interval=0.05, ping_timeout=0.05)
+    async with server:
+        with pytest.raises(ServerUnreachableError, match="ping_timeout"), translate_errors():
+            async with open_channel("127.0.0.1", port, limits=limits) as channel, open_byte_stream(channel, ECHO) as stream:
+                await stream.wait_ended()
+        silent.set()
 
 
 async def test_an_answer_that_cannot_be_read_is_an_invalid_answer() -> None:

@@ -28,7 +28,7 @@ from siderolink.common.wireguard.path import Datagrams, Path
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("no_leaks")]
 
 NAME = "tunnel [fdae:41e4:649b:9304::1]:50888"
-SMALL = Limits(stream_window_bytes=65_535, connection_window_bytes=65_535)
+SMALL = Limits(max_message_bytes=1000, stream_window_bytes=65_535, connection_window_bytes=65_535)
 
 
 def batch(size: int, count: int, mark: int = 0) -> Datagrams:
