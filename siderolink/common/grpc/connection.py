@@ -1,7 +1,8 @@
 """What the streams of one HTTP/2 connection share: grpclib's connection and stream, with bounds and a short way for bytes."""
 
 import asyncio
-from typing import Protocol
+from functools import lru_cache
+from typing import Any, Protocol
 
 from grpclib.config import Configuration
 from grpclib.exceptions import StreamTerminatedError
@@ -21,6 +22,41 @@ from siderolink.common.grpc.refusals import Refusal
 
 Headers = list[tuple[str, str]]
 _STREAM_HEADROOM = 4
+
+
+class CorkedTransport(asyncio.Transport):
+    """Joins what is written in one turn of the loop into one send."""
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        super().__init__()
+        self._transport = transport
+        self._parts: list[bytes] = []
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        if not self._parts:
+            asyncio.get_running_loop().call_soon(self.flush)
+        self._parts.append(bytes(data))
+
+    def write_now(self, data: bytes) -> None:
+        """Send what waits, and this behind it."""
+        self._parts.append(data)
+        self.flush()
+
+    def flush(self) -> None:
+        data = b"".join(self._parts)
+        self._parts.clear()
+        if data and not self._transport.is_closing():
+            self._transport.write(data)
+
+    def is_closing(self) -> bool:
+        return self._transport.is_closing()
+
+    def close(self) -> None:
+        self.flush()
+        self._transport.close()
+
+    def get_extra_info(self, name: str, default: object = None) -> Any:
+        return self._transport.get_extra_info(name, default)
 
 
 class Sink(Protocol):
@@ -100,7 +136,8 @@ class Connection(_GrpclibConnection):
     def __init__(
         self, h2_connection: H2Connection, transport: asyncio.Transport, *, limits: Limits, server: bool, on_refusal: OnRefusal
     ) -> None:
-        super().__init__(h2_connection, transport, config=grpclib_config(limits, server=server))
+        self._corked = CorkedTransport(transport)
+        super().__init__(h2_connection, self._corked, config=grpclib_config(limits, server=server))
         self.limits = limits
         self.on_refusal = on_refusal
         self.guard = frames.FloodGuard(limits, asyncio.get_running_loop().time)
@@ -172,7 +209,7 @@ class Connection(_GrpclibConnection):
         self._connection.streams[stream_id].outbound_flow_control_window -= size
         self._connection.outbound_flow_control_window -= size
         self.guard.sent_data(len(parts) // 2)
-        self._transport.write(b"".join(parts))
+        self._corked.write_now(b"".join(parts))
 
     def end_stream(self, stream_id: int) -> None:
         """Say that no more will be sent on the stream."""
@@ -202,12 +239,14 @@ class Connection(_GrpclibConnection):
         self.flush()
 
 
+@lru_cache(maxsize=8)
 def grpclib_config(limits: Limits, *, server: bool) -> Configuration:
     # grpclib's own pings are off: it counts an answer only, where here anything heard shows that the peer lives
     config = Configuration(_keepalive_time=None, http2_connection_window_size=limits.connection_window_bytes)
     return config.__for_server__() if server else config.__for_client__()
 
 
+@lru_cache(maxsize=2)
 def h2_config(*, server: bool) -> H2Configuration:
     return H2Configuration(
         client_side=not server,
