@@ -1,0 +1,237 @@
+"""The life of a link, on a fake device and a real API on the loopback; its timeouts are shortened, its conditions awaited."""
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from ipaddress import IPv4Address, IPv6Interface, IPv6Network
+from typing import TypeVar
+
+import anyio
+import pytest
+from grpclib import GRPCError, Status
+
+from siderolink.client import events
+from siderolink.client.provisioning import Machine
+from siderolink.client.runner import LinkOptions, LinkRunner
+from siderolink.client.state import LinkState
+from siderolink.common.errors import JoinRefusedError
+from siderolink.common.keys import PublicKey
+from siderolink.common.pb.sidero.link import ProvisionResponse
+from siderolink.common.tasks import background_tasks
+from siderolink.common.wireguard.device import DeviceConfig, DeviceKind, HandshakeGaveUp, OnDeviceEvent
+from tests.support.fake_device import FakeDevice, VirtualClock
+from tests.support.provision import ADDRESS, SERVER_ADDRESS, FakeProvision, new_key, provision_api, response
+
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("no_leaks")]
+
+ONE, TWO = "192.0.2.1:51820", "192.0.2.2:51820"
+VIRTUAL = "[fdae:41e4:649b:9304::5]:50888"
+E = TypeVar("E", bound=events.LinkEvent)
+
+
+class Bench:
+    """One link under test: what it did, and the device it has."""
+
+    def __init__(self, service: FakeProvision) -> None:
+        self.service = service
+        self.events: list[events.LinkEvent] = []
+        self.configs: list[DeviceConfig] = []
+        self.device: FakeDevice | None = None
+        self._changed = anyio.Event()
+        self.runner: LinkRunner
+
+    def emit(self, event: events.LinkEvent) -> None:
+        self.events.append(event)
+        self._changed.set()
+
+    @asynccontextmanager
+    async def open_device(self, kind: DeviceKind, config: DeviceConfig, on_event: OnDeviceEvent) -> AsyncIterator[FakeDevice]:
+        self.configs.append(config)
+        self.device = FakeDevice(VirtualClock(), on_event)
+        try:
+            yield self.device
+        finally:
+            self.device = None
+
+    async def saw(self, kind: type[E], number: int = 1, condition: Callable[[E], bool] = lambda event: True) -> E:
+        """The `number`th event of a kind, once it has come."""
+        while True:
+            found = [event for event in self.events if isinstance(event, kind) and condition(event)]
+            if len(found) >= number:
+                return found[number - 1]
+            self._changed = anyio.Event()
+            await self._changed.wait()
+
+    def state(self) -> LinkState:
+        return self.runner.state
+
+    def shake_hands(self, key: PublicKey) -> None:
+        assert self.device is not None
+        self.device.hear(key, handshake=True)
+
+
+@asynccontextmanager
+async def running(
+    answer: ProvisionResponse | GRPCError, *, attempt_timeout: float = 5.0, down_after: float = 275.0
+) -> AsyncIterator[Bench]:
+    async with provision_api(answer) as (service, url):
+        bench = Bench(service)
+        options = LinkOptions(url=url, machine=Machine(uuid="a-uuid"), attempt_timeout=attempt_timeout, down_after=down_after)
+        bench.runner = LinkRunner(options, bench.emit, bench.open_device)
+        async with background_tasks() as tasks:
+            tasks.start_soon(bench.runner.run)
+            yield bench
+
+
+async def test_from_the_key_to_the_first_handshake() -> None:
+    server = new_key()
+    async with running(response(server, ONE)) as bench:
+        await bench.saw(events.Connecting)
+        assert bench.state() is LinkState.CONNECTING
+        await anyio.wait_all_tasks_blocked()
+        bench.shake_hands(server)
+        connected = await bench.saw(events.Connected)
+        assert connected.route == f"udp {ONE}"
+        assert [type(event).__name__ for event in bench.events] == [
+            "KeyCreated",
+            "Joined",
+            "InterfaceConfigured",
+            "Connecting",
+            "Handshake",
+            "Connected",
+        ]
+        assert bench.state() is LinkState.CONNECTED
+        [config] = bench.configs
+        assert (config.name, config.mtu, config.listen_port, config.isolate) == ("siderolink", 1280, 0, False)
+        assert config.addresses == (IPv6Interface(f"{ADDRESS}/64"),)
+        assert bench.device is not None
+        peer = bench.device.configs[server]
+        assert peer.allowed_ips == (IPv6Network(SERVER_ADDRESS),)
+        assert peer.persistent_keepalive == 25
+        assert peer.endpoint == (IPv4Address("192.0.2.1"), 51820)
+    assert isinstance(bench.events[-1], events.Left)
+    assert bench.state() is LinkState.LEFT
+
+
+async def test_each_link_has_a_key_of_its_own() -> None:
+    async with running(response(new_key(), ONE)) as one, running(response(new_key(), ONE)) as two:
+        assert one.runner.public_key != two.runner.public_key
+
+
+async def test_endpoints_are_taken_in_turn_and_then_the_api_is_asked_again_with_the_same_key() -> None:
+    server = new_key()
+    async with running(response(server, TWO, ONE), attempt_timeout=0.03) as bench:
+        await bench.saw(events.Joined, 2)
+        first = [event.route for event in bench.events if isinstance(event, events.Connecting)]
+        assert first[:2] == [f"udp {ONE}", f"udp {TWO}"]
+        assert [event.reason for event in bench.events if isinstance(event, events.RouteFailed)] == ["no handshake"] * 2
+        keys = {request.node_public_key for request in bench.service.requests}
+        assert keys == {str(bench.runner.public_key)}
+        assert len(bench.configs) == 1, "the device is kept"
+
+
+async def test_a_dead_link_is_re_established_by_the_next_endpoint() -> None:
+    server = new_key()
+    async with running(response(server, TWO, ONE), attempt_timeout=0.03, down_after=0.05) as bench:
+        await bench.saw(events.Connecting)
+        await anyio.wait_all_tasks_blocked()
+        bench.shake_hands(server)
+        await bench.saw(events.LinkDown)
+        assert bench.state() is LinkState.REESTABLISHING
+        assert bench.runner.down.is_set()
+        await bench.saw(events.Connecting, 2)
+        await anyio.wait_all_tasks_blocked()
+        bench.shake_hands(server)
+        back = await bench.saw(events.Reestablished)
+        assert back.route == f"udp {TWO}"
+        assert not bench.runner.down.is_set()
+        assert len(bench.service.requests) == 1
+
+
+async def test_a_device_that_gives_up_means_the_link_is_down() -> None:
+    server = new_key()
+    async with running(response(server, ONE)) as bench:
+        await bench.saw(events.Connecting)
+        await anyio.wait_all_tasks_blocked()
+        bench.shake_hands(server)
+        await bench.saw(events.Connected)
+        assert bench.device is not None
+        bench.device.on_event(HandshakeGaveUp(public_key=new_key()))
+        await anyio.wait_all_tasks_blocked()
+        assert bench.state() is LinkState.CONNECTED, "that was another peer"
+        bench.device.on_event(HandshakeGaveUp(public_key=server))
+        assert (await bench.saw(events.LinkDown)).reason == "handshakes go unanswered"
+
+
+async def test_a_handshake_ends_the_asking_while_the_api_is_away() -> None:
+    server = new_key()
+    async with running(response(server, ONE), attempt_timeout=0.05, down_after=0.05) as bench:
+        await bench.saw(events.Connecting)
+        await anyio.wait_all_tasks_blocked()
+        bench.shake_hands(server)
+        await bench.saw(events.Connected)
+        bench.service.answer = GRPCError(Status.UNAVAILABLE, "away")
+        failed = await bench.saw(events.ProvisionFailed)
+        assert "away" in failed.reason
+        assert 0 <= failed.retry_in <= 2
+        bench.shake_hands(server)
+        await bench.saw(events.Reestablished)
+        assert bench.state() is LinkState.CONNECTED
+        assert len([event for event in bench.events if isinstance(event, events.Joined)]) == 1
+
+
+async def test_a_refusal_later_on_is_not_asked_about_soon_again() -> None:
+    async with running(response(new_key(), ONE), attempt_timeout=0.03) as bench:
+        await bench.saw(events.Connecting)
+        bench.service.answer = GRPCError(Status.PERMISSION_DENIED, "invalid join token")
+        assert (await bench.saw(events.ProvisionFailed)).retry_in >= 30
+
+
+async def test_a_server_with_another_key_takes_the_old_ones_place() -> None:
+    old, new = new_key(), new_key()
+    async with running(response(old, ONE), attempt_timeout=0.05) as bench:
+        await bench.saw(events.Connecting)
+        bench.service.answer = response(new, TWO)
+        await bench.saw(events.Connecting, condition=lambda event: event.route == f"udp {TWO}")
+        await anyio.wait_all_tasks_blocked()
+        bench.shake_hands(new)
+        await bench.saw(events.Connected)
+        assert bench.device is not None
+        assert set(bench.device.configs) == {new}
+        assert len(bench.configs) == 1
+
+
+async def test_another_address_or_transport_needs_another_device() -> None:
+    server = new_key()
+    async with running(response(server, ONE), attempt_timeout=0.05) as bench:
+        await bench.saw(events.Connecting)
+        bench.service.answer = response(server, ONE, address="fdae:41e4:649b:9303::43/64")
+        await bench.saw(events.InterfaceConfigured, 2)
+        assert bench.configs[1].addresses == (IPv6Interface("fdae:41e4:649b:9303::43/64"),)
+        bench.service.answer = response(server, VIRTUAL, virtual=VIRTUAL)
+        await bench.saw(events.InterfaceConfigured, 3)
+        assert bench.configs[2].name == "siderolinktun"
+        assert bench.configs[2].listen_port is None
+        assert bench.configs[2].private_key == bench.configs[0].private_key
+
+
+async def test_a_handshake_whose_event_was_missed_counts_all_the_same() -> None:
+    server = new_key()
+    async with running(response(server, ONE), attempt_timeout=0.05) as bench:
+        await bench.saw(events.Connecting)
+        assert bench.device is not None
+        told = bench.device.peer
+
+        async def peer(key: PublicKey) -> object:
+            status = await told(key)
+            return None if status is None else replace(status, last_handshake=4e9)
+
+        bench.device.peer = peer  # type: ignore[method-assign, assignment]
+        await bench.saw(events.Connected)
+
+
+async def test_a_first_refusal_is_raised_as_itself() -> None:
+    with pytest.raises(JoinRefusedError, match="invalid join token"):
+        async with running(GRPCError(Status.PERMISSION_DENIED, "invalid join token")) as bench:
+            await anyio.sleep_forever()
+    assert [type(event) for event in bench.events] == [events.KeyCreated, events.Left]
