@@ -1,9 +1,11 @@
 """Debian's `wireguard-go`, configured with `wg`: someone else's WireGuard at the other end of a link."""
 
+import os
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 from siderolink.common.keys import PresharedKey, PrivateKey, PublicKey
 from tests.support.netns import Namespace, run_beside, stop
@@ -24,6 +26,11 @@ class WireguardGo:
     def end(self) -> None:
         """Stop it before its block ends; the interface goes with it."""
         stop(self._process)
+
+    def memory(self) -> int:
+        """Bytes that the process holds in memory."""
+        fields = Path(f"/proc/{self._process.pid}/statm").read_text().split()
+        return int(fields[1]) * os.sysconf("SC_PAGESIZE")
 
     def set_peer(
         self,
@@ -61,6 +68,9 @@ class WireguardGo:
         raise LookupError(f"no peer {public_key}")
 
 
+WIREGUARD_GO = ("wireguard-go", "--foreground")
+
+
 @contextmanager
 def wireguard_go(
     namespace: Namespace,
@@ -70,11 +80,13 @@ def wireguard_go(
     addresses: tuple[str, ...] = (),
     name: str = "wg0",
     mtu: int = 1280,
+    command: Sequence[str] = WIREGUARD_GO,
 ) -> Iterator[WireguardGo]:
-    """An interface of wireguard-go in the namespace, up and without peers; it ends with the block."""
-    process = namespace.popen(
-        ["wireguard-go", "--foreground", name], own_uapi_folder=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    """An interface of wireguard-go in the namespace, up and without peers; it ends with the block.
+
+    `command`, given the interface's name, may be any other program that stays in the foreground and listens to `wg`.
+    """
+    process = namespace.popen([*command, name], own_uapi_folder=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         found = WireguardGo(namespace, process, name)
         _wait_for_socket(process, name)
