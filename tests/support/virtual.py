@@ -2,11 +2,11 @@
 
 import ipaddress
 import random
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 
-from siderolink.common.wireguard.noise import Engine, Event, Peer
+from siderolink.common.wireguard.noise import Drop, Engine, Event, Peer
 
 WALL_START_NS = 1_700_000_000_000_000_000
 
@@ -165,3 +165,21 @@ def pair(seed: int = 1, *, address_a: str = "fd00::a", address_b: str = "fd00::b
     clock = Clock()
     a, b = Node("a", address_a, clock, seed * 2), Node("b", address_b, clock, seed * 2 + 1)
     return a, b, Wire({"a": a, "b": b}, clock, seed, Faults(**faults))
+
+
+def joined(psk: bytes | None = None) -> tuple[Node, Node, Wire]:
+    """A session at time 0, begun by `a`, on a wire without latency."""
+    a, b, wire = pair()
+    wire.latency = 0.0
+    a.add(b, psk=psk)
+    b.add(a, dial=False, psk=psk)
+    packet = inner_packet("fd00::a", "fd00::b", b"first")
+    a.send(packet)
+    wire.run(0.0)
+    assert b.received.pop() == packet
+    return a, b, wire
+
+
+def dropped(node: Node) -> Counter[Drop]:
+    """What the node's engine dropped so far."""
+    return Counter(node.engine.drops)

@@ -177,7 +177,9 @@ class DataPlane:
         size = opened.size + opened.count * TRANSPORT_OVERHEAD
         self._engine.opened(session, path, size * accepted // opened.count, now, has_data=opened.length > 0)
         peer = session.peer
-        for buffers in self._merger.merge(opened, lambda source, to: self._engine.inbound_refusal(peer, source, to)):
+        for buffers in self._merger.merge(
+            opened, lambda source, to: self._engine.allowed_ips.inbound_refusal(peer, source, to)
+        ):
             self._interface.write(buffers)
 
     def _accept(self, opened: Opened, session: Session) -> int:

@@ -64,7 +64,7 @@ class UserspaceDevice:
 
     @property
     def isolate(self) -> bool:
-        return self.engine.only_to is not None
+        return self.engine.allowed_ips.only_to is not None
 
     async def set_isolate(self, isolate: bool) -> None:
         self._set_isolate(isolate)
@@ -138,7 +138,7 @@ class UserspaceDevice:
         """The only peer's path is full: a face that can hold packets back does so until it is writable."""
 
     def _set_isolate(self, isolate: bool) -> None:
-        self.engine.only_to = self._local if isolate else None
+        self.engine.allowed_ips.only_to = self._local if isolate else None
 
     def _tell(self, events: list[Event]) -> None:
         for event in events:

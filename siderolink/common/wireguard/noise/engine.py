@@ -21,7 +21,7 @@ from .handshake import NO_PRESHARED_KEY, Identity
 from .inner import inner_header, padded_length
 from .output import Output
 from .peer import Path, Peer
-from .primitives import dh, nonce
+from .primitives import is_low_order, nonce
 from .routing import CryptokeyRouting
 from .schedule import Schedule
 from .session import Session
@@ -50,8 +50,6 @@ class Engine:
         self.peers: dict[bytes, Peer] = {}
         self.allowed_ips = CryptokeyRouting()
         self.mtu = mtu
-        self.only_to: frozenset[bytes] | None = None
-        """With isolation: the packed addresses that inner packets may go to, and come from on the way out; None for any."""
         self._output = Output()
         self._schedule = Schedule()
         self._exchange = Exchange(
@@ -84,7 +82,7 @@ class Engine:
         self.remove_peer(self.public_key)
         for peer in self.peers.values():
             self._erase(peer)
-            peer.static_static = dh(self._exchange.identity.private, peer.public_key)
+            peer.static_static = None
 
     def add_peer(self, public_key: bytes) -> Peer:
         """The peer of this key, new if it was unknown. Raises ValueError for our own key or one of low order."""
@@ -92,8 +90,9 @@ class Engine:
         if peer is None:
             if public_key == self.public_key:
                 raise ValueError("a device cannot be its own peer")
-            peer = Peer(public_key, dh(self._exchange.identity.private, public_key))
-            self.peers[public_key] = peer
+            if is_low_order(public_key):
+                raise ValueError("it is a point of low order")
+            peer = self.peers[public_key] = Peer(public_key)
         return peer
 
     def remove_peer(self, public_key: bytes) -> None:
@@ -125,13 +124,11 @@ class Engine:
 
     def find_peer(self, source: bytes, destination: bytes) -> Peer | None:
         """The peer that a packet from the interface goes to; None, and counted, if it may not go anywhere."""
-        if self.only_to is not None and source not in self.only_to:
-            self._output.drop(Drop.INNER_DESTINATION)
+        found = self.allowed_ips.outbound(source, destination)
+        if isinstance(found, Drop):
+            self._output.drop(found)
             return None
-        peer = self.allowed_ips.lookup(destination)
-        if peer is None:
-            self._output.drop(Drop.NO_PEER)
-        return peer
+        return found
 
     def can_send(self, peer: Peer, now: float) -> bool:
         """True if `begin` would answer a session; if not, a packet has to be staged."""
@@ -237,14 +234,6 @@ class Engine:
             self._rekey_on_receive(peer, session, now)
         self._schedule.update(peer)
 
-    def inbound_refusal(self, peer: Peer, source: bytes, destination: bytes) -> Drop | None:
-        """Why an inner packet from the peer may not be passed on, or None."""
-        if self.allowed_ips.lookup(source) is not peer:
-            return Drop.INNER_SOURCE
-        if self.only_to is not None and destination not in self.only_to:
-            return Drop.INNER_DESTINATION
-        return None
-
     # Time
 
     def next_deadline(self) -> float:
@@ -329,7 +318,7 @@ class Engine:
         if header is None:
             self._output.drop(Drop.INNER_MALFORMED)
             return None
-        refusal = self.inbound_refusal(peer, header.source, header.destination)
+        refusal = self.allowed_ips.inbound_refusal(peer, header.source, header.destination)
         if refusal is not None:
             self._output.drop(refusal)
             return None

@@ -21,6 +21,7 @@ from .handshake import (
 )
 from .output import Output
 from .peer import Path, Peer
+from .primitives import dh
 from .session import Session
 from .tai64n import Timestamps
 
@@ -130,7 +131,7 @@ class Exchange:
             return
         stamp = self.timestamps.next(self._unix_time_ns())
         message, sent = create_initiation(
-            self.identity, peer.public_key, peer.static_static, self.indices.fresh(), self._entropy(32), stamp
+            self.identity, peer.public_key, self._static_static(peer), self.indices.fresh(), self._entropy(32), stamp
         )
         self.indices.open(peer, sent)
         self._output.send(peer, path, peer.signer.sign(messages.encode_initiation(message), now))
@@ -163,7 +164,7 @@ class Exchange:
         if peer is None:
             self._output.drop(Drop.UNKNOWN_PEER)
             return None
-        received = verify_initiation(claimed, peer.static_static)
+        received = verify_initiation(claimed, self._static_static(peer))
         reason = Drop.BAD_HANDSHAKE if received is None else self._refusal(peer, received, path, now)
         if reason is not None or received is None:
             self._output.drop(reason or Drop.BAD_HANDSHAKE)
@@ -239,6 +240,11 @@ class Exchange:
         peer.timers.handshake_completed()
         peer.last_handshake_at = now
         peer.last_handshake_ns = self._unix_time_ns()
+
+    def _static_static(self, peer: Peer) -> bytes:
+        if peer.static_static is None:
+            peer.static_static = dh(self.identity.private, peer.public_key)
+        return peer.static_static
 
     def _install(self, session: Session, now: float) -> None:
         self.indices.add(session)

@@ -57,9 +57,10 @@ class Peer:
         "timers",
     )
 
-    def __init__(self, public_key: bytes, static_static: bytes) -> None:
+    def __init__(self, public_key: bytes) -> None:
         self.public_key = public_key
-        self.static_static = static_static
+        self.static_static: bytes | None = None
+        """What both long-lived keys share; computed with the first handshake, as most peers of a large server sleep."""
         self.preshared_key = NO_PRESHARED_KEY
         self.allowed_ips: set[Network] = set()
         self.signer = MacSigner(public_key)

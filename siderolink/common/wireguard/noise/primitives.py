@@ -58,6 +58,19 @@ def public_bytes(key: X25519PrivateKey) -> bytes:
     return key.public_key().public_bytes_raw()
 
 
+_PRIME = 2**255 - 19
+_ORDER_8 = (
+    0x00B8495F16056286FDB1329CEB8D09DA6AC49FF1FAE35616AEB8413B7C7AEBE0,
+    0x57119FD0DD4E22D8868E1C58C45C44045BEF839C55B1D0B1248C50A3BC959C5F,
+)
+_LOW_ORDER = frozenset((0, 1, _PRIME - 1, _PRIME, _PRIME + 1, *_ORDER_8))
+
+
+def is_low_order(public: bytes) -> bool:
+    """True for the few encodings with which every exchange gives zero (RFC 7748, section 6.1)."""
+    return int.from_bytes(public, "little") & (1 << 255) - 1 in _LOW_ORDER
+
+
 def dh(private: X25519PrivateKey, public: bytes) -> bytes:
     """Curve25519. Raises ValueError for a point of low order."""
     return private.exchange(X25519PublicKey.from_public_bytes(public))

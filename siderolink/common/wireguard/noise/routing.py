@@ -3,18 +3,35 @@
 from collections.abc import Iterable
 
 from .allowed_ips import AllowedIPs, Network
+from .drops import Drop
 from .peer import Peer
 
 
 class CryptokeyRouting:
     """The allowed IPs of all peers; each peer also knows its own, in `Peer.allowed_ips`."""
 
-    __slots__ = ("_table", "lookup")
+    __slots__ = ("_table", "lookup", "only_to")
 
     def __init__(self) -> None:
         self._table: AllowedIPs[Peer] = AllowedIPs()
         self.lookup = self._table.lookup
         """The peer of a packed address (4 or 16 bytes), or None."""
+        self.only_to: frozenset[bytes] | None = None
+        """With isolation: the packed addresses that inner packets may go to, and come from on the way out; None for any."""
+
+    def outbound(self, source: bytes, destination: bytes) -> Peer | Drop:
+        """The peer that a packet from the interface goes to, or why it may not go anywhere."""
+        if self.only_to is not None and source not in self.only_to:
+            return Drop.INNER_DESTINATION
+        return self.lookup(destination) or Drop.NO_PEER
+
+    def inbound_refusal(self, peer: Peer, source: bytes, destination: bytes) -> Drop | None:
+        """Why an inner packet from the peer may not be passed on, or None."""
+        if self.lookup(source) is not peer:
+            return Drop.INNER_SOURCE
+        if self.only_to is not None and destination not in self.only_to:
+            return Drop.INNER_DESTINATION
+        return None
 
     def set(self, peer: Peer, networks: Iterable[Network]) -> None:
         """Replace the peer's prefixes; one that another peer holds moves here."""

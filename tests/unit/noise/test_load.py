@@ -1,0 +1,115 @@
+"""Cookies, limits and storms: what a device does when it is attacked."""
+
+import random
+import tracemalloc
+from collections import Counter
+
+import pytest
+
+from siderolink.common.wireguard.noise import Drop, messages
+from siderolink.common.wireguard.noise.cookies import (
+    MAX_SOURCES,
+    SOURCE_BURST,
+    SOURCE_RATE,
+    UNDER_LOAD_RATE,
+    MacGuard,
+    SourceLimiter,
+)
+from tests.support.virtual import VirtualPath, dropped, inner_packet, joined, pair
+
+A_TO_B = inner_packet("fd00::a", "fd00::b", b"from a")
+
+
+def test_under_load_a_cookie_is_asked_for_and_the_handshake_passes_at_once() -> None:
+    a, b, wire = pair()
+    wire.latency = 0.0
+    a.add(b)
+    b.add(a, dial=False)
+    stranger, _, _ = pair(31)
+    stranger.add(b)
+    stranger.send(inner_packet("fd00::a", "fd00::b", b"?"))
+    (well_made,) = stranger.take()
+    for number in range(UNDER_LOAD_RATE + 10):
+        b.receive(well_made, VirtualPath(f"flood {number}"))
+    assert dropped(b) == Counter({Drop.UNKNOWN_PEER: UNDER_LOAD_RATE, Drop.BAD_MAC2: 10})
+    assert [messages.message_type(datagram) for datagram in b.take()] == [messages.COOKIE_REPLY] * 10
+    a.send(A_TO_B)
+    wire.run(0.0)
+    assert b.received == [A_TO_B]
+    assert dropped(b)[Drop.BAD_MAC2] == 11
+
+
+def test_a_cookie_is_retried_with_once_and_then_left_to_the_timer() -> None:
+    a, b, wire = pair()
+    a.add(b)
+    guard = MacGuard(b.engine.public_key, random.Random(1).randbytes)
+    a.send(A_TO_B)
+    (first,) = a.take()
+    a.receive(guard.cookie_reply(first, b"somewhere", 0.0), b.path)
+    (second,) = a.take()
+    assert second[-16:] != bytes(16)
+    a.receive(guard.cookie_reply(second, b"somewhere", 0.0), b.path)
+    assert a.take() == []
+    a.receive(guard.cookie_reply(second, b"somewhere", 0.0), b.path)
+    assert dropped(a) == Counter([Drop.BAD_COOKIE])
+    wire.clock.now = a.engine.next_deadline()
+    assert wire.clock.now >= 5.0
+    a.handle_timers()
+    (third,) = a.take()
+    a.receive(guard.cookie_reply(third, b"somewhere", 0.0), b.path)
+    assert len(a.take()) == 1
+
+
+def test_a_source_that_answers_cookies_is_still_limited_and_others_are_not() -> None:
+    limiter = SourceLimiter()
+    passed = sum(limiter.allows(b"\x0a\0\0\1\0\1", now=0.0) for _ in range(5_000))
+    assert passed == SOURCE_BURST
+    assert limiter.allows(b"\x0a\0\0\2\0\1", now=0.0)
+    assert not limiter.allows(b"\x0a\0\0\1\xff\xff", now=0.001)
+    assert sum(limiter.allows(b"\x0a\0\0\1\0\1", now=1.0) for _ in range(5_000)) == SOURCE_RATE
+    prefix = bytes.fromhex("20010db800000001")
+    assert sum(limiter.allows(prefix + number.to_bytes(8, "big") + b"\0\1", 0.0) for number in range(5_000)) == SOURCE_BURST
+
+
+def test_sources_remembered_are_bounded_and_forgotten() -> None:
+    limiter = SourceLimiter()
+    allowed = sum(limiter.allows(number.to_bytes(4, "big") + b"\0\1", 0.0) for number in range(MAX_SOURCES + 100))
+    assert allowed == MAX_SOURCES
+    assert limiter.allows(b"\xff\xff\xff\xff\0\1", SOURCE_BURST / SOURCE_RATE)
+
+
+@pytest.mark.timeout(120)
+def test_a_million_mutated_datagrams_into_a_live_engine() -> None:
+    a, b, wire = joined()
+    chance = random.Random(3)
+    a.send(A_TO_B)
+    corpus = [*a.take()]
+    a.engine.initiate(a.engine.peers[b.engine.public_key], 6.0)
+    a.drain()
+    corpus += a.take()
+    path = VirtualPath("elsewhere")
+    randrange, choice = chance.randrange, chance.choice
+
+    def storm(count: int) -> None:
+        for number in range(count):
+            datagram = bytearray(choice(corpus))
+            datagram[randrange(min(len(datagram), 132))] ^= 1 << (number & 7)
+            if number % 5 == 0:
+                del datagram[randrange(len(datagram)) :]
+            b.engine.receive(bytes(datagram), path, wire.clock.now)
+        b.drain()
+        b.take()
+
+    storm(20_000)
+    tracemalloc.start()
+    before = tracemalloc.get_traced_memory()[0]
+    counted = sum(dropped(b).values())
+    storm(100_000)
+    grown = tracemalloc.get_traced_memory()[0] - before
+    tracemalloc.stop()
+    storm(880_000)
+    assert grown < 20_000
+    assert sum(dropped(b).values()) - counted == 980_000
+    reasons = {Drop.MALFORMED, Drop.BAD_MAC1, Drop.UNKNOWN_RECEIVER, Drop.BAD_TAG, Drop.UNEXPECTED_RESPONSE}
+    assert set(dropped(b)) <= reasons
+    assert len(b.engine.peers) == 1
