@@ -84,7 +84,8 @@ class ByteStream:
         self._receiver = receiver
         if self._early:
             early, self._early = self._early, bytearray()
-            self._give(memoryview(bytes(early)), flow=self._early_flow)
+            flow, self._early_flow = self._early_flow, 0
+            self._give(memoryview(bytes(early)), flow=flow)
 
     def send(self, data: memoryview) -> int:
         """Send the beginning of `data`, as much as there is `room`; returns how many bytes. The buffer is free on return."""
@@ -138,7 +139,7 @@ class ByteStream:
 
     def feed(self, data: memoryview, *, flow: bool) -> None:
         self._heard_at = asyncio.get_running_loop().time()
-        if self._receiver is not None:
+        if self._receiver is not None or self._outcome.done():
             self._give(data, flow=len(data) if flow else 0)
             return
         self._early += data
@@ -161,8 +162,9 @@ class ByteStream:
             waker()
 
     def _give(self, data: memoryview, *, flow: int) -> None:
-        assert self._receiver is not None
-        if self._outcome.done():
+        if self._outcome.done() or self._receiver is None:
+            # dropped; what other streams may send must not shrink by it
+            self._connection.give_back(self._id, flow)
             return
         try:
             self._receiver(data)
@@ -185,9 +187,8 @@ class ByteStream:
             self._idle_timer = None
         if not self._outcome.done():
             self._outcome.set_result(error)
-            if self._unacknowledged:
-                self._connection.give_back(self._id, self._unacknowledged)
-                self._unacknowledged = 0
+            self._connection.give_back(self._id, self._unacknowledged + self._early_flow)
+            self._unacknowledged = self._early_flow = 0
 
     def _watch_idle(self, timeout: float) -> None:
         loop = asyncio.get_running_loop()

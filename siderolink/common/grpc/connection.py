@@ -179,7 +179,7 @@ class Connection(_GrpclibConnection):
 
     def give_back(self, stream_id: int, size: int) -> None:
         """Tell the peer that it may send `size` more on the stream; the connection's share is told by halves of the window."""
-        if self.is_closing():
+        if self.is_closing() or not size:
             return
         self._unacknowledged += size
         updates = frames.window_update(stream_id, size) if stream_id in self._connection.streams else b""

@@ -131,6 +131,21 @@ async def test_small_batches_of_one_turn_share_a_frame() -> None:
         assert end.inbox.batches == [10]
 
 
+async def test_streams_that_end_in_full_flow_leave_the_connection_its_window() -> None:
+    async with tunnel_server(SMALL) as (server, end), open_channel("127.0.0.1", server.port, limits=SMALL) as channel:
+        for _ in range(10):
+            async with open_byte_stream(channel) as stream:
+                TunnelPath(stream, NAME).send(batch(148, 1))
+                there = await end.paths.get()
+                for _ in range(20):
+                    there.send(batch(1312, 30))
+                arrived = Inbox()
+                carrying = asyncio.ensure_future(carried(stream, TunnelPath(stream, NAME), arrived))
+                await arrived.until(10)
+            assert await carrying is None
+        assert server.connections == 1
+
+
 async def test_a_peer_that_is_not_allowed_is_told_exactly() -> None:
     async with tunnel_server() as (server, _), tunnel_client(server, "stranger") as stream:
         error = await carried(stream, TunnelPath(stream, NAME), Inbox())
