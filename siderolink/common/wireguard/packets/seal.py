@@ -83,7 +83,9 @@ def find_runs(datagrams: Datagrams) -> list[Run]:
     size = stride - headroom
     if full > 1 and size >= OVERHEAD:
         column: Array = np.ndarray((full,), "<u8", data, headroom, (stride,))
-        breaks = (np.flatnonzero(column[1:] != column[:-1]) + 1).tolist() if full > 1 else []
+        breaks: list[int] = []
+        if not (column == column[0]).all():
+            breaks = (np.flatnonzero(column[1:] != column[:-1]) + 1).tolist()
         starts = [0, *breaks]
         runs: list[Run] = []
         for start, end in zip(starts, [*breaks, full], strict=True):
