@@ -1,3 +1,4 @@
+import timeit
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 
 from hypothesis import given
@@ -36,3 +37,15 @@ def test_against_a_naive_router(steps: list[tuple[str, Network, int]], probes: l
             naive.pop(network, None)
     for address in [*probes, *(network.network_address for _, network, _ in steps)]:
         assert table.lookup(address.packed) == naive_lookup(naive, address)
+
+
+def test_a_look_up_costs_the_same_among_ten_thousand_prefixes() -> None:
+    def best(count: int) -> float:
+        table: AllowedIPs[int] = AllowedIPs()
+        for number in range(count):
+            table.insert(IPv6Network((number << 64, 64)), number)
+            table.insert(IPv6Network((number << 64 | 1, 128)), number)
+        addresses = [((number % count) << 64 | 1 + (number & 1)).to_bytes(16, "big") for number in range(2_000)]
+        return min(timeit.repeat(lambda: [table.lookup(address) for address in addresses], number=1, repeat=7))
+
+    assert best(10_000) < 4 * best(10)
