@@ -211,6 +211,39 @@ def test_a_damaged_segment_goes_alone_and_the_others_are_still_merged() -> None:
     assert frames[1] == bytes(10) + damaged[:160]
 
 
+@pytest.mark.parametrize("last", [100, 60])
+@pytest.mark.parametrize(("version", "protocol"), [(4, TCP), (4, UDP), (6, TCP), (6, UDP)])
+def test_no_damage_is_healed_by_merging(version: int, protocol: int, last: int) -> None:
+    packet = Packet(version=version, protocol=protocol, payload=bytes(range(100)) * 4 + bytes(last))
+    clean = encoded(packet, 100)
+    # A byte of the payload, both bytes of the transport checksum, and of the IPv4 header checksum.
+    field = packet.transport + (16 if protocol == TCP else 6)
+    places = [field, field + 1, len(clean[-1]) - 1] + ([10, 11] if version == 4 else [])
+    for index in range(len(clean)):
+        for place in places:
+            damaged = bytearray(clean[index])
+            damaged[place] ^= 0x10
+            rows = [*clean[:index], bytes(damaged), *clean[index + 1 :]]
+            frames = Interface().frames([pad(row) for row in rows])
+            assert bytes(10) + damaged in frames
+            assert [segment for frame in frames for segment in segment_frame(frame)] == rows
+
+
+def test_a_udp_packet_without_a_checksum_never_gains_one() -> None:
+    base = Packet(protocol=UDP, payload=bytes(2))
+    packet = Packet(protocol=UDP, payload=base.encode()[46:48])
+    assert packet.encode()[46:48] == b"\xff\xff"  # so that zero in its place would still sum up
+    bare = packet.encode()[:46] + b"\0\0" + packet.encode()[48:]
+    rows = [packet.encode(), packet.encode(), bare, bare, packet.encode(), bare]
+    assert Interface().packets([pad(row) for row in rows]) == rows
+
+
+@pytest.mark.parametrize("fragment", [0x2000, 0x0001, 0x1FFF, 0x0100])
+def test_fragments_are_never_merged(fragment: int) -> None:
+    rows = encoded(Packet(version=4, fragment=fragment, payload=bytes(300)), 100)
+    assert Interface().frames([pad(row) for row in rows]) == [bytes(10) + row for row in rows]
+
+
 def test_padding_that_is_not_zero_is_not_part_of_the_packet() -> None:
     rows = [pad(row)[:-1] + b"\xff" for row in encoded(Packet(payload=bytes(101 * 5)), 101)]
     [frame] = Interface().frames(rows)

@@ -103,6 +103,10 @@ def test_a_udp_checksum_of_zero_is_written_as_ones() -> None:
     assert packet.encode()[46:48] == b"\xff\xff"
     vnet = struct.pack("=BBHHHH", 1, 0, 0, 0, 40, 6)
     assert rows(SPLITTER.split(memoryview(vnet + packet.encode(partial=True)))) == [pad(packet.encode())]
+    gatherer = Gatherer(1280)
+    for _ in range(9):
+        assert gatherer.add(memoryview(vnet + packet.encode(partial=True)))
+    assert rows(taken(gatherer)) == [pad(packet.encode())] * 9
     twice = Packet(protocol=UDP, payload=packet.payload * 2)
     assert [row[46:48] for row in rows(SPLITTER.split(memoryview(twice.frame(2))))] == [b"\xff\xff"] * 2
 
