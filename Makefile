@@ -31,10 +31,10 @@ needs: ## the Debian packages that the tests use (apt-get, as root or by sudo)
 demo: setup ## the main job, shown in network namespaces of its own
 	@$(PYTHON) -m siderolink demo $(ARGS)
 
-test: setup needs ## every check and every test, on every interpreter
+test: setup needs check ## every check and every test, on every interpreter
 	@echo "the tests that take minutes, beside the others"
 	@$(PYTEST) -q -m long $(ARGS) >.venvs/long.log 2>&1 & long=$$!; \
-	status=0; $(MAKE) check others all-tests || status=$$?; \
+	status=0; $(MAKE) others all-tests || status=$$?; \
 	wait $$long || status=$$?; cat .venvs/long.log; exit $$status
 
 check: lint types fresh ## what reads the code without running it
