@@ -1,0 +1,124 @@
+"""`siderolink serve`, `join` and `status` as an operator runs them."""
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.netns import Namespace
+from tests.support.topology import Net, direct
+
+COMMAND = [sys.executable, "-m", "siderolink"]
+SERVE = ["serve", "--api-listen", "0.0.0.0:4000", "--wireguard-endpoint", "192.0.2.1:51820"]
+URL = "grpc://192.0.2.1:4000"
+TOKEN = "s3cret-token"
+
+
+@pytest.fixture
+def net(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Net]:
+    monkeypatch.setenv("SIDEROLINK_RUNTIME_DIR", str(tmp_path / "run"))
+    (tmp_path / "token").write_text(TOKEN)
+    with direct() as net:
+        yield net
+
+
+@pytest.fixture
+def token(tmp_path: Path) -> list[str]:
+    return ["--join-token-file", str(tmp_path / "token")]
+
+
+def start(namespace: Namespace, *arguments: str) -> "subprocess.Popen[str]":
+    return namespace.popen([*COMMAND, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def read_until(process: "subprocess.Popen[str]", text: str) -> list[str]:
+    assert process.stdout is not None
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if text in line:
+            return lines
+    raise AssertionError(f"{text!r} is not in:\n{''.join(lines)}")
+
+
+def end(process: "subprocess.Popen[str]", number: signal.Signals) -> None:
+    process.send_signal(number)
+    assert process.stdout is not None
+    rest = process.stdout.read()
+    assert process.wait(10) == 0, rest
+    assert "Traceback" not in rest
+
+
+def refused(namespace: Namespace, *arguments: str) -> str:
+    """The last line of a command that ends with status 1, and in it no traceback and no secret."""
+    process = start(namespace, *arguments)
+    output, _ = process.communicate(timeout=15)
+    assert process.returncode == 1, output
+    assert "Traceback" not in output
+    assert TOKEN not in output
+    return output.splitlines()[-1]
+
+
+@pytest.mark.parametrize("tunnel", [False, True], ids=["udp", "tunnel"])
+def test_serve_join_status(net: Net, token: list[str], tunnel: bool) -> None:
+    if tunnel:
+        net.machine.drop_udp()
+    server = start(net.server, *SERVE, *token)
+    read_until(server, "overlay")
+    machine = start(
+        net.machine,
+        "join",
+        f"{URL}?grpc_tunnel={str(tunnel).lower()}",
+        *token,
+        "--uuid",
+        "a1b2c3d4-0000-4000-8000-000000000001",
+    )
+    told = read_until(machine, "connected: ")
+    assert [line.split(" ", 1)[1].split(":")[0] for line in told][:3] == [
+        "ephemeral key",
+        "provisioned",
+        "interface configured",
+    ]
+    read_until(server, "is up")
+    interface = "siderolinktun" if tunnel else "siderolink"
+    assert interface in net.machine.interfaces()
+    shown = {entry["role"]: entry for entry in json.loads(net.server.run([*COMMAND, "status", "--json"]))}
+    assert shown["machine"]["state"] == "connected"
+    assert shown["machine"]["interface"] == interface
+    assert shown["machine"]["transport"] == ("tunnel" if tunnel else "udp")
+    [peer] = shown["server"]["peers"]
+    assert peer["node_uuid"] == "a1b2c3d4-0000-4000-8000-000000000001"
+    assert [f"{address.split('/')[0]}/128" for address in shown["machine"]["addresses"]] == peer["allowed_ips"]
+    assert peer["last_handshake"] is not None
+    people = net.server.run([*COMMAND, "status"])
+    assert "a1b2c3d4-0000-4000-8000-000000000001" in people
+    assert TOKEN not in people + json.dumps(shown)
+    end(machine, signal.SIGTERM)
+    end(server, signal.SIGINT)
+    assert not {name for name in net.machine.interfaces() | net.server.interfaces() if name.startswith("siderolink")}
+    assert json.loads(net.server.run([*COMMAND, "status", "--json"])) == []
+
+
+def test_what_goes_wrong_is_one_line(net: Net, token: list[str]) -> None:
+    assert "192.0.2.1" in refused(net.machine, "join", URL, *token), "nobody listens"
+    server = start(net.server, *SERVE, *token)
+    read_until(server, "overlay")
+    assert refused(net.machine, "join", f"{URL}?jointoken=other") == (
+        "siderolink: the server refused the join: PERMISSION_DENIED: invalid join token"
+    )
+    taken = refused(net.server, *SERVE, *token)
+    assert "siderolink" in taken
+    assert "already" in taken, "the interface's name"
+    other = [*SERVE[:-1], "192.0.2.1:51821", *token, "--interface", "other0"]
+    assert "4000" in refused(net.server, *other), "the API's port"
+    other = ["serve", "--api-listen", "0.0.0.0:4001", *SERVE[3:], *token, "--interface", "other0"]
+    assert "51820" in refused(net.server, *other), "the WireGuard port"
+    assert refused(net.server, *other[:-1], "a/b").startswith("siderolink: 'a/b' cannot name an interface")
+    machine = start(net.machine, "join", URL, *token)
+    read_until(machine, "connected: ")
+    end(machine, signal.SIGINT)
+    end(server, signal.SIGTERM)

@@ -1,0 +1,179 @@
+"""The commands as far as they go without an interface: options, secrets, the control socket, what is printed."""
+
+import json
+import stat
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from ipaddress import IPv6Interface
+from pathlib import Path
+
+import pytest
+
+from siderolink.cli.control import ask_all, control_socket
+from siderolink.cli.describe import link_event
+from siderolink.cli.secret import read_secret
+from siderolink.cli.status import run_status, to_json
+from siderolink.client import events
+from siderolink.common.errors import ConfigurationError
+from siderolink.common.keys import PrivateKey
+from siderolink.common.pb.siderolink.control import Event, Peer, StatusResponse
+
+KEY = PrivateKey.generate().public_key()
+STATUS = StatusResponse(
+    role="machine",
+    interface="siderolink",
+    device_kind="userspace",
+    transport="udp",
+    addresses=["fdae:41e4:649b:9303::42/64"],
+    public_key=str(KEY),
+    listen_port=40000,
+    state="connected",
+    drops={"replayed": 2, "no_peer": 0},
+    peers=[Peer(public_key=str(KEY), allowed_ips=["fdae:41e4:649b:9303::1/128"], path="192.0.2.1:51820", received_bytes=2048)],
+)
+
+
+class Source:
+    """Answers with one status and one event."""
+
+    async def status(self) -> StatusResponse:
+        return STATUS
+
+    async def events(self) -> AsyncIterator[Event]:
+        yield Event(time=1.0, kind="handshake")
+
+
+def siderolink(*arguments: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-m", "siderolink", *arguments]
+    return subprocess.run(
+        command, capture_output=True, text=True, check=False, env={"PATH": "/usr/bin:/bin", "COLUMNS": "100", **environment}
+    )
+
+
+# --- secrets
+
+
+def test_a_secret_by_argument_file_or_credential(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "token"
+    file.write_text("from file\n")
+    (tmp_path / "siderolink.join-token").write_text("from systemd")
+    monkeypatch.delenv("CREDENTIALS_DIRECTORY", raising=False)
+    assert read_secret("join-token", None, None) is None
+    assert read_secret("join-token", "given", None) == "given"
+    assert read_secret("join-token", None, file) == "from file"
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
+    assert read_secret("join-token", None, None) == "from systemd"
+    assert read_secret("join-token", None, file) == "from file"
+    assert read_secret("unique-token", None, None) is None
+
+
+@pytest.mark.parametrize("content", [b"", b"\n", b"two\nlines", b"\xff\xfe", b"x" * 8193])
+def test_a_file_that_holds_no_secret_is_refused_without_showing_it(tmp_path: Path, content: bytes) -> None:
+    file = tmp_path / "token"
+    file.write_bytes(content)
+    with pytest.raises(ConfigurationError) as refused:
+        read_secret("join-token", None, file)
+    assert "two" not in str(refused.value)
+    with pytest.raises(ConfigurationError, match="not both"):
+        read_secret("join-token", "given", file)
+    with pytest.raises(ConfigurationError, match="No such file"):
+        read_secret("join-token", None, tmp_path / "missing")
+
+
+# --- events and status
+
+
+def test_every_event_of_a_link_has_words() -> None:
+    examples: list[events.LinkEvent] = [
+        events.KeyCreated(public_key=KEY),
+        events.Joined(
+            server_key=KEY,
+            address=IPv6Interface("fd00::2/64"),
+            server_address=IPv6Interface("fd00::1/64").ip,
+            transport="tunnel",
+            endpoints=(),
+        ),
+        events.InterfaceConfigured(interface="siderolink", kind="kernel", mtu=1280),
+        events.Connecting(route="udp a:1"),
+        events.Handshake(),
+        events.Connected(route="udp a:1", seconds=0.5),
+        events.RouteFailed(route="udp a:1", reason="no handshake"),
+        events.LinkDown(reason="no handshake for 275 s"),
+        events.ProvisionFailed(reason="away", retry_in=3.0),
+        events.Reestablished(route="udp a:1", down_for=2.0),
+        events.Left(),
+    ]
+    assert {type(event).__name__ for event in examples} == {kind.__name__ for kind in events.LinkEvent.__subclasses__()}
+    assert all(all(link_event(event)) for event in examples)
+    assert link_event(examples[1])[1] == "machine fd00::2/64, server fd00::1, by tunnel"
+
+
+def test_status_for_people(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SIDEROLINK_RUNTIME_DIR", str(tmp_path / "none"))
+    run_status(as_json=False)
+    assert capsys.readouterr().out == "no `siderolink serve` or `siderolink join` runs on this host\n"
+    run_status(as_json=True)
+    assert json.loads(capsys.readouterr().out) == []
+
+
+def test_status_for_programs() -> None:
+    shown = json.loads(json.dumps(to_json(STATUS)))
+    assert shown["interface"] == "siderolink"
+    assert shown["drops"] == {"replayed": 2, "no_peer": 0}
+    assert shown["peers"][0]["received_bytes"] == 2048
+    assert shown["peers"][0]["last_handshake"] is None
+
+
+@pytest.mark.anyio
+async def test_the_control_socket_is_for_its_owner_and_vanishes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SIDEROLINK_RUNTIME_DIR", str(tmp_path / "run"))
+    async with control_socket("siderolink", Source()) as one, control_socket("siderolink", Source()) as two:
+        assert one.name == "siderolink.sock"
+        assert two.name != one.name, "the same name in another namespace"
+        for path, mode in ((one, 0o600), (two, 0o600), (one.parent, 0o700)):
+            assert stat.S_IMODE(path.stat().st_mode) == mode
+        (one.parent / "dead.sock").touch()
+        answers, [complaint] = await ask_all()
+        assert answers == [STATUS, STATUS]
+        assert "dead.sock does not answer" in complaint
+    assert [path.name for path in one.parent.iterdir()] == ["dead.sock"]
+
+
+# --- one line each
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (
+            ["serve", "--api-listen", "nonsense", "--wireguard-endpoint", "a:1", "--join-token", "t"],
+            "'nonsense' is no host:port",
+        ),
+        (["serve", "--api-listen", "[::]:4000", "--wireguard-endpoint", "a", "--join-token", "t"], "'a' is no host:port"),
+        (["serve", "--api-listen", "[::]:4000", "--wireguard-endpoint", "a:1"], "a server needs a join token: "),
+        (["join", "ftp://"], "cannot use this join URL: "),
+        (["join", "grpc://a:1?jointoken=%zz"], "cannot use this join URL: "),
+        (["join", "grpc://a:1?jointoken=t", "--join-token-file", "/etc/hostname"], "give the join token either in the URL or "),
+    ],
+)
+def test_a_wrong_option_is_one_line_and_an_exit_status(arguments: list[str], line: str) -> None:
+    done = siderolink(*arguments)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.startswith(f"siderolink: {line}")
+    assert done.stderr.count("\n") == 1
+
+
+def test_help_names_every_command_and_shows_no_secret() -> None:
+    done = siderolink("--help")
+    assert done.returncode == 0
+    assert all(name in done.stdout for name in ("serve", "join", "status", "demo", "wireguard"))
+    assert "s3cret" not in siderolink("serve", "--help", SIDEROLINK_JOIN_TOKEN="s3cret").stdout
+
+
+def test_without_the_extra_one_line_says_so() -> None:
+    hidden = "import sys; sys.modules['typer'] = None; sys.argv = ['siderolink']; from siderolink.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", hidden], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "siderolink: the command needs typer: pip install 'siderolink[cli]'\n"
