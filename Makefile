@@ -32,10 +32,11 @@ demo: setup ## the main job, shown in network namespaces of its own
 	@$(PYTHON) -m siderolink demo $(ARGS)
 
 test: setup needs check ## every check and every test, on every interpreter
-	@echo "the tests that take minutes, beside the others"
+	@echo "the tests that take minutes, beside those on other interpreters"
 	@$(PYTEST) -q -m long $(ARGS) >.venvs/long.log 2>&1 & long=$$!; \
-	status=0; $(MAKE) others all-tests || status=$$?; \
-	wait $$long || status=$$?; cat .venvs/long.log; exit $$status
+	status=0; $(MAKE) others || status=$$?; \
+	wait $$long || status=$$?; cat .venvs/long.log; \
+	$(MAKE) all-tests || status=$$?; exit $$status
 
 check: lint types fresh ## what reads the code without running it
 
