@@ -31,7 +31,7 @@ needs: ## the Debian packages that the tests use (apt-get, as root or by sudo)
 demo: setup ## the main job, shown in network namespaces of its own
 	@$(PYTHON) -m siderolink demo $(ARGS)
 
-test: setup needs check ## every check and every test, on every interpreter
+test: needs check ## every check and every test, on every interpreter
 	@echo "the tests that take minutes, beside those on other interpreters"
 	@$(PYTEST) -q -m long $(ARGS) >.venvs/long.log 2>&1 & long=$$!; \
 	status=0; $(MAKE) others || status=$$?; \

@@ -3,7 +3,7 @@
     sudo python benchmarks/throughput.py [--seconds 3] [--json]
 
 Two network namespaces joined by a veth pair, IPv6 inside, iperf3: Mbit/s up and down, retransmits, the mean round trip of 50
-pings, and the resident memory of one end. All ends share the machine's cores, so read the figures as ratios to their neighbours.
+pings, and the resident memory of one end. All ends share the machine's cores: read the figures as ratios to their neighbours.
 """
 
 import argparse
