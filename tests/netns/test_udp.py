@@ -1,5 +1,9 @@
 """UDP paths over links that are narrow, slow, or lose an address."""
 
+import array
+import fcntl
+import socket
+import struct
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -142,3 +146,24 @@ def test_a_host_without_ipv6_addresses_still_has_ipv4() -> None:
             assert one.udp.drops() == {"send_failed": 1}
             net.here.call(one.udp.path((ip_address("192.0.2.2"), other.udp.port)).send, Datagrams.single(b"four"))
             assert net.here.call(one.wait_for, 1) == [b"four"]
+
+
+def test_a_link_that_cannot_segment_costs_the_socket_its_offload() -> None:
+    """Without transmit checksums the interface makes the kernel refuse UDP_SEGMENT, or do the work itself."""
+    with joined() as net:
+        net.near.call(_without_checksums, b"eth0")
+        with ends(net) as (one, other):
+            datagrams, rows = batch(49, 1312, 700)
+            for address in ("192.0.2.2", "2001:db8::2"):
+                before = len(other.received)
+                path = one.udp.path((ip_address(address), other.udp.port))
+                net.here.call(path.send, datagrams)
+                assert net.there.call(other.wait_for, before + 49)[before:] == rows
+            assert one.udp.drops() == {}
+
+
+def _without_checksums(interface: bytes) -> None:
+    siocethtool, ethtool_stxcsum = 0x8946, 0x17
+    command = array.array("B", struct.pack("=II", ethtool_stxcsum, 0))
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
+        fcntl.ioctl(control, siocethtool, struct.pack("16sP", interface, command.buffer_info()[0]))

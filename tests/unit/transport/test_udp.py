@@ -1,5 +1,6 @@
 """Real sockets on the loopback interface."""
 
+import asyncio
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -8,6 +9,7 @@ from ipaddress import IPv4Address, IPv6Address, ip_address
 import pytest
 
 from siderolink.common.errors import AddressInUseError, ConfigurationError
+from siderolink.common.transport.udp_socket import UdpPath, UdpSocket
 from siderolink.common.wireguard.path import Datagrams
 from tests.support.udp import End, batch
 
@@ -153,3 +155,21 @@ async def test_addresses_that_cannot_be_dialled() -> None:
         assert one.udp.path((IPv6Address("fe80::1%lo"), 7)) == one.udp.path((IPv6Address(f"fe80::1%{zone}"), 7))
         assert str(one.udp.path((IPv6Address("fe80::1%lo"), 7))) == f"[fe80::1%{zone}]:7"
         del other
+
+
+async def test_a_kernel_that_refuses_segmentation_costs_the_socket_its_offload() -> None:
+    receiver = End()
+    sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+    sock.bind(("127.0.0.1", 0))
+    sock.setsockopt(socket.SOL_SOCKET, 11, 1)  # SO_NO_CHECK: Linux then answers UDP_SEGMENT with EINVAL
+    udp = UdpSocket(sock, asyncio.get_running_loop(), lambda *_: None, True)
+    try:
+        datagrams, rows = batch(49, 1312, 700)
+        with pytest.raises(OSError, match="Invalid argument"):
+            sock.sendmsg([datagrams.data], [(17, 103, (1312).to_bytes(2, "little"))], 0, ("127.0.0.1", receiver.udp.port))
+        udp.send(datagrams, UdpPath(udp, ("127.0.0.1", receiver.udp.port), None))
+        assert await receiver.wait_for(49) == rows
+        assert not udp.drops
+    finally:
+        udp.close()
+        receiver.udp.close()
