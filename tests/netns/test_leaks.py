@@ -1,0 +1,67 @@
+"""Both ends, started and stopped a hundred times: no task, descriptor, interface or memory is left."""
+
+import asyncio
+import gc
+import uuid
+from pathlib import Path
+
+import anyio
+import pytest
+
+from siderolink import Server, connect
+from tests.conftest import descriptors, running_tasks
+from tests.support.netns import Namespace
+from tests.support.topology import SERVER_V4, direct
+
+ROUNDS, WARM = 100, 20
+TOKEN = "the-join-token"
+GROWTH = 4 << 20
+"""Bytes; a leak of one tunnel's buffers per round would be more."""
+
+
+def resident() -> int:
+    gc.collect()
+    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(fields["VmRSS"].split()[0]) * 1024
+
+
+async def serve_and_stop(stop: anyio.Event, ready: anyio.Event) -> None:
+    async with Server(api_listen="0.0.0.0:4000", wireguard_endpoints=[f"{SERVER_V4}:51820"], join_token=TOKEN):
+        ready.set()
+        await stop.wait()
+
+
+async def join_and_leave(turn: int) -> None:
+    query = "&grpc_tunnel=true" if turn % 2 else ""
+    async with connect(f"grpc://{SERVER_V4}:4000?jointoken={TOKEN}{query}", uuid=str(uuid.uuid4())) as link:
+        assert link.transport == ("tunnel" if turn % 2 else "udp")
+
+
+def one_round(server: Namespace, machine: Namespace, turn: int) -> None:
+    with server.portal() as there, machine.portal() as here:
+        there_events = there.call(lambda: (anyio.Event(), anyio.Event()))
+        serving = there.start_task_soon(serve_and_stop, *there_events)
+        there.call(there_events[1].wait)
+        here.call(join_and_leave, turn)
+        there.call(there_events[0].set)
+        serving.result(5)
+        assert here.call(_left) <= 1, "tasks are left at the machine"
+        assert there.call(_left) <= 1, "tasks are left at the server"
+
+
+async def _left() -> int:
+    """How many tasks run, but for this one."""
+    return len(running_tasks() - {asyncio.current_task()})
+
+
+@pytest.mark.timeout(120)
+def test_a_hundred_times() -> None:
+    with direct() as net:
+        for turn in range(WARM):
+            one_round(net.server, net.machine, turn)
+        opened, memory = descriptors(), resident()
+        for turn in range(ROUNDS - WARM):
+            one_round(net.server, net.machine, turn)
+        assert net.server.interfaces() == net.machine.interfaces() == {"lo", "eth0"}
+        assert len(descriptors()) <= len(opened)
+        assert resident() - memory < GROWTH
