@@ -9,6 +9,7 @@ from typing import Final
 
 from siderolink.common.errors import AddressInUseError, ConfigurationError
 from siderolink.common.transport.udp_socket import UdpPath, UdpSocket
+from siderolink.common.wireguard.noise.drops import Drop
 from siderolink.common.wireguard.device import Endpoint
 from siderolink.common.wireguard.path import Receive
 
@@ -58,7 +59,8 @@ class UdpSockets:
 
     def drops(self) -> dict[str, int]:
         """Datagrams that were not sent, by reason: send_failed, send_buffer_full."""
-        return dict(sum((udp.drops for udp in self._sockets.values()), Counter()))
+        counted = sum((udp.drops for udp in self._sockets.values()), Counter[Drop]())
+        return {str(reason): count for reason, count in counted.items()}
 
     def close(self) -> None:
         """Close both; paths are no longer open. Does nothing the second time."""

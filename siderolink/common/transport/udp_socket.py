@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Final
 
 from siderolink.common.errors import ConfigurationError
+from siderolink.common.wireguard.noise.drops import Drop
 from siderolink.common.wireguard.path import Datagrams, Receive
 
 MAX_READS: Final = 16
@@ -98,7 +99,7 @@ class UdpSocket:
         self.family = socket.AddressFamily(sock.family)
         self.port: int = sock.getsockname()[1]
         self.is_open = True
-        self.drops: Counter[str] = Counter()
+        self.drops: Counter[Drop] = Counter()
         self._sock = sock
         self._loop = loop
         self._receive = receive
@@ -196,9 +197,9 @@ class UdpSocket:
 
     def send(self, datagrams: Datagrams, path: UdpPath) -> None:
         if not self.is_open:
-            self.drops["send_failed"] += datagrams.count
+            self.drops[Drop.SEND_FAILED] += datagrams.count
         elif self._pending is not None:
-            self.drops["send_buffer_full"] += datagrams.count
+            self.drops[Drop.SEND_BUFFER_FULL] += datagrams.count
         else:
             self._send(datagrams, path)
 
@@ -216,7 +217,7 @@ class UdpSocket:
             except OSError as error:
                 if self._can_retry(error.errno or 0, path, step):
                     continue
-                self.drops["send_failed"] += step
+                self.drops[Drop.SEND_FAILED] += step
             sent += step
 
     def _send_rows(self, data: memoryview, stride: int, count: int, path: UdpPath) -> None:
@@ -253,7 +254,7 @@ class UdpSocket:
         stride = datagrams.stride
         count = datagrams.count - sent
         kept = max(1, min(count, MAX_PENDING // stride))
-        self.drops["send_buffer_full"] += count - kept
+        self.drops[Drop.SEND_BUFFER_FULL] += count - kept
         data = memoryview(bytes(datagrams.data[sent * stride : (sent + kept) * stride]))
         self._pending = (Datagrams(data, kept, stride), path)
         self._loop.add_writer(self._sock, self._write)

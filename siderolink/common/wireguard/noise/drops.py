@@ -52,3 +52,7 @@ class Drop(StrEnum):
     """Packets that waited for a handshake which never came."""
     OUTBOUND_MALFORMED = "outbound_malformed"
     """A packet from the interface that is not one whole IP packet."""
+    SEND_FAILED = "send_failed"
+    """A datagram that the host's network did not take: no route, or larger than UDP can carry."""
+    SEND_BUFFER_FULL = "send_buffer_full"
+    """A datagram that came while the socket's buffer, and the little kept beside it, were full."""
