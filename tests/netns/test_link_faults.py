@@ -1,0 +1,110 @@
+"""What may happen to a link in use: it moves under load in both directions, its wire is cut, its program is killed."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from anyio.from_thread import BlockingPortal
+
+import siderolink
+from siderolink.client import Link
+from siderolink.server import Server
+from tests.support.netns import Namespace
+from tests.support.topology import SERVER_V4, Net, direct
+
+TOKEN = "the-join-token"
+URL = f"grpc://{SERVER_V4}:4000?jointoken={TOKEN}"
+TRANSPORTS = pytest.mark.parametrize("query", ["", "&grpc_tunnel=true"], ids=["udp", "tunnel"])
+
+
+def make_server() -> Server:
+    return Server(
+        api_listen=f"{SERVER_V4}:4000", wireguard_endpoints=[f"{SERVER_V4}:51820"], join_token=TOKEN, device="userspace"
+    )
+
+
+@contextmanager
+def linked(net: Net, query: str = "") -> Iterator[tuple[Server, Link, BlockingPortal, BlockingPortal]]:
+    server = make_server()
+    with net.server.portal() as there, net.machine.portal() as here, there.wrap_async_context_manager(server):
+        with here.wrap_async_context_manager(siderolink.connect(URL + query, device="userspace")) as machine:
+            yield server, machine, here, there
+
+
+def server_path(portal: BlockingPortal, server: Server) -> str:
+    [peer] = portal.call(server.device.peers)
+    assert peer.path is not None
+    return peer.path
+
+
+def wait_for(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def start_ping(namespace: Namespace, address: object, seconds: float) -> "subprocess.Popen[str]":
+    count = str(int(seconds / 0.02))
+    return namespace.popen(["ping", "-q", "-i0.02", f"-c{count}", "-W2", str(address)], stdout=subprocess.PIPE)
+
+
+def lost(process: "subprocess.Popen[str]") -> int:
+    output, _ = process.communicate(timeout=30)
+    words = output.split()
+    return int(words[words.index("packets") - 1]) - int(words[words.index("received,") - 1])
+
+
+def ping(namespace: Namespace, address: object, *options: str) -> None:
+    namespace.run(["ping", "-c3", "-i0.05", "-W3", *options, str(address)])
+
+
+@TRANSPORTS
+def test_packets_of_every_kind_pass_both_ways(query: str) -> None:
+    with direct() as net, linked(net, query) as (server, machine, here, there):
+        assert machine.transport == ("tunnel" if query else "udp")
+        assert machine.interface == ("siderolinktun" if query else "siderolink")
+        for size in ("0", "56", "1232", "4000"):
+            ping(net.machine, machine.server_address, f"-s{size}")
+            ping(net.server, machine.address, f"-s{size}")
+
+
+def test_the_server_follows_a_machine_to_another_address_under_load() -> None:
+    with direct() as net, linked(net) as (server, machine, here, there):
+        assert server_path(there, server).startswith("192.0.2.2:")
+        up, down = start_ping(net.machine, machine.server_address, 2), start_ping(net.server, machine.address, 2)
+        time.sleep(0.5)
+        net.machine.add_address("eth0", "192.0.2.77/24")
+        net.machine.remove_address("eth0", "192.0.2.2/24")
+        wait_for(lambda: server_path(there, server).startswith("192.0.2.77:"))
+        # Only what was in flight; and the kernel needs a moment to find the new neighbour.
+        assert lost(up) <= 5
+        assert lost(down) <= 5
+        assert machine.state == "connected"
+
+
+def test_a_machine_whose_wire_is_cut_for_a_moment_goes_on_by_itself() -> None:
+    with direct() as net, linked(net) as (server, machine, here, there):
+        net.machine.set_link("eth0", up=False)
+        time.sleep(0.3)
+        net.machine.set_link("eth0", up=True)
+        net.machine.add_address("eth0", "2001:db8::2/64")
+        ping(net.machine, machine.server_address, "-W8")
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_killed_program_leaves_no_interface(how: signal.Signals, tmp_path: Path) -> None:
+    with direct() as net, net.server.portal() as there, there.wrap_async_context_manager(make_server()):
+        command = [sys.executable, "-m", "siderolink", "join", URL, "--device", "userspace"]
+        process = net.machine.popen(command, stdout=subprocess.PIPE, env=os.environ | {"HOME": str(tmp_path)})
+        wait_for(lambda: "siderolink" in net.machine.interfaces())
+        process.send_signal(how)
+        status = process.wait(10)
+        assert status == (0 if how is not signal.SIGKILL else -signal.SIGKILL)
+        wait_for(lambda: "siderolink" not in net.machine.interfaces())
