@@ -4,14 +4,14 @@ A store is asked per machine, when that machine is spoken of; nothing assumes th
 (and between servers that share a store) are decided by its unique constraints and by nothing else.
 """
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from ipaddress import IPv6Address
 from typing import Protocol, TypeVar
 
 from siderolink.common.errors import StoreError
-from siderolink.common.keys import PublicKey
+from siderolink.common.keys import PrivateKey, PublicKey
 
 T = TypeVar("T")
 
@@ -45,7 +45,53 @@ class Machine:
     was_linked: bool = False
     """Whether it ever proved any key. A machine that never did is forgotten after a while."""
     revision: int = 1
-    """1 when inserted, counted up by the store with every change of the row."""
+    """1 when inserted, counted up by the store with every change of the row; a sighting is none."""
+    last_endpoint: str | None = None
+    """Where it was last heard by UDP, as host:port; None where it last came by the tunnel, or never."""
+    last_handshake_at: float | None = None
+    seen_at: float | None = None
+    """When it was last heard to change its path or to shake hands."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sighting:
+    """Where and when a machine was last heard. Noted lazily: after a crash the last seconds of it are missing."""
+
+    endpoint: str | None
+    """As Machine.last_endpoint."""
+    seen_at: float
+    handshake_at: float | None = None
+    """None where no handshake was seen; what is known of an earlier one stays."""
+
+    def of(self, machine: Machine) -> Machine:
+        """The machine's row after this."""
+        return replace(
+            machine,
+            last_endpoint=self.endpoint,
+            seen_at=self.seen_at,
+            last_handshake_at=machine.last_handshake_at if self.handshake_at is None else self.handshake_at,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerRecord:
+    """What a server remembers of itself."""
+
+    private_key: PrivateKey
+    installation_id: str
+    timestamp_mark: bytes = bytes(12)
+    """The highest TAI64N timestamp that its handshakes are known to have used; peers refuse lower ones."""
+
+
+UNIQUE_COLUMNS = ("node_uuid", "public_key", "overlay_address", "virtual_address")
+
+
+def unique_values(machine: Machine) -> Iterator[tuple[str, Hashable]]:
+    """The fields of a row that no other row may share, and their values."""
+    for column in UNIQUE_COLUMNS:
+        value: Hashable = getattr(machine, column)
+        if value is not None:
+            yield column, value
 
 
 class UniqueViolationError(StoreError):
@@ -77,6 +123,14 @@ class Transaction(Protocol):
     async def is_banned(self, node_uuid: str) -> bool: ...
 
     async def set_banned(self, node_uuid: str, banned: bool) -> None: ...
+
+    async def note(self, sightings: Mapping[str, Sighting]) -> None:
+        """Note sightings of machines by id; unknown ones are passed over. No revision changes and the feed tells nothing."""
+
+    async def server(self) -> ServerRecord | None:
+        """What the server remembers of itself; None before it first did."""
+
+    async def set_server(self, record: ServerRecord) -> None: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

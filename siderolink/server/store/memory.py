@@ -1,31 +1,29 @@
 """A store that lives as long as its process: the default for embedding."""
 
 import asyncio
-from collections import deque
-from collections.abc import AsyncIterator, Hashable, Iterator
+from collections.abc import AsyncIterator, Hashable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import TypeVar
 
-import anyio
-
 from siderolink.common.errors import StoreError
 from siderolink.common.keys import PublicKey
 from siderolink.server.store.base import (
+    UNIQUE_COLUMNS,
     BanChanged,
     Change,
-    ChangesLost,
     Machine,
     MachineChanged,
     MachineDeleted,
+    ServerRecord,
+    Sighting,
     UniqueViolationError,
     Work,
+    unique_values,
 )
+from siderolink.server.store.feed import DEFAULT_FEED_LIMIT, Feed
 
 T = TypeVar("T")
-
-UNIQUE_COLUMNS = ("node_uuid", "public_key", "overlay_address", "virtual_address")
-DEFAULT_FEED_LIMIT = 65_536
 
 
 class _Table:
@@ -34,6 +32,7 @@ class _Table:
     def __init__(self) -> None:
         self.rows: dict[str, Machine] = {}
         self.banned: set[str] = set()
+        self.server: ServerRecord | None = None
         self._indexes: dict[str, dict[Hashable, str]] = {column: {} for column in UNIQUE_COLUMNS}
 
     def find(self, column: str, value: Hashable) -> Machine | None:
@@ -42,29 +41,22 @@ class _Table:
 
     def put(self, machine: Machine) -> None:
         """Add or replace a row. Raises UniqueViolationError with nothing changed."""
-        for column, value in _unique_values(machine):
+        for column, value in unique_values(machine):
             if self._indexes[column].get(value, machine.id) != machine.id:
                 raise UniqueViolationError(column)
         old = self.rows.get(machine.id)
         if old is not None:
             self.take(old.id)
         self.rows[machine.id] = machine
-        for column, value in _unique_values(machine):
+        for column, value in unique_values(machine):
             self._indexes[column][value] = machine.id
 
     def take(self, machine_id: str) -> Machine | None:
         machine = self.rows.pop(machine_id, None)
         if machine is not None:
-            for column, value in _unique_values(machine):
+            for column, value in unique_values(machine):
                 del self._indexes[column][value]
         return machine
-
-
-def _unique_values(machine: Machine) -> Iterator[tuple[str, Hashable]]:
-    for column in UNIQUE_COLUMNS:
-        value: Hashable = getattr(machine, column)
-        if value is not None:
-            yield column, value
 
 
 class _MemoryTransaction:
@@ -74,6 +66,7 @@ class _MemoryTransaction:
         self._table = table
         self._before: list[tuple[str, Machine | None]] = []
         self._bans_before: list[tuple[str, bool]] = []
+        self._server_before = table.server
         self.changes: list[Change] = []
 
     async def machine(self, machine_id: str) -> Machine | None:
@@ -122,7 +115,21 @@ class _MemoryTransaction:
     def _set_banned(self, node_uuid: str, banned: bool) -> None:
         (self._table.banned.add if banned else self._table.banned.discard)(node_uuid)
 
+    async def note(self, sightings: Mapping[str, Sighting]) -> None:
+        for machine_id, sighting in sightings.items():
+            machine = self._table.rows.get(machine_id)
+            if machine is not None:
+                self._table.put(sighting.of(machine))
+                self._before.append((machine_id, machine))
+
+    async def server(self) -> ServerRecord | None:
+        return self._table.server
+
+    async def set_server(self, record: ServerRecord) -> None:
+        self._table.server = record
+
     def undo(self) -> None:
+        self._table.server = self._server_before
         # All out first, then back in: on the way no two rows may hold the same value.
         for machine_id, _ in self._before:
             self._table.take(machine_id)
@@ -136,37 +143,13 @@ class _MemoryTransaction:
             self._set_banned(node_uuid, was)
 
 
-class _Feed:
-    """The changes that one reader has not read yet."""
-
-    def __init__(self, limit: int) -> None:
-        self._waiting: deque[Change] = deque()
-        self._limit = limit
-        self._ready = anyio.Event()
-
-    def add(self, changes: list[Change]) -> None:
-        if len(self._waiting) + len(changes) > self._limit:
-            self._waiting.clear()
-            self._waiting.append(ChangesLost())
-        else:
-            self._waiting.extend(changes)
-        self._ready.set()
-
-    async def read(self) -> AsyncIterator[Change]:
-        while True:
-            while self._waiting:
-                yield self._waiting.popleft()
-            self._ready = anyio.Event()
-            await self._ready.wait()
-
-
 class MemoryStore:
     """Rows in dictionaries. Transactions run one after another; several servers of one process may share it."""
 
     def __init__(self, *, feed_limit: int = DEFAULT_FEED_LIMIT) -> None:
         """A reader of `changes` that falls `feed_limit` behind is told ChangesLost."""
         self._table = _Table()
-        self._feeds: set[_Feed] = set()
+        self._feeds: set[Feed] = set()
         self._feed_limit = feed_limit
         self._lock = asyncio.Lock()
 
@@ -189,7 +172,7 @@ class MemoryStore:
 
     @asynccontextmanager
     async def changes(self) -> AsyncIterator[AsyncIterator[Change]]:
-        feed = _Feed(self._feed_limit)
+        feed = Feed(self._feed_limit)
         self._feeds.add(feed)
         try:
             yield feed.read()

@@ -1,0 +1,34 @@
+"""The feed of changes to one reader: bounded, and honest about what it lost."""
+
+from collections import deque
+from collections.abc import AsyncIterator, Sequence
+
+import anyio
+
+from siderolink.server.store.base import Change, ChangesLost
+
+DEFAULT_FEED_LIMIT = 65_536
+
+
+class Feed:
+    """The changes that one reader has not read yet."""
+
+    def __init__(self, limit: int) -> None:
+        self._waiting: deque[Change] = deque()
+        self._limit = limit
+        self._ready = anyio.Event()
+
+    def add(self, changes: Sequence[Change]) -> None:
+        if len(self._waiting) + len(changes) > self._limit:
+            self._waiting.clear()
+            self._waiting.append(ChangesLost())
+        else:
+            self._waiting.extend(changes)
+        self._ready.set()
+
+    async def read(self) -> AsyncIterator[Change]:
+        while True:
+            while self._waiting:
+                yield self._waiting.popleft()
+            self._ready = anyio.Event()
+            await self._ready.wait()
