@@ -9,9 +9,8 @@ from typing import Final
 
 from siderolink.common.errors import AddressInUseError, ConfigurationError
 from siderolink.common.transport.udp_socket import UdpPath, UdpSocket
-from siderolink.common.wireguard.device import Endpoint
 from siderolink.common.wireguard.noise.drops import Drop
-from siderolink.common.wireguard.path import Receive
+from siderolink.common.wireguard.path import Endpoint, Receive
 
 _PORT_ATTEMPTS: Final = 32
 

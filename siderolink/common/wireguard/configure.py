@@ -6,10 +6,10 @@ from typing import Protocol
 from siderolink.common.errors import ConfigurationError
 from siderolink.common.keys import PresharedKey, PrivateKey, PublicKey
 from siderolink.common.wireguard.change import DeviceChange, PeerChange
-from siderolink.common.wireguard.device import Endpoint, PeerConfig, PeerStatus
+from siderolink.common.wireguard.device import PeerConfig, PeerStatus
 from siderolink.common.wireguard.noise import Engine, Peer
 from siderolink.common.wireguard.noise.handshake import NO_PRESHARED_KEY
-from siderolink.common.wireguard.path import Path
+from siderolink.common.wireguard.path import Endpoint, Path
 from siderolink.common.wireguard.uapi.protocol import DeviceReport, PeerReport
 
 

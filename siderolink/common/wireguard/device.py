@@ -3,18 +3,15 @@
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from ipaddress import IPv4Address, IPv4Interface, IPv4Network, IPv6Address, IPv6Interface, IPv6Network
+from ipaddress import IPv4Interface, IPv4Network, IPv6Interface, IPv6Network
 from typing import Literal, Protocol
 
 from siderolink.common.keys import PresharedKey, PrivateKey, PublicKey
-from siderolink.common.wireguard.path import Datagrams, Path
+from siderolink.common.wireguard.path import Datagrams, Endpoint, Path
 
 DeviceKind = Literal["auto", "kernel", "userspace"]
 Network = IPv4Network | IPv6Network
 Interface = IPv4Interface | IPv6Interface
-Endpoint = tuple[IPv4Address | IPv6Address, int]
-"""A UDP address and port; a link-local address carries its zone in `scope_id`."""
-
 DEFAULT_MTU = 1280
 
 

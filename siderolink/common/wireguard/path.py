@@ -6,7 +6,11 @@ stream is one, and roaming is replacing one path by another after an authenticat
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv6Address
 from typing import Protocol
+
+Endpoint = tuple[IPv4Address | IPv6Address, int]
+"""A UDP address and port; a link-local address carries its zone in `scope_id`."""
 
 
 @dataclass(slots=True)

@@ -13,7 +13,8 @@ from typing import TypeVar
 from siderolink.common.errors import KeyFormatError
 from siderolink.common.keys import PresharedKey, PrivateKey, PublicKey
 from siderolink.common.wireguard.change import DeviceChange, PeerChange
-from siderolink.common.wireguard.device import Endpoint, Network
+from siderolink.common.wireguard.device import Network
+from siderolink.common.wireguard.path import Endpoint
 
 MAX_REQUEST_BYTES = 16 * 1024 * 1024
 """A request for tens of thousands of peers is well below this."""
