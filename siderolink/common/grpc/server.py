@@ -182,17 +182,22 @@ async def serve(
     host: str | Sequence[str] | None = None,
     port: int = 0,
     path: str | Path | None = None,
+    listening: Sequence[socket.socket] | None = None,
     tls: ssl.SSLContext | None = None,
     limits: Limits | None = None,
     on_refusal: Callable[[Refusal, str], None] | None = None,
 ) -> AsyncIterator[GrpcServer]:
-    """Serve gRPC on a TCP port of one or several hosts (None: all) or on a local socket at `path`, until the context is left.
+    """Serve gRPC on a TCP port of one or several hosts (None: all), on a local socket at `path`, or on sockets that are `listening`
+    already and are closed with the server; until the context is left.
 
     `on_refusal` is called on the loop for whatever is refused, with one line about it; it must be quick and not raise.
     Raises AddressInUseError, or ConfigurationError when the address cannot be used.
     """
     methods = methods_of(handlers)
-    if path is not None:
+    sockets: Sequence[socket.socket]
+    if listening is not None:
+        sockets = listening
+    elif path is not None:
         sockets = [listen_unix(path)]
     else:
         hosts = [""] if host is None else [host] if isinstance(host, str) else list(host)

@@ -1,0 +1,59 @@
+"""Sockets that hear the overlay and nothing else: bound to an overlay address and to the interface that leads there.
+
+An address alone would not do. Linux takes a packet for any of its addresses by any of its interfaces, so that a neighbour on
+the LAN could reach a socket on the overlay address, and with a forged source, too. What arrives by the WireGuard interface was
+authenticated, and its source is the one address that the peer may use.
+"""
+
+import errno
+import socket
+import time
+from ipaddress import IPv6Address
+
+import anyio
+
+from siderolink.common.errors import AddressInUseError, ConfigurationError
+
+BACKLOG = 256
+RETRY_SECONDS = 0.1
+PATIENCE_SECONDS = 20.0
+_NOT_YET = (errno.EADDRNOTAVAIL, errno.ENODEV)
+
+
+async def bind_overlay(
+    address: IPv6Address, port: int, interface: str, *, udp: bool = False, patience: float = PATIENCE_SECONDS
+) -> socket.socket:
+    """A socket at the address that hears `interface` alone: listening for TCP, or open for UDP. Port 0 takes a free one.
+
+    The address may still be on its way to the interface: that is waited for, `patience` seconds at most. Raises
+    AddressInUseError or ConfigurationError.
+    """
+    until = time.monotonic() + patience
+    while True:
+        try:
+            return _bind(address, port, interface, udp=udp)
+        except OSError as error:
+            where = f"[{address}]:{port} on {interface}"
+            if error.errno == errno.EADDRINUSE:
+                raise AddressInUseError(f"{where} is in use by another process; choose another port") from error
+            if error.errno not in _NOT_YET or time.monotonic() >= until:
+                raise ConfigurationError(f"cannot listen at {where}: {error.strerror or error}") from error
+        # neither an address that is not usable yet nor an interface that is not there yet tells a socket of its coming
+        await anyio.sleep(RETRY_SECONDS)
+
+
+def _bind(address: IPv6Address, port: int, interface: str, *, udp: bool) -> socket.socket:
+    kind = socket.SOCK_DGRAM if udp else socket.SOCK_STREAM
+    sock = socket.socket(socket.AF_INET6, kind | socket.SOCK_NONBLOCK)
+    try:
+        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        if not udp:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, interface.encode() + b"\0")
+        sock.bind((str(address), port))
+        if not udp:
+            sock.listen(BACKLOG)
+    except BaseException:
+        sock.close()
+        raise
+    return sock

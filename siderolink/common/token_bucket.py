@@ -1,0 +1,27 @@
+"""How much someone may send: a burst at once, and then a rate."""
+
+import time
+from collections.abc import Callable
+
+
+class TokenBucket:
+    """Holds at most `burst` units and gains `rate` of them each second. A rate of 0 has no limit."""
+
+    __slots__ = ("_burst", "_clock", "_level", "_rate", "_seen_at")
+
+    def __init__(self, rate: float, burst: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._rate, self._burst, self._clock = rate, burst, clock
+        self._level = burst
+        self._seen_at = clock()
+
+    def take(self, units: float) -> bool:
+        """Take the units if they are there; False leaves the bucket as it is."""
+        if not self._rate:
+            return True
+        now = self._clock()
+        self._level = min(self._burst, self._level + (now - self._seen_at) * self._rate)
+        self._seen_at = now
+        if units > self._level:
+            return False
+        self._level -= units
+        return True
