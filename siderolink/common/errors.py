@@ -60,3 +60,7 @@ class HandshakeTimeoutError(JoinError):
 
 class StoreError(SideroLinkError):
     """Raised when the server's record of its machines cannot be read or written."""
+
+
+class StoreFullError(StoreError):
+    """Raised when the server's record cannot grow: the disk is full. Nothing was changed; what is known stays known."""

@@ -1,16 +1,19 @@
-"""The memory store against a slow, obvious model, and what its contract promises to a server."""
+"""Each store against a slow, obvious model, and what their contract promises to a server."""
 
-from collections.abc import Awaitable, Callable
+import tempfile
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from ipaddress import IPv6Address
+from pathlib import Path
 
 import anyio
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from siderolink.common.errors import StoreError
-from siderolink.common.keys import PublicKey
+from siderolink.common.keys import PrivateKey, PublicKey
 from siderolink.server.store import (
     BanChanged,
     ChangesLost,
@@ -18,12 +21,17 @@ from siderolink.server.store import (
     MachineChanged,
     MachineDeleted,
     MemoryStore,
+    ServerRecord,
+    Sighting,
+    Store,
     Transaction,
     UniqueViolationError,
 )
+from siderolink.server.store.sql import SqlStore
 
 pytestmark = pytest.mark.anyio
 
+KINDS = ("memory", "sql")
 UNIQUE = ("node_uuid", "public_key", "overlay_address", "virtual_address")
 
 
@@ -42,6 +50,23 @@ def machine(machine_id: int, uuid: int, key: int | None = None, overlay: int = 0
 SMALL = st.integers(0, 2)
 ROWS = st.builds(machine, SMALL, SMALL, st.none() | SMALL, SMALL, st.none() | SMALL)
 STEPS = st.lists(st.tuples(st.sampled_from(["insert", "update", "delete", "undone"]), ROWS), max_size=30)
+
+
+@asynccontextmanager
+async def opened(kind: str, feed_limit: int = 1024) -> AsyncIterator[Store]:
+    """A new store of each kind."""
+    if kind == "memory":
+        yield MemoryStore(feed_limit=feed_limit)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        async with SqlStore.open(Path(folder, "state"), feed_limit=feed_limit) as store:
+            yield store
+
+
+@pytest.fixture(params=KINDS)
+async def store(request: pytest.FixtureRequest) -> AsyncIterator[Store]:
+    async with opened(request.param) as store:
+        yield store
 
 
 class Model:
@@ -89,9 +114,19 @@ def work_of(step: str, row: Machine) -> Callable[[Transaction], Awaitable[object
 
 
 @given(STEPS)
-def test_it_does_what_the_model_does(steps: list[tuple[str, Machine]]) -> None:
-    async def run() -> None:
-        store, model = MemoryStore(), Model()
+def test_memory_does_what_the_model_does(steps: list[tuple[str, Machine]]) -> None:
+    anyio.run(_follow_the_model, "memory", steps)
+
+
+@given(STEPS)
+@settings(max_examples=25, deadline=None)
+def test_sql_does_what_the_model_does(steps: list[tuple[str, Machine]]) -> None:
+    anyio.run(_follow_the_model, "sql", steps)
+
+
+async def _follow_the_model(kind: str, steps: list[tuple[str, Machine]]) -> None:
+    async with opened(kind) as store:
+        model = Model()
         for step, row in steps:
             try:
                 await store.transact(work_of(step, row))
@@ -102,8 +137,6 @@ def test_it_does_what_the_model_does(steps: list[tuple[str, Machine]]) -> None:
             rows = {found.id: found async for found in store.machines()}
             assert rows == model.rows
             await store.transact(lambda transaction: _finds_exactly(transaction, model))
-
-    anyio.run(run)
 
 
 async def _finds_exactly(transaction: Transaction, model: Model) -> None:
@@ -117,8 +150,7 @@ async def _finds_exactly(transaction: Transaction, model: Model) -> None:
     assert not await transaction.is_banned("uuid-0")
 
 
-async def test_a_violation_names_its_column_and_the_transaction_goes_on() -> None:
-    store = MemoryStore()
+async def test_a_violation_names_its_column_and_the_transaction_goes_on(store: Store) -> None:
 
     async def work(transaction: Transaction) -> Machine:
         await transaction.insert(machine(1, uuid=1, overlay=7))
@@ -131,8 +163,7 @@ async def test_a_violation_names_its_column_and_the_transaction_goes_on() -> Non
     assert len([row async for row in store.machines()]) == 2
 
 
-async def test_an_undone_swap_leaves_both_rows_as_they_were() -> None:
-    store = MemoryStore()
+async def test_an_undone_swap_leaves_both_rows_as_they_were(store: Store) -> None:
     one, two = machine(1, 1, key=1, overlay=1), machine(2, 2, key=2, overlay=2)
 
     async def fill(transaction: Transaction) -> None:
@@ -151,8 +182,7 @@ async def test_an_undone_swap_leaves_both_rows_as_they_were() -> None:
     assert {row.id: row.public_key async for row in store.machines()} == {"1": one.public_key, "2": two.public_key}
 
 
-async def test_changes_come_once_committed_and_in_order() -> None:
-    store = MemoryStore()
+async def test_changes_come_once_committed_and_in_order(store: Store) -> None:
 
     async def work(transaction: Transaction) -> None:
         await transaction.insert(machine(1, 1))
@@ -172,16 +202,15 @@ async def test_changes_come_once_committed_and_in_order() -> None:
         ]
 
 
-async def test_a_slow_reader_of_changes_is_told_that_it_lost_some() -> None:
-    store = MemoryStore(feed_limit=2)
-    async with store.changes() as changes:
+@pytest.mark.parametrize("kind", KINDS)
+async def test_a_slow_reader_of_changes_is_told_that_it_lost_some(kind: str) -> None:
+    async with opened(kind, feed_limit=2) as store, store.changes() as changes:
         for number in range(3):
             await store.transact(work_of("insert", machine(number, number, overlay=number)))
         assert await anext(changes) == ChangesLost()
 
 
-async def test_transactions_do_not_see_each_other_half_done() -> None:
-    store = MemoryStore()
+async def test_transactions_do_not_see_each_other_half_done(store: Store) -> None:
     await store.transact(work_of("insert", machine(1, 1)))
 
     async def count_up(transaction: Transaction) -> None:
@@ -194,6 +223,108 @@ async def test_transactions_do_not_see_each_other_half_done() -> None:
         for _ in range(10):
             tasks.start_soon(store.transact, count_up)
     assert [row.created_at async for row in store.machines()] == [10.0]
+
+
+async def test_works_at_the_same_time_end_as_if_one_after_the_other(store: Store) -> None:
+    """Sixty machines fight over ten keys: each takes its key from whoever holds it."""
+    log: list[str] = []
+
+    async def take(number: int) -> None:
+        key = PublicKey(bytes([number % 10]) * 32)
+
+        async def work(transaction: Transaction) -> None:
+            await transaction.insert(machine(number, number, overlay=number))
+            holder = await transaction.machine_by_key(key)
+            await anyio.lowlevel.checkpoint()
+            if holder is not None:
+                await transaction.update(replace(holder, public_key=None))
+            mine = await transaction.machine(str(number))
+            assert mine is not None
+            await transaction.update(replace(mine, public_key=key))
+
+        await store.transact(work)
+        log.append(str(number))
+
+    async with store.changes() as changes:
+        async with anyio.create_task_group() as tasks:
+            for number in range(60):
+                tasks.start_soon(take, number)
+        rows = {row.id: row async for row in store.machines()}
+        assert len(rows) == 60
+        assert sorted(log, key=int) == sorted(rows, key=int)
+        assert len({row.public_key for row in rows.values()}) == 11  # one holder each, and None
+        replayed: dict[str, Machine] = {}
+        while replayed != rows:  # the feed tells it in an order that makes sense
+            change = await anext(changes)
+            assert isinstance(change, MachineChanged)
+            before = replayed.get(change.machine.id)
+            assert change.machine.revision == (before.revision + 1 if before else 1)
+            replayed[change.machine.id] = change.machine
+            keys = [row.public_key for row in replayed.values() if row.public_key]
+            assert len(keys) == len(set(keys))
+
+
+async def test_one_address_goes_to_one_machine(store: Store) -> None:
+    async def claim(number: int) -> None:
+        try:
+            await store.transact(work_of("insert", machine(number, number, overlay=7, virtual=8)))
+        except UniqueViolationError as error:
+            refused.append(error.column)
+
+    refused: list[str] = []
+    async with anyio.create_task_group() as tasks:
+        for number in range(20):
+            tasks.start_soon(claim, number)
+    assert len([row async for row in store.machines()]) == 1
+    assert len(refused) == 19
+
+
+async def test_a_sighting_changes_no_revision_and_is_told_to_nobody(store: Store) -> None:
+    await store.transact(work_of("insert", machine(1, 1)))
+    seen = Sighting(endpoint="192.0.2.7:1234", seen_at=5.0, handshake_at=4.0)
+    async with store.changes() as changes:
+        await store.transact(lambda transaction: transaction.note({"1": seen, "unknown": seen}))
+        await store.transact(lambda transaction: transaction.note({"1": Sighting(endpoint=None, seen_at=6.0)}))
+        await store.transact(work_of("insert", machine(2, 2, overlay=2)))
+        first = await anext(changes)
+    assert isinstance(first, MachineChanged)
+    assert first.machine.id == "2"
+    [row] = [row async for row in store.machines() if row.id == "1"]
+    assert (row.last_endpoint, row.last_handshake_at, row.seen_at, row.revision) == (None, 4.0, 6.0, 1)
+
+
+async def test_an_undone_sighting_and_record_are_undone(store: Store) -> None:
+    record = ServerRecord(private_key=PrivateKey.generate(), installation_id="here", timestamp_mark=bytes(range(12)))
+
+    async def work(transaction: Transaction) -> None:
+        await transaction.set_server(record)
+        await transaction.note({"1": Sighting(endpoint="192.0.2.7:1", seen_at=1.0)})
+        raise StoreError("no")
+
+    await store.transact(work_of("insert", machine(1, 1)))
+    with pytest.raises(StoreError):
+        await store.transact(work)
+    assert [row.seen_at async for row in store.machines()] == [None]
+    assert await store.transact(lambda transaction: transaction.server()) is None
+    await store.transact(lambda transaction: transaction.set_server(record))
+    assert await store.transact(lambda transaction: transaction.server()) == record
+
+
+async def test_a_caller_that_gives_up_breaks_nothing(store: Store) -> None:
+    begun, go_on = anyio.Event(), anyio.Event()
+
+    async def slow(transaction: Transaction) -> None:
+        await transaction.insert(machine(1, 1))
+        begun.set()
+        await go_on.wait()
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(store.transact, slow)
+        await begun.wait()
+        tasks.cancel_scope.cancel()
+    go_on.set()
+    await store.transact(work_of("insert", machine(2, 2, overlay=2)))
+    assert "2" in {row.id async for row in store.machines()}
 
 
 def test_a_row_prints_no_token() -> None:

@@ -1,0 +1,208 @@
+"""Group commit: works that wait at the same time share one database transaction, and one write to the disk.
+
+The works of a batch run side by side on what is stored, and keep their changes to themselves. They are then taken in the order
+in which they came: one that read what an earlier one of the batch changes is put off to the next batch and run again there.
+The others are what they would have been one after another.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+import anyio
+from sqlalchemy import bindparam, delete, insert, update
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from siderolink.common.errors import StoreError
+from siderolink.server.store.base import Change, Work
+from siderolink.server.store.sql import tables
+from siderolink.server.store.sql.failures import translated
+from siderolink.server.store.sql.reading import Key, Reader
+from siderolink.server.store.sql.transaction import SqlTransaction
+
+MAX_BATCH = 256
+
+_DELETE = delete(tables.machines)
+_INSERT = insert(tables.machines)
+_NOTE = (
+    update(tables.machines)
+    .where(tables.machines.c.id == bindparam("machine_id"))
+    .values(last_endpoint=bindparam("endpoint"), seen_at=bindparam("at"))
+)
+_NOTE_HANDSHAKE = _NOTE.values(last_handshake_at=bindparam("handshake"))
+
+
+class _Job:
+    """A work that waits for its turn, and for its result."""
+
+    def __init__(self, work: Work[Any]) -> None:
+        self.work = work
+        self.future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self.transaction: SqlTransaction
+        self.result: Any = None
+        self.error: Exception | None = None
+        self.has_run = False
+
+    @property
+    def is_read_only(self) -> bool:
+        return self.has_run and not self.transaction.writes
+
+    async def run(self, reader: Reader) -> None:
+        self.transaction, self.error = SqlTransaction(reader), None
+        try:
+            self.result = await self.work(self.transaction)
+        except Exception as error:
+            self.error = error
+        self.has_run = True
+
+    def fail(self, error: Exception) -> None:
+        if not self.future.done():
+            self.future.set_exception(error)
+
+    def settle(self) -> None:
+        if self.error is not None:
+            self.fail(self.error)
+        elif not self.future.done():
+            self.future.set_result(self.result)
+
+
+class Batches:
+    """Runs works on one connection, batch by batch."""
+
+    def __init__(self, connection: AsyncConnection, on_changes: Callable[[Sequence[Change]], None]) -> None:
+        self._connection = connection
+        self._on_changes = on_changes
+        self._waiting: deque[_Job] = deque()
+        self._wake = asyncio.Event()
+        self._lock = asyncio.Lock()
+        self._is_closing = False
+        self._ended = asyncio.Event()
+
+    async def submit(self, work: Work[Any]) -> Any:
+        """The work's result, once that is durable. Raises what the work raises, or StoreError."""
+        if self._is_closing:
+            raise StoreError("the store is closed")
+        job = _Job(work)
+        self._waiting.append(job)
+        self._wake.set()
+        return await job.future
+
+    async def alone(self, work: Callable[[AsyncConnection], Awaitable[None]]) -> None:
+        """Run something on the connection outside any transaction, between two batches."""
+        async with self._lock:
+            with translated():
+                await work(self._connection)
+
+    async def close(self) -> None:
+        """Let `run` finish what waits, and wait for it."""
+        self._is_closing = True
+        self._wake.set()
+        await self._ended.wait()
+
+    async def run(self) -> None:
+        """Work until closed."""
+        try:
+            while self._waiting or not self._is_closing:
+                await self._wake.wait()
+                if not self._is_closing:
+                    self._wake.clear()
+                while self._waiting:
+                    await self._run_next()
+        finally:
+            self._is_closing = True
+            self._ended.set()
+            for job in self._waiting:
+                job.fail(StoreError("the store is closed"))
+
+    async def _run_next(self) -> None:
+        jobs = [self._waiting.popleft() for _ in range(min(MAX_BATCH, len(self._waiting)))]
+        jobs = [job for job in jobs if not job.future.cancelled()]
+        try:
+            async with self._lock:
+                await self._run_batch(jobs)
+        except BaseException:
+            for job in jobs:
+                job.fail(StoreError("the store is closed"))
+            raise
+
+    async def _run_batch(self, jobs: list[_Job]) -> None:
+        taken, put_off = jobs, list[_Job]()
+        failure: StoreError | None = None
+        try:
+            with translated():
+                async with self._connection.begin():
+                    await _run_side_by_side(jobs, Reader(self._connection))
+                    taken, put_off = _take(jobs)
+                    await _write(self._connection, [job.transaction for job in taken if job.error is None])
+        except StoreError as error:
+            failure = error
+        self._waiting.extendleft(reversed(put_off))
+        changes: list[Change] = []
+        for job in taken:
+            if failure is not None and not job.is_read_only:
+                job.error = job.error or failure
+            elif job.error is None:
+                changes += job.transaction.changes
+        if changes:
+            self._on_changes(changes)
+        for job in taken:
+            job.settle()
+
+
+async def _run_side_by_side(jobs: list[_Job], reader: Reader) -> None:
+    async with anyio.create_task_group() as reading:
+        reading.start_soon(reader.run)
+        async with anyio.create_task_group() as works:
+            for job in jobs:
+                works.start_soon(job.run, reader)
+        reading.cancel_scope.cancel()
+
+
+def _take(jobs: list[_Job]) -> tuple[list[_Job], list[_Job]]:
+    """The jobs that stand, and those that have to run again after them."""
+    taken, put_off = [], []
+    written: set[Key] = set()
+    for job in jobs:
+        transaction = job.transaction
+        if written.isdisjoint(transaction.reads) and written.isdisjoint(transaction.writes):
+            taken.append(job)
+            if job.error is None:
+                written |= transaction.writes
+        else:
+            put_off.append(job)
+    return taken, put_off
+
+
+async def _write(connection: AsyncConnection, transactions: Sequence[SqlTransaction]) -> None:
+    rows = {machine_id: row for transaction in transactions for machine_id, row in transaction.rows.items()}
+    # All out first, then in: on the way no two rows may hold the same value.
+    known = [machine_id for transaction in transactions for machine_id in transaction.stored.intersection(transaction.rows)]
+    new = [tables.machine_values(row) for row in rows.values() if row is not None]
+    if known:
+        await connection.execute(_DELETE.where(tables.machines.c.id.in_(known)))
+    if new:
+        await connection.execute(_INSERT, new)
+    for transaction in transactions:
+        for node_uuid, banned in transaction.bans.items():
+            await connection.execute(delete(tables.bans).where(tables.bans.c.node_uuid == node_uuid))
+            if banned:
+                await connection.execute(insert(tables.bans).values(node_uuid=node_uuid))
+        if transaction.record is not None:
+            await connection.execute(delete(tables.server))
+            await connection.execute(insert(tables.server).values(tables.server_values(transaction.record)))
+        await _note(connection, transaction)
+
+
+async def _note(connection: AsyncConnection, transaction: SqlTransaction) -> None:
+    plain, with_handshake = [], []
+    for machine_id, sighting in transaction.sightings.items():
+        values = {"machine_id": machine_id, "endpoint": sighting.endpoint, "at": sighting.seen_at}
+        if sighting.handshake_at is None:
+            plain.append(values)
+        else:
+            with_handshake.append(values | {"handshake": sighting.handshake_at})
+    if plain:
+        await connection.execute(_NOTE, plain)
+    if with_handshake:
+        await connection.execute(_NOTE_HANDSHAKE, with_handshake)

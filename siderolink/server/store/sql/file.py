@@ -1,0 +1,128 @@
+"""The state file: made readable by its owner alone, looked at before it is opened, locked while it is open.
+
+A file that is damaged, foreign or newer than this program is left exactly as it is.
+"""
+
+import logging
+import os
+import stat
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Connection, event, inspect, text
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
+from sqlalchemy.pool import StaticPool
+
+from siderolink.common.errors import StoreError
+from siderolink.common.text import one_line
+from siderolink.server.store.sql.tables import HEAD
+
+log = logging.getLogger(__name__)
+
+APPLICATION_ID = 0x53444C4B
+"""What marks a SQLite file as this program's (bytes 68 to 71 of its header)."""
+_MAGIC = b"SQLite format 3\0"
+_HEADER_BYTES = 100
+BUSY_SECONDS = 2.0
+"""How long the last owner of the file may take to let go of it."""
+
+
+def prepare(path: Path) -> None:
+    """Make the file, or look at it without changing it. Raises StoreError."""
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
+    except OSError as error:
+        raise StoreError(f"the state file {path} cannot be opened: {error.strerror}") from None
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise StoreError(f"the state file {path} is no regular file")
+        header = os.pread(descriptor, _HEADER_BYTES, 0)
+        if header and (header[:16] != _MAGIC or int.from_bytes(header[68:72]) != APPLICATION_ID):
+            raise StoreError(f"{path} is no state file of siderolink; it was left as it is")
+        if status.st_mode & 0o077:
+            log.warning("the state file %s could be read by others; now it cannot", path)
+            os.fchmod(descriptor, 0o600)
+    finally:
+        os.close(descriptor)
+
+
+@asynccontextmanager
+async def open_file(path: Path) -> AsyncIterator[AsyncConnection]:
+    """The one connection to a sound file of this version; an older one is brought up to it. Raises StoreError."""
+    prepare(path)
+    engine = create_async_engine(
+        f"sqlite+aiosqlite:///{path}", poolclass=StaticPool, connect_args={"timeout": BUSY_SECONDS}, hide_parameters=True
+    )
+    event.listen(engine.sync_engine, "connect", _set_up)
+    event.listen(engine.sync_engine, "begin", _begin)
+    async with AsyncExitStack() as stack:
+        stack.push_async_callback(engine.dispose)
+        try:
+            connection = await stack.enter_async_context(engine.connect())
+            await connection.run_sync(_check, path)
+        except DBAPIError as error:
+            raise _unusable(path, error) from error
+        yield connection
+
+
+def _set_up(dbapi_connection: Any, _: object) -> None:
+    dbapi_connection.isolation_level = None  # transactions begin where _begin says, and nowhere else
+    cursor = dbapi_connection.cursor()
+    # One server per file; without sharing, there is no memory-mapped index that a full disk could break either.
+    cursor.execute("PRAGMA locking_mode=EXCLUSIVE")
+    cursor.execute("PRAGMA trusted_schema=OFF")
+    cursor.execute("BEGIN EXCLUSIVE")
+    cursor.execute("PRAGMA application_id")
+    if cursor.fetchone()[0] != APPLICATION_ID:
+        cursor.execute(f"PRAGMA application_id={APPLICATION_ID}")
+    cursor.execute("COMMIT")
+    cursor.execute("PRAGMA journal_mode=WAL")
+    cursor.execute("PRAGMA synchronous=FULL")  # a commit is on the disk before it is answered
+    cursor.close()
+
+
+def _begin(connection: Connection) -> None:
+    connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+
+def _check(connection: Connection, path: Path) -> None:
+    with connection.begin():
+        faults = connection.exec_driver_sql("PRAGMA quick_check(1)").scalar()
+        if faults != "ok":
+            raise StoreError(f"the state file {path} is damaged; it was left as it is: {one_line(str(faults))}")
+        tables = inspect(connection).get_table_names()
+        version = connection.execute(text("SELECT version_num FROM alembic_version")).scalar() if tables else None
+        if version != HEAD:
+            _upgrade(connection, path, version)
+
+
+def _upgrade(connection: Connection, path: Path, version: str | None) -> None:
+    """Run the migrations that the file lacks, all in the one transaction that runs."""
+    from alembic.command import upgrade
+    from alembic.config import Config
+    from alembic.script import ScriptDirectory
+
+    config = Config()
+    config.set_main_option("script_location", str(Path(__file__).with_name("migrations")))
+    config.attributes["connection"] = connection
+    known = {script.revision for script in ScriptDirectory.from_config(config).walk_revisions()}
+    if version is not None and version not in known:
+        raise StoreError(
+            f"the state file {path} was written by a newer siderolink (its schema is {one_line(version, limit=32)}, "
+            f"this one knows {HEAD}); it was left as it is"
+        )
+    upgrade(config, "head")
+
+
+def _unusable(path: Path, error: DBAPIError) -> StoreError:
+    reason = one_line(str(error.orig))
+    if "locked" in reason:
+        return StoreError(f"the state file {path} is in use by another siderolink")
+    if "malformed" in reason or "not a database" in reason:
+        return StoreError(f"the state file {path} is damaged; it was left as it is: {reason}")
+    return StoreError(f"the state file {path} cannot be used: {reason}")

@@ -1,0 +1,87 @@
+"""What the works of one batch read: all that is asked for at the same time goes into one query."""
+
+import asyncio
+from collections.abc import Hashable, Iterable, Sequence
+
+from sqlalchemy import or_, select
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from siderolink.common.errors import StoreError
+from siderolink.server.store.base import Machine, ServerRecord
+from siderolink.server.store.sql import tables
+from siderolink.server.store.sql.failures import translated
+
+Key = tuple[str, Hashable]
+"""What was read or written: a column of the machines and its value, or BAN and a UUID, or SERVER."""
+
+BAN = "ban"
+SERVER: Key = ("server", 1)
+
+Found = Machine | ServerRecord | bool | None
+_COLUMNS = {column.name: column for column in tables.machines.columns}
+
+
+class Reader:
+    """Reads rows of one database transaction, each at most once; the works of a batch share it."""
+
+    def __init__(self, connection: AsyncConnection) -> None:
+        self._connection = connection
+        self._answers: dict[Key, asyncio.Future[Found]] = {}
+        self._wanted: list[Key] = []
+        self._wake = asyncio.Event()
+
+    def want(self, keys: Iterable[Key]) -> None:
+        """Ask for what is soon read."""
+        for key in keys:
+            if key not in self._answers:
+                self._answers[key] = asyncio.get_running_loop().create_future()
+                self._wanted.append(key)
+                self._wake.set()
+
+    async def read(self, key: Key) -> Found:
+        """Raises StoreError."""
+        self.want((key,))
+        return await asyncio.shield(self._answers[key])
+
+    async def run(self) -> None:
+        """Answer until cancelled."""
+        while True:
+            await self._wake.wait()
+            await asyncio.sleep(0)  # other works of the batch are about to ask, too
+            self._wake.clear()
+            wanted, self._wanted = self._wanted, []
+            try:
+                with translated():
+                    found = await self._fetch(wanted)
+            except StoreError as error:
+                for key in wanted:
+                    self._answers[key].set_exception(error)
+                    self._answers[key].exception()  # nobody may have waited
+            else:
+                for key in wanted:
+                    self._answers[key].set_result(found.get(key))
+
+    async def _fetch(self, wanted: Sequence[Key]) -> dict[Key, Found]:
+        found: dict[Key, Found] = {}
+        by_column: dict[str, list[Hashable]] = {}
+        for column, value in wanted:
+            by_column.setdefault(column, []).append(value)
+        banned = by_column.pop(BAN, None)
+        if banned is not None:
+            rows = await self._connection.execute(select(tables.bans).where(tables.bans.c.node_uuid.in_(banned)))
+            found |= {(BAN, node_uuid): True for (node_uuid,) in rows}
+        if by_column.pop(SERVER[0], None) is not None:
+            row = (await self._connection.execute(select(tables.server))).mappings().first()
+            found[SERVER] = None if row is None else tables.read_server(row)
+        if by_column:
+            await self._fetch_machines(by_column, found)
+        return found
+
+    async def _fetch_machines(self, by_column: dict[str, list[Hashable]], found: dict[Key, Found]) -> None:
+        # In one order, so that the statement's text is one of few and is compiled once.
+        asked = [(name, by_column[name]) for name in _COLUMNS if name in by_column]
+        matches = [_COLUMNS[name].in_([tables.cell(value) for value in values]) for name, values in asked]
+        rows = await self._connection.execute(select(tables.machines).where(or_(*matches)))
+        for row in rows.mappings():
+            machine = tables.read_machine(row)
+            found |= {(name, getattr(machine, name)): machine for name, _ in asked}

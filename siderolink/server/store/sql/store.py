@@ -1,0 +1,103 @@
+"""A store in a SQLite file, which outlives the server: by SQLAlchemy's async engine and Alembic's migrations."""
+
+import os
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import anyio
+from sqlalchemy import select
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from siderolink.common.errors import StoreError
+from siderolink.common.tasks import background_tasks
+from siderolink.server.store.base import Change, Machine, Work
+from siderolink.server.store.feed import DEFAULT_FEED_LIMIT, Feed
+from siderolink.server.store.sql import tables
+from siderolink.server.store.sql.batches import Batches
+from siderolink.server.store.sql.file import open_file
+
+T = TypeVar("T")
+
+_CLOSE_SECONDS = 5.0
+_PAGE = 1024
+
+
+class SqlStore:
+    """See `Store`. One server at a time has the file open."""
+
+    def __init__(self, connection: AsyncConnection, feed_limit: int) -> None:
+        """For `open`."""
+        self._feeds: set[Feed] = set()
+        self._feed_limit = feed_limit
+        self._batches = Batches(connection, self._publish)
+
+    @classmethod
+    @asynccontextmanager
+    async def open(cls, path: str | os.PathLike[str], *, feed_limit: int = DEFAULT_FEED_LIMIT) -> AsyncIterator["SqlStore"]:
+        """Open or make the file, readable by its owner alone; what waits when this is left is still done.
+
+        Raises StoreError, with one clear line, for a file that cannot be used; such a file is never changed.
+        """
+        async with open_file(Path(path)) as connection:
+            store = cls(connection, feed_limit)
+            async with background_tasks() as tasks:
+                tasks.start_soon(store._batches.run, name="siderolink store")
+                try:
+                    yield store
+                finally:
+                    await store._close()
+
+    async def _close(self) -> None:
+        with anyio.CancelScope(shield=True), anyio.move_on_after(_CLOSE_SECONDS):
+            await self._batches.close()
+
+    async def transact(self, work: Work[T]) -> T:
+        result: T = await self._batches.submit(work)
+        return result
+
+    async def machines(self) -> AsyncIterator[Machine]:
+        """Page by page, each as it was between two batches."""
+        last = ""
+        while True:
+            page: list[Machine] = []
+
+            async def read(connection: AsyncConnection, after: str = last, page: list[Machine] = page) -> None:
+                columns = tables.machines.c
+                statement = select(tables.machines).where(columns.id > after).order_by(columns.id).limit(_PAGE)
+                async with connection.begin():
+                    page += [tables.read_machine(row) for row in (await connection.execute(statement)).mappings()]
+
+            await self._batches.alone(read)
+            for machine in page:
+                yield machine
+            if len(page) < _PAGE:
+                return
+            last = page[-1].id
+
+    @asynccontextmanager
+    async def changes(self) -> AsyncIterator[AsyncIterator[Change]]:
+        feed = Feed(self._feed_limit)
+        self._feeds.add(feed)
+        try:
+            yield feed.read()
+        finally:
+            self._feeds.discard(feed)
+
+    def _publish(self, changes: Sequence[Change]) -> None:
+        for feed in self._feeds:
+            feed.add(changes)
+
+    async def backup(self, path: Path) -> None:
+        """Write a whole copy to a new file, readable by its owner alone, while the store is in use. Raises StoreError."""
+        try:
+            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+        except OSError as error:
+            raise StoreError(f"the copy {path} cannot be made: {error.strerror}") from None
+
+        async def copy(connection: AsyncConnection) -> None:
+            driver: Any = (await connection.get_raw_connection()).driver_connection
+            await driver.execute("VACUUM INTO ?", (str(path),))
+
+        await self._batches.alone(copy)
