@@ -15,6 +15,15 @@ from siderolink.server.events import (
 from siderolink.server.links import LinkState
 from siderolink.server.options import MachineLimits
 from siderolink.server.refusals import JoinRefusal, StreamRefusal
+from siderolink.server.reporting import (
+    LinesDropped,
+    LogLine,
+    MachineEvent,
+    ReportDrop,
+    ReportOptions,
+    Reports,
+    ReportsLost,
+)
 from siderolink.server.server import MachineStatus, Server
 from siderolink.server.store import Machine, MemoryStore, Store
 
@@ -29,14 +38,21 @@ __all__ = [
     "JoinRefused",
     "JoinRequest",
     "LeaveReason",
+    "LinesDropped",
     "LinkDown",
     "LinkState",
+    "LogLine",
     "Machine",
+    "MachineEvent",
     "MachineJoined",
     "MachineLeft",
     "MachineLimits",
     "MachineStatus",
     "MemoryStore",
+    "ReportDrop",
+    "ReportOptions",
+    "Reports",
+    "ReportsLost",
     "Server",
     "ServerEvent",
     "Store",

@@ -65,6 +65,7 @@ class Links:
         self._by_id: dict[str, Link] = {}
         self._by_key: dict[PublicKey, Link] = {}
         self._by_virtual: dict[IPv6Address, Link] = {}
+        self._by_overlay: dict[IPv6Address, Link] = {}
         self.pending = 0
         """How many links are PENDING."""
 
@@ -82,6 +83,11 @@ class Links:
 
     def by_virtual_address(self, address: IPv6Address) -> Link | None:
         return self._by_virtual.get(address)
+
+    def machine_at(self, address: IPv6Address) -> Machine | None:
+        """The machine that has this overlay address."""
+        link = self._by_overlay.get(address)
+        return None if link is None else link.machine
 
     async def silence(self, machine: Machine) -> float | None:
         """Seconds since the last authenticated packet with the row's key; None if there was none."""
@@ -104,6 +110,9 @@ class Links:
         else:
             old, link.machine = link.machine, machine
         link.is_applied = False
+        if old is not None and old.overlay_address != machine.overlay_address:
+            self._release_overlay_address(link, old.overlay_address)
+        self._by_overlay[machine.overlay_address] = link
         abandoned = self._move_key(link, old, state)
         self._move_virtual_address(link, old)
         if abandoned is not None:
@@ -149,6 +158,10 @@ class Links:
         if self._by_virtual.get(address) is link:
             del self._by_virtual[address]
 
+    def _release_overlay_address(self, link: Link, address: IPv6Address) -> None:
+        if self._by_overlay.get(address) is link:
+            del self._by_overlay[address]
+
     async def drop(self, machine_id: str) -> Link | None:
         """Forget a link: its peer, its virtual address, its streams. None if there is no such link."""
         link = self._by_id.pop(machine_id, None)
@@ -156,6 +169,7 @@ class Links:
             return None
         self.set_state(link, LinkState.DOWN)
         machine = link.machine
+        self._release_overlay_address(link, machine.overlay_address)
         if machine.virtual_address is not None:
             self._release_virtual_address(link, machine.virtual_address)
         self.end_streams(link, StreamRefusal.MACHINE_GONE)

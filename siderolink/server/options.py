@@ -9,6 +9,7 @@ from siderolink.common.hostport import HostPort
 from siderolink.common.keys import PrivateKey
 from siderolink.common.wireguard.device import DeviceKind
 from siderolink.server.authorization import Authorize, allow_all
+from siderolink.server.reporting import ReportOptions
 from siderolink.server.store import Store
 
 MAX_ENDPOINTS = 32
@@ -58,6 +59,7 @@ class ServerOptions:
     persistent_keepalive: int = 25
     api_limits: Limits = Limits()
     limits: MachineLimits = MachineLimits()
+    reports: ReportOptions | None = None
 
     def __post_init__(self) -> None:
         _check_listen(self.api_listen)

@@ -24,6 +24,7 @@ from siderolink.server.links import Links, LinkState
 from siderolink.server.machines import Machines
 from siderolink.server.options import MachineLimits, ServerOptions
 from siderolink.server.provisioning import Answers, ProvisionService
+from siderolink.server.reporting import ReportOptions, Reports, receive_reports
 from siderolink.server.store import Machine, MemoryStore, Store
 from siderolink.server.tokens import JoinTokenCheck
 from siderolink.server.tunnel import TunnelService
@@ -50,6 +51,7 @@ class _Parts:
     tunnel: TunnelService
     api: GrpcServer
     endpoints: tuple[HostPort, ...]
+    reports: Reports | None
 
 
 class Server(AbstractAsyncContextManager["Server"]):
@@ -82,6 +84,7 @@ class Server(AbstractAsyncContextManager["Server"]):
         persistent_keepalive: int = 25,
         api_limits: Limits | None = None,
         limits: MachineLimits | None = None,
+        reports: ReportOptions | None = None,
     ) -> None:
         """Check the options; nothing is opened yet. Raises ConfigurationError.
 
@@ -95,6 +98,7 @@ class Server(AbstractAsyncContextManager["Server"]):
         authorize: decides on each join beyond the token.
         store: where machines are remembered; None for memory.
         persistent_keepalive: seconds between keepalives to each machine; 0 for none.
+        reports: where on the overlay address machines deliver events and kernel log lines; None for nowhere.
         """
         self._options = ServerOptions(
             api_listen=api_listen,
@@ -113,6 +117,7 @@ class Server(AbstractAsyncContextManager["Server"]):
             persistent_keepalive=persistent_keepalive,
             api_limits=api_limits or Limits(),
             limits=limits or MachineLimits(),
+            reports=reports,
         )
         self._store: Store = MemoryStore() if store is None else store
         self._prefix = overlay_prefix(installation_id)
@@ -171,11 +176,24 @@ class Server(AbstractAsyncContextManager["Server"]):
                 await tasks.start(machines.follow)
                 await machines.load()
                 tasks.start_soon(machines.watch)
-                async with self._serve(device, links, machines) as parts:
+                async with (
+                    self._receive_reports(device, links) as reports,
+                    self._serve(device, links, machines, reports) as parts,
+                ):
                     yield parts
 
     @asynccontextmanager
-    async def _serve(self, device: Device, links: Links, machines: Machines) -> AsyncIterator[_Parts]:
+    async def _receive_reports(self, device: Device, links: Links) -> AsyncIterator[Reports | None]:
+        if self._options.reports is None:
+            yield None
+            return
+        async with receive_reports(
+            self._options.reports, links.machine_at, self.events(), address=self.address, interface=device.name
+        ) as reports:
+            yield reports
+
+    @asynccontextmanager
+    async def _serve(self, device: Device, links: Links, machines: Machines, reports: Reports | None) -> AsyncIterator[_Parts]:
         options = self._options
         endpoints = tuple(
             endpoint if endpoint.port else replace(endpoint, port=device.listen_port or 0) for endpoint in options.endpoints
@@ -203,6 +221,7 @@ class Server(AbstractAsyncContextManager["Server"]):
                 tunnel=tunnel,
                 api=api,
                 endpoints=endpoints,
+                reports=reports,
             )
 
     def _live(self) -> _Parts:
@@ -273,6 +292,14 @@ class Server(AbstractAsyncContextManager["Server"]):
     def events(self) -> EventStream:
         """What happens from now on. Bounded per reader: a slow one loses its oldest events and is told so by EventsLost."""
         return self._events.subscribe(self._options.limits.event_limit)
+
+    @property
+    def reports(self) -> Reports:
+        """Machines' events and kernel log lines. Raises SideroLinkError where the option `reports` did not ask for them."""
+        found = self._live().reports
+        if found is None:
+            raise SideroLinkError("this server receives no reports; give it reports=ReportOptions(...)")
+        return found
 
     # --- counters
 

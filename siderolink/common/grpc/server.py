@@ -187,8 +187,9 @@ async def serve(
     limits: Limits | None = None,
     on_refusal: Callable[[Refusal, str], None] | None = None,
 ) -> AsyncIterator[GrpcServer]:
-    """Serve gRPC on a TCP port of one or several hosts (None: all), on a local socket at `path`, or on sockets that are `listening`
-    already and are closed with the server; until the context is left.
+    """Serve gRPC on a TCP port of one or several hosts (None: all) or on a local socket at `path`, until the context is left.
+
+    Or on sockets that are `listening` already; they are closed with the server.
 
     `on_refusal` is called on the loop for whatever is refused, with one line about it; it must be quick and not raise.
     Raises AddressInUseError, or ConfigurationError when the address cannot be used.

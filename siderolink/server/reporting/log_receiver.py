@@ -1,0 +1,119 @@
+"""Kernel log lines: one JSON object a line by TCP, one a datagram by UDP."""
+
+import asyncio
+import json
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, cast
+
+from siderolink.server.reporting.desk import ReportDesk
+from siderolink.server.reporting.lines import LineSplitter
+from siderolink.server.reporting.reports import ReportDrop
+
+if TYPE_CHECKING:
+    from siderolink.server.store import Machine
+
+
+class _Connection(asyncio.Protocol):
+    """One machine's lines by TCP."""
+
+    def __init__(self, desk: ReportDesk, open_connections: "set[asyncio.Transport]") -> None:
+        self._desk = desk
+        self._open = open_connections
+        self._lines = LineSplitter(desk.options.max_line_bytes)
+        self._counted_too_long = 0
+        self._machine: Machine | None = None
+        self._transport: asyncio.Transport | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast("asyncio.Transport", transport)
+        self._open.add(self._transport)
+        peer = transport.get_extra_info("peername")
+        machine = self._desk.machine(str(peer[0])) if peer else None
+        if machine is None or not self._desk.connect(machine):
+            self._transport.abort()
+            return
+        self._machine = machine
+        sock = transport.get_extra_info("socket")
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60)
+
+    def data_received(self, data: bytes) -> None:
+        machine = self._machine
+        if machine is None or self._transport is None:
+            return
+        if not self._desk.is_current(machine):
+            self._transport.abort()
+            return
+        lines = self._lines.feed(data)
+        if self._lines.too_long > self._counted_too_long:
+            self._desk.drop_lines(machine, ReportDrop.LINE_TOO_LONG, self._lines.too_long - self._counted_too_long)
+            self._counted_too_long = self._lines.too_long
+        for line in lines:
+            self._desk.take_line(machine, line)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._transport is not None:
+            self._open.discard(self._transport)
+        if self._machine is None:
+            return
+        rest = self._lines.rest().strip()
+        if rest and _is_whole(rest):
+            self._desk.take_line(self._machine, rest)
+        elif rest:
+            self._desk.drop_lines(self._machine, ReportDrop.LINE_INCOMPLETE)
+        self._desk.disconnect(self._machine)
+
+
+class _Datagrams(asyncio.DatagramProtocol):
+    """Any machine's lines by UDP."""
+
+    def __init__(self, desk: ReportDesk) -> None:
+        self._desk = desk
+
+    def datagram_received(self, data: bytes, addr: tuple[object, ...]) -> None:
+        machine = self._desk.machine(str(addr[0]))
+        if machine is None:
+            return
+        line = data.strip()
+        if len(line) > self._desk.options.max_line_bytes:
+            self._desk.drop_lines(machine, ReportDrop.LINE_TOO_LONG)
+        elif line:
+            self._desk.take_line(machine, line)
+
+    def error_received(self, exc: Exception) -> None:
+        """An ICMP error about a datagram; nothing is sent from here."""
+
+
+@asynccontextmanager
+async def receive_lines(desk: ReportDesk, tcp: socket.socket, udp: socket.socket) -> AsyncIterator[None]:
+    """Take lines from both sockets, which are closed with the context, as are the connections."""
+    loop = asyncio.get_running_loop()
+    connections: set[asyncio.Transport] = set()
+    try:
+        server = await loop.create_server(lambda: _Connection(desk, connections), sock=tcp)
+    except BaseException:
+        tcp.close()
+        udp.close()
+        raise
+    try:
+        transport, _ = await loop.create_datagram_endpoint(lambda: _Datagrams(desk), sock=udp)
+    except BaseException:
+        server.close()
+        udp.close()
+        raise
+    try:
+        yield
+    finally:
+        server.close()
+        transport.close()
+        for connection in tuple(connections):
+            connection.abort()
+
+
+def _is_whole(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False

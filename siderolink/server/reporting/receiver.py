@@ -1,0 +1,125 @@
+"""The receivers on the server's overlay address, put together, and what an embedder sees of them."""
+
+import socket
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from ipaddress import IPv6Address
+
+from siderolink.common.grpc import GrpcServer, Limits, serve
+from siderolink.common.overlay_socket import bind_overlay
+from siderolink.common.tasks import background_tasks
+from siderolink.server.events import EventsLost, EventStream, MachineLeft
+from siderolink.server.reporting.desk import MachineAt, ReportDesk
+from siderolink.server.reporting.event_sink import EventSink
+from siderolink.server.reporting.feed import ReportStream
+from siderolink.server.reporting.log_receiver import receive_lines
+from siderolink.server.reporting.options import ReportOptions
+from siderolink.server.reporting.reports import LinesDropped, LogLine, MachineEvent
+
+_SINK_CONNECTIONS = 16_384
+_SINK_WINDOW_BYTES = 1024 * 1024
+
+
+class Reports:
+    """What machines report, as it comes and as far as it is kept."""
+
+    def __init__(self, desk: ReportDesk) -> None:
+        self._desk = desk
+        self._sink: GrpcServer | None = None
+        self._log_port: int | None = None
+
+    @property
+    def event_sink_port(self) -> int | None:
+        """The event sink's TCP port on the overlay address; None where there is none."""
+        return None if self._sink is None else self._sink.port
+
+    @property
+    def log_port(self) -> int | None:
+        """The TCP and UDP port of the log receiver on the overlay address; None where there is none."""
+        return self._log_port
+
+    def events(self) -> ReportStream[MachineEvent]:
+        """Machines' events from now on. A slow reader loses its oldest ones and is told so by ReportsLost."""
+        return self._desk.events.subscribe()
+
+    def lines(self) -> ReportStream[LogLine | LinesDropped]:
+        """Machines' log lines from now on. A slow reader loses its oldest ones and is told so by ReportsLost."""
+        return self._desk.lines.subscribe()
+
+    def recent_events(self, machine_id: str) -> list[MachineEvent]:
+        """The last events of one machine, the oldest first."""
+        return self._desk.recent_events.of(machine_id)
+
+    def recent_lines(self, machine_id: str) -> list[LogLine]:
+        """The last log lines of one machine, the oldest first."""
+        return self._desk.recent_lines.of(machine_id)
+
+    def drops(self, machine_id: str | None = None) -> dict[str, int]:
+        """How much was not taken, of one machine or of all, by named reason (docs/drops.md)."""
+        if machine_id is not None:
+            return self._desk.drops_of(machine_id)
+        return {str(reason): count for reason, count in self._desk.drops.items()}
+
+    def refusals(self) -> dict[str, int]:
+        """How many connections and calls the event sink refused, by named reason (docs/drops.md)."""
+        return {} if self._sink is None else {str(reason): count for reason, count in self._sink.refusals.items()}
+
+    @asynccontextmanager
+    async def serve(self, address: IPv6Address, interface: str) -> AsyncIterator[None]:
+        """Listen at the overlay address, for what comes by `interface` alone."""
+        options = self._desk.options
+        async with AsyncExitStack() as stack:
+            if options.event_sink_port is not None:
+                sock = await bind_overlay(address, options.event_sink_port, interface)
+                limits = _limits(options)
+                self._sink = await stack.enter_async_context(serve([EventSink(self._desk)], listening=[sock], limits=limits))
+            if options.log_port is not None:
+                tcp, udp = await _bind_both(address, options.log_port, interface)
+                self._log_port = tcp.getsockname()[1]
+                await stack.enter_async_context(receive_lines(self._desk, tcp, udp))
+            yield
+
+
+@asynccontextmanager
+async def receive_reports(
+    options: ReportOptions, machine_at: MachineAt, departures: EventStream, *, address: IPv6Address, interface: str
+) -> AsyncIterator[Reports]:
+    """Receive at the server's overlay address. Raises AddressInUseError or ConfigurationError where that cannot be."""
+    desk = ReportDesk(options, machine_at)
+    reports = Reports(desk)
+    try:
+        async with background_tasks() as tasks:
+            tasks.start_soon(_forget_departed, desk, departures)
+            async with reports.serve(address, interface):
+                yield reports
+    finally:
+        desk.end()
+
+
+async def _forget_departed(desk: ReportDesk, departures: EventStream) -> None:
+    async for event in departures:
+        if isinstance(event, MachineLeft):
+            desk.forget(event.machine.id)
+        elif isinstance(event, EventsLost):
+            desk.forget_strangers()
+
+
+async def _bind_both(address: IPv6Address, port: int, interface: str) -> tuple[socket.socket, socket.socket]:
+    tcp = await bind_overlay(address, port, interface)
+    try:
+        return tcp, await bind_overlay(address, tcp.getsockname()[1], interface, udp=True)
+    except BaseException:
+        tcp.close()
+        raise
+
+
+def _limits(options: ReportOptions) -> Limits:
+    """Machines share one /64, so that the bound for one address would be one for all of them."""
+    return Limits(
+        max_message_bytes=options.max_event_bytes,
+        stream_window_bytes=options.max_event_bytes + 5,
+        connection_window_bytes=_SINK_WINDOW_BYTES,
+        max_connections_per_address=_SINK_CONNECTIONS,
+        max_streams=8,
+        connection_idle_timeout=3600.0,
+    )
