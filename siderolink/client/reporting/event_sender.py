@@ -1,0 +1,94 @@
+"""Delivers a machine's events to the event sink, one call each, in order; the next only when the last one was taken."""
+
+import logging
+
+from grpclib.exceptions import GRPCError
+
+from siderolink.client.reporting.outbox import Outbox
+from siderolink.client.reporting.retry import Retry
+from siderolink.client.reporting.xid import IdMaker
+from siderolink.common.backoff import Backoff
+from siderolink.common.errors import JoinError
+from siderolink.common.grpc import open_channel, translate_errors
+from siderolink.common.hostport import HostPort
+from siderolink.common.machine_events import MachineEventPayload, pack_event
+from siderolink.common.pb.events import EventRequest, EventSinkServiceStub
+from siderolink.common.text import one_line
+
+log = logging.getLogger("siderolink")
+
+MAX_WAITING_EVENTS = 1000
+MAX_WAITING_BYTES = 4 * 1024 * 1024
+PUBLISH_TIMEOUT = 30.0
+"""Seconds for one call; then the connection is made anew."""
+
+
+class EventSender:
+    """Keeps the events that the sink has not acknowledged, and delivers them while `run` runs.
+
+    A connection that breaks, a link that is down or a server that starts again costs no event: delivery goes on with the first
+    one that was not acknowledged. At most `MAX_WAITING_EVENTS` events and `MAX_WAITING_BYTES` wait; beyond that the oldest are
+    lost, which `lost` counts and the log says.
+    """
+
+    def __init__(self, *, max_events: int = MAX_WAITING_EVENTS, max_bytes: int = MAX_WAITING_BYTES) -> None:
+        self.delivered = 0
+        """How many events the sink has acknowledged."""
+        self._outbox: Outbox[EventRequest] = Outbox(max_items=max_events, max_bytes=max_bytes)
+        self._ids = IdMaker()
+        self._retry = Retry(Backoff(first=0.5, floor=0.1, cap=30.0))
+        self._lost_said = 0
+
+    @property
+    def lost(self) -> int:
+        """How many events were dropped because too many waited."""
+        return self._outbox.lost
+
+    @property
+    def waiting(self) -> int:
+        """How many events have not been acknowledged yet."""
+        return len(self._outbox)
+
+    def publish(self, payload: MachineEventPayload, *, actor_id: str = "") -> str:
+        """Report an event, at once or when the sink can be reached; gives its id. Never waits."""
+        data = pack_event(payload)
+        request = EventRequest(data=data, id=self._ids.next(), actor_id=actor_id)
+        self._outbox.put(request, len(data.value) + len(data.type_url) + len(actor_id) + 64)
+        return request.id
+
+    def kick(self) -> None:
+        """Try again now, for the link is back."""
+        self._retry.kick()
+
+    async def run(self, sink: HostPort) -> None:
+        """Deliver to the sink for ever; ends only by cancellation."""
+        while True:
+            await self._outbox.wait_beyond(self._outbox.first)
+            try:
+                await self._deliver(sink)
+            except JoinError as error:
+                log.debug("events wait for the sink %s: %s", sink, error)
+            except GRPCError as error:
+                log.debug("the sink %s refused an event: %s: %s", sink, error.status.name, one_line(error.message or ""))
+            self._say_lost()
+            await self._retry.wait()
+
+    async def _deliver(self, sink: HostPort) -> None:
+        """Deliver what waits and what comes, until a call fails."""
+        async with open_channel(sink.host, sink.port) as channel:
+            stub = EventSinkServiceStub(channel)
+            while True:
+                number = self._outbox.first
+                await self._outbox.wait_beyond(number)
+                number = self._outbox.first
+                with translate_errors(f"the event sink {sink}"):
+                    await stub.publish(self._outbox.get(number), timeout=PUBLISH_TIMEOUT)
+                self._outbox.acknowledge(number + 1)
+                self.delivered += 1
+                self._retry.worked()
+                self._say_lost()
+
+    def _say_lost(self) -> None:
+        if self._outbox.lost > self._lost_said:
+            log.warning("%d events were lost, because too many waited for the sink", self._outbox.lost - self._lost_said)
+            self._lost_said = self._outbox.lost

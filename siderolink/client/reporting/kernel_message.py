@@ -1,0 +1,86 @@
+"""Kernel log records: as /dev/kmsg gives them, and as they are delivered."""
+
+import json
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from siderolink.common.errors import ConfigurationError
+
+FACILITIES = (
+    "kern",
+    "user",
+    "mail",
+    "daemon",
+    "auth",
+    "syslog",
+    "lpr",
+    "news",
+    "uucp",
+    "cron",
+    "authpriv",
+    "ftp",
+    "ntp",
+    "audit",
+    "alert",
+    "clock",
+    *(f"local{number}" for number in range(8)),
+)
+"""By number (RFC 5424, 6.2.1)."""
+PRIORITIES = ("emerg", "alert", "crit", "err", "warning", "notice", "info", "debug")
+_LEVELS = ("error", "error", "error", "error", "warn", "info", "info", "debug")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KernelMessage:
+    """One record."""
+
+    message: str
+    priority: int = 6
+    """0 (emerg) to 7 (debug)."""
+    facility: int = 0
+    seq: int = 0
+    clock: int = 0
+    """Microseconds since boot."""
+    time_ns: int = 0
+    """Unix time in nanoseconds."""
+
+    def line(self) -> bytes:
+        """The record as one line of JSON, without its end."""
+        fields = {
+            "clock": self.clock,
+            "facility": FACILITIES[self.facility] if self.facility < len(FACILITIES) else f"unknown({self.facility})",
+            "msg": self.message,
+            "priority": PRIORITIES[self.priority & 7],
+            "seq": self.seq,
+            "talos-level": _LEVELS[self.priority & 7],
+            "talos-time": rfc3339(self.time_ns),
+        }
+        return json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode(errors="replace")
+
+
+def parse_record(record: bytes, boot_time_ns: int) -> KernelMessage:
+    """Read a record of /dev/kmsg (the kernel's Documentation/ABI/testing/dev-kmsg). Raises ConfigurationError for others.
+
+    The clock counts from `boot_time_ns`, Unix time in nanoseconds.
+    """
+    prefix, semicolon, rest = record.partition(b";")
+    fields = prefix.split(b",")
+    if not semicolon or len(fields) < 3 or not all(field.isdigit() and len(field) < 20 for field in fields[:3]):
+        raise ConfigurationError("a record of the kernel log begins with priority,sequence,clock")
+    number, seq, clock = (int(field) for field in fields[:3])
+    text = rest.partition(b"\n")[0]  # lines behind the first are the record's dictionary
+    return KernelMessage(
+        message=text.decode(errors="replace"),
+        priority=number & 7,
+        facility=number >> 3,
+        seq=seq,
+        clock=clock,
+        time_ns=boot_time_ns + clock * 1000,
+    )
+
+
+def rfc3339(time_ns: int) -> str:
+    """A time in UTC with as many decimals as it needs."""
+    seconds, nanoseconds = divmod(time_ns, 1_000_000_000)
+    decimals = f".{nanoseconds:09d}".rstrip("0").rstrip(".")
+    return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%S}{decimals}Z"

@@ -1,0 +1,243 @@
+"""Delivers kernel log lines to one receiver, by TCP (one JSON object a line) or by UDP (one a datagram).
+
+TCP says what the other end's kernel has taken. A line is kept until then; after a break, what was not taken is sent again, so
+that a line can come twice but is not lost on the way. Of a line of which a part was taken before the break, all is sent again.
+"""
+
+import asyncio
+import contextlib
+import fcntl
+import logging
+import socket
+import struct
+import termios
+from collections.abc import AsyncIterable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import anyio
+
+from siderolink.client.reporting.kernel_message import KernelMessage
+from siderolink.client.reporting.outbox import Outbox
+from siderolink.client.reporting.retry import Retry
+from siderolink.common.backoff import Backoff
+from siderolink.common.hostport import HostPort
+from siderolink.common.tasks import background_tasks
+
+log = logging.getLogger("siderolink")
+
+MAX_WAITING_LINES = 8192
+MAX_WAITING_BYTES = 4 * 1024 * 1024
+MAX_LINE_BYTES = 16 * 1024
+"""A longer line is cut in its message."""
+CONNECT_TIMEOUT = 10.0
+SEND_TIMEOUT = 5.0
+RETRY_SECONDS = 1.0
+_BATCH_BYTES = 64 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class LogDestination:
+    """Where kernel log lines go."""
+
+    protocol: Literal["tcp", "udp"]
+    address: HostPort
+
+    def __str__(self) -> str:
+        return f"{self.protocol}://{self.address}"
+
+
+class LogSender:
+    """Keeps the lines that the receiver has not taken, and delivers them while `run` runs.
+
+    At most `MAX_WAITING_LINES` lines and `MAX_WAITING_BYTES` wait; beyond that the oldest are lost, which `lost` counts and the
+    log says.
+    """
+
+    def __init__(
+        self, destination: LogDestination, *, max_lines: int = MAX_WAITING_LINES, max_bytes: int = MAX_WAITING_BYTES
+    ) -> None:
+        self.destination = destination
+        self._outbox: Outbox[bytes] = Outbox(max_items=max_lines, max_bytes=max_bytes)
+        self._retry = Retry(Backoff(first=RETRY_SECONDS, floor=RETRY_SECONDS / 2, cap=RETRY_SECONDS * 2))
+        self._lost_said = 0
+
+    @property
+    def lost(self) -> int:
+        """How many lines were dropped because too many waited."""
+        return self._outbox.lost
+
+    @property
+    def waiting(self) -> int:
+        """How many lines the receiver has not taken yet."""
+        return len(self._outbox)
+
+    def add(self, message: KernelMessage) -> None:
+        """Deliver a record, at once or when the receiver can be reached. Never waits."""
+        line = message.line() + b"\n"
+        if len(line) > MAX_LINE_BYTES:
+            line = _shortened(message).line() + b"\n"
+        self._outbox.put(line, len(line))
+
+    def kick(self) -> None:
+        """Try again now, for the link is back."""
+        self._retry.kick()
+
+    async def run(self) -> None:
+        """Deliver for ever; ends only by cancellation."""
+        deliver = self._deliver_tcp if self.destination.protocol == "tcp" else self._deliver_udp
+        while True:
+            await self._outbox.wait_beyond(self._outbox.first)
+            try:
+                await deliver()
+            except (OSError, TimeoutError) as error:
+                log.debug("log lines wait for %s: %s", self.destination, error)
+            self._say_lost()
+            await self._retry.wait()
+
+    async def _deliver_tcp(self) -> None:
+        loop = asyncio.get_running_loop()
+        with await _connect(self.destination.address) as sock:
+            ledger = _Ledger(sock, self._outbox)
+            try:
+                async with background_tasks() as tasks:
+                    tasks.start_soon(_watch_end, sock, tasks.cancel_scope)
+                    while True:
+                        lines = await ledger.next_lines()
+                        with anyio.fail_after(SEND_TIMEOUT):
+                            await loop.sock_sendall(sock, b"".join(lines))
+                        ledger.settle()
+                        self._retry.worked()
+                        self._say_lost()
+            finally:
+                ledger.settle()
+
+    async def _deliver_udp(self) -> None:
+        address = self.destination.address
+        loop = asyncio.get_running_loop()
+        infos = await loop.getaddrinfo(address.host, address.port, type=socket.SOCK_DGRAM)
+        family, _, _, _, target = infos[0]
+        with socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as sock:
+            sock.connect(target)
+            while True:
+                await self._outbox.wait_beyond(self._outbox.first)
+                number = self._outbox.first
+                # an error says that an earlier datagram was refused: this line has not been sent
+                with anyio.fail_after(SEND_TIMEOUT):
+                    await loop.sock_sendall(sock, self._outbox.get(number).rstrip(b"\n"))
+                self._outbox.acknowledge(number + 1)
+                self._retry.worked()
+                self._say_lost()
+
+    def _say_lost(self) -> None:
+        if self._outbox.lost > self._lost_said:
+            log.warning("%d log lines for %s were lost: too many waited", self._outbox.lost - self._lost_said, self.destination)
+            self._lost_said = self._outbox.lost
+
+
+class _Ledger:
+    """Which lines the other end's kernel has taken on one connection."""
+
+    def __init__(self, sock: socket.socket, outbox: Outbox[bytes]) -> None:
+        self._sock = sock
+        self._outbox = outbox
+        self._next = outbox.first
+        self._sent = 0
+        self._ends: list[tuple[int, int]] = []
+        """Line numbers, each with how much had been sent at its end."""
+
+    async def next_lines(self) -> list[bytes]:
+        """The lines that wait to be sent, up to a batch; waits for the first."""
+        while self._ends and self._outbox.end <= self._next:
+            # nothing to send, but the last lines are not acknowledged yet
+            with anyio.move_on_after(RETRY_SECONDS):
+                await self._outbox.wait_beyond(self._next)
+            self.settle()
+        await self._outbox.wait_beyond(self._next)
+        self._next = max(self._next, self._outbox.first)
+        lines: list[bytes] = []
+        size = 0
+        while self._next < self._outbox.end and size < _BATCH_BYTES:
+            line = self._outbox.get(self._next)
+            self._next += 1
+            size += len(line)
+            self._sent += len(line)
+            self._ends.append((self._next, self._sent))
+            lines.append(line)
+        return lines
+
+    def settle(self) -> None:
+        """Give up the lines that were taken."""
+        taken = self._sent - _unacknowledged(self._sock)
+        count = 0
+        for number, end in self._ends:
+            if end > taken:
+                break
+            self._outbox.acknowledge(number)
+            count += 1
+        del self._ends[:count]
+
+
+async def forward_log(source: AsyncIterable[KernelMessage], senders: Sequence[LogSender]) -> None:
+    """Give every record of the source to every sender, and deliver, until cancelled.
+
+    Raises what the source raises; where it ends, delivery goes on.
+    """
+    async with background_tasks() as tasks:
+        for sender in senders:
+            tasks.start_soon(sender.run)
+        async for message in source:
+            for sender in senders:
+                sender.add(message)
+        await anyio.sleep_forever()
+
+
+def kick_all(senders: Iterable[LogSender]) -> None:
+    """The link is back: try again now."""
+    for sender in senders:
+        sender.kick()
+
+
+async def _connect(address: HostPort) -> socket.socket:
+    """Connect to the first of the host's addresses that answers. Raises OSError or TimeoutError."""
+    loop = asyncio.get_running_loop()
+    with anyio.fail_after(CONNECT_TIMEOUT):
+        failure: OSError | None = None
+        for family, _, _, _, target in await loop.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM):
+            sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+            try:
+                await loop.sock_connect(sock, target)
+                return sock
+            except OSError as error:
+                sock.close()
+                failure = error
+            except BaseException:
+                sock.close()
+                raise
+        raise failure or OSError(f"{address} has no address")
+
+
+async def _watch_end(sock: socket.socket, scope: anyio.CancelScope) -> None:
+    """Receivers say nothing: what can come is the end, and then `scope` is over."""
+    with contextlib.suppress(OSError):
+        while await asyncio.get_running_loop().sock_recv(sock, 4096):
+            pass
+    scope.cancel()
+
+
+def _unacknowledged(sock: socket.socket) -> int:
+    """Bytes of the socket that the peer's TCP has not acknowledged (tcp(7), SIOCOUTQ)."""
+    packed: bytes = fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, bytes(4))
+    return int(struct.unpack("=i", packed)[0])
+
+
+def _shortened(message: KernelMessage) -> KernelMessage:
+    text = message.message.encode(errors="replace")[: MAX_LINE_BYTES // 8].decode(errors="ignore")
+    return KernelMessage(
+        message=text + "…",
+        priority=message.priority,
+        facility=message.facility,
+        seq=message.seq,
+        clock=message.clock,
+        time_ns=message.time_ns,
+    )
