@@ -1,36 +1,61 @@
-"""Firewall rules, written to the kernel by netlink: no `nft` program is needed."""
+"""Firewall rules, written to the kernel by netlink: no `nft` program is needed.
+
+A table of ours is made, replaced and removed in one transaction each, so no packet meets half of it. It belongs to the socket
+that made it: the kernel removes it when the program ends, however it ends, and lets no other program change it.
+"""
 
 import errno
+import itertools
+import os
+import socket
 import struct
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal
 
 import anyio
-from pyroute2.netlink.exceptions import NetlinkError
-from pyroute2.netlink.nfnetlink.nftsocket import NFPROTO_INET, Cmp, Meta, Regs
-from pyroute2.nftables.expressions import genex, verdict
-from pyroute2.nftables.main import AsyncNFTables
+from anyio import to_thread
+from pyroute2.netlink import NETLINK_NETFILTER, NLM_F_ACK, NLM_F_APPEND, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REQUEST, NLMSG_ERROR
+from pyroute2.netlink.nfnetlink import NFNL_SUBSYS_NFTABLES, nfgen_msg
+from pyroute2.netlink.nfnetlink.nftsocket import (
+    NFPROTO_INET,
+    NFT_MSG_DELTABLE,
+    NFT_MSG_NEWCHAIN,
+    NFT_MSG_NEWRULE,
+    NFT_MSG_NEWTABLE,
+    Regs,
+    nft_chain_msg,
+    nft_rule_msg,
+    nft_table_msg,
+)
+from pyroute2.nftables.expressions import genex
 
 from siderolink.common.errors import SideroLinkError
-from siderolink.common.netlink import run_netlink
+from siderolink.common.nft_matches import Match
 
 Hook = Literal["prerouting", "input", "forward", "output", "postrouting"]
-Match = list[Any]
-"""Expressions that let a packet go on to the rule's next part, or end the rule for it."""
+Verdict = Literal["accept", "drop", "return"]
 
-_DROP, _ACCEPT = 0, 1
-_IFNAMSIZ = 16
+_HOOKS: dict[Hook, int] = {"prerouting": 0, "input": 1, "forward": 2, "output": 3, "postrouting": 4}
+_VERDICTS: dict[str, int] = {"drop": 0, "accept": 1, "return": -5}
+_JUMP = -3
+_BATCH_BEGIN, _BATCH_END = 0x10, 0x11
+_OWNED = 2
+_NEW = NLM_F_CREATE | NLM_F_EXCL
+_RECEIVE_BYTES = 64 * 1024
+_ERROR = struct.Struct("=IHHIIi")  # nlmsghdr, and the error's number
+_SO_SNDBUFFORCE = 32
+_SOL_NETLINK, _CAP_ACK = 270, 10
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """What becomes of the packets that match all of `matches`."""
+    """What becomes of the packets that match all of `matches`: a verdict, or the rules of a part named by ``jump``."""
 
     matches: Sequence[Match]
-    action: Literal["accept", "drop"]
+    action: Verdict | None = None
+    jump: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,81 +65,171 @@ class Chain:
     hook: Hook
     rules: Sequence[Rule]
     policy: Literal["accept", "drop"] = "accept"
+    priority: int = 0
 
 
-def protocol(number: int) -> Match:
-    """Packets of one transport protocol, such as ``socket.IPPROTO_UDP``, over IPv4 and IPv6."""
-    return _meta_equals(Meta.NFT_META_L4PROTO, struct.pack("B", number))
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Rules that others jump to; a packet that none of them decides goes back to where it came from."""
+
+    name: str
+    rules: Sequence[Rule]
 
 
-def arriving_by(interface: str) -> Match:
-    """Packets that came in by an interface."""
-    return _meta_equals(Meta.NFT_META_IIFNAME, interface.encode().ljust(_IFNAMSIZ, b"\0"))
+class Table:
+    """A table of ours (family inet); there is none in the kernel while it is empty."""
 
+    def __init__(self, name: str) -> None:
+        """In the network namespace of the calling thread."""
+        self._name = name
+        self._exists = False
+        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, NETLINK_NETFILTER)
+        self._socket.setsockopt(_SOL_NETLINK, _CAP_ACK, 1)
+        self._socket.bind((0, 0))
 
-def _meta_equals(key: Meta, value: bytes) -> Match:
-    register = int(Regs.NFT_REG_1)
-    data = {"attrs": [("NFTA_DATA_VALUE", value)]}
-    return [
-        genex("meta", {"key": int(key), "dreg": register}),
-        genex("cmp", {"sreg": register, "op": int(Cmp.NFT_CMP_EQ), "data": data}),
-    ]
+    async def replace(self, chains: Sequence[Chain], parts: Sequence[Part] = ()) -> None:
+        """Put these rules in the place of all that the table holds.
+
+        Raises SideroLinkError where the kernel refuses them; what was there before then stays.
+        """
+        # A transaction waits for the packets that are on their way through the old rules: not for the event loop.
+        with anyio.CancelScope(shield=True):
+            await to_thread.run_sync(self._replace, chains, parts)
+
+    async def close(self) -> None:
+        """Remove the table."""
+        try:
+            await self.replace(())
+        finally:
+            self._socket.close()
+
+    def _replace(self, chains: Sequence[Chain], parts: Sequence[Part]) -> None:
+        if not chains:
+            problem = self._try([_delete(self._name)]) if self._exists else 0
+            self._exists = False
+        else:
+            problem = self._put(list(_content(self._name, chains, parts)))
+            self._exists = self._exists or not problem
+        if problem == errno.EPERM and os.geteuid() == 0:
+            raise SideroLinkError(f"another program on this host holds the firewall table {self._name!r}")
+        if problem:
+            raise SideroLinkError(f"the firewall rules were refused: {os.strerror(problem)}")
+
+    def _put(self, content: list[Any]) -> int:
+        if self._exists:
+            return self._try([_delete(self._name), _table(self._name, _OWNED), *content])
+        problem = self._try([_table(self._name, _OWNED), *content])
+        if problem == errno.EOPNOTSUPP:  # a kernel before 5.12: tables have no owners
+            problem = self._try([_table(self._name, 0), *content])
+        if problem == errno.EEXIST:  # without an owner: left by a program that was killed, on such a kernel
+            problem = self._try([_delete(self._name), _table(self._name, _OWNED), *content])
+        return problem
+
+    def _try(self, messages: Sequence[nfgen_msg]) -> int:
+        """All or nothing, in one transaction; returns the first error's number, 0 for none."""
+        data = b"".join(_encode(messages))
+        if len(data) > self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) // 2:
+            self._socket.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, 2 * len(data))
+        try:
+            self._socket.sendto(data, (0, 0))
+        except OSError as error:
+            return error.errno or errno.EIO
+        # The kernel has done the work when the call returns, and its answers wait: one for each error, and one for the last.
+        codes = list(self._answers())
+        return next((code for code in codes if code), 0 if codes else errno.EIO)
+
+    def _answers(self) -> Iterator[int]:
+        while True:
+            try:
+                data = self._socket.recv(_RECEIVE_BYTES, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                return
+            except OSError as error:  # more errors than there is room for
+                yield error.errno or errno.EIO
+                continue
+            while len(data) >= _ERROR.size:
+                length, kind, _, _, _, code = _ERROR.unpack_from(data)
+                if kind == NLMSG_ERROR:
+                    yield -code
+                data = data[max(_ERROR.size, (length + 3) & ~3) :]
 
 
 @asynccontextmanager
-async def firewall(table: str, chains: Sequence[Chain]) -> AsyncIterator[None]:
-    """Hold the rules, in a table of their own (family inet) that must not exist yet, for as long as the body runs.
+async def firewall(table: str, chains: Sequence[Chain], parts: Sequence[Part] = ()) -> AsyncIterator[Table]:
+    """Hold the rules, in a table of their own (family inet), for as long as the body runs.
 
-    Raises SideroLinkError where the kernel refuses them.
+    Raises SideroLinkError where the kernel refuses them, or another program holds a table of this name.
     """
-    await run_netlink(partial(_install, table, chains))
+    held = Table(table)
     try:
-        yield
+        await held.replace(chains, parts)
+        yield held
     finally:
-        with anyio.CancelScope(shield=True):
-            await run_netlink(partial(_remove, table))
+        await held.close()
 
 
-async def _install(table: str, chains: Sequence[Chain]) -> None:
-    nft = await _open()
-    try:
-        try:
-            await nft.table("create", name=table)
-        except NetlinkError as error:
-            raise SideroLinkError(f"the firewall table {table!r} cannot be made: {error.args[-1]}") from error
-        try:
-            for chain in chains:
-                await _add_chain(nft, table, chain)
-        except BaseException:
-            await nft.table("del", name=table)
-            raise
-    finally:
-        nft.close()
+# netlink messages
 
 
-async def _remove(table: str) -> None:
-    nft = await _open()
-    try:
-        await nft.table("del", name=table)
-    except NetlinkError as error:
-        if error.code != errno.ENOENT:
-            raise
-    finally:
-        nft.close()
+def _encode(messages: Sequence[nfgen_msg]) -> Iterator[bytes]:
+    numbers = itertools.count(1)
+    messages[-1]["header"]["flags"] |= NLM_F_ACK
+    for message in (_batch(_BATCH_BEGIN), *messages, _batch(_BATCH_END)):
+        message["header"]["sequence_number"] = next(numbers)
+        message.encode()
+        yield bytes(message.data)
 
 
-async def _open() -> AsyncNFTables:
-    nft = AsyncNFTables(nfgen_family=NFPROTO_INET)
-    await nft.setup_endpoint()
-    return nft
+def _batch(kind: int) -> nfgen_msg:
+    message = nfgen_msg()
+    message["res_id"] = NFNL_SUBSYS_NFTABLES
+    message["header"]["type"] = kind
+    message["header"]["flags"] = NLM_F_REQUEST
+    return message
 
 
-async def _add_chain(nft: Any, table: str, chain: Chain) -> None:
-    policy = _ACCEPT if chain.policy == "accept" else _DROP
-    try:
-        await nft.chain("add", table=table, name=chain.hook, hook=chain.hook, type="filter", policy=policy)
-        for rule in chain.rules:
-            code = _ACCEPT if rule.action == "accept" else _DROP
-            await nft.rule("add", table=table, chain=chain.hook, expressions=(*rule.matches, verdict(code)))
-    except NetlinkError as error:
-        raise SideroLinkError(f"a firewall rule at {chain.hook} was refused: {error.args[-1]}") from error
+def _message(message: Any, kind: int, flags: int, attributes: list[tuple[str, Any]]) -> Any:
+    message["nfgen_family"] = NFPROTO_INET
+    message["header"]["type"] = NFNL_SUBSYS_NFTABLES << 8 | kind
+    message["header"]["flags"] = NLM_F_REQUEST | flags
+    message["attrs"] = attributes
+    return message
+
+
+def _table(name: str, flags: int) -> Any:
+    attributes: list[tuple[str, Any]] = [("NFTA_TABLE_NAME", name), ("NFTA_TABLE_FLAGS", flags)]
+    return _message(nft_table_msg(), NFT_MSG_NEWTABLE, _NEW, attributes)
+
+
+def _delete(name: str) -> Any:
+    return _message(nft_table_msg(), NFT_MSG_DELTABLE, 0, [("NFTA_TABLE_NAME", name)])
+
+
+def _content(table: str, chains: Sequence[Chain], parts: Sequence[Part]) -> Iterator[Any]:
+    """Every chain before the rules, which may jump to it."""
+    for part in parts:
+        yield _message(nft_chain_msg(), NFT_MSG_NEWCHAIN, _NEW, [("NFTA_CHAIN_TABLE", table), ("NFTA_CHAIN_NAME", part.name)])
+    for chain in chains:
+        hook = {"attrs": [("NFTA_HOOK_HOOKNUM", _HOOKS[chain.hook]), ("NFTA_HOOK_PRIORITY", chain.priority)]}
+        attributes = [
+            ("NFTA_CHAIN_TABLE", table),
+            ("NFTA_CHAIN_NAME", chain.hook),
+            ("NFTA_CHAIN_HOOK", hook),
+            ("NFTA_CHAIN_POLICY", _VERDICTS[chain.policy]),
+            ("NFTA_CHAIN_TYPE", "filter"),
+        ]
+        yield _message(nft_chain_msg(), NFT_MSG_NEWCHAIN, _NEW, attributes)
+    for name, rules in (*((part.name, part.rules) for part in parts), *((chain.hook, chain.rules) for chain in chains)):
+        for rule in rules:
+            yield _rule(table, name, rule)
+
+
+def _rule(table: str, chain: str, rule: Rule) -> Any:
+    code = _JUMP if rule.jump is not None else _VERDICTS[rule.action or "return"]
+    verdict: list[tuple[str, Any]] = [("NFTA_VERDICT_CODE", code)]
+    if rule.jump is not None:
+        verdict.append(("NFTA_VERDICT_CHAIN", rule.jump))
+    data = {"attrs": [("NFTA_DATA_VERDICT", {"attrs": verdict})]}
+    expressions = [*itertools.chain(*rule.matches), genex("immediate", {"dreg": int(Regs.NFT_REG_VERDICT), "data": data})]
+    attributes = [("NFTA_RULE_TABLE", table), ("NFTA_RULE_CHAIN", chain), ("NFTA_RULE_EXPRESSIONS", expressions)]
+    return _message(nft_rule_msg(), NFT_MSG_NEWRULE, NLM_F_CREATE | NLM_F_APPEND, attributes)

@@ -19,7 +19,8 @@ from anyio.abc import Process, TaskGroup, TaskStatus
 from siderolink.cli.demo import namespace, probe
 from siderolink.cli.describe import link_event
 from siderolink.common.errors import SideroLinkError
-from siderolink.common.nftables import Chain, Hook, Rule, firewall, protocol
+from siderolink.common.nft_matches import protocol
+from siderolink.common.nftables import Chain, Hook, Rule, firewall
 from siderolink.common.tasks import background_tasks
 
 if TYPE_CHECKING:
