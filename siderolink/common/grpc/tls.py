@@ -6,15 +6,20 @@ from pathlib import Path
 from siderolink.common.errors import ConfigurationError
 
 
-def client_tls(ca_file: str | Path | None = None) -> ssl.SSLContext:
+def client_tls(ca_file: str | Path | None = None, *, extra_roots: str | None = None) -> ssl.SSLContext:
     """A context that checks the server's certificate and name against the system's roots, or against `ca_file` (PEM) alone.
 
-    Raises ConfigurationError when the file cannot be read or holds no certificate.
+    `extra_roots` (PEM text) are trusted besides. Raises ConfigurationError when either cannot be read or holds no certificate.
     """
     try:
         context = ssl.create_default_context(ssl.Purpose.SERVER_AUTH, cafile=None if ca_file is None else str(ca_file))
     except (OSError, ssl.SSLError) as error:
         raise ConfigurationError(f"the CA file {str(ca_file)!r} cannot be used: {error}") from error
+    if extra_roots is not None:
+        try:
+            context.load_verify_locations(cadata=extra_roots)
+        except (ValueError, ssl.SSLError):
+            raise ConfigurationError("the trusted roots are no certificates in PEM form") from None
     return _http2(context)
 
 

@@ -1,0 +1,26 @@
+"""What a machine is told: by configuration documents and by the kernel command line.
+
+    settings = Sources(documents=(Path("machine.yaml"),)).read()
+    async with connect(settings.url.value, tls=settings.tls()) as link: ...
+
+Documents need the extra ``siderolink[config]``; the kernel command line does not.
+"""
+
+from siderolink.client.config.kernel_args import parse_kernel_arguments, read_kernel_arguments
+from siderolink.client.config.log_url import LogURL
+from siderolink.client.config.settings import Ingress, IngressRule, MachineSettings, PortRange, Setting, merge
+from siderolink.client.config.sources import HOST_DOCUMENTS, Sources
+
+__all__ = [
+    "HOST_DOCUMENTS",
+    "Ingress",
+    "IngressRule",
+    "LogURL",
+    "MachineSettings",
+    "PortRange",
+    "Setting",
+    "Sources",
+    "merge",
+    "parse_kernel_arguments",
+    "read_kernel_arguments",
+]

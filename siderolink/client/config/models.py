@@ -1,0 +1,153 @@
+"""The documents that concern SideroLink, as existing machines take them."""
+
+from ipaddress import IPv4Network, IPv6Network
+from typing import Annotated, ClassVar, Literal, TypeAlias
+
+from cryptography import x509
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator
+
+from siderolink.client.config.log_url import LogURL
+from siderolink.client.config.settings import PortRange, read_ports, read_subnet
+from siderolink.common.errors import ConfigurationError
+from siderolink.common.hostport import HostPort
+from siderolink.common.join_url import JoinURL
+
+MAX_TEXT = 8192
+MAX_PORTS = 64
+MAX_SUBNETS = 256
+MAX_CERTIFICATES = 512
+
+Subnet: TypeAlias = IPv4Network | IPv6Network
+
+
+def _api_url(text: str) -> str:
+    if not text.lower().startswith(("https://", "grpc://")):
+        raise ConfigurationError("cannot use this join URL: in a document it begins with https:// or grpc://")
+    JoinURL.parse(text)
+    return text
+
+
+def _endpoint(text: str) -> str:
+    HostPort.parse(text)
+    return text
+
+
+def _log_url(text: str) -> str:
+    LogURL.parse(text)
+    return text
+
+
+def _certificates(text: str) -> str:
+    try:
+        found = x509.load_pem_x509_certificates(text.encode())
+    except ValueError:
+        raise ConfigurationError("must be certificates in PEM form") from None
+    if len(found) > MAX_CERTIFICATES:
+        raise ConfigurationError(f"at most {MAX_CERTIFICATES} certificates stand in one document")
+    return text
+
+
+def _name(text: str) -> str:
+    if not text.isprintable():
+        raise ConfigurationError("a name has printable characters only")
+    return text
+
+
+def _ports(ports: list[PortRange]) -> list[PortRange]:
+    ordered = sorted(ports)
+    for before, after in zip(ordered, ordered[1:], strict=False):
+        if after.first <= before.last:
+            raise ConfigurationError(f"the port ranges {before} and {after} overlap")
+    return ports
+
+
+Text = Annotated[str, Field(max_length=MAX_TEXT)]
+Name = Annotated[str, Field(min_length=1, max_length=253), AfterValidator(_name)]
+
+
+class Part(BaseModel):
+    """What all documents and their parts have in common: unknown keys and wrong types are errors."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, hide_input_in_errors=True)
+
+
+class Document(Part):
+    """A document; what is not named has one of its kind at most."""
+
+    KIND: ClassVar[str]
+
+    api_version: Literal["v1alpha1"] = Field(alias="apiVersion")
+
+
+class SideroLinkConfig(Document):
+    KIND: ClassVar = "SideroLinkConfig"
+
+    kind: Literal["SideroLinkConfig"]
+    api_url: Annotated[Text, AfterValidator(_api_url)] = Field(alias="apiUrl", repr=False)
+    unique_token: Text = Field(default="", alias="uniqueToken", repr=False)
+
+
+class EventSinkConfig(Document):
+    KIND: ClassVar = "EventSinkConfig"
+
+    kind: Literal["EventSinkConfig"]
+    endpoint: Annotated[Text, AfterValidator(_endpoint)]
+
+
+class KmsgLogConfig(Document):
+    KIND: ClassVar = "KmsgLogConfig"
+
+    kind: Literal["KmsgLogConfig"]
+    name: Name
+    url: Annotated[Text, AfterValidator(_log_url)]
+
+
+class TrustedRootsConfig(Document):
+    KIND: ClassVar = "TrustedRootsConfig"
+
+    kind: Literal["TrustedRootsConfig"]
+    name: Name
+    certificates: Annotated[str, AfterValidator(_certificates)] = Field(repr=False)
+
+
+class NetworkDefaultActionConfig(Document):
+    KIND: ClassVar = "NetworkDefaultActionConfig"
+
+    kind: Literal["NetworkDefaultActionConfig"]
+    ingress: Literal["accept", "block"] = "accept"
+
+
+class PortSelector(Part):
+    ports: Annotated[
+        list[Annotated[PortRange, PlainValidator(read_ports)]],
+        Field(min_length=1, max_length=MAX_PORTS),
+        AfterValidator(_ports),
+    ]
+    protocol: Literal["tcp", "udp", "icmp", "icmpv6"]
+
+
+class IngressRule(Part):
+    subnet: Annotated[Subnet, PlainValidator(read_subnet)]
+    except_: Annotated[Subnet, PlainValidator(read_subnet)] | None = Field(default=None, alias="except")
+
+
+class NetworkRuleConfig(Document):
+    KIND: ClassVar = "NetworkRuleConfig"
+
+    kind: Literal["NetworkRuleConfig"]
+    name: Name
+    port_selector: PortSelector = Field(alias="portSelector")
+    ingress: Annotated[list[IngressRule], Field(max_length=MAX_SUBNETS)] = []
+
+
+MODELS: dict[str, type[Document]] = {
+    model.KIND: model
+    for model in (
+        SideroLinkConfig,
+        EventSinkConfig,
+        KmsgLogConfig,
+        TrustedRootsConfig,
+        NetworkDefaultActionConfig,
+        NetworkRuleConfig,
+    )
+}

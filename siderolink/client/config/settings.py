@@ -1,0 +1,159 @@
+"""What a machine is told, wherever it was told it: the join URL, and what goes with it."""
+
+import re
+import ssl
+from dataclasses import dataclass, field
+from ipaddress import IPv4Network, IPv6Network, ip_network
+from typing import Generic, Literal, TypeVar
+
+from siderolink.client.config.log_url import LogURL
+from siderolink.common.errors import ConfigurationError
+from siderolink.common.grpc import client_tls
+from siderolink.common.hostport import HostPort
+from siderolink.common.join_url import JoinURL
+
+T = TypeVar("T")
+
+Protocol = Literal["tcp", "udp", "icmp", "icmpv6"]
+
+_PORTS = re.compile(r"([0-9]{1,5})(?:-([0-9]{1,5}))?\Z")
+
+
+@dataclass(frozen=True, slots=True)
+class Setting(Generic[T]):
+    """A value and where it comes from, for people: ``machine.yaml:3``, ``the kernel command line``."""
+
+    value: T
+    source: str
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class PortRange:
+    """Ports from `first` to `last`, both included."""
+
+    first: int
+    last: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.first <= self.last <= 65535:
+            raise ConfigurationError("ports are numbers from 0 to 65535, and a range begins with the lower one")
+
+    def __str__(self) -> str:
+        return str(self.first) if self.first == self.last else f"{self.first}-{self.last}"
+
+
+def read_ports(value: object) -> PortRange:
+    """A port (``50000``) or a range (``30000-32767``). Raises ConfigurationError."""
+    match = _PORTS.match(str(value)) if isinstance(value, str | int) and not isinstance(value, bool) else None
+    if match is None:
+        raise ConfigurationError("must be a port such as 50000 or a range such as 30000-32767")
+    return PortRange(int(match[1]), int(match[2] or match[1]))
+
+
+def read_subnet(value: object) -> IPv4Network | IPv6Network:
+    """A subnet such as ``192.0.2.0/24``; bits beyond the prefix do not count. Raises ConfigurationError."""
+    if isinstance(value, str) and "/" in value and len(value) <= 64:
+        try:
+            network = ip_network(value, strict=False)
+        except ValueError:
+            pass
+        else:
+            if value.partition("/")[2].isdigit() and "%" not in value:
+                return network
+    raise ConfigurationError("must be a subnet such as 192.0.2.0/24 or 2001:db8::/32")
+
+
+@dataclass(frozen=True, slots=True)
+class IngressRule:
+    """Who may reach which ports; for ICMP, the ports mean nothing."""
+
+    name: str
+    protocol: Protocol
+    ports: tuple[PortRange, ...]
+    subnets: tuple[IPv4Network | IPv6Network, ...]
+    exceptions: tuple[IPv4Network | IPv6Network, ...] = ()
+    """Sources that no subnet of the rule holds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ingress:
+    """The machine's firewall: what becomes of what no rule names, and the rules."""
+
+    default: Literal["accept", "block"] = "accept"
+    rules: tuple[IngressRule, ...] = ()
+
+    @property
+    def is_needed(self) -> bool:
+        """Whether it would keep anything out."""
+        return self.default == "block" or bool(self.rules)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MachineSettings:
+    """All that was found, each with its source; what is None or empty was found nowhere."""
+
+    url: Setting[JoinURL] | None = None
+    unique_token: Setting[str] | None = field(default=None, repr=False)
+    event_sink: Setting[HostPort] | None = None
+    kernel_logs: tuple[Setting[LogURL], ...] = ()
+    """Every destination once, those of the documents first."""
+    trusted_roots: tuple[Setting[str], ...] = field(default=(), repr=False)
+    """PEM certificates, trusted besides the system's."""
+    default_action: Setting[Literal["accept", "block"]] | None = None
+    ingress_rules: tuple[Setting[IngressRule], ...] = ()
+    notes: tuple[str, ...] = ()
+    """What was passed over, and why."""
+
+    @property
+    def ingress(self) -> Ingress:
+        """The firewall, without the sources."""
+        default = self.default_action.value if self.default_action is not None else "accept"
+        return Ingress(default, tuple(rule.value for rule in self.ingress_rules))
+
+    def tls(self) -> ssl.SSLContext | None:
+        """How to check the server's certificate; None where the URL asks for no TLS."""
+        if self.url is None or not self.url.value.tls:
+            return None
+        return client_tls(extra_roots=self.roots_pem)
+
+    @property
+    def roots_pem(self) -> str | None:
+        """The trusted roots in one text; None where there are none."""
+        return "\n".join(roots.value for roots in self.trusted_roots) or None
+
+    def same_values(self, other: "MachineSettings") -> bool:
+        """Whether the other says the same, wherever it was found."""
+        return _values(self) == _values(other)
+
+
+def _values(settings: MachineSettings) -> tuple[object, ...]:
+    def of(setting: Setting[T] | None) -> T | None:
+        return None if setting is None else setting.value
+
+    return (
+        of(settings.url),
+        of(settings.unique_token),
+        of(settings.event_sink),
+        tuple(setting.value for setting in settings.kernel_logs),
+        settings.roots_pem,
+        settings.ingress,
+    )
+
+
+def merge(explicit: MachineSettings, documents: MachineSettings, kernel: MachineSettings) -> MachineSettings:
+    """What counts: the explicit, then the documents', then the kernel's; kernel log destinations are united."""
+    every = (explicit, documents, kernel)
+    logs: dict[LogURL, Setting[LogURL]] = {}
+    for settings in every:
+        for log in settings.kernel_logs:
+            logs.setdefault(log.value, log)
+    return MachineSettings(
+        url=next((found.url for found in every if found.url is not None), None),
+        unique_token=next((found.unique_token for found in every if found.unique_token is not None), None),
+        event_sink=next((found.event_sink for found in every if found.event_sink is not None), None),
+        kernel_logs=tuple(logs.values()),
+        trusted_roots=tuple(roots for found in every for roots in found.trusted_roots),
+        default_action=next((found.default_action for found in every if found.default_action is not None), None),
+        ingress_rules=tuple(rule for found in every for rule in found.ingress_rules),
+        notes=tuple(note for found in every for note in found.notes),
+    )

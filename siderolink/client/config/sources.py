@@ -1,0 +1,101 @@
+"""Where a machine's settings are looked for, and how a change of them is noticed."""
+
+from collections.abc import Callable
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import anyio
+import anyio.lowlevel
+
+from siderolink.client.config.extra import needing_extra
+from siderolink.client.config.kernel_args import read_kernel_arguments
+from siderolink.client.config.settings import MachineSettings, merge
+from siderolink.common.errors import ConfigurationError
+from siderolink.common.tasks import background_tasks
+
+HOST_DOCUMENTS = (Path("/etc/siderolink.yaml"), Path("/etc/siderolink"))
+"""Where documents lie when none are named: a file, a directory."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sources:
+    """Where to look for settings."""
+
+    explicit: MachineSettings = field(default_factory=MachineSettings)
+    """Stronger than all that is found."""
+    documents: tuple[Path, ...] = ()
+    """Files and directories; each must exist."""
+    kernel_cmdline: Path | None = None
+    """A file in the form of ``/proc/cmdline``; read in a container, too."""
+    use_host: bool = True
+    """Whether to look where a host offers settings: for documents where none are named, and at its kernel command line."""
+
+    def read(self) -> MachineSettings:
+        """All that was found, merged. Raises ConfigurationError."""
+        present = [path for path in self._paths if self.documents or path.exists()]
+        found = kernel = MachineSettings()
+        if present:
+            with needing_extra():
+                from siderolink.client.config.documents import load_documents
+            found = load_documents(*present).settings
+        if self.kernel_cmdline is not None or self.use_host:
+            kernel = read_kernel_arguments(self.kernel_cmdline)
+        return merge(self.explicit, found, kernel)
+
+    async def watch(self, on_change: Callable[[], None]) -> None:
+        """Call `on_change` at first, and whenever something changed where the documents are: written, renamed, linked anew.
+
+        Never returns. What changed may be none of the documents: read, and compare. Raises ConfigurationError.
+        """
+        if not self._paths and self.kernel_cmdline is None:
+            await anyio.sleep_forever()
+        while True:
+            await self._watch_folders(sorted(self._folders()), on_change)
+
+    @property
+    def _paths(self) -> tuple[Path, ...]:
+        return self.documents or (HOST_DOCUMENTS if self.use_host else ())
+
+    def _folders(self) -> set[Path]:
+        """The folders in which a change may matter: those of the files, since a file may be replaced as well as written."""
+        files = (*self._paths, *((self.kernel_cmdline,) if self.kernel_cmdline is not None else ()))
+        folders: set[Path] = set()
+        for path in files:
+            for found in (path.absolute(), path.resolve()):
+                folders |= {found, found.parent}
+        return {folder for folder in folders if folder.is_dir()}
+
+    async def _watch_folders(self, folders: list[Path], on_change: Callable[[], None]) -> None:
+        """Returns once other folders than these have to be watched."""
+        with needing_extra():
+            from watchfiles import awatch
+        stop = anyio.Event()
+        changes = awatch(*folders, recursive=False, stop_event=stop, watch_filter=None, rust_timeout=0)
+
+        async def follow() -> None:
+            async with aclosing(changes):
+                async for _ in changes:
+                    on_change()
+                    if sorted(self._folders()) != folders:
+                        break
+            tasks.cancel_scope.cancel()
+
+        try:
+            async with background_tasks() as tasks:
+                tasks.start_soon(follow)
+                tasks.start_soon(_set_when_cancelled, stop)
+                # The watch stands after one turn of the loop; what changed before it is noticed by reading once more.
+                await anyio.lowlevel.checkpoint()
+                on_change()
+                await anyio.sleep_forever()
+        except OSError as error:
+            raise ConfigurationError(f"{folders[0]} cannot be watched for changes: {error.strerror or error}") from None
+
+
+async def _set_when_cancelled(stop: anyio.Event) -> None:
+    """A thread waits for changes; it ends by this event alone."""
+    try:
+        await anyio.sleep_forever()
+    finally:
+        stop.set()

@@ -1,0 +1,207 @@
+"""YAML as configuration needs it: a stream of plain documents that know their lines, within bounds.
+
+Only mappings, lists, text, numbers, true, false and null come out, as the core schema of YAML 1.2 reads them (``yes`` is
+text). Keys are text and occur once. Aliases are followed, and what they repeat counts each time.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import NoReturn, TypeAlias
+
+import yaml
+
+from siderolink.common.errors import ConfigurationError
+from siderolink.common.text import one_line
+
+MAX_BYTES = 512 * 1024
+MAX_DEPTH = 32
+MAX_NODES = 20_000
+"""Values in one stream, those behind aliases included."""
+MAX_DOCUMENTS = 256
+
+Location: TypeAlias = tuple[str | int, ...]
+"""The keys and list positions that lead to a value."""
+Value: TypeAlias = "str | int | float | bool | None | list[Value] | dict[str, Value]"
+
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_CORE = "tag:yaml.org,2002:"
+_NULL = re.compile(r"(?:~|null|Null|NULL|)\Z")
+_BOOL = re.compile(r"(?:true|True|TRUE|false|False|FALSE)\Z")
+_INT = re.compile(r"(?:[-+]?[0-9]{1,30}|0o[0-7]{1,30}|0x[0-9A-Fa-f]{1,30})\Z")
+_FLOAT = re.compile(
+    r"(?:[-+]?(?:\.[0-9]{1,30}|[0-9]{1,30}(?:\.[0-9]{0,30})?)(?:[eE][-+]?[0-9]{1,3})?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))\Z"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class YamlDocument:
+    """One document of a stream."""
+
+    value: Value = field(repr=False)
+    source: str
+    line: int
+    lines: dict[Location, int] = field(repr=False)
+    """Where each value's key (or itself, in a list) stands; what comes by an alias stands where the alias does."""
+
+    def line_of(self, location: Location) -> int:
+        """The line of a value, or of the nearest one around it."""
+        while location and location not in self.lines:
+            location = location[:-1]
+        return self.lines.get(location, self.line)
+
+
+def read_stream(data: bytes, source: str) -> Iterator[YamlDocument]:
+    """The stream's documents but for empty ones; `source` is for people. Raises ConfigurationError, which names the line."""
+    if len(data) > MAX_BYTES:
+        raise ConfigurationError(f"{source}: longer than {MAX_BYTES // 1024} KiB")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ConfigurationError(f"{source}:{line}: not UTF-8 text") from None
+    yield from _Reader(text, source).documents()
+
+
+@dataclass(frozen=True, slots=True)
+class _Anchored:
+    value: Value
+    nodes: int
+    height: int
+
+
+class _Reader:
+    """Builds values from the parser's events; never deeper than MAX_DEPTH, so it may call itself."""
+
+    def __init__(self, text: str, source: str) -> None:
+        self._text = text
+        self._source = source
+        self._events = yaml.parse(text, Loader=_LOADER)
+        self._nodes = 0
+        self._height = 0
+        self._anchors: dict[str, _Anchored] = {}
+        self._lines: dict[Location, int] = {}
+
+    def documents(self) -> Iterator[YamlDocument]:
+        count = 0
+        while not isinstance(event := self._next(), yaml.StreamEndEvent):
+            if not isinstance(event, yaml.DocumentStartEvent):
+                continue
+            count += 1
+            if count > MAX_DOCUMENTS:
+                self._refuse(event, f"more than {MAX_DOCUMENTS} documents")
+            self._anchors, self._lines = {}, {}
+            root = self._next()
+            value = self._value(root, (), 1)
+            if value is not None:
+                yield YamlDocument(value, self._source, _line(root), self._lines)
+
+    def _next(self) -> yaml.Event:
+        try:
+            return next(self._events)
+        except yaml.YAMLError as error:
+            mark, position = getattr(error, "problem_mark", None), getattr(error, "position", None)
+            if mark is not None:
+                line = mark.line + 1
+            else:
+                line = self._text.count("\n", 0, position) + 1 if isinstance(position, int) else 1
+            problem = getattr(error, "problem", None) or getattr(error, "reason", None) or "cannot be read"
+            raise ConfigurationError(f"{self._source}:{line}: not YAML: {one_line(str(problem), limit=120)}") from None
+
+    def _refuse(self, event: yaml.Event, what: str) -> NoReturn:
+        raise ConfigurationError(f"{self._source}:{_line(event)}: {what}")
+
+    def _count(self, event: yaml.Event, nodes: int, depth: int) -> None:
+        self._nodes += nodes
+        self._height = max(self._height, depth)
+        if self._nodes > MAX_NODES:
+            self._refuse(event, f"more than {MAX_NODES} values, those behind aliases included")
+        if depth > MAX_DEPTH:
+            self._refuse(event, f"nested deeper than {MAX_DEPTH} levels")
+
+    def _value(self, event: yaml.Event, location: Location, depth: int) -> Value:
+        if isinstance(event, yaml.AliasEvent):
+            found = self._anchors.get(event.anchor or "")
+            if found is None:
+                self._refuse(event, "an alias for what has not been named before it")
+            self._count(event, found.nodes, depth + found.height)
+            return found.value
+        nodes, height = self._nodes, self._height
+        self._height = depth
+        self._count(event, 1, depth)
+        value: Value
+        if isinstance(event, yaml.ScalarEvent):
+            value = self._scalar(event)
+        elif isinstance(event, yaml.MappingStartEvent):
+            value = self._mapping(event, location, depth)
+        else:
+            value = self._sequence(event, location, depth)
+        anchor = getattr(event, "anchor", None)
+        if anchor is not None:
+            self._anchors[anchor] = _Anchored(value, self._nodes - nodes, self._height - depth)
+        self._height = max(self._height, height)
+        return value
+
+    def _mapping(self, event: yaml.Event, location: Location, depth: int) -> Value:
+        self._check_tag(event, "map")
+        found: dict[str, Value] = {}
+        lines: dict[str, int] = {}
+        while not isinstance(key_event := self._next(), yaml.MappingEndEvent):
+            key = self._value(key_event, (), depth + 1) if isinstance(key_event, yaml.ScalarEvent) else None
+            if not isinstance(key, str):
+                self._refuse(key_event, "a key must be text")
+            line = _line(key_event)
+            if key in found:
+                self._refuse(key_event, f"the key {_shown(key)} stands here a second time, first in line {lines[key]}")
+            lines[key] = self._lines[*location, key] = line
+            found[key] = self._value(self._next(), (*location, key), depth + 1)
+        return found
+
+    def _sequence(self, event: yaml.Event, location: Location, depth: int) -> Value:
+        self._check_tag(event, "seq")
+        found: list[Value] = []
+        while not isinstance(item := self._next(), yaml.SequenceEndEvent):
+            here = (*location, len(found))
+            self._lines[here] = _line(item)
+            found.append(self._value(item, here, depth + 1))
+        return found
+
+    def _check_tag(self, event: yaml.Event, allowed: str) -> None:
+        tag = getattr(event, "tag", None)
+        if tag not in (None, "!", _CORE + allowed):
+            self._refuse(event, "tags other than those of plain YAML are not allowed")
+
+    def _scalar(self, event: yaml.ScalarEvent) -> Value:
+        tag = event.tag
+        if tag is None and event.implicit[0]:
+            return _resolve(event.value)
+        if tag in (None, "!", _CORE + "str"):
+            return str(event.value)
+        value = _resolve(event.value)
+        if tag not in {_CORE + name for name in _KINDS.get(type(value), ())}:
+            self._refuse(event, "a tag that is not allowed, or that does not fit the value")
+        return value
+
+
+_KINDS = {type(None): ("null",), bool: ("bool",), int: ("int",), float: ("float",)}
+
+
+def _resolve(text: str) -> Value:
+    """A plain scalar's meaning (YAML 1.2, section 10.3.2)."""
+    if _NULL.match(text):
+        return None
+    if _BOOL.match(text):
+        return text[0] in "tT"
+    if _INT.match(text):
+        return int(text, {"0o": 8, "0x": 16}.get(text[:2], 10))
+    if _FLOAT.match(text):
+        return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
+    return text
+
+
+def _line(event: yaml.Event) -> int:
+    return event.start_mark.line + 1 if event.start_mark is not None else 1
+
+
+def _shown(key: str) -> str:
+    return repr(one_line(key, limit=60))
