@@ -31,6 +31,7 @@ from siderolink.common.errors import (
     ServerUnreachableError,
     SideroLinkError,
     StoreError,
+    StoreFullError,
 )
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ __all__ = [
     "ServerUnreachableError",
     "SideroLinkError",
     "StoreError",
+    "StoreFullError",
     "connect",
 ]
 

@@ -4,15 +4,16 @@ Everything here is found by a key in a dictionary; no method looks at all links 
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from ipaddress import IPv6Address, IPv6Network
 
 from siderolink.common.keys import PublicKey
 from siderolink.common.wireguard.device import Device, PathChanged, PeerConfig
-from siderolink.common.wireguard.path import Path
+from siderolink.common.wireguard.path import Endpoint, Path
 from siderolink.server.clock import Clock
 from siderolink.server.refusals import StreamRefusal
+from siderolink.server.sightings import udp_endpoint
 from siderolink.server.store import Machine
 
 EndStream = Callable[[StreamRefusal], None]
@@ -50,6 +51,8 @@ class Link:
     streams: tuple[Stream, ...] = ()
     path: Path | None = None
     """Where the device sends, as far as streams matter: the last path it took or was offered while it had none open."""
+    endpoint: str | None = None
+    """Where it was last heard by UDP, as host:port; None where that was the tunnel, or nowhere."""
     is_applied: bool = False
     """False while the device does not have the row's peer yet."""
 
@@ -102,7 +105,7 @@ class Links:
         """Make device and addresses match the row, unless a newer revision has been applied. `state` is for a new key."""
         link = self._by_id.get(machine.id)
         if link is None:
-            link = self._by_id[machine.id] = Link(machine, state)
+            link = self._by_id[machine.id] = Link(machine, state, endpoint=machine.last_endpoint)
             self.pending += state is LinkState.PENDING
             old = None
         elif link.is_applied and link.machine.revision >= machine.revision:
@@ -118,15 +121,25 @@ class Links:
         if abandoned is not None:
             await self._device.remove_peer(abandoned)
         if machine.public_key is not None:
-            await self._device.set_peer(
-                PeerConfig(
-                    public_key=machine.public_key,
-                    allowed_ips=(IPv6Network((int(machine.overlay_address), 128)),),
-                    persistent_keepalive=self._persistent_keepalive,
-                )
-            )
+            await self._device.set_peer(self._peer(machine, machine.public_key))
         link.is_applied = link.machine is machine
         return link
+
+    def _peer(self, machine: Machine, public_key: PublicKey) -> PeerConfig:
+        return PeerConfig(
+            public_key=public_key,
+            allowed_ips=(IPv6Network((int(machine.overlay_address), 128)),),
+            persistent_keepalive=self._persistent_keepalive,
+        )
+
+    async def dial(self, link: Link, endpoint: Endpoint) -> None:
+        """Begin a handshake towards a UDP address. Raises ConfigurationError for one that cannot be dialled from here."""
+        if link.machine.public_key is None:
+            return
+        peer = replace(self._peer(link.machine, link.machine.public_key), endpoint=endpoint)
+        # A keepalive that goes from off to on is sent at once, and it needs a session.
+        await self._device.set_peer(replace(peer, persistent_keepalive=0))
+        await self._device.set_peer(peer)
 
     def _move_key(self, link: Link, old: Machine | None, state: LinkState) -> PublicKey | None:
         """Give the link its row's key; returns the key that nobody has any more."""
@@ -207,7 +220,7 @@ class Links:
 
     def path_changed(self, link: Link, event: PathChanged) -> None:
         """The machine was heard by another path: that one is proven, and the stream before it ends."""
-        link.path = event.new
+        link.path, link.endpoint = event.new, udp_endpoint(event.new)
         for stream in link.streams:
             if stream.path is event.new:
                 stream.is_proven = True

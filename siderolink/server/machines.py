@@ -26,7 +26,18 @@ from siderolink.server.links import EndStream, Link, Links, LinkState, Stream
 from siderolink.server.locks import KeyedLocks
 from siderolink.server.options import MachineLimits
 from siderolink.server.refusals import StreamRefusal
-from siderolink.server.store import BanChanged, Change, ChangesLost, Machine, MachineChanged, MachineDeleted, Store, Transaction
+from siderolink.server.sightings import Sightings
+from siderolink.server.store import (
+    BanChanged,
+    Change,
+    ChangesLost,
+    Machine,
+    MachineChanged,
+    MachineDeleted,
+    Sighting,
+    Store,
+    Transaction,
+)
 
 log = logging.getLogger(__name__)
 
@@ -45,8 +56,10 @@ class Machines:
         events: EventHub,
         limits: MachineLimits,
         clock: Clock,
+        sightings: Sightings | None = None,
     ) -> None:
         self._links = links
+        self._sightings = sightings or Sightings(store)
         self._store = store
         self._admission = admission
         self._events = events
@@ -155,11 +168,14 @@ class Machines:
             return
         if isinstance(event, device_events.PathChanged):
             self._links.path_changed(link, event)
+            self._sightings.add(link.machine.id, Sighting(endpoint=link.endpoint, seen_at=self._clock.time()))
         elif isinstance(event, device_events.HandshakeCompleted):
             self._handshake_completed(link, event.public_key)
 
     def _handshake_completed(self, link: Link, public_key: PublicKey) -> None:
         self._links.prove_current_stream(link)
+        now = self._clock.time()
+        self._sightings.add(link.machine.id, Sighting(endpoint=link.endpoint, seen_at=now, handshake_at=now))
         is_first = link.state is not LinkState.UP
         if is_first:
             self._links.set_state(link, LinkState.UP)

@@ -48,7 +48,7 @@ class ServerOptions:
     wireguard_listen_port: int | None = None
     join_token: str | None = field(default=None, repr=False)
     allow_any_token: bool = False
-    installation_id: str = ""
+    installation_id: str | None = None
     interface: str = "siderolink"
     device: DeviceKind = "auto"
     private_key: PrivateKey | None = None
@@ -60,12 +60,13 @@ class ServerOptions:
     api_limits: Limits = Limits()
     limits: MachineLimits = MachineLimits()
     reports: ReportOptions | None = None
+    dial: bool = True
 
     def __post_init__(self) -> None:
         _check_listen(self.api_listen)
         _check_endpoints(self.wireguard_endpoints, self.force_tunnel)
         _check_token(self.join_token, self.allow_any_token)
-        if len(self.installation_id.encode()) > MAX_INSTALLATION_ID_BYTES:
+        if len((self.installation_id or "").encode()) > MAX_INSTALLATION_ID_BYTES:
             raise ConfigurationError(f"an installation id has at most {MAX_INSTALLATION_ID_BYTES} bytes")
         if self.wireguard_listen_port is not None and not 0 <= self.wireguard_listen_port <= 65535:
             raise ConfigurationError(f"a port is a number from 0 to 65535, not {self.wireguard_listen_port}")

@@ -11,7 +11,7 @@ from grpclib.const import Cardinality, Handler
 from grpclib.server import Stream
 
 from siderolink.common.addressing import format_peer_addr_port, server_address, swap_endpoints
-from siderolink.common.errors import ConfigurationError, KeyFormatError, SideroLinkError
+from siderolink.common.errors import ConfigurationError, KeyFormatError, SideroLinkError, StoreFullError
 from siderolink.common.hostport import HostPort
 from siderolink.common.keys import PublicKey
 from siderolink.common.pb.sidero.link import ProvisionRequest, ProvisionResponse
@@ -44,6 +44,7 @@ STATUSES = {
     JoinRefusal.KEY_IN_USE: Status.ALREADY_EXISTS,
     JoinRefusal.TOO_MANY_MACHINES: Status.RESOURCE_EXHAUSTED,
     JoinRefusal.TOO_MANY_PENDING: Status.RESOURCE_EXHAUSTED,
+    JoinRefusal.STORE_FULL: Status.RESOURCE_EXHAUSTED,
     JoinRefusal.INTERNAL_ERROR: Status.INTERNAL,
 }
 """The gRPC status of each refusal."""
@@ -119,6 +120,9 @@ class ProvisionService:
             return await self._admit(request, source)
         except JoinRejectedError as rejection:
             error = rejection
+        except StoreFullError as failure:
+            log.error("a join from %s was refused: %s", source, failure)
+            error = JoinRejectedError(JoinRefusal.STORE_FULL, "the server cannot remember more machines now")
         except SideroLinkError as failure:
             log.error("a join from %s failed: %s", source, failure)
             error = JoinRejectedError(JoinRefusal.INTERNAL_ERROR, INTERNAL_TEXT)

@@ -32,6 +32,8 @@ class JoinRefusal(StrEnum):
     """The limit of known machines is reached."""
     TOO_MANY_PENDING = "too many pending"
     """The limit of machines that have not shaken hands yet is reached."""
+    STORE_FULL = "store full"
+    """The server's state cannot grow: its disk is full. Machines that are known keep their links."""
     INTERNAL_ERROR = "internal error"
     """The store or the device failed; the server's log says how."""
 

@@ -3,7 +3,7 @@
 import ssl
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
 from ipaddress import IPv6Address, IPv6Interface
 from types import TracebackType
@@ -19,12 +19,15 @@ from siderolink.common.wireguard.device import Device, DeviceConfig, DeviceEvent
 from siderolink.server.admission import Admission
 from siderolink.server.authorization import Authorize, allow_all
 from siderolink.server.clock import Clock
+from siderolink.server.dialing import dial_remembered
 from siderolink.server.events import EventHub, EventStream
 from siderolink.server.links import Links, LinkState
 from siderolink.server.machines import Machines
 from siderolink.server.options import MachineLimits, ServerOptions
 from siderolink.server.provisioning import Answers, ProvisionService
+from siderolink.server.record import recall_server, resume_timestamps
 from siderolink.server.reporting import ReportOptions, Reports, receive_reports
+from siderolink.server.sightings import Sightings
 from siderolink.server.store import Machine, MemoryStore, Store
 from siderolink.server.tokens import JoinTokenCheck
 from siderolink.server.tunnel import TunnelService
@@ -63,6 +66,21 @@ class Server(AbstractAsyncContextManager["Server"]):
 
     Entering raises DeviceUnavailableError, InterfaceInUseError, AddressInUseError or StoreError; leaving, also by an error or a
     cancellation, ends every stream and removes the interface.
+
+    Options:
+
+    api_listen: host:port of the API; port 0 takes a free one.
+    wireguard_endpoints: host:port each, where machines dial, preferred ones first; port 0 stands for the device's.
+    wireguard_listen_port: the device's UDP port, where it is not the first endpoint's (behind port forwarding).
+    join_token: what machines must know; or allow_any_token=True to admit everyone.
+    installation_id: chooses the overlay's prefix, empty for the one in common use; None for what the store remembers.
+    private_key: the WireGuard key; None for the one that the store remembers, else a new one.
+    force_tunnel: every machine is told to use the tunnel; needs no wireguard_endpoints.
+    authorize: decides on each join beyond the token.
+    store: where machines are remembered; None for memory.
+    persistent_keepalive: seconds between keepalives to each machine; 0 for none.
+    reports: where on the overlay address machines deliver events and kernel log lines; None for nowhere.
+    dial: at the start, dial the machines that the store remembers where they were last heard by UDP.
     """
 
     def __init__(
@@ -73,7 +91,7 @@ class Server(AbstractAsyncContextManager["Server"]):
         wireguard_listen_port: int | None = None,
         join_token: str | None = None,
         allow_any_token: bool = False,
-        installation_id: str = "",
+        installation_id: str | None = None,
         interface: str = "siderolink",
         device: DeviceKind = "auto",
         private_key: PrivateKey | None = None,
@@ -85,21 +103,9 @@ class Server(AbstractAsyncContextManager["Server"]):
         api_limits: Limits | None = None,
         limits: MachineLimits | None = None,
         reports: ReportOptions | None = None,
+        dial: bool = True,
     ) -> None:
-        """Check the options; nothing is opened yet. Raises ConfigurationError.
-
-        api_listen: host:port of the API; port 0 takes a free one.
-        wireguard_endpoints: host:port each, where machines dial, preferred ones first; port 0 stands for the device's.
-        wireguard_listen_port: the device's UDP port, where it is not the first endpoint's (behind port forwarding).
-        join_token: what machines must know; or allow_any_token=True to admit everyone.
-        installation_id: chooses the overlay's prefix; empty for the one in common use.
-        private_key: the WireGuard key; a new one where None, and then machines have to join again after a restart.
-        force_tunnel: every machine is told to use the tunnel; needs no wireguard_endpoints.
-        authorize: decides on each join beyond the token.
-        store: where machines are remembered; None for memory.
-        persistent_keepalive: seconds between keepalives to each machine; 0 for none.
-        reports: where on the overlay address machines deliver events and kernel log lines; None for nowhere.
-        """
+        """Check the options; nothing is opened yet. Raises ConfigurationError."""
         self._options = ServerOptions(
             api_listen=api_listen,
             wireguard_endpoints=tuple(wireguard_endpoints),
@@ -118,9 +124,10 @@ class Server(AbstractAsyncContextManager["Server"]):
             api_limits=api_limits or Limits(),
             limits=limits or MachineLimits(),
             reports=reports,
+            dial=dial,
         )
         self._store: Store = MemoryStore() if store is None else store
-        self._prefix = overlay_prefix(installation_id)
+        self._prefix = overlay_prefix(installation_id or "")
         self._events = EventHub()
         self._parts: _Parts | None = None
         self._running: AbstractAsyncContextManager[_Parts] | None = None
@@ -149,6 +156,10 @@ class Server(AbstractAsyncContextManager["Server"]):
     async def _run(self) -> AsyncIterator[_Parts]:
         options = self._options
         machines: Machines | None = None
+        record = await recall_server(self._store, options.private_key, options.installation_id)
+        self._prefix = overlay_prefix(record.installation_id)
+        stamps = resume_timestamps(record)
+        sightings = Sightings(self._store, stamps)
 
         def on_device_event(event: DeviceEvent) -> None:
             if machines is not None:
@@ -156,10 +167,11 @@ class Server(AbstractAsyncContextManager["Server"]):
 
         config = DeviceConfig(
             name=options.interface,
-            private_key=options.private_key or PrivateKey.generate(),
+            private_key=record.private_key,
             addresses=(IPv6Interface((self.address, self._prefix.prefixlen)),),
             listen_port=options.device_listen_port,
             isolate=True,
+            timestamps=stamps,
         )
         async with open_device(options.device, config, on_device_event) as device:
             clock = Clock()
@@ -170,12 +182,15 @@ class Server(AbstractAsyncContextManager["Server"]):
                 clock=clock,
             )
             admission = Admission(links, self._prefix, options.limits, clock)
-            machines = Machines(links, self._store, admission, self._events, options.limits, clock)
-            async with background_tasks() as tasks:
+            machines = Machines(links, self._store, admission, self._events, options.limits, clock, sightings)
+            async with aclosing(sightings), background_tasks() as tasks:
                 # Changes are followed before the rows are read, so that none falls between; and both before the API listens.
                 await tasks.start(machines.follow)
                 await machines.load()
                 tasks.start_soon(machines.watch)
+                tasks.start_soon(sightings.run)
+                if options.dial:
+                    tasks.start_soon(dial_remembered, links)
                 async with (
                     self._receive_reports(device, links) as reports,
                     self._serve(device, links, machines, reports) as parts,

@@ -4,10 +4,13 @@ from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from ipaddress import IPv4Interface, IPv4Network, IPv6Interface, IPv6Network
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from siderolink.common.keys import PresharedKey, PrivateKey, PublicKey
 from siderolink.common.wireguard.path import Datagrams, Endpoint, Path
+
+if TYPE_CHECKING:
+    from siderolink.common.wireguard.noise.tai64n import Timestamps
 
 DeviceKind = Literal["auto", "kernel", "userspace"]
 Network = IPv4Network | IPv6Network
@@ -32,6 +35,8 @@ class DeviceConfig:
     """Bring the interface up; a tool that leaves this to others says False."""
     isolate: bool = False
     """Pass only packets between a peer's own address and one of `addresses`: peers reach neither each other nor beyond."""
+    timestamps: "Timestamps | None" = None
+    """Where handshakes take their timestamps from, for a key that outlives the process. The kernel has its own."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

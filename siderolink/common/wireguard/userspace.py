@@ -38,7 +38,9 @@ class UserspaceDevice:
         """Raises AddressInUseError."""
         self.name = config.name
         key = config.private_key or PrivateKey.generate()
-        self.engine = Engine(bytes(key), entropy=os.urandom, unix_time_ns=time.time_ns, mtu=config.mtu)
+        self.engine = Engine(
+            bytes(key), entropy=os.urandom, unix_time_ns=time.time_ns, mtu=config.mtu, timestamps=config.timestamps
+        )
         self.plane = DataPlane(
             self.engine, interface, on_events=self._tell, on_drained=self._arm, on_blocked=self.pause_reading
         )

@@ -1,5 +1,6 @@
 """TAI64N timestamps: they order a peer's initiations, so they must rise and need not be exact."""
 
+import math
 import struct
 
 _TAI64N = struct.Struct(">QI")
@@ -7,6 +8,14 @@ _TAI_BASE = 2**62 + 10
 _NANOSECONDS = 1_000_000_000
 _GRAIN = 1 << 24
 """Nanoseconds are rounded down to about 17 ms: enough to order handshakes, too coarse to reveal the clock's phase."""
+
+
+def later(stamp: bytes, seconds: float) -> bytes:
+    """The timestamp so many whole seconds after another; all zeros, which is none, stays as it is."""
+    if not any(stamp):
+        return stamp
+    whole, nanoseconds = _TAI64N.unpack(stamp)
+    return _TAI64N.pack(whole + math.ceil(seconds), nanoseconds)
 
 
 class Timestamps:
