@@ -33,6 +33,8 @@ class Joined(LinkEvent):
     """``udp`` or ``tunnel``."""
     endpoints: tuple[str, ...]
     """Where the server may be dialled by UDP, in turn; empty for the tunnel."""
+    virtual_address: str = ""
+    """What names this machine on the tunnel's stream, ``[address]:port``; empty for UDP."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

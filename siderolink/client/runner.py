@@ -12,7 +12,7 @@ import ssl
 import time
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from ipaddress import IPv6Network
 
 import anyio
@@ -21,6 +21,7 @@ from anyio.streams.memory import MemoryObjectReceiveStream
 from siderolink.client import events
 from siderolink.client.provisioning import PROVISION_TIMEOUT, Machine, Provisioned, provision
 from siderolink.client.state import ATTEMPT_TIMEOUT, DOWN_AFTER, HandshakeWatch, LinkState
+from siderolink.common.addressing import format_peer_addr_port
 from siderolink.common.backoff import Backoff
 from siderolink.common.errors import JoinError, JoinRefusedError
 from siderolink.common.join_url import JoinURL
@@ -57,6 +58,8 @@ class LinkOptions:
     device: DeviceKind = "auto"
     tls: ssl.SSLContext | None = None
     """Takes the place of the system's roots for an https URL."""
+    private_key: PrivateKey | None = field(default=None, repr=False)
+    """None for a new one."""
     provision_timeout: float = PROVISION_TIMEOUT
     attempt_timeout: float = ATTEMPT_TIMEOUT
     down_after: float = DOWN_AFTER
@@ -86,7 +89,7 @@ class LinkRunner:
         self._options = options
         self._emit = emit
         self._open_device = open_device
-        self._key = PrivateKey.generate()
+        self._key = options.private_key or PrivateKey.generate()
         self._started_at = time.monotonic()
         self._down_at: float | None = None
         # Unix time of the last handshake taken notice of, or of the moment the link went down.
@@ -128,6 +131,7 @@ class LinkRunner:
                 server_address=answer.server_address,
                 transport=choose(options.url, answer, options.tls).kind,
                 endpoints=tuple(str(endpoint) for endpoint in answer.endpoints),
+                virtual_address=format_peer_addr_port(*answer.virtual_address) if answer.virtual_address else "",
             )
         )
         return answer

@@ -1,0 +1,201 @@
+"""The machine's maintenance API: what it serves, and where it listens.
+
+A machine without SideroLink is reached at any of its addresses. One that is told to use SideroLink is reached over it or not at
+all: at its overlay address, by the SideroLink interface (and by the machine's own processes), and nowhere while there is no
+such address.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from ipaddress import IPv6Address
+
+import anyio
+
+from siderolink.client.maintenance.callers import Admittance
+from siderolink.client.maintenance.certificate import RENEW_AFTER, MaintenanceCertificates
+from siderolink.client.maintenance.hooks import MachineHooks
+from siderolink.client.maintenance.machine_service import CallCounter, MachineService
+from siderolink.client.maintenance.resources.host import keep_host_resources
+from siderolink.client.maintenance.resources.store import ResourceStore
+from siderolink.client.maintenance.state_service import StateService
+from siderolink.common.errors import SideroLinkError
+from siderolink.common.grpc import GrpcServer, Limits, Servable, serve
+from siderolink.common.overlay_socket import bind_overlay
+from siderolink.common.tasks import background_tasks
+
+log = logging.getLogger("siderolink")
+
+API_PORT = 50000
+ANSWER_SECONDS = 5.0
+"""How long a call that moves the API may take to be answered, before the API moves."""
+RETRY_SECONDS = 2.0
+LIMITS = Limits(
+    max_message_bytes=1024 * 1024,
+    stream_window_bytes=1024 * 1024 + 5,
+    connection_window_bytes=2 * 1024 * 1024,
+    max_connections=64,
+    max_connections_per_address=16,
+    max_streams=16,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Everywhere:
+    """On every address of the host: no SideroLink is configured."""
+
+
+@dataclass(frozen=True, slots=True)
+class Nowhere:
+    """On no address: SideroLink is configured, and there is no overlay address yet."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OnOverlay:
+    """On the overlay address alone."""
+
+    address: IPv6Address
+    interface: str
+    server: IPv6Address
+    """The server's overlay address: the admin's, by that interface."""
+
+
+Place = Everywhere | Nowhere | OnOverlay
+
+
+class MaintenanceApi:
+    """A running API; `place` moves it. Made by `serve_maintenance`."""
+
+    def __init__(self, hooks: MachineHooks, resources: ResourceStore, port: int, place: Place, limits: Limits) -> None:
+        self.resources = resources
+        """What the API shows; an embedder may add to it."""
+        self.refusals: Counter[str] = Counter()
+        """How many connections and calls were refused, by named reason (docs/drops.md)."""
+        self._hooks = hooks
+        self._port = port
+        self._limits = limits
+        self._certificates = MaintenanceCertificates()
+        self._wanted: Place = place
+        self._moved = anyio.Event()
+        self._listening = anyio.Event()
+        self._idle = anyio.Event()
+        self._calls = CallCounter(lambda: self._idle.set())
+        self._servers: list[GrpcServer] = []
+
+    @property
+    def place(self) -> Place:
+        """Where it is to listen."""
+        return self._wanted
+
+    @property
+    def port(self) -> int | None:
+        """The TCP port; None while it listens nowhere."""
+        return self._servers[0].port if self._servers else None
+
+    def move(self, place: Place) -> None:
+        """Listen there and nowhere else. Calls that may have brought this about are answered first."""
+        if place == self._wanted:
+            return
+        self._wanted = place
+        self._listening = anyio.Event()
+        self._moved.set()
+
+    async def wait_listening(self) -> None:
+        """Wait until it listens where it is to listen (at once for nowhere, once the sockets are closed)."""
+        await self._listening.wait()
+
+    async def run(self) -> None:
+        """Listen where it is to listen, for ever."""
+        async with background_tasks() as renewing:
+            renewing.start_soon(self._renew)
+            while True:
+                self._moved = anyio.Event()
+                async with background_tasks() as tasks:
+                    tasks.start_soon(self._listen, self._wanted, self._listening)
+                    await self._moved.wait()
+                    await self._until_answered()
+
+    async def _until_answered(self) -> None:
+        with anyio.move_on_after(ANSWER_SECONDS):
+            while self._calls.count:
+                self._idle = anyio.Event()
+                await self._idle.wait()
+
+    async def _listen(self, place: Place, listening: anyio.Event) -> None:
+        """Listen at one place until cancelled; what is in the way is said and tried again."""
+        while True:
+            try:
+                async with AsyncExitStack() as stack:
+                    await self._open(stack, place)
+                    listening.set()
+                    await anyio.sleep_forever()
+            except SideroLinkError as error:
+                log.warning("the maintenance API cannot listen, and tries again: %s", error)
+            await anyio.sleep(RETRY_SECONDS)
+
+    async def _open(self, stack: AsyncExitStack, place: Place) -> None:
+        match place:
+            case Everywhere():
+                await stack.enter_async_context(self._serve(Admittance(), host=None))
+            case OnOverlay(address=address, interface=interface, server=server):
+                sock = await bind_overlay(address, self._port, interface)
+                await stack.enter_async_context(self._serve(Admittance(admin=server), listening=[sock]))
+                # The machine's own processes: what one of them sends to the overlay address comes by the loopback.
+                local = await bind_overlay(address, self._servers[0].port, "lo")
+                await stack.enter_async_context(self._serve(Admittance(), listening=[local]))
+            case Nowhere():
+                pass
+
+    @asynccontextmanager
+    async def _serve(self, admittance: Admittance, **where: object) -> AsyncIterator[None]:
+        services: list[Servable] = [
+            MachineService(self._hooks, admittance, self._calls),
+            StateService(self.resources, admittance),
+        ]
+        async with serve(
+            services,
+            port=self._port,
+            tls=self._certificates.context,
+            limits=self._limits,
+            on_refusal=lambda refusal, _: self.refusals.update([str(refusal)]),
+            **where,  # type: ignore[arg-type]
+        ) as server:
+            self._servers.append(server)
+            try:
+                yield
+            finally:
+                self._servers.remove(server)
+
+    async def _renew(self) -> None:
+        while True:
+            await anyio.sleep(RENEW_AFTER.total_seconds())
+            self._certificates.renew()
+
+
+@asynccontextmanager
+async def serve_maintenance(
+    hooks: MachineHooks | None = None,
+    *,
+    node_uuid: str,
+    place: Place | None = None,
+    port: int = API_PORT,
+    resources: ResourceStore | None = None,
+    limits: Limits = LIMITS,
+) -> AsyncIterator[MaintenanceApi]:
+    """Serve the machine's API, at first at `place` (everywhere by default), until the context is left.
+
+    Where it cannot listen, because the port is taken say, that is logged and tried again. The host's interfaces, addresses,
+    name and firmware are kept up to date among the resources.
+    """
+    store = ResourceStore() if resources is None else resources
+    api = MaintenanceApi(hooks or MachineHooks(), store, port, place or Everywhere(), limits)
+    async with background_tasks() as tasks:
+
+        async def keep(*, task_status: anyio.abc.TaskStatus[None]) -> None:
+            await keep_host_resources(store, node_uuid=node_uuid, task_status=task_status)
+
+        await tasks.start(keep)
+        tasks.start_soon(api.run)
+        yield api

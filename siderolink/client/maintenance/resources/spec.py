@@ -1,0 +1,66 @@
+"""What a resource says, in the two forms in which it is told: its type's protobuf message, and YAML."""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+_PLAIN = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
+
+
+@dataclass(frozen=True, slots=True)
+class ResourceSpec:
+    """One spec; equal where it says the same."""
+
+    proto: bytes
+    """The message of the type."""
+    fields: Mapping[str, object]
+    """The same for YAML: text, numbers, truth values, lists and mappings."""
+    text: str | None = None
+    """The YAML itself, where it was not made from fields."""
+
+    def yaml(self) -> str:
+        """The spec as YAML."""
+        if self.text is not None:
+            return self.text
+        return "".join(f"{line}\n" for line in _mapping(self.fields, 0)) or "{}\n"
+
+    def __repr__(self) -> str:
+        return f"<ResourceSpec of {', '.join(self.fields)}>"  # values may be secrets
+
+
+def _mapping(fields: Mapping[str, object], depth: int) -> Iterator[str]:
+    indent = "    " * depth
+    for key, value in fields.items():
+        name = key if set(key) <= _PLAIN and key.lower() not in ("y", "n", "yes", "no", "on", "off") else json.dumps(key)
+        if isinstance(value, Mapping) and value:
+            yield f"{indent}{name}:"
+            yield from _mapping(value, depth + 1)
+        elif isinstance(value, list) and value:
+            yield f"{indent}{name}:"
+            for item in value:
+                yield from _item(item, depth + 1)
+        else:
+            yield f"{indent}{name}: {_scalar(value)}"
+
+
+def _item(value: object, depth: int) -> Iterator[str]:
+    indent = "    " * depth
+    if isinstance(value, Mapping) and value:
+        first, *rest = _mapping(value, 0)
+        yield f"{indent}- {first}"
+        yield from (f"{indent}  {line}" for line in rest)
+    else:
+        yield f"{indent}- {_scalar(value)}"
+
+
+def _scalar(value: object) -> str:
+    """JSON's scalars, which YAML takes as they are; a plain word stands without quotes."""
+    if isinstance(value, str) and value and set(value) <= _PLAIN and value.lower() not in _WORDS:
+        return value
+    if isinstance(value, Mapping):
+        return "{}"
+    return json.dumps(value)
+
+
+_WORDS = frozenset(("y", "n", "yes", "no", "on", "off", "true", "false", "null"))
+"""What YAML would take for something else than text."""

@@ -1,0 +1,170 @@
+"""The machine's resources, and who watches them. No I/O; everything is called on one event loop."""
+
+from collections import deque
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from enum import Enum, auto
+
+import anyio
+
+from siderolink.client.maintenance.resources.definitions import (
+    MACHINE_TYPES,
+    NAMESPACE,
+    RESOURCE_DEFINITION,
+    ResourceType,
+    namespace_spec,
+)
+from siderolink.client.maintenance.resources.spec import ResourceSpec
+
+WATCH_LIMIT = 1024
+"""Changes that wait for one slow watcher before its watch is ended."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resource:
+    """One resource as it was at some moment."""
+
+    type: ResourceType
+    namespace: str
+    id: str
+    version: int
+    created: datetime
+    updated: datetime
+    spec: ResourceSpec
+
+
+class ChangeKind(Enum):
+    """What happened to a resource."""
+
+    CREATED = auto()
+    UPDATED = auto()
+    DESTROYED = auto()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Change:
+    """One thing that happened to a resource."""
+
+    kind: ChangeKind
+    resource: Resource
+    old: Resource | None = None
+    """What it was before an update."""
+
+
+class WatchTooSlowError(Exception):
+    """Raised when a watcher did not take its changes in time; it has to begin anew."""
+
+
+class Watch:
+    """The changes of one type, or of one resource, since the watch began."""
+
+    def __init__(self, type_name: str, namespace: str, resource_id: str | None) -> None:
+        self._kind = type_name, namespace
+        self._id = resource_id
+        self._waiting: deque[Change] = deque()
+        self._too_slow = False
+        self._ready = anyio.Event()
+
+    def offer(self, change: Change) -> None:
+        """Keep the change, if it is one that is watched."""
+        resource = change.resource
+        if (resource.type.name, resource.namespace) != self._kind or self._id not in (None, resource.id):
+            return
+        if len(self._waiting) >= WATCH_LIMIT:
+            self._too_slow = True
+            self._waiting.clear()
+        elif not self._too_slow:
+            self._waiting.append(change)
+        self._ready.set()
+
+    async def next(self) -> Change:
+        """The next change. Raises WatchTooSlowError."""
+        while True:
+            if self._too_slow:
+                raise WatchTooSlowError
+            if self._waiting:
+                return self._waiting.popleft()
+            self._ready = anyio.Event()
+            await self._ready.wait()
+
+
+class ResourceStore:
+    """Resources by type, namespace and id; the definitions of the types are resources, too."""
+
+    def __init__(self) -> None:
+        self._types: dict[str, ResourceType] = {}
+        self._resources: dict[tuple[str, str], dict[str, Resource]] = {}
+        self._watches: set[Watch] = set()
+        for resource_type in (RESOURCE_DEFINITION, NAMESPACE, *MACHINE_TYPES):
+            self.define(resource_type)
+
+    def define(self, resource_type: ResourceType) -> None:
+        """Offer one more type."""
+        self._types[resource_type.name] = resource_type
+        self.put(RESOURCE_DEFINITION, resource_type.id, resource_type.definition())
+        self.put(NAMESPACE, resource_type.namespace, namespace_spec(f"The resources of {resource_type.namespace}."))
+        self._resources.setdefault((resource_type.name, resource_type.namespace), {})
+
+    def type(self, name: str) -> ResourceType | None:
+        return self._types.get(name)
+
+    def get(self, resource_type: ResourceType, resource_id: str, namespace: str = "") -> Resource | None:
+        return self._shelf(resource_type, namespace).get(resource_id)
+
+    def list(self, resource_type: ResourceType, namespace: str = "") -> "list[Resource]":
+        """All of one type, by id."""
+        shelf = self._shelf(resource_type, namespace)
+        return [shelf[resource_id] for resource_id in sorted(shelf)]
+
+    def put(self, resource_type: ResourceType, resource_id: str, spec: ResourceSpec) -> None:
+        """Set what a resource says; nothing happens where it says so already."""
+        shelf = self._resources.setdefault((resource_type.name, resource_type.namespace), {})
+        old = shelf.get(resource_id)
+        if old is not None and old.spec == spec:
+            return
+        now = datetime.now(UTC)
+        new = Resource(
+            type=resource_type,
+            namespace=resource_type.namespace,
+            id=resource_id,
+            version=1 if old is None else old.version + 1,
+            created=now if old is None else old.created,
+            updated=now,
+            spec=spec,
+        )
+        shelf[resource_id] = new
+        kind = ChangeKind.CREATED if old is None else ChangeKind.UPDATED
+        self._tell(Change(kind=kind, resource=new, old=old))
+
+    def remove(self, resource_type: ResourceType, resource_id: str) -> None:
+        """Take a resource away, if there is one."""
+        old = self._shelf(resource_type, "").pop(resource_id, None)
+        if old is not None:
+            self._tell(Change(kind=ChangeKind.DESTROYED, resource=old))
+
+    def replace(self, resource_type: ResourceType, specs: Mapping[str, ResourceSpec]) -> None:
+        """Make these all there are of the type."""
+        for resource_id in self._shelf(resource_type, "").keys() - specs.keys():
+            self.remove(resource_type, resource_id)
+        for resource_id, spec in specs.items():
+            self.put(resource_type, resource_id, spec)
+
+    def watch(self, resource_type: ResourceType, resource_id: str | None, namespace: str = "") -> Watch:
+        """Watch until `unwatch`."""
+        watch = Watch(resource_type.name, namespace or resource_type.namespace, resource_id)
+        self._watches.add(watch)
+        return watch
+
+    def unwatch(self, watch: Watch) -> None:
+        self._watches.discard(watch)
+
+    def __iter__(self) -> Iterator[ResourceType]:
+        return iter(self._types.values())
+
+    def _shelf(self, resource_type: ResourceType, namespace: str) -> dict[str, Resource]:
+        return self._resources.get((resource_type.name, namespace or resource_type.namespace), {})
+
+    def _tell(self, change: Change) -> None:
+        for watch in self._watches:
+            watch.offer(change)
