@@ -19,7 +19,7 @@ from siderolink.common.broadcast import Broadcast
 from siderolink.common.errors import ConfigurationError, DeviceError, HandshakeTimeoutError
 from siderolink.common.grpc import client_tls
 from siderolink.common.join_url import JoinURL
-from siderolink.common.keys import PublicKey
+from siderolink.common.keys import PrivateKey, PublicKey
 from siderolink.common.tasks import background_tasks
 from siderolink.common.wireguard.device import Device, DeviceKind, PeerStatus
 
@@ -146,6 +146,7 @@ async def connect(
     talos_version: str = "",
     interface: str | None = None,
     device: DeviceKind = "auto",
+    private_key: PrivateKey | None = None,
     tls: ssl.SSLContext | None = None,
     ca_file: str | os.PathLike[str] | None = None,
     handshake_timeout: float | None = HANDSHAKE_TIMEOUT,
@@ -153,9 +154,10 @@ async def connect(
 ) -> AsyncIterator[Link]:
     """Join the server at `url` and hold the link; the body runs once traffic flows, and leaving it leaves nothing behind.
 
-    `uuid` is the firmware's by default, `interface` the transport's usual name. For an https URL the server's certificate is
-    checked against the system's roots, or against `ca_file` (PEM), or as `tls` says. `on_event` is called on the event loop for
-    each event from the first on; it must be quick. A link that dies is re-established without end, and `events` tells.
+    `uuid` is the firmware's by default, `interface` the transport's usual name. `private_key` is a new one by default; with the
+    same one, joining again is the same link to the server. For an https URL the server's certificate is checked against the
+    system's roots, or against `ca_file` (PEM), or as `tls` says. `on_event` is called on the event loop for each event from the
+    first on; it must be quick. A link that dies is re-established without end, and `events` tells.
 
     Raises JoinURLError or ConfigurationError for what cannot be used as given; ServerUnreachableError, JoinRefusedError or
     InvalidAnswerError where the first join fails; HandshakeTimeoutError after `handshake_timeout` seconds without a handshake
@@ -172,6 +174,7 @@ async def connect(
         interface=interface,
         device=device,
         tls=tls,
+        private_key=private_key,
     )
     broadcast: Broadcast[LinkEvent] = Broadcast()
 
