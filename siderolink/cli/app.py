@@ -3,9 +3,10 @@
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from siderolink.common.errors import SideroLinkError
 
@@ -16,6 +17,22 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+config_app = typer.Typer(help="Configuration documents and kernel arguments.", no_args_is_help=True)
+app.add_typer(config_app, name="config")
+
+
+class KernelCmdlineCommand(TyperCommand):
+    """Takes --kernel-cmdline without a file for the host's own."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        given = [*args, "--"]
+        for index in reversed(range(len(args))):
+            following = given[index + 1]
+            if args[index] == "--kernel-cmdline" and (following.startswith("-") or "://" in following):
+                given.insert(index + 1, "host")
+        return super().parse_args(ctx, given[:-1])
 
 
 class DeviceChoice(StrEnum):
@@ -29,6 +46,26 @@ Interface = Annotated[
 ]
 Device = Annotated[DeviceChoice, typer.Option(help="Who does WireGuard: the kernel, or this program.")]
 TokenFile = Annotated[Path | None, typer.Option(help="A file that holds the join token.", metavar="FILE")]
+Url = Annotated[
+    str | None,
+    typer.Argument(
+        help="grpc://HOST:PORT?jointoken=…, https:// for TLS; &grpc_tunnel=true for the tunnel.", envvar="SIDEROLINK_URL"
+    ),
+]
+UniqueToken = Annotated[
+    str | None, typer.Option(help="What tells machines of one UUID apart.", envvar="SIDEROLINK_UNIQUE_TOKEN")
+]
+UniqueTokenFile = Annotated[Path | None, typer.Option(help="A file that holds it.", metavar="FILE")]
+Config = Annotated[
+    list[Path] | None, typer.Option(help="Configuration documents; may be given several times.", metavar="FILE|DIR")
+]
+KernelCmdline = Annotated[
+    Path | None, typer.Option(help="The kernel command line, or a file of the same form.", metavar="[FILE]")
+]
+ServerUrl = Annotated[str, typer.Argument(help="The server's join URL, as machines shall dial it.", envvar="SIDEROLINK_URL")]
+EventSinkPort = Annotated[int, typer.Option(help="Where the server takes events; 0 for nowhere.", min=0, max=65535)]
+LogPort = Annotated[int, typer.Option(help="Where the server takes kernel logs, by TCP; 0 for nowhere.", min=0, max=65535)]
+InstallationId = Annotated[str, typer.Option(help="The server's installation id, which its overlay addresses come from.")]
 Json = Annotated[bool, typer.Option("--json", help="For programs.")]
 
 
@@ -64,35 +101,106 @@ def serve(
     )
 
 
-@app.command()
+@app.command(cls=KernelCmdlineCommand)
 def join(
-    url: Annotated[
-        str,
-        typer.Argument(
-            help="grpc://HOST:PORT?jointoken=…, https:// for TLS; &grpc_tunnel=true for the tunnel.", envvar="SIDEROLINK_URL"
-        ),
-    ],
+    url: Url = None,
+    config: Config = None,
+    kernel_cmdline: KernelCmdline = None,
     uuid: Annotated[str | None, typer.Option(help="The machine's UUID.", show_default="the firmware's")] = None,
-    unique_token: Annotated[
-        str | None, typer.Option(help="What tells machines of one UUID apart.", envvar="SIDEROLINK_UNIQUE_TOKEN")
-    ] = None,
-    unique_token_file: Annotated[Path | None, typer.Option(help="A file that holds it.", metavar="FILE")] = None,
+    unique_token: UniqueToken = None,
+    unique_token_file: UniqueTokenFile = None,
     join_token_file: TokenFile = None,
     interface: Interface = None,
     device: Device = DeviceChoice.AUTO,
 ) -> None:
-    """Join a server as one machine, until stopped."""
-    from siderolink.cli.join import JoinOptions, run_join
+    """Join a server as one machine, until stopped.
 
-    run_join(
-        JoinOptions(
+    Without a URL, --config says where documents lie; without either, the host does: /etc/siderolink.yaml, /etc/siderolink/ and
+    the kernel command line. When the files change, the machine joins anew.
+    """
+    from siderolink.cli.join import JoinOptions, run_join
+    from siderolink.cli.settings import SettingsOptions
+
+    settings = SettingsOptions(
+        url=url,
+        config=tuple(config or ()),
+        kernel_cmdline=kernel_cmdline,
+        unique_token=unique_token,
+        unique_token_file=unique_token_file,
+        join_token_file=join_token_file,
+    )
+    run_join(JoinOptions(settings=settings, uuid=uuid, interface=interface, device=device.value))
+
+
+@config_app.command(cls=KernelCmdlineCommand)
+def show(
+    url: Url = None,
+    config: Config = None,
+    kernel_cmdline: KernelCmdline = None,
+    unique_token: UniqueToken = None,
+    unique_token_file: UniqueTokenFile = None,
+    join_token_file: TokenFile = None,
+    as_json: Json = False,
+) -> None:
+    """Show what `siderolink join` with the same options would go by, and where each setting comes from; no secrets."""
+    from siderolink.cli.config import run_show
+    from siderolink.cli.settings import SettingsOptions
+
+    settings = SettingsOptions(
+        url=url,
+        config=tuple(config or ()),
+        kernel_cmdline=kernel_cmdline,
+        unique_token=unique_token,
+        unique_token_file=unique_token_file,
+        join_token_file=join_token_file,
+    )
+    run_show(settings, as_json=as_json)
+
+
+@app.command()
+def kernel_args(
+    url: ServerUrl,
+    join_token_file: TokenFile = None,
+    event_sink_port: EventSinkPort = 8090,
+    log_port: LogPort = 8092,
+    installation_id: InstallationId = "",
+) -> None:
+    """Print the kernel arguments with which a machine joins a server; the join token is among them."""
+    from siderolink.cli.config import ForMachinesOptions, run_kernel_args
+
+    run_kernel_args(
+        ForMachinesOptions(
             url=url,
-            uuid=uuid,
-            unique_token=unique_token,
-            unique_token_file=unique_token_file,
             join_token_file=join_token_file,
-            interface=interface,
-            device=device.value,
+            event_sink_port=event_sink_port,
+            log_port=log_port,
+            installation_id=installation_id,
+        )
+    )
+
+
+@app.command()
+def machine_config(
+    url: ServerUrl,
+    join_token_file: TokenFile = None,
+    event_sink_port: EventSinkPort = 8090,
+    log_port: LogPort = 8092,
+    installation_id: InstallationId = "",
+    ca_file: Annotated[
+        Path | None, typer.Option(help="Certificates that the machine shall trust besides its own.", metavar="FILE")
+    ] = None,
+) -> None:
+    """Print the configuration documents with which a machine joins a server; the join token is among them."""
+    from siderolink.cli.config import ForMachinesOptions, run_machine_config
+
+    run_machine_config(
+        ForMachinesOptions(
+            url=url,
+            join_token_file=join_token_file,
+            event_sink_port=event_sink_port,
+            log_port=log_port,
+            installation_id=installation_id,
+            ca_file=ca_file,
         )
     )
 

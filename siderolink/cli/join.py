@@ -1,19 +1,24 @@
 """`siderolink join`: one machine in the foreground."""
 
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, field
 
 import anyio
 
 from siderolink.cli.control import control_socket, peer_message
 from siderolink.cli.describe import link_event
 from siderolink.cli.running import run_until_stopped, say
-from siderolink.cli.secret import read_secret
+from siderolink.cli.settings import FollowedSettings, SettingsOptions, SettingsReader
 from siderolink.client import Link, LinkEvent, connect
-from siderolink.common.errors import ConfigurationError
+from siderolink.client.config import HOST_DOCUMENTS, PROC_CMDLINE, Ingress, MachineSettings
+from siderolink.client.firewall import ingress_firewall
+from siderolink.common.backoff import Backoff
+from siderolink.common.errors import ConfigurationError, JoinError
+from siderolink.common.grpc import client_tls
 from siderolink.common.join_url import JoinURL
+from siderolink.common.keys import PrivateKey
 from siderolink.common.pb.siderolink.control import Event, StatusResponse
+from siderolink.common.tasks import background_tasks
 from siderolink.common.wireguard.device import DeviceKind
 
 
@@ -21,11 +26,8 @@ from siderolink.common.wireguard.device import DeviceKind
 class JoinOptions:
     """As given on the command line."""
 
-    url: str = field(repr=False)
+    settings: SettingsOptions
     uuid: str | None
-    unique_token: str | None = field(repr=False)
-    unique_token_file: Path | None
-    join_token_file: Path | None
     interface: str | None
     device: DeviceKind
 
@@ -57,36 +59,101 @@ class LinkSource:
             yield Event(time=event.time, kind=name, subject=str(self._link.public_key), detail=text)
 
 
-def run_join(options: JoinOptions) -> None:
-    """Join and stay. Raises SideroLinkError."""
-    url = _url(options)
-    unique_token = read_secret("unique-token", options.unique_token, options.unique_token_file) or ""
+class JoinedMachine:
+    """Holds a link by settings that may change, with one key for as long as the program runs."""
 
-    async def work() -> None:
+    def __init__(self, options: JoinOptions, settings: FollowedSettings) -> None:
+        self._options = options
+        self._settings = settings
+        self._key = PrivateKey.generate()
+        self._was_up = False
+
+    async def run(self) -> None:
+        """Never returns. Raises SideroLinkError where the first join fails."""
+        own = (self._options.interface,) if self._options.interface is not None else ()
+        async with background_tasks() as tasks, ingress_firewall(Ingress(), own) as firewall:
+
+            async def hold_firewall(ingress: Ingress) -> None:
+                await firewall.replace(ingress)
+                if ingress.is_needed:
+                    say("firewall", f"{ingress.default} by default, {len(ingress.rules)} rules")
+                await anyio.sleep_forever()
+
+            # before the link, so that nothing is open for a moment
+            await firewall.replace(self._settings.current.ingress)
+            tasks.start_soon(self._settings.watch)
+            tasks.start_soon(self._settings.follow, lambda settings: settings.ingress, hold_firewall)
+            await self._settings.follow(_join_part, self._hold)
+
+    async def _hold(self, settings: "_JoinPart") -> None:
+        """Hold the link; after a first one, a join that fails is tried again."""
+        backoff = Backoff(first=2.0, cap=60.0)
+        if settings.url is None:
+            say("waiting", "there is no join URL any more")
+            await anyio.sleep_forever()
+            return
+        while True:
+            try:
+                await self._hold_once(settings.url, settings)
+            except JoinError as error:
+                if not self._was_up:
+                    raise
+                delay = backoff.next()
+                say("join failed", f"{error}; again in {delay:.0f} s")
+                await anyio.sleep(delay)
+
+    async def _hold_once(self, url: JoinURL, settings: "_JoinPart") -> None:
+        options = self._options
         async with (
             connect(
                 url,
                 uuid=options.uuid,
-                unique_token=unique_token,
+                unique_token=settings.unique_token,
                 interface=options.interface,
                 device=options.device,
+                private_key=self._key,
+                tls=client_tls(extra_roots=settings.roots_pem) if url.tls else None,
                 on_event=_say_event,
             ) as link,
             control_socket(link.interface, LinkSource(link)),
         ):
+            self._was_up = True
             await anyio.sleep_forever()
 
-    run_until_stopped(work)
+
+@dataclass(frozen=True, slots=True)
+class _JoinPart:
+    """The settings that a link is made from."""
+
+    url: JoinURL | None
+    unique_token: str = field(repr=False)
+    roots_pem: str | None = field(repr=False)
 
 
-def _url(options: JoinOptions) -> JoinURL:
-    url = JoinURL.parse(options.url)
-    token = read_secret("join-token", None, options.join_token_file)
-    if token is None:
-        return url
-    if url.join_token is not None and options.join_token_file is not None:
-        raise ConfigurationError("give the join token either in the URL or by --join-token-file, not both")
-    return url if url.join_token is not None else replace(url, join_token=token)
+def _join_part(settings: MachineSettings) -> _JoinPart:
+    return _JoinPart(
+        url=settings.url.value if settings.url is not None else None,
+        unique_token=settings.unique_token.value if settings.unique_token is not None else "",
+        roots_pem=settings.roots_pem,
+    )
+
+
+def run_join(options: JoinOptions) -> None:
+    """Join and stay. Raises SideroLinkError."""
+    settings = FollowedSettings(SettingsReader(options.settings))
+    for note in settings.current.notes:
+        say("note", note)
+    url = settings.current.url
+    if url is None:
+        raise ConfigurationError(
+            "there is no join URL: give one, or --config, or siderolink.api= on the kernel command line; looked at "
+            + ", ".join(
+                map(str, (*(options.settings.config or HOST_DOCUMENTS), options.settings.kernel_cmdline or PROC_CMDLINE))
+            )
+        )
+    if url.source != "argument":
+        say("settings", f"join URL {url.value} from {url.source}")
+    run_until_stopped(JoinedMachine(options, settings).run)
 
 
 def _say_event(event: LinkEvent) -> None:

@@ -121,24 +121,6 @@ class MachineSettings:
         """The trusted roots in one text; None where there are none."""
         return "\n".join(roots.value for roots in self.trusted_roots) or None
 
-    def same_values(self, other: "MachineSettings") -> bool:
-        """Whether the other says the same, wherever it was found."""
-        return _values(self) == _values(other)
-
-
-def _values(settings: MachineSettings) -> tuple[object, ...]:
-    def of(setting: Setting[T] | None) -> T | None:
-        return None if setting is None else setting.value
-
-    return (
-        of(settings.url),
-        of(settings.unique_token),
-        of(settings.event_sink),
-        tuple(setting.value for setting in settings.kernel_logs),
-        settings.roots_pem,
-        settings.ingress,
-    )
-
 
 def merge(explicit: MachineSettings, documents: MachineSettings, kernel: MachineSettings) -> MachineSettings:
     """What counts: the explicit, then the documents', then the kernel's; kernel log destinations are united."""

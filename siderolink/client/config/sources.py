@@ -28,8 +28,10 @@ class Sources:
     """Files and directories; each must exist."""
     kernel_cmdline: Path | None = None
     """A file in the form of ``/proc/cmdline``; read in a container, too."""
-    use_host: bool = True
-    """Whether to look where a host offers settings: for documents where none are named, and at its kernel command line."""
+    host_documents: bool = True
+    """Whether to look for documents where a host has them, when none are named."""
+    host_kernel: bool = True
+    """Whether to look at the host's kernel command line, when no file is named."""
 
     def read(self) -> MachineSettings:
         """All that was found, merged. Raises ConfigurationError."""
@@ -39,7 +41,7 @@ class Sources:
             with needing_extra():
                 from siderolink.client.config.documents import load_documents
             found = load_documents(*present).settings
-        if self.kernel_cmdline is not None or self.use_host:
+        if self.kernel_cmdline is not None or self.host_kernel:
             kernel = read_kernel_arguments(self.kernel_cmdline)
         return merge(self.explicit, found, kernel)
 
@@ -55,7 +57,7 @@ class Sources:
 
     @property
     def _paths(self) -> tuple[Path, ...]:
-        return self.documents or (HOST_DOCUMENTS if self.use_host else ())
+        return self.documents or (HOST_DOCUMENTS if self.host_documents else ())
 
     def _folders(self) -> set[Path]:
         """The folders in which a change may matter: those of the files, since a file may be replaced as well as written."""
