@@ -70,6 +70,7 @@ class Admission:
     async def admit(self, transaction: Transaction, call: Call, machine_id: str) -> Outcome:
         """Find or make the caller's row; a new one gets `machine_id`. Raises JoinRejectedError."""
         claimant = call.claimant
+        transaction.expect(claimant.node_uuid, claimant.public_key)
         if await transaction.is_banned(claimant.node_uuid):
             raise _rejected(JoinRefusal.BANNED)
         owner = await transaction.machine_by_uuid(claimant.node_uuid)

@@ -105,6 +105,9 @@ class UniqueViolationError(StoreError):
 class Transaction(Protocol):
     """One transaction: all of it happens, or nothing does. What it reads does not change under it."""
 
+    def expect(self, node_uuid: str, public_key: PublicKey) -> None:
+        """Say what will soon be asked for: the ban and the machine of the UUID, and the machine of the key."""
+
     async def machine(self, machine_id: str) -> Machine | None: ...
 
     async def machine_by_uuid(self, node_uuid: str) -> Machine | None: ...

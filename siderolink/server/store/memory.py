@@ -69,6 +69,9 @@ class _MemoryTransaction:
         self._server_before = table.server
         self.changes: list[Change] = []
 
+    def expect(self, node_uuid: str, public_key: PublicKey) -> None:
+        """It is all here."""
+
     async def machine(self, machine_id: str) -> Machine | None:
         return self._table.rows.get(machine_id)
 

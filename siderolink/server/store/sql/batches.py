@@ -2,7 +2,8 @@
 
 The works of a batch run side by side on what is stored, and keep their changes to themselves. They are then taken in the order
 in which they came: one that read what an earlier one of the batch changes is put off to the next batch and run again there.
-The others are what they would have been one after another.
+The others are what they would have been one after another. New values that must be unique (random ids and addresses) are not
+looked up first: where the database refuses one, nothing is stored and the batch runs again, looking them up.
 """
 
 import asyncio
@@ -12,6 +13,7 @@ from typing import Any
 
 import anyio
 from sqlalchemy import bindparam, delete, insert, update
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from siderolink.common.errors import StoreError
@@ -48,8 +50,8 @@ class _Job:
     def is_read_only(self) -> bool:
         return self.has_run and not self.transaction.writes
 
-    async def run(self, reader: Reader) -> None:
-        self.transaction, self.error = SqlTransaction(reader), None
+    async def run(self, reader: Reader, is_checked: bool) -> None:
+        self.transaction, self.error = SqlTransaction(reader, is_checked=is_checked), None
         try:
             self.result = await self.work(self.transaction)
         except Exception as error:
@@ -131,10 +133,10 @@ class Batches:
         failure: StoreError | None = None
         try:
             with translated():
-                async with self._connection.begin():
-                    await _run_side_by_side(jobs, Reader(self._connection))
-                    taken, put_off = _take(jobs)
-                    await _write(self._connection, [job.transaction for job in taken if job.error is None])
+                try:
+                    taken, put_off = await self._attempt(jobs, is_checked=False)
+                except IntegrityError:  # somebody chose a value that is stored already, and has to be told so
+                    taken, put_off = await self._attempt(jobs, is_checked=True)
         except StoreError as error:
             failure = error
         self._waiting.extendleft(reversed(put_off))
@@ -149,13 +151,21 @@ class Batches:
         for job in taken:
             job.settle()
 
+    async def _attempt(self, jobs: list[_Job], *, is_checked: bool) -> tuple[list[_Job], list[_Job]]:
+        """Run the jobs and commit; returns those that were taken, and those that have to run again after them."""
+        async with self._connection.begin():
+            await _run_side_by_side(jobs, Reader(self._connection), is_checked)
+            taken, put_off = _take(jobs)
+            await _write(self._connection, [job.transaction for job in taken if job.error is None])
+        return taken, put_off
 
-async def _run_side_by_side(jobs: list[_Job], reader: Reader) -> None:
+
+async def _run_side_by_side(jobs: list[_Job], reader: Reader, is_checked: bool) -> None:
     async with anyio.create_task_group() as reading:
         reading.start_soon(reader.run)
         async with anyio.create_task_group() as works:
             for job in jobs:
-                works.start_soon(job.run, reader)
+                works.start_soon(job.run, reader, is_checked)
         reading.cancel_scope.cancel()
 
 

@@ -59,7 +59,6 @@ async def open_file(path: Path) -> AsyncIterator[AsyncConnection]:
         f"sqlite+aiosqlite:///{path}", poolclass=StaticPool, connect_args={"timeout": BUSY_SECONDS}, hide_parameters=True
     )
     event.listen(engine.sync_engine, "connect", _set_up)
-    event.listen(engine.sync_engine, "begin", _begin)
     async with AsyncExitStack() as stack:
         stack.push_async_callback(engine.dispose)
         try:
@@ -71,7 +70,8 @@ async def open_file(path: Path) -> AsyncIterator[AsyncConnection]:
 
 
 def _set_up(dbapi_connection: Any, _: object) -> None:
-    dbapi_connection.isolation_level = None  # transactions begin where _begin says, and nowhere else
+    # Reads need no transaction on the only connection there is; the first write begins one.
+    dbapi_connection.isolation_level = "IMMEDIATE"
     cursor = dbapi_connection.cursor()
     # One server per file; without sharing, there is no memory-mapped index that a full disk could break either.
     cursor.execute("PRAGMA locking_mode=EXCLUSIVE")
@@ -86,12 +86,9 @@ def _set_up(dbapi_connection: Any, _: object) -> None:
     cursor.close()
 
 
-def _begin(connection: Connection) -> None:
-    connection.exec_driver_sql("BEGIN IMMEDIATE")
-
-
 def _check(connection: Connection, path: Path) -> None:
     with connection.begin():
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
         faults = connection.exec_driver_sql("PRAGMA quick_check(1)").scalar()
         if faults != "ok":
             raise StoreError(f"the state file {path} is damaged; it was left as it is: {one_line(str(faults))}")

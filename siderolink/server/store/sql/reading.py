@@ -41,7 +41,7 @@ class Reader:
     async def read(self, key: Key) -> Found:
         """Raises StoreError."""
         self.want((key,))
-        return await asyncio.shield(self._answers[key])
+        return await self._answers[key]
 
     async def run(self) -> None:
         """Answer until cancelled."""
@@ -58,8 +58,16 @@ class Reader:
                     self._answers[key].set_exception(error)
                     self._answers[key].exception()  # nobody may have waited
             else:
-                for key in wanted:
-                    self._answers[key].set_result(found.get(key))
+                self._answer(wanted, found)
+
+    def _answer(self, wanted: Sequence[Key], found: dict[Key, Found]) -> None:
+        for key in wanted:
+            machine = found.get(key)
+            self._answers[key].set_result(machine)
+            if isinstance(machine, Machine):
+                by_id = self._answers.setdefault(("id", machine.id), asyncio.get_running_loop().create_future())
+                if not by_id.done() and ("id", machine.id) not in wanted:
+                    by_id.set_result(machine)
 
     async def _fetch(self, wanted: Sequence[Key]) -> dict[Key, Found]:
         found: dict[Key, Found] = {}

@@ -22,8 +22,10 @@ from siderolink.server.store.sql.reading import BAN, SERVER, Key, Reader
 class SqlTransaction:
     """See `Transaction`. What it read and what it wrote tell whether it met another work of its batch."""
 
-    def __init__(self, reader: Reader) -> None:
+    def __init__(self, reader: Reader, *, is_checked: bool) -> None:
+        """Unless `is_checked`, what would repeat a stored value is left for the database to refuse."""
         self._reader = reader
+        self._is_checked = is_checked
         self.reads: set[Key] = set()
         self.writes: set[Key] = set()
         self.rows: dict[str, Machine | None] = {}
@@ -47,10 +49,9 @@ class SqlTransaction:
         return await self._find(("public_key", public_key))
 
     async def _find(self, key: Key) -> Machine | None:
-        column, value = key
-        for row in self.rows.values():
-            if row is not None and getattr(row, column) == value:
-                return row
+        row = self._find_here(key)
+        if row is not None:
+            return row
         self.reads.add(key)
         found = await self._reader.read(key)
         if not isinstance(found, Machine) or found.id in self.rows:
@@ -59,9 +60,21 @@ class SqlTransaction:
         self.stored.add(found.id)
         return found
 
+    def expect(self, node_uuid: str, public_key: PublicKey) -> None:
+        self._reader.want(((BAN, node_uuid), ("node_uuid", node_uuid), ("public_key", public_key)))
+
+    def _find_here(self, key: Key) -> Machine | None:
+        """A row of that value which this transaction has written."""
+        column, value = key
+        for row in self.rows.values():
+            if row is not None and getattr(row, column) == value:
+                return row
+        return None
+
     async def insert(self, machine: Machine) -> Machine:
-        self._reader.want((("id", machine.id), *unique_values(machine)))
-        if await self.machine(machine.id) is not None:
+        if self._is_checked:
+            self._reader.want((("id", machine.id), *unique_values(machine)))
+        if (await self.machine(machine.id) if self._is_checked else self.rows.get(machine.id)) is not None:
             raise UniqueViolationError("id")
         return await self._put(machine if machine.revision == 1 else replace(machine, revision=1), None)
 
@@ -73,9 +86,10 @@ class SqlTransaction:
 
     async def _put(self, machine: Machine, old: Machine | None) -> Machine:
         new = [(column, value) for column, value in unique_values(machine) if old is None or getattr(old, column) != value]
-        self._reader.want(new)
+        if self._is_checked:
+            self._reader.want(new)
         for key in new:
-            other = await self._find(key)
+            other = await self._find(key) if self._is_checked else self._find_here(key)
             if other is not None and other.id != machine.id:
                 raise UniqueViolationError(key[0])
         self._write(machine.id, machine, old)
