@@ -1,0 +1,219 @@
+"""The state file: whose it is, what is refused and left alone, what survives, and what a full disk costs."""
+
+import os
+import shutil
+import sqlite3
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import anyio
+import pytest
+from alembic.config import Config
+from alembic.script import ScriptDirectory
+from sqlalchemy import create_engine, inspect
+
+from siderolink.common.errors import StoreError, StoreFullError
+from siderolink.server.store import Machine, UniqueViolationError
+from siderolink.server.store.sql import SqlStore, tables
+from tests.unit.server.test_store import machine, work_of
+
+pytestmark = pytest.mark.anyio
+
+
+async def fill(path: Path, count: int = 1, first: int = 0) -> list[Machine]:
+    """Open the file, add rows, and return all there are."""
+    async with SqlStore.open(path) as store:
+        for number in range(first, first + count):
+            await store.transact(work_of("insert", machine(number, number, overlay=number)))
+        return [row async for row in store.machines()]
+
+
+def content(path: Path) -> bytes:
+    return path.read_bytes()
+
+
+async def refusal(path: Path) -> str:
+    """Why the file is not opened; it has to stay as it is."""
+    before = content(path)
+    with pytest.raises(StoreError) as caught:
+        async with SqlStore.open(path):
+            pass
+    assert content(path) == before
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+async def test_rows_outlive_the_store(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "er" / "state"
+    rows = await fill(path, 3)
+    assert await fill(path, 0) == rows
+    assert len(rows) == 3
+
+
+async def test_only_the_owner_can_read_it(tmp_path: Path) -> None:
+    old = os.umask(0)
+    try:
+        path = tmp_path / "new" / "state"
+        async with SqlStore.open(path) as store:
+            await store.transact(work_of("insert", machine(1, 1)))
+            await store.backup(tmp_path / "copy")
+            modes = {file.name: file.stat().st_mode & 0o777 for file in (*path.parent.iterdir(), tmp_path / "copy")}
+        assert modes.keys() >= {"state", "state-wal", "copy"}
+        assert set(modes.values()) == {0o600}
+        assert path.parent.stat().st_mode & 0o777 == 0o700
+    finally:
+        os.umask(old)
+
+
+async def test_a_file_that_others_could_read_is_closed_to_them(tmp_path: Path) -> None:
+    path = tmp_path / "state"
+    await fill(path)
+    path.chmod(0o644)
+    await fill(path, 0)
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
+async def test_what_is_no_state_file_is_left_alone(tmp_path: Path) -> None:
+    text, other = tmp_path / "text", tmp_path / "other"
+    text.write_text("my notes, not yours")
+    assert "is no state file" in await refusal(text)
+    with sqlite3.connect(other) as database:
+        database.execute("CREATE TABLE cats (name)")
+    assert "is no state file" in await refusal(other)
+    link = tmp_path / "link"
+    link.symlink_to(text)
+    assert "cannot be opened" in await refusal(link)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(StoreError, match="is no regular file"):
+        async with SqlStore.open(tmp_path / "pipe"):
+            pass
+
+
+async def test_a_damaged_file_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "state"
+    await fill(path, 300)
+    whole = path.read_bytes()
+    torn = bytearray(whole)
+    torn[len(torn) // 2 : len(torn) // 2 + 4096] = b"\xa5" * 4096
+    path.write_bytes(torn)
+    assert "is damaged" in await refusal(path)
+    path.write_bytes(whole[: len(whole) // 2])
+    assert "is damaged" in await refusal(path)
+
+
+async def test_a_file_of_a_newer_program_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "state"
+    await fill(path)
+    with sqlite3.connect(path) as database:
+        database.execute("UPDATE alembic_version SET version_num = '99'")
+        database.execute("PRAGMA journal_mode=DELETE")
+    database.close()
+    assert "was written by a newer siderolink (its schema is 99" in await refusal(path)
+
+
+async def test_one_server_at_a_time(tmp_path: Path) -> None:
+    path = tmp_path / "state"
+    async with SqlStore.open(path):
+        with pytest.raises(StoreError, match="is in use by another siderolink"):
+            async with SqlStore.open(path):
+                pass
+    await fill(path)
+
+
+async def test_a_copy_is_whole_and_never_replaces_anything(tmp_path: Path) -> None:
+    path, copy = tmp_path / "state", tmp_path / "copy"
+    async with SqlStore.open(path) as store:
+        for number in range(20):
+            await store.transact(work_of("insert", machine(number, number, overlay=number)))
+        await store.backup(copy)
+        with pytest.raises(StoreError, match="File exists"):
+            await store.backup(copy)
+        rows = [row async for row in store.machines()]
+    assert await fill(copy, 0) == rows
+
+
+async def test_many_rows_are_read_in_pages(tmp_path: Path) -> None:
+    async with SqlStore.open(tmp_path / "state") as store:
+        async with anyio.create_task_group() as tasks:
+            for number in range(1, 2500):
+                tasks.start_soon(store.transact, work_of("insert", machine(number, number, overlay=number)))
+        assert len({row.id async for row in store.machines()}) == 2499
+
+
+async def test_a_stored_value_is_unique_for_a_work_that_did_not_look(tmp_path: Path) -> None:
+    """The database refuses it; the work is told so all the same, and its neighbours lose nothing."""
+    errors: list[str] = []
+    async with SqlStore.open(tmp_path / "state") as store:
+        await store.transact(work_of("insert", machine(1, 1, overlay=7)))
+
+        async def add(row: Machine) -> None:
+            try:
+                await store.transact(work_of("insert", row))
+            except UniqueViolationError as error:
+                errors.append(error.column)
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(add, machine(2, 2, overlay=2))
+            tasks.start_soon(add, machine(3, 3, overlay=7))
+            tasks.start_soon(add, machine(4, 4, overlay=4))
+        assert errors == ["overlay_address"]
+        assert {row.id async for row in store.machines()} == {"1", "2", "4"}
+
+
+def test_the_migrations_make_the_tables() -> None:
+    config = Config()
+    config.set_main_option("script_location", str(Path(tables.__file__).with_name("migrations")))
+    assert ScriptDirectory.from_config(config).get_current_head() == tables.HEAD
+
+
+async def test_a_new_file_has_the_tables_that_the_program_knows(tmp_path: Path) -> None:
+    await fill(tmp_path / "state")
+    engine = create_engine(f"sqlite:///{tmp_path / 'state'}")
+    try:
+        found = inspect(engine)
+        for table in tables.metadata.sorted_tables:
+            columns = {column["name"]: column["nullable"] for column in found.get_columns(table.name)}
+            assert columns == {column.name: bool(column.nullable) for column in table.columns}
+            unique = {constraint["column_names"][0] for constraint in found.get_unique_constraints(table.name)}
+            assert unique == {column.name for column in table.columns if column.unique}
+    finally:
+        engine.dispose()
+
+
+@pytest.fixture
+def small_disk() -> Iterator[Path]:
+    """A file system of 512 KiB."""
+    folder = tempfile.mkdtemp()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512k,mode=0700", "siderolink-test", folder], check=True)
+    try:
+        yield Path(folder)
+    finally:
+        subprocess.run(["umount", folder], check=True)
+        shutil.rmtree(folder)
+
+
+async def test_a_full_disk_refuses_what_is_new_and_reads_what_is_known(small_disk: Path) -> None:
+    path = small_disk / "state"
+    async with SqlStore.open(path) as store:
+        await store.transact(work_of("insert", machine(0, 0)))
+        (small_disk / "ballast").write_bytes(bytes(_free(small_disk) - 16 * 4096))
+        added = 1
+        with pytest.raises(StoreFullError):
+            while True:
+                await store.transact(work_of("insert", machine(added, added, overlay=added)))
+                added += 1
+        with pytest.raises(StoreFullError):
+            await store.transact(work_of("insert", machine(added, added, overlay=added)))
+        known = await store.transact(lambda transaction: transaction.machine("0"))
+        assert known is not None
+        (small_disk / "ballast").unlink()
+        await store.transact(work_of("insert", machine(added, added, overlay=added)))
+        assert len([row async for row in store.machines()]) == added + 1
+    assert len(await fill(path, 0)) == added + 1
+
+
+def _free(folder: Path) -> int:
+    status = os.statvfs(folder)
+    return status.f_bavail * status.f_frsize
