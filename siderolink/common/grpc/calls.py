@@ -4,12 +4,12 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from grpclib import GRPCError, Status
 from grpclib.const import Cardinality, Handler
 from grpclib.events import _DispatchServerEvents
-from grpclib.exceptions import StreamTerminatedError
+from grpclib.exceptions import ProtocolError, StreamTerminatedError
 from grpclib.metadata import Deadline, decode_metadata
 from grpclib.protocol import AbstractHandler
 from grpclib.protocol import Stream as GrpclibH2Stream
@@ -23,6 +23,8 @@ from siderolink.common.grpc.messages import OnRefusal, ServerCodec
 from siderolink.common.grpc.refusals import Refusal
 
 log = logging.getLogger("siderolink")
+
+_NO_LISTENERS = _DispatchServerEvents()
 
 ByteStreamHandler = Callable[[ByteStream], Awaitable[None]]
 """Serves one byte stream until it returns (status OK) or raises GRPCError; it is cancelled when the peer resets the stream."""
@@ -66,7 +68,33 @@ class _Bad(Exception):
 
 
 class _Call(Stream[Any, Any]):
-    """grpclib's view of a call, where the trailers are written by the caller of the handler."""
+    """grpclib's view of a call, where the trailers are written by the caller of the handler.
+
+    The only message of an answer waits until the handler has returned, and then leaves together with headers and trailers.
+    """
+
+    _answer: object = None
+
+    async def send_message(self, message: Any) -> None:
+        if self._cardinality.server_streaming or self._send_initial_metadata_done:
+            await super().send_message(message)
+        elif self._send_message_done:
+            raise ProtocolError("the answer was given already")
+        else:
+            self._answer, self._send_message_done = message, True
+
+    async def send_answer(self) -> None:
+        """Send the message that waits, if there is one."""
+        if self._answer is None or self.trailers_sent:
+            return
+        message = self._codec.encode(self._answer, self._send_type)
+        stream = cast("H2Stream", self._stream)
+        assert stream.id is not None
+        if stream.connection.put_answer(stream.id, bytes(1) + len(message).to_bytes(4) + message):
+            self._send_initial_metadata_done = self._send_trailing_metadata_done = True
+            return
+        answer, self._send_message_done = self._answer, False
+        await super().send_message(answer)
 
     @property
     def headers_sent(self) -> bool:
@@ -153,7 +181,7 @@ class CallHandler(AbstractHandler):
             method.reply_type,
             codec=self._codec,
             status_details_codec=None,
-            dispatch=_DispatchServerEvents(),
+            dispatch=_NO_LISTENERS,
             deadline=deadline,
             user_agent=fields.get("user-agent"),
         )
@@ -169,7 +197,11 @@ class CallHandler(AbstractHandler):
                 stream.put_headers(trailers(status, message, only=not call.headers_sent), end_stream=True)
             stream.abort()
 
-        await _run(method.func, call, deadline, finish)
+        async def answer(call: _Call) -> None:
+            await method.func(call)
+            await call.send_answer()
+
+        await _run(answer, call, deadline, finish)
 
     async def _run_byte_stream(
         self, stream: H2Stream, byte_stream: ByteStream, handler: ByteStreamHandler, deadline: Deadline | None

@@ -9,19 +9,22 @@ from grpclib.exceptions import StreamTerminatedError
 from grpclib.protocol import Connection as _GrpclibConnection
 from grpclib.protocol import Stream as _GrpclibStream
 from grpclib.utils import Wrapper
-from h2.config import H2Configuration
 from h2.connection import H2Connection
 from h2.errors import ErrorCodes
 from h2.exceptions import ProtocolError
-from h2.settings import SettingCodes, Settings
+from h2.stream import StreamInputs
 
 from siderolink.common.grpc import frames
-from siderolink.common.grpc.limits import DEFAULT_WINDOW, Limits
+from siderolink.common.grpc.limits import Limits
 from siderolink.common.grpc.messages import MessageBuffer, OnRefusal
 from siderolink.common.grpc.refusals import Refusal
 
 Headers = list[tuple[str, str]]
-_STREAM_HEADROOM = 4
+
+# Whole header blocks of an ordinary answer (RFC 7541): they need no table, so the engine's encoder need not know of them.
+_ANSWER_HEADERS = b"\x88\x0f\x10\x16application/grpc+proto"
+_ANSWER_STEPS = (StreamInputs.SEND_HEADERS, StreamInputs.SEND_DATA, StreamInputs.SEND_HEADERS, StreamInputs.SEND_END_STREAM)
+_ANSWER_TRAILERS = b"\x00\x0bgrpc-status\x010"
 
 
 class CorkedTransport(asyncio.Transport):
@@ -211,6 +214,29 @@ class Connection(_GrpclibConnection):
         self.guard.sent_data(len(parts) // 2)
         self._corked.write_now(b"".join(parts))
 
+    def put_answer(self, stream_id: int, message: bytes) -> bool:
+        """Send a call's only message, headers and OK trailers in one write; False, and nothing sent, without room for it."""
+        size = len(message)
+        if size > min(self.room(stream_id), self._connection.max_outbound_frame_size):
+            return False
+        stream = self._connection.streams[stream_id]
+        for step in _ANSWER_STEPS:
+            stream.state_machine.process_input(step)
+        stream.outbound_flow_control_window -= size
+        self._connection.outbound_flow_control_window -= size
+        self.flush()
+        header, end = frames.frame_header, frames.END_HEADERS
+        self._corked.write_now(
+            header(len(_ANSWER_HEADERS), frames.HEADERS, end, stream_id)
+            + _ANSWER_HEADERS
+            + header(size, frames.DATA, 0, stream_id)
+            + message
+            + header(len(_ANSWER_TRAILERS), frames.HEADERS, end | frames.END_STREAM, stream_id)
+            + _ANSWER_TRAILERS
+        )
+        self.guard.sent_data(3)
+        return True
+
     def end_stream(self, stream_id: int) -> None:
         """Say that no more will be sent on the stream."""
         self._connection.end_stream(stream_id)
@@ -244,38 +270,3 @@ def grpclib_config(limits: Limits, *, server: bool) -> Configuration:
     # grpclib's own pings are off: it counts an answer only, where here anything heard shows that the peer lives
     config = Configuration(_keepalive_time=None, http2_connection_window_size=limits.connection_window_bytes)
     return config.__for_server__() if server else config.__for_client__()
-
-
-@lru_cache(maxsize=2)
-def h2_config(*, server: bool) -> H2Configuration:
-    return H2Configuration(
-        client_side=not server,
-        header_encoding="latin-1",  # ASCII on the wire; a byte above it must not raise half way through a frame
-        validate_outbound_headers=False,
-        normalize_outbound_headers=False,
-        normalize_inbound_headers=False,
-    )
-
-
-def new_h2_connection(config: H2Configuration, limits: Limits) -> H2Connection:
-    connection = H2Connection(config)
-    settings: dict[SettingCodes, int] = {
-        SettingCodes.INITIAL_WINDOW_SIZE: limits.stream_window_bytes,
-        SettingCodes.MAX_FRAME_SIZE: limits.max_frame_bytes,
-        SettingCodes.MAX_HEADER_LIST_SIZE: limits.max_header_bytes,
-    }
-    if config.client_side:
-        settings[SettingCodes.ENABLE_PUSH] = 0
-    else:
-        settings[SettingCodes.MAX_CONCURRENT_STREAMS] = limits.max_streams
-    connection.local_settings = Settings(client=bool(config.client_side), initial_values=settings)
-    connection.max_inbound_frame_size = limits.max_frame_bytes
-    connection.decoder.max_header_list_size = limits.max_header_bytes
-    connection.initiate_connection()
-    if limits.connection_window_bytes > DEFAULT_WINDOW:
-        connection.increment_flow_control_window(limits.connection_window_bytes - DEFAULT_WINDOW)
-    # The engine ends a whole connection for one call too many. It is told a higher number than the peer, so that
-    # calls opened before the peer has read our settings are refused one by one.
-    settings[SettingCodes.MAX_CONCURRENT_STREAMS] = limits.max_streams * _STREAM_HEADROOM
-    connection.local_settings = Settings(client=bool(config.client_side), initial_values=settings)
-    return connection

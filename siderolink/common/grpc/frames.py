@@ -12,7 +12,7 @@ FRAME_HEADER_BYTES = 9
 
 DATA, HEADERS, PRIORITY, RST_STREAM, SETTINGS, PUSH_PROMISE, PING, GOAWAY, WINDOW_UPDATE, CONTINUATION = range(10)
 END_HEADERS = 0x4
-ACK = 0x1
+END_STREAM = 0x1
 
 _FRAME_HEADER = struct.Struct(">HBBBL")
 _WINDOW_UPDATE = struct.Struct(">HBBBLL")
@@ -138,7 +138,7 @@ class FrameScanner:
         if length > self._max_frame:
             raise Refused(Refusal.FRAME_TOO_LARGE, f"a frame of {length} bytes, more than {self._max_frame}")
         if kind == DATA:
-            if not length and not flags & ACK:
+            if not length and not flags & END_STREAM:
                 self._guard.count(Refusal.EMPTY_FRAME_FLOOD)
         elif kind in (HEADERS, CONTINUATION):
             self._check_headers(kind, length)

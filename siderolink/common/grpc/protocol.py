@@ -13,7 +13,9 @@ from grpclib.protocol import Stream as _GrpclibStream
 from h2.errors import ErrorCodes
 from h2.exceptions import DenialOfServiceError, FlowControlError, ProtocolError, TooManyStreamsError
 
-from siderolink.common.grpc.connection import Connection, H2Stream, grpclib_config, h2_config, new_h2_connection
+from siderolink.common.grpc.connection import Connection, H2Stream, Headers, grpclib_config
+from siderolink.common.grpc.engine import h2_config, new_h2_connection
+from siderolink.common.grpc.header_fields import check_fields
 from siderolink.common.grpc.limits import Limits
 from siderolink.common.grpc.messages import OnRefusal
 from siderolink.common.grpc.refusals import ERROR_CODES, Refusal, Refused
@@ -24,8 +26,13 @@ WRITE_BUFFER_BYTES = 64 * 1024
 """Above this, what waits in the transport makes streams wait."""
 NOTSENT_LOWAT_BYTES = 128 * 1024
 """How much the kernel may hold that it has not sent yet; what waits longer waits here, where it can be dropped."""
+_TIMER_GRAIN = 0.001
 CLOSE_SECONDS = 1.0
 """How long a closed connection may take to send its last words."""
+
+
+def _nothing(*_: object) -> None:
+    """What a connection that is gone calls back. Without its owners it is freed at once, not by the collector of cycles."""
 
 
 class Processor(EventsProcessor):
@@ -36,6 +43,9 @@ class Processor(EventsProcessor):
     def __init__(self, handler: AbstractHandler, connection: Connection, on_streams: Callable[[int], None]) -> None:
         super().__init__(handler, connection)
         self._on_streams = on_streams
+
+    def forget_owner(self) -> None:
+        self._on_streams = _nothing
 
     def process(self, event: h2.events.Event) -> None:
         if event.__class__ in getattr(self, "processors", ()):
@@ -55,6 +65,7 @@ class Processor(EventsProcessor):
         return release_stream
 
     def process_request_received(self, event: h2.events.RequestReceived) -> None:
+        check_fields(cast("Headers", event.headers))
         if len(self.streams) < self.connection.limits.max_streams:
             super().process_request_received(event)
             return
@@ -96,7 +107,7 @@ class Http2Protocol(H2Protocol):
         *,
         server: bool,
         on_refusal: OnRefusal,
-        on_lost: Callable[[], None] = lambda: None,
+        on_lost: Callable[[], None] = _nothing,
     ) -> None:
         super().__init__(handler, grpclib_config(limits, server=server), h2_config(server=server))
         self._limits = limits
@@ -112,22 +123,26 @@ class Http2Protocol(H2Protocol):
         self._settings_received = False
         self._heard_at = self._loop.time()
         self._ping_sent = False
-        self._timers: dict[str, asyncio.TimerHandle] = {}
+        self._due: dict[str, tuple[float, Callable[..., None], tuple[object, ...]]] = {}
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_at = 0.0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.was_made = True
         self._transport = cast("asyncio.Transport", transport)
         self._transport.set_write_buffer_limits(high=WRITE_BUFFER_BYTES)
-        _tune(transport.get_extra_info("socket"), self._limits)
+        if not self._server:  # a server's connections inherit them from the socket that listens
+            tune(transport.get_extra_info("socket"), self._limits)
         self.connection = Connection(
-            new_h2_connection(self.h2_config, self._limits),
+            new_h2_connection(self._limits, server=self._server),
             self._transport,
             limits=self._limits,
             server=self._server,
             on_refusal=self._on_refusal,
         )
         self.processor = Processor(self.handler, self.connection, self._on_streams)
-        self.connection.flush()
+        if not self._server:  # a server's first words leave together with its answer to the peer's
+            self.connection.flush()
         self._after("preface", self._limits.preface_timeout, self._preface_late)
         interval = self._limits.server_ping_interval if self._server else self._limits.client_ping_interval
         if interval is not None:
@@ -173,9 +188,11 @@ class Http2Protocol(H2Protocol):
         self._stop_all()
         if self.was_made:
             super().connection_lost(exc)
+            self.processor.forget_owner()
         self._transport = None
         self.lost.set()
-        self._on_lost()
+        on_lost, self._on_lost = self._on_lost, _nothing
+        on_lost()
 
     def eof_received(self) -> None:
         """A peer that half-closes TCP is done."""
@@ -235,18 +252,36 @@ class Http2Protocol(H2Protocol):
             self._check_silence(interval)
 
     def _after(self, name: str, seconds: float, callback: Callable[..., None], *args: object) -> None:
-        self._stop(name)
-        self._timers[name] = self._loop.call_later(seconds, callback, *args)
+        """Call back once, unless stopped. One timer serves all names: it may be early, never late."""
+        at = self._loop.time() + seconds
+        self._due[name] = (at, callback, args)
+        if self._timer is None or at < self._timer_at:
+            self._arm(at)
 
     def _stop(self, name: str) -> None:
-        timer = self._timers.pop(name, None)
-        if timer is not None:
-            timer.cancel()
+        self._due.pop(name, None)
+
+    def _arm(self, at: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer_at = at
+        self._timer = self._loop.call_at(at, self._timer_fired)
+
+    def _timer_fired(self) -> None:
+        self._timer = None
+        now = self._loop.time() + _TIMER_GRAIN
+        for name, (at, callback, args) in tuple(self._due.items()):
+            if at <= now and name in self._due:
+                del self._due[name]
+                callback(*args)
+        if self._due and self._timer is None:
+            self._arm(min(at for at, _, _ in self._due.values()))
 
     def _stop_all(self) -> None:
-        for timer in self._timers.values():
-            timer.cancel()
-        self._timers.clear()
+        self._due.clear()
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
 
 def _refusal_of(error: ProtocolError) -> Refusal:
@@ -259,7 +294,8 @@ def _refusal_of(error: ProtocolError) -> Refusal:
     return Refusal.PROTOCOL_ERROR
 
 
-def _tune(sock: socket.socket | None, limits: Limits) -> None:
+def tune(sock: socket.socket | None, limits: Limits) -> None:
+    """Set what our TCP connections have in common; on Linux those accepted have it from the socket that listens."""
     if sock is None or sock.family not in (socket.AF_INET, socket.AF_INET6):
         return
     with contextlib.suppress(OSError):  # the peer may be gone already

@@ -20,13 +20,14 @@ from siderolink.common.grpc import frames
 from siderolink.common.grpc.calls import CallHandler, Servable, methods_of
 from siderolink.common.grpc.limits import Limits
 from siderolink.common.grpc.listeners import listen_tcp, listen_unix
-from siderolink.common.grpc.protocol import Http2Protocol
+from siderolink.common.grpc.protocol import Http2Protocol, tune
 from siderolink.common.grpc.refusals import ERROR_CODES, Refusal
 
 log = logging.getLogger("siderolink")
 
 _SPARE_DESCRIPTORS = 64
 _ACCEPT_PAUSE = 0.1
+_ACCEPTS_PER_TURN = 8
 
 
 class GrpcServer:
@@ -54,7 +55,8 @@ class GrpcServer:
         self._all_closed = asyncio.Event()
         self._all_closed.set()
         self._handshakes: set[asyncio.Task[None]] = set()
-        self._accepting: list[asyncio.Task[None]] = []
+        self._loop = asyncio.get_running_loop()
+        self._paused: dict[socket.socket, asyncio.TimerHandle] = {}
 
     @property
     def port(self) -> int:
@@ -69,16 +71,22 @@ class GrpcServer:
 
     def start(self) -> None:
         """Begin to accept connections."""
-        loop = asyncio.get_running_loop()
-        self._accepting = [loop.create_task(self._accept(sock)) for sock in self._sockets]
+        for sock in self._sockets:
+            sock.setblocking(False)
+            tune(sock, self._limits)
+            self._listen(sock)
 
     async def stop(self) -> None:
         """Stop accepting, tell running calls UNAVAILABLE, and close every connection; at most `shutdown_timeout` + 0.5 s."""
-        for task in (*self._accepting, *self._handshakes):
-            task.cancel()
-        await asyncio.gather(*self._accepting, *self._handshakes, return_exceptions=True)
+        for timer in self._paused.values():
+            timer.cancel()
         for sock in self._sockets:
-            sock.close()
+            if sock.fileno() >= 0:
+                self._loop.remove_reader(sock)
+                sock.close()
+        for task in self._handshakes:
+            task.cancel()
+        await asyncio.gather(*self._handshakes, return_exceptions=True)
         calls = [task for handler in self._open.values() for task in handler.tasks]
         for handler in self._open.values():
             handler.close()
@@ -103,15 +111,20 @@ class GrpcServer:
         if self._callback is not None:
             self._callback(refusal, message)
 
-    async def _accept(self, sock: socket.socket) -> None:
-        loop = asyncio.get_running_loop()
-        while True:
-            await asyncio.sleep(0)  # accepting never waits while connections are pending; the others get their turn
+    def _accept(self, sock: socket.socket) -> None:
+        """Take what is pending, up to a bound: a flood of connections leaves the others their turn."""
+        for _ in range(_ACCEPTS_PER_TURN):
             try:
-                connection, address = await loop.sock_accept(sock)
-            except OSError:  # out of descriptors or memory, or the peer is gone again
-                await asyncio.sleep(_ACCEPT_PAUSE)
+                connection, address = sock.accept()
+            except (BlockingIOError, InterruptedError):
+                return
+            except ConnectionError:  # the peer is gone again
                 continue
+            except OSError:  # out of descriptors or memory
+                self._loop.remove_reader(sock)
+                self._paused[sock] = self._loop.call_later(_ACCEPT_PAUSE, self._listen, sock)
+                return
+            connection.setblocking(False)
             source = _source(address)
             refusal = self._over(source)
             if refusal is not None:
@@ -119,9 +132,13 @@ class GrpcServer:
                 continue
             self._connections += 1
             self._per_address[source] += 1
-            task = loop.create_task(self._admit(connection, source))
+            task = self._loop.create_task(self._admit(connection, source))
             self._handshakes.add(task)
             task.add_done_callback(self._handshakes.discard)
+
+    def _listen(self, sock: socket.socket) -> None:
+        self._paused.pop(sock, None)
+        self._loop.add_reader(sock, self._accept, sock)
 
     def _over(self, source: str) -> Refusal | None:
         if self._connections >= self._max_connections:
@@ -141,7 +158,6 @@ class GrpcServer:
 
     async def _admit(self, connection: socket.socket, source: str) -> None:
         """Bring a connection to the point where HTTP/2 begins."""
-        loop = asyncio.get_running_loop()
         handler = CallHandler(self._methods, self._limits, self._refuse)
 
         def lost() -> None:
@@ -152,7 +168,7 @@ class GrpcServer:
         self._open[protocol] = handler
         self._all_closed.clear()
         try:
-            await loop.connect_accepted_socket(
+            await self._loop.connect_accepted_socket(
                 lambda: protocol,
                 connection,
                 ssl=self._tls,

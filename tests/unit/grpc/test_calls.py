@@ -6,7 +6,7 @@ import logging
 from collections.abc import AsyncIterator
 
 import pytest
-from hyperframe.frame import DataFrame, SettingsFrame
+from hyperframe.frame import DataFrame, SettingsFrame, WindowUpdateFrame
 
 from siderolink.common.errors import InvalidAnswerError, ServerUnreachableError
 from siderolink.common.grpc import (
@@ -165,3 +165,36 @@ async def test_a_channel_dials_again_after_its_connection_was_lost() -> None:
                         break
                 await channel.wait_lost()
             assert server.refusals == {Refusal.CONNECTION_IDLE: times}
+
+
+async def test_an_answer_of_many_frames() -> None:
+    async with serving(None, Service(lambda _: bytes(200_000))) as server:
+        async with open_channel("127.0.0.1", server.port, limits=Limits(max_message_bytes=300_000)) as channel:
+            assert (await method(channel)(Raw(b"x"))).data == bytes(200_000)
+
+
+@pytest.mark.parametrize("ends_late", [False, True])
+async def test_an_answer_comes_in_one_piece_or_as_the_window_lets_it(ends_late: bool) -> None:
+    async with serving(None, Service(lambda _: bytes(500))) as server, RawPeer.greeted(server.port) as peer:
+        for window in (65_535, 10):
+            settings = SettingsFrame(0)
+            settings.settings = {SettingsFrame.INITIAL_WINDOW_SIZE: window}
+            request = peer.request(CALL)
+            stream_id = request.stream_id
+            peer.send(settings, request, data(stream_id, message(b"x"), end=not ends_late))
+            if window == 10:
+                peer.send(WindowUpdateFrame(stream_id, 490))
+            received, more = b"", WindowUpdateFrame(stream_id, 5)
+            while True:
+                frame = await peer.frame()
+                assert frame is not None
+                if frame.stream_id == stream_id and isinstance(frame, DataFrame):
+                    received += frame.data
+                    if len(received) == 500:
+                        peer.send(more)
+                elif frame.stream_id == stream_id and "END_STREAM" in frame.flags:
+                    break
+            assert received == message(bytes(500))
+        if ends_late:
+            peer.send(data(1, b"", end=True))
+        assert not server.refusals
