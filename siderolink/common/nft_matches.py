@@ -98,6 +98,11 @@ def at_most(per_second: int) -> Match:
     return [genex("limit", {"rate": per_second, "unit": _PER_SECOND, "burst": per_second, "type": 0, "flags": 0})]
 
 
+def counted() -> Match:
+    """Every packet, counted."""
+    return [genex("counter", {})]
+
+
 def _interface(name: str) -> bytes:
     return name.encode().ljust(_IFNAMSIZ, b"\0")
 

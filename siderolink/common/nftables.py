@@ -1,7 +1,8 @@
 """Firewall rules, written to the kernel by netlink: no `nft` program is needed.
 
 A table of ours is made, replaced and removed in one transaction each, so no packet meets half of it. It belongs to the socket
-that made it: the kernel removes it when the program ends, however it ends, and lets no other program change it.
+that made it: the kernel removes it when the program ends, however it ends, and lets no other program change it. A table that
+shall outlive the program, because what it guards does, is made without an owner.
 """
 
 import errno
@@ -79,9 +80,10 @@ class Part:
 class Table:
     """A table of ours (family inet); there is none in the kernel while it is empty."""
 
-    def __init__(self, name: str) -> None:
-        """In the network namespace of the calling thread."""
+    def __init__(self, name: str, *, owned: bool = True) -> None:
+        """In the network namespace of the calling thread. Without an owner, it takes the place of one left there before."""
         self._name = name
+        self._flags = _OWNED if owned else 0
         self._exists = False
         self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, NETLINK_NETFILTER)
         self._socket.setsockopt(_SOL_NETLINK, _CAP_ACK, 1)
@@ -103,6 +105,10 @@ class Table:
         finally:
             self._socket.close()
 
+    def leave(self) -> None:
+        """Be done with it; where it has no owner, the rules stay."""
+        self._socket.close()
+
     def _replace(self, chains: Sequence[Chain], parts: Sequence[Part]) -> None:
         if not chains:
             problem = self._try([_delete(self._name)]) if self._exists else 0
@@ -117,12 +123,12 @@ class Table:
 
     def _put(self, content: list[Any]) -> int:
         if self._exists:
-            return self._try([_delete(self._name), _table(self._name, _OWNED), *content])
-        problem = self._try([_table(self._name, _OWNED), *content])
+            return self._try([_delete(self._name), _table(self._name, self._flags), *content])
+        problem = self._try([_table(self._name, self._flags), *content])
         if problem == errno.EOPNOTSUPP:  # a kernel before 5.12: tables have no owners
             problem = self._try([_table(self._name, 0), *content])
         if problem == errno.EEXIST:  # without an owner: left by a program that was killed, on such a kernel
-            problem = self._try([_delete(self._name), _table(self._name, _OWNED), *content])
+            problem = self._try([_delete(self._name), _table(self._name, self._flags), *content])
         return problem
 
     def _try(self, messages: Sequence[nfgen_msg]) -> int:

@@ -35,8 +35,15 @@ class DeviceConfig:
     """Bring the interface up; a tool that leaves this to others says False."""
     isolate: bool = False
     """Pass only packets between a peer's own address and one of `addresses`: peers reach neither each other nor beyond."""
+    is_shown: bool = True
+    """Let `wg` show and change the device, where it can; the kernel always does."""
     timestamps: "Timestamps | None" = None
     """Where handshakes take their timestamps from, for a key that outlives the process. The kernel has its own."""
+    namespace: str | None = None
+    """The network namespace for the interface, by name or path; UDP sockets stay in the calling thread's. None: there, too."""
+    keep: bool = False
+    """Kernel only: the interface, its peers and its isolation stay when the context is left, and one that stayed is taken up
+    again as it is. The private key and the port should be the same as before; with another key its sessions end."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,6 +139,9 @@ class Device(Protocol):
     async def remove_peer(self, public_key: PublicKey) -> None:
         """Forget the peer and its keys; no error if it is unknown."""
 
+    async def settle(self) -> None:
+        """All peers that shall be there are set: forget those that a kept interface had before and nobody has set since."""
+
     async def peer(self, public_key: PublicKey) -> PeerStatus | None: ...
 
     async def peers(self) -> list[PeerStatus]: ...
@@ -155,7 +165,6 @@ def open_device(kind: DeviceKind, config: DeviceConfig, on_event: OnDeviceEvent)
     `auto` takes the kernel's WireGuard where it can make such a link, else the built-in one over /dev/net/tun.
     Raises DeviceUnavailableError, InterfaceInUseError or AddressInUseError on entering.
     """
-    # TODO(founder): kernel device; for now auto means userspace
-    from siderolink.common.wireguard.tun_device import TunDevice
+    from siderolink.common.wireguard import opening
 
-    return TunDevice.open(config, on_event)
+    return opening.open_device(kind, config, on_event)

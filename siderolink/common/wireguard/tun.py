@@ -3,7 +3,6 @@
 import errno
 import fcntl
 import os
-import re
 import struct
 from collections.abc import Iterable, Sequence
 from functools import partial
@@ -13,9 +12,10 @@ from typing import Final, Self
 from pyroute2 import AsyncIPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
-from siderolink.common.errors import ConfigurationError, DeviceError, DeviceUnavailableError, InterfaceInUseError
+from siderolink.common.errors import DeviceError, DeviceUnavailableError, InterfaceInUseError
 from siderolink.common.netlink import run_netlink
 from siderolink.common.wireguard.device import Interface
+from siderolink.common.wireguard.naming import check_interface
 
 _DEVICE: Final = "/dev/net/tun"
 _TUNSETIFF: Final = 0x400454CA
@@ -32,8 +32,6 @@ _IFREQ: Final = struct.Struct("16sH22x")
 _IFA_F_NODAD: Final = 0x02
 _MAX_FRAME: Final = 70_000
 _GONE: Final = (errno.EBADFD, errno.ENODEV)
-_NAME: Final = re.compile(r"[!-$&-.0-9;-~]{1,15}")
-"""What the kernel takes, less `%`, which would make it count: visible ASCII without `/` and `:`."""
 
 Buffer = bytes | bytearray | memoryview
 
@@ -60,12 +58,7 @@ class Tun:
         Raises ConfigurationError for a name or an MTU the kernel would not take, InterfaceInUseError if there is such an
         interface, DeviceUnavailableError if this host has no TUN interfaces or they are not allowed.
         """
-        if not _NAME.fullmatch(name) or name in (".", ".."):
-            raise ConfigurationError(
-                f"{name!r} cannot name an interface: 1 to 15 visible ASCII characters without '/', ':' and '%'"
-            )
-        if not 68 <= mtu <= 65_535:
-            raise ConfigurationError(f"an MTU of {mtu} is not possible: 68 to 65,535 bytes")
+        check_interface(name, mtu)
         try:
             fd = os.open(_DEVICE, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError as error:

@@ -90,6 +90,9 @@ class UserspaceDevice:
     async def remove_peer(self, public_key: PublicKey) -> None:
         self.engine.remove_peer(bytes(public_key))
 
+    async def settle(self) -> None:
+        """Nothing is ever there that was not set here."""
+
     async def peer(self, public_key: PublicKey) -> PeerStatus | None:
         entry = self.engine.peers.get(bytes(public_key))
         return peer_status(entry, boot_time()) if entry is not None else None

@@ -1,0 +1,145 @@
+"""The kernel's WireGuard as a device: no packet passes through Python, but for those of tunnel streams."""
+
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager, closing
+from typing import Literal
+
+from siderolink.common.errors import ConfigurationError, DeviceError
+from siderolink.common.keys import PublicKey
+from siderolink.common.netlink import call_in
+from siderolink.common.tasks import background_tasks
+from siderolink.common.wireguard.device import (
+    DeviceConfig,
+    InterfaceLost,
+    OnDeviceEvent,
+    PeerConfig,
+    PeerStatus,
+)
+from siderolink.common.wireguard.kernel.interface import KernelInterface, open_interface, set_addresses
+from siderolink.common.wireguard.kernel.isolation import Isolation
+from siderolink.common.wireguard.kernel.monitor import LinkMonitor, LinkState, open_events
+from siderolink.common.wireguard.kernel.peers import Peers
+from siderolink.common.wireguard.kernel.wireguard import WireGuard
+from siderolink.common.wireguard.naming import check_interface
+from siderolink.common.wireguard.path import Datagrams, Path
+
+__all__ = ["KernelDevice"]
+
+_COUNTERS = {"no_peer": 5, "staged_overflow": 7, "malformed": 10, "inner_source": 13}
+"""Drops by the places of their counters in rtnl_link_stats64, as the kernel's WireGuard uses them."""
+
+
+class KernelDevice:
+    """See `Device`."""
+
+    kind: Literal["kernel"] = "kernel"
+
+    def __init__(
+        self, config: DeviceConfig, interface: KernelInterface, wireguard: WireGuard, isolation: Isolation, peers: Peers
+    ) -> None:
+        """Use `open`."""
+        self.name = interface.name
+        self.listen_port = wireguard.port if config.listen_port is not None else None
+        assert wireguard.public_key is not None  # it was given a key
+        self.public_key: PublicKey = wireguard.public_key
+        self._has_udp = config.listen_port is not None
+        self._wireguard = wireguard
+        self._isolation = isolation
+        self._peers = peers
+
+    @classmethod
+    @asynccontextmanager
+    async def open(cls, config: DeviceConfig, on_event: OnDeviceEvent) -> AsyncIterator["KernelDevice"]:
+        """Make or take up the interface; leaving removes it, unless it shall be kept.
+
+        Raises DeviceUnavailableError, InterfaceInUseError, AddressInUseError or ConfigurationError.
+        """
+        check_interface(config.name, config.mtu)
+        async with AsyncExitStack() as stack:
+            interface = await stack.enter_async_context(open_interface(config))
+            wireguard = stack.enter_context(closing(WireGuard(interface)))
+            wireguard.configure(config)
+            isolation = Isolation(config.name, config.namespace, config.addresses)
+            stack.push_async_callback(isolation.close, keep=config.keep)
+            if config.isolate:
+                await isolation.switch(True)
+            await set_addresses(interface, config.addresses, config.mtu, up=config.up)
+            wireguard.read_device()
+            peers = stack.enter_context(closing(Peers(wireguard, config.mtu, on_event)))
+            device = cls(config, interface, wireguard, isolation, peers)
+            device._follow_link(interface, stack, on_event)
+            async with background_tasks() as tasks:
+                if interface.was_there:
+                    await peers.adopt()
+                tasks.start_soon(peers.watch, name=f"siderolink {interface.name}")
+                yield device
+
+    def _follow_link(self, interface: KernelInterface, stack: AsyncExitStack, on_event: OnDeviceEvent) -> None:
+        def change(state: LinkState) -> None:
+            self._peers.set_mtu(state.mtu)
+            if state.is_up:
+                self._port_may_have_changed()
+
+        def lost() -> None:
+            self._peers.stop()
+            on_event(InterfaceLost(reason=f"the interface {interface.name} was deleted or moved by someone else"))
+
+        events = call_in(interface.namespace, open_events)
+        stack.enter_context(closing(LinkMonitor(interface.index, events, change, lost)))
+
+    def _port_may_have_changed(self) -> None:
+        try:
+            self._wireguard.read_device()
+        except DeviceError:
+            return  # gone again; its end is told separately
+        self._peers.set_device_port(self._wireguard.port)
+        if self._has_udp:
+            self.listen_port = self._wireguard.port
+
+    @property
+    def isolate(self) -> bool:
+        return self._isolation.is_on
+
+    async def set_isolate(self, isolate: bool) -> None:
+        await self._isolation.switch(isolate)
+
+    async def set_peer(self, peer: PeerConfig) -> None:
+        """Raises ConfigurationError for a key or an endpoint that cannot be a peer's, else DeviceError."""
+        if peer.public_key == self.public_key:
+            raise ConfigurationError(f"{peer.public_key} cannot be a peer's key: a device cannot be its own peer")
+        if peer.endpoint is not None and not self._has_udp:
+            raise ConfigurationError("this device has no UDP socket, so a peer cannot have a UDP endpoint")
+        self._peers.set_peer(peer)
+
+    async def remove_peer(self, public_key: PublicKey) -> None:
+        self._peers.remove_peer(bytes(public_key))
+
+    async def settle(self) -> None:
+        self._peers.settle()
+
+    async def peer(self, public_key: PublicKey) -> PeerStatus | None:
+        """As the kernel has it now; where there are thousands of peers, as of some seconds ago at most."""
+        await self._peers.refresh()
+        return self._peers.status(bytes(public_key))
+
+    async def peers(self) -> list[PeerStatus]:
+        """As `peer`."""
+        await self._peers.refresh()
+        return await self._peers.statuses()
+
+    def offer_path(self, public_key: PublicKey, path: Path) -> None:
+        self._peers.offer(bytes(public_key), path)
+
+    def deliver(self, datagrams: Datagrams, path: Path) -> None:
+        self._peers.deliver(datagrams, path)
+
+    def drops(self) -> dict[str, int]:
+        """What the relay, the interface and the firewall dropped; what the kernel drops in silence is not known."""
+        counted = Counter(self._peers.drops())
+        counters = self._wireguard.counters()
+        for name, place in _COUNTERS.items():
+            if place < len(counters):
+                counted[name] += counters[place]
+        counted["inner_destination"] += self._isolation.drops()
+        return {name: count for name, count in counted.items() if count}

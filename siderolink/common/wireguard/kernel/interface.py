@@ -1,0 +1,174 @@
+"""The kernel's WireGuard interface: made, found again, configured and removed, by pyroute2."""
+
+import errno
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Final
+
+import anyio
+from pyroute2 import AsyncIPRoute
+from pyroute2.netlink.exceptions import NetlinkError
+
+from siderolink.common.errors import AddressInUseError, DeviceError, DeviceUnavailableError, InterfaceInUseError
+from siderolink.common.netlink import namespace_path, run_netlink
+from siderolink.common.wireguard.device import DeviceConfig, Interface
+from siderolink.common.wireguard.kernel.ownership import MARK, lock
+
+__all__ = ["KernelInterface", "open_interface", "remove_leftover", "set_addresses"]
+
+_KIND: Final = "wireguard"
+_NO_DUPLICATE_DETECTION: Final = 0x02
+
+
+@dataclass(slots=True)
+class KernelInterface:
+    """An interface that is ours."""
+
+    name: str
+    namespace: str | None
+    index: int
+    was_there: bool
+    """Left by a process before this one; it has to be configured all the same."""
+
+
+@asynccontextmanager
+async def open_interface(config: DeviceConfig) -> AsyncIterator[KernelInterface]:
+    """Hold an interface of the wanted name, down if it is new; leaving removes it, unless it shall be kept.
+
+    One that a process of ours left behind is removed first, unless it shall be kept; then it is given as it is.
+    Raises DeviceUnavailableError, InterfaceInUseError or DeviceError.
+    """
+    held = lock(config.name, config.namespace)
+    try:
+        with anyio.CancelScope(shield=True):  # an interface half made could not be told from another's
+            interface = await run_netlink(partial(_make, config))
+        is_complete = False
+        try:
+            yield interface
+            is_complete = True
+        finally:
+            if not config.keep or not (is_complete or interface.was_there):
+                await remove(interface)
+    finally:
+        held.close()
+
+
+async def remove_leftover(name: str, namespace: str | None) -> None:
+    """Remove an interface that a process of ours left behind, and nothing else. Raises InterfaceInUseError for a held one."""
+    found = await run_netlink(partial(_find, name), namespace)
+    if found is not None and found[1]:
+        with lock(name, namespace):
+            await run_netlink(partial(_delete, found[0]), namespace)
+
+
+async def remove(interface: KernelInterface) -> None:
+    """Remove it, also when cancelled; no error if it is gone."""
+    with anyio.CancelScope(shield=True):
+        try:
+            await run_netlink(partial(_delete, interface.index), interface.namespace)
+        except NetlinkError as error:
+            if error.code != errno.ENODEV:
+                raise DeviceError(f"the interface {interface.name} cannot be removed: {error.args[-1]}") from error
+
+
+async def set_addresses(interface: KernelInterface, addresses: tuple[Interface, ...], mtu: int, *, up: bool) -> bool:
+    """Give the interface its MTU, exactly these addresses, and bring it up. True if it had other addresses before.
+
+    Raises AddressInUseError for a UDP port that is taken, which is when the kernel finds out; DeviceError otherwise.
+    """
+    try:
+        return await run_netlink(partial(_configure, interface.index, addresses, mtu, up), interface.namespace)
+    except NetlinkError as error:
+        if error.code == errno.EADDRINUSE:
+            raise AddressInUseError("the UDP port is in use: choose another, or 0 for any") from error
+        raise DeviceError(f"the interface {interface.name} cannot be configured: {error.args[-1]}") from error
+
+
+async def _make(config: DeviceConfig) -> KernelInterface:
+    name, namespace = config.name, config.namespace
+    found = await run_netlink(partial(_find, name), namespace)
+    if found is not None:
+        index, is_ours = found
+        if not is_ours:
+            raise InterfaceInUseError(f"there is an interface {name} already: remove it, or choose another name")
+        if config.keep:
+            return KernelInterface(name, namespace, index, True)
+        await run_netlink(partial(_delete, index), namespace)
+    try:
+        await _create(name, namespace, config.mtu)
+        index = await run_netlink(partial(_mark, name), namespace)
+    except NetlinkError as error:
+        raise _unavailable(error, name) from error
+    return KernelInterface(name, namespace, index, False)
+
+
+async def _find(name: str) -> tuple[int, bool] | None:
+    """Index of the interface of that name, and whether it has our mark."""
+    async with AsyncIPRoute() as ipr:
+        for index in await ipr.link_lookup(ifname=name):
+            for link in [link async for link in await ipr.link("get", index=index)]:
+                info = link.get_attr("IFLA_LINKINFO")
+                kind = info.get_attr("IFLA_INFO_KIND") if info is not None else None
+                return index, kind == _KIND and link.get_attr("IFLA_IFALIAS") == MARK
+    return None
+
+
+async def _create(name: str, namespace: str | None, mtu: int) -> None:
+    """Make it from here, so that its UDP socket stays here wherever the interface lives."""
+    where: dict[str, Any] = {}
+    async with AsyncIPRoute() as ipr:
+        if namespace is None:
+            await ipr.link("add", ifname=name, kind=_KIND, mtu=mtu)
+            return
+        with open(namespace_path(namespace), "rb") as inside:  # noqa: ASYNC230 # a file of the kernel's, which never blocks
+            where["net_ns_fd"] = inside.fileno()
+            await ipr.link("add", ifname=name, kind=_KIND, mtu=mtu, **where)
+
+
+async def _mark(name: str) -> int:
+    async with AsyncIPRoute() as ipr:
+        found = await ipr.link_lookup(ifname=name)
+        if not found:
+            raise NetlinkError(errno.ENODEV, "it is gone again")
+        await ipr.link("set", index=found[0], ifalias=MARK)
+        return int(found[0])
+
+
+async def _delete(index: int) -> None:
+    async with AsyncIPRoute() as ipr:
+        await ipr.link("del", index=index)
+
+
+async def _configure(index: int, addresses: tuple[Interface, ...], mtu: int, up: bool) -> bool:
+    async with AsyncIPRoute() as ipr:
+        await ipr.link("set", index=index, mtu=mtu)
+        wanted = {(str(address.ip), address.network.prefixlen): address.version for address in addresses}
+        present = set()
+        async for found in await ipr.addr("dump", index=index):
+            if found["index"] == index and found["scope"] != 253:  # a link-local address is the kernel's own
+                present.add((found.get_attr("IFA_LOCAL") or found.get_attr("IFA_ADDRESS"), found["prefixlen"]))
+        for address, length in present - wanted.keys():
+            await ipr.addr("del", index=index, address=address, prefixlen=length)
+        for address, length in wanted.keys() - present:
+            flags = _NO_DUPLICATE_DETECTION if wanted[address, length] == 6 else 0
+            await ipr.addr("add", index=index, address=address, prefixlen=length, flags=flags)
+        if up:
+            await ipr.link("set", index=index, state="up")
+        return bool(present) and present != wanted.keys()
+
+
+def _unavailable(error: NetlinkError, name: str) -> DeviceError:
+    match error.code:
+        case errno.EPERM | errno.EACCES:
+            return DeviceUnavailableError(
+                "the kernel's WireGuard is not allowed here: run as root or with the capability CAP_NET_ADMIN"
+            )
+        case errno.EOPNOTSUPP | errno.EAFNOSUPPORT | errno.ENODEV:
+            return DeviceUnavailableError(
+                "this kernel has no WireGuard: load its module (modprobe wireguard), or use the userspace device"
+            )
+        case errno.EEXIST:
+            return InterfaceInUseError(f"there is an interface {name} already: remove it, or choose another name")
+    return DeviceUnavailableError(f"the kernel makes no WireGuard interface: {error.args[-1]}")

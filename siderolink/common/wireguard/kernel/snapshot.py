@@ -1,0 +1,147 @@
+"""What the kernel's peers did between two looks at them, and when to look again. No I/O; the time is passed in.
+
+The kernel tells nobody of handshakes, of roaming or of attempts given up. All three are read off its counters:
+
+- a handshake was completed where its time has moved;
+- the peer has roamed where its endpoint has;
+- attempts were given up where something that wants an answer has gone unanswered for as long as WireGuard tries: 10 s until a
+  passive keepalive would have come, 5 s, then 90 s of handshakes. Bare keepalives want no answer, and are told by their size.
+
+A look costs time in proportion to the peers, so looks are rationed: often while somebody is expected to shake hands, seldom
+otherwise.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final
+
+from siderolink.common.wireguard.kernel.messages import PeerFacts
+
+__all__ = ["Change", "GaveUp", "HandshakeSeen", "PeerView", "Roamed", "Schedule", "compare"]
+
+KEEPALIVE_BYTES: Final = 32
+_ANSWER_BYTES: Final = 92 + KEEPALIVE_BYTES
+"""A handshake's response and a passive keepalive: what may follow the last packet heard without wanting an answer itself."""
+GIVE_UP_AFTER: Final = 10.0 + 5.0 + 90.0
+
+
+@dataclass(frozen=True, slots=True)
+class HandshakeSeen:
+    """A handshake was completed since the last look."""
+
+
+@dataclass(frozen=True, slots=True)
+class Roamed:
+    """The peer's endpoint is another than at the last look."""
+
+    old: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class GaveUp:
+    """WireGuard has stopped trying to reach the peer."""
+
+
+Change = HandshakeSeen | Roamed | GaveUp
+
+
+@dataclass(slots=True)
+class PeerView:
+    """One peer as last seen."""
+
+    facts: PeerFacts
+    last_received: float | None = None
+    """Unix time of the look that found more received bytes, or of a handshake since; late by the time between two looks."""
+    sent_when_heard: int = 0
+    heard_at: float = 0.0
+    unanswered_at: float | None = None
+    """When something was first seen sent, since the peer was last heard, that wants an answer."""
+    has_given_up: bool = False
+
+
+def compare(view: PeerView, facts: PeerFacts, now: float, unix_now: float) -> Iterator[Change]:
+    """Bring a view up to date, and tell what happened: roaming first, since a handshake proves the path that it came by."""
+    old, view.facts = view.facts, facts
+    if old.endpoint != facts.endpoint and facts.endpoint:
+        yield Roamed(old.endpoint)
+    if facts.received != old.received:
+        view.last_received = unix_now
+        view.heard_at, view.sent_when_heard = now, facts.sent
+        view.unanswered_at, view.has_given_up = None, False
+    if facts.handshake_ns != old.handshake_ns and facts.handshake_ns:
+        view.last_received = max(view.last_received or 0.0, facts.handshake_ns / 1e9)
+        yield HandshakeSeen()
+    if facts.sent != old.sent and facts.received == old.received:
+        yield from _unanswered(view, now)
+
+
+def _unanswered(view: PeerView, now: float) -> Iterator[Change]:
+    facts = view.facts
+    if view.unanswered_at is None:
+        wants_none = _ANSWER_BYTES
+        if facts.keepalive:
+            wants_none += KEEPALIVE_BYTES * (int((now - view.heard_at) // facts.keepalive) + 1)
+        if facts.sent - view.sent_when_heard > wants_none:
+            view.unanswered_at = now
+    elif now - view.unanswered_at >= GIVE_UP_AFTER and not view.has_given_up:
+        view.has_given_up = True
+        yield GaveUp()
+
+
+class Schedule:
+    """When to look at the peers again. All times are of one monotonic clock."""
+
+    SHARE: Final = 20
+    """A look is followed by a pause of so many times its length, while somebody is waited for."""
+    IDLE_SHARE: Final = 100
+    IDLE: Final = 5.0
+    """Seconds between looks when nobody is waited for, or more where a look is costly."""
+    PATIENCE: Final = 15.0
+    """Seconds for which a peer that has been set, offered a path or heard shaking hands is waited for."""
+    FIRST: Final = 0.02
+    LONGEST: Final = 1.0
+    FRESH_COST: Final = 0.05
+    """Seconds: whoever asks about a peer gets a look of his own, unless looks cost more than this."""
+
+    def __init__(self, now: float) -> None:
+        self.cost = 0.0
+        """Seconds that the last look took."""
+        self.looked_at = now
+        self._expected: dict[bytes, float] = {}
+        self._newest = now
+
+    def expect(self, key: bytes, now: float) -> None:
+        """The peer will shake hands soon, unless it is dead."""
+        self._expected.pop(key, None)
+        self._expected[key] = self._newest = now
+
+    def settled(self, key: bytes) -> None:
+        """The peer has shaken hands, or is gone."""
+        self._expected.pop(key, None)
+
+    @property
+    def is_expecting(self) -> bool:
+        return bool(self._expected)
+
+    def looked(self, began_at: float, now: float) -> None:
+        """A look has ended."""
+        self.cost = now - began_at
+        self.looked_at = now
+        while self._expected:
+            key, since = next(iter(self._expected.items()))
+            if now - since < self.PATIENCE:
+                break
+            del self._expected[key]
+
+    def next_at(self) -> float:
+        """When the next look is due."""
+        if not self._expected:
+            return self.looked_at + max(self.IDLE, self.IDLE_SHARE * self.cost)
+        age = max(0.0, self.looked_at - self._newest)
+        pause = min(max(self.FIRST, age / 4), self.LONGEST)
+        return self.looked_at + max(pause, self.SHARE * self.cost)
+
+    def is_fresh(self, began_at: float, now: float) -> bool:
+        """Whether a look that began then still answers a question of now."""
+        allowed = self.SHARE * self.cost if self.cost > self.FRESH_COST else 0.0
+        return now - began_at <= allowed

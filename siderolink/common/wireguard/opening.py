@@ -1,0 +1,49 @@
+"""Which device: the kernel's where it can be made, tried and not guessed; else the built-in one."""
+
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+
+from siderolink.common.errors import DeviceUnavailableError
+from siderolink.common.wireguard.device import Device, DeviceConfig, DeviceContext, DeviceKind, OnDeviceEvent
+
+__all__ = ["open_device"]
+
+
+def open_device(kind: DeviceKind, config: DeviceConfig, on_event: OnDeviceEvent) -> DeviceContext:
+    """See `device.open_device`."""
+    if kind == "kernel":
+        return _open_kernel(config, on_event)
+    if kind == "userspace":
+        return _open_userspace(config, on_event)
+    return _open_either(config, on_event)
+
+
+def _open_kernel(config: DeviceConfig, on_event: OnDeviceEvent) -> DeviceContext:
+    from siderolink.common.wireguard.kernel.device import KernelDevice
+
+    return KernelDevice.open(config, on_event)
+
+
+@asynccontextmanager
+async def _open_userspace(config: DeviceConfig, on_event: OnDeviceEvent) -> AsyncIterator[Device]:
+    from siderolink.common.wireguard.kernel.interface import remove_leftover
+    from siderolink.common.wireguard.tun_device import TunDevice
+
+    await remove_leftover(config.name, config.namespace)
+    async with TunDevice.open(config, on_event) as device:
+        yield device
+
+
+@asynccontextmanager
+async def _open_either(config: DeviceConfig, on_event: OnDeviceEvent) -> AsyncIterator[Device]:
+    async with AsyncExitStack() as stack:
+        try:
+            device = await stack.enter_async_context(_open_kernel(config, on_event))
+        except DeviceUnavailableError as kernel_lacks:
+            try:
+                device = await stack.enter_async_context(_open_userspace(config, on_event))
+            except DeviceUnavailableError as userspace_lacks:
+                raise DeviceUnavailableError(
+                    f"no WireGuard interface can be made here. By the kernel: {kernel_lacks}. In userspace: {userspace_lacks}"
+                ) from kernel_lacks
+        yield device
