@@ -92,4 +92,4 @@ def fetch_certificate(host: str, port: int) -> str:
 
 def status_of(error: grpc.RpcError) -> tuple[str, str]:
     """The status's name and text."""
-    return error.code().name, error.details()  # type: ignore[attr-defined]
+    return error.code().name, error.details()

@@ -80,6 +80,7 @@ class MaintenanceApi:
         self._wanted: Place = place
         self._moved = anyio.Event()
         self._listening = anyio.Event()
+        self._tried = anyio.Event()
         self._idle = anyio.Event()
         self._calls = CallCounter(lambda: self._idle.set())
         self._servers: list[GrpcServer] = []
@@ -106,6 +107,10 @@ class MaintenanceApi:
         """Wait until it listens where it is to listen (at once for nowhere, once the sockets are closed)."""
         await self._listening.wait()
 
+    async def wait_tried(self) -> None:
+        """Wait until it listened for the first time, or could not."""
+        await self._tried.wait()
+
     async def run(self) -> None:
         """Listen where it is to listen, for ever."""
         async with background_tasks() as renewing:
@@ -130,9 +135,11 @@ class MaintenanceApi:
                 async with AsyncExitStack() as stack:
                     await self._open(stack, place)
                     listening.set()
+                    self._tried.set()
                     await anyio.sleep_forever()
             except SideroLinkError as error:
                 log.warning("the maintenance API cannot listen, and tries again: %s", error)
+            self._tried.set()
             await anyio.sleep(RETRY_SECONDS)
 
     async def _open(self, stack: AsyncExitStack, place: Place) -> None:
@@ -198,4 +205,5 @@ async def serve_maintenance(
 
         await tasks.start(keep)
         tasks.start_soon(api.run)
+        await api.wait_tried()
         yield api
