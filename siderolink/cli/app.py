@@ -1,5 +1,6 @@
 """The commands and their options."""
 
+import os
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -18,6 +19,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+
+state_app = typer.Typer(help="What a running server remembers.", no_args_is_help=True)
+app.add_typer(state_app, name="state")
 
 config_app = typer.Typer(help="Configuration documents and kernel arguments.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
@@ -66,6 +70,15 @@ ServerUrl = Annotated[str, typer.Argument(help="The server's join URL, as machin
 EventSinkPort = Annotated[int, typer.Option(help="Where the server takes events; 0 for nowhere.", min=0, max=65535)]
 LogPort = Annotated[int, typer.Option(help="Where the server takes kernel logs, by TCP; 0 for nowhere.", min=0, max=65535)]
 InstallationId = Annotated[str, typer.Option(help="The server's installation id, which its overlay addresses come from.")]
+StateFile = Annotated[
+    Path | None,
+    typer.Option(
+        help="Where the server remembers its key and its machines.",
+        show_default="under the system's state directory",
+        metavar="FILE",
+    ),
+]
+ServerInterface = Annotated[str, typer.Option(help="The running server's interface.")]
 Json = Annotated[bool, typer.Option("--json", help="For programs.")]
 
 
@@ -85,8 +98,17 @@ def serve(
     join_token_file: TokenFile = None,
     interface: Annotated[str, typer.Option(help="The interface's name.")] = "siderolink",
     device: Device = DeviceChoice.AUTO,
+    state: StateFile = None,
+    no_state: Annotated[bool, typer.Option("--no-state", help="Remember nothing beyond this process.")] = False,
+    no_dial: Annotated[
+        bool, typer.Option("--no-dial", help="Do not dial remembered machines after a start: behind a load balancer.")
+    ] = False,
+    tls_cert: Annotated[Path | None, typer.Option(help="The API's certificate chain, PEM.", metavar="FILE")] = None,
+    tls_key: Annotated[
+        Path | None, typer.Option(help="Its private key, PEM.", show_default="in the same file", metavar="FILE")
+    ] = None,
 ) -> None:
-    """Serve machines, until stopped."""
+    """Serve machines, until stopped. SIGHUP reads the join token's file and the certificate again."""
     from siderolink.cli.serve import ServeOptions, run_serve
 
     run_serve(
@@ -97,6 +119,10 @@ def serve(
             join_token_file=join_token_file,
             interface=interface,
             device=device.value,
+            state=None if no_state else state or default_state(interface),
+            dial=not no_dial,
+            tls_cert=tls_cert,
+            tls_key=tls_key,
         )
     )
 
@@ -231,6 +257,45 @@ def demo(
     from siderolink.cli.demo.run import run_demo
 
     raise typer.Exit(run_demo(as_json=as_json, device=device.value, seconds=seconds))
+
+
+@state_app.command()
+def backup(
+    file: Annotated[Path, typer.Argument(help="A new file. It will hold the server's private key.")],
+    interface: ServerInterface = "siderolink",
+) -> None:
+    """Copy the state while the server runs."""
+    from siderolink.cli.state import run_backup
+
+    run_backup(interface, file)
+
+
+@state_app.command()
+def restore(
+    file: Annotated[Path, typer.Argument(help="What `backup` made.")],
+    interface: ServerInterface = "siderolink",
+) -> None:
+    """Put a copy in the place of the state; links are back once the server has started again by itself."""
+    from siderolink.cli.state import run_restore
+
+    run_restore(interface, file)
+
+
+@state_app.command()
+def rotate_key(interface: ServerInterface = "siderolink") -> None:
+    """Give the server a new WireGuard key; every machine has to join again."""
+    from siderolink.cli.state import run_rotate_key
+
+    run_rotate_key(interface)
+
+
+def default_state(interface: str) -> Path:
+    """The state directory that systemd gives, or the platform's, with one file per interface."""
+    from platformdirs import user_state_path
+
+    directories = os.environ.get("STATE_DIRECTORY", "")
+    folder = Path(directories.split(":")[0]) if directories else user_state_path("siderolink", use_site_for_root=True)
+    return folder / f"{interface}.state"
 
 
 def run() -> int:

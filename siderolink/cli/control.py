@@ -9,7 +9,7 @@ from typing import Protocol
 from grpclib.exceptions import GRPCError
 
 from siderolink.common.errors import AddressInUseError, ConfigurationError, ServerUnreachableError
-from siderolink.common.grpc import open_channel, serve, translate_errors
+from siderolink.common.grpc import Servable, open_channel, serve, translate_errors
 from siderolink.common.pb.siderolink.control import (
     ControlBase,
     ControlStub,
@@ -52,22 +52,22 @@ def directory() -> Path:
 
 
 @asynccontextmanager
-async def control_socket(interface: str, source: Source) -> AsyncIterator[Path]:
-    """Serve `source` on a socket named after the interface, for this user alone."""
+async def control_socket(interface: str, source: Source, *more: Servable) -> AsyncIterator[Path]:
+    """Serve `source`, and `more` services, on a socket named after the interface, for this user alone."""
     folder = directory()
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigurationError(f"the folder {folder} of the control sockets cannot be made: {error.strerror}") from None
-    service = ControlService(source)
+    services = [ControlService(source), *more]
     path = folder / f"{interface}.sock"
     async with AsyncExitStack() as stack:
         try:
-            await stack.enter_async_context(serve([service], path=path))
+            await stack.enter_async_context(serve(services, path=path))
         except AddressInUseError:
             # The same name is used in another network namespace.
             path = folder / f"{interface}.{os.getpid()}.sock"
-            await stack.enter_async_context(serve([service], path=path))
+            await stack.enter_async_context(serve(services, path=path))
         yield path
 
 

@@ -24,12 +24,14 @@ def say(name: str, text: str) -> None:
         print(f"{now} {name}: {text}", flush=True)
 
 
-def run_until_stopped(work: Callable[[], Awaitable[None]]) -> None:
-    """Run `work` on uvloop until it ends or SIGINT or SIGTERM comes; either is a success."""
+def run_until_stopped(work: Callable[[], Awaitable[None]], reload: Callable[[], None] | None = None) -> None:
+    """Run `work` on uvloop until it ends or SIGINT or SIGTERM comes; either is a success. SIGHUP calls `reload`."""
 
     async def main() -> None:
         async with background_tasks() as tasks:
             await tasks.start(_stop_on_signal, tasks.cancel_scope)
+            if reload is not None:
+                await tasks.start(_reload_on_signal, reload)
             await work()
 
     anyio.run(main, backend_options={"use_uvloop": True})
@@ -41,3 +43,10 @@ async def _stop_on_signal(scope: anyio.CancelScope, *, task_status: TaskStatus[N
         async for _ in signals:
             scope.cancel()
             return
+
+
+async def _reload_on_signal(reload: Callable[[], None], *, task_status: TaskStatus[None]) -> None:
+    with anyio.open_signal_receiver(signal.SIGHUP) as signals:
+        task_status.started()
+        async for _ in signals:
+            reload()

@@ -6,10 +6,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from siderolink.cli.control import control_socket, peer_message
+from siderolink.cli.notify import feed_watchdog, notify
 from siderolink.cli.running import run_until_stopped, say
 from siderolink.cli.secret import read_secret
-from siderolink.common.errors import ConfigurationError
+from siderolink.cli.serving import Serving
+from siderolink.cli.state_service import StateService
+from siderolink.cli.watching import watch_files
+from siderolink.common.errors import ConfigurationError, SideroLinkError
+from siderolink.common.grpc import ServerCertificate
 from siderolink.common.pb.siderolink.control import Event, StatusResponse
+from siderolink.common.tasks import background_tasks
 from siderolink.common.wireguard.device import DeviceKind
 from siderolink.server import (
     EventsLost,
@@ -20,6 +26,7 @@ from siderolink.server import (
     MachineLeft,
     Server,
     ServerEvent,
+    Store,
 )
 
 
@@ -33,16 +40,21 @@ class ServeOptions:
     join_token_file: Path | None
     interface: str
     device: DeviceKind
+    state: Path | None
+    """Where the server remembers; None for memory alone."""
+    dial: bool
+    tls_cert: Path | None
+    tls_key: Path | None
 
 
 class ServerSource:
     """A server, as the control socket shows it."""
 
-    def __init__(self, server: Server) -> None:
-        self._server = server
+    def __init__(self, serving: Serving) -> None:
+        self._serving = serving
 
     async def status(self) -> StatusResponse:
-        server = self._server
+        server = self._serving.server
         uuids = {status.machine.public_key: status.machine.node_uuid for status in await server.machines()}
         return StatusResponse(
             role="server",
@@ -59,7 +71,7 @@ class ServerSource:
         )
 
     async def events(self) -> AsyncIterator[Event]:
-        async for event in self._server.events():
+        async for event in self._serving.server.events():
             name, subject, text = describe(event)
             yield Event(time=time.time(), kind=name, subject=subject, detail=text)
 
@@ -82,28 +94,94 @@ def describe(event: ServerEvent) -> tuple[str, str, str]:
             return "events lost", "", str(count)
 
 
+class Serve:
+    """One `serve`: its options, and what a reload reads again."""
+
+    def __init__(self, options: ServeOptions) -> None:
+        """Raises ConfigurationError."""
+        self._options = options
+        self._token = self._read_token()
+        self._certificate = _certificate(options)
+        self._serving = Serving(self._make, options.state, self._run_beside)
+
+    async def run(self) -> None:
+        """Serve until cancelled. Raises SideroLinkError."""
+        try:
+            async with (
+                control_socket(self._options.interface, ServerSource(self._serving), StateService(self._serving)),
+                background_tasks() as tasks,
+            ):
+                tasks.start_soon(feed_watchdog)
+                if self._certificate is not None:
+                    tasks.start_soon(watch_files, self._certificate.files, self._reload_certificate)
+                await self._serving.run()
+        finally:
+            notify("STOPPING=1")
+
+    def reload(self) -> None:
+        """Read the join token's file and the certificate again; what cannot be used is said, and the old stays in use."""
+        notify(f"RELOADING=1\nMONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}")
+        try:
+            self._token = self._read_token()
+            self._serving.server.set_join_token(self._token)
+            say("reloaded", "the join token")
+        except SideroLinkError as error:
+            say("not reloaded", str(error))
+        if self._certificate is not None:
+            self._reload_certificate()
+        notify("READY=1")
+
+    def _reload_certificate(self) -> None:
+        assert self._certificate is not None
+        try:
+            self._certificate.reload()
+            say("reloaded", "the TLS certificate")
+        except SideroLinkError as error:
+            say("not reloaded", str(error))
+
+    def _read_token(self) -> str:
+        token = read_secret("join-token", self._options.join_token, self._options.join_token_file)
+        if token is None:
+            raise ConfigurationError(
+                "a server needs a join token: by --join-token-file, by SIDEROLINK_JOIN_TOKEN, "
+                "or by the systemd credential siderolink.join-token"
+            )
+        return token
+
+    def _make(self, store: Store | None) -> Server:
+        options = self._options
+        return Server(
+            api_listen=options.api_listen,
+            wireguard_endpoints=options.wireguard_endpoints,
+            join_token=self._token,
+            interface=options.interface,
+            device=options.device,
+            tls=None if self._certificate is None else self._certificate.context,
+            store=store,
+            dial=options.dial,
+        )
+
+    async def _run_beside(self, server: Server) -> None:
+        tls = ", TLS" if self._certificate is not None else ""
+        say("serving", f"API on {self._options.api_listen}{tls}, WireGuard on UDP port {server.wireguard_port}")
+        say("overlay", f"{server.address} on {server.device.name} ({server.device.kind} device), key {server.public_key}")
+        if self._options.state is not None:
+            say("remembering", f"{len(await server.machines())} machines, in {self._options.state}")
+        notify("READY=1")
+        async for event in server.events():
+            name, subject, text = describe(event)
+            say(name, f"{subject} {text}".strip())
+
+
+def _certificate(options: ServeOptions) -> ServerCertificate | None:
+    if options.tls_cert is None:
+        if options.tls_key is not None:
+            raise ConfigurationError("--tls-key needs --tls-cert")
+        return None
+    return ServerCertificate(options.tls_cert, options.tls_key)
+
+
 def run_serve(options: ServeOptions) -> None:
     """Serve until stopped. Raises SideroLinkError."""
-    token = read_secret("join-token", options.join_token, options.join_token_file)
-    if token is None:
-        raise ConfigurationError(
-            "a server needs a join token: by --join-token-file, by SIDEROLINK_JOIN_TOKEN, "
-            "or by the systemd credential siderolink.join-token"
-        )
-    server = Server(
-        api_listen=options.api_listen,
-        wireguard_endpoints=options.wireguard_endpoints,
-        join_token=token,
-        interface=options.interface,
-        device=options.device,
-    )
-
-    async def work() -> None:
-        async with server, control_socket(options.interface, ServerSource(server)):
-            say("serving", f"API on {options.api_listen}, WireGuard on UDP port {server.wireguard_port}")
-            say("overlay", f"{server.address} on {server.device.name} ({server.device.kind} device), key {server.public_key}")
-            async for event in server.events():
-                name, subject, text = describe(event)
-                say(name, f"{subject} {text}".strip())
-
-    run_until_stopped(work)
+    serve = Serve(options)
+    run_until_stopped(serve.run, serve.reload)

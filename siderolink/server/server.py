@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Self
 
 from siderolink.common.addressing import overlay_prefix, server_address
-from siderolink.common.errors import SideroLinkError
+from siderolink.common.errors import ConfigurationError, SideroLinkError
 from siderolink.common.grpc import GrpcServer, Limits, serve
 from siderolink.common.hostport import HostPort
 from siderolink.common.keys import PrivateKey, PublicKey
@@ -129,6 +129,7 @@ class Server(AbstractAsyncContextManager["Server"]):
         self._store: Store = MemoryStore() if store is None else store
         self._prefix = overlay_prefix(installation_id or "")
         self._events = EventHub()
+        self._join_token = JoinTokenCheck(join_token or None)
         self._parts: _Parts | None = None
         self._running: AbstractAsyncContextManager[_Parts] | None = None
 
@@ -217,7 +218,7 @@ class Server(AbstractAsyncContextManager["Server"]):
             machines,
             Answers(device.public_key, self._prefix, endpoints),
             self._events,
-            JoinTokenCheck(options.join_token or None),
+            self._join_token,
             server_key=device.public_key,
             force_tunnel=options.force_tunnel,
             authorize=options.authorize,
@@ -303,6 +304,15 @@ class Server(AbstractAsyncContextManager["Server"]):
     async def unban(self, node_uuid: str) -> None:
         """Let a banned UUID join again."""
         await self._live().machines.unban(node_uuid)
+
+    def set_join_token(self, join_token: str) -> None:
+        """Ask joining machines for another token from now on; those that have joined keep their links.
+
+        Raises ConfigurationError for an empty one.
+        """
+        if not join_token:
+            raise ConfigurationError("a server without a join_token would admit everyone")
+        self._join_token.expect(join_token)
 
     def events(self) -> EventStream:
         """What happens from now on. Bounded per reader: a slow one loses its oldest events and is told so by EventsLost."""

@@ -15,6 +15,11 @@ class JoinTokenCheck:
 
     def __init__(self, expected: str | None) -> None:
         """`expected` None accepts every machine, with whatever token."""
+        self._digest: bytes | None = None
+        self.expect(expected)
+
+    def expect(self, expected: str | None) -> None:
+        """Accept this token from now on, and no other."""
         self._digest = None if expected is None else _digest(expected)
 
     def accepts(self, token: str | None) -> bool:

@@ -1,6 +1,7 @@
 """The house rules, read off the source: who imports whom, what a package offers, how long things get."""
 
 import ast
+import re
 import subprocess
 import sys
 import tomllib
@@ -31,10 +32,22 @@ ROOMS = {
 }
 DEPENDENCIES = {"anyio", "betterproto2", "cryptography", "grpclib", "numpy", "pyroute2"}
 EXTRAS = {
-    "cli": {"pydantic", "pyyaml", "rich", "typer", "uvloop", "watchfiles"},
+    "cli": {
+        "pydantic",
+        "pyyaml",
+        "rich",
+        "typer",
+        "uvloop",
+        "watchfiles",
+        "aiosqlite",
+        "alembic",
+        "sqlalchemy",
+        "platformdirs",
+    },
     "config": {"pydantic", "pyyaml", "watchfiles"},
+    "sql": {"aiosqlite", "alembic", "sqlalchemy"},
 }
-CLI_DEPENDENCIES = {"rich", "typer", "uvloop"}
+CLI_DEPENDENCIES = {"platformdirs", "rich", "typer", "uvloop", "watchfiles"}
 # parts that need more, each with the extra that brings it
 PARTS = {
     "siderolink.client.config": {"pydantic", "pydantic_core", "watchfiles", "yaml"},
@@ -142,7 +155,7 @@ def test_the_package_declares_its_six_dependencies() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
     def names(requirements: list[str]) -> set[str]:
-        return {requirement.split("=")[0].split(">")[0] for requirement in requirements}
+        return {re.split(r"[\[=>]", requirement)[0] for requirement in requirements}
 
     assert names(project["dependencies"]) == DEPENDENCIES
     for extra, needs in EXTRAS.items():
