@@ -4,7 +4,7 @@ from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from ipaddress import IPv4Interface, IPv4Network, IPv6Interface, IPv6Network
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 from siderolink.common.keys import PresharedKey, PrivateKey, PublicKey
 from siderolink.common.wireguard.path import Datagrams, Endpoint, Path
@@ -100,13 +100,20 @@ class HandshakeGaveUp:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PeerSilent:
+    """What was sent to the peer went unanswered: data for 15 s, or a handshake's first message for 5 s. One may be lost."""
+
+    public_key: PublicKey
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class InterfaceLost:
     """The interface was deleted by somebody else; the device passes no packet any more and can only be left."""
 
     reason: str
 
 
-DeviceEvent = HandshakeCompleted | PathChanged | HandshakeGaveUp | InterfaceLost
+DeviceEvent = HandshakeCompleted | PathChanged | HandshakeGaveUp | PeerSilent | InterfaceLost
 OnDeviceEvent = Callable[[DeviceEvent], None]
 """Called on the event loop, between packets: it must be quick, must not raise, and may not call the device's `deliver`."""
 
@@ -154,6 +161,14 @@ class Device(Protocol):
 
     def drops(self) -> dict[str, int]:
         """How many datagrams and packets were dropped, by named reason (docs/drops.md)."""
+
+
+@runtime_checkable
+class CanShakeHands(Protocol):
+    """What the built-in device can do besides; the kernel begins handshakes only by itself."""
+
+    async def handshake(self, public_key: PublicKey) -> None:
+        """Begin a handshake with the peer at once; its sessions stay good, and an unknown peer is no error."""
 
 
 DeviceContext = AbstractAsyncContextManager[Device]

@@ -21,6 +21,7 @@ from siderolink.common.wireguard.device import (
     OnDeviceEvent,
     PathChanged,
     PeerConfig,
+    PeerSilent,
     PeerStatus,
 )
 from siderolink.common.wireguard.noise import Engine, Event
@@ -101,6 +102,14 @@ class UserspaceDevice:
         now = boot_time()
         return [peer_status(peer, now) for peer in self.engine.peers.values()]
 
+    async def handshake(self, public_key: PublicKey) -> None:
+        """See `CanShakeHands`."""
+        entry = self.engine.peers.get(bytes(public_key))
+        if entry is not None:
+            now = boot_time()
+            self.engine.handshake(entry, now)
+            self.plane.drain(now)
+
     def offer_path(self, public_key: PublicKey, path: Path) -> None:
         entry = self.engine.peers.get(bytes(public_key))
         if entry is None or entry.reachable_path is not None:
@@ -169,4 +178,6 @@ def _translate(event: Event) -> DeviceEvent:
         return PathChanged(public_key=key, old=event.old, new=event.new)  # type: ignore[arg-type] # ours, see DataPlane
     if isinstance(event, noise.HandshakeCompleted):
         return HandshakeCompleted(public_key=key)
+    if isinstance(event, noise.PeerSilent):
+        return PeerSilent(public_key=key)
     return HandshakeGaveUp(public_key=key)

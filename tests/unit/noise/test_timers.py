@@ -2,7 +2,7 @@
 
 import pytest
 
-from siderolink.common.wireguard.noise import Drop, HandshakeCompleted, HandshakeGaveUp, messages
+from siderolink.common.wireguard.noise import Drop, HandshakeCompleted, HandshakeGaveUp, PeerSilent, messages
 from siderolink.common.wireguard.noise.constants import REJECT_AFTER_MESSAGES, REKEY_AFTER_MESSAGES
 from tests.support.virtual import Node, Wire, inner_packet, pair
 
@@ -193,3 +193,26 @@ def test_counters_of_a_batch_that_does_not_fit_are_never_used() -> None:
     session.send_counter = REJECT_AFTER_MESSAGES - 3
     assert session.reserve(4) is None
     assert session.reserve(1) is None
+
+
+def test_silence_is_told_before_another_initiation() -> None:
+    a, b, wire = joined()
+    a.events.clear()
+    wire.faults.drop = 1.0
+    a.send(inner_packet(a.address, b.address, b"lost"))
+    wire.run(14.9)
+    assert not a.events
+    wire.run(15.4)
+    assert [type(event) for event in a.events] == [PeerSilent]
+    wire.run(21.0)
+    assert [type(event) for event in a.events] == [PeerSilent, PeerSilent]
+
+
+def test_a_handshake_on_demand_waits_for_no_timer_and_costs_no_session() -> None:
+    a, b, wire = joined()
+    [peer] = a.engine.peers.values()
+    session = peer.current
+    a.engine.handshake(peer, a.clock.now)
+    a.engine.handshake(peer, a.clock.now)
+    assert len(a.engine.datagrams_to_send()) == 2
+    assert peer.current is session

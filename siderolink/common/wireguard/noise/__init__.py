@@ -2,7 +2,7 @@
 
 from .drops import Drop
 from .engine import Engine
-from .events import Event, HandshakeCompleted, HandshakeGaveUp, PathChanged
+from .events import Event, HandshakeCompleted, HandshakeGaveUp, PathChanged, PeerSilent
 from .peer import Path, Peer
 from .session import Session
 from .tai64n import Timestamps
@@ -16,6 +16,7 @@ __all__ = [
     "Path",
     "PathChanged",
     "Peer",
+    "PeerSilent",
     "Session",
     "Timestamps",
 ]

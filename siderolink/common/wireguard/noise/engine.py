@@ -15,7 +15,7 @@ from cryptography.exceptions import InvalidTag
 
 from . import messages
 from .drops import Drop
-from .events import Event, HandshakeCompleted, HandshakeGaveUp, PathChanged
+from .events import Event, HandshakeCompleted, HandshakeGaveUp, PathChanged, PeerSilent
 from .exchange import Entropy, Exchange
 from .handshake import NO_PRESHARED_KEY, Identity
 from .inner import inner_header, padded_length
@@ -194,6 +194,11 @@ class Engine:
         self._exchange.initiate(peer, now)
         self._schedule.update(peer)
 
+    def handshake(self, peer: Peer, now: float) -> None:
+        """Begin a handshake although the last one may be less than 5 s ago; the owner bounds how often. Sessions stay good."""
+        self._exchange.initiate(peer, now, at_once=True)
+        self._schedule.update(peer)
+
     # Datagrams in
 
     def session(self, index: int) -> Session | None:
@@ -368,6 +373,7 @@ class Engine:
             timers.keepalive_expired(now)
         if timers.new_handshake_at <= now:
             timers.new_handshake_at = NEVER
+            self._output.events.append(PeerSilent(peer=peer))
             self._exchange.initiate(peer, now)
         if timers.zero_keys_at <= now:
             timers.zero_keys_at = NEVER
@@ -378,6 +384,7 @@ class Engine:
 
     def _retransmit(self, peer: Peer, now: float) -> None:
         if not peer.timers.has_attempt_ended(now):
+            self._output.events.append(PeerSilent(peer=peer))
             self._exchange.initiate(peer, now)
             return
         peer.timers.attempt_abandoned(now)

@@ -28,4 +28,11 @@ class HandshakeGaveUp:
     peer: Peer
 
 
-Event = HandshakeCompleted | PathChanged | HandshakeGaveUp
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PeerSilent:
+    """What was sent went unanswered: data for 15 s, or an initiation for 5 s. Another initiation is on its way."""
+
+    peer: Peer
+
+
+Event = HandshakeCompleted | PathChanged | HandshakeGaveUp | PeerSilent

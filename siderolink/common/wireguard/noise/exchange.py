@@ -110,12 +110,12 @@ class Exchange:
         """Seconds, from 0 to a third."""
         return int.from_bytes(self._entropy(2), "little") / 0xFFFF * REKEY_JITTER
 
-    def initiate(self, peer: Peer, now: float) -> None:
-        """Begin a handshake, or put it off where the last attempt is less than 5 s old."""
+    def initiate(self, peer: Peer, now: float, *, at_once: bool = False) -> None:
+        """Begin a handshake; unless `at_once`, put it off where the last attempt is less than 5 s old."""
         if self.is_stopped:
             return
         earliest = peer.last_initiation_sent_at + REKEY_TIMEOUT
-        if now < earliest:
+        if now < earliest and not at_once:
             peer.timers.initiation_postponed(now, earliest)
             return
         peer.has_retried_with_cookie = False
