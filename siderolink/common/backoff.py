@@ -5,7 +5,10 @@ from collections.abc import Callable
 
 
 class Backoff:
-    """Full jitter: each delay is uniform between `floor` and a bound that doubles from `first` up to `cap` (all in seconds)."""
+    """Full jitter: each delay is uniform between `floor` and a bound that grows from `first` by `factor` up to `cap` (seconds).
+
+    With a factor of 1.5 nobody waits longer than what was tried has failed already; with 2, twice as long.
+    """
 
     def __init__(
         self,
@@ -14,9 +17,11 @@ class Backoff:
         cap: float,
         floor: float = 0.0,
         at_once: bool = False,
+        factor: float = 2.0,
         uniform: Callable[[float, float], float] = random.uniform,
     ) -> None:
         self._first, self._cap, self._floor, self._at_once = first, cap, floor, at_once
+        self._factor = factor
         self._uniform = uniform
         self._failures = 0
 
@@ -30,5 +35,5 @@ class Backoff:
         self._failures += 1
         if failures < 0:
             return 0.0
-        bound = min(self._cap, self._first * 2.0 ** min(failures, 32))
+        bound = min(self._cap, self._first * self._factor ** min(failures, 64))
         return self._uniform(self._floor, max(self._floor, bound))

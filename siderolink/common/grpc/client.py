@@ -83,6 +83,10 @@ class GrpcChannel(Channel):
     def _refused(self, refusal: Refusal, message: str) -> None:
         log.debug("the connection to %s was ended: %s: %s", self.target, refusal, message)
 
+    async def connect(self) -> None:
+        """Dial now, where the first call would do it otherwise."""
+        await self.__connect__()
+
     async def wait_lost(self) -> None:
         """Wait until the connection that stands now is gone; returns at once when none does."""
         for protocol in tuple(self._connections):

@@ -64,7 +64,9 @@ class Limits:
     ping_timeout: float = 20.0
     """How long an answer to such a PING may take; peers need not ask themselves."""
     tcp_keepalive_idle: int = 30
-    """Whole seconds of silence before the kernel probes the peer; it gives up after three probes 10 s apart."""
+    """Whole seconds of silence before the kernel probes the peer; it gives up after three probes."""
+    tcp_keepalive_interval: int = 10
+    """Whole seconds between these probes."""
     connect_timeout: float = 10.0
     """How long a client waits for a connection, the TLS handshake included."""
 
