@@ -11,7 +11,7 @@ from siderolink.common.pb.machine import (
     ServiceStateEvent,
     TaskEvent,
 )
-from siderolink.common.wire_types import has_declared_types
+from siderolink.common.wire_types import has_declared_types, is_whole
 
 MachineEventPayload = (
     SequenceEvent
@@ -48,7 +48,7 @@ def pack_event(payload: MachineEventPayload) -> Any:
 def unpack_event(data: Any) -> MachineEventPayload | None:
     """The event in `data`; None for another type, and for a message that cannot be read as what it claims to be."""
     kind = _KINDS.get(data.type_url)
-    if kind is None:
+    if kind is None or not is_whole(data.value):
         return None
     try:
         payload = kind.parse(data.value)

@@ -1,4 +1,4 @@
-"""Whether a decoded message is what its type says: the decoder keeps a value that came with another wire type as it came."""
+"""What the decoder does not check: that a message ends where it should, and that its values are of their declared kinds."""
 
 import dataclasses
 from collections.abc import Callable
@@ -19,6 +19,45 @@ _CHECKS: dict[str, Callable[[object], bool]] = {
     "map": lambda value: isinstance(value, dict),
     **dict.fromkeys(_INTEGERS, lambda value: isinstance(value, int) and not isinstance(value, bool)),
 }
+
+
+def is_whole(data: bytes) -> bool:
+    """Whether the bytes are fields of protobuf from the first to the last, whatever they mean."""
+    position = 0
+    while position < len(data):
+        tag, position = _varint(data, position)
+        if tag is None or not tag >> 3:
+            return False
+        end = _skip(data, position, tag & 7)
+        if end is None or end > len(data):
+            return False
+        position = end
+    return True
+
+
+def _skip(data: bytes, position: int, wire_type: int) -> int | None:
+    """Where the field's value ends; None where there is no such end."""
+    if wire_type in (1, 5):
+        return position + (8 if wire_type == 1 else 4)
+    if wire_type not in (0, 2):
+        return None
+    value, position = _varint(data, position)
+    if value is None:
+        return None
+    return position if wire_type == 0 else position + value
+
+
+def _varint(data: bytes, position: int) -> tuple[int | None, int]:
+    value = 0
+    for shift in range(0, 70, 7):
+        if position >= len(data):
+            return None, position
+        byte = data[position]
+        position += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, position
+    return None, position
 
 
 def has_declared_types(message: betterproto2.Message) -> bool:

@@ -9,12 +9,14 @@ import pytest
 from siderolink.common.grpc.refusals import Refusal
 from siderolink.common.wireguard.noise.drops import Drop
 from siderolink.server.refusals import JoinRefusal, StreamRefusal
+from siderolink.server.reporting.reports import ReportDrop
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "drops.md").read_text()
 SECTIONS = {
     "Datagrams and packets": Drop,
     "Connections, calls and messages": Refusal,
     "Joins": JoinRefusal,
+    "Reports": ReportDrop,
     "Tunnel streams": StreamRefusal,
 }
 
