@@ -1,0 +1,331 @@
+"""The ingress firewall in a machine's namespace: what gets in, what does not, and that the host is as before."""
+
+import signal
+import socket
+import struct
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from ipaddress import ip_network
+
+import pytest
+from anyio.from_thread import BlockingPortal
+
+from siderolink.client.config import Ingress, IngressRule, PortRange
+from siderolink.client.firewall import IngressFirewall, ingress_firewall
+from siderolink.common.errors import SideroLinkError
+from siderolink.common.nftables import Table
+from tests.support.netns import Namespace, link
+from tests.support.topology import Net, direct
+
+BLOCK = Ingress("block")
+MACHINE_V4, MACHINE_V6 = "192.0.2.2", "2001:db8::2"
+REFUSED = "refused"
+NOTHING = "nothing"
+
+
+def rule(ports: str, *subnets: str, protocol: str = "tcp", but: tuple[str, ...] = (), name: str = "rule") -> IngressRule:
+    ranges = tuple(PortRange(*map(int, part.split("-") * (1 if "-" in part else 2))) for part in ports.split(","))
+    networks = tuple(map(ip_network, subnets))
+    return IngressRule(name, protocol, ranges, networks, tuple(map(ip_network, but)))  # type: ignore[arg-type]
+
+
+@dataclass
+class Host:
+    """A machine with a firewall, beside a neighbour."""
+
+    net: Net
+    portal: BlockingPortal
+    firewall: IngressFirewall
+
+    def set(self, ingress: Ingress) -> None:
+        self.portal.call(self.firewall.replace, ingress)
+
+    def dial(self, port: int, to: str = MACHINE_V4, bind: str | None = None) -> str:
+        """What becomes of a TCP connection from the neighbour: refused by the closed port, that is let in, or nothing."""
+        return self.net.server.call(dial, to, port, bind)
+
+
+def together(namespace: Namespace, *attempts: Callable[[], str]) -> list[str]:
+    """What becomes of several attempts from a namespace at once: those that nothing answers take their time."""
+
+    def attempt() -> list[str]:
+        with ThreadPoolExecutor(len(attempts)) as executor:
+            return list(executor.map(lambda call: call(), attempts))
+
+    return namespace.call(attempt)
+
+
+def dial(to: str, port: int, bind: str | None) -> str:
+    family = socket.AF_INET6 if ":" in to else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as sock:
+        sock.settimeout(1)
+        if bind is not None:
+            sock.bind((bind, 0))
+        try:
+            sock.connect((to, port))
+        except ConnectionRefusedError:
+            return REFUSED
+        except TimeoutError:
+            return NOTHING
+        return "connected"
+
+
+def send_udp(to: str, port: int) -> str:
+    family = socket.AF_INET6 if ":" in to else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as sock:
+        sock.settimeout(1)
+        sock.connect((to, port))
+        sock.send(b"x")
+        try:
+            sock.recv(1)
+        except ConnectionRefusedError:
+            return REFUSED
+        except TimeoutError:
+            return NOTHING
+        return "answered"
+
+
+@contextmanager
+def holding(net: Net, ingress: Ingress) -> Iterator[Host]:
+    with net.machine.portal() as portal, portal.wrap_async_context_manager(ingress_firewall(ingress)) as firewall:
+        yield Host(net, portal, firewall)
+
+
+def ruleset(namespace: Namespace) -> str:
+    return namespace.run(["nft", "list", "ruleset"])
+
+
+def test_block_lets_nothing_in_but_what_a_rule_names() -> None:
+    with direct() as net:
+        net.server.add_address("eth0", "192.0.2.77/24")
+        assert net.server.call(dial, MACHINE_V4, 80, None) == REFUSED
+        ingress = Ingress(
+            "block",
+            (
+                rule("80,8000-8002", "192.0.2.0/24", but=("192.0.2.64/26",)),
+                rule("81", "2001:db8::/32"),
+                rule("53", "0.0.0.0/0", protocol="udp"),
+                rule("82"),
+            ),
+        )
+        with holding(net, ingress) as host:
+            let_in = [
+                partial(dial, MACHINE_V4, 80, None),
+                partial(dial, MACHINE_V4, 8000, None),
+                partial(dial, MACHINE_V4, 8002, None),
+                partial(dial, MACHINE_V6, 81, None),
+                partial(send_udp, MACHINE_V4, 53),
+            ]
+            kept_out = [
+                *(partial(dial, MACHINE_V4, port, None) for port in (53, 81, 82, 7999, 8003)),
+                partial(dial, MACHINE_V4, 80, "192.0.2.77"),
+                partial(dial, MACHINE_V6, 80, None),
+                partial(send_udp, MACHINE_V4, 80),
+            ]
+            assert together(net.server, *let_in) == [REFUSED] * len(let_in)
+            assert together(net.server, *kept_out) == [NOTHING] * len(kept_out)
+            # replaced while connections are possible: the new rules count at once
+            host.set(Ingress("block", (rule("7999", "192.0.2.1/32"),)))
+            assert host.dial(7999) == REFUSED
+            assert host.dial(80) == NOTHING
+        assert net.server.call(dial, MACHINE_V4, 81, None) == REFUSED
+
+
+def test_accept_lets_all_in_but_what_a_rule_keeps_for_others() -> None:
+    with direct() as net:
+        net.server.add_address("eth0", "192.0.2.77/24")
+        ingress = Ingress(
+            "accept", (rule("80", "192.0.2.0/24", but=("192.0.2.64/26",)), rule("81", "198.51.100.0/24"), rule("82"))
+        )
+        with holding(net, ingress):
+            let_in = [
+                partial(dial, MACHINE_V4, 80, None),
+                partial(dial, MACHINE_V4, 83, None),
+                partial(send_udp, MACHINE_V4, 81),
+            ]
+            kept_out = [
+                partial(dial, MACHINE_V4, 80, "192.0.2.77"),
+                partial(dial, MACHINE_V6, 80, None),
+                partial(dial, MACHINE_V4, 81, None),
+                partial(dial, MACHINE_V4, 82, None),
+            ]
+            assert together(net.server, *let_in) == [REFUSED] * len(let_in)
+            assert together(net.server, *kept_out) == [NOTHING] * len(kept_out)
+
+
+def test_several_rules_for_a_port_must_all_agree_when_the_rest_is_accepted() -> None:
+    with (
+        direct() as net,
+        holding(
+            net, Ingress("accept", (rule("80", "192.0.2.0/24", name="a"), rule("80", "198.51.100.0/24", name="b")))
+        ) as host,
+    ):
+        assert host.dial(80) == NOTHING
+
+
+def test_what_the_machine_begins_is_answered_and_the_loopback_is_trusted() -> None:
+    with direct() as net, holding(net, BLOCK):
+        assert net.machine.call(dial, "192.0.2.1", 80, None) == REFUSED
+        assert net.machine.call(send_udp, "192.0.2.1", 80) == REFUSED
+        assert net.machine.call(dial, "127.0.0.1", 80, None) == REFUSED
+        assert net.machine.call(dial, "::1", 80, None) == REFUSED
+        # the machine's own address is reached by the loopback, too
+        assert net.machine.call(dial, MACHINE_V4, 80, None) == REFUSED
+
+
+@pytest.mark.parametrize("interface", ["siderolink", "siderolinktun", "mine"])
+def test_both_interfaces_of_siderolink_are_trusted(interface: str) -> None:
+    with Namespace("server") as server, Namespace("machine") as machine:
+        link(server, machine, names=("eth0", interface), addresses=(["192.0.2.1/24"], [f"{MACHINE_V4}/24"]))
+        with holding(Net(server, (machine,)), BLOCK) as host:
+            assert host.dial(80) == (NOTHING if interface == "mine" else REFUSED)
+
+
+def test_an_interface_of_another_name_can_be_trusted() -> None:
+    with Namespace("server") as server, Namespace("machine") as machine:
+        link(server, machine, names=("eth0", "mine"), addresses=(["192.0.2.1/24"], [f"{MACHINE_V4}/24"]))
+        with machine.portal() as portal, portal.wrap_async_context_manager(ingress_firewall(BLOCK, ["mine"])):
+            assert server.call(dial, MACHINE_V4, 80, None) == REFUSED
+
+
+def replies(to: str, count: int = 40) -> int:
+    """How many of a burst of pings are answered, each with an identifier of its own: what was answered before would pass."""
+    is_v6 = ":" in to
+    family, number = (socket.AF_INET6, socket.IPPROTO_ICMPV6) if is_v6 else (socket.AF_INET, socket.IPPROTO_ICMP)
+    answered: set[int] = set()
+    with socket.socket(family, socket.SOCK_RAW, number) as sock:
+        for identifier in range(1, count + 1):
+            echo = struct.pack("!BBHHH", 128 if is_v6 else 8, 0, 0, identifier, 1)
+            # the kernel fills in ICMPv6's checksum, and leaves ICMP's to us
+            sock.sendto(echo if is_v6 else echo[:2] + struct.pack("!H", checksum(echo)) + echo[4:], (to, 0))
+        sock.settimeout(0.5)
+        while len(answered) < count:
+            try:
+                data = sock.recv(2048)
+            except TimeoutError:
+                break
+            kind, _, _, identifier, _ = struct.unpack_from("!BBHHH", data, 0 if is_v6 else 20)
+            if kind == (129 if is_v6 else 0):
+                answered.add(identifier)
+    return len(answered)
+
+
+def checksum(data: bytes) -> int:
+    """The Internet checksum of a few bytes (RFC 1071)."""
+    total: int = sum(struct.unpack(f"!{len(data) // 2}H", data))
+    return 0xFFFF - (total + (total >> 16)) % 0x10000
+
+
+def test_icmp_is_limited_and_the_neighbours_are_found_all_the_same() -> None:
+    with direct() as net, holding(net, BLOCK) as host:
+        for address in (MACHINE_V4, MACHINE_V6):
+            # forty begin within a fraction of a second; a loaded machine may take longer
+            assert 1 <= net.server.call(replies, address) < 40
+        host.set(Ingress("block", (rule("1", "192.0.2.0/24", protocol="icmp"),)))
+        assert net.server.call(replies, MACHINE_V4) == 40
+        # ICMPv6 was used up, but an address that was never asked for still resolves
+        net.machine.add_address("eth0", "2001:db8::abcd/64")
+        host.set(Ingress("block", (rule("80", "::/0"),)))
+        net.server.call(replies, MACHINE_V6)
+        assert host.dial(80, "2001:db8::abcd") == REFUSED
+
+
+def test_a_redirect_cannot_lead_new_connections_past_the_firewall() -> None:
+    with direct() as net:
+        net.machine.nft("""
+            table ip redirected {
+                chain prerouting { type nat hook prerouting priority dstnat; tcp dport 8080 redirect to :80; }
+            }
+        """)
+        with holding(net, Ingress("block", (rule("80", "0.0.0.0/0"),))) as host:
+            assert host.dial(80) == REFUSED
+            assert host.dial(8080) == NOTHING
+        assert net.server.call(dial, MACHINE_V4, 8080, None) == REFUSED
+
+
+def test_what_is_only_forwarded_is_not_the_firewalls() -> None:
+    with Namespace("server") as server, Namespace("router") as router, Namespace("other") as other:
+        router.forward()
+        link(server, router, names=("eth0", "up"), addresses=(["192.0.2.1/24"], ["192.0.2.254/24"]))
+        link(other, router, names=("eth0", "down"), addresses=(["198.51.100.2/24"], ["198.51.100.254/24"]))
+        server.add_route("default", "192.0.2.254")
+        other.add_route("default", "198.51.100.254")
+        with holding(Net(server, (router,)), BLOCK) as host:
+            assert host.dial(80, "198.51.100.2") == REFUSED
+            assert host.dial(80, "192.0.2.254") == NOTHING
+
+
+def test_nothing_is_left_and_others_rules_stay() -> None:
+    with direct() as net:
+        net.machine.nft("table inet others { chain input { type filter hook input priority 0; tcp dport 9 drop; }; }")
+        before = ruleset(net.machine)
+        with holding(net, Ingress()) as host:
+            assert ruleset(net.machine) == before
+            host.set(BLOCK)
+            assert "table inet siderolink" in ruleset(net.machine)
+            host.set(Ingress())
+            assert ruleset(net.machine) == before
+            host.set(BLOCK)
+        assert ruleset(net.machine) == before
+
+
+def test_a_second_firewall_on_a_host_is_refused_and_the_first_stays() -> None:
+    with direct() as net, holding(net, BLOCK) as host:
+        with pytest.raises(SideroLinkError, match="another program on this host holds the firewall table 'siderolink'"):
+            with holding(net, Ingress("block", (rule("80", "0.0.0.0/0"),))):
+                pass
+        assert host.dial(80) == NOTHING
+        assert "siderolink" in ruleset(net.machine)
+
+
+HOLDER = """
+import anyio
+from siderolink.client.config import Ingress
+from siderolink.client.firewall import ingress_firewall
+
+async def main():
+    async with ingress_firewall(Ingress("block")):
+        print("held", flush=True)
+        await anyio.sleep_forever()
+
+anyio.run(main)
+"""
+
+
+def test_a_firewall_ends_with_its_program_however_that_ends() -> None:
+    with direct() as net:
+        before = ruleset(net.machine)
+        holder = net.machine.popen([sys.executable, "-c", HOLDER], stdout=subprocess.PIPE)
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        assert net.server.call(dial, MACHINE_V4, 80, None) == NOTHING
+        holder.send_signal(signal.SIGKILL)
+        holder.wait(10)
+        assert net.server.call(dial, MACHINE_V4, 80, None) == REFUSED
+        assert ruleset(net.machine) == before
+
+
+def test_rules_that_the_kernel_refuses_leave_the_old_ones() -> None:
+    from siderolink.common.nftables import Chain, Rule
+
+    with direct() as net, net.machine.portal() as portal:
+        table = net.machine.call(Table, "siderolink")
+        drop = Chain("input", [Rule([], "drop")])
+        portal.call(table.replace, [drop])
+        with pytest.raises(SideroLinkError, match="refused: No such file or directory"):
+            portal.call(table.replace, [Chain("input", [Rule([], "accept"), Rule([], jump="nowhere")])])
+        assert net.server.call(dial, MACHINE_V4, 80, None) == NOTHING
+        portal.call(table.close)
+        assert net.server.call(dial, MACHINE_V4, 80, None) == REFUSED
+
+
+def test_many_rules() -> None:
+    rules = tuple(rule(f"{10_000 + n}", *(f"10.{n}.{k}.0/24" for k in range(8)), "192.0.2.1/32") for n in range(100))
+    with direct() as net, holding(net, Ingress("block", rules)) as host:
+        assert host.dial(10_099) == REFUSED
+        assert host.dial(10_100) == NOTHING
