@@ -7,11 +7,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from ipaddress import ip_interface
 from pathlib import Path
 
 import pytest
 
 from siderolink.common.keys import PresharedKey, PrivateKey
+from siderolink.common.wireguard.device import DeviceConfig, open_device
 from tests.support.netns import Namespace, link, run_beside, stop
 
 PEER = PrivateKey.generate().public_key().encode()
@@ -301,3 +303,13 @@ def test_the_firewall_mark_is_on_what_is_sent() -> None:
         """)
         ping(left, "fd00::2")
         assert "packets 0" not in left.run(["nft", "list", "counter", "inet", "t", "seen"])
+
+
+def test_wg_shows_a_devices_peers_too(namespace: Namespace) -> None:
+    """An interface that a program opened is seen by `wg` as well, and its socket goes with it."""
+    name = f"wgd{os.getpid() % 100_000}"
+    config = DeviceConfig(name=name, private_key=PrivateKey.generate(), addresses=(ip_interface("fd00::1/64"),))
+    with namespace.portal() as portal:
+        with portal.wrap_async_context_manager(open_device("userspace", config, lambda event: None)) as device:
+            assert namespace.run(["wg", "show", name, "public-key"]).strip() == device.public_key.encode()
+        assert not Path(f"/var/run/wireguard/{name}.sock").exists()

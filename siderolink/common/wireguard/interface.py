@@ -24,6 +24,6 @@ async def open_interface(name: str) -> AsyncIterator[asyncio.Event]:
         if isinstance(event, InterfaceLost):
             lost.set()
 
-    config = DeviceConfig(name=name, private_key=None, mtu=BARE_MTU, up=False)
+    config = DeviceConfig(name=name, private_key=None, mtu=BARE_MTU, up=False, is_shown=False)
     async with TunDevice.open(config, on_event) as device, serve_uapi(name, device.report, device.apply):
         yield lost

@@ -1,15 +1,19 @@
 """The built-in WireGuard on a TUN interface of the kernel's."""
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 
-from siderolink.common.errors import DeviceError
+from siderolink.common.errors import DeviceError, InterfaceInUseError
 from siderolink.common.wireguard.device import DeviceConfig, InterfaceLost, OnDeviceEvent
 from siderolink.common.wireguard.link_monitor import LinkMonitor, LinkState
 from siderolink.common.wireguard.path import Path
 from siderolink.common.wireguard.tun import Tun
+from siderolink.common.wireguard.uapi.server import serve_uapi
 from siderolink.common.wireguard.userspace import UserspaceDevice
+
+_logger = logging.getLogger("siderolink")
 
 
 class TunDevice(UserspaceDevice):
@@ -30,14 +34,15 @@ class TunDevice(UserspaceDevice):
 
         Raises DeviceUnavailableError, InterfaceInUseError or AddressInUseError.
         """
-        with Tun.open(config.name, config.mtu) as tun:
+        async with AsyncExitStack() as stack:
+            tun = stack.enter_context(Tun.open(config.name, config.mtu))
             device = cls(config, tun, on_event)
-            try:
-                await tun.configure(config.addresses, config.mtu, up=config.up)
-                device.watch(is_up=config.up)
-                yield device
-            finally:
-                device.close()
+            stack.callback(device.close)
+            await tun.configure(config.addresses, config.mtu, up=config.up)
+            device.watch(is_up=config.up)
+            if config.is_shown:
+                await _show(stack, device)
+            yield device
 
     def watch(self, *, is_up: bool) -> None:
         """Begin to read and to follow the interface."""
@@ -87,3 +92,11 @@ class TunDevice(UserspaceDevice):
                 self.start()
             else:
                 self.stop()
+
+
+async def _show(stack: AsyncExitStack, device: TunDevice) -> None:
+    """Serve `wg`; a device of ours works without, and in another network namespace its name may be taken."""
+    try:
+        await stack.enter_async_context(serve_uapi(device.name, device.report, device.apply))
+    except (InterfaceInUseError, OSError) as error:
+        _logger.info("wg will not see %s: %s", device.name, error)

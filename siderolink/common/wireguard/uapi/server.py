@@ -43,6 +43,8 @@ async def serve_uapi(name: str, report: Report, apply: Apply, *, folder: Path = 
         clients.add(task)
         try:
             await _serve_client(reader, writer, report, apply)
+        except asyncio.CancelledError:
+            pass  # only by us, below; asyncio's streams complain of a callback that ends cancelled
         finally:
             clients.discard(task)
             writer.close()
