@@ -4,6 +4,7 @@ from ipaddress import IPv4Network, IPv6Network
 from typing import Annotated, ClassVar, Literal, TypeAlias
 
 from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator
 
 from siderolink.client.config.log_url import LogURL
@@ -44,7 +45,8 @@ def _certificates(text: str) -> str:
         raise ConfigurationError("must be certificates in PEM form") from None
     if len(found) > MAX_CERTIFICATES:
         raise ConfigurationError(f"at most {MAX_CERTIFICATES} certificates stand in one document")
-    return text
+    # whatever stands between them is left out
+    return "".join(certificate.public_bytes(Encoding.PEM).decode() for certificate in found)
 
 
 def _name(text: str) -> str:

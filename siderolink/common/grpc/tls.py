@@ -18,7 +18,7 @@ def client_tls(ca_file: str | Path | None = None, *, extra_roots: str | None = N
     if extra_roots is not None:
         try:
             context.load_verify_locations(cadata=extra_roots)
-        except (ValueError, ssl.SSLError):
+        except (TypeError, ValueError, ssl.SSLError):
             raise ConfigurationError("the trusted roots are no certificates in PEM form") from None
     return _http2(context)
 

@@ -1,0 +1,211 @@
+"""`siderolink join` by documents and kernel arguments, in namespaces: what it finds, and what it does when that changes."""
+
+import os
+import queue
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.netns.test_ingress import NOTHING, REFUSED, dial, ruleset
+from tests.support.netns import Namespace, stop
+from tests.support.topology import SERVER_V4, Net, direct
+
+TOKEN = "the-join-token"
+URL = f"grpc://{SERVER_V4}:4000?jointoken={TOKEN}"
+TUNNEL_URL = f"{URL}&grpc_tunnel=true"
+OVERLAY = "fdae:41e4:649b:9303::1"
+SECONDS = 15.0
+BLOCK = "apiVersion: v1alpha1\nkind: NetworkDefaultActionConfig\ningress: block\n"
+
+
+def join_document(url: str) -> str:
+    return f"apiVersion: v1alpha1\nkind: SideroLinkConfig\napiUrl: {url}\n"
+
+
+class Command:
+    """A running `siderolink` command, whose lines are read as they come."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self._process = process
+        self._lines: queue.Queue[str | None] = queue.Queue()
+        self.said: list[str] = []
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            self._lines.put(line.rstrip("\n"))
+        self._lines.put(None)
+
+    def wait_for(self, words: str) -> str:
+        """The next line that holds these words."""
+        while True:
+            try:
+                line = self._lines.get(timeout=SECONDS)
+            except queue.Empty:
+                line = None
+            assert line is not None, f"no line says {words!r}:\n" + "\n".join(self.said)
+            self.said.append(line)
+            if words in line:
+                return line
+
+    def stop(self) -> int:
+        self._process.terminate()
+        status = self._process.wait(SECONDS)
+        while (line := self._lines.get(timeout=SECONDS)) is not None:
+            self.said.append(line)
+        return status
+
+
+@contextmanager
+def command(namespace: Namespace, run_folder: Path, *args: str, before: Sequence[str] = ()) -> Iterator[Command]:
+    """A command in a namespace; local sockets lie in a folder of its own."""
+    options: dict[str, Any] = {
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.STDOUT,
+        "env": {**os.environ, "SIDEROLINK_RUNTIME_DIR": str(run_folder), "PYTHONUNBUFFERED": "1"},
+    }
+    process = namespace.popen([*before, sys.executable, "-m", "siderolink", *args], **options)
+    try:
+        yield Command(process)
+    finally:
+        stop(process)
+
+
+@pytest.fixture
+def net(tmp_path: Path) -> Iterator[Net]:
+    """A running server, and a machine beside it."""
+    with direct() as net:
+        arguments = ["serve", "--api-listen", f"{SERVER_V4}:4000", "--wireguard-endpoint", f"{SERVER_V4}:51820"]
+        with command(net.server, tmp_path, *arguments, "--join-token", TOKEN, "--device", "userspace") as server:
+            server.wait_for("overlay")
+            yield net
+
+
+def overlay_address(machine: Namespace, interface: str) -> str:
+    (address,) = (found for found in machine.addresses(interface) if found.startswith("fd"))
+    return address.partition("/")[0]
+
+
+def pings(namespace: Namespace, address: str) -> bool:
+    return " 0 received" not in namespace.run(["ping", "-c1", "-W2", address], check=False)
+
+
+def replace_file(file: Path, text: str) -> None:
+    """As editors and managers do it: another file takes the name."""
+    new = file.with_suffix(".new")
+    new.write_text(text)
+    new.replace(file)
+
+
+@pytest.mark.parametrize(("url", "interface"), [(URL, "siderolink"), (TUNNEL_URL, "siderolinktun")])
+def test_with_default_block_the_link_comes_up_and_only_it_is_let_in(net: Net, tmp_path: Path, url: str, interface: str) -> None:
+    folder = tmp_path / "documents"
+    folder.mkdir()
+    (folder / "join.yaml").write_text(join_document(url) + "---\n" + BLOCK)
+    before = ruleset(net.machine)
+    with command(net.machine, tmp_path, "join", "--config", str(folder), "--device", "userspace") as join:
+        join.wait_for("connected")
+        address = overlay_address(net.machine, interface)
+        assert pings(net.machine, OVERLAY)
+        assert pings(net.server, address)
+        assert net.server.call(dial, address, 50000, None) == REFUSED
+        assert net.server.call(dial, "192.0.2.2", 50000, None) == NOTHING
+        # a rule opens a port, and the link knows nothing of it
+        (folder / "rule.yaml").write_text(
+            "apiVersion: v1alpha1\nkind: NetworkRuleConfig\nname: api\n"
+            "portSelector: {ports: [50000], protocol: tcp}\ningress: [{subnet: 192.0.2.0/24}]\n"
+        )
+        join.wait_for("1 rules")
+        assert net.server.call(dial, "192.0.2.2", 50000, None) == REFUSED
+        assert net.server.call(dial, "192.0.2.2", 50001, None) == NOTHING
+        (folder / "rule.yaml").unlink()
+        join.wait_for("0 rules")
+        assert net.server.call(dial, "192.0.2.2", 50000, None) == NOTHING
+        assert pings(net.server, address)
+        assert join.stop() == 0
+    assert sum("provisioned" in line for line in join.said) == 1
+    assert ruleset(net.machine) == before
+    assert net.machine.interfaces() == {"lo", "eth0"}
+
+
+def test_a_change_joins_anew_at_once_and_nonsense_changes_nothing(net: Net, tmp_path: Path) -> None:
+    file = tmp_path / "machine.yaml"
+    file.write_text(join_document(URL))
+    with command(net.machine, tmp_path, "join", "--config", str(file), "--device", "userspace") as join:
+        join.wait_for("connected")
+        address = overlay_address(net.machine, "siderolink")
+        replace_file(file, join_document("grpc://h/path"))
+        assert "machine.yaml:3: apiUrl" in join.wait_for("settings refused")
+        assert pings(net.server, address)
+        # what reads the same changes nothing; what reads otherwise does, with the same key and so the same address
+        replace_file(file, "# a remark\n" + join_document(URL))
+        replace_file(file, join_document(TUNNEL_URL))
+        assert "tunnel" in join.wait_for("connected")
+        assert overlay_address(net.machine, "siderolinktun") == address
+        assert "siderolink" not in net.machine.interfaces()
+        assert pings(net.machine, OVERLAY)
+        # a server that cannot be reached is asked again, and the next change counts at once
+        file.write_text(join_document(URL.replace(":4000", ":4001")))
+        join.wait_for("join failed")
+        file.write_text(join_document(URL))
+        assert "udp" in join.wait_for("connected")
+        assert overlay_address(net.machine, "siderolink") == address
+        file.unlink()
+        join.wait_for("settings refused")
+        assert pings(net.machine, OVERLAY)
+        file.write_text(BLOCK)
+        join.wait_for("there is no join URL")
+        assert join.stop() == 0
+    assert TOKEN not in "\n".join(join.said)
+    assert sum("settings refused" in line for line in join.said) == 2
+
+
+def test_a_folder_of_links_as_cluster_managers_make_it(net: Net, tmp_path: Path) -> None:
+    folder = tmp_path / "mounted"
+    for version, url in (("one", URL), ("two", TUNNEL_URL)):
+        (folder / version).mkdir(parents=True)
+        (folder / version / "join.yaml").write_text(join_document(url))
+    (folder / "..data").symlink_to("one")
+    (folder / "join.yaml").symlink_to("..data/join.yaml")
+    with command(net.machine, tmp_path, "join", "--config", str(folder), "--device", "userspace") as join:
+        join.wait_for("connected")
+        (folder / "..new").symlink_to("two")
+        (folder / "..new").replace(folder / "..data")
+        assert "tunnel" in join.wait_for("connected")
+
+
+def test_join_by_the_kernel_command_line(net: Net, tmp_path: Path) -> None:
+    line = tmp_path / "cmdline"
+    line.write_text(f'quiet siderolink.api="{URL}" siderolink.api=grpc://other\n')
+    with command(net.machine, tmp_path, "join", "--kernel-cmdline", str(line), "--device", "userspace") as join:
+        assert "siderolink.api" in join.wait_for("join URL")
+        join.wait_for("connected")
+
+
+def test_a_bare_join_finds_what_the_host_has(net: Net, tmp_path: Path) -> None:
+    laid_over = tmp_path / "etc"
+    laid_over.mkdir()
+    (laid_over / "siderolink.yaml").write_text(join_document(URL))
+    # each program that is started inside has a mount namespace of its own
+    overlay = ["sh", "-c", f'mount -t overlay overlay -o lowerdir={laid_over}:/etc /etc && exec "$@"', "sh"]
+    with command(net.machine, tmp_path, "join", "--device", "userspace", before=overlay) as join:
+        assert "/etc/siderolink.yaml:1" in join.wait_for("join URL")
+        join.wait_for("connected")
+
+
+def test_without_any_join_url_it_says_where_it_looked(tmp_path: Path) -> None:
+    file = tmp_path / "empty.yaml"
+    file.write_text(BLOCK)
+    done = subprocess.run(
+        [sys.executable, "-m", "siderolink", "join", "--config", str(file)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert str(file) in done.stderr
