@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from siderolink.cli.control import control_socket, peer_message
+from siderolink.cli.machine_reports import say_reports
 from siderolink.cli.notify import feed_watchdog, notify
 from siderolink.cli.running import run_until_stopped, say
 from siderolink.cli.secret import read_secret
@@ -19,11 +20,13 @@ from siderolink.common.tasks import background_tasks
 from siderolink.common.wireguard.device import DeviceKind
 from siderolink.server import (
     EventsLost,
+    EventStream,
     HandshakeCompleted,
     JoinRefused,
     LinkDown,
     MachineJoined,
     MachineLeft,
+    ReportOptions,
     Server,
     ServerEvent,
     Store,
@@ -45,6 +48,15 @@ class ServeOptions:
     dial: bool
     tls_cert: Path | None
     tls_key: Path | None
+    event_sink_port: int | None = None
+    log_port: int | None = None
+
+    @property
+    def reports(self) -> ReportOptions | None:
+        """Where machines deliver reports; None for nowhere."""
+        if self.event_sink_port is None and self.log_port is None:
+            return None
+        return ReportOptions(event_sink_port=self.event_sink_port, log_port=self.log_port)
 
 
 class ServerSource:
@@ -102,6 +114,7 @@ class Serve:
         self._options = options
         self._token = self._read_token()
         self._certificate = _certificate(options)
+        self._make(None)  # checks the options before anything is opened
         self._serving = Serving(self._make, options.state, self._run_beside)
 
     async def run(self) -> None:
@@ -159,18 +172,22 @@ class Serve:
             tls=None if self._certificate is None else self._certificate.context,
             store=store,
             dial=options.dial,
+            reports=options.reports,
         )
 
-    async def _run_beside(self, server: Server) -> None:
+    async def _run_beside(self, server: Server, events: EventStream) -> None:
         tls = ", TLS" if self._certificate is not None else ""
         say("serving", f"API on {self._options.api_listen}{tls}, WireGuard on UDP port {server.wireguard_port}")
         say("overlay", f"{server.address} on {server.device.name} ({server.device.kind} device), key {server.public_key}")
         if self._options.state is not None:
             say("remembering", f"{len(await server.machines())} machines, in {self._options.state}")
         notify("READY=1")
-        async for event in server.events():
-            name, subject, text = describe(event)
-            say(name, f"{subject} {text}".strip())
+        async with background_tasks() as tasks:
+            if self._options.reports is not None:
+                tasks.start_soon(say_reports, server.reports)
+            async for event in events:
+                name, subject, text = describe(event)
+                say(name, f"{subject} {text}".strip())
 
 
 def _certificate(options: ServeOptions) -> ServerCertificate | None:

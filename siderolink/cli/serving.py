@@ -8,17 +8,18 @@ import anyio
 
 from siderolink.cli.running import say
 from siderolink.common.errors import SideroLinkError
-from siderolink.server import Server, Store
+from siderolink.server import EventStream, Server, Store
 from siderolink.server.store.sql import SqlStore
 
+OnServer = Callable[[Server, EventStream], Awaitable[None]]
 MakeServer = Callable[[Store | None], Server]
 
 
 class Serving:
     """Runs servers, one after the other, each on the store in the state file; without one, on memory."""
 
-    def __init__(self, make: MakeServer, state: Path | None, on_server: Callable[[Server], Awaitable[None]]) -> None:
-        """`on_server` is run beside each server while that lives."""
+    def __init__(self, make: MakeServer, state: Path | None, on_server: OnServer) -> None:
+        """`on_server` is run beside each server while that lives, and is given its events from the very first."""
         self.state = state
         self._make = make
         self._on_server = on_server
@@ -57,11 +58,12 @@ class Serving:
                 if self.state is not None:
                     self._store = await stack.enter_async_context(SqlStore.open(self.state))
                 server = self._make(self._store)
+                events = server.events()
                 await stack.enter_async_context(server)
                 self._server = server
                 with anyio.CancelScope() as self._scope:
                     self._started.set()
-                    await self._on_server(server)
+                    await self._on_server(server, events)
                 self._server = None
         finally:
             self._server = self._store = self._scope = None

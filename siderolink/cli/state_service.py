@@ -39,6 +39,7 @@ class StateService(StateBase):
         copy = _beside(state)
         try:
             with _told():
+                await self._serving.server.remember()
                 await store.backup(copy)
             async with await anyio.open_file(copy, "rb") as file:
                 while data := await file.read(CHUNK_BYTES):

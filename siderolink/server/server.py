@@ -50,6 +50,7 @@ class _Parts:
     device: Device
     links: Links
     machines: Machines
+    sightings: Sightings
     provisioning: ProvisionService
     tunnel: TunnelService
     api: GrpcServer
@@ -194,7 +195,7 @@ class Server(AbstractAsyncContextManager["Server"]):
                     tasks.start_soon(dial_remembered, links)
                 async with (
                     self._receive_reports(device, links) as reports,
-                    self._serve(device, links, machines, reports) as parts,
+                    self._serve(device, links, machines, sightings, reports) as parts,
                 ):
                     yield parts
 
@@ -209,7 +210,9 @@ class Server(AbstractAsyncContextManager["Server"]):
             yield reports
 
     @asynccontextmanager
-    async def _serve(self, device: Device, links: Links, machines: Machines, reports: Reports | None) -> AsyncIterator[_Parts]:
+    async def _serve(
+        self, device: Device, links: Links, machines: Machines, sightings: Sightings, reports: Reports | None
+    ) -> AsyncIterator[_Parts]:
         options = self._options
         endpoints = tuple(
             endpoint if endpoint.port else replace(endpoint, port=device.listen_port or 0) for endpoint in options.endpoints
@@ -233,6 +236,7 @@ class Server(AbstractAsyncContextManager["Server"]):
                 device=device,
                 links=links,
                 machines=machines,
+                sightings=sightings,
                 provisioning=provisioning,
                 tunnel=tunnel,
                 api=api,
@@ -313,6 +317,10 @@ class Server(AbstractAsyncContextManager["Server"]):
         if not join_token:
             raise ConfigurationError("a server without a join_token would admit everyone")
         self._join_token.expect(join_token)
+
+    async def remember(self) -> None:
+        """Write to the store now what is else written some seconds later: where machines were last heard."""
+        await self._live().sightings.write()
 
     def events(self) -> EventStream:
         """What happens from now on. Bounded per reader: a slow one loses its oldest events and is told so by EventsLost."""

@@ -21,6 +21,7 @@ TOKEN = "s3cret-token"
 @pytest.fixture
 def net(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Net]:
     monkeypatch.setenv("SIDEROLINK_RUNTIME_DIR", str(tmp_path / "run"))
+    monkeypatch.setenv("STATE_DIRECTORY", str(tmp_path / "state"))
     (tmp_path / "token").write_text(TOKEN)
     with direct() as net:
         yield net

@@ -11,6 +11,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import anyio
 from sqlalchemy import Connection, event, inspect, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
@@ -26,6 +27,8 @@ APPLICATION_ID = 0x53444C4B
 """What marks a SQLite file as this program's (bytes 68 to 71 of its header)."""
 _MAGIC = b"SQLite format 3\0"
 _HEADER_BYTES = 100
+CLOSE_SECONDS = 5.0
+"""How long closing may take; then the rest is left to SQLite's next start."""
 BUSY_SECONDS = 2.0
 """How long the last owner of the file may take to let go of it."""
 
@@ -59,14 +62,18 @@ async def open_file(path: Path) -> AsyncIterator[AsyncConnection]:
         f"sqlite+aiosqlite:///{path}", poolclass=StaticPool, connect_args={"timeout": BUSY_SECONDS}, hide_parameters=True
     )
     event.listen(engine.sync_engine, "connect", _set_up)
-    async with AsyncExitStack() as stack:
-        stack.push_async_callback(engine.dispose)
+    stack = AsyncExitStack()
+    stack.push_async_callback(engine.dispose)
+    try:
         try:
             connection = await stack.enter_async_context(engine.connect())
             await connection.run_sync(_check, path)
         except DBAPIError as error:
             raise _unusable(path, error) from error
         yield connection
+    finally:
+        with anyio.CancelScope(shield=True), anyio.move_on_after(CLOSE_SECONDS):
+            await stack.aclose()
 
 
 def _set_up(dbapi_connection: Any, _: object) -> None:

@@ -16,11 +16,10 @@ from siderolink.server.store.base import Change, Machine, Work
 from siderolink.server.store.feed import DEFAULT_FEED_LIMIT, Feed
 from siderolink.server.store.sql import tables
 from siderolink.server.store.sql.batches import Batches
-from siderolink.server.store.sql.file import open_file
+from siderolink.server.store.sql.file import CLOSE_SECONDS, open_file
 
 T = TypeVar("T")
 
-_CLOSE_SECONDS = 5.0
 _PAGE = 1024
 
 
@@ -32,6 +31,7 @@ class SqlStore:
         self._feeds: set[Feed] = set()
         self._feed_limit = feed_limit
         self._batches = Batches(connection, self._publish)
+        self._running = anyio.CancelScope(shield=True)
 
     @classmethod
     @asynccontextmanager
@@ -43,15 +43,21 @@ class SqlStore:
         async with open_file(Path(path)) as connection:
             store = cls(connection, feed_limit)
             async with background_tasks() as tasks:
-                tasks.start_soon(store._batches.run, name="siderolink store")
+                tasks.start_soon(store._run, name="siderolink store")
                 try:
                     yield store
                 finally:
                     await store._close()
 
+    async def _run(self) -> None:
+        # A cancellation from outside is not the end: whoever is stopped by it may still have something to remember.
+        with self._running:
+            await self._batches.run()
+
     async def _close(self) -> None:
-        with anyio.CancelScope(shield=True), anyio.move_on_after(_CLOSE_SECONDS):
+        with anyio.CancelScope(shield=True), anyio.move_on_after(CLOSE_SECONDS):
             await self._batches.close()
+        self._running.cancel()
 
     async def transact(self, work: Work[T]) -> T:
         result: T = await self._batches.submit(work)

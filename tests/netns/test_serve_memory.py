@@ -1,0 +1,202 @@
+"""What `serve` remembers: links that come back after SIGKILL, the state on a live server, a join storm, a full disk."""
+
+import random
+import subprocess
+import tempfile
+import time
+import uuid
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from ipaddress import IPv6Interface
+from pathlib import Path
+
+import anyio
+import pytest
+from anyio.from_thread import BlockingPortal
+from grpclib import GRPCError, Status
+
+from siderolink import Link, connect
+from siderolink.common.errors import ServerUnreachableError
+from siderolink.common.grpc import translate_errors
+from siderolink.common.hostport import HostPort
+from siderolink.common.tasks import background_tasks
+from siderolink.server.store import Machine
+from siderolink.server.store.sql import SqlStore
+from tests.support.netns import Namespace
+from tests.support.raw_machine import RawMachine
+from tests.support.serving import API, SERVER, TOKEN, Served, served
+from tests.support.topology import Net, direct
+
+URL = f"grpc://{API}?jointoken={TOKEN}"
+
+
+@pytest.fixture
+def net() -> Iterator[Net]:
+    with direct() as net:
+        yield net
+
+
+@contextmanager
+def joined(namespace: Namespace, url: str = URL) -> Iterator[tuple[Link, BlockingPortal]]:
+    context = connect(url, uuid=str(uuid.uuid4()), device="userspace")
+    with namespace.portal() as portal, portal.wrap_async_context_manager(context) as link:
+        yield link, portal
+
+
+def pings(namespace: Namespace, address: object, seconds: float) -> bool:
+    """Whether an echo request is answered in time."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if " 0 received" not in namespace.run(["ping", "-c1", "-W1", str(address)], check=False):
+            return True
+    return False
+
+
+async def rows(state: Path) -> list[Machine]:
+    async with SqlStore.open(state) as store:
+        return [machine async for machine in store.machines()]
+
+
+def wait_for_sighting(server: Served) -> None:
+    """Until it is written where the machine was last heard: SIGTERM writes it at once."""
+    assert server.stop() == 0
+    [machine] = anyio.run(rows, server.state)
+    assert machine.last_endpoint is not None
+    assert machine.last_handshake_at is not None
+
+
+def test_a_udp_machine_is_dialled_after_a_restart(net: Net, tmp_path: Path) -> None:
+    with served(net.server, tmp_path) as server, joined(net.machine) as (link, _):
+        assert pings(net.server, link.address, 5)
+        key = link.server_key
+        wait_for_sighting(server)
+        net.server.nft("""
+            table inet api_closed {
+                chain input { type filter hook input priority 0; meta l4proto tcp drop; }
+            }
+        """)
+        server.start(until="1 machines")
+        # Nothing but the server's own handshake can be so fast: the machine's keepalive is 25 s away.
+        server.wait_for("handshake", 10)
+        assert pings(net.server, link.address, 5)
+        server.kill()
+        server.start(until="1 machines")
+        server.wait_for("handshake", 10)
+        assert link.server_key == key
+        assert link.state == "connected"
+
+
+def test_no_dial_leaves_machines_alone(net: Net, tmp_path: Path) -> None:
+    with served(net.server, tmp_path, "--no-dial") as server, joined(net.machine) as (link, _):
+        assert pings(net.server, link.address, 5)
+        wait_for_sighting(server)
+        net.server.nft("""
+            table inet watch {
+                chain output { type filter hook output priority 0; udp sport 51820 counter; }
+            }
+        """)
+        server.start(until="1 machines")
+        time.sleep(1)  # what a dial would have taken a fraction of
+        assert "counter packets 0 " in net.server.run(["nft", "list", "table", "inet", "watch"])
+
+
+def test_a_tunnel_machine_is_admitted_after_a_restart(net: Net, tmp_path: Path) -> None:
+    with served(net.server, tmp_path) as server, joined(net.machine, f"{URL}&grpc_tunnel=true") as (link, _):
+        assert pings(net.server, link.address, 5)
+        address = link.address
+        server.kill()
+        server.start(until="1 machines")
+        assert pings(net.server, address, 15)
+        assert link.address == address
+
+
+def test_the_state_on_a_live_server(net: Net, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    with served(net.server, tmp_path) as server, joined(net.machine) as (link, _):
+        assert "it holds the server's private key" in server.command(["state", "backup", str(copy)])
+        assert copy.stat().st_mode & 0o777 == 0o600
+        assert "cannot be made" in server.command(["state", "backup", str(copy)], check=False)
+        first = link.server_key
+        assert str(first) not in server.command(["state", "rotate-key"])
+        server.wait_for("remembering")
+        said = server.command(["state", "restore", str(copy)])
+        assert f"runs with 1 machines and the key {first}" in said
+        server.wait_for("1 machines")
+        assert pings(net.server, link.address, 15)
+        text = tmp_path / "text"
+        text.write_text("no state")
+        assert "is no state file" in server.command(["state", "restore", str(text)], check=False)
+        assert {path.name for path in server.state.parent.iterdir()} == {
+            "siderolink.state",
+            "siderolink.state-wal",
+            "siderolink.state.before-restore",
+        }
+
+
+@pytest.mark.timeout(90)
+def test_sigkill_in_a_join_storm(net: Net, tmp_path: Path) -> None:
+    """Whatever was answered is remembered, nobody has two addresses, and no address is held by two."""
+    answered: dict[str, str] = {}
+    dice = random.Random(7)
+    with served(net.server, tmp_path) as server, net.machine.portal() as portal:
+        for _ in range(4):
+            with portal.wrap_async_context_manager(storm(answered)):
+                time.sleep(dice.uniform(0.2, 0.8))
+                server.kill()
+            server.start()
+        assert server.stop() == 0
+        machines = anyio.run(rows, server.state)
+    addresses = {machine.node_uuid: str(machine.overlay_address) for machine in machines}
+    assert len(answered) > 50
+    assert answered.items() <= addresses.items()
+    assert len(addresses) == len(machines) == len(set(addresses.values()))
+    virtual = [machine.virtual_address for machine in machines if machine.virtual_address]
+    assert len(virtual) == len(set(virtual))
+
+
+@asynccontextmanager
+async def storm(answered: dict[str, str]) -> AsyncIterator[None]:
+    """Machines that join and join again, until the body ends."""
+    async with background_tasks() as tasks:
+        for _ in range(16):
+            tasks.start_soon(_join_on, answered)
+        yield
+
+
+async def _join_on(answered: dict[str, str]) -> None:
+    while True:
+        machine = RawMachine(api=HostPort.parse(API), node_uuid=str(uuid.uuid4()), join_token=TOKEN, tunnel=True)
+        for _ in range(2):
+            try:
+                with translate_errors():
+                    answer = await machine.provision()
+            except (ServerUnreachableError, GRPCError):
+                break
+            address = str(IPv6Interface(answer.node_address_prefix).ip)
+            assert answered.setdefault(machine.node_uuid, address) == address
+
+
+@contextmanager
+def small_disk() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=768k,mode=0700", "siderolink-test", folder], check=True)
+        try:
+            yield Path(folder)
+        finally:
+            subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def test_a_full_disk_refuses_joins_and_keeps_links(net: Net) -> None:
+    async def fill() -> GRPCError:
+        while True:
+            try:
+                await RawMachine(api=HostPort(SERVER, 4000), node_uuid=str(uuid.uuid4()), join_token=TOKEN).provision()
+            except GRPCError as error:
+                return error
+
+    with small_disk() as folder, served(net.server, folder) as server, joined(net.machine) as (link, portal):
+        (folder / "ballast").write_bytes(bytes(500 * 1024))
+        error = portal.call(fill)
+        assert error.status is Status.RESOURCE_EXHAUSTED
+        assert pings(net.server, link.address, 5)
+        assert server.stop() == 0

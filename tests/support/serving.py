@@ -1,0 +1,106 @@
+"""`siderolink serve` as an operator runs it, in a namespace, to be stopped, killed and started again."""
+
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from tests.support.netns import Namespace, stop
+
+COMMAND = [sys.executable, "-m", "siderolink"]
+TOKEN = "s3cret-token"
+SERVER = "192.0.2.1"
+API = f"{SERVER}:4000"
+
+
+class Served:
+    """One `serve` with a state file of its own."""
+
+    def __init__(self, namespace: Namespace, folder: Path, *options: str, **environment: str) -> None:
+        self.namespace = namespace
+        self.state = folder / "state" / "siderolink.state"
+        self.lines: list[str] = []
+        self._environment = os.environ | {"SIDEROLINK_RUNTIME_DIR": str(folder / "run")} | environment
+        self._options = options
+        self._folder = folder
+        (folder / "token").write_text(TOKEN)
+        self._process: subprocess.Popen[str] | None = None
+        self._queue: queue.Queue[str | None] = queue.Queue()
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    def start(self, *, until: str = "remembering") -> None:
+        """Start and wait for a line."""
+        arguments = ["serve", "--api-listen", "0.0.0.0:4000", "--wireguard-endpoint", f"{SERVER}:51820"]
+        arguments += ["--join-token-file", str(self._folder / "token"), "--state", str(self.state), *self._options]
+        self._process = self.namespace.popen(
+            [*COMMAND, *arguments], env=self._environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        self._queue = queue.Queue()
+        threading.Thread(target=_read, args=(self._process, self._queue), daemon=True).start()
+        self.wait_for(until)
+
+    def wait_for(self, text: str, timeout: float = 15) -> str:
+        """The next line that holds the text."""
+        while True:
+            try:
+                line = self._queue.get(timeout=timeout)
+            except queue.Empty:
+                raise AssertionError(f"{text!r} did not come within {timeout} s after:\n{''.join(self.lines)}") from None
+            assert line is not None, f"{text!r} is not in:\n{''.join(self.lines)}"
+            self.lines.append(line)
+            if text in line:
+                return line
+
+    def kill(self) -> None:
+        """SIGKILL, which nothing can prepare for."""
+        assert self._process is not None
+        self._process.kill()
+        self._process.wait()
+
+    def signal(self, number: signal.Signals) -> None:
+        assert self._process is not None
+        self._process.send_signal(number)
+
+    def stop(self, timeout: float = 10) -> int:
+        """SIGTERM, and the exit status."""
+        assert self._process is not None
+        self._process.terminate()
+        return self._process.wait(timeout)
+
+    def close(self) -> None:
+        if self._process is not None:
+            stop(self._process)
+
+    def command(self, arguments: Sequence[str], *, check: bool = True) -> str:
+        """Another command on the same host."""
+        return self.namespace.run([*COMMAND, *arguments], env=self._environment, check=check)
+
+
+def _read(process: "subprocess.Popen[str]", lines: "queue.Queue[str | None]") -> None:
+    assert process.stdout is not None
+    try:
+        for line in process.stdout:
+            lines.put(line)
+    except ValueError:
+        pass  # closed at the end of the test
+    lines.put(None)
+
+
+@contextmanager
+def served(namespace: Namespace, folder: Path, *options: str, **environment: str) -> Iterator[Served]:
+    """A `serve` that runs when the body begins, whatever became of it at the end."""
+    server = Served(namespace, folder, *options, **environment)
+    try:
+        server.start()
+        yield server
+    finally:
+        server.close()
