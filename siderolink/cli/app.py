@@ -107,6 +107,12 @@ def serve(
     tls_key: Annotated[
         Path | None, typer.Option(help="Its private key, PEM.", show_default="in the same file", metavar="FILE")
     ] = None,
+    event_sink_port: Annotated[
+        int | None, typer.Option(help="Take machines' events on this port of the overlay.", min=1, max=65535)
+    ] = None,
+    log_port: Annotated[
+        int | None, typer.Option(help="Take machines' kernel logs on this port of the overlay.", min=1, max=65535)
+    ] = None,
 ) -> None:
     """Serve machines, until stopped. SIGHUP reads the join token's file and the certificate again."""
     from siderolink.cli.serve import ServeOptions, run_serve
@@ -123,6 +129,8 @@ def serve(
             dial=not no_dial,
             tls_cert=tls_cert,
             tls_key=tls_key,
+            event_sink_port=event_sink_port,
+            log_port=log_port,
         )
     )
 
@@ -138,11 +146,16 @@ def join(
     join_token_file: TokenFile = None,
     interface: Interface = None,
     device: Device = DeviceChoice.AUTO,
+    maintenance_api: Annotated[
+        bool, typer.Option("--maintenance-api", help="Serve the machine's own API; a configuration can come by it, too.")
+    ] = False,
+    maintenance_port: Annotated[int, typer.Option(help="The TCP port of that API.", min=1, max=65535)] = 50000,
 ) -> None:
     """Join a server as one machine, until stopped.
 
     Without a URL, --config says where documents lie; without either, the host does: /etc/siderolink.yaml, /etc/siderolink/ and
-    the kernel command line. When the files change, the machine joins anew.
+    the kernel command line. When the files change, the machine joins anew. What they say of an event sink and of kernel log
+    destinations is delivered to over the link.
     """
     from siderolink.cli.join import JoinOptions, run_join
     from siderolink.cli.settings import SettingsOptions
@@ -155,7 +168,16 @@ def join(
         unique_token_file=unique_token_file,
         join_token_file=join_token_file,
     )
-    run_join(JoinOptions(settings=settings, uuid=uuid, interface=interface, device=device.value))
+    run_join(
+        JoinOptions(
+            settings=settings,
+            uuid=uuid,
+            interface=interface,
+            device=device.value,
+            maintenance_api=maintenance_api,
+            maintenance_port=maintenance_port,
+        )
+    )
 
 
 @config_app.command(cls=KernelCmdlineCommand)
@@ -257,6 +279,38 @@ def demo(
     from siderolink.cli.demo.run import run_demo
 
     raise typer.Exit(run_demo(as_json=as_json, device=device.value, seconds=seconds))
+
+
+@app.command()
+def simulate(
+    url: ServerUrl,
+    machines: Annotated[int, typer.Option(help="How many.", min=1, max=100_000)] = 100,
+    tunnel_share: Annotated[float, typer.Option(help="The part of them that use the tunnel.", min=0, max=1)] = 0.0,
+    at_once: Annotated[int, typer.Option(help="How many join or connect at a time.", min=1, max=4096)] = 32,
+    sources: Annotated[
+        str | None, typer.Option(help="Local addresses to send datagrams from, in turn.", metavar="PREFIX")
+    ] = None,
+    churn: Annotated[float, typer.Option(help="Machines per second that leave, each for a new one.", min=0)] = 0.0,
+    reconnects: Annotated[int, typer.Option(help="How often all reconnect at once: at SIGUSR1, or after --hold.", min=0)] = 0,
+    hold: Annotated[float | None, typer.Option(help="Seconds to stay at the end.", min=0, show_default="until stopped")] = None,
+    timeout: Annotated[float, typer.Option(help="Seconds within which all must be connected.", min=1)] = 60.0,
+    as_json: Json = False,
+) -> None:
+    """Load a server with many machines: real calls and datagrams from this process, and no interface."""
+    from siderolink.cli.simulate.run import SimulateOptions, run_simulate
+    from siderolink.cli.simulate.swarm import Load
+
+    run_simulate(
+        SimulateOptions(
+            url=url,
+            load=Load(machines=machines, tunnel_share=tunnel_share, at_once=at_once, sources=sources),
+            hold=hold,
+            reconnects=reconnects,
+            churn=churn,
+            timeout=timeout,
+            as_json=as_json,
+        )
+    )
 
 
 @state_app.command()

@@ -1,0 +1,61 @@
+"""A server for the scale figures: SIGUSR2 makes it collect, return free memory and say so; SIGTERM ends it."""
+
+import argparse
+import asyncio
+import contextlib
+import ctypes
+import gc
+import signal
+from collections.abc import AsyncIterator
+
+import uvloop
+
+from siderolink.common.grpc import Limits
+from siderolink.server import MachineLimits, MemoryStore, Server, Store
+from siderolink.server.store.sql import SqlStore
+
+
+@contextlib.asynccontextmanager
+async def open_store(path: str | None) -> AsyncIterator[Store]:
+    if path is None:
+        yield MemoryStore()
+    else:
+        async with SqlStore.open(path) as store:
+            yield store
+
+
+def collect() -> None:
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    print("collected", flush=True)
+
+
+async def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--state")
+    parser.add_argument("--address", default="192.0.2.1")
+    options = parser.parse_args()
+    loop, stopped = asyncio.get_running_loop(), asyncio.Event()
+    loop.add_signal_handler(signal.SIGTERM, stopped.set)
+    loop.add_signal_handler(signal.SIGUSR2, collect)
+    async with (
+        open_store(options.state) as store,
+        Server(
+            api_listen=f"{options.address}:4000",
+            wireguard_endpoints=[f"{options.address}:51820"],
+            join_token="foo",
+            interface="scale0",
+            device="userspace",
+            store=store,
+            api_limits=Limits(max_connections_per_address=20_000),
+            limits=MachineLimits(),
+        ),
+    ):
+        gc.freeze()
+        gc.set_threshold(20_000, 20, 100)
+        print("serving", flush=True)
+        await stopped.wait()
+
+
+if __name__ == "__main__":
+    uvloop.run(main())

@@ -1,0 +1,1 @@
+"""`siderolink simulate`: many machines in one process, for load."""

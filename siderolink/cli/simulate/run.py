@@ -1,0 +1,98 @@
+"""The command's own part: phases one after another, progress on the way, a summary at the end."""
+
+import asyncio
+import gc
+import json
+import resource
+import signal
+import sys
+import time
+from dataclasses import dataclass
+
+import anyio
+
+from siderolink.cli.running import run_until_stopped
+from siderolink.cli.simulate.swarm import Load, Phase, Swarm, open_swarm
+from siderolink.common.errors import ConfigurationError
+from siderolink.common.join_url import JoinURL
+from siderolink.common.tasks import background_tasks
+
+_SPARE_DESCRIPTORS = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SimulateOptions:
+    """As given on the command line."""
+
+    url: str
+    load: Load
+    hold: float | None
+    """Seconds to stay after connecting; None until stopped."""
+    reconnects: int
+    churn: float
+    timeout: float
+    as_json: bool
+
+
+def run_simulate(options: SimulateOptions) -> None:
+    """Simulate until done or stopped. Raises SideroLinkError."""
+    url = JoinURL.parse(options.url)
+    _allow_descriptors(options.load)
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 100)
+
+    async def work() -> None:
+        async with open_swarm(url, options.load) as swarm, background_tasks() as tasks:
+            tasks.start_soon(_show_progress, swarm)
+            _report(await swarm.join(), options)
+            _report(await swarm.connect(options.timeout), options)
+            if options.churn:
+                tasks.start_soon(swarm.churn, options.churn)
+            for _ in range(options.reconnects):
+                await _reconnect_signal(options)
+                _report(await swarm.reconnect(options.timeout), options)
+            await (anyio.sleep(options.hold) if options.hold is not None else anyio.sleep_forever())
+            tasks.cancel_scope.cancel()
+
+    run_until_stopped(work)
+
+
+async def _reconnect_signal(options: SimulateOptions) -> None:
+    """Wait for SIGUSR1, at most as long as machines are to be held."""
+    with anyio.open_signal_receiver(signal.SIGUSR1) as signals, anyio.move_on_after(options.hold):
+        async for _ in signals:
+            return
+
+
+async def _show_progress(swarm: Swarm) -> None:
+    if not sys.stderr.isatty():
+        return
+    while True:
+        await asyncio.sleep(0.5)
+        phase = swarm.phase
+        text = (
+            f"{phase.name}: {len(phase.took)} of {phase.machines or len(swarm.machines)}, {phase.failed} failed, {swarm.up} up"
+        )
+        print(f"\r{text:78}", end="", file=sys.stderr, flush=True)
+
+
+def _report(phase: Phase, options: SimulateOptions) -> None:
+    report = phase.report()
+    if options.as_json:
+        print(json.dumps(report | {"at": time.time()}), flush=True)
+        return
+    line = (
+        f"{report['phase']:10} {report['done']:>6} of {report['machines']} in {report['seconds']} s, {report['rate']}/s; "
+        f"each p50 {report['p50']} s, p90 {report['p90']} s, p99 {report['p99']} s, most {report['max']} s"
+    )
+    print(line + (f"; {phase.failed} failed: {phase.first_error or 'not up in time'}" if phase.failed else ""), flush=True)
+
+
+def _allow_descriptors(load: Load) -> None:
+    """Each machine takes a socket, and another one while it joins. Raises ConfigurationError."""
+    needed = load.machines + load.at_once + _SPARE_DESCRIPTORS
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        raise ConfigurationError(f"{load.machines} machines need {needed} open files, and the limit is {hard} (ulimit -Hn)")
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
