@@ -87,6 +87,9 @@ class FakeDevice:
         self._heard.pop(public_key, None)
         self._paths.pop(public_key, None)
 
+    async def handshake(self, public_key: PublicKey) -> None:
+        self.calls.append(("handshake", public_key))
+
     async def peer(self, public_key: PublicKey) -> PeerStatus | None:
         config = self.configs.get(public_key)
         return None if config is None else self._status(config)

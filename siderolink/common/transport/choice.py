@@ -1,7 +1,7 @@
 """How a machine's WireGuard datagrams travel to its server: by UDP, or inside a gRPC stream. Chosen here and nowhere else."""
 
 import ssl
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from ipaddress import IPv6Address
 from typing import Literal, Protocol
@@ -10,19 +10,27 @@ import anyio
 
 from siderolink.common.addressing import format_peer_addr_port
 from siderolink.common.backoff import Backoff
-from siderolink.common.errors import ServerUnreachableError
-from siderolink.common.grpc import GRPCError, Status, open_byte_stream, open_channel, translate_errors
+from siderolink.common.errors import ConfigurationError, ServerUnreachableError
+from siderolink.common.grpc import GRPCError, Limits, Status, open_byte_stream, open_channel, translate_errors
 from siderolink.common.hostport import HostPort
 from siderolink.common.join_url import JoinURL
+from siderolink.common.nudge import Nudge
 from siderolink.common.text import one_line
 from siderolink.common.transport.tunnel import ADDRESS_METADATA, TunnelPath, carry
-from siderolink.common.wireguard.device import Device, PeerConfig
+from siderolink.common.wireguard.device import CanShakeHands, Device, Endpoint, PeerConfig
 
-__all__ = ["Answer", "Route", "Transport", "TunnelTransport", "UdpTransport", "choose"]
+__all__ = ["Answer", "OnInterrupted", "Route", "Transport", "TunnelTransport", "UdpTransport", "choose"]
 
 STREAM_PATH = "/sidero.link.WireGuardOverGRPCService/CreateStream"
 STABLE_AFTER = 10.0
 """Seconds: a stream that lived this long is opened again at once."""
+STREAM_LIMITS = Limits(tcp_keepalive_idle=9, tcp_keepalive_interval=3)
+"""A stream's connection is given up 18 s after its last sign of life. HTTP/2's own pings may not be sent as often: other
+servers end connections for it."""
+
+
+OnInterrupted = Callable[[str], None]
+"""Told why a way is interrupted for a moment, each time; it mends itself, and a handshake shows that it has."""
 
 
 class Answer(Protocol):
@@ -38,8 +46,21 @@ class Answer(Protocol):
 class Route(Protocol):
     """One way to the server."""
 
-    async def carry(self, device: Device, peer: PeerConfig) -> str:
-        """Set the peer up on the device and keep datagrams flowing; returns, with the reason, once this way is of no use."""
+    @property
+    def remote(self) -> str | None:
+        """The address, as text, that this host's packets go to on this way; None while none is known."""
+
+    async def carry(self, device: Device, peer: PeerConfig, on_interrupted: OnInterrupted) -> str:
+        """Set the peer up on the device, begin a handshake, and keep datagrams flowing.
+
+        Returns, with the reason, once this way is of no use.
+        """
+
+    async def shake_hands(self, device: Device, peer: PeerConfig) -> None:
+        """Begin a handshake by this way at once, while it is carried; nothing happens where it is interrupted."""
+
+    def mend(self) -> None:
+        """Whatever this way holds open may be dead: make it anew."""
 
     def __str__(self) -> str:
         """The way, for people."""
@@ -64,11 +85,21 @@ class Transport(Protocol):
         """The ways to the server, to be tried in turn."""
 
 
-def choose(url: JoinURL, answer: Answer, tls: ssl.SSLContext | None = None) -> Transport:
-    """The tunnel where the server answered with a virtual address, asked for or not; else UDP."""
+def choose(
+    url: JoinURL,
+    answer: Answer,
+    tls: ssl.SSLContext | None = None,
+    *,
+    nudge: Nudge | None = None,
+    turn: int = 0,
+) -> Transport:
+    """The tunnel where the server answered with a virtual address, asked for or not; else UDP.
+
+    A `nudge` ends waits before another try. Of a name's several addresses each `turn` takes another.
+    """
     if answer.virtual_address is not None:
-        return TunnelTransport(url, answer.virtual_address, tls)
-    return UdpTransport(answer.endpoints)
+        return TunnelTransport(url, answer.virtual_address, tls, nudge or Nudge())
+    return UdpTransport(answer.endpoints, turn)
 
 
 class UdpTransport:
@@ -78,24 +109,43 @@ class UdpTransport:
     interface = "siderolink"
     listen_port = 0
 
-    def __init__(self, endpoints: Sequence[HostPort]) -> None:
-        self.routes: Sequence[Route] = tuple(UdpRoute(endpoint) for endpoint in endpoints)
+    def __init__(self, endpoints: Sequence[HostPort], turn: int = 0) -> None:
+        self.routes: Sequence[Route] = tuple(UdpRoute(endpoint, turn) for endpoint in endpoints)
 
 
 class UdpRoute:
     """One endpoint; its name is resolved afresh whenever it is tried."""
 
-    def __init__(self, endpoint: HostPort) -> None:
+    def __init__(self, endpoint: HostPort, turn: int) -> None:
         self._endpoint = endpoint
+        self._turn = turn
+        self._address: Endpoint | None = None
 
-    async def carry(self, device: Device, peer: PeerConfig) -> str:
+    @property
+    def remote(self) -> str | None:
+        return str(self._address[0]) if self._address is not None else None
+
+    async def carry(self, device: Device, peer: PeerConfig, on_interrupted: OnInterrupted) -> str:
         try:
             addresses = await self._endpoint.resolve()
         except OSError as error:
             return f"{self._endpoint.host} cannot be resolved: {error.strerror or error}"
-        await _set_peer(device, replace(peer, endpoint=addresses[0]))
+        self._address = addresses[self._turn % len(addresses)]
+        try:
+            await _begin(device, replace(peer, endpoint=self._address))
+        except ConfigurationError as error:
+            return str(error)
         await anyio.sleep_forever()
         raise AssertionError
+
+    async def shake_hands(self, device: Device, peer: PeerConfig) -> None:
+        if isinstance(device, CanShakeHands):
+            await device.handshake(peer.public_key)
+        elif self._address is not None:
+            await _begin(device, replace(peer, endpoint=self._address))
+
+    def mend(self) -> None:
+        """Nothing is held open."""
 
     def __str__(self) -> str:
         return f"udp {self._endpoint}"
@@ -108,51 +158,88 @@ class TunnelTransport:
     interface = "siderolinktun"
     listen_port = None
 
-    def __init__(self, url: JoinURL, virtual_address: tuple[IPv6Address, int], tls: ssl.SSLContext | None = None) -> None:
-        self.routes: Sequence[Route] = (TunnelRoute(url, virtual_address, tls),)
+    def __init__(
+        self, url: JoinURL, virtual_address: tuple[IPv6Address, int], tls: ssl.SSLContext | None, nudge: Nudge
+    ) -> None:
+        self.routes: Sequence[Route] = (TunnelRoute(url, virtual_address, tls, nudge),)
 
 
 class TunnelRoute:
     """The stream, opened again whenever it ends: at once, then after growing delays."""
 
-    def __init__(self, url: JoinURL, virtual_address: tuple[IPv6Address, int], tls: ssl.SSLContext | None) -> None:
+    def __init__(
+        self, url: JoinURL, virtual_address: tuple[IPv6Address, int], tls: ssl.SSLContext | None, nudge: Nudge
+    ) -> None:
         self._url = url
         self._virtual_address = format_peer_addr_port(*virtual_address)
         self._tls = (tls or True) if url.tls else None
-        self._backoff = Backoff(first=0.5, cap=10.0, at_once=True)
+        self._backoff = Backoff(first=0.5, cap=10.0, at_once=True, factor=1.5)
+        self._nudge = nudge
+        self._path: TunnelPath | None = None
+        self._attempt: anyio.CancelScope | None = None
+        self.remote: str | None = None
 
-    async def carry(self, device: Device, peer: PeerConfig) -> str:
+    async def carry(self, device: Device, peer: PeerConfig, on_interrupted: OnInterrupted) -> str:
         while True:
             opened_at = anyio.current_time()
+            reason = "it is opened anew"
             try:
-                with translate_errors():
+                with anyio.CancelScope() as self._attempt, translate_errors():
                     await self._carry_once(device, peer)
-            except ServerUnreachableError:
-                pass
+                    reason = "the server ended it"
+            except ServerUnreachableError as error:
+                reason = str(error)
             except GRPCError as error:
                 if error.status is Status.PERMISSION_DENIED:
                     return f"the server refused the stream: {one_line(error.message or 'no reason given')}"
+                reason = one_line(error.message or error.status.name)
+            on_interrupted(f"the tunnel's stream was cut: {reason}")
             if anyio.current_time() - opened_at > STABLE_AFTER:
                 self._backoff.reset()
-            await anyio.sleep(self._backoff.next())
+            await self._nudge.sleep(self._backoff.next())
 
     async def _carry_once(self, device: Device, peer: PeerConfig) -> None:
         metadata = {ADDRESS_METADATA: self._virtual_address}
         async with (
-            open_channel(self._url.host, self._url.port, self._tls) as channel,
+            open_channel(self._url.host, self._url.port, self._tls, limits=STREAM_LIMITS) as channel,
             open_byte_stream(channel, STREAM_PATH, metadata) as stream,
         ):
             path = TunnelPath(stream, self._virtual_address)
-            await _set_peer(device, peer, path)
-            await carry(stream, path, device.deliver)
+            self.remote = stream.peer_name.rpartition(":")[0] or None
+            await _begin(device, peer, path)
+            self._path = path
+            try:
+                await carry(stream, path, device.deliver)
+            finally:
+                self._path = None
+
+    async def shake_hands(self, device: Device, peer: PeerConfig) -> None:
+        if self._path is None:
+            return
+        if isinstance(device, CanShakeHands):
+            await device.handshake(peer.public_key)
+        else:
+            await _begin(device, peer, self._path)
+
+    def mend(self) -> None:
+        """Open the stream anew, at once."""
+        self._backoff.reset()
+        if self._attempt is not None:
+            self._attempt.cancel()
 
     def __str__(self) -> str:
         return f"tunnel {self._url.authority}"
 
 
-async def _set_peer(device: Device, peer: PeerConfig, path: TunnelPath | None = None) -> None:
+async def _begin(device: Device, peer: PeerConfig, path: TunnelPath | None = None) -> None:
+    """Set the peer up on a way, and begin a handshake there."""
+    if not isinstance(device, CanShakeHands):
+        # The kernel begins a handshake only 5 s after the last; it forgets when that was with the peer itself.
+        await device.remove_peer(peer.public_key)
     # A keepalive that goes from off to on is sent at once: it starts the handshake, or shows a known peer the new path.
     await device.set_peer(replace(peer, persistent_keepalive=0))
     if path is not None:
         device.offer_path(peer.public_key, path)
     await device.set_peer(peer)
+    if isinstance(device, CanShakeHands):
+        await device.handshake(peer.public_key)

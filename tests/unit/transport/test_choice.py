@@ -58,7 +58,7 @@ async def test_udp_sets_the_endpoint_and_then_turns_the_keepalive_on() -> None:
     device, wanted = Journal(), peer()
     [route] = choose(URL, Answer(endpoints=(HostPort("192.0.2.1", 51820),))).routes
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(route.carry, device, wanted)
+        tasks.start_soon(route.carry, device, wanted, print)
         await anyio.wait_all_tasks_blocked()
         tasks.cancel_scope.cancel()
     assert [config.persistent_keepalive for config in device.history] == [0, 25]
@@ -69,7 +69,7 @@ async def test_udp_sets_the_endpoint_and_then_turns_the_keepalive_on() -> None:
 async def test_a_name_that_leads_nowhere_is_a_reason() -> None:
     device = Journal()
     [route] = choose(URL, Answer(endpoints=(HostPort("does-not-exist.invalid", 1),))).routes
-    assert "does-not-exist.invalid cannot be resolved" in await route.carry(device, peer())
+    assert "does-not-exist.invalid cannot be resolved" in await route.carry(device, peer(), print)
     assert device.history == []
 
 
@@ -89,7 +89,7 @@ async def test_a_stream_that_ends_is_opened_again_with_the_same_metadata() -> No
     async with serve([ByteStreamService({STREAM_PATH: stream})], host="127.0.0.1") as server:
         [route] = choose(JoinURL("127.0.0.1", server.port, tls=False), Answer(virtual_address=VIRTUAL)).routes
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(route.carry, device, wanted)
+            tasks.start_soon(route.carry, device, wanted, print)
             await third.wait()
             tasks.cancel_scope.cancel()
     assert streams == ["[fdae:41e4:649b:9304::5]:50888"] * 3
@@ -104,4 +104,4 @@ async def test_a_stream_that_is_not_allowed_is_a_reason_to_provision_again() -> 
 
     async with serve([ByteStreamService({STREAM_PATH: refuse})], host="127.0.0.1") as server:
         [route] = choose(JoinURL("127.0.0.1", server.port, tls=False), Answer(virtual_address=VIRTUAL)).routes
-        assert await route.carry(Journal(), peer()) == "the server refused the stream: peer not allowed [31m"
+        assert await route.carry(Journal(), peer(), print) == "the server refused the stream: peer not allowed [31m"

@@ -29,6 +29,7 @@ from .tai64n import Timestamps
 from .timers import NEVER
 
 DEFAULT_MTU = 1420
+_JUST_BEGUN = 0.1  # seconds: who asks for a handshake so short after the last one means that
 
 
 class Engine:
@@ -196,8 +197,9 @@ class Engine:
 
     def handshake(self, peer: Peer, now: float) -> None:
         """Begin a handshake although the last one may be less than 5 s ago; the owner bounds how often. Sessions stay good."""
-        self._exchange.initiate(peer, now, at_once=True)
-        self._schedule.update(peer)
+        if now - peer.last_initiation_sent_at > _JUST_BEGUN:
+            self._exchange.initiate(peer, now, at_once=True)
+            self._schedule.update(peer)
 
     # Datagrams in
 
