@@ -1,17 +1,22 @@
 """`siderolink join`: one machine in the foreground."""
 
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 import anyio
 
 from siderolink.cli.control import control_socket, peer_message
 from siderolink.cli.describe import link_event
+from siderolink.cli.maintenance import Maintenance
+from siderolink.cli.reporting import Reporting, report_part
 from siderolink.cli.running import run_until_stopped, say
 from siderolink.cli.settings import FollowedSettings, SettingsOptions, SettingsReader
 from siderolink.client import Link, LinkEvent, connect
 from siderolink.client.config import HOST_DOCUMENTS, PROC_CMDLINE, Ingress, MachineSettings
 from siderolink.client.firewall import ingress_firewall
+from siderolink.client.identity import machine_uuid
+from siderolink.client.maintenance import API_PORT, LinkPresence
 from siderolink.common.backoff import Backoff
 from siderolink.common.errors import ConfigurationError, JoinError
 from siderolink.common.grpc import client_tls
@@ -30,6 +35,8 @@ class JoinOptions:
     uuid: str | None
     interface: str | None
     device: DeviceKind
+    maintenance_api: bool = False
+    maintenance_port: int = API_PORT
 
 
 class LinkSource:
@@ -67,6 +74,8 @@ class JoinedMachine:
         self._settings = settings
         self._key = PrivateKey.generate()
         self._was_up = False
+        self._reporting = Reporting()
+        self._presence: LinkPresence | None = None
 
     async def run(self) -> None:
         """Never returns. Raises SideroLinkError where the first join fails."""
@@ -83,20 +92,37 @@ class JoinedMachine:
             await firewall.replace(self._settings.current.ingress)
             tasks.start_soon(self._settings.watch)
             tasks.start_soon(self._settings.follow, lambda settings: settings.ingress, hold_firewall)
-            await self._settings.follow(_join_part, self._hold)
+            tasks.start_soon(self._settings.follow, report_part, self._reporting.collect)
+            async with self._maintenance() as self._presence:
+                await self._settings.follow(_join_part, self._hold)
+
+    @asynccontextmanager
+    async def _maintenance(self) -> AsyncIterator[LinkPresence | None]:
+        """The machine's own API, where it was asked for."""
+        options = self._options
+        if not options.maintenance_api:
+            yield None
+            return
+        maintenance = Maintenance(self._settings, self._reporting)
+        async with maintenance.serve(node_uuid=options.uuid or machine_uuid(), port=options.maintenance_port) as presence:
+            yield presence
 
     async def _hold(self, settings: "_JoinPart") -> None:
         """Hold the link; after a first one, a join that fails is tried again."""
         backoff = Backoff(first=2.0, cap=60.0)
         if settings.url is None:
-            say("waiting", "there is no join URL any more")
+            say("waiting", "there is no join URL")
+            if self._presence is not None:
+                self._presence.removed()
             await anyio.sleep_forever()
             return
+        if self._presence is not None:
+            self._presence.configured(settings.url)
         while True:
             try:
                 await self._hold_once(settings.url, settings)
             except JoinError as error:
-                if not self._was_up:
+                if not self._was_up and self._presence is None:
                     raise
                 delay = backoff.next()
                 say("join failed", f"{error}; again in {delay:.0f} s")
@@ -113,12 +139,18 @@ class JoinedMachine:
                 device=options.device,
                 private_key=self._key,
                 tls=client_tls(extra_roots=settings.roots_pem) if url.tls else None,
-                on_event=_say_event,
+                on_event=self._on_event,
             ) as link,
             control_socket(link.interface, LinkSource(link)),
         ):
             self._was_up = True
-            await anyio.sleep_forever()
+            await self._settings.follow(report_part, self._reporting.deliver)
+
+    def _on_event(self, event: LinkEvent) -> None:
+        say(*link_event(event))
+        self._reporting.on_link_event(event)
+        if self._presence is not None:
+            self._presence.on_event(event)
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,17 +176,13 @@ def run_join(options: JoinOptions) -> None:
     for note in settings.current.notes:
         say("note", note)
     url = settings.current.url
-    if url is None:
+    if url is None and not options.maintenance_api:
         raise ConfigurationError(
             "there is no join URL: give one, or --config, or siderolink.api= on the kernel command line; looked at "
             + ", ".join(
                 map(str, (*(options.settings.config or HOST_DOCUMENTS), options.settings.kernel_cmdline or PROC_CMDLINE))
             )
         )
-    if url.source != "argument":
+    if url is not None and url.source != "argument":
         say("settings", f"join URL {url.value} from {url.source}")
     run_until_stopped(JoinedMachine(options, settings).run)
-
-
-def _say_event(event: LinkEvent) -> None:
-    say(*link_event(event))

@@ -9,7 +9,7 @@ import anyio
 
 from siderolink.cli.running import say
 from siderolink.cli.secret import read_secret
-from siderolink.client.config import MachineSettings, Setting, Sources
+from siderolink.client.config import MachineSettings, Setting, Sources, merge
 from siderolink.common.errors import ConfigurationError
 from siderolink.common.join_url import JoinURL
 from siderolink.common.tasks import background_tasks
@@ -68,9 +68,20 @@ class FollowedSettings:
     def __init__(self, reader: SettingsReader) -> None:
         """Reads them a first time. Raises ConfigurationError."""
         self._reader = reader
+        self._applied = MachineSettings()
         self._refusal: str | None = None
         self._changed = anyio.Event()
         self.current = reader.read()
+
+    @property
+    def has_url_argument(self) -> bool:
+        """Whether a join URL was given that is stronger than all that is found or applied."""
+        return self._reader.sources.explicit.url is not None
+
+    def apply(self, documents: MachineSettings) -> None:
+        """Let these documents count from now on: more than what was found, less than the arguments."""
+        self._applied = documents
+        self._read_again()
 
     async def watch(self) -> None:
         """Never returns. Files that cannot be read or used are told of; what was in force stays in force."""
@@ -87,7 +98,7 @@ class FollowedSettings:
 
     def _read_again(self) -> None:
         try:
-            settings, refusal = self._reader.read(), None
+            settings, refusal = merge(self._reader.sources.explicit, self._applied, self._reader.read()), None
         except ConfigurationError as error:
             settings, refusal = self.current, str(error)
         if refusal is not None and refusal != self._refusal:

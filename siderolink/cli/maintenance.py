@@ -1,0 +1,71 @@
+"""The machine's own API beside a `join`: what is applied by it counts like documents that were found."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from grpclib import GRPCError, Status
+
+from siderolink.cli.reporting import Reporting
+from siderolink.cli.running import say
+from siderolink.cli.settings import FollowedSettings
+from siderolink.client.config.extra import needing_extra
+from siderolink.client.maintenance import (
+    ApplyAnswer,
+    ApplyRequest,
+    Everywhere,
+    LinkPresence,
+    MachineHooks,
+    MaintenanceApi,
+    Nowhere,
+    serve_maintenance,
+)
+from siderolink.client.maintenance.resources.definitions import MACHINE_CONFIG
+from siderolink.client.maintenance.resources.specs import machine_config
+from siderolink.common.errors import ConfigurationError
+from siderolink.common.pb.machine import ConfigLoadErrorEvent
+from siderolink.common.text import one_line
+
+_MODES = ("auto", "reboot", "no-reboot")
+CONFIG_ID = "v1alpha1"
+
+
+class Maintenance:
+    """Serves the API, and applies configurations."""
+
+    def __init__(self, settings: FollowedSettings, reporting: Reporting) -> None:
+        self._settings = settings
+        self._reporting = reporting
+        self._api: MaintenanceApi | None = None
+
+    @asynccontextmanager
+    async def serve(self, *, node_uuid: str, port: int) -> AsyncIterator[LinkPresence]:
+        """Serve while the body runs; what is yielded wants to know of the link."""
+        place = Everywhere() if self._settings.current.url is None else Nowhere()
+        hooks = MachineHooks(apply_configuration=self._apply)
+        async with serve_maintenance(hooks, node_uuid=node_uuid, place=place, port=port) as self._api:
+            say("maintenance API", f"on port {port}, {'every address' if place == Everywhere() else 'the overlay alone'}")
+            yield LinkPresence(self._api)
+
+    async def _apply(self, request: ApplyRequest) -> ApplyAnswer:
+        if request.mode not in _MODES:
+            raise GRPCError(
+                Status.UNIMPLEMENTED, f"apply configuration --mode='{request.mode}' is not supported in maintenance mode"
+            )
+        try:
+            with needing_extra():
+                from siderolink.client.config.documents import parse_documents
+            documents = parse_documents([(request.data, "the configuration")])
+        except ConfigurationError as error:
+            self._reporting.events.publish(ConfigLoadErrorEvent(error=one_line(str(error))))
+            raise
+        settings = documents.settings
+        warnings = list(settings.notes)
+        if settings.url is not None and self._settings.has_url_argument:
+            warnings.append("the join URL that was given as an argument counts, not the one of this configuration")
+        if request.dry_run:
+            return ApplyAnswer(warnings=tuple(warnings), details="Dry run: the configuration could be applied.")
+        self._settings.apply(settings)
+        if self._api is not None:
+            self._api.resources.put(MACHINE_CONFIG, CONFIG_ID, machine_config(request.data))
+        say("configuration", "applied by the maintenance API")
+        return ApplyAnswer(warnings=tuple(warnings), details="Applied configuration without a reboot")
