@@ -5,13 +5,14 @@ import asyncio
 import contextlib
 import ctypes
 import gc
+import json
 import signal
 from collections.abc import AsyncIterator
 
 import uvloop
 
 from siderolink.common.grpc import Limits
-from siderolink.server import MachineLimits, MemoryStore, Server, Store
+from siderolink.server import MemoryStore, Server, Store
 from siderolink.server.store.sql import SqlStore
 
 
@@ -24,10 +25,11 @@ async def open_store(path: str | None) -> AsyncIterator[Store]:
             yield store
 
 
-def collect() -> None:
+def collect(server: Server) -> None:
+    """Give back what is free, and say what was dropped so far."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-    print("collected", flush=True)
+    print(json.dumps({"drops": server.drops(), "refusals": server.refusals()}), flush=True)
 
 
 async def main() -> None:
@@ -37,7 +39,6 @@ async def main() -> None:
     options = parser.parse_args()
     loop, stopped = asyncio.get_running_loop(), asyncio.Event()
     loop.add_signal_handler(signal.SIGTERM, stopped.set)
-    loop.add_signal_handler(signal.SIGUSR2, collect)
     async with (
         open_store(options.state) as store,
         Server(
@@ -48,9 +49,9 @@ async def main() -> None:
             device="userspace",
             store=store,
             api_limits=Limits(max_connections_per_address=20_000),
-            limits=MachineLimits(),
-        ),
+        ) as server,
     ):
+        loop.add_signal_handler(signal.SIGUSR2, collect, server)
         gc.freeze()
         gc.set_threshold(20_000, 20, 100)
         print("serving", flush=True)
