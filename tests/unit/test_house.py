@@ -43,14 +43,17 @@ EXTRAS = {
         "alembic",
         "sqlalchemy",
         "platformdirs",
+        "python-socks",
     },
     "config": {"pydantic", "pyyaml", "watchfiles"},
+    "proxy": {"python-socks"},
     "sql": {"aiosqlite", "alembic", "sqlalchemy"},
 }
 CLI_DEPENDENCIES = {"platformdirs", "rich", "typer", "uvloop", "watchfiles"}
 # parts that need more, each with the extra that brings it
 PARTS = {
     "siderolink.client.config": {"pydantic", "pydantic_core", "watchfiles", "yaml"},
+    "siderolink.common.grpc.proxied": {"python_socks"},
     "siderolink.server.store.sql": {"alembic", "sqlalchemy"},
 }
 # what grpclib stands on; only the room that reaches into grpclib may use it

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import os
 import socket
 import ssl
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
@@ -20,6 +21,8 @@ from siderolink.common.grpc.connection import H2Stream, Headers
 from siderolink.common.grpc.limits import Limits
 from siderolink.common.grpc.messages import ClientCodec
 from siderolink.common.grpc.protocol import Http2Protocol
+from siderolink.common.grpc.proxied import adopt, connect_by_http, connect_by_socks
+from siderolink.common.grpc.proxies import Proxy, proxy_for
 from siderolink.common.grpc.refusals import Refusal
 from siderolink.common.grpc.tls import client_tls
 
@@ -66,7 +69,25 @@ class GrpcChannel(Channel):
     async def _connect(self) -> Http2Protocol:
         if self._path is not None:
             return (await self._loop.create_unix_connection(self._protocol_factory, self._path))[1]
-        sock = await _dial(self._host, self._port)
+        proxy = proxy_for(self._host, self._port, tls=self._ssl is not None, environ=os.environ)
+        if proxy is None:
+            return await self._begin(await _dial(self._host, self._port))
+        with _naming(proxy):
+            if proxy.scheme == "socks5":
+                sock = await connect_by_socks(proxy, self._host, self._port)
+            else:
+                to_proxy = await _dial(proxy.host, proxy.port)
+                connected, rest = await connect_by_http(proxy, to_proxy, self._host, self._port)
+        if proxy.scheme == "socks5":
+            return await self._begin(sock)
+        protocol = self._protocol_factory()
+        try:
+            return self._checked(await adopt(connected, rest, protocol, self._ssl, self._host), protocol)
+        except BaseException:
+            connected.abort()
+            raise
+
+    async def _begin(self, sock: socket.socket) -> Http2Protocol:
         try:
             transport, protocol = await self._loop.create_connection(
                 self._protocol_factory, sock=sock, ssl=self._ssl, server_hostname=self._host if self._ssl else None
@@ -74,8 +95,11 @@ class GrpcChannel(Channel):
         except BaseException:
             sock.close()
             raise
+        return self._checked(transport, protocol)
+
+    def _checked(self, transport: asyncio.Transport, protocol: Http2Protocol) -> Http2Protocol:
         tls = transport.get_extra_info("ssl_object")
-        if tls is not None and tls.selected_alpn_protocol() != "h2":
+        if self._ssl is not None and tls.selected_alpn_protocol() != "h2":
             transport.abort()
             raise ServerUnreachableError(f"{self.target} does not offer HTTP/2 over TLS, which gRPC needs")
         return protocol
@@ -136,6 +160,7 @@ async def open_channel(
     limits: Limits | None = None,
 ) -> AsyncIterator[GrpcChannel]:
     """A channel to the server at `host` and `port`, or at the local socket `path`; nothing is dialled before the first call.
+    The environment's proxies are used (HTTPS_PROXY, HTTP_PROXY, ALL_PROXY, NO_PROXY).
 
     `tls` is True for the system's roots, None or False for plaintext. Calls raise what `translate_errors` translates.
     """
@@ -184,6 +209,21 @@ def translate_errors(target: str = "the server's API") -> Iterator[None]:
         raise ServerUnreachableError(f"the connection to {target} broke: {type(error).__name__}") from error
     except (grpclib.exceptions.ProtocolError, AssertionError) as error:
         raise InvalidAnswerError(f"{target} gave an answer that breaks gRPC") from error
+
+
+@contextmanager
+def _naming(proxy: Proxy) -> Iterator[None]:
+    """Say of what goes wrong on the way to the server that it was the proxy. Raises ServerUnreachableError."""
+    try:
+        yield
+    except TimeoutError:
+        raise
+    except ServerUnreachableError as error:
+        raise ServerUnreachableError(f"the proxy {proxy} is of no use: {error}") from error
+    except ssl.SSLCertVerificationError as error:
+        raise ServerUnreachableError(f"the certificate of the proxy {proxy} is not trusted: {error.verify_message}") from error
+    except OSError as error:
+        raise ServerUnreachableError(f"the proxy {proxy} cannot be reached: {error.strerror or error}") from error
 
 
 async def _dial(host: str, port: int) -> socket.socket:

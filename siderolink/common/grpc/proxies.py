@@ -1,0 +1,120 @@
+"""Which proxy a dial goes by, as the environment says: HTTPS_PROXY, HTTP_PROXY, ALL_PROXY and NO_PROXY, in either case.
+
+A TLS dial asks HTTPS_PROXY, then ALL_PROXY; a plaintext one asks HTTP_PROXY before these. NO_PROXY is a list of names,
+addresses and networks, each with a port or without; a name stands for what is below it, too. This host itself is never dialled
+by a proxy.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
+from typing import Literal, cast
+from urllib.parse import SplitResult, unquote, urlsplit
+
+from siderolink.common.errors import ConfigurationError
+
+Scheme = Literal["http", "https", "socks5"]
+_DEFAULT_PORTS = {"http": 80, "https": 443, "socks5": 1080}
+_ALIASES = {"socks5h": "socks5", "socks": "socks5"}
+_LONGEST = 2048
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Proxy:
+    """Where a proxy is, what it speaks, and who we are to it."""
+
+    scheme: Scheme
+    host: str
+    port: int
+    username: str = ""
+    password: str = field(default="", repr=False)
+
+    def __str__(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{self.scheme}://{host}:{self.port}"
+
+
+def proxy_for(host: str, port: int, *, tls: bool, environ: Mapping[str, str]) -> Proxy | None:
+    """The proxy to dial this server by; None for a direct dial. Raises ConfigurationError for a variable of no use."""
+    names = ("HTTPS_PROXY", "ALL_PROXY") if tls else ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
+    for name in names:
+        value = _variable(environ, name)
+        if value:
+            return None if _is_direct(host, port, _variable(environ, "NO_PROXY")) else parse_proxy(value, name)
+    return None
+
+
+def _variable(environ: Mapping[str, str], name: str) -> str:
+    return (environ.get(name.lower()) or environ.get(name) or "").strip()
+
+
+def parse_proxy(value: str, name: str) -> Proxy:
+    """Read a proxy's URL from the variable `name`. Raises ConfigurationError, which repeats nothing of it."""
+    try:
+        if len(value) > _LONGEST:
+            raise ValueError
+        parts = urlsplit(value if "://" in value else f"http://{value}")
+        scheme = _ALIASES.get(parts.scheme, parts.scheme)
+        if scheme not in _DEFAULT_PORTS or not parts.hostname:
+            raise ValueError
+        return _proxy(parts, cast("Scheme", scheme))
+    except ValueError:
+        raise ConfigurationError(f"{name} is no proxy's URL: http, https or socks5, a host, a port") from None
+
+
+def _proxy(parts: SplitResult, scheme: Scheme) -> Proxy:
+    username, password = unquote(parts.username or ""), unquote(parts.password or "")
+    if any(not character.isprintable() for character in username + password):
+        raise ValueError
+    return Proxy(
+        scheme=scheme,
+        host=parts.hostname or "",
+        port=parts.port or _DEFAULT_PORTS[scheme],
+        username=username,
+        password=password,
+    )
+
+
+def _is_direct(host: str, port: int, no_proxy: str) -> bool:
+    host = host.rstrip(".").lower()
+    address = _address(host)
+    if host == "localhost" or (address is not None and address.is_loopback):
+        return True
+    return any(_matches(entry.strip().lower(), host, address, port) for entry in no_proxy.split(",") if entry.strip())
+
+
+def _matches(entry: str, host: str, address: IPv4Address | IPv6Address | None, port: int) -> bool:
+    if entry == "*":
+        return True
+    name, entry_port = _split_port(entry)
+    if entry_port is not None and entry_port != str(port):
+        return False
+    if address is not None:
+        try:
+            network = ip_network(name, strict=False)
+        except ValueError:
+            return False
+        return address in network
+    if name.startswith(("*.", ".")):
+        return host.endswith(name.removeprefix("*"))
+    return host == name or host.endswith(f".{name}")
+
+
+def _split_port(entry: str) -> tuple[str, str | None]:
+    """``name``, ``name:port``, ``[address]:port``, an address or a network."""
+    if entry.startswith("["):
+        name, _, rest = entry[1:].partition("]")
+        return name, rest.removeprefix(":") or None
+    if entry.count(":") == 1:
+        name, _, port = entry.partition(":")
+        return name, port
+    return entry, None
+
+
+def _address(host: str) -> IPv4Address | IPv6Address | None:
+    try:
+        address = ip_address(host.partition("%")[0])
+    except ValueError:
+        return None
+    mapped = address.ipv4_mapped if isinstance(address, IPv6Address) else None
+    return mapped or address
