@@ -1,0 +1,70 @@
+"""The API behind Debian's nginx, which ends TLS: a tunnel that carries bulk both ways, and sits idle, without a cut."""
+
+import subprocess
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from siderolink import connect
+from siderolink.client import Connected, LinkDown, LinkEvent
+from tests.support.certificates import make_certificate
+from tests.support.netns import Namespace, stop
+from tests.support.serving import SERVER, TOKEN, served
+from tests.support.topology import direct
+
+CONFIGURATION = Path(__file__).with_name("nginx.conf")
+BULK = 100 * 1024 * 1024
+IDLE_SECONDS = 40.0
+"""Longer than any of nginx's timeouts in the configuration."""
+
+
+@contextmanager
+def nginx(namespace: Namespace, folder: Path) -> Iterator[None]:
+    root = make_certificate("a test root")
+    (folder / "root").write_text(root.certificate_pem)
+    (folder / "pem").write_text(root.sign(SERVER).pem)
+    (folder / "nginx.conf").write_text(CONFIGURATION.read_text())
+    process = namespace.popen(["nginx", "-p", str(folder), "-c", str(folder / "nginx.conf")], stderr=subprocess.PIPE)
+    try:
+        while not (folder / "nginx.pid").exists():
+            assert process.poll() is None, process.communicate()[1]
+            time.sleep(0.05)
+        yield
+    finally:
+        assert stop(process) == 0
+
+
+@pytest.mark.long
+@pytest.mark.timeout(240)
+def test_a_tunnel_behind_nginx(tmp_path: Path) -> None:
+    events: list[LinkEvent] = []
+    with (
+        direct() as net,
+        served(net.server, tmp_path, "--api-listen", "127.0.0.1:4000"),
+        nginx(net.server, tmp_path),
+        net.machine.portal() as portal,
+    ):
+        net.machine.drop_udp()
+        url = f"https://{SERVER}?jointoken={TOKEN}&grpc_tunnel=true"
+        link_context = connect(url, uuid=str(uuid.uuid4()), ca_file=tmp_path / "root", on_event=events.append)
+        with portal.wrap_async_context_manager(link_context) as link:
+            assert link.transport == "tunnel"
+            iperf = net.server.popen(["iperf3", "-s", "-B", str(link.server_address)], stdout=subprocess.DEVNULL)
+            for direction in ([], ["-R"]):
+                transfer = ["iperf3", "-c", str(link.server_address), "--connect-timeout", "5000", "-n", str(BULK), *direction]
+                net.machine.run(
+                    ["sh", "-c", f"for i in 1 2 3 4 5; do {' '.join(transfer)} && exit; sleep 1; done; exit 1"], timeout=120
+                )
+            stop(iperf)
+            time.sleep(IDLE_SECONDS)
+            net.machine.run(["ping", "-c1", "-W5", str(link.server_address)])
+            assert not [event for event in events if isinstance(event, LinkDown)]
+            assert len([event for event in events if isinstance(event, Connected)]) == 1
+            calls = (tmp_path / "access.log").read_text().splitlines()
+            assert [call.split('"')[1].split()[1].rpartition("/")[2] for call in calls] == ["Provision"]
+    calls = (tmp_path / "access.log").read_text().splitlines()
+    assert len([call for call in calls if "CreateStream" in call]) == 1, calls
