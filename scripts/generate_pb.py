@@ -1,6 +1,8 @@
 """Generate siderolink/common/pb from siderolink/common/proto; with --check only tell whether it is fresh."""
 
 import argparse
+import base64
+import json
 import os
 import shutil
 import subprocess
@@ -11,6 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PROTO = ROOT / "siderolink" / "common" / "proto"
 PB = ROOT / "siderolink" / "common" / "pb"
+REFLECTED = ["provision.proto", "wireguard_grpc.proto", "health.proto", "reflection.proto"]
 OPTIONS = "client_generation=async,server_generation=async"
 
 
@@ -25,6 +28,28 @@ def generate(target: Path) -> None:
     if done.returncode:
         sys.exit(f"protoc failed:\n{done.stdout}{done.stderr}")
     (target / "py.typed").unlink(missing_ok=True)
+    (target / "descriptors.json").write_text(json.dumps(descriptors(), indent=1) + "\n")
+
+
+def descriptors() -> dict[str, object]:
+    """What reflection tells of the API's own files: each with its bytes, what it imports, and the names it defines."""
+    from google.protobuf.descriptor_pb2 import FileDescriptorSet
+
+    with tempfile.NamedTemporaryFile() as file:
+        command = [sys.executable, "-m", "grpc_tools.protoc", f"-I{PROTO}", f"--descriptor_set_out={file.name}"]
+        subprocess.run([*command, "--include_imports", *REFLECTED], check=True)
+        found = FileDescriptorSet.FromString(file.read())
+    return {
+        described.name: {
+            "data": base64.b64encode(described.SerializeToString(deterministic=True)).decode(),
+            "imports": list(described.dependency),
+            "names": [
+                f"{described.package}.{named.name}"
+                for named in (*described.service, *described.message_type, *described.enum_type)
+            ],
+        }
+        for described in found.file
+    }
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -24,10 +24,12 @@ from siderolink.server.events import EventHub, EventStream
 from siderolink.server.links import Links, LinkState
 from siderolink.server.machines import Machines
 from siderolink.server.options import MachineLimits, ServerOptions
+from siderolink.server.overlay_ports import OverlayPort, only_ports
 from siderolink.server.provisioning import Answers, ProvisionService
 from siderolink.server.record import recall_server, resume_timestamps
 from siderolink.server.reporting import ReportOptions, Reports, receive_reports
 from siderolink.server.sightings import Sightings
+from siderolink.server.standard import HealthService, ReflectionService
 from siderolink.server.store import Machine, MemoryStore, Store
 from siderolink.server.tokens import JoinTokenCheck
 from siderolink.server.tunnel import TunnelService
@@ -82,6 +84,8 @@ class Server(AbstractAsyncContextManager["Server"]):
     persistent_keepalive: seconds between keepalives to each machine; 0 for none.
     reports: where on the overlay address machines deliver events and kernel log lines; None for nowhere.
     dial: at the start, dial the machines that the store remembers where they were last heard by UDP.
+    overlay_ports: the ports of this host that machines may dial at the overlay address (``8080``, ``"53/udp"``), besides those
+        of `reports`; None for all. Pings pass, and so do answers to what this host begins.
     """
 
     def __init__(
@@ -105,6 +109,7 @@ class Server(AbstractAsyncContextManager["Server"]):
         limits: MachineLimits | None = None,
         reports: ReportOptions | None = None,
         dial: bool = True,
+        overlay_ports: Sequence[int | str] | None = None,
     ) -> None:
         """Check the options; nothing is opened yet. Raises ConfigurationError."""
         self._options = ServerOptions(
@@ -126,6 +131,7 @@ class Server(AbstractAsyncContextManager["Server"]):
             limits=limits or MachineLimits(),
             reports=reports,
             dial=dial,
+            overlay_ports=None if overlay_ports is None else tuple(overlay_ports),
         )
         self._store: Store = MemoryStore() if store is None else store
         self._prefix = overlay_prefix(installation_id or "")
@@ -195,6 +201,7 @@ class Server(AbstractAsyncContextManager["Server"]):
                     tasks.start_soon(dial_remembered, links)
                 async with (
                     self._receive_reports(device, links) as reports,
+                    only_ports(device.name, self._open_ports(reports)),
                     self._serve(device, links, machines, sightings, reports) as parts,
                 ):
                     yield parts
@@ -208,6 +215,14 @@ class Server(AbstractAsyncContextManager["Server"]):
             self._options.reports, links.machine_at, self.events(), address=self.address, interface=device.name
         ) as reports:
             yield reports
+
+    def _open_ports(self, reports: Reports | None) -> list[OverlayPort] | None:
+        """What machines may dial; None for everything."""
+        named = self._options.open_ports
+        if named is None or reports is None:
+            return None if named is None else list(named)
+        used = ((reports.event_sink_port, "tcp"), (reports.log_port, "tcp"), (reports.log_port, "udp"))
+        return [*named, *(OverlayPort.parse(f"{number}/{kind}") for number, kind in used if number is not None)]
 
     @asynccontextmanager
     async def _serve(
@@ -230,7 +245,11 @@ class Server(AbstractAsyncContextManager["Server"]):
         tunnel = TunnelService(machines, links, device)
         listen = options.api_address
         async with serve(
-            [provisioning, tunnel.service()], host=listen.host, port=listen.port, tls=options.tls, limits=options.api_limits
+            [provisioning, tunnel.service(), HealthService(), ReflectionService()],
+            host=listen.host,
+            port=listen.port,
+            tls=options.tls,
+            limits=options.api_limits,
         ) as api:
             yield _Parts(
                 device=device,

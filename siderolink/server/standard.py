@@ -1,0 +1,121 @@
+"""gRPC's standard services beside our own: health (grpc.health.v1) and reflection (grpc.reflection.v1 and v1alpha)."""
+
+import base64
+import json
+from collections.abc import AsyncIterator, Collection
+from functools import lru_cache
+from importlib.resources import files
+
+import anyio
+import betterproto2
+from grpclib import GRPCError, Status
+from grpclib.const import Handler
+
+from siderolink.common.pb.grpc.health.v1 import (
+    HealthBase,
+    HealthCheckRequest,
+    HealthCheckResponse,
+    HealthCheckResponseServingStatus,
+)
+from siderolink.common.pb.grpc.reflection.v1 import (
+    ErrorResponse,
+    FileDescriptorResponse,
+    ListServiceResponse,
+    ServerReflectionBase,
+    ServerReflectionRequest,
+    ServerReflectionResponse,
+    ServiceResponse,
+)
+
+API_SERVICES = ("sidero.link.ProvisionService", "sidero.link.WireGuardOverGRPCService")
+STANDARD_SERVICES = ("grpc.health.v1.Health", "grpc.reflection.v1.ServerReflection", "grpc.reflection.v1alpha.ServerReflection")
+
+_SERVING = HealthCheckResponse(status=HealthCheckResponseServingStatus.SERVING)
+_UNKNOWN = HealthCheckResponse(status=HealthCheckResponseServingStatus.SERVICE_UNKNOWN)
+
+
+class HealthService(HealthBase):
+    """Whoever gets an answer at all is served: the API listens while the device and the store are there, and no longer."""
+
+    def __init__(self, services: Collection[str] = API_SERVICES) -> None:
+        self._services = frozenset(services) | {""}
+
+    async def check(self, message: HealthCheckRequest) -> HealthCheckResponse:
+        if message.service not in self._services:
+            raise GRPCError(Status.NOT_FOUND, "no such service")
+        return _SERVING
+
+    async def watch(self, message: HealthCheckRequest) -> AsyncIterator[HealthCheckResponse]:
+        """Tell the state now; a change of it is the call's end, with UNAVAILABLE."""
+        yield _SERVING if message.service in self._services else _UNKNOWN
+        await anyio.sleep_forever()
+
+
+class ReflectionService(ServerReflectionBase):
+    """Tells of the API's services and messages; nothing of it is secret."""
+
+    def __init__(self, services: Collection[str] = (*API_SERVICES, *STANDARD_SERVICES)) -> None:
+        self._services = sorted(services)
+
+    def __mapping__(self) -> dict[str, Handler]:
+        mapping: dict[str, Handler] = super().__mapping__()
+        return mapping | {path.replace(".v1.", ".v1alpha."): handler for path, handler in mapping.items()}
+
+    async def server_reflection_info(
+        self, messages: AsyncIterator[ServerReflectionRequest]
+    ) -> AsyncIterator[ServerReflectionResponse]:
+        async for request in messages:
+            response = self._answer(request)
+            response.valid_host, response.original_request = request.host, request
+            yield response
+
+    def _answer(self, request: ServerReflectionRequest) -> ServerReflectionResponse:
+        kind, value = betterproto2.which_one_of(request, "message_request")
+        if kind == "list_services":
+            services = [ServiceResponse(name=name) for name in self._services]
+            return ServerReflectionResponse(list_services_response=ListServiceResponse(service=services))
+        file = None
+        if kind == "file_by_filename" and value in descriptors():
+            file = str(value)
+        elif kind == "file_containing_symbol":
+            file = _file_of(str(value))
+        if file is None:
+            error = ErrorResponse(error_code=Status.NOT_FOUND.value, error_message="it is not known here")
+            return ServerReflectionResponse(error_response=error)
+        found = [descriptors()[name].data for name in _with_imports(file)]
+        return ServerReflectionResponse(file_descriptor_response=FileDescriptorResponse(file_descriptor_proto=found))
+
+
+class Descriptor:
+    """One .proto file, as its descriptor says."""
+
+    def __init__(self, data: bytes, imports: list[str], names: list[str]) -> None:
+        self.data = data
+        self.imports = imports
+        self.names = names
+
+
+@lru_cache(maxsize=1)
+def descriptors() -> dict[str, Descriptor]:
+    """All files that the API's messages come from, by name."""
+    text = files("siderolink.common.pb").joinpath("descriptors.json").read_text()
+    return {
+        name: Descriptor(base64.b64decode(entry["data"]), entry["imports"], entry["names"])
+        for name, entry in json.loads(text).items()
+    }
+
+
+def _file_of(symbol: str) -> str | None:
+    """The file that defines a service, a message, or something inside one."""
+    for file, descriptor in descriptors().items():
+        if any(symbol == name or symbol.startswith(f"{name}.") for name in descriptor.names):
+            return file
+    return None
+
+
+def _with_imports(file: str) -> list[str]:
+    """The file, and all that it imports."""
+    found = [file]
+    for name in found:
+        found += [wanted for wanted in descriptors()[name].imports if wanted not in found]
+    return found
