@@ -9,6 +9,7 @@ from siderolink.common.hostport import HostPort
 from siderolink.common.keys import PrivateKey
 from siderolink.common.wireguard.device import DeviceKind
 from siderolink.server.authorization import Authorize, allow_all
+from siderolink.server.overlay_ports import MAX_PORTS, OverlayPort
 from siderolink.server.reporting import ReportOptions
 from siderolink.server.store import Store
 
@@ -61,6 +62,7 @@ class ServerOptions:
     limits: MachineLimits = MachineLimits()
     reports: ReportOptions | None = None
     dial: bool = True
+    overlay_ports: tuple[int | str, ...] | None = None
 
     def __post_init__(self) -> None:
         _check_listen(self.api_listen)
@@ -72,6 +74,8 @@ class ServerOptions:
             raise ConfigurationError(f"a port is a number from 0 to 65535, not {self.wireguard_listen_port}")
         if not 0 <= self.persistent_keepalive <= 65535:
             raise ConfigurationError(f"a persistent keepalive is 0 to 65535 seconds, not {self.persistent_keepalive}")
+        if len(self.open_ports or ()) > MAX_PORTS:
+            raise ConfigurationError(f"at most {MAX_PORTS} overlay_ports can be opened")
 
     @property
     def api_address(self) -> HostPort:
@@ -82,6 +86,10 @@ class ServerOptions:
     @property
     def endpoints(self) -> tuple[HostPort, ...]:
         return tuple(HostPort.parse(text, port_zero=True) for text in self.wireguard_endpoints)
+
+    @property
+    def open_ports(self) -> tuple[OverlayPort, ...] | None:
+        return None if self.overlay_ports is None else tuple(map(OverlayPort.parse, self.overlay_ports))
 
     @property
     def device_listen_port(self) -> int | None:

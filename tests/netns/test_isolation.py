@@ -1,0 +1,249 @@
+"""Point-to-point only: what a hostile machine sends, and that it gets nowhere but to the server's overlay address.
+
+The attacker's packets are made by hand and sealed properly. A tap on the server's interface tells whether one has passed; each
+case is repeated with the filters off, to show that the very same packet passes then.
+"""
+
+import socket
+import struct
+import uuid
+from collections.abc import AsyncIterator, Iterator
+from contextlib import ExitStack, asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from ipaddress import ip_address, ip_network
+
+import anyio
+import pytest
+from anyio.from_thread import BlockingPortal
+
+from siderolink.common.errors import ConfigurationError
+from siderolink.common.hostport import HostPort
+from siderolink.common.keys import PublicKey
+from siderolink.common.pb.sidero.link import ProvisionResponse
+from siderolink.common.wireguard.device import DeviceConfig, HandshakeCompleted, PeerConfig
+from siderolink.common.wireguard.packet_device import PacketDevice, open_packet_device
+from siderolink.server import Server
+from tests.netns.test_ingress import NOTHING, REFUSED, dial, ruleset, send_udp, together
+from tests.netns.test_server import API, OVERLAY, TOKEN, Host, joined, serving
+from tests.support.raw_machine import RawLink, RawMachine
+from tests.support.topology import SERVER_V4, routed
+
+EVERYTHING = (ip_network("::/0"), ip_network("0.0.0.0/0"))
+LAN_V6 = "2001:db8::1"
+OTHER_INTERFACE = "2001:db8:ffff::1"
+ETH_P_ALL = 3
+PACKET_OUTGOING = 4
+
+
+def packet(source: str, destination: str, payload: bytes) -> bytes:
+    """A UDP packet from port 7 to port 7, as a machine would never send it."""
+    one, two = ip_address(source), ip_address(destination)
+    udp = struct.pack("!HHHH", 7, 7, 8 + len(payload), 0) + payload
+    if one.version == 6:
+        return struct.pack("!IHBB", 6 << 28, len(udp), 17, 64) + one.packed + two.packed + udp
+    header = struct.pack("!BBHHHBBH", 0x45, 0, 20 + len(udp), 0, 0, 64, 17, 0) + one.packed + two.packed
+    words: int = sum(struct.unpack("!10H", header))
+    return header[:10] + struct.pack("!H", 0xFFFF - words % 0xFFFF) + header[12:] + udp
+
+
+class Tap:
+    """Sees what comes out of the server's interface."""
+
+    def __init__(self, host: Host) -> None:
+        self._socket = host.net.server.call(self._open)
+
+    @staticmethod
+    def _open() -> socket.socket:
+        tap = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(ETH_P_ALL))
+        tap.bind(("siderolink", ETH_P_ALL))
+        tap.settimeout(10)
+        return tap
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def until(self, payload: bytes) -> list[bytes]:
+        """The packets that came in by the interface, up to the one with this payload."""
+        seen = []
+        while True:
+            data, (_, _, kind, *_) = self._socket.recvfrom(2048)
+            if kind == PACKET_OUTGOING:
+                continue
+            seen.append(data)
+            if data.endswith(payload):
+                return seen
+
+
+@dataclass
+class Attacker:
+    """A machine that joined properly and sends what it likes."""
+
+    host: Host
+    portal: BlockingPortal
+    device: PacketDevice
+    key: PublicKey
+    address: str
+    tap: Tap
+    _count: int = 0
+
+    def passes(self, source: str, destination: str) -> bool:
+        """Whether a packet comes out of the server's interface; one that may, sent after it, does."""
+        self._count += 1
+        wanted, witness = f"attempt {self._count}".encode(), f"witness {self._count}".encode()
+        self.portal.call(self.device.send, packet(source, destination, wanted))
+        self.portal.call(self.device.send, packet(self.address, OVERLAY, witness))
+        return any(data.endswith(wanted) for data in self.tap.until(witness))
+
+    def drops(self, source: str, destination: str) -> set[str]:
+        """The reasons that the server counts while a packet must not pass; the other machine's kernel may add its own."""
+        before = self.host.server.drops()
+        assert not self.passes(source, destination)
+        after = self.host.server.drops()
+        return {str(reason) for reason in after if after[reason] > before.get(reason, 0)}
+
+    def switch_filters_off(self, others: str) -> None:
+        """Isolation, and the server's own allowed IPs for this machine."""
+        device = self.host.server.device
+        self.host.portal.call(device.set_isolate, False)
+        peer = PeerConfig(public_key=self.key, allowed_ips=(*EVERYTHING, ip_network(others), ip_network(self.address)))
+        self.host.portal.call(device.set_peer, peer)
+
+
+@contextmanager
+def attacking(host: Host, number: int, *, tunnel: bool) -> Iterator[Attacker]:
+    machine = RawMachine(api=API, join_token=TOKEN, node_uuid=str(uuid.uuid4()), tunnel=tunnel)
+    with ExitStack() as stack:
+        portal = stack.enter_context(host.net.machines[number].portal())
+        answer = portal.call(machine.provision)
+        connected = portal.call(anyio.Event)
+        link = stack.enter_context(portal.wrap_async_context_manager(attack(machine, answer, connected)))
+        if tunnel:
+            carrying = portal.start_task_soon(carry, machine, link)
+            stack.callback(carrying.cancel)
+        portal.call(wait, connected)
+        tap = Tap(host)
+        stack.callback(tap.close)
+        assert isinstance(link.device, PacketDevice)
+        yield Attacker(host, portal, link.device, machine.key.public_key(), str(link.address), tap)
+
+
+@asynccontextmanager
+async def attack(machine: RawMachine, answer: ProvisionResponse, connected: anyio.Event) -> AsyncIterator[RawLink]:
+    """A device without an interface, whose own allowed IPs are everything there is."""
+
+    def heard(event: object) -> None:
+        if isinstance(event, HandshakeCompleted):
+            connected.set()
+
+    config = DeviceConfig(name="attacker", private_key=machine.key, listen_port=None if machine.tunnel else 0)
+    server_key = PublicKey.parse(answer.server_public_key)
+    endpoint = None if machine.tunnel else (await HostPort.parse(answer.server_endpoint[-1]).resolve())[0]
+    async with open_packet_device(config, lambda packet: None, heard) as device:
+        await device.set_peer(
+            PeerConfig(public_key=server_key, allowed_ips=EVERYTHING, endpoint=endpoint, persistent_keepalive=25)
+        )
+        yield RawLink(device, server_key, answer, connected)
+
+
+async def carry(machine: RawMachine, link: RawLink) -> None:
+    async with machine.stream(link.answer.grpc_peer_addr_port) as stream:
+        await link.carry(stream)
+
+
+async def wait(event: anyio.Event) -> None:
+    with anyio.fail_after(10):
+        await event.wait()
+
+
+@pytest.mark.parametrize("tunnel", [False, True], ids=["udp", "tunnel"])
+def test_a_machines_packets_get_to_the_server_and_nowhere_else(tunnel: bool) -> None:
+    with serving() as host, joined(host, 1) as other, attacking(host, 0, tunnel=tunnel) as attacker:
+        server = host.net.server
+        server.forward()
+        server.add_address("eth0", f"{LAN_V6}/64")
+        server.add_address("lo", f"{OTHER_INTERFACE}/128")
+        own = attacker.address
+        link_local = next(found for found in server.addresses("eth0") if found.startswith("fe80")).partition("/")[0]
+        beyond = {
+            "another machine": other.address,
+            "a machine that there is not": OVERLAY + "234",
+            "the host's address on its LAN": LAN_V6,
+            "the host's loopback": "::1",
+            "another interface of the host": OTHER_INTERFACE,
+            "a link-local address of the host": link_local,
+            "all nodes": "ff02::1",
+            "all routers of the site": "ff05::2",
+            "nobody": "::",
+            "the world": "2001:db8:dead::1",
+        }
+        forged = {
+            "another machine": other.address,
+            "the server itself": OVERLAY,
+            "the loopback": "::1",
+            "a link-local address": "fe80::1",
+            "a multicast address": "ff02::1",
+            "the world": "2001:db8:dead::1",
+        }
+        assert attacker.passes(own, OVERLAY)
+        for what, destination in beyond.items():
+            assert "inner_destination" in attacker.drops(own, destination), what
+        for what, source in forged.items():
+            assert "inner_source" in attacker.drops(source, OVERLAY), what
+            assert "inner_source" in attacker.drops(source, other.address), what
+        assert "inner_source" in attacker.drops("10.0.0.1", SERVER_V4)
+        assert "inner_source" in attacker.drops("10.0.0.1", "255.255.255.255")
+        # The positive control: the very same packets, without the filters.
+        attacker.switch_filters_off(other.address)
+        assert all(attacker.passes(own, destination) for destination in beyond.values())
+        assert all(attacker.passes(source, OVERLAY) for source in forged.values())
+        assert attacker.passes("10.0.0.1", SERVER_V4)
+        assert attacker.passes("10.0.0.1", "255.255.255.255")
+
+
+@contextmanager
+def serving_ports(*ports: int | str) -> Iterator[Host]:
+    with routed(1) as net, net.server.portal() as portal:
+        before = ruleset(net.server)
+        server = Server(
+            api_listen=(API.host, API.port),
+            wireguard_endpoints=[f"{SERVER_V4}:51820"],
+            join_token=TOKEN,
+            device="userspace",
+            overlay_ports=ports,
+        )
+        with portal.wrap_async_context_manager(server):
+            yield Host(net, portal, server)
+        assert ruleset(net.server) == before
+
+
+def test_only_named_ports_of_the_server_are_open_where_it_says_so() -> None:
+    attempts = [
+        partial(dial, OVERLAY, 80, None),
+        partial(send_udp, OVERLAY, 53),
+        partial(dial, OVERLAY, 81, None),
+        partial(dial, OVERLAY, 53, None),
+        partial(send_udp, OVERLAY, 80),
+    ]
+    with serving_ports(80, "53/udp") as host, joined(host) as machine:
+        assert together(machine.namespace, *attempts) == [REFUSED] * 2 + [NOTHING] * 3
+        assert machine.pings(OVERLAY)
+        # what the server begins is answered; the host's other interfaces are not touched
+        assert host.net.server.call(dial, machine.address, 81, None) == REFUSED
+        assert machine.namespace.call(dial, SERVER_V4, 81, None) == REFUSED
+    # the positive control
+    with serving(1) as host, joined(host) as machine:
+        assert together(machine.namespace, *attempts) == [REFUSED] * 5
+
+
+def test_without_any_port_machines_still_ping_and_answer() -> None:
+    with serving_ports() as host, joined(host) as machine:
+        assert machine.pings(OVERLAY)
+        assert machine.namespace.call(dial, OVERLAY, 80, None) == NOTHING
+        assert host.net.server.call(dial, machine.address, 81, None) == REFUSED
+
+
+@pytest.mark.parametrize("port", [0, 65536, -1, "80/sctp", "http", "80-90", "", "8" * 100])
+def test_ports_that_are_none(port: int | str) -> None:
+    with pytest.raises(ConfigurationError, match="is no port; write 8080, or 53/udp"):
+        Server(api_listen="127.0.0.1:0", force_tunnel=True, allow_any_token=True, overlay_ports=[port])
