@@ -31,7 +31,7 @@ class ResourceSpec:
 def _mapping(fields: Mapping[str, object], depth: int) -> Iterator[str]:
     indent = "    " * depth
     for key, value in fields.items():
-        name = key if set(key) <= _PLAIN and key.lower() not in ("y", "n", "yes", "no", "on", "off") else json.dumps(key)
+        name = _text(key)
         if isinstance(value, Mapping) and value:
             yield f"{indent}{name}:"
             yield from _mapping(value, depth + 1)
@@ -54,12 +54,26 @@ def _item(value: object, depth: int) -> Iterator[str]:
 
 
 def _scalar(value: object) -> str:
-    """JSON's scalars, which YAML takes as they are; a plain word stands without quotes."""
-    if isinstance(value, str) and value and set(value) <= _PLAIN and value.lower() not in _WORDS:
-        return value
+    """Numbers and truth values as JSON has them; a plain word stands without quotes."""
     if isinstance(value, Mapping):
         return "{}"
-    return json.dumps(value)
+    return _text(value) if isinstance(value, str) else json.dumps(value)
+
+
+def _text(text: str) -> str:
+    """As it is where it is a plain word; else in double quotes, all but printable ASCII escaped (YAML 1.2, 5.7)."""
+    if text and set(text) <= _PLAIN and text.lower() not in _WORDS:
+        return text
+    return f'"{"".join(map(_escaped, text))}"'
+
+
+def _escaped(character: str) -> str:
+    code = ord(character)
+    if character in '"\\':
+        return f"\\{character}"
+    if 0x20 <= code < 0x7F:
+        return character
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
 
 
 _WORDS = frozenset(("y", "n", "yes", "no", "on", "off", "true", "false", "null"))

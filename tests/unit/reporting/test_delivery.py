@@ -1,0 +1,239 @@
+"""Delivery over real sockets on the loopback: to another implementation of gRPC, to receivers that break off, to nobody."""
+
+import asyncio
+import json
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import anyio
+import anyio.lowlevel
+import grpc
+import grpc.aio
+import pytest
+
+from siderolink.client.reporting import (
+    EventSender,
+    KernelMessage,
+    LogDestination,
+    LogSender,
+    forward_log,
+    read_kernel_log,
+)
+from siderolink.common.errors import ConfigurationError
+from siderolink.common.hostport import HostPort
+from siderolink.common.machine_events import unpack_event
+from siderolink.common.pb.events import EventRequest
+from siderolink.common.pb.machine import PhaseEvent
+from siderolink.common.tasks import background_tasks
+
+pytestmark = pytest.mark.anyio
+
+
+class ForeignSink:
+    """An event sink of grpcio's server; refuses the first `failures` calls."""
+
+    def __init__(self, failures: int = 0) -> None:
+        self.failures = failures
+        self.taken: list[EventRequest] = []
+
+    async def publish(self, request: bytes, context: Any) -> bytes:
+        if self.failures:
+            self.failures -= 1
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "not now")
+        self.taken.append(EventRequest.parse(request))
+        return b""
+
+    @asynccontextmanager
+    async def serve(self, port: int = 0) -> AsyncIterator[int]:
+        server = grpc.aio.server()
+        handlers = {"Publish": grpc.unary_unary_rpc_method_handler(self.publish)}
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("events.EventSinkService", handlers),))
+        port = server.add_insecure_port(f"127.0.0.1:{port}")
+        await server.start()
+        try:
+            yield port
+        finally:
+            await server.stop(0)
+
+    def phases(self) -> list[str]:
+        payloads = [unpack_event(request.data) for request in self.taken if request.data is not None]
+        return [payload.phase for payload in payloads if isinstance(payload, PhaseEvent)]
+
+
+async def until(condition: Any) -> None:
+    with anyio.fail_after(15):
+        while not condition():
+            await anyio.sleep(0.005)
+
+
+async def test_every_event_arrives_once_and_in_order_though_calls_fail() -> None:
+    sink, sender = ForeignSink(failures=2), EventSender()
+    for number in range(5):
+        sender.publish(PhaseEvent(phase=str(number)), actor_id="actor")
+    async with sink.serve() as port, background_tasks() as tasks:
+        tasks.start_soon(sender.run, HostPort("127.0.0.1", port))
+        await until(lambda: sender.delivered == 5)
+        assert sink.phases() == list("01234")
+        assert {request.actor_id for request in sink.taken} == {"actor"}
+        assert [request.id for request in sink.taken] == sorted({request.id for request in sink.taken})
+
+
+async def test_delivery_goes_on_where_it_stopped_when_the_sink_is_back() -> None:
+    sink, sender = ForeignSink(), EventSender()
+    async with background_tasks() as tasks:
+        async with sink.serve() as port:
+            tasks.start_soon(sender.run, HostPort("127.0.0.1", port))
+            sender.publish(PhaseEvent(phase="0"))
+            await until(lambda: sender.delivered == 1)
+        for number in range(1, 4):
+            sender.publish(PhaseEvent(phase=str(number)))
+        await anyio.sleep(0.1)
+        assert (sender.waiting, sender.lost) == (3, 0)
+        async with sink.serve(port):
+            sender.kick()
+            await until(lambda: sender.waiting == 0)
+        assert sink.phases() == list("0123")
+
+
+async def test_more_events_than_may_wait_are_lost_counted_and_said(caplog: pytest.LogCaptureFixture) -> None:
+    sink, sender = ForeignSink(), EventSender(max_events=3)
+    for number in range(10):
+        sender.publish(PhaseEvent(phase=str(number)))
+    async with sink.serve() as port, background_tasks() as tasks:
+        tasks.start_soon(sender.run, HostPort("127.0.0.1", port))
+        await until(lambda: sender.delivered == 3)
+    assert sink.phases() == list("789")
+    assert sender.lost == 7
+    assert "7 events were lost" in caplog.text
+
+
+class Receiver:
+    """Takes lines by TCP; breaks off, without a goodbye, when told to."""
+
+    def __init__(self) -> None:
+        self.data = b""
+        self.reading = True
+        self.writers: list[asyncio.StreamWriter] = []
+
+    async def _take(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.writers.append(writer)
+        try:
+            while chunk := await reader.read(4096):
+                self.data += chunk
+        except OSError:
+            pass
+        writer.close()
+
+    @asynccontextmanager
+    async def serve(self, port: int = 0) -> AsyncIterator[int]:
+        server = await asyncio.start_server(self._take, "127.0.0.1", port)
+        try:
+            yield server.sockets[0].getsockname()[1]
+        finally:
+            server.close()
+            self.break_off()
+            await anyio.sleep(0.02)
+
+    def break_off(self) -> None:
+        for writer in self.writers:
+            writer.transport.abort()
+        self.writers.clear()
+
+    def messages(self) -> list[str]:
+        return [json.loads(line)["msg"] for line in self.data.split(b"\n")[:-1]]
+
+
+def sender_to(port: int, protocol: Any = "tcp", **options: Any) -> LogSender:
+    return LogSender(LogDestination(protocol, HostPort("127.0.0.1", port)), **options)
+
+
+async def test_lines_arrive_and_a_break_loses_none(no_leaks: None) -> None:
+    receiver = Receiver()
+    async with background_tasks() as tasks:
+        async with receiver.serve() as port:
+            sender = sender_to(port)
+            tasks.start_soon(sender.run)
+            for number in range(100):
+                sender.add(KernelMessage(message=str(number)))
+            await until(lambda: sender.waiting == 0)
+        for number in range(100, 200):
+            sender.add(KernelMessage(message=str(number)))
+        async with receiver.serve(port):
+            sender.kick()
+            await until(lambda: sender.waiting == 0)
+            await until(lambda: receiver.messages()[-1:] == ["199"])
+            assert list(dict.fromkeys(receiver.messages())) == [str(number) for number in range(200)]
+            assert sender.lost == 0
+
+
+async def test_a_receiver_that_takes_nothing_costs_bounded_memory(no_leaks: None) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as deaf:
+        deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        sender = sender_to(deaf.getsockname()[1], max_lines=100, max_bytes=1_000_000)
+        async with background_tasks() as tasks:
+            tasks.start_soon(sender.run)
+            for number in range(2000):
+                sender.add(KernelMessage(message="x" * 4000, seq=number))
+                if not number % 100:
+                    await anyio.lowlevel.checkpoint()
+            await until(lambda: sender.lost > 0)
+            assert sender.waiting <= 100
+
+
+async def test_lines_go_by_datagram_one_each_without_an_end(no_leaks: None) -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as receiver:
+        receiver.bind(("127.0.0.1", 0))
+        receiver.setblocking(False)
+        sender = sender_to(receiver.getsockname()[1], "udp")
+        async with background_tasks() as tasks:
+            tasks.start_soon(sender.run)
+            for text in ("one", "two\nlines"):
+                sender.add(KernelMessage(message=text))
+            loop = asyncio.get_running_loop()
+            with anyio.fail_after(10):
+                found = [await loop.sock_recv(receiver, 65535) for _ in range(2)]
+    assert [json.loads(data)["msg"] for data in found] == ["one", "two\nlines"]
+    assert not any(b"\n" in data for data in found)
+
+
+async def test_an_overlong_message_is_cut() -> None:
+    receiver = Receiver()
+    async with receiver.serve() as port, background_tasks() as tasks:
+        sender = sender_to(port)
+        sender.add(KernelMessage(message="é" * 100_000))
+        tasks.start_soon(sender.run)
+        await until(lambda: receiver.data.endswith(b"\n"))
+        assert len(receiver.data) <= 16 * 1024
+        assert receiver.messages()[0].endswith("…")
+
+
+async def test_any_source_is_forwarded_and_delivery_outlives_it(no_leaks: None) -> None:
+    async def source() -> AsyncIterator[KernelMessage]:
+        yield KernelMessage(message="from elsewhere")
+
+    receiver = Receiver()
+    async with receiver.serve() as port, background_tasks() as tasks:
+        tasks.start_soon(forward_log, source(), [sender_to(port), sender_to(port)])
+        await until(lambda: receiver.messages() == ["from elsewhere"] * 2)
+
+
+async def test_the_kernels_own_log_is_read_as_it_grows(no_leaks: None) -> None:
+    mark = "siderolink test of the kernel log"
+    with anyio.fail_after(10):
+        records = read_kernel_log()
+        first = await anext(records)
+        assert first.time_ns > 0
+        await anyio.Path("/dev/kmsg").write_text(f"<30>{mark}\n")
+        async for message in records:
+            if mark in message.message:
+                assert (message.priority, message.facility) == (6, 3)
+                break
+        await records.aclose()  # type: ignore[attr-defined]
+
+
+async def test_a_log_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="cannot be read"):
+        await anext(read_kernel_log(tmp_path / "none"))
