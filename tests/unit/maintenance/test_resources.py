@@ -35,8 +35,8 @@ pytestmark = pytest.mark.anyio
 URL = JoinURL.parse("https://siderolink.example?jointoken=a-token&grpc_tunnel=true")
 NODE = IPv6Address("fdae:41e4:649b:9304::7")
 
-SCALARS = st.text() | st.integers() | st.booleans()
-KEYS = st.text(min_size=1)
+SCALARS = st.text(max_size=30) | st.integers() | st.booleans()
+KEYS = st.text(min_size=1, max_size=20)
 PLAIN = st.dictionaries(KEYS, SCALARS | st.lists(SCALARS, max_size=2), max_size=2)
 VALUES = SCALARS | PLAIN | st.lists(SCALARS | PLAIN, max_size=3) | st.dictionaries(KEYS, PLAIN, max_size=2)
 
