@@ -12,7 +12,7 @@ async def watch_files(files: Sequence[Path], changed: Callable[[], None]) -> Non
     Folders are watched, as files are replaced by renaming, and as mounted secrets are links that change.
     """
     before = _look(files)
-    async for _ in awatch(*{file.absolute().parent for file in files}, recursive=False):
+    async for _ in awatch(*{file.absolute().parent for file in files}, recursive=False, debounce=200):
         now = _look(files)
         if now != before:
             before = now

@@ -1,0 +1,174 @@
+"""`serve` as its host sees it: started, told to reload and to stop, watched by systemd, with a certificate that changes."""
+
+import os
+import signal
+import socket
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from anyio.from_thread import BlockingPortal
+from grpclib import GRPCError, Status
+
+from siderolink.common.errors import ServerUnreachableError
+from siderolink.common.grpc import client_tls, open_channel, translate_errors
+from siderolink.common.hostport import HostPort
+from siderolink.common.pb.grpc.health.v1 import HealthCheckRequest, HealthStub
+from tests.support.certificates import Certified, make_certificate
+from tests.support.netns import stop
+from tests.support.raw_machine import RawMachine
+from tests.support.serving import API, COMMAND, SERVER, TOKEN, served
+from tests.support.topology import Net, direct
+
+ADDRESS = HostPort.parse(API)
+
+
+@pytest.fixture
+def net() -> Iterator[Net]:
+    with direct() as net:
+        yield net
+
+
+@pytest.fixture
+def portal(net: Net) -> Iterator[BlockingPortal]:
+    with net.machine.portal() as portal:
+        yield portal
+
+
+async def joins(token: str = TOKEN) -> Status | None:
+    """The status of a join; None where it is admitted."""
+    machine = RawMachine(api=ADDRESS, node_uuid=str(uuid.uuid4()), join_token=token)
+    try:
+        await machine.provision()
+    except GRPCError as error:
+        return error.status
+    return None
+
+
+async def reaches(root: Path, host: str = SERVER) -> str | None:
+    """Why a TLS connection is of no use; None where it is."""
+    try:
+        with translate_errors(host):
+            async with open_channel(SERVER, ADDRESS.port, client_tls(root)) as channel:
+                await HealthStub(channel).check(HealthCheckRequest(), timeout=5)
+    except ServerUnreachableError as error:
+        return str(error)
+    return None
+
+
+async def waits_for_the_end(ready: list[str]) -> Status:
+    """The status with which a call and a stream end that go on until the server stops."""
+    machine = RawMachine(api=ADDRESS, node_uuid=str(uuid.uuid4()), join_token=TOKEN, tunnel=True)
+    answer = await machine.provision()
+    async with open_channel(ADDRESS.host, ADDRESS.port) as channel, machine.stream(answer.grpc_peer_addr_port) as stream:
+        with pytest.raises(GRPCError) as ended:
+            async for answer in HealthStub(channel).watch(HealthCheckRequest()):
+                ready += [str(answer.status)]
+        with pytest.raises(GRPCError) as stream_ended:
+            await stream.wait_ended()
+    assert stream_ended.value.status is ended.value.status
+    return ended.value.status
+
+
+def test_sigterm_tells_waiting_calls_and_is_quick(net: Net, tmp_path: Path, portal: BlockingPortal) -> None:
+    ready: list[str] = []
+    with served(net.server, tmp_path) as server:
+        waiting = portal.start_task_soon(waits_for_the_end, ready)
+        while not ready:
+            assert not waiting.done(), waiting.result()
+            time.sleep(0.02)
+        began = time.monotonic()
+        assert server.stop() == 0
+        assert time.monotonic() - began < 4  # 2 s are the aim, on a machine that is not busy with other tests
+        assert waiting.result(5) is Status.UNAVAILABLE
+        assert {path.name for path in server.state.parent.iterdir()} == {"siderolink.state"}
+        assert "siderolink" not in net.server.interfaces()
+
+
+def test_sighup_reads_the_token_again(net: Net, tmp_path: Path, portal: BlockingPortal) -> None:
+    with served(net.server, tmp_path) as server:
+        assert portal.call(joins) is None
+        (tmp_path / "token").write_text("another")
+        server.signal(signal.SIGHUP)
+        server.wait_for("reloaded: the join token")
+        assert portal.call(joins) is Status.PERMISSION_DENIED
+        assert portal.call(joins, "another") is None
+        (tmp_path / "token").write_text("")
+        server.signal(signal.SIGHUP)
+        server.wait_for("not reloaded")
+        assert portal.call(joins, "another") is None
+
+
+def write(folder: Path, root: Certified, name: str = SERVER) -> None:
+    """Replace the certificate and its key, as tools do: by renaming."""
+    (folder / "new").write_text(root.sign(name).pem)
+    os.replace(folder / "new", folder / "pem")
+
+
+def test_the_certificate_is_read_again_when_it_changes(net: Net, tmp_path: Path, portal: BlockingPortal) -> None:
+    folder = tmp_path / "tls"
+    folder.mkdir()
+    first, second = make_certificate("first"), make_certificate("second")
+    (tmp_path / "first").write_text(first.certificate_pem)
+    (tmp_path / "second").write_text(second.certificate_pem)
+    write(folder, first)
+    with served(net.server, tmp_path, "--tls-cert", str(folder / "pem")) as server:
+        assert portal.call(reaches, tmp_path / "first") is None
+        assert "is not trusted: " in (portal.call(reaches, tmp_path / "second") or "")
+        write(folder, second)
+        server.wait_for("reloaded: the TLS certificate")
+        assert portal.call(reaches, tmp_path / "second") is None
+        (folder / "pem").write_text("half a certif")
+        server.wait_for("not reloaded")
+        assert portal.call(reaches, tmp_path / "second") is None
+        write(folder, first)
+        server.signal(signal.SIGHUP)
+        server.wait_for("reloaded: the TLS certificate")
+        assert portal.call(reaches, tmp_path / "first") is None
+        write(folder, first, "siderolink.example")
+        server.wait_for("reloaded: the TLS certificate")
+        error = portal.call(reaches, tmp_path / "first") or ""
+        assert "IP address mismatch, certificate is not valid for '192.0.2.1'" in error
+        assert "\n" not in error
+
+
+def test_systemd_is_told(net: Net, tmp_path: Path) -> None:
+    path = tmp_path / "notify"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(path))
+        manager.settimeout(10)
+        with served(net.server, tmp_path, NOTIFY_SOCKET=str(path), WATCHDOG_USEC="600000") as server:
+            told = {manager.recv(200).decode() for _ in range(6)}
+            assert told == {"READY=1", "WATCHDOG=1"}
+            server.signal(signal.SIGHUP)
+            while not (message := manager.recv(200).decode()).startswith("RELOADING=1\nMONOTONIC_USEC="):
+                assert message == "WATCHDOG=1"
+            assert server.stop() == 0
+            manager.settimeout(0)
+            rest = []
+            while True:
+                try:
+                    rest.append(manager.recv(200).decode())
+                except BlockingIOError:
+                    break
+            assert "STOPPING=1" in rest
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (["--tls-cert", "/nowhere"], "the certificate '/nowhere' and its key cannot be used: "),
+        (["--tls-key", "/nowhere"], "--tls-key needs --tls-cert"),
+        (["--state", "/proc/version"], "/proc/version "),
+    ],
+)
+def test_what_cannot_be_used_is_one_line(net: Net, options: list[str], line: str) -> None:
+    arguments = ["serve", "--api-listen", API, "--wireguard-endpoint", f"{SERVER}:51820", "--join-token", "t", *options]
+    process = net.server.popen([*COMMAND, *arguments], stdout=-1, stderr=-2)
+    output, _ = process.communicate(timeout=15)
+    assert stop(process) == 1
+    assert line in output
+    assert output.startswith("siderolink: ")
+    assert output.count("\n") == 1
