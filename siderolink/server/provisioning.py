@@ -21,6 +21,7 @@ from siderolink.server.authorization import Allow, Authorize, Deny, JoinRequest,
 from siderolink.server.events import EventHub, JoinRefused
 from siderolink.server.identity import Claimant, is_usable_key, parse_uuid
 from siderolink.server.machines import Machines
+from siderolink.server.provision_codec import PlainRequest, encode_response
 from siderolink.server.refusals import JoinRefusal, JoinRejectedError
 from siderolink.server.store import Machine
 from siderolink.server.tokens import MAX_UNIQUE_TOKEN_BYTES, JoinTokenCheck, unique_token_digest
@@ -104,7 +105,7 @@ class ProvisionService:
         # Not the generated base: it hides the stream, and with it where the call came from.
         return {
             "/sidero.link.ProvisionService/Provision": Handler(
-                self._serve, Cardinality.UNARY_UNARY, ProvisionRequest, ProvisionResponse
+                self._serve, Cardinality.UNARY_UNARY, PlainRequest, ProvisionResponse
             )
         }
 
@@ -112,7 +113,8 @@ class ProvisionService:
         request = await stream.recv_message()
         if request is None:
             raise GRPCError(Status.INVALID_ARGUMENT, "the call has no request message")
-        await stream.send_message(await self.provision(request, source=_source(stream)))
+        response = await self.provision(request, source=_source(stream))
+        await stream.send_message(encode_response(response))
 
     async def provision(self, request: ProvisionRequest, *, source: str) -> ProvisionResponse:
         """Answer one call. Raises GRPCError with the status and text that the caller shall see."""

@@ -154,6 +154,10 @@ class ServerCodec(ProtoCodec):
     def __init__(self, on_refusal: OnRefusal) -> None:
         self._on_refusal = on_refusal
 
+    def encode(self, message: Any, message_type: Any) -> bytes:
+        """The message as it travels; bytes are one already."""
+        return message if isinstance(message, bytes) else super().encode(message, message_type)
+
     def decode(self, data: bytes, message_type: Any) -> Any:
         try:
             return super().decode(data, message_type)

@@ -11,6 +11,7 @@ import ssl
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
+from functools import lru_cache
 from pathlib import Path
 
 import anyio
@@ -236,9 +237,12 @@ async def serve(
 
 def _source(address: object) -> str:
     """What counts as one address: an IPv4 address, an IPv6 /64, or nothing for a local socket."""
-    if not isinstance(address, tuple):
-        return ""
-    ip = ipaddress.ip_address(str(address[0]).partition("%")[0])
+    return _source_of_host(str(address[0])) if isinstance(address, tuple) else ""
+
+
+@lru_cache(maxsize=4096)
+def _source_of_host(host: str) -> str:
+    ip = ipaddress.ip_address(host.partition("%")[0])
     if isinstance(ip, ipaddress.IPv4Address):
         return str(ip)
     if ip.ipv4_mapped is not None:

@@ -1,0 +1,69 @@
+"""The two messages of a join, read and written in a few steps. What is not plain goes through the generated models.
+
+The generated code serves every message alike, and costs a join a twentieth of its time. Tests hold the two beside each other.
+"""
+
+from siderolink.common.pb.sidero.link import ProvisionRequest, ProvisionResponse
+
+_TEXT_FIELDS = {
+    1 << 3 | 2: "node_uuid",
+    2 << 3 | 2: "node_public_key",
+    3 << 3 | 2: "join_token",
+    4 << 3 | 2: "node_unique_token",
+    5 << 3 | 2: "talos_version",
+}
+_TUNNEL_FIELD = 6 << 3 | 0
+_ONE_BYTE = 0x80
+"""Lengths below it are written as one byte."""
+
+
+class PlainRequest(ProvisionRequest):
+    """Reads a ProvisionRequest."""
+
+    @classmethod
+    def FromString(cls, data: bytes) -> ProvisionRequest:  # type: ignore[override] # the plain model is what is wanted
+        return _read_plain(data) or ProvisionRequest.FromString(data)
+
+
+def _read_plain(data: bytes) -> ProvisionRequest | None:
+    """The message if it has known fields of ordinary lengths only; None for any other, well-formed or not."""
+    fields: dict[str, str | bool] = {}
+    pos, end = 0, len(data)
+    try:
+        while pos < end:
+            key, value = data[pos], data[pos + 1]
+            pos += 2
+            if key == _TUNNEL_FIELD:
+                if value > 1:
+                    return None
+                fields["wireguard_over_grpc"] = bool(value)
+                continue
+            if value >= _ONE_BYTE:
+                value = value & 0x7F | data[pos] << 7
+                pos += 1
+                if value < _ONE_BYTE or value >= _ONE_BYTE << 7:
+                    return None
+            fields[_TEXT_FIELDS[key]] = data[pos : pos + value].decode()
+            pos += value
+    except (IndexError, KeyError, UnicodeDecodeError):
+        return None
+    return ProvisionRequest(**fields) if pos == end else None  # type: ignore[arg-type] # by name
+
+
+def encode_response(response: ProvisionResponse) -> bytes:
+    """The message as it travels."""
+    texts = [(0x0A, endpoint) for endpoint in response.server_endpoint]
+    texts += (
+        (0x1A, response.server_public_key),
+        (0x22, response.node_address_prefix),
+        (0x2A, response.server_address),
+        (0x32, response.grpc_peer_addr_port),
+    )
+    parts = bytearray()
+    for key, text in texts:
+        value = text.encode()
+        if len(value) >= _ONE_BYTE:
+            return bytes(response)
+        if value or key == 0x0A:
+            parts += bytes((key, len(value))) + value
+    return bytes(parts)
