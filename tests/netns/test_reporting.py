@@ -298,3 +298,38 @@ def test_unknown_events_are_taken_and_kept_raw_and_repeated_ones_are_taken_once(
         ]
         assert found[0].data == b"anything"
         assert server.reports.drops() == {"event repeated": 1, "event malformed": 3}
+
+
+def test_one_machine_cannot_take_all_connections() -> None:
+    def hoard(host: str) -> list[str]:
+        """Open many connections to both receivers, and say how those beyond the bound ended."""
+        held, ends = [], []
+        for port in (LOGS, SINK):
+            for _ in range(8):
+                sock = socket.create_connection((host, port), timeout=5)
+                held.append(sock)
+        for sock in held:
+            sock.settimeout(1)
+            try:
+                ends.append("ended" if sock.recv(100) in (b"",) else "answered")
+            except TimeoutError:
+                ends.append("held")
+            except OSError:
+                ends.append("ended")
+        for sock in held:
+            sock.close()
+        return ends
+
+    with (
+        routed(2) as net,
+        serving(net, max_connections_per_machine=2) as (server, portal),
+        reporting(net, 0),
+        reporting(net, 1) as (other, other_portal),
+    ):
+        ends = net.machine.call(hoard, SERVER)
+        assert ends[:8].count("held") == 2
+        assert server.reports.drops() == {"too many connections": 6}
+        assert server.reports.refusals()["too_many_connections_from_address"] == 6
+        other_portal.call(other.events.publish, PAYLOADS[0])
+        other_portal.call(other.lines.send, KernelMessage(message="still heard"))
+        wait(other_portal, lambda: other.events.waiting == 0 and other.logs.waiting == 0)

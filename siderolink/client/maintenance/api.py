@@ -60,6 +60,8 @@ class OnOverlay:
     interface: str
     server: IPv6Address
     """The server's overlay address: the admin's, by that interface."""
+    interface_index: int = 0
+    """The kernel's number of the interface, where it is known: one that was made anew under its old name is another place."""
 
 
 Place = Everywhere | Nowhere | OnOverlay

@@ -1,5 +1,7 @@
 """What the link means for the API: where it listens, and what the resources about SideroLink say."""
 
+import contextlib
+import socket
 from ipaddress import IPv6Address
 
 from siderolink.client.events import Connected, InterfaceConfigured, Joined, Left, LinkDown, LinkEvent, Reestablished
@@ -89,7 +91,14 @@ class LinkPresence:
             if self._url is not None:
                 self._api.move(Nowhere())
             return
-        self._api.move(OnOverlay(address=joined.address.ip, interface=interface.interface, server=joined.server_address))
+        self._api.move(
+            OnOverlay(
+                address=joined.address.ip,
+                interface=interface.interface,
+                server=joined.server_address,
+                interface_index=_index(interface.interface),
+            )
+        )
         self._show_link(self._url, joined, interface)
 
     def _show_link(self, url: JoinURL, joined: Joined, interface: InterfaceConfigured) -> None:
@@ -125,3 +134,10 @@ class LinkPresence:
         self._connected = False
         self._api.resources.replace(LINK_SPEC, {})
         self._api.resources.remove(SIDEROLINK_TUNNEL, TUNNEL_ID)
+
+
+def _index(interface: str) -> int:
+    """The kernel's number of the interface; 0 where there is none now."""
+    with contextlib.suppress(OSError):
+        return socket.if_nametoindex(interface)
+    return 0

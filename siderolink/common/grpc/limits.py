@@ -28,6 +28,8 @@ class Limits:
     """Connections in all; never more than the process may have descriptors."""
     max_connections_per_address: int = 1_024
     """Connections from one IPv4 address or one IPv6 /64. Many machines may share the address of one NAT."""
+    ipv6_source_bits: int = 64
+    """How much of an IPv6 address tells callers apart: a /64 is one host's; on an overlay each address is a machine's."""
     max_streams: int = 128
     """Calls at the same time on one connection."""
 

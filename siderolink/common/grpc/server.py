@@ -126,7 +126,7 @@ class GrpcServer:
                 self._paused[sock] = self._loop.call_later(_ACCEPT_PAUSE, self._listen, sock)
                 return
             connection.setblocking(False)
-            source = _source(address)
+            source = _source(address, self._limits.ipv6_source_bits)
             refusal = self._over(source)
             if refusal is not None:
                 self._turn_away(connection, refusal, source)
@@ -235,19 +235,19 @@ async def serve(
                         os.unlink(path)
 
 
-def _source(address: object) -> str:
-    """What counts as one address: an IPv4 address, an IPv6 /64, or nothing for a local socket."""
-    return _source_of_host(str(address[0])) if isinstance(address, tuple) else ""
+def _source(address: object, ipv6_bits: int) -> str:
+    """What counts as one address: an IPv4 address, so many bits of an IPv6 one, or nothing for a local socket."""
+    return _source_of_host(str(address[0]), ipv6_bits) if isinstance(address, tuple) else ""
 
 
 @lru_cache(maxsize=4096)
-def _source_of_host(host: str) -> str:
+def _source_of_host(host: str, ipv6_bits: int) -> str:
     ip = ipaddress.ip_address(host.partition("%")[0])
     if isinstance(ip, ipaddress.IPv4Address):
         return str(ip)
     if ip.ipv4_mapped is not None:
         return str(ip.ipv4_mapped)
-    return str(ipaddress.IPv6Network((ip, 64), strict=False))
+    return str(ipaddress.IPv6Network((ip, ipv6_bits), strict=False))
 
 
 def _spare_descriptors() -> int:

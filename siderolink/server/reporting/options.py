@@ -36,7 +36,7 @@ class ReportOptions:
     max_event_bytes: int = 256 * 1024
     """The longest event."""
     max_connections_per_machine: int = 4
-    """Log connections of one machine at a time."""
+    """Connections of one machine at a time: to the event sink, and to the log receiver."""
     reader_limit: int = 4096
     """Events or lines that wait for one slow reader before the oldest are dropped."""
 

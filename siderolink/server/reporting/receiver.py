@@ -16,7 +16,6 @@ from siderolink.server.reporting.log_receiver import receive_lines
 from siderolink.server.reporting.options import ReportOptions
 from siderolink.server.reporting.reports import LinesDropped, LogLine, MachineEvent
 
-_SINK_CONNECTIONS = 16_384
 _SINK_WINDOW_BYTES = 1024 * 1024
 
 
@@ -114,12 +113,13 @@ async def _bind_both(address: IPv6Address, port: int, interface: str) -> tuple[s
 
 
 def _limits(options: ReportOptions) -> Limits:
-    """Machines share one /64, so that the bound for one address would be one for all of them."""
+    """Machines share one /64, so that each whole address counts for itself."""
     return Limits(
         max_message_bytes=options.max_event_bytes,
         stream_window_bytes=options.max_event_bytes + 5,
         connection_window_bytes=_SINK_WINDOW_BYTES,
-        max_connections_per_address=_SINK_CONNECTIONS,
+        max_connections_per_address=options.max_connections_per_machine,
+        ipv6_source_bits=128,
         max_streams=8,
         connection_idle_timeout=3600.0,
     )

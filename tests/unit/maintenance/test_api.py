@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from functools import partial
-from ipaddress import IPv6Address
+from ipaddress import IPv6Address, IPv6Interface
 from typing import Any
 
 import anyio
@@ -16,10 +16,13 @@ import grpc
 import pytest
 from grpclib import GRPCError, Status
 
+from siderolink import JoinURL
+from siderolink.client import InterfaceConfigured, Joined, Left
 from siderolink.client.maintenance import (
     ApplyAnswer,
     ApplyRequest,
     Everywhere,
+    LinkPresence,
     MachineHooks,
     MachineVersion,
     MaintenanceApi,
@@ -32,6 +35,7 @@ from siderolink.client.maintenance import (
 from siderolink.client.maintenance.callers import Admittance, Role
 from siderolink.client.maintenance.certificate import MaintenanceCertificates
 from siderolink.common.errors import ConfigurationError
+from siderolink.common.keys import PrivateKey
 from siderolink.common.pb.cosi import resource as cosi
 from siderolink.common.pb.machine import (
     ApplyConfigurationRequest,
@@ -312,3 +316,28 @@ def test_places_are_compared_by_value() -> None:
     one, other = (OnOverlay(address=IPv6Address("fdae::1"), interface="a", server=IPv6Address("fdae::2")) for _ in range(2))
     assert one == other
     assert len({Everywhere(), Nowhere(), Everywhere(), one, other}) == 3
+
+
+async def test_an_interface_that_was_made_anew_is_another_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers = {"siderolink": 7}
+    monkeypatch.setattr("socket.if_nametoindex", numbers.__getitem__)
+    async with serving(place=Nowhere()) as api:
+        presence = LinkPresence(api)
+        presence.configured(JoinURL.parse("grpc://192.0.2.1:4000"))
+        assert api.place == Nowhere()
+        address, server = IPv6Interface("fdae::2/64"), IPv6Address("fdae::1")
+        joined = Joined(
+            server_key=PrivateKey.generate().public_key(), address=address, server_address=server, transport="udp", endpoints=()
+        )
+        presence.on_event(joined)
+        assert api.place == Nowhere()
+        configured = InterfaceConfigured(interface="siderolink", kind="userspace", mtu=1280)
+        presence.on_event(configured)
+        assert api.place == OnOverlay(address=address.ip, interface="siderolink", server=server, interface_index=7)
+        numbers["siderolink"] = 9
+        presence.on_event(configured)
+        assert api.place == OnOverlay(address=address.ip, interface="siderolink", server=server, interface_index=9)
+        presence.on_event(Left())
+        assert api.place == Nowhere()
+        presence.removed()
+        assert api.place == Everywhere()
