@@ -107,6 +107,9 @@ def serve(
     tls_key: Annotated[
         Path | None, typer.Option(help="Its private key, PEM.", show_default="in the same file", metavar="FILE")
     ] = None,
+    connections_per_address: Annotated[
+        int, typer.Option(help="API connections from one address at a time; behind a reverse proxy, all come from one.", min=1)
+    ] = 1024,
     event_sink_port: Annotated[
         int | None, typer.Option(help="Take machines' events on this port of the overlay.", min=1, max=65535)
     ] = None,
@@ -129,6 +132,7 @@ def serve(
             dial=not no_dial,
             tls_cert=tls_cert,
             tls_key=tls_key,
+            connections_per_address=connections_per_address,
             event_sink_port=event_sink_port,
             log_port=log_port,
         )
@@ -146,6 +150,10 @@ def join(
     join_token_file: TokenFile = None,
     interface: Interface = None,
     device: Device = DeviceChoice.AUTO,
+    ca: Annotated[
+        Path | None,
+        typer.Option(help="Roots (PEM) for an https URL.", show_default="the system's, and the documents'", metavar="FILE"),
+    ] = None,
     maintenance_api: Annotated[
         bool, typer.Option("--maintenance-api", help="Serve the machine's own API; a configuration can come by it, too.")
     ] = False,
@@ -174,6 +182,7 @@ def join(
             uuid=uuid,
             interface=interface,
             device=device.value,
+            ca=ca,
             maintenance_api=maintenance_api,
             maintenance_port=maintenance_port,
         )

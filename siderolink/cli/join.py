@@ -3,6 +3,7 @@
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import anyio
 
@@ -35,6 +36,8 @@ class JoinOptions:
     uuid: str | None
     interface: str | None
     device: DeviceKind
+    ca: Path | None = None
+    """Roots (PEM) that the server's certificate is checked against, in place of the system's."""
     maintenance_api: bool = False
     maintenance_port: int = API_PORT
 
@@ -138,7 +141,7 @@ class JoinedMachine:
                 interface=options.interface,
                 device=options.device,
                 private_key=self._key,
-                tls=client_tls(extra_roots=settings.roots_pem) if url.tls else None,
+                tls=client_tls(options.ca, extra_roots=settings.roots_pem) if url.tls else None,
                 on_event=self._on_event,
             ) as link,
             control_socket(link.interface, LinkSource(link)),

@@ -14,7 +14,7 @@ from siderolink.cli.serving import Serving
 from siderolink.cli.state_service import StateService
 from siderolink.cli.watching import watch_files
 from siderolink.common.errors import ConfigurationError, SideroLinkError
-from siderolink.common.grpc import ServerCertificate
+from siderolink.common.grpc import Limits, ServerCertificate
 from siderolink.common.pb.siderolink.control import Event, StatusResponse
 from siderolink.common.tasks import background_tasks
 from siderolink.common.wireguard.device import DeviceKind
@@ -48,6 +48,7 @@ class ServeOptions:
     dial: bool
     tls_cert: Path | None
     tls_key: Path | None
+    connections_per_address: int
     event_sink_port: int | None = None
     log_port: int | None = None
 
@@ -172,6 +173,7 @@ class Serve:
             tls=None if self._certificate is None else self._certificate.context,
             store=store,
             dial=options.dial,
+            api_limits=Limits(max_connections_per_address=options.connections_per_address),
             reports=options.reports,
         )
 

@@ -134,6 +134,27 @@ def test_the_certificate_is_read_again_when_it_changes(net: Net, tmp_path: Path,
         assert "\n" not in error
 
 
+def test_a_machine_says_in_one_line_why_it_does_not_trust(net: Net, tmp_path: Path) -> None:
+    root, other = make_certificate("root"), make_certificate("other")
+    (tmp_path / "root").write_text(root.certificate_pem)
+    (tmp_path / "other").write_text(other.certificate_pem)
+    folder = tmp_path / "tls"
+    folder.mkdir()
+    write(folder, root)
+    with served(net.server, tmp_path, "--tls-cert", str(folder / "pem")) as server:
+        join = ["join", f"https://{API}?jointoken={TOKEN}", "--uuid", str(uuid.uuid4())]
+        for options, reason in (
+            ([], "unable to get local issuer certificate"),
+            (["--ca", str(tmp_path / "other")], "unable to get local issuer certificate"),
+            (["--ca", "/nowhere"], "the CA file '/nowhere' cannot be used"),
+        ):
+            said = net.machine.run([*COMMAND, *join, *options], check=False)
+            assert reason in said
+            assert said.splitlines()[-1].startswith("siderolink: ")
+            assert "Traceback" not in said
+        assert not server.lines[-1].startswith("Traceback")
+
+
 def test_systemd_is_told(net: Net, tmp_path: Path) -> None:
     path = tmp_path / "notify"
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
