@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator
 
 import uvloop
 
+from siderolink.common.collector import calm_collector
 from siderolink.common.grpc import Limits
 from siderolink.server import MemoryStore, Server, Store
 from siderolink.server.store.sql import SqlStore
@@ -52,8 +53,7 @@ async def main() -> None:
         ) as server,
     ):
         loop.add_signal_handler(signal.SIGUSR2, collect, server)
-        gc.freeze()
-        gc.set_threshold(20_000, 20, 100)
+        calm_collector()
         print("serving", flush=True)
         await stopped.wait()
 

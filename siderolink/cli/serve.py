@@ -13,6 +13,7 @@ from siderolink.cli.secret import read_secret
 from siderolink.cli.serving import Serving
 from siderolink.cli.state_service import StateService
 from siderolink.cli.watching import watch_files
+from siderolink.common.collector import calm_collector
 from siderolink.common.errors import ConfigurationError, SideroLinkError
 from siderolink.common.grpc import Limits, ServerCertificate
 from siderolink.common.pb.siderolink.control import Event, StatusResponse
@@ -183,6 +184,7 @@ class Serve:
         say("overlay", f"{server.address} on {server.device.name} ({server.device.kind} device), key {server.public_key}")
         if self._options.state is not None:
             say("remembering", f"{len(await server.machines())} machines, in {self._options.state}")
+        calm_collector()
         notify("READY=1")
         async with background_tasks() as tasks:
             if self._options.reports is not None:

@@ -1,7 +1,6 @@
 """The command's own part: phases one after another, progress on the way, a summary at the end."""
 
 import asyncio
-import gc
 import json
 import resource
 import signal
@@ -13,6 +12,7 @@ import anyio
 
 from siderolink.cli.running import run_until_stopped
 from siderolink.cli.simulate.swarm import Load, Phase, Swarm, open_swarm
+from siderolink.common.collector import calm_collector
 from siderolink.common.errors import ConfigurationError
 from siderolink.common.join_url import JoinURL
 from siderolink.common.tasks import background_tasks
@@ -38,8 +38,7 @@ def run_simulate(options: SimulateOptions) -> None:
     """Simulate until done or stopped. Raises SideroLinkError."""
     url = JoinURL.parse(options.url)
     _allow_descriptors(options.load)
-    gc.freeze()
-    gc.set_threshold(50_000, 20, 100)
+    calm_collector()
 
     async def work() -> None:
         async with open_swarm(url, options.load) as swarm, background_tasks() as tasks:
