@@ -6,6 +6,7 @@ from typing import Any
 from siderolink.client import events
 
 _MACHINE: dict[type[events.LinkEvent], tuple[str, Callable[[Any], str]]] = {
+    events.StateChanged: ("state", lambda e: f"{e.new}, was {e.old}: {e.reason}"),
     events.KeyCreated: ("ephemeral key", lambda e: f"public key {e.public_key}"),
     events.Joined: ("provisioned", lambda e: f"machine {e.address}, server {e.server_address}, by {_way(e)}"),
     events.InterfaceConfigured: ("interface configured", lambda e: f"{e.interface}, {e.kind} device, mtu {e.mtu}"),
@@ -16,6 +17,9 @@ _MACHINE: dict[type[events.LinkEvent], tuple[str, Callable[[Any], str]]] = {
     events.LinkDown: ("link down", lambda e: e.reason),
     events.ProvisionFailed: ("provision failed", lambda e: f"{e.reason}; again in {e.retry_in:.0f} s"),
     events.Reestablished: ("re-established", lambda e: f"{e.route} after {e.down_for:.1f} s"),
+    events.InterfaceRepaired: ("interface repaired", lambda e: e.what),
+    events.FallbackBegun: ("fallback", lambda e: f"the tunnel stands in for UDP: {e.reason}"),
+    events.FallbackEnded: ("fallback ended", lambda e: "UDP passes again"),
     events.Left: ("left", lambda e: "the interface is gone"),
 }
 

@@ -3,8 +3,11 @@
 from siderolink.client.events import (
     Connected,
     Connecting,
+    FallbackBegun,
+    FallbackEnded,
     Handshake,
     InterfaceConfigured,
+    InterfaceRepaired,
     Joined,
     KeyCreated,
     Left,
@@ -13,6 +16,7 @@ from siderolink.client.events import (
     ProvisionFailed,
     Reestablished,
     RouteFailed,
+    StateChanged,
 )
 from siderolink.client.link import Link, LinkStatus, connect
 from siderolink.client.state import LinkState
@@ -20,8 +24,11 @@ from siderolink.client.state import LinkState
 __all__ = [
     "Connected",
     "Connecting",
+    "FallbackBegun",
+    "FallbackEnded",
     "Handshake",
     "InterfaceConfigured",
+    "InterfaceRepaired",
     "Joined",
     "KeyCreated",
     "Left",
@@ -33,5 +40,6 @@ __all__ = [
     "ProvisionFailed",
     "Reestablished",
     "RouteFailed",
+    "StateChanged",
     "connect",
 ]

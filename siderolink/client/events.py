@@ -4,6 +4,7 @@ import time
 from dataclasses import dataclass, field
 from ipaddress import IPv6Address, IPv6Interface
 
+from siderolink.client.state import LinkState
 from siderolink.common.keys import PublicKey
 
 
@@ -13,6 +14,15 @@ class LinkEvent:
 
     time: float = field(default_factory=time.time)
     """Unix time in seconds."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StateChanged(LinkEvent):
+    """The link went from one state to another; see docs/link.md."""
+
+    old: LinkState
+    new: LinkState
+    reason: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,6 +100,25 @@ class ProvisionFailed(LinkEvent):
     reason: str
     retry_in: float
     """Seconds."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InterfaceRepaired(LinkEvent):
+    """Somebody else took away a part of the interface, and it was put back."""
+
+    what: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FallbackBegun(LinkEvent):
+    """UDP does not pass while the API answers, so the tunnel is asked for."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FallbackEnded(LinkEvent):
+    """UDP passes again, so the link goes back to it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,7 +16,7 @@ from siderolink.client.provisioning import Machine, Provisioned
 from siderolink.client.runner import LinkOptions, LinkRunner
 from siderolink.client.state import LinkState
 from siderolink.common.broadcast import Broadcast
-from siderolink.common.errors import ConfigurationError, DeviceError, HandshakeTimeoutError
+from siderolink.common.errors import ConfigurationError, DeviceError, HandshakeTimeoutError, SideroLinkError
 from siderolink.common.grpc import client_tls
 from siderolink.common.join_url import JoinURL
 from siderolink.common.keys import PrivateKey, PublicKey
@@ -32,6 +32,10 @@ class LinkStatus:
     """A link as it is."""
 
     state: LinkState
+    reason: str
+    """Why it is in this state."""
+    since: float
+    """Unix time in seconds of the last transition."""
     interface: str | None
     """None while there is no interface."""
     device: Literal["kernel", "userspace"] | None
@@ -49,7 +53,10 @@ class LinkStatus:
 
 
 class Link:
-    """A running link. What may change when the link is re-established says so."""
+    """A running link. What may change when the link is re-established says so.
+
+    Before the server's first answer (only `connect(wait=False)` lets anyone see that), what it will say raises SideroLinkError.
+    """
 
     def __init__(self, runner: LinkRunner, broadcast: Broadcast[LinkEvent]) -> None:
         self._runner = runner
@@ -83,7 +90,8 @@ class Link:
     def transport(self) -> Literal["udp", "tunnel"]:
         """How datagrams travel, as the server's last answer has it."""
         transport = self._runner.transport
-        assert transport is not None  # a Link is only given out after an answer
+        if transport is None:
+            raise SideroLinkError("the server has not answered yet")
         return transport.kind
 
     @property
@@ -106,17 +114,24 @@ class Link:
         """What has happened since the link began (the last of it), then what happens, until the link is left."""
         return self._broadcast.listen()
 
+    async def wait_connected(self) -> None:
+        """Return once the first handshake is done."""
+        await self._runner.progress.connected.wait()
+
     async def wait_down(self) -> None:
         """Return once the link is down; at once where it is."""
-        await self._runner.down.wait()
+        await self._runner.progress.down.wait()
 
     @property
     def _answer(self) -> Provisioned:
         answer = self._runner.answer
-        assert answer is not None  # a Link is only given out after an answer
+        if answer is None:
+            raise SideroLinkError("the server has not answered yet")
         return answer
 
     def __repr__(self) -> str:
+        if self._runner.answer is None:
+            return f"<Link {self.state}>"
         return f"<Link {self.state} {self.address} to {self.server_address} by {self.transport}>"
 
 
@@ -124,6 +139,8 @@ async def read_status(runner: LinkRunner) -> LinkStatus:
     device, answer, transport = runner.device, runner.answer, runner.transport
     return LinkStatus(
         state=runner.state,
+        reason=runner.progress.machine.reason,
+        since=runner.progress.machine.since,
         interface=device.name if device else None,
         device=device.kind if device else None,
         transport=transport.kind if transport else None,
@@ -149,6 +166,8 @@ async def connect(
     private_key: PrivateKey | None = None,
     tls: ssl.SSLContext | None = None,
     ca_file: str | os.PathLike[str] | None = None,
+    fallback_tunnel: bool = False,
+    wait: bool = True,
     handshake_timeout: float | None = HANDSHAKE_TIMEOUT,
     on_event: Callable[[LinkEvent], None] | None = None,
 ) -> AsyncIterator[Link]:
@@ -175,6 +194,8 @@ async def connect(
         device=device,
         tls=tls,
         private_key=private_key,
+        fallback_tunnel=fallback_tunnel,
+        retry_first=not wait,
     )
     broadcast: Broadcast[LinkEvent] = Broadcast()
 
@@ -187,7 +208,8 @@ async def connect(
     try:
         async with background_tasks() as tasks:
             tasks.start_soon(runner.run, name="siderolink link")
-            await _first_handshake(runner, handshake_timeout)
+            if wait:
+                await _first_handshake(runner, handshake_timeout)
             yield Link(runner, broadcast)
     finally:
         broadcast.close()
@@ -196,8 +218,8 @@ async def connect(
 async def _first_handshake(runner: LinkRunner, timeout: float | None) -> None:
     await runner.answered.wait()
     with anyio.move_on_after(timeout):
-        await runner.connected.wait()
-    if not runner.connected.is_set():
+        await runner.progress.connected.wait()
+    if not runner.progress.connected.is_set():
         raise HandshakeTimeoutError(
             f"no WireGuard handshake within {timeout:g} s; last tried: {runner.route}. "
             "Does the server's endpoint answer, and does UDP pass? Where it does not, ask for the tunnel with grpc_tunnel=true"

@@ -1,50 +1,44 @@
 """The life of one link: provision, configure, connect, watch, and begin again where it died.
 
-    provisioning ──► connecting ──► connected ──► re-establishing ──► connected …
-                         ▲  next endpoint, then provision again  │
-                         └───────────────────────────────────────┘
+    provisioning ──► connecting ──► connected ◄──► degraded ──► re-establishing ──► connected …
+                         ▲   next way, then provision again   │
+                         └─────────────────────────────────────┘
 
-What counts as up and down is decided in `state`, and how datagrams travel in `common.transport.choice`.
+The states are in `state`, what counts as up and down in `watch`, the care for one way in `keeper`, and how datagrams travel in
+`common.transport.choice`. docs/link.md shows it all in one picture.
 """
 
 import math
 import ssl
-import time
 from collections.abc import Callable
-from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from ipaddress import IPv6Network
 
 import anyio
-from anyio.streams.memory import MemoryObjectReceiveStream
 
 from siderolink.client import events
-from siderolink.client.provisioning import PROVISION_TIMEOUT, Machine, Provisioned, provision
-from siderolink.client.state import ATTEMPT_TIMEOUT, DOWN_AFTER, HandshakeWatch, LinkState
-from siderolink.common.addressing import format_peer_addr_port
+from siderolink.client.api_watch import watch_api
+from siderolink.client.asking import Asker
+from siderolink.client.host import Host, ThisHost
+from siderolink.client.keeper import RouteKeeper, Surroundings
+from siderolink.client.progress import Progress
+from siderolink.client.provisioning import PROVISION_TIMEOUT, Machine, Provisioned
+from siderolink.client.signals import InterfaceGone, Signal, Signals, UdpPasses
+from siderolink.client.state import LinkState
+from siderolink.client.udp_return import until_udp_passes
+from siderolink.client.watch import ATTEMPT_TIMEOUT, DOWN_AFTER
 from siderolink.common.backoff import Backoff
-from siderolink.common.errors import JoinError, JoinRefusedError
+from siderolink.common.errors import DeviceError
 from siderolink.common.join_url import JoinURL
 from siderolink.common.keys import PrivateKey
+from siderolink.common.nudge import Nudge
 from siderolink.common.tasks import background_tasks
 from siderolink.common.transport.choice import Route, Transport, choose
-from siderolink.common.wireguard.device import (
-    DEFAULT_MTU,
-    Device,
-    DeviceConfig,
-    DeviceEvent,
-    DeviceKind,
-    HandshakeCompleted,
-    HandshakeGaveUp,
-    OnDeviceEvent,
-    PeerConfig,
-    open_device,
-)
+from siderolink.common.wireguard.device import DEFAULT_MTU, Device, DeviceConfig, DeviceKind, PeerConfig
+from siderolink.common.wireguard.noise import Timestamps
 
 KEEPALIVE = 25
 """Seconds between keepalives towards the server."""
-
-OpenDevice = Callable[[DeviceKind, DeviceConfig, OnDeviceEvent], AbstractAsyncContextManager[Device]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,82 +53,95 @@ class LinkOptions:
     tls: ssl.SSLContext | None = None
     """Takes the place of the system's roots for an https URL."""
     private_key: PrivateKey | None = field(default=None, repr=False)
-    """None for a new one."""
+    """The link's key; None for a new one."""
+    fallback_tunnel: bool = False
+    """Use the tunnel while UDP does not pass."""
+    retry_first: bool = False
+    """Ask again where the first Provision fails, instead of raising."""
     provision_timeout: float = PROVISION_TIMEOUT
     attempt_timeout: float = ATTEMPT_TIMEOUT
     down_after: float = DOWN_AFTER
 
 
-@dataclass(frozen=True, slots=True)
-class _RouteLost:
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class _Answered:
-    """The server's API was asked again, and this is what it said."""
-
-    answer: Provisioned
-
-
-_Signal = DeviceEvent | _RouteLost | _Answered
-
-
 class LinkRunner:
     """Runs a link until cancelled, telling `emit` what happens. Its attributes say how the link stands."""
 
-    def __init__(
-        self, options: LinkOptions, emit: Callable[[events.LinkEvent], None], open_device: OpenDevice = open_device
-    ) -> None:
+    def __init__(self, options: LinkOptions, emit: Callable[[events.LinkEvent], None], host: Host | None = None) -> None:
         self._options = options
         self._emit = emit
-        self._open_device = open_device
+        self._host = host or ThisHost()
         self._key = options.private_key or PrivateKey.generate()
-        self._started_at = time.monotonic()
-        self._down_at: float | None = None
-        # Unix time of the last handshake taken notice of, or of the moment the link went down.
-        self._seen_until = time.time()
+        # One for all devices of this key: a server takes no initiation that is older than the last.
+        self._timestamps = Timestamps()
+        self._nudge = Nudge()
+        self._asker = Asker(
+            options.url,
+            options.machine,
+            self._key.public_key(),
+            emit,
+            self._nudge,
+            tls=options.tls,
+            timeout=options.provision_timeout,
+        )
+        # Answers that led to no handshake are followed by later and later questions.
+        self._fruitless = Backoff(first=2.0, cap=60.0, at_once=True)
+        self._turn = 0
+        self._handshakes = 0
+        self._udp_answer: Provisioned | None = None
+        self._udp_is_small = False
+        self._udp_tries = Backoff(first=30.0, cap=900.0, floor=15.0)
         self.public_key = self._key.public_key()
-        self.state = LinkState.PROVISIONING
+        self.progress = Progress(emit)
         self.answer: Provisioned | None = None
         self.device: Device | None = None
         self.transport: Transport | None = None
         self.route: Route | None = None
         self.answered = anyio.Event()
         """Set once the server has answered a first time."""
-        self.connected = anyio.Event()
-        """Set once the first handshake is done."""
-        self.down = anyio.Event()
-        """Set while the link was up and is not now."""
+
+    @property
+    def state(self) -> LinkState:
+        return self.progress.state
+
+    @property
+    def is_fallback(self) -> bool:
+        """Whether the tunnel is used because UDP does not pass."""
+        return self._udp_answer is not None and self.transport is not None and self.transport.kind == "tunnel"
 
     async def run(self) -> None:
-        """Keep the link. Raises a JoinError where the first Provision fails, or a DeviceError; afterwards it tries for ever."""
+        """Keep the link.
+
+        Raises a JoinError where the first Provision fails, unless it is to be tried again, and a DeviceError where there can be
+        no first interface; afterwards it tries for ever.
+        """
+        reason = "it was left"
         try:
             self._emit(events.KeyCreated(public_key=self.public_key))
-            answer = await self._provision()
+            first = self._asker.ask_until_answered if self._options.retry_first else self._asker.ask
+            answer = await first()
             while True:
-                answer = await self._hold(answer)
+                answer = await self._hold_or_repair(answer)
+        except Exception as error:
+            reason = str(error) or type(error).__name__
+            raise
         finally:
-            self.state = LinkState.LEFT
             self.device = None
-            self._emit(events.Left())
+            self.progress.left(reason)
 
-    async def _provision(self) -> Provisioned:
-        options = self._options
-        answer = await provision(
-            options.url, options.machine, self.public_key, tls=options.tls, timeout=options.provision_timeout
-        )
-        self._emit(
-            events.Joined(
-                server_key=answer.server_key,
-                address=answer.address,
-                server_address=answer.server_address,
-                transport=choose(options.url, answer, options.tls).kind,
-                endpoints=tuple(str(endpoint) for endpoint in answer.endpoints),
-                virtual_address=format_peer_addr_port(*answer.virtual_address) if answer.virtual_address else "",
-            )
-        )
-        return answer
+    async def _hold_or_repair(self, answer: Provisioned) -> Provisioned:
+        """Hold the link, and make its interface again where somebody else deletes it; returns an answer for another device."""
+        backoff = Backoff(first=1.0, cap=30.0, at_once=True)
+        while True:
+            try:
+                return await self._hold(answer)
+            except InterfaceGone as gone:
+                self.progress.lost(str(self.route), str(gone))
+                answer = self.answer or answer
+            except DeviceError as error:
+                if not self.progress.machine.was_up:
+                    raise
+                self.progress.lost(str(self.route), str(error))
+            await anyio.sleep(backoff.next())
 
     async def _hold(self, answer: Provisioned) -> Provisioned:
         """Keep one device for as long as the server's answers fit it; returns the first that does not."""
@@ -145,21 +152,43 @@ class LinkRunner:
             addresses=(answer.address,),
             mtu=DEFAULT_MTU,
             listen_port=transport.listen_port,
+            timestamps=self._timestamps,
         )
-        send, receive = anyio.create_memory_object_stream[_Signal](math.inf)
+        await self._host.check_overlay(answer.address.network, config.name)
+        send, receive = anyio.create_memory_object_stream[Signal](math.inf)
         with send, receive:
-            async with self._open_device(self._options.device, config, send.send_nowait) as device:
+            signals = Signals(send, receive)
+            async with self._host.open_device(self._options.device, config, signals.put) as device:
                 self.device = device
                 try:
-                    return await self._use(device, answer, _Signals(receive, send.send_nowait))
+                    async with background_tasks() as tasks:
+                        tasks.start_soon(self._host.watch, device, config, signals.put)
+                        if transport.kind == "udp":
+                            tasks.start_soon(watch_api, self._options.url, self._options.tls, signals.put, self._nudge)
+                        elif self.is_fallback:
+                            tasks.start_soon(self._watch_udp, signals)
+                        return await self._use(device, answer, signals)
                 finally:
                     self.device = None
 
-    async def _use(self, device: Device, answer: Provisioned, signals: "_Signals") -> Provisioned:
+    async def _use(self, device: Device, answer: Provisioned, signals: Signals) -> Provisioned:
         await device.set_peer(_peer(answer, keepalive=0))
         self._emit(events.InterfaceConfigured(interface=device.name, kind=device.kind, mtu=DEFAULT_MTU))
+        around = Surroundings(
+            host=self._host,
+            device=device,
+            signals=signals,
+            nudge=self._nudge,
+            progress=self.progress,
+            asker=self._asker,
+            emit=self._emit,
+            attempt_timeout=self._options.attempt_timeout,
+            down_after=self._options.down_after,
+            asks_tunnel=self.is_fallback,
+            leave_small_path=self._leave_small_path if self._may_fall_back else None,
+        )
         while True:
-            newer = await self._try_routes(device, answer, signals)
+            newer = await self._try_routes(around, answer)
             if (newer.address, newer.virtual_address is None) != (answer.address, answer.virtual_address is None):
                 return newer
             if newer.server_key != answer.server_key:
@@ -169,144 +198,57 @@ class LinkRunner:
 
     def _adopt(self, answer: Provisioned) -> Transport:
         self.answer = answer
-        self.transport = choose(self._options.url, answer, self._options.tls)
+        self.transport = choose(self._options.url, answer, self._options.tls, nudge=self._nudge, turn=self._turn)
+        self._turn += 1
+        if self.transport.kind == "udp":
+            self._udp_answer = answer
         self.answered.set()
         return self.transport
 
-    async def _try_routes(self, device: Device, answer: Provisioned, signals: "_Signals") -> Provisioned:
+    async def _try_routes(self, around: Surroundings, answer: Provisioned) -> Provisioned:
         """Take the ways to the server in turn, each until it fails; returns the next answer once they are used up."""
-        routes = choose(self._options.url, answer, self._options.tls).routes
+        assert self.transport is not None
+        routes = self.transport.routes
         peer = _peer(answer, keepalive=KEEPALIVE)
         for index, route in enumerate(routes):
             self.route = route
-            self._emit(events.Connecting(route=str(route)))
-            if self.state is LinkState.PROVISIONING:
-                self.state = LinkState.CONNECTING
-            signals.clear()
-            async with background_tasks() as tasks:
-                tasks.start_soon(self._carry, route, device, peer, signals)
-                newer = await self._watch(device, peer, route, signals, last=index == len(routes) - 1)
+            keeper = RouteKeeper(around, route, answer, peer)
+            newer = await keeper.keep(self._ask_again if index == len(routes) - 1 else None)
             if newer is not None:
                 return newer
         raise AssertionError("an answer has at least one route")
 
-    async def _carry(self, route: Route, device: Device, peer: PeerConfig, signals: "_Signals") -> None:
-        signals.put(_RouteLost(await route.carry(device, peer)))
+    # Asking again, and falling back
 
-    async def _watch(
-        self, device: Device, peer: PeerConfig, route: Route, signals: "_Signals", *, last: bool
-    ) -> Provisioned | None:
-        """Watch the link over one route until it is down and, on the last, until there is a newer answer.
+    @property
+    def _may_fall_back(self) -> bool:
+        is_udp = self.transport is not None and self.transport.kind == "udp"
+        return is_udp and self._options.fallback_tunnel
 
-        While the server's API is asked, the route is still used: a handshake makes the answer unnecessary.
-        """
-        while True:
-            reason = await self._until_down(device, peer, route, signals)
-            self._went_down(route, reason)
-            if not last:
-                return None
-            async with background_tasks() as tasks:
-                tasks.start_soon(self._ask_again, signals)
-                newer = await signals.until_handshake_or_answer(peer)
-            if newer is not None:
-                return newer
-            self._came_up(route)
+    async def _ask_again(self) -> Provisioned:
+        if self.progress.handshakes != self._handshakes:
+            self._handshakes = self.progress.handshakes
+            self._fruitless.reset()
+        await self._nudge.sleep(self._fruitless.next())
+        if not self._may_fall_back:
+            return await self._asker.ask_until_answered()
+        reason = self.progress.machine.reason
+        answer = await self._asker.ask_until_answered(tunnel=True)
+        if answer.virtual_address is not None:
+            self._emit(events.FallbackBegun(reason=reason))
+        return answer
 
-    async def _until_down(self, device: Device, peer: PeerConfig, route: Route, signals: "_Signals") -> str:
-        watch = HandshakeWatch(
-            time.monotonic(), attempt_timeout=self._options.attempt_timeout, down_after=self._options.down_after
-        )
-        if self.state is LinkState.CONNECTED:
-            watch.handshake_completed(time.monotonic())
-        while True:
-            await self._look(device, peer, route, watch)
-            reason = watch.check(time.monotonic())
-            if reason is not None:
-                return reason
-            match await signals.next(watch.deadline):
-                case HandshakeCompleted(public_key=key) if key == peer.public_key:
-                    self._note_handshake(watch, time.monotonic(), route)
-                case HandshakeGaveUp(public_key=key) if key == peer.public_key and watch.is_up:
-                    return "handshakes go unanswered"
-                case _RouteLost(reason=lost):
-                    return lost
+    def _leave_small_path(self) -> None:
+        self._udp_is_small = True
 
-    async def _look(self, device: Device, peer: PeerConfig, route: Route, watch: HandshakeWatch) -> None:
-        """Ask the device itself, which has the last word where an event was missed."""
-        status = await device.peer(peer.public_key)
-        if status is not None and status.last_handshake is not None and status.last_handshake > self._seen_until:
-            age = max(0.0, time.time() - status.last_handshake)
-            self._note_handshake(watch, time.monotonic() - age, route)
-
-    def _note_handshake(self, watch: HandshakeWatch, at: float, route: Route) -> None:
-        self._seen_until = time.time()
-        self._emit(events.Handshake())
-        if watch.handshake_completed(at):
-            self._came_up(route)
-
-    def _came_up(self, route: Route) -> None:
-        now = time.monotonic()
-        self.state = LinkState.CONNECTED
-        if not self.connected.is_set():
-            self._emit(events.Connected(route=str(route), seconds=now - self._started_at))
-            self.connected.set()
-        elif self._down_at is not None:
-            self._emit(events.Reestablished(route=str(route), down_for=now - self._down_at))
-        self._down_at = None
-        self.down = anyio.Event() if self.down.is_set() else self.down
-
-    def _went_down(self, route: Route, reason: str) -> None:
-        if self.state is LinkState.CONNECTED:
-            self.state = LinkState.REESTABLISHING
-            self._down_at = time.monotonic()
-            self._seen_until = time.time()
-            self._emit(events.LinkDown(reason=reason))
-            self.down.set()
-        else:
-            self._emit(events.RouteFailed(route=str(route), reason=reason))
-
-    async def _ask_again(self, signals: "_Signals") -> None:
-        backoff = Backoff(first=2.0, cap=60.0)
-        refused = Backoff(first=60.0, floor=30.0, cap=300.0)
-        while True:
-            try:
-                signals.put(_Answered(await self._provision()))
-                return
-            except JoinError as error:
-                delay = (refused if isinstance(error, JoinRefusedError) else backoff).next()
-                self._emit(events.ProvisionFailed(reason=str(error), retry_in=delay))
-            await anyio.sleep(delay)
-
-
-class _Signals:
-    """What the device and the route tell the watching task, in order."""
-
-    def __init__(self, receive: MemoryObjectReceiveStream[_Signal], put: Callable[[_Signal], None]) -> None:
-        self._receive = receive
-        self.put = put
-
-    def clear(self) -> None:
-        """Forget what belongs to an earlier route."""
-        while True:
-            try:
-                self._receive.receive_nowait()
-            except anyio.WouldBlock:
-                return
-
-    async def next(self, deadline: float) -> _Signal | None:
-        """The next one; None at `deadline` (monotonic seconds)."""
-        with anyio.move_on_after(max(0.0, deadline - time.monotonic())):
-            return await self._receive.receive()
-        return None
-
-    async def until_handshake_or_answer(self, peer: PeerConfig) -> Provisioned | None:
-        """The newer answer, or None where a handshake with `peer` came first."""
-        while True:
-            match await self._receive.receive():
-                case _Answered(answer=answer):
-                    return answer
-                case HandshakeCompleted(public_key=key) if key == peer.public_key:
-                    return None
+    async def _watch_udp(self, signals: Signals) -> None:
+        """While the tunnel stands in for UDP, notice when that passes again."""
+        udp = self._udp_answer
+        assert udp is not None
+        # Where handshakes passed before and large packets did not, they are no reason to go back soon.
+        tries = Backoff(first=900.0, cap=3600.0, floor=600.0) if self._udp_is_small else self._udp_tries
+        await until_udp_passes(self._key, udp.server_key, udp.endpoints, self._timestamps, tries, self._nudge)
+        signals.put(UdpPasses())
 
 
 def _peer(answer: Provisioned, *, keepalive: int) -> PeerConfig:

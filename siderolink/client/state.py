@@ -1,57 +1,65 @@
-"""When a link counts as up or down: pure, the time is passed in.
+"""Where a link is in its life, and how it may go on: the one state machine of the client (docs/link.md has its picture)."""
 
-A link is judged by its handshakes alone. WireGuard renews a session every 120 s while there is traffic, and the persistent
-keepalive is traffic; so a handshake is at most 120 s old on a healthy link, and one that is 275 s old means it is dead.
-"""
-
+import time
+from collections.abc import Callable, Mapping
 from enum import StrEnum
-
-DOWN_AFTER = 275.0
-"""Seconds since the last handshake: reject after 180, one retry of 5, attempts for 90."""
-ATTEMPT_TIMEOUT = 10.0
-"""Seconds a new way to the server gets for its first handshake: two initiations, the second 5 s after the first."""
 
 
 class LinkState(StrEnum):
     """Where a link is in its life."""
 
     PROVISIONING = "provisioning"
+    """The server's API is asked for a place; there has been no handshake yet."""
     CONNECTING = "connecting"
+    """The ways to the server are tried; there has been no handshake yet."""
     CONNECTED = "connected"
+    """Packets pass."""
+    DEGRADED = "degraded"
+    """Packets pass badly or not at all, and what is at hand may still mend it."""
     REESTABLISHING = "re-establishing"
+    """The link was up and is dead; the next way is tried, or the API asked."""
     LEFT = "left"
+    """It was left on purpose, or failed for good."""
 
 
-class HandshakeWatch:
-    """Watches one way to the server, from the moment `now` at which it was first tried."""
+_S = LinkState
+TRANSITIONS: Mapping[LinkState, frozenset[LinkState]] = {
+    _S.PROVISIONING: frozenset({_S.CONNECTING, _S.CONNECTED, _S.LEFT}),
+    _S.CONNECTING: frozenset({_S.CONNECTED, _S.PROVISIONING, _S.LEFT}),
+    _S.CONNECTED: frozenset({_S.DEGRADED, _S.REESTABLISHING, _S.LEFT}),
+    _S.DEGRADED: frozenset({_S.CONNECTED, _S.REESTABLISHING, _S.LEFT}),
+    _S.REESTABLISHING: frozenset({_S.CONNECTED, _S.LEFT}),
+    _S.LEFT: frozenset(),
+}
+"""From each state, those that may follow. A late handshake of the last way takes a link from PROVISIONING to CONNECTED."""
 
-    def __init__(self, now: float, *, attempt_timeout: float = ATTEMPT_TIMEOUT, down_after: float = DOWN_AFTER) -> None:
-        self._down_after = down_after
-        self._handshake_at: float | None = None
-        self._deadline = now + attempt_timeout
+
+class StateMachine:
+    """The state, why it is, and since when. `on_change` is told old state, new state and reason of each transition."""
+
+    def __init__(self, on_change: Callable[[LinkState, LinkState, str], None], clock: Callable[[], float] = time.time) -> None:
+        self._on_change = on_change
+        self._clock = clock
+        self.state = LinkState.PROVISIONING
+        self.reason = "the link was asked for"
+        self.since = clock()
+        """Unix time in seconds."""
 
     @property
-    def deadline(self) -> float:
-        """When the link is down, unless a handshake completes before."""
-        return self._deadline
+    def was_up(self) -> bool:
+        """Whether there has been a handshake, and the link was not left since."""
+        return self.state in (LinkState.CONNECTED, LinkState.DEGRADED, LinkState.REESTABLISHING)
 
     @property
     def is_up(self) -> bool:
-        """Whether a handshake completed since, and the link was not found down after it."""
-        return self._handshake_at is not None
+        """Whether packets pass, as far as is known."""
+        return self.state in (LinkState.CONNECTED, LinkState.DEGRADED)
 
-    def handshake_completed(self, at: float) -> bool:
-        """Note a handshake; True where it brings the link up."""
-        came_up = self._handshake_at is None
-        if self._handshake_at is None or at > self._handshake_at:
-            self._handshake_at = at
-            self._deadline = at + self._down_after
-        return came_up
-
-    def check(self, now: float) -> str | None:
-        """Why the link is down at `now`; None where it is not."""
-        if now < self._deadline:
-            return None
-        if self._handshake_at is None:
-            return "no handshake"
-        return f"no handshake for {now - self._handshake_at:.0f} s"
+    def go(self, state: LinkState, reason: str) -> None:
+        """Make a transition; in the state already, only the reason changes."""
+        old, self.reason = self.state, reason
+        if state is old:
+            return
+        assert state in TRANSITIONS[old], f"{old} is not followed by {state}"
+        self.state, self.since = state, self._clock()
+        self._on_change(old, state, reason)

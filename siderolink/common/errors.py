@@ -29,6 +29,10 @@ class InterfaceInUseError(DeviceError):
     """Raised when an interface of the wanted name exists already."""
 
 
+class OverlayInUseError(DeviceError):
+    """Raised when another interface of this host is in the overlay that a link is to join: their servers have one address."""
+
+
 class AddressInUseError(SideroLinkError):
     """Raised when a UDP or TCP port to listen on is taken."""
 

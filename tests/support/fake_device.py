@@ -87,6 +87,9 @@ class FakeDevice:
         self._heard.pop(public_key, None)
         self._paths.pop(public_key, None)
 
+    async def settle(self) -> None:
+        """Nothing was kept."""
+
     async def handshake(self, public_key: PublicKey) -> None:
         self.calls.append(("handshake", public_key))
 

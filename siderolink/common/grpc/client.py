@@ -247,7 +247,7 @@ async def _dial(host: str, port: int) -> socket.socket:
                 if info is not None:
                     break
     finally:
-        await _give_up(attempts)
+        _give_up(attempts)
     raise errors[0]
 
 
@@ -261,12 +261,16 @@ async def _connect_to(family: int, address: tuple[object, ...]) -> socket.socket
     return sock
 
 
-async def _give_up(attempts: set[asyncio.Task[socket.socket]]) -> None:
+def _give_up(attempts: set[asyncio.Task[socket.socket]]) -> None:
+    """Does not wait: the caller may be cancelled again and again meanwhile."""
     for task in attempts:
+        task.add_done_callback(_close)
         task.cancel()
-    for result in await asyncio.gather(*attempts, return_exceptions=True):
-        if isinstance(result, socket.socket):
-            result.close()
+
+
+def _close(attempt: asyncio.Task[socket.socket]) -> None:
+    if not attempt.cancelled() and attempt.exception() is None:
+        attempt.result().close()
 
 
 def _interleave(infos: Sequence[_AddressInfo]) -> list[_AddressInfo]:

@@ -4,7 +4,7 @@ import ssl
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from ipaddress import IPv6Address
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import anyio
 
@@ -17,7 +17,10 @@ from siderolink.common.join_url import JoinURL
 from siderolink.common.nudge import Nudge
 from siderolink.common.text import one_line
 from siderolink.common.transport.tunnel import ADDRESS_METADATA, TunnelPath, carry
-from siderolink.common.wireguard.device import CanShakeHands, Device, Endpoint, PeerConfig
+from siderolink.common.wireguard.device import CanShakeHands, Device, PeerConfig
+
+if TYPE_CHECKING:
+    from siderolink.common.wireguard.path import Endpoint
 
 __all__ = ["Answer", "OnInterrupted", "Route", "Transport", "TunnelTransport", "UdpTransport", "choose"]
 

@@ -3,7 +3,7 @@
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
-from ipaddress import IPv4Address, IPv6Interface, IPv6Network
+from ipaddress import IPv4Address, IPv6Address, IPv6Interface, IPv6Network
 from typing import TypeVar
 
 import anyio
@@ -13,12 +13,13 @@ from grpclib import GRPCError, Status
 from siderolink.client import events
 from siderolink.client.provisioning import Machine
 from siderolink.client.runner import LinkOptions, LinkRunner
+from siderolink.client.signals import Put
 from siderolink.client.state import LinkState
 from siderolink.common.errors import JoinRefusedError
 from siderolink.common.keys import PublicKey
 from siderolink.common.pb.sidero.link import ProvisionResponse
 from siderolink.common.tasks import background_tasks
-from siderolink.common.wireguard.device import DeviceConfig, DeviceKind, HandshakeGaveUp, OnDeviceEvent
+from siderolink.common.wireguard.device import Device, DeviceConfig, DeviceKind, HandshakeGaveUp, OnDeviceEvent
 from tests.support.fake_device import FakeDevice, VirtualClock
 from tests.support.provision import ADDRESS, SERVER_ADDRESS, FakeProvision, new_key, provision_api, response
 
@@ -30,13 +31,16 @@ E = TypeVar("E", bound=events.LinkEvent)
 
 
 class Bench:
-    """One link under test: what it did, and the device it has."""
+    """One link under test: what it did, the device it has, and the host it is on."""
 
     def __init__(self, service: FakeProvision) -> None:
         self.service = service
         self.events: list[events.LinkEvent] = []
         self.configs: list[DeviceConfig] = []
         self.device: FakeDevice | None = None
+        self.put: Put = lambda signal: None
+        self.local_address: str | None = "192.0.2.77"
+        self.size_verdicts: list[bool | None] = []
         self._changed = anyio.Event()
         self.runner: LinkRunner
 
@@ -45,7 +49,7 @@ class Bench:
         self._changed.set()
 
     @asynccontextmanager
-    async def open_device(self, kind: DeviceKind, config: DeviceConfig, on_event: OnDeviceEvent) -> AsyncIterator[FakeDevice]:
+    async def open_device(self, kind: DeviceKind, config: DeviceConfig, on_event: OnDeviceEvent) -> AsyncIterator[Device]:
         self.configs.append(config)
         self.device = FakeDevice(VirtualClock(), on_event)
         try:
@@ -62,6 +66,19 @@ class Bench:
             self._changed = anyio.Event()
             await self._changed.wait()
 
+    async def check_overlay(self, overlay: IPv6Network, interface: str) -> None:
+        pass
+
+    async def watch(self, device: Device, config: DeviceConfig, put: Put) -> None:
+        self.put = put
+        await anyio.sleep_forever()
+
+    def way_out(self, remote: str) -> str | None:
+        return self.local_address
+
+    async def large_packets_pass(self, interface: str, server: IPv6Address) -> bool | None:
+        return self.size_verdicts.pop(0) if self.size_verdicts else True
+
     def state(self) -> LinkState:
         return self.runner.state
 
@@ -77,7 +94,7 @@ async def running(
     async with provision_api(answer) as (service, url):
         bench = Bench(service)
         options = LinkOptions(url=url, machine=Machine(uuid="a-uuid"), attempt_timeout=attempt_timeout, down_after=down_after)
-        bench.runner = LinkRunner(options, bench.emit, bench.open_device)
+        bench.runner = LinkRunner(options, bench.emit, bench)
         async with background_tasks() as tasks:
             tasks.start_soon(bench.runner.run)
             yield bench
@@ -97,7 +114,9 @@ async def test_from_the_key_to_the_first_handshake() -> None:
             "Joined",
             "InterfaceConfigured",
             "Connecting",
+            "StateChanged",
             "Handshake",
+            "StateChanged",
             "Connected",
         ]
         assert bench.state() is LinkState.CONNECTED
@@ -138,13 +157,13 @@ async def test_a_dead_link_is_re_established_by_the_next_endpoint() -> None:
         bench.shake_hands(server)
         await bench.saw(events.LinkDown)
         assert bench.state() is LinkState.REESTABLISHING
-        assert bench.runner.down.is_set()
+        assert bench.runner.progress.down.is_set()
         await bench.saw(events.Connecting, 2)
         await anyio.wait_all_tasks_blocked()
         bench.shake_hands(server)
         back = await bench.saw(events.Reestablished)
         assert back.route == f"udp {TWO}"
-        assert not bench.runner.down.is_set()
+        assert not bench.runner.progress.down.is_set()
         assert len(bench.service.requests) == 1
 
 
@@ -234,4 +253,4 @@ async def test_a_first_refusal_is_raised_as_itself() -> None:
     with pytest.raises(JoinRefusedError, match="invalid join token"):
         async with running(GRPCError(Status.PERMISSION_DENIED, "invalid join token")) as bench:
             await anyio.sleep_forever()
-    assert [type(event) for event in bench.events] == [events.KeyCreated, events.Left]
+    assert [type(event) for event in bench.events] == [events.KeyCreated, events.StateChanged, events.Left]

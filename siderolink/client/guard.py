@@ -1,0 +1,112 @@
+"""Keeps a link's interface as the link made it: what somebody else removes is put back."""
+
+import errno
+import socket
+from functools import partial
+from ipaddress import ip_address
+
+import anyio
+from pyroute2 import AsyncIPRoute
+from pyroute2.netlink.exceptions import NetlinkError
+
+from siderolink.common.backoff import Backoff
+from siderolink.common.netlink import run_netlink
+from siderolink.common.network_watch import NetworkChange
+from siderolink.common.wireguard.device import Interface, Network
+
+_IFA_F_NODAD = 0x02
+_UP = 1
+_CALM = 60.0
+"""Seconds after which a repair has nothing to do with the last one."""
+
+
+class InterfaceGuard:
+    """Looks after one interface whenever the kernel tells of a change to it."""
+
+    def __init__(self, name: str, addresses: tuple[Interface, ...]) -> None:
+        """Raises OSError where there is no such interface."""
+        self.index = socket.if_nametoindex(name)
+        self._addresses = addresses
+        self._changed = anyio.Event()
+        self._backoff = Backoff(first=0.2, cap=10.0, at_once=True)
+        self._repaired_at = -_CALM
+        self._pause = 0.0
+
+    def on_change(self, change: NetworkChange) -> None:
+        if change.lost or self.index in change.interfaces:
+            self._changed.set()
+
+    async def next_repair(self) -> str | None:
+        """Wait until something had to be put back, and tell what; None where the interface is not there any more.
+
+        Somebody who takes it away again and again is answered later and later.
+        """
+        while True:
+            await self._changed.wait()
+            self._changed = anyio.Event()
+            if anyio.current_time() - self._repaired_at < _CALM:
+                await anyio.sleep(self._pause)
+            else:
+                self._backoff.reset()
+            what = await run_netlink(partial(_repair, self.index, self._addresses))
+            if what is None:
+                return None
+            if what:
+                self._repaired_at, self._pause = anyio.current_time(), self._backoff.next()
+                return ", ".join(what)
+
+
+async def overlay_holder(overlay: Network, own_name: str) -> str | None:
+    """The interface, other than our own, that has an address within the overlay; None where there is none."""
+    return await run_netlink(partial(_find_holder, overlay, own_name))
+
+
+async def _find_holder(overlay: Network, own_name: str) -> str | None:
+    async with AsyncIPRoute() as ipr:
+        async for found in await ipr.addr("dump", family=socket.AF_INET6):
+            if ip_address(found.get_attr("IFA_ADDRESS")) in overlay:
+                name = socket.if_indextoname(found["index"])
+                if name != own_name:
+                    return name
+    return None
+
+
+async def _repair(index: int, addresses: tuple[Interface, ...]) -> list[str] | None:
+    """Put back what is missing, and tell what that was; None where the interface itself is gone."""
+    try:
+        async with AsyncIPRoute() as ipr:
+            [link] = [found async for found in await ipr.link("get", index=index)]
+            missing = []
+            if not link["flags"] & _UP:
+                await ipr.link("set", index=index, state="up")
+                missing.append("it was set down")
+            missing += await _repair_addresses(ipr, index, addresses)
+            return missing + await _repair_routes(ipr, index, addresses)
+    except NetlinkError as error:
+        if error.code in (errno.ENODEV, errno.ENXIO):
+            return None
+        return []  # it changes while we look; the next change tells
+
+
+async def _repair_addresses(ipr: AsyncIPRoute, index: int, addresses: tuple[Interface, ...]) -> list[str]:
+    present = {found.get_attr("IFA_ADDRESS") async for found in await ipr.addr("dump", index=index)}
+    missing = [address for address in addresses if str(address.ip) not in present]
+    for address in missing:
+        flags = _IFA_F_NODAD if address.version == 6 else 0
+        await ipr.addr("add", index=index, address=str(address.ip), prefixlen=address.network.prefixlen, flags=flags)
+    return [f"the address {address} was removed" for address in missing]
+
+
+async def _repair_routes(ipr: AsyncIPRoute, index: int, addresses: tuple[Interface, ...]) -> list[str]:
+    present = {
+        (route.get_attr("RTA_DST"), route["dst_len"])
+        for family in (socket.AF_INET, socket.AF_INET6)
+        async for route in await ipr.route("dump", family=family, oif=index)
+    }
+    repaired = []
+    for network in dict.fromkeys(address.network for address in addresses):
+        if (str(network.network_address), network.prefixlen) not in present:
+            family = socket.AF_INET6 if network.version == 6 else socket.AF_INET
+            await ipr.route("replace", dst=str(network), oif=index, family=family)
+            repaired.append(f"the route to {network} was removed")
+    return repaired

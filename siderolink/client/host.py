@@ -1,0 +1,87 @@
+"""What a link needs of the host it runs on: a device, and news of the network, of its interface and of the clock."""
+
+from contextlib import AbstractAsyncContextManager, closing
+from ipaddress import IPv6Address, IPv6Network
+from typing import Protocol
+
+import anyio
+
+from siderolink.client.guard import InterfaceGuard, overlay_holder
+from siderolink.client.signals import ClockJumped, NetworkChanged, Put, Repaired
+from siderolink.client.size_probe import large_packets_pass
+from siderolink.common.clock_watch import ClockWatch
+from siderolink.common.errors import OverlayInUseError
+from siderolink.common.network_watch import NetworkChange, NetworkWatch, way_out
+from siderolink.common.tasks import background_tasks
+from siderolink.common.wireguard.device import (
+    Device,
+    DeviceConfig,
+    DeviceKind,
+    InterfaceLost,
+    OnDeviceEvent,
+    open_device,
+)
+
+
+class Host(Protocol):
+    """What a link asks of its surroundings; a test or a simulation has others."""
+
+    def open_device(
+        self, kind: DeviceKind, config: DeviceConfig, on_event: OnDeviceEvent
+    ) -> AbstractAsyncContextManager[Device]: ...
+
+    async def check_overlay(self, overlay: IPv6Network, interface: str) -> None:
+        """Raises OverlayInUseError where another interface is in the overlay."""
+
+    async def watch(self, device: Device, config: DeviceConfig, put: Put) -> None:
+        """Tell of the network, the interface and the clock, for ever."""
+
+    def way_out(self, remote: str) -> str | None:
+        """The local address by which packets to `remote` leave; None where there is no route."""
+
+    async def large_packets_pass(self, interface: str, server: IPv6Address) -> bool | None:
+        """See `size_probe`."""
+
+
+class ThisHost:
+    """The network namespace of the calling thread."""
+
+    def open_device(
+        self, kind: DeviceKind, config: DeviceConfig, on_event: OnDeviceEvent
+    ) -> AbstractAsyncContextManager[Device]:
+        return open_device(kind, config, on_event)
+
+    async def check_overlay(self, overlay: IPv6Network, interface: str) -> None:
+        holder = await overlay_holder(overlay, interface)
+        if holder is not None:
+            raise OverlayInUseError(
+                f"the interface {holder} has an address in the overlay {overlay} already, and two servers of one overlay "
+                "cannot be told apart: leave that link, or use another network namespace"
+            )
+
+    async def watch(self, device: Device, config: DeviceConfig, put: Put) -> None:
+        guard = InterfaceGuard(device.name, config.addresses)
+
+        def on_change(change: NetworkChange) -> None:
+            guard.on_change(change)
+            if change.lost or change.interfaces - {guard.index}:
+                put(NetworkChanged(bool(change.carriers - {guard.index})))
+
+        async def repair() -> None:
+            while True:
+                what = await guard.next_repair()
+                if what is None:
+                    put(InterfaceLost(reason=f"the interface {device.name} was deleted or moved by someone else"))
+                    return
+                put(Repaired(what))
+
+        with closing(NetworkWatch(on_change)), closing(ClockWatch(lambda: put(ClockJumped()))):
+            async with background_tasks() as tasks:
+                tasks.start_soon(repair)
+                await anyio.sleep_forever()
+
+    def way_out(self, remote: str) -> str | None:
+        return way_out(remote)
+
+    async def large_packets_pass(self, interface: str, server: IPv6Address) -> bool | None:
+        return await large_packets_pass(interface, server)

@@ -1,0 +1,316 @@
+"""Keeps a link on one way to the server for as long as that is of use: watches, doubts, tries, and gives up."""
+
+import random
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import anyio
+
+from siderolink.client import events
+from siderolink.client import signals as news
+from siderolink.client.asking import Asker
+from siderolink.client.host import Host
+from siderolink.client.progress import Progress
+from siderolink.client.provisioning import Provisioned
+from siderolink.client.watch import HandshakeWatch
+from siderolink.common.clock_watch import seconds_asleep
+from siderolink.common.errors import JoinError
+from siderolink.common.nudge import Nudge
+from siderolink.common.tasks import background_tasks
+from siderolink.common.transport.choice import Route
+from siderolink.common.wireguard.device import (
+    DEFAULT_MTU,
+    Device,
+    HandshakeCompleted,
+    HandshakeGaveUp,
+    PeerConfig,
+    PeerSilent,
+)
+
+if TYPE_CHECKING:
+    from anyio.abc import TaskGroup
+
+_API_LOST = "the connection to the server's API broke"
+_ASK_AFTER = 3
+"""Handshakes that go unanswered before a stream is opened anew, and the API asked whether the server is still the same."""
+_SIZE_PROBE_AFTER = 1.0
+_SIZE_PROBE_AGAIN = 60.0
+_RETRY = (2.0, 4.0)
+_RETRY_CAP = 15.0
+"""Seconds between handshakes while the API is asked: at first, and after long."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Surroundings:
+    """What a keeper works with."""
+
+    host: Host
+    device: Device
+    signals: news.Signals
+    nudge: Nudge
+    progress: Progress
+    asker: Asker
+    emit: Callable[[events.LinkEvent], None]
+    attempt_timeout: float
+    down_after: float
+    asks_tunnel: bool
+    """Ask for the tunnel, which the URL does not, when the API is asked in passing."""
+    leave_small_path: Callable[[], None] | None
+    """Called where a way passes no large packets and is given up for it; None where there is no better one."""
+
+
+class RouteKeeper:
+    """One way, once."""
+
+    def __init__(self, around: Surroundings, route: Route, answer: Provisioned, peer: PeerConfig) -> None:
+        self._around = around
+        self._device = around.device
+        self._progress = around.progress
+        self._signals = around.signals
+        self._route = route
+        self._answer = answer
+        self._peer = peer
+        self._way_out: str | None = None
+        self._asleep = seconds_asleep()
+        self._last_handshake: float | None = None
+        self._looked_at = time.monotonic()
+        self._has_asked = False
+        self._why_asked = ""
+        self._probes_size = False
+        self._tasks: TaskGroup
+
+    async def keep(self, ask_again: Callable[[], Awaitable[Provisioned]] | None) -> Provisioned | None:
+        """Returns None where the next way is to be tried, or an answer of the API that puts an end to the last one.
+
+        On the last way there is `ask_again`. While it asks, the way is still used: a handshake makes the answer unnecessary.
+        """
+        self._progress.connecting(str(self._route))
+        self._signals.clear()
+        async with background_tasks() as self._tasks:
+            self._last_handshake = await self._read_handshake()
+            self._tasks.start_soon(self._carry)
+            while True:
+                outcome = await self._until_down()
+                if isinstance(outcome, Provisioned):
+                    return outcome
+                self._progress.lost(str(self._route), outcome)
+                if ask_again is None:
+                    return None
+                newer = await self._until_handshake_or_answer(ask_again, outcome)
+                if newer is not None:
+                    return newer
+
+    async def _carry(self) -> None:
+        put = self._signals.put
+        reason = await self._route.carry(self._device, self._peer, lambda reason: put(news.RouteInterrupted(reason)))
+        put(news.RouteLost(reason))
+
+    # While it is of use
+
+    async def _until_down(self) -> str | Provisioned:
+        """Why the way is dead; or an answer that says that the server is another than before."""
+        now = time.monotonic()
+        around = self._around
+        watch = HandshakeWatch(now, attempt_timeout=around.attempt_timeout, down_after=around.down_after)
+        if self._progress.machine.is_up:
+            watch.handshake_completed(now)
+            self._came_up()
+        while True:
+            await self._look(watch)
+            now = time.monotonic()
+            reason = watch.check(now)
+            if reason is not None:
+                return reason
+            if watch.take_probe(now):
+                await self._probe(watch)
+                continue
+            signal = await self._signals.next(watch.deadline)
+            outcome = await self._take(signal, watch) if signal is not None else None
+            if outcome is not None:
+                return outcome
+
+    async def _probe(self, watch: HandshakeWatch) -> None:
+        await self._route.shake_hands(self._device, self._peer)
+        if watch.doubt is None or watch.unanswered != _ASK_AFTER + 1:
+            return
+        self._route.mend()
+        if not self._has_asked:
+            self._ask_once()
+        if watch.doubt == _API_LOST:
+            self._progress.trouble("silence", f"{_API_LOST}, and handshakes go unanswered")
+
+    async def _take(self, signal: news.Signal, watch: HandshakeWatch) -> str | Provisioned | None:
+        now = time.monotonic()
+        match signal:
+            case HandshakeCompleted(public_key=key) if key == self._peer.public_key:
+                self._note_handshake(watch, now)
+            case HandshakeGaveUp(public_key=key) if key == self._peer.public_key and watch.is_up:
+                return "handshakes go unanswered"
+            case PeerSilent(public_key=key) if key == self._peer.public_key:
+                watch.begin_doubt(now, "what was sent went unanswered")
+            case news.RouteLost(reason=reason):
+                return reason
+            case news.RouteInterrupted(reason=reason):
+                self._progress.trouble("stream", reason)
+            case news.Answered(answer=answer) if self._is_another(answer, watch):
+                self._progress.lost(str(self._route), self._why_asked)
+                return answer
+            case news.UdpPasses():
+                self._around.emit(events.FallbackEnded())
+                self._ask("UDP passes again", self._around.asker.ask_until_answered)
+            case news.LargePackets(pass_=passes):
+                return self._judge_size(passes)
+            case _:
+                self._take_news(signal, watch, now)
+        return None
+
+    def _take_news(self, signal: news.Signal, watch: HandshakeWatch, now: float) -> None:
+        match signal:
+            case news.ApiLost():
+                watch.begin_doubt(now, _API_LOST)
+            case news.ApiBack():
+                self._around.nudge.give()
+                watch.probe_now(now)
+                if watch.doubt is not None:
+                    self._ask_once()
+            case news.NetworkChanged(has_new_carrier=has_new_carrier):
+                self._network_changed(watch, now, has_new_carrier)
+            case news.Repaired(what=what):
+                self._around.emit(events.InterfaceRepaired(what=what))
+                self._progress.trouble("interface", f"the interface was changed by someone else: {what}")
+                self._doubt_at_once(watch, now, "the interface was repaired")
+            case news.ClockJumped():
+                asleep, self._asleep = seconds_asleep() - self._asleep, seconds_asleep()
+                if asleep > 1.0:
+                    watch.slept(now)
+                    self._around.nudge.give()
+
+    def _network_changed(self, watch: HandshakeWatch, now: float, has_new_carrier: bool) -> None:
+        remote = self._route.remote
+        if remote is None:
+            self._around.nudge.give()
+            return
+        before, self._way_out = self._way_out, self._around.host.way_out(remote)
+        if self._way_out is None:
+            self._progress.trouble("network", f"this host has no route to {remote}")
+            return
+        if self._way_out != before:
+            self._route.mend()
+        if self._way_out != before or has_new_carrier:
+            self._around.nudge.give()
+            self._doubt_at_once(watch, now, "the network changed")
+
+    def _doubt_at_once(self, watch: HandshakeWatch, now: float, reason: str) -> None:
+        if not watch.begin_doubt(now, reason):
+            watch.probe_now(now)
+
+    def _judge_size(self, passes: bool) -> str | None:
+        if passes:
+            self._progress.trouble_ended("size", "large packets pass")
+            return None
+        reason = f"packets of {DEFAULT_MTU} bytes do not pass by {self._route}, though handshakes do"
+        self._progress.trouble("size", reason)
+        if self._around.leave_small_path is None:
+            return None
+        self._around.leave_small_path()
+        return reason
+
+    async def _look(self, watch: HandshakeWatch) -> None:
+        """Ask the device itself, which has the last word where an event was missed."""
+        status = await self._device.peer(self._peer.public_key)
+        now, wall = time.monotonic(), time.time()
+        if status is None:
+            return
+        # The wall clock may have been set meanwhile: nothing that is seen now is older than the last look.
+        since = now - self._looked_at
+        self._looked_at = now
+        if status.last_received is not None:
+            watch.heard(now - max(0.0, wall - status.last_received))
+        if status.last_handshake is not None and status.last_handshake != self._last_handshake:
+            self._last_handshake = status.last_handshake
+            self._note_handshake(watch, now - min(max(0.0, wall - status.last_handshake), since))
+
+    async def _read_handshake(self) -> float | None:
+        status = await self._device.peer(self._peer.public_key)
+        return status.last_handshake if status is not None else None
+
+    def _note_handshake(self, watch: HandshakeWatch, at: float) -> None:
+        self._has_asked = False
+        came_up = watch.handshake_completed(at)
+        self._progress.handshake(str(self._route))
+        if came_up:
+            self._came_up()
+
+    def _came_up(self) -> None:
+        remote = self._route.remote
+        self._way_out = self._around.host.way_out(remote) if remote is not None else None
+        if not self._probes_size:
+            self._probes_size = True
+            self._tasks.start_soon(self._watch_size)
+
+    async def _watch_size(self) -> None:
+        passes: bool | None = False
+        await anyio.sleep(_SIZE_PROBE_AFTER)
+        while passes is False:
+            passes = await self._around.host.large_packets_pass(self._device.name, self._answer.server_address)
+            if passes is not None:
+                self._signals.put(news.LargePackets(passes))
+            if passes is False:
+                await anyio.sleep(_SIZE_PROBE_AGAIN)
+        self._probes_size = False
+
+    def _ask_once(self) -> None:
+        """Ask in passing whether the server is still the one we knew."""
+        self._has_asked = True
+
+        async def ask() -> Provisioned:
+            return await self._around.asker.ask(tunnel=self._around.asks_tunnel)
+
+        self._ask("the server is not the same as before", ask)
+
+    def _ask(self, why: str, ask: Callable[[], Awaitable[Provisioned]]) -> None:
+        self._why_asked = why
+
+        async def run() -> None:
+            try:
+                self._signals.put(news.Answered(await ask()))
+            except JoinError:
+                pass  # whether the link is down is not the API's business
+
+        self._tasks.start_soon(run)
+
+    def _is_another(self, answer: Provisioned, watch: HandshakeWatch) -> bool:
+        """Whether the answer calls for a change; other endpoints alone do not, while the present one is good."""
+        if watch.is_up and watch.doubt is None:
+            answer = replace(answer, endpoints=self._answer.endpoints if self._answer.endpoints and answer.endpoints else ())
+        return answer != self._answer
+
+    # While the API is asked
+
+    async def _until_handshake_or_answer(
+        self, ask_again: Callable[[], Awaitable[Provisioned]], reason: str
+    ) -> Provisioned | None:
+        self._progress.provisioning(reason)
+
+        async def ask() -> None:
+            self._signals.put(news.Answered(await ask_again()))
+
+        async with background_tasks() as tasks:
+            tasks.start_soon(ask)
+            wait = random.uniform(*_RETRY)
+            while True:
+                match await self._signals.next(time.monotonic() + wait):
+                    case news.Answered(answer=answer):
+                        return answer
+                    case HandshakeCompleted(public_key=key) if key == self._peer.public_key:
+                        self._last_handshake = await self._read_handshake()
+                        self._progress.handshake(str(self._route))
+                        return None
+                    case news.NetworkChanged() | news.ApiBack() | news.Repaired() | news.ClockJumped():
+                        self._around.nudge.give()
+                        await self._route.shake_hands(self._device, self._peer)
+                    case None:
+                        wait = min(wait * 1.2, _RETRY_CAP)
+                        await self._route.shake_hands(self._device, self._peer)

@@ -1,0 +1,130 @@
+"""What changes on this host's network, told by the kernel over netlink (rtnetlink(7)): nothing is polled.
+
+A raw socket on the event loop, whichever that is. Only what is needed is read of each message: its kind, its interface, and
+whether an interface has got its carrier. What happens within a moment is told together.
+"""
+
+import asyncio
+import socket
+import struct
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Final
+
+from siderolink.common.wireguard.kernel.attributes import attributes
+
+_NEWLINK, _DELLINK, _NEWADDR, _DELADDR, _NEWROUTE, _DELROUTE = 16, 17, 20, 21, 24, 25
+_GROUPS: Final = 0x1 | 0x10 | 0x40 | 0x100 | 0x400
+"""RTMGRP_LINK, IPV4_IFADDR, IPV4_ROUTE, IPV6_IFADDR, IPV6_ROUTE."""
+_LOWER_UP: Final = 0x10000
+_HEADER: Final = struct.Struct("=IHHII")
+_LINK: Final = struct.Struct("=BxHiII")
+_ADDRESS: Final = struct.Struct("=BBBBI")
+_ROUTE_BYTES: Final = 12
+_OUTGOING_INTERFACE: Final = 4
+_RECEIVE_BYTES: Final = 1 << 16
+_MOMENT: Final = 0.05
+_MAX_INTERFACES: Final = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class NetworkChange:
+    """What changed within one moment."""
+
+    interfaces: frozenset[int]
+    """The indexes of the interfaces concerned."""
+    carriers: frozenset[int]
+    """Those of them that have got a carrier."""
+    lost: bool = False
+    """Some messages were lost: anything may have changed."""
+
+
+class NetworkWatch:
+    """Follows the network namespace of the thread that makes it."""
+
+    def __init__(self, on_change: Callable[[NetworkChange], None]) -> None:
+        self._on_change = on_change
+        self._loop = asyncio.get_running_loop()
+        self._carriers: dict[int, bool] = {}
+        self._changed: set[int] = set()
+        self._new_carriers: set[int] = set()
+        self._lost = False
+        self._timer: asyncio.TimerHandle | None = None
+        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK, socket.NETLINK_ROUTE)
+        self._socket.bind((0, _GROUPS))
+        self._loop.add_reader(self._socket, self._read)
+
+    def close(self) -> None:
+        """Does nothing the second time."""
+        if self._socket.fileno() >= 0:
+            self._loop.remove_reader(self._socket)
+            self._socket.close()
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _read(self) -> None:
+        for _ in range(64):
+            try:
+                data = self._socket.recv(_RECEIVE_BYTES)
+            except BlockingIOError:
+                break
+            except OSError:  # ENOBUFS: the kernel had more to say than there was room for
+                self._lost = True
+                continue
+            for kind, body in _messages(data):
+                self._take(kind, body)
+        if (self._changed or self._lost) and self._timer is None:
+            self._timer = self._loop.call_later(_MOMENT, self._tell)
+
+    def _take(self, kind: int, body: bytes) -> None:
+        if kind in (_NEWLINK, _DELLINK) and len(body) >= _LINK.size:
+            _, _, index, flags, _ = _LINK.unpack_from(body)
+            has_carrier = kind == _NEWLINK and bool(flags & _LOWER_UP)
+            if has_carrier and not self._carriers.get(index, False):
+                self._new_carriers.add(index)
+            if kind == _DELLINK or (index not in self._carriers and len(self._carriers) >= _MAX_INTERFACES):
+                self._carriers.pop(index, None)
+            else:
+                self._carriers[index] = has_carrier
+            self._changed.add(index)
+        elif kind in (_NEWADDR, _DELADDR) and len(body) >= _ADDRESS.size:
+            self._changed.add(_ADDRESS.unpack_from(body)[4])
+        elif kind in (_NEWROUTE, _DELROUTE):
+            self._changed.add(_outgoing(body))
+
+    def _tell(self) -> None:
+        self._timer = None
+        change = NetworkChange(frozenset(self._changed), frozenset(self._new_carriers), self._lost)
+        self._changed.clear()
+        self._new_carriers.clear()
+        self._lost = False
+        self._on_change(change)
+
+
+def way_out(remote: str) -> str | None:
+    """The local address from which packets to this numeric address would leave; None where there is no route."""
+    try:
+        family, kind, _, _, target = socket.getaddrinfo(remote, 9, type=socket.SOCK_DGRAM, flags=socket.AI_NUMERICHOST)[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(target)  # of a UDP socket: looks the route up and sends nothing
+            return str(probe.getsockname()[0])
+    except OSError:
+        return None
+
+
+def _messages(data: bytes) -> Iterator[tuple[int, bytes]]:
+    offset = 0
+    while offset + _HEADER.size <= len(data):
+        length, kind, _, _, _ = _HEADER.unpack_from(data, offset)
+        if length < _HEADER.size:
+            return
+        yield kind, data[offset + _HEADER.size : offset + length]
+        offset += (length + 3) & ~3
+
+
+def _outgoing(body: bytes) -> int:
+    """The interface of a route; 0 where it names none, or several."""
+    for kind, start, end in attributes(body, _ROUTE_BYTES):
+        if kind == _OUTGOING_INTERFACE and end - start == 4:
+            return int.from_bytes(body[start:end], "little")
+    return 0
