@@ -21,7 +21,6 @@ from statistics import median
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.support.crowd import event_costs, open_crowd
 from benchmarks.support.report import machine
 from benchmarks.support.scale_net import (
     ONE_SOURCE,
@@ -31,6 +30,7 @@ from benchmarks.support.scale_net import (
     scale_net,
     state_file,
 )
+from tests.support.crowd import event_costs, open_crowd
 from tests.support.topology import SERVER_V4, Net
 
 _SETTLE_SECONDS = 8.0
