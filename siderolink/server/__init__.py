@@ -13,6 +13,7 @@ from siderolink.server.events import (
     ServerEvent,
 )
 from siderolink.server.links import LinkState
+from siderolink.server.machine_api import open_machine_api
 from siderolink.server.options import MachineLimits
 from siderolink.server.refusals import JoinRefusal, StreamRefusal
 from siderolink.server.reporting import (
@@ -57,4 +58,5 @@ __all__ = [
     "ServerEvent",
     "Store",
     "StreamRefusal",
+    "open_machine_api",
 ]

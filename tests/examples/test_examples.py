@@ -71,6 +71,26 @@ def test_http(net: Net) -> None:
     interrupt(server, net.server)
 
 
+@pytest.mark.timeout(60)
+def test_reports(net: Net) -> None:
+    server = start(net.server, "reports/server.py", *ENDPOINT, "--token", "secret")
+    read_until(server, "takes events")
+    machine = start(net.machine, "reports/machine.py", URL)
+    address = read_until(machine, "reports to").split()[0]
+    said = [
+        f"{address} tells: SequenceEvent(sequence='example'",
+        f"{address} logs: heartbeat 0",
+        f"{address} runs v0.1.0-example",
+    ]
+    assert server.stdout is not None
+    while said:
+        line = server.stdout.readline()
+        assert line
+        said = [text for text in said if text not in line]
+    interrupt(machine, net.machine)
+    interrupt(server, net.server)
+
+
 def test_tunnel(net: Net) -> None:
     net.machine.drop_udp()
     server = start(net.server, "tunnel/server.py", "--token", "secret")
