@@ -10,6 +10,7 @@ import itertools
 import os
 import socket
 import struct
+import threading
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -46,6 +47,7 @@ _OWNED = 2
 _NEW = NLM_F_CREATE | NLM_F_EXCL
 _RECEIVE_BYTES = 64 * 1024
 _ERROR = struct.Struct("=IHHIIi")  # nlmsghdr, and the error's number
+_FLAGS_AT = 6  # in nlmsghdr; the message's number follows
 _SO_SNDBUFFORCE = 32
 _SOL_NETLINK, _CAP_ACK = 270, 10
 
@@ -85,6 +87,7 @@ class Table:
         self._name = name
         self._flags = _OWNED if owned else 0
         self._exists = False
+        self._lock = threading.Lock()
         self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, NETLINK_NETFILTER)
         self._socket.setsockopt(_SOL_NETLINK, _CAP_ACK, 1)
         self._socket.bind((0, 0))
@@ -103,27 +106,33 @@ class Table:
         try:
             await self.replace(())
         finally:
-            self._socket.close()
+            self.leave()
 
     def leave(self) -> None:
         """Be done with it; where it has no owner, the rules stay."""
-        self._socket.close()
+        with self._lock:
+            self._socket.close()
 
     def _replace(self, chains: Sequence[Chain], parts: Sequence[Part]) -> None:
-        if not chains:
-            problem = self._try([_delete(self._name)]) if self._exists else 0
-            self._exists = False
-        else:
-            problem = self._put(list(_content(self._name, chains, parts)))
-            self._exists = self._exists or not problem
+        with self._lock:
+            if not chains:
+                problem = self._try([_delete(self._name)]) if self._exists else 0
+                problem = 0 if problem == errno.ENOENT else problem
+                self._exists = False
+            else:
+                problem = self._put(list(_content(self._name, chains, parts)))
+                self._exists = self._exists or not problem
         if problem == errno.EPERM and os.geteuid() == 0:
             raise SideroLinkError(f"another program on this host holds the firewall table {self._name!r}")
         if problem:
             raise SideroLinkError(f"the firewall rules were refused: {os.strerror(problem)}")
 
-    def _put(self, content: list[Any]) -> int:
+    def _put(self, content: list[bytes]) -> int:
         if self._exists:
-            return self._try([_delete(self._name), _table(self._name, self._flags), *content])
+            problem = self._try([_delete(self._name), _table(self._name, self._flags), *content])
+            if problem != errno.ENOENT:
+                return problem
+            # somebody has removed the table; make it anew
         problem = self._try([_table(self._name, self._flags), *content])
         if problem == errno.EOPNOTSUPP:  # a kernel before 5.12: tables have no owners
             problem = self._try([_table(self._name, 0), *content])
@@ -131,12 +140,12 @@ class Table:
             problem = self._try([_delete(self._name), _table(self._name, self._flags), *content])
         return problem
 
-    def _try(self, messages: Sequence[nfgen_msg]) -> int:
+    def _try(self, messages: Sequence[bytes]) -> int:
         """All or nothing, in one transaction; returns the first error's number, 0 for none."""
-        data = b"".join(_encode(messages))
-        if len(data) > self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) // 2:
-            self._socket.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, 2 * len(data))
+        data = _batch(messages)
         try:
+            if len(data) > self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) // 2:
+                self._socket.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, 2 * len(data))
             self._socket.sendto(data, (0, 0))
         except OSError as error:
             return error.errno or errno.EIO
@@ -152,6 +161,8 @@ class Table:
                 return
             except OSError as error:  # more errors than there is room for
                 yield error.errno or errno.EIO
+                if error.errno != errno.ENOBUFS:
+                    return
                 continue
             while len(data) >= _ERROR.size:
                 length, kind, _, _, _, code = _ERROR.unpack_from(data)
@@ -177,41 +188,47 @@ async def firewall(table: str, chains: Sequence[Chain], parts: Sequence[Part] = 
 # netlink messages
 
 
-def _encode(messages: Sequence[nfgen_msg]) -> Iterator[bytes]:
-    numbers = itertools.count(1)
-    messages[-1]["header"]["flags"] |= NLM_F_ACK
-    for message in (_batch(_BATCH_BEGIN), *messages, _batch(_BATCH_END)):
-        message["header"]["sequence_number"] = next(numbers)
-        message.encode()
-        yield bytes(message.data)
+def _batch(messages: Sequence[bytes]) -> bytes:
+    """One transaction: the messages between a beginning and an end, numbered, the last to be acknowledged."""
+    batch = bytearray()
+    for number, message in enumerate((_bound(_BATCH_BEGIN), *messages, _bound(_BATCH_END)), 1):
+        start = len(batch)
+        batch += message
+        (flags,) = struct.unpack_from("=H", message, _FLAGS_AT)
+        if number == len(messages) + 1:
+            flags |= NLM_F_ACK
+        struct.pack_into("=HI", batch, start + _FLAGS_AT, flags, number)
+    return bytes(batch)
 
 
-def _batch(kind: int) -> nfgen_msg:
+def _bound(kind: int) -> bytes:
     message = nfgen_msg()
     message["res_id"] = NFNL_SUBSYS_NFTABLES
     message["header"]["type"] = kind
     message["header"]["flags"] = NLM_F_REQUEST
-    return message
+    message.encode()
+    return bytes(message.data)
 
 
-def _message(message: Any, kind: int, flags: int, attributes: list[tuple[str, Any]]) -> Any:
+def _message(message: Any, kind: int, flags: int, attributes: list[tuple[str, Any]]) -> bytes:
     message["nfgen_family"] = NFPROTO_INET
     message["header"]["type"] = NFNL_SUBSYS_NFTABLES << 8 | kind
     message["header"]["flags"] = NLM_F_REQUEST | flags
     message["attrs"] = attributes
-    return message
+    message.encode()
+    return bytes(message.data)
 
 
-def _table(name: str, flags: int) -> Any:
+def _table(name: str, flags: int) -> bytes:
     attributes: list[tuple[str, Any]] = [("NFTA_TABLE_NAME", name), ("NFTA_TABLE_FLAGS", flags)]
     return _message(nft_table_msg(), NFT_MSG_NEWTABLE, _NEW, attributes)
 
 
-def _delete(name: str) -> Any:
+def _delete(name: str) -> bytes:
     return _message(nft_table_msg(), NFT_MSG_DELTABLE, 0, [("NFTA_TABLE_NAME", name)])
 
 
-def _content(table: str, chains: Sequence[Chain], parts: Sequence[Part]) -> Iterator[Any]:
+def _content(table: str, chains: Sequence[Chain], parts: Sequence[Part]) -> Iterator[bytes]:
     """Every chain before the rules, which may jump to it."""
     for part in parts:
         yield _message(nft_chain_msg(), NFT_MSG_NEWCHAIN, _NEW, [("NFTA_CHAIN_TABLE", table), ("NFTA_CHAIN_NAME", part.name)])
@@ -230,7 +247,7 @@ def _content(table: str, chains: Sequence[Chain], parts: Sequence[Part]) -> Iter
             yield _rule(table, name, rule)
 
 
-def _rule(table: str, chain: str, rule: Rule) -> Any:
+def _rule(table: str, chain: str, rule: Rule) -> bytes:
     code = _JUMP if rule.jump is not None else _VERDICTS[rule.action or "return"]
     verdict: list[tuple[str, Any]] = [("NFTA_VERDICT_CODE", code)]
     if rule.jump is not None:

@@ -5,27 +5,27 @@ import socket
 import struct
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from ipaddress import ip_network
 
+import anyio
+import anyio.lowlevel
 import pytest
 from anyio.from_thread import BlockingPortal
 
 from siderolink.client.config import Ingress, IngressRule, PortRange
 from siderolink.client.firewall import IngressFirewall, ingress_firewall
 from siderolink.common.errors import SideroLinkError
-from siderolink.common.nftables import Table
+from siderolink.common.nftables import Chain, Rule, Table
 from tests.support.netns import Namespace, link
+from tests.support.reach import dial, keeps_out, lets_in, ruleset, send_udp
 from tests.support.topology import Net, direct
 
 BLOCK = Ingress("block")
 MACHINE_V4, MACHINE_V6 = "192.0.2.2", "2001:db8::2"
-REFUSED = "refused"
-NOTHING = "nothing"
 
 
 def rule(ports: str, *subnets: str, protocol: str = "tcp", but: tuple[str, ...] = (), name: str = "rule") -> IngressRule:
@@ -45,49 +45,12 @@ class Host:
     def set(self, ingress: Ingress) -> None:
         self.portal.call(self.firewall.replace, ingress)
 
-    def dial(self, port: int, to: str = MACHINE_V4, bind: str | None = None) -> str:
-        """What becomes of a TCP connection from the neighbour: refused by the closed port, that is let in, or nothing."""
-        return self.net.server.call(dial, to, port, bind)
+    def lets_in(self, port: int, to: str = MACHINE_V4) -> bool:
+        """Whether a TCP connection from the neighbour comes as far as the closed port."""
+        return lets_in(self.net.server, partial(dial, to, port, None))
 
-
-def together(namespace: Namespace, *attempts: Callable[[], str]) -> list[str]:
-    """What becomes of several attempts from a namespace at once: those that nothing answers take their time."""
-
-    def attempt() -> list[str]:
-        with ThreadPoolExecutor(len(attempts)) as executor:
-            return list(executor.map(lambda call: call(), attempts))
-
-    return namespace.call(attempt)
-
-
-def dial(to: str, port: int, bind: str | None) -> str:
-    family = socket.AF_INET6 if ":" in to else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as sock:
-        sock.settimeout(1)
-        if bind is not None:
-            sock.bind((bind, 0))
-        try:
-            sock.connect((to, port))
-        except ConnectionRefusedError:
-            return REFUSED
-        except TimeoutError:
-            return NOTHING
-        return "connected"
-
-
-def send_udp(to: str, port: int) -> str:
-    family = socket.AF_INET6 if ":" in to else socket.AF_INET
-    with socket.socket(family, socket.SOCK_DGRAM) as sock:
-        sock.settimeout(1)
-        sock.connect((to, port))
-        sock.send(b"x")
-        try:
-            sock.recv(1)
-        except ConnectionRefusedError:
-            return REFUSED
-        except TimeoutError:
-            return NOTHING
-        return "answered"
+    def keeps_out(self, port: int, to: str = MACHINE_V4) -> bool:
+        return keeps_out(self.net.server, partial(dial, to, port, None))
 
 
 @contextmanager
@@ -96,14 +59,10 @@ def holding(net: Net, ingress: Ingress) -> Iterator[Host]:
         yield Host(net, portal, firewall)
 
 
-def ruleset(namespace: Namespace) -> str:
-    return namespace.run(["nft", "list", "ruleset"])
-
-
 def test_block_lets_nothing_in_but_what_a_rule_names() -> None:
     with direct() as net:
         net.server.add_address("eth0", "192.0.2.77/24")
-        assert net.server.call(dial, MACHINE_V4, 80, None) == REFUSED
+        assert lets_in(net.server, partial(dial, MACHINE_V4, 80, None))
         ingress = Ingress(
             "block",
             (
@@ -127,13 +86,13 @@ def test_block_lets_nothing_in_but_what_a_rule_names() -> None:
                 partial(dial, MACHINE_V6, 80, None),
                 partial(send_udp, MACHINE_V4, 80),
             ]
-            assert together(net.server, *let_in) == [REFUSED] * len(let_in)
-            assert together(net.server, *kept_out) == [NOTHING] * len(kept_out)
+            assert lets_in(net.server, *let_in)
+            assert keeps_out(net.server, *kept_out)
             # replaced while connections are possible: the new rules count at once
             host.set(Ingress("block", (rule("7999", "192.0.2.1/32"),)))
-            assert host.dial(7999) == REFUSED
-            assert host.dial(80) == NOTHING
-        assert net.server.call(dial, MACHINE_V4, 81, None) == REFUSED
+            assert host.lets_in(7999)
+            assert host.keeps_out(80)
+        assert lets_in(net.server, partial(dial, MACHINE_V4, 81, None))
 
 
 def test_accept_lets_all_in_but_what_a_rule_keeps_for_others() -> None:
@@ -154,8 +113,8 @@ def test_accept_lets_all_in_but_what_a_rule_keeps_for_others() -> None:
                 partial(dial, MACHINE_V4, 81, None),
                 partial(dial, MACHINE_V4, 82, None),
             ]
-            assert together(net.server, *let_in) == [REFUSED] * len(let_in)
-            assert together(net.server, *kept_out) == [NOTHING] * len(kept_out)
+            assert lets_in(net.server, *let_in)
+            assert keeps_out(net.server, *kept_out)
 
 
 def test_several_rules_for_a_port_must_all_agree_when_the_rest_is_accepted() -> None:
@@ -165,17 +124,17 @@ def test_several_rules_for_a_port_must_all_agree_when_the_rest_is_accepted() -> 
             net, Ingress("accept", (rule("80", "192.0.2.0/24", name="a"), rule("80", "198.51.100.0/24", name="b")))
         ) as host,
     ):
-        assert host.dial(80) == NOTHING
+        assert host.keeps_out(80)
 
 
 def test_what_the_machine_begins_is_answered_and_the_loopback_is_trusted() -> None:
     with direct() as net, holding(net, BLOCK):
-        assert net.machine.call(dial, "192.0.2.1", 80, None) == REFUSED
-        assert net.machine.call(send_udp, "192.0.2.1", 80) == REFUSED
-        assert net.machine.call(dial, "127.0.0.1", 80, None) == REFUSED
-        assert net.machine.call(dial, "::1", 80, None) == REFUSED
+        assert lets_in(net.machine, partial(dial, "192.0.2.1", 80, None))
+        assert lets_in(net.machine, partial(send_udp, "192.0.2.1", 80))
+        assert lets_in(net.machine, partial(dial, "127.0.0.1", 80, None))
+        assert lets_in(net.machine, partial(dial, "::1", 80, None))
         # the machine's own address is reached by the loopback, too
-        assert net.machine.call(dial, MACHINE_V4, 80, None) == REFUSED
+        assert lets_in(net.machine, partial(dial, MACHINE_V4, 80, None))
 
 
 @pytest.mark.parametrize("interface", ["siderolink", "siderolinktun", "mine"])
@@ -183,14 +142,14 @@ def test_both_interfaces_of_siderolink_are_trusted(interface: str) -> None:
     with Namespace("server") as server, Namespace("machine") as machine:
         link(server, machine, names=("eth0", interface), addresses=(["192.0.2.1/24"], [f"{MACHINE_V4}/24"]))
         with holding(Net(server, (machine,)), BLOCK) as host:
-            assert host.dial(80) == (NOTHING if interface == "mine" else REFUSED)
+            assert host.keeps_out(80) if interface == "mine" else host.lets_in(80)
 
 
 def test_an_interface_of_another_name_can_be_trusted() -> None:
     with Namespace("server") as server, Namespace("machine") as machine:
         link(server, machine, names=("eth0", "mine"), addresses=(["192.0.2.1/24"], [f"{MACHINE_V4}/24"]))
         with machine.portal() as portal, portal.wrap_async_context_manager(ingress_firewall(BLOCK, ["mine"])):
-            assert server.call(dial, MACHINE_V4, 80, None) == REFUSED
+            assert lets_in(server, partial(dial, MACHINE_V4, 80, None))
 
 
 def replies(to: str, count: int = 40) -> int:
@@ -203,8 +162,8 @@ def replies(to: str, count: int = 40) -> int:
             echo = struct.pack("!BBHHH", 128 if is_v6 else 8, 0, 0, identifier, 1)
             # the kernel fills in ICMPv6's checksum, and leaves ICMP's to us
             sock.sendto(echo if is_v6 else echo[:2] + struct.pack("!H", checksum(echo)) + echo[4:], (to, 0))
-        sock.settimeout(0.5)
         while len(answered) < count:
+            sock.settimeout(0.7 if answered else 5)
             try:
                 data = sock.recv(2048)
             except TimeoutError:
@@ -232,7 +191,7 @@ def test_icmp_is_limited_and_the_neighbours_are_found_all_the_same() -> None:
         net.machine.add_address("eth0", "2001:db8::abcd/64")
         host.set(Ingress("block", (rule("80", "::/0"),)))
         net.server.call(replies, MACHINE_V6)
-        assert host.dial(80, "2001:db8::abcd") == REFUSED
+        assert host.lets_in(80, "2001:db8::abcd")
 
 
 def test_a_redirect_cannot_lead_new_connections_past_the_firewall() -> None:
@@ -243,9 +202,9 @@ def test_a_redirect_cannot_lead_new_connections_past_the_firewall() -> None:
             }
         """)
         with holding(net, Ingress("block", (rule("80", "0.0.0.0/0"),))) as host:
-            assert host.dial(80) == REFUSED
-            assert host.dial(8080) == NOTHING
-        assert net.server.call(dial, MACHINE_V4, 8080, None) == REFUSED
+            assert host.lets_in(80)
+            assert host.keeps_out(8080)
+        assert lets_in(net.server, partial(dial, MACHINE_V4, 8080, None))
 
 
 def test_what_is_only_forwarded_is_not_the_firewalls() -> None:
@@ -256,8 +215,8 @@ def test_what_is_only_forwarded_is_not_the_firewalls() -> None:
         server.add_route("default", "192.0.2.254")
         other.add_route("default", "198.51.100.254")
         with holding(Net(server, (router,)), BLOCK) as host:
-            assert host.dial(80, "198.51.100.2") == REFUSED
-            assert host.dial(80, "192.0.2.254") == NOTHING
+            assert host.lets_in(80, "198.51.100.2")
+            assert host.keeps_out(80, "192.0.2.254")
 
 
 def test_nothing_is_left_and_others_rules_stay() -> None:
@@ -279,7 +238,7 @@ def test_a_second_firewall_on_a_host_is_refused_and_the_first_stays() -> None:
         with pytest.raises(SideroLinkError, match="another program on this host holds the firewall table 'siderolink'"):
             with holding(net, Ingress("block", (rule("80", "0.0.0.0/0"),))):
                 pass
-        assert host.dial(80) == NOTHING
+        assert host.keeps_out(80)
         assert "siderolink" in ruleset(net.machine)
 
 
@@ -303,29 +262,53 @@ def test_a_firewall_ends_with_its_program_however_that_ends() -> None:
         holder = net.machine.popen([sys.executable, "-c", HOLDER], stdout=subprocess.PIPE)
         assert holder.stdout is not None
         assert holder.stdout.readline() == "held\n"
-        assert net.server.call(dial, MACHINE_V4, 80, None) == NOTHING
+        assert keeps_out(net.server, partial(dial, MACHINE_V4, 80, None))
         holder.send_signal(signal.SIGKILL)
         holder.wait(10)
-        assert net.server.call(dial, MACHINE_V4, 80, None) == REFUSED
+        assert lets_in(net.server, partial(dial, MACHINE_V4, 80, None))
         assert ruleset(net.machine) == before
 
 
 def test_rules_that_the_kernel_refuses_leave_the_old_ones() -> None:
-    from siderolink.common.nftables import Chain, Rule
-
     with direct() as net, net.machine.portal() as portal:
         table = net.machine.call(Table, "siderolink")
         drop = Chain("input", [Rule([], "drop")])
         portal.call(table.replace, [drop])
         with pytest.raises(SideroLinkError, match="refused: No such file or directory"):
             portal.call(table.replace, [Chain("input", [Rule([], "accept"), Rule([], jump="nowhere")])])
-        assert net.server.call(dial, MACHINE_V4, 80, None) == NOTHING
+        assert keeps_out(net.server, partial(dial, MACHINE_V4, 80, None))
         portal.call(table.close)
-        assert net.server.call(dial, MACHINE_V4, 80, None) == REFUSED
+        assert lets_in(net.server, partial(dial, MACHINE_V4, 80, None))
+
+
+def test_a_table_that_another_has_removed_is_made_anew() -> None:
+    drop = Chain("input", [Rule([], "drop")])
+    with direct() as net, net.machine.portal() as portal:
+        table = net.machine.call(partial(Table, "unowned", owned=False))
+        for _ in range(2):
+            portal.call(table.replace, [drop])
+            assert keeps_out(net.server, partial(dial, MACHINE_V4, 80, None))
+            net.machine.run(["nft", "flush", "ruleset"])
+        portal.call(table.close)
+        with pytest.raises(SideroLinkError, match="refused"):
+            portal.call(table.replace, [drop])
+        assert ruleset(net.machine) == ""
+
+
+def test_leaving_waits_for_a_change_that_is_being_made() -> None:
+    async def leave_meanwhile() -> None:
+        rules = tuple(rule(f"{1000 + n}", "192.0.2.0/24") for n in range(100))
+        async with anyio.create_task_group() as tasks, ingress_firewall(BLOCK) as held:
+            tasks.start_soon(held.replace, Ingress("block", rules))
+            await anyio.lowlevel.checkpoint()
+
+    with direct() as net, net.machine.portal() as portal:
+        portal.call(leave_meanwhile)
+        assert ruleset(net.machine) == ""
 
 
 def test_many_rules() -> None:
     rules = tuple(rule(f"{10_000 + n}", *(f"10.{n}.{k}.0/24" for k in range(8)), "192.0.2.1/32") for n in range(100))
     with direct() as net, holding(net, Ingress("block", rules)) as host:
-        assert host.dial(10_099) == REFUSED
-        assert host.dial(10_100) == NOTHING
+        assert host.lets_in(10_099)
+        assert host.keeps_out(10_100)
