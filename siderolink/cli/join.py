@@ -83,7 +83,7 @@ class JoinedMachine:
     async def run(self) -> None:
         """Never returns. Raises SideroLinkError where the first join fails."""
         own = (self._options.interface,) if self._options.interface is not None else ()
-        async with background_tasks() as tasks, ingress_firewall(Ingress(), own) as firewall:
+        async with ingress_firewall(Ingress(), own) as firewall, background_tasks() as tasks:
 
             async def hold_firewall(ingress: Ingress) -> None:
                 await firewall.replace(ingress)
