@@ -53,6 +53,8 @@ class Link:
     """Where the device sends, as far as streams matter: the last path it took or was offered while it had none open."""
     endpoint: str | None = None
     """Where it was last heard by UDP, as host:port; None where that was the tunnel, or nowhere."""
+    is_quiet: bool = False
+    """True while no keepalives are sent, because nobody has answered them for long."""
     is_applied: bool = False
     """False while the device does not have the row's peer yet."""
 
@@ -121,6 +123,7 @@ class Links:
         if abandoned is not None:
             await self._device.remove_peer(abandoned)
         if machine.public_key is not None:
+            link.is_quiet = False
             await self._device.set_peer(self._peer(machine, machine.public_key))
         link.is_applied = link.machine is machine
         return link
@@ -136,10 +139,19 @@ class Links:
         """Begin a handshake towards a UDP address. Raises ConfigurationError for one that cannot be dialled from here."""
         if link.machine.public_key is None:
             return
+        link.is_quiet = False
         peer = replace(self._peer(link.machine, link.machine.public_key), endpoint=endpoint)
         # A keepalive that goes from off to on is sent at once, and it needs a session.
         await self._device.set_peer(replace(peer, persistent_keepalive=0))
         await self._device.set_peer(peer)
+
+    async def set_quiet(self, link: Link, quiet: bool) -> None:
+        """Stop keepalives, and the handshakes that they bring on, or begin them again. The machine may always come itself."""
+        if link.machine.public_key is None or link.is_quiet == quiet or self._by_id.get(link.machine.id) is not link:
+            return
+        link.is_quiet = quiet
+        peer = self._peer(link.machine, link.machine.public_key)
+        await self._device.set_peer(replace(peer, persistent_keepalive=0) if quiet else peer)
 
     def _move_key(self, link: Link, old: Machine | None, state: LinkState) -> PublicKey | None:
         """Give the link its row's key; returns the key that nobody has any more."""

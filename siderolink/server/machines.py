@@ -68,6 +68,7 @@ class Machines:
         self._locks = KeyedLocks()
         self._deadlines: Deadlines[str | Stream] = Deadlines()
         self._linked: deque[tuple[str, PublicKey]] = deque()
+        self._noise: deque[tuple[Link, bool]] = deque()
         self._leaving: dict[str, LeaveReason] = {}
         self._interface_lost: str | None = None
         self._wake = anyio.Event()
@@ -148,6 +149,7 @@ class Machines:
 
     def open_stream(self, link: Link, path: Path, end: EndStream) -> Stream:
         stream = self._links.open_stream(link, path, end)
+        self._set_quiet(link, False)
         self._set_deadline(stream, self._limits.stream_without_packet_timeout)
         return stream
 
@@ -171,6 +173,8 @@ class Machines:
             self._sightings.add(link.machine.id, Sighting(endpoint=link.endpoint, seen_at=self._clock.time()))
         elif isinstance(event, device_events.HandshakeCompleted):
             self._handshake_completed(link, event.public_key)
+        elif isinstance(event, device_events.HandshakeGaveUp) and link.state is LinkState.DOWN:
+            self._set_quiet(link, True)
 
     def _handshake_completed(self, link: Link, public_key: PublicKey) -> None:
         self._links.prove_current_stream(link)
@@ -178,12 +182,19 @@ class Machines:
         self._sightings.add(link.machine.id, Sighting(endpoint=link.endpoint, seen_at=now, handshake_at=now))
         is_first = link.state is not LinkState.UP
         if is_first:
+            self._set_quiet(link, False)
             self._links.set_state(link, LinkState.UP)
             self._set_deadline(link.machine.id, self._limits.down_after)
         if link.machine.linked_at is None:
             self._linked.append((link.machine.id, public_key))
             self._wake.set()
         self._events.publish(HandshakeCompleted(machine=link.machine, is_first=is_first))
+
+    def _set_quiet(self, link: Link, quiet: bool) -> None:
+        """A machine that is gone costs no handshakes until it comes back."""
+        if link.is_quiet != quiet:
+            self._noise.append((link, quiet))
+            self._wake.set()
 
     # --- watching
 
@@ -213,7 +224,7 @@ class Machines:
             if self._interface_lost is not None:
                 raise DeviceError(f"the server's interface was lost: {self._interface_lost}")
             self._wake = anyio.Event()
-            if self._linked:
+            if self._linked or self._noise:
                 continue
             next_at = self._deadlines.next_at
             with anyio.move_on_after(None if next_at is None else max(0.0, next_at - self._clock.monotonic())):
@@ -224,6 +235,8 @@ class Machines:
 
         Each link that is up is looked at once per `down_after`, when it would be down had nothing come since the last look.
         """
+        while self._noise:
+            await self._guarded(None, self._links.set_quiet(*self._noise.popleft()))
         while self._linked:
             await self._guarded(None, self._record_link(*self._linked.popleft()))
         now = self._clock.monotonic()

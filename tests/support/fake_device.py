@@ -55,6 +55,8 @@ class FakeDevice:
         self.public_key = PrivateKey.generate().public_key()
         self.configs: dict[PublicKey, PeerConfig] = {}
         self.calls: list[tuple[str, PublicKey]] = []
+        self.given: list[PeerConfig] = []
+        """Every configuration that was set."""
         self.fails_with: Exception | None = None
         self.on_event: OnDeviceEvent = on_event or (lambda event: None)
         self._clock = clock
@@ -80,6 +82,7 @@ class FakeDevice:
         if self.fails_with is not None:
             raise self.fails_with
         self.configs[peer.public_key] = peer
+        self.given.append(peer)
 
     async def remove_peer(self, public_key: PublicKey) -> None:
         self.calls.append(("remove", public_key))

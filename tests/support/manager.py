@@ -19,6 +19,7 @@ from siderolink.server.links import Link, Links
 from siderolink.server.machines import Machines
 from siderolink.server.options import MachineLimits
 from siderolink.server.provisioning import Answers, ProvisionService
+from siderolink.server.sightings import Sightings
 from siderolink.server.store import Machine, MemoryStore
 from siderolink.server.tokens import JoinTokenCheck
 from tests.support.fake_device import FakeDevice, VirtualClock
@@ -66,6 +67,7 @@ class Manager:
         join_token: str | None = TOKEN,
         entropy: list[bytes] | None = None,
         time: VirtualClock | None = None,
+        sightings: Sightings | None = None,
     ) -> None:
         limits = limits or MachineLimits()
         self.time = time or VirtualClock()
@@ -81,7 +83,7 @@ class Manager:
             if entropy is None
             else Admission(self.links, prefix, limits, self.time.clock, lambda count: entropy.pop(0))
         )
-        self.machines = Machines(self.links, self.store, admission, self.hub, limits, self.time.clock)
+        self.machines = Machines(self.links, self.store, admission, self.hub, limits, self.time.clock, sightings)
         self.device.on_event = self.machines.on_device_event
         self.service = ProvisionService(
             self.machines,

@@ -1,0 +1,226 @@
+"""What a server remembers of itself and of machines, and what it does with it after a start; in virtual time."""
+
+from dataclasses import replace
+from ipaddress import ip_address
+
+import anyio
+import pytest
+
+from siderolink.common.errors import StoreError
+from siderolink.common.keys import PrivateKey
+from siderolink.common.wireguard.device import HandshakeGaveUp, PathChanged, PeerConfig
+from siderolink.common.wireguard.noise.tai64n import Timestamps, later
+from siderolink.server.dialing import Pace, dial_remembered
+from siderolink.server.links import LinkState
+from siderolink.server.record import recall_server, resume_timestamps, rotate_key
+from siderolink.server.sightings import Sightings, udp_endpoint
+from siderolink.server.store import Machine, MemoryStore, ServerRecord, Sighting
+from siderolink.server.store.base import T, Work
+from tests.support.fake_device import FakePath
+from tests.support.manager import FakeMachine, Manager
+
+pytestmark = pytest.mark.anyio
+
+NOW = 1_700_000_000 * 10**9
+
+
+class Place(FakePath):
+    """A path with a name."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self._name = name
+
+    def __str__(self) -> str:
+        return self._name
+
+
+# --- the server itself
+
+
+async def test_a_key_is_made_once_and_remembered() -> None:
+    store = MemoryStore()
+    first = await recall_server(store, None, None)
+    assert await recall_server(store, None, None) == first
+    assert first.installation_id == ""
+    given = PrivateKey.generate()
+    assert (await recall_server(store, given, None)).private_key == given
+    assert (await recall_server(store, None, "")).private_key == given
+    assert await rotate_key(store) == (await recall_server(store, None, None)).private_key != given
+
+
+async def test_a_store_of_another_installation_is_refused() -> None:
+    store = MemoryStore()
+    await recall_server(store, None, "here")
+    assert (await recall_server(store, None, None)).installation_id == "here"
+    with pytest.raises(StoreError, match="belongs to the installation 'here', not 'there'"):
+        await recall_server(store, None, "there")
+
+
+async def test_a_key_of_no_server_is_not_rotated() -> None:
+    with pytest.raises(StoreError, match="no server yet"):
+        await rotate_key(MemoryStore())
+
+
+def test_timestamps_rise_over_a_crash_though_the_clock_goes_back() -> None:
+    before = Timestamps()
+    written = before.next(NOW)
+    unwritten = [before.next(NOW + seconds * 10**9) for seconds in range(5)]
+    after = resume_timestamps(ServerRecord(private_key=PrivateKey.generate(), installation_id="", timestamp_mark=written))
+    assert after.next(NOW - 3600 * 10**9) > max(unwritten)
+
+
+def test_there_is_nothing_later_than_never() -> None:
+    assert later(bytes(12), 5) == bytes(12)
+
+
+# --- where machines were heard
+
+
+@pytest.mark.parametrize(
+    ("path", "endpoint"),
+    [
+        ("192.0.2.7:1234", "192.0.2.7:1234"),
+        ("[2001:db8::7]:1234", "[2001:db8::7]:1234"),
+        ("[fe80::7%3]:1234", "[fe80::7%3]:1234"),
+        ("tunnel [fdae:41e4:649b:9304::7]:50888", None),
+    ],
+)
+def test_only_udp_is_an_endpoint(path: str, endpoint: str | None) -> None:
+    assert udp_endpoint(Place(path)) == endpoint
+
+
+async def test_a_machine_is_remembered_where_it_was_heard() -> None:
+    manager, machine = Manager(), FakeMachine()
+    await manager.join(machine)
+    sightings = Sightings(manager.store)
+    manager = Manager(store=manager.store, sightings=sightings, time=manager.time)
+    await manager.machines.load()
+    heard(manager, machine, "192.0.2.7:1234")
+    await manager.handshake(machine)
+    await sightings.write()
+    row = await manager.row(machine)
+    assert (row.last_endpoint, row.last_handshake_at, row.seen_at) == ("192.0.2.7:1234", 1_000_000.0, 1_000_000.0)
+    manager.time.advance(5)
+    heard(manager, machine, "tunnel [fdae:41e4:649b:9304::7]:50888")
+    await sightings.write()
+    row = await manager.row(machine)
+    assert (row.last_endpoint, row.last_handshake_at, row.seen_at) == (None, 1_000_000.0, 1_000_005.0)
+
+
+async def test_sightings_of_a_while_are_written_at_once_and_at_the_end() -> None:
+    store = MemoryStore()
+    stamps = Timestamps()
+    await recall_server(store, None, None)
+    sightings = Sightings(store, stamps, write_after=0.01)
+    machine = FakeMachine()
+    await Manager(store=store).join(machine)
+    row = await Manager(store=store).row(machine)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(sightings.run)
+        mark = stamps.next(NOW)
+        sightings.add(row.id, Sighting(endpoint="192.0.2.7:1", seen_at=1.0, handshake_at=1.0))
+        sightings.add(row.id, Sighting(endpoint="192.0.2.7:2", seen_at=2.0))
+        while (seen := await Manager(store=store).row(machine)).seen_at is None:
+            await anyio.sleep(0.01)
+        assert (seen.last_endpoint, seen.last_handshake_at, seen.revision) == ("192.0.2.7:2", 1.0, row.revision)
+        tasks.cancel_scope.cancel()
+    sightings.add(row.id, Sighting(endpoint=None, seen_at=3.0))
+    await sightings.aclose()
+    assert (await Manager(store=store).row(machine)).seen_at == 3.0
+    assert (await recall_server(store, None, None)).timestamp_mark == mark
+
+
+async def test_a_store_that_fails_costs_only_the_sighting(caplog: pytest.LogCaptureFixture) -> None:
+    class Full(MemoryStore):
+        async def transact(self, work: Work[T]) -> T:
+            raise StoreError("the disk is full")
+
+    sightings = Sightings(Full())
+    sightings.add("1", Sighting(endpoint=None, seen_at=3.0))
+    await sightings.write()
+    assert "could not be remembered" in caplog.text
+
+
+# --- dialling
+
+
+async def remembered(manager: Manager, endpoint: str | None, seen_at: float, *, tunnel: bool = False) -> Machine:
+    """A row of a machine that was linked before the start."""
+    machine = FakeMachine(tunnel=tunnel)
+    await manager.join(machine)
+    await manager.handshake(machine)
+    row = await manager.row(machine)
+    await manager.store.transact(
+        lambda transaction: transaction.note({row.id: Sighting(endpoint=endpoint, seen_at=seen_at, handshake_at=seen_at)})
+    )
+    return await manager.row(machine)
+
+
+def dialled(manager: Manager) -> list[PeerConfig]:
+    return [config for config in manager.device.given if config.endpoint and config.persistent_keepalive]
+
+
+async def test_the_last_seen_is_dialled_first() -> None:
+    before = Manager()
+    rows = [await remembered(before, f"192.0.2.{number}:{number}", seen_at=number) for number in (2, 3, 1)]
+    await remembered(before, None, seen_at=9)
+    await remembered(before, "192.0.2.9:9", seen_at=9, tunnel=True)
+    await remembered(before, "nonsense", seen_at=9)
+    after = Manager(store=before.store)
+    await after.machines.load()
+    assert {link.state for link in after.links} == {LinkState.DOWN}
+    await dial_remembered(after.links, Pace(count=2, pause=0.001))
+    expected = [(ip_address(f"192.0.2.{number}"), number) for number in (3, 2, 1)]
+    assert [config.endpoint for config in dialled(after)] == expected
+    keys = {row.public_key for row in rows}
+    assert {config.public_key for config in dialled(after)} == keys
+
+
+async def test_who_came_by_itself_or_left_is_not_dialled() -> None:
+    before = Manager()
+    first, second, third = [await remembered(before, f"192.0.2.{number}:1", seen_at=-number) for number in (1, 2, 3)]
+    after = Manager(store=before.store)
+    await after.machines.load()
+    assert second.public_key is not None
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(dial_remembered, after.links, Pace(count=1, pause=0.05))
+        while not dialled(after):
+            await anyio.sleep(0.001)
+        after.device.hear(second.public_key, handshake=True)
+        await after.machines.remove(third.id)
+    assert [config.public_key for config in dialled(after)] == [first.public_key]
+
+
+async def test_a_machine_that_is_gone_costs_no_handshakes() -> None:
+    before = Manager()
+    row = await remembered(before, "192.0.2.1:1", seen_at=1)
+    assert row.public_key is not None
+    after = Manager(store=before.store)
+    await after.machines.load()
+    await dial_remembered(after.links)
+
+    def keepalive() -> int:
+        assert row.public_key is not None
+        return after.device.configs[row.public_key].persistent_keepalive
+
+    assert keepalive() == 25
+    after.machines.on_device_event(HandshakeGaveUp(public_key=row.public_key))
+    await after.machines.check()
+    assert keepalive() == 0
+    after.device.hear(row.public_key, handshake=True)
+    await after.machines.check()
+    assert keepalive() == 25
+    after.machines.on_device_event(HandshakeGaveUp(public_key=row.public_key))
+    await after.machines.check()
+    assert keepalive() == 25, "a link that is up is not given up so soon"
+
+
+def heard(manager: Manager, machine: FakeMachine, place: str) -> None:
+    manager.machines.on_device_event(PathChanged(public_key=machine.key, old=None, new=Place(place)))
+
+
+def test_a_sighting_replaces_no_older_handshake() -> None:
+    row = Machine(id="1", node_uuid="u", public_key=None, overlay_address=ip_address("fd00::1"), created_at=0, joined_at=0)  # type: ignore[arg-type]
+    seen = Sighting(endpoint="a:1", seen_at=2.0, handshake_at=1.0).of(row)
+    assert Sighting(endpoint=None, seen_at=3.0).of(seen) == replace(seen, last_endpoint=None, seen_at=3.0)
