@@ -1,107 +1,187 @@
-"""How fast TCP goes through a link: ours at both ends, then Debian's wireguard-go at both ends, then the bare wire.
+"""TCP, UDP and round trips through a link: ours by UDP and by the gRPC tunnel, beside other WireGuard programs.
 
-    sudo python benchmarks/throughput.py [--seconds 3] [--json]
+    sudo python benchmarks/throughput.py [--seconds 10] [--rounds 3] [--only tcp] [--carriers udp,newest] [--save FOLDER]
 
-Two network namespaces joined by a veth pair, IPv6 inside, iperf3: Mbit/s up and down, retransmits, the mean round trip of 50
-pings, and the resident memory of one end. All ends share the machine's cores: read the figures as ratios to their neighbours.
+Every carrier links two network namespaces joined by a veth pair, with an inner MTU of 1280 and IPv6 inside. All links are up at
+the same time, and each measure is taken of each of them in turn, round by round; the table shows medians. Everything shares the
+machine's cores, the loads' own programs too: read the figures as ratios to their neighbours.
 """
 
 import argparse
 import json
 import re
+import shlex
+import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from siderolink.common.keys import PrivateKey
+from benchmarks.support.carriers import COMMAND, Carried, Carrier, bare_wire, siderolink, wireguard
+from benchmarks.support.report import Measure, Report
 from tests.support.netns import Namespace
-from tests.support.topology import SERVER_V6, Net, direct
-from tests.support.wireguard_go import WIREGUARD_GO, WireguardGo, wireguard_go
+from tests.support.wireguard_go import WIREGUARD_GO
 
-OURS = (sys.executable, "-m", "siderolink", "wireguard")
-ADDRESSES = ("fd00::1", "fd00::2")
-PORT = 51820
-
-
-@dataclass(frozen=True, slots=True)
-class Figures:
-    carrier: str
-    up: float
-    down: float
-    retransmits: int
-    ping: float
-    memory: float
-    """Megabytes of one end; 0 where there is no process."""
+NAMES = {
+    "udp": "siderolink, UDP",
+    "newest": "wireguard-go, newest",
+    "debian": "wireguard-go, Debian's",
+    "tunnel": "siderolink, gRPC tunnel",
+    "wire": "veth alone",
+}
+REPEATED = ("tcp", "udp", "ping")
+Values = Iterable[tuple[str, float]]
 
 
-@contextmanager
-def linked(net: Net, command: Sequence[str]) -> Iterator[WireguardGo]:
-    """Both namespaces linked by two runs of one program; gives the server's end."""
-    keys = (PrivateKey.generate(), PrivateKey.generate())
-    namespaces = (net.server, net.machine)
-    one, other = (
-        wireguard_go(namespace, key, port=PORT, addresses=(f"{address}/64",), command=command)
-        for namespace, key, address in zip(namespaces, keys, ADDRESSES, strict=True)
-    )
-    with one as server, other as machine:
-        server.set_peer(keys[1].public_key(), f"{ADDRESSES[1]}/128")
-        machine.set_peer(keys[0].public_key(), f"{ADDRESSES[0]}/128", endpoint=f"192.0.2.1:{PORT}")
-        yield server
+WAYS = ("up", "down")
+MEASURES = [
+    *(Measure(f"TCP {flows} {way}", "Mbit/s") for flows in ("1 flow", "8 flows") for way in WAYS),
+    Measure("TCP retransmits", "of 10,000 segments", more_is_better=False, digits=2),
+    *(Measure(f"UDP {size} B {way}", "received/s") for size in (1200, 64) for way in WAYS),
+    *(
+        Measure(f"ping {state} {which}", "ms", more_is_better=False, digits=2)
+        for state in ("idle", "under TCP up", "under TCP down")
+        for which in ("median", "p99")
+    ),
+    Measure("memory of one end", "MB", more_is_better=False),
+    Measure("processor time, TCP 1 flow", "ms for 10 MB", more_is_better=False, digits=1),
+]
 
 
-def iperf(machine: Namespace, address: str, seconds: float, *more: str) -> tuple[float, int]:
-    """Mbit/s and retransmits of one TCP flow from the machine (to it, with ``--reverse``)."""
-    command = ["iperf3", "--client", address, "--time", str(seconds), "--omit", "1", "--json", *more]
-    end = json.loads(machine.run(command, timeout=seconds + 20))["end"]
-    return end["sum_received"]["bits_per_second"] / 1e6, int(end["sum_sent"].get("retransmits") or 0)
+def iperf(carried: Carried, seconds: float, *more: str) -> dict[str, Any]:
+    """The end of iperf3's own report, of a flow from the machine (to it, with ``--reverse``)."""
+    command = ["iperf3", "--client", carried.address, "--time", str(seconds), "--json", *more]
+    found = json.loads(carried.machine.run(command, timeout=seconds + 30))
+    if "error" in found:
+        raise RuntimeError(f"iperf3: {found['error']}")
+    end: dict[str, Any] = found["end"]
+    return end
 
 
-def round_trip(machine: Namespace, address: str) -> float:
-    """Milliseconds."""
-    found = re.search(r"= [\d.]+/([\d.]+)/", machine.run(["ping", "-q", "-c50", "-i0.01", address]))
-    assert found is not None
-    return float(found[1])
+def tcp(carried: Carried, seconds: float) -> Values:
+    retransmits, segments = 0.0, 0.0
+    for flows, streams in (("1 flow", "1"), ("8 flows", "8")):
+        for way, more in (("up", ()), ("down", ("--reverse",))):
+            before = carried.cpu()
+            end = iperf(carried, seconds, "--omit", "1", "--parallel", streams, *more)
+            received = end["sum_received"]
+            yield f"TCP {flows} {way}", received["bits_per_second"] / 1e6
+            retransmits += end["sum_sent"].get("retransmits") or 0
+            segments += end["sum_sent"]["bytes"] / 1208
+            if streams == "1" and way == "up":
+                # the omitted first second is work, too
+                share = seconds / (seconds + 1)
+                yield "processor time, TCP 1 flow", (carried.cpu() - before) * share * 1e3 / (received["bytes"] / 1e7)
+    yield "TCP retransmits", retransmits / segments * 10_000
+    yield "memory of one end", carried.memory() / 1e6
 
 
-def measure(carrier: str, net: Net, address: str, seconds: float, end: WireguardGo | None) -> Figures:
-    server = net.server.popen(["iperf3", "--server", "--forceflush"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+def udp(carried: Carried, seconds: float) -> Values:
+    for size in (1200, 64):
+        for way, more in (("up", ()), ("down", ("--reverse",))):
+            end = iperf(carried, seconds, "--udp", "--bandwidth", "0", "--length", str(size), *more)["sum"]
+            yield f"UDP {size} B {way}", (end["packets"] - end["lost_packets"]) / end["seconds"]
+
+
+def ping(carried: Carried, seconds: float) -> Values:
+    yield from _ping(carried, seconds, "idle")
+    for way, more in (("up", ()), ("down", ("--reverse",))):
+        command = ["iperf3", "--client", carried.address, "--time", str(seconds + 4), *more]
+        load = carried.machine.popen(command, stdout=subprocess.DEVNULL)
+        time.sleep(1.5)
+        yield from _ping(carried, seconds, f"under TCP {way}")
+        if load.poll() is not None:
+            raise RuntimeError("the load ended before the pings")
+        load.wait()
+
+
+def _ping(carried: Carried, seconds: float, state: str) -> Values:
+    command = ["ping", "-i0.01", f"-w{round(seconds)}", carried.address]
+    trips = sorted(map(float, re.findall(r"time=([\d.]+)", carried.machine.run(command, check=False, timeout=seconds + 20))))
+    yield f"ping {state} median", trips[len(trips) // 2]
+    yield f"ping {state} p99", trips[len(trips) * 99 // 100]
+
+
+def listen(namespace: Namespace) -> None:
+    server = namespace.popen(["iperf3", "--server", "--forceflush"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     assert server.stdout is not None
     while "listening" not in server.stdout.readline():
-        assert server.poll() is None, "iperf3 did not start"
-    ping = round_trip(net.machine, address)
-    up, lost_up = iperf(net.machine, address, seconds)
-    down, lost_down = iperf(net.machine, address, seconds, "--reverse")
-    memory = end.memory() / 1e6 if end is not None else 0.0
-    return Figures(carrier, round(up), round(down), lost_up + lost_down, ping, round(memory))
+        if server.poll() is not None:
+            raise RuntimeError("iperf3 did not start")
 
 
-def all_carriers(seconds: float) -> Iterator[Figures]:
-    for carrier, command in (("siderolink", OURS), ("wireguard-go (Debian)", WIREGUARD_GO)):
-        with direct() as net, linked(net, command) as end:
-            yield measure(carrier, net, ADDRESSES[0], seconds, end)
-    with direct() as net:
-        yield measure("veth alone", net, SERVER_V6, seconds, None)
+def newest_wireguard_go(path: str | None) -> Sequence[str] | None:
+    """The newest wireguard-go, built if there is Go; None if there is not."""
+    if path is not None:
+        return (path, "--foreground")
+    if shutil.which("go") is None:
+        return None
+    folder = Path(__file__).resolve().parent.parent / ".venvs" / "go"
+    subprocess.run(
+        ["env", f"GOBIN={folder}", "go", "install", "golang.zx2c4.com/wireguard@latest"], check=True, stdout=subprocess.DEVNULL
+    )
+    return (str(folder / "wireguard"), "--foreground")
+
+
+def carriers(wanted: Sequence[str], newest: str | None) -> dict[str, Carrier]:
+    found: dict[str, Carrier] = {}
+    for key in wanted:
+        if key == "newest":
+            command = newest_wireguard_go(newest)
+            if command is None:
+                print("without Go there is no newest wireguard-go to compare with", file=sys.stderr)
+                continue
+            found[key] = wireguard(command)
+        else:
+            found[key] = {
+                "udp": wireguard((*COMMAND, "wireguard")),
+                "debian": wireguard(WIREGUARD_GO),
+                "tunnel": siderolink(tunnel=True),
+                "wire": bare_wire,
+            }[key]
+    return found
+
+
+def measure(made: dict[str, Carrier], what: Sequence[str], seconds: float, rounds: int) -> Report:
+    report = Report(MEASURES, [NAMES[key] for key in made])
+    kinds: dict[str, Callable[[Carried, float], Values]] = {"tcp": tcp, "udp": udp, "ping": ping}
+    with ExitStack() as stack:
+        links = {NAMES[key]: stack.enter_context(carrier()) for key, carrier in made.items()}
+        for carried in links.values():
+            listen(carried.server)
+        for number in range(rounds):
+            for kind in what:
+                for name, carried in links.items():
+                    print(f"round {number + 1} of {rounds}: {kind}: {name}", file=sys.stderr)
+                    for label, value in kinds[kind](carried, seconds):
+                        report.add(label, name, value)
+    return report
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="TCP through a link, ours and another's")
-    parser.add_argument("--seconds", type=float, default=3)
-    parser.add_argument("--json", action="store_true")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=10, help="of each measurement")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", default=",".join(REPEATED), help="which of tcp, udp and ping")
+    parser.add_argument("--carriers", default=",".join(NAMES), help=f"which of {', '.join(NAMES)}")
+    parser.add_argument("--wireguard-go", metavar="PATH", help="the newest one, if it is not to be built")
+    parser.add_argument("--save", type=Path, metavar="FOLDER", help="where throughput.json and throughput.svg go")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
     options = parser.parse_args()
-    for figures in all_carriers(options.seconds):
-        if options.json:
-            print(json.dumps(asdict(figures)), flush=True)
-        else:
-            print(
-                f"{figures.carrier:22}  {figures.up:6.0f} / {figures.down:6.0f} Mbit/s  {figures.retransmits:6} retransmits"
-                f"  {figures.ping:.2f} ms  {figures.memory:4.0f} MB",
-                flush=True,
-            )
+    made = carriers(options.carriers.split(","), options.wireguard_go)
+    report = measure(made, options.only.split(","), options.seconds, options.rounds)
+    against = NAMES["newest"] if "newest" in made else report.carriers[-1]
+    text = report.as_json(shlex.join(["benchmarks/throughput.py", *sys.argv[1:]]))
+    print(text if options.json else report.table(against))
+    if options.save is not None:
+        options.save.mkdir(parents=True, exist_ok=True)
+        (options.save / "throughput.json").write_text(text + "\n")
+        report.plot(options.save / "throughput.svg", against)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,9 @@
 """Debian's `wireguard-go`, configured with `wg`: someone else's WireGuard at the other end of a link."""
 
-import os
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
 from siderolink.common.keys import PresharedKey, PrivateKey, PublicKey
 from tests.support.netns import Namespace, run_beside, stop
@@ -27,10 +25,9 @@ class WireguardGo:
         """Stop it before its block ends; the interface goes with it."""
         stop(self._process)
 
-    def memory(self) -> int:
-        """Bytes that the process holds in memory."""
-        fields = Path(f"/proc/{self._process.pid}/statm").read_text().split()
-        return int(fields[1]) * os.sysconf("SC_PAGESIZE")
+    @property
+    def pid(self) -> int:
+        return self._process.pid
 
     def set_peer(
         self,

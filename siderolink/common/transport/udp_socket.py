@@ -10,10 +10,12 @@ from typing import Final
 
 from siderolink.common.errors import ConfigurationError
 from siderolink.common.wireguard.noise.drops import Drop
-from siderolink.common.wireguard.path import Datagrams, Receive
+from siderolink.common.wireguard.path import Datagrams, Receive, RowCache
 
 MAX_READS: Final = 16
 """Buffers taken from a socket before other work has its turn; each holds up to 64 KiB of datagrams."""
+MAX_BYTES: Final = 3 << 16
+"""The bytes of a batch after which other work has its turn, too."""
 MAX_SEGMENTS: Final = 64
 """Datagrams of one send; Linux before 6.9 takes no more."""
 MAX_PENDING: Final = 1 << 18
@@ -112,8 +114,8 @@ class UdpSocket:
         self._pending: tuple[Datagrams, UdpPath] | None = None
         self._waiting: list[Callable[[], None]] = []
         self._paths: dict[tuple[_SocketAddress, bytes], UdpPath] = {}
-        self._data = memoryview(bytearray(1 << 16))
-        self._buffers = [self._data]
+        self._data = memoryview(bytearray(MAX_BYTES + (1 << 16)))
+        self._cache = RowCache(self._data)
         self._control_size = socket.CMSG_SPACE(4) + socket.CMSG_SPACE(20)
         _set_options(sock, gro=gso)
         loop.add_reader(sock, self._read)
@@ -162,13 +164,36 @@ class UdpSocket:
     # Receiving
 
     def _read(self) -> None:
+        """Take what there is, up to a bound. What comes from one place in rows of one stride is given as one batch."""
+        filled = stride = 0
+        path: UdpPath | None = None
         for _ in range(MAX_READS):
-            if not self.is_open:  # closed by what was just received
-                return
+            taken = self._take(filled)
+            if taken is None:
+                break
+            size, came_stride, came_by = taken
+            if path is not None and (came_by is not path or came_stride != stride):
+                self._give(filled, stride, path)
+                if not self.is_open:  # closed by what was just received
+                    return
+                self._data[:size] = self._data[filled : filled + size]
+                filled = 0
+            path, stride, filled = came_by, came_stride, filled + size
+            if not stride or filled % stride or filled > MAX_BYTES:
+                self._give(filled, stride, path)
+                if not self.is_open or filled > MAX_BYTES:
+                    return
+                path, filled = None, 0
+        if path is not None:
+            self._give(filled, stride, path)
+
+    def _take(self, filled: int) -> tuple[int, int, UdpPath] | None:
+        """Receive behind what is in the buffer: size, stride of its rows, where it came from; None if nothing is left."""
+        for _ in range(MAX_READS):
             try:
-                size, controls, _, address = self._sock.recvmsg_into(self._buffers, self._control_size)
+                size, controls, _, address = self._sock.recvmsg_into((self._data[filled:],), self._control_size)
             except (BlockingIOError, InterruptedError):
-                return
+                return None
             except OSError:  # an error that some datagram of ours caused; the socket goes on
                 continue
             stride, pinned = size, b""
@@ -177,9 +202,12 @@ class UdpSocket:
                     stride = min(size, _INT(value)[0])
                 else:
                     pinned = value
-            path = self._paths.get((address, pinned)) or self._make_path(address, pinned)
-            count = -(-size // stride) if stride else 1
-            self._receive(Datagrams(self._data[:size], count, stride), path)
+            return size, stride, self._paths.get((address, pinned)) or self._make_path(address, pinned)
+        return None
+
+    def _give(self, size: int, stride: int, path: UdpPath) -> None:
+        count = -(-size // stride) if stride else 1
+        self._receive(Datagrams(self._data[:size], count, stride, 0, self._cache), path)
 
     def _make_path(self, address: _SocketAddress, info: bytes) -> UdpPath:
         if len(self._paths) >= _MAX_PATHS:

@@ -7,20 +7,22 @@ interface merged again. What does not come in runs goes through the engine one b
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Final, Protocol
 
 from siderolink.common.wireguard.noise import Drop, Engine, Event, Peer, Session
 from siderolink.common.wireguard.noise.messages import TRANSPORT_OVERHEAD
 from siderolink.common.wireguard.packets.buffers import Packets
 from siderolink.common.wireguard.packets.gather import Gatherer
-from siderolink.common.wireguard.packets.headers import PLAIN_VNET_HEADER, VNET_SIZE, addresses
+from siderolink.common.wireguard.packets.headers import PLAIN_VNET_HEADER, VNET_SIZE, address_pair
 from siderolink.common.wireguard.packets.merge import Merger
 from siderolink.common.wireguard.packets.seal import Opened, Opener, Run, Sealer, find_runs
 from siderolink.common.wireguard.packets.split import MalformedFrame, Splitter
 from siderolink.common.wireguard.path import Datagrams, Path
 
-MAX_READS = 32
+MAX_READS: Final = 64
 """Frames read from the interface before other work has its turn."""
+MAX_BYTES: Final = 1 << 18
+"""The same, in bytes: super-packets take their time."""
 
 
 def boot_time() -> float:
@@ -69,6 +71,7 @@ class DataPlane:
         self._set_mtu(engine.mtu)
         self._merger = Merger(engine.drop, tso=interface.tso, uso=interface.uso)
         self._gathered_for: Peer | None = None
+        self._gathered_pair = b""
 
     def _set_mtu(self, mtu: int) -> None:
         self._splitter = Splitter(mtu)
@@ -84,11 +87,15 @@ class DataPlane:
     def read_interface(self) -> None:
         """Take what the interface has, up to a bound. Raises DeviceError when the interface is gone."""
         now = boot_time()
+        size = 0
         for _ in range(MAX_READS):
             frame = self._interface.read()
             if frame is None:
                 break
             self._send_frame(frame, now)
+            size += len(frame)
+            if size >= MAX_BYTES:
+                break
         self._flush(now)
         self.drain(now)
 
@@ -100,11 +107,20 @@ class DataPlane:
         self.drain(now)
 
     def _send_frame(self, frame: memoryview, now: float) -> None:
-        header = addresses(frame, VNET_SIZE)
-        if header is None:
+        pair = address_pair(frame, VNET_SIZE)
+        if pair is None:
             self._engine.drop(Drop.OUTBOUND_MALFORMED)
             return
-        peer = self._engine.find_peer(header[1], header[2])
+        try:
+            # most packets go where the one before went
+            if pair != self._gathered_pair or not self._gatherer.add(frame):
+                self._route_frame(frame, pair, now)
+        except MalformedFrame:
+            self._engine.drop(Drop.OUTBOUND_MALFORMED)
+
+    def _route_frame(self, frame: memoryview, pair: bytes, now: float) -> None:
+        half = len(pair) // 2
+        peer = self._engine.find_peer(pair[:half], pair[half:])
         if peer is None:
             return
         if peer is not self._gathered_for:
@@ -112,22 +128,18 @@ class DataPlane:
             if not self._engine.can_send(peer, now):
                 self._engine.stage(peer, bytes(frame), now)
                 return
-        try:
-            if self._gatherer.add(frame):
-                self._gathered_for = peer
-                return
+        if not self._gatherer.add(frame):
             self._flush(now)
-            if self._gatherer.add(frame):
-                self._gathered_for = peer
+            if not self._gatherer.add(frame):
+                self._transmit(self._splitter.split(frame), peer, now)
                 return
-            self._transmit(self._splitter.split(frame), peer, now)
-        except MalformedFrame:
-            self._engine.drop(Drop.OUTBOUND_MALFORMED)
+        self._gathered_for, self._gathered_pair = peer, pair
 
     def _flush(self, now: float) -> None:
         peer, self._gathered_for = self._gathered_for, None
         if peer is None:
             return
+        self._gathered_pair = b""
         packets = self._gatherer.take()
         if packets is not None:
             self._transmit(packets, peer, now)

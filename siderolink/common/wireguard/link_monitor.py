@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from pyroute2 import netns
+from pyroute2.netlink import NLM_F_REQUEST
 from pyroute2.netlink.rtnl import RTM_DELLINK, RTM_NEWLINK, RTMGRP_LINK
 from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
 
@@ -47,6 +48,18 @@ class LinkMonitor:
         self._loop.remove_reader(self._socket)
         self._socket.close()
 
+    def limit_gso(self, size: int) -> None:
+        """Cap the super-packets that the interface gives; where the kernel does not take it, they stay as they are."""
+        message = ifinfmsg()
+        message["index"] = self._index
+        message["attrs"] = [("IFLA_GSO_MAX_SIZE", size)]
+        message["header"] = {"type": RTM_NEWLINK, "flags": NLM_F_REQUEST, "sequence_number": 0, "pid": 0}
+        message.encode()
+        try:
+            self._socket.send(message.data)
+        except OSError:
+            pass
+
     def _read(self) -> None:
         while True:
             try:
@@ -63,17 +76,18 @@ class LinkMonitor:
             length = int.from_bytes(data[offset : offset + 4], "little")
             if length < _HEADER_BYTES:
                 return
-            message = ifinfmsg(data[offset : offset + length])
-            message.decode()
-            if message["index"] == self._index:
-                self._take(message)
+            if int.from_bytes(data[offset + 4 : offset + 6], "little") in (RTM_NEWLINK, RTM_DELLINK):
+                message = ifinfmsg(data[offset : offset + length])
+                message.decode()
+                if message["index"] == self._index:
+                    self._take(message)
             offset += (length + 3) & ~3
 
     def _take(self, message: ifinfmsg) -> None:
         kind = message["header"]["type"]
         if kind == RTM_DELLINK:
             self._follow()
-        elif kind == RTM_NEWLINK:
+        else:
             state = LinkState(bool(message["flags"] & 1), message.get_attr("IFLA_MTU"))
             if state != self._last:
                 self._last = state

@@ -4,13 +4,40 @@ WireGuard only needs "the place this peer was last heard from". That place is a 
 stream is one, and roaming is replacing one path by another after an authenticated packet.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
-from typing import Protocol
+from typing import Final, Protocol
 
 Endpoint = tuple[IPv4Address | IPv6Address, int]
 """A UDP address and port; a link-local address carries its zone in `scope_id`."""
+
+
+_MAX_SHAPES: Final = 16
+_MAX_ROWS: Final = 256
+
+
+class RowCache:
+    """Slices of one long-lived buffer, made once for each shape and then kept, because making them is what costs."""
+
+    __slots__ = ("_rows", "view")
+
+    def __init__(self, view: memoryview) -> None:
+        self.view = view
+        self._rows: dict[tuple[int, int, int], list[memoryview]] = {}
+
+    def rows(self, offset: int, stride: int, length: int, count: int) -> Sequence[memoryview]:
+        """At least `count` slices of `length` bytes, the first at `offset`, each `stride` after the one before."""
+        key = (offset, stride, length)
+        rows = self._rows.get(key)
+        if rows is None or len(rows) < count:
+            if len(self._rows) >= _MAX_SHAPES:
+                self._rows.clear()
+            view = self.view
+            rows = [view[start : start + length] for start in range(offset, offset + count * stride, stride)]
+            if count <= _MAX_ROWS:
+                self._rows[key] = rows
+        return rows
 
 
 @dataclass(slots=True)
@@ -29,6 +56,8 @@ class Datagrams:
     """Bytes from one row to the next, the headroom included."""
     headroom: int = 0
     """Bytes before each datagram which the path fills on sending, and which mean nothing on receiving."""
+    cache: RowCache | None = None
+    """Of the buffer that `data` is the beginning of, where that buffer takes one batch after the other."""
 
     @classmethod
     def single(cls, datagram: bytes | bytearray | memoryview, headroom: int = 0) -> "Datagrams":

@@ -9,7 +9,7 @@ from siderolink.common.errors import DeviceError, InterfaceInUseError
 from siderolink.common.wireguard.device import DeviceConfig, InterfaceLost, OnDeviceEvent
 from siderolink.common.wireguard.link_monitor import LinkMonitor, LinkState
 from siderolink.common.wireguard.path import Path
-from siderolink.common.wireguard.tun import Tun
+from siderolink.common.wireguard.tun import Tun, fitting_gso_max_size
 from siderolink.common.wireguard.uapi.server import serve_uapi
 from siderolink.common.wireguard.userspace import UserspaceDevice
 
@@ -86,6 +86,8 @@ class TunDevice(UserspaceDevice):
     def _link_changed(self, state: LinkState) -> None:
         if state.mtu != self.engine.mtu:
             self.plane.change_mtu(state.mtu)
+            if self._tun.tso and self._monitor is not None:
+                self._monitor.limit_gso(fitting_gso_max_size(state.mtu))
         if state.is_up != self._is_up:
             self._is_up = state.is_up
             if state.is_up:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from siderolink.common.wireguard.noise.drops import Drop
-from siderolink.common.wireguard.packets import Merger, Opened, Opener, Splitter, addresses
+from siderolink.common.wireguard.packets import Merger, Opened, Opener, Splitter, address_pair
 from tests.support.packets import (
     ACK,
     CWR,
@@ -279,7 +279,7 @@ def test_without_offloads_nothing_is_merged(tso: bool, uso: bool) -> None:
         assert len(frames) == (1 if merges else 4)
 
 
-def test_addresses_are_asked_for_once_and_refused_ones_are_counted() -> None:
+def test_address_pair_are_asked_for_once_and_refused_ones_are_counted() -> None:
     good, bad = Packet(payload=bytes(300)), Packet(source=9, payload=bytes(300))
     rows = [pad(row) for pair in zip(encoded(good, 100), encoded(bad, 100), strict=True) for row in pair]
     source = bad.encode()[8:24]
@@ -328,10 +328,10 @@ def test_any_bytes_are_taken(bodies: list[bytes], start: bytes) -> None:
     assert len(frames) + interface.drops.total() <= len(rows)
 
 
-def test_addresses() -> None:
+def test_address_pair() -> None:
     six, four = Packet(source=5).encode(), Packet(version=4, source=5).encode()
-    assert addresses(six) == (6, six[8:24], six[24:40])
-    assert addresses(memoryview(struct.pack("10x") + four), 10) == (4, four[12:16], four[16:20])
-    assert [addresses(six[:size]) for size in range(40)] == [None] * 40
-    assert [addresses(four[:size]) for size in range(20)] == [None] * 20
-    assert addresses(bytes(60)) is None
+    assert address_pair(six) == six[8:40]
+    assert address_pair(memoryview(struct.pack("10x") + four), 10) == four[12:20]
+    assert [address_pair(six[:size]) for size in range(40)] == [None] * 40
+    assert [address_pair(four[:size]) for size in range(20)] == [None] * 20
+    assert address_pair(bytes(60)) is None

@@ -43,8 +43,6 @@ async def test_batches_arrive_and_come_back(
         assert await one.wait_for(count) == rows
         if gso and count > 1:
             assert max(one.batches) > 1
-        else:
-            assert set(one.batches) == {1}
         assert one.udp.drops() == other.udp.drops() == {}
 
 

@@ -3,8 +3,6 @@
 The window is one integer: bit i stands for the counter i below the newest. A run of rising counters is one shift.
 """
 
-from collections.abc import Sequence
-
 from .constants import COUNTER_WINDOW, REJECT_AFTER_MESSAGES
 
 _MASK = (1 << COUNTER_WINDOW) - 1
@@ -36,7 +34,7 @@ class ReplayWindow:
         self._seen |= bit
         return True
 
-    def accept_run(self, counters: Sequence[int]) -> list[bool] | None:
+    def accept_run(self, counters: list[int]) -> list[bool] | None:
         """Mark a batch in one operation where the counters rise by one; None when all are accepted."""
         count = len(counters)
         first, last = counters[0], counters[-1]
@@ -57,5 +55,5 @@ class ReplayWindow:
         return behind >= COUNTER_WINDOW or bool(self._seen >> behind & 1)
 
 
-def _rises_by_one(counters: Sequence[int], first: int) -> bool:
-    return list(counters) == list(range(first, first + len(counters)))
+def _rises_by_one(counters: list[int], first: int) -> bool:
+    return counters == list(range(first, first + len(counters)))

@@ -2,7 +2,7 @@
 
 from siderolink.common.wireguard.packets.buffers import Packets
 from siderolink.common.wireguard.packets.gather import Gatherer
-from siderolink.common.wireguard.packets.headers import VNET_SIZE, addresses
+from siderolink.common.wireguard.packets.headers import VNET_SIZE, address_pair
 from siderolink.common.wireguard.packets.merge import Merger
 from siderolink.common.wireguard.packets.seal import Opened, Opener, Run, Sealer, find_runs, read_counters
 from siderolink.common.wireguard.packets.split import MalformedFrame, Splitter
@@ -18,7 +18,7 @@ __all__ = [
     "Run",
     "Sealer",
     "Splitter",
-    "addresses",
+    "address_pair",
     "find_runs",
     "read_counters",
 ]

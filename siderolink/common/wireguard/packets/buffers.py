@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from siderolink.common.wireguard.path import RowCache
+
 Array = npt.NDArray[Any]
 Bytes = bytes | bytearray | memoryview
 
@@ -35,7 +37,8 @@ class Scratch:
     def _allocate(self, size: int) -> None:
         self.array: npt.NDArray[np.uint8] = np.zeros(size, np.uint8)
         self.view = self.array.data
-        self._rows: dict[tuple[int, int, int], list[memoryview]] = {}
+        self.rows = RowCache(self.view).rows
+        """See RowCache."""
         self._columns: dict[tuple[int, int, str], Array] = {}
 
     def reserve(self, size: int) -> bool:
@@ -44,19 +47,6 @@ class Scratch:
             return False
         self._allocate(max(size, 2 * self.array.size))
         return True
-
-    def rows(self, offset: int, stride: int, length: int, count: int) -> Sequence[memoryview]:
-        """At least `count` slices of `length` bytes, the first at `offset`, each `stride` after the one before."""
-        key = (offset, stride, length)
-        rows = self._rows.get(key)
-        if rows is None:
-            if len(self._rows) >= _MAX_CACHED:
-                self._rows.clear()
-            rows = self._rows[key] = []
-        view = self.view
-        for start in range(offset + len(rows) * stride, offset + count * stride, stride):
-            rows.append(view[start : start + length])
-        return rows
 
     def column(self, offset: int, stride: int, dtype: str) -> Array:
         """One number of each row, for as many rows as the buffer holds."""

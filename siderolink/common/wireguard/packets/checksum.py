@@ -5,6 +5,7 @@ read in the host's order and be as wide as 32 bits. A sum of zero then stands fo
 no other way to get it, because no pseudo-header is all zero.
 """
 
+from functools import lru_cache
 from typing import Final
 
 import numpy as np
@@ -34,7 +35,12 @@ def complement(total: int) -> int:
 
 def pseudo_header_sum(packet: Bytes, version: int, protocol: int) -> int:
     """The sum of both addresses and the protocol, as TCP and UDP include it; the length is left to the caller."""
-    return protocol + word_sum(packet[8:40] if version == 6 else packet[12:20])
+    return protocol + _address_sum(bytes(packet[8:40] if version == 6 else packet[12:20]))
+
+
+@lru_cache(maxsize=64)
+def _address_sum(pair: bytes) -> int:
+    return word_sum(pair)
 
 
 def row_sums(words: Array) -> Array:

@@ -47,16 +47,16 @@ class Inner(NamedTuple):
     """The length of the packet by its own account."""
 
 
-def addresses(packet: Bytes, offset: int = 0) -> tuple[int, bytes, bytes] | None:
-    """IP version, source and destination of the packet that begins at `offset`; None if it is too short or not IP."""
+def address_pair(packet: Bytes, offset: int = 0) -> bytes | None:
+    """Source and destination in one, of the packet that begins at `offset`; None if it is too short or not IP."""
     size = len(packet) - offset
     if size < 20:
         return None
     version = packet[offset] >> 4
     if version == 6 and size >= 40:
-        return 6, bytes(packet[offset + 8 : offset + 24]), bytes(packet[offset + 24 : offset + 40])
+        return bytes(packet[offset + 8 : offset + 40])
     if version == 4:
-        return 4, bytes(packet[offset + 12 : offset + 16]), bytes(packet[offset + 16 : offset + 20])
+        return bytes(packet[offset + 12 : offset + 20])
     return None
 
 

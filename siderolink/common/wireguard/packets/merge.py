@@ -121,8 +121,8 @@ def _run_length(opened: Opened, first: int, inner: Inner) -> int:
         expected[inner.transport + 13] &= ~CWR
     room = min(MAX_RUN, (_MAX_TOTAL - inner.header) // (inner.total - inner.header))
     limit = min(opened.count, first + room)
-    if False in opened.good:
-        limit = first + opened.good[first:limit].index(False) if False in opened.good[first:limit] else limit
+    if False in opened.good[first:limit]:
+        limit = first + opened.good[first:limit].index(False)
     if limit - first < 2 or not _same_flow(packet, packet[stride:], inner):
         return 1
     # The last row may be shorter than a full packet, with what an earlier batch left behind it.
@@ -166,20 +166,32 @@ def _equal_rows(opened: Opened, first: int, limit: int, inner: Inner, expected: 
     """How many rows after `first` are full segments that continue it, by their headers."""
     scratch, stride = opened.scratch, opened.stride
     version, protocol, transport, header, total = inner
-    mask = _header_mask(version, protocol, transport, header)
-    heads = scratch.matrix(0, stride, header // 4)[first + 1 : limit]
-    wrong = ((heads ^ np.frombuffer(expected, "<u4")) & mask).any(axis=1)
     count = limit - first - 1
+    different = scratch.matrix(0, stride, header // 4)[first + 1 : limit] ^ np.frombuffer(expected, "<u4")
+    different &= _header_mask(version, protocol, transport, header)
+    counted: list[tuple[Array, Array]] = []
     if protocol == TCP:
-        sequences = scratch.column(transport + 4, stride, ">u4")[first:limit]
-        wrong |= (sequences[1:] - sequences[0]) != _steps(total - header)[:count]
-    else:
-        wrong |= scratch.column(transport + 6, stride, "<u2")[first + 1 : limit] == 0
+        sequence = np.uint32(int.from_bytes(expected[transport + 4 : transport + 8], "big"))
+        sequences = (_steps(total - header)[:count] + sequence).byteswap()
+        counted.append((scratch.column(transport + 4, stride, "<u4")[first + 1 : limit], sequences))
     if version == 4:
-        ids = scratch.column(4, stride, ">u2")[first:limit]
-        wrong |= (ids[1:] - ids[0]) != _steps(1)[:count].astype(np.uint16)
+        ids = (_steps(1)[:count] + np.uint32(expected[4] << 8 | expected[5])).astype(np.uint16).byteswap()
+        counted.append((scratch.column(4, stride, "<u2")[first + 1 : limit], ids))
+    alike = protocol == TCP and not np.count_nonzero(different)
+    if alike and all(column.tobytes() == wanted.tobytes() for column, wanted in counted):
+        return count
+    wrong = different.any(axis=1)
+    if protocol == UDP:
+        wrong |= scratch.column(transport + 6, stride, "<u2")[first + 1 : limit] == 0
+    for column, wanted in counted:
+        wrong |= column != wanted
+    return _before_first(wrong)
+
+
+def _before_first(wrong: Array) -> int:
+    """How many rows there are before the first one that is wrong."""
     at = int(wrong.argmax())
-    return at if wrong[at] else count
+    return at if wrong[at] else wrong.size
 
 
 def _is_tail(opened: Opened, row: int, position: int, inner: Inner, expected: bytearray) -> bool:
@@ -220,12 +232,12 @@ def _valid_rows(opened: Opened, first: int, count: int, inner: Inner) -> int:
     if total < stride:  # the sums go over whole rows
         scratch.matrix(total, stride, stride - total, "u1")[first:limit] = 0
     pseudo = pseudo_header_sum(scratch.view[first * stride :][:40], inner.version, inner.protocol)
-    sums = row_sums(scratch.matrix(transport, stride, (stride - transport) // 4)[first:limit])
-    wrong = (sums + (swap(pseudo) + swap(total - transport))) % MODULUS != 0
+    wrong = row_sums(scratch.matrix(transport, stride, (stride - transport) // 4)[first:limit])
+    wrong += swap(pseudo) + swap(total - transport)
+    wrong %= MODULUS
     if inner.version == 4:
-        wrong |= row_sums(scratch.matrix(0, stride, transport // 4)[first:limit]) % MODULUS != 0
-    at = int(wrong.argmax())
-    return at if wrong[at] else count
+        wrong |= row_sums(scratch.matrix(0, stride, transport // 4)[first:limit]) % MODULUS
+    return _before_first(wrong != 0) if np.count_nonzero(wrong) else count
 
 
 def _is_valid(packet: memoryview, inner: Inner) -> bool:

@@ -4,7 +4,6 @@ import struct
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import repeat
 from operator import length_hint
 from typing import Final
@@ -26,7 +25,6 @@ _KIND_AND_RECEIVER: Final = struct.Struct("<II")
 _COUNTER: Final = struct.Struct("<Q")
 _NONCE: Final = struct.Struct("<4xQ").pack
 _INITIAL_SIZE: Final = 1 << 16
-_SLICES: Final = 64
 
 
 class Sealer:
@@ -80,20 +78,14 @@ def find_runs(datagrams: Datagrams) -> list[Run]:
     """Sort a received batch, which may mix peers, key pairs and handshake messages, into runs in order of arrival."""
     data, count, stride, headroom = datagrams.data, datagrams.count, datagrams.stride, datagrams.headroom
     full = count if len(data) == count * stride else count - 1
-    size = stride - headroom
-    if full > 1 and size >= OVERHEAD:
+    if full > 1 and stride - headroom >= OVERHEAD:
         column: Array = np.ndarray((full,), "<u8", data, headroom, (stride,))
-        breaks: list[int] = []
-        if not (column == column[0]).all():
-            breaks = (np.flatnonzero(column[1:] != column[:-1]) + 1).tolist()
-        starts = [0, *breaks]
-        runs: list[Run] = []
-        for start, end in zip(starts, [*breaks, full], strict=True):
-            kind, receiver = _KIND_AND_RECEIVER.unpack_from(data, start * stride + headroom)
-            if kind == TRANSPORT_TYPE:
-                runs.append(Run(kind, receiver, start, end - start))
-            else:
-                runs.extend(Run(kind, receiver, row, 1) for row in range(start, end))
+        first = bytes(data[headroom : headroom + 8])
+        kind, receiver = _KIND_AND_RECEIVER.unpack(first)
+        if kind == TRANSPORT_TYPE and column.tobytes() == first * full:
+            runs = [Run(kind, receiver, 0, full)]
+        else:
+            runs = _mixed_runs(datagrams, column)
     else:
         runs = [_single_run(datagrams, row) for row in range(full)]
     if full < count:
@@ -102,6 +94,19 @@ def find_runs(datagrams: Datagrams) -> list[Run]:
             runs[-1].count += 1
         else:
             runs.append(short)
+    return runs
+
+
+def _mixed_runs(datagrams: Datagrams, column: Array) -> list[Run]:
+    """The runs of equally long datagrams, whose first eight bytes are `column`."""
+    breaks = (np.flatnonzero(column[1:] != column[:-1]) + 1).tolist()
+    runs: list[Run] = []
+    for start, end in zip([0, *breaks], [*breaks, column.size], strict=True):
+        kind, receiver = _KIND_AND_RECEIVER.unpack_from(datagrams.data, start * datagrams.stride + datagrams.headroom)
+        if kind == TRANSPORT_TYPE:
+            runs.append(Run(kind, receiver, start, end - start))
+        else:
+            runs.extend(Run(kind, receiver, row, 1) for row in range(start, end))
     return runs
 
 
@@ -180,21 +185,15 @@ class Opener:
         counters = read_counters(datagrams, first, count)
         full = count if last == length else count - 1
         width = length + TAG_SIZE
-        if full <= _SLICES:
-            sealed = list(map(data.__getitem__, _slices(start, step, width)[:full]))
+        if datagrams.cache is not None:
+            sealed = datagrams.cache.rows(start, step, width, full)
         else:
             sealed = [data[at : at + width] for at in range(start, start + full * step, step)]
-        flags = _open_rows(aead, counters, sealed, scratch.rows(0, stride, length, full))
+        flags = _open_rows(aead, counters[:full], sealed, scratch.rows(0, stride, length, full))
         if full < count:
             sealed_last = data[start + full * step :][: last + TAG_SIZE]
             flags.append(_open_row(aead, counters[-1], sealed_last, scratch.view[full * stride :][:last]))
         return Opened(scratch, count, stride, length, last, counters, flags)
-
-
-@lru_cache(maxsize=64)
-def _slices(start: int, step: int, width: int) -> list[slice]:
-    """Where the rows of a batch are: making a slice costs more than using it."""
-    return [slice(at, at + width) for at in range(start, start + _SLICES * step, step)]
 
 
 def _open_row(aead: ChaCha20Poly1305, counter: int, sealed: memoryview, plain: memoryview) -> bool:
@@ -207,13 +206,14 @@ def _open_row(aead: ChaCha20Poly1305, counter: int, sealed: memoryview, plain: m
 
 
 def _open_rows(
-    aead: ChaCha20Poly1305, counters: list[int], sealed: list[memoryview], plain: Sequence[memoryview]
+    aead: ChaCha20Poly1305, counters: list[int], sealed: Sequence[memoryview], plain: Sequence[memoryview]
 ) -> list[bool]:
-    count = len(sealed)
+    """Open as many rows as there are counters; there may be more slices."""
+    count = len(counters)
     good = [True] * count
-    # The map goes on after an exception, with the next row; the iterator of ciphertexts tells which row it was.
-    remaining = iter(sealed)
-    opening = map(aead.decrypt_into, map(_NONCE, counters), remaining, repeat(None), plain)
+    # The map goes on after an exception, with the next row; the iterator of counters tells which row it was.
+    remaining = iter(counters)
+    opening = map(aead.decrypt_into, map(_NONCE, remaining), sealed, repeat(None), plain)
     while True:
         try:
             deque(opening, 0)

@@ -1,0 +1,119 @@
+"""What carries packets between two network namespaces: our links, other WireGuard programs, a bare wire."""
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from siderolink.common.keys import PrivateKey
+from tests.support.netns import Namespace, stop
+from tests.support.topology import SERVER_V6, direct
+from tests.support.wireguard_go import wireguard_go
+
+PORT = 51820
+INNER = ("fd00::1", "fd00::2")
+COMMAND = (sys.executable, "-m", "siderolink")
+
+
+@dataclass(frozen=True, slots=True)
+class Carried:
+    """Two namespaces that reach each other through what is measured."""
+
+    server: Namespace
+    machine: Namespace
+    address: str
+    """The server's, inside the link."""
+    processes: tuple[int, ...]
+    """The ids of what carries, the server's end first; empty where there is no process."""
+
+    def memory(self) -> int:
+        """Bytes that the larger end holds in memory."""
+        return max((_resident(pid) for pid in self.processes), default=0)
+
+    def cpu(self) -> float:
+        """Seconds of processor time that both ends have taken so far."""
+        return sum(_cpu(pid) for pid in self.processes)
+
+
+Carrier = Callable[[], AbstractContextManager[Carried]]
+
+
+def wireguard(command: Sequence[str]) -> Carrier:
+    """Two runs of a program that is given an interface's name and listens to `wg`."""
+
+    @contextmanager
+    def linked() -> Iterator[Carried]:
+        keys = (PrivateKey.generate(), PrivateKey.generate())
+        with direct() as net:
+            one, other = (
+                wireguard_go(namespace, key, port=PORT, addresses=(f"{address}/64",), command=command)
+                for namespace, key, address in zip((net.server, net.machine), keys, INNER, strict=True)
+            )
+            with one as server, other as machine:
+                server.set_peer(keys[1].public_key(), f"{INNER[1]}/128")
+                machine.set_peer(keys[0].public_key(), f"{INNER[0]}/128", endpoint=f"192.0.2.1:{PORT}")
+                yield Carried(net.server, net.machine, INNER[0], (server.pid, machine.pid))
+
+    return linked
+
+
+def siderolink(*, tunnel: bool) -> Carrier:
+    """`siderolink serve` and `siderolink join`, by UDP or through the gRPC tunnel."""
+
+    @contextmanager
+    def linked() -> Iterator[Carried]:
+        with direct() as net, TemporaryDirectory() as folder:
+            token = ["--join-token-file", str(Path(folder, "token"))]
+            Path(folder, "token").write_text("benchmark")
+            serve = [*COMMAND, "serve", "--api-listen", "0.0.0.0:4000", "--wireguard-endpoint", f"192.0.2.1:{PORT}"]
+            server = _started(net.server, [*serve, *token], "overlay", folder)
+            join = [*COMMAND, "join", f"grpc://192.0.2.1:4000?grpc_tunnel={str(tunnel).lower()}"]
+            machine = _started(
+                net.machine, [*join, *token, "--uuid", "00000000-0000-4000-8000-000000000001"], "connected", folder
+            )
+            interface = next(name for name in net.server.interfaces() if name.startswith("siderolink"))
+            inner = min(net.server.addresses(interface) - _link_local(net.server, interface), key=len)
+            try:
+                yield Carried(net.server, net.machine, inner.split("/")[0], (server.pid, machine.pid))
+            finally:
+                stop(machine)
+                stop(server)
+
+    return linked
+
+
+@contextmanager
+def bare_wire() -> Iterator[Carried]:
+    """The veth pair alone."""
+    with direct() as net:
+        yield Carried(net.server, net.machine, SERVER_V6, ())
+
+
+def _started(namespace: Namespace, command: Sequence[str], text: str, folder: str) -> "subprocess.Popen[str]":
+    process = namespace.popen(
+        ["env", f"SIDEROLINK_RUNTIME_DIR={folder}/run", *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if text in line:
+            return process
+    raise RuntimeError(f"{' '.join(command)} ended with {process.wait()}")
+
+
+def _link_local(namespace: Namespace, interface: str) -> set[str]:
+    return {address for address in namespace.addresses(interface) if address.startswith("fe80")}
+
+
+def _resident(pid: int) -> int:
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("VmRSS:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def _cpu(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / 100
