@@ -75,7 +75,7 @@ async def _repair(index: int, addresses: tuple[Interface, ...]) -> list[str] | N
     """Put back what is missing, and tell what that was; None where the interface itself is gone."""
     try:
         async with AsyncIPRoute() as ipr:
-            [link] = [found async for found in await ipr.link("get", index=index)]
+            [link] = await ipr.link("get", index=index)
             missing = []
             if not link["flags"] & _UP:
                 await ipr.link("set", index=index, state="up")
