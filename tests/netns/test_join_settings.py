@@ -112,7 +112,7 @@ def test_with_default_block_the_link_comes_up_and_only_it_is_let_in(net: Net, tm
     (folder / "join.yaml").write_text(join_document(url) + "---\n" + BLOCK)
     before = ruleset(net.machine)
     with command(net.machine, tmp_path, "join", "--config", str(folder), "--device", "userspace") as join:
-        join.wait_for("connected")
+        join.wait_for(" connected: ")
         address = overlay_address(net.machine, interface)
         assert pings(net.machine, OVERLAY)
         assert pings(net.server, address)
@@ -140,7 +140,7 @@ def test_a_change_joins_anew_at_once_and_nonsense_changes_nothing(net: Net, tmp_
     file = tmp_path / "machine.yaml"
     file.write_text(join_document(URL))
     with command(net.machine, tmp_path, "join", "--config", str(file), "--device", "userspace") as join:
-        join.wait_for("connected")
+        join.wait_for(" connected: ")
         address = overlay_address(net.machine, "siderolink")
         replace_file(file, join_document("grpc://h/path"))
         assert "machine.yaml:3: apiUrl" in join.wait_for("settings refused")
@@ -148,7 +148,7 @@ def test_a_change_joins_anew_at_once_and_nonsense_changes_nothing(net: Net, tmp_
         # what reads the same changes nothing; what reads otherwise does, with the same key and so the same address
         replace_file(file, "# a remark\n" + join_document(URL))
         replace_file(file, join_document(TUNNEL_URL))
-        assert "tunnel" in join.wait_for("connected")
+        join.wait_for(" connected: tunnel ")
         assert overlay_address(net.machine, "siderolinktun") == address
         assert "siderolink" not in net.machine.interfaces()
         assert pings(net.machine, OVERLAY)
@@ -156,7 +156,7 @@ def test_a_change_joins_anew_at_once_and_nonsense_changes_nothing(net: Net, tmp_
         file.write_text(join_document(URL.replace(":4000", ":4001")))
         join.wait_for("join failed")
         file.write_text(join_document(URL))
-        assert "udp" in join.wait_for("connected")
+        join.wait_for(" connected: udp ")
         assert overlay_address(net.machine, "siderolink") == address
         file.unlink()
         join.wait_for("settings refused")
@@ -176,10 +176,10 @@ def test_a_folder_of_links_as_cluster_managers_make_it(net: Net, tmp_path: Path)
     (folder / "..data").symlink_to("one")
     (folder / "join.yaml").symlink_to("..data/join.yaml")
     with command(net.machine, tmp_path, "join", "--config", str(folder), "--device", "userspace") as join:
-        join.wait_for("connected")
+        join.wait_for(" connected: ")
         (folder / "..new").symlink_to("two")
         (folder / "..new").replace(folder / "..data")
-        assert "tunnel" in join.wait_for("connected")
+        join.wait_for(" connected: tunnel ")
 
 
 def test_join_by_the_kernel_command_line(net: Net, tmp_path: Path) -> None:
@@ -187,7 +187,7 @@ def test_join_by_the_kernel_command_line(net: Net, tmp_path: Path) -> None:
     line.write_text(f'quiet siderolink.api="{URL}" siderolink.api=grpc://other\n')
     with command(net.machine, tmp_path, "join", "--kernel-cmdline", str(line), "--device", "userspace") as join:
         assert "siderolink.api" in join.wait_for("join URL")
-        join.wait_for("connected")
+        join.wait_for(" connected: ")
 
 
 def test_a_bare_join_finds_what_the_host_has(net: Net, tmp_path: Path) -> None:
@@ -198,7 +198,7 @@ def test_a_bare_join_finds_what_the_host_has(net: Net, tmp_path: Path) -> None:
     overlay = ["sh", "-c", f'mount -t overlay overlay -o lowerdir={laid_over}:/etc /etc && exec "$@"', "sh"]
     with command(net.machine, tmp_path, "join", "--device", "userspace", before=overlay) as join:
         assert "/etc/siderolink.yaml:1" in join.wait_for("join URL")
-        join.wait_for("connected")
+        join.wait_for(" connected: ")
 
 
 def test_without_any_join_url_it_says_where_it_looked(tmp_path: Path) -> None:

@@ -31,29 +31,12 @@ JOIN = f"apiVersion: v1alpha1\nkind: SideroLinkConfig\napiUrl: https://h?jointok
 RULE = "apiVersion: v1alpha1\nkind: NetworkRuleConfig\nname: r\n"
 PORTS = "portSelector: {ports: [1], protocol: tcp}\n"
 
-
-def parse(*texts: str) -> Documents:
-    return parse_documents((text.encode(), f"f{number}.yaml") for number, text in enumerate(texts))
-
-
-def refusal(*texts: str) -> str:
-    with pytest.raises(ConfigurationError) as caught:
-        parse(*texts)
-    said = str(caught.value)
-    assert "\n" not in said
-    assert TOKEN not in said
-    return said
-
-
-def test_every_kind() -> None:
-    pem = make_certificate("root").certificate_pem
-    found = parse(
-        f"""
+EVERY_KIND = """
 # what a server hands out
 apiVersion: v1alpha1
 kind: SideroLinkConfig
-apiUrl: https://siderolink.example/?jointoken={TOKEN}&user=alice
-uniqueToken: '{{"Fingerprint":"a","Token":"b"}}'
+apiUrl: https://siderolink.example/?jointoken=s3cr3t-t0k3n&user=alice
+uniqueToken: '{"Fingerprint":"a","Token":"b"}'
 ---
 apiVersion: v1alpha1
 kind: EventSinkConfig
@@ -73,8 +56,7 @@ apiVersion: v1alpha1
 kind: TrustedRootsConfig
 name: roots
 certificates: |
-{"".join(f"    {line}" for line in pem.splitlines(keepends=True))}
----
+CERTIFICATES---
 apiVersion: v1alpha1
 kind: NetworkDefaultActionConfig
 ingress: block
@@ -93,7 +75,24 @@ ingress:
     except: 192.168.178.0/24
   - subnet: 2001:db8::/32
 """
-    )
+
+
+def parse(*texts: str) -> Documents:
+    return parse_documents((text.encode(), f"f{number}.yaml") for number, text in enumerate(texts))
+
+
+def refusal(*texts: str) -> str:
+    with pytest.raises(ConfigurationError) as caught:
+        parse(*texts)
+    said = str(caught.value)
+    assert "\n" not in said
+    assert TOKEN not in said
+    return said
+
+
+def test_every_kind() -> None:
+    pem = make_certificate("root").certificate_pem
+    found = parse(EVERY_KIND.replace("CERTIFICATES", "".join(f"    {line}" for line in pem.splitlines(keepends=True))))
     settings = found.settings
     assert settings.url is not None
     assert settings.url.value == JoinURL("siderolink.example", join_token=TOKEN)
