@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from siderolink.client import events
 from siderolink.client.provisioning import Machine, Provisioned, provision
+from siderolink.common.addressing import format_peer_addr_port
 from siderolink.common.backoff import Backoff
 from siderolink.common.errors import JoinError, JoinRefusedError, ServerUnreachableError
 from siderolink.common.join_url import JoinURL
@@ -51,6 +52,7 @@ class Asker:
                 server_address=answer.server_address,
                 transport=choose(url, answer, self._tls).kind,
                 endpoints=tuple(str(endpoint) for endpoint in answer.endpoints),
+                virtual_address=format_peer_addr_port(*answer.virtual_address) if answer.virtual_address else "",
             )
         )
         return answer
