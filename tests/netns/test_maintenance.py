@@ -27,6 +27,7 @@ from siderolink.common.pb.machine import (
     ResetRequest,
     ResetResponse,
 )
+from tests.conftest import descriptors
 from tests.support.agent import Agent, agent
 from tests.support.machine_api import MACHINE, STATE, MachineClient, machine_client, status_of
 from tests.support.netns import Namespace, link
@@ -178,6 +179,9 @@ def test_the_machines_own_processes_are_readers() -> None:
         for name, request, answer in CHANGING:
             assert refusal(partial(client.call, f"{MACHINE}{name}", request, answer)) == DENIED  # type: ignore[arg-type]
 
+        documents = ApplyConfigurationRequest(data=b"kind: SideroLinkConfig")
+        assert refusal(lambda: client.call(f"{MACHINE}ApplyConfiguration", documents, ApplyConfigurationResponse)) == DENIED
+
     with scene(URL) as found:
         in_namespace(found.net.machine, str(found.wait_overlay().address), look)
         assert not found.machine.calls
@@ -272,6 +276,22 @@ def syn_is_answered(namespace: Namespace, source: str, target: str, port: int) -
             return True
 
     return namespace.call(connect)
+
+
+def test_a_cancelled_machine_leaves_no_socket() -> None:
+    async def serve_and_cancel() -> bool:
+        with anyio.CancelScope() as scope:
+            async with agent():
+                scope.cancel()
+                await anyio.sleep_forever()
+        return scope.cancelled_caught
+
+    with direct() as net, net.machine.portal() as portal:
+        assert portal.call(serve_and_cancel)
+        before = len(descriptors())
+        for _ in range(10):
+            assert portal.call(serve_and_cancel)
+        assert len(descriptors()) == before
 
 
 def test_a_watch_tells_of_links_that_come_and_go() -> None:

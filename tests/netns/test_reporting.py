@@ -24,6 +24,7 @@ from siderolink.common.pb.google.protobuf import Any as PbAny
 from siderolink.common.pb.machine import MachineStatusEvent, MachineStatusEventMachineStage, PhaseEvent, SequenceEvent
 from siderolink.common.tasks import background_tasks
 from siderolink.server import LinesDropped, LogLine, MachineEvent, ReportOptions
+from tests.conftest import descriptors
 from tests.support.machine_api import status_of
 from tests.support.topology import SERVER_V4, Net, routed
 
@@ -333,3 +334,22 @@ def test_one_machine_cannot_take_all_connections() -> None:
         other_portal.call(other.events.publish, PAYLOADS[0])
         other_portal.call(other.lines.send, KernelMessage(message="still heard"))
         wait(other_portal, lambda: other.events.waiting == 0 and other.logs.waiting == 0)
+
+
+def test_a_cancelled_server_leaves_no_socket() -> None:
+    async def serve_and_cancel() -> bool:
+        reports = ReportOptions(event_sink_port=SINK, log_port=LOGS)
+        with anyio.CancelScope() as scope:
+            async with Server(
+                api_listen=f"{SERVER_V4}:0", force_tunnel=True, allow_any_token=True, device="userspace", reports=reports
+            ):
+                scope.cancel()
+                await anyio.sleep_forever()
+        return scope.cancelled_caught
+
+    with routed(1) as net, net.server.portal() as portal:
+        assert portal.call(serve_and_cancel)
+        before = len(descriptors())
+        for _ in range(10):
+            assert portal.call(serve_and_cancel)
+        assert len(descriptors()) == before

@@ -147,7 +147,7 @@ class MaintenanceApi:
     async def _open(self, stack: AsyncExitStack, place: Place) -> None:
         match place:
             case Everywhere():
-                await stack.enter_async_context(self._serve(Admittance(), host=None))
+                await stack.enter_async_context(self._serve(Admittance(readers_apply=True), host=None))
             case OnOverlay(address=address, interface=interface, server=server):
                 sock = await bind_overlay(address, self._port, interface)
                 await stack.enter_async_context(self._serve(Admittance(admin=server), listening=[sock]))

@@ -18,7 +18,7 @@ class Role(StrEnum):
     """What a caller may do."""
 
     READER = "reader"
-    """Read what is not sensitive, and apply a configuration."""
+    """Read what is not sensitive; and apply a configuration, while there is none."""
     ADMIN = "admin"
     """Everything."""
 
@@ -29,6 +29,8 @@ class Admittance:
 
     admin: IPv6Address | None = None
     """The source address that is the admin's; None where there can be none."""
+    readers_apply: bool = False
+    """Whether readers may apply a configuration: where there is none yet, since nobody else could."""
 
     def role(self, source: object) -> Role:
         """The role of a caller at a socket address."""

@@ -54,9 +54,10 @@ class MachineService:
         self._calls = calls
 
     def __mapping__(self) -> dict[str, Handler]:
+        guarded = not self._admittance.readers_apply
         methods: dict[str, tuple[Method, type, type, bool]] = {
             "Version": (self._version, Empty, pb.VersionResponse, False),
-            "ApplyConfiguration": (self._apply, pb.ApplyConfigurationRequest, pb.ApplyConfigurationResponse, False),
+            "ApplyConfiguration": (self._apply, pb.ApplyConfigurationRequest, pb.ApplyConfigurationResponse, guarded),
             "Reboot": (self._reboot, pb.RebootRequest, pb.RebootResponse, True),
             "Reset": (self._reset, pb.ResetRequest, pb.ResetResponse, True),
             "MetaWrite": (self._meta_write, pb.MetaWriteRequest, pb.MetaWriteResponse, True),

@@ -33,8 +33,8 @@ class ReportDesk:
 
     def __init__(self, options: ReportOptions, machine_at: MachineAt, clock: Callable[[], float] = time.monotonic) -> None:
         self.options = options
-        self.events: Feed[MachineEvent] = Feed(options.reader_limit)
-        self.lines: Feed[LogLine | LinesDropped] = Feed(options.reader_limit)
+        self.events: Feed[MachineEvent] = Feed(options.reader_limit, options.reader_bytes)
+        self.lines: Feed[LogLine | LinesDropped] = Feed(options.reader_limit, options.reader_bytes)
         self.recent_events: Recent[MachineEvent] = Recent(
             count=options.recent_events, machine_bytes=options.recent_bytes, total_bytes=options.total_recent_bytes
         )
@@ -90,11 +90,11 @@ class ReportDesk:
             self.drop_lines(machine, ReportDrop.LINE_RATE_LIMITED)
             return
         for reason, count in account.unsaid.items():
-            self.lines.publish(LinesDropped(machine=machine, reason=reason, count=count))
+            self.lines.publish(LinesDropped(machine=machine, reason=reason, count=count), 0)
         account.unsaid.clear()
         line = LogLine(machine=machine, received_at=time.time(), raw=raw)
         self.recent_lines.add(machine.id, line, len(raw))
-        self.lines.publish(line)
+        self.lines.publish(line, len(raw))
 
     def may_send_event(self, machine: Machine) -> bool:
         return self._account(machine).events.take(1)
@@ -106,7 +106,7 @@ class ReportDesk:
             self.drop(event.machine, ReportDrop.EVENT_REPEATED)
             return
         self.recent_events.add(machine_id, event, len(event.data) + len(event.type_url))
-        self.events.publish(event)
+        self.events.publish(event, len(event.data))
 
     def drops_of(self, machine_id: str) -> dict[str, int]:
         account = self._accounts.get(machine_id)

@@ -15,18 +15,20 @@ T = TypeVar("T")
 class ReportStream(AsyncIterator[T | ReportsLost]):
     """What was published since it was made; ends when the server does. The oldest give way, and that is said."""
 
-    def __init__(self, limit: int) -> None:
-        self._waiting: deque[T] = deque()
-        self._limit = limit
+    def __init__(self, limit: int, max_bytes: int) -> None:
+        self._waiting: deque[tuple[T, int]] = deque()
+        self._limit, self._max_bytes = limit, max_bytes
+        self._size = 0
         self._lost = 0
         self._ready = anyio.Event()
         self._ended = False
 
-    def add(self, report: T) -> None:
-        if len(self._waiting) >= self._limit:
-            self._waiting.popleft()
+    def add(self, report: T, size: int) -> None:
+        self._waiting.append((report, size))
+        self._size += size
+        while len(self._waiting) > self._limit or (self._size > self._max_bytes and len(self._waiting) > 1):
+            self._take()
             self._lost += 1
-        self._waiting.append(report)
         self._ready.set()
 
     def end(self) -> None:
@@ -43,32 +45,38 @@ class ReportStream(AsyncIterator[T | ReportsLost]):
                 lost, self._lost = self._lost, 0
                 return ReportsLost(count=lost)
             if self._waiting:
-                return self._waiting.popleft()
+                return self._take()
             if self._ended:
                 raise StopAsyncIteration
             self._ready = anyio.Event()
             await self._ready.wait()
 
+    def _take(self) -> T:
+        report, size = self._waiting.popleft()
+        self._size -= size
+        return report
+
 
 class Feed(Generic[T]):
     """Gives each report to every stream that someone still holds."""
 
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
+    def __init__(self, limit: int, max_bytes: int) -> None:
+        self._limit, self._max_bytes = limit, max_bytes
         self._streams: WeakSet[ReportStream[T]] = WeakSet()
         self._ended = False
 
     def subscribe(self) -> ReportStream[T]:
-        stream: ReportStream[T] = ReportStream(self._limit)
+        stream: ReportStream[T] = ReportStream(self._limit, self._max_bytes)
         if self._ended:
             stream.end()
         else:
             self._streams.add(stream)
         return stream
 
-    def publish(self, report: T) -> None:
+    def publish(self, report: T, size: int) -> None:
+        """Hand out a report of `size` bytes."""
         for stream in self._streams:
-            stream.add(report)
+            stream.add(report, size)
 
     def end(self) -> None:
         self._ended = True

@@ -39,6 +39,8 @@ class ReportOptions:
     """Connections of one machine at a time: to the event sink, and to the log receiver."""
     reader_limit: int = 4096
     """Events or lines that wait for one slow reader before the oldest are dropped."""
+    reader_bytes: int = 16 * 1024 * 1024
+    """How many bytes of them."""
 
     def __post_init__(self) -> None:
         for port in (self.event_sink_port, self.log_port):

@@ -20,10 +20,11 @@ from siderolink.common.pb.machine import MachineStatusEvent, MachineStatusEventM
 from siderolink.common.token_bucket import TokenBucket
 from siderolink.common.wire_types import is_whole
 from siderolink.server.reporting.desk import ReportDesk
+from siderolink.server.reporting.feed import Feed
 from siderolink.server.reporting.lines import LineSplitter
 from siderolink.server.reporting.options import ReportOptions
 from siderolink.server.reporting.recent import ITEM_BYTES, Recent
-from siderolink.server.reporting.reports import LinesDropped, LogLine, MachineEvent
+from siderolink.server.reporting.reports import LinesDropped, LogLine, MachineEvent, ReportsLost
 from siderolink.server.store import Machine
 
 CAP = 40
@@ -117,6 +118,19 @@ async def test_a_reader_is_told_what_was_dropped() -> None:
     assert [type(report) for report in told] == [LogLine, LinesDropped, LogLine]
     assert isinstance(told[1], LinesDropped)
     assert told[1].count == 1
+
+
+@pytest.mark.anyio
+async def test_a_slow_reader_loses_the_oldest_by_number_and_by_bytes_and_is_told() -> None:
+    feed: Feed[int] = Feed(limit=3, max_bytes=100)
+    stream = feed.subscribe()
+    for number in range(5):
+        feed.publish(number, 10)
+    assert await stream.__anext__() == ReportsLost(count=2)
+    feed.publish(5, 95)
+    feed.end()
+    assert [report async for report in stream] == [ReportsLost(count=3), 5]
+    assert [report async for report in feed.subscribe()] == []
 
 
 def test_an_event_that_comes_again_is_kept_once_and_a_departed_machine_is_forgotten() -> None:
