@@ -1,8 +1,45 @@
-from siderolink.client.watch import HandshakeWatch
+"""The state machine: its transitions, and that its page in the documentation shows the same ones."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from siderolink.client.state import TRANSITIONS, LinkState, StateMachine
+
+PAGE = (Path(__file__).resolve().parents[3] / "docs" / "link.md").read_text()
 
 
-def test_a_way_without_a_handshake_is_down_after_its_attempt() -> None:
-    watch = HandshakeWatch(0.0)
-    assert watch.check(7.999) is None
-    assert watch.check(8.0) == "no handshake"
-    assert not watch.is_up
+def test_each_transition_has_a_reason_and_a_time() -> None:
+    told: list[tuple[LinkState, LinkState, str]] = []
+    now = 100.0
+    machine = StateMachine(lambda old, new, reason: told.append((old, new, reason)), lambda: now)
+    assert (machine.state, machine.since) == (LinkState.PROVISIONING, 100.0)
+    now = 103.0
+    machine.go(LinkState.CONNECTING, "one")
+    machine.go(LinkState.CONNECTING, "two")
+    assert told == [(LinkState.PROVISIONING, LinkState.CONNECTING, "one")]
+    assert (machine.reason, machine.since) == ("two", 103.0)
+    assert not machine.was_up
+    machine.go(LinkState.CONNECTED, "a handshake completed")
+    assert machine.was_up
+    assert machine.is_up
+
+
+def test_what_is_not_in_the_table_is_a_mistake() -> None:
+    machine = StateMachine(lambda *_: None)
+    with pytest.raises(AssertionError, match="provisioning is not followed by degraded"):
+        machine.go(LinkState.DEGRADED, "")
+
+
+def test_every_state_can_be_left_and_leads_to_the_end() -> None:
+    assert set(TRANSITIONS) == set(LinkState)
+    assert all(LinkState.LEFT in after or state is LinkState.LEFT for state, after in TRANSITIONS.items())
+
+
+def test_the_picture_and_the_table_of_the_documentation_are_the_machine() -> None:
+    expected = {(old, new) for old, after in TRANSITIONS.items() for new in after if new is not LinkState.LEFT}
+    arrow = re.findall(r"^ +([a-z_]+) --> ([a-z_]+)", PAGE, re.MULTILINE)
+    assert {(old.replace("_", "-"), new.replace("_", "-")) for old, new in arrow if new != "left"} == expected
+    row = re.findall(r"^\| `([a-z-]+)` \| `([a-z-]+)` \|", PAGE, re.MULTILINE)
+    assert {(old, new) for old, new in row} == expected

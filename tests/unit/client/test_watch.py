@@ -1,0 +1,206 @@
+"""When a link is up, in doubt and down, in virtual time; and that two WireGuards on a bad wire are never found down."""
+
+import pytest
+
+from siderolink.client.watch import DOUBT_PROBES, HandshakeWatch
+from siderolink.common.wireguard.noise import HandshakeCompleted, HandshakeGaveUp, PeerSilent
+from tests.support.virtual import Node, Wire, inner_packet, pair
+
+HOUR = 3600.0
+
+
+def up_at(now: float) -> HandshakeWatch:
+    watch = HandshakeWatch(now)
+    assert watch.handshake_completed(now)
+    return watch
+
+
+def probes(watch: HandshakeWatch, now: float) -> tuple[list[float], float, str]:
+    """Walk on without an answer: when handshakes were begun, when the link was down, and why."""
+    begun = []
+    while True:
+        reason = watch.check(now)
+        if reason is not None:
+            return begun, now, reason
+        if watch.take_probe(now):
+            begun.append(round(now, 3))
+        else:
+            now = watch.deadline
+
+
+def test_a_new_way_is_tried_later_and_later_and_then_given_up() -> None:
+    watch = HandshakeWatch(100.0)
+    assert not watch.is_up
+    assert probes(watch, 100.0) == ([101.0, 102.4, 104.36, 107.104], 108.0, "no handshake")
+
+
+def test_each_handshake_moves_the_deadline_to_275_seconds_later() -> None:
+    watch = HandshakeWatch(0.0)
+    assert watch.handshake_completed(3.0)
+    assert not watch.handshake_completed(123.0)
+    for second in range(124, 398):
+        watch.heard(float(second))
+        assert watch.check(float(second)) is None
+        assert not watch.take_probe(float(second))
+    assert watch.check(398.0) == "no handshake for 275 s"
+
+
+def test_an_older_handshake_changes_nothing() -> None:
+    watch = up_at(100.0)
+    watch.handshake_completed(50.0)
+    assert watch.deadline == 160.0
+
+
+def test_a_doubt_is_settled_within_fifteen_seconds() -> None:
+    watch = up_at(0.0)
+    assert watch.begin_doubt(20.0, "something looks wrong")
+    assert not watch.begin_doubt(21.0, "another thing"), "it is in doubt already"
+    begun, down_at, reason = probes(watch, 20.0)
+    assert begun == [20.0 + second for second in range(DOUBT_PROBES)]
+    assert down_at == 35.0
+    assert reason == "something looks wrong, and 15 handshakes went unanswered"
+
+
+def test_a_handshake_ends_the_doubt() -> None:
+    watch = up_at(0.0)
+    watch.begin_doubt(20.0, "something looks wrong")
+    assert watch.take_probe(20.0)
+    assert not watch.handshake_completed(20.5)
+    assert watch.doubt is None
+    assert not watch.take_probe(21.0)
+    assert watch.deadline == 80.5
+
+
+def test_silence_is_a_doubt_and_being_heard_is_not() -> None:
+    watch = up_at(0.0)
+    watch.heard(25.0)
+    assert watch.deadline == 85.0
+    watch.heard(20.0)
+    assert watch.deadline == 85.0
+    assert watch.check(85.0) is None
+    assert watch.doubt == "nothing was heard for 60 s"
+    assert watch.take_probe(85.0)
+
+
+def test_news_brings_the_next_handshake_forward() -> None:
+    watch = HandshakeWatch(0.0)
+    watch.probe_now(0.3)
+    assert watch.take_probe(0.3)
+    established = up_at(0.0)
+    established.probe_now(1.0)
+    assert not established.take_probe(1.0), "there is nothing to hope for"
+
+
+@pytest.mark.parametrize("was_in_doubt", [False, True])
+def test_a_host_that_slept_gets_another_chance(was_in_doubt: bool) -> None:
+    watch = up_at(0.0)
+    if was_in_doubt:
+        watch.begin_doubt(10.0, "something looked wrong")
+    watch.slept(9000.0)
+    assert watch.check(9000.0) is None
+    assert watch.take_probe(9000.0)
+    assert watch.check(9014.0) is None
+    assert watch.check(9016.0) is not None
+
+
+def test_a_new_way_gets_its_whole_time_after_a_sleep() -> None:
+    watch = HandshakeWatch(0.0)
+    watch.slept(5000.0)
+    assert watch.check(5007.0) is None
+    assert watch.check(5008.0) == "no handshake"
+
+
+class Machine:
+    """A machine's engine with the watch that looks after it, in virtual time."""
+
+    def __init__(self, node: Node, server: Node) -> None:
+        self.node = node
+        self.peer = node.add(server, keepalive=25)
+        self.watch = HandshakeWatch(0.0)
+        self.downs: list[str] = []
+        self.doubts = 0
+
+    def follow(self, now: float) -> None:
+        for event in self.node.events:
+            if isinstance(event, HandshakeCompleted):
+                self.watch.handshake_completed(now)
+            elif isinstance(event, PeerSilent):
+                self.doubts += self.watch.begin_doubt(now, "silent")
+            elif isinstance(event, HandshakeGaveUp):
+                self.downs.append("gave up")
+        self.node.events.clear()
+        if self.peer.last_received_at is not None:
+            self.watch.heard(self.peer.last_received_at)
+        reason = self.watch.check(now)
+        if reason is not None:
+            self.downs.append(reason)
+            self.watch = HandshakeWatch(now)
+        if self.watch.take_probe(now):
+            self.node.engine.handshake(self.peer, now)
+            self.node.drain()
+
+
+def live(wire: Wire, machine: Machine, until: float, *, packet_every: float | None) -> None:
+    """Walk on in steps of half a second; the machine sends a packet now and then, and the server answers each."""
+    server = wire.nodes["b"]
+    next_packet = wire.clock.now
+    while wire.clock.now < until:
+        if packet_every is not None and wire.clock.now >= next_packet:
+            machine.node.send(inner_packet("fd00::a", "fd00::b", b"ping"))
+            next_packet += packet_every
+        wire.run(wire.clock.now + 0.5)
+        for _ in server.received:
+            server.send(inner_packet("fd00::b", "fd00::a", b"pong"))
+        server.received.clear()
+        machine.node.received.clear()
+        machine.follow(wire.clock.now)
+
+
+@pytest.mark.parametrize("packet_every", [None, 1.0, 33.0], ids=["idle", "busy", "now and then"])
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_two_hours_at_a_fifth_lost_each_way_are_no_reason(packet_every: float | None, seed: int) -> None:
+    node, server, wire = pair(seed, drop=0.2)
+    machine = Machine(node, server)
+    server.add(node, dial=False, keepalive=25)
+    live(wire, machine, 2 * HOUR, packet_every=packet_every)
+    assert machine.downs == []
+    # Under traffic WireGuard renews a session before anything goes unanswered.
+    assert machine.doubts > 0 or packet_every == 1.0, "there was something to judge"
+
+
+def test_an_idle_night_is_no_reason_not_even_for_a_doubt() -> None:
+    node, server, wire = pair()
+    machine = Machine(node, server)
+    server.add(node, dial=False, keepalive=25)
+    live(wire, machine, 8 * HOUR, packet_every=None)
+    assert (machine.downs, machine.doubts) == ([], 0)
+
+
+def test_a_wire_that_is_cut_under_traffic_is_noticed_within_half_a_minute() -> None:
+    node, server, wire = pair()
+    machine = Machine(node, server)
+    server.add(node, dial=False, keepalive=25)
+    live(wire, machine, 100.0, packet_every=1.0)
+    wire.faults.drop = 1.0
+    live(wire, machine, 135.0, packet_every=1.0)
+    assert len(machine.downs) == 1
+
+
+def test_a_wire_that_is_cut_while_idle_is_noticed_within_two_minutes() -> None:
+    node, server, wire = pair()
+    machine = Machine(node, server)
+    server.add(node, dial=False, keepalive=25)
+    live(wire, machine, 100.0, packet_every=None)
+    wire.faults.drop = 1.0
+    live(wire, machine, 220.0, packet_every=None)
+    assert machine.downs
+
+
+def test_the_wall_clock_may_be_set_back_by_a_day() -> None:
+    node, server, wire = pair()
+    machine = Machine(node, server)
+    server.add(node, dial=False, keepalive=25)
+    live(wire, machine, 100.0, packet_every=1.0)
+    wire.clock.wall_offset_ns -= 86_400 * 10**9
+    live(wire, machine, 1000.0, packet_every=1.0)
+    assert machine.downs == []
