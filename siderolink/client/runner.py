@@ -13,6 +13,7 @@ import ssl
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from ipaddress import IPv6Network
+from typing import TYPE_CHECKING
 
 import anyio
 
@@ -35,7 +36,9 @@ from siderolink.common.nudge import Nudge
 from siderolink.common.tasks import background_tasks
 from siderolink.common.transport.choice import Route, Transport, choose
 from siderolink.common.wireguard.device import DEFAULT_MTU, Device, DeviceConfig, DeviceKind, PeerConfig
-from siderolink.common.wireguard.noise import Timestamps
+
+if TYPE_CHECKING:
+    from siderolink.common.wireguard.noise import Timestamps
 
 KEEPALIVE = 25
 """Seconds between keepalives towards the server."""
@@ -71,8 +74,7 @@ class LinkRunner:
         self._emit = emit
         self._host = host or ThisHost()
         self._key = options.private_key or PrivateKey.generate()
-        # One for all devices of this key: a server takes no initiation that is older than the last.
-        self._timestamps = Timestamps()
+        self._timestamps: Timestamps | None = None
         self._nudge = Nudge()
         self._asker = Asker(
             options.url,
@@ -152,7 +154,7 @@ class LinkRunner:
             addresses=(answer.address,),
             mtu=DEFAULT_MTU,
             listen_port=transport.listen_port,
-            timestamps=self._timestamps,
+            timestamps=self._rising_timestamps(),
         )
         await self._host.check_overlay(answer.address.network, config.name)
         send, receive = anyio.create_memory_object_stream[Signal](math.inf)
@@ -195,6 +197,14 @@ class LinkRunner:
                 await device.remove_peer(answer.server_key)
             answer = newer
             self._adopt(answer)
+
+    def _rising_timestamps(self) -> "Timestamps":
+        """One for all devices of this key: a server takes no initiation that is older than the last."""
+        from siderolink.common.wireguard.noise import Timestamps
+
+        if self._timestamps is None:
+            self._timestamps = Timestamps()
+        return self._timestamps
 
     def _adopt(self, answer: Provisioned) -> Transport:
         self.answer = answer
@@ -247,7 +257,7 @@ class LinkRunner:
         assert udp is not None
         # Where handshakes passed before and large packets did not, they are no reason to go back soon.
         tries = Backoff(first=900.0, cap=3600.0, floor=600.0) if self._udp_is_small else self._udp_tries
-        await until_udp_passes(self._key, udp.server_key, udp.endpoints, self._timestamps, tries, self._nudge)
+        await until_udp_passes(self._key, udp.server_key, udp.endpoints, self._rising_timestamps(), tries, self._nudge)
         signals.put(UdpPasses())
 
 

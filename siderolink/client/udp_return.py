@@ -6,6 +6,7 @@ answers by UDP from then on: so the link has to go back at once.
 
 from collections.abc import Sequence
 from ipaddress import IPv6Network
+from typing import TYPE_CHECKING
 
 import anyio
 
@@ -14,7 +15,9 @@ from siderolink.common.hostport import HostPort
 from siderolink.common.keys import PrivateKey, PublicKey
 from siderolink.common.nudge import Nudge
 from siderolink.common.wireguard.device import DeviceConfig, DeviceEvent, HandshakeCompleted, PeerConfig
-from siderolink.common.wireguard.noise import Timestamps
+
+if TYPE_CHECKING:
+    from siderolink.common.wireguard.noise import Timestamps
 
 _TIMEOUT = 6.0
 """Seconds a try takes: two initiations."""
@@ -24,7 +27,7 @@ async def until_udp_passes(
     key: PrivateKey,
     server_key: PublicKey,
     endpoints: Sequence[HostPort],
-    timestamps: Timestamps,
+    timestamps: "Timestamps",
     backoff: Backoff,
     nudge: Nudge,
 ) -> None:
@@ -36,7 +39,7 @@ async def until_udp_passes(
                 return
 
 
-async def _try(key: PrivateKey, server_key: PublicKey, endpoint: HostPort, timestamps: Timestamps) -> bool:
+async def _try(key: PrivateKey, server_key: PublicKey, endpoint: HostPort, timestamps: "Timestamps") -> bool:
     # Only here, because it needs the data plane, which a kernel device does without.
     from siderolink.common.wireguard.packet_device import open_packet_device
 

@@ -17,7 +17,7 @@ def up_at(now: float) -> HandshakeWatch:
 
 def probes(watch: HandshakeWatch, now: float) -> tuple[list[float], float, str]:
     """Walk on without an answer: when handshakes were begun, when the link was down, and why."""
-    begun = []
+    begun: list[float] = []
     while True:
         reason = watch.check(now)
         if reason is not None:
