@@ -32,6 +32,9 @@ MAX_LINE_BYTES = 16 * 1024
 """A longer line is cut in its message."""
 CONNECT_TIMEOUT = 10.0
 SEND_TIMEOUT = 5.0
+TAKE_TIMEOUT_MS = 15_000
+"""How long the other end may take to acknowledge what was sent, before the connection is made anew."""
+KEEPALIVE_SECONDS = 30
 RETRY_SECONDS = 1.0
 _BATCH_BYTES = 64 * 1024
 
@@ -207,6 +210,9 @@ async def _connect(address: HostPort) -> socket.socket:
             sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
             try:
                 await loop.sock_connect(sock, target)
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_SECONDS)
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, TAKE_TIMEOUT_MS)
                 return sock
             except OSError as error:
                 sock.close()

@@ -318,26 +318,30 @@ def test_places_are_compared_by_value() -> None:
     assert len({Everywhere(), Nowhere(), Everywhere(), one, other}) == 3
 
 
+def place_of(api: MaintenanceApi) -> object:
+    return api.place
+
+
 async def test_an_interface_that_was_made_anew_is_another_place(monkeypatch: pytest.MonkeyPatch) -> None:
     numbers = {"siderolink": 7}
     monkeypatch.setattr("socket.if_nametoindex", numbers.__getitem__)
     async with serving(place=Nowhere()) as api:
         presence = LinkPresence(api)
         presence.configured(JoinURL.parse("grpc://192.0.2.1:4000"))
-        assert api.place == Nowhere()
+        assert place_of(api) == Nowhere()
         address, server = IPv6Interface("fdae::2/64"), IPv6Address("fdae::1")
         joined = Joined(
             server_key=PrivateKey.generate().public_key(), address=address, server_address=server, transport="udp", endpoints=()
         )
         presence.on_event(joined)
-        assert api.place == Nowhere()
+        assert place_of(api) == Nowhere()
         configured = InterfaceConfigured(interface="siderolink", kind="userspace", mtu=1280)
         presence.on_event(configured)
-        assert api.place == OnOverlay(address=address.ip, interface="siderolink", server=server, interface_index=7)
+        assert place_of(api) == OnOverlay(address=address.ip, interface="siderolink", server=server, interface_index=7)
         numbers["siderolink"] = 9
         presence.on_event(configured)
-        assert api.place == OnOverlay(address=address.ip, interface="siderolink", server=server, interface_index=9)
+        assert place_of(api) == OnOverlay(address=address.ip, interface="siderolink", server=server, interface_index=9)
         presence.on_event(Left())
-        assert api.place == Nowhere()
+        assert place_of(api) == Nowhere()
         presence.removed()
-        assert api.place == Everywhere()
+        assert place_of(api) == Everywhere()
