@@ -13,6 +13,7 @@ FRAME_HEADER_BYTES = 9
 DATA, HEADERS, PRIORITY, RST_STREAM, SETTINGS, PUSH_PROMISE, PING, GOAWAY, WINDOW_UPDATE, CONTINUATION = range(10)
 END_HEADERS = 0x4
 END_STREAM = 0x1
+ACK = 0x1
 
 _FRAME_HEADER = struct.Struct(">HBBBL")
 _WINDOW_UPDATE = struct.Struct(">HBBBLL")
@@ -23,6 +24,12 @@ _MAX_CREDIT = 4096
 def frame_header(length: int, frame_type: int, flags: int, stream_id: int) -> bytes:
     """The nine bytes before a frame's payload (RFC 9113, 4.1)."""
     return _FRAME_HEADER.pack(length >> 8, length & 0xFF, frame_type, flags, stream_id)
+
+
+def read_header(data: bytes, pos: int) -> tuple[int, int, int, int]:
+    """Length, type, flags and stream of the frame whose header is at `pos`; the reserved bit is ignored."""
+    high, low, kind, flags, stream_id = _FRAME_HEADER.unpack_from(data, pos)
+    return high << 8 | low, kind, flags, stream_id & 0x7FFF_FFFF
 
 
 def window_update(stream_id: int, increment: int) -> bytes:
