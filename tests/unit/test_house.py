@@ -54,7 +54,7 @@ CLI_DEPENDENCIES = {"platformdirs", "rich", "typer", "uvloop", "watchfiles"}
 PARTS = {
     "siderolink.client.config": {"pydantic", "pydantic_core", "watchfiles", "yaml"},
     "siderolink.common.grpc.proxied": {"python_socks"},
-    "siderolink.server.store.sql": {"alembic", "sqlalchemy"},
+    "siderolink.server.store.sql": {"aiosqlite", "alembic", "sqlalchemy"},
 }
 # what grpclib stands on; only the room that reaches into grpclib may use it
 GRPCLIB_INSIDES = {"h2", "hpack", "hyperframe", "multidict"}

@@ -7,31 +7,22 @@ looked up first: where the database refuses one, nothing is stored and the batch
 """
 
 import asyncio
+import sqlite3
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
-from sqlalchemy import bindparam, delete, insert, update
-from sqlalchemy.exc import IntegrityError
-from sqlalchemy.ext.asyncio import AsyncConnection
+import aiosqlite
+import anyio
 
 from siderolink.common.errors import StoreError
 from siderolink.server.store.base import Change, Work
-from siderolink.server.store.sql import tables
+from siderolink.server.store.sql import statements
 from siderolink.server.store.sql.failures import translated
 from siderolink.server.store.sql.reading import Key, Reader
 from siderolink.server.store.sql.transaction import SqlTransaction
 
 MAX_BATCH = 256
-
-_DELETE = delete(tables.machines)
-_INSERT = insert(tables.machines)
-_NOTE = (
-    update(tables.machines)
-    .where(tables.machines.c.id == bindparam("machine_id"))
-    .values(last_endpoint=bindparam("endpoint"), seen_at=bindparam("at"))
-)
-_NOTE_HANDSHAKE = _NOTE.values(last_handshake_at=bindparam("handshake"))
 
 
 class _Job:
@@ -69,10 +60,10 @@ class _Job:
 
 
 class Batches:
-    """Runs works on one connection, batch by batch."""
+    """Runs works on one connection's driver, batch by batch."""
 
-    def __init__(self, connection: AsyncConnection, on_changes: Callable[[Sequence[Change]], None]) -> None:
-        self._connection = connection
+    def __init__(self, driver: aiosqlite.Connection, on_changes: Callable[[Sequence[Change]], None]) -> None:
+        self._driver = driver
         self._on_changes = on_changes
         self._waiting: deque[_Job] = deque()
         self._wake = asyncio.Event()
@@ -89,11 +80,11 @@ class Batches:
         self._wake.set()
         return await job.future
 
-    async def alone(self, work: Callable[[AsyncConnection], Awaitable[None]]) -> None:
+    async def alone(self, work: Callable[[], Awaitable[None]]) -> None:
         """Run something on the connection outside any transaction, between two batches."""
         async with self._lock:
             with translated():
-                await work(self._connection)
+                await work()
 
     async def close(self) -> None:
         """Let `run` finish what waits, and wait for it."""
@@ -134,7 +125,7 @@ class Batches:
             with translated():
                 try:
                     taken, put_off = await self._attempt(jobs, is_checked=False)
-                except IntegrityError:  # somebody chose a value that is stored already, and has to be told so
+                except sqlite3.IntegrityError:  # somebody chose a value that is stored already, and has to be told so
                     taken, put_off = await self._attempt(jobs, is_checked=True)
         except StoreError as error:
             failure = error
@@ -145,17 +136,24 @@ class Batches:
                 job.error = job.error or failure
             elif job.error is None:
                 changes += job.transaction.changes
-        if changes:
-            self._on_changes(changes)
         for job in taken:
             job.settle()
+        if changes:  # told after the callers, who then have applied their own changes when they hear of them again
+            self._on_changes(changes)
 
     async def _attempt(self, jobs: list[_Job], *, is_checked: bool) -> tuple[list[_Job], list[_Job]]:
         """Run the jobs and commit; returns those that were taken, and those that have to run again after them."""
-        async with self._connection.begin():
-            await _run_side_by_side(jobs, Reader(self._connection), is_checked)
+        try:
+            await _run_side_by_side(jobs, Reader(self._driver), is_checked)
             taken, put_off = _take(jobs)
-            await _write(self._connection, [job.transaction for job in taken if job.error is None])
+            changed = [job.transaction for job in taken if job.error is None and job.transaction.writes]
+            if changed:
+                await _write(self._driver, changed)
+                await self._driver.commit()
+        except BaseException:
+            with anyio.CancelScope(shield=True):
+                await self._driver.rollback()
+            raise
         return taken, put_off
 
 
@@ -184,35 +182,15 @@ def _take(jobs: list[_Job]) -> tuple[list[_Job], list[_Job]]:
     return taken, put_off
 
 
-async def _write(connection: AsyncConnection, transactions: Sequence[SqlTransaction]) -> None:
+async def _write(driver: aiosqlite.Connection, transactions: Sequence[SqlTransaction]) -> None:
+    """Store what the transactions changed; begins a transaction of the database where there is something."""
     rows = {machine_id: row for transaction in transactions for machine_id, row in transaction.rows.items()}
-    # All out first, then in: on the way no two rows may hold the same value.
     known = [machine_id for transaction in transactions for machine_id in transaction.stored.intersection(transaction.rows)]
-    new = [tables.machine_values(row) for row in rows.values() if row is not None]
-    if known:
-        await connection.execute(_DELETE.where(tables.machines.c.id.in_(known)))
-    if new:
-        await connection.execute(_INSERT, new)
+    await statements.replace_machines(driver, known, [row for row in rows.values() if row is not None])
     for transaction in transactions:
-        for node_uuid, banned in transaction.bans.items():
-            await connection.execute(delete(tables.bans).where(tables.bans.c.node_uuid == node_uuid))
-            if banned:
-                await connection.execute(insert(tables.bans).values(node_uuid=node_uuid))
+        if transaction.bans:
+            await statements.set_bans(driver, transaction.bans)
         if transaction.record is not None:
-            await connection.execute(delete(tables.server))
-            await connection.execute(insert(tables.server).values(tables.server_values(transaction.record)))
-        await _note(connection, transaction)
-
-
-async def _note(connection: AsyncConnection, transaction: SqlTransaction) -> None:
-    plain, with_handshake = [], []
-    for machine_id, sighting in transaction.sightings.items():
-        values = {"machine_id": machine_id, "endpoint": sighting.endpoint, "at": sighting.seen_at}
-        if sighting.handshake_at is None:
-            plain.append(values)
-        else:
-            with_handshake.append(values | {"handshake": sighting.handshake_at})
-    if plain:
-        await connection.execute(_NOTE, plain)
-    if with_handshake:
-        await connection.execute(_NOTE_HANDSHAKE, with_handshake)
+            await statements.set_server(driver, transaction.record)
+        if transaction.sightings:
+            await statements.note(driver, transaction.sightings)

@@ -1,5 +1,6 @@
 """What a database can raise, as this package's errors."""
 
+import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -16,8 +17,8 @@ def translated() -> Iterator[None]:
     """Raises StoreFullError or StoreError for what the database raises; no message holds a row's values."""
     try:
         yield
-    except DBAPIError as error:
-        reason = one_line(str(error.orig))
+    except (DBAPIError, sqlite3.Error) as error:
+        reason = one_line(str(error.orig if isinstance(error, DBAPIError) else error))
         if _FULL in reason:
             raise StoreFullError("the state cannot grow: the disk is full") from error
         raise StoreError(f"the state cannot be read or written: {reason}") from error

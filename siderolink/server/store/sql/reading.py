@@ -3,12 +3,11 @@
 import asyncio
 from collections.abc import Hashable, Iterable, Sequence
 
-from sqlalchemy import or_, select
-from sqlalchemy.ext.asyncio import AsyncConnection
+import aiosqlite
 
 from siderolink.common.errors import StoreError
 from siderolink.server.store.base import Machine, ServerRecord
-from siderolink.server.store.sql import tables
+from siderolink.server.store.sql import statements
 from siderolink.server.store.sql.failures import translated
 
 Key = tuple[str, Hashable]
@@ -18,14 +17,13 @@ BAN = "ban"
 SERVER: Key = ("server", 1)
 
 Found = Machine | ServerRecord | bool | None
-_COLUMNS = {column.name: column for column in tables.machines.columns}
 
 
 class Reader:
     """Reads rows of one database transaction, each at most once; the works of a batch share it."""
 
-    def __init__(self, connection: AsyncConnection) -> None:
-        self._connection = connection
+    def __init__(self, driver: aiosqlite.Connection) -> None:
+        self._driver = driver
         self._answers: dict[Key, asyncio.Future[Found]] = {}
         self._wanted: list[Key] = []
         self._wake = asyncio.Event()
@@ -76,20 +74,10 @@ class Reader:
             by_column.setdefault(column, []).append(value)
         banned = by_column.pop(BAN, None)
         if banned is not None:
-            rows = await self._connection.execute(select(tables.bans).where(tables.bans.c.node_uuid.in_(banned)))
-            found |= {(BAN, node_uuid): True for (node_uuid,) in rows}
+            found |= {(BAN, node_uuid): True for node_uuid in await statements.find_bans(self._driver, banned)}
         if by_column.pop(SERVER[0], None) is not None:
-            row = (await self._connection.execute(select(tables.server))).mappings().first()
-            found[SERVER] = None if row is None else tables.read_server(row)
+            found[SERVER] = await statements.find_server(self._driver)
         if by_column:
-            await self._fetch_machines(by_column, found)
+            for machine in await statements.find_machines(self._driver, by_column):
+                found |= {(name, getattr(machine, name)): machine for name in by_column}
         return found
-
-    async def _fetch_machines(self, by_column: dict[str, list[Hashable]], found: dict[Key, Found]) -> None:
-        # In one order, so that the statement's text is one of few and is compiled once.
-        asked = [(name, by_column[name]) for name in _COLUMNS if name in by_column]
-        matches = [_COLUMNS[name].in_([tables.cell(value) for value in values]) for name, values in asked]
-        rows = await self._connection.execute(select(tables.machines).where(or_(*matches)))
-        for row in rows.mappings():
-            machine = tables.read_machine(row)
-            found |= {(name, getattr(machine, name)): machine for name, _ in asked}

@@ -4,8 +4,9 @@ import os
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
+import aiosqlite
 import anyio
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -26,11 +27,13 @@ _PAGE = 1024
 class SqlStore:
     """See `Store`. One server at a time has the file open."""
 
-    def __init__(self, connection: AsyncConnection, feed_limit: int) -> None:
+    def __init__(self, connection: AsyncConnection, driver: aiosqlite.Connection, feed_limit: int) -> None:
         """For `open`."""
+        self._connection = connection
+        self._driver = driver
         self._feeds: set[Feed] = set()
         self._feed_limit = feed_limit
-        self._batches = Batches(connection, self._publish)
+        self._batches = Batches(driver, self._publish)
         self._running = anyio.CancelScope(shield=True)
 
     @classmethod
@@ -41,7 +44,9 @@ class SqlStore:
         Raises StoreError, with one clear line, for a file that cannot be used; such a file is never changed.
         """
         async with open_file(Path(path)) as connection:
-            store = cls(connection, feed_limit)
+            driver = (await connection.get_raw_connection()).driver_connection
+            assert isinstance(driver, aiosqlite.Connection)
+            store = cls(connection, driver, feed_limit)
             async with background_tasks() as tasks:
                 tasks.start_soon(store._run, name="siderolink store")
                 try:
@@ -69,11 +74,11 @@ class SqlStore:
         while True:
             page: list[Machine] = []
 
-            async def read(connection: AsyncConnection, after: str = last, page: list[Machine] = page) -> None:
+            async def read(after: str = last, page: list[Machine] = page) -> None:
                 columns = tables.machines.c
                 statement = select(tables.machines).where(columns.id > after).order_by(columns.id).limit(_PAGE)
-                async with connection.begin():
-                    page += [tables.read_machine(row) for row in (await connection.execute(statement)).mappings()]
+                async with self._connection.begin():
+                    page += [tables.read_machine(row) for row in (await self._connection.execute(statement)).mappings()]
 
             await self._batches.alone(read)
             for machine in page:
@@ -102,8 +107,7 @@ class SqlStore:
         except OSError as error:
             raise StoreError(f"the copy {path} cannot be made: {error.strerror}") from None
 
-        async def copy(connection: AsyncConnection) -> None:
-            driver: Any = (await connection.get_raw_connection()).driver_connection
-            await driver.execute("VACUUM INTO ?", (str(path),))
+        async def copy() -> None:
+            await self._driver.execute("VACUUM INTO ?", (str(path),))
 
         await self._batches.alone(copy)

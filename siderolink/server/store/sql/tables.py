@@ -1,8 +1,10 @@
 """The tables, and how a machine's row is written in them."""
 
+from collections.abc import Mapping
 from ipaddress import IPv6Address
+from typing import Any
 
-from sqlalchemy import Boolean, CheckConstraint, Column, Float, Integer, LargeBinary, MetaData, RowMapping, Table, Text
+from sqlalchemy import Boolean, CheckConstraint, Column, Float, Integer, LargeBinary, MetaData, Table, Text
 
 from siderolink.common.errors import StoreError
 from siderolink.common.keys import KEY_BYTES, PrivateKey, PublicKey
@@ -56,19 +58,18 @@ def cell(value: object) -> object:
     return value
 
 
-def machine_values(machine: Machine) -> dict[str, object]:
-    return {column.name: cell(getattr(machine, column.name)) for column in machines.columns}
-
-
-def read_machine(row: RowMapping) -> Machine:
+def read_machine(row: Mapping[Any, Any]) -> Machine:
     """Raises StoreError for a row that no server wrote."""
     fields = dict(row)
     key, virtual = fields.pop("public_key"), fields.pop("virtual_address")
+    tunnel, was_linked = fields.pop("tunnel"), fields.pop("was_linked")
     try:
         return Machine(
             public_key=None if key is None else PublicKey(key),
             overlay_address=IPv6Address(fields.pop("overlay_address")),
             virtual_address=None if virtual is None else IPv6Address(virtual),
+            tunnel=bool(tunnel),
+            was_linked=bool(was_linked),
             **fields,
         )
     except (ValueError, TypeError):
@@ -84,7 +85,7 @@ def server_values(record: ServerRecord) -> dict[str, object]:
     }
 
 
-def read_server(row: RowMapping) -> ServerRecord:
+def read_server(row: Mapping[Any, Any]) -> ServerRecord:
     """Raises StoreError for a row that no server wrote."""
     if len(row["timestamp_mark"]) != 12 or len(row["private_key"]) != KEY_BYTES:
         raise StoreError("the state holds a server's record that no server wrote")
