@@ -7,7 +7,9 @@ for one machine apart, and the row's revision keeps an older change from overtak
 import logging
 import secrets
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
+from itertools import islice
 
 import anyio
 from anyio import TASK_STATUS_IGNORED
@@ -41,8 +43,12 @@ from siderolink.server.store import (
 
 log = logging.getLogger(__name__)
 
+CHECKS_TOGETHER = 256
+"""Checks that are made at the same time, at most."""
 RETRY_SECONDS = 30.0
 """When a check could not be made (the store or the device failed), it is made again after so long."""
+
+Check = Callable[[], Awaitable[None]]
 
 
 class Machines:
@@ -236,17 +242,29 @@ class Machines:
         Each link that is up is looked at once per `down_after`, when it would be down had nothing come since the last look.
         """
         while self._noise:
-            await self._guarded(None, self._links.set_quiet(*self._noise.popleft()))
+            await self._guarded(None, partial(self._links.set_quiet, *self._noise.popleft()))
         while self._linked:
-            await self._guarded(None, self._record_link(*self._linked.popleft()))
+            linked = [self._linked.popleft() for _ in range(min(CHECKS_TOGETHER, len(self._linked)))]
+            await self._together([(None, partial(self._record_link, *each)) for each in linked])
         now = self._clock.monotonic()
-        while (due := self._deadlines.pop_due(now)) is not None:
-            check = self._links.prove_or_end(due) if isinstance(due, Stream) else self._check_machine(due)
-            await self._guarded(due, check)
+        while due := list(islice(iter(partial(self._deadlines.pop_due, now), None), CHECKS_TOGETHER)):
+            await self._together([(key, partial(self._check, key)) for key in due])
 
-    async def _guarded(self, key: str | Stream | None, check: Awaitable[None]) -> None:
+    async def _together(self, checks: Sequence[tuple[str | Stream | None, Check]]) -> None:
+        """Make checks side by side: what they ask of the store then takes one commit."""
+        if len(checks) == 1:
+            await self._guarded(*checks[0])
+            return
+        async with anyio.create_task_group() as tasks:
+            for check in checks:
+                tasks.start_soon(self._guarded, *check)
+
+    async def _check(self, due: str | Stream) -> None:
+        await (self._links.prove_or_end(due) if isinstance(due, Stream) else self._check_machine(due))
+
+    async def _guarded(self, key: str | Stream | None, check: Check) -> None:
         try:
-            await check
+            await check()
         except SideroLinkError as error:
             log.warning("a check of a machine failed and is repeated: %s", error)
             if key is not None:
