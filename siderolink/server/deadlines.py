@@ -49,6 +49,13 @@ class Deadlines(Generic[K]):
         del self._at[key]
         return key
 
+    def take_due(self, now: float, most: int) -> list[K]:
+        """Take out the keys whose deadlines have come, the earliest first and `most` at most."""
+        due: list[K] = []
+        while len(due) < most and (key := self.pop_due(now)) is not None:
+            due.append(key)
+        return due
+
     def _drop_stale(self) -> None:
         while self._heap and self._at.get(self._heap[0][2]) != self._heap[0][:2]:
             heapq.heappop(self._heap)

@@ -9,7 +9,6 @@ import secrets
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
-from itertools import islice
 
 import anyio
 from anyio import TASK_STATUS_IGNORED
@@ -247,7 +246,7 @@ class Machines:
             linked = [self._linked.popleft() for _ in range(min(CHECKS_TOGETHER, len(self._linked)))]
             await self._together([(None, partial(self._record_link, *each)) for each in linked])
         now = self._clock.monotonic()
-        while due := list(islice(iter(partial(self._deadlines.pop_due, now), None), CHECKS_TOGETHER)):
+        while due := self._deadlines.take_due(now, CHECKS_TOGETHER):
             await self._together([(key, partial(self._check, key)) for key in due])
 
     async def _together(self, checks: Sequence[tuple[str | Stream | None, Check]]) -> None:

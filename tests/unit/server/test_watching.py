@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import TypeVar
 
 import anyio
 import pytest
@@ -21,9 +22,12 @@ from siderolink.server import (
     MemoryStore,
 )
 from siderolink.server.events import EventHub
+from siderolink.server.store.base import Work
 from tests.support.manager import FakeMachine, Manager, drain, following, new_key
 
 pytestmark = pytest.mark.anyio
+
+T = TypeVar("T")
 
 
 async def _settled(is_so: Callable[[], bool]) -> None:
@@ -244,3 +248,37 @@ async def test_a_limit_of_pending_machines_counts_those_that_shake_hands_out() -
         await manager.handshake(machine)
     await manager.join(FakeMachine())
     assert (await manager.refuses(FakeMachine()))[0] is Status.RESOURCE_EXHAUSTED
+
+
+class CountedStore(MemoryStore):
+    """Counts the transactions that are under way at the same time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.under_way = self.most = 0
+
+    async def transact(self, work: Work[T]) -> T:
+        self.under_way += 1
+        self.most = max(self.most, self.under_way)
+        try:
+            return await super().transact(work)
+        finally:
+            self.under_way -= 1
+
+
+async def test_what_many_machines_leave_to_be_written_is_written_together() -> None:
+    store = CountedStore()
+    manager = Manager(store=store)
+    machines = [FakeMachine() for _ in range(40)]
+    for machine in machines:
+        await manager.join(machine)
+    for machine in machines[:20]:
+        manager.device.hear(machine.key, handshake=True)
+    store.most = 0
+    await manager.machines.check()
+    assert store.most == 20
+    assert all([(await manager.row(machine)).linked_at for machine in machines[:20]])
+    store.most = 0
+    await manager.pass_time(600.0)
+    assert store.most == 20
+    assert len(manager.links) == 20
