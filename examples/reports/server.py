@@ -29,15 +29,18 @@ async def print_lines(reports: Reports) -> None:
 
 
 async def ask_version(machine: Machine) -> None:
-    try:
-        async with open_machine_api(machine) as channel:
-            with translate_errors("the machine"):
-                answer = await MachineServiceStub(channel).version(Empty(), timeout=10)
-    except (siderolink.SideroLinkError, GRPCError) as error:
-        print(f"{machine.overlay_address} did not say what it runs: {error}", flush=True)
+    for _ in range(10):
+        try:
+            async with open_machine_api(machine) as channel:
+                with translate_errors("the machine"):
+                    answer = await MachineServiceStub(channel).version(Empty(), timeout=10)
+        except (siderolink.SideroLinkError, GRPCError) as error:
+            print(f"{machine.overlay_address} does not say yet what it runs: {error}", flush=True)
+            await asyncio.sleep(1)  # the link stands a moment before the machine's API listens on it
+            continue
+        for message in answer.messages:
+            print(f"{machine.overlay_address} runs {message.version.tag if message.version else '?'}", flush=True)
         return
-    for message in answer.messages:
-        print(f"{machine.overlay_address} runs {message.version.tag if message.version else '?'}", flush=True)
 
 
 async def main(options: argparse.Namespace) -> None:

@@ -85,7 +85,7 @@ def applying(hook: Callable[[ApplyRequest], Awaitable[ApplyAnswer]]) -> MachineH
     return MachineHooks(apply_configuration=hook)
 
 
-async def test_the_version_is_what_the_embedder_says(no_leaks: None) -> None:
+async def test_the_version_is_what_the_embedder_says() -> None:
     async with serving(MachineHooks(version=MachineVersion(tag="v1.2.3", platform="cloud"))) as api:
         [answer] = (await ask(api, MachineClient.version)).messages
         assert (answer.version.tag, answer.version.os, answer.platform.name) == ("v1.2.3", "linux", "cloud")
@@ -345,3 +345,11 @@ async def test_an_interface_that_was_made_anew_is_another_place(monkeypatch: pyt
         assert place_of(api) == Nowhere()
         presence.removed()
         assert place_of(api) == Everywhere()
+
+
+async def test_leaving_takes_everything_along_though_connections_are_open(no_leaks: None) -> None:
+    async with serving() as api:
+        assert api.port is not None
+        await anyio.to_thread.run_sync(fetch_certificate, "127.0.0.1", api.port)
+        half_open = await anyio.connect_tcp("127.0.0.1", api.port)
+    await half_open.aclose()
