@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -116,25 +117,49 @@ def load_order(files: dict[str, Path]) -> dict[str, bytes]:
     return ordered
 
 
-def archive(entries: Iterable[tuple[str, int, bytes]]) -> Iterator[bytes]:
-    """A cpio archive (newc) of files: name, mode, contents."""
-    for number, (name, mode, data) in enumerate([*entries, ("TRAILER!!!", 0, b"")], start=1):
-        fields = (number, mode, 0, 0, 1, 0, len(data), 0, 0, 0, 0, len(name) + 1, 0)
-        head = b"070701" + b"".join(b"%08x" % field for field in fields) + name.encode() + b"\0"
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One file or folder of the archive."""
+
+    name: str
+    mode: int
+    data: bytes = b""
+    mtime: int = 0
+
+
+def archive(entries: Iterable[Entry]) -> Iterator[bytes]:
+    """A cpio archive (newc)."""
+    for number, entry in enumerate([*entries, Entry("TRAILER!!!", 0)], start=1):
+        name, data = entry.name.encode() + b"\0", entry.data
+        fields = (number, entry.mode, 0, 0, 1, entry.mtime, len(data), 0, 0, 0, 0, len(name), 0)
+        head = b"070701" + b"".join(b"%08x" % field for field in fields) + name
         yield head + bytes(-len(head) % 4) + data + bytes(-len(data) % 4)
 
 
-def build_initramfs(kernel: Path, busybox: Path, script: str) -> bytes:
+def resident_files(paths: Iterable[str]) -> Iterator[Entry]:
+    """Copies of the host's files that the machine finds in its memory, with their folders before them."""
+    folders: set[Path] = set()
+    for path in map(Path, paths):
+        for folder in reversed(path.parents):
+            if folder not in folders:
+                folders.add(folder)
+                yield Entry(f"fast{folder}".rstrip("/"), 0o040755)
+        status = path.stat()
+        yield Entry(f"fast{path}", 0o100000 | status.st_mode & 0o777, path.read_bytes(), int(status.st_mtime))
+
+
+def build_initramfs(kernel: Path, busybox: Path, script: str, resident: Iterable[str]) -> bytes:
     modules = load_order(module_files(kernel))
-    entries = [(name, 0o040755, b"") for name in ("bin", "modules", "proc", "sys", "dev", "host", "rw", "new")]
+    folders = ("bin", "modules", "proc", "sys", "dev", "host", "rw", "new", "fast")
+    entries = [Entry(name, 0o040755) for name in folders]
     entries += [
-        ("init", 0o100755, INIT.read_bytes()),
-        ("bin/busybox", 0o100755, find(busybox, "bin/busybox").read_bytes()),
-        ("command", 0o100755, script.encode()),
-        ("modules/order", 0o100644, "\n".join(modules).encode()),
+        Entry("init", 0o100755, INIT.read_bytes()),
+        Entry("bin/busybox", 0o100755, find(busybox, "bin/busybox").read_bytes()),
+        Entry("command", 0o100755, script.encode()),
+        Entry("modules/order", 0o100644, "\n".join(modules).encode()),
     ]
-    entries += [(f"modules/{name}.ko", 0o100644, data) for name, data in modules.items()]
-    return b"".join(archive(entries))
+    entries += [Entry(f"modules/{name}.ko", 0o100644, data) for name, data in modules.items()]
+    return b"".join(archive([*entries, *resident_files(resident)]))
 
 
 # --- the machine
@@ -153,9 +178,9 @@ def qemu(kernel: Path, initramfs: Path, console: Path) -> list[str]:
     ]
 
 
-def boot(command: list[str], *, seconds: float) -> int:
-    """Run the machine and pass on what its command writes; gives the command's exit status."""
-    status = 1
+def boot(command: list[str], *, seconds: float) -> int | None:
+    """Run the machine and pass on what its command writes; gives the command's exit status, None if there was none."""
+    status = None
     with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, errors="replace") as machine:
         assert machine.stdout is not None
         watchdog = threading.Timer(seconds, machine.kill)
@@ -176,6 +201,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kernel", default="linux-image-amd64", help="the kernel's Debian package")
     parser.add_argument("--fetch", action="store_true", help="only fetch what is needed")
+    parser.add_argument("--resident", type=Path, help="a list of files, one a line, to be copied into the machine's memory")
     parser.add_argument("--seconds", type=float, default=600, help="after so long the machine is stopped")
     parser.add_argument("command", nargs=argparse.REMAINDER, help="what to run, in this folder")
     arguments = parser.parse_args()
@@ -188,15 +214,16 @@ def main() -> None:
     began = time.monotonic()
     initramfs, console = CACHE / f"initramfs-{os.getpid()}", CACHE / f"console-{os.getpid()}.log"
     try:
-        initramfs.write_bytes(build_initramfs(kernel, busybox, script))
+        resident = arguments.resident.read_text().splitlines() if arguments.resident else ()
+        initramfs.write_bytes(build_initramfs(kernel, busybox, script, resident))
         status = boot(qemu(kernel, initramfs, console), seconds=arguments.seconds)
-        if status:
+        if status is None:
             print(f"the machine's console:\n{''.join(console.read_text(errors='replace').splitlines(True)[-40:])}")
-        print(f"{kernel.name}: {time.monotonic() - began:.0f} s in the virtual machine")
+        print(f"{time.monotonic() - began:.0f} s with {kernel.name}", flush=True)
     finally:
         initramfs.unlink(missing_ok=True)
         console.unlink(missing_ok=True)
-    sys.exit(status)
+    sys.exit(1 if status is None else status)
 
 
 if __name__ == "__main__":

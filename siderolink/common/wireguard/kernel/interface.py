@@ -108,7 +108,7 @@ async def _find(name: str) -> tuple[int, bool] | None:
     """Index of the interface of that name, and whether it has our mark."""
     async with AsyncIPRoute() as ipr:
         for index in await ipr.link_lookup(ifname=name):
-            for link in [link async for link in await ipr.link("get", index=index)]:
+            for link in await ipr.link("get", index=index):
                 info = link.get_attr("IFLA_LINKINFO")
                 kind = info.get_attr("IFLA_INFO_KIND") if info is not None else None
                 return index, kind == _KIND and link.get_attr("IFLA_IFALIAS") == MARK

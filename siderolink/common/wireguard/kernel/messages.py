@@ -189,11 +189,11 @@ def read_allowed_ips(raw: bytes) -> tuple[Network, ...]:
     found: list[Network] = []
     for _, start, end in attributes(raw):
         values = {kind: raw[value:value_end] for kind, value, value_end in attributes(raw, start, end)}
-        address, prefix = values.get(_ADDRESS, b""), values.get(_PREFIX_LENGTH, b"\0")[0]
-        if len(address) == 4:
-            found.append(ipaddress.IPv4Network((address, prefix)))
-        elif len(address) == 16:
-            found.append(ipaddress.IPv6Network((address, prefix)))
+        address, prefix = values.get(_ADDRESS, b""), int.from_bytes(values.get(_PREFIX_LENGTH, b"\0")[:1], "big")
+        if len(address) == 4 and prefix <= 32:
+            found.append(ipaddress.IPv4Network((address, prefix), strict=False))
+        elif len(address) == 16 and prefix <= 128:
+            found.append(ipaddress.IPv6Network((address, prefix), strict=False))
     return tuple(found)
 
 

@@ -75,15 +75,18 @@ class LinkMonitor:
             self._socket.close()
 
     def _read(self) -> None:
+        was_overrun = False
         while self._socket.fileno() >= 0:
             try:
                 data = self._socket.recv(_RECEIVE_BYTES)
             except BlockingIOError:
-                return
+                break
             except OSError:  # ENOBUFS: messages were lost
-                self._ask()
+                was_overrun = True
                 continue
             self._take(data)
+        if was_overrun and self._socket.fileno() >= 0:
+            self._ask()  # only now is there room for the answer
 
     def _ask(self) -> None:
         """Have the kernel tell the state once more; the answer comes by the same socket, an error if there is no interface."""

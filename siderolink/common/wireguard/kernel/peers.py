@@ -235,16 +235,18 @@ class Peers:
         """Read all peers in parts, letting others have their turn between them."""
         began_at = read_at = time.monotonic()
         seen: set[bytes] = set()
-        is_whole, is_done = True, False
+        is_whole, is_done, cost = True, False, 0.0
         self._wireguard.begin_dump()
         try:
             while not is_done:
+                turn_at = time.thread_time()
                 part = self._wireguard.next_part()
                 is_whole &= not part.is_interrupted
                 is_done = part.is_last
                 self._take(part.peers, seen, read_at)
                 # The kernel has filled the next part while this one was read.
                 read_at = time.monotonic()
+                cost += time.thread_time() - turn_at
                 await checkpoint()
         finally:
             if not is_done:
@@ -254,7 +256,7 @@ class Peers:
                 self._forget(key)
         self._removed = {key: at for key, at in self._removed.items() if at >= began_at}
         self._began_at = began_at
-        self._schedule.looked(began_at, time.monotonic())
+        self._schedule.looked(cost, time.monotonic())
 
     def _take(self, peers: list[PeerFacts], seen: set[bytes], read_at: float) -> None:
         now, unix_now = time.monotonic(), time.time()

@@ -105,7 +105,7 @@ class Schedule:
 
     def __init__(self, now: float) -> None:
         self.cost = 0.0
-        """Seconds that the last look took."""
+        """Seconds of this thread's work that the last look took."""
         self.looked_at = now
         self._expected: dict[bytes, float] = {}
         self._newest = now
@@ -123,9 +123,9 @@ class Schedule:
     def is_expecting(self) -> bool:
         return bool(self._expected)
 
-    def looked(self, began_at: float, now: float) -> None:
+    def looked(self, cost: float, now: float) -> None:
         """A look has ended."""
-        self.cost = now - began_at
+        self.cost = cost
         self.looked_at = now
         while self._expected:
             key, since = next(iter(self._expected.items()))

@@ -1,0 +1,357 @@
+"""The kernel device itself: whose interface it is, what is left of it, what it tells, and what it takes up again."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from ipaddress import IPv4Address, ip_interface, ip_network
+
+import anyio
+import anyio.lowlevel
+import pytest
+from anyio.from_thread import BlockingPortal
+
+from siderolink.common.errors import (
+    AddressInUseError,
+    ConfigurationError,
+    DeviceError,
+    DeviceUnavailableError,
+    InterfaceInUseError,
+)
+from siderolink.common.keys import PresharedKey, PrivateKey
+from siderolink.common.wireguard.device import (
+    Device,
+    DeviceConfig,
+    DeviceEvent,
+    DeviceKind,
+    HandshakeCompleted,
+    InterfaceLost,
+    PathChanged,
+    PeerConfig,
+    open_device,
+)
+from tests.conftest import descriptors
+from tests.support.kernel_wireguard import kernel_wireguard
+from tests.support.netns import Namespace, stop
+from tests.support.topology import Net, direct
+from tests.support.wireguard_go import WireguardGo
+
+OURS, THEIRS = "fd00::1", "fd00::2"
+PORT, THEIR_PORT = 51820, 51821
+KEY = PrivateKey.generate()
+
+
+def config(**changes: object) -> DeviceConfig:
+    settings = {"name": "ours", "private_key": KEY, "addresses": (ip_interface(f"{OURS}/64"),), "listen_port": PORT}
+    return DeviceConfig(**(settings | changes))  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def net() -> Iterator[Net]:
+    with direct() as net:
+        yield net
+
+
+@dataclass
+class Running:
+    """A kernel device in `net.server`."""
+
+    portal: BlockingPortal
+    device: Device
+    events: list[DeviceEvent] = field(default_factory=list)
+
+    def wait_for(self, kind: type[DeviceEvent]) -> DeviceEvent:
+        deadline = time.monotonic() + 15
+        while True:
+            for event in self.events:
+                if isinstance(event, kind):
+                    return event
+            assert time.monotonic() < deadline, self.events
+            time.sleep(0.02)
+
+
+@contextmanager
+def running(where: Namespace, kind: DeviceKind = "kernel", **changes: object) -> Iterator[Running]:
+    events: list[DeviceEvent] = []
+    context = open_device(kind, config(**changes), events.append)
+    with where.portal() as portal, portal.wrap_async_context_manager(context) as device:
+        yield Running(portal, device, events)
+
+
+@contextmanager
+def peered(net: Net, ours: Running) -> Iterator[tuple[WireguardGo, PrivateKey]]:
+    """The kernel's own WireGuard at the machine, dialling us."""
+    key = PrivateKey.generate()
+    with kernel_wireguard(net.machine, key, port=THEIR_PORT, addresses=(f"{THEIRS}/64",)) as other:
+        ours.portal.call(ours.device.set_peer, PeerConfig(public_key=key.public_key(), allowed_ips=(ip_network(THEIRS),)))
+        other.set_peer(ours.device.public_key, f"{OURS}/128", endpoint=f"192.0.2.1:{PORT}")
+        yield other, key
+
+
+@contextmanager
+def without_module() -> Iterator[None]:
+    """The kernel's WireGuard is unloaded meanwhile; where all this runs, nothing is loaded on demand."""
+    folder = "/run/vm"
+    subprocess.run([f"{folder}/busybox", "rmmod", "wireguard"], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run([f"{folder}/busybox", "insmod", f"{folder}/modules/wireguard.ko"], check=True)
+
+
+def ping(namespace: Namespace, address: str, *more: str) -> None:
+    namespace.run(["ping", "-c3", "-i0.05", "-W3", *more, address])
+
+
+def test_a_peer_is_followed_and_told_of(net: Net) -> None:
+    with running(net.server) as ours, peered(net, ours) as (other, key):
+        ping(net.machine, OURS)
+        moved = ours.wait_for(PathChanged)
+        assert isinstance(moved, PathChanged)
+        assert (str(moved.new), moved.old) == (f"192.0.2.2:{THEIR_PORT}", None)
+        ours.wait_for(HandshakeCompleted)
+        assert [type(event) for event in ours.events] == [PathChanged, HandshakeCompleted]
+        [status] = ours.portal.call(ours.device.peers)
+        assert abs((status.last_handshake or 0) - other.latest_handshake(ours.device.public_key)) < 5
+        assert min(status.received_bytes, status.sent_bytes) > 3 * 128
+        assert status.allowed_ips == (ip_network(THEIRS),)
+        net.machine.add_address("eth0", "192.0.2.3/24")
+        net.machine.remove_address("eth0", "192.0.2.2/24")
+        ping(net.machine, OURS)
+        peer = ours.portal.call(ours.device.peer, key.public_key())
+        assert peer is not None
+        assert peer.path == f"192.0.2.3:{THEIR_PORT}"
+
+
+def test_peers_are_set_and_removed_one_by_one(net: Net) -> None:
+    one, other = (PrivateKey.generate().public_key() for _ in range(2))
+    shared, own = ip_network("10.0.0.0/8"), ip_network("fd01::/64")
+    with running(net.server) as ours:
+        call, device = ours.portal.call, ours.device
+        psk = PresharedKey.generate()
+        call(device.set_peer, PeerConfig(public_key=one, allowed_ips=(shared, own), preshared_key=psk, persistent_keepalive=9))
+        assert psk.encode() in net.server.run(["wg", "show", "ours", "preshared-keys"])
+        endpoint = (IPv4Address("192.0.2.2"), 7)
+        call(device.set_peer, PeerConfig(public_key=other, allowed_ips=(shared,), endpoint=endpoint))
+        found = {peer.public_key: peer for peer in call(device.peers)}
+        assert found[one].allowed_ips == (own,)
+        assert (found[other].allowed_ips, found[other].path) == ((shared,), "192.0.2.2:7")
+        assert found[one].persistent_keepalive == 9
+        # a prefix that was taken comes back when it is set again, and what is no longer set goes
+        call(device.set_peer, PeerConfig(public_key=one, allowed_ips=(shared,)))
+        found = {peer.public_key: peer for peer in call(device.peers)}
+        assert (found[one].allowed_ips, found[other].allowed_ips) == ((shared,), ())
+        assert "(none)" in net.server.run(["wg", "show", "ours", "preshared-keys"]).splitlines()[0]
+        call(device.remove_peer, one)
+        call(device.remove_peer, one)
+        assert [peer.public_key for peer in call(device.peers)] == [other]
+        net.server.run(["wg", "set", "ours", "peer", other.encode(), "remove"])
+        assert call(device.peer, other) is None
+
+
+def test_what_cannot_be_is_refused(net: Net) -> None:
+    with running(net.server) as ours:
+        low_order = type(ours.device.public_key)(bytes(32))
+        for key in (ours.device.public_key, low_order):
+            with pytest.raises(ConfigurationError, match="cannot be a peer's key"):
+                ours.portal.call(ours.device.set_peer, PeerConfig(public_key=key))
+        for changes, error in (
+            ({"name": "second"}, AddressInUseError),
+            ({"listen_port": 0}, InterfaceInUseError),
+            ({"name": "a/b"}, ConfigurationError),
+            ({"name": "second", "namespace": "nowhere"}, ConfigurationError),
+        ):
+            before = net.server.interfaces()
+            with pytest.raises(error), running(net.server, **changes):
+                raise AssertionError
+            assert net.server.interfaces() == before
+
+
+@pytest.mark.parametrize("kind", ["kernel", "userspace", "auto"])
+def test_an_interface_of_others_is_never_touched(net: Net, kind: DeviceKind) -> None:
+    for what in (["type", "wireguard"], ["type", "dummy"]):
+        net.server.run(["ip", "link", "add", "ours", *what])
+        before = net.server.run(["ip", "-d", "link", "show", "ours"])
+        with pytest.raises(InterfaceInUseError, match="ours"), running(net.server, kind):
+            raise AssertionError
+        assert net.server.run(["ip", "-d", "link", "show", "ours"]) == before
+        net.server.run(["ip", "link", "del", "ours"])
+
+
+PROGRAM = """
+import sys, anyio
+from ipaddress import ip_interface
+from siderolink.common.keys import PrivateKey
+from siderolink.common.wireguard.device import DeviceConfig, open_device
+
+async def main():
+    config = DeviceConfig(name="ours", private_key=PrivateKey.generate(), addresses=(ip_interface("fd00::1/64"),), isolate=True)
+    async with open_device("kernel", config, print):
+        print("numpy" in sys.modules, flush=True)
+        await anyio.sleep_forever()
+
+anyio.run(main)
+"""
+
+
+@pytest.mark.parametrize("kind", ["kernel", "userspace"])
+def test_what_a_crash_left_is_replaced(net: Net, kind: DeviceKind) -> None:
+    process = net.server.popen([sys.executable, "-c", PROGRAM], stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": "."})
+    assert process.stdout is not None
+    assert process.stdout.readline() == "False\n"  # it needs no numpy
+    # while it lives, it is in use, and the message says by whom
+    pid = next(pid for pid in net.server.run(["ip", "netns", "pids", net.server.name]).split() if int(pid) != os.getpid())
+    with pytest.raises(InterfaceInUseError, match=f"process {pid} "), running(net.server, kind):
+        raise AssertionError
+    process.send_signal(signal.SIGKILL)
+    stop(process)
+    assert "ours" in net.server.interfaces()
+    assert "siderolink-ours" in net.server.run(["nft", "list", "tables"])  # peers stay apart meanwhile
+    with running(net.server, kind, isolate=True) as ours:
+        assert ours.device.kind == kind
+        assert net.server.interfaces() == {"lo", "eth0", "ours"}
+    assert net.server.interfaces() == {"lo", "eth0"}
+
+
+def test_a_kept_interface_carries_on_without_losing_a_packet(net: Net) -> None:
+    with ExitStack() as stack:
+        with running(net.server, keep=True, isolate=True) as ours:
+            other, key = stack.enter_context(peered(net, ours))
+            gone = PrivateKey.generate().public_key()
+            ours.portal.call(ours.device.set_peer, PeerConfig(public_key=gone))
+            ping(net.machine, OURS)
+            first = other.latest_handshake(ours.device.public_key)
+            pings = net.machine.popen(["ping", "-q", "-i0.02", "-c400", "-W3", OURS], stdout=subprocess.PIPE)
+        assert "siderolink-ours" in net.server.run(["nft", "list", "tables"])
+        # another start takes it up: same key, same port, same peers, and the sessions with them
+        with running(net.server, keep=True, isolate=True) as again:
+            call, device = again.portal.call, again.device
+            assert (device.public_key, device.listen_port) == (KEY.public_key(), PORT)
+            assert {peer.public_key for peer in call(device.peers)} == {key.public_key(), gone}
+            call(device.set_peer, PeerConfig(public_key=key.public_key(), allowed_ips=(ip_network(THEIRS),)))
+            call(device.settle)
+            [peer] = call(device.peers)
+            assert peer.path == f"192.0.2.2:{THEIR_PORT}"
+            output, _ = pings.communicate(timeout=30)
+            assert "400 packets transmitted, 400 received" in output
+            assert other.latest_handshake(device.public_key) == first
+            assert again.events == []
+        # and who does not want to keep it, removes it
+        with running(net.server):
+            pass
+        assert net.server.interfaces() == {"lo", "eth0"}
+
+
+@pytest.mark.parametrize("how", ["deleted", "module unloaded"])
+def test_the_interfaces_end_is_told(net: Net, how: str) -> None:
+    with running(net.server) as ours, ExitStack() as stack:
+        peer = PeerConfig(public_key=PrivateKey.generate().public_key())
+        ours.portal.call(ours.device.set_peer, peer)
+        if how == "deleted":
+            net.server.run(["ip", "link", "del", "ours"])
+        else:
+            stack.enter_context(without_module())
+        lost = ours.wait_for(InterfaceLost)
+        assert isinstance(lost, InterfaceLost)
+        assert "ours" in lost.reason
+        with pytest.raises(DeviceError):
+            ours.portal.call(ours.device.set_peer, peer)
+        ours.portal.call(ours.device.peers)
+        assert ours.portal.call(ours.device.drops) == {}
+
+
+def test_without_the_module_the_kernel_says_so_and_auto_is_userspace(net: Net) -> None:
+    with without_module():
+        with pytest.raises(DeviceUnavailableError, match="modprobe wireguard"), running(net.server):
+            raise AssertionError
+        with running(net.server, "auto") as ours:
+            assert ours.device.kind == "userspace"
+    with running(net.server, "auto") as ours:
+        assert ours.device.kind == "kernel"
+
+
+def test_lost_messages_of_netlink_are_made_up_for(net: Net) -> None:
+    with running(net.server) as ours:
+        blocked, go_on = threading.Event(), threading.Event()
+
+        def block() -> None:
+            blocked.set()
+            go_on.wait(20)
+
+        # While the loop is held up, more happens than the socket has room for; the interface's own end is among it.
+        blocking = ours.portal.start_task_soon(_call, block)
+        blocked.wait(5)
+        changes = [f"link set lo mtu {60_000 + number}" for number in range(400)]
+        net.server.run(["ip", "-batch", "-"], input="\n".join([*changes, "link del ours"]))
+        go_on.set()
+        blocking.result(5)
+        ours.wait_for(InterfaceLost)
+
+
+async def _call(function: Callable[[], None]) -> None:
+    function()
+
+
+def test_it_is_followed_down_and_up_and_to_another_port(net: Net) -> None:
+    with running(net.server) as ours, peered(net, ours) as (other, _):
+        ping(net.machine, OURS)
+        net.server.set_link("ours", up=False)
+        net.server.run(["wg", "set", "ours", "listen-port", "4000"])
+        net.server.set_link("ours", up=True)
+        net.server.add_address("ours", f"{OURS}/64")
+        deadline = time.monotonic() + 10
+        while ours.portal.call(lambda: ours.device.listen_port) != 4000:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        # the sessions went with the link, and who knows that begins anew
+        ping(net.server, THEIRS, "-W8")
+        assert other.endpoint(ours.device.public_key) == "192.0.2.1:4000"
+
+
+def test_the_interface_may_live_in_another_namespace_than_its_socket(net: Net) -> None:
+    with Namespace("inner") as inner, running(net.server, namespace=inner.name, isolate=True) as ours:
+        assert "ours" in inner.interfaces()
+        assert "ours" not in net.server.interfaces()
+        with peered(net, ours):
+            ping(net.machine, OURS)
+            ping(inner, THEIRS)
+            assert "siderolink-ours" in inner.run(["nft", "list", "tables"])
+            ours.wait_for(HandshakeCompleted)
+        inner.run(["ip", "link", "del", "ours"])
+        ours.wait_for(InterfaceLost)
+
+
+def test_without_the_right_it_says_so(net: Net) -> None:
+    powerless = ["setpriv", "--bounding-set=-net_admin", "--inh-caps=-net_admin", sys.executable, "-c"]
+    program = PROGRAM.replace('"kernel"', '"auto"')
+    said = net.server.run([*powerless, program], check=False, env=os.environ | {"PYTHONPATH": "."}, timeout=60).splitlines()[-1]
+    kernel, userspace = said.split("In userspace: ")
+    for part in (kernel, userspace):
+        assert "run as root or with the capability CAP_NET_ADMIN" in part
+
+
+def test_cancelled_at_any_moment_it_leaves_nothing(net: Net) -> None:
+    async def open_and_cancel(turns: int) -> None:
+        async def hold() -> None:
+            async with open_device("kernel", config(isolate=True), lambda event: None):
+                await anyio.sleep_forever()
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(hold)
+            for _ in range(turns):
+                await anyio.lowlevel.checkpoint()
+            tasks.cancel_scope.cancel()
+
+    with net.server.portal() as portal:
+        portal.call(open_and_cancel, 1)
+        before = net.server.call(descriptors)
+        for turns in (*range(0, 32, 4), 300):
+            portal.call(open_and_cancel, turns)
+            assert net.server.interfaces() == {"lo", "eth0"}, f"after {turns} turns of the loop"
+            assert net.server.run(["nft", "list", "tables"]) == ""
+        assert not {name: what for name, what in net.server.call(descriptors).items() if name not in before}

@@ -1,0 +1,97 @@
+"""Our userspace device against the kernel's own WireGuard, in both roles: the tests against wireguard-go, and more."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from ipaddress import IPv6Address, ip_interface
+
+import pytest
+
+from siderolink.common.keys import PrivateKey
+from siderolink.common.wireguard.device import DeviceConfig, PeerConfig, open_device
+from tests.interop.test_wireguard_go import (
+    OUR_ADDRESSES,
+    OUR_PORT,
+    OURS,
+    THEIR_ADDRESSES,
+    THEIR_PORT,
+    THEIRS,
+    Pair,
+    ping,
+    test_a_preshared_key,
+    test_a_stranger_is_counted_and_gets_no_answer,
+    test_another_preshared_key_makes_no_session,
+    test_bulk_traffic_in_both_directions,
+    test_keepalives_alone_make_the_session,
+    test_packets_of_any_size,
+    test_they_dial,
+    test_they_follow_us_to_another_address,
+    test_we_dial,
+    test_we_follow_them_to_another_address_and_port,
+)
+from tests.support.kernel_wireguard import kernel_wireguard
+from tests.support.topology import direct
+
+__all__ = [
+    "test_a_preshared_key",
+    "test_a_stranger_is_counted_and_gets_no_answer",
+    "test_another_preshared_key_makes_no_session",
+    "test_bulk_traffic_in_both_directions",
+    "test_keepalives_alone_make_the_session",
+    "test_packets_of_any_size",
+    "test_they_dial",
+    "test_they_follow_us_to_another_address",
+    "test_we_dial",
+    "test_we_follow_them_to_another_address_and_port",
+]
+
+
+@contextmanager
+def pair_with_the_kernel() -> Iterator[Pair]:
+    their_key = PrivateKey.generate()
+    config = DeviceConfig(
+        name="ours",
+        private_key=PrivateKey.generate(),
+        addresses=tuple(ip_interface(address) for address in OUR_ADDRESSES),
+        listen_port=OUR_PORT,
+    )
+    with (
+        direct() as net,
+        kernel_wireguard(net.machine, their_key, port=THEIR_PORT, addresses=THEIR_ADDRESSES) as other,
+        net.server.portal() as portal,
+        portal.wrap_async_context_manager(open_device("userspace", config, lambda event: None)) as device,
+    ):
+        yield Pair(net, portal, device, other, their_key)
+
+
+@pytest.fixture
+def pair() -> Iterator[Pair]:
+    with pair_with_the_kernel() as pair:
+        yield pair
+
+
+@pytest.mark.parametrize("we_dial", [True, False])
+def test_ipv6_outside(pair: Pair, we_dial: bool) -> None:
+    peer = PeerConfig(
+        public_key=pair.their_key.public_key(),
+        allowed_ips=THEIRS,
+        endpoint=(IPv6Address("2001:db8::2"), THEIR_PORT) if we_dial else None,
+    )
+    pair.portal.call(pair.device.set_peer, peer)
+    pair.other.set_peer(pair.device.public_key, OURS, endpoint=None if we_dial else f"[2001:db8::1]:{OUR_PORT}")
+    if we_dial:
+        ping(pair.net.server, "fd00::2")
+    else:
+        ping(pair.net.machine, "fd00::1")
+    assert pair.peer().path == f"[2001:db8::2]:{THEIR_PORT}"
+
+
+def test_the_kernel_comes_back_after_its_interface_was_made_anew(pair: Pair) -> None:
+    pair.know_each_other(they_dial=True)
+    ping(pair.net.machine, "fd00::1")
+    first = pair.peer().last_handshake
+    pair.net.machine.run(["ip", "link", "del", "wg0"])
+    with kernel_wireguard(pair.net.machine, pair.their_key, port=THEIR_PORT, addresses=THEIR_ADDRESSES) as again:
+        again.set_peer(pair.device.public_key, OURS, endpoint=f"192.0.2.1:{OUR_PORT}")
+        ping(pair.net.machine, "fd00::1")
+        ping(pair.net.server, "fd00::2")
+    assert pair.peer().last_handshake != first

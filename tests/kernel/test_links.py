@@ -1,0 +1,65 @@
+"""Whole links with every pair of devices, over both transports."""
+
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import product
+
+import pytest
+
+import siderolink
+from siderolink.client import Link
+from siderolink.common.wireguard.device import DeviceKind
+from siderolink.server import HandshakeCompleted, MachineJoined, Server
+from tests.support.topology import SERVER_V4, Net, direct
+
+TOKEN = "the-join-token"
+URL = f"grpc://{SERVER_V4}:4000?jointoken={TOKEN}"
+KINDS: tuple[DeviceKind, ...] = ("kernel", "userspace")
+ANSWERED = " 0% packet loss"
+
+
+async def events_of(server: Server, count: int) -> list[str]:
+    found: list[str] = []
+    async for event in server.events():
+        found.append(type(event).__name__)
+        if len(found) == count:
+            break
+    return found
+
+
+@contextmanager
+def linked(net: Net, server_device: DeviceKind, machine_device: DeviceKind, query: str) -> Iterator[tuple[Server, Link]]:
+    server = Server(
+        api_listen=f"{SERVER_V4}:4000", wireguard_endpoints=[f"{SERVER_V4}:51820"], join_token=TOKEN, device=server_device
+    )
+    with net.server.portal() as there, net.machine.portal() as here, there.wrap_async_context_manager(server):
+        events = there.start_task_soon(events_of, server, 2)
+        machine = siderolink.connect(URL + query, uuid=str(uuid.uuid4()), device=machine_device)
+        with here.wrap_async_context_manager(machine) as link:
+            assert events.result(10) == [MachineJoined.__name__, HandshakeCompleted.__name__]
+            [status] = there.call(server.device.peers)
+            assert status.path is not None
+            assert status.path.startswith("tunnel [" if query else "192.0.2.2:")
+            assert status.last_received is not None
+            yield server, link
+
+
+@pytest.mark.parametrize("query", ["", "&grpc_tunnel=true"], ids=["udp", "tunnel"])
+@pytest.mark.parametrize(("server_device", "machine_device"), list(product(KINDS, KINDS)))
+def test_the_main_job(server_device: DeviceKind, machine_device: DeviceKind, query: str) -> None:
+    with direct() as net:
+        with linked(net, server_device, machine_device, query) as (server, link):
+            assert (server.device.kind, link.device.kind) == (server_device, machine_device)
+            for size in ("56", "1232", "4000"):
+                assert ANSWERED in net.machine.run(["ping", "-c3", "-i0.05", "-W3", f"-s{size}", str(link.server_address)])
+                assert ANSWERED in net.server.run(["ping", "-c3", "-i0.05", "-W3", f"-s{size}", str(link.address)])
+        assert net.machine.interfaces() == net.server.interfaces() == {"lo", "eth0"}
+        assert net.server.run(["nft", "list", "tables"]) == ""
+
+
+def test_auto_is_the_kernel_where_it_can_be() -> None:
+    with direct() as net, linked(net, "auto", "auto", "") as (server, link):
+        assert (server.device.kind, link.device.kind) == ("kernel", "kernel")
+        assert f"interface: {link.interface}" in net.machine.run(["wg", "show"])
+        assert f"peer: {link.public_key}" in net.server.run(["wg", "show", server.device.name])

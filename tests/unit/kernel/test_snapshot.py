@@ -1,0 +1,118 @@
+"""What is read off the kernel's counters, and when they are looked at: in virtual time."""
+
+from dataclasses import replace
+
+import pytest
+
+from siderolink.common.wireguard.kernel.messages import PeerFacts
+from siderolink.common.wireguard.kernel.snapshot import (
+    GIVE_UP_AFTER,
+    Change,
+    GaveUp,
+    HandshakeSeen,
+    PeerView,
+    Roamed,
+    Schedule,
+    compare,
+)
+
+UNIX = 1_000_000.0
+KEY = bytes(32)
+
+
+class Watched:
+    """One peer, looked at when a test says so."""
+
+    def __init__(self, keepalive: int = 0) -> None:
+        self.facts = PeerFacts(KEY, keepalive=keepalive)
+        self.view = PeerView(self.facts)
+
+    def look(self, now: float, **changes: object) -> list[Change]:
+        self.facts = replace(self.facts, **changes)  # type: ignore[arg-type]
+        return list(compare(self.view, self.facts, now, UNIX + now))
+
+
+def test_nothing_new_is_no_event() -> None:
+    peer = Watched()
+    assert peer.look(1) == []
+    assert peer.view.last_received is None
+
+
+def test_roaming_is_told_before_the_handshake_that_proves_it() -> None:
+    peer = Watched()
+    moment = int((UNIX + 4) * 1e9)
+    assert peer.look(5, endpoint=b"a", handshake_ns=moment, received=148) == [Roamed(b""), HandshakeSeen()]
+    assert peer.view.last_received == UNIX + 5
+    assert peer.look(6, endpoint=b"b", received=180) == [Roamed(b"a")]
+    assert peer.look(7) == []
+    assert peer.view.last_received == UNIX + 6
+
+
+def test_a_handshake_alone_is_something_received() -> None:
+    peer = Watched()
+    peer.look(5, handshake_ns=int((UNIX + 4) * 1e9))
+    assert peer.view.last_received == pytest.approx(UNIX + 4)
+
+
+def test_attempts_that_go_unanswered_are_given_up_once() -> None:
+    peer = Watched(keepalive=25)
+    sent = 0
+    told = []
+    for now in range(0, 200, 5):  # one initiation each five seconds
+        sent += 148
+        told += [(now, change) for change in peer.look(now, sent=sent)]
+    # the first initiation could, by its size, be answers that want none themselves
+    assert told == [(5 + GIVE_UP_AFTER, GaveUp())]
+    # it is heard again, and then no more: that is told again
+    peer.look(200, received=100, sent=sent)
+    told = []
+    for now in range(205, 400, 5):
+        sent += 148
+        told += [(now, change) for change in peer.look(now, sent=sent)]
+    assert told == [(210 + GIVE_UP_AFTER, GaveUp())]
+
+
+@pytest.mark.parametrize("keepalive", [0, 25])
+def test_keepalives_and_answers_want_no_answer(keepalive: int) -> None:
+    peer = Watched(keepalive)
+    peer.look(0, received=148, sent=92)
+    peer.look(10, sent=124)  # the passive keepalive
+    sent = 124
+    for now in range(25, 1000, 25):
+        sent += 32 if keepalive else 0
+        assert peer.look(now, sent=sent) == []
+
+
+def test_it_looks_often_while_somebody_is_expected_and_seldom_otherwise() -> None:
+    schedule = Schedule(0.0)
+    assert schedule.next_at() == Schedule.IDLE
+    schedule.expect(KEY, 0.0)
+    looks, now = 0, 0.0
+    while schedule.is_expecting:
+        assert schedule.next_at() > now
+        now = schedule.next_at()
+        schedule.looked(0.001, now)
+        looks += 1
+        assert now < Schedule.PATIENCE + Schedule.LONGEST
+    assert 20 < looks < 60
+    assert schedule.next_at() == now + Schedule.IDLE
+    schedule.expect(KEY, now)
+    schedule.settled(KEY)
+    assert schedule.next_at() == now + Schedule.IDLE
+
+
+def test_costly_looks_are_rationed() -> None:
+    schedule = Schedule(0.0)
+    schedule.looked(0.3, 10.0)
+    assert schedule.next_at() == pytest.approx(10 + 30)
+    schedule.expect(KEY, 10.0)
+    assert schedule.next_at() == pytest.approx(10 + 6)
+    assert schedule.is_fresh(10.0, 15.9)
+    assert not schedule.is_fresh(10.0, 16.1)
+
+
+def test_cheap_looks_are_always_fresh() -> None:
+    schedule = Schedule(0.0)
+    schedule.looked(0.001, 10.0)
+    assert not schedule.is_fresh(9.99, 10.0)
+    assert schedule.is_fresh(10.0, 9.99)  # begun after the question was asked
