@@ -17,8 +17,10 @@ UV := .venvs/tools/bin/uv
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 PYTEST = $(SUDO) env PATH="$(abspath $(VENV)/bin):$$PATH:/usr/sbin:/sbin" $(PYTHON) -m pytest
 ARGS ?=
+# the Debian package of the kernel that `make test-kernel` boots
+KERNEL ?= linux-image-amd64
 
-.PHONY: help setup needs demo test check lint types fresh format proto unit netns interop examples others all-tests bench clean
+.PHONY: help setup needs demo test check lint types fresh format proto unit netns interop examples test-kernel others all-tests bench clean
 
 help: ## this list
 	@sed -n 's/^\([a-z -]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 32
@@ -34,8 +36,10 @@ demo: setup ## the main job, shown in network namespaces of its own
 test: needs check ## every check and every test, on every interpreter
 	@echo "the tests that take minutes, beside those on other interpreters"
 	@$(PYTEST) -q -m long $(ARGS) >.venvs/long.log 2>&1 & long=$$!; \
+	nice $(MAKE) test-kernel >.venvs/kernel.log 2>&1 & kernel=$$!; \
 	status=0; $(MAKE) others || status=$$?; \
 	wait $$long || status=$$?; cat .venvs/long.log; \
+	wait $$kernel || status=$$?; cat .venvs/kernel.log; \
 	$(MAKE) all-tests || status=$$?; exit $$status
 
 check: lint types fresh ## what reads the code without running it
@@ -65,6 +69,12 @@ unit: setup ## tests that need nothing
 
 netns interop examples: setup needs ## tests in network namespaces; against others' WireGuard and gRPC; of the examples
 	@$(PYTEST) tests/$@ $(ARGS)
+
+test-kernel: setup needs ## the kernel's own WireGuard, in a virtual machine; KERNEL=linux-image-rt-amd64 for another kernel
+	@scripts/install-needs kernel
+	@VM_FILES=$(abspath $(VENV))/kernel-files $(PYTHON) -m pytest -q --collect-only -p no:cacheprovider tests/kernel >/dev/null
+	@$(PYTHON) scripts/kernel_vm.py --kernel $(KERNEL) --resident $(VENV)/kernel-files \
+		$(abspath $(PYTHON)) -m pytest -q -p no:cacheprovider -o timeout=120 tests/kernel $(ARGS)
 
 others: $(OTHERS:%=others-%)
 
