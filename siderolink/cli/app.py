@@ -154,12 +154,13 @@ def join(
         Path | None,
         typer.Option(help="Roots (PEM) for an https URL.", show_default="the system's, and the documents'", metavar="FILE"),
     ] = None,
+    fallback_tunnel: Annotated[bool, typer.Option("--fallback-tunnel", help="Use the tunnel while UDP does not pass.")] = False,
     maintenance_api: Annotated[
         bool, typer.Option("--maintenance-api", help="Serve the machine's own API; a configuration can come by it, too.")
     ] = False,
     maintenance_port: Annotated[int, typer.Option(help="The TCP port of that API.", min=1, max=65535)] = 50000,
 ) -> None:
-    """Join a server as one machine, until stopped.
+    """Join a server as one machine, until stopped. A server that is away, or refuses, is asked again until it answers.
 
     Without a URL, --config says where documents lie; without either, the host does: /etc/siderolink.yaml, /etc/siderolink/ and
     the kernel command line. When the files change, the machine joins anew. What they say of an event sink and of kernel log
@@ -183,6 +184,7 @@ def join(
             interface=interface,
             device=device.value,
             ca=ca,
+            fallback_tunnel=fallback_tunnel,
             maintenance_api=maintenance_api,
             maintenance_port=maintenance_port,
         )

@@ -18,8 +18,7 @@ from siderolink.client.config import HOST_DOCUMENTS, PROC_CMDLINE, Ingress, Mach
 from siderolink.client.firewall import ingress_firewall
 from siderolink.client.identity import machine_uuid
 from siderolink.client.maintenance import API_PORT, LinkPresence
-from siderolink.common.backoff import Backoff
-from siderolink.common.errors import ConfigurationError, JoinError
+from siderolink.common.errors import ConfigurationError
 from siderolink.common.grpc import client_tls
 from siderolink.common.join_url import JoinURL
 from siderolink.common.keys import PrivateKey
@@ -38,6 +37,8 @@ class JoinOptions:
     device: DeviceKind
     ca: Path | None = None
     """Roots (PEM) that the server's certificate is checked against, in place of the system's."""
+    fallback_tunnel: bool = False
+    """Use the tunnel while UDP does not pass."""
     maintenance_api: bool = False
     maintenance_port: int = API_PORT
 
@@ -45,14 +46,16 @@ class JoinOptions:
 class LinkSource:
     """A link, as the control socket shows it."""
 
-    def __init__(self, link: Link) -> None:
+    def __init__(self, link: Link, name: str) -> None:
+        """`name` is what the interface will be called, or was."""
         self._link = link
+        self._name = name
 
     async def status(self) -> StatusResponse:
         status = await self._link.status()
         return StatusResponse(
             role="machine",
-            interface=status.interface or "",
+            interface=status.interface or self._name,
             device_kind=status.device or "",
             transport=status.transport or "",
             addresses=[str(status.address)] if status.address else [],
@@ -61,6 +64,8 @@ class LinkSource:
             peers=[peer_message(status.server)] if status.server else [],
             drops=status.drops,
             state=status.state,
+            reason=status.reason,
+            since=status.since,
         )
 
     async def events(self) -> AsyncIterator[Event]:
@@ -76,12 +81,11 @@ class JoinedMachine:
         self._options = options
         self._settings = settings
         self._key = PrivateKey.generate()
-        self._was_up = False
         self._reporting = Reporting()
         self._presence: LinkPresence | None = None
 
     async def run(self) -> None:
-        """Never returns. Raises SideroLinkError where the first join fails."""
+        """Never returns. Raises SideroLinkError where there can be no interface."""
         own = (self._options.interface,) if self._options.interface is not None else ()
         async with ingress_firewall(Ingress(), own) as firewall, background_tasks() as tasks:
 
@@ -111,8 +115,7 @@ class JoinedMachine:
             yield presence
 
     async def _hold(self, settings: "_JoinPart") -> None:
-        """Hold the link; after a first one, a join that fails is tried again."""
-        backoff = Backoff(first=2.0, cap=60.0)
+        """Hold the link, whatever the server says at first: it is asked again until it answers."""
         if settings.url is None:
             say("waiting", "there is no join URL")
             if self._presence is not None:
@@ -121,18 +124,11 @@ class JoinedMachine:
             return
         if self._presence is not None:
             self._presence.configured(settings.url)
-        while True:
-            try:
-                await self._hold_once(settings.url, settings)
-            except JoinError as error:
-                if not self._was_up and self._presence is None:
-                    raise
-                delay = backoff.next()
-                say("join failed", f"{error}; again in {delay:.0f} s")
-                await anyio.sleep(delay)
+        await self._hold_link(settings.url, settings)
 
-    async def _hold_once(self, url: JoinURL, settings: "_JoinPart") -> None:
+    async def _hold_link(self, url: JoinURL, settings: "_JoinPart") -> None:
         options = self._options
+        name = options.interface or ("siderolinktun" if url.tunnel else "siderolink")
         async with (
             connect(
                 url,
@@ -142,11 +138,13 @@ class JoinedMachine:
                 device=options.device,
                 private_key=self._key,
                 tls=client_tls(options.ca, extra_roots=settings.roots_pem) if url.tls else None,
+                fallback_tunnel=options.fallback_tunnel,
+                wait=False,
                 on_event=self._on_event,
             ) as link,
-            control_socket(link.interface, LinkSource(link)),
+            control_socket(name, LinkSource(link, name)),
         ):
-            self._was_up = True
+            await link.wait_connected()
             await self._settings.follow(report_part, self._reporting.deliver)
 
     def _on_event(self, event: LinkEvent) -> None:

@@ -34,6 +34,8 @@ def to_json(answer: StatusResponse) -> dict[str, Any]:
     return {
         "role": answer.role,
         "state": answer.state,
+        "reason": answer.reason,
+        "since": answer.since or None,
         "interface": answer.interface,
         "device": answer.device_kind,
         "transport": answer.transport,
@@ -61,6 +63,8 @@ def to_json(answer: StatusResponse) -> dict[str, Any]:
 def _show(console: Console, answer: StatusResponse) -> None:
     port = f", UDP port {answer.listen_port}" if answer.listen_port else ""
     print(f"{answer.interface}: {answer.role}, {answer.state}, {answer.device_kind} device, {answer.transport}{port}")
+    if answer.reason:
+        print(f"  for {max(0.0, time.time() - answer.since):.0f} s: {one_line(answer.reason)}")
     print(f"  address {', '.join(answer.addresses)}  key {answer.public_key}")
     counts = {**answer.drops, **answer.refusals}
     if any(counts.values()):

@@ -236,7 +236,17 @@ class StatusResponse(betterproto2.Message):
 
     state: "str" = betterproto2.field(11, betterproto2.TYPE_STRING)
     """
-    "connecting", "up", "down", … for a machine; "serving" for a server.
+    "provisioning", "connecting", "connected", "degraded", "re-establishing" for a machine; "serving" for a server.
+    """
+
+    reason: "str" = betterproto2.field(12, betterproto2.TYPE_STRING)
+    """
+    Why a machine's link is in this state.
+    """
+
+    since: "float" = betterproto2.field(13, betterproto2.TYPE_DOUBLE)
+    """
+    Unix time in seconds of its last transition; 0 for a server.
     """
 
 
