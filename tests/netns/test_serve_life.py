@@ -7,17 +7,20 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from anyio.from_thread import BlockingPortal
 from grpclib import GRPCError, Status
 
+from siderolink import connect
 from siderolink.common.errors import ServerUnreachableError
 from siderolink.common.grpc import client_tls, open_channel, translate_errors
 from siderolink.common.hostport import HostPort
 from siderolink.common.pb.grpc.health.v1 import HealthCheckRequest, HealthStub
 from tests.support.certificates import Certified, make_certificate
 from tests.support.netns import stop
+from tests.support.proxy import running_proxy
 from tests.support.raw_machine import RawMachine
 from tests.support.serving import API, COMMAND, SERVER, TOKEN, served
 from tests.support.topology import Net, direct
@@ -64,8 +67,8 @@ async def waits_for_the_end(ready: list[str]) -> Status:
     answer = await machine.provision()
     async with open_channel(ADDRESS.host, ADDRESS.port) as channel, machine.stream(answer.grpc_peer_addr_port) as stream:
         with pytest.raises(GRPCError) as ended:
-            async for answer in HealthStub(channel).watch(HealthCheckRequest()):
-                ready += [str(answer.status)]
+            async for health in HealthStub(channel).watch(HealthCheckRequest()):
+                ready += [str(health.status)]
         with pytest.raises(GRPCError) as stream_ended:
             await stream.wait_ended()
     assert stream_ended.value.status is ended.value.status
@@ -101,9 +104,9 @@ def test_sighup_reads_the_token_again(net: Net, tmp_path: Path, portal: Blocking
         assert portal.call(joins, "another") is None
 
 
-def write(folder: Path, root: Certified, name: str = SERVER) -> None:
+def write(folder: Path, root: Certified, name: str = SERVER, *, hours: float = 1) -> None:
     """Replace the certificate and its key, as tools do: by renaming."""
-    (folder / "new").write_text(root.sign(name).pem)
+    (folder / "new").write_text(root.sign(name, hours=hours).pem)
     os.replace(folder / "new", folder / "pem")
 
 
@@ -132,6 +135,11 @@ def test_the_certificate_is_read_again_when_it_changes(net: Net, tmp_path: Path,
         error = portal.call(reaches, tmp_path / "first") or ""
         assert "IP address mismatch, certificate is not valid for '192.0.2.1'" in error
         assert "\n" not in error
+        write(folder, first, hours=-1)
+        server.wait_for("reloaded: the TLS certificate")
+        assert (
+            portal.call(reaches, tmp_path / "first") == f"the certificate of {SERVER} is not trusted: certificate has expired"
+        )
 
 
 def test_a_machine_says_in_one_line_why_it_does_not_trust(net: Net, tmp_path: Path) -> None:
@@ -153,6 +161,36 @@ def test_a_machine_says_in_one_line_why_it_does_not_trust(net: Net, tmp_path: Pa
             assert said.splitlines()[-1].startswith("siderolink: ")
             assert "Traceback" not in said
         assert not server.lines[-1].startswith("Traceback")
+
+
+@pytest.mark.parametrize("kind", ["http", "socks5"])
+def test_a_machine_that_has_only_a_proxy(
+    net: Net, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Literal["http", "socks5"]
+) -> None:
+    """Neither UDP nor the API can be reached but by the proxy: Provision and the tunnel go that way."""
+    net.machine.nft("""
+        table inet only_a_proxy {
+            chain output {
+                type filter hook output priority 0; policy drop;
+                tcp dport 3128 accept
+                oifname { "lo", "siderolinktun" } accept
+                meta l4proto icmpv6 accept
+            }
+        }
+    """)
+    monkeypatch.setenv("HTTPS_PROXY", f"{kind}://me:word@{SERVER}:3128")
+    monkeypatch.setenv("NO_PROXY", "10.0.0.0/8,other.example")
+    with served(net.server, tmp_path), net.server.portal() as beside:
+        with (
+            beside.wrap_async_context_manager(running_proxy(kind, credentials="me:word", host=SERVER, port=3128)) as proxy,
+            net.machine.portal() as portal,
+        ):
+            url = f"grpc://siderolink.example:4000?jointoken={TOKEN}&grpc_tunnel=true"
+            context = connect(url, uuid=str(uuid.uuid4()), device="userspace")
+            with portal.wrap_async_context_manager(context) as link:
+                net.machine.run(["ping", "-c1", "-W5", str(link.server_address)])
+            assert set(proxy.asked) == {"siderolink.example:4000"}
+            assert len(proxy.asked) >= 2
 
 
 def test_systemd_is_told(net: Net, tmp_path: Path) -> None:

@@ -27,9 +27,9 @@ class Certified:
         """Key and certificate, as servers read them."""
         return self.key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()).decode() + self.certificate_pem
 
-    def sign(self, name: str) -> Self:
-        """A server's certificate for a host name or an address."""
-        return type(self)(*_make(name, self))
+    def sign(self, name: str, *, hours: float = 1) -> Self:
+        """A server's certificate for a host name or an address, good for so long; it has expired where that is negative."""
+        return type(self)(*_make(name, self, hours))
 
 
 def make_certificate(name: str) -> Certified:
@@ -37,7 +37,7 @@ def make_certificate(name: str) -> Certified:
     return Certified(*_make(name, None))
 
 
-def _make(name: str, issuer: Certified | None) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:
+def _make(name: str, issuer: Certified | None, hours: float = 1) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:
     key = ec.generate_private_key(ec.SECP256R1())
     subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
     now = datetime.datetime.now(datetime.UTC)
@@ -47,8 +47,8 @@ def _make(name: str, issuer: Certified | None) -> tuple[x509.Certificate, ec.Ell
         .issuer_name(issuer.certificate.subject if issuer is not None else subject)
         .public_key(key.public_key())
         .serial_number(x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(hours=1))
-        .not_valid_after(now + datetime.timedelta(hours=1))
+        .not_valid_before(now - datetime.timedelta(hours=24))
+        .not_valid_after(now + datetime.timedelta(hours=hours))
         .add_extension(x509.BasicConstraints(ca=issuer is None, path_length=None), critical=True)
     )
     if issuer is not None:

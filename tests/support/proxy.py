@@ -99,11 +99,16 @@ async def _copy(reader: Reader, writer: Writer) -> None:
 
 @asynccontextmanager
 async def running_proxy(
-    kind: Literal["http", "socks5"] = "http", *, credentials: str | None = None, tls: ssl.SSLContext | None = None
+    kind: Literal["http", "socks5"] = "http",
+    *,
+    credentials: str | None = None,
+    tls: ssl.SSLContext | None = None,
+    host: str = "127.0.0.1",
+    port: int = 0,
 ) -> AsyncIterator[TestProxy]:
     """A proxy that runs while the body does."""
     proxy = TestProxy(kind, credentials)
-    server = await asyncio.start_server(proxy.serve, "127.0.0.1", ssl=tls)
+    server = await asyncio.start_server(proxy.serve, host, port, ssl=tls)
     proxy.port = server.sockets[0].getsockname()[1]
     try:
         yield proxy
