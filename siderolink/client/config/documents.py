@@ -1,6 +1,6 @@
 """Configuration documents: from files to settings."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -9,6 +9,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from siderolink.client.config import models
+from siderolink.client.config.files import read_up_to
 from siderolink.client.config.log_url import LogURL
 from siderolink.client.config.settings import IngressRule, MachineSettings, Setting
 from siderolink.client.config.yaml_stream import MAX_BYTES, Location, Value, YamlDocument, read_stream
@@ -48,12 +49,13 @@ class Documents:
     others: tuple[OtherDocument, ...] = ()
 
 
-def load_documents(*paths: Path) -> Documents:
+def load_documents(*paths: Path, read: Callable[[Path, int], bytes] = read_up_to) -> Documents:
     """Read files, and of directories the ``.yaml`` and ``.yml`` files in the order of their names.
 
-    Raises ConfigurationError; its message names file, line and key, what is wrong, and what is allowed.
+    `read` reads a file up to so many bytes. Raises ConfigurationError; its message names file, line and key, what is wrong, and
+    what is allowed.
     """
-    return parse_documents((read_file(file), str(file)) for path in paths for file in list_files(path))
+    return parse_documents((read(file, MAX_BYTES + 1), str(file)) for path in paths for file in list_files(path))
 
 
 def list_files(path: Path) -> list[Path]:
@@ -66,15 +68,10 @@ def list_files(path: Path) -> list[Path]:
         raise ConfigurationError(f"the directory {path} cannot be read: {error.strerror}") from None
     if len(found) > MAX_FILES:
         raise ConfigurationError(f"{path}: more than {MAX_FILES} files")
+    for file in found:
+        if not file.is_file():
+            raise ConfigurationError(f"{file} is no regular file")
     return found
-
-
-def read_file(path: Path) -> bytes:
-    try:
-        with path.open("rb") as file:
-            return file.read(MAX_BYTES + 1)
-    except OSError as error:
-        raise ConfigurationError(f"{path} cannot be read: {error.strerror}") from None
 
 
 def parse_documents(streams: Iterable[tuple[bytes, str]]) -> Documents:

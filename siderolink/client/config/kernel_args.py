@@ -1,9 +1,10 @@
 """The kernel command line: what a machine is told by the way it is booted."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+from siderolink.client.config.files import read_up_to
 from siderolink.client.config.log_url import LogURL
 from siderolink.client.config.settings import MachineSettings, Setting
 from siderolink.common.errors import ConfigurationError
@@ -104,22 +105,20 @@ def in_container(root: Path = Path("/"), environ: Mapping[str, str] = os.environ
         return False
 
 
-def read_kernel_arguments(file: Path | None = None) -> MachineSettings:
+def read_kernel_arguments(file: Path | None = None, *, read: Callable[[Path, int], bytes] = read_up_to) -> MachineSettings:
     """What the kernel command line says, or a file of the same form.
 
-    In a container the host's own command line is passed over; a file that is given is read everywhere.
-    Raises ConfigurationError.
+    In a container the host's own command line is passed over; a file that is given is read everywhere. `read` reads a file up
+    to so many bytes. Raises ConfigurationError.
     """
-    path = file or PROC_CMDLINE
     if file is None and in_container():
         return MachineSettings(notes=("the kernel command line is passed over, since this is a container",))
     try:
-        with path.open("rb") as opened:
-            data = opened.read(MAX_BYTES + 1)
-    except OSError as error:
+        data = read(file or PROC_CMDLINE, MAX_BYTES + 1)
+    except ConfigurationError as error:
         if file is None:
-            return MachineSettings(notes=(f"no kernel command line: {error.strerror}",))
-        raise ConfigurationError(f"the kernel command line cannot be read from {path}: {error.strerror}") from None
+            return MachineSettings(notes=(f"no kernel command line: {error}",))
+        raise
     if len(data) > MAX_BYTES:
-        raise ConfigurationError(f"{path} is longer than {MAX_BYTES // 1024} KiB")
-    return parse_kernel_arguments(data.decode(errors="surrogateescape"), str(path))
+        raise ConfigurationError(f"{file or PROC_CMDLINE} is longer than {MAX_BYTES // 1024} KiB")
+    return parse_kernel_arguments(data.decode(errors="surrogateescape"), str(file or PROC_CMDLINE))

@@ -9,6 +9,7 @@ import anyio
 import anyio.lowlevel
 
 from siderolink.client.config.extra import needing_extra
+from siderolink.client.config.files import Reading
 from siderolink.client.config.kernel_args import read_kernel_arguments
 from siderolink.client.config.settings import MachineSettings, merge
 from siderolink.common.errors import ConfigurationError
@@ -32,6 +33,7 @@ class Sources:
     """Whether to look for documents where a host has them, when none are named."""
     host_kernel: bool = True
     """Whether to look at the host's kernel command line, when no file is named."""
+    _reading: Reading = field(default_factory=Reading, init=False, repr=False, compare=False)
 
     def read(self) -> MachineSettings:
         """All that was found, merged. Raises ConfigurationError."""
@@ -40,9 +42,9 @@ class Sources:
         if present:
             with needing_extra():
                 from siderolink.client.config.documents import load_documents
-            found = load_documents(*present).settings
+            found = load_documents(*present, read=self._reading.read).settings
         if self.kernel_cmdline is not None or self.host_kernel:
-            kernel = read_kernel_arguments(self.kernel_cmdline)
+            kernel = read_kernel_arguments(self.kernel_cmdline, read=self._reading.read)
         return merge(self.explicit, found, kernel)
 
     async def watch(self, on_change: Callable[[], None]) -> None:

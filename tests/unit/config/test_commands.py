@@ -84,7 +84,7 @@ def test_the_join_token_comes_by_file_and_the_prefix_by_the_installation_id(tmp_
     [
         (["config", "show", f"grpc://h/{TOKEN}"], "cannot use this join URL"),
         (["config", "show", "--config", "/nonexistent"], "/nonexistent cannot be read"),
-        (["config", "show", "--kernel-cmdline", "/nonexistent"], "cannot be read from /nonexistent"),
+        (["config", "show", "--kernel-cmdline", "/nonexistent"], "/nonexistent cannot be read"),
         (["kernel-args", f"grpc://user:{TOKEN}@h"], "cannot use this join URL"),
         (["machine-config", "grpc://h", "--ca-file", "/dev/null"], "/dev/null holds no certificates"),
         (["machine-config", "grpc://h", "--ca-file", "/nonexistent"], "cannot be read from /nonexistent"),

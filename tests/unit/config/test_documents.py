@@ -1,5 +1,6 @@
 """Documents: the exact forms, what is refused and how it is said, and what is merged with what."""
 
+import os
 from dataclasses import replace
 from ipaddress import ip_network
 from pathlib import Path
@@ -20,6 +21,7 @@ from siderolink.client.config import (
     parse_kernel_arguments,
 )
 from siderolink.client.config.documents import MAX_FILES, Documents, load_documents, parse_documents
+from siderolink.client.config.settings import read_ports, read_subnet
 from siderolink.client.config.write import JoinParameters, kernel_arguments, machine_documents
 from siderolink.common.errors import ConfigurationError
 from siderolink.common.hostport import HostPort
@@ -210,7 +212,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="cannot be read: No such file"):
         load_documents(tmp_path / "none.yaml")
     (tmp_path / "x.yaml").mkdir()
-    with pytest.raises(ConfigurationError, match="cannot be read: Is a directory"):
+    with pytest.raises(ConfigurationError, match="x.yaml is no regular file"):
         load_documents(tmp_path)
     (tmp_path / "x.yaml").rmdir()
     for number in range(MAX_FILES + 1):
@@ -245,6 +247,20 @@ def test_what_is_stronger_counts_and_logs_are_united(tmp_path: Path) -> None:
     assert [str(log.value) for log in weaker.kernel_logs] == ["tcp://h:2", "tcp://h:1"]
 
 
+def test_a_pipe_is_read_once_and_counts_for_good(tmp_path: Path) -> None:
+    reading, writing = os.pipe()
+    os.write(writing, JOIN.encode())
+    os.close(writing)
+    sources = Sources(documents=(Path(f"/dev/fd/{reading}"),), host_kernel=False)
+    one, two = sources.read(), sources.read()
+    os.close(reading)
+    assert one.url is not None
+    assert one == two
+    os.mkfifo(tmp_path / "x.yaml")
+    with pytest.raises(ConfigurationError, match="x.yaml is no regular file"):
+        load_documents(tmp_path)
+
+
 hosts = st.from_regex(r"[a-z]{1,9}", fullmatch=True)
 ports = st.integers(1, 65535)
 tokens = st.none() | st.text(st.characters(exclude_categories=("Cc", "Cs", "Zl", "Zp")), min_size=1, max_size=60)
@@ -273,6 +289,19 @@ def test_roots_are_written_as_a_block() -> None:
     text = machine_documents(JoinParameters(url=JoinURL("h"), roots_pem=pem))
     assert "certificates: |\n" in text
     assert parse(text).settings.roots_pem == pem
+
+
+@given(st.text("0123456789-/.:abf% []tcpud", max_size=40) | st.text(max_size=40))
+def test_ports_subnets_and_destinations_are_read_or_refused(text: str) -> None:
+    for read in (read_ports, read_subnet, LogURL.parse, lambda text: LogURL.parse(f"udp://{text}")):
+        try:
+            found = read(text)
+        except ConfigurationError as error:
+            said = str(error)
+        else:
+            assert read(str(found)) == found
+            continue
+        assert "\n" not in said
 
 
 pieces = st.sampled_from(

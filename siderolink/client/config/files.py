@@ -1,0 +1,32 @@
+"""Reading files that hold settings."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from siderolink.common.errors import ConfigurationError
+
+
+def read_up_to(path: Path, limit: int) -> bytes:
+    """At most so many bytes of a file. Raises ConfigurationError."""
+    try:
+        with path.open("rb") as file:
+            return file.read(limit)
+    except OSError as error:
+        raise ConfigurationError(f"{path} cannot be read: {error.strerror}") from None
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """Reads files again and again, and those that give what they hold only once (pipes) once."""
+
+    _kept: dict[Path, bytes] = field(default_factory=dict)
+
+    def read(self, path: Path, limit: int) -> bytes:
+        """As `read_up_to`."""
+        if path in self._kept:
+            return self._kept[path]
+        is_kept = path.exists() and not path.is_file() and not path.is_dir()
+        data = read_up_to(path, limit)
+        if is_kept:
+            self._kept[path] = data
+        return data
