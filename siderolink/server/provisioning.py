@@ -109,7 +109,7 @@ class ProvisionService:
             )
         }
 
-    async def _serve(self, stream: Stream[ProvisionRequest, ProvisionResponse]) -> None:
+    async def _serve(self, stream: Stream[ProvisionRequest, bytes]) -> None:
         request = await stream.recv_message()
         if request is None:
             raise GRPCError(Status.INVALID_ARGUMENT, "the call has no request message")
@@ -224,7 +224,7 @@ def _bad_key(why: str) -> JoinRejectedError:
     return JoinRejectedError(JoinRefusal.MALFORMED_PUBLIC_KEY, f"error parsing Wireguard key: {why}")
 
 
-def _source(stream: Stream[ProvisionRequest, ProvisionResponse]) -> str:
+def _source(stream: Stream[ProvisionRequest, bytes]) -> str:
     address = stream.peer.addr()
     if isinstance(address, tuple):
         return str(HostPort(address[0], address[1]))
