@@ -90,6 +90,7 @@ all-tests: setup needs
 	@$(PYTEST) -q -m "not long" $(ARGS)
 
 bench: setup needs ## figures of this machine, for what the design compares
+	@$(UV) pip install --quiet --python $(PYTHON) --group bench
 	@for file in benchmarks/*.py; do $(SUDO) $(PYTHON) "$$file" $(ARGS); done
 
 clean: ## remove what make made
