@@ -18,7 +18,7 @@ from tests.support.topology import direct
 
 CONFIGURATION = Path(__file__).with_name("nginx.conf")
 BULK = 100 * 1024 * 1024
-IDLE_SECONDS = 40.0
+IDLE_SECONDS = 220.0
 """Longer than any of nginx's timeouts in the configuration."""
 
 
@@ -39,7 +39,7 @@ def nginx(namespace: Namespace, folder: Path) -> Iterator[None]:
 
 
 @pytest.mark.long
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(480)
 def test_a_tunnel_behind_nginx(tmp_path: Path) -> None:
     events: list[LinkEvent] = []
     with (
