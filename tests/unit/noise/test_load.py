@@ -39,6 +39,56 @@ def test_under_load_a_cookie_is_asked_for_and_the_handshake_passes_at_once() -> 
     assert dropped(b)[Drop.BAD_MAC2] == 11
 
 
+def test_under_load_ends_that_begin_at_the_same_moment_shake_hands_at_once() -> None:
+    for order in (0, 1):
+        a, b, _ = pair()
+        a.add(b)
+        b.add(a)
+        b_peer = b.engine.peers[a.engine.public_key]
+        stranger, _, _ = pair(31)
+        stranger.add(b)
+        stranger.send(inner_packet("fd00::a", "fd00::b", b"?"))
+        (well_made,) = stranger.take()
+        for number in range(UNDER_LOAD_RATE + 1):
+            b.receive(well_made, VirtualPath(f"flood {number}"))
+        b.take()
+        a.send(A_TO_B)
+        b.send(inner_packet("fd00::b", "fd00::a", b"from b"))
+        ways = [(a, b), (b, a)]
+        for _ in range(6):
+            for sender, receiver in reversed(ways) if order else ways:
+                for datagram in sender.take():
+                    receiver.receive(datagram, sender.path)
+        assert b.received == [A_TO_B]
+        assert len(a.received) == 1
+        assert b_peer.current is not None
+        assert not {Drop.BAD_COOKIE, Drop.UNEXPECTED_RESPONSE} & {*dropped(a), *dropped(b)}
+
+
+def test_a_response_that_nobody_waits_for_needs_a_cookie_under_load() -> None:
+    a, b, _ = pair()
+    a.add(b)
+    b.add(a)
+    b.send(inner_packet("fd00::b", "fd00::a", b"from b"))
+    (initiation,) = b.take()
+    a.receive(initiation, b.path)
+    (response,) = a.take()
+    stranger, _, _ = pair(31)
+    stranger.add(b)
+    stranger.send(inner_packet("fd00::a", "fd00::b", b"?"))
+    (well_made,) = stranger.take()
+    for number in range(UNDER_LOAD_RATE + 1):
+        b.receive(well_made, VirtualPath(f"flood {number}"))
+    b.take()
+    for number in range(int(SOURCE_BURST) + 3):
+        b.receive(response[:8] + bytes(4) + response[12:-32] + bytes(32), VirtualPath(f"forger {number}"))
+    assert dropped(b)[Drop.BAD_MAC1] == SOURCE_BURST + 3
+    b.receive(response, a.path)
+    assert b.engine.peers[a.engine.public_key].current is not None
+    b.receive(response, a.path)
+    assert dropped(b)[Drop.BAD_MAC2] == 2
+
+
 def test_a_cookie_is_retried_with_once_and_then_left_to_the_timer() -> None:
     a, b, wire = pair()
     a.add(b)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from hmac import compare_digest
 
 from .constants import COOKIE_REFRESH_TIME, LABEL_COOKIE, LABEL_MAC1, MAC_BYTES
-from .messages import CookieReply, encode_cookie_reply, sender_index
+from .messages import INITIATION, CookieReply, encode_cookie_reply, sender_index
 from .primitives import hash2, mac, xopen, xseal
 
 NO_MAC2 = bytes(MAC_BYTES)
@@ -21,32 +21,41 @@ MAX_SOURCES = 16_384
 class MacSigner:
     """Puts mac1 and mac2 on the handshake messages that go to one peer."""
 
-    __slots__ = ("_cookie", "_cookie_at", "_cookie_key", "_mac1_key", "_sent_mac1")
+    __slots__ = ("_cookie", "_cookie_at", "_cookie_key", "_initiation_mac1", "_mac1_key", "_response_mac1")
 
     def __init__(self, remote_public: bytes) -> None:
         self._mac1_key = hash2(LABEL_MAC1, remote_public)
         self._cookie_key = hash2(LABEL_COOKIE, remote_public)
-        self._sent_mac1: bytes | None = None
+        # one of each kind: where both ends begin at the same moment, the answer to one must not make the other's cookie void
+        self._initiation_mac1: bytes | None = None
+        self._response_mac1: bytes | None = None
         self._cookie = b""
         self._cookie_at = 0.0
 
     def sign(self, message: bytes, now: float) -> bytes:
         """The whole datagram: the message with both macs behind it."""
         mac1 = mac(self._mac1_key, message)
-        self._sent_mac1 = mac1
+        if message[0] == INITIATION:
+            self._initiation_mac1 = mac1
+        else:
+            self._response_mac1 = mac1
         signed = message + mac1
         if self._cookie and now - self._cookie_at < COOKIE_REFRESH_TIME:
             return signed + mac(self._cookie, signed)
         return signed + NO_MAC2
 
-    def take_cookie(self, reply: CookieReply, now: float) -> bool:
-        """Keep the cookie for the next message; False if it is not an answer to the last one sent."""
-        if self._sent_mac1 is None:
+    def take_cookie(self, reply: CookieReply, now: float, *, is_initiator: bool) -> bool:
+        """Keep the cookie for the next message; False if it is no answer to the last initiation (or response) sent."""
+        mac1 = self._initiation_mac1 if is_initiator else self._response_mac1
+        if mac1 is None:
             return False
-        cookie = xopen(self._cookie_key, reply.nonce, reply.cookie, self._sent_mac1)
+        cookie = xopen(self._cookie_key, reply.nonce, reply.cookie, mac1)
         if cookie is None:
             return False
-        self._sent_mac1 = None
+        if is_initiator:
+            self._initiation_mac1 = None
+        else:
+            self._response_mac1 = None
         self._cookie, self._cookie_at = cookie, now
         return True
 

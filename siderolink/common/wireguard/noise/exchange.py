@@ -137,14 +137,18 @@ class Exchange:
         self._output.send(peer, path, peer.signer.sign(messages.encode_initiation(message), now))
 
     def admits(self, datagram: bytes, path: Path, now: float) -> bool:
-        """The cheap checks of an initiation or response; under load, a cookie is asked for."""
+        """The cheap checks of an initiation or response; under load, a cookie is asked for.
+
+        A response that names an open initiation of ours needs none: who guesses a name has guessed 32 bits, and who sees them
+        pass is limited as a source. So a device that dials many peers hears them, however many others come meanwhile.
+        """
         if not self._guard.has_mac1(datagram):
             self._output.drop(Drop.BAD_MAC1)
             return False
         if not self.load.is_under_load(now):
             return True
         source = path.source
-        is_proven = self._guard.has_mac2(datagram, source, now)
+        is_proven = self._is_awaited(datagram) or self._guard.has_mac2(datagram, source, now)
         limiter = self._limiter if is_proven else self._cookie_limiter
         if not limiter.allows(source, now):
             self._output.drop(Drop.RATE_LIMITED)
@@ -153,6 +157,10 @@ class Exchange:
             self._output.drop(Drop.BAD_MAC2)
             self._output.datagrams.append((path, self._guard.cookie_reply(datagram, source, now)))
         return is_proven
+
+    def _is_awaited(self, datagram: bytes) -> bool:
+        is_response = messages.message_type(datagram) == messages.RESPONSE
+        return is_response and self.indices.pending(messages.parse_response(datagram).receiver) is not None
 
     def receive_initiation(self, datagram: bytes, path: Path, now: float) -> Session | None:
         """Answer an initiation; the session waits until the peer uses it."""
@@ -229,7 +237,7 @@ class Exchange:
             peer = session.peer if session is not None else None
         if peer is None:
             self._output.drop(Drop.UNEXPECTED_RESPONSE)
-        elif not peer.signer.take_cookie(reply, now):
+        elif not peer.signer.take_cookie(reply, now, is_initiator=is_initiator):
             self._output.drop(Drop.BAD_COOKIE)
         elif is_initiator and not peer.has_retried_with_cookie:
             peer.has_retried_with_cookie = True
