@@ -154,7 +154,7 @@ def test_a_change_joins_anew_at_once_and_nonsense_changes_nothing(net: Net, tmp_
         assert pings(net.machine, OVERLAY)
         # a server that cannot be reached is asked again, and the next change counts at once
         file.write_text(join_document(URL.replace(":4000", ":4001")))
-        join.wait_for("join failed")
+        join.wait_for("provision failed: ")
         file.write_text(join_document(URL))
         join.wait_for(" connected: udp ")
         assert overlay_address(net.machine, "siderolink") == address
