@@ -9,6 +9,7 @@ import time
 from dataclasses import dataclass
 
 import anyio
+from anyio.abc import TaskStatus
 
 from siderolink.cli.running import run_until_stopped
 from siderolink.cli.simulate.swarm import Load, Phase, Swarm, open_swarm
@@ -42,13 +43,15 @@ def run_simulate(options: SimulateOptions) -> None:
 
     async def work() -> None:
         async with open_swarm(url, options.load) as swarm, background_tasks() as tasks:
+            asked = await tasks.start(_watch_signal)
             tasks.start_soon(_show_progress, swarm)
             _report(await swarm.join(), options)
             _report(await swarm.connect(options.timeout), options)
             if options.churn:
                 tasks.start_soon(swarm.churn, options.churn)
             for _ in range(options.reconnects):
-                await _reconnect_signal(options)
+                with anyio.move_on_after(options.hold):
+                    await asked.acquire()
                 _report(await swarm.reconnect(options.timeout), options)
             await (anyio.sleep(options.hold) if options.hold is not None else anyio.sleep_forever())
             tasks.cancel_scope.cancel()
@@ -56,11 +59,13 @@ def run_simulate(options: SimulateOptions) -> None:
     run_until_stopped(work)
 
 
-async def _reconnect_signal(options: SimulateOptions) -> None:
-    """Wait for SIGUSR1, at most as long as machines are to be held."""
-    with anyio.open_signal_receiver(signal.SIGUSR1) as signals, anyio.move_on_after(options.hold):
+async def _watch_signal(*, task_status: TaskStatus[anyio.Semaphore]) -> None:
+    """Count the times that a reconnection was asked for, by SIGUSR1."""
+    asked = anyio.Semaphore(0)
+    with anyio.open_signal_receiver(signal.SIGUSR1) as signals:
+        task_status.started(asked)
         async for _ in signals:
-            return
+            asked.release()
 
 
 async def _show_progress(swarm: Swarm) -> None:
