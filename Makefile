@@ -79,11 +79,11 @@ test-kernel: setup needs ## the kernel's own WireGuard, in a virtual machine; KE
 others: $(OTHERS:%=others-%)
 
 others-%: .venvs/%/.ready needs
-	@echo "unit and netns on Python $*"
+	@echo "unit tests, and links in namespaces, on Python $*"
 	@$(MAKE) VENV=.venvs/$* some-tests
 
 some-tests:
-	@$(PYTEST) -q -m "not long" tests/unit tests/netns $(ARGS)
+	@$(PYTEST) -q -m "not long" tests/unit tests/netns/test_link.py tests/netns/test_server.py $(ARGS)
 
 all-tests: setup needs
 	@echo "everything on Python $(FIRST)"
