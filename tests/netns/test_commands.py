@@ -105,18 +105,24 @@ def test_serve_join_status(net: Net, token: list[str], tunnel: bool) -> None:
 
 
 def test_what_goes_wrong_is_one_line(net: Net, token: list[str]) -> None:
-    assert "192.0.2.1" in refused(net.machine, "join", URL, *token), "nobody listens"
+    early = start(net.machine, "join", URL, *token)
+    assert "192.0.2.1" in read_until(early, "provision failed: ")[-1], "nobody listens"
+    [waiting] = json.loads(net.machine.run([*COMMAND, "status", "--json"]))
+    assert (waiting["interface"], waiting["state"], waiting["addresses"]) == ("siderolink", "provisioning", [])
     server = start(net.server, *SERVE, *token)
     read_until(server, "overlay")
-    assert refused(net.machine, "join", f"{URL}?jointoken=other") == (
-        "siderolink: the server refused the join: PERMISSION_DENIED: invalid join token"
-    )
-    taken = refused(net.server, *SERVE, *token)
+    read_until(early, " connected: ")
+    end(early, signal.SIGINT)
+    wrong = start(net.machine, "join", f"{URL}?jointoken=other")
+    refusal = read_until(wrong, "provision failed: ")[-1]
+    assert "the server refused the join: PERMISSION_DENIED: invalid join token; again in" in refusal
+    end(wrong, signal.SIGINT)
+    taken = refused(net.server, *SERVE, *token, "--no-state")
     assert "siderolink" in taken
     assert "already" in taken, "the interface's name"
-    other = [*SERVE[:-1], "192.0.2.1:51821", *token, "--interface", "other0"]
+    other = [*SERVE[:-1], "192.0.2.1:51821", *token, "--no-state", "--interface", "other0"]
     assert "4000" in refused(net.server, *other), "the API's port"
-    other = ["serve", "--api-listen", "0.0.0.0:4001", *SERVE[3:], *token, "--interface", "other0"]
+    other = ["serve", "--api-listen", "0.0.0.0:4001", *SERVE[3:], *token, "--no-state", "--interface", "other0"]
     assert "51820" in refused(net.server, *other), "the WireGuard port"
     assert refused(net.server, *other[:-1], "a/b").startswith("siderolink: 'a/b' cannot name an interface")
     machine = start(net.machine, "join", URL, *token)

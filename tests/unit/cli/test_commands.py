@@ -14,7 +14,7 @@ from siderolink.cli.control import ask_all, control_socket
 from siderolink.cli.describe import link_event
 from siderolink.cli.secret import read_secret
 from siderolink.cli.status import run_status, to_json
-from siderolink.client import events
+from siderolink.client import LinkState, events
 from siderolink.common.errors import ConfigurationError
 from siderolink.common.keys import PrivateKey
 from siderolink.common.pb.siderolink.control import Event, Peer, StatusResponse
@@ -102,6 +102,10 @@ def test_every_event_of_a_link_has_words() -> None:
         events.LinkDown(reason="no handshake for 275 s"),
         events.ProvisionFailed(reason="away", retry_in=3.0),
         events.Reestablished(route="udp a:1", down_for=2.0),
+        events.InterfaceRepaired(what="it was set down"),
+        events.FallbackBegun(reason="no handshake"),
+        events.FallbackEnded(),
+        events.StateChanged(old=LinkState.CONNECTED, new=LinkState.LEFT, reason="it was left"),
         events.Left(),
     ]
     assert {type(event).__name__ for event in examples} == {kind.__name__ for kind in events.LinkEvent.__subclasses__()}
