@@ -26,7 +26,7 @@ MODULES = (
     *("virtio_pci", "virtio_rng", "9pnet_virtio", "9p", "overlay"),
     "crc32c_generic",
     *("wireguard", "tun", "veth", "dummy", "sch_netem"),
-    *("nf_tables", "nft_chain_nat", "nft_masq", "nft_ct", "nft_reject_inet", "nf_conntrack", "nf_conntrack_netlink"),
+    *("nf_tables", "nft_chain_nat", "nft_masq", "nft_nat", "nft_ct", "nft_reject_inet", "nf_conntrack", "nf_conntrack_netlink"),
 )
 """Loaded at the start, each after what it depends on; the kernel finds no other."""
 STATUS = re.compile(r"^vm status (\d+)\s*$")

@@ -103,6 +103,10 @@ def serve(
     no_dial: Annotated[
         bool, typer.Option("--no-dial", help="Do not dial remembered machines after a start: behind a load balancer.")
     ] = False,
+    keep_interface: Annotated[
+        bool,
+        typer.Option("--keep-interface", help="Leave the kernel's interface for the next start; machines notice no restart."),
+    ] = False,
     tls_cert: Annotated[Path | None, typer.Option(help="The API's certificate chain, PEM.", metavar="FILE")] = None,
     tls_key: Annotated[
         Path | None, typer.Option(help="Its private key, PEM.", show_default="in the same file", metavar="FILE")
@@ -130,6 +134,7 @@ def serve(
             device=device.value,
             state=None if no_state else state or default_state(interface),
             dial=not no_dial,
+            keep_interface=keep_interface,
             tls_cert=tls_cert,
             tls_key=tls_key,
             connections_per_address=connections_per_address,

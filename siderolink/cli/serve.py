@@ -47,6 +47,7 @@ class ServeOptions:
     state: Path | None
     """Where the server remembers; None for memory alone."""
     dial: bool
+    keep_interface: bool
     tls_cert: Path | None
     tls_key: Path | None
     connections_per_address: int
@@ -174,6 +175,7 @@ class Serve:
             tls=None if self._certificate is None else self._certificate.context,
             store=store,
             dial=options.dial,
+            keep_interface=options.keep_interface,
             api_limits=Limits(max_connections_per_address=options.connections_per_address),
             reports=options.reports,
         )

@@ -46,13 +46,17 @@ def _enter(namespace: str) -> None:
         os.close(inside)
 
 
-async def run_netlink(work: Callable[[], Coroutine[Any, Any, T]], namespace: str | None = None) -> T:
-    """Run a short piece of netlink work, in a network namespace where one is given; cancellation waits for it to end.
+async def run_netlink(
+    work: Callable[[], Coroutine[Any, Any, T]], namespace: str | None = None, *, in_thread: bool = False
+) -> T:
+    """Run a piece of netlink work, in a network namespace where one is given; cancellation waits for it to end.
+
+    The kernel works while it is asked: what may take it long is asked `in_thread`, so that the event loop goes on meanwhile.
 
     Other loops than asyncio's own (uvloop) take no netlink sockets. There the work gets a loop and a thread of its own: a new
     thread, since that one is born into the caller's network namespace, which an older one might not be in.
     """
-    if namespace is None and isinstance(asyncio.get_running_loop(), asyncio.BaseEventLoop):
+    if namespace is None and not in_thread and isinstance(asyncio.get_running_loop(), asyncio.BaseEventLoop):
         return await work()
     done: Future[T] = Future()
 

@@ -62,6 +62,7 @@ class ServerOptions:
     limits: MachineLimits = MachineLimits()
     reports: ReportOptions | None = None
     dial: bool = True
+    keep_interface: bool = False
     overlay_ports: tuple[int | str, ...] | None = None
 
     def __post_init__(self) -> None:

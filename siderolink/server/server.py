@@ -82,6 +82,8 @@ class Server(AbstractAsyncContextManager["Server"]):
     authorize: decides on each join beyond the token.
     store: where machines are remembered; None for memory.
     persistent_keepalive: seconds between keepalives to each machine; 0 for none.
+    keep_interface: with the kernel's WireGuard, leave the interface when the server stops, and take it up again at the next
+        start: machines notice nothing in between. It needs the same private key, so one that is given or remembered.
     reports: where on the overlay address machines deliver events and kernel log lines; None for nowhere.
     dial: at the start, dial the machines that the store remembers where they were last heard by UDP.
     overlay_ports: the ports of this host that machines may dial at the overlay address (``8080``, ``"53/udp"``), besides those
@@ -110,6 +112,7 @@ class Server(AbstractAsyncContextManager["Server"]):
         reports: ReportOptions | None = None,
         dial: bool = True,
         overlay_ports: Sequence[int | str] | None = None,
+        keep_interface: bool = False,
     ) -> None:
         """Check the options; nothing is opened yet. Raises ConfigurationError."""
         self._options = ServerOptions(
@@ -132,6 +135,7 @@ class Server(AbstractAsyncContextManager["Server"]):
             reports=reports,
             dial=dial,
             overlay_ports=None if overlay_ports is None else tuple(overlay_ports),
+            keep_interface=keep_interface,
         )
         self._store: Store = MemoryStore() if store is None else store
         self._prefix = overlay_prefix(installation_id or "")
@@ -180,6 +184,7 @@ class Server(AbstractAsyncContextManager["Server"]):
             listen_port=options.device_listen_port,
             isolate=True,
             timestamps=stamps,
+            keep=options.keep_interface,
         )
         async with open_device(options.device, config, on_device_event) as device:
             clock = Clock()
@@ -195,6 +200,7 @@ class Server(AbstractAsyncContextManager["Server"]):
                 # Changes are followed before the rows are read, so that none falls between; and both before the API listens.
                 await tasks.start(machines.follow)
                 await machines.load()
+                await device.settle()
                 tasks.start_soon(machines.watch)
                 tasks.start_soon(sightings.run)
                 if options.dial:

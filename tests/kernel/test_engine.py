@@ -8,6 +8,7 @@ import pytest
 
 from siderolink.common.keys import PrivateKey
 from siderolink.common.wireguard.device import DeviceConfig, PeerConfig, open_device
+from tests.interop import test_wireguard_go as suite
 from tests.interop.test_wireguard_go import (
     OUR_ADDRESSES,
     OUR_PORT,
@@ -61,6 +62,12 @@ def pair_with_the_kernel() -> Iterator[Pair]:
         portal.wrap_async_context_manager(open_device("userspace", config, lambda event: None)) as device,
     ):
         yield Pair(net, portal, device, other, their_key)
+
+
+@pytest.fixture(autouse=True)
+def _less_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under emulation a megabyte takes seconds."""
+    monkeypatch.setattr(suite, "MEGABYTES", 1)
 
 
 @pytest.fixture

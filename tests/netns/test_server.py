@@ -14,6 +14,7 @@ from grpclib.exceptions import StreamTerminatedError
 
 from siderolink.common.errors import AddressInUseError, InterfaceInUseError
 from siderolink.common.hostport import HostPort
+from siderolink.common.wireguard.device import DeviceKind
 from siderolink.server import LinkState, MachineLimits, Server
 from tests.conftest import descriptors
 from tests.support.netns import Namespace
@@ -22,6 +23,8 @@ from tests.support.topology import SERVER_V4, Net, routed
 
 TOKEN = "the-join-token"
 API = HostPort(SERVER_V4, 4000)
+DEVICE: DeviceKind = "userspace"
+"""The server's; tests/kernel runs the same tests with another."""
 OVERLAY = "fdae:41e4:649b:9303::1"
 
 
@@ -41,7 +44,7 @@ def serving(machines: int = 2, limits: MachineLimits | None = None) -> Iterator[
             api_listen=(API.host, API.port),
             wireguard_endpoints=[f"{SERVER_V4}:51820"],
             join_token=TOKEN,
-            device="userspace",
+            device=DEVICE,
             limits=limits,
         )
         with portal.wrap_async_context_manager(server):

@@ -147,7 +147,10 @@ class Device(Protocol):
         """Forget the peer and its keys; no error if it is unknown."""
 
     async def settle(self) -> None:
-        """All peers that shall be there are set: forget those that a kept interface had before and nobody has set since."""
+        """All peers that shall be there are set: forget those that a kept interface had before and nobody has set since.
+
+        Sessions that live on from before are told as if they had just been made.
+        """
 
     async def peer(self, public_key: PublicKey) -> PeerStatus | None: ...
 

@@ -60,14 +60,15 @@ async def remove_leftover(name: str, namespace: str | None) -> None:
     found = await run_netlink(partial(_find, name), namespace)
     if found is not None and found[1]:
         with lock(name, namespace):
-            await run_netlink(partial(_delete, found[0]), namespace)
+            await run_netlink(partial(_delete, found[0]), namespace, in_thread=True)
 
 
 async def remove(interface: KernelInterface) -> None:
     """Remove it, also when cancelled; no error if it is gone."""
     with anyio.CancelScope(shield=True):
         try:
-            await run_netlink(partial(_delete, interface.index), interface.namespace)
+            # with thousands of peers it takes the kernel seconds
+            await run_netlink(partial(_delete, interface.index), interface.namespace, in_thread=True)
         except NetlinkError as error:
             if error.code != errno.ENODEV:
                 raise DeviceError(f"the interface {interface.name} cannot be removed: {error.args[-1]}") from error
@@ -95,7 +96,7 @@ async def _make(config: DeviceConfig) -> KernelInterface:
             raise InterfaceInUseError(f"there is an interface {name} already: remove it, or choose another name")
         if config.keep:
             return KernelInterface(name, namespace, index, True)
-        await run_netlink(partial(_delete, index), namespace)
+        await run_netlink(partial(_delete, index), namespace, in_thread=True)
     try:
         await _create(name, namespace, config.mtu)
         index = await run_netlink(partial(_mark, name), namespace)

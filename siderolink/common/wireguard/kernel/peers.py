@@ -33,12 +33,14 @@ __all__ = ["Peers"]
 _AT_ONCE = 100
 _RETRY = 1.0
 _LOOPBACK = 127
+"""The first byte of a loopback address, in a sockaddr_in; in a sockaddr_in6, its place belongs to the flow information: 0."""
+_SESSION_SECONDS = 180.0
 
 
 class _Entry:
     """One peer."""
 
-    __slots__ = ("changed_at", "is_claimed", "networks", "view")
+    __slots__ = ("changed_at", "is_adopted", "is_claimed", "networks", "view")
 
     def __init__(self, facts: PeerFacts, now: float) -> None:
         self.view = PeerView(facts, heard_at=now, sent_when_heard=facts.sent)
@@ -48,6 +50,8 @@ class _Entry:
         """When we last changed it: what was read before then is out of date."""
         self.is_claimed = False
         """True once `set_peer` was called for it."""
+        self.is_adopted = False
+        """True until `settle`, for one that was there before."""
 
 
 class Peers:
@@ -131,8 +135,21 @@ class Peers:
             self._relay.hold(None, key, self._slot(entry))
 
     def settle(self) -> None:
-        for key in [key for key, entry in self._entries.items() if not entry.is_claimed]:
-            self.remove_peer(key)
+        for key, entry in list(self._entries.items()):
+            if not entry.is_claimed:
+                self.remove_peer(key)
+            elif entry.is_adopted:
+                entry.is_adopted = False
+                self._tell_session(entry.view.facts)
+
+    def _tell_session(self, facts: PeerFacts) -> None:
+        """The peer has a session that was made before us; a tunnel's ended with the process that held its stream."""
+        is_by_udp = bool(facts.endpoint) and facts.endpoint[4] != _LOOPBACK
+        if not is_by_udp or time.time() - facts.handshake_ns / 1e9 > _SESSION_SECONDS:
+            return
+        public_key = PublicKey(facts.key)
+        self._on_event(PathChanged(public_key=public_key, old=None, new=KernelUdpPath(facts.endpoint)))
+        self._on_event(HandshakeCompleted(public_key=public_key))
 
     def _move(self, entry: _Entry, endpoint: bytes) -> None:
         """The peer is reached at another endpoint now."""
@@ -230,6 +247,7 @@ class Peers:
         await self._look_once()
         for entry in self._entries.values():
             entry.networks = frozenset(messages.read_allowed_ips(entry.view.facts.allowed))
+            entry.is_adopted = True
 
     async def _look(self) -> None:
         """Read all peers in parts, letting others have their turn between them."""
