@@ -87,6 +87,7 @@ class Table:
         self._name = name
         self._flags = _OWNED if owned else 0
         self._exists = False
+        self._turns = anyio.Lock()
         self._lock = threading.Lock()
         self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, NETLINK_NETFILTER)
         self._socket.setsockopt(_SOL_NETLINK, _CAP_ACK, 1)
@@ -99,7 +100,8 @@ class Table:
         """
         # A transaction waits for the packets that are on their way through the old rules: not for the event loop.
         with anyio.CancelScope(shield=True):
-            await to_thread.run_sync(self._replace, chains, parts)
+            async with self._turns:
+                await to_thread.run_sync(self._replace, chains, parts)
 
     async def close(self) -> None:
         """Remove the table."""
