@@ -19,7 +19,8 @@ from siderolink.common.pb.siderolink.control import (
     StatusRequest,
     StatusResponse,
 )
-from siderolink.common.wireguard.device import PeerStatus
+from siderolink.common.wireguard.device import DEFAULT_MTU, PeerStatus
+from siderolink.common.wireguard.naming import check_interface
 
 _ANSWER_TIMEOUT = 5.0
 
@@ -53,7 +54,11 @@ def directory() -> Path:
 
 @asynccontextmanager
 async def control_socket(interface: str, source: Source, *more: Servable) -> AsyncIterator[Path]:
-    """Serve `source`, and `more` services, on a socket named after the interface, for this user alone."""
+    """Serve `source`, and `more` services, on a socket named after the interface, for this user alone.
+
+    Raises ConfigurationError, also for a name that no interface can have.
+    """
+    check_interface(interface, DEFAULT_MTU)
     folder = directory()
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
