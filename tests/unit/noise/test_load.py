@@ -163,3 +163,20 @@ def test_a_million_mutated_datagrams_into_a_live_engine() -> None:
     reasons = {Drop.MALFORMED, Drop.BAD_MAC1, Drop.UNKNOWN_RECEIVER, Drop.BAD_TAG, Drop.UNEXPECTED_RESPONSE}
     assert set(dropped(b)) <= reasons
     assert len(b.engine.peers) == 1
+
+
+def test_idle_sessions_take_little_memory() -> None:
+    a, b, wire = joined()
+    session = b.engine.peers[a.engine.public_key].current
+    assert session is not None
+    opener = session.opener
+    a.send(A_TO_B)
+    wire.run(0.0)
+    assert session.opener is opener
+    a.engine.send_keepalive(a.engine.peers[b.engine.public_key], wire.clock.now)
+    a.drain()
+    wire.run(0.0)
+    assert session.opener is not opener
+    a.send(A_TO_B)
+    wire.run(0.0)
+    assert b.received == [A_TO_B] * 2

@@ -21,7 +21,7 @@ from .handshake import NO_PRESHARED_KEY, Identity
 from .inner import inner_header, padded_length
 from .output import Output
 from .peer import Path, Peer
-from .primitives import is_low_order, nonce
+from .primitives import is_low_order
 from .routing import CryptokeyRouting
 from .schedule import Schedule
 from .session import Session
@@ -310,7 +310,7 @@ class Engine:
             self._output.drop(refusal or Drop.UNKNOWN_RECEIVER)
             return None
         try:
-            packet = session.opener.decrypt(nonce(counter), datagram[messages.TRANSPORT_HEADER_BYTES :], None)
+            packet = session.open(counter, datagram[messages.TRANSPORT_HEADER_BYTES :])
         except InvalidTag:
             self._output.drop(Drop.BAD_TAG)
             return None

@@ -120,12 +120,16 @@ class Peer:
         else:
             dropped.append(self.next)
             self.previous, self.next = None, session
+        if self.previous is not None:
+            self.previous.rest()
         return [old for old in dropped if old is not None]
 
     def confirm(self) -> list[Session]:
         """The peer has used the session we were waiting for: it becomes the current one. Answers the dropped ones."""
         dropped = [self.previous] if self.previous is not None else []
         self.previous, self.current, self.next = self.current, self.next, None
+        if self.previous is not None:
+            self.previous.rest()
         return dropped
 
     def drop_sessions(self) -> list[Session]:

@@ -65,7 +65,7 @@ class Session:
         return self._opener
 
     def rest(self) -> None:
-        """Give back what only a busy session needs."""
+        """Give back what only a busy session needs: two thousand bytes each way. A keepalive is the sign of one that is not."""
         self._sealer = self._opener = None
 
     def is_expired(self, now: float) -> bool:
@@ -93,7 +93,17 @@ class Session:
     def seal(self, counter: int, plaintext: bytes) -> bytes:
         """One whole data message, under a counter that was reserved for it."""
         header = encode_transport_header(self.remote_index, counter)
-        return header + self.sealer.encrypt(nonce(counter), plaintext, None)
+        sealed = header + self.sealer.encrypt(nonce(counter), plaintext, None)
+        if not plaintext:
+            self.rest()
+        return sealed
+
+    def open(self, counter: int, ciphertext: bytes) -> bytes:
+        """The plaintext of one data message. Raises InvalidTag."""
+        plaintext = self.opener.decrypt(nonce(counter), ciphertext, None)
+        if not plaintext:
+            self.rest()
+        return plaintext
 
     def __repr__(self) -> str:
         role = "initiator" if self.is_initiator else "responder"
