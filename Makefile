@@ -89,9 +89,10 @@ all-tests: setup needs
 	@echo "everything on Python $(FIRST)"
 	@$(PYTEST) -q -m "not long" $(ARGS)
 
-bench: setup needs ## figures of this machine, for what the design compares
+bench: setup needs ## figures of this machine beside other programs': a table, and .venvs/bench/throughput.{json,svg}
 	@$(UV) pip install --quiet --python $(PYTHON) --group bench
-	@for file in benchmarks/*.py; do $(SUDO) $(PYTHON) "$$file" $(ARGS); done
+	@$(SUDO) env PATH="$$PATH" $(PYTHON) benchmarks/throughput.py --save .venvs/bench $(ARGS)
+	@for file in $(filter-out benchmarks/throughput.py,$(wildcard benchmarks/*.py)); do $(SUDO) $(PYTHON) "$$file"; done
 
 clean: ## remove what make made
 	rm -rf .venvs dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -99,7 +99,7 @@ class End:
         self.engine = Engine(bytes(PrivateKey.generate()), entropy=os.urandom, unix_time_ns=time.time_ns, mtu=1280)
         self.interface = Interface()
         self.wire = Wire()
-        self.plane = DataPlane(self.engine, self.interface, on_events=ignore, on_drained=ignore, on_blocked=ignore)
+        self.plane = DataPlane(self.engine, self.interface, on_events=ignore, on_drained=ignore, on_blocked=bool)
 
 
 def pair() -> tuple[End, End]:

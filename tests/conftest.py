@@ -3,6 +3,7 @@ import os
 from collections.abc import AsyncIterator, Iterator
 
 import pytest
+from hypothesis import settings
 from pyroute2 import netns
 
 
@@ -47,3 +48,8 @@ def no_namespaces_left() -> Iterator[None]:
     yield
     left = [name for name in netns.listnetns() if name.startswith(f"sl{os.getpid()}-")]
     assert not left, f"network namespaces left behind: {left}"
+
+
+# examples are judged by what they show, not by how busy the machine is
+settings.register_profile("house", deadline=None)
+settings.load_profile("house")

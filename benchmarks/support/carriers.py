@@ -68,7 +68,15 @@ def siderolink(*, tunnel: bool) -> Carrier:
         with direct() as net, TemporaryDirectory() as folder:
             token = ["--join-token-file", str(Path(folder, "token"))]
             Path(folder, "token").write_text("benchmark")
-            serve = [*COMMAND, "serve", "--api-listen", "0.0.0.0:4000", "--wireguard-endpoint", f"192.0.2.1:{PORT}"]
+            serve = [
+                *COMMAND,
+                "serve",
+                "--api-listen",
+                "0.0.0.0:4000",
+                "--wireguard-endpoint",
+                f"192.0.2.1:{PORT}",
+                "--no-state",
+            ]
             server = _started(net.server, [*serve, *token], "overlay", folder)
             join = [*COMMAND, "join", f"grpc://192.0.2.1:4000?grpc_tunnel={str(tunnel).lower()}"]
             machine = _started(

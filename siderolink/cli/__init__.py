@@ -4,7 +4,7 @@ import sys
 
 __all__ = ["main"]
 
-_EXTRA = frozenset({"aiosqlite", "alembic", "platformdirs", "rich", "sqlalchemy", "typer", "uvloop", "watchfiles"})
+_EXTRA = frozenset({"aiosqlite", "alembic", "platformdirs", "rich", "sqlalchemy", "typer", "watchfiles"})
 
 
 def main() -> None:

@@ -3,12 +3,14 @@
 import signal
 import time
 from collections.abc import Awaitable, Callable
+from importlib.util import find_spec
 
 import anyio
 from anyio.abc import TaskStatus
 from rich.console import Console
 from rich.markup import escape
 
+from siderolink.common.degraded import say_once
 from siderolink.common.tasks import background_tasks
 from siderolink.common.text import one_line
 
@@ -24,6 +26,14 @@ def say(name: str, text: str) -> None:
         print(f"{now} {name}: {text}", flush=True)
 
 
+def loop_options() -> dict[str, bool]:
+    """What anyio.run takes for the fastest loop there is."""
+    has_uvloop = find_spec("uvloop") is not None
+    if not has_uvloop:
+        say_once("uvloop is not installed")
+    return {"use_uvloop": has_uvloop}
+
+
 def run_until_stopped(work: Callable[[], Awaitable[None]], reload: Callable[[], None] | None = None) -> None:
     """Run `work` on uvloop until it ends or SIGINT or SIGTERM comes; either is a success. SIGHUP calls `reload`."""
 
@@ -34,7 +44,7 @@ def run_until_stopped(work: Callable[[], Awaitable[None]], reload: Callable[[], 
                 await tasks.start(_reload_on_signal, reload)
             await work()
 
-    anyio.run(main, backend_options={"use_uvloop": True})
+    anyio.run(main, backend_options=loop_options())
 
 
 async def _stop_on_signal(scope: anyio.CancelScope, *, task_status: TaskStatus[None]) -> None:

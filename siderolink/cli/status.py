@@ -10,13 +10,14 @@ from rich.console import Console
 from rich.table import Table
 
 from siderolink.cli.control import ask_all
+from siderolink.cli.running import loop_options
 from siderolink.common.pb.siderolink.control import Peer, StatusResponse
 from siderolink.common.text import one_line
 
 
 def run_status(*, as_json: bool) -> None:
     """Print the status of every running `serve` and `join`. Raises SideroLinkError."""
-    answers, complaints = anyio.run(ask_all, backend_options={"use_uvloop": True})
+    answers, complaints = anyio.run(ask_all, backend_options=loop_options())
     for complaint in complaints:
         print(f"siderolink: {complaint}", file=sys.stderr)
     if as_json:

@@ -18,6 +18,7 @@ from anyio.abc import Process, TaskGroup, TaskStatus
 
 from siderolink.cli.demo import namespace, probe
 from siderolink.cli.describe import link_event
+from siderolink.cli.running import loop_options
 from siderolink.common.errors import SideroLinkError
 from siderolink.common.nft_matches import protocol
 from siderolink.common.nftables import Chain, Hook, Rule, firewall
@@ -223,4 +224,4 @@ async def main() -> None:
 
 if __name__ == "__main__":
     namespace.enter_network_namespace()
-    anyio.run(main, backend_options={"use_uvloop": True})
+    anyio.run(main, backend_options=loop_options())

@@ -8,6 +8,7 @@ import anyio
 from siderolink.cli.demo import namespace
 from siderolink.cli.demo.report import Report, make_report
 from siderolink.cli.demo.steps import Demo, StepFailed
+from siderolink.cli.running import loop_options
 from siderolink.common.errors import SideroLinkError
 
 _TUN = "/dev/net/tun"
@@ -17,7 +18,7 @@ def run_demo(*, as_json: bool, device: str, seconds: float) -> int:
     """The exit status: 0 where every step holds, 1 where one does not, 130 after an interrupt. Raises SideroLinkError."""
     _prepare()
     report = make_report(as_json=as_json)
-    return anyio.run(_run, report, device, seconds, backend_options={"use_uvloop": True})
+    return anyio.run(_run, report, device, seconds, backend_options=loop_options())
 
 
 def _prepare() -> None:

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Final
 
+from siderolink.common.degraded import say_once
 from siderolink.common.errors import ConfigurationError
 from siderolink.common.wireguard.noise.drops import Drop
 from siderolink.common.wireguard.path import Datagrams, Receive, RowCache
@@ -268,6 +269,7 @@ class UdpSocket:
             return False
         if code in (errno.EIO, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOPROTOOPT) and not self._gso_has_worked:
             self._gso = False
+            say_once("UDP sends cannot be segmented (UDP_SEGMENT, Linux 4.18)")
             return True
         if code in (errno.EMSGSIZE, errno.EINVAL, errno.EIO):
             # The route's MTU is below a row: fragments still pass. (Linux before 6.8 says EINVAL.)
@@ -318,5 +320,5 @@ def _set_options(sock: socket.socket, *, gro: bool) -> None:
     if gro:
         try:
             sock.setsockopt(_SOL_UDP, _UDP_GRO, 1)
-        except OSError:  # before Linux 5.0
-            pass
+        except OSError:
+            say_once("received UDP datagrams cannot be joined (UDP_GRO, Linux 5.0)")

@@ -58,9 +58,9 @@ class DataPlane:
         *,
         on_events: Callable[[list[Event]], None],
         on_drained: Callable[[float], None],
-        on_blocked: Callable[[Path], None],
+        on_blocked: Callable[[Path], bool],
     ) -> None:
-        """`on_drained` is called after each verb, to arm a timer; `on_blocked` when the path of an only peer is full."""
+        """`on_drained` is called after each verb, to arm a timer; `on_blocked` when a path is full: True holds packets back."""
         self._engine = engine
         self._interface = interface
         self._on_events = on_events
@@ -72,6 +72,7 @@ class DataPlane:
         self._merger = Merger(engine.drop, tso=interface.tso, uso=interface.uso)
         self._gathered_for: Peer | None = None
         self._gathered_pair = b""
+        self._is_blocked = False
 
     def _set_mtu(self, mtu: int) -> None:
         self._splitter = Splitter(mtu)
@@ -88,13 +89,14 @@ class DataPlane:
         """Take what the interface has, up to a bound. Raises DeviceError when the interface is gone."""
         now = boot_time()
         size = 0
+        self._is_blocked = False
         for _ in range(MAX_READS):
             frame = self._interface.read()
             if frame is None:
                 break
             self._send_frame(frame, now)
             size += len(frame)
-            if size >= MAX_BYTES:
+            if size >= MAX_BYTES or self._is_blocked:
                 break
         self._flush(now)
         self.drain(now)
@@ -153,8 +155,8 @@ class DataPlane:
         session, counter, path = begun
         device_path: Path = path  # type: ignore[assignment] # the device gives the engine no other paths
         device_path.send(self._sealer.seal(packets, session.sealer, session.remote_index, counter, device_path.headroom))
-        if not device_path.is_writable and len(self._engine.peers) == 1:
-            self._on_blocked(device_path)
+        if not device_path.is_writable and self._on_blocked(device_path):
+            self._is_blocked = True
 
     # From a path
 

@@ -12,6 +12,7 @@ from typing import Final, Self
 from pyroute2 import AsyncIPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
+from siderolink.common.degraded import say_once
 from siderolink.common.errors import DeviceError, DeviceUnavailableError, InterfaceInUseError
 from siderolink.common.netlink import run_netlink
 from siderolink.common.wireguard.device import Interface
@@ -67,6 +68,10 @@ class Tun:
             _attach(fd, name)
             tso = offloads and _set_offload(fd, _TSO)
             uso = tso and _set_offload(fd, _TSO | _USO)
+            if offloads and not tso:
+                say_once("TUN interfaces have no offloads (TUNSETOFFLOAD)")
+            elif offloads and not uso:
+                say_once("TUN interfaces do not segment UDP (TUN_F_USO4, Linux 6.2)")
             return cls(fd, name, tso=tso, uso=uso)
         except BaseException:
             os.close(fd)

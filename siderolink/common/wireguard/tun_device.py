@@ -4,6 +4,8 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
+from typing import Final
 
 from siderolink.common.errors import DeviceError, InterfaceInUseError
 from siderolink.common.wireguard.device import DeviceConfig, InterfaceLost, OnDeviceEvent
@@ -12,6 +14,9 @@ from siderolink.common.wireguard.path import Path
 from siderolink.common.wireguard.tun import Tun, fitting_gso_max_size
 from siderolink.common.wireguard.uapi.server import serve_uapi
 from siderolink.common.wireguard.userspace import UserspaceDevice
+
+PATIENCE: Final = 0.005
+"""Seconds for which a full path may hold up what goes to other peers."""
 
 _logger = logging.getLogger("siderolink")
 
@@ -23,6 +28,7 @@ class TunDevice(UserspaceDevice):
         super().__init__(config, tun, on_event)
         self._tun = tun
         self._reader_loop = asyncio.get_running_loop()
+        self._stalled: set[Path] = set()
         self._is_reading = False
         self._is_up = False
         self._monitor: LinkMonitor | None = None
@@ -61,10 +67,27 @@ class TunDevice(UserspaceDevice):
             self._monitor.close()
             self._monitor = None
 
-    def pause_reading(self, path: Path) -> None:
-        """Leave packets in the interface's queue, where their senders feel it; nothing is lost."""
+    def pause_reading(self, path: Path) -> bool:
+        """Leave packets in the interface's queue, where their senders feel it and nothing is lost.
+
+        With several peers, one that has stalled is waited for once and not for long; then its own queue overflows.
+        """
+        if path in self._stalled:
+            return False
         self._stop_reading()
-        path.when_writable(self._read_on)
+        timer = self._reader_loop.call_later(PATIENCE, self._stop_waiting, path) if len(self.engine.peers) > 1 else None
+        path.when_writable(partial(self._writable, path, timer))
+        return True
+
+    def _stop_waiting(self, path: Path) -> None:
+        self._stalled.add(path)
+        self._read_on()
+
+    def _writable(self, path: Path, timer: asyncio.TimerHandle | None) -> None:
+        if timer is not None:
+            timer.cancel()
+        self._stalled.discard(path)
+        self._read_on()
 
     def _read_on(self) -> None:
         if not self._is_reading and self._monitor is not None:

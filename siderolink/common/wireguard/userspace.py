@@ -148,8 +148,9 @@ class UserspaceDevice:
         if self._udp is not None:
             self._udp.close()
 
-    def pause_reading(self, path: Path) -> None:
-        """The only peer's path is full: a face that can hold packets back does so until it is writable."""
+    def pause_reading(self, path: Path) -> bool:
+        """A path is full: a face that can hold packets back does so until it is writable, and answers True."""
+        return False
 
     def _set_isolate(self, isolate: bool) -> None:
         self.engine.allowed_ips.only_to = self._local if isolate else None

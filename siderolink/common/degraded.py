@@ -1,0 +1,12 @@
+"""What this host lacks, said once: everything works without it, only slower."""
+
+import logging
+from functools import cache
+
+_logger = logging.getLogger("siderolink")
+
+
+@cache
+def say_once(lack: str) -> None:
+    """Log that the data plane is slower here than it could be, and why."""
+    _logger.warning("the data plane is slower here: %s", lack)
