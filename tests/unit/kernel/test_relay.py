@@ -162,8 +162,10 @@ print(said)
     async with relaying() as kernel:
         path = Stream()
         address = socket.inet_ntoa(kernel.relay.slot(path).address)
+        # it becomes another user only once it runs, because that one may not be let near this interpreter
+        program = f"import os; os.setgroups([]); os.setuid({OTHER_USER})\n{program}"
         command = [sys.executable, "-c", program, address, str(kernel.relay.port), str(kernel.port)]
-        done = await anyio.run_process(["setpriv", "--reuid", str(OTHER_USER), "--clear-groups", *command])
+        done = await anyio.run_process(command)
         said = ast.literal_eval(done.stdout.decode())
         assert said.count(6) >= 3  # it was sent
         kernel.send(path, b"\4genuine")
