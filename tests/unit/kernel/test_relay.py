@@ -163,7 +163,7 @@ print(said)
         path = Stream()
         address = socket.inet_ntoa(kernel.relay.slot(path).address)
         # it becomes another user only once it runs, because that one may not be let near this interpreter
-        program = f"import os; os.setgroups([]); os.setuid({OTHER_USER})\n{program}"
+        program = f"import encodings.idna, os, socket; os.setgroups([]); os.setuid({OTHER_USER})\n" + program
         command = [sys.executable, "-c", program, address, str(kernel.relay.port), str(kernel.port)]
         done = await anyio.run_process(command)
         said = ast.literal_eval(done.stdout.decode())
