@@ -286,6 +286,18 @@ def status(as_json: Json = False) -> None:
 
 
 @app.command()
+def doctor(
+    url: Url = None,
+    ca_file: Annotated[Path | None, typer.Option(help="Trust this certificate authority, PEM.", metavar="FILE")] = None,
+    as_json: Json = False,
+) -> None:
+    """Check this host and, with a join URL, everything up to a handshake with the server: a trial machine joins it."""
+    from siderolink.cli.doctor.run import run_doctor
+
+    raise typer.Exit(run_doctor(url, ca_file=ca_file, as_json=as_json))
+
+
+@app.command()
 def demo(
     as_json: Json = False,
     device: Device = DeviceChoice.AUTO,

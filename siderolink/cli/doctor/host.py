@@ -1,0 +1,131 @@
+"""Checks of this host: who can do WireGuard here, the clock, forwarding, the firewall, the loopback."""
+
+import ctypes
+import os
+import socket
+import time
+from collections.abc import AsyncIterator
+from contextlib import closing
+from pathlib import Path
+
+from siderolink.cli.doctor.finding import Finding, bad, good, note
+from siderolink.common.errors import SideroLinkError
+from siderolink.common.keys import PrivateKey
+from siderolink.common.nftables import Chain, Table
+from siderolink.common.wireguard.device import DeviceConfig, DeviceKind, open_device
+from siderolink.common.wireguard.kernel.attributes import attributes
+from siderolink.common.wireguard.kernel.monitor import read_link
+from siderolink.common.wireguard.kernel.netlink import NETFILTER, ROUTE, Netlink
+
+__all__ = ["check_clock", "check_devices", "check_firewall", "check_forwarding", "check_loopback"]
+
+RELEASED = 1_767_225_600
+"""The start of 2026: no clock that is right shows less."""
+_NOT_SYNCHRONIZED = 5  # adjtimex(2): TIME_ERROR
+_TIMEX_BYTES = 512
+_GET_CHAINS = 10 << 8 | 4  # nf_tables, NFT_MSG_GETCHAIN
+_TABLE, _CHAIN, _HOOK, _POLICY = 1, 3, 4, 5
+_FORWARDING = {"IPv4": "ipv4/ip_forward", "IPv6": "ipv6/conf/all/forwarding"}
+_KINDS: tuple[DeviceKind, ...] = ("kernel", "userspace")
+
+
+async def check_devices() -> AsyncIterator[Finding]:
+    """Make an interface of each kind, and remove it again."""
+    failures = []
+    for kind in _KINDS:
+        config = DeviceConfig(name=f"sldoc{os.getpid() % 1_000_000}", private_key=PrivateKey.generate(), is_shown=False)
+        try:
+            async with open_device(kind, config, lambda event: None):
+                yield good(f"{kind} device", "works here")
+        except SideroLinkError as error:
+            failures.append(Finding(check=f"{kind} device", is_good=None, text=str(error)))
+    for failure in failures:
+        if len(failures) == len(_KINDS):
+            yield bad(failure.check, failure.text, "without either, no link can be made on this host")
+        else:
+            yield note(failure.check, failure.text, "not needed: the other one is used")
+
+
+async def check_clock() -> AsyncIterator[Finding]:
+    if time.time() < RELEASED:
+        yield bad("clock", f"it shows {time.strftime('%Y-%m-%d')}", "set it: certificates and handshakes depend on it")
+        return
+    buffer = ctypes.create_string_buffer(_TIMEX_BYTES)  # zeros: only read
+    if ctypes.CDLL(None).adjtimex(buffer) == _NOT_SYNCHRONIZED:
+        yield note("clock", "nothing keeps it right", "run a time service, such as systemd-timesyncd or chrony")
+    else:
+        yield good("clock", "it is kept right by a time service")
+
+
+async def check_forwarding() -> AsyncIterator[Finding]:
+    """Forwarding is fine; a server then relies on its firewall rules to keep machines apart."""
+    on = [name for name, file in _FORWARDING.items() if _is_on(file)]
+    if not on:
+        yield good("forwarding", "off")
+    else:
+        yield note("forwarding", f"on for {' and '.join(on)}; a server keeps its machines apart all the same")
+
+
+def _is_on(file: str) -> bool:
+    try:
+        return Path("/proc/sys/net", file).read_text().strip() != "0"
+    except OSError:
+        return False
+
+
+async def check_firewall() -> AsyncIterator[Finding]:
+    """Whether rules can be made, and which tables drop what nobody accepts."""
+    try:
+        table = Table(f"siderolink-doctor-{os.getpid()}")
+    except OSError as error:
+        yield note("nf_tables", str(error.strerror), "a server then uses the userspace device, which needs none")
+        return
+    try:
+        await table.replace([Chain("input", [])])
+        yield good("nf_tables", "works here")
+    except SideroLinkError as error:
+        yield note("nf_tables", str(error), "a server then uses the userspace device, which needs none")
+    finally:
+        await table.close()
+    try:
+        closed = _closed_chains()
+    except OSError:
+        return  # not allowed to read them, or there are none
+    for name in closed:
+        remedy = "accept the server's API (TCP) and WireGuard (UDP) ports there, and what comes by the siderolink interface"
+        yield note("firewall", f"{name} drops what no rule accepts", remedy)
+
+
+def _closed_chains() -> list[str]:
+    """Base chains at the input hook whose policy is to drop. Raises OSError where they cannot be read."""
+    found = []
+    with closing(Netlink(NETFILTER)) as netlink:
+        netlink.begin_dump(_GET_CHAINS, bytes(4))
+        is_last = False
+        while not is_last:
+            part = netlink.next_part()
+            is_last = part.is_last
+            for message in part.messages:
+                fields = {
+                    kind: message.data[start:end]
+                    for kind, start, end in attributes(message.data, message.start + 4, message.end)
+                }
+                hook = {kind: fields[_HOOK][start:end] for kind, start, end in attributes(fields.get(_HOOK, b""))}
+                if hook.get(1, b"")[-1:] == b"\1" and fields.get(_POLICY) == bytes(4):
+                    table, chain = (fields.get(key, b"").rstrip(b"\0").decode(errors="replace") for key in (_TABLE, _CHAIN))
+                    found.append(f"table {table}, chain {chain}")
+    return found
+
+
+async def check_loopback() -> AsyncIterator[Finding]:
+    """The kernel device's tunnel goes through it."""
+    try:
+        with closing(Netlink(ROUTE)) as netlink:
+            is_up = read_link(netlink, socket.if_nametoindex("lo")).is_up
+    except OSError as error:
+        yield note("loopback", str(error.strerror), "the tunnel needs it with the kernel device")
+        return
+    if is_up:
+        yield good("loopback", "up")
+    else:
+        yield note("loopback", "down", "ip link set lo up: the tunnel needs it with the kernel device")

@@ -1,0 +1,162 @@
+"""Checks towards a server: its API, TLS, the token, each endpoint by UDP or the tunnel, and whether full packets pass.
+
+A trial machine with a UUID and a key of its own joins, in this process only: no interface is made, and no privilege is needed.
+Servers forget a machine that never shakes hands; this one does, and remains there as a machine that is down.
+"""
+
+import socket
+import ssl
+import struct
+import uuid
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from ipaddress import IPv6Network
+
+import anyio
+from anyio.streams.tls import TLSAttribute
+
+from siderolink.cli.doctor.finding import Finding, bad, good, note
+from siderolink.client.provisioning import Machine, Provisioned, provision
+from siderolink.common.errors import InvalidAnswerError, JoinRefusedError, ServerUnreachableError
+from siderolink.common.hostport import HostPort
+from siderolink.common.join_url import JoinURL
+from siderolink.common.keys import PrivateKey
+from siderolink.common.tasks import background_tasks
+from siderolink.common.transport.choice import Route, choose
+from siderolink.common.wireguard.device import DeviceConfig, DeviceEvent, HandshakeCompleted, PeerConfig
+from siderolink.common.wireguard.packet_device import PacketDevice, open_packet_device
+
+__all__ = ["check_server"]
+
+HANDSHAKE_SECONDS = 10.0
+ECHO_SECONDS = 3.0
+SMALL, FULL = 64, 1280
+_IP_MTU, _IPV6_MTU = 14, 24
+
+
+async def check_server(url: JoinURL, tls: ssl.SSLContext | None) -> AsyncIterator[Finding]:
+    """Everything that a join needs, in its order; what fails ends the checks."""
+    api = HostPort(url.host, url.port)
+    try:
+        addresses = await api.resolve()
+    except OSError as error:
+        yield bad("API", f"{url.host} cannot be resolved: {error.strerror or error}", "check the name, and this host's DNS")
+        return
+    yield good("API", f"{url.host} is {', '.join(str(address) for address, _ in addresses)}")
+    if url.tls and tls is not None:
+        finding = await _check_tls(api, tls)
+        yield finding
+        if not finding.is_good:
+            return
+    key = PrivateKey.generate()
+    try:
+        answer = await provision(url, Machine(uuid=str(uuid.uuid4())), key.public_key(), tls=tls)
+    except JoinRefusedError as error:
+        remedy = "check the join token" if error.status == "PERMISSION_DENIED" else "see the server's log"
+        yield bad("join", str(error), remedy)
+        return
+    except (ServerUnreachableError, InvalidAnswerError) as error:
+        yield bad("join", str(error), "check address and port, firewalls between, and whether the URL's scheme is the server's")
+        return
+    yield good("join", f"admitted as {answer.address.ip}; the trial machine {key.public_key()} may be removed there")
+    for route in choose(url, answer, tls).routes:
+        async for finding in _check_route(route, answer, key):
+            yield finding
+
+
+async def _check_tls(api: HostPort, tls: ssl.SSLContext) -> Finding:
+    try:
+        with anyio.fail_after(10):
+            async with await anyio.connect_tcp(api.host, api.port, ssl_context=tls, tls_standard_compatible=False) as stream:
+                version = stream.extra(TLSAttribute.tls_version)
+        return good("TLS", f"{version}, and the certificate is trusted")
+    except ssl.SSLCertVerificationError as error:
+        remedy = {
+            10: "renew the server's certificate, or set this host's clock",
+            62: "the certificate is for another name: use that one in the URL",
+        }.get(error.verify_code, "give the certificate authority with --ca-file, and let the server send its whole chain")
+        return bad("TLS", error.verify_message, remedy)
+    except (ssl.SSLError, anyio.EndOfStream, anyio.BrokenResourceError) as error:
+        return bad("TLS", str(error) or "the server ended the connection", "does the server speak TLS? grpc:// is without")
+    except (OSError, TimeoutError) as error:
+        return bad("TLS", str(error) or "no answer within 10 s", "check address and port, and firewalls between")
+
+
+@dataclass(frozen=True, slots=True)
+class _Trial:
+    """The trial machine's device, and what it hears."""
+
+    device: PacketDevice
+    shaken: anyio.Event
+    echoes: set[int]
+
+
+async def _check_route(route: Route, answer: Provisioned, key: PrivateKey) -> AsyncIterator[Finding]:
+    shaken, echoes = anyio.Event(), set[int]()
+
+    def hear(event: DeviceEvent) -> None:
+        if isinstance(event, HandshakeCompleted):
+            shaken.set()
+
+    def take(packet: bytes) -> None:
+        if len(packet) >= 48 and packet[6] == socket.IPPROTO_ICMPV6 and packet[40] == 129:
+            echoes.add(len(packet))
+
+    port = None if answer.virtual_address is not None else 0
+    config = DeviceConfig(name="doctor", private_key=key, addresses=(answer.address,), listen_port=port)
+    peer = PeerConfig(public_key=answer.server_key, allowed_ips=(IPv6Network(answer.server_address),), persistent_keepalive=25)
+    async with open_packet_device(config, take, hear) as device, background_tasks() as tasks:
+        tasks.start_soon(route.carry, device, peer, lambda reason: None)
+        with anyio.move_on_after(HANDSHAKE_SECONDS):
+            await shaken.wait()
+        if not shaken.is_set():
+            is_udp = answer.virtual_address is None
+            remedy = "let UDP pass to that address and back, or use the tunnel: grpc_tunnel=true in the URL"
+            yield bad(str(route), f"no handshake within {HANDSHAKE_SECONDS:g} s", remedy if is_udp else "see the server's log")
+            return
+        yield good(str(route), "the handshake is answered")
+        async for finding in _check_sizes(route, _Trial(device, shaken, echoes), answer):
+            yield finding
+
+
+async def _check_sizes(route: Route, trial: _Trial, answer: Provisioned) -> AsyncIterator[Finding]:
+    name = f"{route}, MTU"
+    for size in (SMALL, FULL):
+        packet = echo_request(answer.address.ip.packed, answer.server_address.packed, size)
+        with anyio.move_on_after(ECHO_SECONDS):
+            while size not in trial.echoes:
+                trial.device.send(packet)
+                await anyio.sleep(0.2)
+    if FULL in trial.echoes:
+        yield good(name, f"packets of {FULL} bytes pass both ways{_route_mtu(answer)}")
+    elif SMALL in trial.echoes:
+        remedy = f"the path must carry {FULL + 80} bytes: look for a tunnel or VPN between, and for dropped ICMP"
+        yield bad(name, f"small packets pass, and those of {FULL} bytes do not{_route_mtu(answer)}", remedy)
+    else:
+        yield note(name, "the server answers no pings", "it may not want to; links work without")
+
+
+def _route_mtu(answer: Provisioned) -> str:
+    """What this host knows of the way to the first endpoint."""
+    if not answer.endpoints:
+        return ""
+    endpoint = answer.endpoints[0]
+    try:
+        family, _, _, _, address = socket.getaddrinfo(endpoint.host, endpoint.port, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect(address)
+            level, option = (socket.IPPROTO_IP, _IP_MTU) if family == socket.AF_INET else (socket.IPPROTO_IPV6, _IPV6_MTU)
+            return f"; this host's way out carries {probe.getsockopt(level, option)}"
+    except OSError:
+        return ""
+
+
+def echo_request(source: bytes, destination: bytes, size: int) -> bytes:
+    """An ICMPv6 echo request (RFC 4443, 4.1) of `size` bytes with its IPv6 header."""
+    body = struct.pack("!BBHHH", 128, 0, 0, 1, size & 0xFFFF) + bytes(size - 48)
+    pseudo = source + destination + struct.pack("!I3xB", len(body), socket.IPPROTO_ICMPV6)
+    words = sum(struct.unpack(f"!{len(pseudo + body) // 2}H", pseudo + body))
+    while words >> 16:
+        words = (words & 0xFFFF) + (words >> 16)
+    body = body[:2] + struct.pack("!H", ~words & 0xFFFF) + body[4:]
+    return struct.pack("!IHBB", 6 << 28, len(body), socket.IPPROTO_ICMPV6, 64) + source + destination + body

@@ -1,0 +1,81 @@
+"""`siderolink doctor`: what it finds where all is well, and where one thing is wrong."""
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+from siderolink.server import Server
+from tests.support.netns import Namespace
+from tests.support.topology import SERVER_V4, Net, direct
+
+TOKEN = "the-join-token"
+URL = f"grpc://{SERVER_V4}:4000?jointoken={TOKEN}"
+pytestmark = pytest.mark.timeout(60)
+
+
+@contextmanager
+def serving() -> Iterator[Net]:
+    with direct() as net, net.server.portal() as portal:
+        server = Server(api_listen="0.0.0.0:4000", wireguard_endpoints=[f"{SERVER_V4}:51820"], join_token=TOKEN)
+        with portal.wrap_async_context_manager(server):
+            yield net
+
+
+def examine(namespace: Namespace, *args: str) -> dict[str, dict[str, Any]]:
+    """The findings by their checks."""
+    said = namespace.run([sys.executable, "-m", "siderolink", "doctor", "--json", *args], check=False, timeout=45)
+    return {finding["check"]: finding for finding in json.loads(said)}
+
+
+@pytest.mark.parametrize("query", ["", "&grpc_tunnel=true"], ids=["udp", "tunnel"])
+def test_all_is_well(query: str) -> None:
+    with serving() as net:
+        found = examine(net.machine, URL + query)
+        assert not [finding for finding in found.values() if finding["is_good"] is False]
+        assert found["join"]["is_good"]
+        [route] = [name for name in found if name.startswith("tunnel " if query else "udp ") and not name.endswith("MTU")]
+        assert found[route]["is_good"]
+        assert "1280 bytes pass" in found[f"{route}, MTU"]["text"]
+        assert net.machine.interfaces() == {"lo", "eth0"}
+
+
+def test_blocked_udp_and_a_wrong_token_have_their_remedies() -> None:
+    with serving() as net:
+        net.machine.drop_udp()
+        found = examine(net.machine, URL)
+        route = f"udp {SERVER_V4}:51820"
+        assert found[route]["is_good"] is False
+        assert "grpc_tunnel=true" in found[route]["remedy"]
+        found = examine(net.machine, f"grpc://{SERVER_V4}:4000?jointoken=another")
+        assert found["join"]["is_good"] is False
+        assert "token" in found["join"]["remedy"]
+        found = examine(net.machine, f"https://{SERVER_V4}:4000?jointoken={TOKEN}")
+        assert found["TLS"]["is_good"] is False
+
+
+def test_a_narrow_path_is_found() -> None:
+    with serving() as net:
+        for namespace in (net.server, net.machine):
+            namespace.nft("""
+                table inet narrow {
+                    chain in { type filter hook input priority -400; iifname "eth0" meta length > 1300 drop; }
+                }
+            """)
+        found = examine(net.machine, URL)
+        assert found[f"udp {SERVER_V4}:51820, MTU"]["is_good"] is False
+
+
+def test_what_this_host_lacks_is_told() -> None:
+    with Namespace("host") as host:
+        host.nft("add table inet strict; add chain inet strict in { type filter hook input priority 0; policy drop; }")
+        host.set_link("lo", up=False)
+        host.forward()
+        found = examine(host)
+        assert "table strict, chain in" in found["firewall"]["text"]
+        assert found["loopback"]["is_good"] is None
+        assert "IPv4 and IPv6" in found["forwarding"]["text"]
+        assert any(found[f"{kind} device"]["is_good"] for kind in ("kernel", "userspace"))
