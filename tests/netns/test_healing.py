@@ -1,0 +1,185 @@
+"""A link that heals: dead endpoints, cut streams, blackholes, a changed interface, a network that goes and comes back."""
+
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+from anyio.from_thread import BlockingPortal
+
+from siderolink import Link, Server, connect
+from siderolink.client import (
+    FallbackBegun,
+    FallbackEnded,
+    InterfaceRepaired,
+    LinkEvent,
+    LinkState,
+    ProvisionFailed,
+    StateChanged,
+)
+from tests.support.netns import Namespace
+from tests.support.topology import SERVER_V4, Net, direct
+
+TOKEN = "the-join-token"
+URL = f"grpc://{SERVER_V4}:4000?jointoken={TOKEN}"
+TUNNEL_URL = f"{URL}&grpc_tunnel=true"
+RULES = """
+table inet hole {{
+    chain input {{ type filter hook input priority 0; {0}; }}
+}}
+"""
+
+
+class Machine:
+    def __init__(self, namespace: Namespace, portal: BlockingPortal, link: Link, events: list[LinkEvent]) -> None:
+        self.namespace, self.portal, self.link, self.events = namespace, portal, link, events
+
+    def states(self) -> list[LinkState]:
+        return [event.new for event in self.events if isinstance(event, StateChanged)]
+
+    def wait(self, condition: Callable[[], object], within: float = 15.0) -> float:
+        """Seconds until the condition held."""
+        began_at = time.monotonic()
+        while not condition():
+            said = [event.reason for event in self.events if isinstance(event, StateChanged)]
+            assert time.monotonic() - began_at < within, f"after {within} s: {self.states()}, {said}"
+            time.sleep(0.02)
+        return time.monotonic() - began_at
+
+    def saw(self, kind: type[LinkEvent]) -> bool:
+        return any(isinstance(event, kind) for event in self.events)
+
+    def ping(self) -> None:
+        self.namespace.run(["ping", "-c1", "-i0.2", "-w10", str(self.link.server_address)])
+
+
+@contextmanager
+def serving(net: Net, **options: object) -> Iterator[Server]:
+    settings = {"wireguard_endpoints": [f"{SERVER_V4}:51820"]} | options
+    server = Server(api_listen="0.0.0.0:4000", join_token=TOKEN, device="userspace", **settings)  # type: ignore[arg-type]
+    with net.server.portal() as portal, portal.wrap_async_context_manager(server):
+        yield server
+
+
+@contextmanager
+def joined(net: Net, url: str = URL, **options: object) -> Iterator[Machine]:
+    events: list[LinkEvent] = []
+    context = connect(url, uuid=str(uuid.uuid4()), device="userspace", on_event=events.append, **options)  # type: ignore[arg-type]
+    with net.machine.portal() as portal, portal.wrap_async_context_manager(context) as link:
+        yield Machine(net.machine, portal, link, events)
+
+
+def test_a_dead_first_endpoint_is_left_within_ten_seconds() -> None:
+    with (
+        direct() as net,
+        serving(net, wireguard_endpoints=["192.0.2.200:51820", f"{SERVER_V4}:51820"], wireguard_listen_port=51820),
+    ):
+        began_at = time.monotonic()
+        with joined(net) as machine:
+            assert time.monotonic() - began_at < 15
+            assert str(machine.portal.call(machine.link.status).route) == f"udp {SERVER_V4}:51820"
+            machine.ping()
+
+
+def test_a_link_without_a_server_waits_for_it_and_shows_itself() -> None:
+    with direct() as net, joined(net, wait=False) as machine:
+        machine.wait(lambda: machine.saw(ProvisionFailed))
+        status = machine.portal.call(machine.link.status)
+        assert (status.state, status.interface) == (LinkState.PROVISIONING, None)
+        with serving(net):
+            machine.wait(lambda: machine.link.state is LinkState.CONNECTED)
+            machine.ping()
+
+
+def test_a_reset_stream_is_opened_again_at_once() -> None:
+    with direct() as net, serving(net), joined(net, TUNNEL_URL) as machine:
+        net.server.nft(RULES.format("tcp dport 4000 reject with tcp reset"))
+        machine.namespace.run(["ping", "-c2", "-i0.2", "-W1", str(machine.link.server_address)], check=False)
+        machine.wait(lambda: LinkState.DEGRADED in machine.states())
+        net.server.nft("delete table inet hole")
+        machine.wait(lambda: machine.link.state is LinkState.CONNECTED)
+        machine.ping()
+        assert LinkState.REESTABLISHING not in machine.states()
+
+
+def test_a_network_that_goes_and_comes_back_is_used_at_once() -> None:
+    with direct() as net, serving(net), joined(net) as machine:
+        net.machine.set_link("eth0", up=False)
+        machine.wait(lambda: machine.link.state is LinkState.DEGRADED)
+        net.machine.set_link("eth0", up=True)
+        machine.wait(lambda: machine.link.state is LinkState.CONNECTED, 10)
+        machine.ping()
+
+
+@pytest.mark.parametrize("what", ["down", "address", "route"])
+def test_what_somebody_else_takes_from_the_interface_is_put_back(what: str) -> None:
+    with direct() as net, serving(net), joined(net) as machine:
+        if what == "down":
+            net.machine.set_link("siderolink", up=False)
+        elif what == "address":
+            net.machine.remove_address("siderolink", f"{machine.link.address}/64")
+        else:
+            net.machine.run(["ip", "-6", "route", "flush", "dev", "siderolink", "proto", "kernel"])
+        machine.wait(lambda: machine.saw(InterfaceRepaired))
+        machine.wait(lambda: machine.link.state is LinkState.CONNECTED)
+        machine.ping()
+
+
+def test_a_deleted_interface_is_made_again() -> None:
+    with direct() as net, serving(net), joined(net) as machine:
+        net.machine.run(["ip", "link", "del", "siderolink"])
+        machine.wait(lambda: LinkState.REESTABLISHING in machine.states())
+        machine.wait(lambda: machine.link.state is LinkState.CONNECTED)
+        assert "siderolink" in net.machine.interfaces()
+        machine.ping()
+
+
+def test_a_server_without_memory_is_taken_up_again_with_its_new_key() -> None:
+    with direct() as net:
+        with joined(net, wait=False) as machine:
+            with serving(net) as server:
+                machine.wait(lambda: machine.link.state is LinkState.CONNECTED)
+                assert machine.link.server_key == server.public_key
+                time.sleep(5.5)  # the kept connection must have stood for a while before its end means anything
+            with serving(net) as server:
+                machine.wait(lambda: machine.link.state is LinkState.CONNECTED and machine.link.server_key == server.public_key)
+                machine.ping()
+
+
+@pytest.mark.long
+@pytest.mark.timeout(120)
+def test_blocked_udp_falls_back_to_the_tunnel_and_goes_back() -> None:
+    with direct() as net, serving(net):
+        net.machine.drop_udp()
+        with joined(net, fallback_tunnel=True) as machine:
+            assert machine.saw(FallbackBegun)
+            assert machine.link.transport == "tunnel"
+            machine.ping()
+            net.machine.allow_udp()
+            machine.wait(lambda: machine.saw(FallbackEnded), 60)
+            machine.wait(lambda: machine.link.state is LinkState.CONNECTED and machine.link.transport == "udp")
+            machine.ping()
+
+
+@pytest.mark.long
+@pytest.mark.timeout(60)
+def test_a_path_that_loses_large_packets_is_told_and_forgiven() -> None:
+    with direct() as net, serving(net):
+        net.server.nft(RULES.format("udp length > 1300 drop"))
+        with joined(net) as machine:
+            machine.wait(lambda: machine.link.state is LinkState.DEGRADED, 20)
+            assert "packets of 1280 bytes do not pass" in machine.portal.call(machine.link.status).reason
+
+
+@pytest.mark.long
+@pytest.mark.timeout(90)
+def test_a_blackholed_stream_is_left_by_itself() -> None:
+    with direct() as net, serving(net), joined(net, TUNNEL_URL) as machine:
+        net.server.nft(RULES.format("tcp dport 4000 drop"))
+        load = net.machine.popen(["ping", "-q", "-i0.2", "-w40", str(machine.link.server_address)])
+        machine.wait(lambda: LinkState.DEGRADED in machine.states(), 30)
+        net.server.nft("delete table inet hole")
+        machine.wait(lambda: machine.link.state is LinkState.CONNECTED, 30)
+        load.terminate()
+        machine.ping()
