@@ -1,6 +1,7 @@
 """Real sockets on the loopback interface."""
 
 import asyncio
+import random
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -171,3 +172,27 @@ async def test_a_kernel_that_refuses_segmentation_costs_the_socket_its_offload()
     finally:
         udp.close()
         receiver.udp.close()
+
+
+@pytest.mark.parametrize("gso", [True, False])
+@pytest.mark.parametrize("seed", range(6))
+async def test_what_is_joined_keeps_each_datagram_its_order_and_its_sender(gso: bool, seed: int) -> None:
+    draw = random.Random(seed)
+    receiver = End(gso=gso)
+    senders = [socket.socket(socket.AF_INET, socket.SOCK_DGRAM) for _ in range(2)]
+    try:
+        sent: list[tuple[int, bytes]] = []
+        while sum(len(data) for _, data in sent) < 400_000:  # more than one batch holds
+            sender, size = draw.randrange(2), draw.choice([0, 1, 31, 64, 64, 1312, 1312])
+            sent += [(sender, draw.randbytes(size)) for _ in range(draw.choice([1, 2, 60]))]
+        for sender, data in sent:
+            senders[sender].sendto(data, ("127.0.0.1", receiver.udp.port))
+        received = await receiver.wait_for(len(sent))
+        ports = [f"127.0.0.1:{sock.getsockname()[1]}" for sock in senders]
+        came_by = [str(path) for path, count in zip(receiver.paths, receiver.batches, strict=True) for _ in range(count)]
+        assert list(zip(came_by, received, strict=True)) == [(ports[sender], data) for sender, data in sent]
+        assert max(receiver.batches) > 1
+    finally:
+        receiver.udp.close()
+        for sock in senders:
+            sock.close()
