@@ -20,7 +20,7 @@ ARGS ?=
 # the Debian package of the kernel that `make test-kernel` boots
 KERNEL ?= linux-image-amd64
 
-.PHONY: help setup needs demo test check lint types fresh format proto unit netns interop examples test-kernel others all-tests bench clean
+.PHONY: help setup needs demo test check lint types fresh format proto unit netns interop examples test-kernel others all-tests bench bench-recovery soak clean
 
 help: ## this list
 	@sed -n 's/^\([a-z -]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 32
@@ -92,7 +92,13 @@ all-tests: setup needs
 bench: setup needs ## figures of this machine beside other programs': a table, and .venvs/bench/throughput.{json,svg}
 	@$(UV) pip install --quiet --python $(PYTHON) --group bench
 	@$(SUDO) env PATH="$$PATH" $(PYTHON) benchmarks/throughput.py --save .venvs/bench $(ARGS)
-	@for file in $(filter-out benchmarks/throughput.py,$(wildcard benchmarks/*.py)); do $(SUDO) $(PYTHON) "$$file"; done
+	@for file in $(filter-out benchmarks/throughput.py benchmarks/recovery.py,$(wildcard benchmarks/*.py)); do $(SUDO) $(PYTHON) "$$file"; done
+
+bench-recovery: setup needs ## how soon links are back after a killed server, a cut stream, a network that was away
+	@$(SUDO) env PATH="$(abspath $(VENV)/bin):$$PATH:/usr/sbin:/sbin" $(PYTHON) benchmarks/recovery.py $(ARGS)
+
+soak: setup needs ## ten minutes of random faults, after which everyone is connected and nothing has leaked
+	@SOAK_SECONDS=600 $(MAKE) netns ARGS="-k soak -m long -s -o timeout=900 $(ARGS)"
 
 clean: ## remove what make made
 	rm -rf .venvs dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
