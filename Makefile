@@ -33,13 +33,11 @@ needs: ## the Debian packages that the tests use (apt-get, as root or by sudo)
 demo: setup ## the main job, shown in network namespaces of its own
 	@$(PYTHON) -m siderolink demo $(ARGS)
 
-test: needs check ## every check and every test, on every interpreter
+test: needs check ## every check and every test, on every interpreter; the kernel's WireGuard has a verb of its own
 	@echo "the tests that take minutes, beside those on other interpreters"
 	@$(PYTEST) -q -m long $(ARGS) >.venvs/long.log 2>&1 & long=$$!; \
-	nice $(MAKE) test-kernel >.venvs/kernel.log 2>&1 & kernel=$$!; \
 	status=0; $(MAKE) others || status=$$?; \
 	wait $$long || status=$$?; cat .venvs/long.log; \
-	wait $$kernel || status=$$?; cat .venvs/kernel.log; \
 	$(MAKE) all-tests || status=$$?; exit $$status
 
 check: lint types fresh ## what reads the code without running it

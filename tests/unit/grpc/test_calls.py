@@ -164,7 +164,9 @@ async def test_a_channel_dials_again_after_its_connection_was_lost() -> None:
                         await method(channel)(Raw(b"x"))
                         break
                 await channel.wait_lost()
-            assert server.refusals == {Refusal.CONNECTION_IDLE: times}
+            # on a busy machine a connection may end before its call, and is counted, too
+            assert set(server.refusals) == {Refusal.CONNECTION_IDLE}
+            assert server.refusals[Refusal.CONNECTION_IDLE] >= times
 
 
 async def test_an_answer_of_many_frames() -> None:

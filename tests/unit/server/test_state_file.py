@@ -3,6 +3,7 @@
 import os
 import shutil
 import sqlite3
+from contextlib import closing
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -79,7 +80,7 @@ async def test_what_is_no_state_file_is_left_alone(tmp_path: Path) -> None:
     text, other = tmp_path / "text", tmp_path / "other"
     text.write_text("my notes, not yours")
     assert "is no state file" in await refusal(text)
-    with sqlite3.connect(other) as database:
+    with closing(sqlite3.connect(other)) as database, database:
         database.execute("CREATE TABLE cats (name)")
     assert "is no state file" in await refusal(other)
     link = tmp_path / "link"
@@ -106,10 +107,9 @@ async def test_a_damaged_file_is_left_alone(tmp_path: Path) -> None:
 async def test_a_file_of_a_newer_program_is_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "state"
     await fill(path)
-    with sqlite3.connect(path) as database:
+    with closing(sqlite3.connect(path)) as database, database:
         database.execute("UPDATE alembic_version SET version_num = '99'")
         database.execute("PRAGMA journal_mode=DELETE")
-    database.close()
     assert "was written by a newer siderolink (its schema is 99" in await refusal(path)
 
 

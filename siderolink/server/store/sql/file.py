@@ -77,6 +77,14 @@ async def open_file(path: Path) -> AsyncIterator[AsyncConnection]:
 
 
 def _set_up(dbapi_connection: Any, _: object) -> None:
+    try:
+        _prepare_connection(dbapi_connection)
+    except BaseException:
+        dbapi_connection.close()  # nobody else knows of it yet
+        raise
+
+
+def _prepare_connection(dbapi_connection: Any) -> None:
     # Reads need no transaction on the only connection there is; the first write begins one.
     dbapi_connection.isolation_level = "IMMEDIATE"
     cursor = dbapi_connection.cursor()
