@@ -56,7 +56,11 @@ MEASURES = [
 def iperf(carried: Carried, seconds: float, *more: str) -> dict[str, Any]:
     """The end of iperf3's own report, of a flow from the machine (to it, with ``--reverse``)."""
     command = ["iperf3", "--client", carried.address, "--time", str(seconds), "--json", *more]
-    found = json.loads(carried.machine.run(command, timeout=seconds + 30))
+    for _ in range(20):
+        found = json.loads(carried.machine.run(command, check=False, timeout=seconds + 30))
+        if "busy" not in found.get("error", ""):
+            break
+        time.sleep(0.5)  # the server is still ending the flow before
     if "error" in found:
         raise RuntimeError(f"iperf3: {found['error']}")
     end: dict[str, Any] = found["end"]

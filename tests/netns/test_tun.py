@@ -18,6 +18,7 @@ from siderolink.common.wireguard.noise.drops import Drop
 from siderolink.common.wireguard.packets import Merger, Opener, Sealer, Splitter
 from siderolink.common.wireguard.tun import Tun, fitting_gso_max_size
 from tests.support.netns import Namespace
+from tests.support.packets import UDP, Packet, batch, pad, seal
 
 NAME = "sltest0"
 
@@ -115,6 +116,18 @@ def test_frames_the_interface_does_not_take_are_counted() -> None:
         assert not tun.write([b"\x01\x63" + bytes(8), packet])  # there is no such GSO type
         assert not tun.write([b"\0"])
         assert tun.write_errors == 3
+
+
+def test_the_longest_runs_of_udp_are_taken() -> None:
+    aead, opener, drops = ChaCha20Poly1305(bytes(32)), Opener(), Counter[Drop]()
+    packet = Packet(protocol=UDP, payload=bytes(range(64)) * 300)
+    rows = [seal(aead, pad(segment.encode()), 1, index) for index, segment in enumerate(packet.segments(64))]
+    opened = opener.open(batch(rows), 0, len(rows), aead)
+    with inside() as (namespace, portal), namespace.call(Tun.open, NAME, 1280) as tun:
+        portal.call(tun.configure, (ip_interface("fd00::2/64"),), 1280)
+        for buffers in Merger(lambda reason, count: drops.update({reason: count}), uso=tun.uso).merge(opened, lambda *_: None):
+            assert tun.write(buffers)
+        assert not drops
 
 
 class Tunnel:

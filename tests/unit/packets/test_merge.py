@@ -279,7 +279,7 @@ def test_without_offloads_nothing_is_merged(tso: bool, uso: bool) -> None:
         assert len(frames) == (1 if merges else 4)
 
 
-def test_address_pair_are_asked_for_once_and_refused_ones_are_counted() -> None:
+def test_addresses_are_asked_for_once_and_refused_ones_are_counted() -> None:
     good, bad = Packet(payload=bytes(300)), Packet(source=9, payload=bytes(300))
     rows = [pad(row) for pair in zip(encoded(good, 100), encoded(bad, 100), strict=True) for row in pair]
     source = bad.encode()[8:24]
@@ -311,6 +311,12 @@ def test_keepalives_are_silent() -> None:
 def test_extension_headers_are_never_merged() -> None:
     rows = [row[:6] + b"\0" + row[7:] for row in encoded(Packet(payload=bytes(300)), 100)]
     assert Interface().packets([pad(row) for row in rows]) == rows
+
+
+def test_a_run_of_udp_is_no_longer_than_linux_takes() -> None:
+    packet = Packet(protocol=UDP, payload=bytes(range(64)) * 300)
+    frames = Interface().frames([pad(row) for row in encoded(packet, 64)])
+    assert [len(segment_frame(frame)) for frame in frames] == [64, 64, 64, 64, 44]
 
 
 def test_a_run_is_cut_where_a_super_packet_ends() -> None:

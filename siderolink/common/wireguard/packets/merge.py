@@ -43,6 +43,8 @@ from siderolink.common.wireguard.packets.seal import Opened
 
 MAX_RUN: Final = 512
 """Rows of a super-packet: each is one buffer of a writev, of which Linux takes 1,024."""
+MAX_UDP_RUN: Final = 64
+"""The same for UDP: Linux refuses a super-packet of more than 128 datagrams, before 6.9 of more than 64."""
 _MAX_TOTAL: Final = 65535
 _PUT_16: Final = struct.Struct(">H").pack_into
 _PUT_32: Final = struct.Struct(">I").pack_into
@@ -119,7 +121,7 @@ def _run_length(opened: Opened, first: int, inner: Inner) -> int:
     expected = bytearray(packet[: inner.header])
     if inner.protocol == TCP:
         expected[inner.transport + 13] &= ~CWR
-    room = min(MAX_RUN, (_MAX_TOTAL - inner.header) // (inner.total - inner.header))
+    room = min(MAX_UDP_RUN if inner.protocol == UDP else MAX_RUN, (_MAX_TOTAL - inner.header) // (inner.total - inner.header))
     limit = min(opened.count, first + room)
     if False in opened.good[first:limit]:
         limit = first + opened.good[first:limit].index(False)
