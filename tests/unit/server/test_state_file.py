@@ -3,10 +3,10 @@
 import os
 import shutil
 import sqlite3
-from contextlib import closing
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import anyio
