@@ -50,8 +50,6 @@ def joined(namespace: Namespace, url: str = URL, **options: object) -> Iterator[
     events: list[LinkEvent] = []
     context = connect(url, uuid=str(uuid.uuid4()), on_event=events.append, **options)  # type: ignore[arg-type]
     with namespace.portal() as portal, portal.wrap_async_context_manager(context) as link:
-        # A first packet that crosses the handshake's last message may be lost; these tests are about what comes after.
-        namespace.run(["ping", "-c1", "-i0.2", "-w10", str(link.server_address)])
         yield Machine(namespace, portal, link, events)
 
 

@@ -61,6 +61,56 @@ def test_both_begin_at_once() -> None:
     assert (len(a.received), len(b.received)) == (4, 4)
 
 
+@pytest.mark.parametrize("apart", [number / 1000 for number in range(0, 24, 2)])
+@pytest.mark.parametrize("rounds", [1, 3])
+def test_handshakes_that_cross_each_other_cost_no_packet(apart: float, rounds: int) -> None:
+    a, b, wire = joined()
+    wire.latency = 0.01
+    sent_a: list[bytes] = []
+    sent_b: list[bytes] = []
+
+    def talk(until: float) -> None:
+        while wire.clock.now < until - 1e-9:
+            wire.run(wire.clock.now + 0.001)
+            number = len(sent_a).to_bytes(4, "big")
+            sent_a.append(inner_packet("fd00::a", "fd00::b", number))
+            sent_b.append(inner_packet("fd00::b", "fd00::a", number))
+            a.send(sent_a[-1])
+            b.send(sent_b[-1])
+
+    for number in range(1, rounds + 1):
+        begin = 6.0 * number
+        wire.run(begin)
+        talk(begin + 0.01)
+        a.engine.initiate(a.engine.peers[b.engine.public_key], wire.clock.now)
+        a.drain()
+        talk(begin + 0.01 + apart)
+        b.engine.initiate(b.engine.peers[a.engine.public_key], wire.clock.now)
+        b.drain()
+        talk(begin + 0.1)
+    wire.run(wire.clock.now + 1.0)
+    assert a.received == sent_b
+    assert b.received == sent_a
+    assert dropped(a) == dropped(b) == Counter()
+
+
+def test_sessions_that_are_kept_are_few_and_none_has_expired() -> None:
+    a, b, wire = joined()
+    peer = b.engine.peers[a.engine.public_key]
+    for number in range(1, 8):
+        wire.run(6.0 * number)
+        a.engine.initiate(a.engine.peers[b.engine.public_key], wire.clock.now)
+        a.drain()
+        wire.run(6.0 * number)
+        assert len(peer.previous) <= 3
+    wire.run(42.0 + 180.0)
+    a.engine.initiate(a.engine.peers[b.engine.public_key], wire.clock.now)
+    a.drain()
+    wire.run(42.0 + 180.0)
+    assert peer.current is not None
+    assert peer.previous == ()
+
+
 @pytest.mark.parametrize("seed", range(100))
 def test_a_bad_wire_ends_in_a_session_and_alters_nothing(seed: int) -> None:
     a, b, wire = pair(seed, drop=0.1, duplicate=0.1, delay=0.1, corrupt=0.01)

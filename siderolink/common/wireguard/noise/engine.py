@@ -232,7 +232,7 @@ class Engine:
         """Note that data messages of `size` bytes in all were authenticated and are no replay."""
         peer = session.peer
         if session is peer.next:
-            self._exchange.indices.drop(peer.confirm())
+            self._exchange.indices.drop(peer.confirm(now))
             self._completed(peer, now)
         self._heard(peer, path, size, now)
         if has_data:

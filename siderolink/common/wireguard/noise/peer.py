@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 
 MAX_STAGED = 128
 MAX_STAGED_BYTES = 512 * 1024
+MAX_PREVIOUS = 3
+"""Sessions that are only received with. After handshakes crossed, each end may send with a session of its own; when they
+cross again, all four are in use at once. Implementations that keep one lose packets then."""
 
 
 class Path(Protocol):
@@ -29,7 +32,8 @@ class Path(Protocol):
 
 
 class Peer:
-    """State only; the engine changes it. `current` is the session to send with, `next` one that the peer has yet to confirm."""
+    """State only; the engine changes it. `current` is the session to send with, `next` one that the peer has yet to confirm,
+    `previous` are those before, the newest first."""
 
     __slots__ = (
         "allowed_ips",
@@ -68,7 +72,7 @@ class Peer:
         self.scheduled_at = NEVER
         self.path: Path | None = None
         self.initiation: SentInitiation | None = None
-        self.previous: Session | None = None
+        self.previous: tuple[Session, ...] = ()
         self.current: Session | None = None
         self.next: Session | None = None
         self.has_retried_with_cookie = False
@@ -109,33 +113,34 @@ class Peer:
 
     def install(self, session: Session) -> list[Session]:
         """Take a new session into the rotation; answers those that are dropped by it."""
-        dropped = [self.previous]
         if session.is_initiator:
-            if self.next is not None:
-                dropped.append(self.current)
-                self.previous, self.next = self.next, None
-            else:
-                self.previous = self.current
-            self.current = session
+            retired = (self.next, self.current)
+            self.current, self.next = session, None
         else:
-            dropped.append(self.next)
-            self.previous, self.next = None, session
-        if self.previous is not None:
-            self.previous.rest()
-        return [old for old in dropped if old is not None]
+            retired = (self.next, None)
+            self.next = session
+        return self._retire(*retired, now=session.created_at)
 
-    def confirm(self) -> list[Session]:
+    def confirm(self, now: float) -> list[Session]:
         """The peer has used the session we were waiting for: it becomes the current one. Answers the dropped ones."""
-        dropped = [self.previous] if self.previous is not None else []
-        self.previous, self.current, self.next = self.current, self.next, None
-        if self.previous is not None:
-            self.previous.rest()
-        return dropped
+        retired = self.current
+        self.current, self.next = self.next, None
+        return self._retire(retired, now=now)
+
+    def _retire(self, *retired: Session | None, now: float) -> list[Session]:
+        """Keep what the other side may still send with: where handshakes cross, that is not always the last one before."""
+        old = [session for session in (*retired, *self.previous) if session is not None]
+        good = [session for session in old if not session.is_expired(now)][:MAX_PREVIOUS]
+        for session in good:
+            session.rest()
+        self.previous = tuple(good)
+        return [session for session in old if session not in good]
 
     def drop_sessions(self) -> list[Session]:
         """Erase all sessions; answers them."""
-        dropped = [session for session in (self.previous, self.current, self.next) if session is not None]
-        self.previous = self.current = self.next = None
+        dropped = [session for session in (*self.previous, self.current, self.next) if session is not None]
+        self.previous = ()
+        self.current = self.next = None
         return dropped
 
     def __repr__(self) -> str:
