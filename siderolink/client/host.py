@@ -19,8 +19,8 @@ from siderolink.common.wireguard.device import (
     DeviceKind,
     InterfaceLost,
     OnDeviceEvent,
-    open_device,
 )
+from siderolink.common.wireguard.opening import open_device
 
 
 class Host(Protocol):

@@ -15,7 +15,8 @@ from siderolink.common.grpc import GrpcServer, Limits, serve
 from siderolink.common.hostport import HostPort
 from siderolink.common.keys import PrivateKey, PublicKey
 from siderolink.common.tasks import background_tasks
-from siderolink.common.wireguard.device import Device, DeviceConfig, DeviceEvent, DeviceKind, PeerStatus, open_device
+from siderolink.common.wireguard.device import Device, DeviceConfig, DeviceEvent, DeviceKind, PeerStatus
+from siderolink.common.wireguard.opening import open_device
 from siderolink.server.admission import Admission
 from siderolink.server.authorization import Authorize, allow_all
 from siderolink.server.clock import Clock

@@ -13,7 +13,8 @@ import pytest
 from anyio.from_thread import BlockingPortal
 
 from siderolink.common.keys import PresharedKey, PrivateKey
-from siderolink.common.wireguard.device import Device, DeviceConfig, PeerConfig, PeerStatus, open_device
+from siderolink.common.wireguard.device import Device, DeviceConfig, PeerConfig, PeerStatus
+from siderolink.common.wireguard.opening import open_device
 from tests.support.netns import Namespace
 from tests.support.topology import Net, direct
 from tests.support.wireguard_go import WireguardGo, wireguard_go

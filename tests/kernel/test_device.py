@@ -33,8 +33,8 @@ from siderolink.common.wireguard.device import (
     InterfaceLost,
     PathChanged,
     PeerConfig,
-    open_device,
 )
+from siderolink.common.wireguard.opening import open_device
 from tests.conftest import descriptors
 from tests.support.kernel_wireguard import kernel_wireguard
 from tests.support.netns import Namespace, stop
@@ -187,7 +187,8 @@ PROGRAM = """
 import sys, anyio
 from ipaddress import ip_interface
 from siderolink.common.keys import PrivateKey
-from siderolink.common.wireguard.device import DeviceConfig, open_device
+from siderolink.common.wireguard.device import DeviceConfig
+from siderolink.common.wireguard.opening import open_device
 
 async def main():
     config = DeviceConfig(name="ours", private_key=PrivateKey.generate(), addresses=(ip_interface("fd00::1/64"),), isolate=True)

@@ -7,7 +7,8 @@ from ipaddress import IPv6Address, ip_interface
 import pytest
 
 from siderolink.common.keys import PrivateKey
-from siderolink.common.wireguard.device import DeviceConfig, PeerConfig, open_device
+from siderolink.common.wireguard.device import DeviceConfig, PeerConfig
+from siderolink.common.wireguard.opening import open_device
 from tests.interop import test_wireguard_go as suite
 from tests.interop.test_wireguard_go import (
     OUR_ADDRESSES,

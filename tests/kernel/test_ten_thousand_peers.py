@@ -16,7 +16,8 @@ import anyio.lowlevel
 import pytest
 
 from siderolink.common.keys import PrivateKey, PublicKey
-from siderolink.common.wireguard.device import Device, DeviceConfig, PeerConfig, open_device
+from siderolink.common.wireguard.device import Device, DeviceConfig, PeerConfig
+from siderolink.common.wireguard.opening import open_device
 
 MANY = 10_000
 PREFIX = int(IPv6Network("fdae:41e4:649b:9303::/64").network_address)

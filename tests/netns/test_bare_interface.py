@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from siderolink.common.keys import PresharedKey, PrivateKey
-from siderolink.common.wireguard.device import DeviceConfig, open_device
+from siderolink.common.wireguard.device import DeviceConfig
+from siderolink.common.wireguard.opening import open_device
 from tests.support.netns import Namespace, link, run_beside, stop
 
 PEER = PrivateKey.generate().public_key().encode()

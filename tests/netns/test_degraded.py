@@ -15,7 +15,8 @@ import pytest
 from siderolink.cli.running import loop_options
 from siderolink.common.degraded import say_once
 from siderolink.common.keys import PrivateKey
-from siderolink.common.wireguard.device import DeviceConfig, PeerConfig, open_device
+from siderolink.common.wireguard.device import DeviceConfig, PeerConfig
+from siderolink.common.wireguard.opening import open_device
 from tests.support.netns import Namespace, link
 
 INNER = ("fd00::1", "fd00::2")

@@ -12,7 +12,8 @@ from siderolink.common.hostport import HostPort
 from siderolink.common.keys import PrivateKey, PublicKey
 from siderolink.common.pb.sidero.link import ProvisionRequest, ProvisionResponse, ProvisionServiceStub
 from siderolink.common.transport.tunnel import ADDRESS_METADATA, TunnelPath, carry
-from siderolink.common.wireguard.device import Device, DeviceConfig, HandshakeCompleted, PeerConfig, open_device
+from siderolink.common.wireguard.device import Device, DeviceConfig, HandshakeCompleted, PeerConfig
+from siderolink.common.wireguard.opening import open_device
 
 METHOD = "/sidero.link.WireGuardOverGRPCService/CreateStream"
 EVERYTHING = (IPv6Network("::/0"),)

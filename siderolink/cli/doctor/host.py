@@ -12,10 +12,11 @@ from siderolink.cli.doctor.finding import Finding, bad, good, note
 from siderolink.common.errors import SideroLinkError
 from siderolink.common.keys import PrivateKey
 from siderolink.common.nftables import Chain, Table
-from siderolink.common.wireguard.device import DeviceConfig, DeviceKind, open_device
+from siderolink.common.wireguard.device import DeviceConfig, DeviceKind
 from siderolink.common.wireguard.kernel.attributes import attributes
 from siderolink.common.wireguard.kernel.monitor import read_link
 from siderolink.common.wireguard.kernel.netlink import NETFILTER, ROUTE, Netlink
+from siderolink.common.wireguard.opening import open_device
 
 __all__ = ["check_clock", "check_devices", "check_firewall", "check_forwarding", "check_loopback"]
 

@@ -175,14 +175,3 @@ class CanShakeHands(Protocol):
 
 
 DeviceContext = AbstractAsyncContextManager[Device]
-
-
-def open_device(kind: DeviceKind, config: DeviceConfig, on_event: OnDeviceEvent) -> DeviceContext:
-    """Make a device; leaving the context removes the interface and all that came with it.
-
-    `auto` takes the kernel's WireGuard where it can make such a link, else the built-in one over /dev/net/tun.
-    Raises DeviceUnavailableError, InterfaceInUseError or AddressInUseError on entering.
-    """
-    from siderolink.common.wireguard import opening
-
-    return opening.open_device(kind, config, on_event)

@@ -10,7 +10,11 @@ __all__ = ["open_device"]
 
 
 def open_device(kind: DeviceKind, config: DeviceConfig, on_event: OnDeviceEvent) -> DeviceContext:
-    """See `device.open_device`."""
+    """Make a device; leaving the context removes the interface and all that came with it.
+
+    `auto` takes the kernel's WireGuard where it can make such a link, else the built-in one over /dev/net/tun.
+    Raises DeviceUnavailableError, InterfaceInUseError or AddressInUseError on entering.
+    """
     if kind == "kernel":
         return _open_kernel(config, on_event)
     if kind == "userspace":
