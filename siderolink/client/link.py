@@ -23,6 +23,8 @@ from siderolink.common.keys import PrivateKey, PublicKey
 from siderolink.common.tasks import background_tasks
 from siderolink.common.wireguard.device import Device, DeviceKind, PeerStatus
 
+EVENT_HISTORY = 256
+"""Events that a late reader of a link still gets."""
 HANDSHAKE_TIMEOUT = 60.0
 """Seconds from the server's first answer to the first handshake."""
 
@@ -112,7 +114,7 @@ class Link:
 
     def events(self) -> AsyncIterator[LinkEvent]:
         """What has happened since the link began (the last of it), then what happens, until the link is left."""
-        return self._broadcast.listen()
+        return self._broadcast.subscribe()
 
     async def wait_connected(self) -> None:
         """Return once the first handshake is done."""
@@ -197,7 +199,7 @@ async def connect(
         fallback_tunnel=fallback_tunnel,
         retry_first=not wait,
     )
-    broadcast: Broadcast[LinkEvent] = Broadcast()
+    broadcast: Broadcast[LinkEvent] = Broadcast(history=EVENT_HISTORY)
 
     def emit(event: LinkEvent) -> None:
         broadcast.publish(event)
@@ -212,7 +214,7 @@ async def connect(
                 await _first_handshake(runner, handshake_timeout)
             yield Link(runner, broadcast)
     finally:
-        broadcast.close()
+        broadcast.end()
 
 
 async def _first_handshake(runner: LinkRunner, timeout: float | None) -> None:

@@ -1,14 +1,9 @@
 """What happens on a server, for an embedder to iterate over."""
 
-from collections import Counter, deque
-from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Self
-from weakref import WeakSet
 
-import anyio
-
+from siderolink.common.broadcast import Broadcast, Subscription
 from siderolink.server.refusals import JoinRefusal
 from siderolink.server.store import Machine
 
@@ -80,68 +75,12 @@ class EventsLost:
 ServerEvent = MachineJoined | HandshakeCompleted | LinkDown | MachineLeft | JoinRefused | EventsLost
 
 
-class EventStream(AsyncIterator[ServerEvent]):
-    """The events published since it was made; ends when the server does. Bounded: the oldest give way, and that is said."""
-
-    def __init__(self, limit: int) -> None:
-        self._waiting: deque[ServerEvent] = deque()
-        self._limit = limit
-        self._lost = 0
-        self._ready = anyio.Event()
-        self._ended = False
-
-    def add(self, event: ServerEvent) -> None:
-        if len(self._waiting) >= self._limit:
-            self._waiting.popleft()
-            self._lost += 1
-        self._waiting.append(event)
-        self._ready.set()
-
-    def end(self) -> None:
-        """Let the reader finish what waits, then stop."""
-        self._ended = True
-        self._ready.set()
-
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> ServerEvent:
-        while True:
-            if self._lost:
-                lost, self._lost = self._lost, 0
-                return EventsLost(count=lost)
-            if self._waiting:
-                return self._waiting.popleft()
-            if self._ended:
-                raise StopAsyncIteration
-            self._ready = anyio.Event()
-            await self._ready.wait()
+EventStream = Subscription[ServerEvent]
+"""The events published since it was made; a slow reader is told by EventsLost."""
 
 
-class EventHub:
-    """Hands each event to every stream that someone still holds."""
+class EventHub(Broadcast[ServerEvent]):
+    """What happens on one server, for everyone who wants to know."""
 
     def __init__(self) -> None:
-        self._streams: WeakSet[EventStream] = WeakSet()
-        self.counts: Counter[str] = Counter()
-        """How often each kind of event was published, by class name."""
-        self._ended = False
-
-    def subscribe(self, limit: int = DEFAULT_EVENT_LIMIT) -> EventStream:
-        stream = EventStream(limit)
-        if self._ended:
-            stream.end()
-        else:
-            self._streams.add(stream)
-        return stream
-
-    def publish(self, event: ServerEvent) -> None:
-        self.counts[type(event).__name__] += 1
-        for stream in self._streams:
-            stream.add(event)
-
-    def end(self) -> None:
-        self._ended = True
-        for stream in list(self._streams):
-            stream.end()
-        self._streams.clear()
+        super().__init__(limit=DEFAULT_EVENT_LIMIT, lost=lambda count: EventsLost(count=count))

@@ -45,7 +45,7 @@ async def test_broadcast_gives_the_past_then_the_present_then_ends() -> None:
     got: list[int] = []
 
     async def listen() -> None:
-        async for number in broadcast.listen():
+        async for number in broadcast.subscribe():
             got.append(number)  # noqa: PERF401
 
     async with anyio.create_task_group() as tasks:
@@ -54,19 +54,19 @@ async def test_broadcast_gives_the_past_then_the_present_then_ends() -> None:
         broadcast.publish(3)
         await anyio.wait_all_tasks_blocked()
         broadcast.publish(4)
-        broadcast.close()
+        broadcast.end()
     assert got == [1, 2, 3, 4]
 
 
 @pytest.mark.anyio
 async def test_broadcast_holds_a_bound_for_who_does_not_read() -> None:
     broadcast: Broadcast[int] = Broadcast()
-    listening = broadcast.listen(past=False, limit=3)
+    listening = broadcast.subscribe(limit=3)
     first = asyncio.ensure_future(anext(listening))
     await anyio.wait_all_tasks_blocked()
     for number in range(10):
         broadcast.publish(number)
-    broadcast.close()
+    broadcast.end()
     assert [await first, *[number async for number in listening]] == [7, 8, 9]
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from ipaddress import AddressValueError, IPv6Address
 
 from siderolink.common.token_bucket import TokenBucket
-from siderolink.server.reporting.feed import Feed
+from siderolink.server.reporting.feed import ReportFeed
 from siderolink.server.reporting.options import ReportOptions
 from siderolink.server.reporting.recent import Recent
 from siderolink.server.reporting.reports import LinesDropped, LogLine, MachineEvent, ReportDrop
@@ -33,8 +33,8 @@ class ReportDesk:
 
     def __init__(self, options: ReportOptions, machine_at: MachineAt, clock: Callable[[], float] = time.monotonic) -> None:
         self.options = options
-        self.events: Feed[MachineEvent] = Feed(options.reader_limit, options.reader_bytes)
-        self.lines: Feed[LogLine | LinesDropped] = Feed(options.reader_limit, options.reader_bytes)
+        self.events: ReportFeed[MachineEvent] = ReportFeed(options.reader_limit, options.reader_bytes)
+        self.lines: ReportFeed[LogLine | LinesDropped] = ReportFeed(options.reader_limit, options.reader_bytes)
         self.recent_events: Recent[MachineEvent] = Recent(
             count=options.recent_events, machine_bytes=options.recent_bytes, total_bytes=options.total_recent_bytes
         )

@@ -1,7 +1,8 @@
-"""The feed of changes to one reader: bounded, and honest about what it lost."""
+"""The feed of changes to a store's readers: bounded, and honest about what each has lost."""
 
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 
 import anyio
 
@@ -32,3 +33,25 @@ class Feed:
                 yield self._waiting.popleft()
             self._ready = anyio.Event()
             await self._ready.wait()
+
+
+class Feeds:
+    """Everyone who follows one store; a reader that falls `limit` changes behind is told ChangesLost."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._feeds: set[Feed] = set()
+
+    def publish(self, changes: Sequence[Change]) -> None:
+        for feed in self._feeds:
+            feed.add(changes)
+
+    @asynccontextmanager
+    async def follow(self) -> AsyncIterator[AsyncIterator[Change]]:
+        """What changes from now on, for as long as the context lasts."""
+        feed = Feed(self._limit)
+        self._feeds.add(feed)
+        try:
+            yield feed.read()
+        finally:
+            self._feeds.discard(feed)

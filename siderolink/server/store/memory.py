@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Hashable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
 from typing import TypeVar
 
@@ -21,7 +21,7 @@ from siderolink.server.store.base import (
     Work,
     unique_values,
 )
-from siderolink.server.store.feed import DEFAULT_FEED_LIMIT, Feed
+from siderolink.server.store.feed import DEFAULT_FEED_LIMIT, Feeds
 
 T = TypeVar("T")
 
@@ -152,8 +152,7 @@ class MemoryStore:
     def __init__(self, *, feed_limit: int = DEFAULT_FEED_LIMIT) -> None:
         """A reader of `changes` that falls `feed_limit` behind is told ChangesLost."""
         self._table = _Table()
-        self._feeds: set[Feed] = set()
-        self._feed_limit = feed_limit
+        self._feeds = Feeds(feed_limit)
         self._lock = asyncio.Lock()
 
     async def transact(self, work: Work[T]) -> T:
@@ -165,19 +164,12 @@ class MemoryStore:
                 transaction.undo()
                 raise
             if transaction.changes:
-                for feed in self._feeds:
-                    feed.add(transaction.changes)
+                self._feeds.publish(transaction.changes)
         return result
 
     async def machines(self) -> AsyncIterator[Machine]:
         for machine in list(self._table.rows.values()):
             yield machine
 
-    @asynccontextmanager
-    async def changes(self) -> AsyncIterator[AsyncIterator[Change]]:
-        feed = Feed(self._feed_limit)
-        self._feeds.add(feed)
-        try:
-            yield feed.read()
-        finally:
-            self._feeds.discard(feed)
+    def changes(self) -> AbstractAsyncContextManager[AsyncIterator[Change]]:
+        return self._feeds.follow()

@@ -20,7 +20,7 @@ from siderolink.common.pb.machine import MachineStatusEvent, MachineStatusEventM
 from siderolink.common.token_bucket import TokenBucket
 from siderolink.common.wire_types import is_whole
 from siderolink.server.reporting.desk import ReportDesk
-from siderolink.server.reporting.feed import Feed
+from siderolink.server.reporting.feed import ReportFeed
 from siderolink.server.reporting.lines import LineSplitter
 from siderolink.server.reporting.options import ReportOptions
 from siderolink.server.reporting.recent import ITEM_BYTES, Recent
@@ -122,7 +122,7 @@ async def test_a_reader_is_told_what_was_dropped() -> None:
 
 @pytest.mark.anyio
 async def test_a_slow_reader_loses_the_oldest_by_number_and_by_bytes_and_is_told() -> None:
-    feed: Feed[int] = Feed(limit=3, max_bytes=100)
+    feed: ReportFeed[int] = ReportFeed(limit=3, max_bytes=100)
     stream = feed.subscribe()
     for number in range(5):
         feed.publish(number, 10)

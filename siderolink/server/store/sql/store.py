@@ -1,8 +1,8 @@
 """A store in a SQLite file, which outlives the server: by SQLAlchemy's async engine and Alembic's migrations."""
 
 import os
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -14,7 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from siderolink.common.errors import StoreError
 from siderolink.common.tasks import background_tasks
 from siderolink.server.store.base import Change, Machine, Work
-from siderolink.server.store.feed import DEFAULT_FEED_LIMIT, Feed
+from siderolink.server.store.feed import DEFAULT_FEED_LIMIT, Feeds
 from siderolink.server.store.sql import tables
 from siderolink.server.store.sql.batches import Batches
 from siderolink.server.store.sql.file import CLOSE_SECONDS, open_file
@@ -31,9 +31,8 @@ class SqlStore:
         """For `open`."""
         self._connection = connection
         self._driver = driver
-        self._feeds: set[Feed] = set()
-        self._feed_limit = feed_limit
-        self._batches = Batches(driver, self._publish)
+        self._feeds = Feeds(feed_limit)
+        self._batches = Batches(driver, self._feeds.publish)
         self._running = anyio.CancelScope(shield=True)
 
     @classmethod
@@ -87,18 +86,8 @@ class SqlStore:
                 return
             last = page[-1].id
 
-    @asynccontextmanager
-    async def changes(self) -> AsyncIterator[AsyncIterator[Change]]:
-        feed = Feed(self._feed_limit)
-        self._feeds.add(feed)
-        try:
-            yield feed.read()
-        finally:
-            self._feeds.discard(feed)
-
-    def _publish(self, changes: Sequence[Change]) -> None:
-        for feed in self._feeds:
-            feed.add(changes)
+    def changes(self) -> AbstractAsyncContextManager[AsyncIterator[Change]]:
+        return self._feeds.follow()
 
     async def backup(self, path: Path) -> None:
         """Write a whole copy to a new file, readable by its owner alone, while the store is in use. Raises StoreError."""
