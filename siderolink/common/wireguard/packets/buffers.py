@@ -20,11 +20,6 @@ def round_up(size: int) -> int:
     return (size + 15) & ~15
 
 
-def padded(size: int, mtu: int) -> int:
-    """The padded length of a packet of `size` bytes: a multiple of 16, but never above the MTU because of it."""
-    return max(size, min(round_up(size), mtu))
-
-
 class Scratch:
     """A buffer that is written anew for each batch and grows when it must.
 

@@ -2,7 +2,8 @@
 
 from typing import Final
 
-from siderolink.common.wireguard.packets.buffers import Packets, Scratch, padded, round_up
+from siderolink.common.wireguard.noise.inner import padded_length
+from siderolink.common.wireguard.packets.buffers import Packets, Scratch, round_up
 from siderolink.common.wireguard.packets.checksum import complete_checksum, row_complements, row_sums
 from siderolink.common.wireguard.packets.headers import NEEDS_CSUM, VNET_HEADER, VNET_SIZE
 from siderolink.common.wireguard.packets.split import MAX_FRAME, MalformedFrame, place_packet
@@ -59,7 +60,7 @@ class Gatherer:
         if flags & NEEDS_CSUM and start + offset + 2 > size:
             raise MalformedFrame("the checksum field lies outside the packet")
         self._frame_size, self._header = len(frame), bytes(frame[:VNET_SIZE])
-        self._stride, self._length = round_up(size), padded(size, self._mtu)
+        self._stride, self._length = round_up(size), padded_length(size, self._mtu)
         self._last = self._length
         self._scratch.view[:size] = frame[VNET_SIZE:]
         self._alike = self._count = 1
@@ -68,7 +69,7 @@ class Gatherer:
     def _add_other(self, frame: memoryview) -> bool:
         if not self._is_small(frame):
             return False
-        length = padded(len(frame) - VNET_SIZE, self._mtu)
+        length = padded_length(len(frame) - VNET_SIZE, self._mtu)
         if length > self._length or self._last < self._length or self._count >= self._max_rows:
             return False
         at = self._count * self._stride

@@ -5,7 +5,8 @@ from typing import Final, NamedTuple
 
 import numpy as np
 
-from siderolink.common.wireguard.packets.buffers import Array, Packets, Scratch, padded, round_up
+from siderolink.common.wireguard.noise.inner import padded_length
+from siderolink.common.wireguard.packets.buffers import Array, Packets, Scratch, round_up
 from siderolink.common.wireguard.packets.checksum import (
     MODULUS,
     complement,
@@ -152,7 +153,7 @@ class Splitter:
             checksums[checksums == 0] = 0xFFFF
         layout.checksums[:] = checksums
 
-        length, last = padded(size, self._mtu), padded(header + last_payload, self._mtu)
+        length, last = padded_length(size, self._mtu), padded_length(header + last_payload, self._mtu)
         rows = self._scratch.rows(0, stride, length, count)
         return Packets(view[: last_row + last], count, stride, length, last, rows)
 
@@ -169,7 +170,7 @@ def place_packet(frame: memoryview, view: memoryview, mtu: int) -> int:
         if start + offset + 2 > size:
             raise MalformedFrame("the checksum field lies outside the packet")
         complete_checksum(view[:size], start, offset)
-    length = padded(size, mtu)
+    length = padded_length(size, mtu)
     view[size:length] = _ZEROS[: length - size]
     return length
 
