@@ -150,8 +150,8 @@ class Serve:
     def _reload_certificate(self) -> None:
         assert self._certificate is not None
         try:
-            self._certificate.reload()
-            say("reloaded", "the TLS certificate")
+            if self._certificate.reload():
+                say("reloaded", "the TLS certificate")
         except SideroLinkError as error:
             say("not reloaded", str(error))
 
