@@ -22,7 +22,8 @@ _SPACING = 30.0
 
 async def watch_api(url: JoinURL, tls: ssl.SSLContext | None, put: Put, nudge: Nudge) -> None:
     """Keep the connection for ever, and tell of its end and of its return."""
-    backoff = Backoff(first=0.5, cap=30.0, factor=1.5)
+    # Not too soon: handshakes find a server that remembers, and it has enough to do in its first seconds.
+    backoff = Backoff(first=4.0, cap=30.0, factor=1.5)
     context = (tls or True) if url.tls else None
     is_lost = False
     while True:

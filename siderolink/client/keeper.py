@@ -77,6 +77,7 @@ class RouteKeeper:
         self._last_handshake: float | None = None
         self._looked_at = time.monotonic()
         self._has_asked = False
+        self._ask_at = _ASK_AFTER + 1
         self._why_asked = ""
         self._probes_size = False
         self._tasks: TaskGroup
@@ -133,7 +134,7 @@ class RouteKeeper:
 
     async def _probe(self, watch: HandshakeWatch) -> None:
         await self._route.shake_hands(self._device, self._peer)
-        if watch.doubt is None or watch.unanswered != _ASK_AFTER + 1:
+        if watch.doubt is None or watch.unanswered != self._ask_at:
             return
         self._route.mend()
         if not self._has_asked:
@@ -173,8 +174,9 @@ class RouteKeeper:
             case news.ApiBack():
                 self._around.nudge.give()
                 watch.probe_now(now)
-                if watch.doubt is not None:
-                    self._ask_once()
+                # A server that remembers us answers the handshake, and has enough to do.
+                self._has_asked = False
+                self._ask_at = watch.unanswered + _ASK_AFTER
             case news.NetworkChanged(has_new_carrier=has_new_carrier):
                 self._network_changed(watch, now, has_new_carrier)
             case news.Repaired(what=what):
@@ -238,6 +240,7 @@ class RouteKeeper:
 
     def _note_handshake(self, watch: HandshakeWatch, at: float) -> None:
         self._has_asked = False
+        self._ask_at = _ASK_AFTER + 1
         came_up = watch.handshake_completed(at)
         self._progress.handshake(str(self._route))
         if came_up:
