@@ -1,0 +1,121 @@
+"""Links over wires that lose, delay, reorder and alter; names whose addresses change; what a killed server costs, quickly."""
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from dnslib import QTYPE, RR, A
+from dnslib.server import BaseResolver, DNSServer
+
+from siderolink.client import LinkState, StateChanged
+from siderolink.common.join_url import JoinURL
+from tests.netns.test_healing import URL, joined, serving
+from tests.support.bad_wire import Faults, bad_wire
+from tests.support.netns import Namespace
+from tests.support.packet_machine import PacketMachine
+from tests.support.serving import API, SERVER, served
+from tests.support.serving import TOKEN as SERVED_TOKEN
+from tests.support.topology import direct
+
+
+@pytest.mark.parametrize(
+    "faults",
+    [
+        Faults(loss=0.3),
+        Faults(delay=0.3, jitter=0.1),
+        Faults(loss=0.1, delay=0.05, jitter=0.05, corruption=0.01),
+    ],
+    ids=["loss 30 %", "delay 300 ms, reordered", "a little of each, 1 % altered"],
+)
+def test_a_bad_wire_is_no_reason_to_give_a_link_up(faults: Faults) -> None:
+    with (
+        direct() as net,
+        net.server.portal() as portal,
+        serving(net, wireguard_endpoints=[f"{SERVER}:51821"], wireguard_listen_port=51820),
+        portal.wrap_async_context_manager(bad_wire(51821, ("127.0.0.1", 51820), faults)),
+        joined(net) as machine,
+    ):
+        output = net.machine.run(["ping", "-q", "-c30", "-i0.2", "-W2", str(machine.link.server_address)], check=False)
+        assert int(output.split(" received")[0].split()[-1]) >= 5, output
+        assert LinkState.REESTABLISHING not in [e.new for e in machine.events if isinstance(e, StateChanged)]
+
+
+class Names(BaseResolver):  # type: ignore[misc] # the library has no types
+    """Answers every name with one address."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+
+    def resolve(self, request: object, handler: object) -> object:
+        reply = request.reply()  # type: ignore[attr-defined]
+        question = request.q  # type: ignore[attr-defined]
+        if question.qtype == QTYPE.A:
+            reply.add_answer(RR(question.qname, QTYPE.A, rdata=A(self.address), ttl=0))
+        return reply
+
+
+@contextmanager
+def resolver(namespace: Namespace, address: str) -> Iterator[Names]:
+    """The name server of programs that are started in the namespace."""
+    folder = Path("/etc/netns") / namespace.name
+    folder.mkdir(parents=True)
+    (folder / "resolv.conf").write_text("nameserver 127.0.0.1\noptions timeout:1 attempts:1\n")
+    names = Names(address)
+    try:
+        with namespace.entered():
+            server = DNSServer(names, address="127.0.0.1", port=53)
+        server.start_thread()
+        try:
+            yield names
+        finally:
+            server.stop()
+            server.server.server_close()
+    finally:
+        (folder / "resolv.conf").unlink()
+        folder.rmdir()
+
+
+def test_a_name_is_resolved_afresh_each_time_it_is_tried(tmp_path: Path) -> None:
+    with direct() as net, resolver(net.machine, "192.0.2.200") as names:
+        with serving(net, wireguard_endpoints=["wireguard.test:51820"]):
+            command = [sys.executable, "-m", "siderolink", "join", URL, "--device", "userspace"]
+            environment = os.environ | {"SIDEROLINK_RUNTIME_DIR": str(tmp_path)}
+            process = net.machine.popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
+            lines: list[str] = []
+            assert process.stdout is not None
+            timer = threading.Timer(50, process.kill)
+            timer.start()
+            for line in process.stdout:
+                lines.append(line)
+                if "no way through" in line:
+                    names.address = SERVER
+                if " connected: udp wireguard.test" in line:
+                    break
+            timer.cancel()
+            assert " connected: udp wireguard.test" in lines[-1], "".join(lines)
+            assert any("no way through" in line for line in lines)
+
+
+@pytest.mark.timeout(90)
+def test_forty_machines_are_back_soon_after_their_server_was_killed(tmp_path: Path) -> None:
+    from benchmarks.recovery import Swarm, running, wait_back, watch_all
+
+    base = f"grpc://{API}?jointoken={SERVED_TOKEN}"
+    machines = [PacketMachine(JoinURL.parse(base + ("&grpc_tunnel=true" if n % 2 else ""))) for n in range(40)]
+    swarm = Swarm(machines, lambda machine: False)
+    with direct() as net, served(net.server, tmp_path) as server, running(net.machine, swarm):
+        watch_all(swarm)
+        wait_back(swarm, 20)
+        assert swarm.back() == 40
+        time.sleep(7)
+        server.kill()
+        watch_all(swarm)
+        server.start()
+        wait_back(swarm, 20)
+        assert swarm.back() == 40

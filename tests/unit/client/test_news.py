@@ -1,0 +1,155 @@
+"""What a link does about news of the API, the network, the interface and the size of packets; on a fake device."""
+
+from dataclasses import replace
+from ipaddress import IPv6Network
+
+import anyio
+import pytest
+
+from siderolink.client import events
+from siderolink.client import signals as news
+from siderolink.client.state import LinkState
+from siderolink.common.keys import PublicKey
+from siderolink.common.wireguard.device import InterfaceLost
+from tests.support.provision import SERVER_ADDRESS, new_key, response
+from tests.unit.client.test_runner import ONE, TWO, VIRTUAL, Bench, running
+
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("no_leaks")]
+
+
+async def connect(bench: Bench, server: PublicKey) -> None:
+    await bench.saw(events.Connecting)
+    await anyio.wait_all_tasks_blocked()
+    bench.shake_hands(server)
+    await bench.saw(events.Connected)
+
+
+def handshakes_begun(bench: Bench) -> int:
+    assert bench.device is not None
+    return sum(call == "handshake" for call, _ in bench.device.calls)
+
+
+async def begun(bench: Bench, more_than: int) -> None:
+    with anyio.fail_after(5):
+        while handshakes_begun(bench) <= more_than:
+            await anyio.sleep(0.01)
+
+
+async def test_a_lost_api_is_answered_by_a_handshake_and_by_no_transition() -> None:
+    server = new_key()
+    async with running(response(server, ONE)) as bench:
+        await connect(bench, server)
+        before = handshakes_begun(bench)
+        bench.put(news.ApiLost())
+        await begun(bench, before)
+        bench.shake_hands(server)
+        await bench.saw(events.Handshake, 2)
+        assert bench.state() is LinkState.CONNECTED
+        assert not any(isinstance(event, events.LinkDown) for event in bench.events)
+
+
+async def test_no_route_is_trouble_and_its_return_a_handshake() -> None:
+    server = new_key()
+    async with running(response(server, ONE)) as bench:
+        await connect(bench, server)
+        bench.local_address = None
+        bench.put(news.NetworkChanged(False))
+        trouble = await bench.saw(events.StateChanged, condition=lambda event: event.new is LinkState.DEGRADED)
+        assert trouble.reason == "this host has no route to 192.0.2.1"
+        before = handshakes_begun(bench)
+        bench.local_address = "192.0.2.78"
+        bench.put(news.NetworkChanged(True))
+        await begun(bench, before)
+        bench.shake_hands(server)
+        await bench.saw(events.StateChanged, condition=lambda event: event.old is LinkState.DEGRADED)
+        assert bench.state() is LinkState.CONNECTED
+
+
+async def test_a_network_change_that_leaves_the_way_as_it_was_is_no_news() -> None:
+    server = new_key()
+    async with running(response(server, ONE)) as bench:
+        await connect(bench, server)
+        before = handshakes_begun(bench)
+        bench.put(news.NetworkChanged(False))
+        await anyio.wait_all_tasks_blocked()
+        assert handshakes_begun(bench) == before
+
+
+async def test_a_server_of_another_key_is_taken_up_while_the_link_is_in_doubt() -> None:
+    old, new = new_key(), new_key()
+    async with running(response(old, ONE)) as bench:
+        await connect(bench, old)
+        bench.put(news.ApiLost())
+        answer = bench.runner.answer
+        assert answer is not None
+        bench.put(news.Answered(replace(answer, server_key=new)))
+        await bench.saw(events.LinkDown)
+        await anyio.wait_all_tasks_blocked()
+        bench.shake_hands(new)
+        await bench.saw(events.Reestablished)
+        assert bench.device is not None
+        assert set(bench.device.configs) == {new}
+
+
+async def test_the_same_answer_and_other_endpoints_change_nothing_on_a_good_link() -> None:
+    server = new_key()
+    async with running(response(server, ONE, TWO)) as bench:
+        await connect(bench, server)
+        answer = bench.runner.answer
+        assert answer is not None
+        bench.put(news.Answered(answer))
+        bench.put(news.Answered(replace(answer, endpoints=answer.endpoints[:1])))
+        await anyio.wait_all_tasks_blocked()
+        assert bench.state() is LinkState.CONNECTED
+
+
+async def test_lost_large_packets_are_said_and_forgotten() -> None:
+    server = new_key()
+    async with running(response(server, ONE)) as bench:
+        await connect(bench, server)
+        bench.put(news.LargePackets(False))
+        trouble = await bench.saw(events.StateChanged, condition=lambda event: event.new is LinkState.DEGRADED)
+        assert "packets of 1280 bytes do not pass by udp" in trouble.reason
+        bench.shake_hands(server)
+        await anyio.wait_all_tasks_blocked()
+        assert bench.state() is LinkState.DEGRADED, "a handshake says nothing about large packets"
+        bench.put(news.LargePackets(True))
+        await bench.saw(events.StateChanged, condition=lambda event: event.old is LinkState.DEGRADED)
+        assert bench.state() is LinkState.CONNECTED
+
+
+async def test_a_repaired_interface_is_told_and_tried() -> None:
+    server = new_key()
+    async with running(response(server, ONE)) as bench:
+        await connect(bench, server)
+        before = handshakes_begun(bench)
+        bench.put(news.Repaired("it was set down"))
+        assert (await bench.saw(events.InterfaceRepaired)).what == "it was set down"
+        await begun(bench, before)
+        assert bench.state() is LinkState.DEGRADED
+        bench.shake_hands(server)
+        await anyio.wait_all_tasks_blocked()
+        assert bench.state() is LinkState.CONNECTED
+
+
+async def test_a_deleted_interface_is_another_device_with_the_same_key() -> None:
+    server = new_key()
+    async with running(response(server, ONE)) as bench:
+        await connect(bench, server)
+        bench.put(InterfaceLost(reason="the interface siderolink was deleted by someone else"))
+        await bench.saw(events.InterfaceConfigured, 2)
+        await anyio.wait_all_tasks_blocked()
+        assert bench.state() is LinkState.REESTABLISHING
+        bench.shake_hands(server)
+        await bench.saw(events.Reestablished)
+        assert bench.configs[0].private_key == bench.configs[1].private_key
+        assert bench.configs[0].timestamps is bench.configs[1].timestamps, "or a clock set back would end it"
+
+
+async def test_the_peer_is_the_server_alone_whatever_happens() -> None:
+    server = new_key()
+    async with running(response(server, VIRTUAL, virtual=VIRTUAL)) as bench:
+        await bench.saw(events.Connecting)
+        await anyio.wait_all_tasks_blocked()
+        assert bench.device is not None
+        assert bench.device.configs[server].allowed_ips == (IPv6Network(SERVER_ADDRESS),)
