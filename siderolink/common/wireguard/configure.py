@@ -63,18 +63,23 @@ class Configurator:
             endpoint=config.endpoint,
             persistent_keepalive=config.persistent_keepalive,
         )
-        self._engine.allowed_ips.set(self._entry(config.public_key), config.allowed_ips)
+        try:
+            entry = self._engine.add_peer(bytes(config.public_key))
+        except ValueError as error:
+            raise ConfigurationError(f"{config.public_key} cannot be a peer's key: {error}") from None
+        self._engine.allowed_ips.set(entry, config.allowed_ips)
         self.apply_peer(change, now)
 
     def apply_peer(self, change: PeerChange, now: float) -> None:
-        """Carry out the change of one peer. Our own key is passed over in silence, as the kernel does."""
+        """Carry out the change of one peer. As in the kernel, our own key is passed over in silence, and one of low order is
+        a peer that is never reached."""
         key = bytes(change.public_key)
         if change.remove:
             self._engine.remove_peer(key)
             return
         if key == self._engine.public_key or (change.update_only and key not in self._engine.peers):
             return
-        entry = self._entry(change.public_key)
+        entry = self._engine.add_peer(key, even_useless=True)
         if change.clear_preshared_key or change.preshared_key is not None:
             self._engine.set_preshared_key(entry, bytes(change.preshared_key) if change.preshared_key else None)
         if change.endpoint is not None:
@@ -95,12 +100,6 @@ class Configurator:
             fwmark=self._fwmark,
             peers=map(_report, self._engine.peers.values()),
         )
-
-    def _entry(self, public_key: PublicKey) -> Peer:
-        try:
-            return self._engine.add_peer(bytes(public_key))
-        except ValueError as error:
-            raise ConfigurationError(f"{public_key} cannot be a peer's key: {error}") from None
 
     def _set_private_key(self, key: PrivateKey | None) -> None:
         if key is None or key != self._private_key:

@@ -393,3 +393,12 @@ def test_points_of_low_order_cannot_be_peers(point: int, top_bit: int) -> None:
         a.engine.add_peer(key)
     with pytest.raises(ValueError):  # noqa: PT011 (the library's own words)
         dh(private_key(bytes(range(32))), key)
+    # `wg` may set such a peer; it is never written to
+    peer = a.engine.add_peer(key, even_useless=True)
+    peer.path = a.path
+    a.engine.set_persistent_keepalive(peer, 1, 0.0)
+    for now in range(200):
+        a.engine.handle_timers(float(now))
+    a.drain()
+    assert a.take() == []
+    assert set(dropped(a)) == {Drop.USELESS_KEY}

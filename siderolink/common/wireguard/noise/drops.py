@@ -46,6 +46,8 @@ class Drop(StrEnum):
     """A packet from the interface for an address that no peer has."""
     NO_PATH = "no_path"
     """A packet or message for a peer that was never heard from and has no endpoint."""
+    USELESS_KEY = "useless_key"
+    """A handshake that was not begun, because with the peer's public key no secret can be shared."""
     STAGED_OVERFLOW = "staged_overflow"
     """The oldest packet of a queue that waits for a handshake."""
     HANDSHAKE_GAVE_UP = "handshake_gave_up"

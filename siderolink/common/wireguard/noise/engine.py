@@ -85,13 +85,13 @@ class Engine:
             self._erase(peer)
             peer.static_static = None
 
-    def add_peer(self, public_key: bytes) -> Peer:
-        """The peer of this key, new if it was unknown. Raises ValueError for our own key or one of low order."""
+    def add_peer(self, public_key: bytes, *, even_useless: bool = False) -> Peer:
+        """The peer of this key, new if unknown. Raises ValueError for our own key or, unless `even_useless`, of low order."""
         peer = self.peers.get(public_key)
         if peer is None:
             if public_key == self.public_key:
                 raise ValueError("a device cannot be its own peer")
-            if is_low_order(public_key):
+            if is_low_order(public_key) and not even_useless:
                 raise ValueError("it is a point of low order")
             peer = self.peers[public_key] = Peer(public_key)
         return peer

@@ -126,12 +126,13 @@ class Exchange:
         peer.last_initiation_sent_at = now
         peer.timers.authenticated_sent(now)
         peer.timers.initiation_sent(now, self.jitter())
-        if path is None:
-            self._output.drop(Drop.NO_PATH)
+        shared = self._static_static(peer)
+        if path is None or not shared:
+            self._output.drop(Drop.NO_PATH if path is None else Drop.USELESS_KEY)
             return
         stamp = self.timestamps.next(self._unix_time_ns())
         message, sent = create_initiation(
-            self.identity, peer.public_key, self._static_static(peer), self.indices.fresh(), self._entropy(32), stamp
+            self.identity, peer.public_key, shared, self.indices.fresh(), self._entropy(32), stamp
         )
         self.indices.open(peer, sent)
         self._output.send(peer, path, peer.signer.sign(messages.encode_initiation(message), now))
@@ -172,7 +173,8 @@ class Exchange:
         if peer is None:
             self._output.drop(Drop.UNKNOWN_PEER)
             return None
-        received = verify_initiation(claimed, self._static_static(peer))
+        shared = self._static_static(peer)
+        received = verify_initiation(claimed, shared) if shared else None
         reason = Drop.BAD_HANDSHAKE if received is None else self._refusal(peer, received, path, now)
         if reason is not None or received is None:
             self._output.drop(reason or Drop.BAD_HANDSHAKE)
@@ -250,8 +252,12 @@ class Exchange:
         peer.last_handshake_ns = self._unix_time_ns()
 
     def _static_static(self, peer: Peer) -> bytes:
+        """Empty where the peer's key is of low order: nothing can be shared with that."""
         if peer.static_static is None:
-            peer.static_static = dh(self.identity.private, peer.public_key)
+            try:
+                peer.static_static = dh(self.identity.private, peer.public_key)
+            except ValueError:
+                peer.static_static = b""
         return peer.static_static
 
     def _install(self, session: Session, now: float) -> None:

@@ -66,7 +66,8 @@ class Peer:
         self.static_static: bytes | None = None
         """What both long-lived keys share; computed with the first handshake, as most peers of a large server sleep."""
         self.preshared_key = NO_PRESHARED_KEY
-        self.allowed_ips: set[Network] = set()
+        self.allowed_ips: dict[Network, None] = {}
+        """A set that keeps its order."""
         self.signer = MacSigner(public_key)
         self.timers = Timers()
         self.scheduled_at = NEVER
@@ -137,10 +138,11 @@ class Peer:
         return [session for session in old if session not in good]
 
     def drop_sessions(self) -> list[Session]:
-        """Erase all sessions; answers them."""
+        """Erase all sessions, so that the next handshake need not wait; answers them."""
         dropped = [session for session in (*self.previous, self.current, self.next) if session is not None]
         self.previous = ()
         self.current = self.next = None
+        self.last_initiation_sent_at = -NEVER
         return dropped
 
     def __repr__(self) -> str:

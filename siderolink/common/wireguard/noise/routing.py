@@ -35,20 +35,20 @@ class CryptokeyRouting:
 
     def set(self, peer: Peer, networks: Iterable[Network]) -> None:
         """Replace the peer's prefixes; one that another peer holds moves here."""
-        wanted = set(networks)
-        for network in peer.allowed_ips - wanted:
+        wanted = dict.fromkeys(networks)
+        for network in peer.allowed_ips.keys() - wanted:
             self.remove(peer, network)
-        for network in wanted - peer.allowed_ips:
+        for network in wanted:
             self.add(peer, network)
 
     def add(self, peer: Peer, network: Network) -> None:
         before = self._table.insert(network, peer)
-        if before is not None:
-            before.allowed_ips.discard(network)
-        peer.allowed_ips.add(network)
+        if before is not None and before is not peer:
+            del before.allowed_ips[network]
+        peer.allowed_ips[network] = None
 
     def remove(self, peer: Peer, network: Network) -> None:
         """Take a prefix away from the peer; nothing happens if it is not the peer's."""
         if network in peer.allowed_ips:
-            peer.allowed_ips.discard(network)
+            del peer.allowed_ips[network]
             self._table.remove(network)
