@@ -110,7 +110,7 @@ class JoinedMachine:
         if not options.maintenance_api:
             yield None
             return
-        maintenance = Maintenance(self._settings, self._reporting)
+        maintenance = Maintenance(self._settings, self._reporting, self._key)
         async with maintenance.serve(node_uuid=options.uuid or machine_uuid(), port=options.maintenance_port) as presence:
             yield presence
 

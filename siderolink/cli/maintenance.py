@@ -20,8 +20,9 @@ from siderolink.client.maintenance import (
     serve_maintenance,
 )
 from siderolink.client.maintenance.resources.definitions import MACHINE_CONFIG
-from siderolink.client.maintenance.resources.specs import machine_config
+from siderolink.client.maintenance.resources.specs import MACHINE_CONFIG_ANNOTATIONS, machine_config
 from siderolink.common.errors import ConfigurationError
+from siderolink.common.keys import PrivateKey
 from siderolink.common.pb.machine import ConfigLoadErrorEvent
 from siderolink.common.text import one_line
 
@@ -32,9 +33,10 @@ CONFIG_ID = "v1alpha1"
 class Maintenance:
     """Serves the API, and applies configurations."""
 
-    def __init__(self, settings: FollowedSettings, reporting: Reporting) -> None:
+    def __init__(self, settings: FollowedSettings, reporting: Reporting, key: PrivateKey) -> None:
         self._settings = settings
         self._reporting = reporting
+        self._key = key
         self._api: MaintenanceApi | None = None
 
     @asynccontextmanager
@@ -44,7 +46,7 @@ class Maintenance:
         hooks = MachineHooks(apply_configuration=self._apply)
         async with serve_maintenance(hooks, node_uuid=node_uuid, place=place, port=port) as self._api:
             say("maintenance API", f"on port {port}, {'every address' if place == Everywhere() else 'the overlay alone'}")
-            yield LinkPresence(self._api)
+            yield LinkPresence(self._api, private_key=self._key)
 
     async def _apply(self, request: ApplyRequest) -> ApplyAnswer:
         if request.mode not in _MODES:
@@ -66,6 +68,7 @@ class Maintenance:
             return ApplyAnswer(warnings=tuple(warnings), details="Dry run: the configuration could be applied.")
         self._settings.apply(settings)
         if self._api is not None:
-            self._api.resources.put(MACHINE_CONFIG, CONFIG_ID, machine_config(request.data))
+            spec = machine_config(request.data)
+            self._api.resources.put(MACHINE_CONFIG, CONFIG_ID, spec, annotations=MACHINE_CONFIG_ANNOTATIONS)
         say("configuration", "applied by the maintenance API")
         return ApplyAnswer(warnings=tuple(warnings), details="Applied configuration without a reboot")

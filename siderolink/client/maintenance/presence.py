@@ -20,6 +20,7 @@ from siderolink.client.maintenance.resources.specs import (
 )
 from siderolink.common.addressing import parse_peer_addr_port
 from siderolink.common.join_url import JoinURL
+from siderolink.common.keys import PrivateKey
 
 CONFIG_ID = "siderolink"
 STATUS_ID = "siderolink-status"
@@ -35,8 +36,10 @@ class LinkPresence:
     presence.removed()                              # no SideroLink any more: everywhere
     """
 
-    def __init__(self, api: MaintenanceApi) -> None:
+    def __init__(self, api: MaintenanceApi, *, private_key: PrivateKey | None = None) -> None:
+        """`private_key` is the one that `connect` is given, for admins to read with the interface's specification."""
         self._api = api
+        self._private_key = private_key
         self._url: JoinURL | None = None
         self._joined: Joined | None = None
         self._interface: InterfaceConfigured | None = None
@@ -112,6 +115,7 @@ class LinkPresence:
             server=joined.server_address,
             endpoint=endpoint,
             keepalive=_KEEPALIVE,
+            private_key=self._private_key,
         )
         resources.replace(LINK_SPEC, {name: spec})
         if not joined.virtual_address:

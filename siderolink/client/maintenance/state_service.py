@@ -1,22 +1,17 @@
 """cosi.resource.State: reading the machine's resources. Sensitive ones are for the admin alone."""
 
-from collections.abc import Sequence
 from typing import Any, TypeVar
 
+import anyio.lowlevel
 from grpclib import GRPCError, Status
 from grpclib.const import Cardinality, Handler
 from grpclib.server import Stream
 
 from siderolink.client.maintenance.callers import Admittance
+from siderolink.client.maintenance.queries import Selection, read_selection
+from siderolink.client.maintenance.resources.changes import BookmarkError, Change, ChangeKind, History, Resource
 from siderolink.client.maintenance.resources.definitions import ResourceType
-from siderolink.client.maintenance.resources.store import (
-    Change,
-    ChangeKind,
-    Resource,
-    ResourceStore,
-    Watch,
-    WatchTooSlowError,
-)
+from siderolink.client.maintenance.resources.store import ResourceStore, Watch, WatchTooSlowError
 from siderolink.common.pb.cosi import resource as pb
 from siderolink.common.text import one_line
 from siderolink.common.wire_types import has_declared_types
@@ -57,42 +52,58 @@ class StateService:
 
     async def _list(self, stream: Stream[pb.ListRequest, pb.ListResponse]) -> None:
         request = _readable(await stream.recv_message())
+        options = request.options or pb.ListOptions()
         resource_type = self._permitted(stream, request.type)
-        if request.options is not None:
-            _refuse_queries(request.options.label_query, request.options.id_query)
+        selection = read_selection(options.label_query, options.id_query)
         for found in self._store.list(resource_type, request.namespace):
-            await stream.send_message(pb.ListResponse(resource=message_of(found)))
+            await anyio.lowlevel.checkpoint()  # a pattern costs time, and others want their turn
+            if selection.holds(found):
+                await stream.send_message(pb.ListResponse(resource=message_of(found)))
 
     async def _watch(self, stream: Stream[pb.WatchRequest, pb.WatchResponse]) -> None:
         request = _readable(await stream.recv_message())
         options = request.options or pb.WatchOptions()
         resource_type = self._permitted(stream, request.type)
-        _refuse_queries(options.label_query, options.id_query)
-        if options.tail_events or options.start_from_bookmark is not None or options.bootstrap_bookmark:
-            raise GRPCError(Status.UNIMPLEMENTED, "no past events are kept here; watch from now on")
-        if request.id is not None and options.bootstrap_contents:
-            raise GRPCError(Status.UNIMPLEMENTED, "bootstrap contents is not implemented for resource watch")
+        selection = _watched(request, options)
         # nothing is awaited between these two, so that no change falls between
         watch = self._store.watch(resource_type, request.id, request.namespace)
-        contents = self._contents(request, options, resource_type)
         try:
+            beginning = self._beginning(request, options, resource_type, selection)
             await stream.send_message(pb.WatchResponse())
-            for events in [contents] if options.aggregated else [[event] for event in contents]:
+            for events in [beginning] if options.aggregated else [[event] for event in beginning]:
                 await stream.send_message(pb.WatchResponse(event=events))
-            await _send_changes(stream, watch)
+            await _send_changes(stream, watch, selection, self._store.history(resource_type, request.namespace))
         finally:
             self._store.unwatch(watch)
 
-    def _contents(self, request: pb.WatchRequest, options: pb.WatchOptions, resource_type: ResourceType) -> list[pb.Event]:
-        """What there is now, as far as it was asked for."""
-        if request.id is not None:
+    def _beginning(
+        self, request: pb.WatchRequest, options: pb.WatchOptions, resource_type: ResourceType, selection: Selection
+    ) -> list[pb.Event]:
+        """What a watch begins with: what there is now, or what happened before, as far as it was asked for."""
+        history = self._store.history(resource_type, request.namespace)
+        past = _past(request, options, history)
+        if past is not None:
+            events = [event for change in past if (event := _changed(change, selection, history)) is not None]
+        elif request.id is not None:
             found = self._store.get(resource_type, request.id, request.namespace)
-            return [_event(pb.EventType.DESTROYED, _tombstone(resource_type, request)) if found is None else _created(found)]
+            events = [
+                _created(found) if found is not None else _event(pb.EventType.DESTROYED, _tombstone(resource_type, request))
+            ]
+        else:
+            events = self._contents(request, options, resource_type, selection)
+        if options.bootstrap_bookmark and request.id is None:
+            events.append(_event(pb.EventType.NOOP, _tombstone(resource_type, request), history.bookmark()))
+        return events
+
+    def _contents(
+        self, request: pb.WatchRequest, options: pb.WatchOptions, resource_type: ResourceType, selection: Selection
+    ) -> list[pb.Event]:
         if not options.bootstrap_contents:
             return []
-        events = [_created(found) for found in self._store.list(resource_type, request.namespace)]
+        events = [_created(found) for found in self._store.list(resource_type, request.namespace) if selection.holds(found)]
         if request.api_version >= 1:
-            events.append(pb.Event(event_type=pb.EventType.BOOTSTRAPPED))
+            mark = self._store.history(resource_type, request.namespace).bookmark()
+            events.append(_event(pb.EventType.BOOTSTRAPPED, _tombstone(resource_type, request), mark))
         return events
 
     def _permitted(self, stream: Stream[Any, Any], name: str) -> ResourceType:
@@ -105,13 +116,44 @@ class StateService:
         return found
 
 
-async def _send_changes(stream: Stream[pb.WatchRequest, pb.WatchResponse], watch: Watch) -> None:
+def _watched(request: pb.WatchRequest, options: pb.WatchOptions) -> Selection:
+    """The resources that a watch is of. Raises GRPCError for what does not go together."""
+    if request.id is not None:
+        if options.bootstrap_contents:
+            raise GRPCError(Status.UNIMPLEMENTED, "bootstrap contents is not implemented for resource watch")
+        if options.label_query or (options.id_query is not None and options.id_query.regexp):
+            raise GRPCError(Status.UNIMPLEMENTED, "queries are not implemented for resource watch")
+    if sum((options.bootstrap_contents, options.tail_events > 0, options.start_from_bookmark is not None)) > 1:
+        raise GRPCError(Status.INVALID_ARGUMENT, "a watch begins with contents, past events or a bookmark; ask for one of them")
+    return read_selection(options.label_query, options.id_query)
+
+
+def _past(request: pb.WatchRequest, options: pb.WatchOptions, history: History) -> list[Change] | None:
+    """The past changes that were asked for; None where there was no such wish. Raises GRPCError."""
+    if options.tail_events > 0:
+        return history.last(options.tail_events, request.id)
+    if options.start_from_bookmark is None:
+        return None
+    try:
+        changes = history.after(options.start_from_bookmark)
+    except BookmarkError as error:
+        raise GRPCError(Status.FAILED_PRECONDITION, str(error)) from None
+    return [change for change in changes if request.id in (None, change.resource.id)]
+
+
+async def _send_changes(
+    stream: Stream[pb.WatchRequest, pb.WatchResponse], watch: Watch, selection: Selection, history: History
+) -> None:
     while True:
         try:
             change = await watch.next()
         except WatchTooSlowError:
             raise GRPCError(Status.RESOURCE_EXHAUSTED, "the watch did not take its events in time; watch anew") from None
-        await stream.send_message(pb.WatchResponse(event=[_changed(change)]))
+        event = _changed(change, selection, history)
+        if event is not None:
+            await stream.send_message(pb.WatchResponse(event=[event]))
+        else:
+            await anyio.lowlevel.checkpoint()
 
 
 def message_of(found: Resource) -> pb.Resource:
@@ -124,6 +166,8 @@ def message_of(found: Resource) -> pb.Resource:
         phase="running",
         created=found.created,
         updated=found.updated,
+        labels=dict(found.labels),
+        annotations=dict(found.annotations),
     )
     return pb.Resource(metadata=metadata, spec=pb.Spec(proto_spec=found.spec.proto, yaml_spec=found.spec.yaml()))
 
@@ -132,15 +176,19 @@ def _created(found: Resource) -> pb.Event:
     return _event(pb.EventType.CREATED, message_of(found))
 
 
-def _changed(change: Change) -> pb.Event:
-    event = _event(_EVENT_TYPES[change.kind], message_of(change.resource))
-    if change.old is not None:
+def _changed(change: Change, selection: Selection, history: History) -> pb.Event | None:
+    """A change, as those see it who watch a selection; None for nothing."""
+    kind = selection.kind_of(change)
+    if kind is None:
+        return None
+    event = _event(_EVENT_TYPES[kind], message_of(change.resource), history.bookmark(change.number))
+    if change.old is not None and kind is ChangeKind.UPDATED:
         event.old = message_of(change.old)
     return event
 
 
-def _event(event_type: pb.EventType, found: pb.Resource) -> pb.Event:
-    return pb.Event(event_type=event_type, resource=found)
+def _event(event_type: pb.EventType, found: pb.Resource, bookmark: bytes | None = None) -> pb.Event:
+    return pb.Event(event_type=event_type, resource=found, bookmark=bookmark)
 
 
 def _tombstone(resource_type: ResourceType, request: pb.WatchRequest) -> pb.Resource:
@@ -161,8 +209,3 @@ def _readable(request: R | None) -> R:
     if max(len(request.type), len(request.namespace)) > _LONGEST_NAME:
         raise GRPCError(Status.INVALID_ARGUMENT, f"a name has at most {_LONGEST_NAME} characters")
     return request
-
-
-def _refuse_queries(labels: Sequence[pb.LabelQuery], ids: pb.IdQuery | None) -> None:
-    if any(query.terms for query in labels) or (ids is not None and ids.regexp):
-        raise GRPCError(Status.UNIMPLEMENTED, "queries by label or id pattern are not served here; ask for all")

@@ -205,12 +205,12 @@ async def test_a_watch_begins_with_an_empty_answer_and_with_what_was_asked_for()
         contents = cosi.WatchOptions(bootstrap_contents=True)
         first, *rest = await ask(api, partial(watched, count=3, options=contents, api_version=1))
         assert first == []
-        assert [kinds(events) for events in rest] == [[("CREATED", "1")], [("BOOTSTRAPPED", "")]]
+        assert [kinds(events) for events in rest] == [[("CREATED", "1")], [("BOOTSTRAPPED", "undefined")]]
         old = await ask(api, partial(watched, count=2, options=contents))
         assert [kinds(events) for events in old] == [[], [("CREATED", "1")]]
         aggregated = cosi.WatchOptions(bootstrap_contents=True, aggregated=True)
         _, both = await ask(api, partial(watched, count=2, options=aggregated, api_version=1))
-        assert kinds(both) == [("CREATED", "1"), ("BOOTSTRAPPED", "")]
+        assert kinds(both) == [("CREATED", "1"), ("BOOTSTRAPPED", "undefined")]
         _, present = await ask(api, partial(watched, count=2, id="one", api_version=1))
         assert kinds(present) == [("CREATED", "1")]
         _, [absent] = await ask(api, partial(watched, count=2, id="two", api_version=1))
@@ -220,18 +220,23 @@ async def test_a_watch_begins_with_an_empty_answer_and_with_what_was_asked_for()
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("fields", "status"),
     [
-        cosi.WatchOptions(tail_events=5),
-        cosi.WatchOptions(start_from_bookmark=b"x"),
-        cosi.WatchOptions(label_query=[cosi.LabelQuery(terms=[cosi.LabelTerm(key="a")])]),
-        cosi.WatchOptions(id_query=cosi.IdQuery(regexp="(a+)+$")),
+        ({"options": cosi.WatchOptions(start_from_bookmark=b"x")}, "FAILED_PRECONDITION"),
+        ({"options": cosi.WatchOptions(start_from_bookmark=bytes(16))}, "FAILED_PRECONDITION"),
+        ({"options": cosi.WatchOptions(tail_events=1, bootstrap_contents=True)}, "INVALID_ARGUMENT"),
+        ({"options": cosi.WatchOptions(tail_events=1, start_from_bookmark=bytes(16))}, "INVALID_ARGUMENT"),
+        ({"options": cosi.WatchOptions(id_query=cosi.IdQuery(regexp="(a"))}, "INVALID_ARGUMENT"),
+        ({"options": cosi.WatchOptions(id_query=cosi.IdQuery(regexp="a" * 1000))}, "INVALID_ARGUMENT"),
+        ({"options": cosi.WatchOptions(label_query=[cosi.LabelQuery()] * 1000)}, "INVALID_ARGUMENT"),
+        ({"id": "one", "options": cosi.WatchOptions(bootstrap_contents=True)}, "UNIMPLEMENTED"),
+        ({"id": "one", "options": cosi.WatchOptions(id_query=cosi.IdQuery(regexp="a"))}, "UNIMPLEMENTED"),
     ],
 )
-async def test_what_a_watch_cannot_do_is_said(options: cosi.WatchOptions) -> None:
+async def test_what_a_watch_cannot_do_is_said(fields: dict[str, Any], status: str) -> None:
     async with serving() as api:
         api.resources.define(WIDGET)
-        assert (await refusal(api, partial(watched, count=1, options=options)))[0] == "UNIMPLEMENTED"
+        assert (await refusal(api, partial(watched, count=1, **fields)))[0] == status
 
 
 async def test_tls_is_1_3_with_http2_and_a_leaf_of_a_day() -> None:

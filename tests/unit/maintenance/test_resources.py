@@ -1,6 +1,7 @@
 """Resources without I/O: versions, watches, both forms of a spec, and the names by which clients find them."""
 
 from collections import Counter
+from functools import partial
 from ipaddress import IPv6Address
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from siderolink import JoinURL
 from siderolink.client.maintenance.resources import ResourceSpec, ResourceStore
+from siderolink.client.maintenance.resources.changes import ChangeKind
 from siderolink.client.maintenance.resources.definitions import (
     LINK_STATUS,
     MACHINE_CONFIG,
@@ -28,7 +30,9 @@ from siderolink.client.maintenance.resources.specs import (
     siderolink_status,
     siderolink_tunnel,
 )
-from siderolink.client.maintenance.resources.store import WATCH_LIMIT, ChangeKind, WatchTooSlowError
+from siderolink.client.maintenance.resources.store import WATCH_LIMIT, WatchTooSlowError
+from siderolink.common.keys import PrivateKey
+from siderolink.common.pb.talos.resource.definitions.network import LinkSpecSpec
 
 pytestmark = pytest.mark.anyio
 
@@ -82,7 +86,7 @@ def test_a_spec_never_shows_its_values() -> None:
                 "nodeAddress": "[fdae:41e4:649b:9304::7]:50888",
             },
         ),
-        (machine_config(b"kind: A\n"), b"\x0a\x08kind: A\n", {"kind": "A"}),
+        (machine_config(b"kind: A\n---\n"), b"\x0a\x0ckind: A\n---\n", "kind: A\n---\n"),
         (
             address_status(
                 AddressFacts(address="192.0.2.2/24", link_index=4, link="eth0", family=2, scope=0, flags=128, local="192.0.2.2")
@@ -101,19 +105,26 @@ def test_a_spec_never_shows_its_values() -> None:
     ],
     ids=["status", "config", "tunnel", "machine config", "address"],
 )
-def test_specs_travel_in_the_known_form(spec: ResourceSpec, proto: bytes, text: dict[str, object]) -> None:
+def test_specs_travel_in_the_known_form(spec: ResourceSpec, proto: bytes, text: object) -> None:
     assert spec.proto == proto
     assert yaml.safe_load(spec.yaml()) == text
 
 
-def test_a_link_says_what_the_kernel_says_and_a_link_spec_holds_no_private_key() -> None:
+def test_a_link_says_what_the_kernel_says_and_a_link_spec_holds_the_key_that_is_given() -> None:
     link = link_status(LinkFacts(index=2, type=1, flags=69699, mtu=1500, state=6, hardware=b"\x02\xfc\0\0\0\x01", carrier=True))
     assert link.proto.startswith(
         b"\x08\x02\x10\x01\x20\xc3\xa0\x04\x2a\x06\x02\xfc\x00\x00\x00\x01\x38\xdc\x0b\x50\x06\xb0\x01\x01"
     )
     assert yaml.safe_load(link.yaml())["hardwareAddr"] == "02:fc:00:00:00:01"
-    spec = link_spec("siderolink", mtu=1280, server_key="k", server=NODE, endpoint="192.0.2.1:51820", keepalive=25)
+    make = partial(link_spec, "siderolink", mtu=1280, server_key="k", server=NODE, endpoint="192.0.2.1:51820", keepalive=25)
+    spec, key = make(private_key=None), PrivateKey.generate()
     assert "privateKey" not in spec.yaml()
+    whole = make(private_key=key)
+    assert yaml.safe_load(whole.yaml())["wireguard"]["privateKey"] == key.encode()
+    found = LinkSpecSpec.parse(whole.proto).wireguard
+    assert found is not None
+    assert found.private_key == key.encode()
+    assert key.encode() not in repr(whole)
     assert yaml.safe_load(spec.yaml())["wireguard"]["peers"][0]["allowedIPs"] == ["fdae:41e4:649b:9304::7/128"]
 
 

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Self
 
 _PLAIN = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
 
@@ -23,6 +24,11 @@ class ResourceSpec:
         if self.text is not None:
             return self.text
         return "".join(f"{line}\n" for line in _mapping(self.fields, 0)) or "{}\n"
+
+    @classmethod
+    def of_text(cls, proto: bytes, text: str) -> Self:
+        """A spec that is one text, which in YAML stands in quotes."""
+        return cls(proto, {}, f"{_quoted(text)}\n")
 
     def __repr__(self) -> str:
         return f"<ResourceSpec of {', '.join(self.fields)}>"  # values may be secrets
@@ -64,6 +70,10 @@ def _text(text: str) -> str:
     """As it is where it is a plain word; else in double quotes, all but printable ASCII escaped (YAML 1.2, 5.7)."""
     if text and set(text) <= _PLAIN and text.lower() not in _WORDS:
         return text
+    return _quoted(text)
+
+
+def _quoted(text: str) -> str:
     return f'"{"".join(map(_escaped, text))}"'
 
 

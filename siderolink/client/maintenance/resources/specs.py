@@ -7,6 +7,7 @@ from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_interface
 from siderolink.client.maintenance.resources.spec import ResourceSpec
 from siderolink.common.hostport import HostPort
 from siderolink.common.join_url import JoinURL
+from siderolink.common.keys import PrivateKey
 from siderolink.common.pb.common import NetIp, NetIpPort, NetIpPrefix
 from siderolink.common.pb.talos.resource.definitions.config import MachineConfigSpec
 from siderolink.common.pb.talos.resource.definitions.hardware import SystemInformationSpec
@@ -174,8 +175,11 @@ def siderolink_tunnel(url: JoinURL, *, link: str, mtu: int, address: IPv6Address
     return ResourceSpec(bytes(message), fields)
 
 
-def link_spec(link: str, *, mtu: int, server_key: str, server: IPv6Address, endpoint: str, keepalive: int) -> ResourceSpec:
-    """The WireGuard interface as it shall be. The private key is nobody's business, not even an admin's: it is left out."""
+def link_spec(
+    link: str, *, mtu: int, server_key: str, server: IPv6Address, endpoint: str, keepalive: int, private_key: PrivateKey | None
+) -> ResourceSpec:
+    """The WireGuard interface as it shall be, with its private key where that is given."""
+    secret = {} if private_key is None else {"privateKey": private_key.encode()}
     allowed = IPv6Network(server)
     peer = WireguardPeer(
         public_key=server_key,
@@ -190,7 +194,7 @@ def link_spec(link: str, *, mtu: int, server_key: str, server: IPv6Address, endp
         mtu=mtu,
         kind="wireguard",
         type=_LINK_NONE,
-        wireguard=WireguardSpec(peers=[peer]),
+        wireguard=WireguardSpec(private_key=secret.get("privateKey", ""), peers=[peer]),
         config_layer=_OPERATOR_LAYER,
     )
     fields: dict[str, object] = {
@@ -201,6 +205,7 @@ def link_spec(link: str, *, mtu: int, server_key: str, server: IPv6Address, endp
         "kind": "wireguard",
         "type": "none",
         "wireguard": {
+            **secret,
             "listenPort": 0,
             "firewallMark": 0,
             "peers": [
@@ -218,10 +223,14 @@ def link_spec(link: str, *, mtu: int, server_key: str, server: IPv6Address, endp
     return ResourceSpec(bytes(message), fields)
 
 
+MACHINE_CONFIG_ANNOTATIONS = {"siderolink/spec": "text"}
+"""Existing clients take the spec of a machine configuration for text, and not for YAML, where there is any annotation."""
+
+
 def machine_config(documents: bytes) -> ResourceSpec:
-    """The configuration as it was applied."""
+    """The configuration as it was applied: a text, for it may be several documents."""
     message = MachineConfigSpec(yaml_marshalled=documents)
-    return ResourceSpec(bytes(message), {}, documents.decode(errors="replace"))
+    return ResourceSpec.of_text(bytes(message), documents.decode(errors="replace"))
 
 
 def _net_ip(text: str) -> NetIp | None:

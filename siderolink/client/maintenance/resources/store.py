@@ -2,12 +2,11 @@
 
 from collections import deque
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from datetime import UTC, datetime
-from enum import Enum, auto
 
 import anyio
 
+from siderolink.client.maintenance.resources.changes import Change, ChangeKind, History, Resource
 from siderolink.client.maintenance.resources.definitions import (
     MACHINE_TYPES,
     NAMESPACE,
@@ -19,37 +18,6 @@ from siderolink.client.maintenance.resources.spec import ResourceSpec
 
 WATCH_LIMIT = 1024
 """Changes that wait for one slow watcher before its watch is ended."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Resource:
-    """One resource as it was at some moment."""
-
-    type: ResourceType
-    namespace: str
-    id: str
-    version: int
-    created: datetime
-    updated: datetime
-    spec: ResourceSpec
-
-
-class ChangeKind(Enum):
-    """What happened to a resource."""
-
-    CREATED = auto()
-    UPDATED = auto()
-    DESTROYED = auto()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Change:
-    """One thing that happened to a resource."""
-
-    kind: ChangeKind
-    resource: Resource
-    old: Resource | None = None
-    """What it was before an update."""
 
 
 class WatchTooSlowError(Exception):
@@ -95,6 +63,7 @@ class ResourceStore:
     def __init__(self) -> None:
         self._types: dict[str, ResourceType] = {}
         self._resources: dict[tuple[str, str], dict[str, Resource]] = {}
+        self._histories: dict[tuple[str, str], History] = {}
         self._watches: set[Watch] = set()
         for resource_type in (RESOURCE_DEFINITION, NAMESPACE, *MACHINE_TYPES):
             self.define(resource_type)
@@ -102,6 +71,7 @@ class ResourceStore:
     def define(self, resource_type: ResourceType) -> None:
         """Offer one more type."""
         self._types[resource_type.name] = resource_type
+        self._histories.setdefault((resource_type.name, resource_type.namespace), History())
         self.put(RESOURCE_DEFINITION, resource_type.id, resource_type.definition())
         self.put(NAMESPACE, resource_type.namespace, namespace_spec(f"The resources of {resource_type.namespace}."))
         self._resources.setdefault((resource_type.name, resource_type.namespace), {})
@@ -117,11 +87,20 @@ class ResourceStore:
         shelf = self._shelf(resource_type, namespace)
         return [shelf[resource_id] for resource_id in sorted(shelf)]
 
-    def put(self, resource_type: ResourceType, resource_id: str, spec: ResourceSpec) -> None:
-        """Set what a resource says; nothing happens where it says so already."""
+    def put(
+        self,
+        resource_type: ResourceType,
+        resource_id: str,
+        spec: ResourceSpec,
+        *,
+        labels: Mapping[str, str] | None = None,
+        annotations: Mapping[str, str] | None = None,
+    ) -> None:
+        """Set what a resource says, its labels and its annotations; nothing happens where it says so already."""
         shelf = self._resources.setdefault((resource_type.name, resource_type.namespace), {})
         old = shelf.get(resource_id)
-        if old is not None and old.spec == spec:
+        about = dict(labels or {}), dict(annotations or {})
+        if old is not None and old.spec == spec and (old.labels, old.annotations) == about:
             return
         now = datetime.now(UTC)
         new = Resource(
@@ -132,16 +111,17 @@ class ResourceStore:
             created=now if old is None else old.created,
             updated=now,
             spec=spec,
+            labels=about[0],
+            annotations=about[1],
         )
         shelf[resource_id] = new
-        kind = ChangeKind.CREATED if old is None else ChangeKind.UPDATED
-        self._tell(Change(kind=kind, resource=new, old=old))
+        self._tell(ChangeKind.CREATED if old is None else ChangeKind.UPDATED, new, old)
 
     def remove(self, resource_type: ResourceType, resource_id: str) -> None:
         """Take a resource away, if there is one."""
         old = self._shelf(resource_type, "").pop(resource_id, None)
         if old is not None:
-            self._tell(Change(kind=ChangeKind.DESTROYED, resource=old))
+            self._tell(ChangeKind.DESTROYED, old)
 
     def replace(self, resource_type: ResourceType, specs: Mapping[str, ResourceSpec]) -> None:
         """Make these all there are of the type."""
@@ -156,6 +136,10 @@ class ResourceStore:
         self._watches.add(watch)
         return watch
 
+    def history(self, resource_type: ResourceType, namespace: str = "") -> History:
+        """The last changes of a type."""
+        return self._histories.get((resource_type.name, namespace or resource_type.namespace)) or History()
+
     def unwatch(self, watch: Watch) -> None:
         self._watches.discard(watch)
 
@@ -165,6 +149,8 @@ class ResourceStore:
     def _shelf(self, resource_type: ResourceType, namespace: str) -> dict[str, Resource]:
         return self._resources.get((resource_type.name, namespace or resource_type.namespace), {})
 
-    def _tell(self, change: Change) -> None:
+    def _tell(self, kind: ChangeKind, resource: Resource, old: Resource | None = None) -> None:
+        history = self._histories.setdefault((resource.type.name, resource.namespace), History())
+        change = history.add(kind, resource, old)
         for watch in self._watches:
             watch.offer(change)

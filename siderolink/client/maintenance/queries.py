@@ -1,0 +1,101 @@
+"""Which resources a caller asks for: by their labels, and by a pattern of their ids."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from grpclib import GRPCError, Status
+
+from siderolink.client.maintenance.pattern import Pattern
+from siderolink.client.maintenance.pattern_syntax import PatternError
+from siderolink.client.maintenance.resources.changes import Change, ChangeKind, Resource
+from siderolink.common.pb.cosi import resource as pb
+from siderolink.common.text import one_line
+
+MAX_TERMS = 128
+"""Of all queries of a call together."""
+_NUMBER = re.compile(r"[-+]?[0-9]{1,18}\Z")
+_Operation = pb.LabelTermOperation
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """One condition on labels. A label that is not there meets none, and its opposite does."""
+
+    key: str
+    operation: pb.LabelTermOperation
+    values: tuple[str, ...]
+    is_inverted: bool
+
+    def holds(self, labels: Mapping[str, str]) -> bool:
+        found = self._compare(labels.get(self.key))
+        return found is not None and found != self.is_inverted
+
+    def _compare(self, value: str | None) -> bool | None:
+        """None where numbers were to be compared and there are none: neither the condition nor its opposite holds then."""
+        if value is None:
+            return False
+        if self.operation is _Operation.EXISTS:
+            return True
+        if not self.values:
+            return False
+        first = self.values[0]
+        match self.operation:
+            case _Operation.EQUAL:
+                return value == first
+            case _Operation.IN:
+                return value in self.values
+            case _Operation.LT:
+                return value < first
+            case _Operation.LTE:
+                return value <= first
+            case _Operation.LT_NUMERIC | _Operation.LTE_NUMERIC:
+                if not _NUMBER.match(value) or not _NUMBER.match(first):
+                    return None
+                left, right = int(value), int(first)
+                return left < right or (left == right and self.operation is _Operation.LTE_NUMERIC)
+        return False
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """Resources whose labels meet all terms of any query, and in whose ids the pattern occurs."""
+
+    queries: tuple[tuple[Term, ...], ...] = ()
+    pattern: Pattern | None = None
+
+    def holds(self, resource: Resource) -> bool:
+        if self.pattern is not None and not self.pattern.matches(resource.id):
+            return False
+        return not self.queries or any(all(term.holds(resource.labels) for term in terms) for terms in self.queries)
+
+    def kind_of(self, change: Change) -> ChangeKind | None:
+        """What a change is to whoever sees these resources alone; None for nothing."""
+        is_in = self.holds(change.resource)
+        was_in = change.old is not None and self.holds(change.old)
+        if change.kind is not ChangeKind.UPDATED or (is_in and was_in):
+            return change.kind if is_in else None
+        if is_in:
+            return ChangeKind.CREATED
+        return ChangeKind.DESTROYED if was_in else None
+
+
+def read_selection(labels: Sequence[pb.LabelQuery], ids: pb.IdQuery | None) -> Selection:
+    """What the queries of a call say. Raises GRPCError."""
+    if sum(len(query.terms) for query in labels) > MAX_TERMS or len(labels) > MAX_TERMS:
+        raise GRPCError(Status.INVALID_ARGUMENT, f"a call has at most {MAX_TERMS} label terms")
+    queries = tuple(tuple(map(_term, query.terms)) for query in labels)
+    if ids is None or not ids.regexp:
+        return Selection(queries)
+    try:
+        return Selection(queries, Pattern(ids.regexp))
+    except PatternError as error:
+        raise GRPCError(Status.INVALID_ARGUMENT, one_line(f"failed to compile regexp: {error}")) from None
+
+
+def _term(term: pb.LabelTerm) -> Term:
+    if term.op not in tuple(_Operation):
+        raise GRPCError(Status.UNIMPLEMENTED, f"unsupported label query operator: {int(term.op)}")
+    if term.op is _Operation.NOT_EXISTS:
+        return Term(term.key, _Operation.EXISTS, (), True)
+    return Term(term.key, _Operation(term.op), tuple(term.value), term.invert)

@@ -1,0 +1,120 @@
+"""The four commands of existing machines' command-line client, played to the letter, against `siderolink join`."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+import pytest
+import yaml
+
+from tests.netns.test_machine_command import DOCUMENTS, TOKEN, UUID, end, read_until, start
+from tests.support.netns import Namespace
+from tests.support.talosctl import CommandError, Talosctl
+from tests.support.topology import Net, direct
+
+T = TypeVar("T")
+LAN = "192.0.2.2"
+
+
+@pytest.fixture
+def net(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Net]:
+    monkeypatch.setenv("SIDEROLINK_RUNTIME_DIR", str(tmp_path / "run"))
+    monkeypatch.setenv("SIDEROLINK_JOIN_TOKEN", TOKEN)
+    with direct() as net:
+        yield net
+
+
+def rows(table: str) -> list[dict[str, str]]:
+    """A table by the heads of its columns."""
+    head, *lines = table.splitlines()
+    names = head.split("   ")
+    starts = [head.index(name) for name in names if name]
+    ends = [*starts[1:], None]
+    return [
+        {head[begin:end].strip(): line[begin:end].strip() for begin, end in zip(starts, ends, strict=True)} for line in lines
+    ]
+
+
+def run(namespace: Namespace, node: str, command: Callable[[Talosctl], T]) -> T:
+    return namespace.call(lambda: command(Talosctl(node)))
+
+
+def test_version_get_and_apply_config_before_and_over_siderolink(net: Net) -> None:
+    serve = ("serve", "--api-listen", "0.0.0.0:4000", "--wireguard-endpoint", "192.0.2.1:51820", "--no-state")
+    server = start(net.server, *serve, "--event-sink-port", "8090", "--log-port", "8092", "--device", "userspace")
+    read_until(server, "log receiver")
+    machine = start(net.machine, "join", "--maintenance-api", "--uuid", UUID, "--device", "userspace")
+    read_until(machine, "waiting")
+
+    said = run(net.server, LAN, Talosctl.version)
+    assert f"NODE:        {LAN}\n" in said
+    assert "Tag:         v" in said
+    assert "OS/Arch:     linux/" in said
+    read_by_anyone(net.server)
+    apply(net.server)
+    read_until(machine, "connected")
+    event, _ = read_until(server, "AddressEvent", f"kernel log: {UUID}")
+    address = event.split("'")[-2]
+    read_by_the_admin(net.server, address)
+    # no longer by the regular address
+    with pytest.raises(OSError, match="refused"):
+        run(net.server, LAN, Talosctl.version)
+    end(machine)
+    end(server)
+
+
+def get(alias: str, resource_id: str = "", output: str = "table") -> Callable[[Talosctl], str]:
+    return lambda command: command.get(alias, resource_id, output=output)
+
+
+def read_by_anyone(server: Namespace) -> None:
+    """``get``, on the regular address."""
+    links = {row["ID"]: row for row in rows(run(server, LAN, get("links")))}
+    assert (links["lo"]["NODE"], links["lo"]["NAMESPACE"], links["lo"]["TYPE"]) == (LAN, "network", "LinkStatus")
+    assert links["eth0"] | {"KIND": "veth", "OPER STATE": "up", "LINK STATE": "true"} == links["eth0"]
+    assert len(links["eth0"]["HW ADDR"].split(":")) == 6
+    assert "loopback" in run(server, LAN, get("linkstatuses.net.talos.dev", "lo"))
+    assert LAN in run(server, LAN, get("addresses"))
+    assert UUID in run(server, LAN, get("systeminformation"))
+    assert "linkstatuses.net.talos.dev" in run(server, LAN, get("rd"))
+    assert sorted(run(server, LAN, lambda command: command.watch("links", 2))) == ["+ eth0", "+ lo"]
+    assert run(server, LAN, get("siderolinkstatus", output="yaml")) == ""
+    for alias, words in {
+        "mc": "PERMISSION_DENIED desc = not authorized",
+        "linkspec": "PERMISSION_DENIED desc = not authorized",
+        "nothing": "not registered",
+    }.items():
+        with pytest.raises(CommandError, match=words):
+            run(server, LAN, get(alias))
+    with pytest.raises(CommandError, match="NOT_FOUND desc = resource .*eth9.* doesn't exist"):
+        run(server, LAN, get("links", "eth9"))
+
+
+def apply(server: Namespace) -> None:
+    """``apply-config``, on the regular address."""
+    documents = DOCUMENTS.encode()
+
+    def dry(command: Talosctl) -> str:
+        return command.apply_config(documents, dry_run=True)
+
+    assert "could be applied" in run(server, LAN, dry)
+    with pytest.raises(CommandError, match=r"INVALID_ARGUMENT desc = the configuration:[0-9]+: not YAML"):
+        run(server, LAN, lambda command: command.apply_config(b"kind: ["))
+    assert run(server, LAN, Talosctl.version)
+    said = run(server, LAN, lambda command: command.apply_config(documents))
+    assert said.splitlines()[-1] == "Applied configuration without a reboot"
+
+
+def read_by_the_admin(server: Namespace, address: str) -> None:
+    """``version`` and ``get``, over SideroLink."""
+    assert f"NODE:        {address}\n" in run(server, address, Talosctl.version)
+    status = yaml.safe_load(run(server, address, get("siderolinkstatus", output="yaml")))
+    assert status["node"] == address
+    assert status["metadata"]["type"] == "SiderolinkStatuses.siderolink.talos.dev"
+    assert status["metadata"]["id"] == "siderolink-status"
+    assert status["spec"] == {"host": "192.0.2.1", "connected": True, "linkName": "siderolink", "grpcTunnel": False}
+    assert "siderolink" in run(server, address, get("links"))
+    config = yaml.safe_load(run(server, address, get("mc", output="yaml")))
+    assert config["spec"] == DOCUMENTS
+    link = yaml.safe_load(run(server, address, get("linkspec", "siderolink", "yaml")))["spec"]
+    assert len(link["wireguard"]["privateKey"]) == 44

@@ -1,0 +1,192 @@
+"""What callers may ask by: patterns, against Python's own; terms on labels; and what a change is to whoever sees a part."""
+
+import re
+import time
+from collections.abc import Mapping
+from datetime import UTC, datetime
+
+import pytest
+from grpclib import GRPCError
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from siderolink.client.maintenance.pattern import Pattern
+from siderolink.client.maintenance.pattern_syntax import DEEPEST, LONGEST_PATTERN, PatternError
+from siderolink.client.maintenance.queries import MAX_TERMS, Selection, read_selection
+from siderolink.client.maintenance.resources import Resource, ResourceSpec
+from siderolink.client.maintenance.resources.changes import BookmarkError, Change, ChangeKind, History
+from siderolink.client.maintenance.resources.definitions import LINK_STATUS
+from siderolink.common.pb.cosi.resource import IdQuery, LabelQuery, LabelTerm, LabelTermOperation
+
+Operation = LabelTermOperation
+ATOMS = st.sampled_from(
+    ["a", "b", "C", "-", r"\.", ".", "[ab]", "[^a]", "[a-cA]", r"\d", r"\W", "(?:)", r"\x61", "[]a]", "[a-]"]
+)
+PATTERNS = st.recursive(
+    ATOMS,
+    lambda inner: (
+        st.lists(inner, max_size=3).map("".join)
+        | st.lists(inner, min_size=1, max_size=3).map(lambda parts: f"({'|'.join(parts)})")
+        | st.tuples(inner, st.sampled_from(["*", "+", "?", "{2}", "{1,2}", "{0,}", "*?"])).map(
+            lambda pair: f"(?:{pair[0]}){pair[1]}"
+        )
+    ),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=300)
+@given(st.sampled_from(["", "^"]), PATTERNS, st.sampled_from(["", "$"]), st.booleans(), st.text("abcC-.1", max_size=8))
+def test_a_pattern_matches_what_pythons_does(begin: str, inner: str, end: str, ignoring: bool, text: str) -> None:
+    pattern = begin + inner + end
+    wanted = re.search(pattern, text, re.ASCII | (re.IGNORECASE if ignoring else 0)) is not None
+    assert Pattern(("(?i)" if ignoring else "") + pattern).matches(text) is wanted
+
+
+@settings(max_examples=300)
+@given(st.text(st.sampled_from("()[]{}|*+?\\^$.-,:<>PiszAdxQab12é\n"), max_size=40) | st.text(max_size=300))
+def test_any_text_is_a_pattern_or_refused(text: str) -> None:
+    try:
+        Pattern(text).matches("some-id.of:a/resource")
+    except PatternError:
+        pass
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "(",
+        ")",
+        "(a",
+        "a)",
+        "[",
+        "[a",
+        "[b-a]",
+        r"[\d-a]",
+        "*",
+        "+a",
+        "a{2,1}",
+        "a{1001}",
+        "\\",
+        r"\b",
+        r"\1",
+        r"\x",
+        r"\x{110000}",
+        "(?=a)",
+    ]
+    + ["(?P<1>a)", "(?P=a)", "[[:alpha:]]", "a" * (LONGEST_PATTERN + 1), "(" * (DEEPEST + 1) + ")" * (DEEPEST + 1)]
+    + ["(a{100}){100}", "((((a{0}){1000}){1000}){1000}){1000}", "(()*){1000}"],
+)
+def test_what_is_malformed_too_large_or_not_served_is_refused(text: str) -> None:
+    with pytest.raises(PatternError):
+        Pattern(text)
+
+
+@pytest.mark.parametrize("text", ["(a+)+$", "(a|aa)+$", "(a|a)*b", "(.*)*x", "(a?){60}a{60}", "((a*)*)*b", "(x+x+)+y|(a*a*)*c"])
+def test_no_pattern_takes_long(text: str) -> None:
+    pattern = Pattern(text)
+    started = time.process_time()
+    pattern.matches("a" * 200 + "!")
+    assert time.process_time() - started < 5  # milliseconds; another kind of matching would take years
+
+
+LABELS = {"colour": "red", "size": "10", "empty": ""}
+
+
+@pytest.mark.parametrize(
+    ("term", "holds"),
+    [
+        (LabelTerm(key="colour"), True),
+        (LabelTerm(key="none"), False),
+        (LabelTerm(key="none", invert=True), True),
+        (LabelTerm(key="colour", op=Operation.NOT_EXISTS), False),
+        (LabelTerm(key="none", op=Operation.NOT_EXISTS), True),
+        (LabelTerm(key="empty"), True),
+        (LabelTerm(key="colour", op=Operation.EQUAL, value=["red"]), True),
+        (LabelTerm(key="colour", op=Operation.EQUAL, value=["blue"]), False),
+        (LabelTerm(key="colour", op=Operation.EQUAL, value=["blue"], invert=True), True),
+        (LabelTerm(key="colour", op=Operation.EQUAL), False),
+        (LabelTerm(key="colour", op=Operation.IN, value=["blue", "red"]), True),
+        (LabelTerm(key="colour", op=Operation.IN, value=["blue", "red"], invert=True), False),
+        (LabelTerm(key="size", op=Operation.LT, value=["9"]), True),
+        (LabelTerm(key="size", op=Operation.LTE, value=["10"]), True),
+        (LabelTerm(key="size", op=Operation.LT, value=["10"]), False),
+        (LabelTerm(key="size", op=Operation.LT_NUMERIC, value=["9"]), False),
+        (LabelTerm(key="size", op=Operation.LT_NUMERIC, value=["11"]), True),
+        (LabelTerm(key="size", op=Operation.LTE_NUMERIC, value=["10"]), True),
+        (LabelTerm(key="colour", op=Operation.LT_NUMERIC, value=["11"]), False),
+        (LabelTerm(key="colour", op=Operation.LT_NUMERIC, value=["11"], invert=True), False),
+        (LabelTerm(key="size", op=Operation.LT_NUMERIC, value=["1" * 5000]), False),
+    ],
+)
+def test_terms(term: LabelTerm, holds: bool) -> None:
+    assert selected(LabelQuery(terms=[term])).holds(resource(LABELS)) is holds
+
+
+def test_any_query_will_do_and_each_wants_all_its_terms() -> None:
+    red, large = (
+        LabelTerm(key="colour", op=Operation.EQUAL, value=["red"]),
+        LabelTerm(key="size", op=Operation.EQUAL, value=["99"]),
+    )
+    assert not selected(LabelQuery(terms=[red, large])).holds(resource(LABELS))
+    assert selected(LabelQuery(terms=[large]), LabelQuery(terms=[red])).holds(resource(LABELS))
+    assert selected(LabelQuery()).holds(resource({}))
+    assert selected().holds(resource({}))
+
+
+@pytest.mark.parametrize(
+    ("queries", "ids", "status"),
+    [
+        ([LabelQuery(terms=[LabelTerm(key="a")] * (MAX_TERMS + 1))], None, "INVALID_ARGUMENT"),
+        ([LabelQuery(terms=[LabelTerm(key="a", op=Operation(99))])], None, "UNIMPLEMENTED"),
+        ([], IdQuery(regexp="("), "INVALID_ARGUMENT"),
+    ],
+)
+def test_queries_that_cannot_be_answered(queries: list[LabelQuery], ids: IdQuery | None, status: str) -> None:
+    with pytest.raises(GRPCError) as caught:
+        read_selection(queries, ids)
+    assert caught.value.status.name == status
+
+
+def test_a_change_is_seen_as_by_someone_who_sees_a_part() -> None:
+    red = selected(LabelQuery(terms=[LabelTerm(key="colour", op=Operation.EQUAL, value=["red"])]))
+    inside, outside = resource({"colour": "red"}), resource({"colour": "blue"})
+
+    def seen(kind: ChangeKind, new: Resource, old: Resource | None = None) -> ChangeKind | None:
+        return red.kind_of(Change(kind=kind, resource=new, old=old))
+
+    kinds = ChangeKind
+    assert seen(kinds.CREATED, inside) is kinds.CREATED
+    assert seen(kinds.CREATED, outside) is None
+    assert seen(kinds.DESTROYED, inside) is kinds.DESTROYED
+    assert seen(kinds.UPDATED, inside, inside) is kinds.UPDATED
+    assert seen(kinds.UPDATED, inside, outside) is kinds.CREATED
+    assert seen(kinds.UPDATED, outside, inside) is kinds.DESTROYED
+    assert seen(kinds.UPDATED, outside, outside) is None
+
+
+def test_a_history_is_bounded_and_knows_its_own_bookmarks() -> None:
+    history, other = History(limit=3), History(limit=3)
+    start = history.bookmark()
+    assert history.after(start) == []
+    changes = [history.add(ChangeKind.CREATED, resource({})) for _ in range(3)]
+    assert history.after(start) == changes
+    assert history.after(history.bookmark(1)) == changes[2:]
+    assert history.last(2) == changes[1:]
+    assert history.last(2, "another") == []
+    history.add(ChangeKind.CREATED, resource({}))
+    for bad in (start, other.bookmark(), b"", bytes(16), history.bookmark(4), history.bookmark()[:-1]):
+        with pytest.raises(BookmarkError, match="invalid watch bookmark"):
+            history.after(bad)
+
+
+def selected(*queries: LabelQuery) -> Selection:
+    return read_selection(queries, None)
+
+
+def resource(labels: Mapping[str, str]) -> Resource:
+    now = datetime.now(UTC)
+    spec = ResourceSpec(b"", {})
+    return Resource(
+        type=LINK_STATUS, namespace="network", id="eth0", version=1, created=now, updated=now, spec=spec, labels=labels
+    )

@@ -1,0 +1,58 @@
+"""Lists and watches of some resources, and watches that go on where others ended, by another implementation of gRPC."""
+
+from functools import partial
+from typing import Any
+
+import pytest
+
+from siderolink.client.maintenance import ResourceSpec
+from siderolink.common.pb.cosi import resource as cosi
+from tests.support.machine_api import STATE, MachineClient
+from tests.unit.maintenance.test_api import WIDGET, ask, kinds, serving, watched
+
+pytestmark = pytest.mark.anyio
+
+
+async def test_a_list_and_a_watch_of_some_by_label_and_by_pattern() -> None:
+    def queried(client: MachineClient, **options: Any) -> list[str]:
+        request = cosi.ListRequest(type=WIDGET.name, namespace="things", options=cosi.ListOptions(**options))
+        answers = [cosi.ListResponse.parse(data).resource for data in client.stream(f"{STATE}List", request)]
+        return [found.metadata.id for found in answers if found and found.metadata]
+
+    red = cosi.LabelQuery(terms=[cosi.LabelTerm(key="colour", op=cosi.LabelTermOperation.EQUAL, value=["red"])])
+    async with serving() as api:
+        api.resources.define(WIDGET)
+        for name, colour in {"one": "red", "two": "blue", "three": "red"}.items():
+            api.resources.put(WIDGET, name, ResourceSpec(b"", {}), labels={"colour": colour})
+        assert await ask(api, partial(queried, label_query=[red])) == ["one", "three"]
+        assert await ask(api, partial(queried, id_query=cosi.IdQuery(regexp="^t(w|h)"))) == ["three", "two"]
+        assert await ask(api, partial(queried, label_query=[red], id_query=cosi.IdQuery(regexp="^t"))) == ["three"]
+        options = cosi.WatchOptions(bootstrap_contents=True, label_query=[red])
+        _, first, second, end = await ask(api, partial(watched, count=4, options=options, api_version=1))
+        assert [event.resource.metadata.id for event in (*first, *second)] == ["one", "three"]
+        assert first[0].resource.metadata.labels == {"colour": "red"}
+        assert kinds(end) == [("BOOTSTRAPPED", "undefined")]
+
+
+async def test_a_watch_goes_on_where_another_ended() -> None:
+    async with serving() as api:
+        api.resources.define(WIDGET)
+        api.resources.put(WIDGET, "one", ResourceSpec(b"", {}))
+        start = cosi.WatchOptions(bootstrap_bookmark=True)
+        _, [mark] = await ask(api, partial(watched, count=2, options=start, api_version=1))
+        assert kinds([mark]) == [("NOOP", "undefined")]
+        api.resources.put(WIDGET, "one", ResourceSpec(b"", {"size": 1}))
+        api.resources.remove(WIDGET, "one")
+        again = cosi.WatchOptions(start_from_bookmark=mark.bookmark)
+        _, [updated], [destroyed] = await ask(api, partial(watched, count=3, options=again))
+        assert kinds([updated, destroyed]) == [("UPDATED", "2"), ("DESTROYED", "2")]
+        assert updated.old.metadata.version == "1"
+        later = cosi.WatchOptions(start_from_bookmark=updated.bookmark)
+        _, [last] = await ask(api, partial(watched, count=2, options=later))
+        assert last == destroyed
+        _, [last] = await ask(api, partial(watched, count=2, options=later, id="one"))
+        assert last == destroyed
+        _, [last] = await ask(api, partial(watched, count=2, options=cosi.WatchOptions(tail_events=1)))
+        assert last == destroyed
+        _, [last] = await ask(api, partial(watched, count=2, options=cosi.WatchOptions(tail_events=1), id="one"))
+        assert last == destroyed
