@@ -8,7 +8,7 @@ from siderolink.client.reporting.outbox import Outbox
 from siderolink.client.reporting.retry import Retry
 from siderolink.client.reporting.xid import IdMaker
 from siderolink.common.backoff import Backoff
-from siderolink.common.errors import JoinError
+from siderolink.common.errors import ConfigurationError, JoinError
 from siderolink.common.grpc import open_channel, translate_errors
 from siderolink.common.hostport import HostPort
 from siderolink.common.machine_events import MachineEventPayload, pack_event
@@ -19,6 +19,9 @@ log = logging.getLogger("siderolink")
 
 MAX_WAITING_EVENTS = 1000
 MAX_WAITING_BYTES = 4 * 1024 * 1024
+MAX_EVENT_BYTES = 200 * 1024
+"""The longest event: a sink that refused one for its length would get it again and again, and nothing behind it."""
+MAX_ACTOR_ID = 128
 PUBLISH_TIMEOUT = 30.0
 """Seconds for one call; then the connection is made anew."""
 
@@ -50,8 +53,16 @@ class EventSender:
         return len(self._outbox)
 
     def publish(self, payload: MachineEventPayload, *, actor_id: str = "") -> str:
-        """Report an event, at once or when the sink can be reached; gives its id. Never waits."""
+        """Report an event, at once or when the sink can be reached; gives its id. Never waits.
+
+        Raises ConfigurationError for an event or an actor id longer than sinks take.
+        """
         data = pack_event(payload)
+        if len(data.value) > MAX_EVENT_BYTES or len(actor_id) > MAX_ACTOR_ID:
+            raise ConfigurationError(
+                f"an event has at most {MAX_EVENT_BYTES} bytes and its actor id {MAX_ACTOR_ID} characters, "
+                f"not {len(data.value)} and {len(actor_id)}"
+            )
         request = EventRequest(data=data, id=self._ids.next(), actor_id=actor_id)
         self._outbox.put(request, len(data.value) + len(data.type_url) + len(actor_id) + 64)
         return request.id

@@ -26,7 +26,7 @@ from siderolink.common.errors import ConfigurationError
 from siderolink.common.hostport import HostPort
 from siderolink.common.machine_events import unpack_event
 from siderolink.common.pb.events import EventRequest
-from siderolink.common.pb.machine import PhaseEvent
+from siderolink.common.pb.machine import ConfigLoadErrorEvent, PhaseEvent
 from siderolink.common.tasks import background_tasks
 
 pytestmark = pytest.mark.anyio
@@ -96,6 +96,14 @@ async def test_delivery_goes_on_where_it_stopped_when_the_sink_is_back() -> None
             sender.kick()
             await until(lambda: sender.waiting == 0)
         assert sink.phases() == list("0123")
+
+
+@pytest.mark.parametrize(("error", "actor"), [("x" * 300_000, ""), ("", "a" * 1000)])
+async def test_an_event_that_no_sink_takes_is_refused_at_once(error: str, actor: str) -> None:
+    sender = EventSender()
+    with pytest.raises(ConfigurationError, match="an event has at most"):
+        sender.publish(ConfigLoadErrorEvent(error=error), actor_id=actor)
+    assert sender.waiting == 0
 
 
 async def test_more_events_than_may_wait_are_lost_counted_and_said(caplog: pytest.LogCaptureFixture) -> None:
