@@ -90,6 +90,52 @@ def test_a_path_outlives_its_local_address() -> None:
                 assert other.udp.drops() == {}
 
 
+def test_of_two_ways_out_the_answer_takes_the_one_by_which_the_question_came() -> None:
+    """IPv4 only: over IPv6, Linux takes the better of two routes whatever interface a packet names, if it names an address."""
+    with joined() as net:
+        link(net.near, net.far, names=("eth1", "eth1"), addresses=(["198.51.100.1/24"], ["198.51.100.2/24"]))
+        net.far.add_address("lo", "203.0.113.9/32")
+        net.far.run(["ip", "route", "change", "198.51.100.0/24", "dev", "eth1", "src", "203.0.113.9"])
+        net.near.run(["ip", "route", "add", "default", "via", "192.0.2.2", "metric", "1"])
+        net.near.run(["ip", "route", "add", "default", "via", "198.51.100.2", "metric", "2"])
+        net.near.nft("""
+            table inet ways {
+                counter eth0 { }
+                counter eth1 { }
+                chain out {
+                    type filter hook output priority 0;
+                    oifname "eth0" meta l4proto udp counter name "eth0"
+                    oifname "eth1" meta l4proto udp counter name "eth1"
+                }
+            }
+        """)
+
+        def left_by(interface: str) -> bool:
+            return "packets 0" not in net.near.run(["nft", "list", "counter", "inet", "ways", interface])
+
+        with ends(net) as (one, other):
+            net.there.call(other.udp.path((ip_address("198.51.100.1"), one.udp.port)).send, Datagrams.single(b"question"))
+            net.here.call(one.wait_for, 1)
+            back = one.paths[0]
+            assert str(back) == f"203.0.113.9:{other.udp.port}"
+            net.here.call(back.send, batch(5, 100, 100)[0])
+            net.there.call(other.wait_for, 5)
+            assert (left_by("eth0"), left_by("eth1")) == (False, True)
+            # without that way the answer takes the other one, and is not lost on the wire
+            net.near.run(["ip", "route", "del", "default", "via", "198.51.100.2"])
+            net.here.call(hear)
+            net.here.call(back.send, batch(5, 100, 100)[0])
+            net.there.call(other.wait_for, 10)
+            assert left_by("eth0")
+            assert one.udp.drops() == {}
+
+
+async def hear() -> None:
+    """Let the loop hear what the kernel has told it."""
+    for _ in range(3):
+        await anyio.sleep(0.01)
+
+
 def test_a_full_socket_keeps_one_batch_and_goes_on_when_there_is_room() -> None:
     """Packets for a neighbour that does not answer wait in the neighbour table and hold on to the socket's buffer."""
     with joined() as net:

@@ -8,6 +8,7 @@ from ipaddress import IPv4Address, IPv6Address
 from typing import Final
 
 from siderolink.common.errors import AddressInUseError, ConfigurationError
+from siderolink.common.transport.udp_routes import Routes
 from siderolink.common.transport.udp_socket import UdpPath, UdpSocket
 from siderolink.common.wireguard.noise.drops import Drop
 from siderolink.common.wireguard.path import Endpoint, Receive
@@ -18,8 +19,9 @@ _PORT_ATTEMPTS: Final = 32
 class UdpSockets:
     """The sockets of one device. Make them with open_udp()."""
 
-    def __init__(self, sockets: "list[UdpSocket]") -> None:
+    def __init__(self, sockets: "list[UdpSocket]", routes: Routes | None) -> None:
         self._sockets = {udp.family: udp for udp in sockets}
+        self._routes = routes
 
     @property
     def port(self) -> int:
@@ -65,6 +67,8 @@ class UdpSockets:
         """Close both; paths are no longer open. Does nothing the second time."""
         for udp in self._sockets.values():
             udp.close()
+        if self._routes is not None:
+            self._routes.close()
 
 
 def open_udp(port: int, receive: Receive, *, gso: bool = True) -> UdpSockets:
@@ -74,7 +78,12 @@ def open_udp(port: int, receive: Receive, *, gso: bool = True) -> UdpSockets:
     Raises AddressInUseError, or ConfigurationError for a port that is not allowed.
     """
     loop = asyncio.get_running_loop()
-    return UdpSockets([UdpSocket(sock, loop, receive, gso) for sock in _bind(port)])
+    sockets = _bind(port)
+    try:
+        routes = Routes(loop)
+    except OSError:  # a sandbox without netlink
+        routes = None
+    return UdpSockets([UdpSocket(sock, loop, receive, gso, routes) for sock in sockets], routes)
 
 
 def _bind(port: int) -> list[socket.socket]:

@@ -10,6 +10,7 @@ from typing import Final
 
 from siderolink.common.degraded import say_once
 from siderolink.common.errors import ConfigurationError
+from siderolink.common.transport.udp_routes import Control, Pin, Routes
 from siderolink.common.wireguard.noise.drops import Drop
 from siderolink.common.wireguard.path import Datagrams, Receive, RowCache
 
@@ -42,23 +43,22 @@ _UNPIN: Final = (errno.EINVAL, errno.EADDRNOTAVAIL, errno.ENETUNREACH, errno.EHO
 """What Linux says when packets cannot leave from the local address asked for, among others."""
 
 _SocketAddress = tuple[str, int] | tuple[str, int, int, int]
-_Control = tuple[int, int, bytes]
 
 
 class UdpPath:
-    """A UDP address, and the local address that packets came to from there."""
+    """A UDP address, and the local end that packets came to from there."""
 
     __slots__ = ("_socket", "address", "pinned")
 
     headroom = 0
     peer = None
 
-    def __init__(self, udp: "UdpSocket", address: _SocketAddress, pinned: _Control | None) -> None:
+    def __init__(self, udp: "UdpSocket", address: _SocketAddress, pinned: Pin | None) -> None:
         self._socket = udp
         self.address = address
         """As the socket module writes it: host, port, and for IPv6 flow information and zone."""
         self.pinned = pinned
-        """The control message that makes packets leave from the local address; None for the routing table's choice."""
+        """From where packets leave; None for the routing table's choice."""
 
     @property
     def source(self) -> bytes:
@@ -98,7 +98,10 @@ class UdpPath:
 class UdpSocket:
     """The socket of one IP version."""
 
-    def __init__(self, sock: socket.socket, loop: asyncio.AbstractEventLoop, receive: Receive, gso: bool) -> None:
+    def __init__(
+        self, sock: socket.socket, loop: asyncio.AbstractEventLoop, receive: Receive, gso: bool, routes: Routes | None = None
+    ) -> None:
+        """`routes` is its owner's to close; without, answers leave from the address that was written to while it exists."""
         self.family = socket.AddressFamily(sock.family)
         self.port: int = sock.getsockname()[1]
         self.is_open = True
@@ -107,6 +110,7 @@ class UdpSocket:
         self._loop = loop
         self._receive = receive
         self._gso = self._gro = gso
+        self._routes = routes
         self._mark = 0
         self._gso_has_worked = False
         self._plain: dict[_SocketAddress, None] = {}
@@ -148,6 +152,8 @@ class UdpSocket:
     def set_mark(self, mark: int) -> None:
         """Put a firewall mark on everything sent. Raises ConfigurationError."""
         self._mark = mark
+        if self._routes is not None:
+            self._routes.forget()
         try:
             self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, mark)
         except OSError as error:
@@ -213,12 +219,12 @@ class UdpSocket:
     def _make_path(self, address: _SocketAddress, info: bytes) -> UdpPath:
         if len(self._paths) >= _MAX_PATHS:
             self._paths.clear()
-        pinned: _Control | None = None
-        if self.family == socket.AF_INET and len(info) == 12:  # in_pktinfo: no interface, the local address
-            pinned = (socket.IPPROTO_IP, _IP_PKTINFO, bytes(4) + info[4:8] + bytes(4))
-        elif len(info) == 20:  # in6_pktinfo; only a link-local address needs the interface
-            link_local = info[0] == 0xFE and info[1] & 0xC0 == 0x80
-            pinned = (socket.IPPROTO_IPV6, socket.IPV6_PKTINFO, info if link_local else info[:16] + bytes(4))
+        pinned = None
+        remote = socket.inet_pton(self.family, address[0].partition("%")[0])
+        if self.family == socket.AF_INET and len(info) == 12:  # in_pktinfo
+            pinned = Pin(remote, info[4:8], int.from_bytes(info[:4], "little"))
+        elif len(info) == 20:  # in6_pktinfo
+            pinned = Pin(remote, info[:16], int.from_bytes(info[16:], "little"))
         path = self._paths[address, info] = UdpPath(self, address, pinned)
         return path
 
@@ -234,6 +240,8 @@ class UdpSocket:
 
     def _send(self, datagrams: Datagrams, path: UdpPath) -> None:
         data, stride, sent = datagrams.data, datagrams.stride, 0
+        if path.pinned is not None and self._routes is not None:
+            path.pinned.check(self._routes, self._mark)
         while sent < datagrams.count:
             step = 1
             if datagrams.count - sent > 1 and self._gso and path.address not in self._plain:
@@ -250,7 +258,9 @@ class UdpSocket:
             sent += step
 
     def _send_rows(self, data: memoryview, stride: int, count: int, path: UdpPath) -> None:
-        controls: list[_Control] = [path.pinned] if path.pinned is not None else []
+        controls: list[Control] = []
+        if path.pinned is not None and path.pinned.control is not None:
+            controls.append(path.pinned.control)
         if count > 1:
             controls.append((_SOL_UDP, _UDP_SEGMENT, _SEGMENT(stride)))
         if controls:
@@ -262,8 +272,8 @@ class UdpSocket:
 
     def _can_retry(self, code: int, path: UdpPath, count: int) -> bool:
         """Take away what the kernel may have refused; False if nothing is left."""
-        if path.pinned is not None and code in _UNPIN:
-            path.pinned = None  # the local address is gone
+        if path.pinned is not None and path.pinned.control is not None and code in _UNPIN:
+            path.pinned.control = None  # the local address is gone
             return True
         if count == 1:
             return False
