@@ -15,46 +15,11 @@ import pytest
 from siderolink.common.keys import PresharedKey, PrivateKey
 from siderolink.common.wireguard.device import DeviceConfig
 from siderolink.common.wireguard.opening import open_device
-from tests.support.netns import Namespace, link, run_beside, stop
+from tests.support.bare import Bare, bare
+from tests.support.netns import Namespace, link, stop
 
 PEER = PrivateKey.generate().public_key().encode()
 OTHER = PrivateKey.generate().public_key().encode()
-
-
-class Bare:
-    """One running interface, with a folder of its own for UAPI sockets."""
-
-    def __init__(self, namespace: Namespace, name: str = "wg0") -> None:
-        self.name = name
-        self.process = namespace.popen(
-            [sys.executable, "-m", "siderolink", "wireguard", name],
-            own_uapi_folder=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        assert self.process.stdout is not None
-        self.first_line = self.process.stdout.readline()
-
-    def wg(self, *args: str, stdin: str | None = None, check: bool = True) -> str:
-        return run_beside(self.process, ["wg", *args], input=stdin, check=check)
-
-    def show(self, what: str) -> str:
-        return self.wg("show", self.name, what).strip()
-
-    def rest(self) -> str:
-        """What it said to its end, which must come by itself."""
-        output, _ = self.process.communicate(timeout=10)
-        return output
-
-
-@contextmanager
-def bare(namespace: Namespace, name: str = "wg0") -> Iterator[Bare]:
-    found = Bare(namespace, name)
-    try:
-        assert "ready" in found.first_line, found.first_line
-        yield found
-    finally:
-        stop(found.process)
 
 
 @pytest.fixture
@@ -134,7 +99,7 @@ def test_errors_are_told(namespace: Namespace) -> None:
             assert "Address already in use" in wg0.wg("set", "wg0", "listen-port", str(port), check=False)
             assert wg0.show("listen-port") == before
         request = "set=1\nnonsense=1\n\nget=1\n\nrubbish\n\nset=1\npublic_key=xyz\n\n"
-        answers = _ask(wg0, request)
+        answers = wg0.ask(request)
         assert [line for line in answers.splitlines() if line.startswith("errno")] == [
             *("errno=-22", "errno=0", "errno=-71", "errno=-22")
         ]
@@ -145,14 +110,6 @@ def _udp_socket() -> socket.socket:
     found = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     found.bind(("0.0.0.0", 0))
     return found
-
-
-def _ask(wg0: Bare, request: str) -> str:
-    program = (
-        "import socket, sys; s = socket.socket(socket.AF_UNIX); s.connect('/var/run/wireguard/wg0.sock');"
-        "s.sendall(sys.stdin.buffer.read()); s.shutdown(1); print(s.makefile().read())"
-    )
-    return run_beside(wg0.process, [sys.executable, "-c", program], input=request)
 
 
 def test_it_ends_with_its_interface_and_takes_its_socket_along(namespace: Namespace) -> None:
