@@ -79,6 +79,15 @@ def test_a_zero_private_key_takes_the_key_away() -> None:
         ("listen_port=٣", errno.EINVAL),
         ("fwmark=4294967296", errno.EINVAL),
         ("replace_peers=maybe", errno.EINVAL),
+        ("replace_peers=false", errno.EINVAL),
+        ("fwmark=0x1ffffffff", errno.EINVAL),
+        ("private_key=" + " ".join([KEY[:31], KEY[31:62]]), errno.EINVAL),
+        ("last_handshake_time_sec=1", errno.EINVAL),
+        (f"public_key={OTHER}\nremove=1", errno.EINVAL),
+        (f"public_key={OTHER}\nallowed_ip=10.0.0.1", errno.EINVAL),
+        (f"public_key={OTHER}\nallowed_ip=10.0.0.0/255.0.0.0", errno.EINVAL),
+        (f"public_key={OTHER}\nallowed_ip=fe80::1%eth0/64", errno.EINVAL),
+        (f"public_key={OTHER}\nrx_bytes=1", errno.EINVAL),
         ("nonsense=1", errno.EINVAL),
         ("allowed_ip=10.0.0.0/8", errno.EINVAL),
         ("no separator", errno.EPROTO),
@@ -96,6 +105,11 @@ def test_what_is_wrong_has_its_errno(line: str, number: int) -> None:
         parse_set(line.split("\n"))
     assert caught.value.errno == number
     assert KEY not in str(caught.value)
+
+
+@pytest.mark.parametrize(("text", "mark"), [("0", 0), ("51820", 51820), ("0xCa6c", 51820), ("4294967295", 2**32 - 1)])
+def test_marks_are_decimal_or_hexadecimal(text: str, mark: int) -> None:
+    assert parse_set([f"fwmark={text}"]).fwmark == mark
 
 
 @given(st.lists(st.text(max_size=80), max_size=20))

@@ -6,11 +6,11 @@ hex. An answer ends with ``errno=N`` and an empty line, N being 0 or a negative 
 
 import errno
 import ipaddress
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TypeVar
 
-from siderolink.common.errors import KeyFormatError
 from siderolink.common.keys import PresharedKey, PrivateKey, PublicKey
 from siderolink.common.wireguard.change import DeviceChange, PeerChange
 from siderolink.common.wireguard.device import Network
@@ -18,6 +18,10 @@ from siderolink.common.wireguard.path import Endpoint
 
 MAX_REQUEST_BYTES = 16 * 1024 * 1024
 """A request for tens of thousands of peers is well below this."""
+
+MAX_LINE_BYTES = 1024
+_KEY = re.compile("[0-9a-fA-F]{64}")
+_HEX_MARK = re.compile("0[xX][0-9a-fA-F]{1,8}")
 
 K = TypeVar("K", PrivateKey, PublicKey, PresharedKey)
 
@@ -55,6 +59,17 @@ class DeviceReport:
     peers: Iterable[PeerReport]
 
 
+def split_request(request: bytes) -> list[str]:
+    """The lines of a request, at least one. Raises UapiError for what is no text of ours."""
+    try:
+        lines = request.decode("ascii").split("\n")
+    except UnicodeDecodeError:
+        raise UapiError("a request is ASCII", errno.EPROTO) from None
+    if any(len(line) > MAX_LINE_BYTES for line in lines):
+        raise UapiError("a line is too long", errno.EPROTO)
+    return lines
+
+
 def parse_set(lines: Iterable[str]) -> DeviceChange:
     """Read the lines after ``set=1``. Raises UapiError; its message never holds a key."""
     change = DeviceChange()
@@ -82,9 +97,9 @@ def _set_device(change: DeviceChange, key: str, value: str) -> None:
         case "listen_port":
             change.listen_port = _number(value, 65535)
         case "fwmark":
-            change.fwmark = _number(value, 2**32 - 1)
+            change.fwmark = _mark(value)
         case "replace_peers":
-            change.replace_peers = _flag(value)
+            change.replace_peers = _true(value)
         case _:
             raise UapiError(f"unknown device key {key[:40]!r}")
 
@@ -92,9 +107,9 @@ def _set_device(change: DeviceChange, key: str, value: str) -> None:
 def _set_peer(peer: PeerChange, key: str, value: str) -> None:
     match key:
         case "remove":
-            peer.remove = _flag(value)
+            peer.remove = _true(value)
         case "update_only":
-            peer.update_only = _flag(value)
+            peer.update_only = _true(value)
         case "preshared_key":
             preshared = _key(PresharedKey, value)
             peer.clear_preshared_key = not any(bytes(preshared))
@@ -104,7 +119,7 @@ def _set_peer(peer: PeerChange, key: str, value: str) -> None:
         case "persistent_keepalive_interval":
             peer.persistent_keepalive = _number(value, 65535)
         case "replace_allowed_ips":
-            peer.replace_allowed_ips = _flag(value)
+            peer.replace_allowed_ips = _true(value)
         case "allowed_ip":
             peer.allowed_ips.append((not value.startswith("-"), _network(value.removeprefix("-"))))
         case "protocol_version":
@@ -152,10 +167,9 @@ def parse_endpoint(text: str) -> Endpoint:
 
 
 def _key(kind: type[K], text: str) -> K:
-    try:
-        return kind(bytes.fromhex(text))
-    except (ValueError, KeyFormatError):
-        raise UapiError("a key is 64 hexadecimal digits") from None
+    if not _KEY.fullmatch(text):
+        raise UapiError("a key is 64 hexadecimal digits")
+    return kind(bytes.fromhex(text))
 
 
 def _number(text: str, most: int) -> int:
@@ -164,13 +178,24 @@ def _number(text: str, most: int) -> int:
     return int(text)
 
 
-def _flag(text: str) -> bool:
-    if text not in ("true", "false"):
+def _mark(text: str) -> int:
+    """The protocol's marks are decimal; people write them in hexadecimal."""
+    if _HEX_MARK.fullmatch(text):
+        return int(text, 16)
+    return _number(text, 2**32 - 1)
+
+
+def _true(text: str) -> bool:
+    if text != "true":
         raise UapiError("'true' was expected")
-    return text == "true"
+    return True
 
 
 def _network(text: str) -> Network:
+    """An address whose host bits may be set, and a prefix length; netmasks and zones are no part of the protocol."""
+    _, _, length = text.partition("/")
+    if not (length.isascii() and length.isdigit()) or "%" in text:
+        raise UapiError("an allowed IP is an address with a prefix length")
     try:
         return ipaddress.ip_network(text, strict=False)
     except ValueError:

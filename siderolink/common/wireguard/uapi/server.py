@@ -16,13 +16,13 @@ from siderolink.common.wireguard.uapi.protocol import (
     DeviceReport,
     UapiError,
     parse_set,
+    split_request,
     write_get,
 )
 
 SOCKET_FOLDER = Path("/var/run/wireguard")
 IDLE_TIMEOUT = 30.0
 """Seconds in which a client that has begun a request must end it."""
-MAX_LINE_BYTES = 1024
 
 Apply = Callable[[DeviceChange], Awaitable[None]]
 Report = Callable[[], DeviceReport]
@@ -51,7 +51,7 @@ async def serve_uapi(name: str, report: Report, apply: Apply, *, folder: Path = 
 
     mask = os.umask(0o077)
     try:
-        server = await asyncio.start_unix_server(answer, path, limit=MAX_LINE_BYTES)
+        server = await asyncio.start_unix_server(answer, path, limit=MAX_REQUEST_BYTES)
     finally:
         os.umask(mask)
     inode = os.stat(path).st_ino
@@ -96,53 +96,46 @@ def _make_room(folder: Path, name: str) -> Path:
 async def _serve_client(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, report: Report, apply: Apply) -> None:
     """One client may send several requests, one after the other."""
     try:
-        while lines := await _read_request(reader):
+        while (request := await _read_request(reader)) is not None:
             try:
-                answer = await _answer(lines, report, apply)
-            except UapiError as error:
-                answer = [f"errno={-error.errno}"]
-            except AddressInUseError:
-                answer = [f"errno={-errno.EADDRINUSE}"]
-            except SideroLinkError:
-                answer = [f"errno={-errno.EINVAL}"]
-            except OSError as error:
-                answer = [f"errno={-(error.errno or errno.EIO)}"]
+                answer = await _answer(request, report, apply)
+            except (SideroLinkError, UapiError, OSError) as error:
+                answer = [f"errno={-_number(error)}"]
             writer.write(("\n".join(answer) + "\n\n").encode())
             await writer.drain()
-    except (UapiError, ConnectionError, TimeoutError):
+    except asyncio.LimitOverrunError:
+        writer.write(f"errno={-errno.EFBIG}\n\n".encode())
+    except (asyncio.IncompleteReadError, ConnectionError, TimeoutError):
         return
 
 
-async def _read_request(reader: asyncio.StreamReader) -> list[str]:
-    """The lines of one request, none at the end of the connection. Raises UapiError when it is too large or not text."""
-    lines: list[str] = []
-    size = 0
-    while True:
-        try:
-            if lines:
-                async with asyncio.timeout(IDLE_TIMEOUT):
-                    raw = await reader.readline()
-            else:
-                raw = await reader.readline()
-            line = raw.decode("ascii")
-        except ValueError:
-            raise UapiError("a line that is too long or not ASCII", errno.EPROTO) from None
-        size += len(raw)
-        if size > MAX_REQUEST_BYTES:
-            raise UapiError("the request is too large", errno.EFBIG)
-        if not line.endswith("\n"):
-            return []
-        if line == "\n":
-            if lines:
-                return lines
-            continue
-        lines.append(line[:-1])
+def _number(error: Exception) -> int:
+    if isinstance(error, UapiError):
+        return error.errno
+    if isinstance(error, AddressInUseError):
+        return errno.EADDRINUSE
+    return (isinstance(error, OSError) and error.errno) or errno.EINVAL
 
 
-async def _answer(lines: list[str], report: Report, apply: Apply) -> Iterable[str]:
-    if lines == ["get=1"]:
+async def _read_request(reader: asyncio.StreamReader) -> bytes | None:
+    """One request up to its empty line, which is left out; None at the end of the connection.
+
+    Raises IncompleteReadError, LimitOverrunError or TimeoutError when it does not end.
+    """
+    first = b"\n"
+    while first == b"\n":
+        first = await reader.read(1)
+    if not first:
+        return None
+    async with asyncio.timeout(IDLE_TIMEOUT):
+        return first + (await reader.readuntil(b"\n\n"))[:-2]
+
+
+async def _answer(request: bytes, report: Report, apply: Apply) -> Iterable[str]:
+    operation, *lines = split_request(request)
+    if operation == "get=1" and not lines:
         return [*write_get(report()), "errno=0"]
-    if lines[0] == "set=1":
-        await apply(parse_set(lines[1:]))
+    if operation == "set=1":
+        await apply(parse_set(lines))
         return ["errno=0"]
     raise UapiError("a request begins with get=1 or set=1", errno.EPROTO)

@@ -1,0 +1,133 @@
+"""The configuration protocol over a real socket, as a client that is not `wg` may speak it."""
+
+import errno
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import anyio
+import pytest
+from anyio.abc import SocketStream
+
+from siderolink.common.keys import PrivateKey
+from siderolink.common.wireguard.device import DeviceConfig
+from siderolink.common.wireguard.packet_device import PacketDevice, open_packet_device
+from siderolink.common.wireguard.uapi.protocol import MAX_REQUEST_BYTES
+from siderolink.common.wireguard.uapi.server import serve_uapi
+
+pytestmark = pytest.mark.anyio
+
+PRIVATE = PrivateKey(bytes(range(32))).clamped()
+PUBLIC = "de9edb7d7b7dc1b4d35b61c2ece435373f8343c85b78674dadfc7e146f882b4f"
+
+
+class Client:
+    """One connection."""
+
+    def __init__(self, stream: SocketStream) -> None:
+        self.stream = stream
+        self._got = b""
+
+    async def answer(self) -> str:
+        """The next answer, up to its empty line."""
+        with anyio.fail_after(10):
+            while b"\n\n" not in self._got:
+                self._got += await self.stream.receive()
+        found, _, self._got = self._got.partition(b"\n\n")
+        return found.decode() + "\n\n"
+
+    async def ask(self, request: str) -> str:
+        await self.stream.send(request.encode())
+        return await self.answer()
+
+    async def is_closed(self) -> bool:
+        try:
+            with anyio.fail_after(10):
+                await self.stream.receive()
+        except (anyio.EndOfStream, anyio.BrokenResourceError):
+            return True
+        return False
+
+
+@asynccontextmanager
+async def served(folder: Path) -> AsyncIterator[tuple[PacketDevice, Client]]:
+    config = DeviceConfig(name="wg0", private_key=PRIVATE)
+    async with (
+        open_packet_device(config, lambda packet: None) as device,
+        serve_uapi("wg0", device.report, device.apply, folder=folder) as path,
+        await anyio.connect_unix(path) as stream,
+    ):
+        yield device, Client(stream)
+
+
+async def test_the_text_of_an_answer(tmp_path: Path) -> None:
+    async with served(tmp_path) as (device, client):
+        port = device.listen_port
+        key = bytes(PRIVATE).hex()
+        assert await client.ask("get=1\n\n") == f"private_key={key}\nlisten_port={port}\nerrno=0\n\n"
+        request = (
+            f"set=1\nfwmark=0x33\npublic_key={PUBLIC}\nendpoint=[::1]:5000\npersistent_keepalive_interval=25\n"
+            "replace_allowed_ips=true\nallowed_ip=10.0.0.1/8\nallowed_ip=fd00::2/128\nallowed_ip=192.0.2.0/24\n\n"
+        )
+        assert await client.ask(request) == "errno=0\n\n"
+        sent = 148  # a handshake was begun at once, for the keepalive
+        assert await client.ask("get=1\n\n") == (
+            f"private_key={key}\nlisten_port={port}\nfwmark=51\npublic_key={PUBLIC}\npreshared_key={'0' * 64}\n"
+            f"protocol_version=1\nendpoint=[::1]:5000\nlast_handshake_time_sec=0\nlast_handshake_time_nsec=0\n"
+            f"tx_bytes={sent}\nrx_bytes=0\npersistent_keepalive_interval=25\n"
+            "allowed_ip=10.0.0.0/8\nallowed_ip=fd00::2/128\nallowed_ip=192.0.2.0/24\nerrno=0\n\n"
+        )
+
+
+async def test_several_requests_on_one_connection_in_pieces_of_any_size(tmp_path: Path) -> None:
+    requests = f"get=1\n\nset=1\nlisten_port=0\npublic_key={PUBLIC}\n\n\nset=1\n\nset=1\nfwmark=x\n\nget=2\n\nget=1\n\n"
+    expected = ["errno=0", "errno=0", "errno=0", f"errno=-{errno.EINVAL}", f"errno=-{errno.EPROTO}", "errno=0"]
+    for step in (1, 7, len(requests)):
+        async with served(tmp_path) as (_, client):
+            for start in range(0, len(requests), step):
+                await client.stream.send(requests[start : start + step].encode())
+            assert [(await client.answer()).splitlines()[-2] for _ in expected] == expected
+
+
+async def test_a_request_with_one_bad_line_changes_nothing(tmp_path: Path) -> None:
+    async with served(tmp_path) as (device, client):
+        assert (
+            await client.ask(f"set=1\npublic_key={PUBLIC}\nallowed_ip=10.0.0.0/8\nallowed_ip=10.0.0.0/99\n\n")
+            == "errno=-22\n\n"
+        )
+        assert await device.peers() == []
+
+
+async def test_lines_that_are_too_long_and_bytes_that_are_no_text(tmp_path: Path) -> None:
+    async with served(tmp_path) as (_, client):
+        for line in ("private_key=" + "0" * 100_000, "fwmark=\u0663"):
+            assert await client.ask(f"set=1\n{line}\n\n") == f"errno=-{errno.EPROTO}\n\n"
+        assert (await client.ask("get=1\n\n")).endswith("errno=0\n\n")
+
+
+async def test_a_request_without_end_is_not_waited_for(tmp_path: Path) -> None:
+    async with served(tmp_path) as (device, client):
+        line = b"allowed_ip=10.0.0.0/8\n" * 50_000
+        with pytest.raises(anyio.BrokenResourceError):
+            for _ in range(MAX_REQUEST_BYTES // len(line) * 4):
+                await client.stream.send(line)
+        assert await device.peers() == []
+
+
+async def test_a_client_that_leaves_in_the_middle_changes_nothing(tmp_path: Path) -> None:
+    async with served(tmp_path) as (device, client):
+        await client.stream.send(f"set=1\npublic_key={PUBLIC}\n".encode())
+        await client.stream.send_eof()
+        assert await client.is_closed()
+        assert await device.peers() == []
+
+
+async def test_a_large_request_in_one_write(tmp_path: Path) -> None:
+    async with served(tmp_path) as (device, client):
+        lines = [f"public_key={number:064x}\nallowed_ip=10.{number >> 8}.{number & 255}.0/24" for number in range(1000, 11_000)]
+        assert await client.ask("set=1\nreplace_peers=true\n" + "\n".join(lines) + "\n\n") == "errno=0\n\n"
+        assert len(await device.peers()) == 10_000
+        answer = await client.ask("get=1\n\n")
+        assert [line for line in answer.splitlines() if line.startswith("allowed_ip")] == [
+            line.split("\n")[1] for line in lines
+        ]
