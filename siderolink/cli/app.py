@@ -2,13 +2,35 @@
 
 import os
 import sys
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand
 
+from siderolink.cli.options import (
+    Config,
+    Device,
+    DeviceChoice,
+    EventSinkPort,
+    InstallationId,
+    Interface,
+    JoinToken,
+    Json,
+    KernelCmdline,
+    LogPort,
+    OverlayPorts,
+    ServerInterface,
+    ServerUrl,
+    StateFile,
+    TlsCert,
+    TlsKey,
+    TokenFile,
+    UniqueToken,
+    UniqueTokenFile,
+    Url,
+    overlay_ports,
+)
 from siderolink.common.errors import SideroLinkError
 
 app = typer.Typer(
@@ -39,49 +61,6 @@ class KernelCmdlineCommand(TyperCommand):
         return super().parse_args(ctx, given[:-1])
 
 
-class DeviceChoice(StrEnum):
-    AUTO = "auto"
-    KERNEL = "kernel"
-    USERSPACE = "userspace"
-
-
-Interface = Annotated[
-    str | None, typer.Option(help="The interface's name.", show_default="siderolink; siderolinktun for the tunnel")
-]
-Device = Annotated[DeviceChoice, typer.Option(help="Who does WireGuard: the kernel, or this program.")]
-TokenFile = Annotated[Path | None, typer.Option(help="A file that holds the join token.", metavar="FILE")]
-Url = Annotated[
-    str | None,
-    typer.Argument(
-        help="grpc://HOST:PORT?jointoken=…, https:// for TLS; &grpc_tunnel=true for the tunnel.", envvar="SIDEROLINK_URL"
-    ),
-]
-UniqueToken = Annotated[
-    str | None, typer.Option(help="What tells machines of one UUID apart.", envvar="SIDEROLINK_UNIQUE_TOKEN")
-]
-UniqueTokenFile = Annotated[Path | None, typer.Option(help="A file that holds it.", metavar="FILE")]
-Config = Annotated[
-    list[Path] | None, typer.Option(help="Configuration documents; may be given several times.", metavar="FILE|DIR")
-]
-KernelCmdline = Annotated[
-    Path | None, typer.Option(help="The kernel command line, or a file of the same form.", metavar="[FILE]")
-]
-ServerUrl = Annotated[str, typer.Argument(help="The server's join URL, as machines shall dial it.", envvar="SIDEROLINK_URL")]
-EventSinkPort = Annotated[int, typer.Option(help="Where the server takes events; 0 for nowhere.", min=0, max=65535)]
-LogPort = Annotated[int, typer.Option(help="Where the server takes kernel logs, by TCP; 0 for nowhere.", min=0, max=65535)]
-InstallationId = Annotated[str, typer.Option(help="The server's installation id, which its overlay addresses come from.")]
-StateFile = Annotated[
-    Path | None,
-    typer.Option(
-        help="Where the server remembers its key and its machines.",
-        show_default="under the system's state directory",
-        metavar="FILE",
-    ),
-]
-ServerInterface = Annotated[str, typer.Option(help="The running server's interface.")]
-Json = Annotated[bool, typer.Option("--json", help="For programs.")]
-
-
 @app.command()
 def serve(
     api_listen: Annotated[str, typer.Option(help="Where the API listens.", metavar="HOST:PORT")],
@@ -89,12 +68,7 @@ def serve(
         list[str],
         typer.Option(help="Where machines dial, the preferred first; this host listens on its port.", metavar="HOST:PORT"),
     ],
-    join_token: Annotated[
-        str | None,
-        typer.Option(
-            help="What machines must know. An argument is seen by everyone on this host.", envvar="SIDEROLINK_JOIN_TOKEN"
-        ),
-    ] = None,
+    join_token: JoinToken = None,
     join_token_file: TokenFile = None,
     interface: Annotated[str, typer.Option(help="The interface's name.")] = "siderolink",
     device: Device = DeviceChoice.AUTO,
@@ -107,10 +81,8 @@ def serve(
         bool,
         typer.Option("--keep-interface", help="Leave the kernel's interface for the next start; machines notice no restart."),
     ] = False,
-    tls_cert: Annotated[Path | None, typer.Option(help="The API's certificate chain, PEM.", metavar="FILE")] = None,
-    tls_key: Annotated[
-        Path | None, typer.Option(help="Its private key, PEM.", show_default="in the same file", metavar="FILE")
-    ] = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
     connections_per_address: Annotated[
         int, typer.Option(help="API connections from one address at a time; behind a reverse proxy, all come from one.", min=1)
     ] = 1024,
@@ -120,6 +92,7 @@ def serve(
     log_port: Annotated[
         int | None, typer.Option(help="Take machines' kernel logs on this port of the overlay.", min=1, max=65535)
     ] = None,
+    overlay_port: OverlayPorts = None,
 ) -> None:
     """Serve machines, until stopped. SIGHUP reads the join token's file and the certificate again."""
     from siderolink.cli.serve import ServeOptions, run_serve
@@ -140,6 +113,7 @@ def serve(
             connections_per_address=connections_per_address,
             event_sink_port=event_sink_port,
             log_port=log_port,
+            overlay_ports=overlay_ports(overlay_port),
         )
     )
 

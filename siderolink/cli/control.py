@@ -99,7 +99,7 @@ async def _ask(path: Path) -> StatusResponse:
             return await ControlStub(channel).status(StatusRequest(), timeout=_ANSWER_TIMEOUT)
 
 
-def peer_message(peer: PeerStatus, node_uuid: str = "") -> Peer:
+def peer_message(peer: PeerStatus, node_uuid: str = "", report_drops: dict[str, int] | None = None) -> Peer:
     return Peer(
         public_key=str(peer.public_key),
         allowed_ips=[str(network) for network in peer.allowed_ips],
@@ -109,4 +109,5 @@ def peer_message(peer: PeerStatus, node_uuid: str = "") -> Peer:
         received_bytes=peer.received_bytes,
         sent_bytes=peer.sent_bytes,
         node_uuid=node_uuid,
+        report_drops=report_drops or {},
     )

@@ -46,10 +46,11 @@ class JoinOptions:
 class LinkSource:
     """A link, as the control socket shows it."""
 
-    def __init__(self, link: Link, name: str) -> None:
+    def __init__(self, link: Link, name: str, reporting: Reporting) -> None:
         """`name` is what the interface will be called, or was."""
         self._link = link
         self._name = name
+        self._reporting = reporting
 
     async def status(self) -> StatusResponse:
         status = await self._link.status()
@@ -66,6 +67,7 @@ class LinkSource:
             state=status.state,
             reason=status.reason,
             since=status.since,
+            reports=self._reporting.counts(),
         )
 
     async def events(self) -> AsyncIterator[Event]:
@@ -142,7 +144,7 @@ class JoinedMachine:
                 wait=False,
                 on_event=self._on_event,
             ) as link,
-            control_socket(name, LinkSource(link, name)),
+            control_socket(name, LinkSource(link, name, self._reporting)),
         ):
             await link.wait_connected()
             await self._settings.follow(report_part, self._reporting.deliver)

@@ -1,8 +1,18 @@
 """Says what machines report to a `serve`."""
 
+from collections import Counter
+
 from siderolink.cli.running import say
+from siderolink.common.pb.siderolink.control import Reports as Counts
 from siderolink.common.tasks import background_tasks
 from siderolink.server import LinesDropped, MachineEvent, Reports, ReportsLost
+
+
+def report_counts(reports: Reports) -> Counts:
+    """For the control socket."""
+    drops = Counter(reports.drops())
+    drops.update(reports.refusals())
+    return Counts(events=reports.taken_events, lines=reports.taken_lines, drops=dict(drops))
 
 
 async def say_reports(reports: Reports) -> None:

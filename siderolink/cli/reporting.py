@@ -13,6 +13,7 @@ from siderolink.client.reporting import EventSender, LogDestination, LogSender, 
 from siderolink.common.errors import ConfigurationError
 from siderolink.common.hostport import HostPort
 from siderolink.common.pb.machine import AddressEvent
+from siderolink.common.pb.siderolink.control import Reports
 from siderolink.common.tasks import background_tasks
 
 
@@ -58,6 +59,20 @@ class Reporting:
             for sender in self._senders_for(part.logs):
                 tasks.start_soon(sender.run)
             await anyio.sleep_forever()
+
+    def counts(self) -> Reports | None:
+        """How much was delivered, waits and was lost; None where nothing is reported."""
+        senders = list(self._senders.values())
+        if not senders and not (self.events.delivered or self.events.waiting):
+            return None
+        return Reports(
+            events=self.events.delivered,
+            events_waiting=self.events.waiting,
+            events_lost=self.events.lost,
+            lines=sum(sender.delivered for sender in senders),
+            lines_waiting=sum(sender.waiting for sender in senders),
+            lines_lost=sum(sender.lost for sender in senders),
+        )
 
     def on_link_event(self, event: LinkEvent) -> None:
         """The machine's address is news to the sink; a link that is back is a reason to try again."""

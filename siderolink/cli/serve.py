@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from siderolink.cli.control import control_socket, peer_message
-from siderolink.cli.machine_reports import say_reports
+from siderolink.cli.machine_reports import report_counts, say_reports
 from siderolink.cli.notify import feed_watchdog, notify
 from siderolink.cli.running import run_until_stopped, say
 from siderolink.cli.secret import read_secret
@@ -16,9 +16,9 @@ from siderolink.cli.watching import watch_files
 from siderolink.common.collector import calm_collector
 from siderolink.common.errors import ConfigurationError, SideroLinkError
 from siderolink.common.grpc import Limits, ServerCertificate
-from siderolink.common.pb.siderolink.control import Event, StatusResponse
+from siderolink.common.pb.siderolink.control import Event, Peer, StatusResponse
 from siderolink.common.tasks import background_tasks
-from siderolink.common.wireguard.device import DeviceKind
+from siderolink.common.wireguard.device import DeviceKind, PeerStatus
 from siderolink.server import (
     EventsLost,
     EventStream,
@@ -53,6 +53,8 @@ class ServeOptions:
     connections_per_address: int
     event_sink_port: int | None = None
     log_port: int | None = None
+    overlay_ports: tuple[str, ...] | None = None
+    """The ports that machines may dial besides those for reports; None for all."""
 
     @property
     def reports(self) -> ReportOptions | None:
@@ -65,12 +67,21 @@ class ServeOptions:
 class ServerSource:
     """A server, as the control socket shows it."""
 
-    def __init__(self, serving: Serving) -> None:
+    def __init__(self, serving: Serving, *, has_reports: bool) -> None:
         self._serving = serving
+        self._has_reports = has_reports
 
     async def status(self) -> StatusResponse:
         server = self._serving.server
-        uuids = {status.machine.public_key: status.machine.node_uuid for status in await server.machines()}
+        reports = server.reports if self._has_reports else None
+        machines = {status.machine.public_key: status.machine for status in await server.machines()}
+
+        def describe_peer(peer: PeerStatus) -> Peer:
+            machine = machines.get(peer.public_key)
+            if machine is None:
+                return peer_message(peer)
+            return peer_message(peer, machine.node_uuid, {} if reports is None else reports.drops(machine.id))
+
         return StatusResponse(
             role="server",
             interface=server.device.name,
@@ -79,10 +90,11 @@ class ServerSource:
             addresses=[f"{server.address}/64"],
             public_key=str(server.public_key),
             listen_port=server.wireguard_port or 0,
-            peers=[peer_message(peer, uuids.get(peer.public_key, "")) for peer in await server.device.peers()],
+            peers=[describe_peer(peer) for peer in await server.device.peers()],
             drops=server.drops(),
             refusals=server.refusals(),
             state="serving",
+            reports=None if reports is None else report_counts(reports),
         )
 
     async def events(self) -> AsyncIterator[Event]:
@@ -122,9 +134,10 @@ class Serve:
 
     async def run(self) -> None:
         """Serve until cancelled. Raises SideroLinkError."""
+        source = ServerSource(self._serving, has_reports=self._options.reports is not None)
         try:
             async with (
-                control_socket(self._options.interface, ServerSource(self._serving), StateService(self._serving)),
+                control_socket(self._options.interface, source, StateService(self._serving)),
                 background_tasks() as tasks,
             ):
                 tasks.start_soon(feed_watchdog)
@@ -178,6 +191,7 @@ class Serve:
             keep_interface=options.keep_interface,
             api_limits=Limits(max_connections_per_address=options.connections_per_address),
             reports=options.reports,
+            overlay_ports=options.overlay_ports,
         )
 
     async def _run_beside(self, server: Server, events: EventStream) -> None:

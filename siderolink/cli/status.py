@@ -11,7 +11,7 @@ from rich.table import Table
 
 from siderolink.cli.control import ask_all
 from siderolink.cli.running import loop_options
-from siderolink.common.pb.siderolink.control import Peer, StatusResponse
+from siderolink.common.pb.siderolink.control import Peer, Reports, StatusResponse
 from siderolink.common.text import one_line
 
 
@@ -45,6 +45,7 @@ def to_json(answer: StatusResponse) -> dict[str, Any]:
         "listen_port": answer.listen_port,
         "drops": answer.drops,
         "refusals": answer.refusals,
+        "reports": None if answer.reports is None else _reports_to_json(answer.reports),
         "peers": [
             {
                 "public_key": peer.public_key,
@@ -55,10 +56,36 @@ def to_json(answer: StatusResponse) -> dict[str, Any]:
                 "last_received": peer.last_received,
                 "received_bytes": peer.received_bytes,
                 "sent_bytes": peer.sent_bytes,
+                "report_drops": peer.report_drops,
             }
             for peer in answer.peers
         ],
     }
+
+
+def _reports_to_json(reports: Reports) -> dict[str, Any]:
+    return {
+        "events": reports.events,
+        "events_waiting": reports.events_waiting,
+        "events_lost": reports.events_lost,
+        "lines": reports.lines,
+        "lines_waiting": reports.lines_waiting,
+        "lines_lost": reports.lines_lost,
+        "drops": reports.drops,
+    }
+
+
+def describe_reports(reports: Reports) -> str:
+    """In a line: what was taken, and what else there is to say."""
+    more = {
+        "events waiting": reports.events_waiting,
+        "log lines waiting": reports.lines_waiting,
+        "events lost": reports.events_lost,
+        "log lines lost": reports.lines_lost,
+        **{f"dropped: {one_line(name)}": count for name, count in reports.drops.items()},
+    }
+    counts = [f"{reports.events} events", f"{reports.lines} log lines"]
+    return ", ".join([*counts, *(f"{count} {name}" for name, count in more.items() if count)])
 
 
 def _show(console: Console, answer: StatusResponse) -> None:
@@ -70,6 +97,8 @@ def _show(console: Console, answer: StatusResponse) -> None:
     counts = {**answer.drops, **answer.refusals}
     if any(counts.values()):
         print("  dropped or refused: " + ", ".join(f"{count} {name}" for name, count in counts.items() if count))
+    if answer.reports is not None:
+        print(f"  reports: {describe_reports(answer.reports)}")
     if not answer.peers:
         return
     table = Table(box=None, pad_edge=False)

@@ -1,9 +1,11 @@
 """`siderolink join` as a whole machine: configured by its API, reporting to `siderolink serve`."""
 
+import json
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import grpc
@@ -16,6 +18,7 @@ from siderolink.common.pb.machine import (
 )
 from tests.support.machine_api import MACHINE, MachineClient, machine_client, status_of
 from tests.support.netns import Namespace
+from tests.support.reach import dial, keeps_out, lets_in
 from tests.support.topology import Net, direct
 
 COMMAND = [sys.executable, "-m", "siderolink"]
@@ -83,6 +86,18 @@ def ask(namespace: Namespace, host: str, work: Callable[[MachineClient], object]
     return namespace.call(call)
 
 
+def counts_are_shown() -> None:
+    """By both ends: what was delivered and what was taken."""
+    shown = subprocess.run([*COMMAND, "status", "--json"], check=True, capture_output=True, text=True)
+    reports = {found["role"]: found["reports"] for found in json.loads(shown.stdout)}
+    for found in reports.values():
+        assert found["events"] > 0
+        assert found["lines"] + found["lines_waiting"] > 0
+        assert found["events_lost"] == found["lines_lost"] == 0
+    people = subprocess.run([*COMMAND, "status"], check=True, capture_output=True, text=True)
+    assert people.stdout.count("  reports: ") == 2
+
+
 @pytest.mark.timeout(60)
 def test_a_machine_is_configured_by_its_api_and_reports(net: Net) -> None:
     def apply(documents: str, mode: ApplyConfigurationRequestMode) -> Callable[[MachineClient], object]:
@@ -96,7 +111,9 @@ def test_a_machine_is_configured_by_its_api_and_reports(net: Net) -> None:
 
     modes = ApplyConfigurationRequestMode
     serve = ("serve", "--api-listen", "0.0.0.0:4000", "--wireguard-endpoint", "192.0.2.1:51820", "--no-state")
-    server = start(net.server, *serve, "--event-sink-port", "8090", "--log-port", "8092", "--device", "userspace")
+    server = start(
+        net.server, *serve, "--event-sink-port", "8090", "--log-port", "8092", "--device", "userspace", "--overlay-port", "81"
+    )
     read_until(server, "log receiver")
     machine = start(net.machine, "join", "--maintenance-api", "--uuid", UUID, "--device", "userspace")
     read_until(machine, "waiting")
@@ -114,6 +131,9 @@ def test_a_machine_is_configured_by_its_api_and_reports(net: Net) -> None:
     event, _ = read_until(server, "AddressEvent", f"kernel log: {UUID}")
     address = event.split("'")[-2]
     assert ask(net.server, address, lambda client: len(client.get_all("machineconfig"))) == 1
+    counts_are_shown()
+    assert lets_in(net.machine, partial(dial, SERVER, 81, None))
+    assert keeps_out(net.machine, partial(dial, SERVER, 82, None))
     with pytest.raises(OSError, match="refused"):
         ask(net.server, "192.0.2.2", MachineClient.version)
     end(machine)

@@ -71,6 +71,11 @@ class LogSender:
         return self._outbox.lost
 
     @property
+    def delivered(self) -> int:
+        """How many lines the receiver has taken."""
+        return self._outbox.first - self._outbox.lost
+
+    @property
     def waiting(self) -> int:
         """How many lines the receiver has not taken yet."""
         return len(self._outbox)

@@ -42,6 +42,7 @@ class ReportDesk:
             count=options.recent_lines, machine_bytes=options.recent_bytes, total_bytes=options.total_recent_bytes
         )
         self.drops: Counter[ReportDrop] = Counter()
+        self.taken_events = self.taken_lines = 0
         self._machine_at = machine_at
         self._clock = clock
         self._accounts: dict[str, _Account] = {}
@@ -92,6 +93,7 @@ class ReportDesk:
         for reason, count in account.unsaid.items():
             self.lines.publish(LinesDropped(machine=machine, reason=reason, count=count), 0)
         account.unsaid.clear()
+        self.taken_lines += 1
         line = LogLine(machine=machine, received_at=time.time(), raw=raw)
         self.recent_lines.add(machine.id, line, len(raw))
         self.lines.publish(line, len(raw))
@@ -105,6 +107,7 @@ class ReportDesk:
         if event.id and any(event.id == known.id for known in reversed(self.recent_events.of(machine_id))):
             self.drop(event.machine, ReportDrop.EVENT_REPEATED)
             return
+        self.taken_events += 1
         self.recent_events.add(machine_id, event, len(event.data) + len(event.type_url))
         self.events.publish(event, len(event.data))
 

@@ -53,6 +53,16 @@ class Reports:
         """The last log lines of one machine, the oldest first."""
         return self._desk.recent_lines.of(machine_id)
 
+    @property
+    def taken_events(self) -> int:
+        """How many events were taken, of all machines."""
+        return self._desk.taken_events
+
+    @property
+    def taken_lines(self) -> int:
+        """How many log lines were taken, of all machines."""
+        return self._desk.taken_lines
+
     def drops(self, machine_id: str | None = None) -> dict[str, int]:
         """How much was not taken, of one machine or of all, by named reason (docs/drops.md)."""
         if machine_id is not None:

@@ -13,11 +13,11 @@ import pytest
 from siderolink.cli.control import ask_all, control_socket
 from siderolink.cli.describe import link_event
 from siderolink.cli.secret import read_secret
-from siderolink.cli.status import run_status, to_json
+from siderolink.cli.status import describe_reports, run_status, to_json
 from siderolink.client import LinkState, events
 from siderolink.common.errors import ConfigurationError
 from siderolink.common.keys import PrivateKey
-from siderolink.common.pb.siderolink.control import Event, Peer, StatusResponse
+from siderolink.common.pb.siderolink.control import Event, Peer, Reports, StatusResponse
 
 KEY = PrivateKey.generate().public_key()
 STATUS = StatusResponse(
@@ -30,6 +30,7 @@ STATUS = StatusResponse(
     listen_port=40000,
     state="connected",
     drops={"replayed": 2, "no_peer": 0},
+    reports=Reports(events=3, lines=40, lines_waiting=2, lines_lost=1, drops={"line too long": 5, "event repeated": 0}),
     peers=[Peer(public_key=str(KEY), allowed_ips=["fdae:41e4:649b:9303::1/128"], path="192.0.2.1:51820", received_bytes=2048)],
 )
 
@@ -121,11 +122,19 @@ def test_status_for_people(capsys: pytest.CaptureFixture[str], tmp_path: Path, m
     assert json.loads(capsys.readouterr().out) == []
 
 
+def test_reports_in_a_line() -> None:
+    assert STATUS.reports is not None
+    assert describe_reports(STATUS.reports) == (
+        "3 events, 40 log lines, 2 log lines waiting, 1 log lines lost, 5 dropped: line too long"
+    )
+
+
 def test_status_for_programs() -> None:
     shown = json.loads(json.dumps(to_json(STATUS)))
     assert shown["interface"] == "siderolink"
     assert shown["drops"] == {"replayed": 2, "no_peer": 0}
     assert shown["peers"][0]["received_bytes"] == 2048
+    assert shown["reports"]["lines_lost"] == 1
     assert shown["peers"][0]["last_handshake"] is None
 
 

@@ -11,6 +11,7 @@ __all__ = (
     "Event",
     "EventsRequest",
     "Peer",
+    "Reports",
     "RestoreResponse",
     "RotateKeyRequest",
     "RotateKeyResponse",
@@ -120,8 +121,64 @@ class Peer(betterproto2.Message):
     The machine's UUID, where this end knows it.
     """
 
+    report_drops: "dict[str, int]" = betterproto2.field(
+        9,
+        betterproto2.TYPE_MAP,
+        map_meta=betterproto2.map_meta(
+            betterproto2.TYPE_STRING, betterproto2.TYPE_UINT64
+        ),
+    )
+    """
+    What was not taken of its events and log lines, by named reason.
+    """
+
 
 default_message_pool.register_message("siderolink.control", "Peer", Peer)
+
+
+@dataclass(eq=False, repr=False)
+class Reports(betterproto2.Message):
+    """
+    Events and kernel log lines: on a machine, what it delivers; on a server, what it takes.
+    """
+
+    events: "int" = betterproto2.field(1, betterproto2.TYPE_UINT64)
+    """
+    Acknowledged by the event sink, or taken.
+    """
+
+    lines: "int" = betterproto2.field(2, betterproto2.TYPE_UINT64)
+    """
+    Taken by the log receivers' hosts, or by the server.
+    """
+
+    events_waiting: "int" = betterproto2.field(3, betterproto2.TYPE_UINT64)
+    """
+    What a machine keeps until it is taken.
+    """
+
+    lines_waiting: "int" = betterproto2.field(4, betterproto2.TYPE_UINT64)
+
+    events_lost: "int" = betterproto2.field(5, betterproto2.TYPE_UINT64)
+    """
+    What a machine gave up, because too many waited.
+    """
+
+    lines_lost: "int" = betterproto2.field(6, betterproto2.TYPE_UINT64)
+
+    drops: "dict[str, int]" = betterproto2.field(
+        7,
+        betterproto2.TYPE_MAP,
+        map_meta=betterproto2.map_meta(
+            betterproto2.TYPE_STRING, betterproto2.TYPE_UINT64
+        ),
+    )
+    """
+    What a server did not take, by named reason.
+    """
+
+
+default_message_pool.register_message("siderolink.control", "Reports", Reports)
 
 
 @dataclass(eq=False, repr=False)
@@ -247,6 +304,13 @@ class StatusResponse(betterproto2.Message):
     since: "float" = betterproto2.field(13, betterproto2.TYPE_DOUBLE)
     """
     Unix time in seconds of its last transition; 0 for a server.
+    """
+
+    reports: "Reports | None" = betterproto2.field(
+        14, betterproto2.TYPE_MESSAGE, optional=True
+    )
+    """
+    Absent where nothing is reported or received.
     """
 
 
