@@ -107,7 +107,7 @@ def apply(server: Namespace) -> None:
 
 def read_by_the_admin(server: Namespace, address: str) -> None:
     """``version`` and ``get``, over SideroLink."""
-    assert f"NODE:        {address}\n" in run(server, address, Talosctl.version)
+    assert f"NODE:        {address}\n" in run(server, address, Talosctl.version_soon)
     status = yaml.safe_load(run(server, address, get("siderolinkstatus", output="yaml")))
     assert status["node"] == address
     assert status["metadata"]["type"] == "SiderolinkStatuses.siderolink.talos.dev"

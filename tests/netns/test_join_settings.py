@@ -13,8 +13,10 @@ from typing import Any
 
 import pytest
 
+from siderolink.client.config.kernel_args import in_container
 from tests.support.netns import Namespace, stop
 from tests.support.reach import dial, keeps_out, lets_in, ruleset
+from tests.support.talosctl import Talosctl
 from tests.support.topology import SERVER_V4, Net, direct
 
 TOKEN = "the-join-token"
@@ -111,12 +113,14 @@ def test_with_default_block_the_link_comes_up_and_only_it_is_let_in(net: Net, tm
     folder.mkdir()
     (folder / "join.yaml").write_text(join_document(url) + "---\n" + BLOCK)
     before = ruleset(net.machine)
-    with command(net.machine, tmp_path, "join", "--config", str(folder), "--device", "userspace") as join:
+    options = ["--config", str(folder), "--maintenance-api", "--device", "userspace"]
+    with command(net.machine, tmp_path, "join", *options) as join:
         join.wait_for(" connected: ")
         address = overlay_address(net.machine, interface)
         assert pings(net.machine, OVERLAY)
         assert pings(net.server, address)
-        assert lets_in(net.server, partial(dial, address, 50000, None))
+        assert lets_in(net.server, partial(dial, address, 50001, None))
+        assert "Tag: " in net.server.call(Talosctl(address).version_soon)
         assert keeps_out(net.server, partial(dial, "192.0.2.2", 50000, None))
         # a rule opens a port, and the link knows nothing of it
         (folder / "rule.yaml").write_text(
@@ -188,6 +192,44 @@ def test_join_by_the_kernel_command_line(net: Net, tmp_path: Path) -> None:
     with command(net.machine, tmp_path, "join", "--kernel-cmdline", str(line), "--device", "userspace") as join:
         assert "siderolink.api" in join.wait_for("join URL")
         join.wait_for(" connected: ")
+
+
+def test_a_bare_join_goes_by_the_hosts_kernel_command_line(tmp_path: Path) -> None:
+    line = tmp_path / "cmdline"
+    sink, log = f"talos.events.sink=[{OVERLAY}]:8090", f"talos.logging.kernel=tcp://[{OVERLAY}]:8092"
+    line.write_text(f'BOOT_IMAGE=/vmlinuz quiet "siderolink.api={URL}" {sink} {log} -- siderolink.api=grpc://init\n')
+    # each program that is started inside has a mount namespace of its own
+    in_its_place = ["sh", "-c", f'mount --bind {line} /proc/cmdline && exec "$@"', "sh"]
+    serve = [
+        "serve",
+        "--api-listen",
+        f"{SERVER_V4}:4000",
+        "--wireguard-endpoint",
+        f"{SERVER_V4}:51820",
+        "--device",
+        "userspace",
+    ]
+    ports = ["--event-sink-port", "8090", "--log-port", "8092"]
+    with direct() as net, command(net.server, tmp_path, *serve, *ports, "--join-token", TOKEN) as server:
+        server.wait_for("log receiver")
+        with command(net.machine, tmp_path, "join", "--device", "userspace", before=in_its_place) as join:
+            if in_container():  # whose kernel was booted for somebody else
+                join.wait_for("the kernel command line is passed over, since this is a container")
+                return
+            assert "/proc/cmdline: siderolink.api" in join.wait_for("join URL")
+            join.wait_for(" connected: ")
+            server.wait_for("kernel log: ")
+            assert join.stop() == 0
+            assert TOKEN not in "".join(join.said)
+
+
+def test_in_a_container_a_bare_join_passes_the_kernel_command_line_over(tmp_path: Path) -> None:
+    line = tmp_path / "cmdline"
+    line.write_text(f"siderolink.api={URL}\n")
+    in_its_place = ["sh", "-c", f'mount --bind {line} /proc/cmdline && container=podman exec "$@"', "sh"]
+    with direct() as net, command(net.machine, tmp_path, "join", before=in_its_place) as join:
+        join.wait_for("passed over, since this is a container")
+        join.wait_for("there is no join URL")
 
 
 def test_a_bare_join_finds_what_the_host_has(net: Net, tmp_path: Path) -> None:

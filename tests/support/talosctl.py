@@ -5,6 +5,7 @@ protobuf with a schema of its own. Each command returns what it would print; `Co
 """
 
 import re
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -71,6 +72,15 @@ class Talosctl:
 
     node: str
     port: int = 50000
+
+    def version_soon(self) -> str:
+        """The same as `version`, once the machine listens: that may be a moment after its link stands."""
+        for _ in range(100):
+            try:
+                return self.version()
+            except OSError:
+                time.sleep(0.1)
+        return self.version()
 
     def version(self) -> str:
         """``version --insecure``."""
