@@ -38,15 +38,21 @@ class Reporting:
     def __init__(self) -> None:
         self.events = EventSender()
         self._senders: dict[LogURL, LogSender] = {}
+        self._read: dict[LogURL, int] = {}
+        """The number of the last record that each destination was given."""
 
     async def collect(self, part: ReportPart) -> None:
         """Read the kernel's log, if it has destinations. Never returns."""
-        senders = self._senders_for(part.logs)
+        self._senders_for(part.logs)
+        senders = dict(self._senders)
         if senders:
             try:
                 async for message in read_kernel_log():
-                    for sender in senders:
-                        sender.add(message)
+                    for log, sender in senders.items():
+                        # the log is read from its beginning, also for those that have had it when others come
+                        if message.seq > self._read.get(log, -1):
+                            self._read[log] = message.seq
+                            sender.add(message)
             except ConfigurationError as error:
                 say("no kernel log", str(error))
         await anyio.sleep_forever()
@@ -88,4 +94,5 @@ class Reporting:
         """The senders of these destinations; those of others are given up."""
         kept = {log: self._senders.get(log) or LogSender(LogDestination(log.scheme, log.target)) for log in logs}
         self._senders = kept
+        self._read = {log: number for log, number in self._read.items() if log in kept}
         return list(kept.values())
