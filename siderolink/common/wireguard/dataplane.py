@@ -13,7 +13,7 @@ from siderolink.common.wireguard.noise import Drop, Engine, Event, Peer, Session
 from siderolink.common.wireguard.noise.messages import TRANSPORT_OVERHEAD
 from siderolink.common.wireguard.packets.buffers import Packets
 from siderolink.common.wireguard.packets.gather import Gatherer
-from siderolink.common.wireguard.packets.headers import PLAIN_VNET_HEADER, VNET_SIZE, address_pair
+from siderolink.common.wireguard.packets.headers import PLAIN_VNET_HEADER, VNET_SIZE, Gso, address_pair
 from siderolink.common.wireguard.packets.merge import Merger
 from siderolink.common.wireguard.packets.seal import Opened, Opener, Run, Sealer, find_runs
 from siderolink.common.wireguard.packets.split import MalformedFrame, Splitter
@@ -70,8 +70,10 @@ class DataPlane:
         self._opener = Opener()
         self._set_mtu(engine.mtu)
         self._merger = Merger(engine.drop, tso=interface.tso, uso=interface.uso)
-        self._gathered_for: Peer | None = None
-        self._gathered_pair = b""
+        self._peer: Peer | None = None
+        """Where the packets go that are being gathered."""
+        self._pair = b""
+        """The addresses of the last one: most packets go where the one before went."""
         self._is_blocked = False
 
     def _set_mtu(self, mtu: int) -> None:
@@ -98,14 +100,14 @@ class DataPlane:
             size += len(frame)
             if size >= MAX_BYTES or self._is_blocked:
                 break
-        self._flush(now)
+        self._turn_away(now)
         self.drain(now)
 
     def send_packet(self, frame: bytes) -> None:
         """Send one frame that its owner has at hand."""
         now = boot_time()
         self._send_frame(memoryview(frame), now)
-        self._flush(now)
+        self._turn_away(now)
         self.drain(now)
 
     def _send_frame(self, frame: memoryview, now: float) -> None:
@@ -113,41 +115,46 @@ class DataPlane:
         if pair is None:
             self._engine.drop(Drop.OUTBOUND_MALFORMED)
             return
+        if pair != self._pair and not self._route(frame, pair, now):
+            return
+        is_super = frame[1] != Gso.NONE
         try:
-            # most packets go where the one before went
-            if pair != self._gathered_pair or not self._gatherer.add(frame):
-                self._route_frame(frame, pair, now)
+            if is_super or not self._gatherer.add(frame):
+                self._flush(now)
+                if is_super or not self._gatherer.add(frame):
+                    self._transmit(self._splitter.split(frame), now)
         except MalformedFrame:
             self._engine.drop(Drop.OUTBOUND_MALFORMED)
 
-    def _route_frame(self, frame: memoryview, pair: bytes, now: float) -> None:
+    def _route(self, frame: memoryview, pair: bytes, now: float) -> bool:
+        """Turn to the peer that a packet goes to; False if it is dropped or staged."""
         half = len(pair) // 2
         peer = self._engine.find_peer(pair[:half], pair[half:])
         if peer is None:
-            return
-        if peer is not self._gathered_for:
-            self._flush(now)
+            return False
+        if peer is not self._peer:
+            self._turn_away(now)
             if not self._engine.can_send(peer, now):
                 self._engine.stage(peer, bytes(frame), now)
-                return
-        if not self._gatherer.add(frame):
-            self._flush(now)
-            if not self._gatherer.add(frame):
-                self._transmit(self._splitter.split(frame), peer, now)
-                return
-        self._gathered_for, self._gathered_pair = peer, pair
+                return False
+            self._peer = peer
+        self._pair = pair
+        return True
+
+    def _turn_away(self, now: float) -> None:
+        """Send what was gathered for a peer, and be with none."""
+        self._flush(now)
+        self._peer, self._pair = None, b""
 
     def _flush(self, now: float) -> None:
-        peer, self._gathered_for = self._gathered_for, None
-        if peer is None:
-            return
-        self._gathered_pair = b""
         packets = self._gatherer.take()
         if packets is not None:
-            self._transmit(packets, peer, now)
+            self._transmit(packets, now)
 
-    def _transmit(self, packets: Packets, peer: Peer, now: float) -> None:
-        count = packets.count
+    def _transmit(self, packets: Packets, now: float) -> None:
+        count, peer = packets.count, self._peer
+        if peer is None:
+            return
         begun = self._engine.begin(peer, count, packets.size + count * TRANSPORT_OVERHEAD, now)
         if begun is None:
             self._engine.drop(Drop.EXPIRED_SESSION, count)
@@ -217,13 +224,18 @@ class DataPlane:
 
     def drain(self, now: float) -> None:
         """Send what the engine has to say, release what was staged, tell the events."""
+        if self._engine.has_output:
+            self._drain(now)
+        self._on_drained(now)
+
+    def _drain(self, now: float) -> None:
         engine = self._engine
         ready = engine.take_ready()
         while ready:
             for peer in ready:
                 for frame in peer.take_staged():
                     self._send_frame(memoryview(frame), now)
-            self._flush(now)
+            self._turn_away(now)
             ready = engine.take_ready()
         for path, datagram in engine.datagrams_to_send():
             device_path: Path = path  # type: ignore[assignment] # see _transmit
@@ -231,7 +243,6 @@ class DataPlane:
         events = engine.events()
         if events:
             self._on_events(events)
-        self._on_drained(now)
 
     def handle_timers(self) -> None:
         """Do what is due."""

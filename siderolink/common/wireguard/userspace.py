@@ -161,7 +161,7 @@ class UserspaceDevice:
 
     def _arm(self, now: float) -> None:
         """Keep one timer; it may be early, never late, so that traffic does not move it with each packet."""
-        at = self.engine.next_deadline()
+        at = self.engine.earliest_deadline()
         if at < self._timer_at and self._is_passing:
             if self._timer is not None:
                 self._timer.cancel()

@@ -47,7 +47,7 @@ def test_sealed_rows_equal_those_made_one_at_a_time_and_open_again(
     assert [bytes(sealed.row(index)) for index in range(count)] == expected
 
     assert find_runs(sealed) == [Run(4, receiver, 0, count)]
-    assert read_counters(sealed, 0, count) == [*range(counter, counter + count)]
+    assert read_counters(sealed, 0, count).tolist() == [*range(counter, counter + count)]
     opened = OPENER.open(sealed, 0, count, AEAD)
     assert opened.counters == [*range(counter, counter + count)]
     assert opened.good == [True] * count

@@ -141,14 +141,18 @@ class Engine:
 
         Answers the session, the first counter and the path; or None where there is no session to use: then the caller stages.
         """
-        session, path = peer.current, peer.reachable_path
-        if session is None or path is None or session.is_expired(now):
+        session, path = peer.current, peer.path
+        if session is None or path is None or not path.is_open or session.is_expired(now):
             return None
         first = session.reserve(count)
         if first is None:
             return None
         peer.sent_bytes += size
-        self._data_sent(peer, session, now)
+        peer.timers.authenticated_sent(now)
+        if peer.timers.data_sent(now):
+            self._schedule.update(peer)
+        if session.wants_rekey(now):
+            self.initiate(peer, now)
         return session, first, path
 
     def stage(self, peer: Peer, item: bytes, now: float) -> None:
@@ -187,7 +191,8 @@ class Engine:
             return
         self._output.send(peer, path, session.seal(counter, b""))
         peer.timers.authenticated_sent(now)
-        self._keep_fresh(peer, session, now)
+        if session.wants_rekey(now):
+            self._exchange.initiate(peer, now)
         self._schedule.update(peer)
 
     def initiate(self, peer: Peer, now: float) -> None:
@@ -235,17 +240,22 @@ class Engine:
             self._exchange.indices.drop(peer.confirm(now))
             self._completed(peer, now)
         self._heard(peer, path, size, now)
-        if has_data:
-            peer.timers.data_received(now)
-        if not peer.timers.rekeyed_on_receive and session is peer.current:
-            self._rekey_on_receive(peer, session, now)
-        self._schedule.update(peer)
+        timers = peer.timers
+        if has_data and timers.data_received(now):
+            self._schedule.update(peer)
+        if session is peer.current and session.wants_rekey_on_receive(now) and not timers.rekeyed_on_receive:
+            timers.rekeyed_on_receive = True
+            self.initiate(peer, now)
 
     # Time
 
     def next_deadline(self) -> float:
         """When `handle_timers` is due, on the caller's clock; infinity for never."""
         return self._schedule.next_at()
+
+    def earliest_deadline(self) -> float:
+        """Like `next_deadline`, but perhaps too early, and so cheap that it may be asked after every packet."""
+        return self._schedule.earliest()
 
     def handle_timers(self, now: float) -> None:
         """Do what is due."""
@@ -269,6 +279,12 @@ class Engine:
                 self.send_keepalive(peer, now)
 
     # What comes out
+
+    @property
+    def has_output(self) -> bool:
+        """Whether there is anything to take from here."""
+        output = self._output
+        return bool(output.datagrams or output.events or output.ready)
 
     def datagrams_to_send(self) -> list[tuple[Path, bytes]]:
         """Handshake messages, keepalives, and data sealed one by one; emptied by the call."""
@@ -348,23 +364,6 @@ class Engine:
         self._output.events.append(HandshakeCompleted(peer=peer))
         if peer.staged:
             self._output.ready.append(peer)
-
-    def _data_sent(self, peer: Peer, session: Session, now: float) -> None:
-        timers = peer.timers
-        timers.authenticated_sent(now)
-        if timers.new_handshake_at == NEVER:
-            timers.data_sent(now, self._exchange.jitter())
-        self._keep_fresh(peer, session, now)
-        self._schedule.update(peer)
-
-    def _keep_fresh(self, peer: Peer, session: Session, now: float) -> None:
-        if session.wants_rekey(now):
-            self._exchange.initiate(peer, now)
-
-    def _rekey_on_receive(self, peer: Peer, session: Session, now: float) -> None:
-        if session.wants_rekey_on_receive(now):
-            peer.timers.rekeyed_on_receive = True
-            self._exchange.initiate(peer, now)
 
     def _handle_due(self, peer: Peer, now: float) -> None:
         timers = peer.timers

@@ -263,4 +263,4 @@ class Exchange:
     def _install(self, session: Session, now: float) -> None:
         self.indices.add(session)
         self.indices.drop(session.peer.install(session))
-        session.peer.timers.session_derived(now)
+        session.peer.timers.session_derived(now, self.jitter())

@@ -31,6 +31,10 @@ class Schedule:
             peer.scheduled_at = at
             heappush(self._heap, (at, next(self._order), peer))
 
+    def earliest(self) -> float:
+        """A time before which nothing is due; cheaper than the exact one, for use after every packet."""
+        return self._heap[0][0] if self._heap else NEVER
+
     def next_at(self) -> float:
         """The exact next deadline of all peers, or NEVER."""
         heap = self._heap

@@ -19,11 +19,12 @@ NEVER = float("inf")
 
 
 class Timers:
-    """The five deadlines of one peer. Methods name what happened; `jitter` is seconds from 0 to a third."""
+    """The five deadlines of one peer. Methods name what happened; a jitter is seconds from 0 to a third."""
 
     __slots__ = (
         "_another_keepalive",
         "attempt_started_at",
+        "jitter",
         "keepalive_at",
         "new_handshake_at",
         "persistent_at",
@@ -35,6 +36,8 @@ class Timers:
 
     def __init__(self) -> None:
         self.persistent_interval = 0
+        self.jitter = 0.0
+        """Of the new handshake after data without an answer: drawn with each session, since packets are too many for that."""
         self.clear()
 
     def clear(self) -> None:
@@ -61,15 +64,20 @@ class Timers:
         self.new_handshake_at = NEVER
         self._traversed(now)
 
-    def data_sent(self, now: float, jitter: float) -> None:
-        if self.new_handshake_at == NEVER:
-            self.new_handshake_at = now + NEW_HANDSHAKE_TIME + jitter
+    def data_sent(self, now: float) -> bool:
+        """True if that sets a deadline."""
+        if self.new_handshake_at != NEVER:
+            return False
+        self.new_handshake_at = now + NEW_HANDSHAKE_TIME + self.jitter
+        return True
 
-    def data_received(self, now: float) -> None:
-        if self.keepalive_at == NEVER:
-            self.keepalive_at = now + KEEPALIVE_TIMEOUT
-        else:
+    def data_received(self, now: float) -> bool:
+        """True if that sets a deadline."""
+        if self.keepalive_at != NEVER:
             self._another_keepalive = True
+            return False
+        self.keepalive_at = now + KEEPALIVE_TIMEOUT
+        return True
 
     def keepalive_expired(self, now: float) -> None:
         """The keepalive was sent; data that came since the timer was set calls for one more."""
@@ -103,8 +111,9 @@ class Timers:
         self.retransmit_at = NEVER
         self.rekeyed_on_receive = False
 
-    def session_derived(self, now: float) -> None:
+    def session_derived(self, now: float, jitter: float) -> None:
         self.zero_keys_at = now + ZERO_KEYS_TIME
+        self.jitter = jitter
 
     def persistent_expired(self, now: float) -> None:
         """Where the keepalive cannot be sent (no path, no key), the next one is still due."""

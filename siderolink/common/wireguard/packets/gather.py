@@ -83,10 +83,23 @@ class Gatherer:
         count, stride, length = self._count, self._stride, self._length
         if not count:
             return None
+        self._count = 0
+        if count == 1:
+            self._finish_one(self._frame_size - VNET_SIZE)
+            row = self._scratch.view[:length]
+            return Packets(row, 1, stride, length, length, (row,))
         self._finish(self._alike, self._frame_size - VNET_SIZE)
-        self._count = self._alike = 0
         rows = self._scratch.rows(0, stride, length, count)
         return Packets(self._scratch.view[: (count - 1) * stride + self._last], count, stride, length, self._last, rows)
+
+    def _finish_one(self, size: int) -> None:
+        """The same as `_finish`, without columns."""
+        view = self._scratch.view
+        if size < self._length:
+            view[size : self._length] = bytes(self._length - size)
+        flags, _, _, _, start, offset = VNET_HEADER.unpack(self._header)
+        if flags & NEEDS_CSUM:
+            complete_checksum(view[:size], start, offset)
 
     def _finish(self, count: int, size: int) -> None:
         """Write padding and checksums of the first rows."""

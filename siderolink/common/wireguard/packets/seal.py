@@ -24,7 +24,28 @@ _HEADER: Final = struct.Struct("<IIQ")
 _KIND_AND_RECEIVER: Final = struct.Struct("<II")
 _COUNTER: Final = struct.Struct("<Q")
 _NONCE: Final = struct.Struct("<4xQ").pack
+_NONCE_SIZE: Final = 12
 _INITIAL_SIZE: Final = 1 << 16
+
+
+class Nonces:
+    """The nonces of a batch: four zero bytes and a counter each, as slices that are made once."""
+
+    def __init__(self) -> None:
+        self._allocate(64)
+
+    def _allocate(self, count: int) -> None:
+        scratch = Scratch(count * _NONCE_SIZE)
+        self._counters = scratch.column(4, _NONCE_SIZE, "<u8")
+        self._rows = scratch.rows(0, _NONCE_SIZE, _NONCE_SIZE, count)
+
+    def of(self, counters: Array) -> Sequence[memoryview]:
+        """At least as many as there are counters, good until the next call."""
+        count = counters.size
+        if count > self._counters.size:
+            self._allocate(2 * count)
+        self._counters[:count] = counters
+        return self._rows
 
 
 class Sealer:
@@ -32,6 +53,7 @@ class Sealer:
 
     def __init__(self) -> None:
         self._scratch = Scratch(_INITIAL_SIZE)
+        self._nonces = Nonces()
         self._steps: Array = np.arange(64, dtype=np.uint64)
 
     def seal(self, packets: Packets, aead: ChaCha20Poly1305, receiver: int, counter: int, headroom: int = 0) -> Datagrams:
@@ -50,9 +72,10 @@ class Sealer:
         if count > self._steps.size:
             self._steps = np.arange(2 * count, dtype=np.uint64)
         scratch.column(headroom, stride, "<u8")[:count] = receiver << 32 | TRANSPORT_TYPE
-        scratch.column(headroom + 8, stride, "<u8")[:count] = self._steps[:count] + np.uint64(counter)
+        counters = self._steps[:count] + np.uint64(counter)
+        scratch.column(headroom + 8, stride, "<u8")[:count] = counters
         full = count if last == length else count - 1
-        nonces = map(_NONCE, range(counter, counter + full))
+        nonces = self._nonces.of(counters)[:full]
         sealed = scratch.rows(start, stride, length + TAG_SIZE, full)
         deque(map(aead.encrypt_into, nonces, packets.rows, repeat(None), sealed), 0)
         if full < count:
@@ -120,13 +143,10 @@ def _single_run(datagrams: Datagrams, row: int) -> Run:
     return Run(kind, receiver, row, 1)
 
 
-def read_counters(datagrams: Datagrams, first: int, count: int) -> list[int]:
+def read_counters(datagrams: Datagrams, first: int, count: int) -> Array:
     """The counters of a run of transport messages, before anything of them is trusted."""
     at = first * datagrams.stride + datagrams.headroom + 8
-    if count == 1:
-        return [_COUNTER.unpack_from(datagrams.data, at)[0]]
-    counters: list[int] = np.ndarray((count,), "<u8", datagrams.data, at, (datagrams.stride,)).tolist()
-    return counters
+    return np.ndarray((count,), "<u8", datagrams.data, at, (datagrams.stride,))
 
 
 @dataclass(slots=True)
@@ -162,6 +182,7 @@ class Opener:
 
     def __init__(self) -> None:
         self._scratch = Scratch(_INITIAL_SIZE)
+        self._nonces = Nonces()
 
     def open(self, datagrams: Datagrams, first: int, count: int, aead: ChaCha20Poly1305) -> Opened:
         """Open a run of transport messages (of find_runs). A row whose tag is wrong is erased, at no cost to its neighbours."""
@@ -182,14 +203,15 @@ class Opener:
 
         stride = round_up(length) or 16
         scratch.reserve(count * stride)
-        counters = read_counters(datagrams, first, count)
+        column = read_counters(datagrams, first, count)
+        counters: list[int] = column.tolist()
         full = count if last == length else count - 1
         width = length + TAG_SIZE
         if datagrams.cache is not None:
             sealed = datagrams.cache.rows(start, step, width, full)
         else:
             sealed = [data[at : at + width] for at in range(start, start + full * step, step)]
-        flags = _open_rows(aead, counters[:full], sealed, scratch.rows(0, stride, length, full))
+        flags = _open_rows(aead, self._nonces.of(column), sealed, scratch.rows(0, stride, length, full), full)
         if full < count:
             sealed_last = data[start + full * step :][: last + TAG_SIZE]
             flags.append(_open_row(aead, counters[-1], sealed_last, scratch.view[full * stride :][:last]))
@@ -206,14 +228,17 @@ def _open_row(aead: ChaCha20Poly1305, counter: int, sealed: memoryview, plain: m
 
 
 def _open_rows(
-    aead: ChaCha20Poly1305, counters: list[int], sealed: Sequence[memoryview], plain: Sequence[memoryview]
+    aead: ChaCha20Poly1305,
+    nonces: Sequence[memoryview],
+    sealed: Sequence[memoryview],
+    plain: Sequence[memoryview],
+    count: int,
 ) -> list[bool]:
-    """Open as many rows as there are counters; there may be more slices."""
-    count = len(counters)
+    """Open `count` rows; there may be more slices."""
     good = [True] * count
-    # The map goes on after an exception, with the next row; the iterator of counters tells which row it was.
-    remaining = iter(counters)
-    opening = map(aead.decrypt_into, map(_NONCE, remaining), sealed, repeat(None), plain)
+    # The map goes on after an exception, with the next row; the iterator of nonces tells which row it was.
+    remaining = iter(nonces[:count])
+    opening = map(aead.decrypt_into, remaining, sealed, repeat(None), plain)
     while True:
         try:
             deque(opening, 0)
