@@ -2,7 +2,7 @@
 
 import sys
 
-__all__ = ["main"]
+__all__ = ["main", "wireguard"]
 
 _EXTRA = frozenset({"aiosqlite", "alembic", "platformdirs", "rich", "sqlalchemy", "typer", "watchfiles"})
 
@@ -17,3 +17,9 @@ def main() -> None:
         print(f"siderolink: the command needs {error.name}: pip install 'siderolink[cli]'", file=sys.stderr)
         sys.exit(1)
     sys.exit(run())
+
+
+def wireguard() -> None:
+    """`siderolink-wireguard IFNAME`, for scripts that run a program with an interface's name: `wireguard --background`."""
+    sys.argv[1:] = ["wireguard", "--background", *sys.argv[1:]]
+    main()

@@ -244,11 +244,17 @@ def machine_config(
 
 
 @app.command()
-def wireguard(name: Annotated[str, typer.Argument(help="The interface's name.", metavar="IFNAME")]) -> None:
+def wireguard(
+    name: Annotated[str, typer.Argument(help="The interface's name.", metavar="IFNAME")],
+    background: Annotated[
+        bool,
+        typer.Option("--background/--foreground", "-b/-f", help="Return when the interface is there, and go on by itself."),
+    ] = False,
+) -> None:
     """Run a bare WireGuard interface in userspace, to be set up with `wg` like any other."""
     from siderolink.cli.wireguard import run_wireguard
 
-    run_wireguard(name)
+    run_wireguard(name, background=background)
 
 
 @app.command()

@@ -22,8 +22,10 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_wheel_holds_the_package_its_types_and_its_license(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
+        (commands,) = [archive.read(name).decode() for name in names if name.endswith("entry_points.txt")]
     assert {"siderolink/py.typed", "siderolink/__init__.py", "siderolink/common/pb/sidero/link/__init__.py"} <= set(names)
     assert any(name.endswith("licenses/LICENSE") for name in names)
+    assert "siderolink-wireguard = siderolink.cli:wireguard" in commands
     assert {name.split("/")[0].split("-")[0] for name in names} == {"siderolink"}
 
 

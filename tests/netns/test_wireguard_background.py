@@ -1,0 +1,120 @@
+"""`siderolink wireguard --background` in the hands of scripts that run any userspace WireGuard."""
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from siderolink.common.keys import PrivateKey
+from tests.support.netns import Namespace, stop
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def program(folder: Path) -> Path:
+    """What an installation has as `siderolink-wireguard`."""
+    found = folder / "siderolink-wireguard"
+    found.write_text(
+        f"#!{sys.executable}\nimport sys\nsys.path.insert(0, {str(ROOT)!r})\n"
+        "from siderolink.cli import wireguard\nwireguard()\n"
+    )
+    found.chmod(0o755)
+    return found
+
+
+def shell(namespace: Namespace, script: str, *, status: int = 0) -> str:
+    """Run a script where UAPI sockets are its own; what it leaves running must hold none of its outputs."""
+    process = namespace.popen(
+        ["bash", "-c", script], own_uapi_folder=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+    )
+    try:
+        output, _ = process.communicate(timeout=30)
+    finally:
+        stop(process)
+    assert process.returncode == status, output
+    return output
+
+
+def eventually(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_it_returns_when_the_interface_is_there_and_ends_with_it(tmp_path: Path) -> None:
+    run = program(tmp_path)
+    with Namespace("script") as namespace:
+        output = shell(
+            namespace,
+            f"""
+            {run} wg0 || exit 10
+            wg set wg0 listen-port 4242 || exit 11
+            wg show wg0 listen-port
+            {run} wg0 && exit 12
+            ip link del wg0
+            for _ in {{1..100}}; do [ -e /var/run/wireguard/wg0.sock ] || exit 0; sleep 0.05; done
+            exit 13
+            """,
+        )
+        assert output.splitlines() == [
+            "4242",
+            "siderolink: there is an interface wg0 already: remove it, or choose another name",
+        ]
+        eventually(lambda: not pids(namespace))
+
+
+def pids(namespace: Namespace) -> list[str]:
+    return subprocess.run(["ip", "netns", "pids", namespace.name], capture_output=True, text=True, check=True).stdout.split()
+
+
+def test_what_it_tells_of_is_a_matter_of_the_environment(tmp_path: Path) -> None:
+    run = program(tmp_path)
+    key, other = PrivateKey.generate(), PrivateKey.generate()
+    with Namespace("script") as namespace:
+        output = shell(
+            namespace,
+            f"""
+            set -e
+            LOG_LEVEL=silent {run} wg0
+            LOG_LEVEL=verbose {run} wg1
+            wg set wg0 private-key <(echo {key.encode()}) listen-port 4242 peer {other.public_key().encode()}
+            ip link set wg0 up
+            ip link set wg1 up
+            wg set wg1 private-key <(echo {other.encode()}) \
+                peer {key.public_key().encode()} endpoint 127.0.0.1:4242 persistent-keepalive 25
+            until [[ $(wg show wg1 latest-handshakes) != *$'\\t0' ]]; do sleep 0.05; done
+            ip link del wg0
+            ip link del wg1
+            """,
+        )
+        assert f"wg1: handshake with {key.public_key()} completed" in output
+        assert "wg0: " not in output
+
+
+def test_wg_quick_takes_it(tmp_path: Path) -> None:
+    run = program(tmp_path)
+    file = tmp_path / "wgq.conf"
+    peer = PrivateKey.generate().public_key().encode()
+    file.write_text(
+        f"[Interface]\nPrivateKey = {PrivateKey.generate().encode()}\nAddress = 10.1.0.1/24, fd01::1/64\nListenPort = 4242\n"
+        f"[Peer]\nPublicKey = {peer}\nAllowedIPs = 10.1.0.0/24, 10.2.0.0/16, fd01::/64\nEndpoint = 127.0.0.1:4243\n"
+    )
+    file.chmod(0o600)
+    with Namespace("quick") as namespace:
+        output = shell(
+            namespace,
+            f"""
+            set -e
+            export WG_QUICK_USERSPACE_IMPLEMENTATION={run}
+            wg-quick up {file} 2>/dev/null
+            wg show wgq dump
+            ip -br address show dev wgq
+            ip route show dev wgq
+            wg-quick down {file} 2>/dev/null
+            """,
+        )
+        for expected in (peer, "4242", "10.1.0.1/24", "fd01::1/64", "10.2.0.0/16"):
+            assert expected in output
+        eventually(lambda: not pids(namespace))
