@@ -107,7 +107,7 @@ def tunnel(rows: int) -> Callable[[float, int, Count], Awaitable[None]]:
                     writable = asyncio.Event()
                     path.when_writable(writable.set)
                     await writable.wait()
-            assert path.dropped == 0
+            assert not path.drops
 
     return run
 

@@ -371,5 +371,6 @@ class Server(AbstractAsyncContextManager["Server"]):
         return dict(total)
 
     def drops(self) -> dict[str, int]:
-        """How many datagrams and packets the device dropped, by named reason (docs/drops.md)."""
-        return self._live().device.drops()
+        """How many datagrams and packets were dropped, by named reason (docs/drops.md)."""
+        parts = self._live()
+        return parts.device.drops() | {str(reason): count for reason, count in parts.tunnel.drops.items()}

@@ -7,7 +7,7 @@ from grpclib import GRPCError, Status
 from siderolink.common.addressing import parse_peer_addr_port
 from siderolink.common.errors import ConfigurationError
 from siderolink.common.grpc import ByteStream, ByteStreamService
-from siderolink.common.transport.tunnel import ADDRESS_METADATA, TunnelPath, carry
+from siderolink.common.transport.tunnel import ADDRESS_METADATA, TunnelDrop, TunnelPath, carry
 from siderolink.common.wireguard.device import Device
 from siderolink.server.links import Link, Links
 from siderolink.server.machines import Machines
@@ -35,6 +35,8 @@ class TunnelService:
         self._links = links
         self._device = device
         self.refusals: Counter[StreamRefusal] = Counter()
+        self.drops: Counter[TunnelDrop] = Counter()
+        """Datagrams that found no way into a stream."""
 
     def service(self) -> ByteStreamService:
         return ByteStreamService({METHOD: self.create_stream})
@@ -45,7 +47,7 @@ class TunnelService:
         key = link.machine.public_key
         if key is None:
             raise self._refused(StreamRefusal.NOT_ALLOWED)
-        path = TunnelPath(stream, name, peer=bytes(key))
+        path = TunnelPath(stream, name, peer=bytes(key), drops=self.drops)
 
         def end(refusal: StreamRefusal) -> None:
             self.refusals[refusal] += 1

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from siderolink.common.grpc.refusals import Refusal
+from siderolink.common.transport.tunnel import TunnelDrop
 from siderolink.common.wireguard.noise.drops import Drop
 from siderolink.server.refusals import JoinRefusal, StreamRefusal
 from siderolink.server.reporting.reports import ReportDrop
@@ -14,6 +15,7 @@ from siderolink.server.reporting.reports import ReportDrop
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "drops.md").read_text()
 SECTIONS = {
     "Datagrams and packets": Drop,
+    "Datagrams in a tunnel": TunnelDrop,
     "Connections, calls and messages": Refusal,
     "Joins": JoinRefusal,
     "Reports": ReportDrop,

@@ -1,8 +1,9 @@
 """The gRPC tunnel: WireGuard datagrams inside one bidirectional stream, as a path."""
 
 import asyncio
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
+from enum import StrEnum
 
 from siderolink.common.grpc import ByteStream, Status
 from siderolink.common.transport.tunnel_messages import HEADROOM, MessageRun, TunnelReader, encode
@@ -16,6 +17,15 @@ QUEUE_BYTES = 256 * 1024
 _AT_ONCE_BYTES = 16 * 1024
 
 
+class TunnelDrop(StrEnum):
+    """Why a datagram did not get into a stream."""
+
+    FULL = "tunnel_full"
+    """The oldest of a stream's queue: the other end reads too slowly."""
+    ENDED = "tunnel_ended"
+    """One for a stream that has ended."""
+
+
 class TunnelPath:
     """The path through one stream. What finds no room waits, up to a bound; then the oldest messages are dropped and counted.
 
@@ -24,11 +34,19 @@ class TunnelPath:
 
     headroom = HEADROOM
 
-    def __init__(self, stream: ByteStream, name: str, *, peer: bytes | None = None, queue_bytes: int = QUEUE_BYTES) -> None:
+    def __init__(
+        self,
+        stream: ByteStream,
+        name: str,
+        *,
+        peer: bytes | None = None,
+        queue_bytes: int = QUEUE_BYTES,
+        drops: Counter[TunnelDrop] | None = None,
+    ) -> None:
         self.peer = peer
         """The only public key (32 bytes) that may be heard here, None where any may."""
-        self.dropped = 0
-        """How many datagrams were dropped, for want of room or because the stream had ended."""
+        self.drops: Counter[TunnelDrop] = Counter() if drops is None else drops
+        """How many datagrams were dropped, for want of room or because the stream had ended; several paths may share one."""
         self._stream = stream
         self._name = name
         self._limit = queue_bytes
@@ -62,7 +80,7 @@ class TunnelPath:
     def send(self, datagrams: Datagrams) -> None:
         """Send a batch that has 8 bytes of headroom; returns at once, and never raises."""
         if not self.is_open:
-            self.dropped += datagrams.count
+            self.drops[TunnelDrop.ENDED] += datagrams.count
             return
         for run in encode(datagrams):
             if not self._queue and len(run.data) >= _AT_ONCE_BYTES:
@@ -164,7 +182,7 @@ class TunnelPath:
             rows = min(run.messages, -(-(self._queued - self._limit) // run.stride))
             run.sent = min(start + rows * run.stride, len(run.data))
             self._queued -= run.sent - start
-            self.dropped += rows
+            self.drops[TunnelDrop.FULL] += rows
             if run.sent == len(run.data):
                 self._queue.popleft()
         if begun is not None:
@@ -172,7 +190,8 @@ class TunnelPath:
 
     def _forget(self) -> None:
         """The stream has ended: nothing that waits can arrive."""
-        self.dropped += sum(run.messages for run in self._queue)
+        if self._queue:
+            self.drops[TunnelDrop.ENDED] += sum(run.messages for run in self._queue)
         self._queue.clear()
         self._queued = 0
         self._tell_writable()
