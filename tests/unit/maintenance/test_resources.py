@@ -99,7 +99,7 @@ def test_a_spec_never_shows_its_values() -> None:
                 "linkName": "eth0",
                 "family": "inet4",
                 "scope": "global",
-                "flags": 128,
+                "flags": "permanent",
             },
         ),
     ],
@@ -116,6 +116,7 @@ def test_a_link_says_what_the_kernel_says_and_a_link_spec_holds_the_key_that_is_
         b"\x08\x02\x10\x01\x20\xc3\xa0\x04\x2a\x06\x02\xfc\x00\x00\x00\x01\x38\xdc\x0b\x50\x06\xb0\x01\x01"
     )
     assert yaml.safe_load(link.yaml())["hardwareAddr"] == "02:fc:00:00:00:01"
+    assert yaml.safe_load(link.yaml())["flags"] == "UP,BROADCAST,RUNNING,MULTICAST,LOWER_UP"
     make = partial(link_spec, "siderolink", mtu=1280, server_key="k", server=NODE, endpoint="192.0.2.1:51820", keepalive=25)
     spec, key = make(private_key=None), PrivateKey.generate()
     assert "privateKey" not in spec.yaml()

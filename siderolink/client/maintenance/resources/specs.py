@@ -1,5 +1,6 @@
 """What a machine's resources say, each written once for both forms. Numbers of the kernel stay numbers in protobuf."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_interface
@@ -24,6 +25,15 @@ from siderolink.common.pb.talos.resource.definitions.siderolink import ConfigSpe
 _STATES = ("unknown", "notPresent", "down", "lowerLayerDown", "testing", "dormant", "up")
 _LINK_TYPES = {1: "ether", 772: "loopback", 776: "sit", 778: "gre", 65534: "none"}
 _FAMILIES = {2: "inet4", 10: "inet6"}
+# by bit, the lowest first
+_LINK_FLAGS = (
+    *("UP", "BROADCAST", "DEBUG", "LOOPBACK", "POINTOPOINT", "NOTRAILERS", "RUNNING", "NOARP", "PROMISC", "ALLMULTI", "MASTER"),
+    *("SLAVE", "MULTICAST", "PORTSEL", "AUTOMEDIA", "DYNAMIC", "LOWER_UP", "DORMANT", "ECHO"),
+)
+_ADDRESS_FLAGS = (
+    *("temporary", "nodad", "optimistic", "dadfailed", "homeaddress", "deprecated", "tentative", "permanent", "mngmtmpaddr"),
+    *("noprefixroute", "mcautojoin", "stableprivacy"),
+)
 _SCOPES = {0: "global", 200: "site", 253: "link", 254: "host", 255: "nowhere"}
 _LINK_NONE = 65534
 _OPERATOR_LAYER = 3
@@ -89,7 +99,7 @@ def link_status(link: LinkFacts) -> ResourceSpec:
         "index": link.index,
         "type": _LINK_TYPES.get(link.type, str(link.type)),
         "linkIndex": link.parent,
-        "flags": link.flags,
+        "flags": _flag_names(link.flags, _LINK_FLAGS),
         "hardwareAddr": link.hardware.hex(":"),
         "permanentAddr": link.permanent.hex(":"),
         "broadcastAddr": link.broadcast.hex(":"),
@@ -124,7 +134,7 @@ def address_status(found: AddressFacts) -> ResourceSpec:
         "linkName": found.link,
         "family": _FAMILIES.get(found.family, str(found.family)),
         "scope": _SCOPES.get(found.scope, str(found.scope)),
-        "flags": found.flags,
+        "flags": _flag_names(found.flags, _ADDRESS_FLAGS),
     }
     return ResourceSpec(bytes(message), fields)
 
@@ -231,6 +241,11 @@ def machine_config(documents: bytes) -> ResourceSpec:
     """The configuration as it was applied: a text, for it may be several documents."""
     message = MachineConfigSpec(yaml_marshalled=documents)
     return ResourceSpec.of_text(bytes(message), documents.decode(errors="replace"))
+
+
+def _flag_names(flags: int, names: Sequence[str]) -> str:
+    """The names of the bits that are set."""
+    return ",".join(name for bit, name in enumerate(names) if flags >> bit & 1)
 
 
 def _net_ip(text: str) -> NetIp | None:
