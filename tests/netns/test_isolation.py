@@ -6,8 +6,9 @@ case is repeated with the filters off, to show that the very same packet passes 
 
 import socket
 import struct
+import time
 import uuid
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -85,6 +86,8 @@ class Attacker:
     key: PublicKey
     address: str
     tap: Tap
+    received: list[bytes]
+    """What came to this machine."""
     _count: int = 0
 
     def passes(self, source: str, destination: str) -> bool:
@@ -117,7 +120,8 @@ def attacking(host: Host, number: int, *, tunnel: bool) -> Iterator[Attacker]:
         portal = stack.enter_context(host.net.machines[number].portal())
         answer = portal.call(machine.provision)
         connected = portal.call(anyio.Event)
-        link = stack.enter_context(portal.wrap_async_context_manager(attack(machine, answer, connected)))
+        received: list[bytes] = []
+        link = stack.enter_context(portal.wrap_async_context_manager(attack(machine, answer, connected, received.append)))
         if tunnel:
             carrying = portal.start_task_soon(carry, machine, link)
             stack.callback(carrying.cancel)
@@ -125,11 +129,13 @@ def attacking(host: Host, number: int, *, tunnel: bool) -> Iterator[Attacker]:
         tap = Tap(host)
         stack.callback(tap.close)
         assert isinstance(link.device, PacketDevice)
-        yield Attacker(host, portal, link.device, machine.key.public_key(), str(link.address), tap)
+        yield Attacker(host, portal, link.device, machine.key.public_key(), str(link.address), tap, received)
 
 
 @asynccontextmanager
-async def attack(machine: RawMachine, answer: ProvisionResponse, connected: anyio.Event) -> AsyncIterator[RawLink]:
+async def attack(
+    machine: RawMachine, answer: ProvisionResponse, connected: anyio.Event, on_packet: Callable[[bytes], None]
+) -> AsyncIterator[RawLink]:
     """A device without an interface, whose own allowed IPs are everything there is."""
 
     def heard(event: object) -> None:
@@ -139,7 +145,7 @@ async def attack(machine: RawMachine, answer: ProvisionResponse, connected: anyi
     config = DeviceConfig(name="attacker", private_key=machine.key, listen_port=None if machine.tunnel else 0)
     server_key = PublicKey.parse(answer.server_public_key)
     endpoint = None if machine.tunnel else (await HostPort.parse(answer.server_endpoint[-1]).resolve())[0]
-    async with open_packet_device(config, lambda packet: None, heard) as device:
+    async with open_packet_device(config, on_packet, heard) as device:
         await device.set_peer(
             PeerConfig(public_key=server_key, allowed_ips=EVERYTHING, endpoint=endpoint, persistent_keepalive=25)
         )
@@ -199,6 +205,45 @@ def test_a_machines_packets_get_to_the_server_and_nowhere_else(tunnel: bool) -> 
         assert all(attacker.passes(source, OVERLAY) for source in forged.values())
         assert attacker.passes("10.0.0.1", SERVER_V4)
         assert attacker.passes("10.0.0.1", "255.255.255.255")
+
+
+@pytest.mark.parametrize("tunnel", [False, True], ids=["udp", "tunnel"])
+def test_two_machines_that_both_want_to_do_not_reach_each_other(tunnel: bool) -> None:
+    """Both have widened their own allowed IPs, and the server's host forwards and has a route to each of them."""
+
+    def arrives(sender: Attacker, receiver: Attacker, number: int) -> bool:
+        """Whether a packet from one machine comes to the other; what the server sends after it does."""
+        wanted, witness = f"wanted {number}".encode(), f"witness {number}".encode()
+        assert sender.passes(sender.address, OVERLAY)
+        sender.portal.call(sender.device.send, packet(sender.address, receiver.address, wanted))
+        assert sender.passes(sender.address, OVERLAY)
+        for _ in range(100):  # what is forwarded has no fixed place before what the host sends by itself
+            host.net.server.call(send_from_here, receiver.address, witness)
+            seen = [data for data in receiver.received if data.endswith((wanted, witness))]
+            if any(data.endswith(wanted) for data in seen):
+                return True
+            if len(seen) >= 5:
+                return False
+            time.sleep(0.05)
+        raise AssertionError("nothing comes from the server")
+
+    with serving() as host, attacking(host, 0, tunnel=tunnel) as one, attacking(host, 1, tunnel=tunnel) as other:
+        host.net.server.forward()
+        for machine in (one, other):
+            host.net.server.run(["ip", "-6", "route", "add", f"{machine.address}/128", "dev", "siderolink"])
+        assert not arrives(one, other, 1)
+        assert not arrives(other, one, 2)
+        # The positive control: without the isolation, the host does forward it.
+        host.portal.call(host.server.device.set_isolate, False)
+        assert arrives(one, other, 3)
+        assert arrives(other, one, 4)
+        host.portal.call(host.server.device.set_isolate, True)
+        assert not arrives(one, other, 5)
+
+
+def send_from_here(to: str, payload: bytes) -> None:
+    with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as sock:
+        sock.sendto(payload, (to, 7))
 
 
 @contextmanager

@@ -244,6 +244,7 @@ def test_strangers_are_refused() -> None:
         for port in (SINK, LOGS):
             with pytest.raises(ConnectionRefusedError):
                 net.machine.call(dial, SERVER_V4, port)
+        assert raw_lines(net, machine.link, b"{}\n") == "closed"
         # once the server forgets the machine, its link is gone and so is its way in
         portal.call(server.remove, only_machine(server, portal))
         assert raw_lines(net, machine.link, b"{}\n") in ("TimeoutError", "timeout")
