@@ -36,7 +36,7 @@ demo: setup ## the main job, shown in network namespaces of its own
 test: needs check ## every check and every test, on every interpreter; the kernel's WireGuard has a verb of its own
 	@echo "the tests that take minutes, beside the others"
 	@$(PYTEST) -q -m long $(ARGS) >.venvs/long.log 2>&1 & long=$$!; \
-	status=0; $(MAKE) others || status=$$?; $(MAKE) all-tests || status=$$?; \
+	status=0; $(MAKE) -j2 -Otarget others || status=$$?; $(MAKE) all-tests || status=$$?; \
 	wait $$long || status=$$?; cat .venvs/long.log; exit $$status
 
 check: lint types fresh ## what reads the code without running it
