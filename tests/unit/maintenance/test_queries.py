@@ -180,6 +180,15 @@ def test_a_history_is_bounded_and_knows_its_own_bookmarks() -> None:
             history.after(bad)
 
 
+def test_a_history_of_long_resources_is_bounded_too() -> None:
+    now, history = datetime.now(UTC), History()
+    long = ResourceSpec(bytes(100_000), {}, "x" * 100_000)
+    for number in range(100):
+        fields = {"namespace": "network", "id": str(number), "version": 1, "created": now, "updated": now}
+        history.add(ChangeKind.CREATED, Resource(type=LINK_STATUS, spec=long, **fields))  # type: ignore[arg-type]
+    assert [change.resource.id for change in history.last(100)] == ["98", "99"]
+
+
 def selected(*queries: LabelQuery) -> Selection:
     return read_selection(queries, None)
 

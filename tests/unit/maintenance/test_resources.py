@@ -173,3 +173,8 @@ async def test_a_slow_watch_is_ended_and_costs_bounded_memory() -> None:
     with pytest.raises(WatchTooSlowError):
         await slow.next()
     store.unwatch(slow)
+    slow = store.watch(MACHINE_CONFIG, None)
+    for number in range(8):
+        store.put(MACHINE_CONFIG, "v1alpha1", machine_config(str(number).encode() * 200_000))
+    with pytest.raises(WatchTooSlowError):
+        await slow.next()

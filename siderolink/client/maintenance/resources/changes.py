@@ -13,6 +13,8 @@ from siderolink.client.maintenance.resources.spec import ResourceSpec
 
 HISTORY_LIMIT = 256
 """Changes of one kind of resource that are kept for those who watch from an earlier moment on."""
+HISTORY_BYTES = 1024 * 1024
+"""How much of them: a configuration may be long, and applied again and again."""
 _BOOKMARK = struct.Struct(">8sq")
 
 
@@ -50,6 +52,11 @@ class Change:
     number: int = 0
     """Rises by one with each change of this kind of resource."""
 
+    @property
+    def size(self) -> int:
+        """Roughly the bytes that it takes."""
+        return self.resource.spec.size + (0 if self.old is None else self.old.spec.size)
+
 
 class BookmarkError(ValueError):
     """Raised when a bookmark is none of ours, or of a time that is no longer known."""
@@ -58,8 +65,10 @@ class BookmarkError(ValueError):
 class History:
     """The last changes of one kind of resource, each of which has a bookmark."""
 
-    def __init__(self, limit: int = HISTORY_LIMIT) -> None:
-        self._changes: deque[Change] = deque(maxlen=limit)
+    def __init__(self, limit: int = HISTORY_LIMIT, max_bytes: int = HISTORY_BYTES) -> None:
+        self._changes: deque[Change] = deque()
+        self._limit, self._max_bytes = limit, max_bytes
+        self._size = 0
         self._end = 0
         self._cookie = os.urandom(8)  # bookmarks of another life of this program are not ours
 
@@ -67,6 +76,9 @@ class History:
         change = Change(kind=kind, resource=resource, old=old, number=self._end)
         self._end += 1
         self._changes.append(change)
+        self._size += change.size
+        while len(self._changes) > self._limit or self._size > self._max_bytes:
+            self._size -= self._changes.popleft().size
         return change
 
     def bookmark(self, number: int | None = None) -> bytes:

@@ -1,10 +1,12 @@
 """What a resource says, in the two forms in which it is told: its type's protobuf message, and YAML."""
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Self
 
+_NEEDS_ESCAPE = re.compile(r'[^ -~]|["\\]')
 _PLAIN = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
 
 
@@ -18,6 +20,11 @@ class ResourceSpec:
     """The same for YAML: text, numbers, truth values, lists and mappings."""
     text: str | None = None
     """The YAML itself, where it was not made from fields."""
+
+    @property
+    def size(self) -> int:
+        """Roughly the bytes that it takes."""
+        return 1024 + 4 * len(self.proto) + len(self.text or "")
 
     def yaml(self) -> str:
         """The spec as YAML."""
@@ -74,15 +81,13 @@ def _text(text: str) -> str:
 
 
 def _quoted(text: str) -> str:
-    return f'"{"".join(map(_escaped, text))}"'
+    return f'"{_NEEDS_ESCAPE.sub(_escaped, text)}"'
 
 
-def _escaped(character: str) -> str:
-    code = ord(character)
-    if character in '"\\':
-        return f"\\{character}"
-    if 0x20 <= code < 0x7F:
-        return character
+def _escaped(found: "re.Match[str]") -> str:
+    code = ord(found[0])
+    if found[0] in '"\\':
+        return f"\\{found[0]}"
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
 
 

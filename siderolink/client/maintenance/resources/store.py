@@ -18,6 +18,8 @@ from siderolink.client.maintenance.resources.spec import ResourceSpec
 
 WATCH_LIMIT = 1024
 """Changes that wait for one slow watcher before its watch is ended."""
+WATCH_BYTES = 4 * 1024 * 1024
+"""How much of them, roughly."""
 
 
 class WatchTooSlowError(Exception):
@@ -31,6 +33,7 @@ class Watch:
         self._kind = type_name, namespace
         self._id = resource_id
         self._waiting: deque[Change] = deque()
+        self._size = 0
         self._too_slow = False
         self._ready = anyio.Event()
 
@@ -39,11 +42,12 @@ class Watch:
         resource = change.resource
         if (resource.type.name, resource.namespace) != self._kind or self._id not in (None, resource.id):
             return
-        if len(self._waiting) >= WATCH_LIMIT:
+        if len(self._waiting) >= WATCH_LIMIT or self._size > WATCH_BYTES:
             self._too_slow = True
             self._waiting.clear()
         elif not self._too_slow:
             self._waiting.append(change)
+            self._size += change.size
         self._ready.set()
 
     async def next(self) -> Change:
@@ -52,7 +56,9 @@ class Watch:
             if self._too_slow:
                 raise WatchTooSlowError
             if self._waiting:
-                return self._waiting.popleft()
+                change = self._waiting.popleft()
+                self._size -= change.size
+                return change
             self._ready = anyio.Event()
             await self._ready.wait()
 
