@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+from .messages import TRANSPORT_OVERHEAD
+
 
 class InnerHeader(NamedTuple):
     source: bytes
@@ -25,6 +27,10 @@ def inner_header(packet: bytes | memoryview) -> InnerHeader | None:
     return None
 
 
+_LARGEST = 65_507 - TRANSPORT_OVERHEAD
+"""What one UDP datagram can carry over IPv4, too."""
+
+
 def padded_length(length: int, mtu: int) -> int:
-    """The length to seal: up to the next multiple of 16, but never beyond the MTU."""
-    return max(length, min(-(-length // 16) * 16, mtu))
+    """The length to seal: up to the next multiple of 16, but never beyond the MTU, nor beyond what UDP can carry."""
+    return max(length, min(-(-length // 16) * 16, mtu, _LARGEST))
