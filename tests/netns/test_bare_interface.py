@@ -259,8 +259,20 @@ def test_the_firewall_mark_is_on_what_is_sent() -> None:
                 chain out { type filter hook output priority 0; meta mark 0x42 udp dport 51821 counter name "seen"; }
             }
         """)
+
+        def seen() -> int:
+            return int(left.run(["nft", "list", "counter", "inet", "t", "seen"]).split("packets ")[1].split()[0])
+
         ping(left, "fd00::2")
-        assert "packets 0" not in left.run(["nft", "list", "counter", "inet", "t", "seen"])
+        before = seen()
+        assert before > 0
+        one.wg("set", "wg0", "listen-port", "4001")  # another socket
+        ping(left, "fd00::2")
+        marked = seen()
+        assert marked > before
+        one.wg("set", "wg0", "fwmark", "0")
+        ping(left, "fd00::2")
+        assert seen() == marked
 
 
 def test_wg_shows_a_devices_peers_too(namespace: Namespace) -> None:
