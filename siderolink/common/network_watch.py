@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
+from siderolink.common.readers import read_on
 from siderolink.common.wireguard.kernel.attributes import attributes
 
 _NEWLINK, _DELLINK, _NEWADDR, _DELADDR, _NEWROUTE, _DELROUTE = 16, 17, 20, 21, 24, 25
@@ -70,6 +71,7 @@ class NetworkWatch:
                 break
             except OSError:  # ENOBUFS: the kernel had more to say than there was room for
                 self._lost = True
+                read_on(self._loop, self._socket, self._read)
                 continue
             for kind, body in _messages(data):
                 self._take(kind, body)

@@ -25,7 +25,7 @@ _AGAIN_SECONDS = 1.0
 
 
 class SocketPath:
-    """A connected UDP socket."""
+    """A UDP socket, and where it sends to. Not connected, so that closed ports are not heard of."""
 
     headroom = 0
     peer = None
@@ -33,12 +33,13 @@ class SocketPath:
     is_open = True
     is_writable = True
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, endpoint: tuple[object, ...]) -> None:
         self._sock = sock
+        self._endpoint = endpoint
 
     def send(self, datagrams: Datagrams) -> None:
-        with contextlib.suppress(OSError):  # nobody listens there now, or the buffer is full: as lost on the way
-            self._sock.send(datagrams.data)
+        with contextlib.suppress(OSError):  # no way there now, or the buffer is full: as lost on the way
+            self._sock.sendto(datagrams.data, self._endpoint)
 
 
 class SimulatedMachine:
@@ -75,11 +76,10 @@ class SimulatedMachine:
             return
         family, endpoint = await self._resolve()
         self._sock = socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
-        if self._source is not None:
-            self._sock.bind((self._source, 0))
-        self._sock.connect(endpoint)
+        any_address = "0.0.0.0" if family == socket.AF_INET else "::"
+        self._sock.bind((self._source or any_address, 0))
         self._loop.add_reader(self._sock, self._read)
-        self._set_out(SocketPath(self._sock))
+        self._set_out(SocketPath(self._sock, endpoint))
 
     def reconnect(self) -> None:
         """Forget the session and shake hands again, as after a lost link."""

@@ -11,6 +11,7 @@ import socket
 import struct
 from typing import Final
 
+from siderolink.common.readers import read_on
 from siderolink.common.wireguard.kernel.attributes import attribute, attributes
 
 __all__ = ["Control", "Pin", "Routes"]
@@ -95,6 +96,7 @@ class Routes:
             except BlockingIOError:
                 break
             except OSError:  # ENOBUFS: the kernel had more to say than there was room for
+                read_on(self._loop, self._news, self._changed)
                 continue
         now = self._loop.time()
         if now - self._second > 1.0:

@@ -10,6 +10,7 @@ from typing import Final
 
 from siderolink.common.degraded import say_once
 from siderolink.common.errors import ConfigurationError
+from siderolink.common.readers import read_on
 from siderolink.common.transport.udp_routes import Control, Pin, Routes
 from siderolink.common.wireguard.noise.drops import Drop
 from siderolink.common.wireguard.path import Datagrams, Receive, RowCache
@@ -202,6 +203,7 @@ class UdpSocket:
             except (BlockingIOError, InterruptedError):
                 return None
             except OSError:  # an error that some datagram of ours caused; the socket goes on
+                read_on(self._loop, self._sock, self._read)
                 continue
             stride, pinned = size, b""
             for level, kind, value in controls:

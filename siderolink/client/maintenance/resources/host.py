@@ -26,6 +26,7 @@ from siderolink.client.maintenance.resources.specs import (
 from siderolink.client.maintenance.resources.store import ResourceStore
 from siderolink.common.netlink import run_netlink
 from siderolink.common.pb.talos.resource.definitions.hardware import SystemInformationSpec
+from siderolink.common.readers import read_on
 
 _GROUPS: Final = RTMGRP_LINK | RTMGRP_IPV4_IFADDR | RTMGRP_IPV6_IFADDR
 _RECEIVE_BYTES: Final = 1 << 16
@@ -87,7 +88,7 @@ def _drain(news: socket.socket, changed: asyncio.Event) -> None:
         except BlockingIOError:
             break
         except OSError:  # messages were lost: all the more has changed
-            pass
+            read_on(asyncio.get_running_loop(), news, _drain, news, changed)
     changed.set()
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
+from siderolink.common.readers import read_on
 from siderolink.common.wireguard.kernel.attributes import attributes
 from siderolink.common.wireguard.kernel.netlink import ROUTE, Message, Netlink, NetlinkRefusal
 
@@ -83,6 +84,7 @@ class LinkMonitor:
                 break
             except OSError:  # ENOBUFS: messages were lost
                 was_overrun = True
+                read_on(self._loop, self._socket, self._read)
                 continue
             self._take(data)
         if was_overrun and self._socket.fileno() >= 0:

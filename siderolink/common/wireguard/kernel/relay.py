@@ -20,6 +20,7 @@ from ipaddress import IPv4Address
 from typing import Final
 
 from siderolink.common.errors import DeviceError
+from siderolink.common.readers import read_on
 from siderolink.common.wireguard.kernel.batch import BATCH, Receiver
 from siderolink.common.wireguard.kernel.messages import encode_endpoint
 from siderolink.common.wireguard.path import Datagrams, Path
@@ -194,6 +195,7 @@ class Relay:
             try:
                 count = receiver.receive(self._socket.fileno())
             except OSError:  # what some datagram of ours caused, such as a closed port; the socket goes on
+                read_on(self._loop, self._socket, self._read)
                 continue
             self._pass_on(receiver, count)
             if count < BATCH or not self._is_reading:

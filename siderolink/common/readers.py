@@ -1,0 +1,15 @@
+"""Descriptors that go on being read after an error was pending on them."""
+
+import asyncio
+import socket
+from collections.abc import Callable
+
+
+def read_on(loop: asyncio.AbstractEventLoop, sock: socket.socket, callback: Callable[..., None], *args: object) -> None:
+    """Watch the socket anew; to be called where receiving raised an error that does not end the socket.
+
+    An error that waits to be received (a netlink socket's ENOBUFS, a closed port's ECONNREFUSED) makes uvloop call the reader
+    once more, and then never again.
+    """
+    loop.remove_reader(sock)
+    loop.add_reader(sock, callback, *args)
