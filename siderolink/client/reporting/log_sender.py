@@ -2,15 +2,17 @@
 
 TCP says what the other end's kernel has taken. A line is kept until then; after a break, what was not taken is sent again, so
 that a line can come twice but is not lost on the way. Of a line of which a part was taken before the break, all is sent again.
+What the kernel has taken and its program never read is known to nobody: so where a connection does not end as it should, what
+was taken lately is sent again, too.
 """
 
 import asyncio
-import contextlib
 import fcntl
 import logging
 import socket
 import struct
 import termios
+from collections import deque
 from collections.abc import AsyncIterable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -36,6 +38,8 @@ TAKE_TIMEOUT_MS = 15_000
 """How long the other end may take to acknowledge what was sent, before the connection is made anew."""
 KEEPALIVE_SECONDS = 30
 RETRY_SECONDS = 1.0
+LATELY_BYTES = 256 * 1024
+"""How much of what was taken is sent again after a connection that was reset or timed out."""
 _BATCH_BYTES = 64 * 1024
 
 
@@ -109,7 +113,7 @@ class LogSender:
             ledger = _Ledger(sock, self._outbox)
             try:
                 async with background_tasks() as tasks:
-                    tasks.start_soon(_watch_end, sock, tasks.cancel_scope)
+                    tasks.start_soon(_watch_end, sock, tasks.cancel_scope, ledger)
                     while True:
                         lines = await ledger.next_lines()
                         with anyio.fail_after(SEND_TIMEOUT):
@@ -117,8 +121,11 @@ class LogSender:
                         ledger.settle()
                         self._retry.worked()
                         self._say_lost()
+            except (OSError, TimeoutError):
+                ledger.is_broken = True
+                raise
             finally:
-                ledger.settle()
+                ledger.end()
 
     async def _deliver_udp(self) -> None:
         address = self.destination.address
@@ -153,6 +160,10 @@ class _Ledger:
         self._sent = 0
         self._ends: list[tuple[int, int]] = []
         """Line numbers, each with how much had been sent at its end."""
+        self._lately: deque[tuple[bytes, int]] = deque()
+        self._lately_size = 0
+        self.is_broken = False
+        """Whether the connection ended in another way than by the other end's closing it."""
 
     async def next_lines(self) -> list[bytes]:
         """The lines that wait to be sent, up to a batch; waits for the first."""
@@ -181,9 +192,23 @@ class _Ledger:
         for number, end in self._ends:
             if end > taken:
                 break
+            if number > self._outbox.first:
+                self._keep(self._outbox.get(number - 1))
             self._outbox.acknowledge(number)
             count += 1
         del self._ends[:count]
+
+    def end(self) -> None:
+        """Give up what was taken; but not what was taken lately, where nobody may have read it."""
+        self.settle()
+        if self.is_broken:
+            self._outbox.put_back(tuple(self._lately))
+
+    def _keep(self, line: bytes) -> None:
+        self._lately.append((line, len(line)))
+        self._lately_size += len(line)
+        while self._lately_size > LATELY_BYTES:
+            self._lately_size -= self._lately.popleft()[1]
 
 
 async def forward_log(source: AsyncIterable[KernelMessage], senders: Sequence[LogSender]) -> None:
@@ -228,11 +253,13 @@ async def _connect(address: HostPort) -> socket.socket:
         raise failure or OSError(f"{address} has no address")
 
 
-async def _watch_end(sock: socket.socket, scope: anyio.CancelScope) -> None:
+async def _watch_end(sock: socket.socket, scope: anyio.CancelScope, ledger: _Ledger) -> None:
     """Receivers say nothing: what can come is the end, and then `scope` is over."""
-    with contextlib.suppress(OSError):
+    try:
         while await asyncio.get_running_loop().sock_recv(sock, 4096):
             pass
+    except OSError:
+        ledger.is_broken = True
     scope.cancel()
 
 

@@ -1,6 +1,7 @@
 """What waits to be delivered: bounded, the oldest give way, and how many did is counted."""
 
 from collections import deque
+from collections.abc import Sequence
 from typing import Generic, TypeVar
 
 import anyio
@@ -50,6 +51,16 @@ class Outbox(Generic[T]):
         """What comes before `number` has been delivered."""
         while self._items and self._first < number:
             self._drop_first()
+
+    def put_back(self, items: Sequence[tuple[T, int]]) -> None:
+        """What was acknowledged last, oldest first, waits again: as much of it as there is room for, the newest of it."""
+        for item, size in reversed(items):
+            if len(self._items) >= self._max_items or self._size + size > self._max_bytes:
+                break
+            self._items.appendleft((item, size))
+            self._size += size
+            self._first -= 1
+        self._changed.set()
 
     async def wait_beyond(self, number: int) -> None:
         """Wait until there is an item of this number or a later one."""

@@ -7,6 +7,9 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, cast
 
+import anyio
+import anyio.lowlevel
+
 from siderolink.server.reporting.desk import ReportDesk
 from siderolink.server.reporting.lines import LineSplitter
 from siderolink.server.reporting.reports import ReportDrop
@@ -15,10 +18,42 @@ if TYPE_CHECKING:
     from siderolink.server.store import Machine
 
 
+FAREWELL_SECONDS = 1.0
+"""How long a receiver that stops waits for machines to close their connections, so that what they have sent is read."""
+
+
+class _Open:
+    """The connections that are open."""
+
+    def __init__(self) -> None:
+        self._transports: set[asyncio.Transport] = set()
+        self._none_left = anyio.Event()
+
+    def add(self, transport: asyncio.Transport) -> None:
+        self._transports.add(transport)
+
+    def discard(self, transport: asyncio.Transport) -> None:
+        self._transports.discard(transport)
+        if not self._transports:
+            self._none_left.set()
+
+    async def end(self) -> None:
+        """Ask for the end of each, take what still comes, and close those that stay."""
+        self._none_left = anyio.Event()
+        for transport in self._transports:
+            if not transport.is_closing():
+                transport.write_eof()
+        if self._transports:
+            with anyio.move_on_after(FAREWELL_SECONDS):
+                await self._none_left.wait()
+        for transport in tuple(self._transports):
+            transport.abort()
+
+
 class _Connection(asyncio.Protocol):
     """One machine's lines by TCP."""
 
-    def __init__(self, desk: ReportDesk, open_connections: "set[asyncio.Transport]") -> None:
+    def __init__(self, desk: ReportDesk, open_connections: _Open) -> None:
         self._desk = desk
         self._open = open_connections
         self._lines = LineSplitter(desk.options.max_line_bytes)
@@ -88,9 +123,9 @@ class _Datagrams(asyncio.DatagramProtocol):
 
 @asynccontextmanager
 async def receive_lines(desk: ReportDesk, tcp: socket.socket, udp: socket.socket) -> AsyncIterator[None]:
-    """Take lines from both sockets, which are closed with the context, as are the connections."""
+    """Take lines from both sockets, which are closed with the context, as are connections: once what came by them is read."""
     loop = asyncio.get_running_loop()
-    connections: set[asyncio.Transport] = set()
+    connections = _Open()
     try:
         server = await loop.create_server(lambda: _Connection(desk, connections), sock=tcp)
     except BaseException:
@@ -106,10 +141,11 @@ async def receive_lines(desk: ReportDesk, tcp: socket.socket, udp: socket.socket
     try:
         yield
     finally:
-        server.close()
-        transport.close()
-        for connection in tuple(connections):
-            connection.abort()
+        with anyio.CancelScope(shield=True):
+            await anyio.lowlevel.checkpoint()  # who has just connected is accepted, too
+            server.close()
+            transport.close()
+            await connections.end()
 
 
 def _is_whole(line: bytes) -> bool:
