@@ -220,6 +220,23 @@ def test_an_interface_moved_away_keeps_its_socket_where_it_was_born() -> None:
         assert "deleted" in one.rest()
 
 
+def test_an_interface_that_moves_on_at_once_under_another_name_is_still_followed() -> None:
+    """Set up in the very moment in which it arrives, before anybody can listen there."""
+    with two_interfaces() as (left, right, one, _), Namespace("first") as first, Namespace("second") as second:
+        moves = f"""
+            ip link set wg0 netns {first.name}
+            ip -n {first.name} link set wg0 netns {second.name} name other
+            ip -n {second.name} address add fd00::1/64 dev other nodad
+            ip -n {second.name} link set other up
+        """
+        left.run(["sh", "-ec", moves])
+        ping(second, "fd00::2", "-W6")
+        second.set_link("other", up=False)
+        assert "100% packet loss" in right.run(["ping", "-c1", "-W0.3", "fd00::1"], check=False)
+        second.run(["ip", "link", "del", "other"])
+        assert "deleted" in one.rest()
+
+
 @pytest.mark.parametrize("mtu", [1280, 9000, 65475])
 def test_the_mtu_changes_while_running(mtu: int) -> None:
     with two_interfaces() as (left, right, one, other):

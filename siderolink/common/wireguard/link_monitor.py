@@ -1,7 +1,8 @@
 """Follows one TUN interface by netlink: whether it is up, its MTU, and into which network namespace it was moved.
 
 A netlink socket hears of the namespace that it was made in. So when the interface leaves for another one, the monitor makes a
-new socket there; what was made before (the UDP sockets) stays where it is, as WireGuard users expect.
+new socket there; what was made before (the UDP sockets) stays where it is, as WireGuard users expect. Whatever happened before
+a socket began to hear is asked for: an interface may be set up, or move on, right after it was moved.
 """
 
 import asyncio
@@ -14,14 +15,19 @@ from dataclasses import dataclass
 from typing import Final
 
 from pyroute2 import netns
-from pyroute2.netlink import NLM_F_REQUEST
-from pyroute2.netlink.rtnl import RTM_DELLINK, RTM_NEWLINK, RTMGRP_LINK
+from pyroute2.netlink import NLM_F_REQUEST, NLMSG_ERROR
+from pyroute2.netlink.rtnl import RTM_DELLINK, RTM_GETLINK, RTM_NEWLINK, RTMGRP_LINK
 from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
 
 from siderolink.common.readers import read_on
 
 _TUNGETDEVNETNS: Final = 0x54E3
+_TUNGETIFF: Final = 0x800454D2
+_IFREQ_BYTES: Final = 40
+_QUESTION: Final = 1
+"""The sequence number of a question about the interface; an error in answer to that says it is not here."""
 _HEADER_BYTES: Final = 16
+_MOVES: Final = 10
 _RECEIVE_BYTES: Final = 1 << 16
 
 
@@ -36,15 +42,18 @@ class LinkState:
 class LinkMonitor:
     """Calls `on_change` with each state of the interface that differs from the last one."""
 
-    def __init__(self, tun_fd: int, name: str, on_change: Callable[[LinkState], None]) -> None:
+    def __init__(self, tun_fd: int, on_change: Callable[[LinkState], None]) -> None:
         self._tun_fd = tun_fd
-        self._name = name
-        self._index = socket.if_nametoindex(name)
+        self._index = _index(tun_fd)
         self._on_change = on_change
         self._loop = asyncio.get_running_loop()
         self._last: LinkState | None = None
-        self._socket = _open_socket()
-        self._loop.add_reader(self._socket, self._read)
+        self._listen(_open_socket())
+
+    def _listen(self, heard: socket.socket) -> None:
+        self._socket = heard
+        self._loop.add_reader(heard, self._read)
+        self._ask()
 
     def close(self) -> None:
         self._loop.remove_reader(self._socket)
@@ -52,10 +61,16 @@ class LinkMonitor:
 
     def limit_gso(self, size: int) -> None:
         """Cap the super-packets that the interface gives; where the kernel does not take it, they stay as they are."""
+        self._send(RTM_NEWLINK, 0, [("IFLA_GSO_MAX_SIZE", size)])
+
+    def _ask(self) -> None:
+        self._send(RTM_GETLINK, _QUESTION, [])
+
+    def _send(self, kind: int, number: int, attributes: list[tuple[str, int]]) -> None:
         message = ifinfmsg()
         message["index"] = self._index
-        message["attrs"] = [("IFLA_GSO_MAX_SIZE", size)]
-        message["header"] = {"type": RTM_NEWLINK, "flags": NLM_F_REQUEST, "sequence_number": 0, "pid": 0}
+        message["attrs"] = attributes
+        message["header"] = {"type": kind, "flags": NLM_F_REQUEST, "sequence_number": number, "pid": 0}
         message.encode()
         try:
             self._socket.send(message.data)
@@ -68,7 +83,8 @@ class LinkMonitor:
                 data = self._socket.recv(_RECEIVE_BYTES)
             except BlockingIOError:
                 return
-            except OSError:  # messages were lost; the next one tells the state
+            except OSError:  # messages were lost
+                self._ask()
                 read_on(self._loop, self._socket, self._read)
                 continue
             self._parse(data)
@@ -79,11 +95,14 @@ class LinkMonitor:
             length = int.from_bytes(data[offset : offset + 4], "little")
             if length < _HEADER_BYTES:
                 return
-            if int.from_bytes(data[offset + 4 : offset + 6], "little") in (RTM_NEWLINK, RTM_DELLINK):
+            kind = int.from_bytes(data[offset + 4 : offset + 6], "little")
+            if kind in (RTM_NEWLINK, RTM_DELLINK):
                 message = ifinfmsg(data[offset : offset + length])
                 message.decode()
                 if message["index"] == self._index:
                     self._take(message)
+            elif kind == NLMSG_ERROR and int.from_bytes(data[offset + 8 : offset + 12], "little") == _QUESTION:
+                self._follow()
             offset += (length + 3) & ~3
 
     def _take(self, message: ifinfmsg) -> None:
@@ -98,21 +117,29 @@ class LinkMonitor:
 
     def _follow(self) -> None:
         """The interface left this namespace: listen where it is now. If it is gone, reading it says so."""
-        try:
-            namespace = fcntl.ioctl(self._tun_fd, _TUNGETDEVNETNS)
-        except OSError:
+        for _ in range(_MOVES):
+            try:
+                namespace = fcntl.ioctl(self._tun_fd, _TUNGETDEVNETNS)
+            except OSError:
+                return
+            try:
+                # A thread of its own, because a namespace belongs to a thread.
+                with ThreadPoolExecutor(1) as thread:
+                    moved, index = thread.submit(_open_socket_in, namespace, self._tun_fd).result()
+            except OSError:  # it has moved on
+                continue
+            finally:
+                os.close(namespace)
+            self.close()
+            self._index = index
+            self._listen(moved)
             return
-        try:
-            # A thread of its own, because a namespace belongs to a thread.
-            with ThreadPoolExecutor(1) as thread:
-                moved, self._index = thread.submit(_open_socket_in, namespace, self._name).result()
-        except OSError:
-            return
-        finally:
-            os.close(namespace)
-        self.close()
-        self._socket = moved
-        self._loop.add_reader(self._socket, self._read)
+
+
+def _index(tun_fd: int) -> int:
+    """By its name, which may have changed with a move; in the namespace of the calling thread."""
+    found = fcntl.ioctl(tun_fd, _TUNGETIFF, bytes(_IFREQ_BYTES))
+    return socket.if_nametoindex(found[:16].rstrip(b"\0").decode())
 
 
 def _open_socket() -> socket.socket:
@@ -121,6 +148,11 @@ def _open_socket() -> socket.socket:
     return opened
 
 
-def _open_socket_in(namespace: int, name: str) -> tuple[socket.socket, int]:
+def _open_socket_in(namespace: int, tun_fd: int) -> tuple[socket.socket, int]:
     netns.setns(namespace)
-    return _open_socket(), socket.if_nametoindex(name)
+    opened = _open_socket()
+    try:
+        return opened, _index(tun_fd)
+    except OSError:
+        opened.close()
+        raise

@@ -57,7 +57,7 @@ class TunDevice(UserspaceDevice):
             self.start()
         else:
             self.stop()
-        self._monitor = LinkMonitor(self._tun.fileno(), self._tun.name, self._link_changed)
+        self._monitor = LinkMonitor(self._tun.fileno(), self._link_changed)
         self._read_on()
 
     def close(self) -> None:
