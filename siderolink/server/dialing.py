@@ -1,6 +1,12 @@
-"""After a start: handshakes towards the UDP endpoints where machines were last heard, so that nobody waits for their timers."""
+"""After a start: handshakes towards the UDP endpoints where machines were last heard, so that nobody waits for their timers.
+
+Two things bound how fast. A pace, so that no burst fills anybody's buffers. And a window: so many dials may be unanswered.
+Where machines come back by themselves at the same moment, or the host is busy, answers wait to be read; dials that do not wait
+for them only make that queue longer, until both ends repeat what is in it.
+"""
 
 import logging
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from ipaddress import ip_address
@@ -10,6 +16,7 @@ import anyio
 from siderolink.common.errors import SideroLinkError
 from siderolink.common.hostport import HostPort
 from siderolink.common.wireguard.path import Endpoint
+from siderolink.server.clock import Clock
 from siderolink.server.links import Link, Links, LinkState
 
 log = logging.getLogger(__name__)
@@ -23,19 +30,76 @@ class Pace:
     pause: float = 0.02
 
 
-async def dial_remembered(links: Links, pace: Pace | None = None) -> None:
+class Window:
+    """How many dials may be unanswered: more with each prompt answer, fewer with each that was slow. `now` is seconds.
+
+    A dial counts for twice as long as the last answer took, and a second at least: then the machine is taken for gone. So those
+    that are gone hold nobody up for long, and those whose answers are late are not dialled over.
+    """
+
+    LEAST, MOST = 100, 1000
+    PROMPT, LONGEST = 1.0, 10.0
+
+    def __init__(self) -> None:
+        self.size = self.LEAST
+        self._patience = self.PROMPT
+        self._counted: dict[str, float] = {}
+        self._gone: dict[str, float] = {}
+
+    def dialled(self, machine_id: str, now: float) -> None:
+        self._counted[machine_id] = now
+
+    def settled(self, machine_id: str, now: float) -> None:
+        """It answered, or came by itself; or nothing is to be expected of it any more."""
+        at = self._counted.pop(machine_id, None)
+        if at is None:
+            at = self._gone.pop(machine_id, None)
+        if at is None:
+            return
+        took = now - at
+        self._patience = min(max(self.PROMPT, 2 * took), self.LONGEST)
+        step = 1 if took < self.PROMPT else -1
+        self.size = min(max(self.LEAST, self.size + step), self.MOST)
+
+    def opens_at(self, now: float) -> float:
+        """When the next dial may be made, if none is settled before: `now` where there is room."""
+        first_at = math.inf
+        while self._counted:
+            machine_id, first_at = next(iter(self._counted.items()))
+            if first_at + self._patience > now:
+                break
+            self._gone[machine_id] = self._counted.pop(machine_id)
+        return now if len(self._counted) < self.size else first_at + self._patience
+
+
+async def dial_remembered(links: Links, pace: Pace | None = None, clock: Clock | None = None) -> None:
     """Dial each machine that was last heard by UDP and has not come by itself meanwhile, the last seen first."""
-    pace = pace or Pace()
-    for number, link in enumerate(_newest_first(links)):
-        if number and number % pace.count == 0:
-            await anyio.sleep(pace.pause)
-        endpoint = _endpoint(link)
-        if endpoint is None or link.state is not LinkState.DOWN or links.get(link.machine.id) is not link:
-            continue
-        try:
-            await links.dial(link, endpoint)
-        except SideroLinkError as error:
-            log.debug("a remembered endpoint could not be dialled: %s", error)
+    pace, clock = pace or Pace(), clock or Clock()
+    window, made = Window(), 0
+    wake = anyio.Event()
+
+    def settled(link: Link) -> None:
+        window.settled(link.machine.id, clock.monotonic())
+        wake.set()
+
+    with links.watching(settled):
+        for link in _newest_first(links):
+            while (wait := window.opens_at(now := clock.monotonic()) - now) > 0:
+                wake = anyio.Event()
+                with anyio.move_on_after(wait):
+                    await wake.wait()
+            endpoint = _endpoint(link)
+            if endpoint is None or link.state is not LinkState.DOWN or links.get(link.machine.id) is not link:
+                continue
+            window.dialled(link.machine.id, now)
+            try:
+                await links.dial(link, endpoint)
+            except SideroLinkError as error:
+                window.settled(link.machine.id, now)
+                log.debug("a remembered endpoint could not be dialled: %s", error)
+            made += 1
+            if made % pace.count == 0:
+                await anyio.sleep(pace.pause)
 
 
 def _newest_first(links: Iterable[Link]) -> list[Link]:

@@ -4,6 +4,7 @@ Everything here is found by a key in a dictionary; no method looks at all links 
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from ipaddress import IPv6Address, IPv6Network
@@ -71,6 +72,7 @@ class Links:
         self._by_key: dict[PublicKey, Link] = {}
         self._by_virtual: dict[IPv6Address, Link] = {}
         self._by_overlay: dict[IPv6Address, Link] = {}
+        self._watchers: list[Callable[[Link], None]] = []
         self.pending = 0
         """How many links are PENDING."""
 
@@ -205,6 +207,17 @@ class Links:
     def set_state(self, link: Link, state: LinkState) -> None:
         self.pending += (state is LinkState.PENDING) - (link.state is LinkState.PENDING)
         link.state = state
+        for watcher in self._watchers:
+            watcher(link)
+
+    @contextmanager
+    def watching(self, watcher: Callable[[Link], None]) -> Iterator[None]:
+        """Call back whenever a link's state was set, or a link forgotten; between packets, so it must be quick."""
+        self._watchers.append(watcher)
+        try:
+            yield
+        finally:
+            self._watchers.remove(watcher)
 
     def open_stream(self, link: Link, path: Path, end: EndStream) -> Stream:
         """Let a new stream claim the link's virtual address; the oldest unproven one gives way where there are too many."""

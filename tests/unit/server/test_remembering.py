@@ -1,6 +1,9 @@
 """What a server remembers of itself and of machines, and what it does with it after a start; in virtual time."""
 
+import math
+from collections.abc import Callable
 from dataclasses import replace
+from heapq import heappop, heappush
 from ipaddress import ip_address
 
 import anyio
@@ -10,7 +13,7 @@ from siderolink.common.errors import StoreError
 from siderolink.common.keys import PrivateKey
 from siderolink.common.wireguard.device import HandshakeGaveUp, PathChanged, PeerConfig
 from siderolink.common.wireguard.noise.tai64n import Timestamps, later
-from siderolink.server.dialing import Pace, dial_remembered
+from siderolink.server.dialing import Pace, Window, dial_remembered
 from siderolink.server.links import LinkState
 from siderolink.server.record import recall_server, resume_timestamps, rotate_key
 from siderolink.server.sightings import Sightings, udp_endpoint
@@ -190,6 +193,77 @@ async def test_who_came_by_itself_or_left_is_not_dialled() -> None:
         after.device.hear(second.public_key, handshake=True)
         await after.machines.remove(third.id)
     assert [config.public_key for config in dialled(after)] == [first.public_key]
+
+
+def dials(answer_after: Callable[[int], float], count: int, *, service_time: float = 0.0) -> tuple[list[float], int]:
+    """When each of `count` machines is dialled, in virtual time, and how many dials were unanswered at most.
+
+    `answer_after` says, of a machine's number, how long its answer is under way; it is then read when all before it have been,
+    which takes `service_time` for each.
+    """
+    window, now, free_at = Window(), 0.0, 0.0
+    made: list[float] = []
+    answers: list[tuple[float, int]] = []
+    most = 0
+    while len(made) < count:
+        opens_at = window.opens_at(now)
+        if answers and answers[0][0] <= max(now, opens_at):
+            at, number = heappop(answers)
+            now = max(now, at)
+            window.settled(str(number), now)
+        elif opens_at > now:
+            now = opens_at
+        else:
+            window.dialled(str(len(made)), now)
+            comes_at = now + answer_after(len(made))
+            if comes_at < math.inf:
+                free_at = max(free_at, comes_at) + service_time
+                heappush(answers, (free_at, len(made)))
+            most = max(most, len(answers))
+            made.append(now)
+            now += 0.001
+    return made, most
+
+
+def test_prompt_answers_never_hold_dialling_up() -> None:
+    made, _ = dials(lambda number: 0.05, 10_000)
+    assert made[-1] < 10.1
+    made, _ = dials(lambda number: 0.4, 10_000)
+    assert made[-1] < 12
+
+
+def test_machines_that_are_gone_hold_others_up_for_seconds() -> None:
+    made, _ = dials(lambda number: math.inf if number < 1000 else 0.05, 2000)
+    assert made[1000] < 11
+    made, _ = dials(lambda number: math.inf if number % 2 else 0.05, 10_000)
+    assert made[-1] < 20
+
+
+@pytest.mark.parametrize("service_time", [0.002, 0.005, 0.02])
+def test_answers_that_queue_are_waited_for(service_time: float) -> None:
+    """What waits to be read never waits for 5 s, after which dials are repeated and make the queue longer."""
+    made, most = dials(lambda number: 0.05, 5_000, service_time=service_time)
+    assert most * service_time < 4
+    assert made[-1] < 5_000 * service_time
+
+
+async def test_a_dial_waits_for_room_until_another_is_settled() -> None:
+    before = Manager()
+    rows = [await remembered(before, f"192.0.2.1:{number + 1}", seen_at=-number) for number in range(Window.LEAST + 2)]
+    after = Manager(store=before.store)
+    await after.machines.load()
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(dial_remembered, after.links, Pace(count=1000), after.time.clock)
+        while len(dialled(after)) < Window.LEAST:
+            await anyio.sleep(0.001)
+        await anyio.sleep(0.01)
+        assert len(dialled(after)) == Window.LEAST
+        key = rows[7].public_key
+        assert key is not None
+        after.device.hear(key, handshake=True)
+        while len(dialled(after)) < Window.LEAST + 2:  # one for the answer, one more as it was prompt
+            await anyio.sleep(0.001)
+    assert [config.public_key for config in dialled(after)] == [row.public_key for row in rows]
 
 
 async def test_a_machine_that_is_gone_costs_no_handshakes() -> None:
