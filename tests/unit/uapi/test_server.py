@@ -131,3 +131,49 @@ async def test_a_large_request_in_one_write(tmp_path: Path) -> None:
         assert [line for line in answer.splitlines() if line.startswith("allowed_ip")] == [
             line.split("\n")[1] for line in lines
         ]
+
+
+async def test_what_each_key_of_a_peer_does(tmp_path: Path) -> None:
+    other = PrivateKey(bytes(32 * [9])).public_key()
+    async with served(tmp_path) as (device, client):
+
+        async def peers(request: str) -> dict[str, list[str]]:
+            """The allowed IPs of each peer, after a request."""
+            assert await client.ask(f"set=1\n{request}\n\n") == "errno=0\n\n"
+            return {
+                bytes(peer.public_key).hex(): [str(network) for network in peer.allowed_ips] for peer in await device.peers()
+            }
+
+        second = bytes(other).hex()
+        assert await peers(f"public_key={PUBLIC}\nupdate_only=true\nallowed_ip=10.0.0.0/8") == {}
+        assert await peers(f"public_key={PUBLIC}\nremove=true") == {}
+        assert await peers(f"public_key={PUBLIC}\nallowed_ip=10.0.0.0/8\nallowed_ip=10.1.0.0/16") == {
+            PUBLIC: ["10.0.0.0/8", "10.1.0.0/16"]
+        }
+        assert await peers(f"public_key={PUBLIC}\nupdate_only=true\nallowed_ip=fd00::/8") == {
+            PUBLIC: ["10.0.0.0/8", "10.1.0.0/16", "fd00::/8"]
+        }
+        assert await peers(f"public_key={second}\nallowed_ip=10.1.0.0/16\nallowed_ip=fd00::/8") == {
+            PUBLIC: ["10.0.0.0/8"],
+            second: ["10.1.0.0/16", "fd00::/8"],
+        }
+        # only its owner can give a prefix back
+        assert await peers(f"public_key={PUBLIC}\nallowed_ip=-fd00::/8\npublic_key={second}\nallowed_ip=-10.1.0.0/16") == {
+            PUBLIC: ["10.0.0.0/8"],
+            second: ["fd00::/8"],
+        }
+        assert await peers(f"public_key={PUBLIC}\nreplace_allowed_ips=true\nallowed_ip=10.3.0.0/16") == {
+            PUBLIC: ["10.3.0.0/16"],
+            second: ["fd00::/8"],
+        }
+        # its own key is no peer's
+        own = bytes(device.public_key).hex()
+        assert set(await peers(f"public_key={own}\nallowed_ip=0.0.0.0/0\npublic_key={second}\nremove=true")) == {PUBLIC}
+        assert await peers(f"replace_peers=true\npublic_key={second}") == {second: []}
+        assert await peers("replace_peers=true") == {}
+        # another private key: what was a peer's is now our own
+        private = bytes(PrivateKey(bytes(32 * [9]))).hex()
+        assert await peers(f"public_key={second}\npublic_key={PUBLIC}") == {second: [], PUBLIC: []}
+        assert await peers(f"private_key={private}") == {PUBLIC: []}
+        assert await client.ask(f"set=1\nprivate_key={'0' * 64}\n\n") == "errno=0\n\n"
+        assert "private_key" not in await client.ask("get=1\n\n")
