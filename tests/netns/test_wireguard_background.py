@@ -7,7 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from siderolink.common.keys import PrivateKey
-from tests.support.netns import Namespace, stop
+from tests.support.bare import bare
+from tests.support.netns import Namespace, link, stop
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -93,28 +94,35 @@ def test_what_it_tells_of_is_a_matter_of_the_environment(tmp_path: Path) -> None
         assert "wg0: " not in output
 
 
-def test_wg_quick_takes_it(tmp_path: Path) -> None:
-    run = program(tmp_path)
-    file = tmp_path / "wgq.conf"
-    peer = PrivateKey.generate().public_key().encode()
+def test_wg_quick_sends_everything_through_it(tmp_path: Path) -> None:
+    run, file = program(tmp_path), tmp_path / "wgq.conf"
+    key, far_key = PrivateKey.generate(), PrivateKey.generate()
     file.write_text(
-        f"[Interface]\nPrivateKey = {PrivateKey.generate().encode()}\nAddress = 10.1.0.1/24, fd01::1/64\nListenPort = 4242\n"
-        f"[Peer]\nPublicKey = {peer}\nAllowedIPs = 10.1.0.0/24, 10.2.0.0/16, fd01::/64\nEndpoint = 127.0.0.1:4243\n"
+        f"[Interface]\nPrivateKey = {key.encode()}\nAddress = 10.1.0.1/24, fd01::1/64\nListenPort = 4242\n"
+        f"[Peer]\nPublicKey = {far_key.public_key().encode()}\nAllowedIPs = 0.0.0.0/0, ::/0\nEndpoint = 192.0.2.2:4243\n"
     )
     file.chmod(0o600)
-    with Namespace("quick") as namespace:
+    with Namespace("quick") as near, Namespace("far") as far, bare(far, "wg1") as wg1:
+        link(near, far, addresses=(["192.0.2.1/24"], ["192.0.2.2/24"]))
+        wg1.set("private-key", "/dev/stdin", "listen-port", "4243", stdin=far_key.encode())
+        wg1.set("peer", key.public_key().encode(), "allowed-ips", "10.1.0.1/32,fd01::1/128")
+        for address in ("10.9.0.9/32", "fd09::9/128"):
+            far.add_address("wg1", address)
+        far.set_link("wg1", up=True)
+        far.run(["ip", "route", "add", "10.1.0.0/24", "dev", "wg1"])
+        far.run(["ip", "route", "add", "fd01::/64", "dev", "wg1"])
         output = shell(
-            namespace,
+            near,
             f"""
             set -e
             export WG_QUICK_USERSPACE_IMPLEMENTATION={run}
             wg-quick up {file} 2>/dev/null
+            ping -q -c3 -i0.05 -W3 10.9.0.9
+            ping -q -c3 -i0.05 -W3 fd09::9
             wg show wgq dump
-            ip -br address show dev wgq
-            ip route show dev wgq
             wg-quick down {file} 2>/dev/null
             """,
         )
-        for expected in (peer, "4242", "10.1.0.1/24", "fd01::1/64", "10.2.0.0/16"):
-            assert expected in output
-        eventually(lambda: not pids(namespace))
+        assert output.count(" 0% packet loss") == 2
+        assert "0.0.0.0/0,::/0" in output
+        eventually(lambda: not pids(near))
