@@ -19,6 +19,8 @@ MAX_READS: Final = 16
 """Buffers taken from a socket before other work has its turn; each holds up to 64 KiB of datagrams."""
 MAX_BYTES: Final = 3 << 16
 """The bytes of a batch after which other work has its turn, too."""
+LULL: Final = 0.002
+"""Seconds of silence after which a datagram is taken to come alone: it goes its way before anyone looks for another."""
 MAX_SEGMENTS: Final = 64
 """Datagrams of one send; Linux before 6.9 takes no more."""
 MAX_PENDING: Final = 1 << 18
@@ -112,6 +114,7 @@ class UdpSocket:
         self._receive = receive
         self._gso = self._gro = gso
         self._routes = routes
+        self._read_at = 0.0
         self._mark = 0
         self._gso_has_worked = False
         self._plain: dict[_SocketAddress, None] = {}
@@ -175,7 +178,10 @@ class UdpSocket:
         """Take what there is, up to a bound. What comes from one place in rows of one stride is given as one batch."""
         filled = stride = 0
         path: UdpPath | None = None
-        for _ in range(MAX_READS):
+        now = self._loop.time()
+        reads = MAX_READS if now - self._read_at < LULL else 1
+        self._read_at = now
+        for _ in range(reads):
             taken = self._take(filled)
             if taken is None:
                 break
@@ -244,6 +250,12 @@ class UdpSocket:
         data, stride, sent = datagrams.data, datagrams.stride, 0
         if path.pinned is not None and self._routes is not None:
             path.pinned.check(self._routes, self._mark)
+        if datagrams.count == 1:
+            try:
+                self._send_rows(data, stride, 1, path)
+                return
+            except OSError:
+                pass  # it will come again, and be dealt with
         while sent < datagrams.count:
             step = 1
             if datagrams.count - sent > 1 and self._gso and path.address not in self._plain:

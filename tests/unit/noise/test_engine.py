@@ -239,7 +239,7 @@ def test_inner_packets_that_are_not_the_peers_to_send() -> None:
         (b"\x60" + bytes(38), Drop.INNER_MALFORMED),
     ]
     for packet, reason in cases:
-        counter = session.reserve(1)
+        counter = session.reserve(1, 0.0)
         assert counter is not None
         header = messages.encode_transport_header(session.remote_index, counter)
         nonce = bytes(4) + counter.to_bytes(8, "little")

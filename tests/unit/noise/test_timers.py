@@ -191,8 +191,8 @@ def test_counters_of_a_batch_that_does_not_fit_are_never_used() -> None:
     session = a.engine.peers[b.engine.public_key].current
     assert session is not None
     session.send_counter = REJECT_AFTER_MESSAGES - 3
-    assert session.reserve(4) is None
-    assert session.reserve(1) is None
+    assert session.reserve(4, 0.0) is None
+    assert session.reserve(1, 0.0) is None
 
 
 def test_silence_is_told_before_another_initiation() -> None:

@@ -142,13 +142,12 @@ class Engine:
         Answers the session, the first counter and the path; or None where there is no session to use: then the caller stages.
         """
         session, path = peer.current, peer.path
-        if session is None or path is None or not path.is_open or session.is_expired(now):
+        if session is None or path is None or not path.is_open:
             return None
-        first = session.reserve(count)
+        first = session.reserve(count, now)
         if first is None:
             return None
         peer.sent_bytes += size
-        peer.timers.authenticated_sent(now)
         if peer.timers.data_sent(now):
             self._schedule.update(peer)
         if session.wants_rekey(now):
@@ -185,7 +184,7 @@ class Engine:
         session, path = peer.current, peer.reachable_path
         if path is None:
             return
-        counter = None if session is None or session.is_expired(now) else session.reserve(1)
+        counter = None if session is None else session.reserve(1, now)
         if session is None or counter is None:
             self.initiate(peer, now)
             return
@@ -239,10 +238,12 @@ class Engine:
         if session is peer.next:
             self._exchange.indices.drop(peer.confirm(now))
             self._completed(peer, now)
-        self._heard(peer, path, size, now)
         timers = peer.timers
-        if has_data and timers.data_received(now):
+        if not has_data:
+            timers.authenticated_received(now)
+        elif timers.data_received(now):
             self._schedule.update(peer)
+        self._heard(peer, path, size, now)
         if session is peer.current and session.wants_rekey_on_receive(now) and not timers.rekeyed_on_receive:
             timers.rekeyed_on_receive = True
             self.initiate(peer, now)
@@ -311,6 +312,7 @@ class Engine:
         if session is None:
             return
         peer = session.peer
+        peer.timers.authenticated_received(now)
         self._heard(peer, path, len(datagram), now)
         if session.is_initiator:
             self._announce(peer)
@@ -320,7 +322,7 @@ class Engine:
 
     def _receive_transport(self, datagram: bytes, path: Path, now: float) -> bytes | None:
         index, counter = messages.parse_transport(datagram)
-        session = self.session(index)
+        session = self._exchange.indices.session(index)
         refusal = self.session_refusal(session, path, now)
         if refusal is not None or session is None:
             self._output.drop(refusal or Drop.UNKNOWN_RECEIVER)
@@ -350,7 +352,6 @@ class Engine:
     def _heard(self, peer: Peer, path: Path, size: int, now: float) -> None:
         peer.received_bytes += size
         peer.last_received_at = now
-        peer.timers.authenticated_received(now)
         if path is not peer.path:
             old, peer.path = peer.path, path
             if old != path:

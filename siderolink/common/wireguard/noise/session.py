@@ -81,26 +81,28 @@ class Session:
         """True when receiving under these keys calls for new ones, so that traffic one way does not end with them."""
         return self.is_initiator and now - self.created_at >= REKEY_ON_RECEIVE_TIME
 
-    def reserve(self, count: int) -> int | None:
-        """Take `count` counters, never to be given back; answers the first, or None when the keys are used up."""
+    def reserve(self, count: int, now: float) -> int | None:
+        """Take `count` counters, never to be given back; answers the first, or None when the keys are too old or used up."""
         first = self.send_counter
+        if now - self.created_at >= REJECT_AFTER_TIME:
+            return None
         if first + count > REJECT_AFTER_MESSAGES:
             self.send_counter = REJECT_AFTER_MESSAGES
             return None
         self.send_counter = first + count
         return first
 
-    def seal(self, counter: int, plaintext: bytes) -> bytes:
+    def seal(self, counter: int, plaintext: bytes | memoryview) -> bytes:
         """One whole data message, under a counter that was reserved for it."""
-        header = encode_transport_header(self.remote_index, counter)
-        sealed = header + self.sealer.encrypt(nonce(counter), plaintext, None)
+        aead = self._sealer or self.sealer
+        sealed = encode_transport_header(self.remote_index, counter) + aead.encrypt(nonce(counter), plaintext, None)
         if not plaintext:
             self.rest()
         return sealed
 
     def open(self, counter: int, ciphertext: bytes) -> bytes:
         """The plaintext of one data message. Raises InvalidTag."""
-        plaintext = self.opener.decrypt(nonce(counter), ciphertext, None)
+        plaintext = (self._opener or self.opener).decrypt(nonce(counter), ciphertext, None)
         if not plaintext:
             self.rest()
         return plaintext

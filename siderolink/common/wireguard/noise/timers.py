@@ -59,20 +59,26 @@ class Timers:
         self.keepalive_at = NEVER
         self._traversed(now)
 
-    def authenticated_received(self, now: float) -> None:
-        """Any message of the peer's that was authenticated: it is alive."""
-        self.new_handshake_at = NEVER
-        self._traversed(now)
-
     def data_sent(self, now: float) -> bool:
-        """True if that sets a deadline."""
+        """The same, of data; True if that sets a deadline that may be the next."""
+        self.keepalive_at = NEVER
+        if self.persistent_interval:
+            self.persistent_at = now + self.persistent_interval
         if self.new_handshake_at != NEVER:
             return False
         self.new_handshake_at = now + NEW_HANDSHAKE_TIME + self.jitter
         return True
 
+    def authenticated_received(self, now: float) -> None:
+        """Any message of the peer's that was authenticated: it is alive."""
+        self.new_handshake_at = NEVER
+        self._traversed(now)
+
     def data_received(self, now: float) -> bool:
-        """True if that sets a deadline."""
+        """The same, of data; True if that sets a deadline that may be the next."""
+        self.new_handshake_at = NEVER
+        if self.persistent_interval:
+            self.persistent_at = now + self.persistent_interval
         if self.keepalive_at != NEVER:
             self._another_keepalive = True
             return False
