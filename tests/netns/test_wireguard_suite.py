@@ -123,11 +123,15 @@ def set_mtu(mtu: int, *both: End) -> None:
 
 
 def check_counters(one: End, two: End) -> None:
+    def counted() -> list[int]:
+        (found,) = json.loads(two.ip("-j", "-s", "link", "show", "dev", two.name))
+        return [found["stats64"][way]["bytes"] for way in ("rx", "tx")]
+
     two.flood(FOUR[0])
-    (found,) = json.loads(two.ip("-j", "-s", "link", "show", "dev", two.name))
-    received, sent = (found["stats64"][way]["bytes"] for way in ("rx", "tx"))
+    eventually(lambda: counted()[1] >= 880)  # with the kernel's own solicitation of routers, soon
+    received, sent = counted()
     assert 840 <= received < 2500
-    assert 840 <= sent < 2500
+    assert sent < 2500
 
 
 @pytest.mark.parametrize("version", [4, 6])
