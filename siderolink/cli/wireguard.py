@@ -45,7 +45,7 @@ def _run(name: str, *, ready: Callable[[], None], tell: Callable[[str], None], i
         async with open_interface(name, on_event) as lost:
             ready()
             await lost.wait()
-            tell("the interface was deleted")
+            tell("the interface was deleted, or its socket")
 
     run_until_stopped(work)
 

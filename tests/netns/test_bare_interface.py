@@ -16,7 +16,7 @@ from siderolink.common.keys import PresharedKey, PrivateKey
 from siderolink.common.wireguard.device import DeviceConfig
 from siderolink.common.wireguard.opening import open_device
 from tests.support.bare import Bare, bare
-from tests.support.netns import Namespace, link, stop
+from tests.support.netns import Namespace, link, run_beside, stop
 
 PEER = PrivateKey.generate().public_key().encode()
 OTHER = PrivateKey.generate().public_key().encode()
@@ -117,6 +117,14 @@ def test_it_ends_with_its_interface_and_takes_its_socket_along(namespace: Namesp
         namespace.run(["ip", "link", "del", "wg0"])
         assert "deleted" in wg0.rest()
         assert wg0.process.returncode == 0
+
+
+def test_it_ends_with_its_socket_and_takes_the_interface_along(namespace: Namespace) -> None:
+    with bare(namespace) as wg0:
+        run_beside(wg0.process, ["rm", "/var/run/wireguard/wg0.sock"])
+        assert "deleted, or its socket" in wg0.rest()
+        assert wg0.process.returncode == 0
+        assert "wg0" not in namespace.interfaces()
 
 
 def test_stopped_it_takes_the_interface_along(namespace: Namespace) -> None:
