@@ -46,6 +46,7 @@ EXTRAS = {
         "python-socks",
     },
     "config": {"pydantic", "pyyaml", "watchfiles"},
+    "patterns": {"google-re2"},
     "proxy": {"python-socks"},
     "sql": {"aiosqlite", "alembic", "sqlalchemy"},
 }
@@ -53,6 +54,7 @@ CLI_DEPENDENCIES = {"platformdirs", "rich", "typer", "uvloop", "watchfiles"}
 # parts that need more, each with the extra that brings it
 PARTS = {
     "siderolink.client.config": {"pydantic", "pydantic_core", "watchfiles", "yaml"},
+    "siderolink.client.maintenance.pattern": {"re2"},
     "siderolink.common.grpc.proxied": {"python_socks"},
     "siderolink.server.store.sql": {"aiosqlite", "alembic", "sqlalchemy"},
 }

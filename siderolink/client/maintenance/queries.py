@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 from grpclib import GRPCError, Status
 
-from siderolink.client.maintenance.pattern import Pattern
-from siderolink.client.maintenance.pattern_syntax import PatternError
+from siderolink.client.maintenance.pattern import NoPatternsError, Pattern, PatternError
 from siderolink.client.maintenance.resources.changes import Change, ChangeKind, Resource
 from siderolink.common.pb.cosi import resource as pb
 from siderolink.common.text import one_line
@@ -91,6 +90,8 @@ def read_selection(labels: Sequence[pb.LabelQuery], ids: pb.IdQuery | None) -> S
         return Selection(queries, Pattern(ids.regexp))
     except PatternError as error:
         raise GRPCError(Status.INVALID_ARGUMENT, one_line(f"failed to compile regexp: {error}")) from None
+    except NoPatternsError as error:
+        raise GRPCError(Status.UNIMPLEMENTED, str(error)) from None
 
 
 def _term(term: pb.LabelTerm) -> Term:
