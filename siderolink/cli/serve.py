@@ -8,7 +8,7 @@ from pathlib import Path
 from siderolink.cli.control import control_socket, peer_message
 from siderolink.cli.machine_reports import report_counts, say_reports
 from siderolink.cli.notify import feed_watchdog, notify
-from siderolink.cli.running import run_until_stopped, say
+from siderolink.cli.running import leave, run_until_stopped, say
 from siderolink.cli.secret import read_secret
 from siderolink.cli.serving import Serving
 from siderolink.cli.state_service import StateService
@@ -222,3 +222,4 @@ def run_serve(options: ServeOptions) -> None:
     """Serve until stopped. Raises SideroLinkError."""
     serve = Serve(options)
     run_until_stopped(serve.run, serve.reload)
+    leave()
