@@ -5,9 +5,11 @@ import errno
 import os
 import socket
 import stat
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 from siderolink.common.errors import AddressInUseError, InterfaceInUseError, SideroLinkError
 from siderolink.common.wireguard.change import DeviceChange
@@ -23,7 +25,11 @@ from siderolink.common.wireguard.uapi.protocol import (
 SOCKET_FOLDER = Path("/var/run/wireguard")
 IDLE_TIMEOUT = 30.0
 """Seconds in which a client that has begun a request must end it."""
+MANY_LINES = 2_000
+"""Of a request or an answer; some ten milliseconds of work."""
 
+A = TypeVar("A")
+T = TypeVar("T")
 Apply = Callable[[DeviceChange], Awaitable[None]]
 Report = Callable[[], DeviceReport]
 
@@ -100,8 +106,8 @@ async def _serve_client(reader: asyncio.StreamReader, writer: asyncio.StreamWrit
             try:
                 answer = await _answer(request, report, apply)
             except (SideroLinkError, UapiError, OSError) as error:
-                answer = [f"errno={-_number(error)}"]
-            writer.write(("\n".join(answer) + "\n\n").encode())
+                answer = f"errno={-_number(error)}"
+            writer.write(f"{answer}\n\n".encode())
             await writer.drain()
     except asyncio.LimitOverrunError:
         writer.write(f"errno={-errno.EFBIG}\n\n".encode())
@@ -131,11 +137,26 @@ async def _read_request(reader: asyncio.StreamReader) -> bytes | None:
         return first + (await reader.readuntil(b"\n\n"))[:-2]
 
 
-async def _answer(request: bytes, report: Report, apply: Apply) -> Iterable[str]:
-    operation, *lines = split_request(request)
-    if operation == "get=1" and not lines:
-        return [*write_get(report()), "errno=0"]
-    if operation == "set=1":
-        await apply(parse_set(lines))
-        return ["errno=0"]
+async def _answer(request: bytes, report: Report, apply: Apply) -> str:
+    if request == b"get=1":
+        found = report()
+        peers = list(found.peers)  # as they are now; a thread must not look at those that change
+        size = sum(1 + len(peer.allowed_ips) for peer in peers)
+        return await _work(size, _describe, replace(found, peers=peers))
+    if request.startswith(b"set=1\n") or request == b"set=1":
+        await apply(await _work(request.count(b"\n"), _understand, request))
+        return "errno=0"
     raise UapiError("a request begins with get=1 or set=1", errno.EPROTO)
+
+
+def _describe(report: DeviceReport) -> str:
+    return "\n".join([*write_get(report), "errno=0"])
+
+
+def _understand(request: bytes) -> DeviceChange:
+    return parse_set(split_request(request)[1:])
+
+
+async def _work(lines: int, function: Callable[[A], T], argument: A) -> T:
+    """Text work, in a thread where it is so long that packets would wait for it."""
+    return await asyncio.to_thread(function, argument) if lines > MANY_LINES else function(argument)
