@@ -33,8 +33,10 @@ if TYPE_CHECKING:
     from anyio.abc import TaskGroup
 
 _API_LOST = "the connection to the server's API broke"
+_MEND_AFTER = 2
+"""Handshakes that go unanswered before a stream is opened anew."""
 _ASK_AFTER = 3
-"""Handshakes that go unanswered before a stream is opened anew, and the API asked whether the server is still the same."""
+"""Handshakes that go unanswered before the API is asked whether the server is still the same."""
 _SIZE_PROBE_AFTER = 1.0
 _SIZE_PROBE_AGAIN = 60.0
 _RETRY = (2.0, 4.0)
@@ -134,9 +136,12 @@ class RouteKeeper:
 
     async def _probe(self, watch: HandshakeWatch) -> None:
         await self._route.shake_hands(self._device, self._peer)
-        if watch.doubt is None or watch.unanswered != self._ask_at:
+        if watch.doubt is None:
             return
-        self._route.mend()
+        if watch.unanswered == _MEND_AFTER + 1:
+            self._route.mend()
+        if watch.unanswered != self._ask_at:
+            return
         if not self._has_asked:
             self._ask_once()
         if watch.doubt == _API_LOST:
