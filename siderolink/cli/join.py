@@ -35,6 +35,8 @@ class JoinOptions:
     uuid: str | None
     interface: str | None
     device: DeviceKind
+    netns: str | None = None
+    """Where the interface lives; reports are then not delivered."""
     ca: Path | None = None
     """Roots (PEM) that the server's certificate is checked against, in place of the system's."""
     fallback_tunnel: bool = False
@@ -88,6 +90,8 @@ class JoinedMachine:
 
     async def run(self) -> None:
         """Never returns. Raises SideroLinkError where there can be no interface."""
+        if self._options.netns is not None and self._options.maintenance_api:
+            raise ConfigurationError("--maintenance-api serves this network namespace: leave out --netns, or run it inside")
         own = (self._options.interface,) if self._options.interface is not None else ()
         async with ingress_firewall(Ingress(), own) as firewall, background_tasks() as tasks:
 
@@ -138,6 +142,7 @@ class JoinedMachine:
                 unique_token=settings.unique_token,
                 interface=options.interface,
                 device=options.device,
+                namespace=options.netns,
                 private_key=self._key,
                 tls=client_tls(options.ca, extra_roots=settings.roots_pem) if url.tls else None,
                 fallback_tunnel=options.fallback_tunnel,
@@ -147,6 +152,8 @@ class JoinedMachine:
             control_socket(name, LinkSource(link, name, self._reporting)),
         ):
             await link.wait_connected()
+            if options.netns is not None:  # reports would have to leave by a namespace that this program is not in
+                await anyio.sleep_forever()
             await self._settings.follow(report_part, self._reporting.deliver)
 
     def _on_event(self, event: LinkEvent) -> None:

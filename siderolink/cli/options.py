@@ -20,6 +20,10 @@ Interface = Annotated[
     str | None, typer.Option(help="The interface's name.", show_default="siderolink; siderolinktun for the tunnel")
 ]
 Device = Annotated[DeviceChoice, typer.Option(help="Who does WireGuard: the kernel, or this program.")]
+NetNs = Annotated[
+    str | None,
+    typer.Option(help="The network namespace for the interface: datagrams and calls travel by this one.", metavar="NAME"),
+]
 TokenFile = Annotated[Path | None, typer.Option(help="A file that holds the join token.", metavar="FILE")]
 Url = Annotated[
     str | None,

@@ -48,6 +48,7 @@ class ServeOptions:
     """Where the server remembers; None for memory alone."""
     dial: bool
     keep_interface: bool
+    netns: str | None
     tls_cert: Path | None
     tls_key: Path | None
     connections_per_address: int
@@ -189,6 +190,7 @@ class Serve:
             store=store,
             dial=options.dial,
             keep_interface=options.keep_interface,
+            namespace=options.netns,
             api_limits=Limits(max_connections_per_address=options.connections_per_address),
             reports=options.reports,
             overlay_ports=options.overlay_ports,

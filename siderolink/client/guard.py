@@ -10,7 +10,7 @@ from pyroute2 import AsyncIPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
 from siderolink.common.backoff import Backoff
-from siderolink.common.netlink import run_netlink
+from siderolink.common.netlink import call_in, run_netlink
 from siderolink.common.network_watch import NetworkChange
 from siderolink.common.wireguard.device import Interface, Network
 
@@ -23,9 +23,10 @@ _CALM = 60.0
 class InterfaceGuard:
     """Looks after one interface whenever the kernel tells of a change to it."""
 
-    def __init__(self, name: str, addresses: tuple[Interface, ...]) -> None:
+    def __init__(self, name: str, addresses: tuple[Interface, ...], namespace: str | None) -> None:
         """Raises OSError where there is no such interface."""
-        self.index = socket.if_nametoindex(name)
+        self.index = call_in(namespace, partial(socket.if_nametoindex, name))
+        self._namespace = namespace
         self._addresses = addresses
         self._changed = anyio.Event()
         self._backoff = Backoff(first=0.2, cap=10.0, at_once=True)
@@ -48,7 +49,7 @@ class InterfaceGuard:
                 await anyio.sleep(self._pause)
             else:
                 self._backoff.reset()
-            what = await run_netlink(partial(_repair, self.index, self._addresses))
+            what = await run_netlink(partial(_repair, self.index, self._addresses), self._namespace)
             if what is None:
                 return None
             if what:
@@ -56,9 +57,9 @@ class InterfaceGuard:
                 return ", ".join(what)
 
 
-async def overlay_holder(overlay: Network, own_name: str) -> str | None:
+async def overlay_holder(overlay: Network, own_name: str, namespace: str | None) -> str | None:
     """The interface, other than our own, that has an address within the overlay; None where there is none."""
-    return await run_netlink(partial(_find_holder, overlay, own_name))
+    return await run_netlink(partial(_find_holder, overlay, own_name), namespace)
 
 
 async def _find_holder(overlay: Network, own_name: str) -> str | None:

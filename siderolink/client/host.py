@@ -1,6 +1,6 @@
 """What a link needs of the host it runs on: a device, and news of the network, of its interface and of the clock."""
 
-from contextlib import AbstractAsyncContextManager, closing
+from contextlib import AbstractAsyncContextManager, ExitStack, closing
 from ipaddress import IPv6Address, IPv6Network
 from typing import Protocol
 
@@ -44,7 +44,10 @@ class Host(Protocol):
 
 
 class ThisHost:
-    """The network namespace of the calling thread."""
+    """The network namespace of the calling thread; the interface may be in another one."""
+
+    def __init__(self, namespace: str | None = None) -> None:
+        self._namespace = namespace
 
     def open_device(
         self, kind: DeviceKind, config: DeviceConfig, on_event: OnDeviceEvent
@@ -52,7 +55,7 @@ class ThisHost:
         return open_device(kind, config, on_event)
 
     async def check_overlay(self, overlay: IPv6Network, interface: str) -> None:
-        holder = await overlay_holder(overlay, interface)
+        holder = await overlay_holder(overlay, interface, self._namespace)
         if holder is not None:
             raise OverlayInUseError(
                 f"the interface {holder} has an address in the overlay {overlay} already, and two servers of one overlay "
@@ -60,12 +63,15 @@ class ThisHost:
             )
 
     async def watch(self, device: Device, config: DeviceConfig, put: Put) -> None:
-        guard = InterfaceGuard(device.name, config.addresses)
+        guard = InterfaceGuard(device.name, config.addresses, self._namespace)
+        is_here = self._namespace is None
+        own = {guard.index} if is_here else set[int]()
 
         def on_change(change: NetworkChange) -> None:
-            guard.on_change(change)
-            if change.lost or change.interfaces - {guard.index}:
-                put(NetworkChanged(bool(change.carriers - {guard.index})))
+            if is_here:
+                guard.on_change(change)
+            if change.lost or change.interfaces - own:
+                put(NetworkChanged(bool(change.carriers - own)))
 
         async def repair() -> None:
             while True:
@@ -75,7 +81,11 @@ class ThisHost:
                     return
                 put(Repaired(what))
 
-        with closing(NetworkWatch(on_change)), closing(ClockWatch(lambda: put(ClockJumped()))):
+        with ExitStack() as stack:
+            stack.enter_context(closing(NetworkWatch(on_change)))
+            if not is_here:
+                stack.enter_context(closing(NetworkWatch(guard.on_change, self._namespace)))
+            stack.enter_context(closing(ClockWatch(lambda: put(ClockJumped()))))
             async with background_tasks() as tasks:
                 tasks.start_soon(repair)
                 await anyio.sleep_forever()
@@ -84,4 +94,4 @@ class ThisHost:
         return way_out(remote)
 
     async def large_packets_pass(self, interface: str, server: IPv6Address) -> bool | None:
-        return await large_packets_pass(interface, server)
+        return await large_packets_pass(interface, server, self._namespace)

@@ -165,6 +165,7 @@ async def connect(
     talos_version: str = "",
     interface: str | None = None,
     device: DeviceKind = "auto",
+    namespace: str | None = None,
     private_key: PrivateKey | None = None,
     tls: ssl.SSLContext | None = None,
     ca_file: str | os.PathLike[str] | None = None,
@@ -175,10 +176,11 @@ async def connect(
 ) -> AsyncIterator[Link]:
     """Join the server at `url` and hold the link; the body runs once traffic flows, and leaving it leaves nothing behind.
 
-    `uuid` is the firmware's by default, `interface` the transport's usual name. `private_key` is a new one by default; with the
-    same one, joining again is the same link to the server. For an https URL the server's certificate is checked against the
-    system's roots, or against `ca_file` (PEM), or as `tls` says. `on_event` is called on the event loop for each event from the
-    first on; it must be quick. A link that dies is re-established without end, and `events` tells.
+    `uuid` is the firmware's by default, `interface` the transport's usual name, `namespace` where the interface lives while
+    datagrams and calls go by the caller's. `private_key` is a new one by default; with the same one, joining again is the same
+    link to the server. An https URL's certificate is checked against the system's roots, `ca_file` (PEM), or as `tls` says.
+    `on_event` is called on the event loop for each event from the first on; it must be quick. A link that dies is
+    re-established without end, and `events` tells.
 
     Raises JoinURLError or ConfigurationError for what cannot be used as given; ServerUnreachableError, JoinRefusedError or
     InvalidAnswerError where the first join fails; HandshakeTimeoutError after `handshake_timeout` seconds without a handshake
@@ -187,14 +189,13 @@ async def connect(
     if tls is not None and ca_file is not None:
         raise ConfigurationError("give either tls or ca_file, not both")
     url = JoinURL.parse(url) if isinstance(url, str) else url
-    if url.tls and tls is None:
-        tls = client_tls(os.fspath(ca_file) if ca_file is not None else None)
     options = LinkOptions(
         url=url,
         machine=Machine(uuid=uuid or machine_uuid(), unique_token=unique_token, version=talos_version),
         interface=interface,
         device=device,
-        tls=tls,
+        namespace=namespace,
+        tls=_roots(ca_file) if url.tls and tls is None else tls,
         private_key=private_key,
         fallback_tunnel=fallback_tunnel,
         retry_first=not wait,
@@ -215,6 +216,10 @@ async def connect(
             yield Link(runner, broadcast)
     finally:
         broadcast.end()
+
+
+def _roots(ca_file: str | os.PathLike[str] | None) -> ssl.SSLContext:
+    return client_tls(os.fspath(ca_file) if ca_file is not None else None)
 
 
 async def _first_handshake(runner: LinkRunner, timeout: float | None) -> None:

@@ -53,6 +53,8 @@ class LinkOptions:
     interface: str | None = None
     """The interface's name; None for the transport's usual one."""
     device: DeviceKind = "auto"
+    namespace: str | None = None
+    """The network namespace for the interface; None for the caller's own, where datagrams and calls travel in any case."""
     tls: ssl.SSLContext | None = None
     """Takes the place of the system's roots for an https URL."""
     private_key: PrivateKey | None = field(default=None, repr=False)
@@ -72,7 +74,7 @@ class LinkRunner:
     def __init__(self, options: LinkOptions, emit: Callable[[events.LinkEvent], None], host: Host | None = None) -> None:
         self._options = options
         self._emit = emit
-        self._host = host or ThisHost()
+        self._host = host or ThisHost(options.namespace)
         self._key = options.private_key or PrivateKey.generate()
         self._timestamps: Timestamps | None = None
         self._nudge = Nudge()
@@ -155,6 +157,7 @@ class LinkRunner:
             mtu=DEFAULT_MTU,
             listen_port=transport.listen_port,
             timestamps=self._rising_timestamps(),
+            namespace=self._options.namespace,
         )
         await self._host.check_overlay(answer.address.network, config.name)
         send, receive = anyio.create_memory_object_stream[Signal](math.inf)

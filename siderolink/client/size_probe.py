@@ -7,10 +7,12 @@ answered and no large one is, the path is at fault; a server that answers no ech
 import asyncio
 import os
 import socket
+from functools import partial
 from ipaddress import IPv6Address
 
 import anyio
 
+from siderolink.common.netlink import call_in
 from siderolink.common.wireguard.device import DEFAULT_MTU
 
 ROUNDS = 10
@@ -22,10 +24,10 @@ _ECHO_REQUEST, _ECHO_REPLY = 128, 129
 _MARK = 8
 
 
-async def large_packets_pass(interface: str, server: IPv6Address) -> bool | None:
-    """True or False; None where it cannot be told."""
+async def large_packets_pass(interface: str, server: IPv6Address, namespace: str | None) -> bool | None:
+    """True or False; None where it cannot be told. `namespace` is where the interface is."""
     try:
-        probe = _Probe(interface)
+        probe = _Probe(call_in(namespace, partial(_open_socket, interface)))
     except OSError:  # this process may open no raw socket
         return None
     try:
@@ -47,19 +49,24 @@ async def _ask(probe: "_Probe", server: str) -> bool | None:
     return False if small >= ROUNDS // 3 else None
 
 
+def _open_socket(interface: str) -> socket.socket:
+    opened = socket.socket(socket.AF_INET6, socket.SOCK_RAW | socket.SOCK_NONBLOCK, socket.IPPROTO_ICMPV6)
+    try:
+        opened.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, interface.encode())
+    except BaseException:
+        opened.close()
+        raise
+    return opened
+
+
 class _Probe:
-    def __init__(self, interface: str) -> None:
+    def __init__(self, sock: socket.socket) -> None:
         self.large = anyio.Event()
         self.small: set[bytes] = set()
         self._mark = os.urandom(_MARK)
         self._loop = asyncio.get_running_loop()
-        self._socket = socket.socket(socket.AF_INET6, socket.SOCK_RAW | socket.SOCK_NONBLOCK, socket.IPPROTO_ICMPV6)
-        try:
-            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, interface.encode())
-            self._loop.add_reader(self._socket, self._read)
-        except BaseException:
-            self._socket.close()
-            raise
+        self._socket = sock
+        self._loop.add_reader(sock, self._read)
 
     def close(self) -> None:
         self._loop.remove_reader(self._socket)

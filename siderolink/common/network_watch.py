@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
+from siderolink.common.netlink import call_in
 from siderolink.common.readers import read_on
 from siderolink.common.wireguard.kernel.attributes import attributes
 
@@ -41,9 +42,9 @@ class NetworkChange:
 
 
 class NetworkWatch:
-    """Follows the network namespace of the thread that makes it."""
+    """Follows one network namespace: that of the thread that makes it, or the one that is named."""
 
-    def __init__(self, on_change: Callable[[NetworkChange], None]) -> None:
+    def __init__(self, on_change: Callable[[NetworkChange], None], namespace: str | None = None) -> None:
         self._on_change = on_change
         self._loop = asyncio.get_running_loop()
         self._carriers: dict[int, bool] = {}
@@ -51,7 +52,7 @@ class NetworkWatch:
         self._new_carriers: set[int] = set()
         self._lost = False
         self._timer: asyncio.TimerHandle | None = None
-        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK, socket.NETLINK_ROUTE)
+        self._socket = call_in(namespace, _open_socket)
         self._socket.bind((0, _GROUPS))
         self._loop.add_reader(self._socket, self._read)
 
@@ -101,6 +102,10 @@ class NetworkWatch:
         self._new_carriers.clear()
         self._lost = False
         self._on_change(change)
+
+
+def _open_socket() -> socket.socket:
+    return socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK, socket.NETLINK_ROUTE)
 
 
 def way_out(remote: str) -> str | None:

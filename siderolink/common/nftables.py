@@ -14,6 +14,7 @@ import threading
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import anyio
@@ -34,6 +35,7 @@ from pyroute2.netlink.nfnetlink.nftsocket import (
 from pyroute2.nftables.expressions import genex
 
 from siderolink.common.errors import SideroLinkError
+from siderolink.common.netlink import call_in
 from siderolink.common.nft_matches import Match
 
 Hook = Literal["prerouting", "input", "forward", "output", "postrouting"]
@@ -174,12 +176,14 @@ class Table:
 
 
 @asynccontextmanager
-async def firewall(table: str, chains: Sequence[Chain], parts: Sequence[Part] = ()) -> AsyncIterator[Table]:
+async def firewall(
+    table: str, chains: Sequence[Chain], parts: Sequence[Part] = (), *, namespace: str | None = None
+) -> AsyncIterator[Table]:
     """Hold the rules, in a table of their own (family inet), for as long as the body runs.
 
     Raises SideroLinkError where the kernel refuses them, or another program holds a table of this name.
     """
-    held = Table(table)
+    held = call_in(namespace, partial(Table, table))
     try:
         await held.replace(chains, parts)
         yield held

@@ -8,11 +8,13 @@ authenticated, and its source is the one address that the peer may use.
 import errno
 import socket
 import time
+from functools import partial
 from ipaddress import IPv6Address
 
 import anyio
 
 from siderolink.common.errors import AddressInUseError, ConfigurationError
+from siderolink.common.netlink import call_in
 
 BACKLOG = 256
 RETRY_SECONDS = 0.1
@@ -21,17 +23,24 @@ _NOT_YET = (errno.EADDRNOTAVAIL, errno.ENODEV)
 
 
 async def bind_overlay(
-    address: IPv6Address, port: int, interface: str, *, udp: bool = False, patience: float = PATIENCE_SECONDS
+    address: IPv6Address,
+    port: int,
+    interface: str,
+    *,
+    udp: bool = False,
+    patience: float = PATIENCE_SECONDS,
+    namespace: str | None = None,
 ) -> socket.socket:
     """A socket at the address that hears `interface` alone: listening for TCP, or open for UDP. Port 0 takes a free one.
 
-    The address may still be on its way to the interface: that is waited for, `patience` seconds at most. Raises
+    The address may still be on its way to the interface: that is waited for, `patience` seconds at most. `namespace`
+    is where the interface is. Raises
     AddressInUseError or ConfigurationError.
     """
     until = time.monotonic() + patience
     while True:
         try:
-            return _bind(address, port, interface, udp=udp)
+            return call_in(namespace, partial(_bind, address, port, interface, udp=udp))
         except OSError as error:
             where = f"[{address}]:{port} on {interface}"
             if error.errno == errno.EADDRINUSE:

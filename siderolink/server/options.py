@@ -63,6 +63,7 @@ class ServerOptions:
     reports: ReportOptions | None = None
     dial: bool = True
     keep_interface: bool = False
+    namespace: str | None = None
     overlay_ports: tuple[int | str, ...] | None = None
 
     def __post_init__(self) -> None:

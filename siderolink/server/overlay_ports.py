@@ -38,7 +38,7 @@ class OverlayPort:
 
 
 @asynccontextmanager
-async def only_ports(interface: str, ports: Iterable[OverlayPort] | None) -> AsyncIterator[None]:
+async def only_ports(interface: str, ports: Iterable[OverlayPort] | None, namespace: str | None = None) -> AsyncIterator[None]:
     """Let machines dial these ports and no others while the body runs; None for all.
 
     Pings pass, and so does what belongs to a connection that this host began. Raises SideroLinkError.
@@ -53,5 +53,6 @@ async def only_ports(interface: str, ports: Iterable[OverlayPort] | None) -> Asy
         *(Rule([here, protocol(_NUMBERS[one.protocol]), port(one.number, one.number)], "accept") for one in sorted(set(ports))),
         Rule([here], "drop"),
     ]
-    async with firewall(f"siderolink-{interface}-ports", [Chain("input", rules, priority=_BEFORE_FILTERS)]):
+    chain = Chain("input", rules, priority=_BEFORE_FILTERS)
+    async with firewall(f"siderolink-{interface}-ports", [chain], namespace=namespace):
         yield

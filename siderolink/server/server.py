@@ -85,6 +85,8 @@ class Server(AbstractAsyncContextManager["Server"]):
     persistent_keepalive: seconds between keepalives to each machine; 0 for none.
     keep_interface: with the kernel's WireGuard, leave the interface when the server stops, and take it up again at the next
         start: machines notice nothing in between. It needs the same private key, so one that is given or remembered.
+    namespace: where the interface lives, and with it what listens on the overlay; the API and UDP stay in the caller's network
+        namespace. A name of ``ip netns`` or a path.
     reports: where on the overlay address machines deliver events and kernel log lines; None for nowhere.
     dial: at the start, dial the machines that the store remembers where they were last heard by UDP.
     overlay_ports: the ports of this host that machines may dial at the overlay address (``8080``, ``"53/udp"``), besides those
@@ -114,6 +116,7 @@ class Server(AbstractAsyncContextManager["Server"]):
         dial: bool = True,
         overlay_ports: Sequence[int | str] | None = None,
         keep_interface: bool = False,
+        namespace: str | None = None,
     ) -> None:
         """Check the options; nothing is opened yet. Raises ConfigurationError."""
         self._options = ServerOptions(
@@ -137,6 +140,7 @@ class Server(AbstractAsyncContextManager["Server"]):
             dial=dial,
             overlay_ports=None if overlay_ports is None else tuple(overlay_ports),
             keep_interface=keep_interface,
+            namespace=namespace,
         )
         self._store: Store = MemoryStore() if store is None else store
         self._prefix = overlay_prefix(installation_id or "")
@@ -186,6 +190,7 @@ class Server(AbstractAsyncContextManager["Server"]):
             isolate=True,
             timestamps=stamps,
             keep=options.keep_interface,
+            namespace=options.namespace,
         )
         async with open_device(options.device, config, on_device_event) as device:
             clock = Clock()
@@ -208,7 +213,7 @@ class Server(AbstractAsyncContextManager["Server"]):
                     tasks.start_soon(dial_remembered, links)
                 async with (
                     self._receive_reports(device, links) as reports,
-                    only_ports(device.name, self._open_ports(reports)),
+                    only_ports(device.name, self._open_ports(reports), options.namespace),
                     self._serve(device, links, machines, sightings, reports) as parts,
                 ):
                     yield parts
@@ -219,7 +224,12 @@ class Server(AbstractAsyncContextManager["Server"]):
             yield None
             return
         async with receive_reports(
-            self._options.reports, links.machine_at, self.events(), address=self.address, interface=device.name
+            self._options.reports,
+            links.machine_at,
+            self.events(),
+            address=self.address,
+            interface=device.name,
+            namespace=self._options.namespace,
         ) as reports:
             yield reports
 

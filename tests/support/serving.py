@@ -48,7 +48,7 @@ class Served:
         threading.Thread(target=_read, args=(self._process, self._queue), daemon=True).start()
         self.wait_for(until)
 
-    def wait_for(self, text: str, timeout: float = 15) -> str:
+    def wait_for(self, text: str, timeout: float = 30) -> str:
         """The next line that holds the text."""
         while True:
             try:

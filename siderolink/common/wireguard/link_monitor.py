@@ -12,6 +12,7 @@ import socket
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 from pyroute2 import netns
@@ -19,6 +20,7 @@ from pyroute2.netlink import NLM_F_REQUEST, NLMSG_ERROR
 from pyroute2.netlink.rtnl import RTM_DELLINK, RTM_GETLINK, RTM_NEWLINK, RTMGRP_LINK
 from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
 
+from siderolink.common.netlink import call_in
 from siderolink.common.readers import read_on
 
 _TUNGETDEVNETNS: Final = 0x54E3
@@ -42,13 +44,14 @@ class LinkState:
 class LinkMonitor:
     """Calls `on_change` with each state of the interface that differs from the last one."""
 
-    def __init__(self, tun_fd: int, on_change: Callable[[LinkState], None]) -> None:
+    def __init__(self, tun_fd: int, on_change: Callable[[LinkState], None], namespace: str | None = None) -> None:
+        """`namespace` is where the interface is, if not in the calling thread's."""
         self._tun_fd = tun_fd
-        self._index = _index(tun_fd)
         self._on_change = on_change
         self._loop = asyncio.get_running_loop()
         self._last: LinkState | None = None
-        self._listen(_open_socket())
+        opened, self._index = call_in(namespace, partial(_open_socket_for, tun_fd))
+        self._listen(opened)
 
     def _listen(self, heard: socket.socket) -> None:
         self._socket = heard
@@ -150,6 +153,10 @@ def _open_socket() -> socket.socket:
 
 def _open_socket_in(namespace: int, tun_fd: int) -> tuple[socket.socket, int]:
     netns.setns(namespace)
+    return _open_socket_for(tun_fd)
+
+
+def _open_socket_for(tun_fd: int) -> tuple[socket.socket, int]:
     opened = _open_socket()
     try:
         return opened, _index(tun_fd)

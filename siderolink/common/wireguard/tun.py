@@ -111,12 +111,15 @@ class Tun:
             return False
         return True
 
-    async def configure(self, addresses: Iterable[Interface], mtu: int, *, up: bool = True) -> None:
+    async def configure(
+        self, addresses: Iterable[Interface], mtu: int, *, up: bool = True, namespace: str | None = None
+    ) -> None:
         """Give the interface its MTU and addresses (IPv6 at once, without duplicate detection) and bring it up.
 
-        The kernel's super-packets are capped so that they fill whole UDP sends. Raises DeviceError.
+        `namespace` is the one it was made in, where that is not the caller's. Super-packets are capped so that they
+        fill whole UDP sends. Raises DeviceError.
         """
-        await run_netlink(partial(self._configure, tuple(addresses), mtu, up))
+        await run_netlink(partial(self._configure, tuple(addresses), mtu, up), namespace)
 
     async def _configure(self, addresses: Sequence[Interface], mtu: int, up: bool) -> None:
         async with AsyncIPRoute() as ipr:

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Final
 
 from siderolink.common.errors import DeviceError, InterfaceInUseError
+from siderolink.common.netlink import call_in
 from siderolink.common.wireguard.device import DeviceConfig, InterfaceLost, OnDeviceEvent
 from siderolink.common.wireguard.link_monitor import LinkMonitor, LinkState
 from siderolink.common.wireguard.path import Path
@@ -27,6 +28,7 @@ class TunDevice(UserspaceDevice):
     def __init__(self, config: DeviceConfig, tun: Tun, on_event: OnDeviceEvent) -> None:
         super().__init__(config, tun, on_event)
         self._tun = tun
+        self._namespace = config.namespace
         self._reader_loop = asyncio.get_running_loop()
         self._stalled: set[Path] = set()
         self._is_reading = False
@@ -38,13 +40,14 @@ class TunDevice(UserspaceDevice):
     async def open(cls, config: DeviceConfig, on_event: OnDeviceEvent) -> AsyncIterator["TunDevice"]:
         """Make the interface and the sockets; leaving removes both.
 
-        Raises DeviceUnavailableError, InterfaceInUseError or AddressInUseError.
+        Raises DeviceUnavailableError, InterfaceInUseError, AddressInUseError or ConfigurationError.
         """
         async with AsyncExitStack() as stack:
-            tun = stack.enter_context(Tun.open(config.name, config.mtu))
+            # made inside the namespace it is for; the sockets are opened in this one
+            tun = stack.enter_context(call_in(config.namespace, partial(Tun.open, config.name, config.mtu)))
             device = cls(config, tun, on_event)
             stack.callback(device.close)
-            await tun.configure(config.addresses, config.mtu, up=config.up)
+            await tun.configure(config.addresses, config.mtu, up=config.up, namespace=config.namespace)
             device.watch(is_up=config.up)
             if config.is_shown:
                 await _show(stack, device)
@@ -57,7 +60,7 @@ class TunDevice(UserspaceDevice):
             self.start()
         else:
             self.stop()
-        self._monitor = LinkMonitor(self._tun.fileno(), self._link_changed)
+        self._monitor = LinkMonitor(self._tun.fileno(), self._link_changed, self._namespace)
         self._read_on()
 
     def close(self) -> None:

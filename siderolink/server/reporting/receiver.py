@@ -74,16 +74,16 @@ class Reports:
         return {} if self._sink is None else {str(reason): count for reason, count in self._sink.refusals.items()}
 
     @asynccontextmanager
-    async def serve(self, address: IPv6Address, interface: str) -> AsyncIterator[None]:
+    async def serve(self, address: IPv6Address, interface: str, namespace: str | None = None) -> AsyncIterator[None]:
         """Listen at the overlay address, for what comes by `interface` alone."""
         options = self._desk.options
         async with AsyncExitStack() as stack:
             if options.event_sink_port is not None:
-                sock = await bind_overlay(address, options.event_sink_port, interface)
+                sock = await bind_overlay(address, options.event_sink_port, interface, namespace=namespace)
                 limits = _limits(options)
                 self._sink = await stack.enter_async_context(serve([EventSink(self._desk)], listening=[sock], limits=limits))
             if options.log_port is not None:
-                tcp, udp = await _bind_both(address, options.log_port, interface)
+                tcp, udp = await _bind_both(address, options.log_port, interface, namespace)
                 self._log_port = tcp.getsockname()[1]
                 await stack.enter_async_context(receive_lines(self._desk, tcp, udp))
             yield
@@ -91,7 +91,13 @@ class Reports:
 
 @asynccontextmanager
 async def receive_reports(
-    options: ReportOptions, machine_at: MachineAt, departures: EventStream, *, address: IPv6Address, interface: str
+    options: ReportOptions,
+    machine_at: MachineAt,
+    departures: EventStream,
+    *,
+    address: IPv6Address,
+    interface: str,
+    namespace: str | None = None,
 ) -> AsyncIterator[Reports]:
     """Receive at the server's overlay address. Raises AddressInUseError or ConfigurationError where that cannot be."""
     desk = ReportDesk(options, machine_at)
@@ -99,7 +105,7 @@ async def receive_reports(
     try:
         async with background_tasks() as tasks:
             tasks.start_soon(_forget_departed, desk, departures)
-            async with reports.serve(address, interface):
+            async with reports.serve(address, interface, namespace):
                 yield reports
     finally:
         desk.end()
@@ -113,10 +119,12 @@ async def _forget_departed(desk: ReportDesk, departures: EventStream) -> None:
             desk.forget_strangers()
 
 
-async def _bind_both(address: IPv6Address, port: int, interface: str) -> tuple[socket.socket, socket.socket]:
-    tcp = await bind_overlay(address, port, interface)
+async def _bind_both(
+    address: IPv6Address, port: int, interface: str, namespace: str | None
+) -> tuple[socket.socket, socket.socket]:
+    tcp = await bind_overlay(address, port, interface, namespace=namespace)
     try:
-        return tcp, await bind_overlay(address, tcp.getsockname()[1], interface, udp=True)
+        return tcp, await bind_overlay(address, tcp.getsockname()[1], interface, udp=True, namespace=namespace)
     except BaseException:
         tcp.close()
         raise
