@@ -2,14 +2,28 @@
 
 import importlib
 import os
+import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from tests.interop.test_wireguard_go import Pair, ping
+from tests.support.kernel_pair import pair_with_the_kernel
 from tests.support.netns import Namespace
 
-LATER = ("client", "server", "common.wireguard.tun_device", "common.wireguard.kernel.device")
+LATER = (
+    "client",
+    "server",
+    "cli.app",
+    "cli.serve",
+    "cli.join",
+    "common.wireguard.tun_device",
+    "common.wireguard.kernel.device",
+)
 """What the tests import while they run."""
 
 
@@ -19,6 +33,35 @@ def wireguard() -> None:
         refused = probe.run(["ip", "link", "add", "wg0", "type", "wireguard"], check=False)
     if refused:
         pytest.exit(f"this kernel makes no WireGuard interface ({refused.strip()}): run `make test-kernel`", returncode=1)
+
+
+PINGS = 255
+"""Two a second: more than the 120 s after which a session is renewed by the end that began it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ageing:
+    """A link that grows old while other tests run."""
+
+    pair: Pair
+    first: float | None
+    pings: subprocess.Popen[str]
+
+
+@pytest.fixture(scope="session")
+def ageing() -> Iterator[dict[str, Ageing]]:
+    """Links that were dialled by us and by the kernel, with traffic on them: made early, and judged last."""
+    with ExitStack() as stack:
+        found = {}
+        for who in ("us", "the kernel"):
+            pair = stack.enter_context(pair_with_the_kernel(is_shown=False))
+            pair.know_each_other(we_dial=who == "us", they_dial=who != "us")
+            dialling, address = (pair.net.server, "fd00::2") if who == "us" else (pair.net.machine, "fd00::1")
+            ping(dialling, address)
+            first = pair.peer().last_handshake
+            command = ["ping", "-q", "-i0.5", f"-c{PINGS}", "-W15", address]
+            found[who] = Ageing(pair, first, dialling.popen(command, stdout=subprocess.PIPE))
+        yield found
 
 
 def pytest_sessionfinish() -> None:

@@ -1,17 +1,13 @@
 """Our userspace device against the kernel's own WireGuard, in both roles: the tests against wireguard-go, and more."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from ipaddress import IPv6Address, ip_interface
+from ipaddress import IPv6Address
 
 import pytest
 
-from siderolink.common.keys import PrivateKey
-from siderolink.common.wireguard.device import DeviceConfig, PeerConfig
-from siderolink.common.wireguard.opening import open_device
+from siderolink.common.wireguard.device import PeerConfig
 from tests.interop import test_wireguard_go as suite
 from tests.interop.test_wireguard_go import (
-    OUR_ADDRESSES,
     OUR_PORT,
     OURS,
     THEIR_ADDRESSES,
@@ -30,8 +26,8 @@ from tests.interop.test_wireguard_go import (
     test_we_dial,
     test_we_follow_them_to_another_address_and_port,
 )
+from tests.support.kernel_pair import pair_with_the_kernel
 from tests.support.kernel_wireguard import kernel_wireguard
-from tests.support.topology import direct
 
 __all__ = [
     "test_a_preshared_key",
@@ -45,24 +41,6 @@ __all__ = [
     "test_we_dial",
     "test_we_follow_them_to_another_address_and_port",
 ]
-
-
-@contextmanager
-def pair_with_the_kernel() -> Iterator[Pair]:
-    their_key = PrivateKey.generate()
-    config = DeviceConfig(
-        name="ours",
-        private_key=PrivateKey.generate(),
-        addresses=tuple(ip_interface(address) for address in OUR_ADDRESSES),
-        listen_port=OUR_PORT,
-    )
-    with (
-        direct() as net,
-        kernel_wireguard(net.machine, their_key, port=THEIR_PORT, addresses=THEIR_ADDRESSES) as other,
-        net.server.portal() as portal,
-        portal.wrap_async_context_manager(open_device("userspace", config, lambda event: None)) as device,
-    ):
-        yield Pair(net, portal, device, other, their_key)
 
 
 @pytest.fixture(autouse=True)

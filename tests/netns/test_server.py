@@ -144,7 +144,9 @@ def test_machines_reach_the_server_and_never_each_other() -> None:
             before = host.server.drops()
             assert not one.pings(target)
             after = host.server.drops()
-            assert {reason for reason in after if after[reason] > before.get(reason, 0)} == {"inner_destination"}
+            counted = {reason for reason in after if after[reason] > before.get(reason, 0)}
+            # a machine's kernel looks for routers now and then, from an address that is not the peer's
+            assert counted - {"inner_source"} == {"inner_destination"}
         # The positive control: without the filter, the very same packets pass.
         host.portal.call(host.server.device.set_isolate, False)
         assert one.pings(two.address)
