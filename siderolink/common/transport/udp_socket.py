@@ -51,7 +51,7 @@ _SocketAddress = tuple[str, int] | tuple[str, int, int, int]
 class UdpPath:
     """A UDP address, and the local end that packets came to from there."""
 
-    __slots__ = ("_socket", "address", "pinned")
+    __slots__ = ("_socket", "address", "pinned", "source")
 
     headroom = 0
     peer = None
@@ -60,13 +60,10 @@ class UdpPath:
         self._socket = udp
         self.address = address
         """As the socket module writes it: host, port, and for IPv6 flow information and zone."""
+        self.source = socket.inet_pton(udp.family, address[0].partition("%")[0]) + address[1].to_bytes(2, "big")
+        """The address (4 or 16 bytes) and the port (2 bytes, big-endian)."""
         self.pinned = pinned
         """From where packets leave; None for the routing table's choice."""
-
-    @property
-    def source(self) -> bytes:
-        """The address (4 or 16 bytes) and the port (2 bytes, big-endian)."""
-        return socket.inet_pton(self._socket.family, self.address[0]) + self.address[1].to_bytes(2, "big")
 
     @property
     def is_open(self) -> bool:
@@ -227,13 +224,12 @@ class UdpSocket:
     def _make_path(self, address: _SocketAddress, info: bytes) -> UdpPath:
         if len(self._paths) >= _MAX_PATHS:
             self._paths.clear()
-        pinned = None
-        remote = socket.inet_pton(self.family, address[0].partition("%")[0])
+        path = self._paths[address, info] = UdpPath(self, address, None)
+        remote = path.source[:-2]
         if self.family == socket.AF_INET and len(info) == 12:  # in_pktinfo
-            pinned = Pin(remote, info[4:8], int.from_bytes(info[:4], "little"))
+            path.pinned = Pin(remote, info[4:8], int.from_bytes(info[:4], "little"))
         elif len(info) == 20:  # in6_pktinfo
-            pinned = Pin(remote, info[:16], int.from_bytes(info[16:], "little"))
-        path = self._paths[address, info] = UdpPath(self, address, pinned)
+            path.pinned = Pin(remote, info[:16], int.from_bytes(info[16:], "little"))
         return path
 
     # Sending

@@ -13,7 +13,7 @@ from siderolink.common.wireguard.noise import Drop, Engine, Event, Peer, Session
 from siderolink.common.wireguard.noise.messages import TRANSPORT_OVERHEAD
 from siderolink.common.wireguard.packets.buffers import Packets, round_up
 from siderolink.common.wireguard.packets.gather import Gatherer
-from siderolink.common.wireguard.packets.headers import PLAIN_VNET_HEADER, VNET_SIZE, Gso, address_pair
+from siderolink.common.wireguard.packets.headers import PLAIN_VNET_HEADER, UDP, VNET_SIZE, Gso, address_pair
 from siderolink.common.wireguard.packets.merge import Merger
 from siderolink.common.wireguard.packets.seal import Opened, Opener, Run, Sealer, find_runs
 from siderolink.common.wireguard.packets.split import MalformedFrame, Splitter, place_packet
@@ -135,6 +135,9 @@ class DataPlane:
         except MalformedFrame:
             self._engine.drop(Drop.OUTBOUND_MALFORMED)
             return True
+        if _comes_back(frame, pair, peer):
+            self._engine.drop(Drop.ROUTING_LOOP)
+            return True
         begun = self._engine.begin(peer, 1, length + TRANSPORT_OVERHEAD, now)
         if begun is None:
             self._engine.stage(peer, bytes(frame), now)
@@ -166,6 +169,9 @@ class DataPlane:
         half = len(pair) // 2
         peer = self._engine.find_peer(pair[:half], pair[half:])
         if peer is None:
+            return False
+        if _comes_back(frame, pair, peer):
+            self._engine.drop(Drop.ROUTING_LOOP)
             return False
         if peer is not self._peer:
             self._turn_away(now)
@@ -284,3 +290,15 @@ class DataPlane:
         now = boot_time()
         self._engine.handle_timers(now)
         self.drain(now)
+
+
+def _comes_back(frame: memoryview, pair: bytes, peer: Peer) -> bool:
+    """Whether a packet for the peer is a datagram to where the peer itself is: the routing table leads it round in a circle."""
+    if peer.path is None:
+        return False
+    source = peer.path.source
+    if not pair.endswith(source[:-2]):
+        return False
+    start = VNET_SIZE + (40 if len(pair) == 32 else (frame[VNET_SIZE] & 15) * 4)
+    protocol = frame[VNET_SIZE + (6 if len(pair) == 32 else 9)]
+    return protocol == UDP and frame[start + 2 : start + 4] == source[-2:]

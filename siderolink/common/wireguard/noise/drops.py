@@ -46,6 +46,8 @@ class Drop(StrEnum):
     """A packet from the interface for an address that no peer has."""
     NO_PATH = "no_path"
     """A packet or message for a peer that was never heard from and has no endpoint."""
+    ROUTING_LOOP = "routing_loop"
+    """A packet from the interface that is a datagram to the peer's own endpoint: routes lead it round in a circle."""
     USELESS_KEY = "useless_key"
     """A handshake that was not begun, because with the peer's public key no secret can be shared."""
     STAGED_OVERFLOW = "staged_overflow"
