@@ -2,8 +2,8 @@
 
     python benchmarks/recovery.py [--machines 1000] [--talos 60] [--peers 20] [--down 60] [--only WORD]
 
-The server is `siderolink serve` with a state file, killed with SIGKILL. Machines send a packet every second, and are back when
-one is answered. Needs root, nft, wireguard-go and wg.
+The server is `siderolink serve` with a state file, killed with SIGKILL. Machines send a packet every second (those that are not
+ours, every half) and are back when one is answered. Needs root, nft, wireguard-go and wg.
 """
 
 import argparse
@@ -74,9 +74,11 @@ class Figure:
 class Swarm:
     """Machines that run on one loop until the body ends."""
 
-    def __init__(self, machines: Sequence[Machine], is_silent: Callable[[Machine], bool]) -> None:
+    def __init__(self, machines: Sequence[Machine], is_silent: Callable[[Machine], bool], *, every: float = 1.0) -> None:
+        """Each sends a packet `every` so many seconds, but for those that are silent."""
         self.machines = machines
         self._is_silent = is_silent
+        self._pause = every / 50
 
     async def run(self, *, task_status: TaskStatus[None]) -> None:
         async with background_tasks() as tasks:
@@ -89,7 +91,7 @@ class Swarm:
                     for machine in self.machines[step::50]:
                         if machine.answers.last_at == float("-inf") or not self._is_silent(machine):
                             machine.ping()
-                    await anyio.sleep(0.02)
+                    await anyio.sleep(self._pause)
 
     def back(self) -> int:
         return sum(machine.answers.first_at is not None for machine in self.machines)
@@ -158,7 +160,7 @@ def restart_of_others(net: Net, folder: Path, options: argparse.Namespace) -> li
         peers: Sequence[GoMachine] = stack.enter_context(go_machines(net.machine, API, TOKEN, options.peers))
         groups.append(("server killed: wireguard-go by UDP", list(peers), 5))
         machines = [machine for _, group, _ in groups for machine in group]
-        swarm = Swarm(machines, lambda machine: isinstance(machine, TalosMachine) and not machine.sends)
+        swarm = Swarm(machines, lambda machine: isinstance(machine, TalosMachine) and not machine.sends, every=0.5)
         stack.enter_context(running(net.machine, swarm))
         watch_all(swarm)
         wait_back(swarm, 60)
@@ -178,6 +180,25 @@ def ping_from_server(net: Net, machines: Sequence[TalosMachine], stack: ExitStac
         assert machine.provisioned is not None
         address = str(machine.provisioned.address.ip)
         stack.callback(stop, net.server.popen(["ping", "-q", "-i1", address], stdout=subprocess.DEVNULL))
+
+
+def rotated_key(net: Net, folder: Path, options: argparse.Namespace) -> list[Figure]:
+    """The server gets another key while it runs. Counts from the moment at which it listens again."""
+    urls = [JoinURL.parse(URL), JoinURL.parse(TUNNEL_URL)]
+    machines = [PacketMachine(urls[number % 2]) for number in range(max(2, options.machines // 5))]
+    swarm = Swarm(machines, lambda machine: False)
+    with served(net.server, folder, "--connections-per-address", "10000") as server, running(net.machine, swarm):
+        watch_all(swarm)
+        wait_back(swarm, 120)
+        time.sleep(SETTLE)
+        server.command(["state", "rotate-key"])
+        since = time.monotonic()
+        watch_all(swarm)
+        wait_back(swarm, 60)
+    return [
+        figure("server's key rotated: by UDP", machines[::2], since, 10),
+        figure("server's key rotated: by the tunnel", machines[1::2], since, 10),
+    ]
 
 
 # One link, and what happens to it
@@ -273,6 +294,7 @@ def dead_endpoint(net: Net, folder: Path, options: argparse.Namespace) -> list[F
 SCENARIOS: dict[str, Callable[[Net, Path, argparse.Namespace], list[Figure]]] = {
     "ours": restart_of_ours,
     "others": restart_of_others,
+    "key": rotated_key,
     "roaming": roaming,
     "reset": cut,
     "blackhole": blackhole,

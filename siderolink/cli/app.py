@@ -341,11 +341,15 @@ def backup(
 def restore(
     file: Annotated[Path, typer.Argument(help="What `backup` made.")],
     interface: ServerInterface = "siderolink",
+    state: Annotated[Path | None, typer.Option(help="The state file to replace while no server runs.")] = None,
 ) -> None:
     """Put a copy in the place of the state; links are back once the server has started again by itself."""
-    from siderolink.cli.state import run_restore
+    from siderolink.cli.state import run_restore, run_restore_offline
 
-    run_restore(interface, file)
+    if state is not None:
+        run_restore_offline(file, state)
+    else:
+        run_restore(interface, file)
 
 
 @state_app.command()

@@ -1,6 +1,7 @@
 """`siderolink state`: what a running `serve` remembers, copied, replaced, or given a new key."""
 
 import os
+import shutil
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -9,6 +10,7 @@ import anyio
 from grpclib.exceptions import GRPCError
 
 from siderolink.cli.control import directory
+from siderolink.cli.state_copy import beside, check, put, refuse_in_use
 from siderolink.common.errors import ConfigurationError, SideroLinkError
 from siderolink.common.grpc import open_channel, translate_errors
 from siderolink.common.pb.siderolink.control import BackupRequest, Chunk, RotateKeyRequest, StateStub
@@ -32,6 +34,30 @@ def run_restore(interface: str, file: Path) -> None:
         return f"the server runs with {done.machines} machines and the key {done.public_key}"
 
     print(anyio.run(work))
+
+
+def run_restore_offline(file: Path, state: Path) -> None:
+    """Put a copy in the place of a state that no server has open. Raises SideroLinkError."""
+    copy = beside(state)
+    try:
+        _copy(file, copy)
+        machines = anyio.run(check, copy)
+        refuse_in_use(state)
+        put(copy, state)
+    except OSError as error:
+        raise ConfigurationError(f"{file} cannot be put at {state}: {error.strerror}") from None
+    finally:
+        copy.unlink(missing_ok=True)
+    print(f"{state} holds {machines} machines now; what it held before is beside it")
+
+
+def _copy(file: Path, copy: Path) -> None:
+    copy.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    descriptor = os.open(copy, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    with open(descriptor, "wb") as made, file.open("rb") as given:
+        shutil.copyfileobj(given, made)
+        made.flush()
+        os.fsync(descriptor)
 
 
 def run_rotate_key(interface: str) -> None:

@@ -1,7 +1,6 @@
 """The state of a running `serve`, on its local socket: copied, replaced, given a new key."""
 
 import os
-import secrets
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +9,8 @@ import anyio
 from grpclib import GRPCError, Status
 
 from siderolink.cli.serving import Serving
-from siderolink.common.errors import SideroLinkError, StoreError
+from siderolink.cli.state_copy import beside, check, put
+from siderolink.common.errors import SideroLinkError
 from siderolink.common.pb.siderolink.control import (
     BackupRequest,
     Chunk,
@@ -36,7 +36,7 @@ class StateService(StateBase):
 
     async def backup(self, message: BackupRequest) -> AsyncIterator[Chunk]:
         store, state = self._store()
-        copy = _beside(state)
+        copy = beside(state)
         try:
             with _told():
                 await self._serving.server.remember()
@@ -49,13 +49,13 @@ class StateService(StateBase):
 
     async def restore(self, messages: AsyncIterator[Chunk]) -> RestoreResponse:
         _, state = self._store()
-        copy = _beside(state)
+        copy = beside(state)
         try:
             await _receive(messages, copy)
             with _told():
-                machines = await _check(copy)
+                machines = await check(copy)
                 async with self._lock:
-                    server = await self._serving.replace(lambda: _put(copy, state))
+                    server = await self._serving.replace(lambda: put(copy, state))
         finally:
             copy.unlink(missing_ok=True)
         return RestoreResponse(machines=machines, public_key=str(server.public_key))
@@ -84,10 +84,6 @@ def _told() -> Iterator[None]:
         raise GRPCError(Status.FAILED_PRECONDITION, one_line(str(error))) from None
 
 
-def _beside(state: Path) -> Path:
-    return state.with_name(f".{state.name}.{secrets.token_hex(4)}")
-
-
 async def _receive(messages: AsyncIterator[Chunk], path: Path) -> None:
     size = 0
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
@@ -99,31 +95,3 @@ async def _receive(messages: AsyncIterator[Chunk], path: Path) -> None:
             await file.write(chunk.data)
         await file.flush()
         await anyio.to_thread.run_sync(os.fsync, descriptor)
-
-
-async def _check(path: Path) -> int:
-    """How many machines a sound copy holds. Raises StoreError."""
-    try:
-        async with SqlStore.open(path) as store:
-            if await store.transact(lambda transaction: transaction.server()) is None:
-                raise StoreError("the copy holds no server")
-            return len([machine.id async for machine in store.machines()])
-    except StoreError as error:
-        raise StoreError(str(error).replace(str(path), "that was sent")) from None
-    finally:
-        _forget_companions(path)
-
-
-def _forget_companions(path: Path) -> None:
-    """Remove what SQLite keeps beside a file that was not closed in order."""
-    for suffix in ("-wal", "-shm"):
-        Path(f"{path}{suffix}").unlink(missing_ok=True)
-
-
-def _put(copy: Path, state: Path) -> None:
-    """Put the copy in the place of the state, which stays beside it under another name."""
-    old = state.with_name(f"{state.name}.before-restore")
-    old.unlink(missing_ok=True)
-    os.link(state, old)
-    _forget_companions(state)
-    os.replace(copy, state)

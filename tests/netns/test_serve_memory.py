@@ -19,10 +19,12 @@ from siderolink import Link, connect
 from siderolink.common.errors import ServerUnreachableError
 from siderolink.common.grpc import translate_errors
 from siderolink.common.hostport import HostPort
+from siderolink.common.join_url import JoinURL
 from siderolink.common.tasks import background_tasks
 from siderolink.server.store import Machine
 from siderolink.server.store.sql import SqlStore
 from tests.support.netns import Namespace
+from tests.support.packet_machine import PacketMachine
 from tests.support.raw_machine import RawMachine
 from tests.support.serving import API, SERVER, TOKEN, Served, served
 from tests.support.topology import Net, direct
@@ -131,6 +133,41 @@ def test_the_state_on_a_live_server(net: Net, tmp_path: Path) -> None:
             "siderolink.state-wal",
             "siderolink.state.before-restore",
         }
+
+
+def test_a_copy_is_put_in_place_while_no_server_runs(net: Net, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    with served(net.server, tmp_path) as server, joined(net.machine) as (link, _):
+        server.command(["state", "backup", str(copy)])
+        restore = ["state", "restore", str(copy), "--state", str(server.state)]
+        assert "is in use by a server" in server.command(restore, check=False)
+        server.kill()
+        server.state.write_bytes(b"a disk that failed")
+        assert "holds 1 machines now" in server.command(restore)
+        assert server.state.with_name("siderolink.state.before-restore").read_bytes() == b"a disk that failed"
+        server.start(until="1 machines")
+        assert pings(net.server, link.address, 15)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(90)
+def test_machines_learn_a_rotated_key_by_themselves(net: Net, tmp_path: Path) -> None:
+    from benchmarks.recovery import Swarm, running, wait_back, watch_all
+
+    machines = [PacketMachine(JoinURL.parse(URL + ("&grpc_tunnel=true" if number % 2 else ""))) for number in range(6)]
+    swarm = Swarm(machines, lambda machine: False)
+    with served(net.server, tmp_path) as server, running(net.machine, swarm):
+        watch_all(swarm)
+        wait_back(swarm, 20)
+        before = {machine.runner.answer.server_key for machine in machines if machine.runner.answer is not None}
+        time.sleep(6)  # a connection to the API means something when it has stood for five
+        server.command(["state", "rotate-key"])
+        watch_all(swarm)
+        wait_back(swarm, 40)
+        assert swarm.back() == 6
+        after = {machine.runner.answer.server_key for machine in machines if machine.runner.answer is not None}
+        assert len(before) == len(after) == 1
+        assert before != after
 
 
 @pytest.mark.timeout(90)

@@ -1,0 +1,54 @@
+"""A copy of a server's state: looked at before it is taken, and put in the state's place."""
+
+import fcntl
+import os
+import secrets
+from pathlib import Path
+
+from siderolink.common.errors import StoreError
+from siderolink.server.store.sql import SqlStore
+
+
+def beside(state: Path) -> Path:
+    """A name for a copy on the state's own file system."""
+    return state.with_name(f".{state.name}.{secrets.token_hex(4)}")
+
+
+async def check(path: Path) -> int:
+    """How many machines a sound copy holds. Raises StoreError."""
+    try:
+        async with SqlStore.open(path) as store:
+            if await store.transact(lambda transaction: transaction.server()) is None:
+                raise StoreError("the copy holds no server")
+            return len([machine.id async for machine in store.machines()])
+    except StoreError as error:
+        raise StoreError(str(error).replace(str(path), "that was given")) from None
+    finally:
+        _forget_companions(path)
+
+
+def _forget_companions(path: Path) -> None:
+    """Remove what SQLite keeps beside a file that was not closed in order."""
+    for suffix in ("-wal", "-shm"):
+        Path(f"{path}{suffix}").unlink(missing_ok=True)
+
+
+def refuse_in_use(state: Path) -> None:
+    """Raises StoreError where a server has the state open, whatever else may be wrong with it."""
+    if not state.exists():
+        return
+    with state.open("r+b") as opened:
+        try:
+            fcntl.lockf(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise StoreError(f"{state} is in use by a server; without --state its copy is restored there") from None
+
+
+def put(copy: Path, state: Path) -> None:
+    """Put the copy in the place of the state, which stays beside it under another name. Raises OSError."""
+    old = state.with_name(f"{state.name}.before-restore")
+    old.unlink(missing_ok=True)
+    if state.exists():
+        os.link(state, old)
+    _forget_companions(state)
+    os.replace(copy, state)
