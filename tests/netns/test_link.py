@@ -150,6 +150,26 @@ def test_an_interface_that_is_there_already_is_not_touched() -> None:
         assert ANSWERED in machine.ping()
 
 
+def test_two_links_in_one_process_to_two_servers() -> None:
+    with direct() as net, serving(net), net.server.portal() as beside, net.machine.portal() as portal:
+        other = Server(
+            api_listen="0.0.0.0:4001",
+            wireguard_endpoints=[f"{SERVER_V4}:51821"],
+            join_token=TOKEN,
+            installation_id="another",
+            interface="other",
+        )
+        second = connect(URL.replace(":4000", ":4001"), uuid=str(uuid.uuid4()), interface="second")
+        with portal.wrap_async_context_manager(connect(URL, uuid=str(uuid.uuid4()))) as link:
+            with beside.wrap_async_context_manager(other), portal.wrap_async_context_manager(second) as link_to_other:
+                assert link.server_address != link_to_other.server_address
+                for one in (link, link_to_other):
+                    net.machine.run(["ping", "-c1", "-W5", str(one.server_address)])
+                    net.server.run(["ping", "-c1", "-W5", str(one.address)])
+            net.machine.run(["ping", "-c1", "-W5", str(link.server_address)])
+        assert net.machine.interfaces() == {"lo", "eth0"}
+
+
 def test_cancelled_at_any_moment_it_leaves_nothing() -> None:
     async def cancel_after(turns: int) -> None:
         reached = anyio.Event()
