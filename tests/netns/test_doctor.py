@@ -1,14 +1,18 @@
 """`siderolink doctor`: what it finds where all is well, and where one thing is wrong."""
 
 import json
+import ssl
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from siderolink.common.grpc import server_tls
 from siderolink.server import Server
+from tests.support.certificates import make_certificate
 from tests.support.netns import Namespace
 from tests.support.topology import SERVER_V4, Net, direct
 
@@ -18,9 +22,9 @@ pytestmark = pytest.mark.timeout(60)
 
 
 @contextmanager
-def serving() -> Iterator[Net]:
+def serving(tls: ssl.SSLContext | None = None) -> Iterator[Net]:
     with direct() as net, net.server.portal() as portal:
-        server = Server(api_listen="0.0.0.0:4000", wireguard_endpoints=[f"{SERVER_V4}:51820"], join_token=TOKEN)
+        server = Server(api_listen="0.0.0.0:4000", wireguard_endpoints=[f"{SERVER_V4}:51820"], join_token=TOKEN, tls=tls)
         with portal.wrap_async_context_manager(server):
             yield net
 
@@ -55,6 +59,23 @@ def test_blocked_udp_and_a_wrong_token_have_their_remedies() -> None:
         assert "token" in found["join"]["remedy"]
         found = examine(net.machine, f"https://{SERVER_V4}:4000?jointoken={TOKEN}")
         assert found["TLS"]["is_good"] is False
+
+
+def test_certificates_have_their_remedies(tmp_path: Path) -> None:
+    root = make_certificate("the root")
+    (tmp_path / "ca.pem").write_text(root.certificate_pem)
+    url, trusting = f"https://{SERVER_V4}:4000?jointoken={TOKEN}", ["--ca-file", str(tmp_path / "ca.pem")]
+    for certified, args, remedy in (
+        (root.sign(SERVER_V4), trusting, ""),
+        (root.sign(SERVER_V4), [], "--ca-file"),
+        (root.sign("203.0.113.9"), trusting, "for another name"),
+        (root.sign(SERVER_V4, hours=-1), trusting, "clock"),
+    ):
+        (tmp_path / "server.pem").write_text(certified.pem)
+        with serving(server_tls(tmp_path / "server.pem")) as net:
+            found = examine(net.machine, url, *args)["TLS"]
+        assert found["is_good"] is not bool(remedy)
+        assert remedy in found["remedy"]
 
 
 def test_a_narrow_path_is_found() -> None:

@@ -32,6 +32,14 @@ HANDSHAKE_SECONDS = 10.0
 ECHO_SECONDS = 3.0
 SMALL, FULL = 64, 1280
 _IP_MTU, _IPV6_MTU = 14, 24
+_ANOTHER_NAME = "the certificate is for another name: use that one in the URL"
+_TLS_REMEDIES = {
+    9: "set this host's clock: the certificate is not good yet",
+    10: "renew the server's certificate, or set this host's clock",
+    62: _ANOTHER_NAME,
+    64: _ANOTHER_NAME,  # another address
+}
+"""By OpenSSL's verify code."""
 
 
 async def check_server(url: JoinURL, tls: ssl.SSLContext | None) -> AsyncIterator[Finding]:
@@ -71,10 +79,9 @@ async def _check_tls(api: HostPort, tls: ssl.SSLContext) -> Finding:
                 version = stream.extra(TLSAttribute.tls_version)
         return good("TLS", f"{version}, and the certificate is trusted")
     except ssl.SSLCertVerificationError as error:
-        remedy = {
-            10: "renew the server's certificate, or set this host's clock",
-            62: "the certificate is for another name: use that one in the URL",
-        }.get(error.verify_code, "give the certificate authority with --ca-file, and let the server send its whole chain")
+        remedy = _TLS_REMEDIES.get(
+            error.verify_code, "give the certificate authority with --ca-file, and let the server send its whole chain"
+        )
         return bad("TLS", error.verify_message, remedy)
     except (ssl.SSLError, anyio.EndOfStream, anyio.BrokenResourceError) as error:
         return bad("TLS", str(error) or "the server ended the connection", "does the server speak TLS? grpc:// is without")
