@@ -15,8 +15,9 @@ from siderolink.client.host import Host
 from siderolink.client.progress import Progress
 from siderolink.client.provisioning import Provisioned
 from siderolink.client.watch import HandshakeWatch
+from siderolink.common.backoff import Backoff
 from siderolink.common.clock_watch import seconds_asleep
-from siderolink.common.errors import JoinError
+from siderolink.common.errors import JoinError, ServerUnreachableError
 from siderolink.common.nudge import Nudge
 from siderolink.common.tasks import background_tasks
 from siderolink.common.transport.choice import Route
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from anyio.abc import TaskGroup
 
 _API_LOST = "the connection to the server's API broke"
+_IS_ANOTHER = "the server is not the same as before"
 _MEND_AFTER = 2
 """Handshakes that go unanswered before a stream is opened anew."""
 _ASK_AFTER = 3
@@ -79,6 +81,7 @@ class RouteKeeper:
         self._last_handshake: float | None = None
         self._looked_at = time.monotonic()
         self._has_asked = False
+        self._asks_while_cut = False
         self._ask_at = _ASK_AFTER + 1
         self._why_asked = ""
         self._probes_size = False
@@ -160,6 +163,9 @@ class RouteKeeper:
                 return reason
             case news.RouteInterrupted(reason=reason):
                 self._progress.trouble("stream", reason)
+                if watch.is_up and not self._asks_while_cut:
+                    self._asks_while_cut = True
+                    self._tasks.start_soon(self._ask_while_cut)
             case news.Answered(answer=answer) if self._is_another(answer, watch):
                 self._progress.lost(str(self._route), self._why_asked)
                 return answer
@@ -269,6 +275,27 @@ class RouteKeeper:
                 await anyio.sleep(_SIZE_PROBE_AGAIN)
         self._probes_size = False
 
+    async def _ask_while_cut(self) -> None:
+        """A stream that was cut and brought no handshake since: ask, until answered, whether the server is another now."""
+        handshakes = self._progress.handshakes
+        waits = Backoff(first=6.0, cap=30.0, floor=4.0, factor=1.5)
+        answer: Provisioned | None = None
+        try:
+            while answer is None:
+                await anyio.sleep(waits.next())
+                if self._progress.handshakes != handshakes:
+                    return
+                try:
+                    answer = await self._around.asker.ask(tunnel=self._around.asks_tunnel)
+                except ServerUnreachableError:
+                    continue
+                except JoinError:
+                    return
+            self._why_asked = _IS_ANOTHER
+            self._signals.put(news.Answered(answer))
+        finally:
+            self._asks_while_cut = False
+
     def _ask_once(self) -> None:
         """Ask in passing whether the server is still the one we knew."""
         self._has_asked = True
@@ -276,7 +303,7 @@ class RouteKeeper:
         async def ask() -> Provisioned:
             return await self._around.asker.ask(tunnel=self._around.asks_tunnel)
 
-        self._ask("the server is not the same as before", ask)
+        self._ask(_IS_ANOTHER, ask)
 
     def _ask(self, why: str, ask: Callable[[], Awaitable[Provisioned]]) -> None:
         self._why_asked = why

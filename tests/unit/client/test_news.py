@@ -91,6 +91,27 @@ async def test_a_server_of_another_key_is_taken_up_while_the_link_is_in_doubt() 
         assert set(bench.device.configs) == {new}
 
 
+async def test_a_stream_that_was_cut_and_brings_no_handshake_is_a_reason_to_ask(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        waits.append(seconds)
+        await anyio.lowlevel.checkpoint()
+
+    old, new = new_key(), new_key()
+    async with running(response(old, ONE)) as bench:
+        await connect(bench, old)
+        bench.service.answer = response(new, ONE)
+        monkeypatch.setattr("siderolink.client.keeper.anyio.sleep", sleep)
+        bench.put(news.RouteInterrupted("the server ended it"))
+        bench.put(news.RouteInterrupted("the server ended it"))
+        await bench.saw(events.LinkDown)
+        await anyio.wait_all_tasks_blocked()
+        bench.shake_hands(new)
+        await bench.saw(events.Reestablished)
+    assert any(4.0 <= wait <= 6.0 for wait in waits)
+
+
 async def test_the_same_answer_and_other_endpoints_change_nothing_on_a_good_link() -> None:
     server = new_key()
     async with running(response(server, ONE, TWO)) as bench:
