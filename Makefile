@@ -34,10 +34,11 @@ demo: setup ## the main job, shown in network namespaces of its own
 	@$(PYTHON) -m siderolink demo $(ARGS)
 
 test: needs check ## every check and every test, on every interpreter; the kernel's WireGuard has a verb of its own
-	@echo "the tests that take minutes, beside the others"
+	@echo "beside what follows: tests that take minutes, and those on other interpreters"
 	@$(PYTEST) -q -m long $(ARGS) >.venvs/long.log 2>&1 & long=$$!; \
-	status=0; $(MAKE) -j2 -Otarget others || status=$$?; $(MAKE) all-tests || status=$$?; \
-	wait $$long || status=$$?; cat .venvs/long.log; exit $$status
+	$(MAKE) others >.venvs/others.log 2>&1 & others=$$!; \
+	status=0; $(MAKE) all-tests || status=$$?; \
+	wait $$long || status=$$?; wait $$others || status=$$?; cat .venvs/long.log .venvs/others.log; exit $$status
 
 check: lint types fresh ## what reads the code without running it
 

@@ -58,7 +58,7 @@ def end(process: "subprocess.Popen[str]", number: signal.Signals) -> None:
 def refused(namespace: Namespace, *arguments: str) -> str:
     """The last line of a command that ends with status 1, and in it no traceback and no secret."""
     process = start(namespace, *arguments)
-    output, _ = process.communicate(timeout=15)
+    output, _ = process.communicate(timeout=60)
     assert process.returncode == 1, output
     assert "Traceback" not in output
     assert TOKEN not in output
@@ -105,6 +105,7 @@ def test_serve_join_status(net: Net, token: list[str], tunnel: bool) -> None:
     assert json.loads(net.server.run([*COMMAND, "status", "--json"])) == []
 
 
+@pytest.mark.timeout(180)  # eight programs start, one after the other
 def test_what_goes_wrong_is_one_line(net: Net, token: list[str]) -> None:
     early = start(net.machine, "join", URL, *token)
     assert "192.0.2.1" in read_until(early, "provision failed: ")[-1], "nobody listens"
