@@ -206,7 +206,7 @@ def main() -> None:
     parser.add_argument("--kernel", default="linux-image-amd64", help="the kernel's Debian package")
     parser.add_argument("--fetch", action="store_true", help="only fetch what is needed")
     parser.add_argument("--resident", type=Path, help="a list of files, one a line, to be copied into the machine's memory")
-    parser.add_argument("--seconds", type=float, default=600, help="after so long the machine is stopped")
+    parser.add_argument("--seconds", type=float, default=900, help="after so long the machine is stopped")
     parser.add_argument("command", nargs=argparse.REMAINDER, help="what to run, in this folder")
     arguments = parser.parse_args()
     kernel, busybox = fetch(arguments.kernel), fetch("busybox-static")

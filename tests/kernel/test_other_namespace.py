@@ -6,14 +6,12 @@ from tests.netns import test_other_namespace as suite
 from tests.netns.test_other_namespace import (
     test_a_namespace_that_cannot_be_is_refused,
     test_an_interface_is_repaired_where_it_is,
-    test_by_the_command_line,
     test_links_end_in_other_namespaces,
 )
 
 __all__ = [
     "test_a_namespace_that_cannot_be_is_refused",
     "test_an_interface_is_repaired_where_it_is",
-    "test_by_the_command_line",
     "test_links_end_in_other_namespaces",
 ]
 

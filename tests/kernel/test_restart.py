@@ -1,49 +1,69 @@
-"""`siderolink serve --keep-interface`: killed and started again, while the kernel goes on carrying the traffic."""
+"""A server with `keep_interface` that is stopped and started again, while the kernel goes on carrying the traffic."""
 
 import subprocess
 import sys
 import time
 import uuid
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 
+import anyio
 import pytest
 
 import siderolink
-from tests.support.serving import API, TOKEN, served
-from tests.support.topology import direct
+from siderolink.server import LinkState, MemoryStore, Server, Store
+from tests.support.netns import Namespace
+from tests.support.topology import SERVER_V4, direct
 
-PINGS = 200
+TOKEN = "the-join-token"
+PINGS = 150
 
 
-def test_a_killed_server_takes_up_its_interface_and_no_packet_is_lost(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    machine_uuid = str(uuid.uuid4())
-    machine = siderolink.connect(f"grpc://{API}?jointoken={TOKEN}", uuid=machine_uuid, device="kernel")
-    with (
-        direct() as net,
-        served(net.server, tmp_path, "--device", "kernel", "--keep-interface") as server,
-        net.machine.portal() as portal,
-        portal.wrap_async_context_manager(machine) as link,
-    ):
-        server.wait_for("is up")
-        key = net.server.run(["wg", "show", "siderolink", "public-key"])
-        session = net.server.run(["wg", "show", "siderolink", "latest-handshakes"])
-        command = ["ping", "-q", "-i0.05", f"-c{PINGS}", "-W10", str(link.server_address)]
-        pings = net.machine.popen(command, stdout=subprocess.PIPE)
-        server.kill()
-        assert net.server.run(["wg", "show", "siderolink", "latest-handshakes"]) == session
+@contextmanager
+def serving(namespace: Namespace, store: Store) -> Iterator[float]:
+    """Yields the seconds from the start until the only machine, if there is one, was known to be connected."""
+    server = Server(
+        api_listen=f"{SERVER_V4}:4000",
+        wireguard_endpoints=[f"{SERVER_V4}:51820"],
+        join_token=TOKEN,
+        device="kernel",
+        store=store,
+        keep_interface=True,
+    )
+
+    async def all_up() -> None:
+        while any(status.state is not LinkState.UP for status in await server.machines()):
+            await anyio.sleep(0.01)
+
+    with namespace.portal() as portal:
         began = time.monotonic()
-        server.start(until="serving")
-        server.wait_for(machine_uuid)
-        taken = time.monotonic() - began
-        output, _ = pings.communicate(timeout=60)
-        assert f"{PINGS} packets transmitted, {PINGS} received" in output
-        assert net.server.run(["wg", "show", "siderolink", "public-key"]) == key
-        assert net.server.run(["wg", "show", "siderolink", "latest-handshakes"]) == session
-        with capsys.disabled():
-            sys.stdout.write(f"\na killed server's machine is up again, its interpreter's start included: {taken:.2f} s\n")
-        assert server.stop() == 0
-        # it stays for the next start, until one does not want to keep it
+        with portal.wrap_async_context_manager(server):
+            portal.call(all_up)
+            yield time.monotonic() - began
+            portal.call(all_up)
+
+
+def test_a_server_takes_up_its_interface_and_no_packet_is_lost(capsys: pytest.CaptureFixture[str]) -> None:
+    store = MemoryStore()
+    machine = siderolink.connect(f"grpc://{SERVER_V4}:4000?jointoken={TOKEN}", uuid=str(uuid.uuid4()), device="kernel")
+    with direct() as net, net.machine.portal() as portal:
+        with serving(net.server, store), ExitStack() as first:
+            link = first.enter_context(portal.wrap_async_context_manager(machine))
+            joined = first.pop_all()
+        with joined:
+
+            def shown() -> list[str]:
+                asked = ("public-key", "listen-port", "latest-handshakes")
+                return [net.server.run(["wg", "show", "siderolink", what]) for what in asked]
+
+            session = shown()
+            command = ["ping", "-q", "-i0.05", f"-c{PINGS}", "-W10", str(link.server_address)]
+            pings = net.machine.popen(command, stdout=subprocess.PIPE)
+            with serving(net.server, store) as taken:
+                output, _ = pings.communicate(timeout=60)
+                assert f"{PINGS} packets transmitted, {PINGS} received" in output
+                assert shown() == session
         assert "siderolink" in net.server.interfaces()
         net.server.run(["ip", "link", "del", "siderolink"])
+    with capsys.disabled():
+        sys.stdout.write(f"\nfrom a server's start until its machine is up again: {taken:.2f} s\n")
