@@ -8,7 +8,6 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, cast
 
 import anyio
-import anyio.lowlevel
 
 from siderolink.server.reporting.desk import ReportDesk
 from siderolink.server.reporting.lines import LineSplitter
@@ -20,14 +19,24 @@ if TYPE_CHECKING:
 
 FAREWELL_SECONDS = 1.0
 """How long a receiver that stops waits for machines to close their connections, so that what they have sent is read."""
+_ACCEPTS_PER_TURN = 64
+_ACCEPT_PAUSE = 1.0
+"""Seconds until connections are accepted again after this host had no descriptor left for one."""
 
 
-class _Open:
-    """The connections that are open."""
+class _Listener:
+    """A listening socket and the connections that came by it."""
 
-    def __init__(self) -> None:
+    def __init__(self, desk: ReportDesk, sock: socket.socket) -> None:
+        self._desk = desk
+        self._sock = sock
+        self._loop = asyncio.get_running_loop()
+        self._pause: asyncio.TimerHandle | None = None
+        self._being_made: set[asyncio.Task[None]] = set()
         self._transports: set[asyncio.Transport] = set()
         self._none_left = anyio.Event()
+        sock.setblocking(False)
+        self._listen()
 
     def add(self, transport: asyncio.Transport) -> None:
         self._transports.add(transport)
@@ -38,7 +47,14 @@ class _Open:
             self._none_left.set()
 
     async def end(self) -> None:
-        """Ask for the end of each, take what still comes, and close those that stay."""
+        """Accept no more, ask for the end of each connection, take what still comes, and close those that stay."""
+        self._accept()  # who has just connected is heard, too
+        if self._pause is not None:
+            self._pause.cancel()
+        self._loop.remove_reader(self._sock)
+        self._sock.close()
+        if self._being_made:
+            await asyncio.wait(self._being_made)
         self._none_left = anyio.Event()
         for transport in self._transports:
             if not transport.is_closing():
@@ -49,13 +65,40 @@ class _Open:
         for transport in tuple(self._transports):
             transport.abort()
 
+    def _listen(self) -> None:
+        self._pause = None
+        self._loop.add_reader(self._sock, self._accept)
+
+    def _accept(self) -> None:
+        for _ in range(_ACCEPTS_PER_TURN):
+            try:
+                connection, _ = self._sock.accept()
+            except (BlockingIOError, InterruptedError):
+                return
+            except ConnectionError:  # the machine is gone again
+                continue
+            except OSError:  # out of descriptors or memory
+                self._loop.remove_reader(self._sock)
+                self._pause = self._pause or self._loop.call_later(_ACCEPT_PAUSE, self._listen)
+                return
+            task = self._loop.create_task(self._take(connection))
+            self._being_made.add(task)
+            task.add_done_callback(self._being_made.discard)
+
+    async def _take(self, connection: socket.socket) -> None:
+        connection.setblocking(False)
+        try:
+            await self._loop.connect_accepted_socket(lambda: _Connection(self._desk, self), connection)
+        except OSError:
+            connection.close()
+
 
 class _Connection(asyncio.Protocol):
     """One machine's lines by TCP."""
 
-    def __init__(self, desk: ReportDesk, open_connections: _Open) -> None:
+    def __init__(self, desk: ReportDesk, listener: _Listener) -> None:
         self._desk = desk
-        self._open = open_connections
+        self._listener = listener
         self._lines = LineSplitter(desk.options.max_line_bytes)
         self._counted_too_long = 0
         self._machine: Machine | None = None
@@ -63,7 +106,7 @@ class _Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)
-        self._open.add(self._transport)
+        self._listener.add(self._transport)
         peer = transport.get_extra_info("peername")
         machine = self._desk.machine(str(peer[0])) if peer else None
         if machine is None or not self._desk.connect(machine):
@@ -90,7 +133,7 @@ class _Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self._transport is not None:
-            self._open.discard(self._transport)
+            self._listener.discard(self._transport)
         if self._machine is None:
             return
         rest = self._lines.rest().strip()
@@ -124,28 +167,19 @@ class _Datagrams(asyncio.DatagramProtocol):
 @asynccontextmanager
 async def receive_lines(desk: ReportDesk, tcp: socket.socket, udp: socket.socket) -> AsyncIterator[None]:
     """Take lines from both sockets, which are closed with the context, as are connections: once what came by them is read."""
-    loop = asyncio.get_running_loop()
-    connections = _Open()
     try:
-        server = await loop.create_server(lambda: _Connection(desk, connections), sock=tcp)
+        transport, _ = await asyncio.get_running_loop().create_datagram_endpoint(lambda: _Datagrams(desk), sock=udp)
     except BaseException:
         tcp.close()
         udp.close()
         raise
-    try:
-        transport, _ = await loop.create_datagram_endpoint(lambda: _Datagrams(desk), sock=udp)
-    except BaseException:
-        server.close()
-        udp.close()
-        raise
+    listener = _Listener(desk, tcp)
     try:
         yield
     finally:
         with anyio.CancelScope(shield=True):
-            await anyio.lowlevel.checkpoint()  # who has just connected is accepted, too
-            server.close()
             transport.close()
-            await connections.end()
+            await listener.end()
 
 
 def _is_whole(line: bytes) -> bool:
