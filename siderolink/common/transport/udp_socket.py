@@ -246,12 +246,6 @@ class UdpSocket:
         data, stride, sent = datagrams.data, datagrams.stride, 0
         if path.pinned is not None and self._routes is not None:
             path.pinned.check(self._routes, self._mark)
-        if datagrams.count == 1:
-            try:
-                self._send_rows(data, stride, 1, path)
-                return
-            except OSError:
-                pass  # it will come again, and be dealt with
         while sent < datagrams.count:
             step = 1
             if datagrams.count - sent > 1 and self._gso and path.address not in self._plain:

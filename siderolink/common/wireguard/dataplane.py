@@ -126,17 +126,13 @@ class DataPlane:
         pair, size = address_pair(frame, VNET_SIZE), len(frame) - VNET_SIZE
         if pair is None or frame[1] != Gso.NONE or size > self._engine.mtu:
             return False
-        half = len(pair) // 2
-        peer = self._engine.find_peer(pair[:half], pair[half:])
+        peer = self._find_peer(frame, pair)
         if peer is None:
             return True
         try:
             length = place_packet(frame, self._alone, self._engine.mtu)
         except MalformedFrame:
             self._engine.drop(Drop.OUTBOUND_MALFORMED)
-            return True
-        if _comes_back(frame, pair, peer):
-            self._engine.drop(Drop.ROUTING_LOOP)
             return True
         begun = self._engine.begin(peer, 1, length + TRANSPORT_OVERHEAD, now)
         if begun is None:
@@ -166,12 +162,8 @@ class DataPlane:
 
     def _route(self, frame: memoryview, pair: bytes, now: float) -> bool:
         """Turn to the peer that a packet goes to; False if it is dropped or staged."""
-        half = len(pair) // 2
-        peer = self._engine.find_peer(pair[:half], pair[half:])
+        peer = self._find_peer(frame, pair)
         if peer is None:
-            return False
-        if _comes_back(frame, pair, peer):
-            self._engine.drop(Drop.ROUTING_LOOP)
             return False
         if peer is not self._peer:
             self._turn_away(now)
@@ -181,6 +173,15 @@ class DataPlane:
             self._peer = peer
         self._pair = pair
         return True
+
+    def _find_peer(self, frame: memoryview, pair: bytes) -> Peer | None:
+        """The peer that a packet goes to; None, and counted, if it may not go anywhere."""
+        half = len(pair) // 2
+        peer = self._engine.find_peer(pair[:half], pair[half:])
+        if peer is not None and _comes_back(frame, pair, peer):
+            self._engine.drop(Drop.ROUTING_LOOP)
+            return None
+        return peer
 
     def _turn_away(self, now: float) -> None:
         """Send what was gathered for a peer, and be with none."""
