@@ -11,7 +11,7 @@ from ipaddress import IPv6Network
 
 from siderolink.client.provisioning import Machine, Provisioned, provision
 from siderolink.common.errors import SideroLinkError
-from siderolink.common.grpc import GRPCError, open_byte_stream, open_channel
+from siderolink.common.grpc import GRPCError, open_byte_stream, open_channel, translate_errors
 from siderolink.common.join_url import JoinURL
 from siderolink.common.keys import PrivateKey
 from siderolink.common.transport.tunnel import ADDRESS_METADATA, TunnelPath, carry
@@ -121,14 +121,15 @@ class SimulatedMachine:
         address, port = self._answer.virtual_address
         metadata = {ADDRESS_METADATA: f"[{address}]:{port}"}
         while True:
-            with contextlib.suppress(SideroLinkError, GRPCError, OSError):
-                async with (
-                    open_channel(self._url.host, self._url.port, self._url.tls) as channel,
-                    open_byte_stream(channel, metadata=metadata) as stream,
-                ):
-                    path = TunnelPath(stream, "server")
-                    self._set_out(path)
-                    await carry(stream, path, self._deliver)
+            with contextlib.suppress(SideroLinkError, GRPCError):
+                with translate_errors():
+                    async with (
+                        open_channel(self._url.host, self._url.port, self._url.tls) as channel,
+                        open_byte_stream(channel, metadata=metadata) as stream,
+                    ):
+                        path = TunnelPath(stream, "server")
+                        self._set_out(path)
+                        await carry(stream, path, self._deliver)
             await asyncio.sleep(_AGAIN_SECONDS)
 
     def _read(self) -> None:
