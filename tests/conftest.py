@@ -50,6 +50,14 @@ def no_namespaces_left() -> Iterator[None]:
     assert not left, f"network namespaces left behind: {left}"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def a_runtime_folder_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Servers and machines of another run beside this one do not show in `siderolink status`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SIDEROLINK_RUNTIME_DIR", str(tmp_path_factory.mktemp("run")))
+        yield
+
+
 # examples are judged by what they show, not by how busy the machine is
 # The same examples each time, so that what was green stays green; `--hypothesis-profile search` looks for new ones.
 settings.register_profile("house", deadline=None, derandomize=True)
