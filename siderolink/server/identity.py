@@ -38,23 +38,6 @@ def parse_uuid(text: str) -> str:
     return text.lower()
 
 
-_PRIME = 2**255 - 19
-_LOW_ORDER = {
-    0,
-    1,
-    _PRIME - 1,
-    0x00B8495F16056286FDB1329CEB8D09DA6AC49FF1FAE35616AEB8413B7C7AEBE0,
-    0x57119FD0DD4E22D8868E1C58C45C44045BEF839C55B1D0B1248C50A3BC959C5F,
-}
-"""The u-coordinates whose exchange gives zeros with every private key (RFC 7748, section 6.1)."""
-
-
-def is_usable_key(public_key: PublicKey) -> bool:
-    """Whether a private key can belong to it and a handshake with it can succeed."""
-    u = int.from_bytes(bytes(public_key), "little") & (2**255 - 1)
-    return u % _PRIME not in _LOW_ORDER
-
-
 def is_alive(silence: float | None) -> bool:
     """`silence` is seconds since the last authenticated packet; None if there was none."""
     return silence is not None and silence < ALIVE_SECONDS

@@ -19,7 +19,7 @@ from siderolink.common.text import one_line
 from siderolink.server.admission import Call
 from siderolink.server.authorization import Allow, Authorize, Deny, JoinRequest, allow_all
 from siderolink.server.events import EventHub, JoinRefused
-from siderolink.server.identity import Claimant, is_usable_key, parse_uuid
+from siderolink.server.identity import Claimant, parse_uuid
 from siderolink.server.machines import Machines
 from siderolink.server.provision_codec import PlainRequest, encode_response
 from siderolink.server.refusals import JoinRefusal, JoinRejectedError
@@ -185,7 +185,7 @@ class ProvisionService:
             raise _bad_key(str(error)) from None
         if public_key == self._server_key:
             raise _bad_key("this is the server's own key")
-        if not is_usable_key(public_key):
+        if public_key.is_low_order:
             raise _bad_key("no private key belongs to this one")
         return public_key
 

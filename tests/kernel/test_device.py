@@ -89,6 +89,19 @@ def test_peers_are_set_and_removed_one_by_one(net: Net) -> None:
         assert call(device.peer, other) is None
 
 
+def test_a_keepalive_waits_for_an_endpoint(net: Net) -> None:
+    with running(net.server) as ours, peered(net, ours) as (_, key):
+        peer = PeerConfig(public_key=key.public_key(), allowed_ips=(ip_network(THEIRS),), persistent_keepalive=9)
+        ours.portal.call(ours.device.set_peer, peer)
+        shown = ["wg", "show", "ours", "persistent-keepalive"]
+        assert net.server.run(shown).split() == [key.public_key().encode(), "off"]
+        [status] = ours.portal.call(ours.device.peers)
+        assert status.persistent_keepalive == 9
+        ping(net.machine, OURS)
+        ours.wait_for(HandshakeCompleted)
+        assert net.server.run(shown).split() == [key.public_key().encode(), "9"]
+
+
 def test_what_cannot_be_is_refused(net: Net) -> None:
     with running(net.server) as ours:
         low_order = type(ours.device.public_key)(bytes(32))

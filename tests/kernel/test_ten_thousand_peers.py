@@ -1,6 +1,7 @@
 """Ten thousand peers: one more costs what it costs among ten, and looking at them holds nobody up.
 
-They have no endpoint, and so no keepalive: the kernel would make handshakes for each every five seconds, and send none.
+They have no endpoint, so the kernel must not hear of their keepalive: it would make handshakes for each every five seconds, and
+send none.
 """
 
 import os
@@ -28,7 +29,7 @@ EMULATION = 15
 def peer(number: int) -> PeerConfig:
     # points of Curve25519 need not be on the curve to be keys
     key = PublicKey(number.to_bytes(31, "little") + b"\x11")
-    return PeerConfig(public_key=key, allowed_ips=(IPv6Network((PREFIX + number, 128)),))
+    return PeerConfig(public_key=key, allowed_ips=(IPv6Network((PREFIX + number, 128)),), persistent_keepalive=25)
 
 
 def resident() -> int:

@@ -2,6 +2,7 @@
 
 import pytest
 
+from siderolink.common.keys import PrivateKey, PublicKey
 from siderolink.common.wireguard.noise import Drop
 from siderolink.common.wireguard.noise.primitives import dh, private_key
 from tests.support.virtual import dropped, joined, pair
@@ -11,6 +12,7 @@ def test_keys_that_cannot_be_peers() -> None:
     a, b, wire = joined()
     with pytest.raises(ValueError, match="own peer"):
         a.engine.add_peer(a.engine.public_key)
+    assert not PrivateKey.generate().public_key().is_low_order
 
 
 @pytest.mark.parametrize("top_bit", [0, 1 << 255])
@@ -25,6 +27,7 @@ def test_keys_that_cannot_be_peers() -> None:
 def test_points_of_low_order_cannot_be_peers(point: int, top_bit: int) -> None:
     a, _, _ = pair()
     key = (point | top_bit).to_bytes(32, "little")
+    assert PublicKey(key).is_low_order
     with pytest.raises(ValueError, match="low order"):
         a.engine.add_peer(key)
     with pytest.raises(ValueError):  # noqa: PT011 (the library's own words)

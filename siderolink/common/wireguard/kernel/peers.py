@@ -5,10 +5,10 @@ share it, and where a look is costly it also answers for a while after. Between 
 """
 
 import time
+from dataclasses import replace
 
 import anyio
 from anyio.lowlevel import checkpoint
-from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 
 from siderolink.common.errors import ConfigurationError, DeviceError, SideroLinkError
 from siderolink.common.keys import PublicKey
@@ -40,12 +40,14 @@ _SESSION_SECONDS = 180.0
 class _Entry:
     """One peer."""
 
-    __slots__ = ("changed_at", "is_adopted", "is_claimed", "networks", "view")
+    __slots__ = ("changed_at", "is_adopted", "is_claimed", "keepalive", "networks", "view")
 
     def __init__(self, facts: PeerFacts, now: float) -> None:
         self.view = PeerView(facts, heard_at=now, sent_when_heard=facts.sent)
         self.networks: frozenset[object] = frozenset()
         """The allowed IPs it was last given."""
+        self.keepalive = 0
+        """Seconds; the kernel hears of it with the first endpoint: before, it would shake hands with nobody every 5 s."""
         self.changed_at = now
         """When we last changed it: what was read before then is out of date."""
         self.is_claimed = False
@@ -69,7 +71,6 @@ class Peers:
         self._lock = anyio.Lock()
         self._wake = anyio.Event()
         self._is_stopped = False
-        self._judge = X25519PrivateKey.generate()
 
     def close(self) -> None:
         if self._relay is not None:
@@ -96,32 +97,27 @@ class Peers:
     def set_peer(self, peer: PeerConfig) -> None:
         key, now = bytes(peer.public_key), time.monotonic()
         entry = self._entries.get(key)
-        if entry is None:
-            self._refuse_low_order(peer.public_key)
+        if peer.public_key.is_low_order:
+            raise ConfigurationError(f"{peer.public_key} cannot be a peer's key: it is a point of low order")
         networks = frozenset(peer.allowed_ips)
         try:
             # Prefixes that stay are never taken away for a moment: packets may be on their way.
             replaces = entry is None or not entry.networks <= networks
-            payload = messages.set_peer(self._wireguard.index, peer, replace_allowed_ips=replaces)
             endpoint = messages.encode_endpoint(peer.endpoint) if peer.endpoint is not None else b""
+            has_endpoint = bool(endpoint or (entry is not None and entry.view.facts.endpoint))
+            told = peer if has_endpoint else replace(peer, persistent_keepalive=0)
+            payload = messages.set_peer(self._wireguard.index, told, replace_allowed_ips=replaces)
         except OSError as error:
             raise ConfigurationError(f"{peer.endpoint} cannot be dialled: {error.strerror}") from error
         self._wireguard.set(payload, f"set the peer {peer.public_key}")
         if entry is None:
             entry = self._entries[key] = _Entry(PeerFacts(key), now)
         entry.networks, entry.is_claimed, entry.changed_at = networks, True, time.monotonic()
-        facts = entry.view.facts
-        facts.keepalive = peer.persistent_keepalive
+        entry.keepalive, entry.view.facts.keepalive = peer.persistent_keepalive, told.persistent_keepalive
         if endpoint:
             self._move(entry, endpoint)
         self._removed.pop(key, None)
         self._expect(key)
-
-    def _refuse_low_order(self, public_key: PublicKey) -> None:
-        try:
-            self._judge.exchange(X25519PublicKey.from_public_bytes(bytes(public_key)))
-        except ValueError:
-            raise ConfigurationError(f"{public_key} cannot be a peer's key: it is a point of low order") from None
 
     def remove_peer(self, key: bytes) -> None:
         self._wireguard.set(messages.remove_peer(self._wireguard.index, key), "remove a peer")
@@ -181,11 +177,17 @@ class Peers:
                 self._wireguard.set(messages.peer_endpoint(self._wireguard.index, key, slot.endpoint), doing)
                 self._move(entry, slot.endpoint)
                 entry.changed_at = time.monotonic()
-            if facts.keepalive:
-                self._wireguard.set(messages.peer_keepalive(self._wireguard.index, key, facts.keepalive), "wake a peer")
+            self._keep_alive(entry)
         except SideroLinkError:
             return  # the interface is gone, and its end is told
         self._expect(key)
+
+    def _keep_alive(self, entry: _Entry) -> None:
+        """Have the kernel send a keepalive now, and from now on."""
+        facts = entry.view.facts
+        seconds = facts.keepalive = entry.keepalive or facts.keepalive
+        if seconds:
+            self._wireguard.set(messages.peer_keepalive(self._wireguard.index, facts.key, seconds), "keep a peer alive")
 
     def deliver(self, datagrams: Datagrams, path: Path) -> None:
         if not self._is_stopped:
@@ -308,6 +310,8 @@ class Peers:
                     old_path, new_path = self._path(old_endpoint), self._path(facts.endpoint)
                     if self._relay is not None:
                         self._relay.hold(self._relay.at(facts.endpoint), facts.key, before)
+                    if not facts.keepalive:
+                        self._keep_alive(entry)
                     if new_path is not None:
                         self._on_event(PathChanged(public_key=public_key, old=old_path, new=new_path))
                 case HandshakeSeen():
@@ -353,5 +357,5 @@ class Peers:
             last_received=entry.view.last_received,
             received_bytes=facts.received,
             sent_bytes=facts.sent,
-            persistent_keepalive=facts.keepalive,
+            persistent_keepalive=facts.keepalive or entry.keepalive,
         )
