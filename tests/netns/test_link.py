@@ -67,6 +67,8 @@ def test_traffic_flows_and_nothing_is_left(way: str) -> None:
             assert machine.link.interface == ("siderolinktun" if tunnel else "siderolink")
             assert ANSWERED in machine.ping()
             assert ANSWERED in net.server.run(["ping", "-c3", "-i0.1", str(machine.link.address)])
+            place = "[fdae:41e4:649b:9304:" if tunnel else "192.0.2.2:"
+            assert f"endpoint: {place}" in net.server.run(["wg", "show", "siderolink"])
             status = machine.portal.call(machine.link.status)
             assert status.state == "connected"
             assert status.server is not None

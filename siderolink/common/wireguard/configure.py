@@ -10,7 +10,7 @@ from siderolink.common.wireguard.device import PeerConfig, PeerStatus
 from siderolink.common.wireguard.noise import Engine, Peer
 from siderolink.common.wireguard.noise.handshake import NO_PRESHARED_KEY
 from siderolink.common.wireguard.path import Endpoint, Path
-from siderolink.common.wireguard.uapi.protocol import DeviceReport, PeerReport
+from siderolink.common.wireguard.uapi.protocol import DeviceReport, PeerReport, UapiError, parse_endpoint
 
 
 class Sockets(Protocol):
@@ -131,10 +131,20 @@ def _report(peer: Peer) -> PeerReport:
     return PeerReport(
         public_key=PublicKey(peer.public_key),
         preshared_key=PresharedKey(peer.preshared_key) if peer.preshared_key != NO_PRESHARED_KEY else None,
-        endpoint=str(peer.path) if peer.path is not None else None,
+        endpoint=_endpoint(str(peer.path)) if peer.path is not None else None,
         last_handshake_ns=peer.last_handshake_ns or 0,
         received_bytes=peer.received_bytes,
         sent_bytes=peer.sent_bytes,
         persistent_keepalive=peer.timers.persistent_interval,
         allowed_ips=tuple(peer.allowed_ips),
     )
+
+
+def _endpoint(place: str) -> str | None:
+    """What `wg` can read of a path's name: a tunnel's virtual address, too, and nothing that is no address."""
+    place = place.removeprefix("tunnel ")
+    try:
+        parse_endpoint(place)
+    except UapiError:
+        return None
+    return place
