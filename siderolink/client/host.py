@@ -6,12 +6,12 @@ from typing import Protocol
 
 import anyio
 
+from siderolink.client.echo_probe import is_answered, large_packets_pass
 from siderolink.client.guard import InterfaceGuard, overlay_holder
 from siderolink.client.signals import ClockJumped, NetworkChanged, Put, Repaired
-from siderolink.client.size_probe import large_packets_pass
 from siderolink.common.clock_watch import ClockWatch
 from siderolink.common.errors import OverlayInUseError
-from siderolink.common.network_watch import NetworkChange, NetworkWatch, way_out
+from siderolink.common.network_watch import NetworkChange, NetworkWatch, WayOut, way_out
 from siderolink.common.tasks import background_tasks
 from siderolink.common.wireguard.device import (
     Device,
@@ -36,11 +36,14 @@ class Host(Protocol):
     async def watch(self, device: Device, config: DeviceConfig, put: Put) -> None:
         """Tell of the network, the interface and the clock, for ever."""
 
-    def way_out(self, remote: str) -> str | None:
-        """The local address by which packets to `remote` leave; None where there is no route."""
+    def way_out(self, remote: str) -> WayOut | None:
+        """How packets to `remote` leave; None where there is no route."""
+
+    async def is_answered(self, interface: str, server: IPv6Address) -> bool:
+        """See `echo_probe`."""
 
     async def large_packets_pass(self, interface: str, server: IPv6Address) -> bool | None:
-        """See `size_probe`."""
+        """See `echo_probe`."""
 
 
 class ThisHost:
@@ -71,7 +74,7 @@ class ThisHost:
             if is_here:
                 guard.on_change(change)
             if change.lost or change.interfaces - own:
-                put(NetworkChanged(bool(change.carriers - own)))
+                put(NetworkChanged(change.carriers))
 
         async def repair() -> None:
             while True:
@@ -90,8 +93,11 @@ class ThisHost:
                 tasks.start_soon(repair)
                 await anyio.sleep_forever()
 
-    def way_out(self, remote: str) -> str | None:
+    def way_out(self, remote: str) -> WayOut | None:
         return way_out(remote)
+
+    async def is_answered(self, interface: str, server: IPv6Address) -> bool:
+        return await is_answered(interface, server, self._namespace)
 
     async def large_packets_pass(self, interface: str, server: IPv6Address) -> bool | None:
         return await large_packets_pass(interface, server, self._namespace)

@@ -23,6 +23,7 @@ from siderolink.common.tasks import background_tasks
 from siderolink.common.transport.choice import Route
 from siderolink.common.wireguard.device import (
     DEFAULT_MTU,
+    CanShakeHands,
     Device,
     HandshakeCompleted,
     HandshakeGaveUp,
@@ -32,6 +33,8 @@ from siderolink.common.wireguard.device import (
 
 if TYPE_CHECKING:
     from anyio.abc import TaskGroup
+
+    from siderolink.common.network_watch import WayOut
 
 _API_LOST = "the connection to the server's API broke"
 _IS_ANOTHER = "the server is not the same as before"
@@ -76,7 +79,7 @@ class RouteKeeper:
         self._route = route
         self._answer = answer
         self._peer = peer
-        self._way_out: str | None = None
+        self._way_out: WayOut | None = None
         self._asleep = seconds_asleep()
         self._last_handshake: float | None = None
         self._looked_at = time.monotonic()
@@ -138,6 +141,9 @@ class RouteKeeper:
                 return outcome
 
     async def _probe(self, watch: HandshakeWatch) -> None:
+        if watch.doubt is not None and watch.unanswered == 1 and await self._still_carries():
+            watch.answered(time.monotonic())
+            return
         await self._route.shake_hands(self._device, self._peer)
         if watch.doubt is None:
             return
@@ -149,6 +155,12 @@ class RouteKeeper:
             self._ask_once()
         if watch.doubt == _API_LOST:
             self._progress.trouble("silence", f"{_API_LOST}, and handshakes go unanswered")
+
+    async def _still_carries(self) -> bool:
+        """Whether the session is known to be good, where a new one would cost what is under way by the old one."""
+        if isinstance(self._device, CanShakeHands):
+            return False
+        return await self._around.host.is_answered(self._device.name, self._answer.server_address)
 
     async def _take(self, signal: news.Signal, watch: HandshakeWatch) -> str | Provisioned | None:
         now = time.monotonic()
@@ -188,8 +200,8 @@ class RouteKeeper:
                 # A server that remembers us answers the handshake, and has enough to do.
                 self._has_asked = False
                 self._ask_at = watch.unanswered + _ASK_AFTER
-            case news.NetworkChanged(has_new_carrier=has_new_carrier):
-                self._network_changed(watch, now, has_new_carrier)
+            case news.NetworkChanged(carriers=carriers):
+                self._network_changed(watch, now, carriers)
             case news.Repaired(what=what):
                 self._around.emit(events.InterfaceRepaired(what=what))
                 self._progress.trouble("interface", f"the interface was changed by someone else: {what}")
@@ -200,7 +212,7 @@ class RouteKeeper:
                     watch.slept(now)
                     self._around.nudge.give()
 
-    def _network_changed(self, watch: HandshakeWatch, now: float, has_new_carrier: bool) -> None:
+    def _network_changed(self, watch: HandshakeWatch, now: float, carriers: frozenset[int]) -> None:
         remote = self._route.remote
         if remote is None:
             self._around.nudge.give()
@@ -211,7 +223,7 @@ class RouteKeeper:
             return
         if self._way_out != before:
             self._route.mend()
-        if self._way_out != before or has_new_carrier:
+        if self._way_out != before or self._way_out.interface in carriers:
             self._around.nudge.give()
             self._doubt_at_once(watch, now, "the network changed")
 

@@ -47,7 +47,8 @@ class ApiBack:
 class NetworkChanged:
     """This host's addresses or routes changed, or a carrier came."""
 
-    has_new_carrier: bool
+    carriers: frozenset[int] = frozenset()
+    """The indexes of interfaces that had lost theirs and have it again."""
 
 
 @dataclass(frozen=True, slots=True)

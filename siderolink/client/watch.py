@@ -65,6 +65,13 @@ class HandshakeWatch:
             self._heard_at = max(self._heard_at, at)
             self._silent_at = self._heard_at + SILENT_AFTER
 
+    def answered(self, now: float) -> None:
+        """Note that something came back that was sent during the doubt: its end, without a handshake."""
+        if self._handshake_at is not None:
+            self.doubt, self.unanswered = None, 0
+            self._down_at, self._probe_at = self._handshake_at + self._down_after, float("inf")
+            self.heard(now)
+
     def begin_doubt(self, now: float, reason: str) -> bool:
         """Something looks wrong with an established link; True where that is news."""
         if self._handshake_at is None or self.doubt is not None:

@@ -7,23 +7,25 @@ whether an interface has got its carrier. What happens within a moment is told t
 import asyncio
 import socket
 import struct
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
 from siderolink.common.netlink import call_in
 from siderolink.common.readers import read_on
-from siderolink.common.wireguard.kernel.attributes import attributes
+from siderolink.common.wireguard.kernel.attributes import attribute, attributes
 
-_NEWLINK, _DELLINK, _NEWADDR, _DELADDR, _NEWROUTE, _DELROUTE = 16, 17, 20, 21, 24, 25
+_NEWLINK, _DELLINK, _NEWADDR, _DELADDR, _NEWROUTE, _DELROUTE, _GETROUTE = 16, 17, 20, 21, 24, 25, 26
 _GROUPS: Final = 0x1 | 0x10 | 0x40 | 0x100 | 0x400
 """RTMGRP_LINK, IPV4_IFADDR, IPV4_ROUTE, IPV6_IFADDR, IPV6_ROUTE."""
 _LOWER_UP: Final = 0x10000
 _HEADER: Final = struct.Struct("=IHHII")
 _LINK: Final = struct.Struct("=BxHiII")
 _ADDRESS: Final = struct.Struct("=BBBBI")
-_ROUTE_BYTES: Final = 12
-_OUTGOING_INTERFACE: Final = 4
+_ROUTE: Final = struct.Struct("=BB6xI")
+_DESTINATION, _OUTGOING_INTERFACE, _SOURCE = 1, 4, 7
+_REQUEST: Final = 1
 _RECEIVE_BYTES: Final = 1 << 16
 _MOMENT: Final = 0.05
 _MAX_INTERFACES: Final = 4096
@@ -36,9 +38,19 @@ class NetworkChange:
     interfaces: frozenset[int]
     """The indexes of the interfaces concerned."""
     carriers: frozenset[int]
-    """Those of them that have got a carrier."""
+    """Those of them that had lost their carrier and have it again."""
     lost: bool = False
     """Some messages were lost: anything may have changed."""
+
+
+@dataclass(frozen=True, slots=True)
+class WayOut:
+    """How packets to an address leave this host."""
+
+    source: bytes
+    """The local address; empty where the kernel names none."""
+    interface: int
+    """The index of the interface."""
 
 
 class NetworkWatch:
@@ -83,7 +95,7 @@ class NetworkWatch:
         if kind in (_NEWLINK, _DELLINK) and len(body) >= _LINK.size:
             _, _, index, flags, _ = _LINK.unpack_from(body)
             has_carrier = kind == _NEWLINK and bool(flags & _LOWER_UP)
-            if has_carrier and not self._carriers.get(index, False):
+            if has_carrier and not self._carriers.get(index, True):
                 self._new_carriers.add(index)
             if kind == _DELLINK or (index not in self._carriers and len(self._carriers) >= _MAX_INTERFACES):
                 self._carriers.pop(index, None)
@@ -108,15 +120,23 @@ def _open_socket() -> socket.socket:
     return socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK, socket.NETLINK_ROUTE)
 
 
-def way_out(remote: str) -> str | None:
-    """The local address from which packets to this numeric address would leave; None where there is no route."""
+def way_out(remote: str) -> WayOut | None:
+    """How packets to this numeric address would leave; None where there is no route."""
     try:
-        family, kind, _, _, target = socket.getaddrinfo(remote, 9, type=socket.SOCK_DGRAM, flags=socket.AI_NUMERICHOST)[0]
-        with socket.socket(family, kind) as probe:
-            probe.connect(target)  # of a UDP socket: looks the route up and sends nothing
-            return str(probe.getsockname()[0])
+        family, _, _, _, target = socket.getaddrinfo(remote, 9, type=socket.SOCK_DGRAM, flags=socket.AI_NUMERICHOST)[0]
+        address = socket.inet_pton(family, str(target[0]).partition("%")[0])
+        body = _ROUTE.pack(family, 8 * len(address), 0) + attribute(_DESTINATION, address)
+        if len(target) == 4 and target[3]:
+            body += attribute(_OUTGOING_INTERFACE, struct.pack("=I", target[3]))
+        with _open_socket() as asking:
+            asking.send(_HEADER.pack(_HEADER.size + len(body), _GETROUTE, _REQUEST, 1, 0) + body)
+            answer = asking.recv(_RECEIVE_BYTES)
     except OSError:
         return None
+    for kind, route in _messages(answer):
+        if kind == _NEWROUTE:
+            return WayOut(_attribute(route, _SOURCE), _outgoing(route))
+    return None
 
 
 def _messages(data: bytes) -> Iterator[tuple[int, bytes]]:
@@ -129,9 +149,11 @@ def _messages(data: bytes) -> Iterator[tuple[int, bytes]]:
         offset += (length + 3) & ~3
 
 
-def _outgoing(body: bytes) -> int:
+def _outgoing(route: bytes) -> int:
     """The interface of a route; 0 where it names none, or several."""
-    for kind, start, end in attributes(body, _ROUTE_BYTES):
-        if kind == _OUTGOING_INTERFACE and end - start == 4:
-            return int.from_bytes(body[start:end], "little")
-    return 0
+    return int.from_bytes(_attribute(route, _OUTGOING_INTERFACE), sys.byteorder)
+
+
+def _attribute(route: bytes, wanted: int) -> bytes:
+    """The value of a route's attribute, empty where there is none."""
+    return next((route[start:end] for kind, start, end in attributes(route, _ROUTE.size) if kind == wanted), b"")

@@ -3,7 +3,6 @@
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import product
 
 import pytest
 
@@ -15,7 +14,8 @@ from tests.support.topology import SERVER_V4, Net, direct
 
 TOKEN = "the-join-token"
 URL = f"grpc://{SERVER_V4}:4000?jointoken={TOKEN}"
-KINDS: tuple[DeviceKind, ...] = ("kernel", "userspace")
+PAIRS: tuple[tuple[DeviceKind, DeviceKind], ...] = (("kernel", "kernel"), ("kernel", "userspace"), ("userspace", "kernel"))
+"""The server's device and the machine's; the fourth pair needs no such kernel, see tests/netns/test_link.py."""
 
 
 async def events_of(server: Server, count: int) -> list[str]:
@@ -45,15 +45,16 @@ def linked(net: Net, server_device: DeviceKind, machine_device: DeviceKind, quer
 
 
 @pytest.mark.parametrize("query", ["", "&grpc_tunnel=true"], ids=["udp", "tunnel"])
-@pytest.mark.parametrize(("server_device", "machine_device"), list(product(KINDS, KINDS)))
+@pytest.mark.parametrize(("server_device", "machine_device"), PAIRS)
 def test_the_main_job(server_device: DeviceKind, machine_device: DeviceKind, query: str) -> None:
     with direct() as net:
         with linked(net, server_device, machine_device, query) as (server, link):
             assert (server.device.kind, link.device.kind) == (server_device, machine_device)
-            for size in ("56", "1232", "4000"):
+            for size in ("1232", "4000"):
                 for namespace, address in ((net.machine, link.server_address), (net.server, link.address)):
-                    said = namespace.run(["ping", "-c3", "-i0.05", "-W5", f"-s{size}", str(address)])
-                    assert "3 received" in said or "2 received" in said
+                    # all at once; an interval, since ping waits for the last one as long as that, or two round trips
+                    said = namespace.run(["ping", "-c3", "-l3", "-i5", f"-s{size}", str(address)])
+                    assert "3 received" in said
         assert net.machine.interfaces() == net.server.interfaces() == {"lo", "eth0"}
         assert net.server.run(["nft", "list", "tables"]) == ""
 

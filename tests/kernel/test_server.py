@@ -78,7 +78,7 @@ def test_a_machine_that_speaks_by_anothers_stream_moves_nobody() -> None:
                     await intruder.link.carry(stream)
 
             intruding = intruder.portal.start_task_soon(intrude)
-            for _ in range(10):
+            for _ in range(5):
                 assert neighbour.pings(OVERLAY)
                 intruder.namespace.run(["ping", "-c1", "-W0.2", OVERLAY], check=False)
             statuses = {status.machine.node_uuid: status.peer for status in host.portal.call(host.server.machines)}

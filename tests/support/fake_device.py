@@ -125,3 +125,9 @@ class FakeDevice:
 
     def drops(self) -> dict[str, int]:
         return {}
+
+
+class FakeKernelDevice(FakeDevice):
+    """Begins no handshake on request: a new session costs the one there is, with the peer."""
+
+    handshake = None  # type: ignore[assignment]

@@ -14,6 +14,7 @@ from siderolink.client.provisioning import Machine
 from siderolink.client.runner import LinkOptions, LinkRunner
 from siderolink.client.signals import Put
 from siderolink.common.join_url import JoinURL
+from siderolink.common.network_watch import WayOut
 from siderolink.common.wireguard.device import Device, DeviceConfig, DeviceKind, OnDeviceEvent
 from siderolink.common.wireguard.packet_device import PacketDevice, open_packet_device
 
@@ -80,8 +81,11 @@ class PacketMachine:
     async def watch(self, device: Device, config: DeviceConfig, put: Put) -> None:
         await anyio.sleep_forever()
 
-    def way_out(self, remote: str) -> str | None:
-        return "here"
+    def way_out(self, remote: str) -> WayOut | None:
+        return WayOut(b"here", 1)
+
+    async def is_answered(self, interface: str, server: IPv6Address) -> bool:
+        return False
 
     async def large_packets_pass(self, interface: str, server: IPv6Address) -> bool | None:
         return None

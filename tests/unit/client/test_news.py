@@ -10,7 +10,9 @@ from siderolink.client import events
 from siderolink.client import signals as news
 from siderolink.client.state import LinkState
 from siderolink.common.keys import PublicKey
+from siderolink.common.network_watch import WayOut
 from siderolink.common.wireguard.device import InterfaceLost
+from tests.support.fake_device import FakeKernelDevice
 from tests.support.provision import SERVER_ADDRESS, new_key, response
 from tests.unit.client.test_runner import ONE, TWO, VIRTUAL, Bench, running
 
@@ -52,13 +54,13 @@ async def test_no_route_is_trouble_and_its_return_a_handshake() -> None:
     server = new_key()
     async with running(response(server, ONE)) as bench:
         await connect(bench, server)
-        bench.local_address = None
-        bench.put(news.NetworkChanged(False))
+        bench.out = None
+        bench.put(news.NetworkChanged())
         trouble = await bench.saw(events.StateChanged, condition=lambda event: event.new is LinkState.DEGRADED)
         assert trouble.reason == "this host has no route to 192.0.2.1"
         before = handshakes_begun(bench)
-        bench.local_address = "192.0.2.78"
-        bench.put(news.NetworkChanged(True))
+        bench.out = WayOut(b"there", 2)
+        bench.put(news.NetworkChanged())
         await begun(bench, before)
         bench.shake_hands(server)
         await bench.saw(events.StateChanged, condition=lambda event: event.old is LinkState.DEGRADED)
@@ -70,9 +72,33 @@ async def test_a_network_change_that_leaves_the_way_as_it_was_is_no_news() -> No
     async with running(response(server, ONE)) as bench:
         await connect(bench, server)
         before = handshakes_begun(bench)
-        bench.put(news.NetworkChanged(False))
+        bench.put(news.NetworkChanged())
+        bench.put(news.NetworkChanged(carriers=frozenset((1, 3))))  # of containers, say
         await anyio.wait_all_tasks_blocked()
         assert handshakes_begun(bench) == before
+        bench.put(news.NetworkChanged(carriers=frozenset((2, 3))))
+        await begun(bench, before)
+
+
+@pytest.mark.parametrize("is_answering", [True, False])
+async def test_a_doubt_costs_a_session_of_the_kernel_only_where_the_server_does_not_answer(is_answering: bool) -> None:
+    server = new_key()
+    async with running(response(server, ONE)) as bench:
+        bench.device_type = FakeKernelDevice
+        await connect(bench, server)
+        assert bench.device is not None
+        bench.device.calls.clear()
+        bench.is_server_answering = is_answering
+        bench.put(news.ApiLost())
+        await anyio.wait_all_tasks_blocked()
+        if is_answering:
+            assert bench.device.calls == []
+            bench.is_server_answering = False
+            bench.put(news.ApiLost())  # another doubt, and another end
+        with anyio.fail_after(5):
+            while ("remove", server) not in bench.device.calls:
+                await anyio.sleep(0.01)
+        assert bench.state() is LinkState.CONNECTED
 
 
 async def test_a_server_of_another_key_is_taken_up_while_the_link_is_in_doubt() -> None:

@@ -17,6 +17,7 @@ from siderolink.client.signals import Put
 from siderolink.client.state import LinkState
 from siderolink.common.errors import JoinRefusedError
 from siderolink.common.keys import PublicKey
+from siderolink.common.network_watch import WayOut
 from siderolink.common.pb.sidero.link import ProvisionResponse
 from siderolink.common.tasks import background_tasks
 from siderolink.common.wireguard.device import Device, DeviceConfig, DeviceKind, HandshakeGaveUp, OnDeviceEvent
@@ -39,8 +40,10 @@ class Bench:
         self.configs: list[DeviceConfig] = []
         self.device: FakeDevice | None = None
         self.put: Put = lambda signal: None
-        self.local_address: str | None = "192.0.2.77"
+        self.out: WayOut | None = WayOut(b"here", 2)
         self.size_verdicts: list[bool | None] = []
+        self.device_type: type[FakeDevice] = FakeDevice
+        self.is_server_answering = False
         self._changed = anyio.Event()
         self.runner: LinkRunner
 
@@ -51,7 +54,7 @@ class Bench:
     @asynccontextmanager
     async def open_device(self, kind: DeviceKind, config: DeviceConfig, on_event: OnDeviceEvent) -> AsyncIterator[Device]:
         self.configs.append(config)
-        self.device = FakeDevice(VirtualClock(), on_event)
+        self.device = self.device_type(VirtualClock(), on_event)
         try:
             yield self.device
         finally:
@@ -73,8 +76,11 @@ class Bench:
         self.put = put
         await anyio.sleep_forever()
 
-    def way_out(self, remote: str) -> str | None:
-        return self.local_address
+    def way_out(self, remote: str) -> WayOut | None:
+        return self.out
+
+    async def is_answered(self, interface: str, server: IPv6Address) -> bool:
+        return self.is_server_answering
 
     async def large_packets_pass(self, interface: str, server: IPv6Address) -> bool | None:
         return self.size_verdicts.pop(0) if self.size_verdicts else True
