@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Final, Protocol
 
+from siderolink.common.token_bucket import TokenBucket
 from siderolink.common.wireguard.noise import Drop, Engine, Event, Peer, Session
 from siderolink.common.wireguard.noise.messages import TRANSPORT_OVERHEAD
 from siderolink.common.wireguard.packets.buffers import Packets, round_up
@@ -17,6 +18,7 @@ from siderolink.common.wireguard.packets.headers import PLAIN_VNET_HEADER, UDP, 
 from siderolink.common.wireguard.packets.merge import Merger
 from siderolink.common.wireguard.packets.seal import Opened, Opener, Run, Sealer, find_runs
 from siderolink.common.wireguard.packets.split import MalformedFrame, Splitter, place_packet
+from siderolink.common.wireguard.packets.unreachable import unreachable
 from siderolink.common.wireguard.path import Datagrams, Path
 
 MAX_READS: Final = 64
@@ -25,6 +27,8 @@ MAX_BYTES: Final = 1 << 18
 """The same, in bytes: super-packets take their time."""
 LULL: Final = 0.002
 """Seconds of silence after which a packet is taken to come alone: it goes its way before anyone looks for another."""
+REFUSALS_PER_SECOND: Final = 100
+"""ICMP errors for packets that can go nowhere."""
 
 
 def boot_time() -> float:
@@ -78,6 +82,7 @@ class DataPlane:
         """The addresses of the last one: most packets go where the one before went."""
         self._is_blocked = False
         self._read_at = 0.0
+        self._refusals = TokenBucket(REFUSALS_PER_SECOND, REFUSALS_PER_SECOND)
 
     def _set_mtu(self, mtu: int) -> None:
         self._alone = memoryview(bytearray(round_up(mtu)))
@@ -136,7 +141,7 @@ class DataPlane:
             return True
         begun = self._engine.begin(peer, 1, length + TRANSPORT_OVERHEAD, now)
         if begun is None:
-            self._engine.stage(peer, bytes(frame), now)
+            self._stage(peer, frame, now)
         else:
             session, counter, path = begun
             device_path: Path = path  # type: ignore[assignment] # see _transmit
@@ -168,7 +173,7 @@ class DataPlane:
         if peer is not self._peer:
             self._turn_away(now)
             if not self._engine.can_send(peer, now):
-                self._engine.stage(peer, bytes(frame), now)
+                self._stage(peer, frame, now)
                 return False
             self._peer = peer
         self._pair = pair
@@ -178,10 +183,23 @@ class DataPlane:
         """The peer that a packet goes to; None, and counted, if it may not go anywhere."""
         half = len(pair) // 2
         peer = self._engine.find_peer(pair[:half], pair[half:])
+        if peer is None and self._engine.allowed_ips.may_leave(pair[:half]):
+            self._refuse(frame)
         if peer is not None and _comes_back(frame, pair, peer):
             self._engine.drop(Drop.ROUTING_LOOP)
             return None
         return peer
+
+    def _stage(self, peer: Peer, frame: memoryview, now: float) -> None:
+        if peer.path is None:
+            self._refuse(frame)
+        self._engine.stage(peer, bytes(frame), now)
+
+    def _refuse(self, frame: memoryview) -> None:
+        """Tell the sender that nobody is there, unless many were told just now."""
+        error = unreachable(frame[VNET_SIZE:])
+        if error is not None and self._refusals.take(1):
+            self._interface.write((PLAIN_VNET_HEADER, error))
 
     def _turn_away(self, now: float) -> None:
         """Send what was gathered for a peer, and be with none."""

@@ -21,9 +21,13 @@ class CryptokeyRouting:
 
     def outbound(self, source: bytes, destination: bytes) -> Peer | Drop:
         """The peer that a packet from the interface goes to, or why it may not go anywhere."""
-        if self.only_to is not None and source not in self.only_to:
+        if not self.may_leave(source):
             return Drop.INNER_DESTINATION
         return self.lookup(destination) or Drop.NO_PEER
+
+    def may_leave(self, source: bytes) -> bool:
+        """Whether packets from this address may go out at all."""
+        return self.only_to is None or source in self.only_to
 
     def inbound_refusal(self, peer: Peer, source: bytes, destination: bytes) -> Drop | None:
         """Why an inner packet from the peer may not be passed on, or None."""
