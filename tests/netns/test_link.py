@@ -1,5 +1,6 @@
 """Whole links between our server and our machine, in namespaces: both transports, roaming, NAT, a cut stream, cancellation."""
 
+import os
 import subprocess
 import uuid
 from collections.abc import Iterator
@@ -55,12 +56,13 @@ def joined(namespace: Namespace, url: str = URL, **options: object) -> Iterator[
 
 @pytest.mark.parametrize("way", ["udp", "tunnel", "forced tunnel"])
 def test_traffic_flows_and_nothing_is_left(way: str) -> None:
+    interface = f"sl{os.getpid()}"  # `wg` finds it by a socket that other namespaces see, too
     with direct() as net:
         tunnel = way != "udp"
         if tunnel:
             net.machine.drop_udp()
         with (
-            serving(net, force_tunnel=way == "forced tunnel") as server,
+            serving(net, force_tunnel=way == "forced tunnel", interface=interface) as server,
             joined(net.machine, TUNNEL_URL if way == "tunnel" else URL) as machine,
         ):
             assert machine.link.transport == ("tunnel" if tunnel else "udp")
@@ -68,7 +70,7 @@ def test_traffic_flows_and_nothing_is_left(way: str) -> None:
             assert ANSWERED in machine.ping()
             assert ANSWERED in net.server.run(["ping", "-c3", "-i0.1", str(machine.link.address)])
             place = "[fdae:41e4:649b:9304:" if tunnel else "192.0.2.2:"
-            assert f"endpoint: {place}" in net.server.run(["wg", "show", "siderolink"])
+            assert f"endpoint: {place}" in net.server.run(["wg", "show", interface])
             status = machine.portal.call(machine.link.status)
             assert status.state == "connected"
             assert status.server is not None
