@@ -13,14 +13,12 @@ from siderolink.common.errors import ConfigurationError
 from siderolink.common.readers import read_on
 from siderolink.common.transport.udp_routes import Control, Pin, Routes
 from siderolink.common.wireguard.noise.drops import Drop
-from siderolink.common.wireguard.path import Datagrams, Receive, RowCache
+from siderolink.common.wireguard.path import LULL, Datagrams, Receive, RowCache
 
 MAX_READS: Final = 16
 """Buffers taken from a socket before other work has its turn; each holds up to 64 KiB of datagrams."""
 MAX_BYTES: Final = 3 << 16
 """The bytes of a batch after which other work has its turn, too."""
-LULL: Final = 0.002
-"""Seconds of silence after which a datagram is taken to come alone: it goes its way before anyone looks for another."""
 MAX_SEGMENTS: Final = 64
 """Datagrams of one send; Linux before 6.9 takes no more."""
 MAX_PENDING: Final = 1 << 18

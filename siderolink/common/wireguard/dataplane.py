@@ -19,14 +19,12 @@ from siderolink.common.wireguard.packets.merge import Merger
 from siderolink.common.wireguard.packets.seal import Opened, Opener, Run, Sealer, find_runs
 from siderolink.common.wireguard.packets.split import MalformedFrame, Splitter, place_packet
 from siderolink.common.wireguard.packets.unreachable import unreachable
-from siderolink.common.wireguard.path import Datagrams, Path
+from siderolink.common.wireguard.path import LULL, Datagrams, Path
 
 MAX_READS: Final = 64
 """Frames read from the interface before other work has its turn."""
 MAX_BYTES: Final = 1 << 18
 """The same, in bytes: super-packets take their time."""
-LULL: Final = 0.002
-"""Seconds of silence after which a packet is taken to come alone: it goes its way before anyone looks for another."""
 REFUSALS_PER_SECOND: Final = 100
 """ICMP errors for packets that can go nowhere."""
 

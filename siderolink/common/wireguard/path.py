@@ -12,6 +12,8 @@ from typing import Final, Protocol
 Endpoint = tuple[IPv4Address | IPv6Address, int]
 """A UDP address and port; a link-local address carries its zone in `scope_id`."""
 
+LULL: Final = 0.002
+"""Seconds of silence after which what comes is taken to come alone: it goes its way before anyone looks for more."""
 
 _MAX_SHAPES: Final = 16
 _MAX_ROWS: Final = 256
