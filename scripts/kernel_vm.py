@@ -63,7 +63,7 @@ def fetch(name: str) -> Path:
         making = CACHE / f"making-{os.getpid()}"
         making.mkdir(parents=True)
         try:
-            run("apt-get", "download", "-qq", f"{package}={version}", cwd=making)
+            run("apt-get", "download", "-qq", "-o", "Acquire::Retries=3", f"{package}={version}", cwd=making)
             (archive,) = making.glob("*.deb")
             run("dpkg-deb", "-x", str(archive), str(making / "files"))
             (making / "files").rename(folder)
