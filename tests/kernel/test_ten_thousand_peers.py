@@ -22,9 +22,8 @@ from siderolink.common.wireguard.opening import open_device
 
 MANY = 10_000
 PREFIX = int(IPv6Network("fdae:41e4:649b:9303::/64").network_address)
-SLICE = 0.05
-EMULATION = 15
-"""How much slower this runs under emulation than on a processor, at the least."""
+LARGEST_SHARE = 0.2
+"""Of a dump that takes 0.15 s where no processor is emulated: what one turn of the loop may have of it, so some 30 ms."""
 
 
 def peer(number: int) -> PeerConfig:
@@ -102,7 +101,6 @@ async def measure() -> dict[str, float]:
         found["bytes per peer"] = per_peer
         found["dump"], turns = await longest_turn(many.peers)
         found["longest turn"] = turns[-1]
-        found["turns over the bound"] = sum(turn > SLICE for turn in turns)
         assert len(await many.peers()) == MANY
         status = await many.peer(peer(77).public_key)
         assert status is not None
@@ -116,5 +114,5 @@ def test_ten_thousand(capsys: pytest.CaptureFixture[str]) -> None:
     with capsys.disabled():
         sys.stdout.write("".join(f"\n{name}: {value:.4g}" for name, value in found.items()) + "\n")
     assert found["addition among 10,000"] < 1.5 * found["addition among 10"]
-    assert found["longest turn"] < SLICE * EMULATION
+    assert found["longest turn"] < LARGEST_SHARE * found["dump"]
     assert found["bytes per peer"] < 4096
