@@ -25,7 +25,7 @@ OURS = "fd00::1/128,10.9.0.1/32"
 THEIRS = (ip_network("fd00::2/128"), ip_network("10.9.0.2/32"))
 OUR_PORT = 51820
 THEIR_PORT = 51821
-MEGABYTES = 4
+BULK = 4 << 20
 
 
 @dataclass
@@ -108,8 +108,8 @@ def ping(namespace: Namespace, address: str, *more: str) -> None:
 
 
 def transfer(sender: Namespace, receiver: Namespace, address: str) -> None:
-    """Send some megabytes by TCP to `address` at the receiver, and compare what arrives."""
-    data = hashlib.shake_256(address.encode()).digest(MEGABYTES << 20)
+    """Send a bulk of bytes by TCP to `address` at the receiver, and compare what arrives."""
+    data = hashlib.shake_256(address.encode()).digest(BULK)
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     listener = receiver.call(lambda: socket.create_server((address, 0), family=family))
 
@@ -162,8 +162,8 @@ def test_bulk_traffic_in_both_directions(pair: Pair, ours: str, theirs: str) -> 
     transfer(pair.net.server, pair.net.machine, theirs)
     transfer(pair.net.machine, pair.net.server, ours)
     received, sent = pair.other.transfer(pair.device.public_key)
-    assert min(received, sent) > MEGABYTES << 20
-    assert min(pair.peer().received_bytes, pair.peer().sent_bytes) > MEGABYTES << 20
+    assert min(received, sent) > BULK
+    assert min(pair.peer().received_bytes, pair.peer().sent_bytes) > BULK
 
 
 @pytest.mark.parametrize("we_dial", [True, False])

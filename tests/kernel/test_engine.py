@@ -44,7 +44,7 @@ __all__ = [
 @pytest.fixture(autouse=True)
 def _less_data(monkeypatch: pytest.MonkeyPatch) -> None:
     """Under emulation a megabyte takes seconds."""
-    monkeypatch.setattr(suite, "MEGABYTES", 1)
+    monkeypatch.setattr(suite, "BULK", 256 << 10)
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def pair() -> Iterator[Pair]:
 
 def test_packets_of_any_size(pair: Pair) -> None:
     pair.know_each_other(we_dial=True)
-    for size in (0, 1, 15, 16, 17, 1200, 1232):
+    for size in (0, 1, 16, 17, 1232):
         ping(pair.net.server, "fd00::2", f"-s{size}")
         ping(pair.net.machine, "fd00::1", f"-s{size}")
 
