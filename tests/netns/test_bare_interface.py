@@ -35,10 +35,8 @@ def wait_for(condition: Callable[[], object]) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize(
-    ("address", "nobody", "pathless"), [("10.0.0.1/8", "10.0.0.9", "10.1.0.1"), ("fd00::1/32", "fd00::9", "fd00:0:1::1")]
-)
-def test_a_sender_learns_at_once_that_nobody_is_there(namespace: Namespace, address: str, nobody: str, pathless: str) -> None:
+@pytest.mark.parametrize(("address", "nobody"), [("10.0.0.1/8", "10.0.0.9"), ("fd00::1/32", "fd00::9")])
+def test_a_sender_learns_at_once_that_nobody_is_there(namespace: Namespace, address: str, nobody: str) -> None:
     def connect(to: str) -> float:
         began = time.monotonic()
         with pytest.raises(OSError, match="No route to host"):
@@ -52,18 +50,16 @@ def test_a_sender_learns_at_once_that_nobody_is_there(namespace: Namespace, addr
 
     with bare(namespace) as wg0:
         wg0.set("private-key", "/dev/stdin", stdin=PrivateKey.generate().encode())
-        wg0.set("peer", PEER, "allowed-ips", f"{pathless}/{24 if '.' in pathless else 48}")
         namespace.add_address("wg0", address)
         namespace.set_link("wg0", up=True)
-        for to in (nobody, pathless):
-            assert namespace.call(connect, to) < 1
-            said = namespace.run(["ping", "-c1", "-W5", to], check=False)
-            assert "+1 errors" in said, said
+        assert namespace.call(connect, nobody) < 1
+        said = namespace.run(["ping", "-c1", "-W5", nobody], check=False)
+        assert "+1 errors" in said, said
         # not as often as somebody asks
         began = time.monotonic()
         namespace.call(write_often, nobody)
         errors = int(namespace.run(["cat", "/sys/class/net/wg0/statistics/rx_packets"]))
-        assert 4 < errors <= 4 + 100 + 100 * (time.monotonic() - began)
+        assert 2 < errors <= 2 + 100 + 100 * (time.monotonic() - began)
 
 
 def test_set_show_and_take_away(namespace: Namespace) -> None:

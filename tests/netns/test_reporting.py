@@ -25,6 +25,7 @@ from siderolink.common.pb.machine import MachineStatusEvent, MachineStatusEventM
 from siderolink.common.tasks import background_tasks
 from siderolink.server import LinesDropped, LogLine, MachineEvent, ReportOptions
 from tests.conftest import descriptors
+from tests.support.doorway import doorway
 from tests.support.machine_api import status_of
 from tests.support.topology import SERVER_V4, Net, routed
 
@@ -254,7 +255,7 @@ def test_strangers_are_refused() -> None:
 def test_unknown_events_are_taken_and_kept_raw_and_repeated_ones_are_taken_once() -> None:
     def publish(address: str, requests: list[bytes]) -> list[tuple[str, str]]:
         results = []
-        with grpc.insecure_channel(f"[{address}]:{SINK}", options=(("grpc.enable_http_proxy", 0),)) as channel:
+        with doorway(address, SINK) as target, grpc.insecure_channel(target) as channel:
             method = channel.unary_unary("/events.EventSinkService/Publish")
             for request in requests:
                 try:

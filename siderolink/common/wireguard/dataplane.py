@@ -139,7 +139,7 @@ class DataPlane:
             return True
         begun = self._engine.begin(peer, 1, length + TRANSPORT_OVERHEAD, now)
         if begun is None:
-            self._stage(peer, frame, now)
+            self._engine.stage(peer, bytes(frame), now)
         else:
             session, counter, path = begun
             device_path: Path = path  # type: ignore[assignment] # see _transmit
@@ -171,7 +171,7 @@ class DataPlane:
         if peer is not self._peer:
             self._turn_away(now)
             if not self._engine.can_send(peer, now):
-                self._stage(peer, frame, now)
+                self._engine.stage(peer, bytes(frame), now)
                 return False
             self._peer = peer
         self._pair = pair
@@ -187,11 +187,6 @@ class DataPlane:
             self._engine.drop(Drop.ROUTING_LOOP)
             return None
         return peer
-
-    def _stage(self, peer: Peer, frame: memoryview, now: float) -> None:
-        if peer.path is None:
-            self._refuse(frame)
-        self._engine.stage(peer, bytes(frame), now)
 
     def _refuse(self, frame: memoryview) -> None:
         """Tell the sender that nobody is there, unless many were told just now."""
