@@ -31,7 +31,7 @@ def test_whole_and_from_the_address_that_is_not_there(packet: Packet) -> None:
         icmp, most = error[40:], 1280
         assert (icmp[:2], checksum(error[8:40] + struct.pack(">II", len(icmp), 58) + icmp)) == (b"\1\3", 0)
     assert len(error) <= most
-    assert len(error) == int.from_bytes(error[2:4]) if packet.version == 4 else 40 + int.from_bytes(error[4:6])
+    assert len(error) == (int.from_bytes(error[2:4]) if packet.version == 4 else 40 + int.from_bytes(error[4:6]))
     assert sent.startswith(icmp[8:])
     assert len(icmp) - 8 == min(len(sent), most - len(error) + len(icmp) - 8)
 
