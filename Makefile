@@ -21,8 +21,12 @@ PYTEST = $(SUDO) env PATH="$(abspath $(VENV)/bin):$$PATH:/usr/sbin:/sbin" $(PYTH
 ARGS ?=
 # the Debian package of the kernel that `make test-kernel` boots
 KERNEL ?= linux-image-amd64
+IN_THE_VM = $(PYTHON) scripts/kernel_vm.py --kernel $(KERNEL) --resident $(VENV)/kernel-files \
+	$(abspath $(PYTHON)) -m pytest -q -p no:cacheprovider -o timeout=120
+# half of the time that tests/kernel takes; the other half is links, some of which have to grow two minutes old
+KERNEL_SERVERS := $(foreach name,absence other_users restart server ten_thousand_peers,tests/kernel/test_$(name).py)
 
-.PHONY: help setup needs demo test check lint types fresh format proto unit netns interop examples test-kernel others all-tests bench bench-recovery soak clean
+.PHONY: help setup needs demo test check lint types fresh format proto unit netns interop examples test-kernel kernel-servers kernel-links others all-tests bench bench-recovery soak clean
 
 help: ## this list
 	@sed -n 's/^\([a-z -]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 32
@@ -70,11 +74,17 @@ unit: setup ## tests that need nothing
 netns interop examples: setup needs ## tests in network namespaces; against others' WireGuard and gRPC; of the examples
 	@$(PYTEST) tests/$@ $(ARGS)
 
-test-kernel: setup needs ## the kernel's own WireGuard, in a virtual machine; KERNEL=linux-image-rt-amd64 for another kernel
+test-kernel: setup needs ## the kernel's own WireGuard, in two virtual machines at once; KERNEL=linux-image-rt-amd64 for another kernel
 	@scripts/install-needs kernel
+	@$(PYTHON) scripts/kernel_vm.py --kernel $(KERNEL) --fetch
 	@VM_FILES=$(abspath $(VENV))/kernel-files $(PYTHON) -m pytest -q --collect-only -p no:cacheprovider tests/kernel >/dev/null
-	@$(PYTHON) scripts/kernel_vm.py --kernel $(KERNEL) --resident $(VENV)/kernel-files \
-		$(abspath $(PYTHON)) -m pytest -q -p no:cacheprovider -o timeout=120 tests/kernel $(ARGS)
+	@$(MAKE) --jobs=2 --output-sync=target kernel-servers kernel-links
+
+kernel-servers:
+	@$(IN_THE_VM) $(KERNEL_SERVERS) $(ARGS)
+
+kernel-links:
+	@$(IN_THE_VM) tests/kernel $(KERNEL_SERVERS:%=--ignore=%) $(ARGS)
 
 others: $(OTHERS:%=others-%)
 

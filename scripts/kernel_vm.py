@@ -23,7 +23,7 @@ CACHE = ROOT / ".venvs" / "kernel"
 INIT = Path(__file__).with_name("kernel_vm_init")
 
 MODULES = (
-    *("virtio_pci", "virtio_rng", "9pnet_virtio", "9p", "overlay"),
+    *("virtio_pci", "virtio_rng", "virtio_console", "9pnet_virtio", "9p", "overlay"),
     "crc32c_generic",
     *("wireguard", "tun", "veth", "dummy", "sch_netem"),
     *("nf_tables", "nft_chain_nat", "nft_masq", "nft_nat", "nft_ct", "nft_reject_inet", "nf_conntrack", "nf_conntrack_netlink"),
@@ -178,7 +178,9 @@ def qemu(kernel: Path, initramfs: Path, console: Path) -> list[str]:
         *("-kernel", str(find(kernel, "boot/vmlinuz-*")), "-initrd", str(initramfs)),
         *("-append", f"{append} siderolink.vm"),
         *("-virtfs", share, "-device", "virtio-rng-pci"),
-        *("-serial", f"file:{console}", "-chardev", "stdio,id=out,signal=off", "-serial", "chardev:out"),
+        # what the command writes takes a port of its own: a real-time kernel may switch an emulated UART's interrupt off
+        *("-serial", f"file:{console}", "-chardev", "file,id=out,path=/dev/stdout"),
+        *("-device", "virtio-serial-pci", "-device", "virtserialport,chardev=out,nr=1"),
     ]
 
 

@@ -60,9 +60,11 @@ def test_a_server_takes_up_its_interface_and_no_packet_is_lost(capsys: pytest.Ca
             command = ["ping", "-q", "-i0.05", f"-c{PINGS}", "-W10", str(link.server_address)]
             pings = net.machine.popen(command, stdout=subprocess.PIPE)
             with serving(net.server, store) as taken:
+                # not later: a real-time kernel may repeat a handshake after five seconds although it was answered
+                assert shown() == session
                 output, _ = pings.communicate(timeout=60)
                 assert f"{PINGS} packets transmitted, {PINGS} received" in output
-                assert shown() == session
+                assert shown()[:2] == session[:2]
         assert "siderolink" in net.server.interfaces()
         net.server.run(["ip", "link", "del", "siderolink"])
     with capsys.disabled():
