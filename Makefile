@@ -78,6 +78,7 @@ test-kernel: setup needs ## the kernel's own WireGuard, in two virtual machines 
 	@scripts/install-needs kernel
 	@$(PYTHON) scripts/kernel_vm.py --kernel $(KERNEL) --fetch
 	@VM_FILES=$(abspath $(VENV))/kernel-files $(PYTHON) -m pytest -q --collect-only -p no:cacheprovider tests/kernel >/dev/null
+	@echo "two machines at once, each of which is heard of when it ends, after two to five minutes"
 	@$(MAKE) --jobs=2 --output-sync=target kernel-servers kernel-links
 
 kernel-servers:

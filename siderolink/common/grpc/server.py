@@ -85,6 +85,8 @@ class GrpcServer:
             if sock.fileno() >= 0:
                 self._loop.remove_reader(sock)
                 sock.close()
+        # a task that is cancelled before it began closes nothing
+        await asyncio.sleep(0)
         for task in self._handshakes:
             task.cancel()
         await asyncio.gather(*self._handshakes, return_exceptions=True)

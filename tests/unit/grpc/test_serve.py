@@ -1,5 +1,7 @@
 """Where the API listens, with and without TLS, and what a person is told when it cannot."""
 
+import asyncio
+import contextlib
 import datetime
 import ipaddress
 import socket
@@ -182,3 +184,18 @@ def test_limits_that_http2_cannot_express() -> None:
     for wrong in ({"max_frame_bytes": 16_383}, {"connection_window_bytes": 65_534}, {"stream_window_bytes": 0}):
         with pytest.raises(ConfigurationError):
             Limits(**wrong)
+
+
+async def test_a_connection_that_is_accepted_as_the_server_stops_is_closed() -> None:
+    listening = socket.create_server(("127.0.0.1", 0))
+    with socket.create_connection(listening.getsockname(), timeout=5) as client:
+        async with serve([Service()], listening=[listening]) as server:
+            # two turns of the loop: it is accepted, and nothing else has been done with it
+            for _ in range(2):
+                await asyncio.sleep(0)
+            assert server.connections == 1
+        assert server.connections == 0
+        client.settimeout(5)
+        with contextlib.suppress(ConnectionResetError):
+            while client.recv(4096):
+                pass
