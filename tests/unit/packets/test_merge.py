@@ -270,6 +270,30 @@ def test_rows_left_out_by_the_caller_split_a_run() -> None:
     assert len(frames) == 2
 
 
+def test_super_packets_that_come_together_become_what_they_were() -> None:
+    sent = []
+    for flow in range(6):
+        segments = 7 + flow % 3
+        flags = ACK | (PSH if flow % 2 else 0) | (CWR if flow == 4 else 0)
+        sent.append(Packet(source=flow % 4, sequence=1000 * flow, flags=flags, payload=bytes(40 * segments)))
+    rows = [pad(row) for packet in sent for row in encoded(packet, 40)]
+    assert Interface().frames(rows) == [packet.frame(40) for packet in sent]
+
+
+def test_a_row_left_out_of_one_flow_leaves_the_others_whole() -> None:
+    one, other = Packet(payload=bytes(40 * 5)), Packet(ports=(7, 8), payload=bytes(40 * 5))
+    batch = opened([pad(row) for packet in (one, other) for row in encoded(packet, 40)])
+    batch.good[4] = False
+    assert Interface().frames_of(batch) == [replace(one, payload=bytes(40 * 4)).frame(40), other.frame(40)]
+
+
+def test_more_rows_than_are_looked_at_together() -> None:
+    rows = encoded(Packet(payload=bytes(range(8)) * 1200), 8)
+    frames = Interface().frames([pad(row) for row in rows])
+    assert [segment for frame in frames for segment in segment_frame(frame)] == rows
+    assert len(frames) <= 5
+
+
 @pytest.mark.parametrize(("tso", "uso"), [(True, False), (False, True), (False, False)])
 def test_without_offloads_nothing_is_merged(tso: bool, uso: bool) -> None:
     for protocol, merges in ((TCP, tso), (UDP, uso)):

@@ -6,21 +6,11 @@ steps, full segments but for the last, and right checksums. Whatever does not fi
 
 import struct
 from collections.abc import Callable, Iterator
-from functools import lru_cache
 from typing import Final
 
-import numpy as np
-
 from siderolink.common.wireguard.noise.drops import Drop
-from siderolink.common.wireguard.packets.buffers import Array, Bytes
-from siderolink.common.wireguard.packets.checksum import (
-    MODULUS,
-    complement,
-    pseudo_header_sum,
-    row_sums,
-    swap,
-    word_sum,
-)
+from siderolink.common.wireguard.packets.buffers import Bytes
+from siderolink.common.wireguard.packets.checksum import MODULUS, complement, pseudo_header_sum, word_sum
 from siderolink.common.wireguard.packets.headers import (
     ACK,
     CWR,
@@ -36,9 +26,11 @@ from siderolink.common.wireguard.packets.headers import (
     VNET_HEADER,
     Gso,
     Inner,
+    address_pair,
     parse_inner,
     total_length,
 )
+from siderolink.common.wireguard.packets.runs import Continuity
 from siderolink.common.wireguard.packets.seal import Opened
 
 MAX_RUN: Final = 512
@@ -70,6 +62,7 @@ class Merger:
         """
         count, stride, good, view = opened.count, opened.stride, opened.good, opened.scratch.view
         refusals: dict[bytes, Drop | None] = {}
+        seen: dict[tuple[Inner, bytes], Continuity] = {}
         row = 0
         while row < count:
             start = row * stride
@@ -77,31 +70,27 @@ class Merger:
             step = 1
             if good[row] and size:
                 packet = view[start : start + size]
-                total = self._admitted_length(packet, refuse, refusals)
-                if total:
+                total = total_length(packet, size)
+                pair = address_pair(packet) if total else None
+                if total is None or pair is None:
+                    self._on_drop(Drop.INNER_MALFORMED, 1)
+                elif self._is_admitted(pair, refuse, refusals):
                     inner = self._mergeable(packet, total) if row + 1 < count else None
-                    step = _run_length(opened, row, inner) if inner else 1
+                    step = _run_length(opened, row, inner, pair, seen) if inner else 1
                     if inner and step > 1:
                         yield _merge_run(opened, row, step, inner)
                     else:
                         yield [PLAIN_VNET_HEADER, packet[:total]]
             row += step
 
-    def _admitted_length(self, packet: memoryview, refuse: Refuse, refusals: dict[bytes, Drop | None]) -> int:
-        """The packet's length without padding, or 0 if it is dropped."""
-        total = total_length(packet, len(packet))
-        if total is None:
-            self._on_drop(Drop.INNER_MALFORMED, 1)
-            return 0
-        pair = bytes(packet[8:40] if packet[0] >> 4 == 6 else packet[12:20])
+    def _is_admitted(self, pair: bytes, refuse: Refuse, refusals: dict[bytes, Drop | None]) -> bool:
         if pair not in refusals:
             half = len(pair) // 2
             refusals[pair] = refuse(pair[:half], pair[half:])
         refusal = refusals[pair]
         if refusal is not None:
             self._on_drop(refusal, 1)
-            return 0
-        return total
+        return refusal is None
 
     def _mergeable(self, packet: memoryview, total: int) -> Inner | None:
         """What is in the packet if it could begin a run."""
@@ -116,28 +105,28 @@ class Merger:
         return inner if self._tso and flags == ACK else None
 
 
-def _run_length(opened: Opened, first: int, inner: Inner) -> int:
-    """How many rows from `first` on make one super-packet; 1 if its neighbour or its own checksum does not fit."""
+def _run_length(opened: Opened, first: int, inner: Inner, pair: bytes, seen: dict[tuple[Inner, bytes], Continuity]) -> int:
+    """How many rows from `first` on make one super-packet; 1 if its neighbour or its own checksum does not fit.
+
+    `seen` is what was found out about the batch so far; `pair` the packet's addresses.
+    """
     view, stride = opened.scratch.view, opened.stride
     packet = view[first * stride :]
-    expected = bytearray(packet[: inner.header])
-    if inner.protocol == TCP:
-        expected[inner.transport + 13] &= ~CWR
-    room = min(MAX_UDP_RUN if inner.protocol == UDP else MAX_RUN, (_MAX_TOTAL - inner.header) // (inner.total - inner.header))
-    limit = min(opened.count, first + room)
-    if False in opened.good[first:limit]:
-        limit = first + opened.good[first:limit].index(False)
-    if limit - first < 2 or not _same_flow(packet, packet[stride:], inner):
+    if not _same_flow(packet, packet[stride:], inner):
         return 1
-    # The last row may be shorter than a full packet, with what an earlier batch left behind it.
-    full_limit = limit - 1 if limit == opened.count and inner.total > opened.last else limit
-    full = 1 + _equal_rows(opened, first, full_limit, inner, expected) if full_limit - first > 1 else 1
+    room = min(MAX_UDP_RUN if inner.protocol == UDP else MAX_RUN, (_MAX_TOTAL - inner.header) // (inner.total - inner.header))
+    if first + 2 < opened.count or opened.last >= inner.total:
+        known = seen.get((inner, pair))
+        full = known.run(first, room) if known else None
+        if full is None:
+            known = seen[inner, pair] = Continuity(opened, first, inner)
+            full = known.run(first, room) or 0
+    else:
+        full = int(_is_valid(packet, inner))
     tail = first + full
-    has_tail = tail < limit and _is_tail(opened, tail, full, inner, expected)
-    valid = _valid_rows(opened, first, full, inner)
-    if valid < full:
-        return max(valid, 1)
-    return full + 1 if has_tail and _is_valid(view[tail * stride :], inner) else full
+    if 0 < full < room and tail < opened.count and _is_short_tail(opened, first, tail, inner):
+        return full + 1
+    return max(full, 1)
 
 
 def _same_flow(packet: memoryview, other: memoryview, inner: Inner) -> bool:
@@ -147,94 +136,38 @@ def _same_flow(packet: memoryview, other: memoryview, inner: Inner) -> bool:
     return packet[start:end] == other[start:end] and packet[0] == other[0]
 
 
-@lru_cache(maxsize=64)
-def _steps(size: int) -> Array:
-    return np.arange(1, MAX_RUN + 1, dtype=np.uint32) * np.uint32(size)
-
-
-def _equal_rows(opened: Opened, first: int, limit: int, inner: Inner, expected: bytearray) -> int:
-    """How many rows after `first` are full segments that continue it, by their headers."""
-    scratch, stride = opened.scratch, opened.stride
+def _is_short_tail(opened: Opened, first: int, row: int, inner: Inner) -> bool:
+    """Whether a row that is shorter than the run's can end it: like the others, but it may carry PSH and FIN."""
+    view, stride = opened.scratch.view, opened.stride
     version, protocol, transport, header, total = inner
-    count = limit - first - 1
-    heads = scratch.matrix(0, stride, header // 4)[first + 1 : limit].copy()
-    words = heads.view("<u2")
-    words[:, (transport + (16 if protocol == TCP else 6)) // 2] = 0
-    checksums = scratch.column(transport + 6, stride, "<u2")[first + 1 : limit] if protocol == UDP else None
-    wanted = bytearray(expected)
-    if protocol == TCP:
-        sequence = np.uint32(int.from_bytes(expected[transport + 4 : transport + 8], "big"))
-        heads[:, transport // 4 + 1] ^= (_steps(total - header)[:count] + sequence).byteswap()
-        wanted[transport + 4 : transport + 8] = bytes(4)
-        wanted[transport + 16 : transport + 18] = b"\0\0"
-    else:
-        wanted[transport + 6 : transport + 8] = b"\0\0"
-    if version == 4:
-        words[:, 2] ^= (_steps(1)[:count] + np.uint32(expected[4] << 8 | expected[5])).astype(np.uint16).byteswap()
-        words[:, 5] = 0
-        wanted[4:6] = wanted[10:12] = b"\0\0"
-    if heads.tobytes() == bytes(wanted) * count and (checksums is None or checksums.all()):
-        return count
-    wrong = (heads != np.frombuffer(wanted, "<u4")).any(axis=1)
-    if checksums is not None:
-        wrong |= checksums == 0
-    return _before_first(wrong)
-
-
-def _before_first(wrong: Array) -> int:
-    """How many rows there are before the first one that is wrong."""
-    at = int(wrong.argmax())
-    return at if wrong[at] else wrong.size
-
-
-def _is_tail(opened: Opened, row: int, position: int, inner: Inner, expected: bytearray) -> bool:
-    """Whether a row can end the run: like the others, but it may be shorter, and carry PSH and FIN."""
-    view = opened.scratch.view
-    version, protocol, transport, header, total = inner
-    start = row * opened.stride
     size = opened.last if row == opened.count - 1 else opened.length
-    if size < header:
+    packet = view[row * stride : row * stride + size]
+    length = total_length(packet, size)
+    if not opened.good[row] or length is None or not header < length < total:
         return False
-    packet = view[start : start + size]
-    length = 40 + int.from_bytes(packet[4:6], "big") if version == 6 else int.from_bytes(packet[2:4], "big")
-    if not header < length <= min(total, size):
-        return False
-    wanted = bytearray(expected)
+    position = row - first
+    wanted = bytearray(view[first * stride :][:header])
     _set_length(wanted, version, length)
     if version == 4:
-        _PUT_16(wanted, 4, (int.from_bytes(expected[4:6], "big") + position) & 0xFFFF)
+        _PUT_16(wanted, 4, (int.from_bytes(wanted[4:6], "big") + position) & 0xFFFF)
         wanted[10:12] = packet[10:12]
     if protocol == TCP:
-        sequence = int.from_bytes(expected[transport + 4 : transport + 8], "big") + position * (total - header)
+        if view[(row - 1) * stride + transport + 13] & (FIN | PSH):
+            return False
+        sequence = int.from_bytes(wanted[transport + 4 : transport + 8], "big") + position * (total - header)
         _PUT_32(wanted, transport + 4, sequence & 0xFFFFFFFF)
-        wanted[transport + 13] |= packet[transport + 13] & (FIN | PSH)
+        wanted[transport + 13] = wanted[transport + 13] & ~CWR | packet[transport + 13] & (FIN | PSH)
         wanted[transport + 16 : transport + 18] = packet[transport + 16 : transport + 18]
     else:
         _PUT_16(wanted, transport + 4, length - transport)
         wanted[transport + 6 : transport + 8] = packet[transport + 6 : transport + 8]
         if not any(packet[transport + 6 : transport + 8]):
             return False
-    return wanted == packet[:header]
-
-
-def _valid_rows(opened: Opened, first: int, count: int, inner: Inner) -> int:
-    """How many of the full segments from `first` on have right checksums, up to the first that has not."""
-    scratch, stride = opened.scratch, opened.stride
-    transport, total = inner.transport, inner.total
-    limit = first + count
-    if total < stride:  # the sums go over whole rows
-        scratch.matrix(total, stride, stride - total, "u1")[first:limit] = 0
-    pseudo = pseudo_header_sum(scratch.view[first * stride :][:40], inner.version, inner.protocol)
-    wrong = row_sums(scratch.matrix(transport, stride, (stride - transport) // 4)[first:limit])
-    wrong += swap(pseudo) + swap(total - transport)
-    wrong %= MODULUS
-    if inner.version == 4:
-        wrong |= row_sums(scratch.matrix(0, stride, transport // 4)[first:limit]) % MODULUS
-    return _before_first(wrong != 0) if np.count_nonzero(wrong) else count
+    return wanted == packet[:header] and _is_valid(packet, inner)
 
 
 def _is_valid(packet: memoryview, inner: Inner) -> bool:
-    """The same for one segment, whose own length counts."""
+    """Whether the checksums of one segment are right; its own length counts."""
     transport = inner.transport
     if inner.version == 6:
         total = 40 + int.from_bytes(packet[4:6], "big")
