@@ -55,6 +55,8 @@ class Sealer:
         self._scratch = Scratch(_INITIAL_SIZE)
         self._nonces = Nonces()
         self._steps: Array = np.arange(64, dtype=np.uint64)
+        self._stamped = (0, 0, 0, 0)
+        """Receiver, headroom, stride and number of the rows whose type and receiver are written."""
 
     def seal(self, packets: Packets, aead: ChaCha20Poly1305, receiver: int, counter: int, headroom: int = 0) -> Datagrams:
         """Seal row i under counter + i. The caller has reserved `packets.count` counters from `counter` on, for good."""
@@ -63,7 +65,8 @@ class Sealer:
         start = headroom + HEADER_SIZE
         end = (count - 1) * stride + headroom + OVERHEAD + last
         scratch = self._scratch
-        scratch.reserve(end)
+        if scratch.reserve(end) or count == 1:
+            self._stamped = (0, 0, 0, 0)
         if count == 1:
             _HEADER.pack_into(scratch.view, headroom, TRANSPORT_TYPE, receiver, counter)
             aead.encrypt_into(_NONCE(counter), packets.data[:last], None, scratch.view[start:end])
@@ -71,7 +74,9 @@ class Sealer:
 
         if count > self._steps.size:
             self._steps = np.arange(2 * count, dtype=np.uint64)
-        scratch.column(headroom, stride, "<u8")[:count] = receiver << 32 | TRANSPORT_TYPE
+        if self._stamped[:3] != (receiver, headroom, stride) or self._stamped[3] < count:
+            scratch.column(headroom, stride, "<u8")[:count] = receiver << 32 | TRANSPORT_TYPE
+            self._stamped = (receiver, headroom, stride, count)
         counters = self._steps[:count] + np.uint64(counter)
         scratch.column(headroom + 8, stride, "<u8")[:count] = counters
         full = count if last == length else count - 1

@@ -59,19 +59,33 @@ class _Shape(NamedTuple):
 class _Layout:
     """The views through which all segments of one shape are written at once."""
 
-    __slots__ = ("body", "checksums", "heads", "ids", "ip_checksums", "padding", "sequences", "steps", "stride", "words")
+    __slots__ = (
+        "body",
+        "checksums",
+        "head",
+        "heads",
+        "ids",
+        "ip_checksums",
+        "padding",
+        "part",
+        "sequences",
+        "steps",
+        "stride",
+        "words",
+    )
 
     def __init__(self, array: Array, shape: _Shape) -> None:
         count, transport, header = shape.segments, shape.transport, shape.header
         size = header + shape.gso_size
         stride = self.stride = round_up(size)
         offset = 16 if shape.protocol == TCP else 6
-        self.heads: Array = np.ndarray((count, header), np.uint8, array, 0, (stride, 1))
-        self.body: Array = np.ndarray((count - 1, shape.gso_size), np.uint8, array, header, (stride, 1))
+        self.head, self.part = np.dtype(f"V{header}"), np.dtype(f"V{shape.gso_size}")
+        self.heads: Array = np.ndarray((count,), self.head, array, 0, (stride,))
+        self.body: Array = np.ndarray((count - 1,), self.part, array, header, (stride,))
         self.padding: Array | None = None
         if stride > size:
             self.padding = np.ndarray((count, stride - size), np.uint8, array, size, (stride, 1))
-        self.sequences: Array = np.ndarray((count,), ">u4", array, transport + 4, (stride,))
+        self.sequences: Array = np.ndarray((count,), "<u4", array, transport + 4, (stride,))
         self.steps: Array = np.arange(count, dtype=np.uint32) * np.uint32(shape.gso_size)
         self.checksums: Array = np.ndarray((count,), "<u2", array, transport + offset, (stride,))
         self.words: Array = np.ndarray((count, (stride - transport) // 4), "<u4", array, transport, (stride, 4))
@@ -86,6 +100,8 @@ class Splitter:
         self._mtu = mtu
         self._scratch = Scratch(_INITIAL_SIZE)
         self._layouts: dict[_Shape, _Layout] = {}
+        self._parsed: dict[tuple[int, bytes, int], tuple[_Shape, int]] = {}
+        """What was made of frames of TCP over IPv6, by all that it depends on: a flow's frames are mostly alike."""
 
     def split(self, frame: memoryview) -> Packets:
         """Turn one frame (virtio_net_hdr and packet) into rows. Raises MalformedFrame."""
@@ -98,8 +114,16 @@ class Splitter:
             length = place_packet(frame, self._scratch.view, self._mtu)
             return Packets(self._scratch.view[:length], 1, length, length, length, (self._scratch.view[:length],))
         packet = frame[VNET_SIZE:]
-        shape, pseudo = _parse(packet, gso_type, gso_size, csum_start if flags & NEEDS_CSUM else None)
-        return self._segment(packet, shape, pseudo)
+        if gso_type != Gso.TCPV6 or len(packet) < 60 or packet[6] != TCP:
+            shape, pseudo = _parse(packet, gso_type, gso_size, csum_start if flags & NEEDS_CSUM else None)
+            return self._segment(packet, shape, pseudo)
+        key = len(frame), bytes(frame[: VNET_SIZE + 40]), packet[52]
+        parsed = self._parsed.get(key)
+        if parsed is None:
+            if len(self._parsed) >= _MAX_LAYOUTS:
+                self._parsed.clear()
+            parsed = self._parsed[key] = _parse(packet, gso_type, gso_size, csum_start if flags & NEEDS_CSUM else None)
+        return self._segment(packet, *parsed)
 
     def _layout(self, shape: _Shape) -> _Layout:
         layout = self._layouts.get(shape)
@@ -121,7 +145,7 @@ class Splitter:
 
         # The payload first; what follows it in each row must be zero, as padding and for the sums.
         if count > 1:
-            layout.body[:] = np.frombuffer(packet, np.uint8, (count - 1) * gso_size, header).reshape(count - 1, gso_size)
+            layout.body[:] = np.frombuffer(packet, layout.part, count - 1, header)
         view[last_row + header : last_end] = packet[len(packet) - last_payload :]
         if layout.padding is not None:
             layout.padding[:] = 0
@@ -135,9 +159,10 @@ class Splitter:
         if protocol == TCP:
             flags = head[transport + 13]
             head[transport + 13] = flags & ~(FIN | PSH | CWR)
-        layout.heads[:] = np.frombuffer(head, np.uint8)
+        layout.heads[:] = np.frombuffer(head, layout.head)
         if protocol == TCP:
-            layout.sequences[:] = layout.steps + np.uint32(int.from_bytes(head[transport + 4 : transport + 8], "big"))
+            sequences = layout.steps + np.uint32(int.from_bytes(head[transport + 4 : transport + 8], "big"))
+            layout.sequences[:] = sequences.byteswap(inplace=True)
             view[transport + 13] |= flags & CWR
             view[last_row + transport + 13] |= flags & (FIN | PSH)
         if last_payload < gso_size:
