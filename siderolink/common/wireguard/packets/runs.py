@@ -67,12 +67,14 @@ class Continuity:
         found = np.bitwise_or.reduce(changes, axis=1)
         if inner.protocol == TCP:
             sequence = heads[:, inner.transport // 4 + 1].byteswap()
-            found |= (sequence[1:] - sequence[:-1]) ^ np.uint32(inner.total - inner.header)
+            steps = sequence[1:] - sequence[:-1]
+            steps ^= inner.total - inner.header
+            found |= steps
         else:
             found |= scratch.column(inner.transport + 6, stride, "<u2")[first + 1 : limit] == 0
         if inner.version == 4:
             ids = scratch.column(4, stride, "<u2")[first:limit].byteswap()
-            found |= (ids[1:] - ids[:-1]) ^ np.uint16(1)
+            found |= (ids[1:] - ids[:-1]) ^ 1
         breaks = bytearray(b"\0")
         breaks += (found != 0).data
         if False in opened.good:

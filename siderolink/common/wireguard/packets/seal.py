@@ -55,6 +55,7 @@ class Sealer:
         self._scratch = Scratch(_INITIAL_SIZE)
         self._nonces = Nonces()
         self._steps: Array = np.arange(64, dtype=np.uint64)
+        self._counters = self._steps.copy()
         self._stamped = (0, 0, 0, 0)
         """Receiver, headroom, stride and number of the rows whose type and receiver are written."""
 
@@ -74,10 +75,11 @@ class Sealer:
 
         if count > self._steps.size:
             self._steps = np.arange(2 * count, dtype=np.uint64)
+            self._counters = self._steps.copy()
         if self._stamped[:3] != (receiver, headroom, stride) or self._stamped[3] < count:
             scratch.column(headroom, stride, "<u8")[:count] = receiver << 32 | TRANSPORT_TYPE
             self._stamped = (receiver, headroom, stride, count)
-        counters = self._steps[:count] + np.uint64(counter)
+        counters = np.add(self._steps[:count], counter, out=self._counters[:count])
         scratch.column(headroom + 8, stride, "<u8")[:count] = counters
         full = count if last == length else count - 1
         nonces = self._nonces.of(counters)[:full]

@@ -66,6 +66,7 @@ class _Layout:
         "heads",
         "ids",
         "ip_checksums",
+        "numbers",
         "padding",
         "part",
         "sequences",
@@ -87,6 +88,7 @@ class _Layout:
             self.padding = np.ndarray((count, stride - size), np.uint8, array, size, (stride, 1))
         self.sequences: Array = np.ndarray((count,), "<u4", array, transport + 4, (stride,))
         self.steps: Array = np.arange(count, dtype=np.uint32) * np.uint32(shape.gso_size)
+        self.numbers: Array = np.empty(count, np.uint32)
         self.checksums: Array = np.ndarray((count,), "<u2", array, transport + offset, (stride,))
         self.words: Array = np.ndarray((count, (stride - transport) // 4), "<u4", array, transport, (stride, 4))
         self.ids: Array = np.ndarray((count,), ">u2", array, 4, (stride,))
@@ -161,8 +163,8 @@ class Splitter:
             head[transport + 13] = flags & ~(FIN | PSH | CWR)
         layout.heads[:] = np.frombuffer(head, layout.head)
         if protocol == TCP:
-            sequences = layout.steps + np.uint32(int.from_bytes(head[transport + 4 : transport + 8], "big"))
-            layout.sequences[:] = sequences.byteswap(inplace=True)
+            np.add(layout.steps, int.from_bytes(head[transport + 4 : transport + 8], "big"), out=layout.numbers)
+            layout.sequences[:] = layout.numbers.byteswap(inplace=True)
             view[transport + 13] |= flags & CWR
             view[last_row + transport + 13] |= flags & (FIN | PSH)
         if last_payload < gso_size:
