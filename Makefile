@@ -77,15 +77,17 @@ netns interop examples: setup needs ## tests in network namespaces; against othe
 test-kernel: setup needs ## the kernel's own WireGuard, in two virtual machines at once; KERNEL=linux-image-rt-amd64 for another kernel
 	@scripts/install-needs kernel
 	@$(PYTHON) scripts/kernel_vm.py --kernel $(KERNEL) --fetch
-	@VM_FILES=$(abspath $(VENV))/kernel-files $(PYTHON) -m pytest -q --collect-only -p no:cacheprovider tests/kernel >/dev/null
+	@VM_FILES=$(abspath $(VENV))/kernel-files $(PYTHON) -m pytest -q --collect-only -p no:cacheprovider tests/kernel $(ARGS) >/dev/null || \
+		{ echo "tests/kernel cannot be read, or ARGS leaves no test of it" >&2; exit 1; }
 	@echo "two machines at once, each of which is heard of when it ends, after two to five minutes"
 	@$(MAKE) --jobs=2 --output-sync=target kernel-servers kernel-links
 
+# ARGS may leave one half without a test (status 5), but not both: that was seen to before
 kernel-servers:
-	@$(IN_THE_VM) $(KERNEL_SERVERS) $(ARGS)
+	@$(IN_THE_VM) $(KERNEL_SERVERS) $(ARGS) || [ $$? -eq 5 ]
 
 kernel-links:
-	@$(IN_THE_VM) tests/kernel $(KERNEL_SERVERS:%=--ignore=%) $(ARGS)
+	@$(IN_THE_VM) tests/kernel $(KERNEL_SERVERS:%=--ignore=%) $(ARGS) || [ $$? -eq 5 ]
 
 others: $(OTHERS:%=others-%)
 

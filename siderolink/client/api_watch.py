@@ -15,9 +15,9 @@ from siderolink.common.join_url import JoinURL
 from siderolink.common.nudge import Nudge
 
 _STABLE = 5.0
-"""Seconds a connection must have stood for its end to mean something."""
+"""Seconds after which a connection is one that was kept. Of shorter ones in a row only the first one's end means anything."""
 _SPACING = 30.0
-"""Seconds from one connection to the next at the least, where each was ended although the API answers."""
+"""Seconds from one connection to the next at the least, where each is ended soon although the API answers."""
 
 
 async def watch_api(url: JoinURL, tls: ssl.SSLContext | None, put: Put, nudge: Nudge) -> None:
@@ -25,7 +25,7 @@ async def watch_api(url: JoinURL, tls: ssl.SSLContext | None, put: Put, nudge: N
     # Not too soon: handshakes find a server that remembers, and it has enough to do in its first seconds.
     backoff = Backoff(first=4.0, cap=30.0, factor=1.5)
     context = (tls or True) if url.tls else None
-    is_lost = False
+    is_lost = ends_soon = False
     while True:
         stood_for = 0.0
         try:
@@ -39,9 +39,10 @@ async def watch_api(url: JoinURL, tls: ssl.SSLContext | None, put: Put, nudge: N
                     stood_for = anyio.current_time() - began_at
         except JoinError:
             pass
-        if stood_for > _STABLE:
+        if stood_for > _STABLE or (stood_for and not ends_soon):
             put(ApiLost())
             is_lost = True
+            ends_soon = stood_for <= _STABLE
             backoff.reset()
         elif stood_for:
             is_lost = False

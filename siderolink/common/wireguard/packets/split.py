@@ -116,15 +116,16 @@ class Splitter:
             length = place_packet(frame, self._scratch.view, self._mtu)
             return Packets(self._scratch.view[:length], 1, length, length, length, (self._scratch.view[:length],))
         packet = frame[VNET_SIZE:]
-        if gso_type != Gso.TCPV6 or len(packet) < 60 or packet[6] != TCP:
-            shape, pseudo = _parse(packet, gso_type, gso_size, csum_start if flags & NEEDS_CSUM else None)
-            return self._segment(packet, shape, pseudo)
-        key = len(frame), bytes(frame[: VNET_SIZE + 40]), packet[52]
-        parsed = self._parsed.get(key)
+        key = None
+        if gso_type == Gso.TCPV6 and len(packet) >= 60 and packet[6] == TCP:
+            key = len(frame), bytes(frame[: VNET_SIZE + 40]), packet[52]
+        parsed = self._parsed.get(key) if key else None
         if parsed is None:
-            if len(self._parsed) >= _MAX_LAYOUTS:
-                self._parsed.clear()
-            parsed = self._parsed[key] = _parse(packet, gso_type, gso_size, csum_start if flags & NEEDS_CSUM else None)
+            parsed = _parse(packet, gso_type, gso_size, csum_start if flags & NEEDS_CSUM else None)
+            if key:
+                if len(self._parsed) >= _MAX_LAYOUTS:
+                    self._parsed.clear()
+                self._parsed[key] = parsed
         return self._segment(packet, *parsed)
 
     def _layout(self, shape: _Shape) -> _Layout:

@@ -1,0 +1,77 @@
+"""What the connection that is kept to the API tells, on loopback against a server that comes, goes and is restless."""
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+
+import anyio
+import pytest
+
+from siderolink.client import signals as news
+from siderolink.client.api_watch import watch_api
+from siderolink.common.grpc import GrpcServer, serve
+from siderolink.common.join_url import JoinURL
+from siderolink.common.nudge import Nudge
+from siderolink.common.tasks import background_tasks
+
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("no_leaks")]
+
+
+class Watched:
+    """A server on one port, again and again, and what a machine's watch tells of it."""
+
+    def __init__(self) -> None:
+        self.told: list[news.Signal] = []
+        self.nudge = Nudge()
+        self.port = 0
+        self._server: GrpcServer
+        self._serving = AsyncExitStack()
+
+    async def start(self) -> None:
+        self._server = await self._serving.enter_async_context(serve([], host="127.0.0.1", port=self.port))
+        self.port = self._server.port
+
+    async def stop(self) -> None:
+        await self._serving.aclose()
+
+    async def connected(self) -> None:
+        await self.until(lambda: self._server.connections == 1)
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        """With no patience: what waits before another try is woken."""
+        with anyio.fail_after(5):
+            while not condition():
+                self.nudge.give()
+                await anyio.sleep(0.01)
+
+
+@asynccontextmanager
+async def watched() -> AsyncIterator[Watched]:
+    bench = Watched()
+    await bench.start()
+    try:
+        async with background_tasks() as tasks:
+            url = JoinURL("127.0.0.1", bench.port, tls=False)
+            tasks.start_soon(watch_api, url, None, bench.told.append, bench.nudge)
+            await bench.connected()
+            yield bench
+    finally:
+        await bench.stop()
+
+
+async def test_a_server_that_ends_moments_after_a_machine_joined_is_noticed() -> None:
+    async with watched() as bench:
+        await bench.stop()
+        await bench.until(lambda: bench.told == [news.ApiLost()])
+        await bench.start()
+        await bench.until(lambda: bench.told == [news.ApiLost(), news.ApiBack()])
+
+
+async def test_a_server_that_ends_each_connection_soon_is_told_of_once() -> None:
+    async with watched() as bench:
+        await bench.stop()
+        await bench.start()
+        await bench.until(lambda: news.ApiBack() in bench.told)
+        await bench.connected()
+        await bench.stop()
+        await anyio.sleep(0.1)
+        assert bench.told == [news.ApiLost(), news.ApiBack()]
