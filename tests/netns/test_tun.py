@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
 from siderolink.common.errors import ConfigurationError, DeviceError, DeviceUnavailableError, InterfaceInUseError
 from siderolink.common.wireguard.noise.drops import Drop
-from siderolink.common.wireguard.packets import Merger, Opener, Sealer, Splitter
+from siderolink.common.wireguard.packets import Gatherer, Merger, Opener, Sealer, Splitter
 from siderolink.common.wireguard.tun import Tun, fitting_gso_max_size
 from tests.support.netns import Namespace
 from tests.support.packets import UDP, Packet, batch, pad, seal
@@ -160,19 +160,21 @@ class Tunnel:
             tasks.cancel_scope.cancel()
 
     async def _carry(self, source: Tun, target: Tun) -> None:
-        splitter, sealer, opener, counter = Splitter(1280), Sealer(), Opener(), 0
+        splitter, gatherer, sealer, opener, counter = Splitter(1280), Gatherer(1280), Sealer(), Opener(), 0
         merger = Merger(self._drop, tso=target.tso, uso=target.uso)
         while True:
             await anyio.wait_readable(source.fileno())
             while (frame := source.read()) is not None:
-                packets = splitter.split(frame)
-                self.rows[packets.count] += 1
-                datagrams = sealer.seal(packets, self._aead, 1, counter)
-                opened = opener.open(datagrams, 0, datagrams.count, self._aead)
-                counter += packets.count
-                for buffers in merger.merge(opened, lambda *_: None):
-                    self.merged += len(buffers) > 2
-                    assert target.write(buffers)
+                collector = splitter if frame[1] else gatherer
+                collector.add(frame)
+                for packets in collector.take():
+                    self.rows[packets.count] += 1
+                    datagrams = sealer.seal(packets, self._aead, 1, counter)
+                    opened = opener.open(datagrams, 0, datagrams.count, self._aead)
+                    counter += packets.count
+                    for buffers in merger.merge(opened, lambda *_: None):
+                        self.merged += len(buffers) > 2
+                        assert target.write(buffers)
 
     def _drop(self, reason: Drop, count: int) -> None:
         self.drops[reason] += count

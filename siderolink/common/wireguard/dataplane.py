@@ -13,11 +13,12 @@ from siderolink.common.token_bucket import TokenBucket
 from siderolink.common.wireguard.noise import Drop, Engine, Event, Peer, Session
 from siderolink.common.wireguard.noise.messages import TRANSPORT_OVERHEAD
 from siderolink.common.wireguard.packets.buffers import Packets, round_up
-from siderolink.common.wireguard.packets.gather import Gatherer
+from siderolink.common.wireguard.packets.gather import Gatherer, place_packet
 from siderolink.common.wireguard.packets.headers import PLAIN_VNET_HEADER, UDP, VNET_SIZE, Gso, address_pair
 from siderolink.common.wireguard.packets.merge import Merger
 from siderolink.common.wireguard.packets.seal import Opened, Opener, Run, Sealer, find_runs
-from siderolink.common.wireguard.packets.split import MalformedFrame, Splitter, place_packet
+from siderolink.common.wireguard.packets.shape import MalformedFrame
+from siderolink.common.wireguard.packets.split import Splitter
 from siderolink.common.wireguard.packets.unreachable import unreachable
 from siderolink.common.wireguard.path import LULL, Datagrams, Path
 
@@ -86,6 +87,8 @@ class DataPlane:
         self._alone = memoryview(bytearray(round_up(mtu)))
         self._splitter = Splitter(mtu)
         self._gatherer = Gatherer(mtu)
+        self._collector: Splitter | Gatherer = self._gatherer
+        """The one of them that holds packets for the peer that packets go to now."""
 
     def change_mtu(self, mtu: int) -> None:
         """Follow the interface's MTU."""
@@ -154,12 +157,12 @@ class DataPlane:
             return
         if pair != self._pair and not self._route(frame, pair, now):
             return
-        is_super = frame[1] != Gso.NONE
+        collector = self._gatherer if frame[1] == Gso.NONE else self._splitter
         try:
-            if is_super or not self._gatherer.add(frame):
+            if collector is not self._collector or not collector.add(frame):
                 self._flush(now)
-                if is_super or not self._gatherer.add(frame):
-                    self._transmit(self._splitter.split(frame), now)
+                self._collector = collector
+                collector.add(frame)
         except MalformedFrame:
             self._engine.drop(Drop.OUTBOUND_MALFORMED)
 
@@ -200,8 +203,7 @@ class DataPlane:
         self._peer, self._pair = None, b""
 
     def _flush(self, now: float) -> None:
-        packets = self._gatherer.take()
-        if packets is not None:
+        for packets in self._collector.take():
             self._transmit(packets, now)
 
     def _transmit(self, packets: Packets, now: float) -> None:

@@ -21,8 +21,7 @@ def packets_of(count: int, size: int, last: int) -> tuple[Packets, list[bytes]]:
     ]
     for packet in plain:
         assert gatherer.add(memoryview(bytes(10) + packet))
-    packets = gatherer.take()
-    assert packets is not None
+    [packets] = gatherer.take()
     return packets, [pad(packet) for packet in plain]
 
 

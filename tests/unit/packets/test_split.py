@@ -1,11 +1,18 @@
 import struct
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from siderolink.common.wireguard.packets import Gatherer, MalformedFrame, Packets, Splitter
+from siderolink.common.wireguard.packets.split import MAX_FRAMES
 from tests.support.packets import ACK, CWR, FIN, PSH, TCP, UDP, URG, Packet, pad
+
+
+def all_rows(batches: list[Packets]) -> list[bytes]:
+    """Every row of every batch."""
+    return [row for packets in batches for row in rows(packets)]
 
 
 def rows(packets: Packets) -> list[bytes]:
@@ -53,7 +60,51 @@ def test_segments_equal_those_made_one_at_a_time(case: tuple[Packet, int]) -> No
     packet, gso_size = case
     expected = [pad(segment.encode()) for segment in packet.segments(gso_size)]
     # The same splitter each time, so that a batch never shows what the one before left behind.
-    assert rows(SPLITTER.split(memoryview(packet.frame(gso_size)))) == expected
+    assert all_rows(SPLITTER.split(memoryview(packet.frame(gso_size)))) == expected
+
+
+@given(super_packets(), st.lists(st.tuples(st.integers(0, 3), st.integers(0, 2**32 - 1)), min_size=1, max_size=12))
+def test_super_packets_that_look_alike_are_cut_in_one_go(case: tuple[Packet, int], changes: list[tuple[int, int]]) -> None:
+    packet, gso_size = case
+    found: list[bytes] = []
+    expected: list[bytes] = []
+    for choice, number in changes:
+        flags = [packet.flags, packet.flags | PSH, packet.flags & ~(PSH | FIN), ACK | FIN][choice]
+        payload = bytes([number & 255]) + packet.payload[1:] if choice else packet.payload[: max(1, len(packet.payload) // 2)]
+        one = replace(
+            packet,
+            sequence=number,
+            acknowledgement=number,
+            window=number & 0xFFFF,
+            flags=flags,
+            flow_label=number & 0xFFFFF,
+            ports=(number & 0xFFFF, 443),
+            identifier=number & 0xFFFF,
+            payload=payload,
+        )
+        expected += [pad(segment.encode()) for segment in one.segments(gso_size)]
+        frame = memoryview(one.frame(gso_size))
+        if not SPLITTER.add(frame):
+            found += all_rows(SPLITTER.take())
+            assert SPLITTER.add(frame)
+    found += all_rows(SPLITTER.take())
+    assert found == expected
+    assert SPLITTER.take() == []
+
+
+def test_a_batch_of_super_packets_is_bounded() -> None:
+    splitter = Splitter(1280)
+    frame = memoryview(Packet(payload=bytes(49 * 1208), options=bytes(12)).frame(1208))
+    added = 0
+    while splitter.add(frame):
+        added += 1
+    assert added == MAX_FRAMES
+    [packets] = splitter.take()
+    assert packets.count == MAX_FRAMES * 49
+    large = memoryview(Packet(payload=bytes(64_000), options=bytes(12)).frame(48))
+    assert splitter.add(large)
+    assert not splitter.add(large)
+    assert sum(packets.count for packets in splitter.take()) == -(-64_000 // 48)
 
 
 @pytest.mark.parametrize("mtu", [1280, 1281, 1500, 9000])
@@ -61,14 +112,14 @@ def test_padding_stops_at_the_mtu(mtu: int) -> None:
     packet = Packet(payload=bytes(range(256)) * 100)
     gso_size = mtu - 60
     expected = [pad(segment.encode(), mtu) for segment in packet.segments(gso_size)]
-    found = rows(Splitter(mtu).split(memoryview(packet.frame(gso_size))))
+    found = all_rows(Splitter(mtu).split(memoryview(packet.frame(gso_size))))
     assert found == expected
     assert len(found[0]) == mtu
 
 
 def test_many_tiny_segments() -> None:
     packet = Packet(payload=bytes(range(250)) * 250, options=bytes(12))
-    found = rows(Splitter(1280).split(memoryview(packet.frame(48))))
+    found = all_rows(Splitter(1280).split(memoryview(packet.frame(48))))
     assert found == [pad(segment.encode()) for segment in packet.segments(48)]
     assert len(found) == 1303
 
@@ -84,15 +135,15 @@ def test_tcp_behind_an_extension_header() -> None:
     frame = plain.frame(30)
     vnet = struct.pack("=BBHHHH", 1, 4, 68, 30, 48, 16)
     expected = [pad(insert(segment.encode())) for segment in plain.segments(30)]
-    assert rows(SPLITTER.split(memoryview(vnet + insert(frame[10:])))) == expected
+    assert all_rows(SPLITTER.split(memoryview(vnet + insert(frame[10:])))) == expected
 
 
 @given(st.sampled_from([TCP, UDP]), st.sampled_from([4, 6]), st.binary(min_size=1, max_size=1200))
 def test_a_single_packet_gets_its_checksum(protocol: int, version: int, payload: bytes) -> None:
     packet = Packet(protocol=protocol, version=version, payload=payload)
     vnet = struct.pack("=BBHHHH", 1, 0, 0, 0, packet.transport, 16 if protocol == TCP else 6)
-    frame = memoryview(vnet + packet.encode(partial=True))
-    assert rows(SPLITTER.split(frame)) == [pad(packet.encode())]
+    assert GATHERER.add(memoryview(vnet + packet.encode(partial=True)))
+    assert all_rows(GATHERER.take()) == [pad(packet.encode())]
 
 
 def test_a_udp_checksum_of_zero_is_written_as_ones() -> None:
@@ -102,13 +153,13 @@ def test_a_udp_checksum_of_zero_is_written_as_ones() -> None:
     packet = Packet(protocol=UDP, payload=value.to_bytes(2, "big"))
     assert packet.encode()[46:48] == b"\xff\xff"
     vnet = struct.pack("=BBHHHH", 1, 0, 0, 0, 40, 6)
-    assert rows(SPLITTER.split(memoryview(vnet + packet.encode(partial=True)))) == [pad(packet.encode())]
     gatherer = Gatherer(1280)
-    for _ in range(9):
-        assert gatherer.add(memoryview(vnet + packet.encode(partial=True)))
-    assert rows(taken(gatherer)) == [pad(packet.encode())] * 9
+    for count in (1, 9):
+        for _ in range(count):
+            assert gatherer.add(memoryview(vnet + packet.encode(partial=True)))
+        assert all_rows(gatherer.take()) == [pad(packet.encode())] * count
     twice = Packet(protocol=UDP, payload=packet.payload * 2)
-    assert [row[46:48] for row in rows(SPLITTER.split(memoryview(twice.frame(2))))] == [b"\xff\xff"] * 2
+    assert [row[46:48] for row in all_rows(SPLITTER.split(memoryview(twice.frame(2))))] == [b"\xff\xff"] * 2
 
 
 @given(super_packets(), st.data())
@@ -118,10 +169,10 @@ def test_a_changed_frame_is_split_or_refused(case: tuple[Packet, int], data: st.
         frame[data.draw(st.integers(0, min(len(frame) - 1, 80)))] = data.draw(st.integers(0, 255))
     cut = data.draw(st.integers(0, len(frame)) | st.just(len(frame)))
     try:
-        packets = SPLITTER.split(memoryview(frame)[:cut])
+        batches = SPLITTER.split(memoryview(frame)[:cut])
     except MalformedFrame:
         return
-    rows(packets)
+    all_rows(batches)
 
 
 def test_every_truncation_is_split_or_refused() -> None:
@@ -129,7 +180,7 @@ def test_every_truncation_is_split_or_refused() -> None:
         frame = packet.frame(20)
         for cut in range(len(frame)):
             try:
-                rows(SPLITTER.split(memoryview(frame)[:cut]))
+                all_rows(SPLITTER.split(memoryview(frame)[:cut]))
             except MalformedFrame:
                 continue
             assert cut >= 10 + packet.transport + 8
@@ -143,10 +194,8 @@ def test_gatherer_makes_rows_of_equal_frames() -> None:
     packets = [Packet(protocol=UDP, payload=bytes([index]) * 60).encode() for index in range(4)]
     assert [gatherer.add(memoryview(PLAIN + packet)) for packet in packets] == [True] * 4
     assert not gatherer.add(memoryview(PLAIN + packets[0]))
-    taken = gatherer.take()
-    assert taken is not None
-    assert rows(taken) == [pad(packet) for packet in packets]
-    assert gatherer.take() is None
+    assert all_rows(gatherer.take()) == [pad(packet) for packet in packets]
+    assert gatherer.take() == []
 
 
 def test_a_shorter_frame_ends_a_batch_and_a_longer_one_starts_another() -> None:
@@ -156,19 +205,31 @@ def test_a_shorter_frame_ends_a_batch_and_a_longer_one_starts_another() -> None:
     assert not gatherer.add(memoryview(PLAIN + long))
     assert gatherer.add(memoryview(PLAIN + short))
     assert not gatherer.add(memoryview(PLAIN + short))
-    taken = gatherer.take()
-    assert taken is not None
-    assert rows(taken) == [pad(middle), pad(short)]
+    assert all_rows(gatherer.take()) == [pad(middle), pad(short)]
 
 
-def test_gatherer_leaves_super_packets_and_giants_to_the_splitter() -> None:
+def test_gatherer_takes_a_packet_above_the_mtu_alone() -> None:
+    gatherer = Gatherer(1280, max_rows=2)
+    giant = memoryview(PLAIN + Packet(payload=bytes(3000)).encode())
+    assert gatherer.add(giant)
+    assert not gatherer.add(giant)
+    assert all_rows(gatherer.take()) == [giant[10:]]
+    small = Packet(payload=b"small").encode()
+    assert gatherer.add(memoryview(PLAIN + small))
+    assert not gatherer.add(giant)
+    assert all_rows(gatherer.take()) == [pad(small)]
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_gatherer_takes_no_super_packet_and_no_stump(count: int) -> None:
     gatherer = Gatherer(1280)
-    assert not gatherer.add(memoryview(Packet(payload=bytes(3000)).frame(1220)))
-    giant = PLAIN + Packet(payload=bytes(3000)).encode()
-    assert not gatherer.add(memoryview(giant))
-    assert rows(Splitter(1280).split(memoryview(giant))) == [giant[10:]]
-    with pytest.raises(MalformedFrame):
-        gatherer.add(memoryview(bytes(12)))
+    small = Packet(payload=b"small").encode()
+    for _ in range(count):
+        assert gatherer.add(memoryview(PLAIN + small))
+    for frame in (Packet(payload=bytes(3000)).frame(1220), bytes(12)):
+        with pytest.raises(MalformedFrame):
+            gatherer.add(memoryview(frame))
+    assert all_rows(gatherer.take()) == [pad(small)] * count
 
 
 def test_gatherer_stays_whole_after_a_malformed_frame() -> None:
@@ -178,9 +239,7 @@ def test_gatherer_stays_whole_after_a_malformed_frame() -> None:
     with pytest.raises(MalformedFrame):
         gatherer.add(memoryview(struct.pack("=BBHHHH", 1, 0, 0, 0, 2000, 16) + good))
     assert gatherer.add(memoryview(PLAIN + good))
-    taken = gatherer.take()
-    assert taken is not None
-    assert rows(taken) == [pad(good)] * 2
+    assert all_rows(gatherer.take()) == [pad(good)] * 2
 
 
 @given(
@@ -202,17 +261,11 @@ def test_gathered_rows_equal_packets_made_one_at_a_time(
         vnet = struct.pack("=BBHHHH", 1, 0, 0, 0, packet.transport, 16 if protocol == TCP else 6) if partial else PLAIN
         frame = memoryview(vnet + packet.encode(partial=partial))
         if not GATHERER.add(frame):
-            found += rows(taken(GATHERER))
+            found += all_rows(GATHERER.take())
             assert GATHERER.add(frame)
-    found += rows(taken(GATHERER))
+    found += all_rows(GATHERER.take())
     assert found == expected
     assert len(GATHERER) == 0
-
-
-def taken(gatherer: Gatherer) -> Packets:
-    packets = gatherer.take()
-    assert packets is not None
-    return packets
 
 
 GATHERER = Gatherer(1280, max_rows=20)

@@ -5,7 +5,8 @@ from siderolink.common.wireguard.packets.gather import Gatherer
 from siderolink.common.wireguard.packets.headers import VNET_SIZE, address_pair
 from siderolink.common.wireguard.packets.merge import Merger
 from siderolink.common.wireguard.packets.seal import Opened, Opener, Run, Sealer, find_runs, read_counters
-from siderolink.common.wireguard.packets.split import MalformedFrame, Splitter
+from siderolink.common.wireguard.packets.shape import MalformedFrame
+from siderolink.common.wireguard.packets.split import Splitter
 
 __all__ = [
     "VNET_SIZE",

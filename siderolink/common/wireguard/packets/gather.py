@@ -5,10 +5,11 @@ from typing import Final
 from siderolink.common.wireguard.noise.inner import padded_length
 from siderolink.common.wireguard.packets.buffers import Packets, Scratch, round_up
 from siderolink.common.wireguard.packets.checksum import complete_checksum, row_complements, row_sums
-from siderolink.common.wireguard.packets.headers import NEEDS_CSUM, VNET_HEADER, VNET_SIZE
-from siderolink.common.wireguard.packets.split import MAX_FRAME, MalformedFrame, place_packet
+from siderolink.common.wireguard.packets.headers import NEEDS_CSUM, VNET_HEADER, VNET_SIZE, Gso
+from siderolink.common.wireguard.packets.shape import MAX_FRAME, MalformedFrame
 
 MAX_ROWS: Final = 64
+_ZEROS: Final = bytes(16)
 
 
 class Gatherer:
@@ -22,7 +23,7 @@ class Gatherer:
         self._mtu = mtu
         self._max_rows = max_rows
         self._scratch = Scratch(max_rows * round_up(mtu))
-        self._count = self._stride = self._length = self._last = 0
+        self._count = self._room = self._stride = self._length = self._last = 0
         self._alike = 0
         """How many rows from the first on still need padding and checksum."""
         self._frame_size = 0
@@ -32,13 +33,13 @@ class Gatherer:
         return self._count
 
     def add(self, frame: memoryview) -> bool:
-        """Take the frame as the next row. False if it cannot be one: then take() what is here first, or split() the frame.
+        """Take the frame as the next row. False if it cannot be one: then take() what is here first.
 
-        An empty gatherer takes every well-formed frame that is no super-packet and fits the MTU. Raises MalformedFrame.
+        An empty gatherer takes every well-formed frame that is no super-packet. Raises MalformedFrame.
         """
         count = self._count
         if count and count == self._alike and len(frame) == self._frame_size and frame[:VNET_SIZE] == self._header:
-            if count >= self._max_rows:
+            if count >= self._room:
                 return False
             at = count * self._stride
             self._scratch.view[at : at + self._frame_size - VNET_SIZE] = frame[VNET_SIZE:]
@@ -46,31 +47,25 @@ class Gatherer:
             return True
         return self._add_first(frame) if not count else self._add_other(frame)
 
-    def _is_small(self, frame: memoryview) -> bool:
-        size = len(frame) - VNET_SIZE
-        if not 20 <= size <= MAX_FRAME:
-            raise MalformedFrame(f"a frame of {len(frame)} bytes")
-        return not frame[1] and size <= self._mtu
-
     def _add_first(self, frame: memoryview) -> bool:
-        if not self._is_small(frame):
-            return False
-        size = len(frame) - VNET_SIZE
+        size = _packet_size(frame)
         flags, _, _, _, start, offset = VNET_HEADER.unpack_from(frame)
         if flags & NEEDS_CSUM and start + offset + 2 > size:
             raise MalformedFrame("the checksum field lies outside the packet")
         self._frame_size, self._header = len(frame), bytes(frame[:VNET_SIZE])
         self._stride, self._length = round_up(size), padded_length(size, self._mtu)
+        self._room = self._max_rows
+        if size > self._mtu:  # the interface's MTU has just become smaller
+            self._room = 1
+            self._scratch.reserve(self._stride)
         self._last = self._length
         self._scratch.view[:size] = frame[VNET_SIZE:]
         self._alike = self._count = 1
         return True
 
     def _add_other(self, frame: memoryview) -> bool:
-        if not self._is_small(frame):
-            return False
-        length = padded_length(len(frame) - VNET_SIZE, self._mtu)
-        if length > self._length or self._last < self._length or self._count >= self._max_rows:
+        length = padded_length(_packet_size(frame), self._mtu)
+        if length > self._length or self._last < self._length or self._count >= self._room:
             return False
         at = self._count * self._stride
         place_packet(frame, self._scratch.view[at : at + self._stride], self._mtu)
@@ -78,19 +73,19 @@ class Gatherer:
         self._count += 1
         return True
 
-    def take(self) -> Packets | None:
-        """All rows so far, good until add() is called again; None if there are none."""
+    def take(self) -> list[Packets]:
+        """All rows so far as one batch, good until add() is called again; nothing if there are none."""
         count, stride, length = self._count, self._stride, self._length
         if not count:
-            return None
+            return []
         self._count = 0
         if count == 1:
             self._finish_one(self._frame_size - VNET_SIZE)
             row = self._scratch.view[:length]
-            return Packets(row, 1, stride, length, length, (row,))
+            return [Packets(row, 1, stride, length, length, (row,))]
         self._finish(self._alike, self._frame_size - VNET_SIZE)
         rows = self._scratch.rows(0, stride, length, count)
-        return Packets(self._scratch.view[: (count - 1) * stride + self._last], count, stride, length, self._last, rows)
+        return [Packets(self._scratch.view[: (count - 1) * stride + self._last], count, stride, length, self._last, rows)]
 
     def _finish_one(self, size: int) -> None:
         """The same as `_finish`, without columns."""
@@ -118,3 +113,29 @@ class Gatherer:
         if offset == 6:  # UDP: zero would mean "no checksum" (RFC 768)
             checksums[checksums == 0] = 0xFFFF
         scratch.column(start + offset, stride, "<u2")[:count] = checksums
+
+
+def _packet_size(frame: memoryview) -> int:
+    size = len(frame) - VNET_SIZE
+    if not 20 <= size <= MAX_FRAME:
+        raise MalformedFrame(f"a frame of {len(frame)} bytes")
+    if frame[1] != Gso.NONE:
+        raise MalformedFrame("a super-packet among small ones")
+    return size
+
+
+def place_packet(frame: memoryview, view: memoryview, mtu: int) -> int:
+    """Write the frame's one packet, padded and with a finished checksum, to the start of `view`.
+
+    `view` holds the packet rounded up to 16. Returns the padded length. Raises MalformedFrame.
+    """
+    flags, _, _, _, start, offset = VNET_HEADER.unpack_from(frame)
+    size = len(frame) - VNET_SIZE
+    view[:size] = frame[VNET_SIZE:]
+    if flags & NEEDS_CSUM:
+        if start + offset + 2 > size:
+            raise MalformedFrame("the checksum field lies outside the packet")
+        complete_checksum(view[:size], start, offset)
+    length = padded_length(size, mtu)
+    view[size:length] = _ZEROS[: length - size]
+    return length

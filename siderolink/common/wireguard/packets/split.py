@@ -1,68 +1,36 @@
 """From what a TUN interface with offloads gives, to rows of padded packets: segmentation of TCP (TSO) and UDP (USO)."""
 
 import struct
-from typing import Final, NamedTuple
+from typing import Final
 
 import numpy as np
 
 from siderolink.common.wireguard.noise.inner import padded_length
 from siderolink.common.wireguard.packets.buffers import Array, Packets, Scratch, round_up
-from siderolink.common.wireguard.packets.checksum import (
-    MODULUS,
-    complement,
-    complete_checksum,
-    pseudo_header_sum,
-    row_complements,
-    row_sums,
-    swap,
-    word_sum,
-)
-from siderolink.common.wireguard.packets.headers import (
-    CWR,
-    FIN,
-    NEEDS_CSUM,
-    PSH,
-    TCP,
-    UDP,
-    VNET_HEADER,
-    VNET_SIZE,
-    Gso,
-)
+from siderolink.common.wireguard.packets.checksum import complement, row_complements, row_sums, swap, word_sum
+from siderolink.common.wireguard.packets.headers import CWR, FIN, NEEDS_CSUM, PSH, TCP, UDP, VNET_HEADER, VNET_SIZE, Gso
+from siderolink.common.wireguard.packets.shape import MAX_FRAME, MalformedFrame, Shape, parse_shape
 
-MAX_FRAME: Final = VNET_SIZE + 65535 + 40
-"""No IP packet is longer, so no frame is."""
-MAX_SEGMENTS: Final = 2048
-"""Linux lets no TCP segment go below 48 bytes of payload by default, which makes 1,366."""
-MAX_BYTES: Final = 1 << 19
-"""All rows of one super-packet; those 1,366 segments with the longest headers take 240 KiB."""
+MAX_FRAMES: Final = 4
+"""Super-packets that are cut in one go."""
+_MAX_BATCH: Final = 1 << 18
+"""The bytes of all their rows; one super-packet may take more."""
 _INITIAL_SIZE: Final = 1 << 16
 _MAX_LAYOUTS: Final = 128
 _PUT_16: Final = struct.Struct(">H").pack_into
-_ZEROS: Final = bytes(16)
-
-
-class MalformedFrame(ValueError):
-    """Raised when a frame from the interface contradicts itself; it was not for us to repair."""
-
-
-class _Shape(NamedTuple):
-    """What one super-packet looks like; equal shapes share their views."""
-
-    version: int
-    protocol: int
-    transport: int
-    header: int
-    gso_size: int
-    segments: int
+_GET_32: Final = struct.Struct(">I").unpack_from
 
 
 class _Layout:
-    """The views through which all segments of one shape are written at once."""
+    """The views through which all segments of several super-packets of one shape are written at once."""
 
     __slots__ = (
-        "body",
+        "bodies",
         "checksums",
-        "head",
+        "firsts",
+        "frames",
+        "header_bytes",
+        "headers",
         "heads",
         "ids",
         "ip_checksums",
@@ -70,182 +38,195 @@ class _Layout:
         "padding",
         "part",
         "sequences",
+        "starts",
         "steps",
         "stride",
         "words",
     )
 
-    def __init__(self, array: Array, shape: _Shape) -> None:
+    def __init__(self, array: Array, shape: Shape, frames: int) -> None:
         count, transport, header = shape.segments, shape.transport, shape.header
         size = header + shape.gso_size
         stride = self.stride = round_up(size)
+        rows, block = frames * count, count * stride
         offset = 16 if shape.protocol == TCP else 6
-        self.head, self.part = np.dtype(f"V{header}"), np.dtype(f"V{shape.gso_size}")
-        self.heads: Array = np.ndarray((count,), self.head, array, 0, (stride,))
-        self.body: Array = np.ndarray((count - 1,), self.part, array, header, (stride,))
+        head, self.part = np.dtype(f"V{header}"), np.dtype(f"V{shape.gso_size}")
+        self.frames = frames
+        self.heads: Array = np.ndarray((frames, count), head, array, 0, (block, stride))
+        self.bodies: Array = np.ndarray((frames, count - 1), self.part, array, header, (block, stride))
         self.padding: Array | None = None
         if stride > size:
-            self.padding = np.ndarray((count, stride - size), np.uint8, array, size, (stride, 1))
-        self.sequences: Array = np.ndarray((count,), "<u4", array, transport + 4, (stride,))
+            self.padding = np.ndarray((rows, stride - size), np.uint8, array, size, (stride, 1))
+        self.header_bytes = memoryview(bytearray(frames * header))
+        """The header of each super-packet, which its segments get."""
+        self.headers: Array = np.ndarray((frames, 1), head, self.header_bytes)
+        self.starts: Array = np.zeros((frames, 1), np.uint32)
+        self.firsts = memoryview(self.starts.data).cast("B").cast("I")
+        """The first sequence number of each super-packet, in `starts`."""
         self.steps: Array = np.arange(count, dtype=np.uint32) * np.uint32(shape.gso_size)
-        self.numbers: Array = np.empty(count, np.uint32)
-        self.checksums: Array = np.ndarray((count,), "<u2", array, transport + offset, (stride,))
-        self.words: Array = np.ndarray((count, (stride - transport) // 4), "<u4", array, transport, (stride, 4))
-        self.ids: Array = np.ndarray((count,), ">u2", array, 4, (stride,))
-        self.ip_checksums: Array = np.ndarray((count,), ">u2", array, 10, (stride,))
+        self.numbers: Array = np.empty((frames, count), np.uint32)
+        self.sequences: Array = np.ndarray((frames, count), "<u4", array, transport + 4, (block, stride))
+        self.checksums: Array = np.ndarray((rows,), "<u2", array, transport + offset, (stride,))
+        self.words: Array = np.ndarray((rows, (stride - transport) // 4), "<u4", array, transport, (stride, 4))
+        self.ids: Array = np.ndarray((frames, count), ">u2", array, 4, (block, stride))
+        self.ip_checksums: Array = np.ndarray((frames, count), ">u2", array, 10, (block, stride))
 
 
 class Splitter:
-    """Cuts frames into segments. What it returns is good until it is called again."""
+    """Cuts super-packets into segments, several that look alike at once. What it returns is good until add() is called."""
 
-    def __init__(self, mtu: int) -> None:
+    def __init__(self, mtu: int, max_frames: int = MAX_FRAMES) -> None:
         self._mtu = mtu
+        self._max_frames = max_frames
         self._scratch = Scratch(_INITIAL_SIZE)
-        self._layouts: dict[_Shape, _Layout] = {}
-        self._parsed: dict[tuple[int, bytes, int], tuple[_Shape, int]] = {}
+        self._layouts: dict[Shape, _Layout] = {}
+        self._parsed: dict[tuple[bytes, bytes, int, int], tuple[Shape, int]] = {}
         """What was made of frames of TCP over IPv6, by all that it depends on: a flow's frames are mostly alike."""
+        self._count = self._size = self._last = 0
+        """Super-packets that were added, their length, and the payload of the last segment of each."""
+        self._current: tuple[Shape, int]
+        self._layout: _Layout
+        self._flags: list[tuple[int, int]] = []
+        """Where the header of a super-packet was put, and which flags belong to one of its segments only."""
 
-    def split(self, frame: memoryview) -> Packets:
+    def split(self, frame: memoryview) -> list[Packets]:
         """Turn one frame (virtio_net_hdr and packet) into rows. Raises MalformedFrame."""
+        self.add(frame)
+        return self.take()
+
+    def add(self, frame: memoryview) -> bool:
+        """Take a super-packet. False if it does not look like those that are here: take() them first.
+
+        An empty splitter takes every one that is well-formed. Raises MalformedFrame.
+        """
+        parsed = self._parse(frame)
+        packet, index = frame[VNET_SIZE:], self._count
+        shape = parsed[0]
+        if not index:
+            self._current, self._size = parsed, len(packet)
+            self._layout = self._find_layout(shape)
+            self._last = len(packet) - shape.header - (shape.segments - 1) * shape.gso_size
+        elif (
+            len(packet) != self._size
+            or index >= self._layout.frames
+            or (parsed is not self._current and parsed != self._current)
+        ):
+            return False
+        self._place(packet, shape, index)
+        self._count = index + 1
+        return True
+
+    def _place(self, packet: memoryview, shape: Shape, index: int) -> None:
+        """Write what differs from one super-packet to the next."""
+        version, protocol, transport, header, gso_size, count = shape
+        layout, view, last = self._layout, self._scratch.view, self._last
+        if count > 1:
+            layout.bodies[index] = np.frombuffer(packet, layout.part, count - 1, header)
+        last_body = ((index + 1) * count - 1) * layout.stride + header
+        view[last_body : last_body + last] = packet[len(packet) - last :]
+        if last < gso_size:  # zero, as padding and for the sums
+            view[last_body + last : last_body + gso_size] = bytes(gso_size - last)
+        head = layout.header_bytes[index * header : (index + 1) * header]
+        head[:] = packet[:header]
+        _set_lengths(head, version, protocol, transport, header + gso_size)
+        if protocol == TCP:
+            layout.firsts[index] = _GET_32(packet, transport + 4)[0]
+            flags = head[transport + 13] & (FIN | PSH | CWR)
+            if flags:
+                head[transport + 13] -= flags
+                self._flags.append((index, flags))
+
+    def take(self) -> list[Packets]:
+        """All segments so far, in order, in batches of rows of one length but for the last; none if there is nothing."""
+        frames = self._count
+        if not frames:
+            return []
+        self._count = 0
+        shape, pseudo = self._current
+        layout = self._layout
+        rows, size = frames * shape.segments, shape.header + shape.gso_size
+        if layout.padding is not None:
+            layout.padding[:rows] = 0
+        self._write_headers(frames, shape)
+        transport_size = size - shape.transport
+        sums = row_sums(layout.words[:rows])
+        if self._last < shape.gso_size:
+            last_size = transport_size - shape.gso_size + self._last
+            sums[shape.segments - 1 :: shape.segments] += swap(last_size) - swap(transport_size)
+        checksums = row_complements(sums, swap(pseudo) + swap(transport_size))
+        if shape.protocol == UDP:
+            checksums[checksums == 0] = 0xFFFF
+        layout.checksums[:rows] = checksums
+        return self._batches(frames, shape)
+
+    def _write_headers(self, frames: int, shape: Shape) -> None:
+        """All but the transport's checksums."""
+        version, protocol, transport, header, gso_size, count = shape
+        layout, view, last = self._layout, self._scratch.view, self._last
+        stride = layout.stride
+        block = count * stride
+        layout.heads[:frames] = layout.headers[:frames]
+        if protocol == TCP:
+            numbers = np.add(layout.starts[:frames], layout.steps, out=layout.numbers[:frames])
+            layout.sequences[:frames] = numbers.byteswap(inplace=True)
+            for index, flags in self._flags:
+                view[index * block + transport + 13] |= flags & CWR
+                view[(index + 1) * block - stride + transport + 13] |= flags & (FIN | PSH)
+            self._flags.clear()
+        if last < gso_size:
+            for end in range(block, frames * block + 1, block):
+                _set_lengths(view[end - stride :], version, protocol, transport, header + last)
+        if version == 4:
+            for index in range(frames):
+                _number_ipv4(view[index * block :], view[(index + 1) * block - stride :], layout, index)
+
+    def _batches(self, frames: int, shape: Shape) -> list[Packets]:
+        stride, count = self._layout.stride, shape.segments
+        length = padded_length(shape.header + shape.gso_size, self._mtu)
+        last = padded_length(shape.header + self._last, self._mtu)
+        rows = self._scratch.rows(0, stride, length, frames * count)
+        step = count if last < length else frames * count
+        return [
+            Packets(
+                self._scratch.view[first * stride : (first + step - 1) * stride + last],
+                step,
+                stride,
+                length,
+                last,
+                rows[first:] if first else rows,
+            )
+            for first in range(0, frames * count, step)
+        ]
+
+    def _find_layout(self, shape: Shape) -> _Layout:
+        layout = self._layouts.get(shape)
+        if layout is None:
+            block = shape.segments * round_up(shape.header + shape.gso_size)
+            frames = max(1, min(self._max_frames, _MAX_BATCH // block))
+            is_stale = self._scratch.reserve(frames * block)
+            if is_stale or len(self._layouts) >= _MAX_LAYOUTS:
+                self._layouts.clear()
+            layout = self._layouts[shape] = _Layout(self._scratch.array, shape, frames)
+        return layout
+
+    def _parse(self, frame: memoryview) -> tuple[Shape, int]:
+        """The shape of a super-packet, and the sum of its pseudo-header without the length."""
         if not VNET_SIZE + 20 <= len(frame) <= MAX_FRAME:
             raise MalformedFrame(f"a frame of {len(frame)} bytes")
-        flags, gso_type, _, gso_size, csum_start, csum_offset = VNET_HEADER.unpack_from(frame)
-        if gso_type == Gso.NONE:
-            size = len(frame) - VNET_SIZE
-            self._scratch.reserve(round_up(size))
-            length = place_packet(frame, self._scratch.view, self._mtu)
-            return Packets(self._scratch.view[:length], 1, length, length, length, (self._scratch.view[:length],))
-        packet = frame[VNET_SIZE:]
+        flags, gso_type, _, gso_size, csum_start, _ = VNET_HEADER.unpack_from(frame)
         key = None
-        if gso_type == Gso.TCPV6 and len(packet) >= 60 and packet[6] == TCP:
-            key = len(frame), bytes(frame[: VNET_SIZE + 40]), packet[52]
-        parsed = self._parsed.get(key) if key else None
+        if gso_type == Gso.TCPV6 and len(frame) >= VNET_SIZE + 60 and frame[VNET_SIZE + 6] == TCP:
+            # all but the version, the traffic class and the flow label, so that flows have it in common
+            key = bytes(frame[:VNET_SIZE]), bytes(frame[VNET_SIZE + 4 : VNET_SIZE + 40]), frame[VNET_SIZE + 52], len(frame)
+        parsed = self._parsed.get(key) if key and frame[VNET_SIZE] >> 4 == 6 else None
         if parsed is None:
-            parsed = _parse(packet, gso_type, gso_size, csum_start if flags & NEEDS_CSUM else None)
+            packet = frame[VNET_SIZE:]
+            parsed = parse_shape(packet, gso_type, gso_size, csum_start if flags & NEEDS_CSUM else None)
             if key:
                 if len(self._parsed) >= _MAX_LAYOUTS:
                     self._parsed.clear()
                 self._parsed[key] = parsed
-        return self._segment(packet, *parsed)
-
-    def _layout(self, shape: _Shape) -> _Layout:
-        layout = self._layouts.get(shape)
-        if layout is None:
-            is_stale = self._scratch.reserve(shape.segments * round_up(shape.header + shape.gso_size))
-            if is_stale or len(self._layouts) >= _MAX_LAYOUTS:
-                self._layouts.clear()
-            layout = self._layouts[shape] = _Layout(self._scratch.array, shape)
-        return layout
-
-    def _segment(self, packet: memoryview, shape: _Shape, pseudo: int) -> Packets:
-        version, protocol, transport, header, gso_size, count = shape
-        layout = self._layout(shape)
-        stride = layout.stride
-        view = self._scratch.view
-        last_payload = len(packet) - header - (count - 1) * gso_size
-        last_row = (count - 1) * stride
-        last_end = last_row + header + last_payload
-
-        # The payload first; what follows it in each row must be zero, as padding and for the sums.
-        if count > 1:
-            layout.body[:] = np.frombuffer(packet, layout.part, count - 1, header)
-        view[last_row + header : last_end] = packet[len(packet) - last_payload :]
-        if layout.padding is not None:
-            layout.padding[:] = 0
-        if last_payload < gso_size:
-            view[last_end : last_row + header + gso_size] = bytes(gso_size - last_payload)
-
-        head = bytearray(packet[:header])
-        size = header + gso_size
-        _set_lengths(head, version, protocol, transport, size)
-        flags = 0
-        if protocol == TCP:
-            flags = head[transport + 13]
-            head[transport + 13] = flags & ~(FIN | PSH | CWR)
-        layout.heads[:] = np.frombuffer(head, layout.head)
-        if protocol == TCP:
-            np.add(layout.steps, int.from_bytes(head[transport + 4 : transport + 8], "big"), out=layout.numbers)
-            layout.sequences[:] = layout.numbers.byteswap(inplace=True)
-            view[transport + 13] |= flags & CWR
-            view[last_row + transport + 13] |= flags & (FIN | PSH)
-        if last_payload < gso_size:
-            _set_lengths(view[last_row:], version, protocol, transport, header + last_payload)
-        if version == 4:
-            _number_ipv4(head, layout, view[last_row:])
-
-        sums = row_sums(layout.words)
-        if last_payload < gso_size:
-            sums[count - 1] += swap(header + last_payload - transport) - swap(size - transport)
-        checksums = row_complements(sums, swap(pseudo) + swap(size - transport))
-        if protocol == UDP:
-            checksums[checksums == 0] = 0xFFFF
-        layout.checksums[:] = checksums
-
-        length, last = padded_length(size, self._mtu), padded_length(header + last_payload, self._mtu)
-        rows = self._scratch.rows(0, stride, length, count)
-        return Packets(view[: last_row + last], count, stride, length, last, rows)
-
-
-def place_packet(frame: memoryview, view: memoryview, mtu: int) -> int:
-    """Write the frame's one packet, padded and with a finished checksum, to the start of `view`.
-
-    `view` holds the packet rounded up to 16. Returns the padded length. Raises MalformedFrame.
-    """
-    flags, _, _, _, start, offset = VNET_HEADER.unpack_from(frame)
-    size = len(frame) - VNET_SIZE
-    view[:size] = frame[VNET_SIZE:]
-    if flags & NEEDS_CSUM:
-        if start + offset + 2 > size:
-            raise MalformedFrame("the checksum field lies outside the packet")
-        complete_checksum(view[:size], start, offset)
-    length = padded_length(size, mtu)
-    view[size:length] = _ZEROS[: length - size]
-    return length
-
-
-def _parse(packet: memoryview, gso_type: int, gso_size: int, csum_start: int | None) -> tuple[_Shape, int]:
-    """The shape of a super-packet, and the sum of its pseudo-header without the length."""
-    kind = gso_type & ~Gso.ECN
-    version = packet[0] >> 4
-    if kind == Gso.UDP_L4 and gso_type == kind and version in (4, 6):
-        protocol = UDP
-    elif (kind == Gso.TCPV4 and version == 4) or (kind == Gso.TCPV6 and version == 6):
-        protocol = TCP
-    else:
-        raise MalformedFrame(f"GSO type {gso_type:#x} for IP version {version}")
-    transport, pseudo = _find_transport(packet, version, protocol, csum_start)
-    if len(packet) < transport + (20 if protocol == TCP else 8):
-        raise MalformedFrame("the transport header is cut off")
-    header = transport + ((packet[transport + 12] >> 4) * 4 if protocol == TCP else 8)
-    payload = len(packet) - header
-    if header < transport + 8 or (protocol == TCP and header < transport + 20) or payload < 1:
-        raise MalformedFrame("the transport header does not fit the packet")
-    if csum_start not in (None, transport):
-        raise MalformedFrame("the checksum does not start at the transport header")
-    count = -(-payload // gso_size) if gso_size else 0
-    if header + gso_size > 65535 or not 1 <= count <= MAX_SEGMENTS or count * round_up(header + gso_size) > MAX_BYTES:
-        raise MalformedFrame(f"{payload} bytes in segments of {gso_size}")
-    return _Shape(version, protocol, transport, header, gso_size, count), pseudo
-
-
-def _find_transport(packet: memoryview, version: int, protocol: int, csum_start: int | None) -> tuple[int, int]:
-    if version == 4:
-        transport = (packet[0] & 15) * 4
-        if transport < 20 or packet[9] != protocol or packet[6] & 0x3F or packet[7]:
-            raise MalformedFrame("an IPv4 header that cannot be segmented")
-        if len(packet) < transport:
-            raise MalformedFrame("the IPv4 header is cut off")
-        return transport, pseudo_header_sum(packet, 4, protocol)
-    if len(packet) < 40:
-        raise MalformedFrame("the IPv6 header is cut off")
-    if packet[6] == protocol:
-        return 40, pseudo_header_sum(packet, 6, protocol)
-    # Behind extension headers: the kernel says where, and its partial checksum holds the pseudo-header's sum.
-    field = 16 if protocol == TCP else 6
-    if csum_start is None or csum_start < 48 or csum_start % 4 or csum_start + field + 2 > len(packet):
-        raise MalformedFrame("IPv6 extension headers without a place for the checksum")
-    partial = int.from_bytes(packet[csum_start + field : csum_start + field + 2], "big")
-    return csum_start, (partial - (len(packet) - csum_start)) % MODULUS
+        return parsed
 
 
 def _set_lengths(head: bytearray | memoryview, version: int, protocol: int, transport: int, size: int) -> None:
@@ -261,14 +242,13 @@ def _set_lengths(head: bytearray | memoryview, version: int, protocol: int, tran
         _PUT_16(head, transport + 16, 0)
 
 
-def _number_ipv4(head: bytearray, layout: _Layout, last: memoryview) -> None:
-    """Count the IDs up from the super-packet's own and write the header checksums."""
+def _number_ipv4(first: memoryview, last: memoryview, layout: _Layout, index: int) -> None:
+    """Count the IDs of one super-packet's segments up from its own and write the header checksums."""
+    head = bytearray(first[: (first[0] & 15) * 4])
     identifier = int.from_bytes(head[4:6], "big")
-    header = (head[0] & 15) * 4
     head[4:6] = head[10:12] = b"\0\0"
-    count = layout.ids.size
-    ids = np.arange(identifier, identifier + count) & 0xFFFF
-    layout.ids[:] = ids
-    layout.ip_checksums[:] = row_complements(ids, word_sum(head[:header]))
+    ids = np.arange(identifier, identifier + layout.ids.shape[1]) & 0xFFFF
+    layout.ids[index] = ids
+    layout.ip_checksums[index] = row_complements(ids, word_sum(head))
     last[10:12] = b"\0\0"
-    _PUT_16(last, 10, complement(word_sum(last[:header])))
+    _PUT_16(last, 10, complement(word_sum(last[: len(head)])))
