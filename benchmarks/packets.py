@@ -51,7 +51,8 @@ def batch_costs(packet: Packet, gso_size: int) -> dict[str, float]:
     frame = memoryview(packet.frame(gso_size))
     splitter, sealer, opener = Splitter(1280), Sealer(), Opener()
     merger = Merger(ignore, uso=True)
-    [packets] = splitter.split(frame)
+    packets = splitter.split(frame)
+    assert packets is not None
     datagrams = sealer.seal(packets, AEAD, 1, 0)
     copy = Datagrams(memoryview(bytes(datagrams.data)), datagrams.count, datagrams.stride)
     opened = opener.open(copy, 0, copy.count, AEAD)
@@ -92,7 +93,8 @@ def gather_cost() -> float:
     def gather() -> None:
         for _ in range(64):
             gatherer.add(frame)
-        [packets] = gatherer.take()
+        packets = gatherer.take()
+        assert packets is not None
         sealer.seal(packets, AEAD, 1, 0)
 
     return best(gather, 64)

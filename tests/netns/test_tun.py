@@ -167,14 +167,15 @@ class Tunnel:
             while (frame := source.read()) is not None:
                 collector = splitter if frame[1] else gatherer
                 collector.add(frame)
-                for packets in collector.take():
-                    self.rows[packets.count] += 1
-                    datagrams = sealer.seal(packets, self._aead, 1, counter)
-                    opened = opener.open(datagrams, 0, datagrams.count, self._aead)
-                    counter += packets.count
-                    for buffers in merger.merge(opened, lambda *_: None):
-                        self.merged += len(buffers) > 2
-                        assert target.write(buffers)
+                packets = collector.take()
+                assert packets is not None
+                self.rows[packets.count] += 1
+                datagrams = sealer.seal(packets, self._aead, 1, counter)
+                opened = opener.open(datagrams, 0, datagrams.count, self._aead)
+                counter += packets.count
+                for buffers in merger.merge(opened, lambda *_: None):
+                    self.merged += len(buffers) > 2
+                    assert target.write(buffers)
 
     def _drop(self, reason: Drop, count: int) -> None:
         self.drops[reason] += count

@@ -21,8 +21,8 @@ MAX_BYTES: Final = 3 << 16
 """The bytes of a batch after which other work has its turn, too."""
 MAX_SEGMENTS: Final = 64
 """Datagrams of one send; Linux before 6.9 takes no more."""
-MAX_PENDING: Final = 1 << 18
-"""Bytes kept while the socket's buffer is full."""
+MAX_PENDING: Final = 1 << 19
+"""Bytes kept while the socket's buffer is full: more than a batch."""
 _BUFFER_SIZE: Final = 8 << 20
 _MAX_PATHS: Final = 4096
 _MAX_PLAIN: Final = 1024

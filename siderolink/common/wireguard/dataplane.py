@@ -24,8 +24,8 @@ from siderolink.common.wireguard.path import LULL, Datagrams, Path
 
 MAX_READS: Final = 64
 """Frames read from the interface before other work has its turn."""
-MAX_BYTES: Final = 1 << 18
-"""The same, in bytes: super-packets take their time."""
+MAX_BYTES: Final = 3 << 16
+"""The same, in bytes; the frame that reaches it is the last one. Full super-packets make one batch of four then."""
 REFUSALS_PER_SECOND: Final = 100
 """ICMP errors for packets that can go nowhere."""
 
@@ -203,7 +203,8 @@ class DataPlane:
         self._peer, self._pair = None, b""
 
     def _flush(self, now: float) -> None:
-        for packets in self._collector.take():
+        packets = self._collector.take()
+        if packets is not None:
             self._transmit(packets, now)
 
     def _transmit(self, packets: Packets, now: float) -> None:

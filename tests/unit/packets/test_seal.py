@@ -21,7 +21,8 @@ def packets_of(count: int, size: int, last: int) -> tuple[Packets, list[bytes]]:
     ]
     for packet in plain:
         assert gatherer.add(memoryview(bytes(10) + packet))
-    [packets] = gatherer.take()
+    packets = gatherer.take()
+    assert packets is not None
     return packets, [pad(packet) for packet in plain]
 
 

@@ -6,17 +6,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from siderolink.common.wireguard.packets import Gatherer, MalformedFrame, Packets, Splitter
-from siderolink.common.wireguard.packets.split import MAX_FRAMES
+from siderolink.common.wireguard.packets.split import MAX_BATCH
 from tests.support.packets import ACK, CWR, FIN, PSH, TCP, UDP, URG, Packet, pad
 
 
-def all_rows(batches: list[Packets]) -> list[bytes]:
-    """Every row of every batch."""
-    return [row for packets in batches for row in rows(packets)]
-
-
-def rows(packets: Packets) -> list[bytes]:
+def rows(packets: Packets | None) -> list[bytes]:
     """Every row, checked for what the description of the batch promises."""
+    assert packets is not None
     found = [
         bytes(packets.data[at : at + (packets.length if index < packets.count - 1 else packets.last)])
         for index, at in enumerate(range(0, packets.count * packets.stride, packets.stride))
@@ -60,7 +56,7 @@ def test_segments_equal_those_made_one_at_a_time(case: tuple[Packet, int]) -> No
     packet, gso_size = case
     expected = [pad(segment.encode()) for segment in packet.segments(gso_size)]
     # The same splitter each time, so that a batch never shows what the one before left behind.
-    assert all_rows(SPLITTER.split(memoryview(packet.frame(gso_size)))) == expected
+    assert rows(SPLITTER.split(memoryview(packet.frame(gso_size)))) == expected
 
 
 @given(super_packets(), st.lists(st.tuples(st.integers(0, 3), st.integers(0, 2**32 - 1)), min_size=1, max_size=12))
@@ -85,11 +81,11 @@ def test_super_packets_that_look_alike_are_cut_in_one_go(case: tuple[Packet, int
         expected += [pad(segment.encode()) for segment in one.segments(gso_size)]
         frame = memoryview(one.frame(gso_size))
         if not SPLITTER.add(frame):
-            found += all_rows(SPLITTER.take())
+            found += rows(SPLITTER.take())
             assert SPLITTER.add(frame)
-    found += all_rows(SPLITTER.take())
+    found += rows(SPLITTER.take())
     assert found == expected
-    assert SPLITTER.take() == []
+    assert SPLITTER.take() is None
 
 
 def test_a_batch_of_super_packets_is_bounded() -> None:
@@ -98,13 +94,14 @@ def test_a_batch_of_super_packets_is_bounded() -> None:
     added = 0
     while splitter.add(frame):
         added += 1
-    assert added == MAX_FRAMES
-    [packets] = splitter.take()
-    assert packets.count == MAX_FRAMES * 49
+    assert added == MAX_BATCH // (49 * 1280)
+    packets = splitter.take()
+    assert packets is not None
+    assert packets.count == added * 49
     large = memoryview(Packet(payload=bytes(64_000), options=bytes(12)).frame(48))
     assert splitter.add(large)
     assert not splitter.add(large)
-    assert sum(packets.count for packets in splitter.take()) == -(-64_000 // 48)
+    assert len(rows(splitter.take())) == -(-64_000 // 48)
 
 
 @pytest.mark.parametrize("mtu", [1280, 1281, 1500, 9000])
@@ -112,14 +109,14 @@ def test_padding_stops_at_the_mtu(mtu: int) -> None:
     packet = Packet(payload=bytes(range(256)) * 100)
     gso_size = mtu - 60
     expected = [pad(segment.encode(), mtu) for segment in packet.segments(gso_size)]
-    found = all_rows(Splitter(mtu).split(memoryview(packet.frame(gso_size))))
+    found = rows(Splitter(mtu).split(memoryview(packet.frame(gso_size))))
     assert found == expected
     assert len(found[0]) == mtu
 
 
 def test_many_tiny_segments() -> None:
     packet = Packet(payload=bytes(range(250)) * 250, options=bytes(12))
-    found = all_rows(Splitter(1280).split(memoryview(packet.frame(48))))
+    found = rows(Splitter(1280).split(memoryview(packet.frame(48))))
     assert found == [pad(segment.encode()) for segment in packet.segments(48)]
     assert len(found) == 1303
 
@@ -135,7 +132,7 @@ def test_tcp_behind_an_extension_header() -> None:
     frame = plain.frame(30)
     vnet = struct.pack("=BBHHHH", 1, 4, 68, 30, 48, 16)
     expected = [pad(insert(segment.encode())) for segment in plain.segments(30)]
-    assert all_rows(SPLITTER.split(memoryview(vnet + insert(frame[10:])))) == expected
+    assert rows(SPLITTER.split(memoryview(vnet + insert(frame[10:])))) == expected
 
 
 @given(st.sampled_from([TCP, UDP]), st.sampled_from([4, 6]), st.binary(min_size=1, max_size=1200))
@@ -143,7 +140,7 @@ def test_a_single_packet_gets_its_checksum(protocol: int, version: int, payload:
     packet = Packet(protocol=protocol, version=version, payload=payload)
     vnet = struct.pack("=BBHHHH", 1, 0, 0, 0, packet.transport, 16 if protocol == TCP else 6)
     assert GATHERER.add(memoryview(vnet + packet.encode(partial=True)))
-    assert all_rows(GATHERER.take()) == [pad(packet.encode())]
+    assert rows(GATHERER.take()) == [pad(packet.encode())]
 
 
 def test_a_udp_checksum_of_zero_is_written_as_ones() -> None:
@@ -157,9 +154,9 @@ def test_a_udp_checksum_of_zero_is_written_as_ones() -> None:
     for count in (1, 9):
         for _ in range(count):
             assert gatherer.add(memoryview(vnet + packet.encode(partial=True)))
-        assert all_rows(gatherer.take()) == [pad(packet.encode())] * count
+        assert rows(gatherer.take()) == [pad(packet.encode())] * count
     twice = Packet(protocol=UDP, payload=packet.payload * 2)
-    assert [row[46:48] for row in all_rows(SPLITTER.split(memoryview(twice.frame(2))))] == [b"\xff\xff"] * 2
+    assert [row[46:48] for row in rows(SPLITTER.split(memoryview(twice.frame(2))))] == [b"\xff\xff"] * 2
 
 
 @given(super_packets(), st.data())
@@ -169,10 +166,10 @@ def test_a_changed_frame_is_split_or_refused(case: tuple[Packet, int], data: st.
         frame[data.draw(st.integers(0, min(len(frame) - 1, 80)))] = data.draw(st.integers(0, 255))
     cut = data.draw(st.integers(0, len(frame)) | st.just(len(frame)))
     try:
-        batches = SPLITTER.split(memoryview(frame)[:cut])
+        packets = SPLITTER.split(memoryview(frame)[:cut])
     except MalformedFrame:
         return
-    all_rows(batches)
+    rows(packets)
 
 
 def test_every_truncation_is_split_or_refused() -> None:
@@ -180,7 +177,7 @@ def test_every_truncation_is_split_or_refused() -> None:
         frame = packet.frame(20)
         for cut in range(len(frame)):
             try:
-                all_rows(SPLITTER.split(memoryview(frame)[:cut]))
+                rows(SPLITTER.split(memoryview(frame)[:cut]))
             except MalformedFrame:
                 continue
             assert cut >= 10 + packet.transport + 8
@@ -194,8 +191,8 @@ def test_gatherer_makes_rows_of_equal_frames() -> None:
     packets = [Packet(protocol=UDP, payload=bytes([index]) * 60).encode() for index in range(4)]
     assert [gatherer.add(memoryview(PLAIN + packet)) for packet in packets] == [True] * 4
     assert not gatherer.add(memoryview(PLAIN + packets[0]))
-    assert all_rows(gatherer.take()) == [pad(packet) for packet in packets]
-    assert gatherer.take() == []
+    assert rows(gatherer.take()) == [pad(packet) for packet in packets]
+    assert gatherer.take() is None
 
 
 def test_a_shorter_frame_ends_a_batch_and_a_longer_one_starts_another() -> None:
@@ -205,7 +202,7 @@ def test_a_shorter_frame_ends_a_batch_and_a_longer_one_starts_another() -> None:
     assert not gatherer.add(memoryview(PLAIN + long))
     assert gatherer.add(memoryview(PLAIN + short))
     assert not gatherer.add(memoryview(PLAIN + short))
-    assert all_rows(gatherer.take()) == [pad(middle), pad(short)]
+    assert rows(gatherer.take()) == [pad(middle), pad(short)]
 
 
 def test_gatherer_takes_a_packet_above_the_mtu_alone() -> None:
@@ -213,11 +210,11 @@ def test_gatherer_takes_a_packet_above_the_mtu_alone() -> None:
     giant = memoryview(PLAIN + Packet(payload=bytes(3000)).encode())
     assert gatherer.add(giant)
     assert not gatherer.add(giant)
-    assert all_rows(gatherer.take()) == [giant[10:]]
+    assert rows(gatherer.take()) == [giant[10:]]
     small = Packet(payload=b"small").encode()
     assert gatherer.add(memoryview(PLAIN + small))
     assert not gatherer.add(giant)
-    assert all_rows(gatherer.take()) == [pad(small)]
+    assert rows(gatherer.take()) == [pad(small)]
 
 
 @pytest.mark.parametrize("count", [0, 1])
@@ -229,7 +226,8 @@ def test_gatherer_takes_no_super_packet_and_no_stump(count: int) -> None:
     for frame in (Packet(payload=bytes(3000)).frame(1220), bytes(12)):
         with pytest.raises(MalformedFrame):
             gatherer.add(memoryview(frame))
-    assert all_rows(gatherer.take()) == [pad(small)] * count
+    packets = gatherer.take()
+    assert (rows(packets) if packets else []) == [pad(small)] * count
 
 
 def test_gatherer_stays_whole_after_a_malformed_frame() -> None:
@@ -239,7 +237,7 @@ def test_gatherer_stays_whole_after_a_malformed_frame() -> None:
     with pytest.raises(MalformedFrame):
         gatherer.add(memoryview(struct.pack("=BBHHHH", 1, 0, 0, 0, 2000, 16) + good))
     assert gatherer.add(memoryview(PLAIN + good))
-    assert all_rows(gatherer.take()) == [pad(good)] * 2
+    assert rows(gatherer.take()) == [pad(good)] * 2
 
 
 @given(
@@ -261,9 +259,9 @@ def test_gathered_rows_equal_packets_made_one_at_a_time(
         vnet = struct.pack("=BBHHHH", 1, 0, 0, 0, packet.transport, 16 if protocol == TCP else 6) if partial else PLAIN
         frame = memoryview(vnet + packet.encode(partial=partial))
         if not GATHERER.add(frame):
-            found += all_rows(GATHERER.take())
+            found += rows(GATHERER.take())
             assert GATHERER.add(frame)
-    found += all_rows(GATHERER.take())
+    found += rows(GATHERER.take())
     assert found == expected
     assert len(GATHERER) == 0
 

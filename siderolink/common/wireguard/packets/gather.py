@@ -73,19 +73,19 @@ class Gatherer:
         self._count += 1
         return True
 
-    def take(self) -> list[Packets]:
-        """All rows so far as one batch, good until add() is called again; nothing if there are none."""
+    def take(self) -> Packets | None:
+        """All rows so far, good until add() is called again; None if there are none."""
         count, stride, length = self._count, self._stride, self._length
         if not count:
-            return []
+            return None
         self._count = 0
         if count == 1:
             self._finish_one(self._frame_size - VNET_SIZE)
             row = self._scratch.view[:length]
-            return [Packets(row, 1, stride, length, length, (row,))]
+            return Packets(row, 1, stride, length, length, (row,))
         self._finish(self._alike, self._frame_size - VNET_SIZE)
         rows = self._scratch.rows(0, stride, length, count)
-        return [Packets(self._scratch.view[: (count - 1) * stride + self._last], count, stride, length, self._last, rows)]
+        return Packets(self._scratch.view[: (count - 1) * stride + self._last], count, stride, length, self._last, rows)
 
     def _finish_one(self, size: int) -> None:
         """The same as `_finish`, without columns."""

@@ -4,7 +4,7 @@ from typing import Final, NamedTuple
 
 from siderolink.common.wireguard.packets.buffers import round_up
 from siderolink.common.wireguard.packets.checksum import MODULUS, pseudo_header_sum
-from siderolink.common.wireguard.packets.headers import TCP, UDP, VNET_SIZE, Gso
+from siderolink.common.wireguard.packets.headers import NEEDS_CSUM, TCP, UDP, VNET_HEADER, VNET_SIZE, Gso
 
 MAX_FRAME: Final = VNET_SIZE + 65535 + 40
 """No IP packet is longer, so no frame is."""
@@ -19,18 +19,37 @@ class MalformedFrame(ValueError):
 
 
 class Shape(NamedTuple):
-    """What one super-packet looks like, but for its length."""
+    """What super-packets have in common whose segments may be rows of one matrix."""
 
     version: int
     protocol: int
     transport: int
+    """The offset of the TCP or UDP header."""
     header: int
+    """The offset of the payload."""
     gso_size: int
-    segments: int
+    """The payload of each segment but the last."""
+    pseudo: int
+    """The sum of the pseudo-header without the length."""
+
+    @property
+    def size(self) -> int:
+        """The bytes of each segment but the last."""
+        return self.header + self.gso_size
+
+    def segments(self, size: int) -> int:
+        """How many segments a super-packet of `size` bytes has. Raises MalformedFrame."""
+        payload = size - self.header
+        count = -(-payload // self.gso_size)
+        if not 1 <= count <= MAX_SEGMENTS or count * round_up(self.header + self.gso_size) > MAX_BYTES:
+            raise MalformedFrame(f"{payload} bytes in segments of {self.gso_size}")
+        return count
 
 
-def parse_shape(packet: memoryview, gso_type: int, gso_size: int, csum_start: int | None) -> tuple[Shape, int]:
-    """The shape of a super-packet, and the sum of its pseudo-header without the length."""
+def parse_shape(frame: memoryview) -> Shape:
+    """Read the headers of a frame of at least 30 bytes (virtio_net_hdr and packet). Raises MalformedFrame."""
+    flags, gso_type, _, gso_size, csum_start, _ = VNET_HEADER.unpack_from(frame)
+    packet = frame[VNET_SIZE:]
     kind = gso_type & ~Gso.ECN
     version = packet[0] >> 4
     if kind == Gso.UDP_L4 and gso_type == kind and version in (4, 6):
@@ -39,19 +58,18 @@ def parse_shape(packet: memoryview, gso_type: int, gso_size: int, csum_start: in
         protocol = TCP
     else:
         raise MalformedFrame(f"GSO type {gso_type:#x} for IP version {version}")
-    transport, pseudo = _find_transport(packet, version, protocol, csum_start)
+    start = csum_start if flags & NEEDS_CSUM else None
+    transport, pseudo = _find_transport(packet, version, protocol, start)
     if len(packet) < transport + (20 if protocol == TCP else 8):
         raise MalformedFrame("the transport header is cut off")
     header = transport + ((packet[transport + 12] >> 4) * 4 if protocol == TCP else 8)
-    payload = len(packet) - header
-    if header < transport + 8 or (protocol == TCP and header < transport + 20) or payload < 1:
+    if header < transport + (20 if protocol == TCP else 8) or header >= len(packet):
         raise MalformedFrame("the transport header does not fit the packet")
-    if csum_start not in (None, transport):
+    if start not in (None, transport):
         raise MalformedFrame("the checksum does not start at the transport header")
-    count = -(-payload // gso_size) if gso_size else 0
-    if header + gso_size > 65535 or not 1 <= count <= MAX_SEGMENTS or count * round_up(header + gso_size) > MAX_BYTES:
-        raise MalformedFrame(f"{payload} bytes in segments of {gso_size}")
-    return Shape(version, protocol, transport, header, gso_size, count), pseudo
+    if not 1 <= gso_size <= 65535 - header:
+        raise MalformedFrame(f"segments of {gso_size} bytes")
+    return Shape(version, protocol, transport, header, gso_size, pseudo)
 
 
 def _find_transport(packet: memoryview, version: int, protocol: int, csum_start: int | None) -> tuple[int, int]:

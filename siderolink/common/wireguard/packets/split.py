@@ -8,225 +8,187 @@ import numpy as np
 from siderolink.common.wireguard.noise.inner import padded_length
 from siderolink.common.wireguard.packets.buffers import Array, Packets, Scratch, round_up
 from siderolink.common.wireguard.packets.checksum import complement, row_complements, row_sums, swap, word_sum
-from siderolink.common.wireguard.packets.headers import CWR, FIN, NEEDS_CSUM, PSH, TCP, UDP, VNET_HEADER, VNET_SIZE, Gso
+from siderolink.common.wireguard.packets.headers import CWR, FIN, PSH, TCP, UDP, VNET_SIZE, Gso
 from siderolink.common.wireguard.packets.shape import MAX_FRAME, MalformedFrame, Shape, parse_shape
 
-MAX_FRAMES: Final = 4
-"""Super-packets that are cut in one go."""
-_MAX_BATCH: Final = 1 << 18
-"""The bytes of all their rows; one super-packet may take more."""
+MAX_BATCH: Final = 1 << 18
+"""The bytes of all rows of one batch, unless a single super-packet takes more."""
 _INITIAL_SIZE: Final = 1 << 16
-_MAX_LAYOUTS: Final = 128
+_MAX_SHAPES: Final = 128
 _PUT_16: Final = struct.Struct(">H").pack_into
-_GET_32: Final = struct.Struct(">I").unpack_from
 
 
 class _Layout:
-    """The views through which all segments of several super-packets of one shape are written at once."""
+    """The views through which rows of one shape are written."""
 
     __slots__ = (
         "bodies",
         "checksums",
-        "firsts",
-        "frames",
-        "header_bytes",
-        "headers",
+        "head",
         "heads",
         "ids",
         "ip_checksums",
         "numbers",
         "padding",
         "part",
+        "rows",
         "sequences",
-        "starts",
         "steps",
         "stride",
         "words",
     )
 
-    def __init__(self, array: Array, shape: Shape, frames: int) -> None:
-        count, transport, header = shape.segments, shape.transport, shape.header
-        size = header + shape.gso_size
+    def __init__(self, array: Array, shape: Shape, rows: int) -> None:
+        transport, header, size = shape.transport, shape.header, shape.size
         stride = self.stride = round_up(size)
-        rows, block = frames * count, count * stride
         offset = 16 if shape.protocol == TCP else 6
-        head, self.part = np.dtype(f"V{header}"), np.dtype(f"V{shape.gso_size}")
-        self.frames = frames
-        self.heads: Array = np.ndarray((frames, count), head, array, 0, (block, stride))
-        self.bodies: Array = np.ndarray((frames, count - 1), self.part, array, header, (block, stride))
+        self.rows = rows
+        self.head, self.part = np.dtype(f"V{header}"), np.dtype(f"V{shape.gso_size}")
+        self.heads: Array = np.ndarray((rows,), self.head, array, 0, (stride,))
+        self.bodies: Array = np.ndarray((rows,), self.part, array, header, (stride,))
         self.padding: Array | None = None
         if stride > size:
             self.padding = np.ndarray((rows, stride - size), np.uint8, array, size, (stride, 1))
-        self.header_bytes = memoryview(bytearray(frames * header))
-        """The header of each super-packet, which its segments get."""
-        self.headers: Array = np.ndarray((frames, 1), head, self.header_bytes)
-        self.starts: Array = np.zeros((frames, 1), np.uint32)
-        self.firsts = memoryview(self.starts.data).cast("B").cast("I")
-        """The first sequence number of each super-packet, in `starts`."""
-        self.steps: Array = np.arange(count, dtype=np.uint32) * np.uint32(shape.gso_size)
-        self.numbers: Array = np.empty((frames, count), np.uint32)
-        self.sequences: Array = np.ndarray((frames, count), "<u4", array, transport + 4, (block, stride))
+        self.steps: Array = np.arange(rows, dtype=np.uint32) * np.uint32(shape.gso_size)
+        self.numbers: Array = np.empty(rows, np.uint32)
+        self.sequences: Array = np.ndarray((rows,), "<u4", array, transport + 4, (stride,))
         self.checksums: Array = np.ndarray((rows,), "<u2", array, transport + offset, (stride,))
         self.words: Array = np.ndarray((rows, (stride - transport) // 4), "<u4", array, transport, (stride, 4))
-        self.ids: Array = np.ndarray((frames, count), ">u2", array, 4, (block, stride))
-        self.ip_checksums: Array = np.ndarray((frames, count), ">u2", array, 10, (block, stride))
+        self.ids: Array = np.ndarray((rows,), ">u2", array, 4, (stride,))
+        self.ip_checksums: Array = np.ndarray((rows,), ">u2", array, 10, (stride,))
 
 
 class Splitter:
-    """Cuts super-packets into segments, several that look alike at once. What it returns is good until add() is called."""
+    """Cuts super-packets into segments, those of one shape together. What it returns is good until add() is called."""
 
-    def __init__(self, mtu: int, max_frames: int = MAX_FRAMES) -> None:
+    def __init__(self, mtu: int) -> None:
         self._mtu = mtu
-        self._max_frames = max_frames
         self._scratch = Scratch(_INITIAL_SIZE)
         self._layouts: dict[Shape, _Layout] = {}
-        self._parsed: dict[tuple[bytes, bytes, int, int], tuple[Shape, int]] = {}
-        """What was made of frames of TCP over IPv6, by all that it depends on: a flow's frames are mostly alike."""
-        self._count = self._size = self._last = 0
-        """Super-packets that were added, their length, and the payload of the last segment of each."""
-        self._current: tuple[Shape, int]
+        self._shapes: dict[tuple[bytes, bytes, int], Shape] = {}
+        """Those of TCP over IPv6, by all that they depend on: frames for one peer are mostly alike."""
+        self._count = 0
+        """The rows that are filled."""
+        self._last = 0
+        """The bytes of the last of them."""
+        self._shape: Shape
         self._layout: _Layout
-        self._flags: list[tuple[int, int]] = []
-        """Where the header of a super-packet was put, and which flags belong to one of its segments only."""
 
-    def split(self, frame: memoryview) -> list[Packets]:
+    def split(self, frame: memoryview) -> Packets | None:
         """Turn one frame (virtio_net_hdr and packet) into rows. Raises MalformedFrame."""
         self.add(frame)
         return self.take()
 
     def add(self, frame: memoryview) -> bool:
-        """Take a super-packet. False if it does not look like those that are here: take() them first.
+        """Take a super-packet. False if its segments cannot follow those that are here: then take() these first.
 
         An empty splitter takes every one that is well-formed. Raises MalformedFrame.
         """
-        parsed = self._parse(frame)
-        packet, index = frame[VNET_SIZE:], self._count
-        shape = parsed[0]
-        if not index:
-            self._current, self._size = parsed, len(packet)
-            self._layout = self._find_layout(shape)
-            self._last = len(packet) - shape.header - (shape.segments - 1) * shape.gso_size
+        shape = self._read(frame)
+        packet, first = frame[VNET_SIZE:], self._count
+        count = shape.segments(len(packet))
+        if not first:
+            self._shape, self._layout = shape, self._find_layout(shape, count)
         elif (
-            len(packet) != self._size
-            or index >= self._layout.frames
-            or (parsed is not self._current and parsed != self._current)
+            self._last < shape.size or first + count > self._layout.rows or (shape is not self._shape and shape != self._shape)
         ):
             return False
-        self._place(packet, shape, index)
-        self._count = index + 1
+        self._place(packet, first, count)
+        self._count = first + count
         return True
 
-    def _place(self, packet: memoryview, shape: Shape, index: int) -> None:
-        """Write what differs from one super-packet to the next."""
-        version, protocol, transport, header, gso_size, count = shape
-        layout, view, last = self._layout, self._scratch.view, self._last
-        if count > 1:
-            layout.bodies[index] = np.frombuffer(packet, layout.part, count - 1, header)
-        last_body = ((index + 1) * count - 1) * layout.stride + header
-        view[last_body : last_body + last] = packet[len(packet) - last :]
-        if last < gso_size:  # zero, as padding and for the sums
-            view[last_body + last : last_body + gso_size] = bytes(gso_size - last)
-        head = layout.header_bytes[index * header : (index + 1) * header]
-        head[:] = packet[:header]
-        _set_lengths(head, version, protocol, transport, header + gso_size)
-        if protocol == TCP:
-            layout.firsts[index] = _GET_32(packet, transport + 4)[0]
-            flags = head[transport + 13] & (FIN | PSH | CWR)
-            if flags:
-                head[transport + 13] -= flags
-                self._flags.append((index, flags))
+    def _place(self, packet: memoryview, first: int, count: int) -> None:
+        """Write all but what take() writes for all rows."""
+        version, protocol, transport, header, gso_size, _ = shape = self._shape
+        layout, view = self._layout, self._scratch.view
+        end, stride = first + count, layout.stride
+        last_row = view[(end - 1) * stride :]
+        last = self._last = len(packet) - (count - 1) * gso_size
+        if last == shape.size:
+            layout.bodies[first:end] = np.frombuffer(packet, layout.part, count, header)
+        else:  # what follows the payload in the last row must be zero, as padding and for the sums
+            if count > 1:
+                layout.bodies[first : end - 1] = np.frombuffer(packet, layout.part, count - 1, header)
+            last_row[header:last] = packet[header + (count - 1) * gso_size :]
+            last_row[last : shape.size] = bytes(shape.size - last)
 
-    def take(self) -> list[Packets]:
-        """All segments so far, in order, in batches of rows of one length but for the last; none if there is nothing."""
-        frames = self._count
-        if not frames:
-            return []
-        self._count = 0
-        shape, pseudo = self._current
-        layout = self._layout
-        rows, size = frames * shape.segments, shape.header + shape.gso_size
+        head = bytearray(packet[:header])
+        _set_lengths(head, version, protocol, transport, shape.size)
+        flags = 0
+        if protocol == TCP:
+            sequence = int.from_bytes(head[transport + 4 : transport + 8], "big")
+            np.add(layout.steps[:count], sequence, out=layout.numbers[first:end])
+            flags = head[transport + 13] & (FIN | PSH | CWR)
+            head[transport + 13] -= flags
+        layout.heads[first:end] = np.frombuffer(head, layout.head)
+        if flags:
+            view[first * stride + transport + 13] |= flags & CWR
+            last_row[transport + 13] |= flags & (FIN | PSH)
+        if last < shape.size:
+            _set_lengths(last_row, version, protocol, transport, last)
+        if version == 4:
+            identifier = int.from_bytes(head[4:6], "big")
+            head[4:6] = head[10:12] = b"\0\0"
+            ids = np.arange(identifier, identifier + count) & 0xFFFF
+            layout.ids[first:end] = ids
+            layout.ip_checksums[first:end] = row_complements(ids, word_sum(head[:transport]))
+            last_row[10:12] = b"\0\0"
+            _PUT_16(last_row, 10, complement(word_sum(last_row[:transport])))
+
+    def take(self) -> Packets | None:
+        """All segments so far, in order; None if there are none."""
+        count, self._count = self._count, 0
+        if not count:
+            return None
+        shape, layout, last = self._shape, self._layout, self._last
         if layout.padding is not None:
-            layout.padding[:rows] = 0
-        self._write_headers(frames, shape)
-        transport_size = size - shape.transport
-        sums = row_sums(layout.words[:rows])
-        if self._last < shape.gso_size:
-            last_size = transport_size - shape.gso_size + self._last
-            sums[shape.segments - 1 :: shape.segments] += swap(last_size) - swap(transport_size)
-        checksums = row_complements(sums, swap(pseudo) + swap(transport_size))
+            layout.padding[:count] = 0
+        if shape.protocol == TCP:
+            layout.sequences[:count] = layout.numbers[:count].byteswap(inplace=True)
+        sums = row_sums(layout.words[:count])
+        transport_size = shape.size - shape.transport
+        if last < shape.size:
+            sums[count - 1] += swap(last - shape.transport) - swap(transport_size)
+        checksums = row_complements(sums, swap(shape.pseudo) + swap(transport_size))
         if shape.protocol == UDP:
             checksums[checksums == 0] = 0xFFFF
-        layout.checksums[:rows] = checksums
-        return self._batches(frames, shape)
-
-    def _write_headers(self, frames: int, shape: Shape) -> None:
-        """All but the transport's checksums."""
-        version, protocol, transport, header, gso_size, count = shape
-        layout, view, last = self._layout, self._scratch.view, self._last
+        layout.checksums[:count] = checksums
         stride = layout.stride
-        block = count * stride
-        layout.heads[:frames] = layout.headers[:frames]
-        if protocol == TCP:
-            numbers = np.add(layout.starts[:frames], layout.steps, out=layout.numbers[:frames])
-            layout.sequences[:frames] = numbers.byteswap(inplace=True)
-            for index, flags in self._flags:
-                view[index * block + transport + 13] |= flags & CWR
-                view[(index + 1) * block - stride + transport + 13] |= flags & (FIN | PSH)
-            self._flags.clear()
-        if last < gso_size:
-            for end in range(block, frames * block + 1, block):
-                _set_lengths(view[end - stride :], version, protocol, transport, header + last)
-        if version == 4:
-            for index in range(frames):
-                _number_ipv4(view[index * block :], view[(index + 1) * block - stride :], layout, index)
+        length, last = padded_length(shape.size, self._mtu), padded_length(last, self._mtu)
+        rows = self._scratch.rows(0, stride, length, count)
+        return Packets(self._scratch.view[: (count - 1) * stride + last], count, stride, length, last, rows)
 
-    def _batches(self, frames: int, shape: Shape) -> list[Packets]:
-        stride, count = self._layout.stride, shape.segments
-        length = padded_length(shape.header + shape.gso_size, self._mtu)
-        last = padded_length(shape.header + self._last, self._mtu)
-        rows = self._scratch.rows(0, stride, length, frames * count)
-        step = count if last < length else frames * count
-        return [
-            Packets(
-                self._scratch.view[first * stride : (first + step - 1) * stride + last],
-                step,
-                stride,
-                length,
-                last,
-                rows[first:] if first else rows,
-            )
-            for first in range(0, frames * count, step)
-        ]
-
-    def _find_layout(self, shape: Shape) -> _Layout:
+    def _find_layout(self, shape: Shape, count: int) -> _Layout:
         layout = self._layouts.get(shape)
-        if layout is None:
-            block = shape.segments * round_up(shape.header + shape.gso_size)
-            frames = max(1, min(self._max_frames, _MAX_BATCH // block))
-            is_stale = self._scratch.reserve(frames * block)
-            if is_stale or len(self._layouts) >= _MAX_LAYOUTS:
+        if layout is None or layout.rows < count:
+            stride = round_up(shape.size)
+            rows = max(count, MAX_BATCH // stride)
+            is_stale = self._scratch.reserve(rows * stride)
+            if is_stale or len(self._layouts) >= _MAX_SHAPES:
                 self._layouts.clear()
-            layout = self._layouts[shape] = _Layout(self._scratch.array, shape, frames)
+            layout = self._layouts[shape] = _Layout(self._scratch.array, shape, rows)
         return layout
 
-    def _parse(self, frame: memoryview) -> tuple[Shape, int]:
-        """The shape of a super-packet, and the sum of its pseudo-header without the length."""
+    def _read(self, frame: memoryview) -> Shape:
         if not VNET_SIZE + 20 <= len(frame) <= MAX_FRAME:
             raise MalformedFrame(f"a frame of {len(frame)} bytes")
-        flags, gso_type, _, gso_size, csum_start, _ = VNET_HEADER.unpack_from(frame)
         key = None
-        if gso_type == Gso.TCPV6 and len(frame) >= VNET_SIZE + 60 and frame[VNET_SIZE + 6] == TCP:
-            # all but the version, the traffic class and the flow label, so that flows have it in common
-            key = bytes(frame[:VNET_SIZE]), bytes(frame[VNET_SIZE + 4 : VNET_SIZE + 40]), frame[VNET_SIZE + 52], len(frame)
-        parsed = self._parsed.get(key) if key and frame[VNET_SIZE] >> 4 == 6 else None
-        if parsed is None:
-            packet = frame[VNET_SIZE:]
-            parsed = parse_shape(packet, gso_type, gso_size, csum_start if flags & NEEDS_CSUM else None)
-            if key:
-                if len(self._parsed) >= _MAX_LAYOUTS:
-                    self._parsed.clear()
-                self._parsed[key] = parsed
-        return parsed
+        if (
+            frame[1] == Gso.TCPV6
+            and len(frame) >= VNET_SIZE + 60
+            and frame[VNET_SIZE] >> 4 == 6
+            and frame[VNET_SIZE + 6] == TCP
+        ):
+            key = bytes(frame[:VNET_SIZE]), bytes(frame[VNET_SIZE + 8 : VNET_SIZE + 40]), frame[VNET_SIZE + 52]
+            known = self._shapes.get(key)
+            if known is not None:
+                return known
+        shape = parse_shape(frame)
+        if key is not None:
+            if len(self._shapes) >= _MAX_SHAPES:
+                self._shapes.clear()
+            self._shapes[key] = shape
+        return shape
 
 
 def _set_lengths(head: bytearray | memoryview, version: int, protocol: int, transport: int, size: int) -> None:
@@ -240,15 +202,3 @@ def _set_lengths(head: bytearray | memoryview, version: int, protocol: int, tran
         _PUT_16(head, transport + 6, 0)
     else:
         _PUT_16(head, transport + 16, 0)
-
-
-def _number_ipv4(first: memoryview, last: memoryview, layout: _Layout, index: int) -> None:
-    """Count the IDs of one super-packet's segments up from its own and write the header checksums."""
-    head = bytearray(first[: (first[0] & 15) * 4])
-    identifier = int.from_bytes(head[4:6], "big")
-    head[4:6] = head[10:12] = b"\0\0"
-    ids = np.arange(identifier, identifier + layout.ids.shape[1]) & 0xFFFF
-    layout.ids[index] = ids
-    layout.ip_checksums[index] = row_complements(ids, word_sum(head))
-    last[10:12] = b"\0\0"
-    _PUT_16(last, 10, complement(word_sum(last[: len(head)])))
