@@ -16,6 +16,7 @@ class FullPath:
     """Takes nothing until it is told to."""
 
     headroom = 0
+    batch_bytes = 1 << 16
     peer = None
     source = b"full"
     is_open = True

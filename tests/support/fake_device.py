@@ -29,6 +29,7 @@ class FakePath:
     """A path that keeps nothing."""
 
     headroom = 8
+    batch_bytes = 1 << 16
     source = b""
     is_writable = True
 

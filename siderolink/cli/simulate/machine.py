@@ -28,6 +28,7 @@ class SocketPath:
     """A UDP socket, and where it sends to. Not connected, so that closed ports are not heard of."""
 
     headroom = 0
+    batch_bytes = 1 << 16
     peer = None
     source = b""
     is_open = True

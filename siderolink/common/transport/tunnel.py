@@ -73,6 +73,11 @@ class TunnelPath:
         return self._queued <= self._limit // 4
 
     @property
+    def batch_bytes(self) -> int:
+        """So much that a writable path has room for it, and for what goes beyond."""
+        return self._limit // 4
+
+    @property
     def queued_bytes(self) -> int:
         """What waits for room."""
         return self._queued

@@ -22,7 +22,7 @@ MAX_BYTES: Final = 3 << 16
 MAX_SEGMENTS: Final = 64
 """Datagrams of one send; Linux before 6.9 takes no more."""
 MAX_PENDING: Final = 1 << 19
-"""Bytes kept while the socket's buffer is full: more than a batch."""
+"""Bytes kept while the socket's buffer is full."""
 _BUFFER_SIZE: Final = 8 << 20
 _MAX_PATHS: Final = 4096
 _MAX_PLAIN: Final = 1024
@@ -52,6 +52,7 @@ class UdpPath:
     __slots__ = ("_socket", "address", "pinned", "source")
 
     headroom = 0
+    batch_bytes = MAX_PENDING // 2
     peer = None
 
     def __init__(self, udp: "UdpSocket", address: _SocketAddress, pinned: Pin | None) -> None:

@@ -7,11 +7,12 @@ interface merged again. What does not come in runs goes through the engine one b
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Final, Protocol
+from typing import Final, Protocol, cast
 
 from siderolink.common.token_bucket import TokenBucket
 from siderolink.common.wireguard.noise import Drop, Engine, Event, Peer, Session
 from siderolink.common.wireguard.noise.messages import TRANSPORT_OVERHEAD
+from siderolink.common.wireguard.noise.peer import Path as EnginePath
 from siderolink.common.wireguard.packets.buffers import Packets, round_up
 from siderolink.common.wireguard.packets.gather import Gatherer, place_packet
 from siderolink.common.wireguard.packets.headers import PLAIN_VNET_HEADER, UDP, VNET_SIZE, Gso, address_pair
@@ -77,6 +78,8 @@ class DataPlane:
         self._merger = Merger(engine.drop, tso=interface.tso, uso=interface.uso)
         self._peer: Peer | None = None
         """Where the packets go that are being gathered."""
+        self._batch_bytes = 0
+        """What its path takes at once."""
         self._pair = b""
         """The addresses of the last one: most packets go where the one before went."""
         self._is_blocked = False
@@ -145,7 +148,7 @@ class DataPlane:
             self._engine.stage(peer, bytes(frame), now)
         else:
             session, counter, path = begun
-            device_path: Path = path  # type: ignore[assignment] # see _transmit
+            device_path = _device_path(path)
             device_path.send(Datagrams.single(session.seal(counter, self._alone[:length]), device_path.headroom))
         self.drain(now)
         return True
@@ -163,6 +166,8 @@ class DataPlane:
                 self._flush(now)
                 self._collector = collector
                 collector.add(frame)
+            if collector is self._splitter and self._splitter.size >= self._batch_bytes:
+                self._flush(now)
         except MalformedFrame:
             self._engine.drop(Drop.OUTBOUND_MALFORMED)
 
@@ -177,6 +182,7 @@ class DataPlane:
                 self._engine.stage(peer, bytes(frame), now)
                 return False
             self._peer = peer
+            self._batch_bytes = _device_path(peer.path).batch_bytes
         self._pair = pair
         return True
 
@@ -216,7 +222,7 @@ class DataPlane:
             self._engine.drop(Drop.EXPIRED_SESSION, count)
             return
         session, counter, path = begun
-        device_path: Path = path  # type: ignore[assignment] # the device gives the engine no other paths
+        device_path = _device_path(path)
         device_path.send(self._sealer.seal(packets, session.sealer, session.remote_index, counter, device_path.headroom))
         if not device_path.is_writable and self._on_blocked(device_path):
             self._is_blocked = True
@@ -294,7 +300,7 @@ class DataPlane:
             self._turn_away(now)
             ready = engine.take_ready()
         for path, datagram in engine.datagrams_to_send():
-            device_path: Path = path  # type: ignore[assignment] # see _transmit
+            device_path = _device_path(path)
             device_path.send(Datagrams.single(datagram, device_path.headroom))
         events = engine.events()
         if events:
@@ -305,6 +311,11 @@ class DataPlane:
         now = boot_time()
         self._engine.handle_timers(now)
         self.drain(now)
+
+
+def _device_path(path: EnginePath | None) -> Path:
+    """The engine asks less of a path; a device gives it no other ones than its own."""
+    return cast("Path", path)
 
 
 def _comes_back(frame: memoryview, pair: bytes, peer: Peer) -> bool:

@@ -82,6 +82,10 @@ class Path(Protocol):
         """Free bytes this path wants before each datagram, so that it can frame them without a copy."""
 
     @property
+    def batch_bytes(self) -> int:
+        """A batch that has come to so many bytes is sent; what is sent at once may be one super-packet (64 KiB) more."""
+
+    @property
     def peer(self) -> bytes | None:
         """The only public key (32 bytes) that may be heard on this path, or None where any may."""
 

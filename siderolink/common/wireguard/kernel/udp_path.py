@@ -14,6 +14,7 @@ class KernelUdpPath:
     __slots__ = ("_endpoint",)
 
     headroom = 0
+    batch_bytes = 1 << 16
     peer = None
     is_open = True
     is_writable = True

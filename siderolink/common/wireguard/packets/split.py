@@ -74,6 +74,11 @@ class Splitter:
         self._shape: Shape
         self._layout: _Layout
 
+    @property
+    def size(self) -> int:
+        """The bytes of all segments so far."""
+        return self._count * self._layout.stride if self._count else 0
+
     def split(self, frame: memoryview) -> Packets | None:
         """Turn one frame (virtio_net_hdr and packet) into rows. Raises MalformedFrame."""
         self.add(frame)
