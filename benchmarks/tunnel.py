@@ -118,7 +118,7 @@ def bare_loop(seconds: float, size: int) -> float:
     messages, start = 0, time.perf_counter()
     while time.perf_counter() - start < seconds:
         for run in encode(datagrams):
-            for received in reader.feed(run.data):
+            for received in reader.feed([run.data]):
                 messages += received.count
     return messages / (time.perf_counter() - start)
 

@@ -1,7 +1,7 @@
 """A small gRPC service of the package's own server, and a bystander whose traffic must go on."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 
 from grpclib.client import UnaryUnaryMethod
@@ -69,7 +69,7 @@ class Service:
 async def echo(stream: ByteStream) -> None:
     """Send back what comes, as far as there is room."""
     stream.accept()
-    stream.receive(lambda chunk: void(stream.send(chunk)))
+    stream.receive(lambda pieces: void(stream.send(memoryview(b"".join(pieces)))))
     await stream.wait_ended()
 
 
@@ -101,7 +101,7 @@ class Bystander:
         stream.receive(self._back)
         stream.send(memoryview(b"on"))
 
-    def _back(self, _: memoryview) -> None:
+    def _back(self, _: Sequence[memoryview]) -> None:
         self.round_trips += 1
         if self._wanted is not None and self.round_trips >= self._target and not self._wanted.done():
             self._wanted.set_result(None)

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from grpclib import GRPCError, Status
 from grpclib.exceptions import StreamTerminatedError
@@ -14,8 +14,8 @@ from siderolink.common.grpc.refusals import Refusal, Refused
 
 log = logging.getLogger("siderolink")
 
-Receiver = Callable[[memoryview], None]
-"""Takes the next bytes; the buffer is the giver's again when it returns. May raise Refused, which ends the stream."""
+Receiver = Callable[[Sequence[memoryview]], None]
+"""Takes the next bytes, in pieces; the buffers are the giver's again when it returns. May raise Refused: it ends the stream."""
 
 CONTENT_TYPE = "application/grpc"
 _HTTP_STATUS = {
@@ -85,7 +85,7 @@ class ByteStream:
         if self._early:
             early, self._early = self._early, bytearray()
             flow, self._early_flow = self._early_flow, 0
-            self._give(memoryview(bytes(early)), flow=flow)
+            self._give([memoryview(bytes(early))], flow)
 
     def send(self, data: memoryview) -> int:
         """Send the beginning of `data`, as much as there is `room`; returns how many bytes. The buffer is free on return."""
@@ -137,13 +137,15 @@ class ByteStream:
         if error is not None:
             raise error
 
-    def feed(self, data: memoryview, *, flow: bool) -> None:
+    def feed(self, pieces: Sequence[memoryview], *, flow: bool) -> None:
         self._heard_at = asyncio.get_running_loop().time()
+        size = sum(map(len, pieces))
         if self._receiver is not None or self._outcome.done():
-            self._give(data, flow=len(data) if flow else 0)
+            self._give(pieces, size if flow else 0)
             return
-        self._early += data
-        self._early_flow += len(data) if flow else 0
+        for piece in pieces:
+            self._early += piece
+        self._early_flow += size if flow else 0
         if len(self._early) > self._window:
             self.refuse(Refusal.FLOW_CONTROL, "more than the stream's window", Status.RESOURCE_EXHAUSTED)
 
@@ -161,22 +163,20 @@ class ByteStream:
         for waker in wakers:
             waker()
 
-    def _give(self, data: memoryview, *, flow: int) -> None:
+    def _give(self, pieces: Sequence[memoryview], flow: int) -> None:
         if self._outcome.done() or self._receiver is None:
             # dropped; what other streams may send must not shrink by it
             self._connection.give_back(self._id, flow)
             return
+        self._unacknowledged += flow
         try:
-            self._receiver(data)
+            self._receiver(pieces)
         except Refused as refused:
             self.refuse(refused.refusal, refused.message)
-            return
         except Exception:
             log.exception("a stream's receiver failed")
             self.end(Status.INTERNAL)
-            return
-        if flow:
-            self._unacknowledged += flow
+        else:
             if self._unacknowledged >= self._window // 4:
                 self._connection.give_back(self._id, self._unacknowledged)
                 self._unacknowledged = 0

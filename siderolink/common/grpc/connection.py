@@ -1,6 +1,7 @@
 """What the streams of one HTTP/2 connection share: grpclib's connection and stream, with bounds and a short way for bytes."""
 
 import asyncio
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, Protocol
 
@@ -65,7 +66,7 @@ class CorkedTransport(asyncio.Transport):
 class Sink(Protocol):
     """Who takes a stream's raw bytes."""
 
-    def feed(self, data: memoryview, *, flow: bool) -> None:
+    def feed(self, pieces: Sequence[memoryview], *, flow: bool) -> None:
         """Take DATA; with `flow`, the sink gives the window back itself."""
 
     def ended(self) -> None:

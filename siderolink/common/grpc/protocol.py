@@ -79,7 +79,7 @@ class Processor(EventsProcessor):
         if sink is None:
             super().process_data_received(event)
             return
-        sink.feed(memoryview(event.data), flow=False)
+        sink.feed([memoryview(event.data)], flow=False)
         self.connection.ack(event.stream_id, event.flow_controlled_length or 0)
 
     def process_window_updated(self, event: h2.events.WindowUpdated) -> None:
@@ -154,13 +154,7 @@ class Http2Protocol(H2Protocol):
             return
         self._heard_at = self._loop.time()
         try:
-            for stream_id, piece in self.connection.scanner.feed(data):
-                if stream_id:
-                    self._feed_sink(stream_id, piece)
-                else:
-                    self._feed_engine(piece)
-                if self._is_done():
-                    return
+            self._scan(data)
         except Refused as refused:
             self.refuse(refused.refusal, refused.message)
         except ProtocolError as error:
@@ -169,10 +163,28 @@ class Http2Protocol(H2Protocol):
             log.debug("an API connection sent what HTTP/2 cannot read", exc_info=True)
             self.refuse(Refusal.PROTOCOL_ERROR, type(error).__name__)
 
-    def _feed_sink(self, stream_id: int, piece: memoryview) -> None:
+    def _scan(self, data: bytes) -> None:
+        """Give each part to whom it belongs, what lies in successive frames of a byte stream at once."""
+        sink_id = 0
+        pieces: list[memoryview] = []
+        for stream_id, piece in self.connection.scanner.feed(data):
+            if pieces and stream_id != sink_id:
+                self._feed_sink(sink_id, pieces)
+                pieces = []
+            if stream_id:
+                sink_id = stream_id
+                pieces.append(piece)
+            else:
+                self._feed_engine(piece)
+            if self._is_done():
+                return
+        if pieces:
+            self._feed_sink(sink_id, pieces)
+
+    def _feed_sink(self, stream_id: int, pieces: list[memoryview]) -> None:
         sink = self.connection.sinks.get(stream_id)
         if sink is not None:
-            sink.feed(piece, flow=True)
+            sink.feed(pieces, flow=True)
 
     def _feed_engine(self, piece: memoryview) -> None:
         events = self.connection.feed(piece)  # type: ignore[arg-type]  # h2 takes any buffer

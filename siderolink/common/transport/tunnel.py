@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 
 from siderolink.common.grpc import ByteStream, Status
@@ -216,8 +216,8 @@ async def carry(stream: ByteStream, path: TunnelPath, receive: Receive) -> None:
     """
     reader = TunnelReader()
 
-    def take(chunk: memoryview) -> None:
-        for batch in reader.feed(chunk):
+    def take(pieces: Sequence[memoryview]) -> None:
+        for batch in reader.feed(pieces):
             receive(batch, path)
 
     stream.accept()

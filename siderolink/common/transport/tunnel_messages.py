@@ -5,7 +5,7 @@ datagram. Where that varint takes two bytes, which is the case for 128 to 16,383
 one length behind eight bytes of headroom each become a run of messages by filling the headroom.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from siderolink.common.grpc import Refusal, Refused
@@ -59,17 +59,18 @@ def encode(datagrams: Datagrams) -> list[MessageRun]:
     """Turn a batch with the headroom of a tunnel into runs of messages, in place where the lengths and the buffer allow."""
     size = datagrams.stride - HEADROOM
     last = len(datagrams.data) - (datagrams.count - 1) * datagrams.stride - HEADROOM
-    if datagrams.data.readonly or not _SHORTEST_ROW <= size <= _LONGEST_ROW:
-        return [_copy(datagrams.row(index)) for index in range(datagrams.count)]
     data, stride = datagrams.data, datagrams.stride
     rows = datagrams.count if last == size else datagrams.count - 1
+    if data.readonly or not _SHORTEST_ROW <= size <= _LONGEST_ROW:
+        runs = [_copy([datagrams.row(index) for index in range(rows)])] if rows else []
+        return [*runs, _copy([datagrams.row(rows)])] if rows < datagrams.count else runs
     _fill(data, message_header(size), rows, stride)
     if last == size:
         return [MessageRun(data, stride)]
     if last >= _SHORTEST_ROW:
         data[rows * stride : rows * stride + HEADROOM] = message_header(last)
         return [MessageRun(data, stride)]
-    return [MessageRun(data[: rows * stride], stride), _copy(datagrams.row(rows))]
+    return [MessageRun(data[: rows * stride], stride), _copy([datagrams.row(rows)])]
 
 
 def _fill(data: memoryview, header: bytes, rows: int, stride: int) -> None:
@@ -79,9 +80,12 @@ def _fill(data: memoryview, header: bytes, rows: int, stride: int) -> None:
         data[column : column + end : stride] = header[column : column + 1] * rows
 
 
-def _copy(datagram: memoryview) -> MessageRun:
-    message = message_header(len(datagram)) + datagram
-    return MessageRun(memoryview(message), len(message))
+def _copy(datagrams: Sequence[memoryview]) -> MessageRun:
+    """Messages of datagrams that are equally long."""
+    size = len(datagrams[0])
+    header = message_header(size)
+    parts = [part for datagram in datagrams for part in (header, datagram)]
+    return MessageRun(memoryview(b"".join(parts)), len(header) + size)
 
 
 class TunnelReader:
@@ -97,16 +101,17 @@ class TunnelReader:
         """True when all bytes so far made whole messages."""
         return not self._partial
 
-    def feed(self, chunk: memoryview) -> Iterator[Datagrams]:
-        """Yield the datagrams that `chunk` completes; their memory is the chunk's where it can be.
+    def feed(self, pieces: Sequence[memoryview]) -> Iterator[Datagrams]:
+        """Yield the datagrams that the next bytes complete; their memory is the only piece's where it can be.
 
         Raises Refused: MESSAGE_COMPRESSED, MESSAGE_TOO_LARGE or MESSAGE_MALFORMED; the reader is of no use afterwards.
         """
-        if self._partial:
-            if len(chunk) < self._missing:
-                self._keep(chunk)
-                return
-            chunk = memoryview(b"".join((self._partial, chunk)))
+        if self._partial and sum(map(len, pieces)) < self._missing:
+            self._keep(pieces)
+            return
+        chunk = pieces[0]
+        if self._partial or len(pieces) > 1:
+            chunk = memoryview(b"".join((self._partial, *pieces)))
             self._partial.clear()
         pos, end = 0, len(chunk)
         while end - pos >= _PREFIX:
@@ -114,8 +119,9 @@ class TunnelReader:
             total = _PREFIX + _length(head, self._max_message)
             if end - pos < total:
                 break
-            if _is_row(head, total):
-                batch, pos = _run(chunk, pos, end, head, total)
+            headroom = _headroom(head, total)
+            if headroom:
+                batch, pos = _run(chunk, pos, end, head[:headroom], total)
                 yield batch
             else:
                 datagram = parse_peer_packet(chunk[pos + _PREFIX : pos + total])
@@ -123,11 +129,12 @@ class TunnelReader:
                 if datagram is not None:
                     yield Datagrams(datagram, 1, len(datagram))
         if pos < end:
-            self._keep(chunk[pos:])
+            self._keep([chunk[pos:]])
 
-    def _keep(self, rest: memoryview) -> None:
+    def _keep(self, pieces: Sequence[memoryview]) -> None:
         """Hold the beginning of a message until as much has come as is known to be missing."""
-        self._partial += rest
+        for piece in pieces:
+            self._partial += piece
         have = len(self._partial)
         if have < _PREFIX:
             self._missing = _PREFIX - have
@@ -145,27 +152,29 @@ def _length(head: bytes, longest: int) -> int:
     return length
 
 
-def _is_row(head: bytes, total: int) -> bool:
-    """Whether the message is a datagram behind a header of exactly eight bytes."""
-    if len(head) < HEADROOM or head[5] != _TAG or head[6] < 0x80 or head[7] >= 0x80:
-        return False
+def _headroom(head: bytes, total: int) -> int:
+    """How long the header is, if the message is a datagram behind the shortest header that it can have; otherwise 0."""
+    if len(head) < HEADROOM or head[5] != _TAG:
+        return 0
+    if head[6] < _SHORTEST_ROW:
+        return HEADROOM - 1 if 0 < head[6] == total - HEADROOM + 1 else 0
     size = head[6] & 0x7F | head[7] << 7
-    return size == total - HEADROOM and size >= _SHORTEST_ROW
+    return HEADROOM if head[7] < 0x80 and _SHORTEST_ROW <= size == total - HEADROOM else 0
 
 
 def _run(chunk: memoryview, start: int, end: int, head: bytes, stride: int) -> tuple[Datagrams, int]:
     """The batch that begins at `start`, and where it ends: rows with the same header, and one shorter row behind them."""
-    count, stop = 1, start + stride
-    while end - stop >= stride and chunk[stop : stop + HEADROOM] == head:
+    count, stop, headroom = 1, start + stride, len(head)
+    while end - stop >= stride and chunk[stop : stop + headroom] == head:
         count += 1
         stop += stride
     tail = bytes(chunk[stop : stop + HEADROOM])
     if len(tail) == HEADROOM and not tail[0]:
         total = _PREFIX + int.from_bytes(tail[1:_PREFIX])
-        if total < stride and total <= end - stop and _is_row(tail, total):
+        if total < stride and total <= end - stop and _headroom(tail, total) == headroom:
             count += 1
             stop += total
-    return Datagrams(chunk[start:stop], count, stride, HEADROOM), stop
+    return Datagrams(chunk[start:stop], count, stride, headroom), stop
 
 
 def parse_peer_packet(message: memoryview) -> memoryview | None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import ssl
+from collections.abc import Sequence
 from pathlib import Path
 
 import anyio
@@ -83,8 +84,8 @@ async def pass_through(kind: str, inner: str, certificate: Path, monkeypatch: py
                 got = bytearray()
                 back = asyncio.Event()
 
-                def take(chunk: memoryview) -> None:
-                    got.extend(chunk)
+                def take(pieces: Sequence[memoryview]) -> None:
+                    got.extend(b"".join(pieces))
                     if len(got) >= 50_000:
                         back.set()
 

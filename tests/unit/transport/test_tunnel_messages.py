@@ -28,7 +28,7 @@ def read(wire: bytes, step: int | None = None, reader: TunnelReader | None = Non
     reader = reader or TunnelReader()
     found = []
     for start in range(0, len(wire), step or len(wire) or 1):
-        for batch in reader.feed(memoryview(wire)[start : start + (step or len(wire))]):
+        for batch in reader.feed([memoryview(wire)[start : start + (step or len(wire))]]):
             found += rows(batch)
     return found
 
@@ -62,7 +62,7 @@ def test_a_batch_in_a_read_only_buffer_is_copied() -> None:
 
 def test_a_run_of_equal_datagrams_comes_as_one_batch_without_a_copy() -> None:
     wire = memoryview(b"".join(bytes(run.data) for run in encode(batch_of(1312, 12, 700))))
-    (batch,) = TunnelReader().feed(wire)
+    (batch,) = TunnelReader().feed([wire])
     assert (batch.count, batch.stride, batch.headroom) == (12, 1320, HEADROOM)
     assert batch.data.obj is wire.obj
 
@@ -70,15 +70,23 @@ def test_a_run_of_equal_datagrams_comes_as_one_batch_without_a_copy() -> None:
 def test_a_run_cut_by_a_frame_goes_on_as_one_batch() -> None:
     wire = memoryview(b"".join(bytes(run.data) for run in encode(batch_of(1312, 12, 1312))))
     reader = TunnelReader()
-    assert [batch.count for batch in reader.feed(wire[:2000])] == [1]
-    assert [batch.count for batch in reader.feed(wire[2000:])] == [11]
+    assert [batch.count for batch in reader.feed([wire[:2000]])] == [1]
+    assert [batch.count for batch in reader.feed([wire[2000:4000], wire[4000:]])] == [11]
     assert reader.is_between_messages
 
 
-def test_lengths_of_one_and_three_bytes_come_singly() -> None:
-    wire = b"".join(message_header(size) + datagram(size) for size in (100, 100, 20_000))
-    batches = list(TunnelReader().feed(memoryview(wire)))
-    assert [(batch.count, batch.headroom, len(batch.data)) for batch in batches] == [(1, 0, 100), (1, 0, 100), (1, 0, 20_000)]
+def test_a_length_of_one_byte_makes_a_batch_and_one_of_three_comes_singly() -> None:
+    wire = b"".join(message_header(size) + datagram(size) for size in (100, 100, 90, 200, 20_000))
+    batches = list(TunnelReader().feed([memoryview(wire)]))
+    assert [(batch.count, batch.headroom, batch.stride) for batch in batches] == [(3, 7, 107), (1, 8, 208), (1, 0, 20_000)]
+    assert [size for batch in batches for size in map(len, rows(batch))] == [100, 100, 90, 200, 20_000]
+
+
+def test_short_datagrams_become_one_run() -> None:
+    short = batch_of(112, 5, 96)
+    first, last = encode(short)
+    assert (first.stride, len(first.data), first.messages, len(last.data)) == (119, 4 * 119, 4, 103)
+    assert read(bytes(first.data) + bytes(last.data)) == rows(short)
 
 
 def test_unknown_fields_are_skipped_and_the_last_data_counts() -> None:
@@ -125,7 +133,7 @@ def test_noise_is_read_or_refused_and_never_differently_when_cut(noise: bytes, s
         reader, found = TunnelReader(MAX_MESSAGE), []
         try:
             for start in range(0, len(noise), step or max(len(noise), 1)):
-                for batch in reader.feed(memoryview(noise)[start : start + (step or len(noise))]):
+                for batch in reader.feed([memoryview(noise)[start : start + (step or len(noise))]]):
                     found += rows(batch)
         except Refused as refused:
             return found, refused.refusal
