@@ -18,7 +18,7 @@ from hyperframe.frame import (
     WindowUpdateFrame,
 )
 
-from siderolink.common.grpc import GrpcServer, Limits, Refusal
+from siderolink.common.grpc import ByteStream, ByteStreamService, GrpcServer, Limits, Refusal, Refused, serve
 from tests.support.api import CALL, ECHO, Service, bystander, serving
 from tests.support.http2 import PREFACE, RawPeer, data, message
 
@@ -279,6 +279,34 @@ async def test_more_data_than_the_window_allows() -> None:
         peer.send(headers, *[data(headers.stream_id, message(bytes(995)) * 16) for _ in range(8)])
         await peer.until_closed()
         assert server.refusals == {Refusal.FLOW_CONTROL: 1}
+
+
+async def test_refused_streams_cost_the_connection_none_of_its_window() -> None:
+    async def picky(stream: ByteStream) -> None:
+        def refuse(_: object) -> None:
+            raise Refused(Refusal.MESSAGE_MALFORMED, "not this")
+
+        stream.accept()
+        stream.receive(refuse)
+        await stream.wait_ended()
+
+    path, streams, size = "/test.Service/Picky", 20, 4000
+    async with (
+        serve([ByteStreamService({path: picky})], host="127.0.0.1", limits=TIGHT) as server,
+        RawPeer.greeted(server.port) as peer,
+    ):
+        returned = 0
+        for _ in range(streams):
+            headers = peer.request(path)
+            peer.send(headers)
+            while not isinstance(frame := await peer.frame(), HeadersFrame):
+                pass
+            peer.send(data(headers.stream_id, bytes(size)))
+            while not (isinstance(frame := await peer.frame(), HeadersFrame) and "END_STREAM" in frame.flags):
+                if isinstance(frame, WindowUpdateFrame) and not frame.stream_id:
+                    returned += frame.window_increment
+        assert returned >= streams * size - TIGHT.connection_window_bytes // 4
+        assert server.refusals == {Refusal.MESSAGE_MALFORMED: streams}
 
 
 async def test_a_goaway_is_the_end_of_a_connection_and_nothing_else() -> None:
