@@ -24,6 +24,7 @@ from siderolink.common.wireguard.path import Datagrams, RowCache
 from tests.support.packets import TCP, UDP, Packet
 
 MSS = 1208
+_LARGEST = 65_507
 ADDRESSES = ("fd00::1", "fd00::2")
 
 
@@ -59,7 +60,7 @@ class Wire:
     """A path that keeps what is sent, as it arrives."""
 
     headroom = 0
-    batch_bytes = 1 << 16
+    batch_bytes = 1 << 18
     peer = None
     source = b"wire"
     is_open = is_writable = True
@@ -68,7 +69,14 @@ class Wire:
         self.sent: list[Datagrams] = []
 
     def send(self, datagrams: Datagrams) -> None:
-        """The buffer is the sender's again, so copy it, as a socket does; neighbours of one length join, as GRO does."""
+        """The buffer is the sender's again, so copy it, in parts as a socket does; neighbours of one length join, as by GRO."""
+        step = max(1, _LARGEST // datagrams.stride)
+        for first in range(0, datagrams.count, step):
+            count = min(step, datagrams.count - first)
+            start = first * datagrams.stride
+            self._take(Datagrams(datagrams.data[start : start + count * datagrams.stride], count, datagrams.stride))
+
+    def _take(self, datagrams: Datagrams) -> None:
         data = memoryview(bytearray(datagrams.data))
         if (
             self.sent
