@@ -9,6 +9,8 @@ from siderolink.common.errors import AddressInUseError
 from siderolink.common.keys import PresharedKey, PrivateKey
 from siderolink.common.wireguard.device import DeviceConfig, DeviceEvent, HandshakeCompleted, PathChanged, PeerConfig
 from siderolink.common.wireguard.packet_device import open_packet_device
+from siderolink.common.wireguard.path import Datagrams
+from tests.support.fake_device import FakePath
 from tests.support.virtual import inner_packet
 
 pytestmark = pytest.mark.anyio
@@ -74,3 +76,10 @@ async def test_a_packet_for_nobody_and_an_address_in_use() -> None:
         with pytest.raises(AddressInUseError, match=f"UDP port {device.listen_port} is in use"):
             async with open_packet_device(taken, lambda packet: None):
                 pytest.fail("the port is taken")
+
+
+async def test_a_stream_full_of_crumbs_is_counted_and_not_looked_through() -> None:
+    config = DeviceConfig(name="a", private_key=PrivateKey.generate(), addresses=(), mtu=1280)
+    async with open_packet_device(config, lambda _: None) as device:
+        device.deliver(Datagrams(memoryview(bytes(8 * 30_000)), 30_000, 8, 7), FakePath())
+        assert device.drops() == {"malformed": 30_000}

@@ -234,6 +234,9 @@ class DataPlane:
         now = boot_time()
         if datagrams.count == 1:
             self._receive_one(datagrams.row(0), path, now)
+        elif datagrams.stride - datagrams.headroom < TRANSPORT_OVERHEAD:
+            # no message is so short, and what is read from a stream at once can hold tens of thousands of these
+            self._engine.drop(Drop.MALFORMED, datagrams.count)
         else:
             for run in find_runs(datagrams):
                 if run.count == 1:
