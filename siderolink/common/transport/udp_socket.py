@@ -24,7 +24,8 @@ MAX_SEGMENTS: Final = 64
 MAX_PENDING: Final = 1 << 19
 """Bytes kept while the socket's buffer is full."""
 _BUFFER_SIZE: Final = 8 << 20
-_MAX_PATHS: Final = 4096
+_MAX_PATHS: Final = 16_384
+"""Senders that are known again; a new one costs a look at the routing table with the first answer to it."""
 _MAX_PLAIN: Final = 1024
 
 _SOL_UDP: Final = 17
