@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from siderolink.common.wireguard.packets import Gatherer, Merger, Opener, Sealer, Splitter
 from siderolink.common.wireguard.path import Datagrams
-from tests.support.packets import TCP, UDP, Packet, pad, seal
+from tests.support.packets import TCP, UDP, Packet, collected, pad, seal
 
 ROWS = 49
 MSS = 1208
@@ -51,15 +51,14 @@ def batch_costs(packet: Packet, gso_size: int) -> dict[str, float]:
     frame = memoryview(packet.frame(gso_size))
     splitter, sealer, opener = Splitter(1280), Sealer(), Opener()
     merger = Merger(ignore, uso=True)
-    packets = splitter.split(frame)
-    assert packets is not None
+    packets = collected(splitter, frame)
     datagrams = sealer.seal(packets, AEAD, 1, 0)
     copy = Datagrams(memoryview(bytes(datagrams.data)), datagrams.count, datagrams.stride)
     opened = opener.open(copy, 0, copy.count, AEAD)
     assert len(list(merger.merge(opened, ignore))) == 1
     rows = packets.count
     return {
-        "split": best(lambda: splitter.split(frame), rows),
+        "split": best(lambda: collected(splitter, frame), rows),
         "seal": best(lambda: sealer.seal(packets, AEAD, 1, 0), rows),
         "open": best(lambda: opener.open(copy, 0, copy.count, AEAD), rows),
         "merge": best(lambda: list(merger.merge(opened, ignore)), rows),
@@ -78,7 +77,7 @@ def single_costs(packet: Packet, gso_size: int) -> dict[str, float]:
     sealed = Datagrams.single(seal(AEAD, plain, 1, 0))
     opened = opener.open(sealed, 0, 1, AEAD)
     return {
-        "split": best(lambda: (gatherer.add(frame), gatherer.take()), 1),
+        "split": best(lambda: collected(gatherer, frame), 1),
         "seal": best(lambda: seal(AEAD, plain, 1, 0), 1),
         "open": best(lambda: opener.open(sealed, 0, 1, AEAD), 1),
         "merge": best(lambda: list(merger.merge(opened, ignore)), 1),

@@ -18,7 +18,7 @@ from siderolink.common.wireguard.noise.drops import Drop
 from siderolink.common.wireguard.packets import Gatherer, Merger, Opener, Sealer, Splitter
 from siderolink.common.wireguard.tun import Tun, fitting_gso_max_size
 from tests.support.netns import Namespace
-from tests.support.packets import UDP, Packet, batch, pad, seal
+from tests.support.packets import UDP, Packet, batch, collected, pad, seal
 
 NAME = "sltest0"
 
@@ -166,9 +166,7 @@ class Tunnel:
             await anyio.wait_readable(source.fileno())
             while (frame := source.read()) is not None:
                 collector = splitter if frame[1] else gatherer
-                collector.add(frame)
-                packets = collector.take()
-                assert packets is not None
+                packets = collected(collector, frame)
                 self.rows[packets.count] += 1
                 datagrams = sealer.seal(packets, self._aead, 1, counter)
                 opened = opener.open(datagrams, 0, datagrams.count, self._aead)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
+from siderolink.common.wireguard.packets import Gatherer, Packets, Splitter
 from siderolink.common.wireguard.path import Datagrams
 
 FIN, SYN, RST, PSH, ACK, URG, ECE, CWR = (1 << bit for bit in range(8))
@@ -132,6 +133,14 @@ class Packet:
                 )
             )
         return segments
+
+
+def collected(collector: Splitter | Gatherer, frame: bytes | memoryview) -> Packets:
+    """The rows of one frame."""
+    assert collector.add(memoryview(frame))
+    packets = collector.take()
+    assert packets is not None
+    return packets
 
 
 def decode(data: bytes) -> Packet:

@@ -22,6 +22,7 @@ from tests.support.packets import (
     URG,
     Packet,
     batch,
+    collected,
     pad,
     runs_of_one_size,
     seal,
@@ -109,8 +110,7 @@ def test_what_the_splitter_cut_is_merged_to_the_same_frame(packet: Packet, gso_s
     if len(packet.payload) <= gso_size:
         return
     frame = packet.frame(gso_size)
-    packets = Splitter(1280).split(memoryview(frame))
-    assert packets is not None
+    packets = collected(Splitter(1280), frame)
     rows = [bytes(row) for row in packets.rows[: packets.count - 1]]
     rows.append(bytes(packets.data[(packets.count - 1) * packets.stride :]))
     assert Interface().frames(rows) == [frame]

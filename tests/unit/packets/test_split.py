@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from siderolink.common.wireguard.packets import Gatherer, MalformedFrame, Packets, Splitter
 from siderolink.common.wireguard.packets.split import MAX_BATCH
-from tests.support.packets import ACK, CWR, FIN, PSH, TCP, UDP, URG, Packet, pad
+from tests.support.packets import ACK, CWR, FIN, PSH, TCP, UDP, URG, Packet, collected, pad
 
 
 def rows(packets: Packets | None) -> list[bytes]:
@@ -56,7 +56,7 @@ def test_segments_equal_those_made_one_at_a_time(case: tuple[Packet, int]) -> No
     packet, gso_size = case
     expected = [pad(segment.encode()) for segment in packet.segments(gso_size)]
     # The same splitter each time, so that a batch never shows what the one before left behind.
-    assert rows(SPLITTER.split(memoryview(packet.frame(gso_size)))) == expected
+    assert rows(collected(SPLITTER, packet.frame(gso_size))) == expected
 
 
 @given(super_packets(), st.lists(st.tuples(st.integers(0, 3), st.integers(0, 2**32 - 1)), min_size=1, max_size=12))
@@ -109,14 +109,14 @@ def test_padding_stops_at_the_mtu(mtu: int) -> None:
     packet = Packet(payload=bytes(range(256)) * 100)
     gso_size = mtu - 60
     expected = [pad(segment.encode(), mtu) for segment in packet.segments(gso_size)]
-    found = rows(Splitter(mtu).split(memoryview(packet.frame(gso_size))))
+    found = rows(collected(Splitter(mtu), packet.frame(gso_size)))
     assert found == expected
     assert len(found[0]) == mtu
 
 
 def test_many_tiny_segments() -> None:
     packet = Packet(payload=bytes(range(250)) * 250, options=bytes(12))
-    found = rows(Splitter(1280).split(memoryview(packet.frame(48))))
+    found = rows(collected(Splitter(1280), packet.frame(48)))
     assert found == [pad(segment.encode()) for segment in packet.segments(48)]
     assert len(found) == 1303
 
@@ -132,7 +132,7 @@ def test_tcp_behind_an_extension_header() -> None:
     frame = plain.frame(30)
     vnet = struct.pack("=BBHHHH", 1, 4, 68, 30, 48, 16)
     expected = [pad(insert(segment.encode())) for segment in plain.segments(30)]
-    assert rows(SPLITTER.split(memoryview(vnet + insert(frame[10:])))) == expected
+    assert rows(collected(SPLITTER, vnet + insert(frame[10:]))) == expected
 
 
 @given(st.sampled_from([TCP, UDP]), st.sampled_from([4, 6]), st.binary(min_size=1, max_size=1200))
@@ -156,7 +156,7 @@ def test_a_udp_checksum_of_zero_is_written_as_ones() -> None:
             assert gatherer.add(memoryview(vnet + packet.encode(partial=True)))
         assert rows(gatherer.take()) == [pad(packet.encode())] * count
     twice = Packet(protocol=UDP, payload=packet.payload * 2)
-    assert [row[46:48] for row in rows(SPLITTER.split(memoryview(twice.frame(2))))] == [b"\xff\xff"] * 2
+    assert [row[46:48] for row in rows(collected(SPLITTER, twice.frame(2)))] == [b"\xff\xff"] * 2
 
 
 @given(super_packets(), st.data())
@@ -166,7 +166,7 @@ def test_a_changed_frame_is_split_or_refused(case: tuple[Packet, int], data: st.
         frame[data.draw(st.integers(0, min(len(frame) - 1, 80)))] = data.draw(st.integers(0, 255))
     cut = data.draw(st.integers(0, len(frame)) | st.just(len(frame)))
     try:
-        packets = SPLITTER.split(memoryview(frame)[:cut])
+        packets = collected(SPLITTER, memoryview(frame)[:cut])
     except MalformedFrame:
         return
     rows(packets)
@@ -177,7 +177,7 @@ def test_every_truncation_is_split_or_refused() -> None:
         frame = packet.frame(20)
         for cut in range(len(frame)):
             try:
-                rows(SPLITTER.split(memoryview(frame)[:cut]))
+                rows(collected(SPLITTER, memoryview(frame)[:cut]))
             except MalformedFrame:
                 continue
             assert cut >= 10 + packet.transport + 8

@@ -6,7 +6,7 @@ from siderolink.common.wireguard.noise.inner import padded_length
 from siderolink.common.wireguard.packets.buffers import Packets, Scratch, round_up
 from siderolink.common.wireguard.packets.checksum import complete_checksum, row_complements, row_sums
 from siderolink.common.wireguard.packets.headers import NEEDS_CSUM, VNET_HEADER, VNET_SIZE, Gso
-from siderolink.common.wireguard.packets.shape import MAX_FRAME, MalformedFrame
+from siderolink.common.wireguard.packets.shape import MalformedFrame, packet_size
 
 MAX_ROWS: Final = 64
 _ZEROS: Final = bytes(16)
@@ -48,7 +48,7 @@ class Gatherer:
         return self._add_first(frame) if not count else self._add_other(frame)
 
     def _add_first(self, frame: memoryview) -> bool:
-        size = _packet_size(frame)
+        size = _small_size(frame)
         flags, _, _, _, start, offset = VNET_HEADER.unpack_from(frame)
         if flags & NEEDS_CSUM and start + offset + 2 > size:
             raise MalformedFrame("the checksum field lies outside the packet")
@@ -64,7 +64,7 @@ class Gatherer:
         return True
 
     def _add_other(self, frame: memoryview) -> bool:
-        length = padded_length(_packet_size(frame), self._mtu)
+        length = padded_length(_small_size(frame), self._mtu)
         if length > self._length or self._last < self._length or self._count >= self._room:
             return False
         at = self._count * self._stride
@@ -115,10 +115,8 @@ class Gatherer:
         scratch.column(start + offset, stride, "<u2")[:count] = checksums
 
 
-def _packet_size(frame: memoryview) -> int:
-    size = len(frame) - VNET_SIZE
-    if not 20 <= size <= MAX_FRAME:
-        raise MalformedFrame(f"a frame of {len(frame)} bytes")
+def _small_size(frame: memoryview) -> int:
+    size = packet_size(frame)
     if frame[1] != Gso.NONE:
         raise MalformedFrame("a super-packet among small ones")
     return size

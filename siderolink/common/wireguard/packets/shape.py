@@ -18,6 +18,13 @@ class MalformedFrame(ValueError):
     """Raised when a frame from the interface contradicts itself; it was not for us to repair."""
 
 
+def packet_size(frame: memoryview) -> int:
+    """The bytes of the packet in a frame (virtio_net_hdr and packet). Raises MalformedFrame for no IP packet's length."""
+    if not VNET_SIZE + 20 <= len(frame) <= MAX_FRAME:
+        raise MalformedFrame(f"a frame of {len(frame)} bytes")
+    return len(frame) - VNET_SIZE
+
+
 class Shape(NamedTuple):
     """What super-packets have in common whose segments may be rows of one matrix."""
 

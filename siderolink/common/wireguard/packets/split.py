@@ -9,7 +9,7 @@ from siderolink.common.wireguard.noise.inner import padded_length
 from siderolink.common.wireguard.packets.buffers import Array, Packets, Scratch, round_up
 from siderolink.common.wireguard.packets.checksum import complement, row_complements, row_sums, swap, word_sum
 from siderolink.common.wireguard.packets.headers import CWR, FIN, PSH, TCP, UDP, VNET_SIZE, Gso
-from siderolink.common.wireguard.packets.shape import MAX_FRAME, MalformedFrame, Shape, parse_shape
+from siderolink.common.wireguard.packets.shape import Shape, packet_size, parse_shape
 
 MAX_BATCH: Final = 1 << 18
 """The bytes of all rows of one batch, unless a single super-packet takes more."""
@@ -78,11 +78,6 @@ class Splitter:
     def size(self) -> int:
         """The bytes of all segments so far."""
         return self._count * self._layout.stride if self._count else 0
-
-    def split(self, frame: memoryview) -> Packets | None:
-        """Turn one frame (virtio_net_hdr and packet) into rows. Raises MalformedFrame."""
-        self.add(frame)
-        return self.take()
 
     def add(self, frame: memoryview) -> bool:
         """Take a super-packet. False if its segments cannot follow those that are here: then take() these first.
@@ -175,15 +170,9 @@ class Splitter:
         return layout
 
     def _read(self, frame: memoryview) -> Shape:
-        if not VNET_SIZE + 20 <= len(frame) <= MAX_FRAME:
-            raise MalformedFrame(f"a frame of {len(frame)} bytes")
+        size = packet_size(frame)
         key = None
-        if (
-            frame[1] == Gso.TCPV6
-            and len(frame) >= VNET_SIZE + 60
-            and frame[VNET_SIZE] >> 4 == 6
-            and frame[VNET_SIZE + 6] == TCP
-        ):
+        if frame[1] == Gso.TCPV6 and size >= 60 and frame[VNET_SIZE] >> 4 == 6 and frame[VNET_SIZE + 6] == TCP:
             key = bytes(frame[:VNET_SIZE]), bytes(frame[VNET_SIZE + 8 : VNET_SIZE + 40]), frame[VNET_SIZE + 52]
             known = self._shapes.get(key)
             if known is not None:
