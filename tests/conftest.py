@@ -1,5 +1,7 @@
 import asyncio
 import os
+import time
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 
 import pytest
@@ -21,6 +23,19 @@ def descriptors() -> dict[str, str]:
         except FileNotFoundError:
             pass  # the descriptor of the listing itself
     return found
+
+
+def descriptor_kinds() -> Counter[str]:
+    """How many descriptors are open of each kind. Their numbers tell nothing: other threads take and free some meanwhile."""
+    return Counter(what.partition(":")[0] for what in descriptors().values())
+
+
+def opened_since(before: Counter[str]) -> Counter[str]:
+    """The kinds of which more are open than before, when the threads beside the test have had time to close theirs."""
+    deadline = time.monotonic() + 5
+    while (opened := descriptor_kinds() - before) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return opened
 
 
 def running_tasks() -> "set[asyncio.Task[object]]":

@@ -29,7 +29,7 @@ from siderolink.common.wireguard.device import (
     PeerConfig,
 )
 from siderolink.common.wireguard.opening import open_device
-from tests.conftest import descriptors
+from tests.conftest import descriptor_kinds, opened_since
 from tests.support.kernel_device import KEY, OURS, PORT, THEIR_PORT, THEIRS, config, peered, ping, running
 from tests.support.netns import Namespace, stop
 from tests.support.topology import Net, direct
@@ -285,9 +285,9 @@ def test_cancelled_at_any_moment_it_leaves_nothing(net: Net) -> None:
 
     with net.server.portal() as portal:
         portal.call(open_and_cancel, 1)
-        before = net.server.call(descriptors)
+        before = descriptor_kinds()
         for turns in (*range(0, 32, 4), 300):
             portal.call(open_and_cancel, turns)
             assert net.server.interfaces() == {"lo", "eth0"}, f"after {turns} turns of the loop"
             assert net.server.run(["nft", "list", "tables"]) == ""
-        assert not {name: what for name, what in net.server.call(descriptors).items() if name not in before}
+        assert not opened_since(before)

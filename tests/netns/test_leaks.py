@@ -12,7 +12,7 @@ import anyio
 import pytest
 
 from siderolink import Server, connect
-from tests.conftest import descriptors, running_tasks
+from tests.conftest import descriptor_kinds, opened_since, running_tasks
 from tests.support.netns import Namespace
 from tests.support.topology import SERVER_V4, direct
 
@@ -64,11 +64,11 @@ def run_rounds() -> None:
     with direct() as net:
         for turn in range(WARM):
             one_round(net.server, net.machine, turn)
-        opened, memory, objects = descriptors(), resident(), len(gc.get_objects())
+        opened, memory, objects = descriptor_kinds(), resident(), len(gc.get_objects())
         for turn in range(ROUNDS - WARM):
             one_round(net.server, net.machine, turn)
         assert net.server.interfaces() == net.machine.interfaces() == {"lo", "eth0"}
-        assert len(descriptors()) <= len(opened)
+        assert not opened_since(opened)
         assert resident() - memory < GROWTH
         assert len(gc.get_objects()) - objects < OBJECTS
 

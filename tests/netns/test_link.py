@@ -14,7 +14,7 @@ from anyio.from_thread import BlockingPortal
 
 from siderolink import HandshakeTimeoutError, InterfaceInUseError, Link, OverlayInUseError, Server, connect
 from siderolink.client import Connected, Handshake, Joined, Left, LinkEvent
-from tests.conftest import descriptors
+from tests.conftest import descriptor_kinds, opened_since
 from tests.support.netns import Namespace
 from tests.support.topology import SERVER_V4, Net, direct, routed
 
@@ -192,10 +192,8 @@ def test_cancelled_at_any_moment_it_leaves_nothing() -> None:
             tasks.cancel_scope.cancel()
 
     with direct() as net, serving(net), net.machine.portal() as portal:
-        portal.call(cancel_after, 50)
-        before = net.machine.call(descriptors)
+        before = descriptor_kinds()
         for turns in (*range(0, 400, 13), 1000, 2000, LAST_TURN):
             portal.call(cancel_after, turns)
             assert net.machine.interfaces() == {"lo", "eth0"}, f"after {turns} turns of the loop"
-        opened = {name: what for name, what in net.machine.call(descriptors).items() if name not in before}
-        assert not opened
+        assert not opened_since(before)

@@ -24,7 +24,7 @@ from siderolink.common.pb.google.protobuf import Any as PbAny
 from siderolink.common.pb.machine import MachineStatusEvent, MachineStatusEventMachineStage, PhaseEvent, SequenceEvent
 from siderolink.common.tasks import background_tasks
 from siderolink.server import LinesDropped, LogLine, MachineEvent, ReportOptions
-from tests.conftest import descriptors
+from tests.conftest import descriptor_kinds, opened_since
 from tests.support.doorway import doorway
 from tests.support.machine_api import status_of
 from tests.support.topology import SERVER_V4, Net, routed
@@ -351,7 +351,7 @@ def test_a_cancelled_server_leaves_no_socket() -> None:
 
     with routed(1) as net, net.server.portal() as portal:
         assert portal.call(serve_and_cancel)
-        before = len(descriptors())
+        before = descriptor_kinds()
         for _ in range(10):
             assert portal.call(serve_and_cancel)
-        assert len(descriptors()) == before
+        assert not opened_since(before)

@@ -16,7 +16,7 @@ from anyio.from_thread import BlockingPortal
 
 from siderolink import Link, connect
 from siderolink.client import LinkState
-from tests.conftest import descriptors
+from tests.conftest import descriptor_kinds
 from tests.support.netns import Namespace
 from tests.support.serving import API, TOKEN, Served, served
 from tests.support.topology import Net, routed
@@ -120,7 +120,7 @@ def resident_bytes() -> int:
 
 def measure(links: list[tuple[BlockingPortal, Link]]) -> tuple[int, Counter[str]]:
     """Tasks, and descriptors by what they are, without the pipes of the programs that the test itself runs."""
-    kinds = Counter(what.partition(":")[0] for what in descriptors().values())
+    kinds = descriptor_kinds()
     del kinds["pipe"]
     return sum(portal.call(count_tasks) for portal, _ in links), kinds
 

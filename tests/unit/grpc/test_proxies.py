@@ -19,7 +19,7 @@ from siderolink.common.grpc import (
     server_tls,
     translate_errors,
 )
-from tests.conftest import descriptors
+from tests.conftest import descriptor_kinds, opened_since
 from tests.support.api import ECHO, Raw, Service, echo, method
 from tests.support.certificates import make_certificate
 from tests.support.proxy import running_proxy
@@ -59,9 +59,9 @@ def used_uvloop() -> None:
 
 
 def test_they_pass_on_uvloop(kind: str, inner: str, certificate: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = len(descriptors())
+    before = descriptor_kinds()
     anyio.run(pass_through, kind, inner, certificate, monkeypatch, backend_options={"use_uvloop": True})
-    assert len(descriptors()) == before
+    assert not opened_since(before)
 
 
 async def pass_through(kind: str, inner: str, certificate: Path, monkeypatch: pytest.MonkeyPatch) -> None:
