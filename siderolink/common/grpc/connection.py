@@ -50,7 +50,10 @@ class CorkedTransport(asyncio.Transport):
         data = b"".join(self._parts)
         self._parts.clear()
         if data and not self._transport.is_closing():
-            self._transport.write(data)
+            try:
+                self._transport.write(data)
+            except RuntimeError:
+                pass  # uvloop's, which is closed without saying so when connecting was cancelled at the last moment
 
     def is_closing(self) -> bool:
         return self._transport.is_closing()

@@ -2,7 +2,14 @@ import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
+import anyio
 import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def used_uvloop() -> None:
+    """The first use of it opens a pipe for the process's life."""
+    anyio.run(anyio.sleep, 0, backend_options={"use_uvloop": True})
 
 
 @pytest.fixture(autouse=True)

@@ -52,12 +52,6 @@ async def test_calls_and_streams_pass(kind: str, inner: str, certificate: Path, 
     await pass_through(kind, inner, certificate, monkeypatch)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def used_uvloop() -> None:
-    """The first use of it opens a pipe for the process's life."""
-    anyio.run(anyio.sleep, 0, backend_options={"use_uvloop": True})
-
-
 def test_they_pass_on_uvloop(kind: str, inner: str, certificate: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = descriptor_kinds()
     anyio.run(pass_through, kind, inner, certificate, monkeypatch, backend_options={"use_uvloop": True})
