@@ -135,7 +135,13 @@ def join(
     netns: NetNs = None,
     ca: Annotated[
         Path | None,
-        typer.Option(help="Roots (PEM) for an https URL.", show_default="the system's, and the documents'", metavar="FILE"),
+        typer.Option(
+            "--ca-file",
+            "--ca",
+            help="Roots (PEM) for an https URL.",
+            show_default="the system's, and the documents'",
+            metavar="FILE",
+        ),
     ] = None,
     fallback_tunnel: Annotated[bool, typer.Option("--fallback-tunnel", help="Use the tunnel while UDP does not pass.")] = False,
     maintenance_api: Annotated[

@@ -14,8 +14,9 @@ from siderolink.common.keys import PublicKey
 from siderolink.common.nudge import Nudge
 from siderolink.common.transport.choice import choose
 
-PASSING = frozenset({"ALREADY_EXISTS", "RESOURCE_EXHAUSTED", "ABORTED"})
-"""Refusals that pass by themselves: another link of this machine must end first, or there is no room now."""
+PASSING = frozenset({"ALREADY_EXISTS", "RESOURCE_EXHAUSTED", "ABORTED", "CANCELLED", "INTERNAL", "UNKNOWN"})
+"""Refusals that pass by themselves: another link of this machine must end first, there is no room now, or something went wrong
+over there, such as a proxy's own HTTP status."""
 
 
 class Asker:

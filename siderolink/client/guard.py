@@ -2,6 +2,7 @@
 
 import errno
 import socket
+from contextlib import suppress
 from functools import partial
 from ipaddress import ip_address
 
@@ -66,9 +67,10 @@ async def _find_holder(overlay: Network, own_name: str) -> str | None:
     async with AsyncIPRoute() as ipr:
         async for found in await ipr.addr("dump", family=socket.AF_INET6):
             if ip_address(found.get_attr("IFA_ADDRESS")) in overlay:
-                name = socket.if_indextoname(found["index"])
-                if name != own_name:
-                    return name
+                with suppress(OSError):  # it has gone meanwhile
+                    name = socket.if_indextoname(found["index"])
+                    if name != own_name:
+                        return name
     return None
 
 

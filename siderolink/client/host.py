@@ -66,7 +66,12 @@ class ThisHost:
             )
 
     async def watch(self, device: Device, config: DeviceConfig, put: Put) -> None:
-        guard = InterfaceGuard(device.name, config.addresses, self._namespace)
+        gone = InterfaceLost(reason=f"the interface {device.name} was deleted or moved by someone else")
+        try:
+            guard = InterfaceGuard(device.name, config.addresses, self._namespace)
+        except OSError:
+            put(gone)
+            return
         is_here = self._namespace is None
         own = {guard.index} if is_here else set[int]()
 
@@ -80,7 +85,7 @@ class ThisHost:
             while True:
                 what = await guard.next_repair()
                 if what is None:
-                    put(InterfaceLost(reason=f"the interface {device.name} was deleted or moved by someone else"))
+                    put(gone)
                     return
                 put(Repaired(what))
 

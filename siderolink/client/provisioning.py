@@ -2,12 +2,12 @@
 
 import ssl
 from dataclasses import dataclass, field
-from ipaddress import IPv6Address, IPv6Interface, IPv6Network
+from ipaddress import IPv6Address, IPv6Interface
 
 from grpclib.const import Status
 from grpclib.exceptions import GRPCError
 
-from siderolink.common.addressing import parse_peer_addr_port, swap_endpoints
+from siderolink.common.addressing import OVERLAYS, parse_peer_addr_port, swap_endpoints
 from siderolink.common.errors import (
     ConfigurationError,
     InvalidAnswerError,
@@ -27,7 +27,6 @@ PROVISION_TIMEOUT = 30.0
 """Seconds: servers may hold a machine's call for this long until somebody decides."""
 MAX_ENDPOINTS = 32
 
-_OVERLAYS = IPv6Network("fd00::/8")
 _UNREACHABLE = frozenset({Status.UNAVAILABLE, Status.DEADLINE_EXCEEDED})
 
 
@@ -103,13 +102,13 @@ def _read_addresses(response: ProvisionResponse) -> tuple[IPv6Interface, IPv6Add
     except ValueError:
         raise InvalidAnswerError("the server's answer is invalid: node_address_prefix is no IPv6 address/64") from None
     network = address.network
-    if network.prefixlen != 64 or address.scope_id is not None or not network.subnet_of(_OVERLAYS):
-        raise InvalidAnswerError(f"the server's answer is invalid: node_address_prefix {address} is no /64 within {_OVERLAYS}")
+    if network.prefixlen != 64 or address.scope_id is not None or not network.subnet_of(OVERLAYS):
+        raise InvalidAnswerError(f"the server's answer is invalid: node_address_prefix {address} is no /64 within {OVERLAYS}")
     try:
         server_address = IPv6Address(response.server_address)
     except ValueError:
         raise InvalidAnswerError("the server's answer is invalid: server_address is no IPv6 address") from None
-    if server_address not in network or server_address == address.ip:
+    if server_address.scope_id is not None or server_address not in network or server_address == address.ip:
         raise InvalidAnswerError(
             f"the server's answer is invalid: server_address {server_address} is no other address within {network}"
         )

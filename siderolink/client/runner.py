@@ -31,7 +31,7 @@ from siderolink.client.watch import ATTEMPT_TIMEOUT, DOWN_AFTER
 from siderolink.common.backoff import Backoff
 from siderolink.common.errors import DeviceError
 from siderolink.common.join_url import JoinURL
-from siderolink.common.keys import PrivateKey
+from siderolink.common.keys import PrivateKey, PublicKey
 from siderolink.common.nudge import Nudge
 from siderolink.common.tasks import background_tasks
 from siderolink.common.transport.choice import Route, Transport, choose
@@ -260,8 +260,13 @@ class LinkRunner:
         assert udp is not None
         # Where handshakes passed before and large packets did not, they are no reason to go back soon.
         tries = Backoff(first=900.0, cap=3600.0, floor=600.0) if self._udp_is_small else self._udp_tries
-        await until_udp_passes(self._key, udp.server_key, udp.endpoints, self._rising_timestamps(), tries, self._nudge)
-        signals.put(UdpPasses())
+
+        def server_key() -> PublicKey:  # which may have changed since
+            return (self.answer or udp).server_key
+
+        while True:  # the signal may come while the tunnel is being mended, when nobody heeds it
+            await until_udp_passes(self._key, server_key, udp.endpoints, self._rising_timestamps(), tries, self._nudge)
+            signals.put(UdpPasses())
 
 
 def _peer(answer: Provisioned, *, keepalive: int) -> PeerConfig:

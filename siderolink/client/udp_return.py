@@ -4,7 +4,7 @@ A second WireGuard with the link's own key, without an interface, tries a handsh
 answers by UDP from then on: so the link has to go back at once.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from ipaddress import IPv6Network
 from typing import TYPE_CHECKING
 
@@ -25,17 +25,17 @@ _TIMEOUT = 6.0
 
 async def until_udp_passes(
     key: PrivateKey,
-    server_key: PublicKey,
+    server_key: Callable[[], PublicKey],
     endpoints: Sequence[HostPort],
     timestamps: "Timestamps",
     backoff: Backoff,
     nudge: Nudge,
 ) -> None:
-    """Try now and then, and at once after a nudge, until a handshake succeeds."""
+    """Try now and then, and at once after a nudge, until a handshake succeeds with the key that the server has then."""
     while True:
         await nudge.sleep(backoff.next())
         for endpoint in endpoints:
-            if await _try(key, server_key, endpoint, timestamps):
+            if await _try(key, server_key(), endpoint, timestamps):
                 return
 
 

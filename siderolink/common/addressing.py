@@ -11,6 +11,9 @@ from siderolink.common.errors import ConfigurationError
 TUNNEL_PORT = 50888
 """The port beside a machine's virtual address; it names no socket."""
 
+OVERLAYS = IPv6Network("fd00::/8")
+"""Where all overlays lie: the unique local addresses (RFC 4193)."""
+
 _PREFIX_LENGTH = 64
 _OVERLAY_MARK = 0x03
 _VIRTUAL_MARK = 0x04
@@ -34,6 +37,14 @@ def overlay_prefix(installation_id: str = "") -> IPv6Network:
 
 VIRTUAL_PREFIX = _prefix("", _VIRTUAL_MARK)
 """Where the virtual addresses of tunnel peers lie, whatever the installation."""
+
+
+def is_overlay_address(host: str) -> bool:
+    """Whether a host is an address that only an overlay, or a site's own network, leads to."""
+    try:
+        return IPv6Address(host) in OVERLAYS
+    except AddressValueError:
+        return False
 
 
 def server_address(prefix: IPv6Network) -> IPv6Address:

@@ -11,7 +11,7 @@ import anyio
 from siderolink.common.errors import ConfigurationError
 
 _LONGEST = 253 + 6
-_LABEL = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]*[A-Za-z0-9_])?"
+_LABEL = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
 # A name whose last label is a number would be taken for an IPv4 address by resolvers (RFC 3696, section 2).
 _NAME = re.compile(rf"(?=.{{1,253}}\Z)(?!(?:.*\.)?[0-9]+\.?\Z){_LABEL}(?:\.{_LABEL})*\.?\Z")
 

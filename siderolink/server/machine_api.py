@@ -21,6 +21,5 @@ async def open_machine_api(machine: Machine, *, port: int = MACHINE_API_PORT) ->
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
     context.minimum_version = ssl.TLSVersion.TLSv1_3
-    context.set_alpn_protocols(["h2"])
-    async with open_channel(str(machine.overlay_address), port, context) as channel:
+    async with open_channel(str(machine.overlay_address), port, context, direct=True) as channel:
         yield channel

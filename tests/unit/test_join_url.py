@@ -78,6 +78,8 @@ def test_the_wish_for_a_tunnel(query: str, tunnel: bool) -> None:
 
 
 REFUSED = [
+    "grpc://a..b:1",
+    f"grpc://{'a' * 64}.example",
     "",
     "grpc://",
     "://h",

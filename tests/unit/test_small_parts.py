@@ -122,7 +122,7 @@ def test_host_and_port(text: str) -> None:
         "[::1]",
         "-a:1",
     ]
-    + ["a..b:1", "256.1.1.1:1", "a b:1", "a/b:1", "x" * 300 + ":1", "[::1]x:1", "host:1\n"],
+    + ["a..b:1", "256.1.1.1:1", "a b:1", "a/b:1", "x" * 300 + ":1", "x" * 64 + ".example:1", "[::1]x:1", "host:1\n"],
 )
 def test_host_and_port_refused(text: str) -> None:
     with pytest.raises(ConfigurationError) as refused:

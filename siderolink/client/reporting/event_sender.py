@@ -7,6 +7,7 @@ from grpclib.exceptions import GRPCError
 from siderolink.client.reporting.outbox import Outbox
 from siderolink.client.reporting.retry import Retry
 from siderolink.client.reporting.xid import IdMaker
+from siderolink.common.addressing import is_overlay_address
 from siderolink.common.backoff import Backoff
 from siderolink.common.errors import ConfigurationError, JoinError
 from siderolink.common.grpc import open_channel, translate_errors
@@ -86,7 +87,7 @@ class EventSender:
 
     async def _deliver(self, sink: HostPort) -> None:
         """Deliver what waits and what comes, until a call fails."""
-        async with open_channel(sink.host, sink.port) as channel:
+        async with open_channel(sink.host, sink.port, direct=is_overlay_address(sink.host)) as channel:
             stub = EventSinkServiceStub(channel)
             while True:
                 number = self._outbox.first

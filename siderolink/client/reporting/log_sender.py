@@ -108,7 +108,6 @@ class LogSender:
             await self._retry.wait()
 
     async def _deliver_tcp(self) -> None:
-        loop = asyncio.get_running_loop()
         with await _connect(self.destination.address) as sock:
             ledger = _Ledger(sock, self._outbox)
             try:
@@ -117,7 +116,7 @@ class LogSender:
                     while True:
                         lines = await ledger.next_lines()
                         with anyio.fail_after(SEND_TIMEOUT):
-                            await loop.sock_sendall(sock, b"".join(lines))
+                            await ledger.write(b"".join(lines))
                         ledger.settle()
                         self._retry.worked()
                         self._say_lost()
@@ -157,9 +156,10 @@ class _Ledger:
         self._sock = sock
         self._outbox = outbox
         self._next = outbox.first
-        self._sent = 0
+        self._taken_up = self._written = 0
+        """Bytes: of all lines so far, and of these what our own kernel has."""
         self._ends: list[tuple[int, int]] = []
-        """Line numbers, each with how much had been sent at its end."""
+        """Line numbers, each with how many bytes there are up to its end."""
         self._lately: deque[tuple[bytes, int]] = deque()
         self._lately_size = 0
         self.is_broken = False
@@ -180,14 +180,26 @@ class _Ledger:
             line = self._outbox.get(self._next)
             self._next += 1
             size += len(line)
-            self._sent += len(line)
-            self._ends.append((self._next, self._sent))
+            self._taken_up += len(line)
+            self._ends.append((self._next, self._taken_up))
             lines.append(line)
         return lines
 
+    async def write(self, data: bytes) -> None:
+        """Send all of it; where that is broken off, what was not written is known."""
+        rest = memoryview(data)
+        while rest:
+            try:
+                count = self._sock.send(rest)
+            except BlockingIOError:
+                await anyio.wait_writable(self._sock)
+                continue
+            self._written += count
+            rest = rest[count:]
+
     def settle(self) -> None:
         """Give up the lines that were taken."""
-        taken = self._sent - _unacknowledged(self._sock)
+        taken = self._written - _unacknowledged(self._sock)
         count = 0
         for number, end in self._ends:
             if end > taken:

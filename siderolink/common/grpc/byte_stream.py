@@ -42,6 +42,8 @@ class ByteStream:
         self._id: int = stream.id
         self._connection = stream.connection
         self._server = server
+        self._is_grpc = server
+        """Whether the other end speaks gRPC, which a proxy's page of HTML does not."""
         self._receiver: Receiver | None = None
         self._early = bytearray()
         self._early_flow = 0
@@ -140,6 +142,8 @@ class ByteStream:
     def feed(self, pieces: Sequence[memoryview], *, flow: bool) -> None:
         self._heard_at = asyncio.get_running_loop().time()
         size = sum(map(len, pieces))
+        if not self._is_grpc:
+            self._judge_answer()
         if self._receiver is not None or self._outcome.done():
             self._give(pieces, size if flow else 0)
             return
@@ -148,6 +152,14 @@ class ByteStream:
         self._early_flow += size if flow else 0
         if len(self._early) > self._window:
             self.refuse(Refusal.FLOW_CONTROL, "more than the stream's window", Status.RESOURCE_EXHAUSTED)
+
+    def _judge_answer(self) -> None:
+        """Client: end the stream where the answer that begins is none of gRPC's."""
+        self._is_grpc = True
+        error = _not_grpc(dict(self._stream.headers or ()))
+        if error is not None:
+            self._finish(error)
+            self.reset()
 
     def ended(self) -> None:
         headers = self._stream.trailers or self._stream.headers
@@ -212,9 +224,9 @@ def trailers(status: Status, message: str | None, *, only: bool) -> Headers:
 def _error_of(headers: Headers | None) -> GRPCError | None:
     """What a server's trailers, or its only headers, say."""
     fields = dict(headers or ())
-    http_status = fields.get(":status", "200")
-    if http_status != "200":
-        return GRPCError(_HTTP_STATUS.get(http_status, Status.UNKNOWN), f"HTTP status {http_status[:8]!r}")
+    error = _not_grpc(fields)
+    if error is not None:
+        return error
     text = fields.get("grpc-status", "")
     try:
         status = Status(int(text))
@@ -223,3 +235,14 @@ def _error_of(headers: Headers | None) -> GRPCError | None:
     if status is Status.OK:
         return None
     return GRPCError(status, decode_grpc_message(fields.get("grpc-message", "")))
+
+
+def _not_grpc(fields: Mapping[str, str]) -> GRPCError | None:
+    """What an answer's first headers, or its only ones, say that speak of HTTP alone."""
+    http_status = fields.get(":status", "200")
+    if http_status != "200":
+        return GRPCError(_HTTP_STATUS.get(http_status, Status.UNKNOWN), f"HTTP status {http_status[:8]!r}")
+    content_type = fields.get("content-type", CONTENT_TYPE)
+    if not content_type.startswith(CONTENT_TYPE):
+        return GRPCError(Status.UNKNOWN, f"an answer of type {content_type[:64]!r}, which is not gRPC's")
+    return None

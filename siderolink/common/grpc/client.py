@@ -1,6 +1,7 @@
 """The API's client: one connection to a server, ordinary calls and byte streams on it."""
 
 import asyncio
+import binascii
 import contextlib
 import logging
 import os
@@ -39,10 +40,18 @@ class GrpcChannel(Channel):
     """A connection to one server, made when the first call needs it and again after it was lost; for the generated stubs."""
 
     def __init__(
-        self, host: str | None, port: int | None, path: str | None, tls: ssl.SSLContext | None, limits: Limits
+        self,
+        host: str | None,
+        port: int | None,
+        path: str | None,
+        tls: ssl.SSLContext | None,
+        limits: Limits,
+        *,
+        direct: bool = False,
     ) -> None:
         super().__init__(host, port, path=path, ssl=tls, codec=ClientCodec())
         self._limits = limits
+        self._is_direct = direct
         self._connections: set[Http2Protocol] = set()
 
     @property
@@ -69,7 +78,8 @@ class GrpcChannel(Channel):
     async def _connect(self) -> Http2Protocol:
         if self._path is not None:
             return (await self._loop.create_unix_connection(self._protocol_factory, self._path))[1]
-        proxy = proxy_for(self._host, self._port, tls=self._ssl is not None, environ=os.environ)
+        environ = {} if self._is_direct else os.environ
+        proxy = proxy_for(self._host, self._port, tls=self._ssl is not None, environ=environ)
         if proxy is None:
             return await self._begin(await _dial(self._host, self._port))
         with _naming(proxy):
@@ -157,15 +167,18 @@ async def open_channel(
     tls: ssl.SSLContext | bool | None = None,
     *,
     path: str | None = None,
+    direct: bool = False,
     limits: Limits | None = None,
 ) -> AsyncIterator[GrpcChannel]:
     """A channel to the server at `host` and `port`, or at the local socket `path`; nothing is dialled before the first call.
-    The environment's proxies are used (HTTPS_PROXY, HTTP_PROXY, ALL_PROXY, NO_PROXY).
+    The environment's proxies are used (HTTPS_PROXY, HTTP_PROXY, ALL_PROXY, NO_PROXY) unless `direct`.
 
     `tls` is True for the system's roots, None or False for plaintext. Calls raise what `translate_errors` translates.
     """
     context = client_tls() if tls is True else tls or None
-    channel = GrpcChannel(host, port, path, context, limits or Limits())
+    if context is not None:
+        context.set_alpn_protocols(["h2"])  # without which a server may take gRPC for something else
+    channel = GrpcChannel(host, port, path, context, limits or Limits(), direct=direct)
     try:
         yield channel
     finally:
@@ -207,7 +220,8 @@ def translate_errors(target: str = "the server's API") -> Iterator[None]:
         raise ServerUnreachableError(f"{target} broke the connection off: {error}") from error
     except H2Error as error:
         raise ServerUnreachableError(f"the connection to {target} broke: {type(error).__name__}") from error
-    except (grpclib.exceptions.ProtocolError, AssertionError) as error:
+    except (grpclib.exceptions.ProtocolError, AssertionError, binascii.Error, UnicodeError) as error:
+        # the last two: binary metadata that is not base64
         raise InvalidAnswerError(f"{target} gave an answer that breaks gRPC") from error
 
 

@@ -76,6 +76,7 @@ def test_a_tunnel_answer_names_no_endpoint() -> None:
         ("server_address", "192.0.2.1"),
         ("server_address", "fdae:41e4:649b:9304::1"),
         ("server_address", "fdae:41e4:649b:9303::1/64"),
+        ("server_address", "fdae:41e4:649b:9303::1%eth0"),
         ("server_endpoint", []),
         ("server_endpoint", ["192.0.2.1"]),
         ("server_endpoint", ["192.0.2.1:0"]),

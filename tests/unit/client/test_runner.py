@@ -95,11 +95,21 @@ class Bench:
 
 @asynccontextmanager
 async def running(
-    answer: ProvisionResponse | GRPCError, *, attempt_timeout: float = 5.0, down_after: float = 275.0
+    answer: ProvisionResponse | GRPCError,
+    *,
+    attempt_timeout: float = 5.0,
+    down_after: float = 275.0,
+    fallback_tunnel: bool = False,
 ) -> AsyncIterator[Bench]:
     async with provision_api(answer) as (service, url):
         bench = Bench(service)
-        options = LinkOptions(url=url, machine=Machine(uuid="a-uuid"), attempt_timeout=attempt_timeout, down_after=down_after)
+        options = LinkOptions(
+            url=url,
+            machine=Machine(uuid="a-uuid"),
+            attempt_timeout=attempt_timeout,
+            down_after=down_after,
+            fallback_tunnel=fallback_tunnel,
+        )
         bench.runner = LinkRunner(options, bench.emit, bench)
         async with background_tasks() as tasks:
             tasks.start_soon(bench.runner.run)
@@ -212,6 +222,14 @@ async def test_a_refusal_later_on_is_not_asked_about_soon_again() -> None:
         assert (await bench.saw(events.ProvisionFailed)).retry_in >= 30
 
 
+@pytest.mark.parametrize("status", [Status.INTERNAL, Status.UNKNOWN, Status.CANCELLED, Status.ABORTED])
+async def test_what_went_wrong_over_there_is_asked_about_soon_again(status: Status) -> None:
+    async with running(response(new_key(), ONE), attempt_timeout=0.03) as bench:
+        await bench.saw(events.Connecting)
+        bench.service.answer = GRPCError(status, "internal server error")
+        assert (await bench.saw(events.ProvisionFailed)).retry_in <= 2
+
+
 async def test_a_server_with_another_key_takes_the_old_ones_place() -> None:
     old, new = new_key(), new_key()
     async with running(response(old, ONE), attempt_timeout=0.05) as bench:
@@ -238,6 +256,25 @@ async def test_another_address_or_transport_needs_another_device() -> None:
         assert bench.configs[2].name == "siderolinktun"
         assert bench.configs[2].listen_port is None
         assert bench.configs[2].private_key == bench.configs[0].private_key
+
+
+async def test_udp_is_tried_with_the_key_that_the_server_has_by_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    old, new = new_key(), new_key()
+    tried: list[Callable[[], PublicKey]] = []
+
+    async def until_udp_passes(_: object, server_key: Callable[[], PublicKey], *rest: object) -> None:
+        tried.append(server_key)
+        await anyio.sleep_forever()
+
+    monkeypatch.setattr("siderolink.client.runner.until_udp_passes", until_udp_passes)
+    async with running(response(old, ONE), attempt_timeout=0.05, fallback_tunnel=True) as bench:
+        await bench.saw(events.Connecting)
+        bench.service.answer = response(old, VIRTUAL, virtual=VIRTUAL)
+        await bench.saw(events.FallbackBegun)
+        bench.service.answer = response(new, VIRTUAL, virtual=VIRTUAL)
+        await bench.saw(events.Joined, condition=lambda event: event.server_key == new)
+        await anyio.wait_all_tasks_blocked()
+        assert [server_key() for server_key in tried] == [new]
 
 
 async def test_a_handshake_whose_event_was_missed_counts_all_the_same() -> None:

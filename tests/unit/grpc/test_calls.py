@@ -6,7 +6,8 @@ import logging
 from collections.abc import AsyncIterator
 
 import pytest
-from hyperframe.frame import DataFrame, SettingsFrame, WindowUpdateFrame
+from hpack import Encoder
+from hyperframe.frame import DataFrame, HeadersFrame, SettingsFrame, WindowUpdateFrame
 
 from siderolink.common.errors import InvalidAnswerError, ServerUnreachableError
 from siderolink.common.grpc import (
@@ -20,7 +21,7 @@ from siderolink.common.grpc import (
     translate_errors,
 )
 from tests.support.api import CALL, ECHO, Raw, Service, method, serving
-from tests.support.http2 import RawPeer, data, message
+from tests.support.http2 import PREFACE, RawPeer, data, message
 
 pytestmark = pytest.mark.anyio
 
@@ -138,6 +139,51 @@ async def test_an_answer_that_cannot_be_read_is_an_invalid_answer() -> None:
     async with calling(Service(lambda _: b"\xff")) as channel:
         with pytest.raises(InvalidAnswerError), translate_errors():
             await method(channel)(Raw(b"x"))
+
+
+@contextlib.asynccontextmanager
+async def answering(headers: dict[str, str], body: bytes = b"") -> AsyncIterator[int]:
+    """A server whose answer to the first request is this."""
+
+    async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(PREFACE)
+        answer = HeadersFrame(1, Encoder().encode(headers.items()), flags=["END_HEADERS"])
+        writer.write(
+            b"".join(frame.serialize() for frame in (SettingsFrame(0), answer, DataFrame(1, body, flags=["END_STREAM"])))
+        )
+        await reader.read()
+        writer.transport.abort()
+
+    server = await asyncio.start_server(accept, "127.0.0.1", 0)
+    async with server:
+        yield server.sockets[0].getsockname()[1]
+
+
+@pytest.mark.parametrize("value", ["A", "ü"])
+async def test_binary_metadata_that_is_none_is_an_invalid_answer(value: str) -> None:
+    async with answering({":status": "200", "content-type": "application/grpc", "x-bin": value}) as port:
+        with pytest.raises(InvalidAnswerError), translate_errors():
+            async with open_channel("127.0.0.1", port) as channel:
+                await method(channel)(Raw(b"x"))
+
+
+@pytest.mark.parametrize(
+    ("headers", "status", "says"),
+    [
+        ({":status": "403", "content-type": "text/html"}, Status.PERMISSION_DENIED, "HTTP status '403'"),
+        ({":status": "502"}, Status.UNAVAILABLE, "HTTP status '502'"),
+        ({":status": "200", "content-type": "text/html"}, Status.UNKNOWN, "an answer of type 'text/html', which is not gRPC's"),
+    ],
+)
+async def test_a_page_in_place_of_a_stream_is_told_as_what_it_is(headers: dict[str, str], status: Status, says: str) -> None:
+    async with answering(headers, b"<html>no</html>") as port, open_channel("127.0.0.1", port) as channel:
+        async with open_byte_stream(channel, ECHO) as stream:
+            got: list[bytes] = []
+            stream.receive(lambda pieces: got.extend(map(bytes, pieces)))
+            with pytest.raises(GRPCError, match=says) as caught:
+                await stream.wait_ended()
+        assert caught.value.status is status
+        assert not got
 
 
 async def test_a_server_that_stops_tells_waiting_calls() -> None:

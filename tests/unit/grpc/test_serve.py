@@ -56,6 +56,12 @@ async def test_calls_over_tls(certificate: Path) -> None:
                 assert (await method(channel)(Raw(b"x"))).data == b"x"
 
 
+async def test_a_context_of_the_callers_own_is_made_to_offer_http2(certificate: Path) -> None:
+    async with serve([Service()], host="127.0.0.1", tls=server_tls(certificate)) as server:
+        async with open_channel("127.0.0.1", server.port, ssl.create_default_context(cafile=certificate)) as channel:
+            assert (await method(channel)(Raw(b"x"))).data == b"x"
+
+
 async def test_a_certificate_that_is_not_trusted(certificate: Path) -> None:
     async with serve([Service()], host="127.0.0.1", tls=server_tls(certificate)) as server:
         distrust = "certificate of the server's API is not trusted"

@@ -28,6 +28,7 @@ from siderolink.common.machine_events import unpack_event
 from siderolink.common.pb.events import EventRequest
 from siderolink.common.pb.machine import ConfigLoadErrorEvent, PhaseEvent
 from siderolink.common.tasks import background_tasks
+from tests.support.proxy import running_proxy
 
 pytestmark = pytest.mark.anyio
 
@@ -96,6 +97,18 @@ async def test_delivery_goes_on_where_it_stopped_when_the_sink_is_back() -> None
             sender.kick()
             await until(lambda: sender.waiting == 0)
         assert sink.phases() == list("0123")
+
+
+async def test_an_overlay_address_is_never_reached_by_a_proxy(monkeypatch: pytest.MonkeyPatch, no_leaks: None) -> None:
+    async with running_proxy("http") as proxy, background_tasks() as tasks:
+        monkeypatch.setenv("HTTP_PROXY", f"http://127.0.0.1:{proxy.port}")
+        for host in ("fdff::1", "sink.example"):
+            sender = EventSender()
+            sender.publish(PhaseEvent(phase="0"))
+            tasks.start_soon(sender.run, HostPort(host, 8090))
+        await until(lambda: proxy.asked)
+        await anyio.sleep(0.2)
+        assert set(proxy.asked) == {"sink.example:8090"}
 
 
 @pytest.mark.parametrize(("error", "actor"), [("x" * 300_000, ""), ("", "a" * 1000)])
@@ -175,6 +188,38 @@ async def test_lines_arrive_and_a_break_loses_none(no_leaks: None) -> None:
             await until(lambda: receiver.messages()[-1:] == ["199"])
             assert list(dict.fromkeys(receiver.messages())) == [str(number) for number in range(200)]
             assert sender.lost == 0
+
+
+async def test_what_was_not_written_when_the_receiver_ended_is_sent_again(no_leaks: None) -> None:
+    """The end comes while a batch is being written, by a receiver that reads on for a while, as our own server does."""
+    got: list[int] = []
+    with socket.socket() as listening:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 1220)
+        listening.bind(("127.0.0.1", 0))
+        listening.listen()
+        listening.setblocking(False)
+
+        async def serve(*, until_ended: bool) -> None:
+            taken, data, loop = (await asyncio.get_running_loop().sock_accept(listening))[0], b"", asyncio.get_running_loop()
+            with taken, anyio.move_on_after(1.0):
+                if until_ended:
+                    await until(lambda: sender.waiting < 2000)
+                    taken.shutdown(socket.SHUT_WR)
+                while piece := await loop.sock_recv(taken, 65536):
+                    data += piece
+            got.extend(json.loads(line)["seq"] for line in data.split(b"\n")[:-1])
+
+        sender = sender_to(listening.getsockname()[1])
+        for number in range(2000):
+            sender.add(KernelMessage(message="x" * 400, seq=number))
+        async with background_tasks() as tasks:
+            tasks.start_soon(sender.run)
+            await serve(until_ended=True)
+            assert sender.lost == 0
+            assert sender.delivered <= len(got) < 2000
+            await serve(until_ended=False)
+    assert sorted(set(got)) == list(range(2000))
 
 
 async def test_a_receiver_that_takes_nothing_costs_bounded_memory(no_leaks: None) -> None:
