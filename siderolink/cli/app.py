@@ -24,6 +24,7 @@ from siderolink.cli.options import (
     ServerInterface,
     ServerUrl,
     StateFile,
+    TalosVersion,
     TlsCert,
     TlsKey,
     TokenFile,
@@ -127,6 +128,7 @@ def join(
     config: Config = None,
     kernel_cmdline: KernelCmdline = None,
     uuid: Annotated[str | None, typer.Option(help="The machine's UUID.", show_default="the firmware's")] = None,
+    talos_version: TalosVersion = "",
     unique_token: UniqueToken = None,
     unique_token_file: UniqueTokenFile = None,
     join_token_file: TokenFile = None,
@@ -162,6 +164,7 @@ def join(
         url=url,
         config=tuple(config or ()),
         kernel_cmdline=kernel_cmdline,
+        uuid=uuid,
         unique_token=unique_token,
         unique_token_file=unique_token_file,
         join_token_file=join_token_file,
@@ -169,7 +172,7 @@ def join(
     run_join(
         JoinOptions(
             settings=settings,
-            uuid=uuid,
+            talos_version=talos_version,
             interface=interface,
             device=device.value,
             netns=netns,

@@ -32,7 +32,8 @@ class JoinOptions:
     """As given on the command line."""
 
     settings: SettingsOptions
-    uuid: str | None
+    talos_version: str = ""
+    """The release's tag that the server is told, and the callers of the maintenance API."""
     interface: str | None
     device: DeviceKind
     netns: str | None = None
@@ -116,8 +117,10 @@ class JoinedMachine:
         if not options.maintenance_api:
             yield None
             return
-        maintenance = Maintenance(self._settings, self._reporting, self._key)
-        async with maintenance.serve(node_uuid=options.uuid or machine_uuid(), port=options.maintenance_port) as presence:
+        maintenance = Maintenance(self._settings, self._reporting, self._key, version=options.talos_version)
+        uuid = self._settings.current.uuid
+        node_uuid = uuid.value if uuid is not None else machine_uuid()
+        async with maintenance.serve(node_uuid=node_uuid, port=options.maintenance_port) as presence:
             yield presence
 
     async def _hold(self, settings: "_JoinPart") -> None:
@@ -138,8 +141,9 @@ class JoinedMachine:
         async with (
             connect(
                 url,
-                uuid=options.uuid,
+                uuid=settings.uuid,
                 unique_token=settings.unique_token,
+                talos_version=options.talos_version,
                 interface=options.interface,
                 device=options.device,
                 namespace=options.netns,
@@ -168,6 +172,7 @@ class _JoinPart:
     """The settings that a link is made from."""
 
     url: JoinURL | None
+    uuid: str | None
     unique_token: str = field(repr=False)
     roots_pem: str | None = field(repr=False)
 
@@ -175,6 +180,7 @@ class _JoinPart:
 def _join_part(settings: MachineSettings) -> _JoinPart:
     return _JoinPart(
         url=settings.url.value if settings.url is not None else None,
+        uuid=settings.uuid.value if settings.uuid is not None else None,
         unique_token=settings.unique_token.value if settings.unique_token is not None else "",
         roots_pem=settings.roots_pem,
     )

@@ -34,6 +34,10 @@ Url = Annotated[
 UniqueToken = Annotated[
     str | None, typer.Option(help="What tells machines of one UUID apart.", envvar="SIDEROLINK_UNIQUE_TOKEN")
 ]
+TalosVersion = Annotated[
+    str,
+    typer.Option(help="The release to join as, such as v1.13.0: some servers let in no machine without one.", metavar="TAG"),
+]
 UniqueTokenFile = Annotated[Path | None, typer.Option(help="A file that holds it.", metavar="FILE")]
 JoinToken = Annotated[
     str | None,

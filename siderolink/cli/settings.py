@@ -27,6 +27,7 @@ class SettingsOptions:
     url: str | None = field(repr=False)
     config: tuple[Path, ...] = ()
     kernel_cmdline: Path | None = None
+    uuid: str | None = None
     unique_token: str | None = field(default=None, repr=False)
     unique_token_file: Path | None = None
     join_token_file: Path | None = None
@@ -47,6 +48,7 @@ class SettingsReader:
             explicit=MachineSettings(
                 url=None if url is None else Setting(url, "argument"),
                 unique_token=None if unique_token is None else Setting(unique_token, "argument"),
+                uuid=None if options.uuid is None else Setting(options.uuid, "argument"),
             ),
             documents=options.config,
             kernel_cmdline=None if from_kernel == HOST else from_kernel,
@@ -69,6 +71,7 @@ class FollowedSettings:
         """Reads them a first time. Raises ConfigurationError."""
         self._reader = reader
         self._applied = MachineSettings()
+        self._meta = MachineSettings()
         self._refusal: str | None = None
         self._changed = anyio.Event()
         self.current = reader.read()
@@ -81,6 +84,16 @@ class FollowedSettings:
     def apply(self, documents: MachineSettings) -> None:
         """Let these documents count from now on: more than what was found, less than the arguments."""
         self._applied = documents
+        self._read_again()
+
+    @property
+    def meta(self) -> MachineSettings:
+        """The UUID and the unique token that the server has given this machine; they count more than any others."""
+        return self._meta
+
+    @meta.setter
+    def meta(self, written: MachineSettings) -> None:
+        self._meta = written
         self._read_again()
 
     async def watch(self) -> None:
@@ -98,7 +111,14 @@ class FollowedSettings:
 
     def _read_again(self) -> None:
         try:
-            settings, refusal = merge(self._reader.sources.explicit, self._applied, self._reader.read()), None
+            found = self._reader.read()
+            explicit = self._reader.sources.explicit
+            explicit = replace(
+                explicit,
+                uuid=self._meta.uuid or explicit.uuid,
+                unique_token=self._meta.unique_token or explicit.unique_token,
+            )
+            settings, refusal = merge(explicit, self._applied, found), None
         except ConfigurationError as error:
             settings, refusal = self.current, str(error)
         if refusal is not None and refusal != self._refusal:

@@ -179,9 +179,8 @@ async def connect(
     `uuid` is the firmware's by default, `interface` the transport's usual name, `namespace` where the interface lives while
     datagrams and calls go by the caller's. `private_key` is a new one by default; with the same one, joining again is the same
     link to the server. An https URL's certificate is checked against the system's roots, `ca_file` (PEM), or as `tls` says,
-    which is made to offer HTTP/2.
-    `on_event` is called on the event loop for each event from the first on; it must be quick. A link that dies is
-    re-established without end, and `events` tells.
+    which is made to offer HTTP/2. `on_event` is called on the event loop for each event from the first on; it must be quick. A
+    link that dies is re-established without end, and `events` tells.
 
     Raises JoinURLError or ConfigurationError for what cannot be used as given; ServerUnreachableError, JoinRefusedError or
     InvalidAnswerError where the first join fails; HandshakeTimeoutError after `handshake_timeout` seconds without a handshake

@@ -1,21 +1,30 @@
 """`siderolink join` as a whole machine: configured by its API, reporting to `siderolink serve`."""
 
 import json
+import queue
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 import grpc
 import pytest
 
+from siderolink import Server
 from siderolink.common.pb.machine import (
     ApplyConfigurationRequest,
     ApplyConfigurationRequestMode,
     ApplyConfigurationResponse,
+    MetaDeleteRequest,
+    MetaDeleteResponse,
+    MetaWriteRequest,
+    MetaWriteResponse,
 )
+from siderolink.server import Allow, Deny, JoinRequest
 from tests.support.machine_api import MACHINE, MachineClient, machine_client, status_of
 from tests.support.netns import Namespace
 from tests.support.reach import dial, keeps_out, lets_in
@@ -138,3 +147,87 @@ def test_a_machine_is_configured_by_its_api_and_reports(net: Net) -> None:
         ask(net.server, "192.0.2.2", MachineClient.version)
     end(machine)
     end(server)
+
+
+class Membership:
+    """A machine by `siderolink join`, whose joins the server tells of."""
+
+    def __init__(self, net: Net, *options: str) -> None:
+        self.uuid = UUID
+        self._net = net
+        self._options = options
+        self._joins: queue.Queue[JoinRequest] = queue.Queue()
+        self._server = Server(
+            api_listen="0.0.0.0:4000", join_token=TOKEN, wireguard_endpoints=["192.0.2.1:51820"], authorize=self._authorize
+        )
+
+    async def _authorize(self, request: JoinRequest) -> Allow | Deny:
+        self._joins.put(request)
+        return Allow()
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        url = f"grpc://192.0.2.1:4000?jointoken={TOKEN}"
+        with self._net.server.portal() as self._portal, self._portal.wrap_async_context_manager(self._server):
+            options = ("--uuid", UUID, "--maintenance-api", "--device", "userspace", *self._options)
+            self._machine = start(self._net.machine, "join", url, *options)
+            yield
+            end(self._machine)
+
+    def next_join(self) -> JoinRequest:
+        request = self._joins.get(timeout=10)
+        read_until(self._machine, "monitoring the link")
+        return request
+
+    def ask(self, work: Callable[[MachineClient], object]) -> object:
+        """By its API, which listens a moment after the link has come up."""
+        [found] = [status for status in self._portal.call(self._server.machines) if status.machine.node_uuid == self.uuid]
+        deadline = time.monotonic() + 10
+        while True:
+            try:
+                return ask(self._net.server, str(found.machine.overlay_address), work)
+            except (ConnectionRefusedError, TimeoutError):
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+
+    def write(self, key: int, value: bytes) -> None:
+        request = MetaWriteRequest(key=key, value=value)
+        self.ask(lambda client: client.call(f"{MACHINE}MetaWrite", request, MetaWriteResponse))
+
+    def delete(self, key: int) -> None:
+        self.ask(lambda client: client.call(f"{MACHINE}MetaDelete", MetaDeleteRequest(key=key), MetaDeleteResponse))
+
+    def refusal(self, work: Callable[[], None]) -> tuple[str, str]:
+        with pytest.raises(grpc.RpcError) as caught:
+            work()
+        return status_of(caught.value)
+
+
+@pytest.mark.timeout(60)
+def test_a_server_gives_a_machine_its_unique_token_by_meta(net: Net) -> None:
+    """As servers do it that let in no machine for good before it has one of theirs."""
+    machine = Membership(net, "--talos-version", "v1.13.0")
+    with machine.running():
+        join = machine.next_join()
+        assert (join.node_uuid, join.unique_token or "", join.talos_version) == (UUID, "", "v1.13.0")
+        assert machine.refusal(lambda: machine.write(12, b"x"))[0] == "UNIMPLEMENTED"
+        assert machine.refusal(lambda: machine.write(16, b"two\nlines"))[0] == "INVALID_ARGUMENT"
+        assert machine.refusal(lambda: machine.delete(16)) == ("NOT_FOUND", "meta key not found")
+        machine.write(16, b"given")
+        join = machine.next_join()
+        assert (join.node_uuid, join.unique_token) == (UUID, "given")
+
+
+@pytest.mark.timeout(60)
+def test_a_server_gives_a_machine_another_uuid_by_meta(net: Net) -> None:
+    other = UUID[:-1] + "2"
+    machine = Membership(net, "--unique-token", "mine")
+    with machine.running():
+        assert machine.next_join().node_uuid == UUID
+        assert machine.refusal(lambda: machine.write(15, b"x")) == ("INVALID_ARGUMENT", "META key 15 must hold a UUID")
+        machine.write(15, other.encode())
+        join = machine.next_join()
+        assert (join.node_uuid, join.unique_token) == (other, "mine")
+        machine.uuid = other
+        machine.delete(15)
+        assert machine.next_join().node_uuid == UUID

@@ -94,6 +94,8 @@ class MachineSettings:
 
     url: Setting[JoinURL] | None = None
     unique_token: Setting[str] | None = field(default=None, repr=False)
+    uuid: Setting[str] | None = None
+    """In place of the firmware's."""
     event_sink: Setting[HostPort] | None = None
     kernel_logs: tuple[Setting[LogURL], ...] = ()
     """Every destination once, those of the documents first."""
@@ -132,6 +134,7 @@ def merge(explicit: MachineSettings, documents: MachineSettings, kernel: Machine
     return MachineSettings(
         url=next((found.url for found in every if found.url is not None), None),
         unique_token=next((found.unique_token for found in every if found.unique_token is not None), None),
+        uuid=next((found.uuid for found in every if found.uuid is not None), None),
         event_sink=next((found.event_sink for found in every if found.event_sink is not None), None),
         kernel_logs=tuple(logs.values()),
         trusted_roots=tuple(roots for found in every for roots in found.trusted_roots),
