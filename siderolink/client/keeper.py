@@ -193,7 +193,7 @@ class RouteKeeper:
     def _take_news(self, signal: news.Signal, watch: HandshakeWatch, now: float) -> None:
         match signal:
             case news.ApiLost():
-                watch.begin_doubt(now, _API_LOST)
+                watch.doubt_twice(now, _API_LOST)
             case news.ApiBack():
                 self._around.nudge.give()
                 watch.probe_now(now)

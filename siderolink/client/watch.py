@@ -17,6 +17,8 @@ PROBE_GROWTH = 1.4
 """On a new way the next handshake is begun a second after the first, then later and later: the server may be slow."""
 DOUBT_PROBES = 15
 DOUBT_INTERVAL = 1.0
+ENDING_SECONDS = 3.0
+"""A server that is being stopped may still answer handshakes for so long after it has ended its API."""
 SILENT_AFTER = 60.0
 """Seconds without anything authenticated that put a link in doubt; both ends keep it alive every 25 s."""
 
@@ -33,6 +35,8 @@ class HandshakeWatch:
         self._silent_at = float("inf")
         self._probe_at = now + FIRST_PROBE
         self._interval = FIRST_PROBE
+        self._again: tuple[float, str] | None = None
+        """When to doubt once more, and why."""
         self.doubt: str | None = None
         """Why an established link is in doubt; None where it is not."""
         self.unanswered = 0
@@ -46,7 +50,8 @@ class HandshakeWatch:
     @property
     def deadline(self) -> float:
         """When to `check` and `take_probe` next, unless something happens before."""
-        return min(self._down_at, self._silent_at, self._probe_at)
+        again_at = float("inf") if self._again is None else self._again[0]
+        return min(self._down_at, self._silent_at, self._probe_at, again_at)
 
     def handshake_completed(self, at: float) -> bool:
         """Note a handshake; True where it brings the link up."""
@@ -82,6 +87,12 @@ class HandshakeWatch:
         self._down_at = min(self._down_at, now + DOUBT_PROBES * DOUBT_INTERVAL)
         return True
 
+    def doubt_twice(self, now: float, reason: str) -> None:
+        """Something looks wrong that a handshake right now does not disprove: begin another doubt after `ENDING_SECONDS`."""
+        self.begin_doubt(now, reason)
+        if self._handshake_at is not None:
+            self._again = now + ENDING_SECONDS, reason
+
     def slept(self, now: float) -> None:
         """The host slept: what should have happened meanwhile could not. The link has another chance."""
         if self._handshake_at is None:
@@ -109,6 +120,9 @@ class HandshakeWatch:
 
     def check(self, now: float) -> str | None:
         """Why the link is down at `now`; None where it is not. Long silence is the beginning of a doubt."""
+        if self._again is not None and now >= self._again[0]:
+            self.begin_doubt(*self._again)
+            self._again = None
         if now >= self._silent_at:
             self.begin_doubt(now, f"nothing was heard for {SILENT_AFTER:.0f} s")
         if now < self._down_at:

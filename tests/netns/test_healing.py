@@ -1,9 +1,10 @@
 """A link that heals: dead endpoints, cut streams, blackholes, a changed interface, a network that goes and comes back."""
 
+import socket
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import pytest
 from anyio.from_thread import BlockingPortal
@@ -18,6 +19,7 @@ from siderolink.client import (
     ProvisionFailed,
     StateChanged,
 )
+from siderolink.server import ReportOptions
 from tests.support.netns import Namespace
 from tests.support.topology import SERVER_V4, Net, direct
 
@@ -146,13 +148,18 @@ def wait_kept(net: Net, seconds: float) -> None:
         time.sleep(0.1)
 
 
-def test_a_server_without_memory_is_taken_up_again_with_its_new_key() -> None:
-    with direct() as net:
+@pytest.mark.parametrize("ends", ["at once", "slowly"])
+def test_a_server_without_memory_is_taken_up_again_with_its_new_key(ends: str) -> None:
+    """Where it ends slowly, it still answers handshakes when its API has ended."""
+    with direct() as net, ExitStack() as stack:
         with joined(net, wait=False) as machine:
-            with serving(net) as server:
+            with serving(net, reports=ReportOptions(log_port=8092)) as server:
                 machine.wait(lambda: machine.link.state is LinkState.CONNECTED)
                 assert machine.link.server_key == server.public_key
                 wait_kept(net, 1.0)
+                if ends == "slowly":  # a second for connections that bring log lines
+                    lines = (str(machine.link.server_address), 8092)
+                    stack.enter_context(net.machine.call(socket.create_connection, lines, 5))
             with serving(net) as server:
                 machine.wait(lambda: machine.link.state is LinkState.CONNECTED and machine.link.server_key == server.public_key)
                 machine.ping()

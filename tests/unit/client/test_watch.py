@@ -71,6 +71,20 @@ def test_a_handshake_ends_the_doubt() -> None:
     assert watch.deadline == 80.5
 
 
+def test_a_handshake_with_a_server_that_is_ending_is_not_the_last_word() -> None:
+    watch = up_at(0.0)
+    watch.doubt_twice(10.0, "the API broke")
+    assert watch.take_probe(10.0)
+    watch.handshake_completed(10.1)
+    assert (watch.doubt, watch.deadline) == (None, 13.0)
+    assert watch.check(13.0) is None
+    assert watch.doubt == "the API broke"
+    assert watch.take_probe(13.0)
+    watch.handshake_completed(13.1)
+    assert watch.check(70.0) is None
+    assert watch.doubt is None
+
+
 def test_silence_is_a_doubt_and_being_heard_is_not() -> None:
     watch = up_at(0.0)
     watch.heard(25.0)
