@@ -9,6 +9,10 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from google.protobuf.descriptor_pb2 import FileDescriptorProto
 
 ROOT = Path(__file__).resolve().parent.parent
 PROTO = ROOT / "siderolink" / "common" / "proto"
@@ -39,6 +43,8 @@ def descriptors() -> dict[str, object]:
         command = [sys.executable, "-m", "grpc_tools.protoc", f"-I{PROTO}", f"--descriptor_set_out={file.name}"]
         subprocess.run([*command, "--include_imports", *REFLECTED], check=True)
         found = FileDescriptorSet.FromString(file.read())
+    for described in [file for file in found.file if file.package == "grpc.reflection.v1"]:
+        found.file.append(_older(described))
     return {
         described.name: {
             "data": base64.b64encode(described.SerializeToString(deterministic=True)).decode(),
@@ -50,6 +56,23 @@ def descriptors() -> dict[str, object]:
         }
         for described in found.file
     }
+
+
+def _older(reflection: "FileDescriptorProto") -> "FileDescriptorProto":
+    """The same service by the package's earlier name, which is served, too."""
+    from google.protobuf.descriptor_pb2 import FileDescriptorProto
+
+    older = FileDescriptorProto()
+    older.CopyFrom(reflection)
+    older.package += "alpha"
+    older.name = older.name.replace(".proto", "_v1alpha.proto")
+    types = [field for message in older.message_type for field in message.field if field.type_name]
+    for field in types:
+        field.type_name = field.type_name.replace(f".{reflection.package}.", f".{older.package}.")
+    for method in (method for service in older.service for method in service.method):
+        method.input_type = method.input_type.replace(f".{reflection.package}.", f".{older.package}.")
+        method.output_type = method.output_type.replace(f".{reflection.package}.", f".{older.package}.")
+    return older
 
 
 def contents(folder: Path) -> dict[str, bytes]:

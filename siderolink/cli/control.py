@@ -9,7 +9,7 @@ from typing import Protocol
 from grpclib.exceptions import GRPCError
 
 from siderolink.common.errors import AddressInUseError, ConfigurationError, ServerUnreachableError
-from siderolink.common.grpc import Servable, open_channel, serve, translate_errors
+from siderolink.common.grpc import Limits, Servable, open_channel, serve, translate_errors
 from siderolink.common.pb.siderolink.control import (
     ControlBase,
     ControlStub,
@@ -23,6 +23,8 @@ from siderolink.common.wireguard.device import DEFAULT_MTU, PeerStatus
 from siderolink.common.wireguard.naming import check_interface
 
 _ANSWER_TIMEOUT = 5.0
+_ANSWER_BYTES = 64 * 1024 * 1024
+"""A status tells of every peer, in some 200 bytes each."""
 
 
 class Source(Protocol):
@@ -95,7 +97,7 @@ async def ask_all() -> tuple[list[StatusResponse], list[str]]:
 
 async def _ask(path: Path) -> StatusResponse:
     with translate_errors():
-        async with open_channel(path=str(path)) as channel:
+        async with open_channel(path=str(path), limits=Limits.for_answers(_ANSWER_BYTES)) as channel:
             return await ControlStub(channel).status(StatusRequest(), timeout=_ANSWER_TIMEOUT)
 
 

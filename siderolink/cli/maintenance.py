@@ -117,7 +117,7 @@ def _read_meta(key: int, value: bytes) -> str:
     try:
         text = value.decode()
         if key == _META_UUID:
-            uuid.UUID(text)
+            return str(uuid.UUID(text))
     except ValueError:
         raise ConfigurationError(f"META key {key} must hold {'a UUID' if key == _META_UUID else 'text'}") from None
     if not text.isprintable() or not 0 < len(text) <= _LONGEST_META:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from siderolink.cli.control import control_socket, peer_message
+from siderolink.cli.descriptors import allow_descriptors
 from siderolink.cli.machine_reports import report_counts, say_reports
 from siderolink.cli.notify import feed_watchdog, notify
 from siderolink.cli.running import leave, run_until_stopped, say
@@ -32,6 +33,8 @@ from siderolink.server import (
     ServerEvent,
     Store,
 )
+
+_MOST_DESCRIPTORS = 1 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -222,6 +225,7 @@ def _certificate(options: ServeOptions) -> ServerCertificate | None:
 
 def run_serve(options: ServeOptions) -> None:
     """Serve until stopped. Raises SideroLinkError."""
+    allow_descriptors(_MOST_DESCRIPTORS)
     serve = Serve(options)
     run_until_stopped(serve.run, serve.reload)
     leave()

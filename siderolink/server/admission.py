@@ -22,7 +22,7 @@ _MESSAGES = {
     JoinRefusal.BANNED: "this machine is banned",
     JoinRefusal.OTHER_UNIQUE_TOKEN: "another machine has joined with this UUID",
     JoinRefusal.LINK_ALIVE: "a machine with this UUID has a living link",
-    JoinRefusal.KEY_IN_USE: "another machine has a living link with this public key",
+    JoinRefusal.KEY_IN_USE: "another machine has joined with this public key",
     JoinRefusal.TOO_MANY_MACHINES: "the server knows as many machines as it may",
     JoinRefusal.TOO_MANY_PENDING: "too many machines have joined without a handshake; try again later",
 }
@@ -82,7 +82,7 @@ class Admission:
         self._check_limits(owner, has_new_key)
         now = self._clock.time()
         needs_virtual = call.tunnel and identity.needs_virtual_address(owner, claimant, silence, now)
-        wanted = self._row(owner, call, silence, now, machine_id)
+        wanted = self._row(owner, call, None if owner is None else self._links.absence(owner, silence), now, machine_id)
         if wanted != owner or needs_virtual:
             wanted = wanted if owner is None else replace(wanted, joined_at=now)
             wanted = await self._write(transaction, wanted, owner is None, needs_virtual)
@@ -98,7 +98,7 @@ class Admission:
         holder = await transaction.machine_by_key(claimant.public_key)
         if holder is None or (owner is not None and holder.id == owner.id):
             return None
-        _raise_if(identity.check_holder(holder, claimant, await self._links.silence(holder)))
+        _raise_if(identity.check_holder(holder, claimant))
         return await transaction.update(replace(holder, public_key=None, linked_at=None))
 
     def _check_limits(self, owner: Machine | None, has_new_key: bool) -> None:
@@ -107,7 +107,7 @@ class Admission:
         if has_new_key and self._links.pending >= self._limits.max_pending:
             raise _rejected(JoinRefusal.TOO_MANY_PENDING)
 
-    def _row(self, owner: Machine | None, call: Call, silence: float | None, now: float, machine_id: str) -> Machine:
+    def _row(self, owner: Machine | None, call: Call, absence: float | None, now: float, machine_id: str) -> Machine:
         """The row as it shall be, but for its addresses; equal to `owner` where nothing changes."""
         claimant = call.claimant
         if owner is None:
@@ -122,7 +122,7 @@ class Admission:
                 created_at=now,
                 joined_at=now,
             )
-        binds = identity.binds_token(owner, silence)
+        binds = identity.binds_token(owner, absence)
         return replace(
             owner,
             public_key=claimant.public_key,

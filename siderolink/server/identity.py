@@ -52,18 +52,22 @@ def check_owner(owner: Machine, claimant: Claimant, silence: float | None) -> Jo
     return None
 
 
-def check_holder(holder: Machine, claimant: Claimant, silence: float | None) -> JoinRefusal | None:
+def check_holder(holder: Machine, claimant: Claimant) -> JoinRefusal | None:
     """May the claimant take its public key from `holder`, a machine of another UUID with the same key?
 
-    A machine's UUID may be overridden while it runs, and then it comes back with the same key and unique token.
+    A machine's UUID may be overridden while it runs, and then it comes back with the same key and unique token. Without the
+    token, never where a handshake has proved the key to be the holder's: with the same key both would have living links, and
+    what the holder sends would be dropped, however long it had been silent. It gets another key when it starts again.
     """
-    if _same_token(holder, claimant) or not is_alive(silence):
-        return None
-    return JoinRefusal.KEY_IN_USE
+    return None if _same_token(holder, claimant) or holder.linked_at is None else JoinRefusal.KEY_IN_USE
 
 
 def binds_token(owner: Machine | None, silence: float | None) -> bool:
-    """Is this the moment to bind the claimant's unique token to the row? Never in a living link that has none bound."""
+    """Is this the moment to bind the claimant's unique token to the row? Never in a living link that has none bound.
+
+    Nor in the first minute after a start, when a living link may not have been heard yet: what a stranger had bound, the
+    machine itself could never undo.
+    """
     return owner is None or (owner.unique_token_digest is None and not is_alive(silence))
 
 

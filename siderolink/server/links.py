@@ -5,7 +5,7 @@ Everything here is found by a key in a dictionary; no method looks at all links 
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from ipaddress import IPv6Address, IPv6Network
 
@@ -58,6 +58,8 @@ class Link:
     """True while no keepalives are sent, because nobody has answered them for long."""
     is_applied: bool = False
     """False while the device does not have the row's peer yet."""
+    abandoned: set[PublicKey] = field(default_factory=set)
+    """Keys that the machine had, and whose peers the device may still have."""
 
 
 class Links:
@@ -68,6 +70,7 @@ class Links:
         self._persistent_keepalive = persistent_keepalive
         self._max_unproven_streams = max_unproven_streams
         self._clock = clock
+        self._began_at = clock.time()
         self._by_id: dict[str, Link] = {}
         self._by_key: dict[PublicKey, Link] = {}
         self._by_virtual: dict[IPv6Address, Link] = {}
@@ -105,14 +108,23 @@ class Links:
             return None
         return max(0.0, self._clock.time() - status.last_received)
 
+    def absence(self, machine: Machine, silence: float | None) -> float | None:
+        """The machine's silence; but where this server found its link in the store and has not heard it yet, the seconds since
+        the server before may have heard it.
+        """
+        if silence is None and machine.linked_at is not None and machine.linked_at <= self._began_at:
+            return max(0.0, self._clock.time() - self._began_at)
+        return silence
+
     async def apply(self, machine: Machine, *, state: LinkState = LinkState.PENDING) -> Link:
-        """Make device and addresses match the row, unless a newer revision has been applied. `state` is for a new key."""
+        """Make device and addresses match the row, unless a newer revision is known. `state` is for a new key."""
         link = self._by_id.get(machine.id)
         if link is None:
+            state = LinkState.DOWN if machine.public_key is None else state
             link = self._by_id[machine.id] = Link(machine, state, endpoint=machine.last_endpoint)
             self.pending += state is LinkState.PENDING
             old = None
-        elif link.is_applied and link.machine.revision >= machine.revision:
+        elif link.machine.revision > machine.revision or (link.is_applied and link.machine.revision == machine.revision):
             return link
         else:
             old, link.machine = link.machine, machine
@@ -120,10 +132,9 @@ class Links:
         if old is not None and old.overlay_address != machine.overlay_address:
             self._release_overlay_address(link, old.overlay_address)
         self._by_overlay[machine.overlay_address] = link
-        abandoned = self._move_key(link, old, state)
+        self._move_key(link, old, state)
         self._move_virtual_address(link, old)
-        if abandoned is not None:
-            await self._device.remove_peer(abandoned)
+        await self._remove_abandoned(link)
         if machine.public_key is not None:
             link.is_quiet = False
             await self._device.set_peer(self._peer(machine, machine.public_key))
@@ -155,17 +166,25 @@ class Links:
         peer = self._peer(link.machine, link.machine.public_key)
         await self._device.set_peer(replace(peer, persistent_keepalive=0) if quiet else peer)
 
-    def _move_key(self, link: Link, old: Machine | None, state: LinkState) -> PublicKey | None:
-        """Give the link its row's key; returns the key that nobody has any more."""
+    async def _remove_abandoned(self, link: Link) -> None:
+        while link.abandoned:
+            key = next(iter(link.abandoned))
+            if key not in self._by_key:  # or another machine has it by now
+                await self._device.remove_peer(key)
+            link.abandoned.discard(key)
+
+    def _move_key(self, link: Link, old: Machine | None, state: LinkState) -> None:
+        """Give the link its row's key; one that nobody has any more is abandoned."""
         key, old_key = link.machine.public_key, old.public_key if old else None
         if key is not None:
             self._by_key[key] = link
         if old is None or key == old_key:
-            return None
+            return
         self.set_state(link, LinkState.DOWN if key is None else state)
         self.end_streams(link, StreamRefusal.MACHINE_GONE if key is None else StreamRefusal.REPLACED)
         link.path = None
-        return old_key if old_key is not None and self._release_key(link, old_key) else None
+        if old_key is not None and self._release_key(link, old_key):
+            link.abandoned.add(old_key)
 
     def _release_key(self, link: Link, key: PublicKey) -> bool:
         if self._by_key.get(key) is not link:
@@ -201,7 +220,8 @@ class Links:
             self._release_virtual_address(link, machine.virtual_address)
         self.end_streams(link, StreamRefusal.MACHINE_GONE)
         if machine.public_key is not None and self._release_key(link, machine.public_key):
-            await self._device.remove_peer(machine.public_key)
+            link.abandoned.add(machine.public_key)
+        await self._remove_abandoned(link)
         return link
 
     def set_state(self, link: Link, state: LinkState) -> None:

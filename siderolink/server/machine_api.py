@@ -4,10 +4,12 @@ import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from siderolink.common.grpc import GrpcChannel, open_channel
+from siderolink.common.grpc import GrpcChannel, Limits, open_channel
 from siderolink.server.store import Machine
 
 MACHINE_API_PORT = 50000
+_ANSWER_BYTES = 4 * 1024 * 1024
+"""What such an API's other clients take at most."""
 
 
 @asynccontextmanager
@@ -21,5 +23,7 @@ async def open_machine_api(machine: Machine, *, port: int = MACHINE_API_PORT) ->
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
     context.minimum_version = ssl.TLSVersion.TLSv1_3
-    async with open_channel(str(machine.overlay_address), port, context, direct=True) as channel:
+    async with open_channel(
+        str(machine.overlay_address), port, context, direct=True, limits=Limits.for_answers(_ANSWER_BYTES)
+    ) as channel:
         yield channel

@@ -337,7 +337,7 @@ class Machines:
 
     def _is_applied(self, machine: Machine) -> bool:
         link = self._links.get(machine.id)
-        return link is not None and link.machine.revision >= machine.revision
+        return link is not None and link.is_applied and link.machine.revision >= machine.revision
 
     async def _row(self, machine_id: str) -> Machine | None:
         return await self._store.transact(lambda transaction: transaction.machine(machine_id))

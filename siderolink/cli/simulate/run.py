@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import resource
 import signal
 import sys
 import time
@@ -11,14 +10,13 @@ from dataclasses import dataclass
 import anyio
 from anyio.abc import TaskStatus
 
+from siderolink.cli.descriptors import SPARE_DESCRIPTORS, allow_descriptors
 from siderolink.cli.running import run_until_stopped
 from siderolink.cli.simulate.swarm import Load, Phase, Swarm, open_swarm
 from siderolink.common.collector import calm_collector
 from siderolink.common.errors import ConfigurationError
 from siderolink.common.join_url import JoinURL
 from siderolink.common.tasks import background_tasks
-
-_SPARE_DESCRIPTORS = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,9 +92,7 @@ def _report(phase: Phase, options: SimulateOptions) -> None:
 
 def _allow_descriptors(load: Load) -> None:
     """Each machine takes a socket, and another one while it joins. Raises ConfigurationError."""
-    needed = load.machines + load.at_once + _SPARE_DESCRIPTORS
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if hard != resource.RLIM_INFINITY and hard < needed:
-        raise ConfigurationError(f"{load.machines} machines need {needed} open files, and the limit is {hard} (ulimit -Hn)")
-    if soft != resource.RLIM_INFINITY and soft < needed:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+    needed = load.machines + load.at_once + SPARE_DESCRIPTORS
+    allowed = allow_descriptors(needed)
+    if allowed < needed:
+        raise ConfigurationError(f"{load.machines} machines need {needed} open files, and the limit is {allowed} (ulimit -Hn)")

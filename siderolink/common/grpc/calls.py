@@ -165,7 +165,7 @@ class CallHandler(AbstractHandler):
         try:
             deadline = Deadline.from_headers(headers)
             metadata = decode_metadata(headers)
-        except ValueError:
+        except (ValueError, OverflowError):
             raise _Bad(Refusal.BAD_REQUEST, Status.INVALID_ARGUMENT, "the call's metadata cannot be read") from None
         if method.request_type is ByteStream:
             first = {key: value for key in metadata if isinstance(value := metadata[key], str)}

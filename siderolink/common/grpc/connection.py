@@ -219,8 +219,14 @@ class Connection(_GrpclibConnection):
         self._corked.write_now(b"".join(parts))
 
     def put_answer(self, stream_id: int, message: bytes) -> bool:
-        """Send a call's only message, headers and OK trailers in one write; False, and nothing sent, without room for it."""
+        """Send a call's only message, headers and OK trailers in one write; False, and nothing sent, where that cannot be.
+
+        It cannot without room, nor as the first answer since the peer asked for a smaller header table: the block that follows
+        has to begin with the new size (RFC 7541, 4.2), and only the engine's encoder writes that.
+        """
         size = len(message)
+        if self._connection.encoder.table_size_changes:
+            return False
         if size > min(self.room(stream_id), self._connection.max_outbound_frame_size):
             return False
         stream = self._connection.streams[stream_id]

@@ -1,6 +1,7 @@
 """How much one peer of the API may ask for, before it is refused."""
 
 from dataclasses import dataclass
+from typing import Self
 
 from siderolink.common.errors import ConfigurationError
 
@@ -72,13 +73,18 @@ class Limits:
     connect_timeout: float = 10.0
     """How long a client waits for a connection, the TLS handshake included."""
 
+    @classmethod
+    def for_answers(cls, size: int) -> Self:
+        """A client's, that takes answers of up to `size` bytes."""
+        return cls(max_message_bytes=size, stream_window_bytes=size + 5, connection_window_bytes=max(size + 5, 1 << 20))
+
     def __post_init__(self) -> None:
         """Raises ConfigurationError for what HTTP/2 cannot express."""
         if not 16_384 <= self.max_frame_bytes < 1 << 24:
             raise ConfigurationError(f"max_frame_bytes is 16384 to 16777215, not {self.max_frame_bytes}")
         if not DEFAULT_WINDOW <= self.connection_window_bytes <= _LARGEST_WINDOW:
             raise ConfigurationError(f"connection_window_bytes is 65535 to 2147483647, not {self.connection_window_bytes}")
-        if not self.max_message_bytes + 5 <= self.stream_window_bytes <= _LARGEST_WINDOW:
-            raise ConfigurationError(
-                f"stream_window_bytes is max_message_bytes + 5 to 2147483647, not {self.stream_window_bytes}"
-            )
+        # A message is acknowledged when it is whole: it would never be, where a window is smaller.
+        for name in ("stream_window_bytes", "connection_window_bytes"):
+            if not self.max_message_bytes + 5 <= getattr(self, name) <= _LARGEST_WINDOW:
+                raise ConfigurationError(f"{name} is max_message_bytes + 5 to 2147483647, not {getattr(self, name)}")

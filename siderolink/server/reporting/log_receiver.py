@@ -134,7 +134,7 @@ class _Connection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         if self._transport is not None:
             self._listener.discard(self._transport)
-        if self._machine is None:
+        if self._machine is None or not self._desk.is_current(self._machine):
             return
         rest = self._lines.rest().strip()
         if rest and _is_whole(rest):

@@ -139,6 +139,19 @@ def test_status_for_programs() -> None:
 
 
 @pytest.mark.anyio
+async def test_the_status_of_ten_thousand_peers_comes_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Crowd(Source):
+        async def status(self) -> StatusResponse:
+            return StatusResponse(role="server", peers=STATUS.peers * 10_000)
+
+    monkeypatch.setenv("SIDEROLINK_RUNTIME_DIR", str(tmp_path))
+    async with control_socket("siderolink", Crowd()):
+        answers, complaints = await ask_all()
+    assert not complaints
+    assert [len(answer.peers) for answer in answers] == [10_000]
+
+
+@pytest.mark.anyio
 async def test_the_control_socket_is_for_its_owner_and_vanishes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SIDEROLINK_RUNTIME_DIR", str(tmp_path / "run"))
     async with control_socket("siderolink", Source()) as one, control_socket("siderolink", Source()) as two:

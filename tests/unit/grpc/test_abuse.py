@@ -239,6 +239,7 @@ async def test_a_request_message_that_breaks_a_rule(payload: bytes, refusal: Ref
         ({"__method": "GET"}, Refusal.BAD_REQUEST),
         ({"content_type": "text/html"}, Refusal.BAD_REQUEST),
         ({"grpc_timeout": "soon"}, Refusal.BAD_REQUEST),
+        ({"grpc_timeout": "9" * 400 + "H"}, Refusal.BAD_REQUEST),
         ({"key_bin": "a"}, Refusal.BAD_REQUEST),
         ({"grpc_encoding": "gzip"}, Refusal.MESSAGE_COMPRESSED),
     ],

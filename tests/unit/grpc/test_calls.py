@@ -246,3 +246,21 @@ async def test_an_answer_comes_in_one_piece_or_as_the_window_lets_it(ends_late: 
         if ends_late:
             peer.send(data(1, b"", end=True))
         assert not server.refusals
+
+
+async def test_a_smaller_header_table_is_taken_note_of_in_the_next_header_block() -> None:
+    """RFC 7541, 4.2: what shrinks the table has to be said at the beginning of the block that follows."""
+    async with serving(None, Service()) as server, RawPeer.greeted(server.port) as peer:
+        settings = SettingsFrame(0)
+        settings.settings = {SettingsFrame.HEADER_TABLE_SIZE: 0}
+        peer.send(settings)
+        for begins in (b"\x20", b"\x88"):  # the new size, 0; after that `:status: 200`
+            request = peer.request(CALL)
+            peer.send(request, data(request.stream_id, message(b"x"), end=True))
+            blocks: list[bytes] = []
+            while len(blocks) < 2:
+                frame = await peer.frame()
+                assert frame is not None
+                if isinstance(frame, HeadersFrame):
+                    blocks.append(frame.data)
+            assert blocks[0][:1] == begins

@@ -160,21 +160,36 @@ async def test_a_unique_token_is_not_bound_while_the_link_lives() -> None:
     assert (await manager.row(machine)).unique_token_digest is not None
 
 
-async def test_a_key_goes_to_another_uuid_only_with_its_token_or_when_its_link_is_dead() -> None:
+async def test_no_unique_token_is_bound_before_a_restarted_server_can_have_heard_the_link() -> None:
+    before, machine = Manager(), FakeMachine()
+    await before.join(machine)
+    await before.handshake(machine)
+    after = Manager(store=before.store, time=before.time)
+    await after.machines.load()
+    await after.pass_time(59)
+    await after.join(replace(machine, unique_token="a stranger's"))
+    assert (await after.row(machine)).unique_token_digest is None
+    await after.pass_time(1)
+    await after.join(replace(machine, unique_token="my own"))
+    assert (await after.row(machine)).unique_token_digest is not None
+
+
+async def test_a_key_goes_to_another_uuid_only_with_its_token_or_before_it_is_proved() -> None:
     manager, machine = Manager(), FakeMachine(unique_token="u", tunnel=True)
     answer = await manager.join(machine)
     await manager.handshake(machine)
     thief = FakeMachine(key=machine.key, unique_token="other")
     status, text = await manager.refuses(thief)
-    assert (status, text) == (Status.ALREADY_EXISTS, "another machine has a living link with this public key")
+    assert (status, text) == (Status.ALREADY_EXISTS, "another machine has joined with this public key")
     renamed = FakeMachine(key=machine.key, unique_token="u")
     moved = await manager.join(renamed)
     assert manager.device.configs[machine.key].allowed_ips == (IPv6Network(IPv6Interface(moved.node_address_prefix).ip),)
     assert ("remove", machine.key) not in manager.device.calls
     assert (await manager.row(machine)).public_key is None
     assert manager.link(answer).machine.public_key is None
-    await manager.pass_time(60)
-    await manager.join(FakeMachine(key=machine.key))
+    await manager.handshake(renamed)
+    await manager.pass_time(100_000)
+    assert await manager.refuses(FakeMachine(key=machine.key)) == (status, text)
 
 
 async def test_addresses_are_drawn_again_while_another_machine_has_them() -> None:

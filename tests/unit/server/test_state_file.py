@@ -3,6 +3,7 @@
 import os
 import shutil
 import sqlite3
+import stat
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -35,6 +36,10 @@ def content(path: Path) -> bytes:
     return path.read_bytes()
 
 
+def modes(folder: Path) -> dict[str, int]:
+    return {file.name: stat.S_IMODE(file.stat().st_mode) for file in folder.iterdir()}
+
+
 async def refusal(path: Path) -> str:
     """Why the file is not opened; it has to stay as it is."""
     before = content(path)
@@ -51,6 +56,15 @@ async def test_rows_outlive_the_store(tmp_path: Path) -> None:
     rows = await fill(path, 3)
     assert await fill(path, 0) == rows
     assert len(rows) == 3
+
+
+@pytest.mark.parametrize("name", ["a?b", "c%20d", "e#f", "g:h@i"])
+async def test_a_name_means_itself(tmp_path: Path, name: str) -> None:
+    """Not a part of the URL by which the database's driver is told of it."""
+    assert len(await fill(tmp_path / name)) == 1
+    found = modes(tmp_path)
+    assert set(found) <= {name, f"{name}-wal", f"{name}-shm"}
+    assert found[name] == 0o600
 
 
 async def test_only_the_owner_can_read_it(tmp_path: Path) -> None:

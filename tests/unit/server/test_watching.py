@@ -6,9 +6,10 @@ from typing import TypeVar
 
 import anyio
 import pytest
-from grpclib import Status
+from grpclib import GRPCError, Status
 
 from siderolink.common.errors import ConfigurationError, DeviceError
+from siderolink.common.keys import PublicKey
 from siderolink.common.wireguard.device import InterfaceLost
 from siderolink.server import (
     EventsLost,
@@ -193,6 +194,34 @@ async def test_a_restarted_server_knows_its_machines_before_they_call() -> None:
     assert set(after.device.configs) == {machine.key}
     await after.handshake(machine)
     assert after.link(answer).state is LinkState.UP
+
+
+async def test_a_machine_that_gave_up_its_key_awaits_nothing_after_a_restart() -> None:
+    before, machine = Manager(), FakeMachine(unique_token="u")
+    await before.join(machine)
+    await before.handshake(machine)
+    await before.join(FakeMachine(key=machine.key, unique_token="u"))
+    assert (await before.row(machine)).public_key is None
+    after = Manager(store=before.store, limits=MachineLimits(max_pending=2))
+    await after.machines.load()
+    assert after.links.pending == 1
+
+
+async def test_a_key_that_the_device_would_not_give_up_is_removed_with_the_next_join() -> None:
+    manager, machine = Manager(), FakeMachine(unique_token="u")
+    await manager.join(machine)
+    await manager.handshake(machine)
+    remove, manager.device.remove_peer = manager.device.remove_peer, _fails  # type: ignore[method-assign]
+    successor = replace(machine, key=new_key())
+    with pytest.raises(GRPCError):
+        await manager.join(successor)
+    manager.device.remove_peer = remove  # type: ignore[method-assign]
+    await manager.join(successor)
+    assert set(manager.device.configs) == {successor.key}
+
+
+async def _fails(public_key: PublicKey) -> None:
+    raise DeviceError("no answer")
 
 
 async def test_two_servers_with_one_store_follow_each_other() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import anyio
-from sqlalchemy import Connection, event, inspect, text
+from sqlalchemy import URL, Connection, event, inspect, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 from sqlalchemy.pool import StaticPool
@@ -59,7 +59,10 @@ async def open_file(path: Path) -> AsyncIterator[AsyncConnection]:
     """The one connection to a sound file of this version; an older one is brought up to it. Raises StoreError."""
     prepare(path)
     engine = create_async_engine(
-        f"sqlite+aiosqlite:///{path}", poolclass=StaticPool, connect_args={"timeout": BUSY_SECONDS}, hide_parameters=True
+        URL.create("sqlite+aiosqlite", database=str(path)),
+        poolclass=StaticPool,
+        connect_args={"timeout": BUSY_SECONDS},
+        hide_parameters=True,
     )
     event.listen(engine.sync_engine, "connect", _set_up)
     stack = AsyncExitStack()
