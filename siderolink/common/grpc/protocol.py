@@ -185,6 +185,8 @@ class Http2Protocol(H2Protocol):
         sink = self.connection.sinks.get(stream_id)
         if sink is not None:
             sink.feed(pieces, flow=True)
+        else:  # this side ended the stream in the middle of the frame
+            self.connection.give_back(stream_id, sum(map(len, pieces)))
 
     def _feed_engine(self, piece: memoryview) -> None:
         events = self.connection.feed(piece)  # type: ignore[arg-type]  # h2 takes any buffer

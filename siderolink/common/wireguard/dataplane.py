@@ -109,16 +109,14 @@ class DataPlane:
         is_alone, self._read_at = now - self._read_at > LULL, now
         if is_alone and self._send_alone(frame, now):
             return
-        size = 0
+        size = count = 0
         self._is_blocked = False
-        for _ in range(MAX_READS):
+        while frame is not None:
             self._send_frame(frame, now)
-            size += len(frame)
-            if size >= MAX_BYTES or self._is_blocked:
-                break
+            size, count = size + len(frame), count + 1
+            if count == MAX_READS or size >= MAX_BYTES or self._is_blocked:
+                break  # before the next is read: what is read has to be sent
             frame = self._interface.read()
-            if frame is None:
-                break
         self._turn_away(now)
         self.drain(now)
 
@@ -150,6 +148,8 @@ class DataPlane:
             session, counter, path = begun
             device_path = _device_path(path)
             device_path.send(Datagrams.single(session.seal(counter, self._alone[:length]), device_path.headroom))
+            if not device_path.is_writable:
+                self._on_blocked(device_path)
         self.drain(now)
         return True
 
@@ -326,7 +326,7 @@ def _comes_back(frame: memoryview, pair: bytes, peer: Peer) -> bool:
     if peer.path is None:
         return False
     source = peer.path.source
-    if not pair.endswith(source[:-2]):
+    if len(pair) != 2 * len(source) - 4 or not pair.endswith(source[:-2]):
         return False
     start = VNET_SIZE + (40 if len(pair) == 32 else (frame[VNET_SIZE] & 15) * 4)
     protocol = frame[VNET_SIZE + (6 if len(pair) == 32 else 9)]

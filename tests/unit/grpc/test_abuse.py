@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import AsyncIterator, Callable
 
+import anyio
 import pytest
 from h2.errors import ErrorCodes
 from hyperframe.frame import (
@@ -308,6 +309,40 @@ async def test_refused_streams_cost_the_connection_none_of_its_window() -> None:
                     returned += frame.window_increment
         assert returned >= streams * size - TIGHT.connection_window_bytes // 4
         assert server.refusals == {Refusal.MESSAGE_MALFORMED: streams}
+
+
+async def test_a_stream_that_is_ended_amid_a_frame_costs_the_connection_none_of_its_window() -> None:
+    async def brief(stream: ByteStream) -> None:
+        begun = anyio.Event()
+        stream.accept()
+        stream.receive(lambda _: begun.set())
+        await begun.wait()
+
+    path, streams, size = "/test.Service/Brief", 20, 4000
+    async with (
+        serve([ByteStreamService({path: brief})], host="127.0.0.1", limits=TIGHT) as server,
+        RawPeer.greeted(server.port) as peer,
+    ):
+        returned = 0
+
+        async def until(kind: type[Frame], *flags: str) -> None:
+            nonlocal returned
+            while not (isinstance(frame := await peer.frame(), kind) and set(flags) <= set(frame.flags)):
+                assert frame is not None
+                if isinstance(frame, WindowUpdateFrame) and not frame.stream_id:
+                    returned += frame.window_increment
+
+        for _ in range(streams):
+            headers = peer.request(path)
+            cut = data(headers.stream_id, bytes(size)).serialize()
+            peer.send(headers)
+            await until(HeadersFrame)
+            peer.write(cut[:100])
+            await until(HeadersFrame, "END_STREAM")
+            peer.write(cut[100:])
+        peer.send(PingFrame(0, opaque_data=bytes(8)))
+        await until(PingFrame)
+        assert returned >= streams * size - TIGHT.connection_window_bytes // 4
 
 
 async def test_a_goaway_is_the_end_of_a_connection_and_nothing_else() -> None:

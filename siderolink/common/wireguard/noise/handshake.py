@@ -30,7 +30,7 @@ class Identity:
         return cls(key, public_bytes(key))
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, repr=False)
 class SentInitiation:
     """What an initiator remembers until the response comes."""
 
@@ -40,7 +40,7 @@ class SentInitiation:
     hash: bytes
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, repr=False)
 class ReceivedInitiation:
     """What a responder knows of an initiation that decrypted."""
 
@@ -51,7 +51,7 @@ class ReceivedInitiation:
     timestamp: bytes
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, repr=False)
 class ClaimedInitiation:
     """An initiation of which only the outer part was opened: it says which static key it claims to be from."""
 
@@ -61,7 +61,7 @@ class ClaimedInitiation:
     hash: bytes
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, repr=False)
 class SessionKeys:
     send: bytes
     receive: bytes
