@@ -20,7 +20,7 @@ from siderolink.common.pb.siderolink.control import (
     StateBase,
 )
 from siderolink.common.text import one_line
-from siderolink.server.record import rotate_key
+from siderolink.server.store.server_record import rotate_key
 from siderolink.server.store.sql import SqlStore
 
 CHUNK_BYTES = 32 * 1024

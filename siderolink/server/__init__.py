@@ -1,6 +1,6 @@
 """The manager's side: a server that machines join."""
 
-from siderolink.server.authorization import Allow, Authorize, Deny, JoinRequest
+from siderolink.server.admission.authorization import Allow, Authorize, Deny, JoinRequest
 from siderolink.server.events import (
     EventsLost,
     EventStream,
@@ -12,8 +12,8 @@ from siderolink.server.events import (
     MachineLeft,
     ServerEvent,
 )
-from siderolink.server.links import LinkState
-from siderolink.server.machine_api import open_machine_api
+from siderolink.server.fleet.links import LinkState
+from siderolink.server.fleet.machine_api import open_machine_api
 from siderolink.server.options import MachineLimits
 from siderolink.server.refusals import JoinRefusal, StreamRefusal
 from siderolink.server.reporting import (

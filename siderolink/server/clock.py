@@ -1,8 +1,13 @@
-"""The two clocks of the server, in one place so that tests can turn them by hand."""
+"""The server's two clocks, in one place so that tests can turn them by hand, and deadlines by them."""
 
+import heapq
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from itertools import count
+from typing import Generic, TypeVar
+
+K = TypeVar("K", bound=Hashable)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -11,3 +16,59 @@ class Clock:
 
     monotonic: Callable[[], float] = time.monotonic
     time: Callable[[], float] = time.time
+
+
+class Deadlines(Generic[K]):
+    """At most one deadline per key, by a clock that the caller reads.
+
+    The cost depends on how many are due, not on how many there are.
+    """
+
+    def __init__(self) -> None:
+        self._at: dict[K, tuple[float, int]] = {}
+        self._heap: list[tuple[float, int, K]] = []
+        self._numbers = count()
+
+    def __len__(self) -> int:
+        return len(self._at)
+
+    def __contains__(self, key: K) -> bool:
+        return key in self._at
+
+    @property
+    def next_at(self) -> float | None:
+        """The earliest deadline; None if there is none."""
+        self._drop_stale()
+        return self._heap[0][0] if self._heap else None
+
+    def set(self, key: K, at: float) -> None:
+        """Set or move the key's deadline."""
+        entry = (at, next(self._numbers))
+        self._at[key] = entry
+        heapq.heappush(self._heap, (*entry, key))
+        if len(self._heap) > 2 * len(self._at) + 64:
+            self._heap = [(*entry, key) for key, entry in self._at.items()]
+            heapq.heapify(self._heap)
+
+    def discard(self, key: K) -> None:
+        self._at.pop(key, None)
+
+    def pop_due(self, now: float) -> K | None:
+        """Take out one key whose deadline has come; None if none has."""
+        self._drop_stale()
+        if not self._heap or self._heap[0][0] > now:
+            return None
+        key = heapq.heappop(self._heap)[2]
+        del self._at[key]
+        return key
+
+    def take_due(self, now: float, most: int) -> list[K]:
+        """Take out the keys whose deadlines have come, the earliest first and `most` at most."""
+        due: list[K] = []
+        while len(due) < most and (key := self.pop_due(now)) is not None:
+            due.append(key)
+        return due
+
+    def _drop_stale(self) -> None:
+        while self._heap and self._at.get(self._heap[0][2]) != self._heap[0][:2]:
+            heapq.heappop(self._heap)

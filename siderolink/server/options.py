@@ -8,8 +8,8 @@ from siderolink.common.grpc.limits import Limits
 from siderolink.common.hostport import HostPort
 from siderolink.common.keys import PrivateKey
 from siderolink.common.wireguard.device import DeviceKind
-from siderolink.server.authorization import Authorize, allow_all
-from siderolink.server.overlay_ports import MAX_PORTS, OverlayPort
+from siderolink.server.admission.authorization import Authorize, allow_all
+from siderolink.server.fleet.overlay_ports import MAX_PORTS, OverlayPort
 from siderolink.server.reporting import ReportOptions
 from siderolink.server.store import Store
 

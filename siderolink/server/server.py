@@ -17,23 +17,23 @@ from siderolink.common.keys import PrivateKey, PublicKey
 from siderolink.common.tasks import background_tasks
 from siderolink.common.wireguard.device import Device, DeviceConfig, DeviceEvent, DeviceKind, PeerStatus
 from siderolink.common.wireguard.opening import open_device
-from siderolink.server.admission import Admission
-from siderolink.server.authorization import Authorize, allow_all
+from siderolink.server.admission.admit import Admission
+from siderolink.server.admission.authorization import Authorize, allow_all
+from siderolink.server.admission.tokens import JoinTokenCheck
+from siderolink.server.api.provision import Answers, ProvisionService
+from siderolink.server.api.standard import HealthService, ReflectionService
+from siderolink.server.api.tunnel import TunnelService
 from siderolink.server.clock import Clock
-from siderolink.server.dialing import dial_remembered
 from siderolink.server.events import EventHub, EventStream
-from siderolink.server.links import Links, LinkState
-from siderolink.server.machines import Machines
+from siderolink.server.fleet.dialling import dial_remembered
+from siderolink.server.fleet.last_seen import Sightings
+from siderolink.server.fleet.links import Links, LinkState
+from siderolink.server.fleet.machines import Machines
+from siderolink.server.fleet.overlay_ports import OverlayPort, only_ports
 from siderolink.server.options import MachineLimits, ServerOptions
-from siderolink.server.overlay_ports import OverlayPort, only_ports
-from siderolink.server.provisioning import Answers, ProvisionService
-from siderolink.server.record import recall_server, resume_timestamps
 from siderolink.server.reporting import ReportOptions, Reports, receive_reports
-from siderolink.server.sightings import Sightings
-from siderolink.server.standard import HealthService, ReflectionService
 from siderolink.server.store import Machine, MemoryStore, Store
-from siderolink.server.tokens import JoinTokenCheck
-from siderolink.server.tunnel import TunnelService
+from siderolink.server.store.server_record import recall_server, resume_timestamps
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

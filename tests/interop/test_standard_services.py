@@ -12,7 +12,7 @@ from google.protobuf.descriptor_pool import DescriptorPool
 from siderolink.common.grpc import serve
 from siderolink.common.pb.grpc.health.v1 import HealthCheckRequest, HealthCheckResponse, HealthCheckResponseServingStatus
 from siderolink.common.pb.grpc.reflection.v1 import ServerReflectionRequest, ServerReflectionResponse
-from siderolink.server.standard import API_SERVICES, STANDARD_SERVICES, HealthService, ReflectionService
+from siderolink.server.api.standard import API_SERVICES, STANDARD_SERVICES, HealthService, ReflectionService
 
 pytestmark = pytest.mark.anyio
 
@@ -93,7 +93,7 @@ async def test_reflection_gives_what_a_client_needs_to_call(target: str, version
 
 
 def test_every_service_that_is_listed_is_described() -> None:
-    from siderolink.server.standard import descriptors
+    from siderolink.server.api.standard import descriptors
 
     known: Iterator[str] = (name for descriptor in descriptors().values() for name in descriptor.names)
     assert {*API_SERVICES, *STANDARD_SERVICES} <= set(known)

@@ -18,16 +18,16 @@ from siderolink.common.wireguard.noise.exchange import MIN_INITIATION_INTERVAL
 from siderolink.common.wireguard.noise.messages import COOKIE_REPLY_BYTES
 from siderolink.common.wireguard.packet_device import PacketDevice, open_packet_device
 from siderolink.common.wireguard.path import Datagrams
-from siderolink.server.admission import Admission
-from siderolink.server.authorization import allow_all
+from siderolink.server.admission.admit import Admission
+from siderolink.server.admission.authorization import allow_all
+from siderolink.server.admission.tokens import JoinTokenCheck
+from siderolink.server.api.provision import Answers, ProvisionService
 from siderolink.server.clock import Clock
 from siderolink.server.events import EventHub
-from siderolink.server.links import Links
-from siderolink.server.machines import Machines
+from siderolink.server.fleet.links import Links
+from siderolink.server.fleet.machines import Machines
 from siderolink.server.options import MachineLimits
-from siderolink.server.provisioning import Answers, ProvisionService
 from siderolink.server.store import MemoryStore
-from siderolink.server.tokens import JoinTokenCheck
 
 SERVER_ADDRESS = overlay_prefix()[1].packed
 

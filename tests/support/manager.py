@@ -12,16 +12,16 @@ from siderolink.common.addressing import overlay_prefix, parse_peer_addr_port
 from siderolink.common.hostport import HostPort
 from siderolink.common.keys import PrivateKey, PublicKey
 from siderolink.common.pb.sidero.link import ProvisionRequest, ProvisionResponse
-from siderolink.server.admission import Admission
-from siderolink.server.authorization import Authorize, allow_all
+from siderolink.server.admission.admit import Admission
+from siderolink.server.admission.authorization import Authorize, allow_all
+from siderolink.server.admission.tokens import JoinTokenCheck
+from siderolink.server.api.provision import Answers, ProvisionService
 from siderolink.server.events import EventHub, EventsLost, EventStream, ServerEvent
-from siderolink.server.links import Link, Links
-from siderolink.server.machines import Machines
+from siderolink.server.fleet.last_seen import Sightings
+from siderolink.server.fleet.links import Link, Links
+from siderolink.server.fleet.machines import Machines
 from siderolink.server.options import MachineLimits
-from siderolink.server.provisioning import Answers, ProvisionService
-from siderolink.server.sightings import Sightings
 from siderolink.server.store import Machine, MemoryStore
-from siderolink.server.tokens import JoinTokenCheck
 from tests.support.fake_device import FakeDevice, VirtualClock
 
 TOKEN = "the-join-token"

@@ -6,13 +6,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from siderolink.common.errors import ConfigurationError
-from siderolink.server.deadlines import Deadlines
-from siderolink.server.locks import KeyedLocks
+from siderolink.server.admission.tokens import unique_token_digest
+from siderolink.server.api.provision import STATUSES
+from siderolink.server.api.tunnel import ENDINGS
+from siderolink.server.clock import Deadlines
+from siderolink.server.fleet.locks import KeyedLocks
 from siderolink.server.options import ServerOptions
-from siderolink.server.provisioning import STATUSES
 from siderolink.server.refusals import JoinRefusal, StreamRefusal
-from siderolink.server.tokens import unique_token_digest
-from siderolink.server.tunnel import ENDINGS
 
 STEPS = st.lists(
     st.tuples(st.sampled_from(["set", "discard", "pop"]), st.integers(0, 5), st.floats(0, 100)),

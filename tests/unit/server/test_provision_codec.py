@@ -5,7 +5,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from siderolink.common.pb.sidero.link import ProvisionRequest, ProvisionResponse
-from siderolink.server.provision_codec import PlainRequest, encode_response
+from siderolink.server.api.provision_codec import PlainRequest, encode_response
 
 TEXT = st.text(st.characters(codec="utf-8"), max_size=20) | st.text("ab", min_size=126, max_size=130)
 REQUESTS = st.builds(

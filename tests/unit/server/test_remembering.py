@@ -13,12 +13,12 @@ from siderolink.common.errors import StoreError
 from siderolink.common.keys import PrivateKey
 from siderolink.common.wireguard.device import HandshakeGaveUp, PathChanged, PeerConfig
 from siderolink.common.wireguard.noise.tai64n import Timestamps, later
-from siderolink.server.dialing import Pace, Window, dial_remembered
-from siderolink.server.links import LinkState
-from siderolink.server.record import recall_server, resume_timestamps, rotate_key
-from siderolink.server.sightings import Sightings, udp_endpoint
+from siderolink.server.fleet.dialling import Pace, Window, dial_remembered
+from siderolink.server.fleet.last_seen import Sightings, udp_endpoint
+from siderolink.server.fleet.links import LinkState
 from siderolink.server.store import Machine, MemoryStore, ServerRecord, Sighting
 from siderolink.server.store.base import T, Work
+from siderolink.server.store.server_record import recall_server, resume_timestamps, rotate_key
 from tests.support.fake_device import FakePath
 from tests.support.manager import FakeMachine, Manager
 

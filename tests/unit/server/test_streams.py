@@ -6,7 +6,7 @@ import pytest
 
 from siderolink.common.pb.sidero.link import ProvisionResponse
 from siderolink.server import MachineLimits, StreamRefusal
-from siderolink.server.links import Stream
+from siderolink.server.fleet.links import Stream
 from tests.support.fake_device import FakePath
 from tests.support.manager import FakeMachine, Manager, new_key
 

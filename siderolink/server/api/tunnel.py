@@ -9,8 +9,8 @@ from siderolink.common.errors import ConfigurationError
 from siderolink.common.grpc import ByteStream, ByteStreamService
 from siderolink.common.transport.tunnel import ADDRESS_METADATA, TunnelDrop, TunnelPath, carry
 from siderolink.common.wireguard.device import Device
-from siderolink.server.links import Link, Links
-from siderolink.server.machines import Machines
+from siderolink.server.fleet.links import Link, Links
+from siderolink.server.fleet.machines import Machines
 from siderolink.server.refusals import StreamRefusal
 
 METHOD = "/sidero.link.WireGuardOverGRPCService/CreateStream"

@@ -18,16 +18,15 @@ from siderolink.common.errors import DeviceError, SideroLinkError
 from siderolink.common.keys import PublicKey
 from siderolink.common.wireguard import device as device_events
 from siderolink.common.wireguard.path import Path
-from siderolink.server.admission import Admission, Call, expire, record_link
-from siderolink.server.clock import Clock
-from siderolink.server.deadlines import Deadlines
+from siderolink.server.admission.admit import Admission, Call, expire, record_link
+from siderolink.server.admission.identity import parse_uuid
+from siderolink.server.clock import Clock, Deadlines
 from siderolink.server.events import EventHub, HandshakeCompleted, LeaveReason, LinkDown, MachineJoined, MachineLeft
-from siderolink.server.identity import parse_uuid
-from siderolink.server.links import EndStream, Link, Links, LinkState, Stream
-from siderolink.server.locks import KeyedLocks
+from siderolink.server.fleet.last_seen import Sightings
+from siderolink.server.fleet.links import EndStream, Link, Links, LinkState, Stream
+from siderolink.server.fleet.locks import KeyedLocks
 from siderolink.server.options import MachineLimits
 from siderolink.server.refusals import StreamRefusal
-from siderolink.server.sightings import Sightings
 from siderolink.server.store import (
     BanChanged,
     Change,

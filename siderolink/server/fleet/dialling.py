@@ -17,7 +17,7 @@ from siderolink.common.errors import SideroLinkError
 from siderolink.common.hostport import HostPort
 from siderolink.common.wireguard.path import Endpoint
 from siderolink.server.clock import Clock
-from siderolink.server.links import Link, Links, LinkState
+from siderolink.server.fleet.links import Link, Links, LinkState
 
 log = logging.getLogger(__name__)
 

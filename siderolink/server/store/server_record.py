@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from siderolink.common.errors import StoreError
 from siderolink.common.keys import PrivateKey
-from siderolink.server.sightings import WRITE_AFTER
+from siderolink.server.fleet.last_seen import WRITE_AFTER
 from siderolink.server.store import ServerRecord, Store, Transaction
 
 if TYPE_CHECKING:

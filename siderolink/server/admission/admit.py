@@ -8,10 +8,10 @@ from ipaddress import IPv6Address, IPv6Network
 from siderolink.common.addressing import VIRTUAL_PREFIX, random_address
 from siderolink.common.errors import StoreError
 from siderolink.common.keys import PublicKey
-from siderolink.server import identity
+from siderolink.server.admission import identity
+from siderolink.server.admission.identity import Claimant
 from siderolink.server.clock import Clock
-from siderolink.server.identity import Claimant
-from siderolink.server.links import Links
+from siderolink.server.fleet.links import Links
 from siderolink.server.options import MachineLimits
 from siderolink.server.refusals import JoinRefusal, JoinRejectedError
 from siderolink.server.store import Machine, Transaction, UniqueViolationError

@@ -13,8 +13,8 @@ from siderolink.common.keys import PublicKey
 from siderolink.common.wireguard.device import Device, PathChanged, PeerConfig
 from siderolink.common.wireguard.path import Endpoint, Path
 from siderolink.server.clock import Clock
+from siderolink.server.fleet.last_seen import udp_endpoint
 from siderolink.server.refusals import StreamRefusal
-from siderolink.server.sightings import udp_endpoint
 from siderolink.server.store import Machine
 
 EndStream = Callable[[StreamRefusal], None]

@@ -16,15 +16,15 @@ from siderolink.common.hostport import HostPort
 from siderolink.common.keys import PublicKey
 from siderolink.common.pb.sidero.link import ProvisionRequest, ProvisionResponse
 from siderolink.common.text import one_line
-from siderolink.server.admission import Call
-from siderolink.server.authorization import Allow, Authorize, Deny, JoinRequest, allow_all
+from siderolink.server.admission.admit import Call
+from siderolink.server.admission.authorization import Allow, Authorize, Deny, JoinRequest, allow_all
+from siderolink.server.admission.identity import Claimant, parse_uuid
+from siderolink.server.admission.tokens import MAX_UNIQUE_TOKEN_BYTES, JoinTokenCheck, unique_token_digest
+from siderolink.server.api.provision_codec import PlainRequest, encode_response
 from siderolink.server.events import EventHub, JoinRefused
-from siderolink.server.identity import Claimant, parse_uuid
-from siderolink.server.machines import Machines
-from siderolink.server.provision_codec import PlainRequest, encode_response
+from siderolink.server.fleet.machines import Machines
 from siderolink.server.refusals import JoinRefusal, JoinRejectedError
 from siderolink.server.store import Machine
-from siderolink.server.tokens import MAX_UNIQUE_TOKEN_BYTES, JoinTokenCheck, unique_token_digest
 
 log = logging.getLogger("siderolink")
 

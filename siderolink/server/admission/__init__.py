@@ -1,0 +1,1 @@
+"""Who may join: one decision, inside one transaction of the store."""

@@ -1,0 +1,1 @@
+"""The wire: gRPC calls in, statuses out. Parses, bounds and answers; decides nothing."""
