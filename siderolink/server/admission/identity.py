@@ -5,10 +5,8 @@ are no secrets. So a living link is never given away on their word, and a unique
 """
 
 import hmac
-import re
 from dataclasses import dataclass, field
 
-from siderolink.common.errors import ConfigurationError
 from siderolink.common.keys import PublicKey
 from siderolink.server.refusals import JoinRefusal
 from siderolink.server.store import Machine
@@ -26,16 +24,6 @@ class Claimant:
     node_uuid: str
     public_key: PublicKey
     unique_token_digest: bytes | None = field(default=None, repr=False)
-
-
-_UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
-
-
-def parse_uuid(text: str) -> str:
-    """A UUID in its one form, in lower case. Raises ConfigurationError; the message does not repeat the text."""
-    if len(text) != 36 or _UUID.fullmatch(text.lower()) is None:
-        raise ConfigurationError("a UUID is written as 8-4-4-4-12 hexadecimal digits")
-    return text.lower()
 
 
 def is_alive(silence: float | None) -> bool:

@@ -14,11 +14,12 @@ from siderolink.common.addressing import format_peer_addr_port, server_address, 
 from siderolink.common.errors import ConfigurationError, KeyFormatError, SideroLinkError, StoreFullError
 from siderolink.common.hostport import HostPort
 from siderolink.common.keys import PublicKey
+from siderolink.common.node_uuid import parse_uuid
 from siderolink.common.pb.sidero.link import ProvisionRequest, ProvisionResponse
 from siderolink.common.text import one_line
 from siderolink.server.admission.admit import Call
 from siderolink.server.admission.authorization import Allow, Authorize, Deny, JoinRequest, allow_all
-from siderolink.server.admission.identity import Claimant, parse_uuid
+from siderolink.server.admission.identity import Claimant
 from siderolink.server.admission.tokens import MAX_UNIQUE_TOKEN_BYTES, JoinTokenCheck, unique_token_digest
 from siderolink.server.api.provision_codec import PlainRequest, encode_response
 from siderolink.server.events import EventHub, JoinRefused

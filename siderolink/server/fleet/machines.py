@@ -16,10 +16,10 @@ from anyio.abc import TaskStatus
 
 from siderolink.common.errors import DeviceError, SideroLinkError
 from siderolink.common.keys import PublicKey
+from siderolink.common.node_uuid import parse_uuid
 from siderolink.common.wireguard import device as device_events
 from siderolink.common.wireguard.path import Path
 from siderolink.server.admission.admit import Admission, Call, expire, record_link
-from siderolink.server.admission.identity import parse_uuid
 from siderolink.server.clock import Clock, Deadlines
 from siderolink.server.events import EventHub, HandshakeCompleted, LeaveReason, LinkDown, MachineJoined, MachineLeft
 from siderolink.server.fleet.last_seen import Sightings

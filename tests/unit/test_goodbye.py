@@ -1,0 +1,64 @@
+"""The goodbye's bytes, and the UUIDs that are nobody's."""
+
+import uuid
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from siderolink.common.errors import ConfigurationError
+from siderolink.common.goodbye import GOODBYE_BYTES, Goodbye
+from siderolink.common.keys import PublicKey
+from siderolink.common.node_uuid import is_placeholder, parse_uuid
+
+KEY = PublicKey(bytes(range(32)))
+
+
+@pytest.mark.parametrize("forget", [False, True])
+def test_a_goodbye_is_read_as_it_was_written(forget: bool) -> None:
+    goodbye = Goodbye(public_key=KEY, forget=forget)
+    assert goodbye.encode() == b"SLby\x01" + bytes([forget]) + bytes(KEY)
+    assert Goodbye.parse(goodbye.encode()) == goodbye
+
+
+@given(st.binary(max_size=2 * GOODBYE_BYTES))
+def test_anything_else_is_no_goodbye(data: bytes) -> None:
+    found = Goodbye.parse(data)
+    assert found is None or (data.startswith(b"SLby\x01") and len(data) == GOODBYE_BYTES)
+
+
+def test_unknown_flags_are_ignored_and_unknown_versions_are_not_read() -> None:
+    data = bytearray(Goodbye(public_key=KEY).encode())
+    data[5] = 0xFE
+    assert Goodbye.parse(bytes(data)) == Goodbye(public_key=KEY)
+    data[4] = 2
+    assert Goodbye.parse(bytes(data)) is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "ffffffff-ffff-ffff-ffff-ffffffffffff",
+        "00000000-0000-0000-0000-000000000000",
+        "00020003-0004-0005-0006-000700080009",
+        "03000200-0400-0500-0006-000700080009",
+        "12345678-1234-5678-90ab-cddeefaabbcc",
+        "FEFEFEFE-FEFE-FEFE-FEFE-FEFEFEFEFEFE",
+    ],
+)
+def test_a_vendors_placeholder_is_known_in_either_byte_order(text: str) -> None:
+    value = uuid.UUID(text)
+    assert is_placeholder(parse_uuid(text))
+    assert is_placeholder(str(uuid.UUID(bytes=value.bytes_le)))
+    assert is_placeholder(str(uuid.UUID(bytes=value.bytes[::-1])))
+
+
+def test_a_random_uuid_is_no_placeholder() -> None:
+    assert not is_placeholder(str(uuid.uuid4()))
+
+
+@pytest.mark.parametrize("text", ["", "1234", "g" * 36, "{00020003-0004-0005-0006-000700080009}", "0" * 32])
+def test_a_malformed_uuid_is_refused_without_repeating_it(text: str) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        parse_uuid(text)
+    assert not text or text not in str(caught.value)
