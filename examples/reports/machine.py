@@ -10,7 +10,7 @@ import time
 from collections.abc import AsyncIterator
 
 import siderolink
-from siderolink.client.identity import machine_uuid
+from siderolink.client.link.identity import machine_uuid
 from siderolink.client.maintenance import LinkPresence, MachineHooks, MachineVersion, Nowhere, serve_maintenance
 from siderolink.client.reporting import EventSender, KernelMessage, LogDestination, LogSender, forward_log
 from siderolink.common.hostport import HostPort

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from siderolink.client import events
+from siderolink.client.link import events
 
 _MACHINE: dict[type[events.LinkEvent], tuple[str, Callable[[Any], str]]] = {
     events.StateChanged: ("state", lambda e: f"{e.new}, was {e.old}: {e.reason}"),

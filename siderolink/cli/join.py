@@ -16,7 +16,7 @@ from siderolink.cli.settings import FollowedSettings, SettingsOptions, SettingsR
 from siderolink.client import Link, LinkEvent, connect
 from siderolink.client.config import HOST_DOCUMENTS, PROC_CMDLINE, Ingress, MachineSettings
 from siderolink.client.firewall import ingress_firewall
-from siderolink.client.identity import machine_uuid
+from siderolink.client.link.identity import machine_uuid
 from siderolink.client.maintenance import API_PORT, LinkPresence
 from siderolink.common.errors import ConfigurationError
 from siderolink.common.grpc import client_tls

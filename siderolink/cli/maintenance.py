@@ -80,7 +80,10 @@ class Maintenance:
             warnings.append("the join URL that was given as an argument counts, not the one of this configuration")
         if request.dry_run:
             return ApplyAnswer(warnings=tuple(warnings), details="Dry run: the configuration could be applied.")
-        self._settings.apply(settings)
+        verdict = await self._settings.apply(settings)
+        if verdict.is_refused:
+            raise GRPCError(Status.FAILED_PRECONDITION, f"nothing was changed: {verdict.reason}")
+        warnings += verdict.warnings
         if self._api is not None:
             spec = machine_config(request.data)
             self._api.resources.put(MACHINE_CONFIG, CONFIG_ID, spec, annotations=MACHINE_CONFIG_ANNOTATIONS)
@@ -90,13 +93,15 @@ class Maintenance:
     async def _write_meta(self, key: int, value: bytes) -> None:
         """Join anew by what the server has written; it is known for as long as the program runs."""
         _check_key(key)
-        self._settings.meta = _with_meta(self._settings.meta, key, Setting(_read_meta(key, value), "META"))
+        verdict = await self._settings.write_meta(_with_meta(self._settings.meta, key, Setting(_read_meta(key, value), "META")))
+        if verdict.is_refused:
+            raise GRPCError(Status.FAILED_PRECONDITION, f"META key {key} was not kept: {verdict.reason}")
         say("META", f"key {key} was written by the maintenance API")
 
     async def _delete_meta(self, key: int) -> bool:
         _check_key(key)
         before = self._settings.meta
-        self._settings.meta = _with_meta(before, key, None)
+        await self._settings.write_meta(_with_meta(before, key, None))
         return self._settings.meta != before
 
 

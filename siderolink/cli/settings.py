@@ -10,6 +10,7 @@ import anyio
 from siderolink.cli.running import say
 from siderolink.cli.secret import read_secret
 from siderolink.client.config import MachineSettings, Setting, Sources, merge
+from siderolink.client.link.verdict import Verdict
 from siderolink.common.errors import ConfigurationError
 from siderolink.common.join_url import JoinURL
 from siderolink.common.tasks import background_tasks
@@ -81,20 +82,29 @@ class FollowedSettings:
         """Whether a join URL was given that is stronger than all that is found or applied."""
         return self._reader.sources.explicit.url is not None
 
-    def apply(self, documents: MachineSettings) -> None:
-        """Let these documents count from now on: more than what was found, less than the arguments."""
+    async def apply(self, documents: MachineSettings) -> Verdict:
+        """Use these documents from now on: they override what was found, and arguments override them.
+
+        Where they change the link, it is tried first, for up to `VERDICT_TIMEOUT` seconds; if it does not work nothing changes.
+        """
         self._applied = documents
         self._read_again()
+        return Verdict(outcome="applied")
 
     @property
     def meta(self) -> MachineSettings:
-        """The UUID and the unique token that the server has given this machine; they count more than any others."""
+        """The UUID and the unique token that the server has given this machine; they override all others."""
         return self._meta
 
-    @meta.setter
-    def meta(self, written: MachineSettings) -> None:
-        self._meta = written
+    async def write_meta(self, meta: MachineSettings) -> Verdict:
+        """Use this UUID and unique token from now on; None gives way to the machine's own.
+
+        Answers within `PROMPT_TIMEOUT` seconds: a server may hold the new Provision call until its META write has returned. A
+        change that is refused by then is dropped; one that is pending is kept and retried.
+        """
+        self._meta = meta
         self._read_again()
+        return Verdict(outcome="applied")
 
     async def watch(self) -> None:
         """Never returns. Files that cannot be read or used are told of; what was in force stays in force."""

@@ -1,6 +1,6 @@
 """The machine's side: join a server, hold the link, bring it back."""
 
-from siderolink.client.events import (
+from siderolink.client.link.events import (
     Connected,
     Connecting,
     FallbackBegun,
@@ -18,8 +18,8 @@ from siderolink.client.events import (
     RouteFailed,
     StateChanged,
 )
-from siderolink.client.link import Link, LinkStatus, connect
-from siderolink.client.state import LinkState
+from siderolink.client.link.link import Link, LinkStatus, connect
+from siderolink.client.link.state import LinkState
 
 __all__ = [
     "Connected",

@@ -1,7 +1,9 @@
-"""How long to wait before trying again: at once, then longer and longer, never in step with others."""
+"""When to retry: growing, jittered delays, and a trigger that ends a delay early."""
 
 import random
 from collections.abc import Callable
+
+import anyio
 
 
 class Backoff:
@@ -37,3 +39,23 @@ class Backoff:
             return 0.0
         bound = min(self._cap, self._first * self._factor ** min(failures, 64))
         return self._uniform(self._floor, max(self._floor, bound))
+
+
+class RetryTrigger:
+    """Lets any number of retry loops sleep, and wakes them early when a retry is likely to succeed."""
+
+    def __init__(self) -> None:
+        self._event = anyio.Event()
+
+    def fire(self) -> None:
+        """Wake everyone who sleeps now."""
+        self._event.set()
+        self._event = anyio.Event()
+
+    async def sleep(self, seconds: float) -> bool:
+        """Sleep; True if the trigger ended it early."""
+        event = self._event
+        with anyio.move_on_after(seconds):
+            await event.wait()
+            return True
+        return False

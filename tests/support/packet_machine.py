@@ -10,9 +10,9 @@ from ipaddress import IPv6Address, IPv6Network
 
 import anyio
 
-from siderolink.client.provisioning import Machine
-from siderolink.client.runner import LinkOptions, LinkRunner
-from siderolink.client.signals import Put
+from siderolink.client.link.provisioning import Machine
+from siderolink.client.link.runner import LinkOptions, LinkRunner
+from siderolink.client.link.signals import Put
 from siderolink.common.join_url import JoinURL
 from siderolink.common.network_watch import WayOut
 from siderolink.common.wireguard.device import Device, DeviceConfig, DeviceKind, OnDeviceEvent

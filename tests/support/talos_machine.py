@@ -16,7 +16,7 @@ from ipaddress import IPv6Network
 import anyio
 from anyio.abc import TaskGroup
 
-from siderolink.client.provisioning import Machine, Provisioned, provision
+from siderolink.client.link.provisioning import Machine, Provisioned, provision
 from siderolink.common.addressing import format_peer_addr_port
 from siderolink.common.errors import JoinError, ServerUnreachableError
 from siderolink.common.grpc import GRPCError, open_byte_stream, open_channel, translate_errors

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from siderolink.client import Link
-    from siderolink.client.events import LinkEvent
+    from siderolink.client.link.events import LinkEvent
     from siderolink.common.wireguard.device import Device
     from siderolink.server import Server
 

@@ -16,7 +16,7 @@ import anyio
 from anyio.streams.tls import TLSAttribute
 
 from siderolink.cli.doctor.finding import Finding, bad, good, note
-from siderolink.client.provisioning import Machine, Provisioned, provision
+from siderolink.client.link.provisioning import Machine, Provisioned, provision
 from siderolink.common.errors import InvalidAnswerError, JoinRefusedError, ServerUnreachableError
 from siderolink.common.hostport import HostPort
 from siderolink.common.join_url import JoinURL

@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Callable
 from ipaddress import IPv6Network
 
-from siderolink.client.provisioning import Machine, Provisioned, provision
+from siderolink.client.link.provisioning import Machine, Provisioned, provision
 from siderolink.common.errors import SideroLinkError
 from siderolink.common.grpc import GRPCError, open_byte_stream, open_channel, translate_errors
 from siderolink.common.join_url import JoinURL

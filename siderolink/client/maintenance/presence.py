@@ -4,7 +4,7 @@ import contextlib
 import socket
 from ipaddress import IPv6Address
 
-from siderolink.client.events import Connected, InterfaceConfigured, Joined, Left, LinkDown, LinkEvent, Reestablished
+from siderolink.client.link.events import Connected, InterfaceConfigured, Joined, Left, LinkDown, LinkEvent, Reestablished
 from siderolink.client.maintenance.api import Everywhere, MaintenanceApi, Nowhere, OnOverlay
 from siderolink.client.maintenance.resources.definitions import (
     LINK_SPEC,

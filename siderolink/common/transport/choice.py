@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Literal, Protocol
 import anyio
 
 from siderolink.common.addressing import format_peer_addr_port
-from siderolink.common.backoff import Backoff
+from siderolink.common.backoff import Backoff, RetryTrigger
 from siderolink.common.errors import ConfigurationError, ServerUnreachableError
 from siderolink.common.grpc import GRPCError, Limits, Status, open_byte_stream, open_channel, translate_errors
 from siderolink.common.hostport import HostPort
 from siderolink.common.join_url import JoinURL
-from siderolink.common.nudge import Nudge
 from siderolink.common.text import one_line
 from siderolink.common.transport.tunnel import ADDRESS_METADATA, TunnelPath, carry
 from siderolink.common.wireguard.device import CanShakeHands, Device, PeerConfig
@@ -62,7 +61,7 @@ class Route(Protocol):
     async def shake_hands(self, device: Device, peer: PeerConfig) -> None:
         """Begin a handshake by this way at once, while it is carried; nothing happens where it is interrupted."""
 
-    def mend(self) -> None:
+    def reopen(self) -> None:
         """Whatever this way holds open may be dead: make it anew."""
 
     def __str__(self) -> str:
@@ -93,15 +92,15 @@ def choose(
     answer: Answer,
     tls: ssl.SSLContext | None = None,
     *,
-    nudge: Nudge | None = None,
+    retry: RetryTrigger | None = None,
     turn: int = 0,
 ) -> Transport:
     """The tunnel where the server answered with a virtual address, asked for or not; else UDP.
 
-    A `nudge` ends waits before another try. Of a name's several addresses each `turn` takes another.
+    A `retry` ends waits before another try. Of a name's several addresses each `turn` takes another.
     """
     if answer.virtual_address is not None:
-        return TunnelTransport(url, answer.virtual_address, tls, nudge or Nudge())
+        return TunnelTransport(url, answer.virtual_address, tls, retry or RetryTrigger())
     return UdpTransport(answer.endpoints, turn)
 
 
@@ -147,7 +146,7 @@ class UdpRoute:
         elif self._address is not None:
             await _begin(device, replace(peer, endpoint=self._address))
 
-    def mend(self) -> None:
+    def reopen(self) -> None:
         """Nothing is held open."""
 
     def __str__(self) -> str:
@@ -162,22 +161,22 @@ class TunnelTransport:
     listen_port = None
 
     def __init__(
-        self, url: JoinURL, virtual_address: tuple[IPv6Address, int], tls: ssl.SSLContext | None, nudge: Nudge
+        self, url: JoinURL, virtual_address: tuple[IPv6Address, int], tls: ssl.SSLContext | None, retry: RetryTrigger
     ) -> None:
-        self.routes: Sequence[Route] = (TunnelRoute(url, virtual_address, tls, nudge),)
+        self.routes: Sequence[Route] = (TunnelRoute(url, virtual_address, tls, retry),)
 
 
 class TunnelRoute:
     """The stream, opened again whenever it ends: at once, then after growing delays."""
 
     def __init__(
-        self, url: JoinURL, virtual_address: tuple[IPv6Address, int], tls: ssl.SSLContext | None, nudge: Nudge
+        self, url: JoinURL, virtual_address: tuple[IPv6Address, int], tls: ssl.SSLContext | None, retry: RetryTrigger
     ) -> None:
         self._url = url
         self._virtual_address = format_peer_addr_port(*virtual_address)
         self._tls = (tls or True) if url.tls else None
         self._backoff = Backoff(first=0.5, cap=10.0, at_once=True, factor=1.5)
-        self._nudge = nudge
+        self._retry = retry
         self._path: TunnelPath | None = None
         self._attempt: anyio.CancelScope | None = None
         self.remote: str | None = None
@@ -199,7 +198,7 @@ class TunnelRoute:
             on_interrupted(f"the tunnel's stream was cut: {reason}")
             if anyio.current_time() - opened_at > STABLE_AFTER:
                 self._backoff.reset()
-            await self._nudge.sleep(self._backoff.next())
+            await self._retry.sleep(self._backoff.next())
 
     async def _carry_once(self, device: Device, peer: PeerConfig) -> None:
         metadata = {ADDRESS_METADATA: self._virtual_address}
@@ -224,7 +223,7 @@ class TunnelRoute:
         else:
             await _begin(device, peer, self._path)
 
-    def mend(self) -> None:
+    def reopen(self) -> None:
         """Open the stream anew, at once."""
         self._backoff.reset()
         if self._attempt is not None:

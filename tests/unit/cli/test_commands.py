@@ -14,7 +14,8 @@ from siderolink.cli.control import ask_all, control_socket
 from siderolink.cli.describe import link_event
 from siderolink.cli.secret import read_secret
 from siderolink.cli.status import describe_reports, run_status, to_json
-from siderolink.client import LinkState, events
+from siderolink.client import LinkState
+from siderolink.client.link import events
 from siderolink.common.errors import ConfigurationError
 from siderolink.common.keys import PrivateKey
 from siderolink.common.pb.siderolink.control import Event, Peer, Reports, StatusResponse

@@ -6,11 +6,11 @@ from contextlib import AsyncExitStack, asynccontextmanager
 import anyio
 import pytest
 
-from siderolink.client import signals as news
-from siderolink.client.api_watch import watch_api
+from siderolink.client.link import signals
+from siderolink.client.link.probes import watch_api
+from siderolink.common.backoff import RetryTrigger
 from siderolink.common.grpc import GrpcServer, serve
 from siderolink.common.join_url import JoinURL
-from siderolink.common.nudge import Nudge
 from siderolink.common.tasks import background_tasks
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("no_leaks")]
@@ -20,8 +20,8 @@ class Watched:
     """A server on one port, again and again, and what a machine's watch tells of it."""
 
     def __init__(self) -> None:
-        self.told: list[news.Signal] = []
-        self.nudge = Nudge()
+        self.told: list[signals.Signal] = []
+        self.retry = RetryTrigger()
         self.port = 0
         self._server: GrpcServer
         self._serving = AsyncExitStack()
@@ -40,7 +40,7 @@ class Watched:
         """With no patience: what waits before another try is woken."""
         with anyio.fail_after(5):
             while not condition():
-                self.nudge.give()
+                self.retry.fire()
                 await anyio.sleep(0.01)
 
 
@@ -51,7 +51,7 @@ async def watched() -> AsyncIterator[Watched]:
     try:
         async with background_tasks() as tasks:
             url = JoinURL("127.0.0.1", bench.port, tls=False)
-            tasks.start_soon(watch_api, url, None, bench.told.append, bench.nudge)
+            tasks.start_soon(watch_api, url, None, bench.told.append, bench.retry)
             await bench.connected()
             yield bench
     finally:
@@ -61,17 +61,17 @@ async def watched() -> AsyncIterator[Watched]:
 async def test_a_server_that_ends_moments_after_a_machine_joined_is_noticed() -> None:
     async with watched() as bench:
         await bench.stop()
-        await bench.until(lambda: bench.told == [news.ApiLost()])
+        await bench.until(lambda: bench.told == [signals.ApiLost()])
         await bench.start()
-        await bench.until(lambda: bench.told == [news.ApiLost(), news.ApiBack()])
+        await bench.until(lambda: bench.told == [signals.ApiLost(), signals.ApiBack()])
 
 
 async def test_a_server_that_ends_each_connection_soon_is_told_of_once() -> None:
     async with watched() as bench:
         await bench.stop()
         await bench.start()
-        await bench.until(lambda: news.ApiBack() in bench.told)
+        await bench.until(lambda: signals.ApiBack() in bench.told)
         await bench.connected()
         await bench.stop()
         await anyio.sleep(0.1)
-        assert bench.told == [news.ApiLost(), news.ApiBack()]
+        assert bench.told == [signals.ApiLost(), signals.ApiBack()]

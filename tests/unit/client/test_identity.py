@@ -1,7 +1,7 @@
 from pathlib import Path
 from uuid import UUID
 
-from siderolink.client.identity import machine_uuid
+from siderolink.client.link.identity import machine_uuid
 
 MACHINE_ID = "0123456789abcdef0123456789abcdef"
 

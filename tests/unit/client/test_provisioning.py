@@ -7,7 +7,7 @@ from grpclib import GRPCError, Status
 from hypothesis import given
 from hypothesis import strategies as st
 
-from siderolink.client.provisioning import Machine, make_request, provision, read_response
+from siderolink.client.link.provisioning import Machine, make_request, provision, read_response
 from siderolink.common.errors import InvalidAnswerError, JoinRefusedError, ServerUnreachableError
 from siderolink.common.join_url import JoinURL
 from siderolink.common.pb.sidero.link import ProvisionRequest, ProvisionResponse

@@ -10,11 +10,11 @@ import anyio
 import pytest
 from grpclib import GRPCError, Status
 
-from siderolink.client import events
-from siderolink.client.provisioning import Machine
-from siderolink.client.runner import LinkOptions, LinkRunner
-from siderolink.client.signals import Put
-from siderolink.client.state import LinkState
+from siderolink.client.link import events
+from siderolink.client.link.provisioning import Machine
+from siderolink.client.link.runner import LinkOptions, LinkRunner
+from siderolink.client.link.signals import Put
+from siderolink.client.link.state import LinkState
 from siderolink.common.errors import JoinRefusedError
 from siderolink.common.keys import PublicKey
 from siderolink.common.network_watch import WayOut
@@ -266,7 +266,7 @@ async def test_udp_is_tried_with_the_key_that_the_server_has_by_now(monkeypatch:
         tried.append(server_key)
         await anyio.sleep_forever()
 
-    monkeypatch.setattr("siderolink.client.runner.until_udp_passes", until_udp_passes)
+    monkeypatch.setattr("siderolink.client.link.runner.until_udp_passes", until_udp_passes)
     async with running(response(old, ONE), attempt_timeout=0.05, fallback_tunnel=True) as bench:
         await bench.saw(events.Connecting)
         bench.service.answer = response(old, VIRTUAL, virtual=VIRTUAL)

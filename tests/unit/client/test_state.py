@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from siderolink.client.state import TRANSITIONS, LinkState, StateMachine
+from siderolink.client.link.state import TRANSITIONS, LinkState, StateMachine
 
 PAGE = (Path(__file__).resolve().parents[3] / "docs" / "link.md").read_text()
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from siderolink.client.watch import DOUBT_PROBES, HandshakeWatch
+from siderolink.client.link.watch import PROBE_LIMIT, HandshakeWatch
 from siderolink.common.wireguard.noise import HandshakeCompleted, HandshakeGaveUp, PeerSilent
 from tests.support.virtual import Node, Wire, inner_packet, pair
 
@@ -53,36 +53,36 @@ def test_an_older_handshake_changes_nothing() -> None:
 
 def test_a_doubt_is_settled_within_fifteen_seconds() -> None:
     watch = up_at(0.0)
-    assert watch.begin_doubt(20.0, "something looks wrong")
-    assert not watch.begin_doubt(21.0, "another thing"), "it is in doubt already"
+    assert watch.suspect(20.0, "something looks wrong")
+    assert not watch.suspect(21.0, "another thing"), "it is in doubt already"
     begun, down_at, reason = probes(watch, 20.0)
-    assert begun == [20.0 + second for second in range(DOUBT_PROBES)]
+    assert begun == [20.0 + second for second in range(PROBE_LIMIT)]
     assert down_at == 35.0
     assert reason == "something looks wrong, and 15 handshakes went unanswered"
 
 
 def test_a_handshake_ends_the_doubt() -> None:
     watch = up_at(0.0)
-    watch.begin_doubt(20.0, "something looks wrong")
+    watch.suspect(20.0, "something looks wrong")
     assert watch.take_probe(20.0)
     assert not watch.handshake_completed(20.5)
-    assert watch.doubt is None
+    assert watch.suspicion is None
     assert not watch.take_probe(21.0)
     assert watch.deadline == 80.5
 
 
 def test_a_handshake_with_a_server_that_is_ending_is_not_the_last_word() -> None:
     watch = up_at(0.0)
-    watch.doubt_twice(10.0, "the API broke")
+    watch.suspect_twice(10.0, "the API broke")
     assert watch.take_probe(10.0)
     watch.handshake_completed(10.1)
-    assert (watch.doubt, watch.deadline) == (None, 13.0)
+    assert (watch.suspicion, watch.deadline) == (None, 13.0)
     assert watch.check(13.0) is None
-    assert watch.doubt == "the API broke"
+    assert watch.suspicion == "the API broke"
     assert watch.take_probe(13.0)
     watch.handshake_completed(13.1)
     assert watch.check(70.0) is None
-    assert watch.doubt is None
+    assert watch.suspicion is None
 
 
 def test_silence_is_a_doubt_and_being_heard_is_not() -> None:
@@ -92,7 +92,7 @@ def test_silence_is_a_doubt_and_being_heard_is_not() -> None:
     watch.heard(20.0)
     assert watch.deadline == 85.0
     assert watch.check(85.0) is None
-    assert watch.doubt == "nothing was heard for 60 s"
+    assert watch.suspicion == "nothing was heard for 60 s"
     assert watch.take_probe(85.0)
 
 
@@ -109,7 +109,7 @@ def test_news_brings_the_next_handshake_forward() -> None:
 def test_a_host_that_slept_gets_another_chance(was_in_doubt: bool) -> None:
     watch = up_at(0.0)
     if was_in_doubt:
-        watch.begin_doubt(10.0, "something looked wrong")
+        watch.suspect(10.0, "something looked wrong")
     watch.slept(9000.0)
     assert watch.check(9000.0) is None
     assert watch.take_probe(9000.0)
@@ -139,7 +139,7 @@ class Machine:
             if isinstance(event, HandshakeCompleted):
                 self.watch.handshake_completed(now)
             elif isinstance(event, PeerSilent):
-                self.doubts += self.watch.begin_doubt(now, "silent")
+                self.doubts += self.watch.suspect(now, "silent")
             elif isinstance(event, HandshakeGaveUp):
                 self.downs.append("gave up")
         self.node.events.clear()

@@ -7,7 +7,7 @@ import pytest
 
 from siderolink.client.config import MachineSettings, Setting, Sources
 from siderolink.client.config.write import JoinParameters, machine_documents
-from siderolink.client.provisioning import Machine, provision
+from siderolink.client.link.provisioning import Machine, provision
 from siderolink.common.errors import ConfigurationError, ServerUnreachableError
 from siderolink.common.grpc import client_tls, serve, server_tls
 from siderolink.common.join_url import JoinURL

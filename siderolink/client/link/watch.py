@@ -15,8 +15,8 @@ ATTEMPT_TIMEOUT = 8.0
 FIRST_PROBE = 1.0
 PROBE_GROWTH = 1.4
 """On a new way the next handshake is begun a second after the first, then later and later: the server may be slow."""
-DOUBT_PROBES = 15
-DOUBT_INTERVAL = 1.0
+PROBE_LIMIT = 15
+PROBE_INTERVAL = 1.0
 ENDING_SECONDS = 3.0
 """A server that is being stopped may still answer handshakes for so long after it has ended its API."""
 SILENT_AFTER = 60.0
@@ -37,7 +37,7 @@ class HandshakeWatch:
         self._interval = FIRST_PROBE
         self._again: tuple[float, str] | None = None
         """When to doubt once more, and why."""
-        self.doubt: str | None = None
+        self.suspicion: str | None = None
         """Why an established link is in doubt; None where it is not."""
         self.unanswered = 0
         """Handshakes begun since the doubt began."""
@@ -59,37 +59,37 @@ class HandshakeWatch:
         if self._handshake_at is None or at > self._handshake_at:
             self._handshake_at = at
             self._down_at = at + self._down_after
-            self.doubt, self.unanswered = None, 0
+            self.suspicion, self.unanswered = None, 0
             self._probe_at = float("inf")
             self.heard(at)
         return came_up
 
     def heard(self, at: float) -> None:
         """Note that something authenticated came."""
-        if self._handshake_at is not None and self.doubt is None:
+        if self._handshake_at is not None and self.suspicion is None:
             self._heard_at = max(self._heard_at, at)
             self._silent_at = self._heard_at + SILENT_AFTER
 
     def answered(self, now: float) -> None:
         """Note that something came back that was sent during the doubt: its end, without a handshake."""
         if self._handshake_at is not None:
-            self.doubt, self.unanswered = None, 0
+            self.suspicion, self.unanswered = None, 0
             self._down_at, self._probe_at = self._handshake_at + self._down_after, float("inf")
             self.heard(now)
 
-    def begin_doubt(self, now: float, reason: str) -> bool:
+    def suspect(self, now: float, reason: str) -> bool:
         """Something looks wrong with an established link; True where that is news."""
-        if self._handshake_at is None or self.doubt is not None:
+        if self._handshake_at is None or self.suspicion is not None:
             return False
-        self.doubt, self.unanswered = reason, 0
+        self.suspicion, self.unanswered = reason, 0
         self._silent_at = float("inf")
-        self._probe_at, self._interval = now, DOUBT_INTERVAL
-        self._down_at = min(self._down_at, now + DOUBT_PROBES * DOUBT_INTERVAL)
+        self._probe_at, self._interval = now, PROBE_INTERVAL
+        self._down_at = min(self._down_at, now + PROBE_LIMIT * PROBE_INTERVAL)
         return True
 
-    def doubt_twice(self, now: float, reason: str) -> None:
+    def suspect_twice(self, now: float, reason: str) -> None:
         """Something looks wrong that a handshake right now does not disprove: begin another doubt after `ENDING_SECONDS`."""
-        self.begin_doubt(now, reason)
+        self.suspect(now, reason)
         if self._handshake_at is not None:
             self._again = now + ENDING_SECONDS, reason
 
@@ -99,9 +99,9 @@ class HandshakeWatch:
             self._down_at = now + self._attempt_timeout
             self.probe_now(now)
             return
-        self._down_at = max(self._down_at, now + DOUBT_PROBES * DOUBT_INTERVAL)
-        self.doubt = None
-        self.begin_doubt(now, "the host slept")
+        self._down_at = max(self._down_at, now + PROBE_LIMIT * PROBE_INTERVAL)
+        self.suspicion = None
+        self.suspect(now, "the host slept")
 
     def probe_now(self, now: float) -> None:
         """There is reason to hope: begin the next handshake at once, if any is wanted."""
@@ -112,7 +112,7 @@ class HandshakeWatch:
         """Whether a handshake is to be begun now."""
         if now < self._probe_at:
             return False
-        if self.doubt is None:
+        if self.suspicion is None:
             self._interval *= PROBE_GROWTH
         self._probe_at = now + self._interval
         self.unanswered += 1
@@ -121,14 +121,14 @@ class HandshakeWatch:
     def check(self, now: float) -> str | None:
         """Why the link is down at `now`; None where it is not. Long silence is the beginning of a doubt."""
         if self._again is not None and now >= self._again[0]:
-            self.begin_doubt(*self._again)
+            self.suspect(*self._again)
             self._again = None
         if now >= self._silent_at:
-            self.begin_doubt(now, f"nothing was heard for {SILENT_AFTER:.0f} s")
+            self.suspect(now, f"nothing was heard for {SILENT_AFTER:.0f} s")
         if now < self._down_at:
             return None
         if self._handshake_at is None:
             return "no handshake"
-        if self.doubt is not None:
-            return f"{self.doubt}, and {self.unanswered} handshakes went unanswered"
+        if self.suspicion is not None:
+            return f"{self.suspicion}, and {self.unanswered} handshakes went unanswered"
         return f"no handshake for {now - self._handshake_at:.0f} s"

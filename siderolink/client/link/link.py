@@ -10,11 +10,11 @@ from typing import Literal
 
 import anyio
 
-from siderolink.client.events import LinkEvent
-from siderolink.client.identity import machine_uuid
-from siderolink.client.provisioning import Machine, Provisioned
-from siderolink.client.runner import LinkOptions, LinkRunner
-from siderolink.client.state import LinkState
+from siderolink.client.link.events import LinkEvent
+from siderolink.client.link.identity import machine_uuid
+from siderolink.client.link.provisioning import Machine, Provisioned
+from siderolink.client.link.runner import LinkOptions, LinkRunner
+from siderolink.client.link.state import LinkState
 from siderolink.common.broadcast import Broadcast
 from siderolink.common.errors import ConfigurationError, DeviceError, HandshakeTimeoutError, SideroLinkError
 from siderolink.common.grpc import client_tls

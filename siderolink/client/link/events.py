@@ -3,9 +3,12 @@
 import time
 from dataclasses import dataclass, field
 from ipaddress import IPv6Address, IPv6Interface
+from typing import TYPE_CHECKING
 
-from siderolink.client.state import LinkState
 from siderolink.common.keys import PublicKey
+
+if TYPE_CHECKING:
+    from siderolink.client.link.state import LinkState
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,8 +23,8 @@ class LinkEvent:
 class StateChanged(LinkEvent):
     """The link went from one state to another; see docs/link.md."""
 
-    old: LinkState
-    new: LinkState
+    old: "LinkState"
+    new: "LinkState"
     reason: str
 
 

@@ -8,14 +8,29 @@ large one is, the path is at fault; a server that answers no echo says nothing a
 import asyncio
 import os
 import socket
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from functools import partial
-from ipaddress import IPv6Address
+from ipaddress import IPv6Address, IPv6Network
+from typing import TYPE_CHECKING
 
 import anyio
 
+from siderolink.common.backoff import Backoff, RetryTrigger
+from siderolink.common.hostport import HostPort
+from siderolink.common.keys import PrivateKey, PublicKey
 from siderolink.common.netlink import call_in
-from siderolink.common.wireguard.device import DEFAULT_MTU
+from siderolink.common.wireguard.device import DEFAULT_MTU, DeviceConfig, DeviceEvent, HandshakeCompleted, PeerConfig
+
+if TYPE_CHECKING:
+    from siderolink.common.wireguard.noise import Timestamps
+
+import ssl
+
+from siderolink.client.link.signals import ApiBack, ApiLost, Put
+from siderolink.common.errors import JoinError
+from siderolink.common.grpc import open_channel, translate_errors
+from siderolink.common.join_url import JoinURL
 
 ROUNDS = 10
 """With a fifth of all datagrams lost each way, all ten large ones are lost once in thirty thousand times."""
@@ -104,3 +119,89 @@ class _Probe:
                     self.large.set()
                 else:
                     self.small.add(data[6:8])
+
+
+_TIMEOUT = 6.0
+"""Seconds a try takes: two initiations."""
+
+
+async def until_udp_passes(
+    key: PrivateKey,
+    server_key: Callable[[], PublicKey],
+    endpoints: Sequence[HostPort],
+    timestamps: "Timestamps",
+    backoff: Backoff,
+    retry: RetryTrigger,
+) -> None:
+    """Try now and then, and at once after a retry, until a handshake succeeds with the key that the server has then."""
+    while True:
+        await retry.sleep(backoff.next())
+        for endpoint in endpoints:
+            if await _try(key, server_key(), endpoint, timestamps):
+                return
+
+
+async def _try(key: PrivateKey, server_key: PublicKey, endpoint: HostPort, timestamps: "Timestamps") -> bool:
+    # Only here, because it needs the data plane, which a kernel device does without.
+    from siderolink.common.wireguard.packet_device import open_packet_device
+
+    done = anyio.Event()
+
+    def on_event(event: DeviceEvent) -> None:
+        if isinstance(event, HandshakeCompleted):
+            done.set()
+
+    config = DeviceConfig(name="UDP probe", private_key=key, listen_port=0, timestamps=timestamps)
+    with anyio.move_on_after(_TIMEOUT):
+        try:
+            address = (await endpoint.resolve())[0]
+        except OSError:
+            return False
+        async with open_packet_device(config, lambda packet: None, on_event) as device:
+            await device.set_peer(
+                PeerConfig(
+                    public_key=server_key,
+                    allowed_ips=(IPv6Network("::/0"),),
+                    endpoint=address,
+                    persistent_keepalive=25,
+                )
+            )
+            await done.wait()
+    return done.is_set()
+
+
+_STABLE = 5.0
+"""Seconds after which a connection is one that was kept. Of shorter ones in a row only the first one's end means anything."""
+_SPACING = 30.0
+"""Seconds from one connection to the next at the least, where each is ended soon although the API answers."""
+
+
+async def watch_api(url: JoinURL, tls: ssl.SSLContext | None, put: Put, retry: RetryTrigger) -> None:
+    """Keep the connection for ever, and tell of its end and of its return."""
+    # Not too soon: handshakes find a server that remembers, and it has enough to do in its first seconds.
+    backoff = Backoff(first=4.0, cap=30.0, factor=1.5)
+    context = (tls or True) if url.tls else None
+    is_lost = ends_soon = False
+    while True:
+        stood_for = 0.0
+        try:
+            with translate_errors():
+                async with open_channel(url.host, url.port, context) as channel:
+                    await channel.connect()
+                    began_at = anyio.current_time()
+                    if is_lost:
+                        put(ApiBack())
+                    await channel.wait_lost()
+                    stood_for = anyio.current_time() - began_at
+        except JoinError:
+            pass
+        if stood_for > _STABLE or (stood_for and not ends_soon):
+            put(ApiLost())
+            is_lost = True
+            ends_soon = stood_for <= _STABLE
+            backoff.reset()
+        elif stood_for:
+            is_lost = False
+            await anyio.sleep(_SPACING)
+            continue
+        await retry.sleep(backoff.next())

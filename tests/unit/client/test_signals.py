@@ -6,9 +6,8 @@ from ipaddress import IPv6Network
 import anyio
 import pytest
 
-from siderolink.client import events
-from siderolink.client import signals as news
-from siderolink.client.state import LinkState
+from siderolink.client.link import events, signals
+from siderolink.client.link.state import LinkState
 from siderolink.common.keys import PublicKey
 from siderolink.common.network_watch import WayOut
 from siderolink.common.wireguard.device import InterfaceLost
@@ -42,7 +41,7 @@ async def test_a_lost_api_is_answered_by_a_handshake_and_by_no_transition() -> N
     async with running(response(server, ONE)) as bench:
         await connect(bench, server)
         before = handshakes_begun(bench)
-        bench.put(news.ApiLost())
+        bench.put(signals.ApiLost())
         await begun(bench, before)
         bench.shake_hands(server)
         await bench.saw(events.Handshake, 2)
@@ -55,12 +54,12 @@ async def test_no_route_is_trouble_and_its_return_a_handshake() -> None:
     async with running(response(server, ONE)) as bench:
         await connect(bench, server)
         bench.out = None
-        bench.put(news.NetworkChanged())
+        bench.put(signals.NetworkChanged())
         trouble = await bench.saw(events.StateChanged, condition=lambda event: event.new is LinkState.DEGRADED)
         assert trouble.reason == "this host has no route to 192.0.2.1"
         before = handshakes_begun(bench)
         bench.out = WayOut(b"there", 2)
-        bench.put(news.NetworkChanged())
+        bench.put(signals.NetworkChanged())
         await begun(bench, before)
         bench.shake_hands(server)
         await bench.saw(events.StateChanged, condition=lambda event: event.old is LinkState.DEGRADED)
@@ -72,11 +71,11 @@ async def test_a_network_change_that_leaves_the_way_as_it_was_is_no_news() -> No
     async with running(response(server, ONE)) as bench:
         await connect(bench, server)
         before = handshakes_begun(bench)
-        bench.put(news.NetworkChanged())
-        bench.put(news.NetworkChanged(carriers=frozenset((1, 3))))  # of containers, say
+        bench.put(signals.NetworkChanged())
+        bench.put(signals.NetworkChanged(carriers=frozenset((1, 3))))  # of containers, say
         await anyio.wait_all_tasks_blocked()
         assert handshakes_begun(bench) == before
-        bench.put(news.NetworkChanged(carriers=frozenset((2, 3))))
+        bench.put(signals.NetworkChanged(carriers=frozenset((2, 3))))
         await begun(bench, before)
 
 
@@ -89,12 +88,12 @@ async def test_a_doubt_costs_a_session_of_the_kernel_only_where_the_server_does_
         assert bench.device is not None
         bench.device.calls.clear()
         bench.is_server_answering = is_answering
-        bench.put(news.ApiLost())
+        bench.put(signals.ApiLost())
         await anyio.wait_all_tasks_blocked()
         if is_answering:
             assert bench.device.calls == []
             bench.is_server_answering = False
-            bench.put(news.ApiLost())  # another doubt, and another end
+            bench.put(signals.ApiLost())  # another doubt, and another end
         with anyio.fail_after(5):
             while ("remove", server) not in bench.device.calls:
                 await anyio.sleep(0.01)
@@ -105,10 +104,10 @@ async def test_a_server_of_another_key_is_taken_up_while_the_link_is_in_doubt() 
     old, new = new_key(), new_key()
     async with running(response(old, ONE)) as bench:
         await connect(bench, old)
-        bench.put(news.ApiLost())
+        bench.put(signals.ApiLost())
         answer = bench.runner.answer
         assert answer is not None
-        bench.put(news.Answered(replace(answer, server_key=new)))
+        bench.put(signals.Answered(replace(answer, server_key=new)))
         await bench.saw(events.LinkDown)
         await anyio.wait_all_tasks_blocked()
         bench.shake_hands(new)
@@ -128,9 +127,9 @@ async def test_a_stream_that_was_cut_and_brings_no_handshake_is_a_reason_to_ask(
     async with running(response(old, ONE)) as bench:
         await connect(bench, old)
         bench.service.answer = response(new, ONE)
-        monkeypatch.setattr("siderolink.client.keeper.anyio.sleep", sleep)
-        bench.put(news.RouteInterrupted("the server ended it"))
-        bench.put(news.RouteInterrupted("the server ended it"))
+        monkeypatch.setattr("siderolink.client.link.monitor.anyio.sleep", sleep)
+        bench.put(signals.RouteInterrupted("the server ended it"))
+        bench.put(signals.RouteInterrupted("the server ended it"))
         await bench.saw(events.LinkDown)
         await anyio.wait_all_tasks_blocked()
         bench.shake_hands(new)
@@ -144,8 +143,8 @@ async def test_the_same_answer_and_other_endpoints_change_nothing_on_a_good_link
         await connect(bench, server)
         answer = bench.runner.answer
         assert answer is not None
-        bench.put(news.Answered(answer))
-        bench.put(news.Answered(replace(answer, endpoints=answer.endpoints[:1])))
+        bench.put(signals.Answered(answer))
+        bench.put(signals.Answered(replace(answer, endpoints=answer.endpoints[:1])))
         await anyio.wait_all_tasks_blocked()
         assert bench.state() is LinkState.CONNECTED
 
@@ -154,13 +153,13 @@ async def test_lost_large_packets_are_said_and_forgotten() -> None:
     server = new_key()
     async with running(response(server, ONE)) as bench:
         await connect(bench, server)
-        bench.put(news.LargePackets(False))
+        bench.put(signals.LargePackets(False))
         trouble = await bench.saw(events.StateChanged, condition=lambda event: event.new is LinkState.DEGRADED)
         assert "packets of 1280 bytes do not pass by udp" in trouble.reason
         bench.shake_hands(server)
         await anyio.wait_all_tasks_blocked()
         assert bench.state() is LinkState.DEGRADED, "a handshake says nothing about large packets"
-        bench.put(news.LargePackets(True))
+        bench.put(signals.LargePackets(True))
         await bench.saw(events.StateChanged, condition=lambda event: event.old is LinkState.DEGRADED)
         assert bench.state() is LinkState.CONNECTED
 
@@ -170,7 +169,7 @@ async def test_a_repaired_interface_is_told_and_tried() -> None:
     async with running(response(server, ONE)) as bench:
         await connect(bench, server)
         before = handshakes_begun(bench)
-        bench.put(news.Repaired("it was set down"))
+        bench.put(signals.Repaired("it was set down"))
         assert (await bench.saw(events.InterfaceRepaired)).what == "it was set down"
         await begun(bench, before)
         assert bench.state() is LinkState.DEGRADED

@@ -1,4 +1,4 @@
-"""Keeps a link on one way to the server for as long as that is of use: watches, doubts, tries, and gives up."""
+"""Keeps a link on one route to the server: starts it, watches it, probes it when something looks wrong, and gives it up."""
 
 import random
 import time
@@ -8,17 +8,14 @@ from typing import TYPE_CHECKING
 
 import anyio
 
-from siderolink.client import events
-from siderolink.client import signals as news
-from siderolink.client.asking import Asker
-from siderolink.client.host import Host
-from siderolink.client.progress import Progress
-from siderolink.client.provisioning import Provisioned
-from siderolink.client.watch import HandshakeWatch
-from siderolink.common.backoff import Backoff
+from siderolink.client.link import events, signals
+from siderolink.client.link.host import Host
+from siderolink.client.link.provisioning import Provisioned, Provisioner
+from siderolink.client.link.state import Progress
+from siderolink.client.link.watch import HandshakeWatch
+from siderolink.common.backoff import Backoff, RetryTrigger
 from siderolink.common.clock_watch import seconds_asleep
 from siderolink.common.errors import JoinError, ServerUnreachableError
-from siderolink.common.nudge import Nudge
 from siderolink.common.tasks import background_tasks
 from siderolink.common.transport.choice import Route
 from siderolink.common.wireguard.device import (
@@ -38,9 +35,9 @@ if TYPE_CHECKING:
 
 _API_LOST = "the connection to the server's API broke"
 _IS_ANOTHER = "the server is not the same as before"
-_MEND_AFTER = 2
+_REOPEN_AFTER = 2
 """Handshakes that go unanswered before a stream is opened anew."""
-_ASK_AFTER = 3
+_CHECK_AFTER = 3
 """Handshakes that go unanswered before the API is asked whether the server is still the same."""
 _SIZE_PROBE_AFTER = 1.0
 _SIZE_PROBE_AGAIN = 60.0
@@ -50,84 +47,84 @@ _RETRY_CAP = 15.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Surroundings:
+class LinkContext:
     """What a keeper works with."""
 
     host: Host
     device: Device
-    signals: news.Signals
-    nudge: Nudge
+    signals: signals.Signals
+    retry: RetryTrigger
     progress: Progress
-    asker: Asker
+    provisioner: Provisioner
     emit: Callable[[events.LinkEvent], None]
     attempt_timeout: float
     down_after: float
-    asks_tunnel: bool
+    wants_tunnel: bool
     """Ask for the tunnel, which the URL does not, when the API is asked in passing."""
     leave_small_path: Callable[[], None] | None
     """Called where a way passes no large packets and is given up for it; None where there is no better one."""
 
 
-class RouteKeeper:
+class RouteMonitor:
     """One way, once."""
 
-    def __init__(self, around: Surroundings, route: Route, answer: Provisioned, peer: PeerConfig) -> None:
-        self._around = around
-        self._device = around.device
-        self._progress = around.progress
-        self._signals = around.signals
+    def __init__(self, context: LinkContext, route: Route, answer: Provisioned, peer: PeerConfig) -> None:
+        self._context = context
+        self._device = context.device
+        self._progress = context.progress
+        self._signals = context.signals
         self._route = route
         self._answer = answer
         self._peer = peer
         self._way_out: WayOut | None = None
         self._asleep = seconds_asleep()
         self._last_handshake: float | None = None
-        self._looked_at = time.monotonic()
-        self._has_asked = False
-        self._asks_while_cut = False
-        self._ask_at = _ASK_AFTER + 1
-        self._why_asked = ""
+        self._polled_at = time.monotonic()
+        self._server_checked = False
+        self._checks_after_cut = False
+        self._check_at = _CHECK_AFTER + 1
+        self._check_reason = ""
         self._probes_size = False
         self._tasks: TaskGroup
 
-    async def keep(self, ask_again: Callable[[], Awaitable[Provisioned]] | None) -> Provisioned | None:
-        """Returns None where the next way is to be tried, or an answer of the API that puts an end to the last one.
+    async def keep(self, provision_again: Callable[[], Awaitable[Provisioned]] | None) -> Provisioned | None:
+        """Run until the route fails (returns None: try the next) or a newer answer of the API replaces the present one.
 
-        On the last way there is `ask_again`. While it asks, the way is still used: a handshake makes the answer unnecessary.
+        The last route gets `provision_again`, and stays in use while that runs: a handshake makes its answer unnecessary.
         """
         self._progress.connecting(str(self._route))
         self._signals.clear()
         async with background_tasks() as self._tasks:
-            self._last_handshake = await self._read_handshake()
+            self._last_handshake = await self._last_known_handshake()
             self._tasks.start_soon(self._carry)
             while True:
                 outcome = await self._until_down()
                 if isinstance(outcome, Provisioned):
                     return outcome
                 self._progress.lost(str(self._route), outcome)
-                if ask_again is None:
+                if provision_again is None:
                     return None
-                newer = await self._until_handshake_or_answer(ask_again, outcome)
+                newer = await self._provision_until_handshake(provision_again, outcome)
                 if newer is not None:
                     return newer
 
     async def _carry(self) -> None:
         put = self._signals.put
-        reason = await self._route.carry(self._device, self._peer, lambda reason: put(news.RouteInterrupted(reason)))
-        put(news.RouteLost(reason))
+        reason = await self._route.carry(self._device, self._peer, lambda reason: put(signals.RouteInterrupted(reason)))
+        put(signals.RouteLost(reason))
 
     # While it is of use
 
     async def _until_down(self) -> str | Provisioned:
         """Why the way is dead; or an answer that says that the server is another than before."""
         now = time.monotonic()
-        around = self._around
-        watch = HandshakeWatch(now, attempt_timeout=around.attempt_timeout, down_after=around.down_after)
+        context = self._context
+        watch = HandshakeWatch(now, attempt_timeout=context.attempt_timeout, down_after=context.down_after)
         if self._progress.machine.is_up:
             watch.handshake_completed(now)
             self._came_up()
         while True:
-            await self._look(watch)
+            await self._poll_device(watch)
             now = time.monotonic()
             reason = watch.check(now)
             if reason is not None:
@@ -136,33 +133,33 @@ class RouteKeeper:
                 await self._probe(watch)
                 continue
             signal = await self._signals.next(watch.deadline)
-            outcome = await self._take(signal, watch) if signal is not None else None
+            outcome = await self._handle(signal, watch) if signal is not None else None
             if outcome is not None:
                 return outcome
 
     async def _probe(self, watch: HandshakeWatch) -> None:
-        if watch.doubt is not None and watch.unanswered == 1 and await self._still_carries():
+        if watch.suspicion is not None and watch.unanswered == 1 and await self._still_carries():
             watch.answered(time.monotonic())
             return
         await self._route.shake_hands(self._device, self._peer)
-        if watch.doubt is None:
+        if watch.suspicion is None:
             return
-        if watch.unanswered == _MEND_AFTER + 1:
-            self._route.mend()
-        if watch.unanswered != self._ask_at:
+        if watch.unanswered == _REOPEN_AFTER + 1:
+            self._route.reopen()
+        if watch.unanswered != self._check_at:
             return
-        if not self._has_asked:
-            self._ask_once()
-        if watch.doubt == _API_LOST:
+        if not self._server_checked:
+            self._check_server()
+        if watch.suspicion == _API_LOST:
             self._progress.trouble("silence", f"{_API_LOST}, and handshakes go unanswered")
 
     async def _still_carries(self) -> bool:
         """Whether the session is known to be good, where a new one would cost what is under way by the old one."""
         if isinstance(self._device, CanShakeHands):
             return False
-        return await self._around.host.is_answered(self._device.name, self._answer.server_address)
+        return await self._context.host.is_answered(self._device.name, self._answer.server_address)
 
-    async def _take(self, signal: news.Signal, watch: HandshakeWatch) -> str | Provisioned | None:
+    async def _handle(self, signal: signals.Signal, watch: HandshakeWatch) -> str | Provisioned | None:
         now = time.monotonic()
         match signal:
             case HandshakeCompleted(public_key=key) if key == self._peer.public_key:
@@ -170,65 +167,65 @@ class RouteKeeper:
             case HandshakeGaveUp(public_key=key) if key == self._peer.public_key and watch.is_up:
                 return "handshakes go unanswered"
             case PeerSilent(public_key=key) if key == self._peer.public_key:
-                watch.begin_doubt(now, "what was sent went unanswered")
-            case news.RouteLost(reason=reason):
+                watch.suspect(now, "what was sent went unanswered")
+            case signals.RouteLost(reason=reason):
                 return reason
-            case news.RouteInterrupted(reason=reason):
+            case signals.RouteInterrupted(reason=reason):
                 self._progress.trouble("stream", reason)
-                if watch.is_up and not self._asks_while_cut:
-                    self._asks_while_cut = True
-                    self._tasks.start_soon(self._ask_while_cut)
-            case news.Answered(answer=answer) if self._is_another(answer, watch):
-                self._progress.lost(str(self._route), self._why_asked)
+                if watch.is_up and not self._checks_after_cut:
+                    self._checks_after_cut = True
+                    self._tasks.start_soon(self._check_server_after_cut)
+            case signals.Answered(answer=answer) if self._is_another(answer, watch):
+                self._progress.lost(str(self._route), self._check_reason)
                 return answer
-            case news.UdpPasses():
-                self._around.emit(events.FallbackEnded())
-                self._ask("UDP passes again", self._around.asker.ask_until_answered)
-            case news.LargePackets(pass_=passes):
+            case signals.UdpPasses():
+                self._context.emit(events.FallbackEnded())
+                self._provision_in_background("UDP passes again", self._context.provisioner.request_until_answered)
+            case signals.LargePackets(pass_=passes):
                 return self._judge_size(passes)
             case _:
-                self._take_news(signal, watch, now)
+                self._handle_network_signal(signal, watch, now)
         return None
 
-    def _take_news(self, signal: news.Signal, watch: HandshakeWatch, now: float) -> None:
+    def _handle_network_signal(self, signal: signals.Signal, watch: HandshakeWatch, now: float) -> None:
         match signal:
-            case news.ApiLost():
-                watch.doubt_twice(now, _API_LOST)
-            case news.ApiBack():
-                self._around.nudge.give()
+            case signals.ApiLost():
+                watch.suspect_twice(now, _API_LOST)
+            case signals.ApiBack():
+                self._context.retry.fire()
                 watch.probe_now(now)
                 # A server that remembers us answers the handshake, and has enough to do.
-                self._has_asked = False
-                self._ask_at = watch.unanswered + _ASK_AFTER
-            case news.NetworkChanged(carriers=carriers):
+                self._server_checked = False
+                self._check_at = watch.unanswered + _CHECK_AFTER
+            case signals.NetworkChanged(carriers=carriers):
                 self._network_changed(watch, now, carriers)
-            case news.Repaired(what=what):
-                self._around.emit(events.InterfaceRepaired(what=what))
+            case signals.Repaired(what=what):
+                self._context.emit(events.InterfaceRepaired(what=what))
                 self._progress.trouble("interface", f"the interface was changed by someone else: {what}")
                 self._doubt_at_once(watch, now, "the interface was repaired")
-            case news.ClockJumped():
+            case signals.ClockJumped():
                 asleep, self._asleep = seconds_asleep() - self._asleep, seconds_asleep()
                 if asleep > 1.0:
                     watch.slept(now)
-                    self._around.nudge.give()
+                    self._context.retry.fire()
 
     def _network_changed(self, watch: HandshakeWatch, now: float, carriers: frozenset[int]) -> None:
         remote = self._route.remote
         if remote is None:
-            self._around.nudge.give()
+            self._context.retry.fire()
             return
-        before, self._way_out = self._way_out, self._around.host.way_out(remote)
+        before, self._way_out = self._way_out, self._context.host.way_out(remote)
         if self._way_out is None:
             self._progress.trouble("network", f"this host has no route to {remote}")
             return
         if self._way_out != before:
-            self._route.mend()
+            self._route.reopen()
         if self._way_out != before or self._way_out.interface in carriers:
-            self._around.nudge.give()
+            self._context.retry.fire()
             self._doubt_at_once(watch, now, "the network changed")
 
     def _doubt_at_once(self, watch: HandshakeWatch, now: float, reason: str) -> None:
-        if not watch.begin_doubt(now, reason):
+        if not watch.suspect(now, reason):
             watch.probe_now(now)
 
     def _judge_size(self, passes: bool) -> str | None:
@@ -237,33 +234,33 @@ class RouteKeeper:
             return None
         reason = f"packets of {DEFAULT_MTU} bytes do not pass by {self._route}, though handshakes do"
         self._progress.trouble("size", reason)
-        if self._around.leave_small_path is None:
+        if self._context.leave_small_path is None:
             return None
-        self._around.leave_small_path()
+        self._context.leave_small_path()
         return reason
 
-    async def _look(self, watch: HandshakeWatch) -> None:
+    async def _poll_device(self, watch: HandshakeWatch) -> None:
         """Ask the device itself, which has the last word where an event was missed."""
         status = await self._device.peer(self._peer.public_key)
         now, wall = time.monotonic(), time.time()
         if status is None:
             return
         # The wall clock may have been set meanwhile: nothing that is seen now is older than the last look.
-        since = now - self._looked_at
-        self._looked_at = now
+        since = now - self._polled_at
+        self._polled_at = now
         if status.last_received is not None:
             watch.heard(now - max(0.0, wall - status.last_received))
         if status.last_handshake is not None and status.last_handshake != self._last_handshake:
             self._last_handshake = status.last_handshake
             self._note_handshake(watch, now - min(max(0.0, wall - status.last_handshake), since))
 
-    async def _read_handshake(self) -> float | None:
+    async def _last_known_handshake(self) -> float | None:
         status = await self._device.peer(self._peer.public_key)
         return status.last_handshake if status is not None else None
 
     def _note_handshake(self, watch: HandshakeWatch, at: float) -> None:
-        self._has_asked = False
-        self._ask_at = _ASK_AFTER + 1
+        self._server_checked = False
+        self._check_at = _CHECK_AFTER + 1
         came_up = watch.handshake_completed(at)
         self._progress.handshake(str(self._route))
         if came_up:
@@ -271,7 +268,7 @@ class RouteKeeper:
 
     def _came_up(self) -> None:
         remote = self._route.remote
-        self._way_out = self._around.host.way_out(remote) if remote is not None else None
+        self._way_out = self._context.host.way_out(remote) if remote is not None else None
         if not self._probes_size:
             self._probes_size = True
             self._tasks.start_soon(self._watch_size)
@@ -280,14 +277,14 @@ class RouteKeeper:
         passes: bool | None = False
         await anyio.sleep(_SIZE_PROBE_AFTER)
         while passes is False:
-            passes = await self._around.host.large_packets_pass(self._device.name, self._answer.server_address)
+            passes = await self._context.host.large_packets_pass(self._device.name, self._answer.server_address)
             if passes is not None:
-                self._signals.put(news.LargePackets(passes))
+                self._signals.put(signals.LargePackets(passes))
             if passes is False:
                 await anyio.sleep(_SIZE_PROBE_AGAIN)
         self._probes_size = False
 
-    async def _ask_while_cut(self) -> None:
+    async def _check_server_after_cut(self) -> None:
         """A stream that was cut and brought no handshake since: ask, until answered, whether the server is another now."""
         handshakes = self._progress.handshakes
         waits = Backoff(first=6.0, cap=30.0, floor=4.0, factor=1.5)
@@ -298,31 +295,31 @@ class RouteKeeper:
                 if self._progress.handshakes != handshakes:
                     return
                 try:
-                    answer = await self._around.asker.ask(tunnel=self._around.asks_tunnel)
+                    answer = await self._context.provisioner.request(tunnel=self._context.wants_tunnel)
                 except ServerUnreachableError:
                     continue
                 except JoinError:
                     return
-            self._why_asked = _IS_ANOTHER
-            self._signals.put(news.Answered(answer))
+            self._check_reason = _IS_ANOTHER
+            self._signals.put(signals.Answered(answer))
         finally:
-            self._asks_while_cut = False
+            self._checks_after_cut = False
 
-    def _ask_once(self) -> None:
+    def _check_server(self) -> None:
         """Ask in passing whether the server is still the one we knew."""
-        self._has_asked = True
+        self._server_checked = True
 
         async def ask() -> Provisioned:
-            return await self._around.asker.ask(tunnel=self._around.asks_tunnel)
+            return await self._context.provisioner.request(tunnel=self._context.wants_tunnel)
 
-        self._ask(_IS_ANOTHER, ask)
+        self._provision_in_background(_IS_ANOTHER, ask)
 
-    def _ask(self, why: str, ask: Callable[[], Awaitable[Provisioned]]) -> None:
-        self._why_asked = why
+    def _provision_in_background(self, why: str, ask: Callable[[], Awaitable[Provisioned]]) -> None:
+        self._check_reason = why
 
         async def run() -> None:
             try:
-                self._signals.put(news.Answered(await ask()))
+                self._signals.put(signals.Answered(await ask()))
             except JoinError:
                 pass  # whether the link is down is not the API's business
 
@@ -330,33 +327,33 @@ class RouteKeeper:
 
     def _is_another(self, answer: Provisioned, watch: HandshakeWatch) -> bool:
         """Whether the answer calls for a change; other endpoints alone do not, while the present one is good."""
-        if watch.is_up and watch.doubt is None:
+        if watch.is_up and watch.suspicion is None:
             answer = replace(answer, endpoints=self._answer.endpoints if self._answer.endpoints and answer.endpoints else ())
         return answer != self._answer
 
     # While the API is asked
 
-    async def _until_handshake_or_answer(
-        self, ask_again: Callable[[], Awaitable[Provisioned]], reason: str
+    async def _provision_until_handshake(
+        self, provision_again: Callable[[], Awaitable[Provisioned]], reason: str
     ) -> Provisioned | None:
         self._progress.provisioning(reason)
 
         async def ask() -> None:
-            self._signals.put(news.Answered(await ask_again()))
+            self._signals.put(signals.Answered(await provision_again()))
 
         async with background_tasks() as tasks:
             tasks.start_soon(ask)
             wait = random.uniform(*_RETRY)
             while True:
                 match await self._signals.next(time.monotonic() + wait):
-                    case news.Answered(answer=answer):
+                    case signals.Answered(answer=answer):
                         return answer
                     case HandshakeCompleted(public_key=key) if key == self._peer.public_key:
-                        self._last_handshake = await self._read_handshake()
+                        self._last_handshake = await self._last_known_handshake()
                         self._progress.handshake(str(self._route))
                         return None
-                    case news.NetworkChanged() | news.ApiBack() | news.Repaired() | news.ClockJumped():
-                        self._around.nudge.give()
+                    case signals.NetworkChanged() | signals.ApiBack() | signals.Repaired() | signals.ClockJumped():
+                        self._context.retry.fire()
                         await self._route.shake_hands(self._device, self._peer)
                     case None:
                         wait = min(wait * 1.2, _RETRY_CAP)

@@ -17,22 +17,18 @@ from typing import TYPE_CHECKING
 
 import anyio
 
-from siderolink.client import events
-from siderolink.client.api_watch import watch_api
-from siderolink.client.asking import Asker
-from siderolink.client.host import Host, ThisHost
-from siderolink.client.keeper import RouteKeeper, Surroundings
-from siderolink.client.progress import Progress
-from siderolink.client.provisioning import PROVISION_TIMEOUT, Machine, Provisioned
-from siderolink.client.signals import InterfaceGone, Signal, Signals, UdpPasses
-from siderolink.client.state import LinkState
-from siderolink.client.udp_return import until_udp_passes
-from siderolink.client.watch import ATTEMPT_TIMEOUT, DOWN_AFTER
-from siderolink.common.backoff import Backoff
+from siderolink.client.link import events
+from siderolink.client.link.host import Host, ThisHost
+from siderolink.client.link.monitor import LinkContext, RouteMonitor
+from siderolink.client.link.probes import until_udp_passes, watch_api
+from siderolink.client.link.provisioning import PROVISION_TIMEOUT, Machine, Provisioned, Provisioner
+from siderolink.client.link.signals import InterfaceGone, Signal, Signals, UdpPasses
+from siderolink.client.link.state import LinkState, Progress
+from siderolink.client.link.watch import ATTEMPT_TIMEOUT, DOWN_AFTER
+from siderolink.common.backoff import Backoff, RetryTrigger
 from siderolink.common.errors import DeviceError
 from siderolink.common.join_url import JoinURL
 from siderolink.common.keys import PrivateKey, PublicKey
-from siderolink.common.nudge import Nudge
 from siderolink.common.tasks import background_tasks
 from siderolink.common.transport.choice import Route, Transport, choose
 from siderolink.common.wireguard.device import DEFAULT_MTU, Device, DeviceConfig, DeviceKind, PeerConfig
@@ -77,13 +73,13 @@ class LinkRunner:
         self._host = host or ThisHost(options.namespace)
         self._key = options.private_key or PrivateKey.generate()
         self._timestamps: Timestamps | None = None
-        self._nudge = Nudge()
-        self._asker = Asker(
+        self._retry = RetryTrigger()
+        self._provisioner = Provisioner(
             options.url,
             options.machine,
             self._key.public_key(),
             emit,
-            self._nudge,
+            self._retry,
             tls=options.tls,
             timeout=options.provision_timeout,
         )
@@ -121,7 +117,7 @@ class LinkRunner:
         reason = "it was left"
         try:
             self._emit(events.KeyCreated(public_key=self.public_key))
-            first = self._asker.ask_until_answered if self._options.retry_first else self._asker.ask
+            first = self._provisioner.request_until_answered if self._options.retry_first else self._provisioner.request
             answer = await first()
             while True:
                 answer = await self._hold_or_repair(answer)
@@ -169,7 +165,7 @@ class LinkRunner:
                     async with background_tasks() as tasks:
                         tasks.start_soon(self._host.watch, device, config, signals.put)
                         if transport.kind == "udp":
-                            tasks.start_soon(watch_api, self._options.url, self._options.tls, signals.put, self._nudge)
+                            tasks.start_soon(watch_api, self._options.url, self._options.tls, signals.put, self._retry)
                         elif self.is_fallback:
                             tasks.start_soon(self._watch_udp, signals)
                         return await self._use(device, answer, signals)
@@ -179,21 +175,21 @@ class LinkRunner:
     async def _use(self, device: Device, answer: Provisioned, signals: Signals) -> Provisioned:
         await device.set_peer(_peer(answer, keepalive=0))
         self._emit(events.InterfaceConfigured(interface=device.name, kind=device.kind, mtu=DEFAULT_MTU))
-        around = Surroundings(
+        context = LinkContext(
             host=self._host,
             device=device,
             signals=signals,
-            nudge=self._nudge,
+            retry=self._retry,
             progress=self.progress,
-            asker=self._asker,
+            provisioner=self._provisioner,
             emit=self._emit,
             attempt_timeout=self._options.attempt_timeout,
             down_after=self._options.down_after,
-            asks_tunnel=self.is_fallback,
+            wants_tunnel=self.is_fallback,
             leave_small_path=self._leave_small_path if self._may_fall_back else None,
         )
         while True:
-            newer = await self._try_routes(around, answer)
+            newer = await self._try_routes(context, answer)
             if (newer.address, newer.virtual_address is None) != (answer.address, answer.virtual_address is None):
                 return newer
             if newer.server_key != answer.server_key:
@@ -211,22 +207,22 @@ class LinkRunner:
 
     def _adopt(self, answer: Provisioned) -> Transport:
         self.answer = answer
-        self.transport = choose(self._options.url, answer, self._options.tls, nudge=self._nudge, turn=self._turn)
+        self.transport = choose(self._options.url, answer, self._options.tls, retry=self._retry, turn=self._turn)
         self._turn += 1
         if self.transport.kind == "udp":
             self._udp_answer = answer
         self.answered.set()
         return self.transport
 
-    async def _try_routes(self, around: Surroundings, answer: Provisioned) -> Provisioned:
+    async def _try_routes(self, context: LinkContext, answer: Provisioned) -> Provisioned:
         """Take the ways to the server in turn, each until it fails; returns the next answer once they are used up."""
         assert self.transport is not None
         routes = self.transport.routes
         peer = _peer(answer, keepalive=KEEPALIVE)
         for index, route in enumerate(routes):
             self.route = route
-            keeper = RouteKeeper(around, route, answer, peer)
-            newer = await keeper.keep(self._ask_again if index == len(routes) - 1 else None)
+            keeper = RouteMonitor(context, route, answer, peer)
+            newer = await keeper.keep(self._provision_again if index == len(routes) - 1 else None)
             if newer is not None:
                 return newer
         raise AssertionError("an answer has at least one route")
@@ -238,15 +234,15 @@ class LinkRunner:
         is_udp = self.transport is not None and self.transport.kind == "udp"
         return is_udp and self._options.fallback_tunnel
 
-    async def _ask_again(self) -> Provisioned:
+    async def _provision_again(self) -> Provisioned:
         if self.progress.handshakes != self._handshakes:
             self._handshakes = self.progress.handshakes
             self._fruitless.reset()
-        await self._nudge.sleep(self._fruitless.next())
+        await self._retry.sleep(self._fruitless.next())
         if not self._may_fall_back:
-            return await self._asker.ask_until_answered()
+            return await self._provisioner.request_until_answered()
         reason = self.progress.machine.reason
-        answer = await self._asker.ask_until_answered(tunnel=True)
+        answer = await self._provisioner.request_until_answered(tunnel=True)
         if answer.virtual_address is not None:
             self._emit(events.FallbackBegun(reason=reason))
         return answer
@@ -265,7 +261,7 @@ class LinkRunner:
             return (self.answer or udp).server_key
 
         while True:  # the signal may come while the tunnel is being mended, when nobody heeds it
-            await until_udp_passes(self._key, server_key, udp.endpoints, self._rising_timestamps(), tries, self._nudge)
+            await until_udp_passes(self._key, server_key, udp.endpoints, self._rising_timestamps(), tries, self._retry)
             signals.put(UdpPasses())
 
 

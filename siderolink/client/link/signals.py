@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import anyio
 from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
 
-from siderolink.client.provisioning import Provisioned
+from siderolink.client.link.provisioning import Provisioned
 from siderolink.common.errors import DeviceError
 from siderolink.common.wireguard.device import DeviceEvent, InterfaceLost
 

@@ -4,6 +4,9 @@ import hashlib
 import uuid
 from pathlib import Path
 
+TALOS_VERSION = "v1.13.0"
+"""The release a machine claims by default, in Provision and in its own API: servers and clients choose features by it, and warn
+or refuse below 1.6.0."""
 SMBIOS_UUID = Path("/sys/class/dmi/id/product_uuid")
 MACHINE_ID = Path("/etc/machine-id")
 

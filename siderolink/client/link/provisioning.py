@@ -1,13 +1,16 @@
 """Asking the server's API for a place on the overlay: the Provision call and its answer, checked."""
 
 import ssl
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from ipaddress import IPv6Address, IPv6Interface
 
 from grpclib.const import Status
 from grpclib.exceptions import GRPCError
 
-from siderolink.common.addressing import OVERLAYS, parse_peer_addr_port, swap_endpoints
+from siderolink.client.link import events
+from siderolink.common.addressing import OVERLAYS, format_peer_addr_port, parse_peer_addr_port, swap_endpoints
+from siderolink.common.backoff import Backoff, RetryTrigger
 from siderolink.common.errors import (
     ConfigurationError,
     InvalidAnswerError,
@@ -22,6 +25,7 @@ from siderolink.common.join_url import JoinURL
 from siderolink.common.keys import PublicKey
 from siderolink.common.pb.sidero.link import ProvisionRequest, ProvisionResponse, ProvisionServiceStub
 from siderolink.common.text import one_line
+from siderolink.common.transport.choice import choose
 
 PROVISION_TIMEOUT = 30.0
 """Seconds: servers may hold a machine's call for this long until somebody decides."""
@@ -153,3 +157,66 @@ def _refusal(error: GRPCError, url: JoinURL, machine: Machine) -> JoinError:
     if error.status in _UNREACHABLE:
         return ServerUnreachableError(f"{url.authority} cannot be reached: {message}")
     return JoinRefusedError(error.status.name, message)
+
+
+PASSING = frozenset({"ALREADY_EXISTS", "RESOURCE_EXHAUSTED", "ABORTED", "CANCELLED", "INTERNAL", "UNKNOWN"})
+"""Refusals that pass by themselves: another link of this machine must end first, there is no room now, or something went wrong
+over there, such as a proxy's own HTTP status."""
+
+
+class Provisioner:
+    """Calls Provision for one machine. A retry ends the wait for an API that was away, but not the wait after a refusal."""
+
+    def __init__(
+        self,
+        url: JoinURL,
+        machine: Machine,
+        public_key: PublicKey,
+        emit: Callable[[events.LinkEvent], None],
+        retry: RetryTrigger,
+        *,
+        tls: ssl.SSLContext | None,
+        timeout: float,
+    ) -> None:
+        self._url = url
+        self._machine = machine
+        self._public_key = public_key
+        self._emit = emit
+        self._retry = retry
+        self._quiet = RetryTrigger()
+        self._tls = tls
+        self._timeout = timeout
+
+    async def request(self, *, tunnel: bool = False) -> Provisioned:
+        """Ask once; `tunnel` asks for it though the URL does not. Raises JoinError."""
+        url = replace(self._url, tunnel=True) if tunnel else self._url
+        answer = await provision(url, self._machine, self._public_key, tls=self._tls, timeout=self._timeout)
+        self._emit(
+            events.Joined(
+                server_key=answer.server_key,
+                address=answer.address,
+                server_address=answer.server_address,
+                transport=choose(url, answer, self._tls).kind,
+                endpoints=tuple(str(endpoint) for endpoint in answer.endpoints),
+                virtual_address=format_peer_addr_port(*answer.virtual_address) if answer.virtual_address else "",
+            )
+        )
+        return answer
+
+    async def request_until_answered(self, *, tunnel: bool = False) -> Provisioned:
+        """Ask again and again, each failure an event."""
+        away = Backoff(first=0.5, cap=30.0, factor=1.5)
+        passing = Backoff(first=2.0, cap=20.0)
+        refused = Backoff(first=60.0, floor=30.0, cap=300.0)
+        while True:
+            try:
+                return await self.request(tunnel=tunnel)
+            except ServerUnreachableError as error:
+                problem: JoinError = error
+                delay, retry = away.next(), self._retry
+            except JoinError as error:
+                problem = error
+                passes = isinstance(error, JoinRefusedError) and error.status in PASSING
+                delay, retry = (passing if passes else refused).next(), self._quiet
+            self._emit(events.ProvisionFailed(reason=str(problem), retry_in=delay))
+            await retry.sleep(delay)
