@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 
 class TokenBucket:
-    """Holds at most `burst` units and gains `rate` of them each second. A rate of 0 has no limit."""
+    """Holds at most `burst` units and gains `rate` of them each second. A rate of 0 disables the limit."""
 
     __slots__ = ("_burst", "_clock", "_level", "_rate", "_seen_at")
 
@@ -18,10 +18,27 @@ class TokenBucket:
         """Take the units if they are there; False leaves the bucket as it is."""
         if not self._rate:
             return True
-        now = self._clock()
-        self._level = min(self._burst, self._level + (now - self._seen_at) * self._rate)
-        self._seen_at = now
+        self._refill()
         if units > self._level:
             return False
         self._level -= units
         return True
+
+    def charge(self, units: float) -> None:
+        """Take the units even if they are not there; the bucket is empty until the debt is paid."""
+        if self._rate:
+            self._refill()
+            self._level -= units
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is less than one unit."""
+        if not self._rate:
+            return False
+        self._refill()
+        return self._level < 1
+
+    def _refill(self) -> None:
+        now = self._clock()
+        self._level = min(self._burst, self._level + (now - self._seen_at) * self._rate)
+        self._seen_at = now

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from enum import StrEnum
 
-from siderolink.common.broadcast import Broadcast, Subscription
+from siderolink.common.queues import Broadcast, Subscription
 from siderolink.server.refusals import JoinRefusal
 from siderolink.server.store import Machine
 

@@ -10,7 +10,7 @@ from siderolink.common.grpc.refusals import Refusal
 from siderolink.common.transport.tunnel import TunnelDrop
 from siderolink.common.wireguard.noise.drops import Drop
 from siderolink.server.refusals import JoinRefusal, StreamRefusal
-from siderolink.server.reporting.reports import ReportDrop
+from siderolink.server.reporting.model import ReportDrop
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "drops.md").read_text()
 SECTIONS = {

@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from siderolink.common.backoff import Backoff
-from siderolink.common.broadcast import Broadcast
 from siderolink.common.errors import ConfigurationError
 from siderolink.common.hostport import HostPort
 from siderolink.common.netlink import run_netlink
+from siderolink.common.queues import Broadcast
 from siderolink.common.tasks import background_tasks
 from siderolink.common.text import one_line
 

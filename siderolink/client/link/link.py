@@ -15,11 +15,11 @@ from siderolink.client.link.identity import machine_uuid
 from siderolink.client.link.provisioning import Machine, Provisioned
 from siderolink.client.link.runner import LinkOptions, LinkRunner
 from siderolink.client.link.state import LinkState
-from siderolink.common.broadcast import Broadcast
 from siderolink.common.errors import ConfigurationError, DeviceError, HandshakeTimeoutError, SideroLinkError
 from siderolink.common.grpc import client_tls
 from siderolink.common.join_url import JoinURL
 from siderolink.common.keys import PrivateKey, PublicKey
+from siderolink.common.queues import Broadcast
 from siderolink.common.tasks import background_tasks
 from siderolink.common.wireguard.device import Device, DeviceKind, PeerStatus
 

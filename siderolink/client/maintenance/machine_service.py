@@ -15,8 +15,8 @@ from siderolink.client.maintenance.hooks import MachineHooks
 from siderolink.common.errors import ConfigurationError
 from siderolink.common.pb import machine as pb
 from siderolink.common.pb.google.protobuf import Empty
+from siderolink.common.protobuf_wire import has_declared_types
 from siderolink.common.text import one_line
-from siderolink.common.wire_types import has_declared_types
 
 Q = TypeVar("Q", bound=betterproto2.Message)
 A = TypeVar("A")

@@ -13,8 +13,8 @@ from siderolink.client.maintenance.resources.changes import BookmarkError, Chang
 from siderolink.client.maintenance.resources.definitions import ResourceType
 from siderolink.client.maintenance.resources.store import ResourceStore, Watch, WatchTooSlowError
 from siderolink.common.pb.cosi import resource as pb
+from siderolink.common.protobuf_wire import has_declared_types
 from siderolink.common.text import one_line
-from siderolink.common.wire_types import has_declared_types
 
 R = TypeVar("R", pb.GetRequest, pb.ListRequest, pb.WatchRequest)
 

@@ -4,7 +4,6 @@ import logging
 
 from grpclib.exceptions import GRPCError
 
-from siderolink.client.reporting.outbox import Outbox
 from siderolink.client.reporting.retry import Retry
 from siderolink.client.reporting.xid import IdMaker
 from siderolink.common.addressing import is_overlay_address
@@ -14,6 +13,7 @@ from siderolink.common.grpc import open_channel, translate_errors
 from siderolink.common.hostport import HostPort
 from siderolink.common.machine_events import MachineEventPayload, pack_event
 from siderolink.common.pb.events import EventRequest, EventSinkServiceStub
+from siderolink.common.queues import DeliveryQueue
 from siderolink.common.text import one_line
 
 log = logging.getLogger("siderolink")
@@ -38,7 +38,7 @@ class EventSender:
     def __init__(self, *, max_events: int = MAX_WAITING_EVENTS, max_bytes: int = MAX_WAITING_BYTES) -> None:
         self.delivered = 0
         """How many events the sink has acknowledged."""
-        self._outbox: Outbox[EventRequest] = Outbox(max_items=max_events, max_bytes=max_bytes)
+        self._queue: DeliveryQueue[EventRequest] = DeliveryQueue(max_items=max_events, max_bytes=max_bytes)
         self._ids = IdMaker()
         self._retry = Retry(Backoff(first=0.5, floor=0.1, cap=30.0))
         self._lost_said = 0
@@ -46,12 +46,12 @@ class EventSender:
     @property
     def lost(self) -> int:
         """How many events were dropped because too many waited."""
-        return self._outbox.lost
+        return self._queue.lost
 
     @property
     def waiting(self) -> int:
         """How many events have not been acknowledged yet."""
-        return len(self._outbox)
+        return len(self._queue)
 
     def publish(self, payload: MachineEventPayload, *, actor_id: str = "") -> str:
         """Report an event, at once or when the sink can be reached; gives its id. Never waits.
@@ -65,7 +65,7 @@ class EventSender:
                 f"not {len(data.value)} and {len(actor_id)}"
             )
         request = EventRequest(data=data, id=self._ids.next(), actor_id=actor_id)
-        self._outbox.put(request, len(data.value) + len(data.type_url) + len(actor_id) + 64)
+        self._queue.put(request, len(data.value) + len(data.type_url) + len(actor_id) + 64)
         return request.id
 
     def kick(self) -> None:
@@ -75,7 +75,7 @@ class EventSender:
     async def run(self, sink: HostPort) -> None:
         """Deliver to the sink for ever; ends only by cancellation."""
         while True:
-            await self._outbox.wait_beyond(self._outbox.first)
+            await self._queue.wait_beyond(self._queue.first)
             try:
                 await self._deliver(sink)
             except JoinError as error:
@@ -90,17 +90,17 @@ class EventSender:
         async with open_channel(sink.host, sink.port, direct=is_overlay_address(sink.host)) as channel:
             stub = EventSinkServiceStub(channel)
             while True:
-                number = self._outbox.first
-                await self._outbox.wait_beyond(number)
-                number = self._outbox.first
+                number = self._queue.first
+                await self._queue.wait_beyond(number)
+                number = self._queue.first
                 with translate_errors(f"the event sink {sink}"):
-                    await stub.publish(self._outbox.get(number), timeout=PUBLISH_TIMEOUT)
-                self._outbox.acknowledge(number + 1)
+                    await stub.publish(self._queue.get(number), timeout=PUBLISH_TIMEOUT)
+                self._queue.acknowledge(number + 1)
                 self.delivered += 1
                 self._retry.worked()
                 self._say_lost()
 
     def _say_lost(self) -> None:
-        if self._outbox.lost > self._lost_said:
-            log.warning("%d events were lost, because too many waited for the sink", self._outbox.lost - self._lost_said)
-            self._lost_said = self._outbox.lost
+        if self._queue.lost > self._lost_said:
+            log.warning("%d events were lost, because too many waited for the sink", self._queue.lost - self._lost_said)
+            self._lost_said = self._queue.lost

@@ -20,10 +20,10 @@ from typing import Literal
 import anyio
 
 from siderolink.client.reporting.kernel_message import KernelMessage
-from siderolink.client.reporting.outbox import Outbox
 from siderolink.client.reporting.retry import Retry
 from siderolink.common.backoff import Backoff
 from siderolink.common.hostport import HostPort
+from siderolink.common.queues import DeliveryQueue
 from siderolink.common.tasks import background_tasks
 
 log = logging.getLogger("siderolink")
@@ -65,31 +65,31 @@ class LogSender:
         self, destination: LogDestination, *, max_lines: int = MAX_WAITING_LINES, max_bytes: int = MAX_WAITING_BYTES
     ) -> None:
         self.destination = destination
-        self._outbox: Outbox[bytes] = Outbox(max_items=max_lines, max_bytes=max_bytes)
+        self._queue: DeliveryQueue[bytes] = DeliveryQueue(max_items=max_lines, max_bytes=max_bytes)
         self._retry = Retry(Backoff(first=RETRY_SECONDS, floor=RETRY_SECONDS / 2, cap=RETRY_SECONDS * 2))
         self._lost_said = 0
 
     @property
     def lost(self) -> int:
         """How many lines were dropped because too many waited."""
-        return self._outbox.lost
+        return self._queue.lost
 
     @property
     def delivered(self) -> int:
         """How many lines the receiver has taken."""
-        return self._outbox.first - self._outbox.lost
+        return self._queue.first - self._queue.lost
 
     @property
     def waiting(self) -> int:
         """How many lines the receiver has not taken yet."""
-        return len(self._outbox)
+        return len(self._queue)
 
     def add(self, message: KernelMessage) -> None:
         """Deliver a record, at once or when the receiver can be reached. Never waits."""
         line = message.line() + b"\n"
         if len(line) > MAX_LINE_BYTES:
             line = _shortened(message).line() + b"\n"
-        self._outbox.put(line, len(line))
+        self._queue.put(line, len(line))
 
     def kick(self) -> None:
         """Try again now, for the link is back."""
@@ -99,7 +99,7 @@ class LogSender:
         """Deliver for ever; ends only by cancellation."""
         deliver = self._deliver_tcp if self.destination.protocol == "tcp" else self._deliver_udp
         while True:
-            await self._outbox.wait_beyond(self._outbox.first)
+            await self._queue.wait_beyond(self._queue.first)
             try:
                 await deliver()
             except (OSError, TimeoutError) as error:
@@ -109,7 +109,7 @@ class LogSender:
 
     async def _deliver_tcp(self) -> None:
         with await _connect(self.destination.address) as sock:
-            ledger = _Ledger(sock, self._outbox)
+            ledger = _Ledger(sock, self._queue)
             try:
                 async with background_tasks() as tasks:
                     tasks.start_soon(_watch_end, sock, tasks.cancel_scope, ledger)
@@ -134,28 +134,28 @@ class LogSender:
         with socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as sock:
             sock.connect(target)
             while True:
-                await self._outbox.wait_beyond(self._outbox.first)
-                number = self._outbox.first
+                await self._queue.wait_beyond(self._queue.first)
+                number = self._queue.first
                 # an error says that an earlier datagram was refused: this line has not been sent
                 with anyio.fail_after(SEND_TIMEOUT):
-                    await loop.sock_sendall(sock, self._outbox.get(number).rstrip(b"\n"))
-                self._outbox.acknowledge(number + 1)
+                    await loop.sock_sendall(sock, self._queue.get(number).rstrip(b"\n"))
+                self._queue.acknowledge(number + 1)
                 self._retry.worked()
                 self._say_lost()
 
     def _say_lost(self) -> None:
-        if self._outbox.lost > self._lost_said:
-            log.warning("%d log lines for %s were lost: too many waited", self._outbox.lost - self._lost_said, self.destination)
-            self._lost_said = self._outbox.lost
+        if self._queue.lost > self._lost_said:
+            log.warning("%d log lines for %s were lost: too many waited", self._queue.lost - self._lost_said, self.destination)
+            self._lost_said = self._queue.lost
 
 
 class _Ledger:
     """Which lines the other end's kernel has taken on one connection."""
 
-    def __init__(self, sock: socket.socket, outbox: Outbox[bytes]) -> None:
+    def __init__(self, sock: socket.socket, queue: DeliveryQueue[bytes]) -> None:
         self._sock = sock
-        self._outbox = outbox
-        self._next = outbox.first
+        self._queue = queue
+        self._next = queue.first
         self._taken_up = self._written = 0
         """Bytes: of all lines so far, and of these what our own kernel has."""
         self._ends: list[tuple[int, int]] = []
@@ -167,17 +167,17 @@ class _Ledger:
 
     async def next_lines(self) -> list[bytes]:
         """The lines that wait to be sent, up to a batch; waits for the first."""
-        while self._ends and self._outbox.end <= self._next:
+        while self._ends and self._queue.end <= self._next:
             # nothing to send, but the last lines are not acknowledged yet
             with anyio.move_on_after(RETRY_SECONDS):
-                await self._outbox.wait_beyond(self._next)
+                await self._queue.wait_beyond(self._next)
             self.settle()
-        await self._outbox.wait_beyond(self._next)
-        self._next = max(self._next, self._outbox.first)
+        await self._queue.wait_beyond(self._next)
+        self._next = max(self._next, self._queue.first)
         lines: list[bytes] = []
         size = 0
-        while self._next < self._outbox.end and size < _BATCH_BYTES:
-            line = self._outbox.get(self._next)
+        while self._next < self._queue.end and size < _BATCH_BYTES:
+            line = self._queue.get(self._next)
             self._next += 1
             size += len(line)
             self._taken_up += len(line)
@@ -204,9 +204,9 @@ class _Ledger:
         for number, end in self._ends:
             if end > taken:
                 break
-            if number > self._outbox.first:
-                self._keep(self._outbox.get(number - 1))
-            self._outbox.acknowledge(number)
+            if number > self._queue.first:
+                self._keep(self._queue.get(number - 1))
+            self._queue.acknowledge(number)
             count += 1
         del self._ends[:count]
 
@@ -214,7 +214,7 @@ class _Ledger:
         """Give up what was taken; but not what was taken lately, where nobody may have read it."""
         self.settle()
         if self.is_broken:
-            self._outbox.put_back(tuple(self._lately))
+            self._queue.put_back(tuple(self._lately))
 
     def _keep(self, line: bytes) -> None:
         self._lately.append((line, len(line)))

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from siderolink.common.grpc import Refusal, Refused
+from siderolink.common.protobuf_wire import BYTES, MalformedWireError, encode_varint, read_key, value_bounds
 from siderolink.common.wireguard.path import Datagrams
 
 HEADROOM = 8
@@ -17,6 +18,7 @@ MAX_DATAGRAM = 65_535
 MAX_MESSAGE = MAX_DATAGRAM + 1024
 """The longest message taken: the longest datagram, with room for fields of newer peers."""
 
+_FIELD = 2
 _TAG = 0x12
 _TAG_AND_VARINT = 3
 _PREFIX = 5
@@ -46,12 +48,7 @@ class MessageRun:
 
 def message_header(size: int) -> bytes:
     """What stands before a datagram of `size` bytes on the wire."""
-    varint = bytearray()
-    rest = size
-    while rest > 0x7F:
-        varint.append(rest & 0x7F | 0x80)
-        rest >>= 7
-    varint.append(rest)
+    varint = encode_varint(size)
     return b"\0" + (1 + len(varint) + size).to_bytes(4) + bytes((_TAG,)) + varint
 
 
@@ -180,46 +177,13 @@ def _run(chunk: memoryview, start: int, end: int, head: bytes, stride: int) -> t
 def parse_peer_packet(message: memoryview) -> memoryview | None:
     """The datagram in one PeerPacket, None where there is none; unknown fields are skipped. Raises Refused."""
     found: memoryview | None = None
-    pos, end = 0, len(message)
-    while pos < end:
-        key, pos = _varint(message, pos, 5)
-        field, wire_type = key >> 3, key & 7
-        if not field or key > 0xFFFF_FFFF:
-            raise _malformed("a field has no number")
-        if wire_type == 2:
-            size, pos = _varint(message, pos, 5)
-            if size > end - pos:
-                raise _malformed("a field is cut short")
-            if field == 2:
-                found = message[pos : pos + size]
-            pos += size
-        else:
-            pos = _skip(message, pos, wire_type)
+    pos = 0
+    try:
+        while pos < len(message):
+            field, wire_type, pos = read_key(message, pos)
+            start, pos = value_bounds(message, pos, wire_type)
+            if field == _FIELD and wire_type == BYTES:
+                found = message[start:pos]
+    except MalformedWireError as error:
+        raise Refused(Refusal.MESSAGE_MALFORMED, f"the message is no PeerPacket: {error}") from None
     return found if found else None
-
-
-def _skip(message: memoryview, pos: int, wire_type: int) -> int:
-    if wire_type == 0:
-        return _varint(message, pos, 10)[1]
-    width = {1: 8, 5: 4}.get(wire_type)
-    if width is None:
-        raise _malformed(f"a field has wire type {wire_type}")
-    if width > len(message) - pos:
-        raise _malformed("a field is cut short")
-    return pos + width
-
-
-def _varint(message: memoryview, pos: int, longest: int) -> tuple[int, int]:
-    """A varint of at most `longest` bytes, and where it ends."""
-    value = shift = 0
-    for index in range(pos, min(pos + longest, len(message))):
-        byte = message[index]
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value, index + 1
-        shift += 7
-    raise _malformed("a number is cut short or too long")
-
-
-def _malformed(why: str) -> Refused:
-    return Refused(Refusal.MESSAGE_MALFORMED, f"the message is no PeerPacket: {why}")

@@ -1,14 +1,14 @@
 """Receiving what machines report over the overlay: events and kernel log lines."""
 
-from siderolink.server.reporting.options import ReportOptions
-from siderolink.server.reporting.receiver import Reports, receive_reports
-from siderolink.server.reporting.reports import (
+from siderolink.server.reporting.model import (
     LinesDropped,
     LogLine,
     MachineEvent,
     ReportDrop,
+    ReportOptions,
     ReportsLost,
 )
+from siderolink.server.reporting.reports import Reports, receive_reports
 
 __all__ = [
     "LinesDropped",

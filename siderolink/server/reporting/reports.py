@@ -1,88 +1,141 @@
-"""What machines report, as values."""
+"""The event sink and the log listener on the server's overlay address, and what an embedder sees of them."""
 
-import json
-from collections.abc import Mapping
-from dataclasses import dataclass
-from enum import StrEnum
+import socket
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from ipaddress import IPv6Address
 
-from siderolink.common.machine_events import MachineEventPayload
-from siderolink.server.store import Machine
+from siderolink.common.grpc import GrpcServer, Limits, serve
+from siderolink.common.overlay_socket import bind_overlay
+from siderolink.common.tasks import background_tasks
+from siderolink.server.events import EventsLost, EventStream, MachineLeft
+from siderolink.server.reporting.event_sink import EventSink
+from siderolink.server.reporting.ingest import MachineAt, ReportIngest, ReportStream
+from siderolink.server.reporting.log_listener import listen_for_lines
+from siderolink.server.reporting.model import LinesDropped, LogLine, MachineEvent, ReportOptions
 
-
-class ReportDrop(StrEnum):
-    """Why something that was to be a report was not taken."""
-
-    UNKNOWN_SOURCE = "unknown source"
-    """A connection, datagram or call from an address that is no machine's."""
-    TOO_MANY_CONNECTIONS = "too many connections"
-    """A log connection beyond those that one machine may have."""
-    LINE_TOO_LONG = "line too long"
-    """A log line above the cap."""
-    LINE_RATE_LIMITED = "line rate limited"
-    """A log line beyond what the machine may send."""
-    LINE_INCOMPLETE = "line incomplete"
-    """The connection ended within a log line."""
-    EVENT_RATE_LIMITED = "event rate limited"
-    """An event beyond what the machine may send; the machine sends it again."""
-    EVENT_MALFORMED = "event malformed"
-    """An event without content, or with an overlong id."""
-    EVENT_REPEATED = "event repeated"
-    """An event that the machine sent again though it had been taken; answered OK."""
+_SINK_WINDOW_BYTES = 1024 * 1024
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MachineEvent:
-    """Something a machine says it does."""
+class Reports:
+    """What machines report, as it comes and as far as it is kept."""
 
-    machine: Machine
-    received_at: float
-    """Unix time in seconds."""
-    id: str
-    actor_id: str
-    """What groups the events of one action."""
-    type_url: str
-    data: bytes
-    """The event's message as it came."""
-    payload: MachineEventPayload | None
-    """The same, decoded; None for an unknown type, and for data that is not of its type."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LogLine:
-    """One line of a machine's kernel log."""
-
-    machine: Machine
-    received_at: float
-    """Unix time in seconds."""
-    raw: bytes
-    """The line as it came, without its end."""
-
-    def fields(self) -> Mapping[str, object]:
-        """The line's JSON object: msg, talos-time, talos-level, facility, seq, clock, priority; empty where it is none."""
-        try:
-            found = json.loads(self.raw)
-        except (ValueError, RecursionError):
-            return {}
-        return found if isinstance(found, dict) else {}
+    def __init__(self, ingest: ReportIngest) -> None:
+        self._ingest = ingest
+        self._sink: GrpcServer | None = None
+        self._log_port: int | None = None
 
     @property
-    def message(self) -> str:
-        """What the line says: its field ``msg``, or the whole line where there is none."""
-        found = self.fields().get("msg")
-        return found if isinstance(found, str) else self.raw.decode(errors="replace")
+    def event_sink_port(self) -> int | None:
+        """The event sink's TCP port on the overlay address; None where there is none."""
+        return None if self._sink is None else self._sink.port
+
+    @property
+    def log_port(self) -> int | None:
+        """The TCP and UDP port of the log listener on the overlay address; None where there is none."""
+        return self._log_port
+
+    def events(self) -> ReportStream[MachineEvent]:
+        """Machines' events from now on. A slow reader loses its oldest ones and is told so by ReportsLost."""
+        return self._ingest.events.subscribe()
+
+    def lines(self) -> ReportStream[LogLine | LinesDropped]:
+        """Machines' log lines from now on. A slow reader loses its oldest ones and is told so by ReportsLost."""
+        return self._ingest.lines.subscribe()
+
+    def recent_events(self, machine_id: str) -> list[MachineEvent]:
+        """The last events of one machine, the oldest first."""
+        return self._ingest.recent_events.of(machine_id)
+
+    def recent_lines(self, machine_id: str) -> list[LogLine]:
+        """The last log lines of one machine, the oldest first."""
+        return self._ingest.recent_lines.of(machine_id)
+
+    @property
+    def taken_events(self) -> int:
+        """How many events were accepted, of all machines."""
+        return self._ingest.taken_events
+
+    @property
+    def taken_lines(self) -> int:
+        """How many log lines were accepted, of all machines."""
+        return self._ingest.taken_lines
+
+    def drops(self, machine_id: str | None = None) -> dict[str, int]:
+        """How much was not accepted, of one machine or of all, by named reason (docs/drops.md)."""
+        if machine_id is not None:
+            return self._ingest.drops_of(machine_id)
+        return {str(reason): count for reason, count in self._ingest.drops.items()}
+
+    def refusals(self) -> dict[str, int]:
+        """How many connections and calls the event sink refused, by named reason (docs/drops.md)."""
+        return {} if self._sink is None else {str(reason): count for reason, count in self._sink.refusals.items()}
+
+    @asynccontextmanager
+    async def serve(self, address: IPv6Address, interface: str, namespace: str | None = None) -> AsyncIterator[None]:
+        """Listen at the overlay address, for what comes by `interface` alone."""
+        options = self._ingest.options
+        async with AsyncExitStack() as stack:
+            if options.event_sink_port is not None:
+                sock = await bind_overlay(address, options.event_sink_port, interface, namespace=namespace)
+                limits = _limits(options)
+                self._sink = await stack.enter_async_context(serve([EventSink(self._ingest)], listening=[sock], limits=limits))
+            if options.log_port is not None:
+                tcp, udp = await _bind_both(address, options.log_port, interface, namespace)
+                self._log_port = tcp.getsockname()[1]
+                await stack.enter_async_context(listen_for_lines(self._ingest, tcp, udp))
+            yield
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LinesDropped:
-    """Lines of a machine that were dropped since its last one that was taken."""
+@asynccontextmanager
+async def receive_reports(
+    options: ReportOptions,
+    machine_at: MachineAt,
+    departures: EventStream,
+    *,
+    address: IPv6Address,
+    interface: str,
+    namespace: str | None = None,
+) -> AsyncIterator[Reports]:
+    """Receive at the server's overlay address. Raises AddressInUseError or ConfigurationError where that cannot be."""
+    ingest = ReportIngest(options, machine_at)
+    reports = Reports(ingest)
+    try:
+        async with background_tasks() as tasks:
+            tasks.start_soon(_forget_departed, ingest, departures)
+            async with reports.serve(address, interface, namespace):
+                yield reports
+    finally:
+        ingest.end()
 
-    machine: Machine
-    reason: ReportDrop
-    count: int
+
+async def _forget_departed(ingest: ReportIngest, departures: EventStream) -> None:
+    async for event in departures:
+        if isinstance(event, MachineLeft):
+            ingest.forget(event.machine.id)
+        elif isinstance(event, EventsLost):
+            ingest.forget_departed()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReportsLost:
-    """This reader was too slow; the oldest `count` reports were dropped."""
+async def _bind_both(
+    address: IPv6Address, port: int, interface: str, namespace: str | None
+) -> tuple[socket.socket, socket.socket]:
+    tcp = await bind_overlay(address, port, interface, namespace=namespace)
+    try:
+        return tcp, await bind_overlay(address, tcp.getsockname()[1], interface, udp=True, namespace=namespace)
+    except BaseException:
+        tcp.close()
+        raise
 
-    count: int
+
+def _limits(options: ReportOptions) -> Limits:
+    """Machines share one /64, so that each whole address counts for itself."""
+    return Limits(
+        max_message_bytes=options.max_event_bytes,
+        stream_window_bytes=options.max_event_bytes + 5,
+        connection_window_bytes=max(_SINK_WINDOW_BYTES, 2 * options.max_event_bytes + 10),
+        max_connections_per_address=options.max_connections_per_machine,
+        ipv6_source_bits=128,
+        max_streams=8,
+        connection_idle_timeout=3600.0,
+    )

@@ -11,20 +11,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from siderolink.client.reporting.kernel_message import FACILITIES, PRIORITIES, KernelMessage, parse_record, rfc3339
-from siderolink.client.reporting.outbox import Outbox
 from siderolink.client.reporting.xid import IdMaker
 from siderolink.common.errors import ConfigurationError
 from siderolink.common.machine_events import is_known_event, pack_event, unpack_event
 from siderolink.common.pb.google.protobuf import Any
 from siderolink.common.pb.machine import MachineStatusEvent, MachineStatusEventMachineStage, ServiceStateEvent
+from siderolink.common.protobuf_wire import is_whole
+from siderolink.common.queues import Broadcast, DeliveryQueue
 from siderolink.common.token_bucket import TokenBucket
-from siderolink.common.wire_types import is_whole
-from siderolink.server.reporting.desk import ReportDesk
-from siderolink.server.reporting.feed import ReportFeed
-from siderolink.server.reporting.lines import LineSplitter
-from siderolink.server.reporting.options import ReportOptions
-from siderolink.server.reporting.recent import ITEM_BYTES, Recent
-from siderolink.server.reporting.reports import LinesDropped, LogLine, MachineEvent, ReportsLost
+from siderolink.server.reporting.ingest import ITEM_BYTES, ReportIngest, RingBuffers
+from siderolink.server.reporting.log_listener import LineSplitter
+from siderolink.server.reporting.model import LinesDropped, LogLine, MachineEvent, ReportOptions, ReportsLost
 from siderolink.server.store import Machine
 
 CAP = 40
@@ -49,16 +46,16 @@ def test_lines_are_the_same_however_they_are_cut(data: bytes, cuts: list[int]) -
         found += pieces.feed(rest[:cut])
         rest = rest[cut:]
     found += pieces.feed(rest)
-    assert (found, pieces.rest(), pieces.too_long) == (expected, whole.rest(), whole.too_long)
+    assert (found, pieces.partial(), pieces.too_long) == (expected, whole.partial(), whole.too_long)
     assert all(len(line) <= CAP for line in found)
-    assert len(pieces.rest()) <= CAP
+    assert len(pieces.partial()) <= CAP
 
 
 def test_an_endless_line_is_skipped_without_being_kept() -> None:
     splitter = LineSplitter(CAP)
     for _ in range(1000):
         assert splitter.feed(b"x" * 1000) == []
-        assert len(splitter.rest()) <= CAP
+        assert len(splitter.partial()) <= CAP
     assert splitter.feed(b"\nnext\n") == [b"next"]
     assert splitter.too_long == 1
 
@@ -67,7 +64,7 @@ def test_an_endless_line_is_skipped_without_being_kept() -> None:
 
 
 def test_what_is_kept_is_bounded_for_one_and_for_all() -> None:
-    recent: Recent[int] = Recent(count=3, machine_bytes=10 * (ITEM_BYTES + 10), total_bytes=5 * (ITEM_BYTES + 10))
+    recent: RingBuffers[int] = RingBuffers(count=3, machine_bytes=10 * (ITEM_BYTES + 10), total_bytes=5 * (ITEM_BYTES + 10))
     for number in range(5):
         recent.add("a", number, 10)
     assert recent.of("a") == [2, 3, 4]
@@ -98,22 +95,22 @@ def test_a_bucket_fills_with_time() -> None:
 def test_a_machine_that_sends_too_much_loses_lines_and_readers_are_told() -> None:
     now = 0.0
     options = ReportOptions(line_bytes_per_second=10, line_burst_bytes=20)
-    desk = ReportDesk(options, {ADDRESS: machine()}.get, lambda: now)
+    ingest = ReportIngest(options, {ADDRESS: machine()}.get, lambda: now)
     for _ in range(5):
-        desk.take_line(machine(), b"123456789")
+        ingest.add_line(machine(), b"123456789")
     now = 1.0
-    desk.take_line(machine(), b"later")
-    assert [line.raw for line in desk.recent_lines.of("m")] == [b"123456789", b"123456789", b"later"]
-    assert desk.drops_of("m") == {"line rate limited": 3}
+    ingest.add_line(machine(), b"later")
+    assert [line.raw for line in ingest.recent_lines.of("m")] == [b"123456789", b"123456789", b"later"]
+    assert ingest.drops_of("m") == {"line rate limited": 3}
 
 
 @pytest.mark.anyio
 async def test_a_reader_is_told_what_was_dropped() -> None:
-    desk = ReportDesk(ReportOptions(line_bytes_per_second=1, line_burst_bytes=12), {ADDRESS: machine()}.get, lambda: 0.0)
-    stream = desk.lines.subscribe()
+    ingest = ReportIngest(ReportOptions(line_bytes_per_second=1, line_burst_bytes=12), {ADDRESS: machine()}.get, lambda: 0.0)
+    stream = ingest.lines.subscribe()
     for line in (b"one", b"much too long", b"two"):
-        desk.take_line(machine(), line)
-    desk.end()
+        ingest.add_line(machine(), line)
+    ingest.end()
     told = [report async for report in stream]
     assert [type(report) for report in told] == [LogLine, LinesDropped, LogLine]
     assert isinstance(told[1], LinesDropped)
@@ -122,7 +119,7 @@ async def test_a_reader_is_told_what_was_dropped() -> None:
 
 @pytest.mark.anyio
 async def test_a_slow_reader_loses_the_oldest_by_number_and_by_bytes_and_is_told() -> None:
-    feed: ReportFeed[int] = ReportFeed(limit=3, max_bytes=100)
+    feed: Broadcast[int | ReportsLost] = Broadcast(limit=3, max_bytes=100, lost=lambda count: ReportsLost(count=count))
     stream = feed.subscribe()
     for number in range(5):
         feed.publish(number, 10)
@@ -135,18 +132,18 @@ async def test_a_slow_reader_loses_the_oldest_by_number_and_by_bytes_and_is_told
 
 def test_an_event_that_comes_again_is_kept_once_and_a_departed_machine_is_forgotten() -> None:
     known = {ADDRESS: machine()}
-    desk = ReportDesk(ReportOptions(), known.get)
-    event = MachineEvent(machine=machine(), received_at=0, id="1", actor_id="", type_url="t", data=b"", payload=None)
-    desk.take_event(event)
-    desk.take_event(event)
-    assert desk.recent_events.of("m") == [event]
-    desk.drop(machine(), next(iter(desk.drops)))
+    ingest = ReportIngest(ReportOptions(), known.get)
+    event = MachineEvent(machine=machine(), received_at=0, id="1", actor_id="", type_url="t", data=b"")
+    ingest.add_event(event)
+    ingest.add_event(event)
+    assert ingest.recent_events.of("m") == [event]
+    ingest.drop(machine(), next(iter(ingest.drops)))
     known.clear()
-    desk.forget_strangers()
-    assert desk.recent_events.of("m") == []
-    assert desk.drops_of("m") == {}
-    assert desk.machine("fdae::1%eth0") is None
-    assert desk.machine("no address") is None
+    ingest.forget_departed()
+    assert ingest.recent_events.of("m") == []
+    assert ingest.drops_of("m") == {}
+    assert ingest.find_machine("fdae::1%eth0") is None
+    assert ingest.find_machine("no address") is None
 
 
 @given(st.binary(max_size=200))
@@ -210,7 +207,7 @@ def test_a_message_is_whole_or_not(data: bytes, whole: bool) -> None:
 
 
 def test_an_outbox_drops_its_oldest_and_counts_them() -> None:
-    outbox: Outbox[int] = Outbox(max_items=3, max_bytes=100)
+    outbox: DeliveryQueue[int] = DeliveryQueue(max_items=3, max_bytes=100)
     for number in range(5):
         outbox.put(number, 10)
     assert (outbox.lost, outbox.first, outbox.end, len(outbox)) == (2, 2, 5, 3)

@@ -14,9 +14,9 @@ import pytest
 from siderolink.client.reporting import KernelMessage, LogDestination, LogSender
 from siderolink.common.hostport import HostPort
 from siderolink.common.tasks import background_tasks
-from siderolink.server.reporting.desk import ReportDesk
-from siderolink.server.reporting.log_receiver import receive_lines
-from siderolink.server.reporting.options import ReportOptions
+from siderolink.server.reporting.ingest import ReportIngest
+from siderolink.server.reporting.log_listener import listen_for_lines
+from siderolink.server.reporting.model import ReportOptions
 
 if TYPE_CHECKING:
     from siderolink.server.store import Machine
@@ -39,7 +39,7 @@ def listening(kind: socket.SocketKind, port: int) -> socket.socket:
 
 
 async def test_a_receiver_that_stops_takes_what_has_come_and_loses_nothing(no_leaks: None) -> None:
-    desk = ReportDesk(ReportOptions(recent_lines=10 * LINES, recent_bytes=1 << 30), {HERE: MACHINE}.get)
+    ingest = ReportIngest(ReportOptions(recent_lines=10 * LINES, recent_bytes=1 << 30), {HERE: MACHINE}.get)
     tcp, udp = listening(socket.SOCK_STREAM, 0), listening(socket.SOCK_DGRAM, 0)
     port = tcp.getsockname()[1]
     sender = LogSender(LogDestination("tcp", HostPort("::1", port)))
@@ -48,16 +48,16 @@ async def test_a_receiver_that_stops_takes_what_has_come_and_loses_nothing(no_le
     async with background_tasks() as tasks:
         tasks.start_soon(sender.run)
         for stop_at in (100, 1500, 3000):
-            async with receive_lines(desk, tcp, udp):
-                await until(desk, stop_at)
+            async with listen_for_lines(ingest, tcp, udp):
+                await until(ingest, stop_at)
             tcp, udp = listening(socket.SOCK_STREAM, port), listening(socket.SOCK_DGRAM, 0)
             sender.kick()
-        async with receive_lines(desk, tcp, udp):
+        async with listen_for_lines(ingest, tcp, udp):
             with anyio.fail_after(20):
                 while sender.waiting:
                     sender.kick()
                     await anyio.sleep(0.05)
-            numbers = [line.fields()["seq"] for line in desk.recent_lines.of("m")]
+            numbers = [line.fields()["seq"] for line in ingest.recent_lines.of("m")]
             # in order, some of them twice
             assert list(dict.fromkeys(numbers)) == list(range(LINES))
     assert sender.lost == 0
@@ -93,7 +93,7 @@ def numbers(data: bytes) -> set[int]:
     return {json.loads(line)["seq"] for line in data.split(b"\n")[:-1]}
 
 
-async def until(desk: ReportDesk, count: int) -> None:
+async def until(ingest: ReportIngest, count: int) -> None:
     with anyio.fail_after(20):
-        while desk.taken_lines < count:
+        while ingest.taken_lines < count:
             await anyio.lowlevel.checkpoint()

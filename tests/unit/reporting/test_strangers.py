@@ -14,11 +14,10 @@ from siderolink.common.grpc import serve
 from siderolink.common.machine_events import pack_event
 from siderolink.common.pb.events import EventRequest
 from siderolink.common.pb.machine import PhaseEvent
-from siderolink.server.reporting.desk import ReportDesk
 from siderolink.server.reporting.event_sink import EventSink
-from siderolink.server.reporting.log_receiver import receive_lines
-from siderolink.server.reporting.options import ReportOptions
-from siderolink.server.reporting.reports import ReportDrop
+from siderolink.server.reporting.ingest import ReportIngest
+from siderolink.server.reporting.log_listener import listen_for_lines
+from siderolink.server.reporting.model import ReportDrop, ReportOptions
 
 if TYPE_CHECKING:
     from siderolink.server.store import Machine
@@ -44,8 +43,8 @@ async def until(condition: Callable[[], bool]) -> None:
             await anyio.sleep(0.01)
 
 
-async def publish(desk: ReportDesk) -> str:
-    async with serve([EventSink(desk)], host="::1") as server:
+async def publish(ingest: ReportIngest) -> str:
+    async with serve([EventSink(ingest)], host="::1") as server:
 
         def call() -> str:
             with grpc.insecure_channel(f"[::1]:{server.port}", options=(("grpc.enable_http_proxy", 0),)) as channel:
@@ -58,10 +57,10 @@ async def publish(desk: ReportDesk) -> str:
         return await anyio.to_thread.run_sync(call)
 
 
-async def send_lines(desk: ReportDesk, taken: Callable[[], bool]) -> None:
+async def send_lines(ingest: ReportIngest, taken: Callable[[], bool]) -> None:
     """One line by TCP and one by UDP, until `taken`."""
     tcp, udp = listening(socket.SOCK_STREAM), listening(socket.SOCK_DGRAM)
-    async with receive_lines(desk, tcp, udp):
+    async with listen_for_lines(ingest, tcp, udp):
         with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as sock:
             sock.sendto(b'{"msg": "udp"}', udp.getsockname()[:2])
         async with await anyio.connect_tcp("::1", tcp.getsockname()[1]) as stream:
@@ -73,15 +72,15 @@ async def send_lines(desk: ReportDesk, taken: Callable[[], bool]) -> None:
 
 
 async def test_what_comes_from_no_machine_is_refused_and_counted() -> None:
-    desk = ReportDesk(ReportOptions(), lambda address: None)
-    await send_lines(desk, lambda: desk.drops[ReportDrop.UNKNOWN_SOURCE] == 2)
-    assert await publish(desk) == "PERMISSION_DENIED"
-    assert dict(desk.drops) == {"unknown source": 3}
-    assert (desk.taken_events, desk.taken_lines) == (0, 0)
+    ingest = ReportIngest(ReportOptions(), lambda address: None)
+    await send_lines(ingest, lambda: ingest.drops[ReportDrop.UNKNOWN_SOURCE] == 2)
+    assert await publish(ingest) == "PERMISSION_DENIED"
+    assert dict(ingest.drops) == {"unknown source": 3}
+    assert (ingest.taken_events, ingest.taken_lines) == (0, 0)
 
 
 async def test_the_same_from_a_machine_is_taken() -> None:
-    desk = ReportDesk(ReportOptions(), {MACHINE.overlay_address: MACHINE}.get)
-    await send_lines(desk, lambda: desk.taken_lines == 2)
-    assert await publish(desk) == "OK"
-    assert (desk.taken_events, desk.taken_lines, dict(desk.drops)) == (1, 2, {})
+    ingest = ReportIngest(ReportOptions(), {MACHINE.overlay_address: MACHINE}.get)
+    await send_lines(ingest, lambda: ingest.taken_lines == 2)
+    assert await publish(ingest) == "OK"
+    assert (ingest.taken_events, ingest.taken_lines, dict(ingest.drops)) == (1, 2, {})

@@ -1,10 +1,7 @@
 """The machine's resources, and who watches them. No I/O; everything is called on one event loop."""
 
-from collections import deque
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
-
-import anyio
 
 from siderolink.client.maintenance.resources.changes import Change, ChangeKind, History, Resource
 from siderolink.client.maintenance.resources.definitions import (
@@ -15,6 +12,7 @@ from siderolink.client.maintenance.resources.definitions import (
     namespace_spec,
 )
 from siderolink.client.maintenance.resources.spec import ResourceSpec
+from siderolink.common.queues import Overflow, Subscription
 
 WATCH_LIMIT = 1024
 """Changes that wait for one slow watcher before its watch is ended."""
@@ -32,35 +30,24 @@ class Watch:
     def __init__(self, type_name: str, namespace: str, resource_id: str | None) -> None:
         self._kind = type_name, namespace
         self._id = resource_id
-        self._waiting: deque[Change] = deque()
-        self._size = 0
+        self._changes: Subscription[Change | None] = Subscription(
+            limit=WATCH_LIMIT, max_bytes=WATCH_BYTES, lost=lambda _: None, overflow=Overflow.DROP_ALL
+        )
         self._too_slow = False
-        self._ready = anyio.Event()
 
     def offer(self, change: Change) -> None:
-        """Keep the change, if it is one that is watched."""
+        """Queue the change if this watch asked for it."""
         resource = change.resource
-        if (resource.type.name, resource.namespace) != self._kind or self._id not in (None, resource.id):
-            return
-        if len(self._waiting) >= WATCH_LIMIT or self._size > WATCH_BYTES:
-            self._too_slow = True
-            self._waiting.clear()
-        elif not self._too_slow:
-            self._waiting.append(change)
-            self._size += change.size
-        self._ready.set()
+        if (resource.type.name, resource.namespace) == self._kind and self._id in (None, resource.id):
+            self._changes.add(change, change.size)
 
     async def next(self) -> Change:
         """The next change. Raises WatchTooSlowError."""
-        while True:
-            if self._too_slow:
-                raise WatchTooSlowError
-            if self._waiting:
-                change = self._waiting.popleft()
-                self._size -= change.size
-                return change
-            self._ready = anyio.Event()
-            await self._ready.wait()
+        change = None if self._too_slow else await anext(self._changes)
+        if change is None:
+            self._too_slow = True
+            raise WatchTooSlowError
+        return change
 
 
 class ResourceStore:

@@ -1,0 +1,112 @@
+"""Protobuf's wire format, where the generated models do not help: varints, undecoded fields, values of the wrong kind."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, cast
+
+import betterproto2
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
+"""Wire types (protobuf.dev, "Encoding"); groups are refused."""
+MAX_KEY_BYTES = 5
+"""A field's key and a length are 32-bit numbers."""
+MAX_VARINT_BYTES = 10
+
+_INTEGERS = ("enum", "int32", "int64", "uint32", "uint64", "sint32", "sint64", "fixed32", "fixed64", "sfixed32", "sfixed64")
+_CHECKS: dict[str, Callable[[object], bool]] = {
+    "string": lambda value: isinstance(value, str),
+    "bytes": lambda value: isinstance(value, bytes),
+    "bool": lambda value: isinstance(value, bool),
+    "float": lambda value: isinstance(value, float),
+    "double": lambda value: isinstance(value, float),
+    "map": lambda value: isinstance(value, dict),
+    **dict.fromkeys(_INTEGERS, lambda value: isinstance(value, int) and not isinstance(value, bool)),
+}
+
+
+class MalformedWireError(ValueError):
+    """Raised when bytes are not protobuf's wire format; the text says what is wrong."""
+
+
+def encode_varint(value: int) -> bytes:
+    """A non-negative number as a varint."""
+    encoded = bytearray()
+    while value > 0x7F:
+        encoded.append(value & 0x7F | 0x80)
+        value >>= 7
+    encoded.append(value)
+    return bytes(encoded)
+
+
+def read_varint(data: bytes | memoryview, pos: int, max_bytes: int = MAX_VARINT_BYTES) -> tuple[int, int]:
+    """The varint at `pos`, of at most `max_bytes` bytes, and where it ends. Raises MalformedWireError."""
+    value = shift = 0
+    for index in range(pos, min(pos + max_bytes, len(data))):
+        byte = data[index]
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, index + 1
+        shift += 7
+    raise MalformedWireError("a number is cut short or too long")
+
+
+def read_key(data: bytes | memoryview, pos: int) -> tuple[int, int, int]:
+    """A field's number and wire type, and where its value begins. Raises MalformedWireError."""
+    key, pos = read_varint(data, pos, MAX_KEY_BYTES)
+    if not key >> 3 or key > 0xFFFF_FFFF:
+        raise MalformedWireError("a field has no number")
+    return key >> 3, key & 7, pos
+
+
+def value_bounds(data: bytes | memoryview, pos: int, wire_type: int) -> tuple[int, int]:
+    """Where the value at `pos` begins, behind its length if it has one, and where it ends. Raises MalformedWireError."""
+    if wire_type == VARINT:
+        return pos, read_varint(data, pos)[1]
+    if wire_type == BYTES:
+        size, pos = read_varint(data, pos, MAX_KEY_BYTES)
+    elif wire_type in (FIXED64, FIXED32):
+        size = 8 if wire_type == FIXED64 else 4
+    else:
+        raise MalformedWireError(f"a field has wire type {wire_type}")
+    if size > len(data) - pos:
+        raise MalformedWireError("a field is cut short")
+    return pos, pos + size
+
+
+def is_whole(data: bytes) -> bool:
+    """Whether the bytes are fields from the first to the last, whatever they mean. Takes time for each field."""
+    pos = 0
+    try:
+        while pos < len(data):
+            _, wire_type, pos = read_key(data, pos)
+            _, pos = value_bounds(data, pos, wire_type)
+    except MalformedWireError:
+        return False
+    return True
+
+
+def has_declared_types(message: betterproto2.Message) -> bool:
+    """Whether every field, those of messages within included, has a value of its declared kind."""
+    return all(_is_right(message, field) for field in dataclasses.fields(cast("DataclassInstance", message)))
+
+
+def _is_right(message: betterproto2.Message, field: "dataclasses.Field[Any]") -> bool:
+    declared = field.metadata["betterproto"]
+    value = getattr(message, field.name)
+    if declared.repeated:
+        return isinstance(value, list) and all(_is_value(declared, one) for one in value)
+    if value is None:
+        return bool(declared.optional)
+    return _is_value(declared, value)
+
+
+def _is_value(declared: Any, value: object) -> bool:
+    if declared.proto_type != "message":
+        return _CHECKS[declared.proto_type](value)
+    if isinstance(value, betterproto2.Message):
+        return has_declared_types(value)
+    # well-known types become datetime, timedelta and the like; a number or bytes are what came instead of a message
+    return declared.unwrap is not None and not isinstance(value, int | bytes | list)

@@ -1,0 +1,276 @@
+"""Bounded queues between a producer that must never wait and a consumer that may be slow.
+
+============== =========================== ==============================================================
+class          consumer                    when it is full
+============== =========================== ==============================================================
+Subscription   one reader of a Broadcast   DROP_OLDEST: the oldest items go, the reader is told how many.
+                                           DROP_ALL: everything goes, the reader is told to start over.
+DeliveryQueue  the one task that delivers  The oldest items go; `lost` counts them.
+LineQueue      a writer thread             The newest item is refused; `dropped` counts them.
+============== =========================== ==============================================================
+
+All are bounded in items, and in bytes where items have a size. An item that alone exceeds the bytes is kept while it is the
+only one, except in LineQueue.
+"""
+
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from enum import Enum, auto
+from typing import Generic, Self, TypeVar
+from weakref import WeakSet
+
+import anyio
+
+T = TypeVar("T")
+
+Lost = Callable[[int], T]
+"""Makes the item that tells a reader how many items it lost."""
+
+
+class Overflow(Enum):
+    """What a subscription drops when its reader is too slow."""
+
+    DROP_OLDEST = auto()
+    """The oldest items: for readers to whom each item means something by itself."""
+    DROP_ALL = auto()
+    """Everything that waits: for readers that rebuild what they know from a fresh listing anyway."""
+
+
+class Subscription(AsyncIterator[T]):
+    """The items that one reader has not read yet; iteration ends when the broadcast does."""
+
+    def __init__(
+        self,
+        past: Iterable[tuple[T, int]] = (),
+        *,
+        limit: int,
+        max_bytes: int | None = None,
+        lost: "Lost[T] | None" = None,
+        overflow: Overflow = Overflow.DROP_OLDEST,
+    ) -> None:
+        self._waiting: deque[tuple[T, int]] = deque()
+        self._limit, self._max_bytes = limit, max_bytes
+        self._lost_item = lost
+        self._overflow = overflow
+        self._size = 0
+        self._lost = 0
+        self._ready = anyio.Event()
+        self._ended = False
+        for item, size in past:
+            self.add(item, size)
+
+    def add(self, item: T, size: int = 0) -> None:
+        """Queue an item of `size` bytes. Never blocks."""
+        self._waiting.append((item, size))
+        self._size += size
+        if self._is_full():
+            self._make_room()
+        self._ready.set()
+
+    def end(self) -> None:
+        """Let the reader finish what waits, then stop."""
+        self._ended = True
+        self._ready.set()
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> T:
+        while True:
+            if self._lost and self._lost_item is not None:
+                lost, self._lost = self._lost, 0
+                return self._lost_item(lost)
+            if self._waiting:
+                return self._pop()
+            if self._ended:
+                raise StopAsyncIteration
+            self._ready = anyio.Event()
+            await self._ready.wait()
+
+    def _is_full(self) -> bool:
+        if len(self._waiting) > self._limit:
+            return True
+        return self._max_bytes is not None and self._size > self._max_bytes and len(self._waiting) > 1
+
+    def _make_room(self) -> None:
+        if self._overflow is Overflow.DROP_ALL:
+            self._lost += len(self._waiting)
+            self._waiting.clear()
+            self._size = 0
+            return
+        while self._is_full():
+            self._pop()
+            self._lost += 1
+
+    def _pop(self) -> T:
+        item, size = self._waiting.popleft()
+        self._size -= size
+        return item
+
+
+class Broadcast(Generic[T]):
+    """Gives each item to every subscription that someone still holds, and the last `history` items to new subscriptions.
+
+    A reader may lag by `limit` items and `max_bytes`; `lost` makes the item that tells it what it missed.
+    """
+
+    def __init__(
+        self,
+        *,
+        limit: int = 4096,
+        max_bytes: int | None = None,
+        history: int = 0,
+        lost: "Lost[T] | None" = None,
+        overflow: Overflow = Overflow.DROP_OLDEST,
+    ) -> None:
+        self._limit, self._max_bytes = limit, max_bytes
+        self._lost = lost
+        self._overflow = overflow
+        self._history: deque[tuple[T, int]] = deque(maxlen=history)
+        self._subscriptions: WeakSet[Subscription[T]] = WeakSet()
+        self._ended = False
+
+    def subscribe(self, limit: int | None = None) -> Subscription[T]:
+        """The kept history, then everything from now on."""
+        found = Subscription(
+            self._history,
+            limit=self._limit if limit is None else limit,
+            max_bytes=self._max_bytes,
+            lost=self._lost,
+            overflow=self._overflow,
+        )
+        if self._ended:
+            found.end()
+        else:
+            self._subscriptions.add(found)
+        return found
+
+    def publish(self, item: T, size: int = 0) -> None:
+        """Hand out an item of `size` bytes. Never blocks."""
+        self._history.append((item, size))
+        for subscription in self._subscriptions:
+            subscription.add(item, size)
+
+    @property
+    def has_readers(self) -> bool:
+        """Whether anyone holds a subscription."""
+        return bool(self._subscriptions)
+
+    def end(self) -> None:
+        """End every subscription once its reader has what waits."""
+        self._ended = True
+        for subscription in list(self._subscriptions):
+            subscription.end()
+        self._subscriptions.clear()
+
+
+class DeliveryQueue(Generic[T]):
+    """Items on their way to one place. Nothing leaves it before it is acknowledged, except the oldest when it is full."""
+
+    def __init__(self, *, max_items: int, max_bytes: int) -> None:
+        self.lost = 0
+        """How many items were dropped because too many waited."""
+        self._items: deque[tuple[T, int]] = deque()
+        self._size = 0
+        self._max_items, self._max_bytes = max_items, max_bytes
+        self._first = 0
+        self._changed = anyio.Event()
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    @property
+    def first(self) -> int:
+        """The number of the oldest item; numbers rise by one with each `put`."""
+        return self._first
+
+    @property
+    def end(self) -> int:
+        """The number that the next item will have."""
+        return self._first + len(self._items)
+
+    def put(self, item: T, size: int) -> None:
+        """Queue an item of `size` bytes. Never blocks."""
+        self._items.append((item, size))
+        self._size += size
+        while len(self._items) > self._max_items or (self._size > self._max_bytes and len(self._items) > 1):
+            self._drop_first()
+            self.lost += 1
+        self._changed.set()
+
+    def get(self, number: int) -> T:
+        """The item of that number, which must still be queued."""
+        return self._items[number - self._first][0]
+
+    def acknowledge(self, number: int) -> None:
+        """Remove every item before `number`: they were delivered."""
+        while self._items and self._first < number:
+            self._drop_first()
+
+    def put_back(self, items: Sequence[tuple[T, int]]) -> None:
+        """Queue the last acknowledged items again, oldest first; as many of the newest as there is room for."""
+        for item, size in reversed(items):
+            if len(self._items) >= self._max_items or self._size + size > self._max_bytes:
+                break
+            self._items.appendleft((item, size))
+            self._size += size
+            self._first -= 1
+        self._changed.set()
+
+    async def wait_beyond(self, number: int) -> None:
+        """Wait until there is an item with this number or a higher one."""
+        while self.end <= number:
+            self._changed = anyio.Event()
+            await self._changed.wait()
+
+    def _drop_first(self) -> None:
+        _, size = self._items.popleft()
+        self._size -= size
+        self._first += 1
+
+
+class LineQueue(Generic[T]):
+    """Items from any thread for one thread. `put` never blocks: a full queue refuses the item, and counts it."""
+
+    def __init__(self, *, max_items: int, max_bytes: int) -> None:
+        self.dropped = 0
+        """How many items were refused because the queue was full."""
+        self._items: deque[tuple[T, int]] = deque()
+        self._size = 0
+        self._max_items, self._max_bytes = max_items, max_bytes
+        self._changed = threading.Condition()
+        self._ended = False
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def put(self, item: T, size: int) -> bool:
+        """Queue an item of `size` bytes; False when there is no room for it. Never blocks."""
+        with self._changed:
+            if self._ended or len(self._items) >= self._max_items or self._size + size > self._max_bytes:
+                self.dropped += 1
+                return False
+            self._items.append((item, size))
+            self._size += size
+            self._changed.notify()
+            return True
+
+    def take(self, most: int, timeout: float | None = None) -> list[T] | None:
+        """Up to `most` items, after waiting for the first; empty after `timeout` seconds, None once ended and empty."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._items or self._ended, timeout)
+            if not self._items and self._ended:
+                return None
+            found: list[T] = []
+            while self._items and len(found) < most:
+                item, size = self._items.popleft()
+                self._size -= size
+                found.append(item)
+            return found
+
+    def end(self) -> None:
+        """Refuse further items; the consumer finishes what waits."""
+        with self._changed:
+            self._ended = True
+            self._changed.notify_all()

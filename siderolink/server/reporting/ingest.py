@@ -1,0 +1,222 @@
+"""Where reports come in: which machine sent them, how much each may send, the last of each, and who reads them."""
+
+import time
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from ipaddress import AddressValueError, IPv6Address
+from typing import Generic, TypeVar
+
+from siderolink.common.queues import Broadcast, Subscription
+from siderolink.common.token_bucket import TokenBucket
+from siderolink.server.reporting.model import LinesDropped, LogLine, MachineEvent, ReportDrop, ReportOptions, ReportsLost
+from siderolink.server.store import Machine
+
+T = TypeVar("T")
+
+MachineAt = Callable[[IPv6Address], Machine | None]
+"""The machine that has an overlay address; None when no machine has it."""
+ReportStream = Subscription[T | ReportsLost]
+"""What was published since it was made; a slow reader is told by ReportsLost."""
+
+ITEM_BYTES = 512
+"""Memory that a kept report takes besides its own parts."""
+
+
+class ReportIngest:
+    """Accepts or drops what the event sink and the log listener receive."""
+
+    def __init__(self, options: ReportOptions, machine_at: MachineAt, clock: Callable[[], float] = time.monotonic) -> None:
+        self.options = options
+        self.events: Broadcast[MachineEvent | ReportsLost] = Broadcast(
+            limit=options.reader_limit, max_bytes=options.reader_bytes, lost=_reports_lost
+        )
+        self.lines: Broadcast[LogLine | LinesDropped | ReportsLost] = Broadcast(
+            limit=options.reader_limit, max_bytes=options.reader_bytes, lost=_reports_lost
+        )
+        self.recent_events: RingBuffers[MachineEvent] = RingBuffers(
+            count=options.recent_events, machine_bytes=options.recent_bytes, total_bytes=options.total_recent_bytes
+        )
+        self.recent_lines: RingBuffers[LogLine] = RingBuffers(
+            count=options.recent_lines, machine_bytes=options.recent_bytes, total_bytes=options.total_recent_bytes
+        )
+        self.drops: Counter[ReportDrop] = Counter()
+        self.taken_events = self.taken_lines = 0
+        self._machine_at = machine_at
+        self._clock = clock
+        self._senders: dict[str, _Sender] = {}
+
+    def find_machine(self, source: str) -> Machine | None:
+        """The machine whose address this is; a stranger's is counted."""
+        try:
+            found = self._machine_at(IPv6Address(source.partition("%")[0]))
+        except AddressValueError:
+            found = None
+        if found is None:
+            self.drops[ReportDrop.UNKNOWN_SOURCE] += 1
+        return found
+
+    def is_current(self, machine: Machine) -> bool:
+        """Whether the address is still that machine's."""
+        found = self._machine_at(machine.overlay_address)
+        return found is not None and found.id == machine.id
+
+    def open_connection(self, machine: Machine) -> bool:
+        """Count one more log connection; False when the machine has as many as it may have."""
+        sender = self._sender(machine)
+        if sender.connections >= self.options.max_connections_per_machine:
+            self.drop(machine, ReportDrop.TOO_MANY_CONNECTIONS)
+            return False
+        sender.connections += 1
+        return True
+
+    def close_connection(self, machine: Machine) -> None:
+        sender = self._senders.get(machine.id)
+        if sender is not None:
+            sender.connections = max(0, sender.connections - 1)
+
+    def drop(self, machine: Machine, reason: ReportDrop, count: int = 1) -> None:
+        """Count reports that are not accepted."""
+        self.drops[reason] += count
+        self._sender(machine).drops[reason] += count
+
+    def drop_lines(self, machine: Machine, reason: ReportDrop, count: int = 1) -> None:
+        """Count dropped lines; the readers are told before the machine's next line."""
+        self.drop(machine, reason, count)
+        self._sender(machine).untold[reason] += count
+
+    def may_send_lines(self, machine: Machine) -> bool:
+        """Whether the machine has not used up what it may send."""
+        sender = self._sender(machine)
+        return not (sender.lines.is_empty or sender.line_bytes.is_empty)
+
+    def add_line(self, machine: Machine, raw: bytes) -> None:
+        """Accept a line, or count it as rate limited."""
+        sender = self._sender(machine)
+        if not sender.lines.take(1) or not sender.line_bytes.take(len(raw) + 1):
+            self.drop_lines(machine, ReportDrop.LINE_RATE_LIMITED)
+            return
+        for reason, count in sender.untold.items():
+            self.lines.publish(LinesDropped(machine=machine, reason=reason, count=count))
+        sender.untold.clear()
+        self.taken_lines += 1
+        line = LogLine(machine=machine, received_at=time.time(), raw=raw)
+        self.recent_lines.add(machine.id, line, line.size)
+        self.lines.publish(line, line.size)
+
+    def may_send_event(self, machine: Machine) -> bool:
+        """Whether the machine has not used up what it may send; to be asked before the event is read."""
+        sender = self._sender(machine)
+        if sender.events.is_empty or sender.event_bytes.is_empty:
+            self.drop(machine, ReportDrop.EVENT_RATE_LIMITED)
+            return False
+        return True
+
+    def charge_event(self, machine: Machine, size: int) -> None:
+        """Count an event of `size` bytes against what the machine may send, whatever is in it."""
+        sender = self._sender(machine)
+        sender.events.charge(1)
+        sender.event_bytes.charge(size)
+
+    def add_event(self, event: MachineEvent) -> None:
+        """Keep and hand out an event, unless it was accepted before."""
+        machine_id = event.machine.id
+        if event.id and any(event.id == known.id for known in reversed(self.recent_events.of(machine_id))):
+            self.drop(event.machine, ReportDrop.EVENT_REPEATED)
+            return
+        self.taken_events += 1
+        self.recent_events.add(machine_id, event, event.size)
+        self.events.publish(event, event.size)
+
+    def drops_of(self, machine_id: str) -> dict[str, int]:
+        sender = self._senders.get(machine_id)
+        return {} if sender is None else {str(reason): count for reason, count in sender.drops.items()}
+
+    def forget(self, machine_id: str) -> None:
+        """The machine has left."""
+        self._senders.pop(machine_id, None)
+        self.recent_events.forget(machine_id)
+        self.recent_lines.forget(machine_id)
+
+    def forget_departed(self) -> None:
+        """Forget every machine that is no longer known."""
+        for machine_id in {*self._senders, *self.recent_events.machines(), *self.recent_lines.machines()}:
+            sender = self._senders.get(machine_id)
+            if sender is None or not self.is_current(sender.machine):
+                self.forget(machine_id)
+
+    def end(self) -> None:
+        self.events.end()
+        self.lines.end()
+
+    def _sender(self, machine: Machine) -> "_Sender":
+        sender = self._senders.get(machine.id)
+        if sender is None:
+            sender = self._senders[machine.id] = _Sender(machine, self.options, self._clock)
+        return sender
+
+
+class _Sender:
+    """What one machine may still send, and what of it was dropped."""
+
+    def __init__(self, machine: Machine, options: ReportOptions, clock: Callable[[], float]) -> None:
+        self.machine = machine
+        self.lines = TokenBucket(options.lines_per_second, options.line_burst, clock)
+        self.line_bytes = TokenBucket(options.line_bytes_per_second, options.line_burst_bytes, clock)
+        self.events = TokenBucket(options.events_per_second, options.event_burst, clock)
+        self.event_bytes = TokenBucket(options.event_bytes_per_second, options.event_burst_bytes, clock)
+        self.connections = 0
+        self.drops: Counter[ReportDrop] = Counter()
+        self.untold: Counter[ReportDrop] = Counter()
+        """Dropped lines of which the readers have not been told."""
+
+
+@dataclass(slots=True)
+class _Ring(Generic[T]):
+    items: deque[tuple[T, int]] = field(default_factory=deque)
+    size: int = 0
+
+
+class RingBuffers(Generic[T]):
+    """The last `count` reports and `machine_bytes` of each machine, and `total_bytes` of all: the longest silent go first."""
+
+    def __init__(self, *, count: int, machine_bytes: int, total_bytes: int) -> None:
+        self._count, self._machine_bytes, self._total_bytes = count, machine_bytes, total_bytes
+        self._rings: OrderedDict[str, _Ring[T]] = OrderedDict()
+        self.size = 0
+        """Bytes of memory that are kept now."""
+
+    def add(self, machine_id: str, item: T, size: int) -> None:
+        """Keep one more report of `size` bytes."""
+        size += ITEM_BYTES
+        ring = self._rings.get(machine_id)
+        if ring is None:
+            ring = self._rings[machine_id] = _Ring()
+        self._rings.move_to_end(machine_id)
+        ring.items.append((item, size))
+        ring.size += size
+        self.size += size
+        while len(ring.items) > self._count or (ring.size > self._machine_bytes and len(ring.items) > 1):
+            _, oldest = ring.items.popleft()
+            ring.size -= oldest
+            self.size -= oldest
+        while self.size > self._total_bytes and len(self._rings) > 1:
+            self.forget(next(iter(self._rings)))
+
+    def of(self, machine_id: str) -> list[T]:
+        """The machine's reports, the oldest first."""
+        ring = self._rings.get(machine_id)
+        return [] if ring is None else [item for item, _ in ring.items]
+
+    def forget(self, machine_id: str) -> None:
+        ring = self._rings.pop(machine_id, None)
+        if ring is not None:
+            self.size -= ring.size
+
+    def machines(self) -> list[str]:
+        """The machines of which reports are kept."""
+        return list(self._rings)
+
+
+def _reports_lost(count: int) -> ReportsLost:
+    return ReportsLost(count=count)
