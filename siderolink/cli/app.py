@@ -194,7 +194,10 @@ def show(
     join_token_file: TokenFile = None,
     as_json: Json = False,
 ) -> None:
-    """Show what `siderolink join` with the same options would go by, and where each setting comes from; no secrets."""
+    """Show the settings that `siderolink join` with the same options would use, and their sources; no secrets.
+
+    The exit status is 1 where something had to be ignored.
+    """
     from siderolink.cli.config import run_show
     from siderolink.cli.settings import SettingsOptions
 
@@ -206,7 +209,8 @@ def show(
         unique_token_file=unique_token_file,
         join_token_file=join_token_file,
     )
-    run_show(settings, as_json=as_json)
+    if not run_show(settings, as_json=as_json):
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -34,20 +34,24 @@ class Line:
     source: str
 
 
-def run_show(options: SettingsOptions, *, as_json: bool) -> None:
-    """Print the merged settings, their sources, and no secret. Raises SideroLinkError."""
+def run_show(options: SettingsOptions, *, as_json: bool) -> bool:
+    """Print the merged settings, their sources, and no secret; false if something had to be ignored. Raises SideroLinkError."""
     settings = SettingsReader(options).read()
     lines = describe(settings)
     if as_json:
         found = {"settings": [{"name": line.name, "value": line.value, "source": line.source} for line in lines]}
-        print(json.dumps(found | {"notes": list(settings.notes)}, indent=2, ensure_ascii=False))
-        return
+        found_too = {"notes": list(settings.notes), "problems": list(settings.problems)}
+        print(json.dumps(found | found_too, indent=2, ensure_ascii=False))
+        return not settings.problems
     for line in lines:
         print(f"{line.name:16} {one_line(line.value)}  ({one_line(line.source)})")
     if not lines:
         print("nothing is set")
     for note in settings.notes:
         print(f"note: {one_line(note)}", file=sys.stderr)
+    for problem in settings.problems:
+        print(f"problem: {one_line(problem)}", file=sys.stderr)
+    return not settings.problems
 
 
 def describe(settings: MachineSettings) -> list[Line]:

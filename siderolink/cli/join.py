@@ -191,6 +191,7 @@ def run_join(options: JoinOptions) -> None:
     settings = FollowedSettings(SettingsReader(options.settings))
     for note in settings.current.notes:
         say("note", note)
+    settings.tell_problems()
     url = settings.current.url
     if url is None and not options.maintenance_api:
         raise ConfigurationError(

@@ -30,7 +30,7 @@ def read_secret(name: str, given: str | None, file: Path | None) -> str | None:
     except OSError as error:
         raise ConfigurationError(f"the {name} cannot be read from {file}: {error.strerror}") from None
     try:
-        text = data.decode().strip()
+        text = data.decode("utf-8-sig").strip()
     except UnicodeDecodeError:
         raise ConfigurationError(f"{file} holds no text") from None
     if not text or "\n" in text or len(data) > _LONGEST:

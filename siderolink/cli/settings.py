@@ -74,6 +74,8 @@ class FollowedSettings:
         self._applied = MachineSettings()
         self._meta = MachineSettings()
         self._refusal: str | None = None
+        self._told: tuple[str, ...] = ()
+        self._is_watched = False
         self._changed = anyio.Event()
         self.current = reader.read()
 
@@ -108,7 +110,7 @@ class FollowedSettings:
 
     async def watch(self) -> None:
         """Never returns. Files that cannot be read or used are told of; what was in force stays in force."""
-        await self._reader.sources.watch(self._read_again)
+        await self._reader.sources.watch(self._read_files_again)
 
     async def follow(self, part: Callable[[MachineSettings], T], use: Callable[[T], Coroutine[Any, Any, None]]) -> None:
         """Run `use` with a part of the settings; whenever that part changes, cancel it and run it anew. Never returns."""
@@ -119,6 +121,19 @@ class FollowedSettings:
                 while part(self.current) == value:
                     await self._changed.wait()
 
+    def _read_files_again(self) -> None:
+        """The first call comes when the watch begins, and says nothing that was said before."""
+        self._read_again()
+        if self._is_watched or self.current.problems != self._told:
+            self.tell_problems()
+        self._is_watched = True
+
+    def tell_problems(self) -> None:
+        """Say what had to be ignored, a line each."""
+        for problem in self.current.problems:
+            say("setting ignored", problem)
+        self._told = self.current.problems
+
     def _read_again(self) -> None:
         try:
             found = self._reader.read()
@@ -128,7 +143,7 @@ class FollowedSettings:
                 uuid=self._meta.uuid or explicit.uuid,
                 unique_token=self._meta.unique_token or explicit.unique_token,
             )
-            settings, refusal = merge(explicit, self._applied, found), None
+            settings, refusal = merge(explicit, self._applied, found).keeping(self.current), None
         except ConfigurationError as error:
             settings, refusal = self.current, str(error)
         if refusal is not None and refusal != self._refusal:

@@ -44,8 +44,9 @@ EXTRAS = {
         "sqlalchemy",
         "platformdirs",
         "python-socks",
+        "zstandard",
     },
-    "config": {"pydantic", "pyyaml", "watchfiles"},
+    "config": {"pydantic", "pyyaml", "watchfiles", "zstandard"},
     "patterns": {"google-re2"},
     "proxy": {"python-socks"},
     "sql": {"aiosqlite", "alembic", "sqlalchemy"},
@@ -53,7 +54,7 @@ EXTRAS = {
 CLI_DEPENDENCIES = {"platformdirs", "rich", "typer", "uvloop", "watchfiles"}
 # parts that need more, each with the extra that brings it
 PARTS = {
-    "siderolink.client.config": {"pydantic", "pydantic_core", "watchfiles", "yaml"},
+    "siderolink.client.config": {"pydantic", "pydantic_core", "watchfiles", "yaml", "zstandard"},
     "siderolink.client.maintenance.pattern": {"re2"},
     "siderolink.common.grpc.proxied": {"python_socks"},
     "siderolink.server.store.sql": {"aiosqlite", "alembic", "sqlalchemy"},

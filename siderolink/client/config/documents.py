@@ -1,7 +1,8 @@
 """Configuration documents: from files to settings."""
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -12,7 +13,7 @@ from siderolink.client.config import models
 from siderolink.client.config.files import read_up_to
 from siderolink.client.config.log_url import LogURL
 from siderolink.client.config.settings import IngressRule, MachineSettings, Setting
-from siderolink.client.config.yaml_stream import MAX_BYTES, Location, Value, YamlDocument, read_stream
+from siderolink.client.config.yaml_stream import MAX_BYTES, Location, Value, YamlDocument, read_documents, read_stream
 from siderolink.common.errors import ConfigurationError
 from siderolink.common.hostport import HostPort
 from siderolink.common.join_url import JoinURL
@@ -21,6 +22,10 @@ from siderolink.common.text import one_line
 MAX_FILES = 64
 MAX_RULES = 4096
 """Ports and subnets of all firewall rules together."""
+MAX_REPAIRS = 16
+"""Keys that are left out of one document before the document is."""
+MAIN_KEYS = frozenset({"version", "machine", "cluster", "debug", "persist"})
+"""Any of these makes a document without a kind a machine's main configuration."""
 SUFFIXES = (".yaml", ".yml")
 
 M = TypeVar("M", bound=models.Document)
@@ -52,14 +57,37 @@ class Documents:
 def load_documents(*paths: Path, read: Callable[[Path, int], bytes] = read_up_to) -> Documents:
     """Read files, and of directories the ``.yaml`` and ``.yml`` files in the order of their names.
 
-    `read` reads a file up to so many bytes. Raises ConfigurationError; its message names file, line and key, what is wrong, and
-    what is allowed.
+    What cannot be used costs its own part and no other, and is one line in ``settings.problems``: an optional key
+    costs itself, any other its document. `read` reads a file up to so many bytes. Raises ConfigurationError for a path that
+    cannot be read.
     """
-    return parse_documents((read(file, MAX_BYTES + 1), str(file)) for path in paths for file in list_files(path))
+    collected = _Collected()
+    for path in paths:
+        is_directory = path.is_dir()
+        for file in list_files(path, collected.problems):
+            try:
+                data = read(file, MAX_BYTES + 1)
+            except ConfigurationError as error:
+                if not is_directory:
+                    raise
+                collected.problems.append(str(error))
+                continue
+            collected.add_stream(data, str(file))
+    return collected.documents()
 
 
-def list_files(path: Path) -> list[Path]:
-    """The files that `path` stands for. Raises ConfigurationError."""
+def salvage_documents(data: bytes, source: str) -> Documents:
+    """Read one stream as `load_documents` reads a file."""
+    collected = _Collected()
+    collected.add_stream(data, source)
+    return collected.documents()
+
+
+def list_files(path: Path, problems: list[str]) -> list[Path]:
+    """The files that `path` stands for; what keeps a file of a directory out is added to `problems`.
+
+    Raises ConfigurationError for a directory that cannot be read.
+    """
     if not path.is_dir():
         return [path]
     try:
@@ -67,54 +95,144 @@ def list_files(path: Path) -> list[Path]:
     except OSError as error:
         raise ConfigurationError(f"the directory {path} cannot be read: {error.strerror}") from None
     if len(found) > MAX_FILES:
-        raise ConfigurationError(f"{path}: more than {MAX_FILES} files")
-    for file in found:
-        if not file.is_file():
-            raise ConfigurationError(f"{file} is no regular file")
-    return found
+        problems.append(f"{path}: more than {MAX_FILES} files; those after {found[MAX_FILES - 1].name} are ignored")
+    usable = []
+    for file in found[:MAX_FILES]:
+        if file.is_file():
+            usable.append(file)
+        else:
+            problems.append(f"{file} is no regular file")
+    return usable
 
 
 def parse_documents(streams: Iterable[tuple[bytes, str]]) -> Documents:
-    """Read streams of documents, each with its name for people. Raises ConfigurationError as `load_documents` does."""
-    found: dict[tuple[str, str], _Found] = {}
-    others: list[OtherDocument] = []
+    """Read streams of documents, each with its name for people, and accept them whole or not at all.
+
+    Raises ConfigurationError; its message names stream, line and key, what is wrong, and what is allowed.
+    """
+    collected = _Collected()
     for data, source in streams:
         for document in read_stream(data, source):
-            read = _read(document)
-            if isinstance(read, OtherDocument):
-                others.append(read)
+            collected.add(document)
+    return collected.documents()
+
+
+@dataclass(slots=True)
+class _Collected:
+    """Documents of one or several files, as they are read."""
+
+    found: dict[tuple[str, str], _Found] = field(default_factory=dict)
+    others: list[OtherDocument] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    def add(self, document: YamlDocument) -> None:
+        """Raises ConfigurationError unless everything in the document can be used."""
+        where = f"{document.source}:{document.line}"
+        value = document.value
+        if not isinstance(value, dict):
+            raise ConfigurationError(f"{where}: a document is a mapping with apiVersion and kind")
+        kind = value.get("kind")
+        if kind is None and _is_main_document(value):
+            self.others.append(OtherDocument("machine configuration", where, value))
+            return
+        if not isinstance(kind, str):
+            raise ConfigurationError(f"{where}: kind is missing or no text; SideroLink knows {', '.join(models.MODELS)}")
+        model = models.MODELS.get(kind)
+        if model is None:
+            self.others.append(OtherDocument(one_line(kind, limit=100), where, value))
+            return
+        try:
+            self._keep(_Found(model.model_validate(_without_nulls(value)), where))
+        except ValidationError as error:
+            raise ConfigurationError(_explain_all(document, model, error)) from None
+
+    def add_stream(self, data: bytes, source: str) -> None:
+        """Add what can be used of a stream of documents."""
+        for document in read_documents(data, source):
+            if isinstance(document, ConfigurationError):
+                self.problems.append(str(document))
+            else:
+                self.add_what_can_be_used(document)
+
+    def add_what_can_be_used(self, document: YamlDocument) -> None:
+        """Like `add`, but what cannot be used is left out and told in `problems`."""
+        value = document.value
+        kind = value.get("kind") if isinstance(value, dict) else None
+        model = models.MODELS.get(kind) if isinstance(kind, str) else None
+        try:
+            if model is None or not isinstance(value, dict):
+                self.add(document)
+            else:
+                self._keep(_Found(self._repair(document, model, _without_nulls(value)), f"{document.source}:{document.line}"))
+        except ConfigurationError as error:
+            self.problems.append(str(error))
+
+    def _keep(self, read: _Found) -> None:
+        name = getattr(read.model, "name", "")
+        before = self.found.setdefault((read.model.KIND, name), read)
+        if before is not read:
+            called = f"a {read.model.KIND} named {one_line(name)!r}" if name else f"a {read.model.KIND}"
+            raise ConfigurationError(f"{read.source}: there is {called} already, at {before.source}; one is allowed")
+
+    def _repair(self, document: YamlDocument, model: type[models.Document], value: dict[str, Any]) -> models.Document:
+        """The document without the keys that cannot be used. Raises ConfigurationError where it needs one of them."""
+        fallbacks = {"apiVersion": "v1alpha1", "name": f"{document.source}:{document.line}"[-253:], **model.FALLBACKS}
+        problems: list[str] = []
+        while True:
+            try:
+                usable = model.model_validate(value)
+            except ValidationError as error:
+                details = _most_telling_first(error)
+                location = details[0]["loc"]
+                key = str(location[0]) if location else ""
+                problem = _explain(document, model, details[0])
+                if key in model.ESSENTIAL or key == "kind" or len(problems) == MAX_REPAIRS:
+                    raise ConfigurationError(problem + f"; the {model.KIND} is ignored") from None
+                value = model.without(value, location)
+                if key in fallbacks:
+                    value[key] = fallbacks[key]
+                instead = f"taken as {fallbacks[key]}" if key in model.FALLBACKS else "ignored"
+                problems.append(f"{problem}; it is {instead}")
                 continue
-            name = getattr(read.model, "name", "")
-            before = found.setdefault((read.model.KIND, name), read)
-            if before is not read:
-                called = f"a {read.model.KIND} named {one_line(name)!r}" if name else f"a {read.model.KIND}"
-                raise ConfigurationError(f"{read.source}: there is {called} already, at {before.source}; one is allowed")
-    return Documents(_settings(list(found.values()), others), tuple(others))
+            self.problems.extend(problems)
+            return usable
+
+    def documents(self) -> Documents:
+        """All of them. Raises ConfigurationError if the firewall rules are too many."""
+        for other in self.others:
+            close = get_close_matches(other.kind.lower(), [kind.lower() for kind in models.MODELS], 1, 0.8)
+            if close:
+                meant = next(kind for kind in models.MODELS if kind.lower() == close[0])
+                self.problems.append(f"{other.source}: unknown kind {other.kind!r}; did you mean {meant}?")
+        settings = _settings(list(self.found.values()), self.others)
+        return Documents(replace(settings, problems=tuple(self.problems)), tuple(self.others))
 
 
-def _read(document: YamlDocument) -> _Found | OtherDocument:
-    where = f"{document.source}:{document.line}"
-    value = document.value
-    if not isinstance(value, dict):
-        raise ConfigurationError(f"{where}: a document is a mapping with apiVersion and kind")
-    kind = value.get("kind")
-    if kind is None and "version" in value and "apiVersion" not in value:
-        return OtherDocument("machine configuration", where, value)
-    if not isinstance(kind, str):
-        allowed = ", ".join(models.MODELS)
-        raise ConfigurationError(f"{where}: kind is missing or no text; SideroLink knows {allowed}")
-    model = models.MODELS.get(kind)
-    if model is None:
-        return OtherDocument(one_line(kind, limit=100), where, value)
-    try:
-        return _Found(model.model_validate(value), where)
-    except ValidationError as error:
-        details = sorted(error.errors(include_url=False), key=lambda found: found["type"] != "extra_forbidden")
-        more = f" (and {len(details) - 1} more)" if len(details) > 1 else ""
-        raise ConfigurationError(_explain(document, model, details[0]) + more) from None
+def _is_main_document(value: dict[str, Any]) -> bool:
+    return "apiVersion" not in value and not MAIN_KEYS.isdisjoint(value)
+
+
+def _without_nulls(value: Any) -> Any:
+    """A key without a value counts as absent, as existing machines read it."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    if isinstance(value, list):
+        return [_without_nulls(inner) for inner in value]
+    return value
 
 
 # explaining what is wrong
+
+
+def _most_telling_first(error: ValidationError) -> list[ErrorDetails]:
+    return sorted(error.errors(include_url=False), key=lambda found: found["type"] != "extra_forbidden")
+
+
+def _explain_all(document: YamlDocument, model: type[BaseModel], error: ValidationError) -> str:
+    details = _most_telling_first(error)
+    more = f" (and {len(details) - 1} more)" if len(details) > 1 else ""
+    return _explain(document, model, details[0]) + more
+
 
 _TYPES = {
     "string_type": "text",

@@ -1,8 +1,12 @@
 """The kernel command line: what a machine is told by the way it is booted."""
 
+import base64
+import binascii
+import codecs
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 from siderolink.client.config.files import read_up_to
 from siderolink.client.config.log_url import LogURL
@@ -14,11 +18,20 @@ from siderolink.common.join_url import JoinURL
 URL_ARGUMENT = "siderolink.api"
 EVENT_SINK_ARGUMENT = "talos.events.sink"
 KERNEL_LOG_ARGUMENT = "talos.logging.kernel"
+INLINE_ARGUMENT = "talos.config.inline"
 
 PROC_CMDLINE = Path("/proc/cmdline")
 MAX_BYTES = 64 * 1024
 """Kernels take a few KiB; a longer file is none of theirs."""
 
+MAX_INLINE_BYTES = 512 * 1024
+"""Of the documents in a command line, decompressed."""
+
+T = TypeVar("T")
+
+_ZSTD_WINDOW = 1 << 23
+_ZSTD_STEP = 64
+_ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 _SPACES = frozenset(" \t\n\v\f\r\xa0")
 _CONTAINER_FILES = ("run/.containerenv", "run/systemd/container")
 _FIRST_PID_NAMESPACE = "pid:[4026531836]"  # the kernel gives its first one a fixed number
@@ -68,25 +81,60 @@ def first_values(line: str) -> dict[str, str]:
     return found
 
 
-def parse_kernel_arguments(line: str, source: str = "the kernel command line") -> MachineSettings:
-    """What a line says. An empty value says nothing. Raises ConfigurationError, which names the argument."""
-    found = first_values(line)
+def inline_configuration(line: str) -> bytes | None:
+    """The documents that a command line carries: base64, compressed by zstd or not, in one argument or spread over several.
 
-    def read(name: str) -> Setting[str] | None:
-        value = found.get(name)
-        return Setting(value, f"{source}: {name}") if value else None
-
+    None where there are none. Raises ConfigurationError.
+    """
+    encoded = "".join(value for name, value in split_arguments(line) if name == INLINE_ARGUMENT and value)
+    if not encoded:
+        return None
     try:
-        url, sink, log = read(URL_ARGUMENT), read(EVENT_SINK_ARGUMENT), read(KERNEL_LOG_ARGUMENT)
-        name = URL_ARGUMENT
-        settings_url = Setting(JoinURL.parse(url.value), url.source) if url else None
-        name = EVENT_SINK_ARGUMENT
-        settings_sink = Setting(HostPort.parse(sink.value), sink.source) if sink else None
-        name = KERNEL_LOG_ARGUMENT
-        settings_logs = (Setting(LogURL.parse(log.value), log.source),) if log else ()
-    except ConfigurationError as error:
-        raise ConfigurationError(f"{source}: {name}: {error}") from None
-    return MachineSettings(url=settings_url, event_sink=settings_sink, kernel_logs=settings_logs)
+        data = base64.b64decode(encoded, validate=True)
+    except (ValueError, binascii.Error):
+        raise ConfigurationError("must be base64") from None
+    return _decompress(data) if data.startswith(_ZSTD_MAGIC) else data
+
+
+def _decompress(data: bytes) -> bytes:
+    try:
+        import zstandard
+    except ModuleNotFoundError:
+        raise ConfigurationError("is compressed by zstd, which needs zstandard: pip install 'siderolink[config]'") from None
+    decompressor = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW).decompressobj()
+    found = bytearray()
+    try:
+        # a few bytes at a time: they are all that a bomb can blow up before it is noticed
+        for position in range(0, len(data), _ZSTD_STEP):
+            found += decompressor.decompress(data[position : position + _ZSTD_STEP])
+            if decompressor.eof or len(found) > MAX_INLINE_BYTES:
+                return bytes(found)
+    except zstandard.ZstdError:
+        pass
+    raise ConfigurationError("is not compressed by zstd, or damaged")
+
+
+def parse_kernel_arguments(line: str, source: str = "the kernel command line") -> MachineSettings:
+    """What a line says. An empty value says nothing; one that cannot be used is a problem and costs no other argument.
+
+    The documents of ``talos.config.inline`` are not part of this: see `inline_configuration`.
+    """
+    found = first_values(line)
+    problems: list[str] = []
+
+    def read(name: str, parse: Callable[[str], T]) -> Setting[T] | None:
+        value = found.get(name)
+        if not value:
+            return None
+        try:
+            return Setting(parse(value), f"{source}: {name}")
+        except ConfigurationError as error:
+            problems.append(f"{source}: {name}: {error}; it is ignored")
+            return None
+
+    url, sink = read(URL_ARGUMENT, JoinURL.parse), read(EVENT_SINK_ARGUMENT, HostPort.parse)
+    log = read(KERNEL_LOG_ARGUMENT, LogURL.parse)
+    return MachineSettings(url=url, event_sink=sink, kernel_logs=(log,) if log else (), problems=tuple(problems))
 
 
 def in_container(root: Path = Path("/"), environ: Mapping[str, str] = os.environ) -> bool:
@@ -105,20 +153,31 @@ def in_container(root: Path = Path("/"), environ: Mapping[str, str] = os.environ
         return False
 
 
-def read_kernel_arguments(file: Path | None = None, *, read: Callable[[Path, int], bytes] = read_up_to) -> MachineSettings:
-    """What the kernel command line says, or a file of the same form.
+def read_kernel_line(
+    file: Path | None = None, *, read: Callable[[Path, int], bytes] = read_up_to
+) -> tuple[str, str, str | None]:
+    """The kernel command line, or a file of the same form; its name for people; and why it was passed over, if it was.
 
     In a container the host's own command line is passed over; a file that is given is read everywhere. `read` reads a file up
-    to so many bytes. Raises ConfigurationError.
+    to so many bytes. Raises ConfigurationError for a file that was given and cannot be read.
     """
+    path = file or PROC_CMDLINE
     if file is None and in_container():
-        return MachineSettings(notes=("the kernel command line is passed over, since this is a container",))
+        return "", str(path), "the kernel command line is passed over, since this is a container"
     try:
-        data = read(file or PROC_CMDLINE, MAX_BYTES + 1)
+        data = read(path, MAX_BYTES + 1)
     except ConfigurationError as error:
         if file is None:
-            return MachineSettings(notes=(f"no kernel command line: {error}",))
+            return "", str(path), f"no kernel command line: {error}"
         raise
     if len(data) > MAX_BYTES:
-        raise ConfigurationError(f"{file or PROC_CMDLINE} is longer than {MAX_BYTES // 1024} KiB")
-    return parse_kernel_arguments(data.decode(errors="surrogateescape"), str(file or PROC_CMDLINE))
+        raise ConfigurationError(f"{path} is longer than {MAX_BYTES // 1024} KiB")
+    return data.removeprefix(codecs.BOM_UTF8).decode(errors="surrogateescape"), str(path), None
+
+
+def read_kernel_arguments(file: Path | None = None, *, read: Callable[[Path, int], bytes] = read_up_to) -> MachineSettings:
+    """What `read_kernel_line` finds, parsed. Raises ConfigurationError as that does."""
+    line, source, passed_over = read_kernel_line(file, read=read)
+    if passed_over is not None:
+        return MachineSettings(notes=(passed_over,))
+    return parse_kernel_arguments(line, source)

@@ -1,7 +1,7 @@
 """The documents that concern SideroLink, as existing machines take them."""
 
 from ipaddress import IPv4Network, IPv6Network
-from typing import Annotated, ClassVar, Literal, TypeAlias
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
@@ -77,12 +77,22 @@ class Document(Part):
     """A document; what is not named has one of its kind at most."""
 
     KIND: ClassVar[str]
+    ESSENTIAL: ClassVar[frozenset[str]]
+    """Keys without which the document means nothing."""
+    FALLBACKS: ClassVar[dict[str, str]] = {}
+    """What stands for a key that cannot be used, where leaving it out would be unsafe."""
+
+    @classmethod
+    def without(cls, value: dict[str, Any], location: tuple[int | str, ...]) -> dict[str, Any]:
+        """A copy of the document without the key at fault."""
+        return {key: inner for key, inner in value.items() if key != location[0]}
 
     api_version: Literal["v1alpha1"] = Field(alias="apiVersion")
 
 
 class SideroLinkConfig(Document):
     KIND: ClassVar = "SideroLinkConfig"
+    ESSENTIAL: ClassVar = frozenset({"apiUrl"})
 
     kind: Literal["SideroLinkConfig"]
     api_url: Annotated[Text, AfterValidator(_api_url)] = Field(alias="apiUrl", repr=False)
@@ -91,6 +101,7 @@ class SideroLinkConfig(Document):
 
 class EventSinkConfig(Document):
     KIND: ClassVar = "EventSinkConfig"
+    ESSENTIAL: ClassVar = frozenset({"endpoint"})
 
     kind: Literal["EventSinkConfig"]
     endpoint: Annotated[Text, AfterValidator(_endpoint)]
@@ -98,6 +109,7 @@ class EventSinkConfig(Document):
 
 class KmsgLogConfig(Document):
     KIND: ClassVar = "KmsgLogConfig"
+    ESSENTIAL: ClassVar = frozenset({"url"})
 
     kind: Literal["KmsgLogConfig"]
     name: Name
@@ -106,6 +118,7 @@ class KmsgLogConfig(Document):
 
 class TrustedRootsConfig(Document):
     KIND: ClassVar = "TrustedRootsConfig"
+    ESSENTIAL: ClassVar = frozenset({"certificates"})
 
     kind: Literal["TrustedRootsConfig"]
     name: Name
@@ -114,6 +127,8 @@ class TrustedRootsConfig(Document):
 
 class NetworkDefaultActionConfig(Document):
     KIND: ClassVar = "NetworkDefaultActionConfig"
+    ESSENTIAL: ClassVar = frozenset[str]()
+    FALLBACKS: ClassVar = {"ingress": "block"}
 
     kind: Literal["NetworkDefaultActionConfig"]
     ingress: Literal["accept", "block"] = "accept"
@@ -135,11 +150,21 @@ class IngressRule(Part):
 
 class NetworkRuleConfig(Document):
     KIND: ClassVar = "NetworkRuleConfig"
+    ESSENTIAL: ClassVar = frozenset({"portSelector"})
 
     kind: Literal["NetworkRuleConfig"]
     name: Name
     port_selector: PortSelector = Field(alias="portSelector")
     ingress: Annotated[list[IngressRule], Field(max_length=MAX_SUBNETS)] = []
+
+    @classmethod
+    def without(cls, value: dict[str, Any], location: tuple[int | str, ...]) -> dict[str, Any]:
+        """A copy that lets nobody in whom the writer may have wanted out: an entry goes as a whole, or all of them do."""
+        found = {key: inner for key, inner in value.items() if key != location[0]}
+        entries = value.get("ingress")
+        if location[0] == "ingress" and len(location) > 1 and isinstance(entries, list):
+            return found | {"ingress": [entry for place, entry in enumerate(entries) if place != location[1]]}
+        return found | {"ingress": []} if location[0] not in ("apiVersion", "name") else found
 
 
 MODELS: dict[str, type[Document]] = {

@@ -2,9 +2,9 @@
 
 import re
 import ssl
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from ipaddress import IPv4Network, IPv6Network, ip_network
-from typing import Generic, Literal, TypeVar
+from typing import Generic, Literal, Self, TypeVar
 
 from siderolink.client.config.log_url import LogURL
 from siderolink.common.errors import ConfigurationError
@@ -105,12 +105,34 @@ class MachineSettings:
     ingress_rules: tuple[Setting[IngressRule], ...] = ()
     notes: tuple[str, ...] = ()
     """What was passed over, and why."""
+    problems: tuple[str, ...] = ()
+    """What is wrong and was left out, one line each; everything else counts."""
 
     @property
     def ingress(self) -> Ingress:
         """The firewall, without the sources."""
         default = self.default_action.value if self.default_action is not None else "accept"
         return Ingress(default, tuple(rule.value for rule in self.ingress_rules))
+
+    def keeping(self, before: Self) -> Self:
+        """These settings; but while there are problems, what was in force and is not found any more stays in force.
+
+        So a typo in a file neither takes a machine off its server nor opens its firewall.
+        """
+        if not self.problems:
+            return self
+        destinations = {log.value for log in self.kernel_logs}
+        names = {rule.value.name for rule in self.ingress_rules}
+        return replace(
+            self,
+            url=self.url or before.url,
+            unique_token=self.unique_token or before.unique_token,
+            event_sink=self.event_sink or before.event_sink,
+            kernel_logs=(*self.kernel_logs, *(log for log in before.kernel_logs if log.value not in destinations)),
+            trusted_roots=self.trusted_roots or before.trusted_roots,
+            default_action=self.default_action or before.default_action,
+            ingress_rules=(*self.ingress_rules, *(rule for rule in before.ingress_rules if rule.value.name not in names)),
+        )
 
     def tls(self) -> ssl.SSLContext | None:
         """How to check the server's certificate; None where the URL asks for no TLS."""
@@ -124,9 +146,8 @@ class MachineSettings:
         return "\n".join(roots.value for roots in self.trusted_roots) or None
 
 
-def merge(explicit: MachineSettings, documents: MachineSettings, kernel: MachineSettings) -> MachineSettings:
-    """What counts: the explicit, then the documents', then the kernel's; kernel log destinations are united."""
-    every = (explicit, documents, kernel)
+def merge(*every: MachineSettings) -> MachineSettings:
+    """What counts where several places say something, the stronger first; kernel log destinations are united."""
     logs: dict[LogURL, Setting[LogURL]] = {}
     for settings in every:
         for log in settings.kernel_logs:
@@ -141,4 +162,5 @@ def merge(explicit: MachineSettings, documents: MachineSettings, kernel: Machine
         default_action=next((found.default_action for found in every if found.default_action is not None), None),
         ingress_rules=tuple(rule for found in every for rule in found.ingress_rules),
         notes=tuple(note for found in every for note in found.notes),
+        problems=tuple(problem for found in every for problem in found.problems),
     )

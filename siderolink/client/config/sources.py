@@ -10,7 +10,7 @@ import anyio.lowlevel
 
 from siderolink.client.config.extra import needing_extra
 from siderolink.client.config.files import Reading
-from siderolink.client.config.kernel_args import read_kernel_arguments
+from siderolink.client.config.kernel_args import INLINE_ARGUMENT, inline_configuration, parse_kernel_arguments, read_kernel_line
 from siderolink.client.config.settings import MachineSettings, merge
 from siderolink.common.errors import ConfigurationError
 from siderolink.common.tasks import background_tasks
@@ -36,16 +36,21 @@ class Sources:
     _reading: Reading = field(default_factory=Reading, init=False, repr=False, compare=False)
 
     def read(self) -> MachineSettings:
-        """All that was found, merged. Raises ConfigurationError."""
+        """All that was found, merged. What cannot be used is in `problems` and costs its own part only.
+
+        Raises ConfigurationError where a file that was named cannot be read.
+        """
         present = [path for path in self._paths if self.documents or path.exists()]
-        found = kernel = MachineSettings()
+        found = inline = kernel = MachineSettings()
         if present:
             with needing_extra():
                 from siderolink.client.config.documents import load_documents
             found = load_documents(*present, read=self._reading.read).settings
         if self.kernel_cmdline is not None or self.host_kernel:
-            kernel = read_kernel_arguments(self.kernel_cmdline, read=self._reading.read)
-        return merge(self.explicit, found, kernel)
+            line, source, passed_over = read_kernel_line(self.kernel_cmdline, read=self._reading.read)
+            kernel = parse_kernel_arguments(line, source) if passed_over is None else MachineSettings(notes=(passed_over,))
+            inline = _read_inline(line, f"{source}: {INLINE_ARGUMENT}")
+        return merge(self.explicit, found, inline, kernel)
 
     async def watch(self, on_change: Callable[[], None]) -> None:
         """Call `on_change` at first, and whenever something changed where the documents are: written, renamed, linked anew.
@@ -95,6 +100,19 @@ class Sources:
                 await anyio.sleep_forever()
         except OSError as error:
             raise ConfigurationError(f"{folders[0]} cannot be watched for changes: {error.strerror or error}") from None
+
+
+def _read_inline(line: str, source: str) -> MachineSettings:
+    """The settings of the documents that a command line carries."""
+    try:
+        data = inline_configuration(line)
+        if data is None:
+            return MachineSettings()
+        with needing_extra():
+            from siderolink.client.config.documents import salvage_documents
+        return salvage_documents(data, source).settings
+    except ConfigurationError as error:
+        return MachineSettings(problems=(f"{source}: {error}; it is ignored",))
 
 
 async def _set_when_cancelled(stop: anyio.Event) -> None:

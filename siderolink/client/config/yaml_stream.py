@@ -7,6 +7,7 @@ text). Keys are text and occur once. Aliases are followed, and what they repeat 
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import NoReturn, TypeAlias
 
 import yaml
@@ -18,6 +19,8 @@ MAX_BYTES = 512 * 1024
 MAX_DEPTH = 32
 MAX_NODES = 20_000
 """Values in one stream, those behind aliases included."""
+MAX_TOO_LARGE = 4
+"""Documents beyond MAX_NODES, after which the rest of a damaged stream is ignored."""
 MAX_DOCUMENTS = 256
 
 Location: TypeAlias = tuple[str | int, ...]
@@ -26,6 +29,8 @@ Value: TypeAlias = "str | int | float | bool | None | list[Value] | dict[str, Va
 
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _CORE = "tag:yaml.org,2002:"
+_BYTE_ORDER_MARK = re.compile(r"^\ufeff", re.MULTILINE)
+_MARKER = re.compile(r"^(?:---|\.\.\.)(?=\s|$)", re.MULTILINE)
 _NULL = re.compile(r"(?:~|null|Null|NULL|)\Z")
 _BOOL = re.compile(r"(?:true|True|TRUE|false|False|FALSE)\Z")
 _INT = re.compile(r"(?:[-+]?[0-9]{1,30}|0o[0-7]{1,30}|0x[0-9A-Fa-f]{1,30})\Z")
@@ -52,7 +57,45 @@ class YamlDocument:
 
 
 def read_stream(data: bytes, source: str) -> Iterator[YamlDocument]:
-    """The stream's documents but for empty ones; `source` is for people. Raises ConfigurationError, which names the line."""
+    """Yield the stream's documents, without empty ones; `source` is for people.
+
+    Raises ConfigurationError, which names the line, at the first thing that is not allowed.
+    """
+    yield from _Reader(_decode(data, source), source).documents()
+
+
+def read_documents(data: bytes, source: str) -> list[YamlDocument | ConfigurationError]:
+    """Read each document of a stream on its own: one that cannot be read is an error in the list and costs no other."""
+    try:
+        text = _decode(data, source)
+    except ConfigurationError as error:
+        return [error]
+    try:
+        return list(_Reader(text, source).documents())
+    except ConfigurationError as error:
+        first = error
+    found: list[YamlDocument | ConfigurationError] = []
+    nodes = too_large = 0
+    starts = list(islice(_document_starts(text), MAX_DOCUMENTS))
+    for number, start in enumerate(starts):
+        end = starts[number + 1] if number + 1 < len(starts) else len(text)
+        reader = _Reader(text[start:end], source, first_line=text.count("\n", 0, start) + 1, nodes=nodes)
+        try:
+            found.extend(reader.documents())
+        except ConfigurationError as error:
+            found.append(error)
+        if reader.nodes <= MAX_NODES:
+            nodes = reader.nodes
+            continue
+        too_large += 1  # what it used up is not held against the next, but it is not worth doing often
+        if too_large == MAX_TOO_LARGE:
+            break
+    if not any(isinstance(item, ConfigurationError) for item in found):
+        found.append(first)
+    return found
+
+
+def _decode(data: bytes, source: str) -> str:
     if len(data) > MAX_BYTES:
         raise ConfigurationError(f"{source}: longer than {MAX_BYTES // 1024} KiB")
     try:
@@ -60,7 +103,17 @@ def read_stream(data: bytes, source: str) -> Iterator[YamlDocument]:
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise ConfigurationError(f"{source}:{line}: not UTF-8 text") from None
-    yield from _Reader(text, source).documents()
+    # editors on Windows leave byte order marks, and joining files leaves them in the middle of a stream
+    return _BYTE_ORDER_MARK.sub("", text)
+
+
+def _document_starts(text: str) -> Iterator[int]:
+    """Where documents begin: a marker at the start of a line ends whatever stands before it."""
+    if not _MARKER.match(text):
+        yield 0
+    for match in _MARKER.finditer(text):
+        if match[0] == "---":
+            yield match.start()
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,11 +126,13 @@ class _Anchored:
 class _Reader:
     """Builds values from the parser's events; never deeper than MAX_DEPTH, so it may call itself."""
 
-    def __init__(self, text: str, source: str) -> None:
+    def __init__(self, text: str, source: str, *, first_line: int = 1, nodes: int = 0) -> None:
+        """`first_line` is the text's place in its file, `nodes` the values that were read from the file before it."""
         self._text = text
         self._source = source
+        self._first_line = first_line
         self._events = yaml.parse(text, Loader=_LOADER)
-        self._nodes = 0
+        self.nodes = nodes
         self._height = 0
         self._anchors: dict[str, _Anchored] = {}
         self._lines: dict[Location, int] = {}
@@ -94,7 +149,7 @@ class _Reader:
             root = self._next()
             value = self._value(root, (), 1)
             if value is not None:
-                yield YamlDocument(value, self._source, _line(root), self._lines)
+                yield YamlDocument(value, self._source, self._line(root), self._lines)
 
     def _next(self) -> yaml.Event:
         try:
@@ -102,19 +157,23 @@ class _Reader:
         except yaml.YAMLError as error:
             mark, position = getattr(error, "problem_mark", None), getattr(error, "position", None)
             if mark is not None:
-                line = mark.line + 1
+                line = mark.line
             else:
-                line = self._text.count("\n", 0, position) + 1 if isinstance(position, int) else 1
+                line = self._text.count("\n", 0, position) if isinstance(position, int) else 0
+            line += self._first_line
             problem = getattr(error, "problem", None) or getattr(error, "reason", None) or "cannot be read"
             raise ConfigurationError(f"{self._source}:{line}: not YAML: {one_line(str(problem), limit=120)}") from None
 
+    def _line(self, event: yaml.Event) -> int:
+        return self._first_line + (event.start_mark.line if event.start_mark is not None else 0)
+
     def _refuse(self, event: yaml.Event, what: str) -> NoReturn:
-        raise ConfigurationError(f"{self._source}:{_line(event)}: {what}")
+        raise ConfigurationError(f"{self._source}:{self._line(event)}: {what}")
 
     def _count(self, event: yaml.Event, nodes: int, depth: int) -> None:
-        self._nodes += nodes
+        self.nodes += nodes
         self._height = max(self._height, depth)
-        if self._nodes > MAX_NODES:
+        if self.nodes > MAX_NODES:
             self._refuse(event, f"more than {MAX_NODES} values, those behind aliases included")
         if depth > MAX_DEPTH:
             self._refuse(event, f"nested deeper than {MAX_DEPTH} levels")
@@ -126,7 +185,7 @@ class _Reader:
                 self._refuse(event, "an alias for what has not been named before it")
             self._count(event, found.nodes, depth + found.height)
             return found.value
-        nodes, height = self._nodes, self._height
+        nodes, height = self.nodes, self._height
         self._height = depth
         self._count(event, 1, depth)
         value: Value
@@ -138,7 +197,7 @@ class _Reader:
             value = self._sequence(event, location, depth)
         anchor = getattr(event, "anchor", None)
         if anchor is not None:
-            self._anchors[anchor] = _Anchored(value, self._nodes - nodes, self._height - depth)
+            self._anchors[anchor] = _Anchored(value, self.nodes - nodes, self._height - depth)
         self._height = max(self._height, height)
         return value
 
@@ -150,7 +209,7 @@ class _Reader:
             key = self._value(key_event, (), depth + 1) if isinstance(key_event, yaml.ScalarEvent) else None
             if not isinstance(key, str):
                 self._refuse(key_event, "a key must be text")
-            line = _line(key_event)
+            line = self._line(key_event)
             if key in found:
                 self._refuse(key_event, f"the key {_shown(key)} stands here a second time, first in line {lines[key]}")
             lines[key] = self._lines[*location, key] = line
@@ -162,7 +221,7 @@ class _Reader:
         found: list[Value] = []
         while not isinstance(item := self._next(), yaml.SequenceEndEvent):
             here = (*location, len(found))
-            self._lines[here] = _line(item)
+            self._lines[here] = self._line(item)
             found.append(self._value(item, here, depth + 1))
         return found
 
@@ -197,10 +256,6 @@ def _resolve(text: str) -> Value:
     if _FLOAT.match(text):
         return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
     return text
-
-
-def _line(event: yaml.Event) -> int:
-    return event.start_mark.line + 1 if event.start_mark is not None else 1
 
 
 def _shown(key: str) -> str:

@@ -1,6 +1,7 @@
 """Documents: the exact forms, what is refused and how it is said, and what is merged with what."""
 
 import os
+import re
 from dataclasses import replace
 from ipaddress import ip_network
 from pathlib import Path
@@ -149,7 +150,10 @@ def test_unknown_kinds_are_kept_apart_with_a_note() -> None:
         (JOIN + "uniqueToken: [a]", "f0.yaml:4: uniqueToken: must be text, not a list"),
         (JOIN + "uniqueToken: {a: b}", "f0.yaml:4: uniqueToken: must be text, not a mapping"),
         (JOIN + "uniqueToken: true", "f0.yaml:4: uniqueToken: must be text, not true or false, so put it in quotes"),
-        (JOIN + "uniqueToken:", "f0.yaml:4: uniqueToken: must be text, not nothing"),
+        (
+            JOIN.replace(f"https://h?jointoken={TOKEN}", ""),
+            "f0.yaml:3: apiUrl: is missing; needed are apiVersion, kind, apiUrl",
+        ),
         (JOIN + f"uniqueToken: {TOKEN * 1000}", "f0.yaml:4: uniqueToken: is too long; at most 8192 are allowed"),
         (JOIN + "apiUrl: https://h", "f0.yaml:4: the key 'apiUrl' stands here a second time, first in line 3"),
         (JOIN + "<<: {a: b}", "f0.yaml:4: <<: unknown key; allowed are apiVersion, kind, apiUrl, uniqueToken"),
@@ -204,21 +208,22 @@ def test_a_directory_is_read_in_the_order_of_names(tmp_path: Path) -> None:
     assert settings.url.source == f"{tmp_path}/b.yaml:1 SideroLinkConfig"
     assert [rule.value.name for rule in settings.ingress_rules] == ["r", "s"]
     (tmp_path / "d.yaml").write_text(JOIN)
-    with pytest.raises(ConfigurationError, match="d.yaml:1: there is a SideroLinkConfig already, at .*b.yaml:1"):
-        load_documents(tmp_path)
+    (problem,) = load_documents(tmp_path).settings.problems
+    assert re.search("d.yaml:1: there is a SideroLinkConfig already, at .*b.yaml:1", problem)
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="cannot be read: No such file"):
         load_documents(tmp_path / "none.yaml")
     (tmp_path / "x.yaml").mkdir()
-    with pytest.raises(ConfigurationError, match="x.yaml is no regular file"):
-        load_documents(tmp_path)
+    assert "x.yaml is no regular file" in load_documents(tmp_path).settings.problems[0]
     (tmp_path / "x.yaml").rmdir()
     for number in range(MAX_FILES + 1):
         (tmp_path / f"{number}.yaml").touch()
-    with pytest.raises(ConfigurationError, match="more than 64 files"):
-        load_documents(tmp_path)
+    (tmp_path / "0.yaml").write_text(JOIN)
+    settings = load_documents(tmp_path).settings
+    assert "more than 64 files" in settings.problems[0]
+    assert settings.url is not None
 
 
 def test_what_is_stronger_counts_and_logs_are_united(tmp_path: Path) -> None:
@@ -257,8 +262,7 @@ def test_a_pipe_is_read_once_and_counts_for_good(tmp_path: Path) -> None:
     assert one.url is not None
     assert one == two
     os.mkfifo(tmp_path / "x.yaml")
-    with pytest.raises(ConfigurationError, match="x.yaml is no regular file"):
-        load_documents(tmp_path)
+    assert "x.yaml is no regular file" in load_documents(tmp_path).settings.problems[0]
 
 
 hosts = st.from_regex(r"[a-z]{1,9}", fullmatch=True)
