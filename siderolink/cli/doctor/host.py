@@ -11,11 +11,11 @@ from pathlib import Path
 from siderolink.cli.doctor.finding import Finding, bad, good, note
 from siderolink.common.errors import SideroLinkError
 from siderolink.common.keys import PrivateKey
+from siderolink.common.netlink import RequestSocket, read_link
+from siderolink.common.netlink.messages import attributes
+from siderolink.common.netlink.sockets import NETFILTER
 from siderolink.common.nftables import Chain, Table
 from siderolink.common.wireguard.device import DeviceConfig, DeviceKind
-from siderolink.common.wireguard.kernel.attributes import attributes
-from siderolink.common.wireguard.kernel.monitor import read_link
-from siderolink.common.wireguard.kernel.netlink import NETFILTER, ROUTE, Netlink
 from siderolink.common.wireguard.opening import open_device
 
 __all__ = ["check_clock", "check_devices", "check_firewall", "check_forwarding", "check_loopback"]
@@ -100,7 +100,7 @@ async def check_firewall() -> AsyncIterator[Finding]:
 def _closed_chains() -> list[str]:
     """Base chains at the input hook whose policy is to drop. Raises OSError where they cannot be read."""
     found = []
-    with closing(Netlink(NETFILTER)) as netlink:
+    with closing(RequestSocket(NETFILTER)) as netlink:
         netlink.begin_dump(_GET_CHAINS, bytes(4))
         is_last = False
         while not is_last:
@@ -121,7 +121,7 @@ def _closed_chains() -> list[str]:
 async def check_loopback() -> AsyncIterator[Finding]:
     """The kernel device's tunnel goes through it."""
     try:
-        with closing(Netlink(ROUTE)) as netlink:
+        with closing(RequestSocket()) as netlink:
             is_up = read_link(netlink, socket.if_nametoindex("lo")).is_up
     except OSError as error:
         yield note("loopback", str(error.strerror), "the tunnel needs it with the kernel device")

@@ -6,13 +6,11 @@ such changes by netlink (rtnetlink(7)), and is asked for its choice at the next 
 """
 
 import asyncio
-import errno
 import socket
-import struct
 from typing import Final
 
-from siderolink.common.readers import read_on
-from siderolink.common.wireguard.kernel.attributes import attribute, attributes
+from siderolink.common.netlink import EventSocket, NetlinkRefusal, RouteLookup, open_events
+from siderolink.common.netlink.follow import ADDRESSES, ROUTES
 
 __all__ = ["Control", "Pin", "Routes"]
 
@@ -20,19 +18,8 @@ Control = tuple[int, int, bytes]
 """A control message for sendmsg."""
 
 _IP_PKTINFO: Final = 8
-_HEADER: Final = struct.Struct("=IHHII")
-_ROUTE: Final = struct.Struct("=BBBBBBBBI")
-_NEWROUTE, _GETROUTE = 24, 26
-_REQUEST: Final = 0x1
-_FIB_MATCH: Final = 0x2000
-"""Answer with the table's entry, or an error: without one, Linux takes any IPv4 host for a neighbour on a named interface."""
-_DESTINATION, _SOURCE, _INTERFACE, _MARK = 1, 2, 4, 16
-_GROUPS: Final = 0x10 | 0x40 | 0x80 | 0x100 | 0x400 | 0x40000
-"""RTMGRP_IPV4_IFADDR, IPV4_ROUTE, IPV4_RULE, IPV6_IFADDR, IPV6_ROUTE, and of IPv6 the rules."""
-_RECEIVE_BYTES: Final = 1 << 15
-_MOST_NEWS: Final = 100
-"""Times in one second that changes are taken note of at once; more come every `_MOMENT`."""
-_MOMENT: Final = 0.1
+_RULES: Final = 0x80 | 0x40000
+"""RTMGRP_IPV4_RULE, and of IPv6 the same."""
 NO_WAY: Final = 0
 """There is no route; interfaces count from 1."""
 
@@ -44,29 +31,21 @@ class Routes:
         """Raises OSError where there is no netlink."""
         self.generation = 0
         """Rises whenever something may have changed."""
-        self._loop = loop
-        self._timer: asyncio.TimerHandle | None = None
-        self._second = loop.time()
-        self._heard = 0
-        self._news = _netlink(_GROUPS)
+        self._lookup = RouteLookup()
         try:
-            self._questions = _netlink(0)
+            opened = open_events(ADDRESSES | ROUTES | _RULES)
         except OSError:
-            self._news.close()
+            self._lookup.close()
             raise
-        loop.add_reader(self._news, self._changed)
+        self._events = EventSocket(opened, lambda messages: self.forget(), self.forget)
 
     def close(self) -> None:
         """Does nothing the second time."""
-        if self._news.fileno() >= 0:
-            self._loop.remove_reader(self._news)
-            self._news.close()
-            self._questions.close()
-        if self._timer is not None:
-            self._timer.cancel()
+        self._events.close()
+        self._lookup.close()
 
     def forget(self) -> None:
-        """Something else changed on which the way out depends."""
+        """Something changed on which the way out depends."""
         self.generation += 1
 
     def way(self, destination: bytes, source: bytes, mark: int, interface: int = 0) -> int | None:
@@ -74,41 +53,11 @@ class Routes:
 
         Addresses are of 4 or 16 bytes. `interface`: look only for routes by that one.
         """
-        family = socket.AF_INET if len(destination) == 4 else socket.AF_INET6
-        bits = len(destination) * 8
-        flags = _FIB_MATCH if interface and family == socket.AF_INET else 0
-        body = _ROUTE.pack(family, bits, bits, 0, 0, 0, 0, 0, flags)
-        body += attribute(_DESTINATION, destination) + attribute(_SOURCE, source)
-        for kind, number in ((_MARK, mark), (_INTERFACE, interface)):
-            if number:
-                body += attribute(kind, number.to_bytes(4, "little"))
         try:
-            self._questions.send(_HEADER.pack(_HEADER.size + len(body), _GETROUTE, _REQUEST, 0, 0) + body)
-            return _outgoing(self._questions.recv(_RECEIVE_BYTES))
-        except OSError:
+            route = self._lookup.find(destination, source=source, mark=mark, interface=interface)
+        except NetlinkRefusal:
             return None
-
-    def _changed(self) -> None:
-        self.generation += 1
-        for _ in range(64):
-            try:
-                self._news.recv(_RECEIVE_BYTES)
-            except BlockingIOError:
-                break
-            except OSError:  # ENOBUFS: the kernel had more to say than there was room for
-                read_on(self._loop, self._news, self._changed)
-                continue
-        now = self._loop.time()
-        if now - self._second > 1.0:
-            self._second, self._heard = now, 0
-        self._heard += 1
-        if self._heard > _MOST_NEWS:
-            self._loop.remove_reader(self._news)
-            self._timer = self._loop.call_later(_MOMENT, self._listen)
-
-    def _listen(self) -> None:
-        self._timer = None
-        self._loop.add_reader(self._news, self._changed)
+        return NO_WAY if route is None else route.interface
 
 
 class Pin:
@@ -162,27 +111,3 @@ def _control(source: bytes, interface: int) -> Control:
 def _is_link_local(address: bytes) -> bool:
     """Such an address is none without its interface."""
     return len(address) == 16 and address[0] == 0xFE and address[1] & 0xC0 == 0x80
-
-
-def _netlink(groups: int) -> socket.socket:
-    made = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK, socket.NETLINK_ROUTE)
-    try:
-        made.bind((0, groups))
-    except OSError:
-        made.close()
-        raise
-    return made
-
-
-def _outgoing(data: bytes) -> int | None:
-    """The interface that an answer names."""
-    if len(data) < _HEADER.size + 4:
-        return None
-    _, kind, _, _, _ = _HEADER.unpack_from(data)
-    if kind != _NEWROUTE:
-        number = -int.from_bytes(data[_HEADER.size : _HEADER.size + 4], "little", signed=True)
-        return None if number in (errno.EPERM, errno.ENOBUFS, errno.ENOMEM) else NO_WAY
-    for name, start, end in attributes(data, _HEADER.size + _ROUTE.size):
-        if name == _INTERFACE and end - start == 4:
-            return int.from_bytes(data[start:end], "little")
-    return NO_WAY

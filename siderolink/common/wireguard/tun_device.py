@@ -8,11 +8,11 @@ from functools import partial
 from typing import Final
 
 from siderolink.common.errors import DeviceError, InterfaceInUseError
-from siderolink.common.netlink import call_in
+from siderolink.common.netlink import Link, call_in
 from siderolink.common.wireguard.device import DeviceConfig, InterfaceLost, OnDeviceEvent
-from siderolink.common.wireguard.link_monitor import LinkMonitor, LinkState
 from siderolink.common.wireguard.path import Path
 from siderolink.common.wireguard.tun import Tun, fitting_gso_max_size
+from siderolink.common.wireguard.tun_monitor import TunMonitor
 from siderolink.common.wireguard.uapi.server import serve_uapi
 from siderolink.common.wireguard.userspace import UserspaceDevice
 
@@ -33,7 +33,7 @@ class TunDevice(UserspaceDevice):
         self._stalled: set[Path] = set()
         self._is_reading = False
         self._is_up = False
-        self._monitor: LinkMonitor | None = None
+        self._monitor: TunMonitor | None = None
 
     @classmethod
     @asynccontextmanager
@@ -60,7 +60,7 @@ class TunDevice(UserspaceDevice):
             self.start()
         else:
             self.stop()
-        self._monitor = LinkMonitor(self._tun.fileno(), self._link_changed, self._namespace)
+        self._monitor = TunMonitor(self._tun.fileno(), self._link_changed, self._namespace)
         self._read_on()
 
     def close(self) -> None:
@@ -109,14 +109,14 @@ class TunDevice(UserspaceDevice):
             self._stop_reading()
             self.on_event(InterfaceLost(reason=str(error)))
 
-    def _link_changed(self, state: LinkState) -> None:
-        if state.mtu != self.engine.mtu:
-            self.plane.change_mtu(state.mtu)
+    def _link_changed(self, link: Link) -> None:
+        if link.mtu != self.engine.mtu:
+            self.plane.change_mtu(link.mtu)
             if self._tun.tso and self._monitor is not None:
-                self._monitor.limit_gso(fitting_gso_max_size(state.mtu))
-        if state.is_up != self._is_up:
-            self._is_up = state.is_up
-            if state.is_up:
+                self._monitor.limit_gso(fitting_gso_max_size(link.mtu))
+        if link.is_up != self._is_up:
+            self._is_up = link.is_up
+            if link.is_up:
                 self.start()
             else:
                 self.stop()

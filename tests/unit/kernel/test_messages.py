@@ -1,6 +1,5 @@
 """The kernel's messages: what is written can be read, and what cannot be read does no harm."""
 
-import errno
 import socket
 import struct
 from ipaddress import IPv4Address, IPv6Address, ip_network
@@ -9,13 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from siderolink.common.errors import AddressInUseError, ConfigurationError, DeviceError, DeviceUnavailableError, SideroLinkError
 from siderolink.common.keys import PresharedKey, PrivateKey
+from siderolink.common.netlink.messages import attribute, attributes, nested
 from siderolink.common.wireguard.device import PeerConfig
 from siderolink.common.wireguard.kernel import messages
-from siderolink.common.wireguard.kernel.attributes import attribute, attributes, nested
-from siderolink.common.wireguard.kernel.monitor import read_link
-from siderolink.common.wireguard.kernel.netlink import ROUTE, Netlink, NetlinkRefusal, explain
 from siderolink.common.wireguard.path import Endpoint
 
 KEY = PrivateKey.generate()
@@ -83,31 +79,3 @@ def test_no_bytes_do_harm(data: bytes) -> None:
     for _, start, end in attributes(data):
         assert 0 < start <= end <= len(data)
     messages.read_allowed_ips(nested(0, attribute(2, data)))
-
-
-def test_a_refusal_says_what_the_kernel_says() -> None:
-    netlink = Netlink(ROUTE)
-    try:
-        with pytest.raises(NetlinkRefusal) as caught:
-            read_link(netlink, 2**31 - 1)
-        assert caught.value.errno == errno.ENODEV
-        assert read_link(netlink, socket.if_nametoindex("lo")).mtu > 0  # the socket goes on
-    finally:
-        netlink.close()
-
-
-@pytest.mark.parametrize(
-    ("code", "kind", "words"),
-    [
-        (errno.ENODEV, DeviceError, "deleted by someone else"),
-        (errno.EPERM, DeviceUnavailableError, "CAP_NET_ADMIN"),
-        (errno.EADDRINUSE, AddressInUseError, "choose another"),
-        (errno.EINVAL, ConfigurationError, "cannot set a peer on wg0"),
-        (errno.ENOBUFS, DeviceError, "try again"),
-        (errno.EIO, DeviceError, "cannot set a peer on wg0: "),
-    ],
-)
-def test_errors_say_what_to_do(code: int, kind: type[SideroLinkError], words: str) -> None:
-    error = explain(NetlinkRefusal(code, "the kernel's words"), "wg0", "set a peer")
-    assert type(error) is kind
-    assert words in str(error)

@@ -3,11 +3,13 @@
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, closing
+from functools import partial
 from typing import Literal
 
 from siderolink.common.errors import ConfigurationError, DeviceError
 from siderolink.common.keys import PublicKey
-from siderolink.common.netlink import call_in
+from siderolink.common.netlink import InterfaceMonitor, Link, call_in, open_events
+from siderolink.common.netlink.follow import LINKS
 from siderolink.common.tasks import background_tasks
 from siderolink.common.wireguard.device import (
     DeviceConfig,
@@ -18,7 +20,6 @@ from siderolink.common.wireguard.device import (
 )
 from siderolink.common.wireguard.kernel.interface import KernelInterface, open_interface, set_addresses
 from siderolink.common.wireguard.kernel.isolation import Isolation
-from siderolink.common.wireguard.kernel.monitor import LinkMonitor, LinkState, open_events
 from siderolink.common.wireguard.kernel.peers import Peers
 from siderolink.common.wireguard.kernel.wireguard import WireGuard
 from siderolink.common.wireguard.naming import check_interface
@@ -76,17 +77,17 @@ class KernelDevice:
                 yield device
 
     def _follow_link(self, interface: KernelInterface, stack: AsyncExitStack, on_event: OnDeviceEvent) -> None:
-        def change(state: LinkState) -> None:
-            self._peers.set_mtu(state.mtu)
-            if state.is_up:
+        def change(link: Link) -> None:
+            self._peers.set_mtu(link.mtu)
+            if link.is_up:
                 self._port_may_have_changed()
 
         def lost() -> None:
             self._peers.stop()
             on_event(InterfaceLost(reason=f"the interface {interface.name} was deleted or moved by someone else"))
 
-        events = call_in(interface.namespace, open_events)
-        stack.enter_context(closing(LinkMonitor(interface.index, events, change, lost)))
+        events = call_in(interface.namespace, partial(open_events, LINKS))
+        stack.enter_context(closing(InterfaceMonitor(events, interface.index, change, lost)))
 
     def _port_may_have_changed(self) -> None:
         try:

@@ -12,12 +12,12 @@ from ipaddress import ip_network
 from typing import Final
 
 from siderolink.common.errors import DeviceUnavailableError, SideroLinkError
-from siderolink.common.netlink import call_in
+from siderolink.common.netlink import NetlinkRefusal, RequestSocket, call_in
+from siderolink.common.netlink.messages import attribute, attributes
+from siderolink.common.netlink.sockets import NETFILTER
 from siderolink.common.nft_matches import Match, arriving_by, counted, from_network, leaving_by, to_network
 from siderolink.common.nftables import Chain, Rule, Table
 from siderolink.common.wireguard.device import Interface, Network
-from siderolink.common.wireguard.kernel.attributes import attribute, attributes
-from siderolink.common.wireguard.kernel.netlink import NETFILTER, Netlink, NetlinkRefusal
 
 __all__ = ["Isolation"]
 
@@ -38,7 +38,7 @@ class Isolation:
         self._addresses = [ip_network(address.ip) for address in addresses]
         try:
             self._table = call_in(namespace, lambda: Table(self._name, owned=False))
-            self._netlink = call_in(namespace, lambda: Netlink(NETFILTER))
+            self._netlink = call_in(namespace, lambda: RequestSocket(NETFILTER))
         except OSError as error:
             raise _unavailable(str(error.strerror)) from error
         self.is_on = False

@@ -13,8 +13,8 @@ from ipaddress import IPv4Address, IPv6Address
 from typing import Final
 
 from siderolink.common.keys import PrivateKey, PublicKey
+from siderolink.common.netlink.messages import KIND_MASK, attribute, attributes, nested
 from siderolink.common.wireguard.device import Network, PeerConfig
-from siderolink.common.wireguard.kernel.attributes import KIND_MASK, attribute, attributes, nested
 from siderolink.common.wireguard.path import Endpoint
 
 __all__ = [

@@ -6,22 +6,12 @@ from typing import Final
 
 from siderolink.common.errors import DeviceUnavailableError
 from siderolink.common.keys import PrivateKey, PublicKey
-from siderolink.common.netlink import call_in
+from siderolink.common.netlink import NetlinkRefusal, RequestSocket, call_in, read_link
+from siderolink.common.netlink.sockets import GENERIC, ROUTE, DumpPart, explain, family_id, generic
 from siderolink.common.wireguard.device import DeviceConfig
 from siderolink.common.wireguard.kernel import messages
 from siderolink.common.wireguard.kernel.interface import KernelInterface
 from siderolink.common.wireguard.kernel.messages import DeviceFacts, PeerFacts
-from siderolink.common.wireguard.kernel.monitor import read_link
-from siderolink.common.wireguard.kernel.netlink import (
-    GENERIC,
-    ROUTE,
-    DumpPart,
-    Netlink,
-    NetlinkRefusal,
-    explain,
-    family_id,
-    generic,
-)
 
 __all__ = ["PeersPart", "WireGuard"]
 
@@ -54,7 +44,7 @@ class WireGuard:
         self._namespace = interface.namespace
         self._was_there = interface.was_there
         self._requests, self._dumps, self._route = (
-            call_in(self._namespace, partial(Netlink, kind)) for kind in (GENERIC, GENERIC, ROUTE)
+            call_in(self._namespace, partial(RequestSocket, kind)) for kind in (GENERIC, GENERIC, ROUTE)
         )
         try:
             self._family = family_id(self._requests, "wireguard")
@@ -83,7 +73,7 @@ class WireGuard:
     def read_device(self) -> None:
         """Read the key and the port, which a dump's first part tells; the rest is left with its socket."""
         try:
-            with closing(call_in(self._namespace, partial(Netlink, GENERIC))) as netlink:
+            with closing(call_in(self._namespace, partial(RequestSocket, GENERIC))) as netlink:
                 netlink.begin_dump(self._family, generic(messages.GET_DEVICE, messages.get_device(self.index)))
                 facts = [_facts(message.data, message.start, message.end) for message in netlink.next_part().messages]
         except NetlinkRefusal as error:
@@ -109,7 +99,7 @@ class WireGuard:
     def give_up_dump(self) -> None:
         """Throw the rest of a dump away."""
         self._dumps.close()
-        self._dumps = call_in(self._namespace, partial(Netlink, GENERIC))
+        self._dumps = call_in(self._namespace, partial(RequestSocket, GENERIC))
 
     def counters(self) -> tuple[int, ...]:
         """struct rtnl_link_stats64; empty once the interface is gone."""

@@ -1,4 +1,4 @@
-"""pyroute2's asynchronous interfaces on whatever loop the program runs on."""
+"""Work in other network namespaces, and pyroute2's asynchronous interfaces on any event loop."""
 
 import asyncio
 import os
@@ -11,11 +11,13 @@ from pyroute2 import netns
 
 from siderolink.common.errors import ConfigurationError
 
+__all__ = ["call_in", "namespace_path", "run_netlink"]
+
 T = TypeVar("T")
 
 
 def namespace_path(name: str) -> str:
-    """The file of a network namespace, given as ``ip netns`` knows it or as a path."""
+    """The file of a network namespace, given by its ``ip netns`` name or as a path."""
     return name if "/" in name else f"/run/netns/{name}"
 
 
@@ -28,7 +30,7 @@ def call_in(namespace: str | None, function: Callable[[], T]) -> T:
         _enter(namespace)
         return function()
 
-    # a thread of its own, because a namespace belongs to a thread
+    # in a new thread: a network namespace is a property of the thread
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(enter_and_call).result()
 
@@ -49,12 +51,13 @@ def _enter(namespace: str) -> None:
 async def run_netlink(
     work: Callable[[], Coroutine[Any, Any, T]], namespace: str | None = None, *, in_thread: bool = False
 ) -> T:
-    """Run a piece of netlink work, in a network namespace where one is given; cancellation waits for it to end.
+    """Run pyroute2 work, in a network namespace if one is given; cancellation waits for it to end.
 
-    The kernel works while it is asked: what may take it long is asked `in_thread`, so that the event loop goes on meanwhile.
+    The kernel blocks the caller while it carries out a request; `in_thread` keeps the event loop free for requests that may
+    take it long.
 
-    Other loops than asyncio's own (uvloop) take no netlink sockets. There the work gets a loop and a thread of its own: a new
-    thread, since that one is born into the caller's network namespace, which an older one might not be in.
+    uvloop does not accept pyroute2's netlink sockets, so there the work gets a thread with an asyncio loop of its own. It is a
+    new thread each time, because a new thread starts in the caller's network namespace and a pooled one might be in another.
     """
     if namespace is None and not in_thread and isinstance(asyncio.get_running_loop(), asyncio.BaseEventLoop):
         return await work()

@@ -1,0 +1,51 @@
+"""The kernel's network configuration over netlink: sockets, parsers, live events, and work in other network namespaces.
+
+What the rest of the package needs stands here; `messages` and `sockets` are for those who speak netlink themselves.
+"""
+
+from siderolink.common.netlink.follow import (
+    InterfaceMonitor,
+    NetworkChange,
+    NetworkUpdate,
+    NetworkWatch,
+    follow_network,
+)
+from siderolink.common.netlink.namespaces import call_in, namespace_path, run_netlink
+from siderolink.common.netlink.rtnl import (
+    Address,
+    HostNetwork,
+    Link,
+    NextHop,
+    OutgoingRoute,
+    Route,
+    RouteLookup,
+    read_link,
+    read_network,
+    route_to,
+)
+from siderolink.common.netlink.sockets import EventSocket, NetlinkRefusal, RequestSocket, open_events
+
+__all__ = [
+    "Address",
+    "EventSocket",
+    "HostNetwork",
+    "InterfaceMonitor",
+    "Link",
+    "NetlinkRefusal",
+    "NetworkChange",
+    "NetworkUpdate",
+    "NetworkWatch",
+    "NextHop",
+    "OutgoingRoute",
+    "RequestSocket",
+    "Route",
+    "RouteLookup",
+    "call_in",
+    "follow_network",
+    "namespace_path",
+    "open_events",
+    "read_link",
+    "read_network",
+    "route_to",
+    "run_netlink",
+]

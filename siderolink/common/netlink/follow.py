@@ -1,0 +1,251 @@
+"""The kernel's news of interfaces, addresses and routes. Nothing is polled.
+
+- `NetworkWatch` says which interfaces are concerned, for whoever only has to look again.
+- `InterfaceMonitor` follows one interface.
+- `follow_network` keeps a full picture of all links, addresses and routes, and reports the differences.
+"""
+
+import asyncio
+import errno
+import socket
+import struct
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
+from typing import Final, Never
+
+import anyio
+
+from siderolink.common.netlink.messages import ERROR, Message, error_of
+from siderolink.common.netlink.namespaces import call_in
+from siderolink.common.netlink.rtnl import (
+    DELADDR,
+    DELLINK,
+    DELROUTE,
+    GETLINK,
+    NEWADDR,
+    NEWLINK,
+    NEWROUTE,
+    Address,
+    HostNetwork,
+    Link,
+    Route,
+    link_request,
+    parse_link,
+    parse_route,
+    read_network,
+)
+from siderolink.common.netlink.sockets import EventSocket, open_events
+
+__all__ = [
+    *("LINKS", "ADDRESSES", "ROUTES", "InterfaceMonitor", "NetworkChange", "NetworkUpdate", "NetworkWatch"),
+    "follow_network",
+]
+
+LINKS: Final = 0x1
+ADDRESSES: Final = 0x10 | 0x100
+ROUTES: Final = 0x40 | 0x400
+"""Groups of events (RTMGRP_*), for IPv4 and IPv6."""
+
+_GATHER_SECONDS: Final = 0.05
+"""Changes within so long are told together."""
+_MAX_INTERFACES: Final = 4096
+_ADDRESS: Final = struct.Struct("=BBBBi")
+
+
+@dataclass(frozen=True, slots=True)
+class NetworkChange:
+    """What changed within one moment."""
+
+    interfaces: frozenset[int]
+    """The indexes of the interfaces concerned; 0 for a route without one."""
+    carriers: frozenset[int]
+    """Those of them that had lost their carrier and have it again."""
+    lost: bool = False
+    """The kernel dropped events: anything may have changed."""
+
+
+class NetworkWatch:
+    """Calls `on_change` after each change in one network namespace: the calling thread's, or the one that is named."""
+
+    def __init__(self, on_change: Callable[[NetworkChange], None], namespace: str | None = None) -> None:
+        """Raises OSError or ConfigurationError."""
+        self._on_change = on_change
+        self._loop = asyncio.get_running_loop()
+        self._carriers: dict[int, bool] = {}
+        self._changed: set[int] = set()
+        self._new_carriers: set[int] = set()
+        self._lost = False
+        self._timer: asyncio.TimerHandle | None = None
+        opened = call_in(namespace, partial(open_events, LINKS | ADDRESSES | ROUTES))
+        self._events = EventSocket(opened, self._note, self._overrun)
+
+    def close(self) -> None:
+        """Does nothing the second time."""
+        self._events.close()
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _overrun(self) -> None:
+        self._lost = True
+        self._tell_soon()
+
+    def _note(self, messages: list[Message]) -> None:
+        for message in messages:
+            if message.kind in (NEWLINK, DELLINK):
+                self._note_link(message)
+            elif message.kind in (NEWADDR, DELADDR) and (address := message.fixed(_ADDRESS)) is not None:
+                self._changed.add(address[4])
+            elif message.kind in (NEWROUTE, DELROUTE) and (route := parse_route(message)) is not None:
+                self._changed.add(route.interface)
+        if self._changed:
+            self._tell_soon()
+
+    def _note_link(self, message: Message) -> None:
+        link = parse_link(message)
+        if link is None:
+            return
+        has_carrier = message.kind == NEWLINK and link.has_carrier
+        if has_carrier and not self._carriers.get(link.index, True):
+            self._new_carriers.add(link.index)
+        if message.kind == DELLINK or (link.index not in self._carriers and len(self._carriers) >= _MAX_INTERFACES):
+            self._carriers.pop(link.index, None)
+        else:
+            self._carriers[link.index] = has_carrier
+        self._changed.add(link.index)
+
+    def _tell_soon(self) -> None:
+        if self._timer is None:
+            self._timer = self._loop.call_later(_GATHER_SECONDS, self._tell)
+
+    def _tell(self) -> None:
+        self._timer = None
+        change = NetworkChange(frozenset(self._changed), frozenset(self._new_carriers), self._lost)
+        self._changed.clear()
+        self._new_carriers.clear()
+        self._lost = False
+        self._on_change(change)
+
+
+class InterfaceMonitor:
+    """Calls `on_change` with one interface when it is set up or down or gets another MTU, and `on_gone` once when it is gone.
+
+    Gone means deleted, or moved to another network namespace. Where the kernel dropped events, it is asked anew.
+    """
+
+    _QUESTION: Final = 1
+    """The sequence number of a question about the interface; an error in answer to it says that it is gone."""
+    _RETRY_SECONDS: Final = 1.0
+
+    def __init__(
+        self, opened: socket.socket, index: int, on_change: Callable[[Link], None], on_gone: Callable[[], None]
+    ) -> None:
+        """`opened` comes from ``open_events(LINKS)`` in the interface's namespace and is closed with the monitor."""
+        self._index = index
+        self._on_change = on_change
+        self._on_gone = on_gone
+        self._last: tuple[bool, int] | None = None
+        self._loop = asyncio.get_running_loop()
+        self._retry: asyncio.TimerHandle | None = None
+        self._events = EventSocket(opened, self._take_all, self.ask)
+
+    def close(self) -> None:
+        """Does nothing the second time."""
+        self._events.close()
+        if self._retry is not None:
+            self._retry.cancel()
+
+    def ask(self) -> None:
+        """Have the kernel describe the interface; `on_change` or `on_gone` follows if that is news."""
+        self._retry = None
+        try:
+            self._events.send(GETLINK, link_request(self._index), self._QUESTION)
+        except OSError:  # no memory for it now
+            self._ask_later()
+
+    def set(self, *attributes: bytes) -> None:
+        """Change the interface by link attributes. A kernel that refuses them is not reported."""
+        try:
+            self._events.send(NEWLINK, link_request(self._index, *attributes))
+        except OSError:
+            pass
+
+    def _ask_later(self) -> None:
+        if self._retry is None and not self._events.is_closed:
+            self._retry = self._loop.call_later(self._RETRY_SECONDS, self.ask)
+
+    def _take_all(self, messages: list[Message]) -> None:
+        for message in messages:
+            if self._events.is_closed:
+                return
+            if message.kind == ERROR and message.sequence == self._QUESTION:
+                self._judge(message)
+            elif message.kind in (NEWLINK, DELLINK):
+                link = parse_link(message)
+                if link is not None and link.index == self._index:
+                    self._tell(link, is_here=message.kind == NEWLINK)
+
+    def _judge(self, message: Message) -> None:
+        code, _ = error_of(message)
+        if code in (errno.ENODEV, errno.ENXIO):
+            self._lose()
+        elif code:
+            self._ask_later()
+
+    def _tell(self, link: Link, *, is_here: bool) -> None:
+        if not is_here:
+            self._lose()
+        elif (link.is_up, link.mtu) != self._last:
+            self._last = (link.is_up, link.mtu)
+            self._on_change(link)
+
+    def _lose(self) -> None:
+        self.close()
+        self._on_gone()
+
+
+@dataclass(frozen=True, slots=True)
+class NetworkUpdate:
+    """One picture and how it differs from the one before; a changed item is among both the removed and the added ones."""
+
+    network: HostNetwork
+    added: frozenset[Link | Address | Route]
+    removed: frozenset[Link | Address | Route]
+
+
+async def follow_network(
+    on_update: Callable[[NetworkUpdate], None], namespace: str | None = None, *, routes: bool = True
+) -> Never:
+    """Call `on_update` with the network as it is, and then after each change, for ever; cancelling ends it.
+
+    The first update has everything in `added`. Each picture is a dump of its own, because the kernel removes routes of an
+    interface or an address that goes without an event for each. So events are only a reason to read again, 50 ms later and
+    after a pause of twenty times as long as the last reading took. Counters are not read and cause no update.
+    Raises OSError or ConfigurationError where the namespace cannot be followed.
+    """
+    changed = anyio.Event()
+
+    def wake() -> None:
+        changed.set()
+
+    groups = LINKS | ADDRESSES | (ROUTES if routes else 0)
+    opened = call_in(namespace, partial(open_events, groups))
+    with closing(EventSocket(opened, lambda messages: wake(), wake)):
+        before = HostNetwork({})
+        is_first = True
+        while True:
+            now = await read_network(namespace, routes=routes)
+            update = _compare(before, now)
+            if is_first or update.added or update.removed:
+                on_update(update)
+            before, is_first = now, False
+            await changed.wait()
+            await anyio.sleep(max(_GATHER_SECONDS, 20 * now.read_seconds))
+            changed = anyio.Event()
+
+
+def _compare(before: HostNetwork, now: HostNetwork) -> NetworkUpdate:
+    old: set[Link | Address | Route] = {*before.links.values(), *before.addresses, *before.routes}
+    new: set[Link | Address | Route] = {*now.links.values(), *now.addresses, *now.routes}
+    return NetworkUpdate(now, frozenset(new - old), frozenset(old - new))

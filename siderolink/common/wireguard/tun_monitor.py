@@ -1,0 +1,91 @@
+"""Follows a TUN interface by netlink, also into another network namespace.
+
+A netlink socket hears of the namespace that it was opened in. When the interface is moved, the monitor opens a new socket
+there; the device's UDP sockets stay where they are, as WireGuard users expect. The interface's state is asked for each time,
+because it may have changed, or moved on, before the socket was open.
+"""
+
+import fcntl
+import os
+import socket
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Final
+
+from pyroute2 import netns
+
+from siderolink.common.netlink import InterfaceMonitor, Link, call_in, open_events
+from siderolink.common.netlink.follow import LINKS
+from siderolink.common.netlink.messages import attribute
+
+__all__ = ["TunMonitor"]
+
+_TUNGETDEVNETNS: Final = 0x54E3
+_TUNGETIFF: Final = 0x800454D2
+_IFREQ_BYTES: Final = 40
+_GSO_MAX_SIZE: Final = 41
+_MOVES: Final = 10
+"""Attempts to follow an interface that is moved on and on."""
+
+
+class TunMonitor:
+    """Calls `on_change` when the interface is set up or down or gets another MTU. Its end shows when it is read."""
+
+    def __init__(self, tun_fd: int, on_change: Callable[[Link], None], namespace: str | None = None) -> None:
+        """`namespace` is where the interface is, if not in the calling thread's. Raises OSError or ConfigurationError."""
+        self._tun_fd = tun_fd
+        self._on_change = on_change
+        self._last: tuple[bool, int] | None = None
+        self._monitor = self._start(*call_in(namespace, partial(_open_for, tun_fd)))
+
+    def _start(self, events: socket.socket, index: int) -> InterfaceMonitor:
+        monitor = InterfaceMonitor(events, index, self._changed, self._follow)
+        monitor.ask()
+        return monitor
+
+    def close(self) -> None:
+        self._monitor.close()
+
+    def limit_gso(self, size: int) -> None:
+        """Cap the size of the interface's super-packets; Linux before 5.19 has no such setting and ignores it."""
+        self._monitor.set(attribute(_GSO_MAX_SIZE, size.to_bytes(4, "little")))
+
+    def _changed(self, link: Link) -> None:
+        if (link.is_up, link.mtu) != self._last:
+            self._last = (link.is_up, link.mtu)
+            self._on_change(link)
+
+    def _follow(self) -> None:
+        """The interface left its namespace: listen where it is now."""
+        for _ in range(_MOVES):
+            try:
+                namespace = fcntl.ioctl(self._tun_fd, _TUNGETDEVNETNS)
+            except OSError:  # deleted
+                return
+            try:
+                with ThreadPoolExecutor(1) as thread:  # a network namespace is a property of the thread
+                    opened = thread.submit(_open_in, namespace, self._tun_fd).result()
+            except OSError:  # moved on meanwhile
+                continue
+            finally:
+                os.close(namespace)
+            self._monitor = self._start(*opened)
+            return
+
+
+def _open_in(namespace: int, tun_fd: int) -> tuple[socket.socket, int]:
+    netns.setns(namespace)
+    return _open_for(tun_fd)
+
+
+def _open_for(tun_fd: int) -> tuple[socket.socket, int]:
+    """A socket for the interface's events, and its index, in the calling thread's namespace."""
+    opened = open_events(LINKS)
+    try:
+        # by its name, which may have changed with a move
+        found = fcntl.ioctl(tun_fd, _TUNGETIFF, bytes(_IFREQ_BYTES))
+        return opened, socket.if_nametoindex(found[:16].rstrip(b"\0").decode())
+    except OSError:
+        opened.close()
+        raise
