@@ -8,7 +8,7 @@ from typing import Protocol
 
 from grpclib.exceptions import GRPCError
 
-from siderolink.common.errors import AddressInUseError, ConfigurationError, ServerUnreachableError
+from siderolink.common.errors import AddressInUseError, ConfigurationError, JoinError
 from siderolink.common.grpc import Limits, Servable, open_channel, serve, translate_errors
 from siderolink.common.pb.siderolink.control import (
     ControlBase,
@@ -90,8 +90,8 @@ async def ask_all() -> tuple[list[StatusResponse], list[str]]:
     for path in paths:
         try:
             answers.append(await _ask(path))
-        except (ServerUnreachableError, GRPCError, TimeoutError) as error:
-            complaints.append(f"{path} does not answer: {str(error) or 'timeout'}")
+        except (JoinError, GRPCError) as error:
+            complaints.append(f"{path} does not answer: {error}")
     return answers, complaints
 
 

@@ -29,11 +29,11 @@ def test_the_wheel_holds_the_package_its_types_and_its_license(wheel: Path) -> N
     assert {name.split("/")[0].split("-")[0] for name in names} == {"siderolink"}
 
 
-def test_the_wheel_asks_for_six_packages(wheel: Path) -> None:
+def test_the_wheel_asks_for_seven_packages(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         (name,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
         metadata = archive.read(name).decode()
     required = [line for line in metadata.splitlines() if line.startswith("Requires-Dist:")]
-    assert sum("extra ==" not in line for line in required) == 6
+    assert sum("extra ==" not in line for line in required) == 7
     assert "Requires-Python: >=3.11" in metadata
     assert "License-Expression: Apache-2.0" in metadata

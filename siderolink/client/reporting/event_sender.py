@@ -77,7 +77,8 @@ class EventSender:
         while True:
             await self._queue.wait_beyond(self._queue.first)
             try:
-                await self._deliver(sink)
+                with translate_errors(f"the event sink {sink}"):
+                    await self._deliver(sink)
             except JoinError as error:
                 log.debug("events wait for the sink %s: %s", sink, error)
             except GRPCError as error:
@@ -93,8 +94,7 @@ class EventSender:
                 number = self._queue.first
                 await self._queue.wait_beyond(number)
                 number = self._queue.first
-                with translate_errors(f"the event sink {sink}"):
-                    await stub.publish(self._queue.get(number), timeout=PUBLISH_TIMEOUT)
+                await stub.publish(self._queue.get(number), timeout=PUBLISH_TIMEOUT)
                 self._queue.acknowledge(number + 1)
                 self.delivered += 1
                 self._retry.worked()

@@ -5,10 +5,9 @@ from siderolink.common.grpc.calls import ByteStreamService, Servable
 from siderolink.common.grpc.client import GrpcChannel, open_byte_stream, open_channel, translate_errors
 from siderolink.common.grpc.limits import Limits
 from siderolink.common.grpc.refusals import Refusal, Refused
-from siderolink.common.grpc.reloading import ServerCertificate
 from siderolink.common.grpc.server import GrpcServer, serve
 from siderolink.common.grpc.status import GRPCError, GrpcError, Status
-from siderolink.common.grpc.tls import client_tls, server_tls
+from siderolink.common.grpc.tls import ServerCertificate, client_tls, server_tls
 
 __all__ = [
     "ByteStream",

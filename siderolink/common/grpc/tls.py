@@ -1,9 +1,19 @@
-"""TLS contexts for gRPC: HTTP/2 by ALPN, TLS 1.2 or newer (RFC 9113, 9.2)."""
+"""TLS contexts for gRPC: HTTP/2 by ALPN, TLS 1.2 or newer (RFC 9113, 9.2), and a server's certificate that can be replaced."""
 
+import contextlib
+import os
 import ssl
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from siderolink.common.errors import ConfigurationError
+
+_VERIFY_FLAGS = ssl.VerifyFlags.VERIFY_X509_TRUSTED_FIRST | ssl.VerifyFlags.VERIFY_X509_PARTIAL_CHAIN
+"""The same on every Python. From 3.13 on the default has VERIFY_X509_STRICT, too, which refuses private CAs without a key
+identifier; curl and Go take these, and a trusted certificate that is no root."""
+_PAIR_TRIES = 5
+_PAIR_PAUSE = 0.1
 
 
 def client_tls(ca_file: str | Path | None = None, *, extra_roots: str | None = None) -> ssl.SSLContext:
@@ -12,7 +22,7 @@ def client_tls(ca_file: str | Path | None = None, *, extra_roots: str | None = N
     `extra_roots` (PEM text) are trusted besides. Raises ConfigurationError when either cannot be read or holds no certificate.
     """
     try:
-        context = ssl.create_default_context(ssl.Purpose.SERVER_AUTH, cafile=None if ca_file is None else str(ca_file))
+        context = _verifying(None if ca_file is None else str(ca_file))
     except (OSError, ssl.SSLError) as error:
         raise ConfigurationError(f"the CA file {str(ca_file)!r} cannot be used: {error}") from error
     if extra_roots is not None:
@@ -23,17 +33,96 @@ def client_tls(ca_file: str | Path | None = None, *, extra_roots: str | None = N
     return _http2(context)
 
 
+def proxy_tls() -> ssl.SSLContext:
+    """A context for an https proxy, checked against the system's roots."""
+    return _verifying(None)
+
+
+def _verifying(ca_file: str | None) -> ssl.SSLContext:
+    context = ssl.create_default_context(ssl.Purpose.SERVER_AUTH, cafile=ca_file)
+    context.verify_flags = _VERIFY_FLAGS
+    return context
+
+
 def server_tls(cert: str | Path, key: str | Path | None = None) -> ssl.SSLContext:
     """A context that presents the certificate chain in `cert` (PEM); its private key stands in `key` or in the same file.
 
     Raises ConfigurationError when the files cannot be read or do not belong together.
     """
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    return ServerCertificate(cert, key).context
+
+
+class ServerCertificate:
+    """A certificate chain and its key in PEM files. Connections made after `reload` see the new one."""
+
+    def __init__(self, cert: str | Path, key: str | Path | None = None) -> None:
+        """Raises ConfigurationError as server_tls does. A pair that does not match is read again for half a second: it may be
+        on its way."""
+        self._cert, self._key = Path(cert), None if key is None else Path(key)
+        self.context = _serving()
+        for attempt in range(1, _PAIR_TRIES + 1):
+            self._in_use = self._read_files()
+            try:
+                self._load(self.context, self._in_use)
+            except ConfigurationError as error:
+                if attempt == _PAIR_TRIES or not _is_mismatch(error):
+                    raise
+                time.sleep(_PAIR_PAUSE)
+            else:
+                break
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return (self._cert,) if self._key is None else (self._cert, self._key)
+
+    def reload(self) -> bool:
+        """Read the files again; returns whether they hold another certificate or key than is in use.
+
+        Raises ConfigurationError, and then the old pair stays in use.
+        """
+        found = self._read_files()
+        if found == self._in_use:
+            return False
+        # OpenSSL takes the certificate first: a key that does not belong to it must not leave half a pair in use.
+        self._load(_serving(), found)
+        self._load(self.context, found)
+        self._in_use = found
+        return True
+
+    def _read_files(self) -> tuple[bytes, ...]:
+        try:
+            return tuple(file.read_bytes() for file in self.files)
+        except OSError as error:
+            raise ConfigurationError(f"the certificate {str(self._cert)!r} and its key cannot be read: {error}") from error
+
+    def _load(self, context: ssl.SSLContext, pems: tuple[bytes, ...]) -> None:
+        """Load what was read, whatever the files hold by now. Raises ConfigurationError."""
+        try:
+            with contextlib.ExitStack() as stack:
+                paths = [stack.enter_context(_memory_file(pem)) for pem in pems]
+                context.load_cert_chain(paths[0], paths[1] if len(paths) > 1 else None, password=_no_password)
+        except (OSError, ssl.SSLError) as error:
+            raise ConfigurationError(f"the certificate {str(self._cert)!r} and its key cannot be used: {error}") from error
+
+
+@contextlib.contextmanager
+def _memory_file(data: bytes) -> Iterator[str]:
+    """The path of a file in memory; OpenSSL reads certificates and keys from paths only."""
+    descriptor = os.memfd_create("pem")
     try:
-        context.load_cert_chain(str(cert), None if key is None else str(key), password=_no_password)
-    except (OSError, ssl.SSLError) as error:
-        raise ConfigurationError(f"the certificate {str(cert)!r} and its key cannot be used: {error}") from error
-    return _http2(context)
+        with open(descriptor, "wb", closefd=False) as file:
+            file.write(data)
+        yield f"/proc/self/fd/{descriptor}"
+    finally:
+        os.close(descriptor)
+
+
+def _is_mismatch(error: ConfigurationError) -> bool:
+    return isinstance(error.__cause__, ssl.SSLError) and error.__cause__.reason == "KEY_VALUES_MISMATCH"
+
+
+def _serving() -> ssl.SSLContext:
+    return _http2(ssl.create_default_context(ssl.Purpose.CLIENT_AUTH))
 
 
 def _no_password() -> str:

@@ -10,7 +10,7 @@ import anyio
 
 from siderolink.common.addressing import format_peer_addr_port
 from siderolink.common.backoff import Backoff, RetryTrigger
-from siderolink.common.errors import ConfigurationError, ServerUnreachableError
+from siderolink.common.errors import ConfigurationError, JoinError
 from siderolink.common.grpc import GRPCError, Limits, Status, open_byte_stream, open_channel, translate_errors
 from siderolink.common.hostport import HostPort
 from siderolink.common.join_url import JoinURL
@@ -189,7 +189,7 @@ class TunnelRoute:
                 with anyio.CancelScope() as self._attempt, translate_errors():
                     await self._carry_once(device, peer)
                     reason = "the server ended it"
-            except ServerUnreachableError as error:
+            except JoinError as error:
                 reason = str(error)
             except GRPCError as error:
                 if error.status is Status.PERMISSION_DENIED:

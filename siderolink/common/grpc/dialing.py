@@ -1,0 +1,199 @@
+"""TCP connections to a server: direct, through an HTTP proxy's CONNECT (RFC 9110, 9.3.6), or through a SOCKS 5 proxy.
+
+SOCKS is python-socks's (extra: ``[proxy]``). CONNECT is ours: python-socks takes the proxy's answer from a single read, so
+that an answer in two segments fails and bytes that follow it are lost, and it has no TLS to the proxy.
+"""
+
+import asyncio
+import base64
+import re
+import socket
+import ssl
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from ipaddress import ip_address
+from typing import cast
+
+from aiohappyeyeballs import start_connection
+
+from siderolink.common.errors import ConfigurationError, ServerUnreachableError
+from siderolink.common.grpc.proxies import Proxy, proxy_for
+from siderolink.common.grpc.tls import proxy_tls
+from siderolink.common.text import one_line
+
+_LONGEST_ANSWER = 16 * 1024
+_NEXT_ADDRESS_SECONDS = 0.25
+"""Connection Attempt Delay (RFC 8305, section 8)."""
+_NAME = re.compile(r"[A-Za-z0-9._-]{1,253}\Z")
+
+
+def check_host(host: str) -> str:
+    """The host as it may stand in a request line, a header field and a resolver's query: an IP address or an ASCII name.
+
+    An internationalised name is returned in its ASCII form. Raises ConfigurationError for anything else, line breaks included.
+    """
+    address, percent, zone = host.partition("%")
+    try:
+        version = ip_address(address).version
+    except ValueError:
+        pass
+    else:
+        if not percent or (version == 6 and _NAME.match(zone)):
+            return host
+    try:
+        name = host if host.isascii() else host.encode("idna").decode()
+    except UnicodeError:
+        name = ""
+    if not _NAME.match(name):
+        raise ConfigurationError(f"{host[:64]!r} is neither a host name nor an IP address")
+    return name
+
+
+def authority(host: str, port: int) -> str:
+    """``host:port`` for a request: IPv6 addresses stand in brackets, without the zone, which means nothing to the other end."""
+    return f"[{host.partition('%')[0]}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+async def dial(
+    host: str, port: int, environ: Mapping[str, str], *, tls: bool
+) -> socket.socket | tuple[asyncio.Transport, bytes]:
+    """Connect to a server, by the proxy that `environ` names for it, if any.
+
+    Returns a connected socket; or for an HTTP proxy a transport whose reading is paused, and the bytes that came after the
+    proxy's answer. Raises ServerUnreachableError, ConfigurationError, or OSError.
+    """
+    proxy = proxy_for(host, port, tls=tls, environ=environ)
+    if proxy is None:
+        return await connect(host, port)
+    with _naming(proxy):
+        if proxy.scheme == "socks5":
+            return await _connect_by_socks(proxy, host, port)
+        return await _connect_by_http(proxy, await connect(proxy.host, proxy.port), host, port)
+
+
+async def connect(host: str, port: int) -> socket.socket:
+    """Connect to the first address of the host that answers (RFC 8305). Raises OSError."""
+    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    return await start_connection(found, happy_eyeballs_delay=_NEXT_ADDRESS_SECONDS)
+
+
+@contextmanager
+def _naming(proxy: Proxy) -> Iterator[None]:
+    """Name the proxy in the error of a dial that failed on the way to it. Raises ServerUnreachableError."""
+    try:
+        yield
+    except TimeoutError:
+        raise
+    except ServerUnreachableError as error:
+        raise ServerUnreachableError(f"the proxy {proxy} is of no use: {error}") from error
+    except ssl.SSLCertVerificationError as error:
+        raise ServerUnreachableError(f"the certificate of the proxy {proxy} is not trusted: {error.verify_message}") from error
+    except OSError as error:
+        raise ServerUnreachableError(f"the proxy {proxy} cannot be reached: {error.strerror or error}") from error
+
+
+class _ConnectAnswer(asyncio.Protocol):
+    """Receives a proxy's answer to CONNECT, and keeps the bytes that follow it."""
+
+    def __init__(self) -> None:
+        self._data = b""
+        self.transport: asyncio.Transport | None = None
+        self.head: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+        """The answer's lines, without the empty one at its end."""
+        self.rest = b""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast("asyncio.Transport", transport)
+
+    def data_received(self, data: bytes) -> None:
+        if self.head.done():
+            self.rest += data
+            return
+        self._data += data
+        head, end, rest = self._data.partition(b"\r\n\r\n")
+        if end:
+            assert self.transport is not None
+            self.transport.pause_reading()
+            self.rest = rest
+            self.head.set_result(head)
+        elif len(self._data) > _LONGEST_ANSWER:
+            self._fail("its answer does not end")
+
+    def eof_received(self) -> None:
+        self._fail("it closed the connection")
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        self._fail("it closed the connection")
+
+    def _fail(self, reason: str) -> None:
+        if not self.head.done():
+            self.head.set_exception(ServerUnreachableError(reason))
+
+
+async def _connect_by_http(proxy: Proxy, sock: socket.socket, host: str, port: int) -> tuple[asyncio.Transport, bytes]:
+    """Ask the proxy at the other end of `sock` for a connection to the server. Raises ServerUnreachableError or OSError."""
+    try:
+        context = proxy_tls() if proxy.scheme == "https" else None
+        transport, answer = await asyncio.get_running_loop().create_connection(
+            _ConnectAnswer, sock=sock, ssl=context, server_hostname=proxy.host if context else None
+        )
+    except BaseException:
+        sock.close()
+        raise
+    try:
+        transport.write(_connect_request(proxy, host, port))
+        status = one_line((await answer.head).split(b"\r\n")[0].decode("latin-1"), limit=100)
+        words = status.split(" ", 2)
+        if len(words) < 2 or not words[0].startswith("HTTP/1.") or not words[1].startswith("2"):
+            raise ServerUnreachableError(f"it answered {status.partition(' ')[2] or 'no HTTP'}")
+    except BaseException:
+        answer.head.cancel()
+        transport.abort()
+        raise
+    return transport, answer.rest
+
+
+def _connect_request(proxy: Proxy, host: str, port: int) -> bytes:
+    target = authority(host, port)
+    lines = [f"CONNECT {target} HTTP/1.1", f"Host: {target}"]
+    if proxy.username or proxy.password:
+        credentials = base64.b64encode(f"{proxy.username}:{proxy.password}".encode()).decode()
+        lines.append(f"Proxy-Authorization: Basic {credentials}")
+    return "".join(f"{line}\r\n" for line in (*lines, "")).encode()
+
+
+async def _connect_by_socks(proxy: Proxy, host: str, port: int) -> socket.socket:
+    """Connect through the proxy, which resolves the server's name. Raises ServerUnreachableError or ConfigurationError."""
+    try:
+        from python_socks import ProxyConnectionError, ProxyError, ProxyTimeoutError, ProxyType
+        from python_socks.async_.asyncio import Proxy as SocksProxy
+    except ModuleNotFoundError:
+        raise ConfigurationError("a socks5 proxy needs python-socks: pip install 'siderolink[proxy]'") from None
+    dialled = SocksProxy(
+        ProxyType.SOCKS5, proxy.host, proxy.port, username=proxy.username or None, password=proxy.password or None, rdns=True
+    )
+    try:
+        connected: socket.socket = await dialled.connect(host, port)
+    except (ProxyError, ProxyConnectionError, ProxyTimeoutError) as error:
+        raise ServerUnreachableError(one_line(str(error))) from error
+    return connected
+
+
+async def adopt(
+    transport: asyncio.Transport, rest: bytes, protocol: asyncio.Protocol, tls: ssl.SSLContext | None, host: str
+) -> asyncio.Transport:
+    """Hand a proxied connection to its protocol, inside TLS where `tls` is given. Raises what a TLS handshake can raise."""
+    if tls is not None:
+        if rest:
+            raise ServerUnreachableError("something spoke before the TLS handshake")
+        transport.resume_reading()  # start_tls pauses it itself
+        inner = await asyncio.get_running_loop().start_tls(transport, protocol, tls, server_hostname=host)
+        assert inner is not None
+        protocol.connection_made(inner)
+        return inner
+    transport.set_protocol(protocol)
+    protocol.connection_made(transport)
+    if rest:
+        protocol.data_received(rest)
+    transport.resume_reading()
+    return transport

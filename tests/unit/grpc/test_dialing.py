@@ -1,0 +1,149 @@
+"""Dialling: one socket of several attempts is kept, host names cannot smuggle, and private CAs are taken on every Python."""
+
+import asyncio
+import datetime
+import ipaddress
+import socket
+import ssl
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+
+from siderolink.common.errors import ConfigurationError, ServerUnreachableError
+from siderolink.common.grpc import client_tls, open_channel, serve, server_tls, translate_errors
+from siderolink.common.grpc.dialing import authority, check_host, connect
+from tests.support.api import Raw, Service, method, serving
+
+pytestmark = pytest.mark.anyio
+
+
+async def test_of_two_dials_that_finish_in_one_turn_one_socket_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = asyncio.get_running_loop()
+    original = loop.sock_connect
+    dialled: list[socket.socket] = []
+
+    async def slow_connect(sock: socket.socket, address: Any) -> None:
+        dialled.append(sock)
+        await original(sock, address)
+        await asyncio.sleep(0.3 if len(dialled) == 1 else 0.05)
+        if len(dialled) == 2:
+            time.sleep(0.1)  # noqa: ASYNC251  # a busy loop: both timers are due in its next turn
+
+    with socket.create_server(("127.0.0.1", 0)) as first, socket.create_server(("127.0.0.1", 0)) as second:
+        infos = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", listening.getsockname()) for listening in (first, second)]
+
+        async def resolve(*_: object, **__: object) -> list[Any]:
+            return infos
+
+        monkeypatch.setattr(loop, "getaddrinfo", resolve)
+        monkeypatch.setattr(loop, "sock_connect", slow_connect)
+        with await connect("two.test", 1) as kept:
+            assert len(dialled) == 2
+            assert [sock.fileno() for sock in dialled if sock is not kept] == [-1]
+
+
+async def test_the_second_family_is_tried_when_the_first_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with serving() as server:
+        loop = asyncio.get_running_loop()
+
+        async def resolve(*_: object, **__: object) -> list[Any]:
+            return [
+                (socket.AF_INET6, socket.SOCK_STREAM, 6, "", ("::1", server.port, 0, 0)),
+                (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", server.port)),
+            ]
+
+        monkeypatch.setattr(loop, "getaddrinfo", resolve)
+        async with open_channel("both.test", server.port) as channel:
+            assert (await method(channel)(Raw(b"x"))).data == b"x"
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        "",
+        "a b",
+        "a\r\nX-Evil: 1",
+        "a\nb",
+        "a\x00b",
+        "name:80",
+        "user@name",
+        "name/path",
+        "[::1]",
+        "fe80::1%eth0\r\nX: 1",
+        "fe80::1%",
+        "127.0.0.1%x",
+        "a" * 254,
+        "\u2028",
+        "ex\u00e4mple..com",
+        "\ud800",
+    ],
+)
+async def test_a_host_that_is_none_is_refused_before_anything_is_dialled(host: str) -> None:
+    with pytest.raises(ConfigurationError, match="is neither a host name nor an IP address"):
+        async with open_channel(host, 1):
+            raise AssertionError("it must not come to this")
+
+
+async def test_hosts_as_they_are_sent() -> None:
+    assert check_host("siderolink.example") == "siderolink.example"
+    assert check_host("b\u00fccher.example") == "xn--bcher-kva.example"
+    assert authority(check_host("fe80::1%eth0"), 443) == "[fe80::1]:443"
+    assert authority(check_host("192.0.2.1"), 443) == "192.0.2.1:443"
+
+
+async def test_a_name_with_a_line_break_sends_no_header_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ALL_PROXY", "http://127.0.0.1:1")
+    for host in ("a\r\nProxy-Authorization: x", "a\r\n\r\nGET / HTTP/1.1"):
+        with pytest.raises(ConfigurationError):
+            async with open_channel(host, 443) as channel:
+                await channel.connect()
+
+
+def _certificate(
+    name: str, signer: "tuple[x509.Certificate, ec.EllipticCurvePrivateKey] | None", *, ca: bool
+) -> tuple[Any, Any]:
+    """A certificate without key identifiers, as many a private CA makes them."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+    now = datetime.datetime.now(datetime.UTC)
+    builder = (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(signer[0].subject if signer else subject)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(days=1))
+        .not_valid_after(now + datetime.timedelta(days=1))
+    )
+    if ca:
+        builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=False)
+    else:
+        names = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
+        builder = builder.add_extension(names, critical=False)
+    return builder.sign(signer[1] if signer else key, hashes.SHA256()), key
+
+
+async def test_a_private_ca_without_key_identifiers_is_trusted(tmp_path: Path) -> None:
+    root = _certificate("root", None, ca=True)
+    intermediate = _certificate("intermediate", root, ca=True)
+    leaf, key = _certificate("leaf", intermediate, ca=False)
+    pem = serialization.Encoding.PEM
+    (tmp_path / "root").write_bytes(root[0].public_bytes(pem))
+    (tmp_path / "intermediate").write_bytes(intermediate[0].public_bytes(pem))
+    (tmp_path / "cert").write_bytes(leaf.public_bytes(pem) + intermediate[0].public_bytes(pem))
+    (tmp_path / "key").write_bytes(key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()))
+    async with serve([Service()], host="127.0.0.1", tls=server_tls(tmp_path / "cert", tmp_path / "key")) as server:
+        for trusted in ("root", "intermediate"):
+            context = client_tls(tmp_path / trusted)
+            assert not context.verify_flags & ssl.VerifyFlags.VERIFY_X509_STRICT
+            async with open_channel("127.0.0.1", server.port, context) as channel:
+                assert (await method(channel)(Raw(b"x"))).data == b"x"
+        with pytest.raises(ServerUnreachableError, match="not trusted"), translate_errors():
+            async with open_channel("127.0.0.1", server.port, client_tls()) as channel:
+                await channel.connect()
