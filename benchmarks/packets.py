@@ -19,6 +19,7 @@ from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from siderolink.common.wireguard.noise.routing import InnerFilter
 from siderolink.common.wireguard.packets import Gatherer, Merger, Opener, Sealer, Splitter
 from siderolink.common.wireguard.path import Datagrams
 from tests.support.packets import TCP, UDP, Packet, collected, pad, seal
@@ -50,18 +51,18 @@ def batch_costs(packet: Packet, gso_size: int) -> dict[str, float]:
     """A full super-packet in one go."""
     frame = memoryview(packet.frame(gso_size))
     splitter, sealer, opener = Splitter(1280), Sealer(), Opener()
-    merger = Merger(ignore, uso=True)
+    merger = Merger(uso=True)
     packets = collected(splitter, frame)
     datagrams = sealer.seal(packets, AEAD, 1, 0)
     copy = Datagrams(memoryview(bytes(datagrams.data)), datagrams.count, datagrams.stride)
     opened = opener.open(copy, 0, copy.count, AEAD)
-    assert len(list(merger.merge(opened, ignore))) == 1
+    assert len(list(merger.merge(opened, InnerFilter(ignore, ignore)))) == 1
     rows = packets.count
     return {
         "split": best(lambda: collected(splitter, frame), rows),
         "seal": best(lambda: sealer.seal(packets, AEAD, 1, 0), rows),
         "open": best(lambda: opener.open(copy, 0, copy.count, AEAD), rows),
-        "merge": best(lambda: list(merger.merge(opened, ignore)), rows),
+        "merge": best(lambda: list(merger.merge(opened, InnerFilter(ignore, ignore))), rows),
     }
 
 
@@ -73,14 +74,14 @@ def single_costs(packet: Packet, gso_size: int) -> dict[str, float]:
     frame = memoryview(vnet + segments[0].encode(partial=True))
     plain = pad(segments[0].encode())
     gatherer, opener = Gatherer(1280), Opener()
-    merger = Merger(ignore, uso=True)
+    merger = Merger(uso=True)
     sealed = Datagrams.single(seal(AEAD, plain, 1, 0))
     opened = opener.open(sealed, 0, 1, AEAD)
     return {
         "split": best(lambda: collected(gatherer, frame), 1),
         "seal": best(lambda: seal(AEAD, plain, 1, 0), 1),
         "open": best(lambda: opener.open(sealed, 0, 1, AEAD), 1),
-        "merge": best(lambda: list(merger.merge(opened, ignore)), 1),
+        "merge": best(lambda: list(merger.merge(opened, InnerFilter(ignore, ignore))), 1),
     }
 
 

@@ -14,7 +14,8 @@ from anyio.from_thread import BlockingPortal
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
 from siderolink.common.errors import ConfigurationError, DeviceError, DeviceUnavailableError, InterfaceInUseError
-from siderolink.common.wireguard.noise.drops import Drop
+from siderolink.common.wireguard.noise.output import Drop
+from siderolink.common.wireguard.noise.routing import InnerFilter
 from siderolink.common.wireguard.packets import Gatherer, Merger, Opener, Sealer, Splitter
 from siderolink.common.wireguard.tun import Tun, fitting_gso_max_size
 from tests.support.netns import Namespace
@@ -123,9 +124,10 @@ def test_the_longest_runs_of_udp_are_taken() -> None:
     packet = Packet(protocol=UDP, payload=bytes(range(64)) * 300)
     rows = [seal(aead, pad(segment.encode()), 1, index) for index, segment in enumerate(packet.segments(64))]
     opened = opener.open(batch(rows), 0, len(rows), aead)
+    inner_filter = InnerFilter(lambda *_: None, lambda reason, count: drops.update({reason: count}))
     with inside() as (namespace, portal), namespace.call(Tun.open, NAME, 1280) as tun:
         portal.call(tun.configure, (ip_interface("fd00::2/64"),), 1280)
-        for buffers in Merger(lambda reason, count: drops.update({reason: count}), uso=tun.uso).merge(opened, lambda *_: None):
+        for buffers in Merger(uso=tun.uso).merge(opened, inner_filter):
             assert tun.write(buffers)
         assert not drops
 
@@ -161,7 +163,7 @@ class Tunnel:
 
     async def _carry(self, source: Tun, target: Tun) -> None:
         splitter, gatherer, sealer, opener, counter = Splitter(1280), Gatherer(1280), Sealer(), Opener(), 0
-        merger = Merger(self._drop, tso=target.tso, uso=target.uso)
+        merger = Merger(tso=target.tso, uso=target.uso)
         while True:
             await anyio.wait_readable(source.fileno())
             while (frame := source.read()) is not None:
@@ -171,7 +173,7 @@ class Tunnel:
                 datagrams = sealer.seal(packets, self._aead, 1, counter)
                 opened = opener.open(datagrams, 0, datagrams.count, self._aead)
                 counter += packets.count
-                for buffers in merger.merge(opened, lambda *_: None):
+                for buffers in merger.merge(opened, InnerFilter(lambda *_: None, self._drop)):
                     self.merged += len(buffers) > 2
                     assert target.write(buffers)
 

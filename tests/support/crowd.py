@@ -28,6 +28,7 @@ from siderolink.server.fleet.links import Links
 from siderolink.server.fleet.machines import Machines
 from siderolink.server.options import MachineLimits
 from siderolink.server.store import MemoryStore
+from tests.support.virtual import CIPHERS
 
 SERVER_ADDRESS = overlay_prefix()[1].packed
 
@@ -62,7 +63,7 @@ class Member:
         self.key = PrivateKey.generate()
         self.node_uuid = str(uuid.uuid4())
         self.place = Place(number)
-        self.engine = Engine(bytes(self.key), entropy=os.urandom, unix_time_ns=time.time_ns)
+        self.engine = Engine(bytes(self.key), entropy=os.urandom, unix_time_ns=time.time_ns, ciphers=CIPHERS)
         self.server: Peer = self.engine.add_peer(server_key)
         self.server.path = self.place
         self.address = ipaddress.ip_address("::")
@@ -78,7 +79,7 @@ class Member:
 
     def datagram(self) -> bytes:
         """The one that the machine wants sent now."""
-        ((_, datagram),) = self.engine.datagrams_to_send()
+        ((_, datagram),) = self.engine.output.take_datagrams()
         return datagram
 
 
@@ -130,11 +131,11 @@ class Crowd:
         member.engine.initiate(member.server, now)
         response, seconds = self._timed(member, member.datagram())
         assert response is not None
-        member.engine.receive(response, member.place, now)
+        member.engine.receive(Datagrams.single(response), member.place, now)
         if len(response) == COOKIE_REPLY_BYTES:  # which is no part of an answer
             response, seconds = self._timed(member, member.datagram())
             assert response is not None
-            member.engine.receive(response, member.place, now)
+            member.engine.receive(Datagrams.single(response), member.place, now)
         return seconds + self._timed(member, member.datagram())[1]
 
     def _timed(self, member: Member, datagram: bytes) -> tuple[bytes | None, float]:

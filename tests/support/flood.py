@@ -11,18 +11,18 @@ from ipaddress import ip_address
 
 from siderolink.common.keys import PublicKey
 from siderolink.common.wireguard.noise import Engine
-from tests.support.virtual import VirtualPath
+from tests.support.virtual import CIPHERS, VirtualPath
 
 
 def well_made_initiations(public_key: PublicKey, count: int) -> list[bytes]:
     """Initiations whose mac1 is right, from keys that the other side does not know."""
     made = []
     for _ in range(count):
-        engine = Engine(os.urandom(32), entropy=os.urandom, unix_time_ns=time.time_ns)
+        engine = Engine(os.urandom(32), entropy=os.urandom, unix_time_ns=time.time_ns, ciphers=CIPHERS)
         peer = engine.add_peer(bytes(public_key))
         peer.path = VirtualPath("victim")
         engine.initiate(peer, 10.0)
-        made += [datagram for _, datagram in engine.datagrams_to_send()]
+        made += [datagram for _, datagram in engine.output.take_datagrams()]
     return made
 
 

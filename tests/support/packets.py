@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
-from siderolink.common.wireguard.packets import Gatherer, Packets, Splitter
+from siderolink.common.wireguard.noise import Packets
+from siderolink.common.wireguard.packets import Gatherer, Splitter
 from siderolink.common.wireguard.path import Datagrams
 
 FIN, SYN, RST, PSH, ACK, URG, ECE, CWR = (1 << bit for bit in range(8))

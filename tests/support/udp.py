@@ -2,8 +2,8 @@
 
 import anyio
 
-from siderolink.common.transport.udp import UdpSockets, open_udp
 from siderolink.common.wireguard.path import Datagrams, Path
+from siderolink.common.wireguard.udp import UdpSockets, open_udp
 
 
 class End:

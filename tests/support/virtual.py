@@ -7,7 +7,11 @@ from dataclasses import dataclass, field
 from heapq import heappop, heappush
 
 from siderolink.common.wireguard.noise import Drop, Engine, Event, Peer
+from siderolink.common.wireguard.packets import MatrixCiphers
+from siderolink.common.wireguard.path import Datagrams
 
+CIPHERS = MatrixCiphers()
+"""One for all engines here: nothing of a batch is kept."""
 WALL_START_NS = 1_700_000_000_000_000_000
 
 
@@ -18,6 +22,7 @@ class VirtualPath:
     name: str
     peer: bytes | None = None
     is_open: bool = True
+    headroom: int = 0
 
     @property
     def source(self) -> bytes:
@@ -52,7 +57,9 @@ class Node:
         self.address = address
         self.clock = clock
         self.random = random.Random(seed)
-        self.engine = Engine(self.random.randbytes(32), entropy=self.random.randbytes, unix_time_ns=clock.unix_time_ns)
+        self.engine = Engine(
+            self.random.randbytes(32), entropy=self.random.randbytes, unix_time_ns=clock.unix_time_ns, ciphers=CIPHERS
+        )
         self.path = VirtualPath(name)
         self.received: list[bytes] = []
         self.events: list[Event] = []
@@ -74,9 +81,10 @@ class Node:
         self.drain()
 
     def receive(self, datagram: bytes, path: VirtualPath) -> None:
-        packet = self.engine.receive(datagram, path, self.clock.now)
-        if packet is not None:
-            self.received.append(packet)
+        received = self.engine.receive(Datagrams.single(datagram), path, self.clock.now)
+        if received is not None:
+            opened, inner_filter = received
+            self.received += inner_filter.packets(opened)
         self.drain()
 
     def handle_timers(self) -> None:
@@ -84,13 +92,13 @@ class Node:
         self.drain()
 
     def drain(self) -> None:
-        for peer in self.engine.take_ready():
+        for peer in self.engine.output.take_ready():
             for packet in peer.take_staged():
                 self.engine.send(packet, self.clock.now)
-        for path, datagram in self.engine.datagrams_to_send():
+        for path, datagram in self.engine.output.take_datagrams():
             assert isinstance(path, VirtualPath)
             self.sent.append((path.name, datagram))
-        self.events += self.engine.events()
+        self.events += self.engine.output.take_events()
 
     def take(self) -> list[bytes]:
         """The datagrams sent since the last call."""

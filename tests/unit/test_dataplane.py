@@ -1,19 +1,20 @@
 """The data plane between an interface and a path that are lists: what is read is sent, whatever ends the reading."""
 
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from ipaddress import ip_network
+from random import Random
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from siderolink.common.keys import PrivateKey
 from siderolink.common.wireguard.dataplane import MAX_READS, DataPlane
-from siderolink.common.wireguard.noise import Engine
-from siderolink.common.wireguard.noise.drops import Drop
+from siderolink.common.wireguard.noise import Drop, Engine, Packets
+from siderolink.common.wireguard.packets import MatrixCiphers
 from siderolink.common.wireguard.path import Datagrams
-from tests.support.packets import UDP, Packet
+from tests.support.packets import UDP, Packet, batch
 
 
 class Interface:
@@ -56,8 +57,14 @@ class Wire:
 
 
 class End:
-    def __init__(self, wire: Wire) -> None:
-        self.engine = Engine(bytes(PrivateKey.generate()), entropy=os.urandom, unix_time_ns=time.time_ns, mtu=1280)
+    def __init__(self, wire: Wire, chance: Random) -> None:
+        self.engine = Engine(
+            chance.randbytes(32),
+            entropy=chance.randbytes,
+            unix_time_ns=time.time_ns,
+            ciphers=MatrixCiphers(),
+            mtu=1280,
+        )
         self.interface = Interface()
         self.wire = wire
         self.blocked: list[object] = []
@@ -81,12 +88,12 @@ def frame(size: int = 100, destination: int = 2, **fields: int) -> bytes:
     return bytes(10) + Packet(protocol=UDP, destination=destination, payload=bytes(size), **fields).encode()  # type: ignore[arg-type]
 
 
-def linked(wire: Wire | None = None) -> End:
-    """An end with a session, which allows all addresses to its peer."""
-    one, other = End(wire or Wire()), End(Wire())
+def ends(seed: int, wire: Wire | None = None) -> tuple[End, End]:
+    """Two ends with a session, which allow all addresses to each other; the same seed gives the same keys."""
+    one, other = End(wire or Wire(), Random(seed)), End(Wire(), Random(seed + 1))
     for here, there in ((one, other), (other, one)):
         peer = here.engine.add_peer(there.engine.public_key)
-        here.engine.allowed_ips.add(peer, ip_network("::/0"))
+        here.engine.allowed_ips.set(peer, [ip_network("::/0"), ip_network("0.0.0.0/0")])
         peer.path = here.wire
     one.interface.frames.append(frame())
     one.plane.read_interface()
@@ -95,7 +102,13 @@ def linked(wire: Wire | None = None) -> End:
             for datagrams in sender.wire.take():
                 receiver.plane.deliver(datagrams, receiver.wire)
     assert len(other.interface.written) == 1
-    return one
+    other.interface.written.clear()
+    return one, other
+
+
+def linked(wire: Wire | None = None) -> End:
+    """An end with a session, which allows all addresses to its peer."""
+    return ends(1, wire)[0]
 
 
 @pytest.mark.parametrize("count", [1, MAX_READS - 1, MAX_READS, MAX_READS + 1, 2 * MAX_READS, 500])
@@ -122,3 +135,40 @@ def test_only_a_datagram_to_the_peers_own_place_is_a_loop() -> None:
     end.plane.send_packet(frame(destination=int.from_bytes(place, "big")))
     assert end.engine.drops[Drop.ROUTING_LOOP] == 0, "an IPv6 address that ends like the peer's IPv4 one"
     assert end.counts() == 1
+
+
+@st.composite
+def inner_packets(draw: st.DrawFn) -> list[bytes]:
+    """Padded packets of one length, some of which contradict themselves."""
+    packets = []
+    for _ in range(draw(st.integers(1, 8))):
+        packet = bytearray(
+            Packet(version=draw(st.sampled_from([4, 6])), protocol=UDP, payload=bytes(24)).encode().ljust(80, b"\0")
+        )
+        packet[0] = draw(st.sampled_from([packet[0], packet[0], 0x40, 0x44, 0x45, 0x4F, 0x60, 0x50, 0]))
+        if draw(st.integers(0, 3)) == 0:
+            packet[draw(st.sampled_from([2, 3, 4, 5]))] = draw(st.sampled_from([0, 1, 19, 20, 80, 81, 255]))
+        packets.append(bytes(packet))
+    return packets
+
+
+@given(inner_packets(), st.data())
+def test_what_becomes_of_a_packet_does_not_depend_on_its_batch(packets: list[bytes], data: st.DataObject) -> None:
+    alone, together = ends(7), ends(7)
+    [peer] = alone[0].engine.peers.values()
+    rows = []
+    for packet in packets:
+        sealed = alone[0].engine.seal(peer, Packets.single(memoryview(packet)), time.clock_gettime(time.CLOCK_BOOTTIME))
+        assert sealed is not None
+        rows.append(bytearray(sealed[1].row(0)))
+    for index in data.draw(st.sets(st.integers(0, len(rows) - 1), max_size=2)):
+        rows[index][data.draw(st.sampled_from([0, 4, 8, -1]))] ^= 1  # type, receiver, counter, tag
+    if data.draw(st.booleans()):
+        rows.append(rows[0])
+    for row in rows:
+        alone[1].plane.deliver(Datagrams.single(bytes(row)), alone[1].wire)
+    together[1].plane.deliver(batch([bytes(row) for row in rows]), together[1].wire)
+    assert together[1].interface.written == alone[1].interface.written
+    assert together[1].engine.drops == alone[1].engine.drops
+    received = [[peer.received_bytes for peer in end.engine.peers.values()] for end in (together[1], alone[1])]
+    assert received[0] == received[1]

@@ -8,7 +8,7 @@ import pytest
 
 from siderolink.common.grpc.refusals import Refusal
 from siderolink.common.transport.tunnel import TunnelDrop
-from siderolink.common.wireguard.noise.drops import Drop
+from siderolink.common.wireguard.noise.output import Drop
 from siderolink.server.refusals import JoinRefusal, StreamRefusal
 from siderolink.server.reporting.model import ReportDrop
 

@@ -15,13 +15,16 @@ from siderolink.common.grpc import GRPCError, open_byte_stream, open_channel, tr
 from siderolink.common.join_url import JoinURL
 from siderolink.common.keys import PrivateKey
 from siderolink.common.transport.tunnel import ADDRESS_METADATA, TunnelPath, carry
-from siderolink.common.wireguard.noise import Engine, HandshakeCompleted, Peer
+from siderolink.common.wireguard.noise import Engine, Peer, SessionEstablished
 from siderolink.common.wireguard.noise import Path as EnginePath
+from siderolink.common.wireguard.packets import MatrixCiphers
 from siderolink.common.wireguard.path import Datagrams
 
 KEEPALIVE_SECONDS = 25
 _ECHO_REQUEST, _ECHO_REPLY = 128, 129
 _AGAIN_SECONDS = 1.0
+_CIPHERS = MatrixCiphers()
+"""One for all machines: each batch is done with before the next begins."""
 
 
 class SocketPath:
@@ -64,7 +67,7 @@ class SimulatedMachine:
     async def join(self) -> None:
         """Call Provision with a new key. Raises SideroLinkError."""
         key = PrivateKey.generate()
-        self._engine = Engine(bytes(key), entropy=os.urandom, unix_time_ns=time.time_ns)
+        self._engine = Engine(bytes(key), entropy=os.urandom, unix_time_ns=time.time_ns, ciphers=_CIPHERS)
         self._answer: Provisioned = await provision(self._url, self._identity, key.public_key())
         self._peer: Peer = self._engine.add_peer(bytes(self._answer.server_key))
         self._engine.allowed_ips.set(self._peer, [_host(self._answer)])
@@ -139,32 +142,33 @@ class SimulatedMachine:
             datagram = self._sock.recv(1 << 16)
         except OSError:
             return
-        self._receive(datagram)
+        self._deliver(Datagrams.single(datagram))
 
-    def _deliver(self, datagrams: Datagrams, _: object) -> None:
+    def _deliver(self, datagrams: Datagrams, _: object = None) -> None:
         for index in range(datagrams.count):
-            self._receive(bytes(datagrams.row(index)))
+            self._receive(datagrams, index)
 
-    def _receive(self, datagram: bytes) -> None:
+    def _receive(self, datagrams: Datagrams, index: int) -> None:
         now = _now()
         path = self._peer.path
         if path is None:
             return
-        packet = self._engine.receive(datagram, path, now)
-        reply = echo_reply(packet) if packet is not None else None
-        if reply is not None:
-            self.pings_answered += 1
-            self._engine.send(reply, now)
+        received = self._engine.receive(datagrams, path, now, first=index)
+        for packet in received[1].packets(received[0]) if received is not None else ():
+            reply = echo_reply(packet)
+            if reply is not None:
+                self.pings_answered += 1
+                self._engine.send(reply, now)
         self._drain(now)
 
     def _drain(self, now: float) -> None:
-        for peer in self._engine.take_ready():
+        for peer in self._engine.output.take_ready():
             peer.take_staged()
-        for path, datagram in self._engine.datagrams_to_send():
+        for path, datagram in self._engine.output.take_datagrams():
             way: SocketPath | TunnelPath = path  # type: ignore[assignment] # it has no others
             way.send(Datagrams.single(datagram, way.headroom))
-        for event in self._engine.events():
-            if isinstance(event, HandshakeCompleted) and self._asked_at is not None:
+        for event in self._engine.output.take_events():
+            if isinstance(event, SessionEstablished) and self._asked_at is not None:
                 took, self._asked_at, self.is_up = self._loop.time() - self._asked_at, None, True
                 self._on_up(took)
         if self._timer is not None:

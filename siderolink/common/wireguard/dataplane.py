@@ -1,8 +1,8 @@
-"""Packets between a TUN interface and paths, in batches; the protocol stays in the engine, the matrices in `packets`.
+"""Moves packets between an interface and paths, in batches. The protocol stays in the engine, the matrices in `packets`.
 
-Outwards: a super-packet from the interface is cut into rows, sealed and sent as one batch; small packets for the same peer that
-are read together are gathered into one. Inwards: each run of one session's datagrams is opened as a matrix and written to the
-interface merged again. What does not come in runs goes through the engine one by one.
+Outwards: a super-packet from the interface is split into rows, sealed by the engine and sent as one batch; small packets for
+the same peer that are read together are gathered into one. Inwards: the engine opens each run of one session's datagrams, and
+what it accepts is written to the interface, merged again. A single packet is a batch of one.
 """
 
 import time
@@ -10,14 +10,14 @@ from collections.abc import Callable, Sequence
 from typing import Final, Protocol, cast
 
 from siderolink.common.token_bucket import TokenBucket
-from siderolink.common.wireguard.noise import Drop, Engine, Event, Peer, Session
+from siderolink.common.wireguard.noise import Drop, Engine, Event, Packets, Peer
 from siderolink.common.wireguard.noise.messages import TRANSPORT_OVERHEAD
 from siderolink.common.wireguard.noise.peer import Path as EnginePath
-from siderolink.common.wireguard.packets.buffers import Packets, round_up
+from siderolink.common.wireguard.packets.buffers import round_up
 from siderolink.common.wireguard.packets.gather import Gatherer, place_packet
 from siderolink.common.wireguard.packets.headers import PLAIN_VNET_HEADER, UDP, VNET_SIZE, Gso, address_pair
 from siderolink.common.wireguard.packets.merge import Merger
-from siderolink.common.wireguard.packets.seal import Opened, Opener, Run, Sealer, find_runs
+from siderolink.common.wireguard.packets.seal import Opened, find_runs
 from siderolink.common.wireguard.packets.shape import MalformedFrame
 from siderolink.common.wireguard.packets.split import Splitter
 from siderolink.common.wireguard.packets.unreachable import unreachable
@@ -72,10 +72,8 @@ class DataPlane:
         self._on_events = on_events
         self._on_drained = on_drained
         self._on_blocked = on_blocked
-        self._sealer = Sealer()
-        self._opener = Opener()
         self._set_mtu(engine.mtu)
-        self._merger = Merger(engine.drop, tso=interface.tso, uso=interface.uso)
+        self._merger = Merger(tso=interface.tso, uso=interface.uso)
         self._peer: Peer | None = None
         """Where the packets go that are being gathered."""
         self._batch_bytes = 0
@@ -141,15 +139,14 @@ class DataPlane:
         except MalformedFrame:
             self._engine.drop(Drop.OUTBOUND_MALFORMED)
             return True
-        begun = self._engine.begin(peer, 1, length + TRANSPORT_OVERHEAD, now)
-        if begun is None:
+        sealed = self._engine.seal(peer, Packets.single(self._alone[:length]), now)
+        if sealed is None:
             self._engine.stage(peer, bytes(frame), now)
         else:
-            session, counter, path = begun
-            device_path = _device_path(path)
-            device_path.send(Datagrams.single(session.seal(counter, self._alone[:length]), device_path.headroom))
-            if not device_path.is_writable:
-                self._on_blocked(device_path)
+            path = _device_path(sealed[0])
+            path.send(cast("Datagrams", sealed[1]))
+            if not path.is_writable:
+                self._on_blocked(path)
         self.drain(now)
         return True
 
@@ -192,7 +189,7 @@ class DataPlane:
         peer = self._engine.find_peer(pair[:half], pair[half:])
         if peer is None and self._engine.allowed_ips.may_leave(pair[:half]):
             self._refuse(frame)
-        if peer is not None and _comes_back(frame, pair, peer):
+        if peer is not None and _is_routing_loop(frame, pair, peer):
             self._engine.drop(Drop.ROUTING_LOOP)
             return None
         return peer
@@ -214,17 +211,16 @@ class DataPlane:
             self._transmit(packets, now)
 
     def _transmit(self, packets: Packets, now: float) -> None:
-        count, peer = packets.count, self._peer
+        peer = self._peer
         if peer is None:
             return
-        begun = self._engine.begin(peer, count, packets.size + count * TRANSPORT_OVERHEAD, now)
-        if begun is None:
-            self._engine.drop(Drop.EXPIRED_SESSION, count)
+        sealed = self._engine.seal(peer, packets, now)
+        if sealed is None:
+            self._engine.drop(Drop.EXPIRED_SESSION, packets.count)
             return
-        session, counter, path = begun
-        device_path = _device_path(path)
-        device_path.send(self._sealer.seal(packets, session.sealer, session.remote_index, counter, device_path.headroom))
-        if not device_path.is_writable and self._on_blocked(device_path):
+        path = _device_path(sealed[0])
+        path.send(cast("Datagrams", sealed[1]))
+        if not path.is_writable and self._on_blocked(path):
             self._is_blocked = True
 
     # From a path
@@ -233,79 +229,42 @@ class DataPlane:
         """Take a received batch, of any mix of peers and messages."""
         now = boot_time()
         if datagrams.count == 1:
-            self._receive_one(datagrams.row(0), path, now)
+            self._receive(datagrams, 0, 1, path, now)
         elif datagrams.stride - datagrams.headroom < TRANSPORT_OVERHEAD:
             # no message is so short, and what is read from a stream at once can hold tens of thousands of these
             self._engine.drop(Drop.MALFORMED, datagrams.count)
         else:
             for run in find_runs(datagrams):
-                if run.count == 1:
-                    self._receive_one(datagrams.row(run.first), path, now)
-                else:
-                    self._receive_run(datagrams, run, path, now)
+                self._receive(datagrams, run.first, run.count, path, now)
         self.drain(now)
 
-    def _receive_one(self, datagram: memoryview, path: Path, now: float) -> None:
-        packet = self._engine.receive(bytes(datagram), path, now)
-        if packet is not None:
-            self._interface.write((PLAIN_VNET_HEADER, packet))
+    def _receive(self, datagrams: Datagrams, first: int, count: int, path: Path, now: float) -> None:
+        received = self._engine.receive(datagrams, path, now, first=first, count=count)
+        if received is not None:
+            for buffers in self._merger.merge(cast("Opened", received[0]), received[1]):
+                self._interface.write(buffers)
 
-    def _receive_run(self, datagrams: Datagrams, run: Run, path: Path, now: float) -> None:
-        session = self._engine.session(run.receiver)
-        refusal = self._engine.session_refusal(session, path, now)
-        if refusal is not None or session is None:
-            self._engine.drop(refusal or Drop.UNKNOWN_RECEIVER, run.count)
-            return
-        opened = self._opener.open(datagrams, run.first, run.count, session.opener)
-        accepted = self._accept(opened, session)
-        if not accepted:
-            return
-        size = opened.size + opened.count * TRANSPORT_OVERHEAD
-        self._engine.opened(session, path, size * accepted // opened.count, now, has_data=opened.length > 0)
-        peer = session.peer
-        for buffers in self._merger.merge(
-            opened, lambda source, to: self._engine.allowed_ips.inbound_refusal(peer, source, to)
-        ):
-            self._interface.write(buffers)
-
-    def _accept(self, opened: Opened, session: Session) -> int:
-        """Leave out rows with a bad tag or a counter seen before; answers how many remain."""
-        good = opened.good
-        bad = good.count(False)
-        if not bad:
-            fresh = session.replay.accept_run(opened.counters)
-            if fresh is None:
-                return opened.count
-            opened.good = fresh
-        else:
-            self._engine.drop(Drop.BAD_TAG, bad)
-            accept = session.replay.accept
-            opened.good = [ok and accept(counter) for ok, counter in zip(good, opened.counters, strict=True)]
-        accepted = opened.good.count(True)
-        self._engine.drop(Drop.REPLAYED, opened.count - bad - accepted)
-        return accepted
-
-    # After each verb
+    # After each call
 
     def drain(self, now: float) -> None:
         """Send what the engine has to say, release what was staged, tell the events."""
-        if self._engine.has_output:
+        if self._engine.output:
             self._drain(now)
         self._on_drained(now)
 
     def _drain(self, now: float) -> None:
-        engine = self._engine
-        ready = engine.take_ready()
+        output = self._engine.output
+        ready = output.take_ready()
         while ready:
             for peer in ready:
                 for frame in peer.take_staged():
                     self._send_frame(memoryview(frame), now)
             self._turn_away(now)
-            ready = engine.take_ready()
-        for path, datagram in engine.datagrams_to_send():
+            ready = output.take_ready()
+        for path, datagram in output.take_datagrams():
             device_path = _device_path(path)
             device_path.send(Datagrams.single(datagram, device_path.headroom))
-        events = engine.events()
+        events = output.take_events()
         if events:
             self._on_events(events)
 
@@ -321,8 +280,8 @@ def _device_path(path: EnginePath | None) -> Path:
     return cast("Path", path)
 
 
-def _comes_back(frame: memoryview, pair: bytes, peer: Peer) -> bool:
-    """Whether a packet for the peer is a datagram to where the peer itself is: the routing table leads it round in a circle."""
+def _is_routing_loop(frame: memoryview, pair: bytes, peer: Peer) -> bool:
+    """Whether a packet for the peer is a datagram to the peer's own endpoint: routes send the tunnel through itself."""
     if peer.path is None:
         return False
     source = peer.path.source

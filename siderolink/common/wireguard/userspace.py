@@ -9,7 +9,6 @@ import time
 from typing import Literal
 
 from siderolink.common.keys import PrivateKey, PublicKey
-from siderolink.common.transport.udp import UdpSockets, open_udp
 from siderolink.common.wireguard.change import DeviceChange
 from siderolink.common.wireguard.configure import Configurator, peer_status
 from siderolink.common.wireguard.dataplane import DataPlane, PacketInterface, boot_time
@@ -24,10 +23,11 @@ from siderolink.common.wireguard.device import (
     PeerSilent,
     PeerStatus,
 )
-from siderolink.common.wireguard.noise import Engine, Event
-from siderolink.common.wireguard.noise import events as noise
+from siderolink.common.wireguard.noise import Engine, Event, PeerRoamed, PeerUnresponsive, SessionEstablished
+from siderolink.common.wireguard.packets import MatrixCiphers
 from siderolink.common.wireguard.path import Datagrams, Path
 from siderolink.common.wireguard.uapi.protocol import DeviceReport
+from siderolink.common.wireguard.udp import UdpSockets, open_udp
 
 
 class UserspaceDevice:
@@ -40,7 +40,12 @@ class UserspaceDevice:
         self.name = config.name
         key = config.private_key or PrivateKey.generate()
         self.engine = Engine(
-            bytes(key), entropy=os.urandom, unix_time_ns=time.time_ns, mtu=config.mtu, timestamps=config.timestamps
+            bytes(key),
+            entropy=os.urandom,
+            unix_time_ns=time.time_ns,
+            ciphers=MatrixCiphers(),
+            mtu=config.mtu,
+            timestamps=config.timestamps,
         )
         self.plane = DataPlane(
             self.engine, interface, on_events=self._tell, on_drained=self._arm, on_blocked=self.pause_reading
@@ -175,10 +180,10 @@ class UserspaceDevice:
 
 def _translate(event: Event) -> DeviceEvent:
     key = PublicKey(event.peer.public_key)
-    if isinstance(event, noise.PathChanged):
+    if isinstance(event, PeerRoamed):
         return PathChanged(public_key=key, old=event.old, new=event.new)  # type: ignore[arg-type] # ours, see DataPlane
-    if isinstance(event, noise.HandshakeCompleted):
+    if isinstance(event, SessionEstablished):
         return HandshakeCompleted(public_key=key)
-    if isinstance(event, noise.PeerSilent):
+    if isinstance(event, PeerUnresponsive):
         return PeerSilent(public_key=key)
     return HandshakeGaveUp(public_key=key)

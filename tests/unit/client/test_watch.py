@@ -3,7 +3,7 @@
 import pytest
 
 from siderolink.client.link.watch import PROBE_LIMIT, HandshakeWatch
-from siderolink.common.wireguard.noise import HandshakeCompleted, HandshakeGaveUp, PeerSilent
+from siderolink.common.wireguard.noise import HandshakeTimedOut, PeerUnresponsive, SessionEstablished
 from tests.support.virtual import Node, Wire, inner_packet, pair
 
 HOUR = 3600.0
@@ -136,11 +136,11 @@ class Machine:
 
     def follow(self, now: float) -> None:
         for event in self.node.events:
-            if isinstance(event, HandshakeCompleted):
+            if isinstance(event, SessionEstablished):
                 self.watch.handshake_completed(now)
-            elif isinstance(event, PeerSilent):
+            elif isinstance(event, PeerUnresponsive):
                 self.doubts += self.watch.suspect(now, "silent")
-            elif isinstance(event, HandshakeGaveUp):
+            elif isinstance(event, HandshakeTimedOut):
                 self.downs.append("gave up")
         self.node.events.clear()
         if self.peer.last_received_at is not None:

@@ -4,7 +4,7 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from hypothesis import given
 from hypothesis import strategies as st
 
-from siderolink.common.wireguard.noise.allowed_ips import AllowedIPs, Network
+from siderolink.common.wireguard.noise.routing import AllowedIPs, Network
 
 v4 = st.builds(
     lambda address, length: IPv4Network((address, length), strict=False), st.integers(0, 2**32 - 1), st.integers(0, 32)

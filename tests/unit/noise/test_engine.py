@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from siderolink.common.wireguard.noise import Drop, HandshakeCompleted, PathChanged, messages
+from siderolink.common.wireguard.noise import Drop, Packets, PeerRoamed, SessionEstablished
 from tests.support.virtual import Node, VirtualPath, Wire, dropped, inner_packet, joined, pair
 
 A_TO_B = inner_packet("fd00::a", "fd00::b", b"from a")
@@ -29,8 +29,8 @@ def test_packets_pass_both_ways(psk: bytes | None) -> None:
     b.send(B_TO_A)
     wire.run(0.0)
     assert a.received == [B_TO_A]
-    assert [type(event) for event in a.events] == [HandshakeCompleted]
-    assert {type(event) for event in b.events} == {HandshakeCompleted, PathChanged}
+    assert [type(event) for event in a.events] == [SessionEstablished]
+    assert {type(event) for event in b.events} == {SessionEstablished, PeerRoamed}
     assert not dropped(a)
     assert not dropped(b)
 
@@ -237,14 +237,15 @@ def test_inner_packets_that_are_not_the_peers_to_send() -> None:
         (b"\x45\0\0\x10" + bytes(16), Drop.INNER_MALFORMED),
         (b"not ip", Drop.INNER_MALFORMED),
         (b"\x60" + bytes(38), Drop.INNER_MALFORMED),
+        (b"\x40\0\0\x14" + bytes(8) + bytes((10, 0, 0, 1, 10, 0, 0, 2)), Drop.INNER_MALFORMED),
+        (b"\x46\0\0\x14" + bytes(8) + bytes((10, 0, 0, 1, 10, 0, 0, 2)), Drop.INNER_MALFORMED),
     ]
     for packet, reason in cases:
         counter = session.reserve(1, 0.0)
         assert counter is not None
-        header = messages.encode_transport_header(session.remote_index, counter)
-        nonce = bytes(4) + counter.to_bytes(8, "little")
+        sealed = session.sealer.seal(Packets.single(memoryview(packet)), session.remote_index, counter, 0)
         before = dropped(b)
-        b.receive(header + session.sealer.encrypt(nonce, packet, None), a.path)
+        b.receive(bytes(sealed.row(0)), a.path)
         assert dropped(b) - before == Counter([reason]), packet
     assert b.received == []
 
@@ -304,7 +305,7 @@ def test_roaming_follows_authenticated_packets_only() -> None:
     assert peer.path == a.path
     b.receive(datagram, elsewhere)
     assert peer.path == elsewhere
-    assert isinstance(b.events[-1], PathChanged)
+    assert isinstance(b.events[-1], PeerRoamed)
     assert (b.events[-1].old, b.events[-1].new) == (a.path, elsewhere)
 
 
@@ -342,7 +343,7 @@ def test_timestamps_rise_when_the_clock_goes_back() -> None:
     a.drain()
     wire.run(6.0)
     assert Drop.REPLAYED_INITIATION not in dropped(b)
-    assert sum(isinstance(event, HandshakeCompleted) for event in a.events) == 2
+    assert sum(isinstance(event, SessionEstablished) for event in a.events) == 2
 
 
 def test_removing_a_peer_leaves_nothing() -> None:

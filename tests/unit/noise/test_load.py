@@ -15,6 +15,7 @@ from siderolink.common.wireguard.noise.cookies import (
     MacGuard,
     SourceLimiter,
 )
+from siderolink.common.wireguard.path import Datagrams
 from tests.support.virtual import VirtualPath, dropped, inner_packet, joined, pair
 
 A_TO_B = inner_packet("fd00::a", "fd00::b", b"from a")
@@ -146,7 +147,7 @@ def test_a_million_mutated_datagrams_into_a_live_engine() -> None:
             datagram[randrange(min(len(datagram), 132))] ^= 1 << (number & 7)
             if number % 5 == 0:
                 del datagram[randrange(len(datagram)) :]
-            b.engine.receive(bytes(datagram), path, wire.clock.now)
+            b.engine.receive(Datagrams.single(bytes(datagram)), path, wire.clock.now)
         b.drain()
         b.take()
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from siderolink.common.wireguard.noise import Drop, HandshakeCompleted, HandshakeGaveUp, PeerSilent, messages
-from siderolink.common.wireguard.noise.constants import REJECT_AFTER_MESSAGES, REKEY_AFTER_MESSAGES
+from siderolink.common.wireguard.noise import Drop, HandshakeTimedOut, PeerUnresponsive, SessionEstablished, messages
+from siderolink.common.wireguard.noise.messages import REJECT_AFTER_MESSAGES, REKEY_AFTER_MESSAGES
 from tests.support.virtual import Node, Wire, inner_packet, pair
 
 THIRD = 1 / 3
@@ -43,7 +43,7 @@ def test_initiation_is_repeated_every_five_seconds_with_jitter_and_given_up_afte
     wire.clock.now = 90.0
     a.handle_timers()
     assert types(a) == []
-    assert isinstance(a.events[-1], HandshakeGaveUp)
+    assert isinstance(a.events[-1], HandshakeTimedOut)
     assert a.engine.drops[Drop.HANDSHAKE_GAVE_UP] == 1
     assert a.engine.next_deadline() == 90.0 + 540.0
     # It begins anew with the next packet, and the attempt has ninety seconds of its own.
@@ -111,7 +111,7 @@ def test_initiator_rekeys_after_120_seconds_and_the_responder_does_not() -> None
         if second < 120:
             a.send(inner_packet("fd00::a", "fd00::b", b"up"))
             wire.run(float(second))
-    assert sum(isinstance(event, HandshakeCompleted) for event in a.events) == 1
+    assert sum(isinstance(event, SessionEstablished) for event in a.events) == 1
     a.send(inner_packet("fd00::a", "fd00::b", b"rekeys"))
     assert sorted(types(a)) == [messages.INITIATION, messages.TRANSPORT]
 
@@ -166,7 +166,7 @@ def test_persistent_keepalive_is_due_after_its_interval_of_silence(keepalive: in
     b.add(a, dial=False)
     a.add(b, keepalive=keepalive)
     wire.run(0.0)
-    assert [type(event) for event in a.events] == [HandshakeCompleted]
+    assert [type(event) for event in a.events] == [SessionEstablished]
     assert a.engine.next_deadline() == min(keepalive, 540.0)
 
 
@@ -203,9 +203,9 @@ def test_silence_is_told_before_another_initiation() -> None:
     wire.run(14.9)
     assert not a.events
     wire.run(15.4)
-    assert [type(event) for event in a.events] == [PeerSilent]
+    assert [type(event) for event in a.events] == [PeerUnresponsive]
     wire.run(21.0)
-    assert [type(event) for event in a.events] == [PeerSilent, PeerSilent]
+    assert [type(event) for event in a.events] == [PeerUnresponsive, PeerUnresponsive]
 
 
 def test_a_handshake_on_demand_waits_for_no_timer_and_costs_no_session() -> None:
@@ -214,5 +214,5 @@ def test_a_handshake_on_demand_waits_for_no_timer_and_costs_no_session() -> None
     session = peer.current
     for now, sent in ((0.05, 0), (1.0, 1), (1.01, 0), (2.0, 1)):
         a.engine.handshake(peer, now)
-        assert len(a.engine.datagrams_to_send()) == sent
+        assert len(a.engine.output.take_datagrams()) == sent
     assert peer.current is session

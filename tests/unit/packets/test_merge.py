@@ -7,7 +7,8 @@ from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from hypothesis import given
 from hypothesis import strategies as st
 
-from siderolink.common.wireguard.noise.drops import Drop
+from siderolink.common.wireguard.noise.output import Drop
+from siderolink.common.wireguard.noise.routing import InnerFilter
 from siderolink.common.wireguard.packets import Merger, Opened, Opener, Splitter, address_pair
 from tests.support.packets import (
     ACK,
@@ -46,7 +47,7 @@ class Interface:
         self.drops: Counter[Drop] = Counter()
         self.asked: list[tuple[bytes, bytes]] = []
         self.refuse = refuse
-        self.merger = Merger(self._drop, tso=tso, uso=uso)
+        self.merger = Merger(tso=tso, uso=uso)
 
     def _drop(self, reason: Drop, count: int) -> None:
         self.drops[reason] += count
@@ -59,7 +60,10 @@ class Interface:
         return self.frames_of(opened(rows))
 
     def frames_of(self, batch: Opened) -> list[bytes]:
-        return [b"".join(bytes(part) for part in buffers) for buffers in self.merger.merge(batch, self._refuse)]
+        return [
+            b"".join(bytes(part) for part in buffers)
+            for buffers in self.merger.merge(batch, InnerFilter(self._refuse, self._drop))
+        ]
 
     def packets(self, rows: list[bytes]) -> list[bytes]:
         return [packet for frame in self.frames(rows) for packet in segment_frame(frame)]

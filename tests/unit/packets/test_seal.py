@@ -5,7 +5,8 @@ from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from hypothesis import given
 from hypothesis import strategies as st
 
-from siderolink.common.wireguard.packets import Gatherer, Opener, Packets, Run, Sealer, find_runs, read_counters
+from siderolink.common.wireguard.noise import Packets
+from siderolink.common.wireguard.packets import Gatherer, Opener, Run, Sealer, find_runs, read_counters
 from siderolink.common.wireguard.path import Datagrams
 from tests.support.packets import UDP, Packet, batch, pad, seal
 

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from siderolink.common.wireguard.packets import Gatherer, MalformedFrame, Packets, Splitter
+from siderolink.common.wireguard.noise import Packets
+from siderolink.common.wireguard.packets import Gatherer, MalformedFrame, Splitter
 from siderolink.common.wireguard.packets.split import MAX_BATCH
 from tests.support.packets import ACK, CWR, FIN, PSH, TCP, UDP, URG, Packet, collected, pad
 

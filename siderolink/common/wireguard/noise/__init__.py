@@ -1,22 +1,25 @@
 """The WireGuard protocol without I/O. It imports nothing else of this package and can be used by itself; see `Engine`."""
 
-from .drops import Drop
 from .engine import Engine
-from .events import Event, HandshakeCompleted, HandshakeGaveUp, PathChanged, PeerSilent
+from .output import Drop, Event, HandshakeTimedOut, PeerRoamed, PeerUnresponsive, SessionEstablished
 from .peer import Path, Peer
+from .rows import CipherFactory, Packets, RowCipher
 from .session import Session
 from .tai64n import Timestamps
 
 __all__ = [
+    "CipherFactory",
     "Drop",
     "Engine",
     "Event",
-    "HandshakeCompleted",
-    "HandshakeGaveUp",
+    "HandshakeTimedOut",
+    "Packets",
     "Path",
-    "PathChanged",
     "Peer",
-    "PeerSilent",
+    "PeerRoamed",
+    "PeerUnresponsive",
+    "RowCipher",
     "Session",
+    "SessionEstablished",
     "Timestamps",
 ]

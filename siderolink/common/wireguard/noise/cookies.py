@@ -3,8 +3,16 @@
 from collections.abc import Callable
 from hmac import compare_digest
 
-from .constants import COOKIE_REFRESH_TIME, LABEL_COOKIE, LABEL_MAC1, MAC_BYTES
-from .messages import INITIATION, CookieReply, encode_cookie_reply, sender_index
+from .messages import (
+    COOKIE_REFRESH_TIME,
+    INITIATION,
+    LABEL_COOKIE,
+    LABEL_MAC1,
+    MAC_BYTES,
+    CookieReply,
+    encode_cookie_reply,
+    sender_index,
+)
 from .primitives import hash2, mac, xopen, xseal
 
 NO_MAC2 = bytes(MAC_BYTES)

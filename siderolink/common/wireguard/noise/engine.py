@@ -1,42 +1,40 @@
 """The WireGuard protocol of one device, without I/O: datagrams, packets and a clock in; datagrams, packets and events out.
 
-Theory of operation. The owner passes what it received (`receive`), what it wants sent (`send`, or `begin` for a batch that it
-seals itself) and the time (`handle_timers`). After each verb it drains `datagrams_to_send`, `events` and `take_ready`, and arms
-one timer for `next_deadline`. Nothing here opens a socket, starts a task, reads a clock or draws entropy by itself; `now` is
+Theory of operation. The owner passes batches of what it received (`receive`) and of what it wants sent (`seal`), and the time
+(`handle_timers`). After each call it empties `output` and arms one timer for `next_deadline`. Nothing here opens a socket,
+starts a task, reads a clock, draws entropy or picks an implementation of the cipher: all of these are injected. `now` is
 seconds on a clock that also runs while the host sleeps, and one engine always gets the same clock.
 
 A packet for a peer without a usable session is *staged*; when a session comes the peer is *ready*, and the owner sends what
 `Peer.take_staged` gives. The engine never looks into staged items, so an owner may stage whatever it sends.
+
+`Exchange` makes sessions, `Traffic` uses them, and the engine joins both with configuration and time.
 """
 
 from collections.abc import Callable
 
-from cryptography.exceptions import InvalidTag
-
 from . import messages
-from .drops import Drop
-from .events import Event, HandshakeCompleted, HandshakeGaveUp, PathChanged, PeerSilent
 from .exchange import Entropy, Exchange
 from .handshake import NO_PRESHARED_KEY, Identity
-from .inner import inner_header, padded_length
-from .output import Output
+from .output import Drop, HandshakeTimedOut, Output, PeerUnresponsive
 from .peer import Path, Peer
 from .primitives import is_low_order
-from .routing import CryptokeyRouting
-from .schedule import Schedule
-from .session import Session
+from .routing import CryptokeyRouting, InnerFilter
+from .rows import CipherFactory, Datagrams, Opened
 from .tai64n import Timestamps
-from .timers import NEVER
+from .timers import NEVER, DeadlineQueue
+from .traffic import Traffic
 
 DEFAULT_MTU = 1420
-_JUST_BEGUN = 0.1  # seconds: who asks for a handshake so short after the last one means that
+_REPEAT_INTERVAL = 0.1
+"""Seconds after an initiation within which another request for a handshake asks for the same one."""
 
 
 class Engine:
     """One private key and its peers.
 
-    `entropy` gives random bytes, `unix_time_ns` the wall clock (only for handshake timestamps and for reporting).
-    `timestamps` carries the TAI64N high-water mark of a key that outlives the process.
+    `entropy` gives random bytes, `unix_time_ns` the wall clock (only for handshake timestamps and for reporting), `ciphers`
+    the cipher for a session's key. `timestamps` carries the TAI64N high-water mark of a key that outlives the process.
     """
 
     def __init__(
@@ -45,22 +43,37 @@ class Engine:
         *,
         entropy: Entropy,
         unix_time_ns: Callable[[], int],
+        ciphers: CipherFactory,
         mtu: int = DEFAULT_MTU,
         timestamps: Timestamps | None = None,
     ) -> None:
         self.peers: dict[bytes, Peer] = {}
         self.allowed_ips = CryptokeyRouting()
         self.mtu = mtu
-        self._output = Output()
-        self._schedule = Schedule()
+        self.output = Output()
+        """What the last call gave; to be emptied after each."""
+        self.drop = self.output.drop
+        """Count a drop that the owner decided on."""
+        self._deadlines = DeadlineQueue()
         self._exchange = Exchange(
             Identity.of(private_key),
             self.peers,
-            self._output,
+            self.output,
             entropy=entropy,
             unix_time_ns=unix_time_ns,
+            ciphers=ciphers,
             timestamps=timestamps or Timestamps(),
         )
+        self._traffic = traffic = Traffic(
+            self.allowed_ips,
+            self._exchange.indices,
+            self._deadlines,
+            self.output,
+            initiate=self.initiate,
+            on_confirmed=self._confirmed,
+        )
+        self.find_peer, self.can_send = traffic.find_peer, traffic.can_send
+        self.seal, self.stage, self.send_keepalive = traffic.seal, traffic.stage, traffic.send_keepalive
 
     # Configuration
 
@@ -71,11 +84,7 @@ class Engine:
     @property
     def drops(self) -> dict[Drop, int]:
         """How often each reason to drop something came up."""
-        return self._output.drops
-
-    def drop(self, reason: Drop, count: int = 1) -> None:
-        """Count a drop that the owner decided on."""
-        self._output.drop(reason, count)
+        return self.output.drops
 
     def set_private_key(self, raw: bytes) -> None:
         """Become another identity: a peer of the same public key is removed, all sessions end."""
@@ -119,150 +128,59 @@ class Engine:
         peer.timers.persistent_expired(now)
         if was_off and seconds:
             self.send_keepalive(peer, now)
-        self._schedule.update(peer)
+        self._deadlines.update(peer)
 
-    # Packets out
-
-    def find_peer(self, source: bytes, destination: bytes) -> Peer | None:
-        """The peer that a packet from the interface goes to; None, and counted, if it may not go anywhere."""
-        found = self.allowed_ips.outbound(source, destination)
-        if isinstance(found, Drop):
-            self._output.drop(found)
-            return None
-        return found
-
-    def can_send(self, peer: Peer, now: float) -> bool:
-        """True if `begin` would answer a session; if not, a packet has to be staged."""
-        session = peer.current
-        return session is not None and peer.reachable_path is not None and not session.is_expired(now)
-
-    def begin(self, peer: Peer, count: int, size: int, now: float) -> tuple[Session, int, Path] | None:
-        """Reserve counters for `count` data messages of `size` bytes in all, that the caller now seals and sends.
-
-        Answers the session, the first counter and the path; or None where there is no session to use: then the caller stages.
-        """
-        session, path = peer.current, peer.path
-        if session is None or path is None or not path.is_open:
-            return None
-        first = session.reserve(count, now)
-        if first is None:
-            return None
-        peer.sent_bytes += size
-        if peer.timers.data_sent(now):
-            self._schedule.update(peer)
-        if session.wants_rekey(now):
-            self.initiate(peer, now)
-        return session, first, path
-
-    def stage(self, peer: Peer, item: bytes, now: float) -> None:
-        """Keep an item until the peer is ready, and begin a handshake; dropped where there is nowhere to send one."""
-        if peer.reachable_path is None:
-            self._output.drop(Drop.NO_PATH)
-            return
-        self._output.drop(Drop.STAGED_OVERFLOW, peer.stage(item))
-        self.initiate(peer, now)
+    # Packets and datagrams
 
     def send(self, packet: bytes, now: float) -> None:
-        """Send one inner packet, the plain way: routed, sealed and put among the datagrams to send, or staged."""
-        header = inner_header(packet)
-        if header is None or header.length != len(packet):
-            self._output.drop(Drop.OUTBOUND_MALFORMED)
-            return
-        peer = self.find_peer(header.source, header.destination)
-        if peer is None:
-            return
-        padded = padded_length(len(packet), self.mtu)
-        begun = self.begin(peer, 1, padded + messages.TRANSPORT_OVERHEAD, now)
-        if begun is None:
-            self.stage(peer, packet, now)
-            return
-        session, counter, path = begun
-        self._output.datagrams.append((path, session.seal(counter, packet + bytes(padded - len(packet)))))
+        """Send one inner packet, for an owner that has no batches: its datagram comes out of `output`."""
+        self._traffic.send(packet, self.mtu, now)
 
-    def send_keepalive(self, peer: Peer, now: float) -> None:
-        """Send an empty data message, or begin a handshake where there is no session."""
-        session, path = peer.current, peer.reachable_path
-        if path is None:
-            return
-        counter = None if session is None else session.reserve(1, now)
-        if session is None or counter is None:
-            self.initiate(peer, now)
-            return
-        self._output.send(peer, path, session.seal(counter, b""))
-        peer.timers.authenticated_sent(now)
-        if session.wants_rekey(now):
-            self._exchange.initiate(peer, now)
-        self._schedule.update(peer)
+    def receive(
+        self, datagrams: Datagrams, path: Path, now: float, *, first: int = 0, count: int = 1
+    ) -> tuple[Opened, InnerFilter] | None:
+        """Take `count` datagrams from row `first` on; more than one only if all are data messages that name one session.
+
+        Returns decrypted packets, good until the next call, and the filter which says what of them may be passed on.
+        """
+        if count > 1:
+            return self._traffic.open(datagrams, first, count, path, now)
+        datagram = datagrams.row(first)
+        kind = messages.message_type(datagram)
+        if kind == messages.TRANSPORT:
+            return self._traffic.open(datagrams, first, 1, path, now)
+        if kind == 0:
+            self.output.drop(Drop.MALFORMED)
+        else:
+            self._receive_handshake(kind, bytes(datagram), path, now)
+        return None
 
     def initiate(self, peer: Peer, now: float) -> None:
         """Begin a handshake; never more than one in 5 s."""
         self._exchange.initiate(peer, now)
-        self._schedule.update(peer)
+        self._deadlines.update(peer)
 
     def handshake(self, peer: Peer, now: float) -> None:
         """Begin a handshake although the last one may be less than 5 s ago; the owner bounds how often. Sessions stay good."""
-        if now - peer.last_initiation_sent_at > _JUST_BEGUN:
+        if now - peer.last_initiation_sent_at > _REPEAT_INTERVAL:
             self._exchange.initiate(peer, now, at_once=True)
-            self._schedule.update(peer)
-
-    # Datagrams in
-
-    def session(self, index: int) -> Session | None:
-        """The session that a data message names, for a caller that opens batches itself."""
-        return self._exchange.indices.session(index)
-
-    def receive(self, datagram: bytes, path: Path, now: float) -> bytes | None:
-        """Take one datagram. Answers an inner packet that may be passed on, or None."""
-        kind = messages.message_type(datagram)
-        if kind == messages.TRANSPORT:
-            return self._receive_transport(datagram, path, now)
-        if kind == messages.COOKIE_REPLY:
-            self._exchange.receive_cookie(datagram, now)
-        elif kind == 0:
-            self._output.drop(Drop.MALFORMED)
-        elif self._exchange.admits(datagram, path, now):
-            self._receive_handshake(kind, datagram, path, now)
-        return None
-
-    def session_refusal(self, session: Session | None, path: Path, now: float) -> Drop | None:
-        """Why data messages of this session that came by this path are not even opened, or None."""
-        if session is None:
-            return Drop.UNKNOWN_RECEIVER
-        if path.peer is not None and path.peer != session.peer.public_key:
-            return Drop.WRONG_PATH
-        return Drop.EXPIRED_SESSION if session.is_expired(now) else None
-
-    def opened(self, session: Session, path: Path, size: int, now: float, *, has_data: bool) -> None:
-        """Note that data messages of `size` bytes in all were authenticated and are no replay."""
-        peer = session.peer
-        if session is peer.next:
-            self._exchange.indices.drop(peer.confirm(now))
-            self._completed(peer, now)
-        timers = peer.timers
-        if not has_data:
-            timers.authenticated_received(now)
-        elif timers.data_received(now):
-            self._schedule.update(peer)
-        self._heard(peer, path, size, now)
-        if session is peer.current and session.wants_rekey_on_receive(now) and not timers.rekeyed_on_receive:
-            timers.rekeyed_on_receive = True
-            self.initiate(peer, now)
+            self._deadlines.update(peer)
 
     # Time
 
     def next_deadline(self) -> float:
         """When `handle_timers` is due, on the caller's clock; infinity for never."""
-        return self._schedule.next_at()
+        return self._deadlines.next_at()
 
     def earliest_deadline(self) -> float:
         """Like `next_deadline`, but perhaps too early, and so cheap that it may be asked after every packet."""
-        return self._schedule.earliest()
+        return self._deadlines.earliest()
 
     def handle_timers(self, now: float) -> None:
         """Do what is due."""
-        for peer in self._schedule.due(now):
+        for peer in self._deadlines.due(now):
             self._handle_due(peer, now)
-            self._schedule.update(peer)
+            self._deadlines.update(peer)
 
     def stop(self) -> None:
         """Forget all sessions and what waits for them, and do nothing until `start`: the interface is down."""
@@ -273,98 +191,30 @@ class Engine:
             peer.take_staged()
 
     def start(self, now: float) -> None:
-        """Go on; peers with a persistent keepalive are dialled at once."""
+        """Resume; peers with a persistent keepalive are dialled at once."""
         self._exchange.is_stopped = False
         for peer in self.peers.values():
             if peer.timers.persistent_interval:
                 self.send_keepalive(peer, now)
 
-    # What comes out
-
-    @property
-    def has_output(self) -> bool:
-        """Whether there is anything to take from here."""
-        output = self._output
-        return bool(output.datagrams or output.events or output.ready)
-
-    def datagrams_to_send(self) -> list[tuple[Path, bytes]]:
-        """Handshake messages, keepalives, and data sealed one by one; emptied by the call."""
-        datagrams, self._output.datagrams = self._output.datagrams, []
-        return datagrams
-
-    def events(self) -> list[Event]:
-        """What has happened; emptied by the call."""
-        events, self._output.events = self._output.events, []
-        return events
-
-    def take_ready(self) -> list[Peer]:
-        """Peers whose staged items can be sent now; emptied by the call."""
-        ready, self._output.ready = self._output.ready, []
-        return ready
-
     # Inside
 
     def _receive_handshake(self, kind: int, datagram: bytes, path: Path, now: float) -> None:
-        if kind == messages.INITIATION:
-            session = self._exchange.receive_initiation(datagram, path, now)
-        else:
-            session = self._exchange.receive_response(datagram, path, now)
+        session = self._exchange.receive(kind, datagram, path, now)
         if session is None:
             return
         peer = session.peer
         peer.timers.authenticated_received(now)
-        self._heard(peer, path, len(datagram), now)
+        self._traffic.heard(peer, path, len(datagram), now)
         if session.is_initiator:
-            self._announce(peer)
+            self._traffic.announce(peer)
             if not peer.staged:
                 self.send_keepalive(peer, now)
-        self._schedule.update(peer)
+        self._deadlines.update(peer)
 
-    def _receive_transport(self, datagram: bytes, path: Path, now: float) -> bytes | None:
-        index, counter = messages.parse_transport(datagram)
-        session = self._exchange.indices.session(index)
-        refusal = self.session_refusal(session, path, now)
-        if refusal is not None or session is None:
-            self._output.drop(refusal or Drop.UNKNOWN_RECEIVER)
-            return None
-        try:
-            packet = session.open(counter, datagram[messages.TRANSPORT_HEADER_BYTES :])
-        except InvalidTag:
-            self._output.drop(Drop.BAD_TAG)
-            return None
-        if not session.replay.accept(counter):
-            self._output.drop(Drop.REPLAYED)
-            return None
-        self.opened(session, path, len(datagram), now, has_data=bool(packet))
-        return self._admit(session.peer, packet) if packet else None
-
-    def _admit(self, peer: Peer, packet: bytes) -> bytes | None:
-        header = inner_header(packet)
-        if header is None:
-            self._output.drop(Drop.INNER_MALFORMED)
-            return None
-        refusal = self.allowed_ips.inbound_refusal(peer, header.source, header.destination)
-        if refusal is not None:
-            self._output.drop(refusal)
-            return None
-        return packet[: header.length]
-
-    def _heard(self, peer: Peer, path: Path, size: int, now: float) -> None:
-        peer.received_bytes += size
-        peer.last_received_at = now
-        if path is not peer.path:
-            old, peer.path = peer.path, path
-            if old != path:
-                self._output.events.append(PathChanged(peer=peer, old=old, new=path))
-
-    def _completed(self, peer: Peer, now: float) -> None:
+    def _confirmed(self, peer: Peer, now: float) -> None:
         self._exchange.complete(peer, now)
-        self._announce(peer)
-
-    def _announce(self, peer: Peer) -> None:
-        self._output.events.append(HandshakeCompleted(peer=peer))
-        if peer.staged:
-            self._output.ready.append(peer)
+        self._traffic.announce(peer)
 
     def _handle_due(self, peer: Peer, now: float) -> None:
         timers = peer.timers
@@ -375,7 +225,7 @@ class Engine:
             timers.keepalive_expired(now)
         if timers.new_handshake_at <= now:
             timers.new_handshake_at = NEVER
-            self._output.events.append(PeerSilent(peer=peer))
+            self.output.announce(PeerUnresponsive(peer=peer))
             self._exchange.initiate(peer, now)
         if timers.zero_keys_at <= now:
             timers.zero_keys_at = NEVER
@@ -386,13 +236,13 @@ class Engine:
 
     def _retransmit(self, peer: Peer, now: float) -> None:
         if not peer.timers.has_attempt_ended(now):
-            self._output.events.append(PeerSilent(peer=peer))
+            self.output.announce(PeerUnresponsive(peer=peer))
             self._exchange.initiate(peer, now)
             return
         peer.timers.attempt_abandoned(now)
         self._exchange.indices.abandon(peer)
-        self._output.drop(Drop.HANDSHAKE_GAVE_UP, len(peer.take_staged()))
-        self._output.events.append(HandshakeGaveUp(peer=peer))
+        self.output.drop(Drop.HANDSHAKE_GAVE_UP, len(peer.take_staged()))
+        self.output.announce(HandshakeTimedOut(peer=peer))
 
     def _erase(self, peer: Peer) -> None:
         self._exchange.indices.abandon(peer)

@@ -6,9 +6,7 @@ Receiving is ordered by cost: length, mac1, load, then one Curve25519 exchange, 
 from collections.abc import Callable
 
 from . import messages
-from .constants import REKEY_JITTER, REKEY_TIMEOUT
 from .cookies import LoadMeter, MacGuard, SourceLimiter
-from .drops import Drop
 from .handshake import (
     Identity,
     ReceivedInitiation,
@@ -19,9 +17,11 @@ from .handshake import (
     create_response,
     verify_initiation,
 )
-from .output import Output
+from .messages import REKEY_JITTER, REKEY_TIMEOUT
+from .output import Drop, Output
 from .peer import Path, Peer
 from .primitives import dh
+from .rows import CipherFactory
 from .session import Session
 from .tai64n import Timestamps
 
@@ -85,6 +85,7 @@ class Exchange:
         *,
         entropy: Entropy,
         unix_time_ns: Callable[[], int],
+        ciphers: CipherFactory,
         timestamps: Timestamps,
     ) -> None:
         self.identity = identity
@@ -97,6 +98,7 @@ class Exchange:
         self._output = output
         self._entropy = entropy
         self._unix_time_ns = unix_time_ns
+        self._ciphers = ciphers
         self._guard = MacGuard(identity.public, entropy)
         self._limiter = SourceLimiter()
         self._cookie_limiter = SourceLimiter()
@@ -135,9 +137,20 @@ class Exchange:
             self.identity, peer.public_key, shared, self.indices.fresh(), self._entropy(32), stamp
         )
         self.indices.open(peer, sent)
-        self._output.send(peer, path, peer.signer.sign(messages.encode_initiation(message), now))
+        self._send(peer, path, peer.signer.sign(messages.encode_initiation(message), now))
 
-    def admits(self, datagram: bytes, path: Path, now: float) -> bool:
+    def receive(self, kind: int, datagram: bytes, path: Path, now: float) -> Session | None:
+        """Take a handshake message of a known type and its type's length; returns the session that came of it."""
+        if kind == messages.COOKIE_REPLY:
+            self._receive_cookie(datagram, now)
+            return None
+        if not self._admits(datagram, path, now):
+            return None
+        if kind == messages.INITIATION:
+            return self._receive_initiation(datagram, path, now)
+        return self._receive_response(datagram, path, now)
+
+    def _admits(self, datagram: bytes, path: Path, now: float) -> bool:
         """The cheap checks of an initiation or response; under load, a cookie is asked for.
 
         A response that names an open initiation of ours needs none: who guesses a name has guessed 32 bits, and who sees them
@@ -156,14 +169,14 @@ class Exchange:
             return False
         if not is_proven:
             self._output.drop(Drop.BAD_MAC2)
-            self._output.datagrams.append((path, self._guard.cookie_reply(datagram, source, now)))
+            self._output.send(path, self._guard.cookie_reply(datagram, source, now))
         return is_proven
 
     def _is_awaited(self, datagram: bytes) -> bool:
         is_response = messages.message_type(datagram) == messages.RESPONSE
         return is_response and self.indices.pending(messages.parse_response(datagram).receiver) is not None
 
-    def receive_initiation(self, datagram: bytes, path: Path, now: float) -> Session | None:
+    def _receive_initiation(self, datagram: bytes, path: Path, now: float) -> Session | None:
         """Answer an initiation; the session waits until the peer uses it."""
         claimed = claim_initiation(self.identity, messages.parse_initiation(datagram))
         if claimed is None:
@@ -199,13 +212,15 @@ class Exchange:
             return None
         peer.last_timestamp = received.timestamp
         peer.last_initiation_received_at = now
-        session = Session(peer, keys, local_index=index, remote_index=received.sender, is_initiator=False, now=now)
+        session = Session(
+            peer, keys, self._ciphers, local_index=index, remote_index=received.sender, is_initiator=False, now=now
+        )
         self._install(session, now)
         peer.timers.authenticated_sent(now)
-        self._output.send(peer, path, peer.signer.sign(messages.encode_response(message), now))
+        self._send(peer, path, peer.signer.sign(messages.encode_response(message), now))
         return session
 
-    def receive_response(self, datagram: bytes, path: Path, now: float) -> Session | None:
+    def _receive_response(self, datagram: bytes, path: Path, now: float) -> Session | None:
         """Complete a handshake that we began; the session can be used at once."""
         message = messages.parse_response(datagram)
         peer = self.indices.pending(message.receiver)
@@ -219,13 +234,15 @@ class Exchange:
         if keys is None:
             self._output.drop(Drop.BAD_HANDSHAKE)
             return None
-        session = Session(peer, keys, local_index=message.receiver, remote_index=message.sender, is_initiator=True, now=now)
+        session = Session(
+            peer, keys, self._ciphers, local_index=message.receiver, remote_index=message.sender, is_initiator=True, now=now
+        )
         self.indices.abandon(peer)
         self._install(session, now)
         self.complete(peer, now)
         return session
 
-    def receive_cookie(self, datagram: bytes, now: float) -> None:
+    def _receive_cookie(self, datagram: bytes, now: float) -> None:
         """Take a cookie, and try again with it.
 
         The whitepaper leaves the new try to the timer. It is made at once here, but once for each timer, so that a forger who
@@ -250,6 +267,10 @@ class Exchange:
         peer.timers.handshake_completed()
         peer.last_handshake_at = now
         peer.last_handshake_ns = self._unix_time_ns()
+
+    def _send(self, peer: Peer, path: Path, datagram: bytes) -> None:
+        peer.sent_bytes += len(datagram)
+        self._output.send(path, datagram)
 
     def _static_static(self, peer: Peer) -> bytes:
         """Empty where the peer's key is of low order: nothing can be shared with that."""

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
-from .constants import CONSTRUCTION, IDENTIFIER
-from .messages import Initiation, Response
+from .messages import CONSTRUCTION, IDENTIFIER, Initiation, Response
 from .primitives import dh, hash2, kdf1, kdf2, kdf3, open_once, private_key, public_bytes, seal_once
 
 NO_PRESHARED_KEY = bytes(32)

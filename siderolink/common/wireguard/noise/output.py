@@ -1,30 +1,149 @@
-"""What an engine has to say after a verb: datagrams, events, peers with packets to release, and counted drops."""
+"""What an engine has to say: datagrams, events, peers with packets to release, and drops counted by reason.
+
+WireGuard never answers what it refuses, so every drop has a name and a counter.
+"""
 
 from collections import Counter
+from dataclasses import dataclass
+from enum import StrEnum
 from typing import TYPE_CHECKING
 
-from .drops import Drop
-
 if TYPE_CHECKING:
-    from .events import Event
     from .peer import Path, Peer
 
 
-class Output:
-    """Filled by the engine's rooms, emptied by its owner."""
+class Drop(StrEnum):
+    """Named reasons; docs/drops.md explains each to an operator."""
 
-    __slots__ = ("datagrams", "drops", "events", "ready")
+    MALFORMED = "malformed"
+    """Too short, of an unknown type, or not of its type's length."""
+    BAD_MAC1 = "bad_mac1"
+    """A handshake message that was not made for this device's public key."""
+    BAD_MAC2 = "bad_mac2"
+    """Under load, a handshake message without a valid cookie; a cookie was sent back."""
+    RATE_LIMITED = "rate_limited"
+    """Under load, more handshake messages from one source than it may send."""
+    BAD_HANDSHAKE = "bad_handshake"
+    """A handshake message that does not decrypt, or carries an unusable Curve25519 point."""
+    UNKNOWN_PEER = "unknown_peer"
+    """A well-made initiation from a public key that is not configured."""
+    REPLAYED_INITIATION = "replayed_initiation"
+    """An initiation whose timestamp is not newer than the last one of this peer."""
+    INITIATION_FLOOD = "initiation_flood"
+    """More initiations from one peer than a live one sends."""
+    UNEXPECTED_RESPONSE = "unexpected_response"
+    """A response or cookie for no initiation of ours that is open."""
+    BAD_COOKIE = "bad_cookie"
+    """A cookie reply that does not decrypt."""
+    UNKNOWN_RECEIVER = "unknown_receiver"
+    """A data message for a session that this device does not have."""
+    EXPIRED_SESSION = "expired_session"
+    """A data message under a key older than 180 s or used up."""
+    BAD_TAG = "bad_tag"
+    """A data message that was altered, or not sealed with the session's key."""
+    REPLAYED = "replayed"
+    """A data message whose counter was seen before, or is too old to tell."""
+    WRONG_PATH = "wrong_path"
+    """Authenticated as one peer, but come by a path that belongs to another."""
+    INNER_MALFORMED = "inner_malformed"
+    """Decrypted to something that is not one whole IP packet."""
+    INNER_SOURCE = "inner_source"
+    """An inner packet whose source is not among the peer's allowed IPs."""
+    INNER_DESTINATION = "inner_destination"
+    """Isolation: an inner packet to or from anything but this host's own overlay address."""
+    NO_PEER = "no_peer"
+    """A packet from the interface for an address that no peer has."""
+    NO_PATH = "no_path"
+    """A packet or message for a peer that was never heard from and has no endpoint."""
+    ROUTING_LOOP = "routing_loop"
+    """A packet from the interface that is a datagram to the peer's own endpoint: routes lead it round in a circle."""
+    USELESS_KEY = "useless_key"
+    """A handshake that was not begun, because with the peer's public key no secret can be shared."""
+    STAGED_OVERFLOW = "staged_overflow"
+    """The oldest packet of a queue that waits for a handshake."""
+    HANDSHAKE_GAVE_UP = "handshake_gave_up"
+    """Packets that waited for a handshake which never came."""
+    OUTBOUND_MALFORMED = "outbound_malformed"
+    """A packet from the interface that is not one whole IP packet."""
+    SEND_FAILED = "send_failed"
+    """A datagram that the host's network did not take: no route, or larger than UDP can carry."""
+    SEND_BUFFER_FULL = "send_buffer_full"
+    """A datagram that came while the socket's buffer, and the little kept beside it, were full."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SessionEstablished:
+    """Both ends hold the session and the peer has proved it."""
+
+    peer: "Peer"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PeerRoamed:
+    """An authenticated packet came by another path than the one before."""
+
+    peer: "Peer"
+    old: "Path | None"
+    new: "Path"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HandshakeTimedOut:
+    """Ninety seconds of attempts went unanswered."""
+
+    peer: "Peer"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PeerUnresponsive:
+    """What was sent went unanswered: data for 15 s, or an initiation for 5 s. Another initiation is on its way."""
+
+    peer: "Peer"
+
+
+Event = SessionEstablished | PeerRoamed | HandshakeTimedOut | PeerUnresponsive
+
+
+class Output:
+    """Filled by the engine, emptied by its owner after each call into the engine."""
+
+    __slots__ = ("_datagrams", "_events", "_ready", "drops")
 
     def __init__(self) -> None:
-        self.datagrams: list[tuple[Path, bytes]] = []
-        self.events: list[Event] = []
-        self.ready: list[Peer] = []
+        self._datagrams: list[tuple[Path, bytes]] = []
+        self._events: list[Event] = []
+        self._ready: list[Peer] = []
         self.drops: Counter[Drop] = Counter()
+        """How often each reason to drop something came up."""
+
+    def __bool__(self) -> bool:
+        """Whether there is anything to take."""
+        return bool(self._datagrams or self._events or self._ready)
 
     def drop(self, reason: Drop, count: int = 1) -> None:
         if count:
             self.drops[reason] += count
 
-    def send(self, peer: "Peer", path: "Path", datagram: bytes) -> None:
-        peer.sent_bytes += len(datagram)
-        self.datagrams.append((path, datagram))
+    def send(self, path: "Path", datagram: bytes) -> None:
+        self._datagrams.append((path, datagram))
+
+    def announce(self, event: Event) -> None:
+        self._events.append(event)
+
+    def release(self, peer: "Peer") -> None:
+        """The peer's staged packets can be sent now."""
+        self._ready.append(peer)
+
+    def take_datagrams(self) -> "list[tuple[Path, bytes]]":
+        """Handshake messages, keepalives and single data messages to send."""
+        datagrams, self._datagrams = self._datagrams, []
+        return datagrams
+
+    def take_events(self) -> list[Event]:
+        events, self._events = self._events, []
+        return events
+
+    def take_ready(self) -> "list[Peer]":
+        """Peers whose staged packets can be sent now: send what `Peer.take_staged` gives."""
+        ready, self._ready = self._ready, []
+        return ready

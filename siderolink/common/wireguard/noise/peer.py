@@ -9,7 +9,7 @@ from .session import Session
 from .timers import NEVER, Timers
 
 if TYPE_CHECKING:
-    from .allowed_ips import Network
+    from .routing import Network
 
 MAX_STAGED = 128
 MAX_STAGED_BYTES = 512 * 1024
@@ -26,6 +26,9 @@ class Path(Protocol):
 
     @property
     def source(self) -> bytes: ...
+
+    @property
+    def headroom(self) -> int: ...
 
     @property
     def is_open(self) -> bool: ...
@@ -95,7 +98,7 @@ class Peer:
         return path if path is not None and path.is_open else None
 
     def stage(self, packet: bytes) -> int:
-        """Keep a packet until there is a session; answers how many old ones had to go."""
+        """Keep a packet until there is a session; returns how many old ones were dropped for it."""
         if self.staged is None:
             self.staged = deque()
         self.staged.append(packet)
@@ -113,7 +116,7 @@ class Peer:
         return packets
 
     def install(self, session: Session) -> list[Session]:
-        """Take a new session into the rotation; answers those that are dropped by it."""
+        """Take a new session into the rotation; returns those that it displaces."""
         if session.is_initiator:
             retired = (self.next, self.current)
             self.current, self.next = session, None
@@ -123,7 +126,7 @@ class Peer:
         return self._retire(*retired, now=session.created_at)
 
     def confirm(self, now: float) -> list[Session]:
-        """The peer has used the session we were waiting for: it becomes the current one. Answers the dropped ones."""
+        """The peer has used the session we were waiting for: it becomes the current one. Returns the displaced ones."""
         retired = self.current
         self.current, self.next = self.next, None
         return self._retire(retired, now=now)
@@ -133,12 +136,12 @@ class Peer:
         old = [session for session in (*retired, *self.previous) if session is not None]
         good = [session for session in old if not session.is_expired(now)][:MAX_PREVIOUS]
         for session in good:
-            session.rest()
+            session.release_ciphers()
         self.previous = tuple(good)
         return [session for session in old if session not in good]
 
     def drop_sessions(self) -> list[Session]:
-        """Erase all sessions, so that the next handshake need not wait; answers them."""
+        """Erase all sessions, so that the next handshake need not wait; returns them."""
         dropped = [session for session in (*self.previous, self.current, self.next) if session is not None]
         self.previous = ()
         self.current = self.next = None

@@ -1,10 +1,163 @@
-"""Which peer owns which prefixes, and what follows when one moves."""
+"""Cryptokey routing (whitepaper, section 2): inner IP headers, which peer owns which addresses, and what may pass."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from ipaddress import IPv4Network, IPv6Network
+from typing import Generic, TypeVar
 
-from .allowed_ips import AllowedIPs, Network
-from .drops import Drop
+from .messages import TRANSPORT_OVERHEAD
+from .output import Drop
 from .peer import Peer
+from .rows import Opened
+
+T = TypeVar("T")
+Network = IPv4Network | IPv6Network
+
+_LARGEST = 65_507 - TRANSPORT_OVERHEAD
+"""What one UDP datagram can carry over IPv4, too."""
+
+
+def padded_length(length: int, mtu: int) -> int:
+    """The length to seal: up to the next multiple of 16, but never beyond the MTU, nor beyond what UDP can carry."""
+    return max(length, min(-(-length // 16) * 16, mtu, _LARGEST))
+
+
+InnerHeader = tuple[bytes, int]
+"""As much of an IP packet as WireGuard reads: source and destination in one (8 or 32 bytes), and the whole packet's length."""
+
+
+def inner_header(packet: bytes | memoryview) -> InnerHeader | None:
+    """Read the header (RFC 791, RFC 8200); padding may follow the packet.
+
+    None if it is not IP, contradicts itself, or claims to be longer than what is there.
+    """
+    size = len(packet)
+    version = packet[0] >> 4 if size else 0
+    if version == 6 and size >= 40:
+        length = 40 + (packet[4] << 8 | packet[5])
+        if length <= size:
+            return bytes(packet[8:40]), length
+    elif version == 4 and size >= 20:
+        length = packet[2] << 8 | packet[3]
+        if 20 <= (packet[0] & 15) * 4 <= length <= size:
+            return bytes(packet[12:20]), length
+    return None
+
+
+Refuse = Callable[[bytes, bytes], Drop | None]
+"""Says why packets with this source and destination (4 or 16 bytes each) may not pass; None if they may."""
+
+
+class InnerFilter:
+    """Decides which inner packets of one batch pass, asking only once for each pair of addresses."""
+
+    __slots__ = ("_on_drop", "_refusals", "_refuse")
+
+    def __init__(self, refuse: Refuse, on_drop: Callable[[Drop, int], None]) -> None:
+        self._refuse = refuse
+        self._on_drop = on_drop
+        self._refusals: dict[bytes, Drop | None] = {}
+
+    def admit(self, packet: bytes | memoryview) -> InnerHeader | None:
+        """The header of a packet that may pass; else None, and the drop is counted. Padding may follow the packet."""
+        header = inner_header(packet)
+        if header is None:
+            self._on_drop(Drop.INNER_MALFORMED, 1)
+            return None
+        pair = header[0]
+        if pair in self._refusals:
+            refusal = self._refusals[pair]
+        else:
+            half = len(pair) // 2
+            refusal = self._refusals[pair] = self._refuse(pair[:half], pair[half:])
+        if refusal is not None:
+            self._on_drop(refusal, 1)
+            return None
+        return header
+
+    def packets(self, opened: Opened) -> list[bytes]:
+        """Copies of all packets of a batch that may pass, without their padding. Keepalives are left out."""
+        found = []
+        for index in range(opened.count):
+            row = opened.row(index)
+            header = self.admit(row) if opened.good[index] and len(row) else None
+            if header is not None:
+                found.append(bytes(row[: header[1]]))
+        return found
+
+
+class _Family(Generic[T]):
+    """One dictionary for each prefix length in use, longest first: a look-up costs the number of lengths, not of prefixes."""
+
+    __slots__ = ("_bits", "_lengths", "_tables")
+
+    def __init__(self, bits: int) -> None:
+        self._bits = bits
+        self._tables: dict[int, dict[int, T]] = {}
+        self._lengths: list[tuple[int, dict[int, T]]] = []
+
+    def insert(self, network: Network, owner: T) -> T | None:
+        shift = self._bits - network.prefixlen
+        table = self._tables.get(shift)
+        if table is None:
+            table = self._tables[shift] = {}
+            self._sort()
+        key = int(network.network_address) >> shift
+        before = table.get(key)
+        table[key] = owner
+        return before
+
+    def remove(self, network: Network) -> None:
+        shift = self._bits - network.prefixlen
+        table = self._tables.get(shift)
+        if table is not None:
+            table.pop(int(network.network_address) >> shift, None)
+            if not table:
+                del self._tables[shift]
+                self._sort()
+
+    def _sort(self) -> None:
+        self._lengths = sorted(self._tables.items())
+
+    def lookup(self, address: bytes) -> T | None:
+        number = int.from_bytes(address, "big")
+        for shift, table in self._lengths:
+            owner = table.get(number >> shift)
+            if owner is not None:
+                return owner
+        return None
+
+
+class AllowedIPs(Generic[T]):
+    """Prefixes of both families, each owned by one peer at a time; the longest prefix wins."""
+
+    __slots__ = ("_hosts", "_v4", "_v6")
+
+    def __init__(self) -> None:
+        self._hosts: dict[bytes, T] = {}
+        """Single addresses of both families, which most prefixes are."""
+        self._v4: _Family[T] = _Family(32)
+        self._v6: _Family[T] = _Family(128)
+
+    def insert(self, network: Network, owner: T) -> T | None:
+        """Give the prefix to `owner`; returns who held it before."""
+        if network.prefixlen < network.max_prefixlen:
+            return self._family(network).insert(network, owner)
+        before = self._hosts.get(network.network_address.packed)
+        self._hosts[network.network_address.packed] = owner
+        return before
+
+    def remove(self, network: Network) -> None:
+        if network.prefixlen < network.max_prefixlen:
+            self._family(network).remove(network)
+        else:
+            self._hosts.pop(network.network_address.packed, None)
+
+    def lookup(self, address: bytes) -> T | None:
+        """The owner of a packed address (4 or 16 bytes)."""
+        return self._hosts.get(address) or (self._v6 if len(address) == 16 else self._v4).lookup(address)
+
+    def _family(self, network: Network) -> _Family[T]:
+        return self._v4 if network.version == 4 else self._v6
 
 
 class CryptokeyRouting:
@@ -20,7 +173,7 @@ class CryptokeyRouting:
         """With isolation: the packed addresses that inner packets may go to, and come from on the way out; None for any."""
 
     def outbound(self, source: bytes, destination: bytes) -> Peer | Drop:
-        """The peer that a packet from the interface goes to, or why it may not go anywhere."""
+        """The peer that a packet from the interface goes to, or why it must be dropped."""
         if not self.may_leave(source):
             return Drop.INNER_DESTINATION
         return self.lookup(destination) or Drop.NO_PEER

@@ -1,29 +1,77 @@
-"""One pair of transport keys between two peers (whitepaper, section 5.4.6), and who may still use it."""
+"""One pair of transport keys between two peers (whitepaper, section 5.4.6): its age, and which counters are spent."""
 
 from typing import TYPE_CHECKING
 
-from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
-
-from .constants import (
+from .handshake import SessionKeys
+from .messages import (
+    COUNTER_WINDOW,
     REJECT_AFTER_MESSAGES,
     REJECT_AFTER_TIME,
     REKEY_AFTER_MESSAGES,
     REKEY_AFTER_TIME,
     REKEY_ON_RECEIVE_TIME,
 )
-from .handshake import SessionKeys
-from .messages import encode_transport_header
-from .primitives import nonce
-from .replay import ReplayWindow
+from .rows import CipherFactory, RowCipher
 
 if TYPE_CHECKING:
     from .peer import Peer
+
+_MASK = (1 << COUNTER_WINDOW) - 1
+
+
+class ReplayWindow:
+    """The sliding window that refuses a counter seen before (RFC 6479 for the idea).
+
+    It is one integer: bit i stands for the counter i below the newest, and a run of rising counters is one shift. Counters are
+    unsigned 64-bit; `accept` only those of datagrams whose tag held.
+    """
+
+    __slots__ = ("_newest", "_seen")
+
+    def __init__(self) -> None:
+        self._newest = -1
+        self._seen = 0
+
+    def accept(self, counter: int) -> bool:
+        """Mark the counter; False if it was marked before, is too old, or is past the protocol's last."""
+        ahead = counter - self._newest
+        if ahead > 0:
+            if counter >= REJECT_AFTER_MESSAGES:
+                return False
+            self._newest = counter
+            self._seen = ((self._seen << ahead) & _MASK) | 1 if ahead < COUNTER_WINDOW else 1
+            return True
+        if ahead <= -COUNTER_WINDOW:
+            return False
+        bit = 1 << -ahead
+        if self._seen & bit:
+            return False
+        self._seen |= bit
+        return True
+
+    def accept_run(self, counters: list[int]) -> list[bool] | None:
+        """Mark a batch in one operation where the counters rise by one; None when all are accepted."""
+        count = len(counters)
+        first, last = counters[0], counters[-1]
+        gap = first - self._newest
+        if gap > 0 and last - first == count - 1 and last < REJECT_AFTER_MESSAGES and _rises_by_one(counters, first):
+            shift = gap - 1 + count
+            ones = (1 << count) - 1
+            self._seen = ((self._seen << shift) | ones) & _MASK if shift < COUNTER_WINDOW else ones & _MASK
+            self._newest = last
+            return None
+        return [self.accept(counter) for counter in counters]
+
+
+def _rises_by_one(counters: list[int], first: int) -> bool:
+    return counters == list(range(first, first + len(counters)))
 
 
 class Session:
     """Send and receive keys, their counters, and their age. Created by the handshake, dropped by rotation or by time."""
 
     __slots__ = (
+        "_ciphers",
         "_keys",
         "_opener",
         "_sealer",
@@ -37,9 +85,18 @@ class Session:
     )
 
     def __init__(
-        self, peer: "Peer", keys: SessionKeys, *, local_index: int, remote_index: int, is_initiator: bool, now: float
+        self,
+        peer: "Peer",
+        keys: SessionKeys,
+        ciphers: CipherFactory,
+        *,
+        local_index: int,
+        remote_index: int,
+        is_initiator: bool,
+        now: float,
     ) -> None:
         self.peer = peer
+        self._ciphers = ciphers
         self._keys = keys
         self.local_index = local_index
         self.remote_index = remote_index
@@ -47,25 +104,25 @@ class Session:
         self.created_at = now
         self.send_counter = 0
         self.replay = ReplayWindow()
-        self._sealer: ChaCha20Poly1305 | None = None
-        self._opener: ChaCha20Poly1305 | None = None
+        self._sealer: RowCipher | None = None
+        self._opener: RowCipher | None = None
 
     @property
-    def sealer(self) -> ChaCha20Poly1305:
-        """The AEAD for sending, made when first used: an idle peer keeps bare keys."""
+    def sealer(self) -> RowCipher:
+        """The cipher for sending, made when first used: an idle peer keeps only keys."""
         if self._sealer is None:
-            self._sealer = ChaCha20Poly1305(self._keys.send)
+            self._sealer = self._ciphers(self._keys.send)
         return self._sealer
 
     @property
-    def opener(self) -> ChaCha20Poly1305:
-        """The AEAD for receiving, made when first used."""
+    def opener(self) -> RowCipher:
+        """The cipher for receiving, made when first used."""
         if self._opener is None:
-            self._opener = ChaCha20Poly1305(self._keys.receive)
+            self._opener = self._ciphers(self._keys.receive)
         return self._opener
 
-    def rest(self) -> None:
-        """Give back what only a busy session needs: two thousand bytes each way. A keepalive is the sign of one that is not."""
+    def release_ciphers(self) -> None:
+        """Free what only a busy session needs, about 2 KB each way; a keepalive shows that this one is idle."""
         self._sealer = self._opener = None
 
     def is_expired(self, now: float) -> bool:
@@ -82,7 +139,7 @@ class Session:
         return self.is_initiator and now - self.created_at >= REKEY_ON_RECEIVE_TIME
 
     def reserve(self, count: int, now: float) -> int | None:
-        """Take `count` counters, never to be given back; answers the first, or None when the keys are too old or used up."""
+        """Take `count` counters, never to be given back; returns the first, or None when the keys are too old or used up."""
         first = self.send_counter
         if now - self.created_at >= REJECT_AFTER_TIME:
             return None
@@ -91,21 +148,6 @@ class Session:
             return None
         self.send_counter = first + count
         return first
-
-    def seal(self, counter: int, plaintext: bytes | memoryview) -> bytes:
-        """One whole data message, under a counter that was reserved for it."""
-        aead = self._sealer or self.sealer
-        sealed = encode_transport_header(self.remote_index, counter) + aead.encrypt(nonce(counter), plaintext, None)
-        if not plaintext:
-            self.rest()
-        return sealed
-
-    def open(self, counter: int, ciphertext: bytes) -> bytes:
-        """The plaintext of one data message. Raises InvalidTag."""
-        plaintext = (self._opener or self.opener).decrypt(nonce(counter), ciphertext, None)
-        if not plaintext:
-            self.rest()
-        return plaintext
 
     def __repr__(self) -> str:
         role = "initiator" if self.is_initiator else "responder"

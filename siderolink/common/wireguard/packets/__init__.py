@@ -1,10 +1,9 @@
 """The data plane on matrices, without input or output: split (TSO), seal, open, merge (GRO), checksums."""
 
-from siderolink.common.wireguard.packets.buffers import Packets
 from siderolink.common.wireguard.packets.gather import Gatherer
 from siderolink.common.wireguard.packets.headers import VNET_SIZE, address_pair
 from siderolink.common.wireguard.packets.merge import Merger
-from siderolink.common.wireguard.packets.seal import Opened, Opener, Run, Sealer, find_runs, read_counters
+from siderolink.common.wireguard.packets.seal import MatrixCiphers, Opened, Opener, Run, Sealer, find_runs, read_counters
 from siderolink.common.wireguard.packets.shape import MalformedFrame
 from siderolink.common.wireguard.packets.split import Splitter
 
@@ -12,10 +11,10 @@ __all__ = [
     "VNET_SIZE",
     "Gatherer",
     "MalformedFrame",
+    "MatrixCiphers",
     "Merger",
     "Opened",
     "Opener",
-    "Packets",
     "Run",
     "Sealer",
     "Splitter",

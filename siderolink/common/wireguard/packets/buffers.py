@@ -1,7 +1,5 @@
 """Buffers that live as long as a device, seen as rows and as columns."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -65,26 +63,3 @@ class Scratch:
             count = (self.array.size - offset - words * item) // stride + 1
             matrix = self._columns[key] = np.ndarray((count, words), dtype, self.array, offset, (stride, item))
         return matrix
-
-
-@dataclass(slots=True)
-class Packets:
-    """Padded plaintext of packets for one peer, as rows of one buffer that the maker uses again for its next batch."""
-
-    data: memoryview
-    """From the first row to the end of the last one."""
-    count: int
-    """The number of rows, at least 1."""
-    stride: int
-    """Bytes from one row to the next; at least `length`."""
-    length: int
-    """The padded length of each row but the last."""
-    last: int
-    """The padded length of the last row, at most `length`."""
-    rows: Sequence[memoryview] = field(repr=False)
-    """Each row; there may be more of these than there are packets, and the last one is cut by `last`."""
-
-    @property
-    def size(self) -> int:
-        """All padded bytes."""
-        return self.length * (self.count - 1) + self.last

@@ -2,8 +2,9 @@
 
 from typing import Final
 
-from siderolink.common.wireguard.noise.inner import padded_length
-from siderolink.common.wireguard.packets.buffers import Packets, Scratch, round_up
+from siderolink.common.wireguard.noise.routing import padded_length
+from siderolink.common.wireguard.noise.rows import Packets
+from siderolink.common.wireguard.packets.buffers import Scratch, round_up
 from siderolink.common.wireguard.packets.checksum import complete_checksum, row_complements, row_sums
 from siderolink.common.wireguard.packets.headers import NEEDS_CSUM, VNET_HEADER, VNET_SIZE, Gso
 from siderolink.common.wireguard.packets.shape import MalformedFrame, packet_size

@@ -60,26 +60,8 @@ def address_pair(packet: Bytes, offset: int = 0) -> bytes | None:
     return None
 
 
-def total_length(packet: Bytes, size: int) -> int | None:
-    """The length of an IP packet by its own account; None if it is not IP, or not whole in the `size` bytes there are."""
-    version = packet[0] >> 4 if size else 0
-    if version == 6:
-        if size < 40:
-            return None
-        total = 40 + (packet[4] << 8 | packet[5])
-    elif version == 4:
-        if size < 20:
-            return None
-        total = packet[2] << 8 | packet[3]
-        if not 20 <= (packet[0] & 15) * 4 <= total:
-            return None
-    else:
-        return None
-    return total if total <= size else None
-
-
 def parse_inner(packet: Bytes, total: int) -> Inner | None:
-    """Find the TCP or UDP header of an IP packet of `total` bytes, whose IP header total_length() has accepted.
+    """Find the TCP or UDP header of an IP packet of `total` bytes, whose IP header inner_header() has accepted.
 
     None for fragments, for IPv6 extension headers, for other protocols and for headers that do not fit.
     """

@@ -5,10 +5,10 @@ steps, full segments but for the last, and right checksums. Whatever does not fi
 """
 
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Final
 
-from siderolink.common.wireguard.noise.drops import Drop
+from siderolink.common.wireguard.noise.routing import InnerFilter, inner_header
 from siderolink.common.wireguard.packets.buffers import Bytes
 from siderolink.common.wireguard.packets.checksum import MODULUS, complement, pseudo_header_sum, word_sum
 from siderolink.common.wireguard.packets.headers import (
@@ -26,9 +26,7 @@ from siderolink.common.wireguard.packets.headers import (
     VNET_HEADER,
     Gso,
     Inner,
-    address_pair,
     parse_inner,
-    total_length,
 )
 from siderolink.common.wireguard.packets.runs import Continuity
 from siderolink.common.wireguard.packets.seal import Opened
@@ -41,27 +39,21 @@ _MAX_TOTAL: Final = 65535
 _PUT_16: Final = struct.Struct(">H").pack_into
 _PUT_32: Final = struct.Struct(">I").pack_into
 
-Refuse = Callable[[bytes, bytes], Drop | None]
-"""Why packets with this source and destination (4 or 16 bytes each) may not pass; None if they may."""
-OnDrop = Callable[[Drop, int], None]
-
 
 class Merger:
     """Makes frames for one interface."""
 
-    def __init__(self, on_drop: OnDrop, *, tso: bool = True, uso: bool = False) -> None:
+    def __init__(self, *, tso: bool = True, uso: bool = False) -> None:
         """`tso` and `uso`: whether the interface takes super-packets of TCP and of UDP."""
-        self._on_drop = on_drop
         self._tso = tso
         self._uso = uso
 
-    def merge(self, opened: Opened, refuse: Refuse) -> Iterator[list[Bytes]]:
+    def merge(self, opened: Opened, inner_filter: InnerFilter) -> Iterator[list[Bytes]]:
         """The buffers of each frame, for one writev each; they are good until the opener is called again.
 
-        `refuse` is asked once for each pair of addresses. Keepalives are passed over in silence.
+        The filter is asked about each packet that may begin a frame. Keepalives are skipped, and not counted.
         """
         count, stride, good, view = opened.count, opened.stride, opened.good, opened.scratch.view
-        refusals: dict[bytes, Drop | None] = {}
         seen: dict[tuple[Inner, bytes], Continuity] = {}
         row = 0
         while row < count:
@@ -70,11 +62,9 @@ class Merger:
             step = 1
             if good[row] and size:
                 packet = view[start : start + size]
-                total = total_length(packet, size)
-                pair = address_pair(packet) if total else None
-                if total is None or pair is None:
-                    self._on_drop(Drop.INNER_MALFORMED, 1)
-                elif self._is_admitted(pair, refuse, refusals):
+                admitted = inner_filter.admit(packet)
+                if admitted is not None:
+                    pair, total = admitted
                     inner = self._mergeable(packet, total) if row + 1 < count else None
                     step = _run_length(opened, row, inner, pair, seen) if inner else 1
                     if inner and step > 1:
@@ -82,15 +72,6 @@ class Merger:
                     else:
                         yield [PLAIN_VNET_HEADER, packet[:total]]
             row += step
-
-    def _is_admitted(self, pair: bytes, refuse: Refuse, refusals: dict[bytes, Drop | None]) -> bool:
-        if pair not in refusals:
-            half = len(pair) // 2
-            refusals[pair] = refuse(pair[:half], pair[half:])
-        refusal = refusals[pair]
-        if refusal is not None:
-            self._on_drop(refusal, 1)
-        return refusal is None
 
     def _mergeable(self, packet: memoryview, total: int) -> Inner | None:
         """What is in the packet if it could begin a run."""
@@ -142,9 +123,10 @@ def _is_short_tail(opened: Opened, first: int, row: int, inner: Inner) -> bool:
     version, protocol, transport, header, total = inner
     size = opened.last if row == opened.count - 1 else opened.length
     packet = view[row * stride : row * stride + size]
-    length = total_length(packet, size)
-    if not opened.good[row] or length is None or not header < length < total:
+    found = inner_header(packet) if opened.good[row] else None
+    if found is None or not header < found[1] < total:
         return False
+    length = found[1]
     position = row - first
     wanted = bytearray(view[first * stride :][:header])
     _set_length(wanted, version, length)

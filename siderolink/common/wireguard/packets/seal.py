@@ -6,19 +6,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import repeat
 from operator import length_hint
-from typing import Final
+from typing import Final, cast
 
 import numpy as np
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
-from siderolink.common.wireguard.packets.buffers import Array, Packets, Scratch, round_up
+from siderolink.common.wireguard.noise.messages import TRANSPORT as TRANSPORT_TYPE
+from siderolink.common.wireguard.noise.messages import TRANSPORT_HEADER_BYTES as HEADER_SIZE
+from siderolink.common.wireguard.noise.messages import TRANSPORT_OVERHEAD as OVERHEAD
+from siderolink.common.wireguard.noise.rows import Datagrams as AnyDatagrams
+from siderolink.common.wireguard.noise.rows import Packets, RowCipher
+from siderolink.common.wireguard.packets.buffers import Array, Scratch, round_up
 from siderolink.common.wireguard.path import Datagrams
 
-TRANSPORT_TYPE: Final = 4
-HEADER_SIZE: Final = 16
-TAG_SIZE: Final = 16
-OVERHEAD: Final = HEADER_SIZE + TAG_SIZE
+TAG_SIZE: Final = OVERHEAD - HEADER_SIZE
 
 _HEADER: Final = struct.Struct("<IIQ")
 _KIND_AND_RECEIVER: Final = struct.Struct("<II")
@@ -62,17 +64,14 @@ class Sealer:
     def seal(self, packets: Packets, aead: ChaCha20Poly1305, receiver: int, counter: int, headroom: int = 0) -> Datagrams:
         """Seal row i under counter + i. The caller has reserved `packets.count` counters from `counter` on, for good."""
         count, length, last = packets.count, packets.length, packets.last
+        if count == 1:
+            return self._seal_one(packets.data[:last], aead, receiver, counter, headroom)
         stride = headroom + OVERHEAD + length
         start = headroom + HEADER_SIZE
         end = (count - 1) * stride + headroom + OVERHEAD + last
         scratch = self._scratch
-        if scratch.reserve(end) or count == 1:
+        if scratch.reserve(end):
             self._stamped = (0, 0, 0, 0)
-        if count == 1:
-            _HEADER.pack_into(scratch.view, headroom, TRANSPORT_TYPE, receiver, counter)
-            aead.encrypt_into(_NONCE(counter), packets.data[:last], None, scratch.view[start:end])
-            return Datagrams(scratch.view[:end], 1, end, headroom)
-
         if count > self._steps.size:
             self._steps = np.arange(2 * count, dtype=np.uint64)
             self._counters = self._steps.copy()
@@ -89,6 +88,16 @@ class Sealer:
             row = packets.data[(count - 1) * packets.stride :]
             aead.encrypt_into(_NONCE(counter + full), row, None, scratch.view[start + full * stride : end])
         return Datagrams(scratch.view[:end], count, stride, headroom)
+
+    def _seal_one(self, row: memoryview, aead: ChaCha20Poly1305, receiver: int, counter: int, headroom: int) -> Datagrams:
+        """The same without columns."""
+        end = headroom + OVERHEAD + len(row)
+        self._scratch.reserve(end)
+        self._stamped = (0, 0, 0, 0)
+        view = self._scratch.view
+        _HEADER.pack_into(view, headroom, TRANSPORT_TYPE, receiver, counter)
+        aead.encrypt_into(_NONCE(counter), row, None, view[headroom + HEADER_SIZE : end])
+        return Datagrams(view[:end], 1, end, headroom)
 
 
 @dataclass(slots=True)
@@ -255,3 +264,31 @@ def _open_rows(
             good[row] = False
         else:
             return good
+
+
+class MatrixCiphers:
+    """Makes the ciphers of one device. They share its buffers: a batch is good until the next one in the same direction."""
+
+    def __init__(self) -> None:
+        self._sealer = Sealer()
+        self._opener = Opener()
+
+    def __call__(self, key: bytes) -> RowCipher:
+        return _MatrixCipher(ChaCha20Poly1305(key), self._sealer, self._opener)
+
+
+class _MatrixCipher:
+    """One key of a session: see `RowCipher`."""
+
+    __slots__ = ("_aead", "_opener", "_sealer")
+
+    def __init__(self, aead: ChaCha20Poly1305, sealer: Sealer, opener: Opener) -> None:
+        self._aead = aead
+        self._sealer = sealer
+        self._opener = opener
+
+    def seal(self, packets: Packets, receiver: int, counter: int, headroom: int) -> Datagrams:
+        return self._sealer.seal(packets, self._aead, receiver, counter, headroom)
+
+    def open(self, datagrams: AnyDatagrams, first: int, count: int) -> Opened:
+        return self._opener.open(cast("Datagrams", datagrams), first, count, self._aead)

@@ -5,8 +5,9 @@ from typing import Final
 
 import numpy as np
 
-from siderolink.common.wireguard.noise.inner import padded_length
-from siderolink.common.wireguard.packets.buffers import Array, Packets, Scratch, round_up
+from siderolink.common.wireguard.noise.routing import padded_length
+from siderolink.common.wireguard.noise.rows import Packets
+from siderolink.common.wireguard.packets.buffers import Array, Scratch, round_up
 from siderolink.common.wireguard.packets.checksum import complement, row_complements, row_sums, swap, word_sum
 from siderolink.common.wireguard.packets.headers import CWR, FIN, PSH, TCP, UDP, VNET_SIZE, Gso
 from siderolink.common.wireguard.packets.shape import Shape, packet_size, parse_shape

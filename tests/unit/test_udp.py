@@ -10,8 +10,8 @@ from ipaddress import IPv4Address, IPv6Address, ip_address
 import pytest
 
 from siderolink.common.errors import AddressInUseError, ConfigurationError
-from siderolink.common.transport.udp_socket import UdpPath, UdpSocket
 from siderolink.common.wireguard.path import Datagrams
+from siderolink.common.wireguard.udp_socket import UdpPath, UdpSocket
 from tests.support.udp import End, batch
 
 pytestmark = pytest.mark.anyio

@@ -8,10 +8,10 @@ from ipaddress import IPv4Address, IPv6Address
 from typing import Final
 
 from siderolink.common.errors import AddressInUseError, ConfigurationError
-from siderolink.common.transport.udp_routes import Routes
-from siderolink.common.transport.udp_socket import UdpPath, UdpSocket
-from siderolink.common.wireguard.noise.drops import Drop
+from siderolink.common.wireguard.noise.output import Drop
 from siderolink.common.wireguard.path import Endpoint, Receive
+from siderolink.common.wireguard.udp_routes import Routes
+from siderolink.common.wireguard.udp_socket import UdpPath, UdpSocket
 
 _PORT_ATTEMPTS: Final = 32
 

@@ -11,9 +11,9 @@ from typing import Final
 from siderolink.common.degraded import say_once
 from siderolink.common.errors import ConfigurationError
 from siderolink.common.readers import read_on
-from siderolink.common.transport.udp_routes import Control, Pin, Routes
-from siderolink.common.wireguard.noise.drops import Drop
+from siderolink.common.wireguard.noise.output import Drop
 from siderolink.common.wireguard.path import LULL, Datagrams, Receive, RowCache
+from siderolink.common.wireguard.udp_routes import Control, Pin, Routes
 
 MAX_READS: Final = 16
 """Buffers taken from a socket before other work has its turn; each holds up to 64 KiB of datagrams."""

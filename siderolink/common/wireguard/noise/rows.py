@@ -1,0 +1,88 @@
+"""The seam between the protocol and the code that encrypts: batches, and the ciphers that work on them.
+
+Whoever makes an engine injects a `CipherFactory`, as it injects entropy and time. A single packet is a batch of one.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+
+@dataclass(slots=True)
+class Packets:
+    """Padded plaintext of packets for one peer, as rows of one buffer that its maker reuses for the next batch."""
+
+    data: memoryview
+    """From the first row to the end of the last one."""
+    count: int
+    """The number of rows, at least 1."""
+    stride: int
+    """Bytes from one row to the next; at least `length`."""
+    length: int
+    """The padded length of each row but the last."""
+    last: int
+    """The padded length of the last row, at most `length`."""
+    rows: Sequence[memoryview] = field(repr=False)
+    """Each row; there may be more of these than there are packets, and the last one is cut by `last`."""
+
+    @classmethod
+    def single(cls, row: memoryview) -> "Packets":
+        """A batch of one padded packet; an empty one makes a keepalive."""
+        return cls(row, 1, len(row), len(row), len(row), (row,))
+
+    @property
+    def size(self) -> int:
+        """All padded bytes."""
+        return self.length * (self.count - 1) + self.last
+
+
+class Datagrams(Protocol):
+    """What the engine must know of a batch of datagrams: see the class of this name in `wireguard.path`."""
+
+    @property
+    def count(self) -> int: ...
+
+    def row(self, index: int) -> memoryview: ...
+
+
+class Opened(Protocol):
+    """A batch of data messages after decryption."""
+
+    good: list[bool]
+    """Whether each row's tag held; the engine also clears it for replayed rows."""
+
+    @property
+    def count(self) -> int: ...
+
+    @property
+    def length(self) -> int:
+        """The padded length of each row but the last."""
+
+    @property
+    def last(self) -> int:
+        """The padded length of the last row, at most `length`."""
+
+    @property
+    def size(self) -> int:
+        """All padded bytes, of bad rows too."""
+
+    @property
+    def counters(self) -> list[int]:
+        """The counter of each row; it is genuine where `good`."""
+
+    def row(self, index: int) -> memoryview:
+        """One row with its padding; zeros if its tag did not hold."""
+
+
+class RowCipher(Protocol):
+    """ChaCha20-Poly1305 under one key of a session, for whole batches. The results are good until the next call."""
+
+    def seal(self, packets: Packets, receiver: int, counter: int, headroom: int) -> Datagrams:
+        """Make data messages: row i under `counter` + i, each behind `headroom` free bytes."""
+
+    def open(self, datagrams: Datagrams, first: int, count: int) -> Opened:
+        """Decrypt `count` data messages of one session from row `first` on. Rows with a bad tag are erased."""
+
+
+CipherFactory = Callable[[bytes], RowCipher]
+"""Makes the cipher for a key of 32 bytes."""

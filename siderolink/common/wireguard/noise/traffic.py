@@ -1,0 +1,194 @@
+"""Data messages (whitepaper, section 5.4.6): sealed for a peer's path and opened from one, always in batches of one session."""
+
+from collections.abc import Callable
+from functools import partial
+
+from .exchange import Indices
+from .messages import TRANSPORT_OVERHEAD, receiver_index
+from .output import Drop, Output, PeerRoamed, SessionEstablished
+from .peer import Path, Peer
+from .routing import CryptokeyRouting, InnerFilter, inner_header, padded_length
+from .rows import Datagrams, Opened, Packets
+from .session import Session
+from .timers import DeadlineQueue
+
+Initiate = Callable[[Peer, float], None]
+
+
+class Traffic:
+    """The data side of an engine: every packet in or out passes `seal` or `open`."""
+
+    def __init__(
+        self,
+        routing: CryptokeyRouting,
+        indices: Indices,
+        deadlines: DeadlineQueue,
+        output: Output,
+        *,
+        initiate: Initiate,
+        on_confirmed: Initiate,
+    ) -> None:
+        """`initiate` begins a handshake with a peer; `on_confirmed` is told when a peer first uses a session it began."""
+        self._routing = routing
+        self._indices = indices
+        self._deadlines = deadlines
+        self._output = output
+        self._initiate = initiate
+        self._on_confirmed = on_confirmed
+
+    # Out
+
+    def find_peer(self, source: bytes, destination: bytes) -> Peer | None:
+        """The peer that a packet from the interface goes to; None, and counted, if there is none."""
+        found = self._routing.outbound(source, destination)
+        if isinstance(found, Drop):
+            self._output.drop(found)
+            return None
+        return found
+
+    def can_send(self, peer: Peer, now: float) -> bool:
+        """True if `seal` has a session to use; if not, packets have to be staged."""
+        session = peer.current
+        return session is not None and peer.reachable_path is not None and not session.is_expired(now)
+
+    def seal(self, peer: Peer, packets: Packets, now: float) -> tuple[Path, Datagrams] | None:
+        """Make one data message of each packet, for the returned path, which the caller sends before its next call.
+
+        Returns None where there is no session to use; the caller then stages the packets.
+        """
+        session, path = peer.current, peer.path
+        if session is None or path is None or not path.is_open:
+            return None
+        counter = session.reserve(packets.count, now)
+        if counter is None:
+            return None
+        peer.sent_bytes += packets.size + packets.count * TRANSPORT_OVERHEAD
+        if peer.timers.data_sent(now):
+            self._deadlines.update(peer)
+        if session.wants_rekey(now):
+            self._initiate(peer, now)
+        return path, session.sealer.seal(packets, session.remote_index, counter, path.headroom)
+
+    def stage(self, peer: Peer, item: bytes, now: float) -> None:
+        """Keep an item until the peer is ready, and begin a handshake; dropped where there is nowhere to send one."""
+        if peer.reachable_path is None:
+            self._output.drop(Drop.NO_PATH)
+            return
+        self._output.drop(Drop.STAGED_OVERFLOW, peer.stage(item))
+        self._initiate(peer, now)
+
+    def send(self, packet: bytes, mtu: int, now: float) -> None:
+        """Route one inner packet, pad it, and put it sealed among the datagrams to send, or stage it."""
+        header = inner_header(packet)
+        if header is None or header[1] != len(packet):
+            self._output.drop(Drop.OUTBOUND_MALFORMED)
+            return
+        pair = header[0]
+        half = len(pair) // 2
+        peer = self.find_peer(pair[:half], pair[half:])
+        if peer is None:
+            return
+        padding = padded_length(len(packet), mtu) - len(packet)
+        sealed = self.seal(peer, Packets.single(memoryview(packet + bytes(padding))), now)
+        if sealed is None:
+            self.stage(peer, packet, now)
+        else:
+            path, datagrams = sealed
+            self._output.send(path, bytes(datagrams.row(0)))
+
+    def send_keepalive(self, peer: Peer, now: float) -> None:
+        """Send an empty data message, or begin a handshake where there is no session."""
+        session, path = peer.current, peer.reachable_path
+        if path is None:
+            return
+        counter = None if session is None else session.reserve(1, now)
+        if session is None or counter is None:
+            self._initiate(peer, now)
+            return
+        sealed = session.sealer.seal(Packets.single(memoryview(b"")), session.remote_index, counter, path.headroom)
+        session.release_ciphers()
+        peer.sent_bytes += TRANSPORT_OVERHEAD
+        self._output.send(path, bytes(sealed.row(0)))
+        peer.timers.authenticated_sent(now)
+        if session.wants_rekey(now):
+            self._initiate(peer, now)
+        self._deadlines.update(peer)
+
+    # In
+
+    def open(self, datagrams: Datagrams, first: int, count: int, path: Path, now: float) -> tuple[Opened, InnerFilter] | None:
+        """Decrypt `count` data messages that name one session, from row `first` on; None if not one of them is accepted.
+
+        Rows with a bad tag or a spent counter are marked as not good. The filter decides on the inner packets of the others.
+        """
+        session = self._indices.session(receiver_index(datagrams.row(first)))
+        refusal = _session_refusal(session, path, now)
+        if refusal is not None or session is None:
+            self._output.drop(refusal or Drop.UNKNOWN_RECEIVER, count)
+            return None
+        opened = session.opener.open(datagrams, first, count)
+        accepted = self._accept(opened, session)
+        if not accepted:
+            return None
+        size = opened.size + count * TRANSPORT_OVERHEAD
+        has_data = opened.length > 0 and (opened.last > 0 or any(opened.good[:-1]))
+        self._accepted(session, path, size if accepted == count else size * accepted // count, now, has_data=has_data)
+        return opened, InnerFilter(partial(self._routing.inbound_refusal, session.peer), self._output.drop)
+
+    def _accept(self, opened: Opened, session: Session) -> int:
+        """Leave out rows with a bad tag or a counter seen before; returns how many remain."""
+        good, count = opened.good, opened.count
+        bad = good.count(False)
+        if not bad:
+            fresh = session.replay.accept_run(opened.counters)
+            if fresh is None:
+                return count
+            opened.good = fresh
+        else:
+            self._output.drop(Drop.BAD_TAG, bad)
+            accept = session.replay.accept
+            opened.good = [ok and accept(counter) for ok, counter in zip(good, opened.counters, strict=True)]
+        accepted = opened.good.count(True)
+        self._output.drop(Drop.REPLAYED, count - bad - accepted)
+        return accepted
+
+    def _accepted(self, session: Session, path: Path, size: int, now: float, *, has_data: bool) -> None:
+        """Note that data messages of `size` bytes in all were authenticated and are no replay."""
+        peer = session.peer
+        if session is peer.next:
+            self._indices.drop(peer.confirm(now))
+            self._on_confirmed(peer, now)
+        timers = peer.timers
+        if not has_data:
+            session.release_ciphers()
+            timers.authenticated_received(now)
+        elif timers.data_received(now):
+            self._deadlines.update(peer)
+        self.heard(peer, path, size, now)
+        if session is peer.current and session.wants_rekey_on_receive(now) and not timers.rekeyed_on_receive:
+            timers.rekeyed_on_receive = True
+            self._initiate(peer, now)
+
+    def heard(self, peer: Peer, path: Path, size: int, now: float) -> None:
+        """Note an authenticated message: replies go to where it came from."""
+        peer.received_bytes += size
+        peer.last_received_at = now
+        if path is not peer.path:
+            old, peer.path = peer.path, path
+            if old != path:
+                self._output.announce(PeerRoamed(peer=peer, old=old, new=path))
+
+    def announce(self, peer: Peer) -> None:
+        """Tell that the peer has a session to send with, and release what waited for it."""
+        self._output.announce(SessionEstablished(peer=peer))
+        if peer.staged:
+            self._output.release(peer)
+
+
+def _session_refusal(session: Session | None, path: Path, now: float) -> Drop | None:
+    """Why data messages of this session that came by this path are not even opened, or None."""
+    if session is None:
+        return Drop.UNKNOWN_RECEIVER
+    if path.peer is not None and path.peer != session.peer.public_key:
+        return Drop.WRONG_PATH
+    return Drop.EXPIRED_SESSION if session.is_expired(now) else None
