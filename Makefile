@@ -19,6 +19,8 @@ UV := .venvs/tools/bin/uv
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 PYTEST = $(SUDO) env PATH="$(abspath $(VENV)/bin):$$PATH:/usr/sbin:/sbin" $(PYTHON) -m pytest
 ARGS ?=
+comma := ,
+space := $(subst ,, )
 # the Debian package of the kernel that `make test-kernel` boots
 KERNEL ?= linux-image-amd64
 IN_THE_VM = $(PYTHON) scripts/kernel_vm.py --kernel $(KERNEL) --resident $(VENV)/kernel-files \
@@ -26,7 +28,9 @@ IN_THE_VM = $(PYTHON) scripts/kernel_vm.py --kernel $(KERNEL) --resident $(VENV)
 # half of the time that tests/kernel takes; the other half is links, some of which have to grow two minutes old
 KERNEL_SERVERS := $(foreach name,absence other_users restart server ten_thousand_peers,tests/kernel/test_$(name).py)
 
-.PHONY: help setup needs demo test check lint types fresh format proto unit netns interop examples test-kernel kernel-servers kernel-links others all-tests bench bench-recovery soak clean
+COVERED_WELL := $(subst $(space),$(comma),$(addprefix siderolink/,common/wireguard/noise/* common/wireguard/packets/* common/transport/* server/admission/* server/store/*))
+
+.PHONY: help setup needs demo test check lint types fresh format proto unit netns interop examples test-kernel kernel-servers kernel-links others all-tests coverage bench bench-recovery soak clean
 
 help: ## this list
 	@sed -n 's/^\([a-z -]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 32
@@ -100,7 +104,12 @@ some-tests:
 
 all-tests: setup needs
 	@echo "everything on Python $(FIRST)"
-	@$(PYTEST) -q -m "not long" $(ARGS)
+	@$(PYTEST) -q -m "not long" --cov --cov-report= $(ARGS)
+	@if [ -z "$(ARGS)" ]; then $(MAKE) coverage; fi
+
+coverage: ## what the last whole run covered, and whether the rooms that matter most are covered well
+	@$(SUDO) $(PYTHON) -m coverage report --skip-covered --skip-empty --sort=cover
+	@$(SUDO) $(PYTHON) -m coverage report --format=total --include='$(COVERED_WELL)' --fail-under=90 | sed 's/^/branch coverage in percent of the engine, packets, transport, admission and store: /'
 
 bench: setup needs ## figures of this machine beside other programs': a table, and .venvs/bench/throughput.{json,svg}
 	@$(UV) pip install --quiet --python $(PYTHON) --group bench

@@ -1,5 +1,6 @@
 import asyncio
 import os
+import signal
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
@@ -7,6 +8,10 @@ from collections.abc import AsyncIterator, Iterator
 import pytest
 from hypothesis import settings
 from pyroute2 import netns
+
+# A suite that a script starts in the background ignores SIGINT, and so would every program that it starts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -254,11 +254,27 @@ def test_udp_passes_whole(offloads: bool, client: str, server: str, _: int) -> N
         with other.call(_socket(family, socket.SOCK_DGRAM)) as receiver, one.call(_socket(family, socket.SOCK_DGRAM)) as sender:
             receiver.bind((server, 0))
             sender.connect(receiver.getsockname())
+            receiver.settimeout(2)
             data = os.urandom(size * 20 + 5)
-            sender.sendmsg([data], [(17, 103, size.to_bytes(2, "little"))])  # UDP_SEGMENT
-            received = [receiver.recv(2000) for _ in range(21)]
-        assert received == [data[at : at + size] for at in range(0, len(data), size)]
+            wanted = [data[at : at + size] for at in range(0, len(data), size)]
+            received, bursts = list[bytes](), 0
+            # The kernel's receive queue of a processor is shared by all namespaces and overflows beside busy neighbours.
+            while len(received) < len(wanted) and bursts < 10:
+                sender.sendmsg([data], [(17, 103, size.to_bytes(2, "little"))])  # UDP_SEGMENT
+                received, bursts = _receive(receiver, len(wanted)), bursts + 1
+        assert received == wanted
         assert not tunnel.drops
         if offloads:
-            assert tunnel.rows[21] == 1
-            assert tunnel.merged == 1
+            assert tunnel.rows[21] == bursts
+            assert tunnel.merged == bursts
+
+
+def _receive(receiver: socket.socket, count: int) -> list[bytes]:
+    """Receive so many datagrams, or those that come before the socket's timeout."""
+    received: list[bytes] = []
+    try:
+        while len(received) < count:
+            received.append(receiver.recv(2000))
+    except TimeoutError:
+        pass
+    return received
