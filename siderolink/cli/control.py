@@ -19,8 +19,7 @@ from siderolink.common.pb.siderolink.control import (
     StatusRequest,
     StatusResponse,
 )
-from siderolink.common.wireguard.device import DEFAULT_MTU, PeerStatus
-from siderolink.common.wireguard.naming import check_interface
+from siderolink.common.wireguard.device import DEFAULT_MTU, PeerStatus, check_interface
 
 _ANSWER_TIMEOUT = 5.0
 _ANSWER_BYTES = 64 * 1024 * 1024

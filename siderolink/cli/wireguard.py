@@ -35,7 +35,7 @@ def run_wireguard(name: str, *, background: bool) -> None:
 
 def _run(name: str, *, ready: Callable[[], None], tell: Callable[[str], None], is_verbose: bool) -> None:
     # not before the process has its place: numpy may start threads, and a process with threads is not divided
-    from siderolink.common.wireguard.interface import open_interface
+    from siderolink.common.wireguard.opening import open_interface
 
     def on_event(event: "DeviceEvent") -> None:
         if is_verbose:

@@ -12,15 +12,6 @@ from siderolink.common.errors import KeyFormatError
 
 KEY_BYTES = 32
 
-_PRIME = 2**255 - 19
-_LOW_ORDER = frozenset(
-    (
-        *(0, 1, _PRIME - 1, _PRIME, _PRIME + 1),
-        0x00B8495F16056286FDB1329CEB8D09DA6AC49FF1FAE35616AEB8413B7C7AEBE0,
-        0x57119FD0DD4E22D8868E1C58C45C44045BEF839C55B1D0B1248C50A3BC959C5F,
-    )
-)
-
 
 class _Key:
     """Thirty-two bytes with one text form; compared in constant time."""
@@ -70,7 +61,9 @@ class PublicKey(_Key):
     @property
     def is_low_order(self) -> bool:
         """True for the few encodings whose exchange gives zeros with every private key (RFC 7748, section 6.1)."""
-        return int.from_bytes(self._raw, "little") & (1 << 255) - 1 in _LOW_ORDER
+        from siderolink.common.wireguard.noise.primitives import is_low_order
+
+        return is_low_order(self._raw)
 
     def __repr__(self) -> str:
         return f"PublicKey({self.encode()!r})"

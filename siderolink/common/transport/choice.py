@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Answer", "OnInterrupted", "Route", "Transport", "TunnelTransport", "UdpTransport", "choose"]
 
-STREAM_PATH = "/sidero.link.WireGuardOverGRPCService/CreateStream"
 STABLE_AFTER = 10.0
 """Seconds: a stream that lived this long is opened again at once."""
 STREAM_LIMITS = Limits(tcp_keepalive_idle=9, tcp_keepalive_interval=3)
@@ -32,7 +31,7 @@ servers end connections for it."""
 
 
 OnInterrupted = Callable[[str], None]
-"""Told why a way is interrupted for a moment, each time; it mends itself, and a handshake shows that it has."""
+"""Called with the reason each time a route is interrupted. It recovers by itself; the next handshake shows that it has."""
 
 
 class Answer(Protocol):
@@ -46,37 +45,37 @@ class Answer(Protocol):
 
 
 class Route(Protocol):
-    """One way to the server."""
+    """One way to reach the server."""
 
     @property
     def remote(self) -> str | None:
-        """The address, as text, that this host's packets go to on this way; None while none is known."""
+        """The address, as text, that this host sends to on this route; None while none is known."""
 
     async def carry(self, device: Device, peer: PeerConfig, on_interrupted: OnInterrupted) -> str:
         """Set the peer up on the device, begin a handshake, and keep datagrams flowing.
 
-        Returns, with the reason, once this way is of no use.
+        Returns the reason once this route no longer works.
         """
 
     async def shake_hands(self, device: Device, peer: PeerConfig) -> None:
-        """Begin a handshake by this way at once, while it is carried; nothing happens where it is interrupted."""
+        """Begin a handshake on this route at once; nothing happens while it is interrupted."""
 
     def reopen(self) -> None:
-        """Whatever this way holds open may be dead: make it anew."""
+        """Replace whatever this route holds open, because it may be dead."""
 
     def __str__(self) -> str:
-        """The way, for people."""
+        """The route, for people."""
 
 
 class Transport(Protocol):
-    """One kind of carriage, with what it asks of the device."""
+    """How datagrams travel, and what that needs of the device."""
 
     @property
     def kind(self) -> Literal["udp", "tunnel"]: ...
 
     @property
     def interface(self) -> str:
-        """The interface's usual name: one per kind, so that a change of kind never meets an interface of the other."""
+        """The interface's usual name: one per transport, so that a switch never meets an interface of the other kind."""
 
     @property
     def listen_port(self) -> int | None:
@@ -84,7 +83,7 @@ class Transport(Protocol):
 
     @property
     def routes(self) -> Sequence[Route]:
-        """The ways to the server, to be tried in turn."""
+        """The routes to the server, to be tried in turn."""
 
 
 def choose(
@@ -97,7 +96,7 @@ def choose(
 ) -> Transport:
     """The tunnel where the server answered with a virtual address, asked for or not; else UDP.
 
-    A `retry` ends waits before another try. Of a name's several addresses each `turn` takes another.
+    `retry` ends waits between attempts. Each `turn` uses another of the addresses that a name resolves to.
     """
     if answer.virtual_address is not None:
         return TunnelTransport(url, answer.virtual_address, tls, retry or RetryTrigger())
@@ -105,7 +104,7 @@ def choose(
 
 
 class UdpTransport:
-    """WireGuard as it usually travels."""
+    """Plain WireGuard over UDP."""
 
     kind: Literal["udp"] = "udp"
     interface = "siderolink"
@@ -134,7 +133,7 @@ class UdpRoute:
             return f"{self._endpoint.host} cannot be resolved: {error.strerror or error}"
         self._address = addresses[self._turn % len(addresses)]
         try:
-            await _begin(device, replace(peer, endpoint=self._address))
+            await _dial(device, replace(peer, endpoint=self._address))
         except ConfigurationError as error:
             return str(error)
         await anyio.sleep_forever()
@@ -144,7 +143,7 @@ class UdpRoute:
         if isinstance(device, CanShakeHands):
             await device.handshake(peer.public_key)
         elif self._address is not None:
-            await _begin(device, replace(peer, endpoint=self._address))
+            await _dial(device, replace(peer, endpoint=self._address))
 
     def reopen(self) -> None:
         """Nothing is held open."""
@@ -204,11 +203,11 @@ class TunnelRoute:
         metadata = {ADDRESS_METADATA: self._virtual_address}
         async with (
             open_channel(self._url.host, self._url.port, self._tls, limits=STREAM_LIMITS) as channel,
-            open_byte_stream(channel, STREAM_PATH, metadata) as stream,
+            open_byte_stream(channel, metadata=metadata) as stream,
         ):
             path = TunnelPath(stream, self._virtual_address)
             self.remote = stream.peer_name.rpartition(":")[0] or None
-            await _begin(device, peer, path)
+            await _dial(device, peer, path)
             self._path = path
             try:
                 await carry(stream, path, device.deliver)
@@ -221,7 +220,7 @@ class TunnelRoute:
         if isinstance(device, CanShakeHands):
             await device.handshake(peer.public_key)
         else:
-            await _begin(device, peer, self._path)
+            await _dial(device, peer, self._path)
 
     def reopen(self) -> None:
         """Open the stream anew, at once."""
@@ -233,8 +232,8 @@ class TunnelRoute:
         return f"tunnel {self._url.authority}"
 
 
-async def _begin(device: Device, peer: PeerConfig, path: TunnelPath | None = None) -> None:
-    """Set the peer up on a way, and begin a handshake there."""
+async def _dial(device: Device, peer: PeerConfig, path: TunnelPath | None = None) -> None:
+    """Set the peer up on a route, and begin a handshake there."""
     if not isinstance(device, CanShakeHands):
         # The kernel begins a handshake only 5 s after the last; it forgets when that was with the peer itself.
         await device.remove_peer(peer.public_key)

@@ -5,8 +5,7 @@ from typing import Protocol
 
 from siderolink.common.errors import ConfigurationError
 from siderolink.common.keys import PresharedKey, PrivateKey, PublicKey
-from siderolink.common.wireguard.change import DeviceChange, PeerChange
-from siderolink.common.wireguard.device import PeerConfig, PeerStatus
+from siderolink.common.wireguard.device import DeviceChange, PeerChange, PeerConfig, PeerStatus
 from siderolink.common.wireguard.noise import Engine, Peer
 from siderolink.common.wireguard.noise.handshake import NO_PRESHARED_KEY
 from siderolink.common.wireguard.path import Endpoint, Path

@@ -21,7 +21,7 @@ from siderolink.common.wireguard.packets.seal import Opened, find_runs
 from siderolink.common.wireguard.packets.shape import MalformedFrame
 from siderolink.common.wireguard.packets.split import Splitter
 from siderolink.common.wireguard.packets.unreachable import unreachable
-from siderolink.common.wireguard.path import LULL, Datagrams, Path
+from siderolink.common.wireguard.path import QUIET_INTERVAL, Datagrams, Path
 
 MAX_READS: Final = 64
 """Frames read from the interface before other work has its turn."""
@@ -104,7 +104,7 @@ class DataPlane:
         frame = self._interface.read()
         if frame is None:
             return
-        is_alone, self._read_at = now - self._read_at > LULL, now
+        is_alone, self._read_at = now - self._read_at > QUIET_INTERVAL, now
         if is_alone and self._send_alone(frame, now):
             return
         size = count = 0

@@ -1,11 +1,13 @@
 """What a WireGuard device is, whichever kind: one interface, one private key, many peers."""
 
+import re
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from ipaddress import IPv4Interface, IPv4Network, IPv6Interface, IPv6Network
-from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Final, Literal, Protocol, runtime_checkable
 
+from siderolink.common.errors import ConfigurationError
 from siderolink.common.keys import PresharedKey, PrivateKey, PublicKey
 from siderolink.common.wireguard.path import Datagrams, Endpoint, Path
 
@@ -16,6 +18,9 @@ DeviceKind = Literal["auto", "kernel", "userspace"]
 Network = IPv4Network | IPv6Network
 Interface = IPv4Interface | IPv6Interface
 DEFAULT_MTU = 1280
+
+_INTERFACE_NAME: Final = re.compile(r"[!-$&-.0-9;-~]{1,15}")
+"""What the kernel takes, except `%`, which would make it number the interface: visible ASCII without `/` and `:`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +62,40 @@ class PeerConfig:
     preshared_key: PresharedKey | None = None
     persistent_keepalive: int = 0
     """Seconds between keepalives, 0 for none, at most 65,535."""
+
+
+@dataclass(slots=True, kw_only=True)
+class PeerChange:
+    """What to do with one peer. None leaves a thing as it is."""
+
+    public_key: PublicKey
+    remove: bool = False
+    update_only: bool = False
+    """Change the peer only if it exists."""
+    clear_preshared_key: bool = False
+    preshared_key: PresharedKey | None = None
+    endpoint: Endpoint | None = None
+    persistent_keepalive: int | None = None
+    """Seconds, 0 for none."""
+    replace_allowed_ips: bool = False
+    """Drop the peer's prefixes before the changes below."""
+    allowed_ips: list[tuple[bool, Network]] = field(default_factory=list)
+    """In order: True and a prefix to add, False and one to remove."""
+
+
+@dataclass(slots=True, kw_only=True)
+class DeviceChange:
+    """What to do with a device. None leaves a thing as it is."""
+
+    clear_private_key: bool = False
+    private_key: PrivateKey | None = None
+    listen_port: int | None = None
+    """0 for any free one."""
+    fwmark: int | None = None
+    """0 for none."""
+    replace_peers: bool = False
+    """Remove all peers before the changes below."""
+    peers: list[PeerChange] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,3 +214,13 @@ class CanShakeHands(Protocol):
 
 
 DeviceContext = AbstractAsyncContextManager[Device]
+
+
+def check_interface(name: str, mtu: int) -> None:
+    """Check an interface's name and MTU. Raises ConfigurationError for what the kernel would refuse."""
+    if not _INTERFACE_NAME.fullmatch(name) or name in (".", ".."):
+        raise ConfigurationError(
+            f"{name!r} cannot name an interface: 1 to 15 visible ASCII characters without '/', ':' and '%'"
+        )
+    if not 68 <= mtu <= 65_535:
+        raise ConfigurationError(f"an MTU of {mtu} is not possible: 68 to 65,535 bytes")

@@ -1,12 +1,24 @@
-"""Which device: the kernel's where it can be made, tried and not guessed; else the built-in one."""
+"""Opens a device of either kind, or a bare interface that `wg` and `ip` configure."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 
 from siderolink.common.errors import DeviceUnavailableError
-from siderolink.common.wireguard.device import Device, DeviceConfig, DeviceContext, DeviceKind, OnDeviceEvent
+from siderolink.common.wireguard.device import (
+    Device,
+    DeviceConfig,
+    DeviceContext,
+    DeviceEvent,
+    DeviceKind,
+    InterfaceLost,
+    OnDeviceEvent,
+)
 
-__all__ = ["open_device"]
+__all__ = ["open_device", "open_interface"]
+
+BARE_MTU = 1420
+"""What fits an Ethernet of 1,500 bytes with IPv6 outside."""
 
 
 def open_device(kind: DeviceKind, config: DeviceConfig, on_event: OnDeviceEvent) -> DeviceContext:
@@ -51,3 +63,25 @@ async def _open_either(config: DeviceConfig, on_event: OnDeviceEvent) -> AsyncIt
                     f"no WireGuard interface can be made here. By the kernel: {kernel_lacks}. In userspace: {userspace_lacks}"
                 ) from kernel_lacks
         yield device
+
+
+@asynccontextmanager
+async def open_interface(name: str, on_device_event: OnDeviceEvent = lambda event: None) -> AsyncIterator[asyncio.Event]:
+    """Make the interface, down and without key or address; leaving the context removes it and its socket.
+
+    The event is set when somebody deletes the interface or the socket. Raises DeviceUnavailableError or InterfaceInUseError.
+    """
+    from siderolink.common.wireguard.tun_device import TunDevice
+    from siderolink.common.wireguard.uapi.server import serve_uapi, watch_removal
+
+    lost = asyncio.Event()
+
+    def on_event(event: DeviceEvent) -> None:
+        if isinstance(event, InterfaceLost):
+            lost.set()
+        on_device_event(event)
+
+    config = DeviceConfig(name=name, private_key=None, mtu=BARE_MTU, up=False, is_shown=False)
+    async with TunDevice.open(config, on_event) as device, serve_uapi(name, device.report, device.apply) as path:
+        with watch_removal(path, lost.set):
+            yield lost

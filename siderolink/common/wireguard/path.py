@@ -12,8 +12,8 @@ from typing import Final, Protocol
 Endpoint = tuple[IPv4Address | IPv6Address, int]
 """A UDP address and port; a link-local address carries its zone in `scope_id`."""
 
-LULL: Final = 0.002
-"""Seconds of silence after which what comes is taken to come alone: it goes its way before anyone looks for more."""
+QUIET_INTERVAL: Final = 0.002
+"""Seconds. A packet that comes after so long a pause is passed on at once: latency matters more than batching then."""
 
 _MAX_SHAPES: Final = 16
 _MAX_ROWS: Final = 256

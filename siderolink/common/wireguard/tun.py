@@ -15,8 +15,7 @@ from pyroute2.netlink.exceptions import NetlinkError
 from siderolink.common.degraded import say_once
 from siderolink.common.errors import DeviceError, DeviceUnavailableError, InterfaceInUseError
 from siderolink.common.netlink import run_netlink
-from siderolink.common.wireguard.device import Interface
-from siderolink.common.wireguard.naming import check_interface
+from siderolink.common.wireguard.device import Interface, check_interface
 
 _DEVICE: Final = "/dev/net/tun"
 _TUNSETIFF: Final = 0x400454CA

@@ -12,7 +12,7 @@ from siderolink.common.degraded import say_once
 from siderolink.common.errors import ConfigurationError
 from siderolink.common.readers import read_on
 from siderolink.common.wireguard.noise.output import Drop
-from siderolink.common.wireguard.path import LULL, Datagrams, Receive, RowCache
+from siderolink.common.wireguard.path import QUIET_INTERVAL, Datagrams, Receive, RowCache
 from siderolink.common.wireguard.udp_routes import Control, Pin, Routes
 
 MAX_READS: Final = 16
@@ -176,7 +176,7 @@ class UdpSocket:
         filled = stride = 0
         path: UdpPath | None = None
         now = self._loop.time()
-        reads = MAX_READS if now - self._read_at < LULL else 1
+        reads = MAX_READS if now - self._read_at < QUIET_INTERVAL else 1
         self._read_at = now
         for _ in range(reads):
             taken = self._take(filled)

@@ -9,10 +9,10 @@ import time
 from typing import Literal
 
 from siderolink.common.keys import PrivateKey, PublicKey
-from siderolink.common.wireguard.change import DeviceChange
 from siderolink.common.wireguard.configure import Configurator, peer_status
 from siderolink.common.wireguard.dataplane import DataPlane, PacketInterface, boot_time
 from siderolink.common.wireguard.device import (
+    DeviceChange,
     DeviceConfig,
     DeviceEvent,
     HandshakeCompleted,

@@ -7,13 +7,12 @@ from grpclib import GRPCError, Status
 from siderolink.common.addressing import parse_peer_addr_port
 from siderolink.common.errors import ConfigurationError
 from siderolink.common.grpc import ByteStream, ByteStreamService
+from siderolink.common.grpc.client import CREATE_STREAM
 from siderolink.common.transport.tunnel import ADDRESS_METADATA, TunnelDrop, TunnelPath, carry
 from siderolink.common.wireguard.device import Device
 from siderolink.server.fleet.links import Link, Links
 from siderolink.server.fleet.machines import Machines
 from siderolink.server.refusals import StreamRefusal
-
-METHOD = "/sidero.link.WireGuardOverGRPCService/CreateStream"
 
 ENDINGS = {
     StreamRefusal.MALFORMED_ADDRESS: (Status.UNKNOWN, f"metadata {ADDRESS_METADATA} is not [address]:port"),
@@ -39,7 +38,7 @@ class TunnelService:
         """Datagrams that found no way into a stream."""
 
     def service(self) -> ByteStreamService:
-        return ByteStreamService({METHOD: self.create_stream})
+        return ByteStreamService({CREATE_STREAM: self.create_stream})
 
     async def create_stream(self, stream: ByteStream) -> None:
         """Carry one stream until it ends."""

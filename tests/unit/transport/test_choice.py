@@ -7,9 +7,10 @@ import anyio
 import pytest
 
 from siderolink.common.grpc import ByteStream, ByteStreamService, GrpcError, Status, serve
+from siderolink.common.grpc.client import CREATE_STREAM
 from siderolink.common.hostport import HostPort
 from siderolink.common.join_url import JoinURL
-from siderolink.common.transport.choice import STREAM_PATH, TunnelTransport, UdpTransport, choose
+from siderolink.common.transport.choice import TunnelTransport, UdpTransport, choose
 from siderolink.common.wireguard.device import PeerConfig
 from tests.support.fake_device import FakeDevice, VirtualClock
 from tests.support.provision import new_key
@@ -86,7 +87,7 @@ async def test_a_stream_that_ends_is_opened_again_with_the_same_metadata() -> No
         await anyio.sleep_forever()
 
     device, wanted = Journal(), peer()
-    async with serve([ByteStreamService({STREAM_PATH: stream})], host="127.0.0.1") as server:
+    async with serve([ByteStreamService({CREATE_STREAM: stream})], host="127.0.0.1") as server:
         [route] = choose(JoinURL("127.0.0.1", server.port, tls=False), Answer(virtual_address=VIRTUAL)).routes
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(route.carry, device, wanted, print)
@@ -102,6 +103,6 @@ async def test_a_stream_that_is_not_allowed_is_a_reason_to_provision_again() -> 
     async def refuse(stream: ByteStream) -> None:
         raise GrpcError(Status.PERMISSION_DENIED, "peer not allowed\x1b[31m")
 
-    async with serve([ByteStreamService({STREAM_PATH: refuse})], host="127.0.0.1") as server:
+    async with serve([ByteStreamService({CREATE_STREAM: refuse})], host="127.0.0.1") as server:
         [route] = choose(JoinURL("127.0.0.1", server.port, tls=False), Answer(virtual_address=VIRTUAL)).routes
         assert await route.carry(Journal(), peer(), print) == "the server refused the stream: peer not allowed [31m"

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from siderolink.common.keys import PresharedKey, PrivateKey, PublicKey
-from siderolink.common.wireguard.change import DeviceChange, PeerChange
+from siderolink.common.wireguard.device import DeviceChange, PeerChange
 from siderolink.common.wireguard.uapi.protocol import (
     DeviceReport,
     PeerReport,

@@ -17,12 +17,12 @@ from siderolink.common.wireguard.device import (
     OnDeviceEvent,
     PeerConfig,
     PeerStatus,
+    check_interface,
 )
 from siderolink.common.wireguard.kernel.interface import KernelInterface, open_interface, set_addresses
 from siderolink.common.wireguard.kernel.isolation import Isolation
 from siderolink.common.wireguard.kernel.peers import Peers
 from siderolink.common.wireguard.kernel.wireguard import WireGuard
-from siderolink.common.wireguard.naming import check_interface
 from siderolink.common.wireguard.path import Datagrams, Path
 
 __all__ = ["KernelDevice"]

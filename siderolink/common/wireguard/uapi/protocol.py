@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from siderolink.common.keys import PresharedKey, PrivateKey, PublicKey
-from siderolink.common.wireguard.change import DeviceChange, PeerChange
-from siderolink.common.wireguard.device import Network
+from siderolink.common.wireguard.device import DeviceChange, Network, PeerChange
 from siderolink.common.wireguard.path import Endpoint
 
 MAX_REQUEST_BYTES = 16 * 1024 * 1024

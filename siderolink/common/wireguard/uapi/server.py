@@ -1,18 +1,19 @@
 """Listens where `wg` looks for an interface of ours, and answers it."""
 
 import asyncio
+import ctypes
 import errno
 import os
 import socket
 import stat
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Final, TypeVar
 
 from siderolink.common.errors import AddressInUseError, InterfaceInUseError, SideroLinkError
-from siderolink.common.wireguard.change import DeviceChange
+from siderolink.common.wireguard.device import DeviceChange
 from siderolink.common.wireguard.uapi.protocol import (
     MAX_REQUEST_BYTES,
     DeviceReport,
@@ -27,6 +28,11 @@ IDLE_TIMEOUT = 30.0
 """Seconds in which a client that has begun a request must end it."""
 MANY_LINES = 2_000
 """Of a request or an answer; some ten milliseconds of work."""
+
+_IN_ATTRIB, _IN_DELETE_SELF = 0x4, 0x400
+"""The first also tells of the number of links, which is what a removed socket in use loses."""
+_INOTIFY_FLAGS: Final = os.O_NONBLOCK | os.O_CLOEXEC
+_INOTIFY_BYTES: Final = 4096
 
 A = TypeVar("A")
 T = TypeVar("T")
@@ -160,3 +166,32 @@ def _understand(request: bytes) -> DeviceChange:
 async def _work(lines: int, function: Callable[[A], T], argument: A) -> T:
     """Text work, in a thread where it is so long that packets would wait for it."""
     return await asyncio.to_thread(function, argument) if lines > MANY_LINES else function(argument)
+
+
+@contextmanager
+def watch_removal(path: Path, on_removed: Callable[[], None]) -> Iterator[None]:
+    """Call `on_removed` on the running loop when the path is gone (inotify(7)); where there is no inotify, never."""
+    loop = asyncio.get_running_loop()
+    libc = ctypes.CDLL(None)
+    descriptor = libc.inotify_init1(_INOTIFY_FLAGS)
+    if descriptor < 0:
+        yield
+        return
+
+    def read() -> None:
+        try:
+            os.read(descriptor, _INOTIFY_BYTES)
+        except BlockingIOError:
+            return
+        if not path.exists():
+            on_removed()
+
+    try:
+        libc.inotify_add_watch(descriptor, os.fsencode(path), _IN_ATTRIB | _IN_DELETE_SELF)
+        loop.add_reader(descriptor, read)
+        try:
+            yield
+        finally:
+            loop.remove_reader(descriptor)
+    finally:
+        os.close(descriptor)
