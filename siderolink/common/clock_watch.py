@@ -1,4 +1,7 @@
-"""Tells when the wall clock was set or the host has woken from sleep: the kernel ends a timer for it (timerfd_create(2))."""
+"""Clocks that an event loop does not have: one that runs while the host sleeps, and word of a wall clock that was set.
+
+Both are timers of the kernel (timerfd_create(2)).
+"""
 
 import asyncio
 import ctypes
@@ -8,7 +11,8 @@ from collections.abc import Callable
 from typing import Final
 
 _CLOEXEC_NONBLOCK: Final = os.O_CLOEXEC | os.O_NONBLOCK
-_ABSOLUTE_AND_CANCEL_ON_SET: Final = 1 | 2
+_ABSOLUTE: Final = 1
+_CANCEL_ON_SET: Final = 2
 _FAR: Final = 1 << 40
 """Seconds; no clock is ever there."""
 
@@ -25,8 +29,63 @@ class _Spec(ctypes.Structure):
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
+def _set_timer(descriptor: int, flags: int, at: float) -> bool:
+    seconds = int(at)
+    spec = _Spec(0, 0, seconds, int((at - seconds) * 1e9))
+    return not _libc.timerfd_settime(descriptor, flags, ctypes.byref(spec), None)
+
+
+def boot_time() -> float:
+    """Seconds on a clock that also runs while the host sleeps."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+class BootTimer:
+    """One timer by `boot_time`: what was due while the host slept is due when it wakes.
+
+    An event loop's own timers stand still meanwhile. They are used where the kernel has no other.
+    """
+
+    def __init__(self, on_due: Callable[[], None]) -> None:
+        self._on_due = on_due
+        self._loop = asyncio.get_running_loop()
+        self._handle: asyncio.TimerHandle | None = None
+        self._descriptor = int(_libc.timerfd_create(time.CLOCK_BOOTTIME, _CLOEXEC_NONBLOCK))
+        if self._descriptor >= 0:
+            self._loop.add_reader(self._descriptor, self._read)
+
+    def fileno(self) -> int:
+        """The timer's descriptor; -1 without one."""
+        return self._descriptor
+
+    def set(self, at: float) -> None:
+        """Call back once at this time, at once if it is past, in place of the time before."""
+        if self._descriptor >= 0:
+            _set_timer(self._descriptor, _ABSOLUTE, max(at, 1e-6))  # zero would disarm it
+            return
+        if self._handle is not None:
+            self._handle.cancel()
+        self._handle = self._loop.call_later(max(0.0, at - boot_time()), self._on_due)
+
+    def close(self) -> None:
+        """Does nothing the second time."""
+        if self._handle is not None:
+            self._handle.cancel()
+        if self._descriptor >= 0:
+            self._loop.remove_reader(self._descriptor)
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def _read(self) -> None:
+        try:
+            os.read(self._descriptor, 8)
+        except BlockingIOError:  # it was set anew in the meantime
+            return
+        self._on_due()
+
+
 class ClockWatch:
-    """Calls `on_jump` each time. On a kernel without such timers it never does."""
+    """Calls `on_jump` when the wall clock was set or the host has woken. On a kernel without such timers it never does."""
 
     def __init__(self, on_jump: Callable[[], None]) -> None:
         self._on_jump = on_jump
@@ -43,8 +102,7 @@ class ClockWatch:
             self._descriptor = -1
 
     def _arm(self) -> bool:
-        spec = _Spec(0, 0, _FAR, 0)
-        return not _libc.timerfd_settime(self._descriptor, _ABSOLUTE_AND_CANCEL_ON_SET, ctypes.byref(spec), None)
+        return _set_timer(self._descriptor, _ABSOLUTE | _CANCEL_ON_SET, _FAR)
 
     def _read(self) -> None:
         try:
@@ -59,4 +117,4 @@ class ClockWatch:
 
 def seconds_asleep() -> float:
     """How long the host has slept since it was started; only differences mean something."""
-    return time.clock_gettime(time.CLOCK_BOOTTIME) - time.clock_gettime(time.CLOCK_MONOTONIC)
+    return boot_time() - time.clock_gettime(time.CLOCK_MONOTONIC)

@@ -1,10 +1,14 @@
 """Two whole devices in one process, over loopback: what someone embeds who wants only WireGuard."""
 
+import time
+from dataclasses import replace
 from ipaddress import IPv4Address, IPv6Address, ip_interface, ip_network
+from pathlib import Path
 
 import anyio
 import pytest
 
+from siderolink.common.clock_watch import BootTimer, boot_time
 from siderolink.common.errors import AddressInUseError
 from siderolink.common.keys import PresharedKey, PrivateKey
 from siderolink.common.wireguard.device import DeviceConfig, DeviceEvent, HandshakeCompleted, PathChanged, PeerConfig
@@ -83,3 +87,39 @@ async def test_a_stream_full_of_crumbs_is_counted_and_not_looked_through() -> No
     async with open_packet_device(config, lambda _: None) as device:
         device.deliver(Datagrams(memoryview(bytes(8 * 30_000)), 30_000, 8, 7), FakePath())
         assert device.drops() == {"malformed": 30_000}
+
+
+def boot_timers() -> int:
+    """How many of this process's timers go by CLOCK_BOOTTIME, which runs while the host sleeps."""
+    told = []
+    for descriptor in Path("/proc/self/fdinfo").iterdir():
+        try:
+            told.append(descriptor.read_text())
+        except OSError:  # the folder's own
+            continue
+    return sum(f"clockid: {time.CLOCK_BOOTTIME}\n" in text for text in told)
+
+
+async def test_deadlines_do_not_stand_still_while_the_host_sleeps() -> None:
+    before = boot_timers()
+    config = DeviceConfig(name="a", private_key=PrivateKey.generate())
+    async with open_packet_device(config, lambda packet: None) as device:
+        assert boot_timers() == before + 1
+        taken = device.listen_port
+        assert taken is not None
+        with pytest.raises(AddressInUseError):
+            async with open_packet_device(replace(config, listen_port=taken), lambda packet: None):
+                pass
+        assert boot_timers() == before + 1
+    assert boot_timers() == before
+
+
+async def test_a_timer_by_the_boot_clock() -> None:
+    fired = anyio.Event()
+    timer = BootTimer(fired.set)
+    timer.set(boot_time() + 3600)
+    timer.set(-5.0)
+    await fired.wait()
+    timer.close()
+    timer.close()
+    assert timer.fileno() == -1

@@ -5,10 +5,10 @@ the same peer that are read together are gathered into one. Inwards: the engine 
 what it accepts is written to the interface, merged again. A single packet is a batch of one.
 """
 
-import time
 from collections.abc import Callable, Sequence
 from typing import Final, Protocol, cast
 
+from siderolink.common.clock_watch import boot_time
 from siderolink.common.token_bucket import TokenBucket
 from siderolink.common.wireguard.noise import Drop, Engine, Event, Packets, Peer
 from siderolink.common.wireguard.noise.messages import TRANSPORT_OVERHEAD
@@ -29,11 +29,6 @@ MAX_BYTES: Final = 3 << 16
 """The same, in bytes; the frame that reaches it is the last one. Full super-packets make one batch of four then."""
 REFUSALS_PER_SECOND: Final = 100
 """ICMP errors for packets that can go nowhere."""
-
-
-def boot_time() -> float:
-    """Seconds on a clock that also runs while the host sleeps, so that keys age as the other side's do."""
-    return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 class PacketInterface(Protocol):

@@ -3,14 +3,14 @@
 What the interface is, the faces say: a TUN interface (`tun_device`) or any callable that takes packets (`packet_device`).
 """
 
-import asyncio
 import os
 import time
 from typing import Literal
 
+from siderolink.common.clock_watch import BootTimer, boot_time
 from siderolink.common.keys import PrivateKey, PublicKey
 from siderolink.common.wireguard.configure import Configurator, peer_status
-from siderolink.common.wireguard.dataplane import DataPlane, PacketInterface, boot_time
+from siderolink.common.wireguard.dataplane import DataPlane, PacketInterface
 from siderolink.common.wireguard.device import (
     DeviceChange,
     DeviceConfig,
@@ -51,8 +51,6 @@ class UserspaceDevice:
             self.engine, interface, on_events=self._tell, on_drained=self._arm, on_blocked=self.pause_reading
         )
         self.on_event = on_event
-        self._loop = asyncio.get_running_loop()
-        self._timer: asyncio.TimerHandle | None = None
         self._timer_at = float("inf")
         self._is_passing = False
         self._local = frozenset(address.ip.packed for address in config.addresses)
@@ -61,6 +59,7 @@ class UserspaceDevice:
         if config.listen_port is not None:
             self._udp = open_udp(config.listen_port, self.deliver)
         self._configurator = Configurator(self.engine, config.private_key, self._udp)
+        self._timer = BootTimer(self._timer_fired)
 
     @property
     def public_key(self) -> PublicKey:
@@ -148,8 +147,7 @@ class UserspaceDevice:
     def close(self) -> None:
         """Close the sockets, and be done."""
         self.stop()
-        if self._timer is not None:
-            self._timer.cancel()
+        self._timer.close()
         if self._udp is not None:
             self._udp.close()
 
@@ -168,13 +166,11 @@ class UserspaceDevice:
         """Keep one timer; it may be early, never late, so that traffic does not move it with each packet."""
         at = self.engine.earliest_deadline()
         if at < self._timer_at and self._is_passing:
-            if self._timer is not None:
-                self._timer.cancel()
             self._timer_at = at
-            self._timer = self._loop.call_later(max(0.0, at - now), self._timer_fired)
+            self._timer.set(at)
 
     def _timer_fired(self) -> None:
-        self._timer, self._timer_at = None, float("inf")
+        self._timer_at = float("inf")
         self.plane.handle_timers()
 
 

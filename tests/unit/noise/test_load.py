@@ -1,17 +1,21 @@
 """Cookies, limits and storms: what a device does when it is attacked."""
 
 import random
+import sys
 import tracemalloc
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 
 from siderolink.common.wireguard.noise import Drop, messages
 from siderolink.common.wireguard.noise.cookies import (
-    MAX_SOURCES,
+    COOKIE_RATE,
     SOURCE_BURST,
     SOURCE_RATE,
     UNDER_LOAD_RATE,
+    CookieBudget,
     MacGuard,
     SourceLimiter,
 )
@@ -112,7 +116,7 @@ def test_a_cookie_is_retried_with_once_and_then_left_to_the_timer() -> None:
 
 
 def test_a_source_that_answers_cookies_is_still_limited_and_others_are_not() -> None:
-    limiter = SourceLimiter()
+    limiter = SourceLimiter(random.Random(4).randbytes)
     passed = sum(limiter.allows(b"\x0a\0\0\1\0\1", now=0.0) for _ in range(5_000))
     assert passed == SOURCE_BURST
     assert limiter.allows(b"\x0a\0\0\2\0\1", now=0.0)
@@ -122,11 +126,78 @@ def test_a_source_that_answers_cookies_is_still_limited_and_others_are_not() -> 
     assert sum(limiter.allows(prefix + number.to_bytes(8, "big") + b"\0\1", 0.0) for number in range(5_000)) == SOURCE_BURST
 
 
-def test_sources_remembered_are_bounded_and_forgotten() -> None:
-    limiter = SourceLimiter()
-    allowed = sum(limiter.allows(number.to_bytes(4, "big") + b"\0\1", 0.0) for number in range(MAX_SOURCES + 100))
-    assert allowed == MAX_SOURCES
-    assert limiter.allows(b"\xff\xff\xff\xff\0\1", SOURCE_BURST / SOURCE_RATE)
+def address(number: int) -> bytes:
+    return number.to_bytes(4, "big") + b"\0\1"
+
+
+def calls_during(action: Callable[[], object]) -> int:
+    """How many functions are called, of Python and of C."""
+    count = 0
+
+    def on_event(frame: object, event: str, argument: object) -> None:
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    sys.setprofile(on_event)
+    try:
+        action()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+def test_no_source_is_refused_because_of_how_many_came_before() -> None:
+    """A flood from forged addresses: 7,000 a second, each of them another, for 20 s."""
+    limiter, budget = (kind(random.Random(4).randbytes) for kind in (SourceLimiter, CookieBudget))
+    tracemalloc.start()
+    for number in range(140_000):
+        assert limiter.allows(address(number), number / 7_000)
+        assert budget.allows(address(number), number / 7_000)
+        if number == 1_000:
+            before = tracemalloc.get_traced_memory()[0]
+            tracemalloc.reset_peak()
+    assert tracemalloc.get_traced_memory()[1] - before < 10_000
+    tracemalloc.stop()
+    fresh = CookieBudget(random.Random(4).randbytes)
+    fresh.allows(address(1), 0.0)
+    few, many = (calls_during(partial(one.allows, address(1 << 30), 20.0)) for one in (fresh, budget))
+    assert many == few < 30
+
+
+def test_a_flood_in_the_name_of_a_victim_does_not_keep_it_from_its_cookie() -> None:
+    budget = CookieBudget(random.Random(4).randbytes)
+    for number in range(21_000):
+        assert budget.allows(address(1), number / 7_000)
+
+
+def test_a_flood_from_one_source_leaves_half_of_the_cookies_to_others() -> None:
+    budget = CookieBudget(random.Random(4).randbytes)
+    taken = sum(budget.allows(address(1), 0.0) for _ in range(50_000))
+    assert SOURCE_BURST <= taken <= COOKIE_RATE / 2 + SOURCE_BURST
+    assert sum(budget.allows(address(number), 0.0) for number in range(2, 50_000)) == COOKIE_RATE - taken
+    assert not budget.allows(address(9), 0.0)
+    # a tenth of what comes is answered, whoever sends it
+    assert sum(budget.allows(address(number), 1.0 + number / 100_000) for number in range(100_000)) >= COOKIE_RATE
+
+
+def test_a_newcomer_gets_in_while_forged_sources_flood() -> None:
+    a, b, wire = pair()
+    wire.latency = 0.0
+    a.add(b)
+    b.add(a, dial=False)
+    stranger, _, _ = pair(31)
+    stranger.add(b)
+    stranger.send(inner_packet("fd00::a", "fd00::b", b"?"))
+    (well_made,) = stranger.take()
+    flood = Datagrams.single(well_made)
+    for number in range(28_000):
+        wire.clock.now = number / 7_000
+        b.engine.receive(flood, VirtualPath(f"forged {number}"), wire.clock.now)
+        b.engine.output.take_datagrams()
+    assert dropped(b)[Drop.RATE_LIMITED] == 0
+    a.send(A_TO_B)
+    wire.run(wire.clock.now)
+    assert b.received == [A_TO_B]
 
 
 @pytest.mark.timeout(120)

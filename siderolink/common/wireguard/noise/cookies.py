@@ -1,6 +1,8 @@
 """mac1, mac2 and cookies (whitepaper, sections 5.3 and 5.4.4): cheap refusal of handshake messages, more so under load."""
 
+from array import array
 from collections.abc import Callable
+from hashlib import blake2s
 from hmac import compare_digest
 
 from .messages import (
@@ -22,8 +24,10 @@ UNDER_LOAD_RATE = 500
 SOURCE_RATE = 400.0
 """Handshake messages per second that one source may send under load; high because a thousand machines may share one NAT."""
 SOURCE_BURST = 1_000.0
-MAX_SOURCES = 16_384
-"""Sources remembered at a time; when so many are active, new ones are refused."""
+SOURCE_SLOTS = 16_384
+"""The size of the table of sources: 128 KiB."""
+COOKIE_RATE = 10_000.0
+"""Cookies per second, and at once; making and sending that many takes about a quarter of a core."""
 
 
 class MacSigner:
@@ -121,27 +125,55 @@ class LoadMeter:
 
 
 class SourceLimiter:
-    """A token bucket for each source, bounded in number."""
+    """Limits each source to `SOURCE_RATE` in a table of fixed size: a look-up costs the same however many sources there are.
 
-    __slots__ = ("_buckets",)
+    Sources share the table's slots by a keyed hash. So a flood from many addresses raises no slot by much, nobody can choose
+    to share a slot with a victim, and no source is refused because others came first.
+    """
 
-    def __init__(self) -> None:
-        self._buckets: dict[bytes, tuple[float, float]] = {}
+    __slots__ = ("_full_at", "_secret")
+
+    def __init__(self, entropy: Callable[[int], bytes]) -> None:
+        self._secret = entropy(16)
+        self._full_at: array[float] | None = None
+        """When each slot will have its whole burst again; made when first needed, as most devices are never under load."""
 
     def allows(self, source: bytes, now: float) -> bool:
-        key = source_network(source)
-        tokens, at = self._buckets.get(key, (SOURCE_BURST, now))
-        tokens = min(SOURCE_BURST, tokens + (now - at) * SOURCE_RATE)
-        if key not in self._buckets and len(self._buckets) >= MAX_SOURCES and not self._make_room(now):
+        """Count one message of the source, unless it is one too many."""
+        if self._full_at is None:
+            self._full_at = array("d", bytes(8 * SOURCE_SLOTS))
+        digest = blake2s(source_network(source), key=self._secret, digest_size=4).digest()
+        slot = int.from_bytes(digest, "little") % SOURCE_SLOTS
+        full_at = max(self._full_at[slot], now)
+        if full_at - now > (SOURCE_BURST - 0.999) / SOURCE_RATE:
             return False
-        allowed = tokens >= 1.0
-        self._buckets[key] = (tokens - 1.0 if allowed else tokens, now)
-        return allowed
+        self._full_at[slot] = full_at + 1.0 / SOURCE_RATE
+        return True
 
-    def _make_room(self, now: float) -> bool:
-        refill = SOURCE_BURST / SOURCE_RATE
-        self._buckets = {key: bucket for key, bucket in self._buckets.items() if now - bucket[1] < refill}
-        return len(self._buckets) < MAX_SOURCES
+
+class CookieBudget:
+    """How many cookies are handed out. Sources that prove nothing may be forged, so none of them is refused by its name alone.
+
+    The limit of each source counts only while more than half of the whole budget is used, and so a flood in somebody's name
+    does not keep that somebody from its cookie unless the flood is large.
+    """
+
+    __slots__ = ("_at", "_left", "_sources")
+
+    def __init__(self, entropy: Callable[[int], bytes]) -> None:
+        self._sources = SourceLimiter(entropy)
+        self._left = COOKIE_RATE
+        self._at = 0.0
+
+    def allows(self, source: bytes, now: float) -> bool:
+        """Count one cookie for the source, unless it is one too many."""
+        self._left = min(COOKIE_RATE, self._left + (now - self._at) * COOKIE_RATE)
+        self._at = now
+        within_share = self._sources.allows(source, now)
+        if self._left < 1.0 or (self._left < COOKIE_RATE / 2 and not within_share):
+            return False
+        self._left -= 1.0
+        return True
 
 
 def source_network(source: bytes) -> bytes:

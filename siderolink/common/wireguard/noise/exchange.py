@@ -6,7 +6,7 @@ Receiving is ordered by cost: length, mac1, load, then one Curve25519 exchange, 
 from collections.abc import Callable
 
 from . import messages
-from .cookies import LoadMeter, MacGuard, SourceLimiter
+from .cookies import CookieBudget, LoadMeter, MacGuard, SourceLimiter
 from .handshake import (
     Identity,
     ReceivedInitiation,
@@ -100,8 +100,8 @@ class Exchange:
         self._unix_time_ns = unix_time_ns
         self._ciphers = ciphers
         self._guard = MacGuard(identity.public, entropy)
-        self._limiter = SourceLimiter()
-        self._cookie_limiter = SourceLimiter()
+        self._limiter = SourceLimiter(entropy)
+        self._cookies = CookieBudget(entropy)
 
     def rename(self, identity: Identity) -> None:
         """Go on under another private key."""
@@ -163,7 +163,7 @@ class Exchange:
             return True
         source = path.source
         is_proven = self._is_awaited(datagram) or self._guard.has_mac2(datagram, source, now)
-        limiter = self._limiter if is_proven else self._cookie_limiter
+        limiter = self._limiter if is_proven else self._cookies
         if not limiter.allows(source, now):
             self._output.drop(Drop.RATE_LIMITED)
             return False

@@ -22,7 +22,7 @@ class Drop(StrEnum):
     BAD_MAC2 = "bad_mac2"
     """Under load, a handshake message without a valid cookie; a cookie was sent back."""
     RATE_LIMITED = "rate_limited"
-    """Under load, more handshake messages from one source than it may send."""
+    """Under load, more handshake messages from one source, or more that lack a cookie, than are answered."""
     BAD_HANDSHAKE = "bad_handshake"
     """A handshake message that does not decrypt, or carries an unusable Curve25519 point."""
     UNKNOWN_PEER = "unknown_peer"
