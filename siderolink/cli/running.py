@@ -43,7 +43,7 @@ def run_until_stopped(work: Callable[[], Awaitable[None]], reload: Callable[[], 
 
     async def main() -> None:
         async with background_tasks() as tasks:
-            await tasks.start(_stop_on_signal, tasks.cancel_scope)
+            await tasks.start(stop_on_signal, tasks.cancel_scope)
             if reload is not None:
                 await tasks.start(_reload_on_signal, reload)
             await work()
@@ -62,7 +62,8 @@ def leave() -> NoReturn:
     os._exit(0)
 
 
-async def _stop_on_signal(scope: anyio.CancelScope, *, task_status: TaskStatus[None]) -> None:
+async def stop_on_signal(scope: anyio.CancelScope, *, task_status: TaskStatus[None]) -> None:
+    """Cancel the scope when SIGINT or SIGTERM comes."""
     with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
         task_status.started()
         async for _ in signals:

@@ -38,6 +38,9 @@ from siderolink.common.errors import SideroLinkError
 from siderolink.common.netlink import call_in
 from siderolink.common.nft_matches import Match
 
+OUR_PREFIX = "siderolink"
+"""How the names of this package's tables begin."""
+
 Hook = Literal["prerouting", "input", "forward", "output", "postrouting"]
 Verdict = Literal["accept", "drop", "return"]
 
@@ -79,6 +82,11 @@ class Part:
 
     name: str
     rules: Sequence[Rule]
+
+
+def is_our_table(name: str) -> bool:
+    """Whether a table of this name is one that this package makes."""
+    return name == OUR_PREFIX or name.startswith(f"{OUR_PREFIX}-")
 
 
 class Table:

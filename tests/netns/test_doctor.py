@@ -2,6 +2,7 @@
 
 import json
 import ssl
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -100,3 +101,26 @@ def test_what_this_host_lacks_is_told() -> None:
         assert found["loopback"]["is_good"] is None
         assert "IPv4 and IPv6" in found["forwarding"]["text"]
         assert any(found[f"{kind} device"]["is_good"] for kind in ("kernel", "userspace"))
+
+
+def test_a_firewall_of_our_own_is_no_reason_for_a_warning() -> None:
+    with Namespace("host") as host:
+        host.nft(
+            "add table inet siderolink; add chain inet siderolink input { type filter hook input priority 0; policy drop; }"
+        )
+        found = examine(host)
+        assert "firewall" not in found
+        assert found["nf_tables"]["is_good"]
+        assert host.run(["nft", "list", "tables"]).split() == ["table", "inet", "siderolink"]  # none of its own stays
+
+
+def test_a_stopped_doctor_leaves_nothing_behind() -> None:
+    with serving() as net:
+        net.machine.drop_udp()
+        process = net.machine.popen([sys.executable, "-m", "siderolink", "doctor", URL], stdout=subprocess.PIPE)
+        assert process.stdout is not None
+        assert any("admitted" in line for line in iter(process.stdout.readline, ""))
+        process.terminate()
+        assert process.wait(20) == 130
+        assert net.machine.interfaces() == {"lo", "eth0"}
+        assert "siderolink" not in net.machine.run(["nft", "list", "tables"])

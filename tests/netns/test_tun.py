@@ -32,7 +32,7 @@ def inside() -> Iterator[tuple[Namespace, BlockingPortal]]:
 
 @pytest.mark.parametrize(
     "name",
-    ["", "a" * 16, "a/b", "a:b", "a b", ".", "..", "tun%d", "tün", "a\0b", "a\n", "x" * 5000],
+    ["", "a" * 16, "a/b", "a:b", "a b", ".", "..", "all", "default", "tun%d", "tün", "a\0b", "a\n", "x" * 5000],
     ids=lambda name: repr(name[:20]),
 )
 def test_impossible_names_are_refused(name: str) -> None:

@@ -14,7 +14,7 @@ from siderolink.client.link.provisioning import Machine
 from siderolink.client.link.runner import LinkOptions, LinkRunner
 from siderolink.client.link.signals import Put
 from siderolink.common.join_url import JoinURL
-from siderolink.common.network_watch import WayOut
+from siderolink.common.netlink import OutgoingRoute
 from siderolink.common.wireguard.device import Device, DeviceConfig, DeviceKind, OnDeviceEvent
 from siderolink.common.wireguard.packet_device import PacketDevice, open_packet_device
 
@@ -81,8 +81,8 @@ class PacketMachine:
     async def watch(self, device: Device, config: DeviceConfig, put: Put) -> None:
         await anyio.sleep_forever()
 
-    def way_out(self, remote: str) -> WayOut | None:
-        return WayOut(b"here", 1)
+    def way_out(self, remote: str) -> OutgoingRoute | None:
+        return OutgoingRoute(b"here", 1)
 
     async def is_answered(self, interface: str, server: IPv6Address) -> bool:
         return False

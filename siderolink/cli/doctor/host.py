@@ -5,17 +5,19 @@ import os
 import socket
 import time
 from collections.abc import AsyncIterator
-from contextlib import closing
+from contextlib import closing, suppress
+from ipaddress import IPv6Interface
 from pathlib import Path
 
 from siderolink.cli.doctor.finding import Finding, bad, good, note
 from siderolink.common.errors import SideroLinkError
 from siderolink.common.keys import PrivateKey
-from siderolink.common.netlink import RequestSocket, read_link
-from siderolink.common.netlink.messages import attributes
+from siderolink.common.netlink import RequestSocket, read_link, read_network
+from siderolink.common.netlink.messages import text, values
 from siderolink.common.netlink.sockets import NETFILTER
-from siderolink.common.nftables import Chain, Table
+from siderolink.common.nftables import Chain, Table, is_our_table
 from siderolink.common.wireguard.device import DeviceConfig, DeviceKind
+from siderolink.common.wireguard.kernel.interface import remove_leftover
 from siderolink.common.wireguard.opening import open_device
 
 __all__ = ["check_clock", "check_devices", "check_firewall", "check_forwarding", "check_loopback"]
@@ -27,14 +29,23 @@ _TIMEX_BYTES = 512
 _GET_CHAINS = 10 << 8 | 4  # nf_tables, NFT_MSG_GETCHAIN
 _TABLE, _CHAIN, _HOOK, _POLICY = 1, 3, 4, 5
 _FORWARDING = {"IPv4": "ipv4/ip_forward", "IPv6": "ipv6/conf/all/forwarding"}
+_TRIAL_NAME = "sldoc"
 _KINDS: tuple[DeviceKind, ...] = ("kernel", "userspace")
 
 
 async def check_devices() -> AsyncIterator[Finding]:
-    """Make an interface of each kind, and remove it again."""
+    """Make an interface of each kind with an overlay-like address, set it up, and remove it again."""
+    await _remove_leftovers()
     failures = []
+    # random, from the range for local use; a /128 brings no route to anywhere else
+    address = IPv6Interface((int.from_bytes(b"\xfd" + os.urandom(15), "big"), 128))
     for kind in _KINDS:
-        config = DeviceConfig(name=f"sldoc{os.getpid() % 1_000_000}", private_key=PrivateKey.generate(), is_shown=False)
+        config = DeviceConfig(
+            name=f"{_TRIAL_NAME}{os.getpid() % 1_000_000}",
+            private_key=PrivateKey.generate(),
+            addresses=(address,),
+            is_shown=False,
+        )
         try:
             async with open_device(kind, config, lambda event: None):
                 yield good(f"{kind} device", "works here")
@@ -45,6 +56,14 @@ async def check_devices() -> AsyncIterator[Finding]:
             yield bad(failure.check, failure.text, "without either, no link can be made on this host")
         else:
             yield note(failure.check, failure.text, "not needed: the other one is used")
+
+
+async def _remove_leftovers() -> None:
+    """Remove trial interfaces of doctors that were killed."""
+    for link in (await read_network(routes=False)).links.values():
+        if link.name.startswith(_TRIAL_NAME):
+            with suppress(SideroLinkError, OSError):  # another doctor's, at work
+                await remove_leftover(link.name, None)
 
 
 async def check_clock() -> AsyncIterator[Finding]:
@@ -98,22 +117,19 @@ async def check_firewall() -> AsyncIterator[Finding]:
 
 
 def _closed_chains() -> list[str]:
-    """Base chains at the input hook whose policy is to drop. Raises OSError where they cannot be read."""
+    """Base chains of others at the input hook whose policy is to drop. Raises OSError where they cannot be read."""
     found = []
-    with closing(RequestSocket(NETFILTER)) as netlink:
-        netlink.begin_dump(_GET_CHAINS, bytes(4))
+    with closing(RequestSocket(NETFILTER)) as requests:
+        requests.begin_dump(_GET_CHAINS, bytes(4))
         is_last = False
         while not is_last:
-            part = netlink.next_part()
+            part = requests.next_part()
             is_last = part.is_last
             for message in part.messages:
-                fields = {
-                    kind: message.data[start:end]
-                    for kind, start, end in attributes(message.data, message.start + 4, message.end)
-                }
-                hook = {kind: fields[_HOOK][start:end] for kind, start, end in attributes(fields.get(_HOOK, b""))}
-                if hook.get(1, b"")[-1:] == b"\1" and fields.get(_POLICY) == bytes(4):
-                    table, chain = (fields.get(key, b"").rstrip(b"\0").decode(errors="replace") for key in (_TABLE, _CHAIN))
+                fields = message.values(4)
+                hook = values(fields.get(_HOOK, b""))
+                table, chain = text(fields.get(_TABLE, b"")), text(fields.get(_CHAIN, b""))
+                if hook.get(1, b"")[-1:] == b"\1" and fields.get(_POLICY) == bytes(4) and not is_our_table(table):
                     found.append(f"table {table}, chain {chain}")
     return found
 

@@ -11,21 +11,24 @@ import anyio
 
 from siderolink.cli.doctor.finding import Finding
 from siderolink.cli.doctor.host import check_clock, check_devices, check_firewall, check_forwarding, check_loopback
+from siderolink.cli.running import loop_options, stop_on_signal
 from siderolink.common.grpc import client_tls
 from siderolink.common.join_url import JoinURL
+from siderolink.common.tasks import background_tasks
 from siderolink.common.text import one_line
 
 __all__ = ["run_doctor"]
 
+_STOPPED = 130
 _MARKS = {True: "ok", None: "note", False: "BAD"}
 
 
 def run_doctor(url: str | None, *, ca_file: Path | None, as_json: bool) -> int:
-    """Check and report; 1 if something is bad. Raises JoinURLError or ConfigurationError."""
+    """Check and report; 1 if something is bad, 130 if a signal stopped it. Raises JoinURLError or ConfigurationError."""
     parsed = None if url is None else JoinURL.parse(url)
     tls = client_tls(ca_file) if parsed is not None and parsed.tls else None
 
-    async def work() -> bool:
+    async def work() -> int:
         findings = []
         async for finding in _check_all(parsed, tls):
             findings.append(finding)
@@ -33,9 +36,17 @@ def run_doctor(url: str | None, *, ca_file: Path | None, as_json: bool) -> int:
                 _say(finding)
         if as_json:
             print(json.dumps([asdict(finding) for finding in findings], indent=2))
-        return all(finding.is_good is not False for finding in findings)
+        return 0 if all(finding.is_good is not False for finding in findings) else 1
 
-    return 0 if anyio.run(work, backend_options={"use_uvloop": True}) else 1
+    async def work_until_stopped() -> int:
+        codes = [_STOPPED]
+        async with background_tasks() as tasks:
+            # what a check has made is removed before the process ends
+            await tasks.start(stop_on_signal, tasks.cancel_scope)
+            codes.append(await work())
+        return codes[-1]
+
+    return anyio.run(work_until_stopped, backend_options=loop_options())
 
 
 async def _check_all(url: JoinURL | None, tls: ssl.SSLContext | None) -> AsyncIterator[Finding]:

@@ -1,7 +1,7 @@
 """Checks towards a server: its API, TLS, the token, each endpoint by UDP or the tunnel, and whether full packets pass.
 
 A trial machine with a UUID and a key of its own joins, in this process only: no interface is made, and no privilege is needed.
-Servers forget a machine that never shakes hands; this one does, and remains there as a machine that is down.
+At the end it asks the server to forget it; a server that does not know that request keeps it as a machine that is down.
 """
 
 import socket
@@ -9,6 +9,7 @@ import ssl
 import struct
 import uuid
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from ipaddress import IPv6Network
 
@@ -18,6 +19,7 @@ from anyio.streams.tls import TLSAttribute
 from siderolink.cli.doctor.finding import Finding, bad, good, note
 from siderolink.client.link.provisioning import Machine, Provisioned, provision
 from siderolink.common.errors import InvalidAnswerError, JoinRefusedError, ServerUnreachableError
+from siderolink.common.goodbye import GOODBYE_PORT, Goodbye
 from siderolink.common.hostport import HostPort
 from siderolink.common.join_url import JoinURL
 from siderolink.common.keys import PrivateKey
@@ -31,6 +33,7 @@ __all__ = ["check_server"]
 HANDSHAKE_SECONDS = 10.0
 ECHO_SECONDS = 3.0
 SMALL, FULL = 64, 1280
+_GOODBYE_LOOKS, _LOOKS_PER_GOODBYE, _LOOK_SECONDS = 30, 10, 0.05
 _IP_MTU, _IPV6_MTU = 14, 24
 _ANOTHER_NAME = "the certificate is for another name: use that one in the URL"
 _TLS_REMEDIES = {
@@ -66,10 +69,15 @@ async def check_server(url: JoinURL, tls: ssl.SSLContext | None) -> AsyncIterato
     except (ServerUnreachableError, InvalidAnswerError) as error:
         yield bad("join", str(error), "check address and port, firewalls between, and whether the URL's scheme is the server's")
         return
-    yield good("join", f"admitted as {answer.address.ip}; the trial machine {key.public_key()} may be removed there")
+    yield good("join", f"admitted as {answer.address.ip}")
+    working = None
     for route in choose(url, answer, tls).routes:
         async for finding in _check_route(route, answer, key):
+            if finding.check == str(route) and finding.is_good:
+                working = route
             yield finding
+    if working is not None:  # a server forgets by itself what never shook hands
+        yield await _leave(working, answer, key)
 
 
 async def _check_tls(api: HostPort, tls: ssl.SSLContext) -> Finding:
@@ -94,36 +102,63 @@ class _Trial:
     """The trial machine's device, and what it hears."""
 
     device: PacketDevice
-    shaken: anyio.Event
     echoes: set[int]
+    """The lengths of echo replies."""
+    replies: set[bytes]
+    """The contents of UDP datagrams."""
 
 
 async def _check_route(route: Route, answer: Provisioned, key: PrivateKey) -> AsyncIterator[Finding]:
-    shaken, echoes = anyio.Event(), set[int]()
-
-    def hear(event: DeviceEvent) -> None:
-        if isinstance(event, HandshakeCompleted):
-            shaken.set()
-
-    def take(packet: bytes) -> None:
-        if len(packet) >= 48 and packet[6] == socket.IPPROTO_ICMPV6 and packet[40] == 129:
-            echoes.add(len(packet))
-
-    port = None if answer.virtual_address is not None else 0
-    config = DeviceConfig(name="doctor", private_key=key, addresses=(answer.address,), listen_port=port)
-    peer = PeerConfig(public_key=answer.server_key, allowed_ips=(IPv6Network(answer.server_address),), persistent_keepalive=25)
-    async with open_packet_device(config, take, hear) as device, background_tasks() as tasks:
-        tasks.start_soon(route.carry, device, peer, lambda reason: None)
-        with anyio.move_on_after(HANDSHAKE_SECONDS):
-            await shaken.wait()
-        if not shaken.is_set():
+    async with _open_trial(route, answer, key) as trial:
+        if trial is None:
             is_udp = answer.virtual_address is None
             remedy = "let UDP pass to that address and back, or use the tunnel: grpc_tunnel=true in the URL"
             yield bad(str(route), f"no handshake within {HANDSHAKE_SECONDS:g} s", remedy if is_udp else "see the server's log")
             return
         yield good(str(route), "the handshake is answered")
-        async for finding in _check_sizes(route, _Trial(device, shaken, echoes), answer):
+        async for finding in _check_sizes(route, trial, answer):
             yield finding
+
+
+@asynccontextmanager
+async def _open_trial(route: Route, answer: Provisioned, key: PrivateKey) -> AsyncIterator[_Trial | None]:
+    """The trial machine's link by this route; None where no handshake is answered."""
+    shaken, echoes, replies = anyio.Event(), set[int](), set[bytes]()
+
+    def hear(event: DeviceEvent) -> None:
+        if isinstance(event, HandshakeCompleted):
+            shaken.set()
+
+    def receive(packet: bytes) -> None:
+        if len(packet) >= 48 and packet[6] == socket.IPPROTO_ICMPV6 and packet[40] == 129:
+            echoes.add(len(packet))
+        elif len(packet) >= 48 and packet[6] == socket.IPPROTO_UDP and len(replies) < 16:
+            replies.add(packet[48:])
+
+    port = None if answer.virtual_address is not None else 0
+    config = DeviceConfig(name="doctor", private_key=key, addresses=(answer.address,), listen_port=port)
+    peer = PeerConfig(public_key=answer.server_key, allowed_ips=(IPv6Network(answer.server_address),), persistent_keepalive=25)
+    async with open_packet_device(config, receive, hear) as device, background_tasks() as tasks:
+        tasks.start_soon(route.carry, device, peer, lambda reason: None)
+        with anyio.move_on_after(HANDSHAKE_SECONDS):
+            await shaken.wait()
+        yield _Trial(device, echoes, replies) if shaken.is_set() else None
+
+
+async def _leave(route: Route, answer: Provisioned, key: PrivateKey) -> Finding:
+    """Ask the server to forget the trial machine."""
+    goodbye = Goodbye(public_key=key.public_key(), forget=True).encode()
+    packet = udp_packet(answer.address.ip.packed, answer.server_address.packed, GOODBYE_PORT, goodbye)
+    async with _open_trial(route, answer, key) as trial:
+        for attempt in range(_GOODBYE_LOOKS if trial is not None else 0):
+            assert trial is not None
+            if attempt % _LOOKS_PER_GOODBYE == 0:
+                trial.device.send(packet)
+            await anyio.sleep(_LOOK_SECONDS)
+            if goodbye in trial.replies:
+                return good("trial machine", "the server has forgotten it")
+    remedy = f"remove the machine with the key {key.public_key()} there"
+    return note("trial machine", "the server keeps it, as a machine that is down", remedy)
 
 
 async def _check_sizes(route: Route, trial: _Trial, answer: Provisioned) -> AsyncIterator[Finding]:
@@ -161,9 +196,20 @@ def _route_mtu(answer: Provisioned) -> str:
 def echo_request(source: bytes, destination: bytes, size: int) -> bytes:
     """An ICMPv6 echo request (RFC 4443, 4.1) of `size` bytes with its IPv6 header."""
     body = struct.pack("!BBHHH", 128, 0, 0, 1, size & 0xFFFF) + bytes(size - 48)
-    pseudo = source + destination + struct.pack("!I3xB", len(body), socket.IPPROTO_ICMPV6)
-    words = sum(struct.unpack(f"!{len(pseudo + body) // 2}H", pseudo + body))
+    return _packet(source, destination, socket.IPPROTO_ICMPV6, body, checksum_at=2)
+
+
+def udp_packet(source: bytes, destination: bytes, port: int, content: bytes) -> bytes:
+    """A UDP datagram from and to `port`, with its IPv6 header."""
+    body = struct.pack("!HHHH", port, port, 8 + len(content), 0) + content
+    return _packet(source, destination, socket.IPPROTO_UDP, body, checksum_at=6)
+
+
+def _packet(source: bytes, destination: bytes, protocol: int, body: bytes, checksum_at: int) -> bytes:
+    summed = source + destination + struct.pack("!I3xB", len(body), protocol) + body + bytes(len(body) % 2)
+    words = sum(struct.unpack(f"!{len(summed) // 2}H", summed))
     while words >> 16:
         words = (words & 0xFFFF) + (words >> 16)
-    body = body[:2] + struct.pack("!H", ~words & 0xFFFF) + body[4:]
-    return struct.pack("!IHBB", 6 << 28, len(body), socket.IPPROTO_ICMPV6, 64) + source + destination + body
+    checksum = struct.pack("!H", (~words & 0xFFFF) or 0xFFFF)
+    body = body[:checksum_at] + checksum + body[checksum_at + 2 :]
+    return struct.pack("!IHBB", 6 << 28, len(body), protocol, 64) + source + destination + body

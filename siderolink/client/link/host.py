@@ -15,9 +15,8 @@ from siderolink.client.link.probes import is_answered, large_packets_pass
 from siderolink.client.link.signals import ClockJumped, NetworkChanged, Put, Repaired
 from siderolink.common.backoff import Backoff
 from siderolink.common.clock_watch import ClockWatch
-from siderolink.common.errors import OverlayInUseError
-from siderolink.common.netlink import call_in, run_netlink
-from siderolink.common.network_watch import NetworkChange, NetworkWatch, WayOut, way_out
+from siderolink.common.errors import DeviceError, OverlayInUseError
+from siderolink.common.netlink import NetworkChange, NetworkWatch, OutgoingRoute, call_in, enable_ipv6, route_to, run_netlink
 from siderolink.common.tasks import background_tasks
 from siderolink.common.wireguard.device import (
     Device,
@@ -44,7 +43,7 @@ class Host(Protocol):
     async def watch(self, device: Device, config: DeviceConfig, put: Put) -> None:
         """Tell of the network, the interface and the clock, for ever."""
 
-    def way_out(self, remote: str) -> WayOut | None:
+    def way_out(self, remote: str) -> OutgoingRoute | None:
         """How packets to `remote` leave; None where there is no route."""
 
     async def is_answered(self, interface: str, server: IPv6Address) -> bool:
@@ -106,8 +105,8 @@ class ThisHost:
                 tasks.start_soon(repair)
                 await anyio.sleep_forever()
 
-    def way_out(self, remote: str) -> WayOut | None:
-        return way_out(remote)
+    def way_out(self, remote: str) -> OutgoingRoute | None:
+        return route_to(remote)
 
     async def is_answered(self, interface: str, server: IPv6Address) -> bool:
         return await is_answered(interface, server, self._namespace)
@@ -195,6 +194,9 @@ async def _repair(index: int, addresses: tuple[Interface, ...]) -> list[str] | N
 async def _repair_addresses(ipr: AsyncIPRoute, index: int, addresses: tuple[Interface, ...]) -> list[str]:
     present = {found.get_attr("IFA_ADDRESS") async for found in await ipr.addr("dump", index=index)}
     missing = [address for address in addresses if str(address.ip) not in present]
+    if any(address.version == 6 for address in missing):
+        with suppress(OSError, DeviceError):  # it is gone, or IPv6 stays off: then the address cannot be added either
+            enable_ipv6(socket.if_indextoname(index))
     for address in missing:
         flags = _IFA_F_NODAD if address.version == 6 else 0
         await ipr.addr("add", index=index, address=str(address.ip), prefixlen=address.network.prefixlen, flags=flags)

@@ -31,7 +31,7 @@ from siderolink.common.wireguard.device import (
 if TYPE_CHECKING:
     from anyio.abc import TaskGroup
 
-    from siderolink.common.network_watch import WayOut
+    from siderolink.common.netlink import OutgoingRoute
 
 _API_LOST = "the connection to the server's API broke"
 _IS_ANOTHER = "the server is not the same as before"
@@ -76,7 +76,7 @@ class RouteMonitor:
         self._route = route
         self._answer = answer
         self._peer = peer
-        self._way_out: WayOut | None = None
+        self._way_out: OutgoingRoute | None = None
         self._asleep = seconds_asleep()
         self._last_handshake: float | None = None
         self._polled_at = time.monotonic()

@@ -3,6 +3,7 @@
 What the rest of the package needs stands here; `messages` and `sockets` are for those who speak netlink themselves.
 """
 
+from siderolink.common.netlink.configure import configure_interface, enable_ipv6
 from siderolink.common.netlink.follow import (
     InterfaceMonitor,
     NetworkChange,
@@ -10,18 +11,16 @@ from siderolink.common.netlink.follow import (
     NetworkWatch,
     follow_network,
 )
+from siderolink.common.netlink.lookup import OutgoingRoute, RouteLookup, route_to
 from siderolink.common.netlink.namespaces import call_in, namespace_path, run_netlink
 from siderolink.common.netlink.rtnl import (
     Address,
     HostNetwork,
     Link,
     NextHop,
-    OutgoingRoute,
     Route,
-    RouteLookup,
     read_link,
     read_network,
-    route_to,
 )
 from siderolink.common.netlink.sockets import EventSocket, NetlinkRefusal, RequestSocket, open_events
 
@@ -41,6 +40,8 @@ __all__ = [
     "Route",
     "RouteLookup",
     "call_in",
+    "configure_interface",
+    "enable_ipv6",
     "follow_network",
     "namespace_path",
     "open_events",

@@ -1,4 +1,4 @@
-"""Links, addresses and routes (rtnetlink(7)): parsed, read one by one or all together, and looked up.
+"""Links, addresses and routes (rtnetlink(7)): parsed, and read one by one or all together.
 
 A message that is too short or names an unknown address family is skipped.
 """
@@ -20,9 +20,21 @@ from siderolink.common.netlink.namespaces import call_in
 from siderolink.common.netlink.sockets import NetlinkRefusal, RequestSocket
 
 __all__ = [
-    *("DELADDR", "DELLINK", "DELROUTE", "GETLINK", "NEWADDR", "NEWLINK", "NEWROUTE", "Address", "HostNetwork", "IPAddress"),
-    *("Link", "NextHop", "OutgoingRoute", "Route", "RouteLookup", "link_request", "parse_address", "parse_link", "parse_route"),
-    *("read_link", "read_network", "route_to"),
+    *(
+        "Address",
+        "DELADDR",
+        "DELLINK",
+        "DELROUTE",
+        "GETLINK",
+        "GETROUTE",
+        "HostNetwork",
+        "IPAddress",
+        "RTMSG",
+        "Link",
+        "NEWADDR",
+    ),
+    *("NEWLINK", "NEWROUTE", "RTMSG", "NextHop", "Route", "find_link", "link_request"),
+    *("parse_address", "parse_link", "parse_route", "read_addresses", "read_link", "read_network"),
 ]
 
 NEWLINK: Final = 16
@@ -33,7 +45,7 @@ DELADDR: Final = 21
 _GETADDR: Final = 22
 NEWROUTE: Final = 24
 DELROUTE: Final = 25
-_GETROUTE: Final = 26
+GETROUTE: Final = 26
 
 MAX_ITEMS: Final = 65_536
 """Links, addresses or routes that `read_network` reads; a host with a full Internet table has a million."""
@@ -41,12 +53,10 @@ _DUMP_ATTEMPTS: Final = 3
 
 _IFINFO: Final = struct.Struct("=BxHiII")
 _IFADDR: Final = struct.Struct("=BBBBi")
-_RTMSG: Final = struct.Struct("=BBBBBBBBI")
+RTMSG: Final = struct.Struct("=BBBBBBBBI")
 _NEXT_HOP: Final = struct.Struct("=HBBi")
 _UP, _LOWER_UP = 0x1, 0x10000
 _CLONED: Final = 0x200
-_FIB_MATCH: Final = 0x2000
-"""Answer with the table's entry, or an error: without it, Linux takes any IPv4 host for a neighbour on a named interface."""
 _NO_STATISTICS: Final = 8
 
 IPAddress = IPv4Address | IPv6Address
@@ -152,16 +162,6 @@ class HostNetwork:
     """How much of this thread's time it took to read them."""
 
 
-@dataclass(frozen=True, slots=True)
-class OutgoingRoute:
-    """How packets to an address leave this host."""
-
-    source: bytes
-    """The local address, 4 or 16 bytes; empty where the kernel names none."""
-    interface: int
-    """The index of the interface; 0 where the route names none."""
-
-
 # --- parsing
 
 
@@ -217,11 +217,11 @@ def parse_address(message: Message) -> Address | None:
 
 
 def parse_route(message: Message) -> Route | None:
-    fixed = message.fixed(_RTMSG)
+    fixed = message.fixed(RTMSG)
     if fixed is None:
         return None
     family, length, _, _, table, protocol, scope, kind, flags = fixed
-    found = message.values(_RTMSG.size)
+    found = message.values(RTMSG.size)
     size = {socket.AF_INET: 4, socket.AF_INET6: 16}.get(family, 0)
     destination = _ip(family, found.get(1, bytes(size)))
     if destination is None or length > 8 * size:
@@ -270,9 +270,9 @@ def _via(value: bytes) -> IPAddress | None:
 # --- reading
 
 
-def link_request(index: int, *parts: bytes) -> bytes:
-    """The payload of a request about one link."""
-    return _IFINFO.pack(0, 0, index, 0, 0) + b"".join(parts)
+def link_request(index: int, *attributes: bytes, flags: int = 0) -> bytes:
+    """The payload of a request about one link; with `flags`, which ones are set."""
+    return _IFINFO.pack(0, 0, index, flags, flags) + b"".join(attributes)
 
 
 def read_link(requests: RequestSocket, index: int) -> Link:
@@ -284,13 +284,34 @@ def read_link(requests: RequestSocket, index: int) -> Link:
     raise NetlinkRefusal(errno.ENODEV, "no such interface")
 
 
+def find_link(requests: RequestSocket, name: str) -> Link:
+    """The interface of that name, as `read_link` gives it."""
+    for message in requests.request(GETLINK, link_request(0, attribute(3, name.encode() + b"\0"))):
+        link = parse_link(message)
+        if link is not None:
+            return link
+    raise NetlinkRefusal(errno.ENODEV, "no such interface")
+
+
+def read_addresses(requests: RequestSocket, index: int) -> list[Address]:
+    """One interface's addresses. Raises NetlinkRefusal."""
+    found: list[Address | None] = []
+    requests.begin_dump(_GETADDR, bytes(_IFADDR.size))
+    is_last = False
+    while not is_last:
+        part = requests.next_part()
+        found += map(parse_address, part.messages)
+        is_last = part.is_last
+    return [address for address in found if address is not None and address.interface == index]
+
+
 async def read_network(namespace: str | None = None, *, routes: bool = True) -> HostNetwork:
     """Read everything, letting other tasks run in between. Raises NetlinkRefusal, or ConfigurationError for the namespace."""
     with closing(call_in(namespace, RequestSocket)) as requests:
         reader = _Reader(requests)
         links = await reader.dump(GETLINK, link_request(0, attribute(29, _long(_NO_STATISTICS))), parse_link)
         addresses = await reader.dump(_GETADDR, bytes(_IFADDR.size), parse_address)
-        entries = await reader.dump(_GETROUTE, bytes(_RTMSG.size), _parse_entry) if routes else []
+        entries = await reader.dump(GETROUTE, bytes(RTMSG.size), _parse_entry) if routes else []
     by_index = {link.index: link for link in links}
     return HostNetwork(by_index, frozenset(addresses), frozenset(entries), reader.is_complete, reader.seconds)
 
@@ -335,50 +356,3 @@ def _parse_entry(message: Message) -> Route | None:
 
 def _long(value: int) -> bytes:
     return struct.pack("=I", value)
-
-
-# --- looking up
-
-
-class RouteLookup:
-    """Asks the kernel how packets would leave; keeps a socket for it."""
-
-    def __init__(self) -> None:
-        """In the calling thread's network namespace. Raises OSError."""
-        self._requests = RequestSocket()
-
-    def close(self) -> None:
-        self._requests.close()
-
-    def find(self, destination: bytes, *, source: bytes = b"", mark: int = 0, interface: int = 0) -> OutgoingRoute | None:
-        """The route to an address of 4 or 16 bytes; None if there is none. `interface`: look only for routes by that one.
-
-        Raises NetlinkRefusal where the kernel could not say.
-        """
-        family = socket.AF_INET if len(destination) == 4 else socket.AF_INET6
-        bits = 8 * len(destination)
-        flags = _FIB_MATCH if interface and family == socket.AF_INET else 0
-        request = _RTMSG.pack(family, bits, 8 * len(source), 0, 0, 0, 0, 0, flags) + attribute(1, destination)
-        if source:
-            request += attribute(2, source)
-        request += b"".join(attribute(kind, _long(value)) for kind, value in ((16, mark), (4, interface)) if value)
-        try:
-            answer = self._requests.ask(_GETROUTE, request)
-        except NetlinkRefusal as error:
-            if error.errno in (errno.EPERM, errno.ENOBUFS, errno.ENOMEM, errno.EAGAIN):
-                raise
-            return None
-        found = answer.values(_RTMSG.size) if answer.kind == NEWROUTE else {}
-        return OutgoingRoute(found.get(7, b""), number(found.get(4, b"")))
-
-
-def route_to(remote: str) -> OutgoingRoute | None:
-    """How packets to this numeric address would leave; None where there is no route."""
-    try:
-        family, _, _, _, target = socket.getaddrinfo(remote, 9, type=socket.SOCK_DGRAM, flags=socket.AI_NUMERICHOST)[0]
-        address = socket.inet_pton(family, str(target[0]).partition("%")[0])
-        zone = target[3] if len(target) == 4 else 0
-        with closing(RouteLookup()) as lookup:
-            return lookup.find(address, interface=int(zone))
-    except OSError:
-        return None

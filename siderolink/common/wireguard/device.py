@@ -21,6 +21,8 @@ DEFAULT_MTU = 1280
 
 _INTERFACE_NAME: Final = re.compile(r"[!-$&-.0-9;-~]{1,15}")
 """What the kernel takes, except `%`, which would make it number the interface: visible ASCII without `/` and `:`."""
+_RESERVED_NAMES: Final = (".", "..", "all", "default")
+"""In sysctls, the last two mean every interface; one of that name has no settings of its own, and the kernel no IPv6 for it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -218,9 +220,10 @@ DeviceContext = AbstractAsyncContextManager[Device]
 
 def check_interface(name: str, mtu: int) -> None:
     """Check an interface's name and MTU. Raises ConfigurationError for what the kernel would refuse."""
-    if not _INTERFACE_NAME.fullmatch(name) or name in (".", ".."):
+    if not _INTERFACE_NAME.fullmatch(name) or name in _RESERVED_NAMES:
         raise ConfigurationError(
-            f"{name!r} cannot name an interface: 1 to 15 visible ASCII characters without '/', ':' and '%'"
+            f"{name!r} cannot name an interface: 1 to 15 visible ASCII characters without '/', ':' and '%', "
+            "other than '.', '..', 'all' and 'default'"
         )
     if not 68 <= mtu <= 65_535:
         raise ConfigurationError(f"an MTU of {mtu} is not possible: 68 to 65,535 bytes")

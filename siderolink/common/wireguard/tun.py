@@ -5,16 +5,12 @@ import fcntl
 import os
 import struct
 from collections.abc import Iterable, Sequence
-from functools import partial
 from types import TracebackType
 from typing import Final, Self
 
-from pyroute2 import AsyncIPRoute
-from pyroute2.netlink.exceptions import NetlinkError
-
 from siderolink.common.degraded import say_once
 from siderolink.common.errors import DeviceError, DeviceUnavailableError, InterfaceInUseError
-from siderolink.common.netlink import run_netlink
+from siderolink.common.netlink import configure_interface
 from siderolink.common.wireguard.device import Interface, check_interface
 
 _DEVICE: Final = "/dev/net/tun"
@@ -29,7 +25,6 @@ _TSO: Final = 0x01 | 0x02 | 0x04 | 0x08
 _USO: Final = 0x20 | 0x40
 """TUN_F_USO4, TUN_F_USO6: Linux 6.2 and newer."""
 _IFREQ: Final = struct.Struct("16sH22x")
-_IFA_F_NODAD: Final = 0x02
 _MAX_FRAME: Final = 70_000
 _GONE: Final = (errno.EBADFD, errno.ENODEV)
 
@@ -116,33 +111,10 @@ class Tun:
         """Give the interface its MTU and addresses (IPv6 at once, without duplicate detection) and bring it up.
 
         `namespace` is the one it was made in, where that is not the caller's. Super-packets are capped so that they
-        fill whole UDP sends. Raises DeviceError.
+        fill whole UDP sends. Raises ConfigurationError or DeviceError.
         """
-        await run_netlink(partial(self._configure, tuple(addresses), mtu, up), namespace)
-
-    async def _configure(self, addresses: Sequence[Interface], mtu: int, up: bool) -> None:
-        async with AsyncIPRoute() as ipr:
-            try:
-                [index] = await ipr.link_lookup(ifname=self.name)
-                await ipr.link("set", index=index, mtu=mtu)
-                for address in addresses:
-                    flags = _IFA_F_NODAD if address.version == 6 else 0
-                    prefix = address.network.prefixlen
-                    await ipr.addr("add", index=index, address=str(address.ip), prefixlen=prefix, flags=flags)
-                if self.tso:
-                    await self._limit_gso(ipr, index, fitting_gso_max_size(mtu))
-                if up:
-                    await ipr.link("set", index=index, state="up")
-            except NetlinkError as error:
-                raise DeviceError(f"the interface {self.name} cannot be configured: {error}") from error
-            except ValueError as error:  # nothing found
-                raise DeviceError(f"the interface {self.name} was deleted by someone else") from error
-
-    async def _limit_gso(self, ipr: AsyncIPRoute, index: int, size: int) -> None:
-        try:
-            await ipr.link("set", index=index, gso_max_size=size)
-        except NetlinkError:  # before Linux 5.19 it cannot be changed; super-packets then take one more send
-            pass
+        size = fitting_gso_max_size(mtu) if self.tso else None
+        await configure_interface(self.name, addresses, mtu, up=up, gso_max_size=size, namespace=namespace)
 
     def close(self) -> None:
         """Remove the interface and all its addresses and routes. Does nothing the second time."""

@@ -17,7 +17,7 @@ from siderolink.client.link.signals import Put
 from siderolink.client.link.state import LinkState
 from siderolink.common.errors import JoinRefusedError
 from siderolink.common.keys import PublicKey
-from siderolink.common.network_watch import WayOut
+from siderolink.common.netlink import OutgoingRoute
 from siderolink.common.pb.sidero.link import ProvisionResponse
 from siderolink.common.tasks import background_tasks
 from siderolink.common.wireguard.device import Device, DeviceConfig, DeviceKind, HandshakeGaveUp, OnDeviceEvent
@@ -40,7 +40,7 @@ class Bench:
         self.configs: list[DeviceConfig] = []
         self.device: FakeDevice | None = None
         self.put: Put = lambda signal: None
-        self.out: WayOut | None = WayOut(b"here", 2)
+        self.out: OutgoingRoute | None = OutgoingRoute(b"here", 2)
         self.size_verdicts: list[bool | None] = []
         self.device_type: type[FakeDevice] = FakeDevice
         self.is_server_answering = False
@@ -76,7 +76,7 @@ class Bench:
         self.put = put
         await anyio.sleep_forever()
 
-    def way_out(self, remote: str) -> WayOut | None:
+    def way_out(self, remote: str) -> OutgoingRoute | None:
         return self.out
 
     async def is_answered(self, interface: str, server: IPv6Address) -> bool:

@@ -9,7 +9,7 @@ import pytest
 from siderolink.client.link import events, signals
 from siderolink.client.link.state import LinkState
 from siderolink.common.keys import PublicKey
-from siderolink.common.network_watch import WayOut
+from siderolink.common.netlink import OutgoingRoute
 from siderolink.common.wireguard.device import InterfaceLost
 from tests.support.fake_device import FakeKernelDevice
 from tests.support.provision import SERVER_ADDRESS, new_key, response
@@ -58,7 +58,7 @@ async def test_no_route_is_trouble_and_its_return_a_handshake() -> None:
         trouble = await bench.saw(events.StateChanged, condition=lambda event: event.new is LinkState.DEGRADED)
         assert trouble.reason == "this host has no route to 192.0.2.1"
         before = handshakes_begun(bench)
-        bench.out = WayOut(b"there", 2)
+        bench.out = OutgoingRoute(b"there", 2)
         bench.put(signals.NetworkChanged())
         await begun(bench, before)
         bench.shake_hands(server)

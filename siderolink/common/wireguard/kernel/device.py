@@ -8,7 +8,7 @@ from typing import Literal
 
 from siderolink.common.errors import ConfigurationError, DeviceError
 from siderolink.common.keys import PublicKey
-from siderolink.common.netlink import InterfaceMonitor, Link, call_in, open_events
+from siderolink.common.netlink import InterfaceMonitor, Link, call_in, configure_interface, open_events
 from siderolink.common.netlink.follow import LINKS
 from siderolink.common.tasks import background_tasks
 from siderolink.common.wireguard.device import (
@@ -19,7 +19,7 @@ from siderolink.common.wireguard.device import (
     PeerStatus,
     check_interface,
 )
-from siderolink.common.wireguard.kernel.interface import KernelInterface, open_interface, set_addresses
+from siderolink.common.wireguard.kernel.interface import KernelInterface, open_interface
 from siderolink.common.wireguard.kernel.isolation import Isolation
 from siderolink.common.wireguard.kernel.peers import Peers
 from siderolink.common.wireguard.kernel.wireguard import WireGuard
@@ -65,7 +65,9 @@ class KernelDevice:
             stack.push_async_callback(isolation.close, keep=config.keep)
             if config.isolate:
                 await isolation.switch(True)
-            await set_addresses(interface, config.addresses, config.mtu, up=config.up)
+            await configure_interface(
+                config.name, config.addresses, config.mtu, up=config.up, exact=True, namespace=config.namespace
+            )
             wireguard.read_device()
             peers = stack.enter_context(closing(Peers(wireguard, config.mtu, on_event)))
             device = cls(config, interface, wireguard, isolation, peers)

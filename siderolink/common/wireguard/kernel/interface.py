@@ -11,15 +11,14 @@ import anyio
 from pyroute2 import AsyncIPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
-from siderolink.common.errors import AddressInUseError, DeviceError, DeviceUnavailableError, InterfaceInUseError
+from siderolink.common.errors import DeviceError, DeviceUnavailableError, InterfaceInUseError
 from siderolink.common.netlink import namespace_path, run_netlink
-from siderolink.common.wireguard.device import DeviceConfig, Interface
+from siderolink.common.wireguard.device import DeviceConfig
 from siderolink.common.wireguard.kernel.ownership import MARK, lock
 
-__all__ = ["KernelInterface", "open_interface", "remove_leftover", "set_addresses"]
+__all__ = ["KernelInterface", "open_interface", "remove_leftover"]
 
 _KIND: Final = "wireguard"
-_NO_DUPLICATE_DETECTION: Final = 0x02
 
 
 @dataclass(slots=True)
@@ -72,19 +71,6 @@ async def remove(interface: KernelInterface) -> None:
         except NetlinkError as error:
             if error.code != errno.ENODEV:
                 raise DeviceError(f"the interface {interface.name} cannot be removed: {error.args[-1]}") from error
-
-
-async def set_addresses(interface: KernelInterface, addresses: tuple[Interface, ...], mtu: int, *, up: bool) -> bool:
-    """Give the interface its MTU, exactly these addresses, and bring it up. True if it had other addresses before.
-
-    Raises AddressInUseError for a UDP port that is taken, which is when the kernel finds out; DeviceError otherwise.
-    """
-    try:
-        return await run_netlink(partial(_configure, interface.index, addresses, mtu, up), interface.namespace)
-    except NetlinkError as error:
-        if error.code == errno.EADDRINUSE:
-            raise AddressInUseError("the UDP port is in use: choose another, or 0 for any") from error
-        raise DeviceError(f"the interface {interface.name} cannot be configured: {error.args[-1]}") from error
 
 
 async def _make(config: DeviceConfig) -> KernelInterface:
@@ -140,24 +126,6 @@ async def _mark(name: str) -> int:
 async def _delete(index: int) -> None:
     async with AsyncIPRoute() as ipr:
         await ipr.link("del", index=index)
-
-
-async def _configure(index: int, addresses: tuple[Interface, ...], mtu: int, up: bool) -> bool:
-    async with AsyncIPRoute() as ipr:
-        await ipr.link("set", index=index, mtu=mtu)
-        wanted = {(str(address.ip), address.network.prefixlen): address.version for address in addresses}
-        present = set()
-        async for found in await ipr.addr("dump", index=index):
-            if found["index"] == index and found["scope"] != 253:  # a link-local address is the kernel's own
-                present.add((found.get_attr("IFA_LOCAL") or found.get_attr("IFA_ADDRESS"), found["prefixlen"]))
-        for address, length in present - wanted.keys():
-            await ipr.addr("del", index=index, address=address, prefixlen=length)
-        for address, length in wanted.keys() - present:
-            flags = _NO_DUPLICATE_DETECTION if wanted[address, length] == 6 else 0
-            await ipr.addr("add", index=index, address=address, prefixlen=length, flags=flags)
-        if up:
-            await ipr.link("set", index=index, state="up")
-        return bool(present) and present != wanted.keys()
 
 
 def _unavailable(error: NetlinkError, name: str) -> DeviceError:
