@@ -10,17 +10,22 @@ from typer.core import TyperCommand
 
 from siderolink.cli.options import (
     Config,
+    ConnectionsPerAddress,
     Device,
     DeviceChoice,
     EventSinkPort,
+    ForwardedFrom,
     InstallationId,
     Interface,
     JoinToken,
     Json,
+    KeepInterface,
     KernelCmdline,
     LogPort,
     NetNs,
+    NoDial,
     OverlayPorts,
+    ProxyProtocolFrom,
     ServerInterface,
     ServerUrl,
     StateFile,
@@ -76,19 +81,14 @@ def serve(
     device: Device = DeviceChoice.AUTO,
     state: StateFile = None,
     no_state: Annotated[bool, typer.Option("--no-state", help="Remember nothing beyond this process.")] = False,
-    no_dial: Annotated[
-        bool, typer.Option("--no-dial", help="Do not dial remembered machines after a start: behind a load balancer.")
-    ] = False,
-    keep_interface: Annotated[
-        bool,
-        typer.Option("--keep-interface", help="Leave the kernel's interface for the next start; machines notice no restart."),
-    ] = False,
+    no_dial: NoDial = False,
+    keep_interface: KeepInterface = False,
     netns: NetNs = None,
     tls_cert: TlsCert = None,
     tls_key: TlsKey = None,
-    connections_per_address: Annotated[
-        int, typer.Option(help="API connections from one address at a time; behind a reverse proxy, all come from one.", min=1)
-    ] = 1024,
+    connections_per_address: ConnectionsPerAddress = 1024,
+    proxy_protocol_from: ProxyProtocolFrom = None,
+    forwarded_from: ForwardedFrom = None,
     event_sink_port: Annotated[
         int | None, typer.Option(help="Take machines' events on this port of the overlay.", min=1, max=65535)
     ] = None,
@@ -115,6 +115,8 @@ def serve(
             tls_cert=tls_cert,
             tls_key=tls_key,
             connections_per_address=connections_per_address,
+            proxy_protocol_from=tuple(proxy_protocol_from or ()),
+            forwarded_from=tuple(forwarded_from or ()),
             event_sink_port=event_sink_port,
             log_port=log_port,
             overlay_ports=overlay_ports(overlay_port),

@@ -45,6 +45,37 @@ JoinToken = Annotated[
 ]
 TlsCert = Annotated[Path | None, typer.Option(help="The API's certificate chain, PEM.", metavar="FILE")]
 TlsKey = Annotated[Path | None, typer.Option(help="Its private key, PEM.", show_default="in the same file", metavar="FILE")]
+ConnectionsPerAddress = Annotated[
+    int,
+    typer.Option(
+        help="API connections from one address at a time, while more than half of all that are possible are in use.", min=1
+    ),
+]
+NoDial = Annotated[
+    bool, typer.Option("--no-dial", help="Do not dial remembered machines after a start: behind a load balancer.")
+]
+KeepInterface = Annotated[
+    bool,
+    typer.Option("--keep-interface", help="Leave the kernel's interface for the next start; machines notice no restart."),
+]
+ProxyProtocolFrom = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Require the PROXY protocol (version 1 or 2) from proxies in this network, and refuse API connections from "
+        "elsewhere; may be given several times.",
+        show_default="no proxy",
+        metavar="NETWORK",
+    ),
+]
+ForwardedFrom = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Believe X-Forwarded-For from proxies in this network: the rightmost address that is no proxy's counts; may be "
+        "given several times.",
+        show_default="no proxy",
+        metavar="NETWORK",
+    ),
+]
 OverlayPorts = Annotated[
     list[str] | None,
     typer.Option(

@@ -55,6 +55,8 @@ class ServeOptions:
     tls_cert: Path | None
     tls_key: Path | None
     connections_per_address: int
+    proxy_protocol_from: tuple[str, ...] = ()
+    forwarded_from: tuple[str, ...] = ()
     event_sink_port: int | None = None
     log_port: int | None = None
     overlay_ports: tuple[str, ...] | None = None
@@ -197,6 +199,8 @@ class Serve:
             api_limits=Limits(max_connections_per_address=options.connections_per_address),
             reports=options.reports,
             overlay_ports=options.overlay_ports,
+            proxy_protocol_from=options.proxy_protocol_from,
+            forwarded_from=options.forwarded_from,
         )
 
     async def _run_beside(self, server: Server, events: EventStream) -> None:

@@ -4,7 +4,7 @@ import ssl
 from dataclasses import dataclass, field
 
 from siderolink.common.errors import ConfigurationError
-from siderolink.common.grpc.limits import Limits
+from siderolink.common.grpc import Limits, TrustedProxies, parse_networks
 from siderolink.common.hostport import HostPort
 from siderolink.common.keys import PrivateKey
 from siderolink.common.wireguard.device import DeviceKind
@@ -65,6 +65,8 @@ class ServerOptions:
     keep_interface: bool = False
     namespace: str | None = None
     overlay_ports: tuple[int | str, ...] | None = None
+    proxy_protocol_from: tuple[str, ...] = ()
+    forwarded_from: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _check_listen(self.api_listen)
@@ -76,6 +78,7 @@ class ServerOptions:
             raise ConfigurationError(f"a port is a number from 0 to 65535, not {self.wireguard_listen_port}")
         if not 0 <= self.persistent_keepalive <= 65535:
             raise ConfigurationError(f"a persistent keepalive is 0 to 65535 seconds, not {self.persistent_keepalive}")
+        self.proxies  # noqa: B018  # raises where they cannot be used
         if len(self.open_ports or ()) > MAX_PORTS:
             raise ConfigurationError(f"at most {MAX_PORTS} overlay_ports can be opened")
 
@@ -88,6 +91,13 @@ class ServerOptions:
     @property
     def endpoints(self) -> tuple[HostPort, ...]:
         return tuple(HostPort.parse(text, port_zero=True) for text in self.wireguard_endpoints)
+
+    @property
+    def proxies(self) -> TrustedProxies:
+        return TrustedProxies(
+            protocol_from=parse_networks(self.proxy_protocol_from, "proxy_protocol_from"),
+            forwarded_from=parse_networks(self.forwarded_from, "forwarded_from"),
+        )
 
     @property
     def open_ports(self) -> tuple[OverlayPort, ...] | None:

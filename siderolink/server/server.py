@@ -91,6 +91,9 @@ class Server(AbstractAsyncContextManager["Server"]):
     dial: at the start, dial the machines that the store remembers where they were last heard by UDP.
     overlay_ports: the ports of this host that machines may dial at the overlay address (``8080``, ``"53/udp"``), besides those
         of `reports`; None for all. Pings pass, and so do answers to what this host begins.
+    proxy_protocol_from: networks of proxies that begin each connection to the API with a PROXY protocol header, version 1 or 2.
+        Connections from elsewhere, and those without the header, are refused.
+    forwarded_from: networks of proxies whose X-Forwarded-For is believed: the rightmost address that is none of theirs counts.
     """
 
     def __init__(
@@ -117,6 +120,8 @@ class Server(AbstractAsyncContextManager["Server"]):
         overlay_ports: Sequence[int | str] | None = None,
         keep_interface: bool = False,
         namespace: str | None = None,
+        proxy_protocol_from: Sequence[str] = (),
+        forwarded_from: Sequence[str] = (),
     ) -> None:
         """Check the options; nothing is opened yet. Raises ConfigurationError."""
         self._options = ServerOptions(
@@ -141,6 +146,8 @@ class Server(AbstractAsyncContextManager["Server"]):
             overlay_ports=None if overlay_ports is None else tuple(overlay_ports),
             keep_interface=keep_interface,
             namespace=namespace,
+            proxy_protocol_from=tuple(proxy_protocol_from),
+            forwarded_from=tuple(forwarded_from),
         )
         self._store: Store = MemoryStore() if store is None else store
         self._prefix = overlay_prefix(installation_id or "")
@@ -267,6 +274,8 @@ class Server(AbstractAsyncContextManager["Server"]):
             port=listen.port,
             tls=options.tls,
             limits=options.api_limits,
+            proxies=options.proxies,
+            has_tokens=True,
         ) as api:
             yield _Parts(
                 device=device,

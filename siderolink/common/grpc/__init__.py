@@ -1,11 +1,12 @@
 """gRPC as this package uses it: the one place that touches grpclib's insides (its version is pinned for it)."""
 
 from siderolink.common.grpc.byte_stream import ByteStream
-from siderolink.common.grpc.calls import ByteStreamService, Servable
+from siderolink.common.grpc.calls import ByteStreamService, Servable, valid_token
 from siderolink.common.grpc.client import GrpcChannel, open_byte_stream, open_channel, translate_errors
 from siderolink.common.grpc.limits import Limits
 from siderolink.common.grpc.refusals import Refusal, Refused
 from siderolink.common.grpc.server import GrpcServer, serve
+from siderolink.common.grpc.sources import TrustedProxies, parse_networks
 from siderolink.common.grpc.status import GRPCError, GrpcError, Status
 from siderolink.common.grpc.tls import ServerCertificate, client_tls, server_tls
 
@@ -22,10 +23,13 @@ __all__ = [
     "Servable",
     "ServerCertificate",
     "Status",
+    "TrustedProxies",
     "client_tls",
     "open_byte_stream",
     "open_channel",
+    "parse_networks",
     "serve",
     "server_tls",
     "translate_errors",
+    "valid_token",
 ]

@@ -34,6 +34,10 @@ _HTTP_STATUS = {
 class ByteStream:
     """One stream of either side. Everything but `wait_ended` returns at once."""
 
+    peer_address: object = None
+    """Server: the caller's socket address where it is not the connection's, which a proxy may have made."""
+    on_valid_token: Callable[[], None] | None = None
+
     def __init__(self, stream: H2Stream, metadata: Mapping[str, str], *, server: bool) -> None:
         assert stream.id is not None
         self.metadata = metadata
@@ -67,7 +71,9 @@ class ByteStream:
     @property
     def peer_name(self) -> str:
         """The other end's address, for people."""
-        address = None if self._connection.is_closing() else self._connection.get_peer().addr()
+        address = self.peer_address
+        if address is None and not self._connection.is_closing():
+            address = self._connection.get_peer().addr()
         return f"{address[0]}:{address[1]}" if isinstance(address, tuple) else "a local socket"
 
     @property

@@ -11,7 +11,7 @@ from grpclib.const import Cardinality, Handler
 from grpclib.events import _DispatchServerEvents
 from grpclib.exceptions import ProtocolError, StreamTerminatedError
 from grpclib.metadata import Deadline, decode_metadata
-from grpclib.protocol import AbstractHandler
+from grpclib.protocol import AbstractHandler, Peer
 from grpclib.protocol import Stream as GrpclibH2Stream
 from grpclib.server import Stream
 from h2.exceptions import H2Error
@@ -21,6 +21,7 @@ from siderolink.common.grpc.connection import H2Stream, Headers
 from siderolink.common.grpc.limits import Limits
 from siderolink.common.grpc.messages import OnRefusal, ServerCodec
 from siderolink.common.grpc.refusals import Refusal
+from siderolink.common.grpc.sources import TrustedProxies
 
 log = logging.getLogger("siderolink")
 
@@ -46,6 +47,13 @@ class ByteStreamService:
         return {path: Handler(func, Cardinality.STREAM_STREAM, ByteStream, ByteStream) for path, func in self._methods.items()}
 
 
+def valid_token(call: "Stream[Any, Any] | ByteStream") -> None:
+    """Tell the API layer that a call carried a valid token: its source is not a stranger any more."""
+    on_valid_token = getattr(call, "on_valid_token", None)
+    if on_valid_token is not None:
+        on_valid_token()
+
+
 def methods_of(services: Collection[Servable]) -> dict[str, Handler]:
     """All methods of the services by path; raises ValueError when two serve the same one."""
     methods: dict[str, Handler] = {}
@@ -67,6 +75,35 @@ class _Bad(Exception):
     http_status: str = "200"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Caller:
+    """Who is at the other end of a connection, and what of it is told."""
+
+    address: object = None
+    """Its socket address: of the client itself where a PROXY header named it. None for a local socket."""
+    proxies: TrustedProxies = TrustedProxies()
+    on_valid_token: Callable[[], None] = lambda: None
+
+    def of_call(self, headers: Headers) -> object:
+        """Where one call comes from: the connection's address, or what a trusted proxy says of it."""
+        if not self.proxies.forwarded_from or not isinstance(self.address, tuple):
+            return self.address
+        fields = [value for name, value in headers if name == "x-forwarded-for"]
+        found = self.proxies.forwarded_for(str(self.address[0]), fields) if fields else self.address[0]
+        return self.address if found == self.address[0] else (found, 0)
+
+
+class _CallPeer(Peer):
+    """grpclib's view of the other end, with the address that counts."""
+
+    def __init__(self, peer: Peer, address: object) -> None:
+        self._transport = peer._transport
+        self._address = address
+
+    def addr(self) -> Any:
+        return self._address
+
+
 class _Call(Stream[Any, Any]):
     """grpclib's view of a call, where the trailers are written by the caller of the handler.
 
@@ -74,6 +111,7 @@ class _Call(Stream[Any, Any]):
     """
 
     _answer: object = None
+    on_valid_token: Callable[[], None]
 
     async def send_message(self, message: Any) -> None:
         if self._cardinality.server_streaming or self._send_initial_metadata_done:
@@ -112,7 +150,10 @@ class _Call(Stream[Any, Any]):
 class CallHandler(AbstractHandler):
     """The calls of one connection."""
 
-    def __init__(self, methods: Mapping[str, Handler], limits: Limits, on_refusal: OnRefusal) -> None:
+    def __init__(
+        self, methods: Mapping[str, Handler], limits: Limits, on_refusal: OnRefusal, caller: Caller | None = None
+    ) -> None:
+        self._caller = caller
         self._methods = methods
         self._limits = limits
         self._on_refusal = on_refusal
@@ -170,6 +211,9 @@ class CallHandler(AbstractHandler):
         if method.request_type is ByteStream:
             first = {key: value for key in metadata if isinstance(value := metadata[key], str)}
             byte_stream = ByteStream(stream, first, server=True)
+            if self._caller is not None:
+                byte_stream.peer_address = self._caller.of_call(headers)
+                byte_stream.on_valid_token = self._caller.on_valid_token
             return self._run_byte_stream(stream, byte_stream, method.func, deadline)
         if method.cardinality in (Cardinality.UNARY_UNARY, Cardinality.UNARY_STREAM):
             stream.buffer.expect_message(self._limits.request_timeout)
@@ -186,6 +230,9 @@ class CallHandler(AbstractHandler):
             user_agent=fields.get("user-agent"),
         )
         call.metadata = metadata
+        if self._caller is not None:
+            call.peer = _CallPeer(call.peer, self._caller.of_call(headers))
+            call.on_valid_token = self._caller.on_valid_token
         return self._run_call(stream, call, method, deadline)
 
     async def _run_call(self, stream: H2Stream, call: _Call, method: Handler, deadline: Deadline | None) -> None:

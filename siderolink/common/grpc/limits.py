@@ -28,7 +28,13 @@ class Limits:
     max_connections: int = 16_384
     """Connections in all; never more than the process may have descriptors."""
     max_connections_per_address: int = 1_024
-    """Connections from one IPv4 address or one IPv6 /64. Many machines may share the address of one NAT."""
+    """Connections from one IPv4 address or one IPv6 /64, while the server is crowded. Many machines may share one NAT."""
+    crowded_from: float = 0.5
+    """The share of `max_connections` in use above which the server is crowded; 0 for always."""
+    max_unproven_connections: int = 4_096
+    """Connections, of `max_connections`, from addresses from which no call with a valid token has come yet."""
+    unproven_timeout: float = 20.0
+    """How long such a connection may stay while more than half of `max_unproven_connections` are in use."""
     ipv6_source_bits: int = 64
     """How much of an IPv6 address tells callers apart: a /64 is one host's; on an overlay each address is a machine's."""
     max_streams: int = 128

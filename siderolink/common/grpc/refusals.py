@@ -12,6 +12,14 @@ class Refusal(StrEnum):
     """The server holds as many connections as it may."""
     TOO_MANY_CONNECTIONS_FROM_ADDRESS = "too_many_connections_from_address"
     """One address (an IPv6 /64 counts as one) holds as many connections as it may."""
+    CROWDED_OUT = "crowded_out"
+    """The server was full, and the connection's address held more connections than any other without a valid token."""
+    UNPROVEN_TOO_LONG = "unproven_too_long"
+    """Many connections were without a valid token, and this one was for too long."""
+    NOT_FROM_PROXY = "not_from_proxy"
+    """A connection did not come from a configured proxy, where the PROXY protocol is required."""
+    BAD_PROXY_HEADER = "bad_proxy_header"
+    """A proxy's connection did not begin with a header of the PROXY protocol in time."""
     TLS_HANDSHAKE_FAILED = "tls_handshake_failed"
     """The TLS handshake failed or took too long."""
     PREFACE_TIMEOUT = "preface_timeout"
@@ -65,6 +73,8 @@ class Refusal(StrEnum):
 ERROR_CODES: dict[Refusal, ErrorCodes] = {
     Refusal.TOO_MANY_CONNECTIONS: ErrorCodes.ENHANCE_YOUR_CALM,
     Refusal.TOO_MANY_CONNECTIONS_FROM_ADDRESS: ErrorCodes.ENHANCE_YOUR_CALM,
+    Refusal.CROWDED_OUT: ErrorCodes.ENHANCE_YOUR_CALM,
+    Refusal.UNPROVEN_TOO_LONG: ErrorCodes.ENHANCE_YOUR_CALM,
     Refusal.PREFACE_TIMEOUT: ErrorCodes.SETTINGS_TIMEOUT,
     Refusal.FRAME_TOO_LARGE: ErrorCodes.FRAME_SIZE_ERROR,
     Refusal.HEADERS_TOO_LARGE: ErrorCodes.ENHANCE_YOUR_CALM,

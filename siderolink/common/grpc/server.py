@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import ipaddress
 import logging
 import os
 import resource
@@ -11,18 +10,20 @@ import ssl
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
-from functools import lru_cache
+from dataclasses import dataclass
 from pathlib import Path
 
 import anyio
 from grpclib.const import Handler
 
 from siderolink.common.grpc import frames
-from siderolink.common.grpc.calls import CallHandler, Servable, methods_of
+from siderolink.common.grpc.budget import ConnectionBudget, Held
+from siderolink.common.grpc.calls import Caller, CallHandler, Servable, methods_of
 from siderolink.common.grpc.limits import Limits
 from siderolink.common.grpc.listeners import listen_tcp, listen_unix
 from siderolink.common.grpc.protocol import Http2Protocol, tune
 from siderolink.common.grpc.refusals import ERROR_CODES, Refusal
+from siderolink.common.grpc.sources import BadHeaderError, TrustedProxies, contains, read_header, source_of
 
 log = logging.getLogger("siderolink")
 
@@ -41,6 +42,10 @@ class GrpcServer:
         tls: ssl.SSLContext | None,
         limits: Limits,
         on_refusal: Callable[[Refusal, str], None] | None,
+        proxies: TrustedProxies,
+        *,
+        has_tokens: bool,
+        reserved_for: Collection[str],
     ) -> None:
         self.refusals: Counter[Refusal] = Counter()
         """How often each thing was refused."""
@@ -49,9 +54,10 @@ class GrpcServer:
         self._tls = tls
         self._limits = limits
         self._callback = on_refusal
-        self._max_connections = min(limits.max_connections, _spare_descriptors())
+        self._proxies = proxies
+        reserved = frozenset(source_of(address, limits.ipv6_source_bits) for address in reserved_for)
+        self._budget = ConnectionBudget(limits, _spare_descriptors(), has_tokens=has_tokens, reserved_for=reserved)
         self._connections = 0
-        self._per_address: Counter[str] = Counter()
         self._open: dict[Http2Protocol, CallHandler] = {}
         self._all_closed = asyncio.Event()
         self._all_closed.set()
@@ -128,70 +134,138 @@ class GrpcServer:
                 self._paused[sock] = self._loop.call_later(_ACCEPT_PAUSE, self._listen, sock)
                 return
             connection.setblocking(False)
-            source = _source(address, self._limits.ipv6_source_bits)
-            refusal = self._over(source)
+            refusal = self._first_refusal(address)
             if refusal is not None:
-                self._turn_away(connection, refusal, source)
+                self._turn_away(connection, refusal, str(address))
+                continue
+            accepted = _Accepted(connection, address)
+            if not self._proxies.protocol_from and not self._enter(accepted):
                 continue
             self._connections += 1
-            self._per_address[source] += 1
-            task = self._loop.create_task(self._admit(connection, source))
+            self._all_closed.clear()
+            accepted.task = task = self._loop.create_task(self._admit(accepted))
             self._handshakes.add(task)
             task.add_done_callback(self._handshakes.discard)
+
+    def _first_refusal(self, address: object) -> Refusal | None:
+        """What is refused before a byte is read, where a PROXY header has to come first."""
+        if not self._proxies.protocol_from:
+            return None
+        if not isinstance(address, tuple) or not contains(self._proxies.protocol_from, str(address[0])):
+            return Refusal.NOT_FROM_PROXY
+        return Refusal.TOO_MANY_CONNECTIONS if self._connections >= self._limits.max_connections else None
 
     def _listen(self, sock: socket.socket) -> None:
         self._paused.pop(sock, None)
         self._loop.add_reader(sock, self._accept, sock)
 
-    def _over(self, source: str) -> Refusal | None:
-        if self._connections >= self._max_connections:
-            return Refusal.TOO_MANY_CONNECTIONS
-        if source and self._per_address[source] >= self._limits.max_connections_per_address:
-            return Refusal.TOO_MANY_CONNECTIONS_FROM_ADDRESS
-        return None
-
-    def _turn_away(self, connection: socket.socket, refusal: Refusal, source: str) -> None:
-        self._refuse(refusal, f"from {source or 'a local process'}")
+    def _turn_away(self, connection: socket.socket, refusal: Refusal, name: str) -> None:
+        self._refuse(refusal, f"from {name}")
         with connection, contextlib.suppress(OSError):
-            if self._tls is None:
-                connection.setblocking(False)
+            if self._tls is None and refusal in ERROR_CODES:
                 settings = frames.frame_header(0, frames.SETTINGS, 0, 0)
                 payload = bytes(4) + ERROR_CODES[refusal].to_bytes(4)
                 connection.send(settings + frames.frame_header(len(payload), frames.GOAWAY, 0, 0) + payload)
 
-    async def _admit(self, connection: socket.socket, source: str) -> None:
+    def _enter(self, accepted: "_Accepted") -> bool:
+        """Count a connection, or turn it away; False in that case. Others may have to make room."""
+        source = accepted.source(self._limits.ipv6_source_bits)
+        held = self._budget.enter(source, self._loop.time(), accepted.close)
+        if isinstance(held, Refusal):
+            self._turn_away(accepted.connection, held, accepted.name)
+            return False
+        accepted.held = held
+        accepted.on_refusal = self._refuse
+        return True
+
+    async def _admit(self, accepted: "_Accepted") -> None:
         """Bring a connection to the point where HTTP/2 begins."""
-        handler = CallHandler(self._methods, self._limits, self._refuse)
+        began = False
+        try:
+            if accepted.held is None:
+                accepted.address = await read_header(accepted.connection) or accepted.address
+                if not self._enter(accepted):
+                    return
+            began = True
+            await self._begin(accepted)
+        except (BadHeaderError, TimeoutError, OSError) as error:
+            if began:
+                raise
+            self._refuse(Refusal.BAD_PROXY_HEADER, f"from {accepted.name}: {str(error) or 'it took too long'}")
+        finally:
+            if not began:
+                accepted.connection.close()
+                self._leave(accepted)
+
+    async def _begin(self, accepted: "_Accepted") -> None:
+        source = accepted.source(self._limits.ipv6_source_bits)
+
+        def on_valid_token() -> None:
+            if source:
+                self._budget.know(source)
+
+        caller = Caller(address=accepted.address, proxies=self._proxies, on_valid_token=on_valid_token)
+        handler = CallHandler(self._methods, self._limits, self._refuse, caller)
 
         def lost() -> None:
             self._open.pop(protocol, None)
-            self._leave(source)
+            self._leave(accepted)
 
         protocol = Http2Protocol(handler, self._limits, server=True, on_refusal=self._refuse, on_lost=lost)
         self._open[protocol] = handler
-        self._all_closed.clear()
+        accepted.protocol = protocol
         try:
             await self._loop.connect_accepted_socket(
                 lambda: protocol,
-                connection,
+                accepted.connection,
                 ssl=self._tls,
                 ssl_handshake_timeout=self._limits.preface_timeout if self._tls is not None else None,
             )
         except BaseException as error:
             if protocol in self._open and not protocol.was_made:
                 lost()
-                connection.close()
+                accepted.connection.close()
             if not isinstance(error, Exception):
                 raise
-            self._refuse(Refusal.TLS_HANDSHAKE_FAILED, f"from {source}: {type(error).__name__}")
+            self._refuse(Refusal.TLS_HANDSHAKE_FAILED, f"from {accepted.name}: {type(error).__name__}")
 
-    def _leave(self, source: str) -> None:
+    def _leave(self, accepted: "_Accepted") -> None:
+        if accepted.held is not None:
+            self._budget.leave(accepted.held)
+        accepted.held = accepted.protocol = accepted.task = None  # freed at once, not by the collector of cycles
         self._connections -= 1
-        self._per_address[source] -= 1
-        if self._per_address[source] <= 0:
-            del self._per_address[source]
         if not self._connections:
             self._all_closed.set()
+
+
+@dataclass(eq=False)
+class _Accepted:
+    """A connection that was accepted, and how far it has come."""
+
+    connection: socket.socket
+    address: object
+    """The socket address that counts: the peer's, until a PROXY header names another."""
+    held: Held | None = None
+    protocol: Http2Protocol | None = None
+    task: asyncio.Task[None] | None = None
+    on_refusal: Callable[[Refusal, str], None] = lambda refusal, message: None
+
+    @property
+    def name(self) -> str:
+        return str(self.address[0]) if isinstance(self.address, tuple) else "a local process"
+
+    def source(self, ipv6_bits: int) -> str:
+        """What counts as one address; empty for a local socket."""
+        return source_of(str(self.address[0]), ipv6_bits) if isinstance(self.address, tuple) else ""
+
+    def close(self, refusal: Refusal, message: str) -> None:
+        """Make room for others: say GOAWAY where that is possible, and close now."""
+        if self.protocol is not None and self.protocol.was_made:
+            self.protocol.refuse(refusal, message)
+            self.protocol.abort()
+        elif self.task is not None:
+            self.on_refusal(refusal, message)
+            self.task.cancel()
 
 
 @asynccontextmanager
@@ -205,12 +279,18 @@ async def serve(
     tls: ssl.SSLContext | None = None,
     limits: Limits | None = None,
     on_refusal: Callable[[Refusal, str], None] | None = None,
+    proxies: TrustedProxies | None = None,
+    has_tokens: bool = False,
+    reserved_for: Collection[str] = (),
 ) -> AsyncIterator[GrpcServer]:
     """Serve gRPC on a TCP port of one or several hosts (None: all) or on a local socket at `path`, until the context is left.
 
     Or on sockets that are `listening` already; they are closed with the server.
 
     `on_refusal` is called on the loop for whatever is refused, with one line about it; it must be quick and not raise.
+    `proxies` are believed where they say whom a connection or call comes from. With `has_tokens`, handlers tell of calls that
+    carried a valid token by `valid_token`, and connections from other sources have a budget of their own. Some connections are
+    kept free for the addresses in `reserved_for`, whatever others hold.
     Raises AddressInUseError, or ConfigurationError when the address cannot be used.
     """
     methods = methods_of(handlers)
@@ -222,7 +302,16 @@ async def serve(
     else:
         hosts = [""] if host is None else [host] if isinstance(host, str) else list(host)
         sockets = await asyncio.to_thread(listen_tcp, hosts, port)
-    server = GrpcServer(methods, sockets, tls, limits or Limits(), on_refusal)
+    server = GrpcServer(
+        methods,
+        sockets,
+        tls,
+        limits or Limits(),
+        on_refusal,
+        proxies or TrustedProxies(),
+        has_tokens=has_tokens,
+        reserved_for=reserved_for,
+    )
     server.start()
     try:
         yield server
@@ -235,21 +324,6 @@ async def serve(
                 if path is not None:
                     with contextlib.suppress(OSError):
                         os.unlink(path)
-
-
-def _source(address: object, ipv6_bits: int) -> str:
-    """What counts as one address: an IPv4 address, so many bits of an IPv6 one, or nothing for a local socket."""
-    return _source_of_host(str(address[0]), ipv6_bits) if isinstance(address, tuple) else ""
-
-
-@lru_cache(maxsize=4096)
-def _source_of_host(host: str, ipv6_bits: int) -> str:
-    ip = ipaddress.ip_address(host.partition("%")[0])
-    if isinstance(ip, ipaddress.IPv4Address):
-        return str(ip)
-    if ip.ipv4_mapped is not None:
-        return str(ip.ipv4_mapped)
-    return str(ipaddress.IPv6Network((ip, ipv6_bits), strict=False))
 
 
 def _spare_descriptors() -> int:

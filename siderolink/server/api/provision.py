@@ -3,6 +3,7 @@
 import logging
 import re
 from collections import Counter
+from collections.abc import Callable
 from ipaddress import IPv6Network
 
 import anyio
@@ -12,6 +13,7 @@ from grpclib.server import Stream
 
 from siderolink.common.addressing import format_peer_addr_port, server_address, swap_endpoints
 from siderolink.common.errors import ConfigurationError, KeyFormatError, SideroLinkError, StoreFullError
+from siderolink.common.grpc import valid_token
 from siderolink.common.hostport import HostPort
 from siderolink.common.keys import PublicKey
 from siderolink.common.node_uuid import parse_uuid
@@ -114,13 +116,15 @@ class ProvisionService:
         request = await stream.recv_message()
         if request is None:
             raise GRPCError(Status.INVALID_ARGUMENT, "the call has no request message")
-        response = await self.provision(request, source=_source(stream))
+        response = await self.provision(request, source=_source(stream), on_valid_token=lambda: valid_token(stream))
         await stream.send_message(encode_response(response))
 
-    async def provision(self, request: ProvisionRequest, *, source: str) -> ProvisionResponse:
+    async def provision(
+        self, request: ProvisionRequest, *, source: str, on_valid_token: Callable[[], None] = lambda: None
+    ) -> ProvisionResponse:
         """Answer one call. Raises GRPCError with the status and text that the caller shall see."""
         try:
-            return await self._admit(request, source)
+            return await self._admit(request, source, on_valid_token)
         except JoinRejectedError as rejection:
             error = rejection
         except StoreFullError as failure:
@@ -137,9 +141,10 @@ class ProvisionService:
         self._events.publish(JoinRefused(reason=error.reason, node_uuid=node_uuid, source=source))
         raise GRPCError(STATUSES[error.reason], error.message)
 
-    async def _admit(self, request: ProvisionRequest, source: str) -> ProvisionResponse:
+    async def _admit(self, request: ProvisionRequest, source: str, on_valid_token: Callable[[], None]) -> ProvisionResponse:
         if not self._join_token.accepts(_text(request.join_token)):
             raise JoinRejectedError(JoinRefusal.INVALID_JOIN_TOKEN, "invalid join token")
+        on_valid_token()
         join_request = self._parse(request, source)
         verdict = await self._ask(join_request)
         tunnel = self._force_tunnel or verdict.force_tunnel or join_request.wants_tunnel

@@ -135,6 +135,7 @@ def _limits(options: ReportOptions) -> Limits:
         stream_window_bytes=options.max_event_bytes + 5,
         connection_window_bytes=max(_SINK_WINDOW_BYTES, 2 * options.max_event_bytes + 10),
         max_connections_per_address=options.max_connections_per_machine,
+        crowded_from=0,
         ipv6_source_bits=128,
         max_streams=8,
         connection_idle_timeout=3600.0,

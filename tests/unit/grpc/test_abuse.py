@@ -156,7 +156,7 @@ async def test_far_too_many_calls_end_the_connection() -> None:
 
 
 async def test_too_many_connections_of_one_address() -> None:
-    limits = Limits(max_connections_per_address=3)
+    limits = Limits(max_connections_per_address=3, crowded_from=0)
     async with serving(limits) as server, bystander(server), contextlib.AsyncExitStack() as stack:
         for _ in range(2):
             await stack.enter_async_context(RawPeer.greeted(server.port))

@@ -1,0 +1,205 @@
+"""Which connections a server keeps: a budget for sources that it knows, one for those that it does not, and fair shares.
+
+A source is an IPv4 address, an IPv6 /64 (on an overlay, one address), or "" for a local process. It is known once a call from
+it carried a valid token. Known sources may use all of `max_connections`; the others share `max_unproven_connections` of them.
+Limits per source apply only when more than the share `crowded_from` of the whole budget is in use. Where a budget is full, a
+source that holds less than another takes the place of that other's oldest connection.
+"""
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from siderolink.common.grpc.limits import Limits
+from siderolink.common.grpc.refusals import Refusal
+
+log = logging.getLogger("siderolink")
+
+MAX_KNOWN_SOURCES = 65_536
+RESERVED = 16
+"""Connections beyond all budgets for each server's `reserved_for` addresses."""
+_OVERDUE_PER_TURN = 8
+_LOG_SECONDS = 60.0
+_MAX_LOGGED = 1024
+
+
+@dataclass(eq=False, slots=True)
+class Held:
+    """A connection that counts."""
+
+    source: str
+    opened_at: float
+    close: Callable[[Refusal, str], None]
+
+
+class _Pool:
+    """Connections by source. Everything takes constant time: a flood of connections must not cost more for being one."""
+
+    def __init__(self) -> None:
+        self._all: dict[Held, None] = {}
+        self._by_source: dict[str, dict[Held, None]] = {}
+        self._by_count: dict[int, dict[str, None]] = {}
+        self._most = 0
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+    def __contains__(self, held: Held) -> bool:
+        return held in self._all
+
+    def count(self, source: str) -> int:
+        return len(self._by_source.get(source, ()))
+
+    def oldest(self) -> Iterator[Held]:
+        return iter(self._all)
+
+    def heaviest(self) -> tuple[int, Held] | None:
+        """How many connections the source with the most holds, and the oldest of these."""
+        if not self._most:
+            return None
+        source = next(iter(self._by_count[self._most]))
+        return self._most, next(iter(self._by_source[source]))
+
+    def add(self, held: Held) -> None:
+        self._all[held] = None
+        of_source = self._by_source.setdefault(held.source, {})
+        of_source[held] = None
+        self._moved(held.source, len(of_source) - 1, len(of_source))
+
+    def remove(self, held: Held) -> None:
+        del self._all[held]
+        of_source = self._by_source[held.source]
+        del of_source[held]
+        self._moved(held.source, len(of_source) + 1, len(of_source))
+        if not of_source:
+            del self._by_source[held.source]
+
+    def take(self, source: str) -> list[Held]:
+        """Remove all of a source."""
+        found = list(self._by_source.get(source, ()))
+        for held in found:
+            self.remove(held)
+        return found
+
+    def _moved(self, source: str, before: int, now: int) -> None:
+        if before:
+            del self._by_count[before][source]
+            if not self._by_count[before]:
+                del self._by_count[before]
+        if now:
+            self._by_count.setdefault(now, {})[source] = None
+        if now > self._most:
+            self._most = now
+        elif before == self._most and before not in self._by_count:
+            self._most = now  # counts change by one: the next lower one is this source's
+
+
+class ConnectionBudget:
+    """Decides on each new connection. Not thread-safe; `now` is any clock that never goes back."""
+
+    def __init__(
+        self, limits: Limits, most: int, *, has_tokens: bool = False, reserved_for: frozenset[str] = frozenset()
+    ) -> None:
+        """`most` is how many connections the process can have at all; it lowers `max_connections`. Without tokens, no source
+        can become known, and all of them share the whole budget."""
+        self._limits = limits
+        self._most = min(limits.max_connections, most)
+        self._has_tokens = has_tokens
+        self._most_unproven = min(limits.max_unproven_connections, self._most) if has_tokens else self._most
+        self._reserved_for = reserved_for
+        self._reserved = _Pool()
+        self._known = _Pool()
+        self._unproven = _Pool()
+        self._known_sources: dict[str, None] = {}
+        self._logged: dict[str, float] = {}
+
+    def __len__(self) -> int:
+        """Connections that count now."""
+        return len(self._known) + len(self._unproven) + len(self._reserved)
+
+    def enter(self, source: str, now: float, close: Callable[[Refusal, str], None]) -> Held | Refusal:
+        """Admit a connection, or say why not. May close others, by what they gave as `close`."""
+        held = Held(source, now, close)
+        if source in self._reserved_for and len(self._reserved) < RESERVED:
+            self._reserved.add(held)
+            return held
+        is_known = source in self._known_sources
+        pool = self._known if is_known else self._unproven
+        if source and self._is_crowded() and self._of(source) >= self._limits.max_connections_per_address:
+            self._log_limit(source, now)
+            return Refusal.TOO_MANY_CONNECTIONS_FROM_ADDRESS
+        if self._has_tokens and not is_known and 2 * len(self._unproven) > self._most_unproven:
+            self._close_overdue(now)
+        is_full = len(self._known) + len(self._unproven) >= self._most
+        if (is_full or (not is_known and len(self._unproven) >= self._most_unproven)) and not self._make_room(held, is_known):
+            self._log_limit(source, now)
+            return Refusal.TOO_MANY_CONNECTIONS
+        pool.add(held)
+        return held
+
+    def leave(self, held: Held) -> None:
+        """The connection is gone; nothing happens where it does not count any more."""
+        for pool in (self._known, self._unproven, self._reserved):
+            if held in pool:
+                pool.remove(held)
+
+    def know(self, source: str) -> None:
+        """A call from this source carried a valid token."""
+        if source in self._known_sources:
+            # the least recently proved one is forgotten first
+            del self._known_sources[source]
+        elif len(self._known_sources) >= MAX_KNOWN_SOURCES:
+            del self._known_sources[next(iter(self._known_sources))]
+        self._known_sources[source] = None
+        for held in self._unproven.take(source):
+            self._known.add(held)
+
+    def _of(self, source: str) -> int:
+        return self._known.count(source) + self._unproven.count(source)
+
+    def _is_crowded(self) -> bool:
+        share = self._limits.crowded_from
+        return not share or len(self._known) + len(self._unproven) > share * self._most
+
+    def _close_overdue(self, now: float) -> None:
+        """While many are unproven, one that takes long makes room; a few at a time."""
+        late: list[Held] = []
+        for held in self._unproven.oldest():
+            if now - held.opened_at < self._limits.unproven_timeout or len(late) == _OVERDUE_PER_TURN:
+                break
+            late.append(held)
+        for held in late:
+            self._unproven.remove(held)
+            held.close(Refusal.UNPROVEN_TOO_LONG, f"no call with a valid token within {self._limits.unproven_timeout:g} s")
+
+    def _make_room(self, newcomer: Held, is_known: bool) -> bool:
+        """Close the oldest connection of the unproven source that holds most, unless the newcomer's source is as heavy."""
+        heaviest = self._unproven.heaviest()
+        if heaviest is None:
+            return False
+        count, victim = heaviest
+        if not is_known and self._unproven.count(newcomer.source) >= count:
+            return False
+        self._unproven.remove(victim)
+        self._log_limit(victim.source, newcomer.opened_at)
+        victim.close(Refusal.CROWDED_OUT, f"{victim.source} holds {count} connections, the most, and others need room")
+        return True
+
+    def _log_limit(self, source: str, now: float) -> None:
+        """Say once a minute that a source meets a limit, if it is one that holds more than a single connection."""
+        count = self._of(source)
+        if not source or count < 2 or now - self._logged.get(source, -_LOG_SECONDS) < _LOG_SECONDS:
+            return
+        self._logged.pop(source, None)
+        if len(self._logged) >= _MAX_LOGGED:
+            del self._logged[next(iter(self._logged))]
+        self._logged[source] = now
+        log.warning(
+            "%s holds %d of %d API connections and meets a limit (max_connections_per_address, --connections-per-address: %d; "
+            "max_unproven_connections: %d)",
+            source,
+            count,
+            len(self._known) + len(self._unproven),
+            self._limits.max_connections_per_address,
+            self._most_unproven,
+        )

@@ -1,0 +1,210 @@
+"""Where a connection or a call comes from: the peer's address, or what a trusted proxy says of it.
+
+A proxy says it by the PROXY protocol's header, version 1 or 2, before anything else on the connection; or, for each call, by
+``X-Forwarded-For``. Both are believed only when they come from configured networks.
+"""
+
+import asyncio
+import ipaddress
+import socket
+import struct
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
+
+from siderolink.common.errors import ConfigurationError
+
+Network = IPv4Network | IPv6Network
+SocketAddress = tuple[str, int]
+
+SIGNATURE = b"\r\n\r\n\x00\r\nQUIT\n"
+"""How a header of version 2 begins."""
+MAX_HEADER_BYTES = 536
+"""The longest header taken, of either version: what every path carries in one segment."""
+HEADER_SECONDS = 3.0
+"""How long a proxy may take to send its header."""
+_LONGEST_V1 = 107
+_SHORTEST = 15
+"""``PROXY UNKNOWN`` and its line's end. No header is shorter."""
+_V1_FAMILIES: dict[bytes, type[IPv4Address] | type[IPv6Address]] = {b"TCP4": IPv4Address, b"TCP6": IPv6Address}
+_LOCAL, _PROXY = 0x20, 0x21
+_TCP4, _TCP6, _UNIX_STREAM, _UNSPECIFIED = 0x11, 0x21, 0x31, 0x00
+
+
+class BadHeaderError(Exception):
+    """Raised when a connection does not begin with a header of the PROXY protocol."""
+
+
+def parse_networks(texts: Iterable[str], option: str) -> tuple[Network, ...]:
+    """Networks and single addresses. Raises ConfigurationError, which names the option."""
+    networks: list[Network] = []
+    for text in texts:
+        try:
+            networks.append(ipaddress.ip_network(text.strip()))
+        except ValueError as error:
+            raise ConfigurationError(f"{option} takes a network such as 192.0.2.0/24 or 2001:db8::1: {error}") from None
+    return tuple(networks)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrustedProxies:
+    """The proxies whose word about addresses counts."""
+
+    protocol_from: tuple[Network, ...] = ()
+    """Where connections come from, each with a PROXY header. Where any is named, connections from elsewhere are refused."""
+    forwarded_from: tuple[Network, ...] = ()
+    """Proxies that say in ``X-Forwarded-For`` whom a call comes from."""
+
+    def forwarded_for(self, peer: str, fields: Sequence[str]) -> str:
+        """The address a call comes from: the rightmost that is no configured proxy's, or the last proxy's where there is none.
+
+        `fields` are the values of the call's ``X-Forwarded-For`` header fields, in order. What stands left of an entry that is
+        no address is not believed.
+        """
+        address = peer
+        if not self.forwarded_from or not contains(self.forwarded_from, peer):
+            return peer
+        for entry in reversed(",".join(fields).split(",")):
+            found = _forwarded_address(entry)
+            if found is None:
+                break
+            address = found
+            if not contains(self.forwarded_from, found):
+                break
+        return address
+
+
+def contains(networks: Iterable[Network], address: str) -> bool:
+    """Whether one of the networks holds the address; an IPv4-mapped one counts as IPv4."""
+    ip = _parsed(address)
+    return ip is not None and any(ip.version == network.version and ip in network for network in networks)
+
+
+def source_of(address: str, ipv6_bits: int) -> str:
+    """What counts as one source: an IPv4 address, or so many bits of an IPv6 one."""
+    return _source_of(address, ipv6_bits)
+
+
+@lru_cache(maxsize=4096)
+def _source_of(address: str, ipv6_bits: int) -> str:
+    ip = _parsed(address)
+    if ip is None:
+        return ""
+    if isinstance(ip, IPv4Address):
+        return str(ip)
+    return str(IPv6Network((ip, ipv6_bits), strict=False))
+
+
+@lru_cache(maxsize=4096)
+def _parsed(address: str) -> IPv4Address | IPv6Address | None:
+    try:
+        ip = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return None
+    mapped = ip.ipv4_mapped if isinstance(ip, IPv6Address) else None
+    return mapped or ip
+
+
+def _forwarded_address(entry: str) -> str | None:
+    """The address of one entry, which may have a port, and brackets; None where it is none."""
+    text = entry.strip(" \t")
+    if len(text) > 64:
+        return None
+    if text.startswith("["):
+        text, bracket, port = text[1:].partition("]")
+        if not bracket or (port and not (port.startswith(":") and port[1:].isdecimal())) or ":" not in text:
+            return None
+    elif text.count(":") == 1:
+        text, _, port = text.partition(":")
+        if not port.isdecimal():
+            return None
+    if "%" in text:
+        return None
+    ip = _parsed(text)
+    return None if ip is None else str(ip)
+
+
+def parse_header(header: bytes) -> SocketAddress | None:
+    """The address that a whole PROXY header names; None where the connection is the proxy's own, or of an unknown kind.
+
+    Raises BadHeaderError.
+    """
+    if header.startswith(SIGNATURE):
+        return _parse_v2(header)
+    return _parse_v1(header)
+
+
+def _parse_v1(header: bytes) -> SocketAddress | None:
+    if not header.startswith(b"PROXY ") or not header.endswith(b"\r\n") or len(header) > _LONGEST_V1:
+        raise BadHeaderError("no PROXY header")
+    words = header[:-2].split(b" ")
+    if words[1] == b"UNKNOWN":
+        return None
+    family = _V1_FAMILIES.get(words[1])
+    if family is None or len(words) != 6:
+        raise BadHeaderError("a PROXY header names a protocol, two addresses and two ports")
+    try:
+        source, _ = (str(family(word.decode("ascii"))) for word in words[2:4])
+        port, _ = (_port(word) for word in words[4:])
+    except ValueError:
+        raise BadHeaderError("a PROXY header names an address or a port that is none") from None
+    if "%" in source:
+        raise BadHeaderError("a PROXY header names an address with a zone")
+    return source, port
+
+
+def _port(word: bytes) -> int:
+    if not word.isdigit() or len(word) > 5 or (word[:1] == b"0" and word != b"0") or int(word) > 65535:
+        raise ValueError
+    return int(word)
+
+
+def _parse_v2(header: bytes) -> SocketAddress | None:
+    if len(header) < 16:
+        raise BadHeaderError("a PROXY header is cut short")
+    command, family, length = struct.unpack_from("!BBH", header, 12)
+    if len(header) != 16 + length:
+        raise BadHeaderError("a PROXY header is not as long as it says")
+    if command == _LOCAL:
+        return None
+    if command != _PROXY:
+        raise BadHeaderError("a PROXY header of another version or command")
+    if family == _TCP4 and length >= 12:
+        return str(IPv4Address(header[16:20])), int.from_bytes(header[24:26])
+    if family == _TCP6 and length >= 36:
+        return str(IPv6Address(header[16:32])), int.from_bytes(header[48:50])
+    if family in (_UNIX_STREAM, _UNSPECIFIED):
+        return None
+    raise BadHeaderError("a PROXY header of a family that is not TCP's, or cut short")
+
+
+async def read_header(sock: socket.socket) -> SocketAddress | None:
+    """Read the PROXY header from a connection, and not a byte more. Raises BadHeaderError, TimeoutError or OSError."""
+    async with asyncio.timeout(HEADER_SECONDS):
+        header = await _read_exactly(sock, _SHORTEST)
+        if header.startswith(SIGNATURE):
+            header += await _read_exactly(sock, 1)
+            length = int.from_bytes(header[14:16])
+            if 16 + length > MAX_HEADER_BYTES:
+                raise BadHeaderError(f"a PROXY header of more than {MAX_HEADER_BYTES} bytes")
+            return parse_header(header + await _read_exactly(sock, length))
+        if not header.startswith(b"PROXY "):
+            raise BadHeaderError("no PROXY header")
+        while not header.endswith(b"\r\n"):
+            if len(header) >= _LONGEST_V1:
+                raise BadHeaderError("a PROXY header's line does not end")
+            # at least this much is missing
+            header += await _read_exactly(sock, 1 if header.endswith(b"\r") else 2)
+        return parse_header(header)
+
+
+async def _read_exactly(sock: socket.socket, size: int) -> bytes:
+    loop = asyncio.get_running_loop()
+    data = b""
+    while len(data) < size:
+        piece = await loop.sock_recv(sock, size - len(data))
+        if not piece:
+            raise BadHeaderError("the connection ended within its PROXY header")
+        data += piece
+    return data
