@@ -150,7 +150,9 @@ class MaintenanceApi:
                 await stack.enter_async_context(self._serve(Admittance(readers_apply=True), host=None))
             case OnOverlay(address=address, interface=interface, server=server):
                 sock = await bind_overlay(address, self._port, interface)
-                await stack.enter_async_context(self._serve(Admittance(admin=server), listening=[sock]))
+                await stack.enter_async_context(
+                    self._serve(Admittance(admin=server), listening=[sock], reserved_for=[str(server)])
+                )
                 # The machine's own processes: what one of them sends to the overlay address comes by the loopback.
                 local = await bind_overlay(address, self._servers[0].port, "lo")
                 await stack.enter_async_context(self._serve(Admittance(), listening=[local]))

@@ -1,0 +1,304 @@
+"""Which connections a server keeps, decided without sockets; and the same on a real server."""
+
+import asyncio
+import contextlib
+import logging
+import random
+import ssl
+from collections import Counter
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from h2.errors import ErrorCodes
+from hyperframe.frame import SettingsFrame
+
+from siderolink.common.grpc import Limits, Refusal, TrustedProxies, open_channel, serve, server_tls, valid_token
+from siderolink.common.grpc.budget import RESERVED, ConnectionBudget, Held
+from tests.support.api import CALL, Raw, Service, method
+from tests.support.certificates import make_certificate
+from tests.support.http2 import PREFACE, RawPeer
+
+LIMITS = Limits(max_connections=100, max_connections_per_address=10, max_unproven_connections=40, unproven_timeout=20)
+
+
+class Door:
+    """A budget, and what it closed."""
+
+    def __init__(self, limits: Limits = LIMITS, reserved_for: tuple[str, ...] = (), *, has_tokens: bool = True) -> None:
+        self.budget = ConnectionBudget(limits, 1 << 20, has_tokens=has_tokens, reserved_for=frozenset(reserved_for))
+        self.closed: list[tuple[str, Refusal]] = []
+        self.now = 0.0
+
+    def enter(self, source: str) -> Held | Refusal:
+        return self.budget.enter(source, self.now, lambda refusal, _: self.closed.append((source, refusal)))
+
+    def fill(self, source: str, count: int) -> list[Held]:
+        found = [self.enter(source) for _ in range(count)]
+        held = [each for each in found if isinstance(each, Held)]
+        assert len(held) == count, found
+        return held
+
+
+def test_one_address_may_hold_more_than_its_limit_while_there_is_room_for_all() -> None:
+    door = Door()
+    door.budget.know("192.0.2.1")
+    door.fill("192.0.2.1", 51)
+    assert door.enter("192.0.2.1") is Refusal.TOO_MANY_CONNECTIONS_FROM_ADDRESS
+    door.budget.know("192.0.2.2")
+    door.fill("192.0.2.2", 10)
+    assert door.enter("192.0.2.2") is Refusal.TOO_MANY_CONNECTIONS_FROM_ADDRESS
+    assert not door.closed
+
+
+def test_one_stranger_with_all_connections_keeps_nobody_out() -> None:
+    door = Door()
+    door.fill("192.0.2.1", 40)
+    assert door.enter("192.0.2.1") is Refusal.TOO_MANY_CONNECTIONS
+    for number in range(100):
+        assert isinstance(door.enter(f"198.51.100.{number}"), Held)
+    assert Counter(door.closed)["192.0.2.1", Refusal.CROWDED_OUT] >= 39
+    assert len(door.budget) == 40
+
+
+def test_known_addresses_have_what_strangers_cannot_take() -> None:
+    door = Door()
+    for number in range(200):
+        door.enter(f"198.51.100.{number}")
+    assert len(door.budget) == 40
+    door.budget.know("192.0.2.1")
+    for number in range(60):
+        door.budget.know(f"203.0.113.{number}")
+        door.fill(f"203.0.113.{number}", 1)
+    assert len(door.budget) == 100
+    door.closed.clear()
+    # and all of it, if they need it
+    door.fill("192.0.2.1", 1)
+    assert len(door.budget) == 100
+    assert [refusal for _, refusal in door.closed] == [Refusal.CROWDED_OUT]
+
+
+def test_a_call_with_a_valid_token_makes_all_of_its_address_known() -> None:
+    door = Door()
+    held = door.fill("192.0.2.1", 40)
+    door.budget.know("192.0.2.1")
+    for number in range(40):
+        door.fill(f"198.51.100.{number}", 1)
+    assert not door.closed
+    for each in held:
+        door.budget.leave(each)
+        door.budget.leave(each)
+    assert len(door.budget) == 40
+
+
+def test_strangers_have_little_time_while_many_are_there() -> None:
+    door = Door()
+    first = door.fill("192.0.2.1", 21)
+    assert len(first) == 21
+    door.now = 19.0
+    door.fill("198.51.100.1", 1)
+    assert not door.closed
+    door.now = 21.0
+    door.fill("198.51.100.2", 1)
+    assert door.closed == [("192.0.2.1", Refusal.UNPROVEN_TOO_LONG)] * 8
+    door.closed.clear()
+    door.fill("198.51.100.3", 1)
+    assert not door.closed, "no more than half of what strangers may have is in use"
+
+
+def test_without_tokens_time_costs_nobody_a_connection() -> None:
+    door = Door(has_tokens=False)
+    for number in range(100):
+        door.fill(f"198.51.100.{number}", 1)
+    door.now = 1e6
+    assert isinstance(door.enter("192.0.2.1"), Held)
+    assert [refusal for _, refusal in door.closed] == [Refusal.CROWDED_OUT]
+
+
+def test_four_addresses_do_not_keep_the_administrator_out() -> None:
+    door = Door(Limits(max_connections=64, max_connections_per_address=16), ("fd00::1/128",), has_tokens=False)
+    for number in range(4):
+        for _ in range(100):
+            door.enter(f"192.0.2.{number}")
+    assert len(door.budget) == 64
+    assert isinstance(door.enter("192.0.2.9"), Held), "another reader"
+    door.closed.clear()
+    door.fill("fd00::1/128", RESERVED)
+    assert not door.closed, "the administrator's do not depend on what others hold"
+    assert isinstance(door.enter("fd00::1/128"), Held)
+
+
+def test_who_meets_a_limit_is_logged_once_a_minute_with_the_options_name(caplog: pytest.LogCaptureFixture) -> None:
+    door = Door()
+    door.budget.know("192.0.2.1")
+    door.fill("192.0.2.1", 51)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(1000):
+            assert door.enter("192.0.2.1") is Refusal.TOO_MANY_CONNECTIONS_FROM_ADDRESS
+    (line,) = caplog.messages
+    assert "192.0.2.1 holds 51 of 51 API connections" in line
+    assert "--connections-per-address: 10" in line
+    door.now = 61.0
+    with caplog.at_level(logging.WARNING):
+        door.enter("192.0.2.1")
+    assert len(caplog.messages) == 2
+
+
+def test_the_counts_hold_whatever_comes_and_goes() -> None:
+    """A thousand random steps against a plain list; nothing the budget closed counts any more."""
+    chance = random.Random(1)
+    door = Door()
+    inside: dict[int, tuple[str, Held]] = {}
+    closed: set[int] = set()
+    for step in range(5000):
+        door.now += chance.random()
+        source = f"192.0.2.{chance.randrange(12)}"
+        action = chance.random()
+        if action < 0.6:
+            found = door.budget.enter(source, door.now, lambda *_, step=step: closed.add(step))
+            if isinstance(found, Held):
+                inside[step] = source, found
+        elif action < 0.95 and inside:
+            _, held = inside.pop(chance.choice(list(inside)))
+            door.budget.leave(held)
+        elif chance.random() < 0.05:
+            door.budget.know(source)
+        for number in closed & inside.keys():
+            del inside[number]
+        assert len(door.budget) == len(inside) <= 100
+
+
+def test_a_flood_of_connections_costs_the_same_for_each() -> None:
+    """Counted in steps of the interpreter, not in time."""
+
+    def steps(count: int) -> int:
+        limits = Limits(max_connections=count * 2, max_unproven_connections=count)
+        door = Door(limits)
+        for number in range(count):
+            door.enter(f"10.{number >> 16}.{number >> 8 & 255}.{number & 255}")
+        lines = 0
+
+        def trace(*_: object) -> object:
+            nonlocal lines
+            lines += 1
+            return trace
+
+        import sys
+
+        sys.settrace(trace)  # type: ignore[arg-type]
+        try:
+            for number in range(50):
+                door.enter(f"198.51.100.{number}")
+        finally:
+            sys.settrace(None)
+        return lines
+
+    assert steps(4000) < 1.2 * steps(100)
+
+
+@pytest.fixture
+def quiet() -> None:
+    """These tests meet limits that are logged."""
+    return
+
+
+class Tokens(Service):
+    """A service whose token is b"valid"."""
+
+    async def call(self, stream: "object") -> None:
+        original = stream.recv_message  # type: ignore[attr-defined]
+
+        async def recv_message() -> Raw | None:
+            request: Raw | None = await original()
+            if request is not None and request.data == b"valid":
+                valid_token(stream)  # type: ignore[arg-type]
+            return request
+
+        stream.recv_message = recv_message  # type: ignore[attr-defined]
+        await super().call(stream)  # type: ignore[arg-type]
+
+
+@contextlib.asynccontextmanager
+async def holding(port: int, source: str, count: int) -> AsyncIterator[list[RawPeer]]:
+    """So many connections from one of this host's addresses that say HTTP/2's preface and nothing more."""
+    async with contextlib.AsyncExitStack() as stack:
+        peers = []
+        for _ in range(count):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port, local_addr=(source, 0))
+            stack.callback(writer.transport.abort)
+            peer = RawPeer(reader, writer)
+            peer.write(PREFACE + SettingsFrame(0).serialize())
+            assert isinstance(await peer.frame(), SettingsFrame)
+            peers.append(peer)
+        yield peers
+
+
+@pytest.mark.anyio
+async def test_a_stranger_with_all_connections_keeps_no_machine_out() -> None:
+    limits = Limits(max_connections=60, max_unproven_connections=20)
+    async with serve([Tokens()], host="127.0.0.1", limits=limits, has_tokens=True) as server:
+        async with holding(server.port, "127.0.0.2", 20) as peers:
+            async with open_channel("127.0.0.1", server.port) as channel:
+                assert (await method(channel)(Raw(b"valid"), timeout=5)).data == b"valid"
+                frames = await peers[0].until_closed()
+                assert frames
+                assert peers[0].goaway is not None
+                assert peers[0].goaway.error_code == ErrorCodes.ENHANCE_YOUR_CALM
+                # the stranger's next one is its own loss, and the machine's connection stays
+                async with RawPeer.connect(server.port, "127.0.0.1"):
+                    assert (await method(channel)(Raw(b"x"), timeout=5)).data == b"x"
+        assert server.refusals[Refusal.CROWDED_OUT] >= 1
+
+
+@pytest.mark.anyio
+async def test_room_is_made_of_connections_in_their_tls_handshake_too(tmp_path: Path) -> None:
+    root = make_certificate("root")
+    (tmp_path / "pem").write_text(root.sign("127.0.0.1").pem)
+    limits = Limits(max_connections=60, max_unproven_connections=5)
+    trusting = ssl.create_default_context(cadata=root.certificate_pem)
+    async with (
+        serve([Tokens()], host="127.0.0.1", limits=limits, has_tokens=True, tls=server_tls(tmp_path / "pem")) as server,
+        contextlib.AsyncExitStack() as stack,
+    ):
+        for _ in range(5):
+            _, writer = await asyncio.open_connection("127.0.0.1", server.port, local_addr=("127.0.0.2", 0))
+            stack.callback(writer.transport.abort)
+        while server.connections < 5:
+            await asyncio.sleep(0)
+        async with open_channel("127.0.0.1", server.port, trusting) as channel:
+            assert (await method(channel)(Raw(b"valid"), timeout=5)).data == b"valid"
+        assert server.refusals[Refusal.CROWDED_OUT] == 1
+
+
+@pytest.mark.anyio
+async def test_a_thousand_machines_behind_one_address_join_again_at_once(no_leaks: None) -> None:
+    """Each with a connection of its own for the call, and one that it keeps; beside a stranger who holds all that he can."""
+    limits = Limits(max_connections=4000, max_connections_per_address=1024, max_unproven_connections=1500)
+    served = 0
+
+    def count(data: bytes) -> bytes:
+        nonlocal served
+        served += 1
+        return data
+
+    async with serve([Tokens(count)], host="127.0.0.1", limits=limits, has_tokens=True) as server:
+        async with holding(server.port, "127.0.0.2", 200), contextlib.AsyncExitStack() as kept, asyncio.timeout(60):
+
+            async def join() -> None:
+                channel = await kept.enter_async_context(open_channel("127.0.0.1", server.port))
+                await channel.connect()
+                async with open_channel("127.0.0.1", server.port) as call:
+                    await method(call)(Raw(b"valid"), timeout=30)
+
+            began = asyncio.get_running_loop().time()
+            await asyncio.gather(*(join() for _ in range(1000)))
+            took = asyncio.get_running_loop().time() - began
+            assert served == 1000
+            assert not server.refusals
+            assert server.connections >= 1000
+    assert took < 30, "some 2 s on an idle machine"
+
+
+def test_the_service_is_what_it_says() -> None:
+    assert CALL in Tokens().__mapping__()
+    assert TrustedProxies().forwarded_for("192.0.2.1", ["198.51.100.1"]) == "192.0.2.1"
