@@ -279,10 +279,10 @@ def wireguard(
 
 @app.command()
 def status(as_json: Json = False) -> None:
-    """Show the links and peers on this host."""
+    """Show the links and peers on this host. Exits with 1 where a running server or machine does not answer."""
     from siderolink.cli.status import run_status
 
-    run_status(as_json=as_json)
+    raise typer.Exit(run_status(as_json=as_json))
 
 
 @app.command()

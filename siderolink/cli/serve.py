@@ -3,6 +3,7 @@
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from siderolink.cli.control import control_socket, peer_message
@@ -18,7 +19,7 @@ from siderolink.common.collector import calm_collector
 from siderolink.common.errors import ConfigurationError, SideroLinkError
 from siderolink.common.grpc import Limits, ServerCertificate
 from siderolink.common.pb.siderolink.control import Event, Peer, StatusResponse
-from siderolink.common.tasks import background_tasks
+from siderolink.common.tasks import background_tasks, keep_running
 from siderolink.common.wireguard.device import DeviceKind, PeerStatus
 from siderolink.server import (
     EventsLost,
@@ -73,11 +74,14 @@ class ServeOptions:
 class ServerSource:
     """A server, as the control socket shows it."""
 
-    def __init__(self, serving: Serving, *, has_reports: bool) -> None:
+    def __init__(self, serving: Serving, interface: str, *, has_reports: bool) -> None:
         self._serving = serving
+        self._interface = interface
         self._has_reports = has_reports
 
     async def status(self) -> StatusResponse:
+        if not self._serving.is_running:
+            return StatusResponse(role="server", interface=self._interface, state="starting")
         server = self._serving.server
         reports = server.reports if self._has_reports else None
         machines = {status.machine.public_key: status.machine for status in await server.machines()}
@@ -140,15 +144,16 @@ class Serve:
 
     async def run(self) -> None:
         """Serve until cancelled. Raises SideroLinkError."""
-        source = ServerSource(self._serving, has_reports=self._options.reports is not None)
+        source = ServerSource(self._serving, self._options.interface, has_reports=self._options.reports is not None)
         try:
             async with (
                 control_socket(self._options.interface, source, StateService(self._serving)),
                 background_tasks() as tasks,
             ):
-                tasks.start_soon(feed_watchdog)
+                tasks.start_soon(keep_running, "feeding the watchdog", feed_watchdog)
                 if self._certificate is not None:
-                    tasks.start_soon(watch_files, self._certificate.files, self._reload_certificate)
+                    watch = partial(watch_files, self._certificate.files, self._reload_certificate)
+                    tasks.start_soon(keep_running, "watching the certificate's files", watch)
                 await self._serving.run()
         finally:
             notify("STOPPING=1")
@@ -213,7 +218,7 @@ class Serve:
         notify("READY=1")
         async with background_tasks() as tasks:
             if self._options.reports is not None:
-                tasks.start_soon(say_reports, server.reports)
+                tasks.start_soon(keep_running, "showing machines' reports", partial(say_reports, server.reports))
             async for event in events:
                 name, subject, text = describe(event)
                 say(name, f"{subject} {text}".strip())

@@ -31,6 +31,10 @@ class Serving:
         self._started = anyio.Event()
 
     @property
+    def is_running(self) -> bool:
+        return self._server is not None
+
+    @property
     def server(self) -> Server:
         """Raises SideroLinkError in the moment between two servers."""
         if self._server is None:
