@@ -11,13 +11,16 @@ from siderolink.common.errors import DeviceError, InterfaceInUseError
 from siderolink.common.netlink import Link, call_in
 from siderolink.common.wireguard.device import DeviceConfig, InterfaceLost, OnDeviceEvent
 from siderolink.common.wireguard.path import Path
-from siderolink.common.wireguard.tun import Tun, fitting_gso_max_size
+from siderolink.common.wireguard.tun import Tun, TunDrop, fitting_gso_max_size
 from siderolink.common.wireguard.tun_monitor import TunMonitor
 from siderolink.common.wireguard.uapi.server import serve_uapi
 from siderolink.common.wireguard.userspace import UserspaceDevice
 
 PATIENCE: Final = 0.005
 """Seconds for which a full path may hold up what goes to other peers."""
+
+_TX_DROPPED: Final = 7
+"""Its place in struct rtnl_link_stats64."""
 
 _logger = logging.getLogger("siderolink")
 
@@ -69,6 +72,15 @@ class TunDevice(UserspaceDevice):
         if self._monitor is not None:
             self._monitor.close()
             self._monitor = None
+
+    def drops(self) -> dict[str, int]:
+        counters = self._monitor.counters() if self._monitor is not None else ()
+        found = {
+            TunDrop.WRITE_FAILED: self._tun.write_errors,
+            TunDrop.SUPER_PACKET_REFUSED: self._tun.refused_super_packets,
+            TunDrop.QUEUE_FULL: counters[_TX_DROPPED] if len(counters) > _TX_DROPPED else 0,
+        }
+        return super().drops() | {str(name): count for name, count in found.items() if count}
 
     def pause_reading(self, path: Path) -> bool:
         """Leave packets in the interface's queue, where their senders feel it and nothing is lost.
