@@ -8,10 +8,11 @@ from pathlib import Path
 import anyio
 
 from siderolink.cli.control import control_socket, peer_message
-from siderolink.cli.describe import link_event
+from siderolink.cli.describe import link_event, log_link_event
+from siderolink.cli.logs import hide, lost_records, name_machine, say
 from siderolink.cli.maintenance import Maintenance
 from siderolink.cli.reporting import Reporting, report_part
-from siderolink.cli.running import run_until_stopped, say
+from siderolink.cli.running import run_until_stopped
 from siderolink.cli.settings import FollowedSettings, SettingsOptions, SettingsReader
 from siderolink.client import Link, LinkEvent, connect
 from siderolink.client.config import HOST_DOCUMENTS, PROC_CMDLINE, Ingress, MachineSettings
@@ -66,7 +67,7 @@ class LinkSource:
             public_key=str(status.public_key),
             listen_port=status.listen_port or 0,
             peers=[peer_message(status.server)] if status.server else [],
-            drops=status.drops,
+            drops=status.drops | lost_records(),
             state=status.state,
             reason=status.reason,
             since=status.since,
@@ -93,6 +94,8 @@ class JoinedMachine:
         """Never returns. Raises SideroLinkError where there can be no interface."""
         if self._options.netns is not None and self._options.maintenance_api:
             raise ConfigurationError("--maintenance-api serves this network namespace: leave out --netns, or run it inside")
+        uuid = self._settings.current.uuid
+        name_machine(uuid.value if uuid is not None else machine_uuid())
         own = (self._options.interface,) if self._options.interface is not None else ()
         async with ingress_firewall(Ingress(), own) as firewall, background_tasks() as tasks:
 
@@ -137,6 +140,10 @@ class JoinedMachine:
 
     async def _hold_link(self, url: JoinURL, settings: "_JoinPart") -> None:
         options = self._options
+        hide(url.join_token)
+        hide(settings.unique_token)
+        if settings.uuid is not None:
+            name_machine(settings.uuid)
         name = options.interface or ("siderolinktun" if url.tunnel else "siderolink")
         async with (
             connect(
@@ -161,7 +168,7 @@ class JoinedMachine:
             await self._settings.follow(report_part, self._reporting.deliver)
 
     def _on_event(self, event: LinkEvent) -> None:
-        say(*link_event(event))
+        log_link_event(event)
         self._reporting.on_link_event(event)
         if self._presence is not None:
             self._presence.on_event(event)

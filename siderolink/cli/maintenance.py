@@ -7,8 +7,8 @@ from dataclasses import replace
 
 from grpclib import GRPCError, Status
 
+from siderolink.cli.logs import say
 from siderolink.cli.reporting import Reporting
-from siderolink.cli.running import say
 from siderolink.cli.settings import FollowedSettings
 from siderolink.client.config import MachineSettings, Setting
 from siderolink.client.config.extra import needing_extra

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import anyio
 
-from siderolink.cli.running import say
+from siderolink.cli.logs import say
 from siderolink.client import Connected, Joined, LinkEvent, Reestablished
 from siderolink.client.config import LogURL, MachineSettings
 from siderolink.client.reporting import EventSender, LogDestination, LogSender, read_kernel_log

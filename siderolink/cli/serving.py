@@ -6,7 +6,7 @@ from pathlib import Path
 
 import anyio
 
-from siderolink.cli.running import say
+from siderolink.cli.logs import say
 from siderolink.common.errors import SideroLinkError
 from siderolink.server import EventStream, Server, Store
 from siderolink.server.store.sql import SqlStore

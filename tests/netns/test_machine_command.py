@@ -120,9 +120,8 @@ def test_a_machine_is_configured_by_its_api_and_reports(net: Net) -> None:
 
     modes = ApplyConfigurationRequestMode
     serve = ("serve", "--api-listen", "0.0.0.0:4000", "--wireguard-endpoint", "192.0.2.1:51820", "--no-state")
-    server = start(
-        net.server, *serve, "--event-sink-port", "8090", "--log-port", "8092", "--device", "userspace", "--overlay-port", "81"
-    )
+    ports = ("--event-sink-port", "8090", "--log-port", "8092", "--overlay-port", "81")
+    server = start(net.server, *serve, *ports, "--print-machine-logs", "--device", "userspace")
     read_until(server, "log receiver")
     machine = start(net.machine, "join", "--maintenance-api", "--uuid", UUID, "--device", "userspace")
     read_until(machine, "waiting")
@@ -138,7 +137,7 @@ def test_a_machine_is_configured_by_its_api_and_reports(net: Net) -> None:
     assert "HostnameConfig" in warning
     read_until(machine, "connected")
     event, _ = read_until(server, "AddressEvent", f"kernel log: {UUID}")
-    address = event.split("'")[-2]
+    address = event.split("addresses ")[1].split()[0]
     assert ask(net.server, address, lambda client: len(client.get_all("machineconfig"))) == 1
     counts_are_shown()
     assert lets_in(net.machine, partial(dial, SERVER, 81, None))

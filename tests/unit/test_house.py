@@ -42,6 +42,7 @@ EXTRAS = {
         "aiosqlite",
         "alembic",
         "sqlalchemy",
+        "structlog",
         "platformdirs",
         "python-socks",
         "zstandard",
@@ -51,7 +52,7 @@ EXTRAS = {
     "proxy": {"python-socks"},
     "sql": {"aiosqlite", "alembic", "sqlalchemy"},
 }
-CLI_DEPENDENCIES = {"platformdirs", "rich", "typer", "uvloop", "watchfiles"}
+CLI_DEPENDENCIES = {"platformdirs", "rich", "structlog", "typer", "uvloop", "watchfiles"}
 # parts that need more, each with the extra that brings it
 PARTS = {
     "siderolink.client.config": {"pydantic", "pydantic_core", "watchfiles", "yaml", "zstandard"},
