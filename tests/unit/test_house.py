@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "siderolink"
 GENERATED = PACKAGE / "common" / "pb"
-FILE_LINES = 400
+FILE_LINES = 500
 FUNCTION_LINES = 60
 
 SOURCES = sorted(path for path in PACKAGE.rglob("*.py") if GENERATED not in path.parents)

@@ -3,7 +3,7 @@
 from siderolink.common.grpc.byte_stream import ByteStream
 from siderolink.common.grpc.calls import ByteStreamService, Servable, valid_token
 from siderolink.common.grpc.client import GrpcChannel, open_byte_stream, open_channel, translate_errors
-from siderolink.common.grpc.limits import Limits
+from siderolink.common.grpc.limits import CallLimits, Limits
 from siderolink.common.grpc.refusals import Refusal, Refused
 from siderolink.common.grpc.server import GrpcServer, serve
 from siderolink.common.grpc.sources import TrustedProxies, parse_networks
@@ -13,6 +13,7 @@ from siderolink.common.grpc.tls import ServerCertificate, client_tls, server_tls
 __all__ = [
     "ByteStream",
     "ByteStreamService",
+    "CallLimits",
     "GRPCError",
     "GrpcChannel",
     "GrpcError",
