@@ -20,6 +20,7 @@ from siderolink.cli.options import (
     JoinToken,
     Json,
     KeepInterface,
+    KeptConfig,
     KernelCmdline,
     KernelCmdlineCommand,
     LogFormat,
@@ -27,6 +28,9 @@ from siderolink.cli.options import (
     LogLevel,
     LogLevelOption,
     LogPort,
+    MaintenanceApi,
+    MaintenancePort,
+    MetaFile,
     NetNs,
     NoDial,
     OverlayPorts,
@@ -137,10 +141,10 @@ def join(
     netns: NetNs = None,
     ca: CaFile = None,
     fallback_tunnel: Annotated[bool, typer.Option("--fallback-tunnel", help="Use the tunnel while UDP does not pass.")] = False,
-    maintenance_api: Annotated[
-        bool, typer.Option("--maintenance-api", help="Serve the machine's own API; a configuration can come by it, too.")
-    ] = False,
-    maintenance_port: Annotated[int, typer.Option(help="The TCP port of that API.", min=1, max=65535)] = 50000,
+    maintenance_api: MaintenanceApi = False,
+    maintenance_port: MaintenancePort = 50000,
+    meta: MetaFile = None,
+    keep_config: KeptConfig = None,
     log_format: LogFormatOption = LogFormat.TEXT,
     log_level: LogLevelOption = LogLevel.INFO,
 ) -> None:
@@ -151,9 +155,12 @@ def join(
     destinations is delivered to over the link.
     """
     from siderolink.cli.join import JoinOptions, run_join
+    from siderolink.cli.maintenance import MaintenanceOptions
     from siderolink.cli.settings import SettingsOptions
+    from siderolink.client.maintenance import API_RELEASE
 
     start_log(log_format, log_level)
+    maintenance = MaintenanceOptions(port=maintenance_port, version=talos_version, meta=meta, configuration=keep_config)
     settings = SettingsOptions(
         url=url,
         config=tuple(config or ()),
@@ -166,14 +173,13 @@ def join(
     run_join(
         JoinOptions(
             settings=settings,
-            talos_version=talos_version,
+            talos_version=talos_version or (API_RELEASE if maintenance_api else ""),
             interface=interface,
             device=device.value,
             netns=netns,
             ca=ca,
             fallback_tunnel=fallback_tunnel,
-            maintenance_api=maintenance_api,
-            maintenance_port=maintenance_port,
+            maintenance=maintenance if maintenance_api else None,
         )
     )
 

@@ -50,7 +50,11 @@ UniqueToken = Annotated[
 ]
 TalosVersion = Annotated[
     str,
-    typer.Option(help="The release to join as, such as v1.13.0: some servers let in no machine without one.", metavar="TAG"),
+    typer.Option(
+        help="The release to join as; some servers let in no machine without one.",
+        show_default="v1.14.0 with --maintenance-api, none without",
+        metavar="TAG",
+    ),
 ]
 UniqueTokenFile = Annotated[Path | None, typer.Option(help="A file that holds it.", metavar="FILE")]
 JoinToken = Annotated[
@@ -183,3 +187,15 @@ def overlay_ports(given: Sequence[str] | None) -> tuple[str, ...] | None:
     if "none" in given and len(given) > 1:
         raise ConfigurationError("name the overlay ports, or none, not both")
     return tuple(port for port in given if port != "none")
+
+
+MaintenanceApi = Annotated[
+    bool, typer.Option("--maintenance-api", help="Serve the machine's own API; a configuration can come by it, too.")
+]
+MaintenancePort = Annotated[int, typer.Option(help="The TCP port of that API.", min=1, max=65535)]
+MetaFile = Annotated[
+    Path | None, typer.Option(help="Keep what the server writes to META here, across restarts.", metavar="FILE")
+]
+KeptConfig = Annotated[
+    Path | None, typer.Option(help="Keep a configuration that came by that API here, across restarts.", metavar="FILE")
+]

@@ -56,7 +56,7 @@ CLI_DEPENDENCIES = {"platformdirs", "rich", "structlog", "typer", "uvloop", "wat
 # parts that need more, each with the extra that brings it
 PARTS = {
     "siderolink.client.config": {"pydantic", "pydantic_core", "watchfiles", "yaml", "zstandard"},
-    "siderolink.client.maintenance.pattern": {"re2"},
+    "siderolink.client.maintenance.queries": {"re2"},
     "siderolink.common.grpc.dialing": {"python_socks"},
     "siderolink.server.store.sql": {"aiosqlite", "alembic", "sqlalchemy"},
 }

@@ -29,6 +29,9 @@ log = logging.getLogger("siderolink")
 _CALL_BYTES = 16 * 1024
 """What a call that runs takes of memory beside its message, about."""
 
+ANY_METHOD = "*"
+"""The path by which a service offers what serves every method that no service has."""
+
 ByteStreamHandler = Callable[[ByteStream], Awaitable[None]]
 """Serves one byte stream until it returns (status OK) or raises GRPCError; it is cancelled when the peer resets the stream."""
 
@@ -128,6 +131,8 @@ class CallHandler(AbstractHandler):
         connection = stream.connection
         try:
             path, fields = _check_request(headers)
+            if path not in self._methods and ANY_METHOD in self._methods:
+                path = ANY_METHOD
             method = self._method(path)
             size = 0 if method.handler.request_type is ByteStream else _CALL_BYTES
             if not connection.account.take(size):
@@ -210,6 +215,7 @@ class CallHandler(AbstractHandler):
         if self._caller is not None:
             call.peer = private.CallPeer(call.peer, self._caller.of_call(headers))
             call.on_valid_token = self._caller.on_valid_token
+        call.path = fields.get(":path", "")
         return self._run_call(stream, call, method, deadline)
 
     def _bound(self, stream: H2Stream, method: Method) -> None:

@@ -54,6 +54,8 @@ class Call(Stream[Any, Any]):
     """
 
     on_valid_token: Callable[[], None]
+    path: str = ""
+    """The method that was asked for, as the caller wrote it."""
     _answer: object = None
 
     async def send_message(self, message: Any) -> None:
