@@ -29,7 +29,7 @@ from siderolink.server.fleet.dialling import dial_remembered
 from siderolink.server.fleet.last_seen import Sightings
 from siderolink.server.fleet.links import Links, LinkState
 from siderolink.server.fleet.machines import Machines
-from siderolink.server.fleet.overlay_ports import OverlayPort, only_ports
+from siderolink.server.fleet.overlay_ports import OverlayPort, device_ports, only_ports
 from siderolink.server.options import MachineLimits, ServerOptions
 from siderolink.server.reporting import ReportOptions, Reports, receive_reports
 from siderolink.server.store import Machine, MemoryStore, Store
@@ -195,6 +195,7 @@ class Server(AbstractAsyncContextManager["Server"]):
             addresses=(IPv6Interface((self.address, self._prefix.prefixlen)),),
             listen_port=options.device_listen_port,
             isolate=True,
+            open_ports=device_ports(self._open_ports(None)),
             timestamps=stamps,
             keep=options.keep_interface,
             namespace=options.namespace,
@@ -220,7 +221,7 @@ class Server(AbstractAsyncContextManager["Server"]):
                     tasks.start_soon(dial_remembered, links)
                 async with (
                     self._receive_reports(device, links) as reports,
-                    only_ports(device.name, self._open_ports(reports), options.namespace),
+                    only_ports(device, self._open_ports(reports)),
                     self._serve(device, links, machines, sightings, reports) as parts,
                 ):
                     yield parts
@@ -241,12 +242,12 @@ class Server(AbstractAsyncContextManager["Server"]):
             yield reports
 
     def _open_ports(self, reports: Reports | None) -> list[OverlayPort] | None:
-        """What machines may dial; None for everything."""
-        named = self._options.open_ports
-        if named is None or reports is None:
+        """What machines may dial; None for everything. Without `reports`, the ports that they will have as far as is known."""
+        named, source = self._options.open_ports, reports or self._options.reports
+        if named is None or source is None:
             return None if named is None else list(named)
-        used = ((reports.event_sink_port, "tcp"), (reports.log_port, "tcp"), (reports.log_port, "udp"))
-        return [*named, *(OverlayPort.parse(f"{number}/{kind}") for number, kind in used if number is not None)]
+        used = ((source.event_sink_port, "tcp"), (source.log_port, "tcp"), (source.log_port, "udp"))
+        return [*named, *(OverlayPort.parse(f"{number}/{kind}") for number, kind in used if number)]
 
     @asynccontextmanager
     async def _serve(

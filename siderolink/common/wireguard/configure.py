@@ -123,6 +123,7 @@ def peer_status(peer: Peer, now: float) -> PeerStatus:
         received_bytes=peer.received_bytes,
         sent_bytes=peer.sent_bytes,
         persistent_keepalive=peer.timers.persistent_interval,
+        silent_for=now - received_at if received_at is not None else None,
     )
 
 
