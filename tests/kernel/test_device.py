@@ -200,7 +200,7 @@ def test_ports_stay_closed_for_as_long_as_the_interface_is_there(net: Net, monke
     only_80 = frozenset({(socket.IPPROTO_TCP, 80)})
     with ExitStack() as stack:
         with running(net.server, keep=True, isolate=True, open_ports=only_80) as ours:
-            assert "tcp dport 80" in seen[0] or "th dport 80" in seen[0]
+            assert "dport 80" in seen[0]
             stack.enter_context(peered(net, ours))
             ping(net.machine, OURS)
             assert lets_in(net.machine, partial(dial, OURS, 80, None))
@@ -213,7 +213,7 @@ def test_ports_stay_closed_for_as_long_as_the_interface_is_there(net: Net, monke
         assert lets_in(net.machine, partial(dial, OURS, 81, None))
         assert keeps_out(net.machine, partial(dial, OURS, 80, None))
         with running(net.server, keep=True, isolate=True, open_ports=only_80):
-            assert "81" in seen[1]  # the rules of before were there when the others came
+            assert "dport 80" in seen[1]  # before anything else is done to the interface
             assert keeps_out(net.machine, partial(dial, OURS, 81, None))
         with running(net.server, keep=True, isolate=True):  # not limited to ports any more
             assert lets_in(net.machine, partial(dial, OURS, 81, None), partial(dial, OURS, 80, None))
