@@ -8,17 +8,16 @@ from pathlib import Path
 import anyio
 
 from siderolink.cli.control import control_socket, peer_message
-from siderolink.cli.describe import link_event, log_link_event
-from siderolink.cli.logs import hide, lost_records, name_machine, say
-from siderolink.cli.maintenance import Maintenance, MaintenanceOptions
+from siderolink.cli.describe import link_event
+from siderolink.cli.maintenance import Maintenance
 from siderolink.cli.reporting import Reporting, report_part
-from siderolink.cli.running import run_until_stopped
+from siderolink.cli.running import run_until_stopped, say
 from siderolink.cli.settings import FollowedSettings, SettingsOptions, SettingsReader
 from siderolink.client import Link, LinkEvent, connect
 from siderolink.client.config import HOST_DOCUMENTS, PROC_CMDLINE, Ingress, MachineSettings
 from siderolink.client.firewall import ingress_firewall
 from siderolink.client.link.identity import machine_uuid
-from siderolink.client.maintenance import LinkFollower
+from siderolink.client.maintenance import API_PORT, LinkPresence
 from siderolink.common.errors import ConfigurationError
 from siderolink.common.grpc import client_tls
 from siderolink.common.join_url import JoinURL
@@ -34,7 +33,7 @@ class JoinOptions:
 
     settings: SettingsOptions
     talos_version: str = ""
-    """The release's tag that the server is told."""
+    """The release's tag that the server is told, and the callers of the maintenance API."""
     interface: str | None
     device: DeviceKind
     netns: str | None = None
@@ -43,8 +42,8 @@ class JoinOptions:
     """Roots (PEM) that the server's certificate is checked against, in place of the system's."""
     fallback_tunnel: bool = False
     """Use the tunnel while UDP does not pass."""
-    maintenance: MaintenanceOptions | None = None
-    """Serve the machine's own API."""
+    maintenance_api: bool = False
+    maintenance_port: int = API_PORT
 
 
 class LinkSource:
@@ -67,7 +66,7 @@ class LinkSource:
             public_key=str(status.public_key),
             listen_port=status.listen_port or 0,
             peers=[peer_message(status.server)] if status.server else [],
-            drops=status.drops | lost_records(),
+            drops=status.drops,
             state=status.state,
             reason=status.reason,
             since=status.since,
@@ -88,18 +87,12 @@ class JoinedMachine:
         self._settings = settings
         self._key = PrivateKey.generate()
         self._reporting = Reporting()
-        self._follower: LinkFollower | None = None
-        self._maintenance: Maintenance | None = None
+        self._presence: LinkPresence | None = None
 
     async def run(self) -> None:
         """Never returns. Raises SideroLinkError where there can be no interface."""
-        if self._options.netns is not None and self._options.maintenance is not None:
+        if self._options.netns is not None and self._options.maintenance_api:
             raise ConfigurationError("--maintenance-api serves this network namespace: leave out --netns, or run it inside")
-        if self._options.maintenance is not None:
-            self._maintenance = Maintenance(self._settings, self._reporting, self._key, self._options.maintenance)
-            await self._maintenance.load()
-        uuid = self._settings.current.uuid
-        name_machine(uuid.value if uuid is not None else machine_uuid())
         own = (self._options.interface,) if self._options.interface is not None else ()
         async with ingress_firewall(Ingress(), own) as firewall, background_tasks() as tasks:
 
@@ -114,38 +107,36 @@ class JoinedMachine:
             tasks.start_soon(self._settings.watch)
             tasks.start_soon(self._settings.follow, lambda settings: settings.ingress, hold_firewall)
             tasks.start_soon(self._settings.follow, report_part, self._reporting.collect)
-            async with self._serve_maintenance() as self._follower:
+            async with self._maintenance() as self._presence:
                 await self._settings.follow(_join_part, self._hold)
 
     @asynccontextmanager
-    async def _serve_maintenance(self) -> AsyncIterator[LinkFollower | None]:
+    async def _maintenance(self) -> AsyncIterator[LinkPresence | None]:
         """The machine's own API, where it was asked for."""
-        if self._maintenance is None:
+        options = self._options
+        if not options.maintenance_api:
             yield None
             return
+        maintenance = Maintenance(self._settings, self._reporting, self._key, version=options.talos_version)
         uuid = self._settings.current.uuid
         node_uuid = uuid.value if uuid is not None else machine_uuid()
-        async with self._maintenance.serve(node_uuid=node_uuid) as follower:
-            yield follower
+        async with maintenance.serve(node_uuid=node_uuid, port=options.maintenance_port) as presence:
+            yield presence
 
     async def _hold(self, settings: "_JoinPart") -> None:
         """Hold the link, whatever the server says at first: it is asked again until it answers."""
         if settings.url is None:
             say("waiting", "there is no join URL")
-            if self._follower is not None:
-                self._follower.removed()
+            if self._presence is not None:
+                self._presence.removed()
             await anyio.sleep_forever()
             return
-        if self._follower is not None:
-            self._follower.configured(settings.url)
+        if self._presence is not None:
+            self._presence.configured(settings.url)
         await self._hold_link(settings.url, settings)
 
     async def _hold_link(self, url: JoinURL, settings: "_JoinPart") -> None:
         options = self._options
-        hide(url.join_token)
-        hide(settings.unique_token)
-        if settings.uuid is not None:
-            name_machine(settings.uuid)
         name = options.interface or ("siderolinktun" if url.tunnel else "siderolink")
         async with (
             connect(
@@ -170,10 +161,10 @@ class JoinedMachine:
             await self._settings.follow(report_part, self._reporting.deliver)
 
     def _on_event(self, event: LinkEvent) -> None:
-        log_link_event(event)
+        say(*link_event(event))
         self._reporting.on_link_event(event)
-        if self._follower is not None:
-            self._follower.on_event(event)
+        if self._presence is not None:
+            self._presence.on_event(event)
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,7 +193,7 @@ def run_join(options: JoinOptions) -> None:
         say("note", note)
     settings.tell_problems()
     url = settings.current.url
-    if url is None and options.maintenance is None:
+    if url is None and not options.maintenance_api:
         raise ConfigurationError(
             "there is no join URL: give one, or --config, or siderolink.api= on the kernel command line; looked at "
             + ", ".join(

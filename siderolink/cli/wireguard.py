@@ -3,13 +3,11 @@
 Background, LOG_LEVEL and WG_PROCESS_FOREGROUND are as scripts know them that run other userspace implementations.
 """
 
-import logging
 import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
-from siderolink.cli.logs import say, start_log
-from siderolink.cli.running import run_until_stopped
+from siderolink.cli.running import run_until_stopped, say
 
 if TYPE_CHECKING:
     from siderolink.common.wireguard.device import DeviceEvent
@@ -18,39 +16,36 @@ _VERBOSE: Final = ("verbose", "debug", "info")
 _SILENT: Final = "silent"
 
 
-def run_wireguard(name: str, *, background: bool, as_json: bool = False, level: str | None = None) -> None:
-    """Run until stopped, or until the interface is deleted. In the background, the caller returns once the interface is there.
+def run_wireguard(name: str, *, background: bool) -> None:
+    """Run until stopped, or until the interface is deleted; the caller in the foreground gets no further than that it is there.
 
     Raises SideroLinkError, and SystemExit where the work goes on in another process.
     """
-    wanted = os.environ.get("LOG_LEVEL", "").lower()
-    if level is None:
-        level = {_SILENT: "critical"}.get(wanted, "debug" if wanted in _VERBOSE else "info")
-    is_background = background and os.environ.get("WG_PROCESS_FOREGROUND") != "1"
-    ready = _leave_foreground(keep_output=wanted not in ("", _SILENT)) if is_background else None
-    start_log(level, as_json=as_json)
+    level = os.environ.get("LOG_LEVEL", "").lower()
 
-    def is_ready() -> None:
-        if ready is None:
-            say(name, "ready: set it up with wg and ip")
-        else:
-            ready()
+    def tell(text: str) -> None:
+        if level != _SILENT:
+            say(name, text)
 
-    _run(name, is_ready)
+    if background and os.environ.get("WG_PROCESS_FOREGROUND") != "1":
+        _run(name, ready=_leave_foreground(keep_output=level not in ("", _SILENT)), tell=tell, is_verbose=level in _VERBOSE)
+    else:
+        _run(name, ready=lambda: tell("ready: set it up with wg and ip"), tell=tell, is_verbose=level in _VERBOSE)
 
 
-def _run(name: str, ready: Callable[[], None]) -> None:
+def _run(name: str, *, ready: Callable[[], None], tell: Callable[[str], None], is_verbose: bool) -> None:
     # not before the process has its place: numpy may start threads, and a process with threads is not divided
     from siderolink.common.wireguard.opening import open_interface
 
     def on_event(event: "DeviceEvent") -> None:
-        say(name, _describe(event), level=logging.DEBUG)
+        if is_verbose:
+            tell(_describe(event))
 
     async def work() -> None:
         async with open_interface(name, on_event) as lost:
             ready()
             await lost.wait()
-            say(name, "the interface was deleted, or its socket")
+            tell("the interface was deleted, or its socket")
 
     run_until_stopped(work)
 

@@ -1,7 +1,11 @@
 """The manager's side: a server that machines join."""
 
-from siderolink.server.admission.authorization import Allow, Authorize, Deny, JoinRequest
+from siderolink.server.admission.limits import MachineLimits
+from siderolink.server.admission.policy import JoinPolicy, JoinTokensMode
+from siderolink.server.admission.request import Allow, Authorize, Deny, JoinRequest
 from siderolink.server.events import (
+    AdmissionChanged,
+    ClaimRefused,
     EventsLost,
     EventStream,
     HandshakeCompleted,
@@ -10,11 +14,12 @@ from siderolink.server.events import (
     LinkDown,
     MachineJoined,
     MachineLeft,
+    MachineRekeyed,
     ServerEvent,
+    UniqueTokenBound,
 )
-from siderolink.server.fleet.links import LinkState
+from siderolink.server.fleet.directory import LinkState
 from siderolink.server.fleet.machine_api import open_machine_api
-from siderolink.server.options import MachineLimits
 from siderolink.server.refusals import JoinRefusal, StreamRefusal
 from siderolink.server.reporting import (
     LinesDropped,
@@ -26,28 +31,36 @@ from siderolink.server.reporting import (
     ReportsLost,
 )
 from siderolink.server.server import MachineStatus, Server
-from siderolink.server.store import Machine, MemoryStore, Store
+from siderolink.server.store import Ban, BanKind, Machine, MachineAdmission, MemoryStore, Store
 
 __all__ = [
+    "AdmissionChanged",
     "Allow",
     "Authorize",
+    "Ban",
+    "BanKind",
+    "ClaimRefused",
     "Deny",
     "EventStream",
     "EventsLost",
     "HandshakeCompleted",
+    "JoinPolicy",
     "JoinRefusal",
     "JoinRefused",
     "JoinRequest",
+    "JoinTokensMode",
     "LeaveReason",
     "LinesDropped",
     "LinkDown",
     "LinkState",
     "LogLine",
     "Machine",
+    "MachineAdmission",
     "MachineEvent",
     "MachineJoined",
     "MachineLeft",
     "MachineLimits",
+    "MachineRekeyed",
     "MachineStatus",
     "MemoryStore",
     "ReportDrop",
@@ -58,5 +71,6 @@ __all__ = [
     "ServerEvent",
     "Store",
     "StreamRefusal",
+    "UniqueTokenBound",
     "open_machine_api",
 ]

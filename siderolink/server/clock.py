@@ -2,20 +2,23 @@
 
 import heapq
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Awaitable, Callable, Hashable
 from dataclasses import dataclass
 from itertools import count
 from typing import Generic, TypeVar
+
+import anyio
 
 K = TypeVar("K", bound=Hashable)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Clock:
-    """Seconds since some moment, never going back; and Unix time in seconds."""
+    """Seconds since some moment, never going back; Unix time in seconds; and how to wait."""
 
     monotonic: Callable[[], float] = time.monotonic
     time: Callable[[], float] = time.time
+    sleep: Callable[[float], Awaitable[None]] = anyio.sleep
 
 
 class Deadlines(Generic[K]):

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from enum import StrEnum
 
+from siderolink.common.keys import PublicKey
 from siderolink.common.queues import Broadcast, Subscription
 from siderolink.server.refusals import JoinRefusal
 from siderolink.server.store import Machine
@@ -17,6 +18,15 @@ class LeaveReason(StrEnum):
     BANNED = "banned"
     NO_HANDSHAKE = "no handshake"
     """It joined and never completed a WireGuard handshake."""
+    NEVER_ACCEPTED = "never accepted"
+    """It was pending, and its link went down."""
+    DENIED = "denied"
+    EVICTED = "evicted"
+    """It never shook hands, and gave way to another that joined."""
+    AT_ITS_WISH = "at its wish"
+    """It asked to be forgotten, inside its session."""
+    LONG_GONE = "long gone"
+    """Nobody heard it for as long as `forget_after` says."""
     REMOVED_ELSEWHERE = "removed elsewhere"
     """Another server with the same store removed or banned it."""
 
@@ -63,6 +73,49 @@ class JoinRefused:
     """The UUID that was claimed, where it was well-formed."""
     source: str
     """Where the call came from."""
+    known_source: str | None = None
+    """Where the machine that stands in the way was last heard, if one does."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MachineRekeyed:
+    """A machine's row went to another key, which a handshake proved: the machine started again, or was taken over."""
+
+    machine: Machine
+    old_key: PublicKey | None
+    basis: str
+    """Why that was allowed (`siderolink.server.admission.rules.Basis`)."""
+    old_source: str | None
+    """Where the old key was last heard."""
+    source: str | None
+    """Where the new one shook hands."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClaimRefused:
+    """A key that had claimed a machine's row shook hands too late: the machine was heard meanwhile, or another came first."""
+
+    machine: Machine
+    source: str
+    """Where the call came from."""
+    known_source: str | None
+    """Where the machine was last heard."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UniqueTokenBound:
+    """A unique token was bound to a machine's row: from now on it decides who that machine is."""
+
+    machine: Machine
+    source: str | None
+    """Where the machine was heard."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdmissionChanged:
+    """A machine was accepted, denied, or moved to another UUID."""
+
+    machine: Machine
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +125,18 @@ class EventsLost:
     count: int
 
 
-ServerEvent = MachineJoined | HandshakeCompleted | LinkDown | MachineLeft | JoinRefused | EventsLost
+ServerEvent = (
+    MachineJoined
+    | HandshakeCompleted
+    | LinkDown
+    | MachineLeft
+    | JoinRefused
+    | MachineRekeyed
+    | ClaimRefused
+    | UniqueTokenBound
+    | AdmissionChanged
+    | EventsLost
+)
 
 
 EventStream = Subscription[ServerEvent]

@@ -8,36 +8,15 @@ from siderolink.common.grpc import Limits, TrustedProxies, parse_networks
 from siderolink.common.hostport import HostPort
 from siderolink.common.keys import PrivateKey
 from siderolink.common.wireguard.device import DeviceKind
-from siderolink.server.admission.authorization import Authorize, allow_all
+from siderolink.server.admission.limits import MachineLimits
+from siderolink.server.admission.policy import JoinPolicy
+from siderolink.server.admission.request import Authorize, allow_all
 from siderolink.server.fleet.overlay_ports import MAX_PORTS, OverlayPort
 from siderolink.server.reporting import ReportOptions
 from siderolink.server.store import Store
 
 MAX_ENDPOINTS = 32
 MAX_INSTALLATION_ID_BYTES = 1024
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MachineLimits:
-    """How much machines may cost, and how long they may take. Times are seconds."""
-
-    max_machines: int = 65_536
-    """Machines known at a time; more are refused with RESOURCE_EXHAUSTED."""
-    max_pending: int = 65_536
-    """Of these, machines that have not shaken hands yet."""
-    peer_without_handshake_timeout: float = 600.0
-    """A machine that never shakes hands is forgotten after so long. Existing machines try each endpoint for 30 s, so this is
-    time for twenty."""
-    down_after: float = 275.0
-    """A link is down when nothing authenticated came for so long: 180 s of session, 5 s and 90 s of attempts at a new one."""
-    stream_without_packet_timeout: float = 90.0
-    """A tunnel stream by which nothing authenticated comes is ended after so long: WireGuard itself gives up then."""
-    max_unproven_streams: int = 4
-    """Streams per virtual address by which nothing authenticated has come yet; one more ends the oldest."""
-    authorize_timeout: float = 10.0
-    """How long the authorize hook may take."""
-    event_limit: int = 1024
-    """Events that wait for one slow reader before the oldest are dropped."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +46,7 @@ class ServerOptions:
     overlay_ports: tuple[int | str, ...] | None = None
     proxy_protocol_from: tuple[str, ...] = ()
     forwarded_from: tuple[str, ...] = ()
+    policy: JoinPolicy = JoinPolicy()
 
     def __post_init__(self) -> None:
         _check_listen(self.api_listen)

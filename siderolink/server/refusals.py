@@ -14,24 +14,32 @@ class JoinRefusal(StrEnum):
     """The version is overlong or holds more than printable ASCII."""
     MALFORMED_UNIQUE_TOKEN = "malformed unique token"
     """The unique token is overlong."""
+    PLACEHOLDER_UUID = "placeholder uuid"
+    """The UUID is one that a vendor's firmware says on many machines."""
+    UNREADABLE_UNIQUE_TOKEN = "unreadable unique token"
+    """The unique token is no JSON, and `join_tokens_mode` asks for it."""
+    UNSUPPORTED_VERSION = "unsupported version"
+    """The machine's release is too old for `join_tokens_mode` strict."""
     INVALID_JOIN_TOKEN = "invalid join token"
-    """The join token is missing, overlong or not the server's."""
+    """The join token is missing, overlong or not the server's, and no bound unique token admits the call either."""
     DENIED = "denied"
-    """The embedder's authorize hook said no."""
+    """The embedder's authorize hook said no, or an administrator denied the machine."""
     AUTHORIZE_FAILED = "authorize failed"
     """The embedder's authorize hook raised, or took too long."""
     BANNED = "banned"
-    """The UUID is banned."""
+    """The UUID, the key or the unique token is banned."""
     OTHER_UNIQUE_TOKEN = "other unique token"
     """The UUID belongs to a machine that joined with another unique token."""
     LINK_ALIVE = "link alive"
     """The UUID's machine has another key and a living link, and no unique token proves the caller to be it."""
     KEY_IN_USE = "key in use"
-    """Another machine has a living link with the same public key."""
+    """Another machine has joined with the same public key, or is about to."""
     TOO_MANY_MACHINES = "too many machines"
     """The limit of known machines is reached."""
     TOO_MANY_PENDING = "too many pending"
     """The limit of machines that have not shaken hands yet is reached."""
+    TOO_MANY_CLAIMS = "too many claims"
+    """Too many calls claim the same machine and have not shaken hands yet."""
     STORE_FULL = "store full"
     """The server's state cannot grow: its disk is full. Machines that are known keep their links."""
     INTERNAL_ERROR = "internal error"
@@ -60,7 +68,9 @@ class StreamRefusal(StrEnum):
 class JoinRejectedError(Exception):
     """Raised inside the server where a join is refused; `message` is for the caller and holds no secret."""
 
-    def __init__(self, reason: JoinRefusal, message: str) -> None:
+    def __init__(self, reason: JoinRefusal, message: str, known_source: str | None = None) -> None:
         super().__init__(message)
         self.reason = reason
         self.message = message
+        self.known_source = known_source
+        """Where the machine that stands in the way was last heard, if one does."""

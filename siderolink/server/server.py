@@ -2,38 +2,28 @@
 
 import ssl
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
-from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
-from dataclasses import dataclass, replace
-from ipaddress import IPv6Address, IPv6Interface
+from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from ipaddress import IPv6Address
 from types import TracebackType
 from typing import Self
 
 from siderolink.common.addressing import overlay_prefix, server_address
 from siderolink.common.errors import ConfigurationError, SideroLinkError
-from siderolink.common.grpc import GrpcServer, Limits, serve
-from siderolink.common.hostport import HostPort
+from siderolink.common.grpc import Limits
 from siderolink.common.keys import PrivateKey, PublicKey
-from siderolink.common.tasks import background_tasks
-from siderolink.common.wireguard.device import Device, DeviceConfig, DeviceEvent, DeviceKind, PeerStatus
-from siderolink.common.wireguard.opening import open_device
-from siderolink.server.admission.admit import Admission
-from siderolink.server.admission.authorization import Authorize, allow_all
+from siderolink.common.wireguard.device import Device, DeviceKind, PeerStatus
+from siderolink.server.admission.limits import MachineLimits
+from siderolink.server.admission.policy import JoinPolicy
+from siderolink.server.admission.request import Authorize, allow_all
 from siderolink.server.admission.tokens import JoinTokenCheck
-from siderolink.server.api.provision import Answers, ProvisionService
-from siderolink.server.api.standard import HealthService, ReflectionService
-from siderolink.server.api.tunnel import TunnelService
-from siderolink.server.clock import Clock
+from siderolink.server.composition import Composition, Parts
 from siderolink.server.events import EventHub, EventStream
-from siderolink.server.fleet.dialling import dial_remembered
-from siderolink.server.fleet.last_seen import Sightings
-from siderolink.server.fleet.links import Links, LinkState
-from siderolink.server.fleet.machines import Machines
-from siderolink.server.fleet.overlay_ports import OverlayPort, device_ports, only_ports
-from siderolink.server.options import MachineLimits, ServerOptions
-from siderolink.server.reporting import ReportOptions, Reports, receive_reports
-from siderolink.server.store import Machine, MemoryStore, Store
-from siderolink.server.store.server_record import recall_server, resume_timestamps
+from siderolink.server.fleet.directory import LinkState
+from siderolink.server.options import ServerOptions
+from siderolink.server.reporting import ReportOptions, Reports
+from siderolink.server.store import Ban, BanKind, Machine, MemoryStore, Store
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,21 +34,6 @@ class MachineStatus:
     state: LinkState
     peer: PeerStatus | None
     """What the device says of its peer; None while it has none."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Parts:
-    """What runs while the server does."""
-
-    device: Device
-    links: Links
-    machines: Machines
-    sightings: Sightings
-    provisioning: ProvisionService
-    tunnel: TunnelService
-    api: GrpcServer
-    endpoints: tuple[HostPort, ...]
-    reports: Reports | None
 
 
 class Server(AbstractAsyncContextManager["Server"]):
@@ -94,7 +69,11 @@ class Server(AbstractAsyncContextManager["Server"]):
     proxy_protocol_from: networks of proxies that begin each connection to the API with a PROXY protocol header, version 1 or 2.
         Connections from elsewhere, and those without the header, are refused.
     forwarded_from: networks of proxies whose X-Forwarded-For is believed: the rightmost address that is none of theirs counts.
+    policy: which machines need a unique token, and when a machine that is gone is forgotten.
     """
+
+    _parts: Parts | None = None
+    _running: AbstractAsyncContextManager[Parts] | None = None
 
     def __init__(
         self,
@@ -122,6 +101,7 @@ class Server(AbstractAsyncContextManager["Server"]):
         namespace: str | None = None,
         proxy_protocol_from: Sequence[str] = (),
         forwarded_from: Sequence[str] = (),
+        policy: JoinPolicy | None = None,
     ) -> None:
         """Check the options; nothing is opened yet. Raises ConfigurationError."""
         self._options = ServerOptions(
@@ -148,20 +128,18 @@ class Server(AbstractAsyncContextManager["Server"]):
             namespace=namespace,
             proxy_protocol_from=tuple(proxy_protocol_from),
             forwarded_from=tuple(forwarded_from),
+            policy=policy or JoinPolicy(),
         )
         self._store: Store = MemoryStore() if store is None else store
-        self._prefix = overlay_prefix(installation_id or "")
         self._events = EventHub()
         self._join_token = JoinTokenCheck(join_token or None)
-        self._parts: _Parts | None = None
-        self._running: AbstractAsyncContextManager[_Parts] | None = None
 
     # --- life
 
     async def __aenter__(self) -> Self:
         if self._running is not None:
             raise SideroLinkError("a Server runs once; make another one")
-        self._running = self._run()
+        self._running = Composition(self._options, self._store, self._events, self._join_token).run()
         self._parts = await self._running.__aenter__()
         return self
 
@@ -176,121 +154,7 @@ class Server(AbstractAsyncContextManager["Server"]):
             self._parts = None
             self._events.end()
 
-    @asynccontextmanager
-    async def _run(self) -> AsyncIterator[_Parts]:
-        options = self._options
-        machines: Machines | None = None
-        record = await recall_server(self._store, options.private_key, options.installation_id)
-        self._prefix = overlay_prefix(record.installation_id)
-        stamps = resume_timestamps(record)
-        sightings = Sightings(self._store, stamps)
-
-        def on_device_event(event: DeviceEvent) -> None:
-            if machines is not None:
-                machines.on_device_event(event)
-
-        config = DeviceConfig(
-            name=options.interface,
-            private_key=record.private_key,
-            addresses=(IPv6Interface((self.address, self._prefix.prefixlen)),),
-            listen_port=options.device_listen_port,
-            isolate=True,
-            open_ports=device_ports(self._open_ports(None)),
-            timestamps=stamps,
-            keep=options.keep_interface,
-            namespace=options.namespace,
-        )
-        async with open_device(options.device, config, on_device_event) as device:
-            clock = Clock()
-            links = Links(
-                device,
-                persistent_keepalive=options.persistent_keepalive,
-                max_unproven_streams=options.limits.max_unproven_streams,
-                clock=clock,
-            )
-            admission = Admission(links, self._prefix, options.limits, clock)
-            machines = Machines(links, self._store, admission, self._events, options.limits, clock, sightings)
-            async with aclosing(sightings), background_tasks() as tasks:
-                # Changes are followed before the rows are read, so that none falls between; and both before the API listens.
-                await tasks.start(machines.follow)
-                await machines.load()
-                await device.settle()
-                tasks.start_soon(machines.watch)
-                tasks.start_soon(sightings.run)
-                if options.dial:
-                    tasks.start_soon(dial_remembered, links)
-                async with (
-                    self._receive_reports(device, links) as reports,
-                    only_ports(device, self._open_ports(reports)),
-                    self._serve(device, links, machines, sightings, reports) as parts,
-                ):
-                    yield parts
-
-    @asynccontextmanager
-    async def _receive_reports(self, device: Device, links: Links) -> AsyncIterator[Reports | None]:
-        if self._options.reports is None:
-            yield None
-            return
-        async with receive_reports(
-            self._options.reports,
-            links.machine_at,
-            self.events(),
-            address=self.address,
-            interface=device.name,
-            namespace=self._options.namespace,
-        ) as reports:
-            yield reports
-
-    def _open_ports(self, reports: Reports | None) -> list[OverlayPort] | None:
-        """What machines may dial; None for everything. Without `reports`, the ports that they will have as far as is known."""
-        named, source = self._options.open_ports, reports or self._options.reports
-        if named is None or source is None:
-            return None if named is None else list(named)
-        used = ((source.event_sink_port, "tcp"), (source.log_port, "tcp"), (source.log_port, "udp"))
-        return [*named, *(OverlayPort.parse(f"{number}/{kind}") for number, kind in used if number)]
-
-    @asynccontextmanager
-    async def _serve(
-        self, device: Device, links: Links, machines: Machines, sightings: Sightings, reports: Reports | None
-    ) -> AsyncIterator[_Parts]:
-        options = self._options
-        endpoints = tuple(
-            endpoint if endpoint.port else replace(endpoint, port=device.listen_port or 0) for endpoint in options.endpoints
-        )
-        provisioning = ProvisionService(
-            machines,
-            Answers(device.public_key, self._prefix, endpoints),
-            self._events,
-            self._join_token,
-            server_key=device.public_key,
-            force_tunnel=options.force_tunnel,
-            authorize=options.authorize,
-            authorize_timeout=options.limits.authorize_timeout,
-        )
-        tunnel = TunnelService(machines, links, device)
-        listen = options.api_address
-        async with serve(
-            [provisioning, tunnel.service(), HealthService(), ReflectionService()],
-            host=listen.host,
-            port=listen.port,
-            tls=options.tls,
-            limits=options.api_limits,
-            proxies=options.proxies,
-            has_tokens=True,
-        ) as api:
-            yield _Parts(
-                device=device,
-                links=links,
-                machines=machines,
-                sightings=sightings,
-                provisioning=provisioning,
-                tunnel=tunnel,
-                api=api,
-                endpoints=endpoints,
-                reports=reports,
-            )
-
-    def _live(self) -> _Parts:
+    def _live(self) -> Parts:
         if self._parts is None:
             raise SideroLinkError("the server does not run; use it inside its `async with`")
         return self._parts
@@ -300,7 +164,9 @@ class Server(AbstractAsyncContextManager["Server"]):
     @property
     def address(self) -> IPv6Address:
         """The server's overlay address."""
-        return server_address(self._prefix)
+        if self._parts is not None:
+            return server_address(self._parts.prefix)
+        return server_address(overlay_prefix(self._options.installation_id or ""))
 
     @property
     def public_key(self) -> PublicKey:
@@ -328,7 +194,14 @@ class Server(AbstractAsyncContextManager["Server"]):
     # --- machines
 
     async def machines(self) -> list[MachineStatus]:
-        """Every machine that is known to this server."""
+        """Every machine that is known to this server and accepted."""
+        return [status for status in await self._statuses() if status.machine.is_accepted]
+
+    async def unaccepted_machines(self) -> list[MachineStatus]:
+        """The machines that are pending or denied."""
+        return [status for status in await self._statuses() if not status.machine.is_accepted]
+
+    async def _statuses(self) -> list[MachineStatus]:
         parts = self._live()
         peers = {peer.public_key: peer for peer in await parts.device.peers()}
         return [
@@ -337,23 +210,49 @@ class Server(AbstractAsyncContextManager["Server"]):
                 state=link.state,
                 peer=None if link.machine.public_key is None else peers.get(link.machine.public_key),
             )
-            for link in parts.links
+            for link in parts.fleet.directory
         ]
+
+    async def find(self, name: str) -> Machine | None:
+        """The machine that has this id, UUID or public key."""
+        return await self._live().fleet.machines.named(name)
 
     async def remove(self, machine_id: str) -> bool:
         """Forget a machine and end its link. It may join again, as a new one. False if it is not known."""
-        return await self._live().machines.remove(machine_id)
+        return await self._live().fleet.machines.remove(machine_id)
 
-    async def ban(self, machine: str) -> bool:
-        """Refuse a machine, named by its UUID or its id, from now on, and end its link. False if only a UUID was banned.
+    async def ban(self, machine: str, *, kind: BanKind | None = None) -> bool:
+        """Refuse a machine, named by its UUID, id or public key, from now on, and end its link. False if none was known by it.
 
-        Raises ConfigurationError where the text is neither a known id nor a UUID.
+        `kind` says what of the machine is banned, its UUID by default. Raises ConfigurationError where the text names nothing
+        that can be banned.
         """
-        return await self._live().machines.ban(machine)
+        return await self._live().fleet.machines.ban(machine, kind=kind)
 
-    async def unban(self, node_uuid: str) -> None:
-        """Let a banned UUID join again."""
-        await self._live().machines.unban(node_uuid)
+    async def unban(self, name: str, *, kind: BanKind = BanKind.UUID) -> None:
+        """Let a banned UUID, key or unique token join again."""
+        await self._live().fleet.machines.unban(name, kind=kind)
+
+    async def accept(self, machine_id: str, *, forget_token: bool = False) -> Machine:
+        """Accept a pending or denied machine. `forget_token` unbinds an accepted one's unique token: the next one is bound.
+
+        Raises SideroLinkError where there is none, or another accepted machine has its UUID.
+        """
+        return await self._live().fleet.machines.accept(machine_id, forget_token=forget_token)
+
+    async def deny(self, machine_id: str) -> Machine:
+        """End a machine's link, and refuse its key from now on. Raises SideroLinkError where there is none."""
+        return await self._live().fleet.machines.deny(machine_id)
+
+    async def bans(self) -> list[Ban]:
+        """All bans."""
+        return list(await self._store.bans())
+
+    def still_admits(self, machine: Machine) -> bool | None:
+        """Whether the join token that the machine last presented would admit it now; None where it presented none."""
+        if machine.join_token_digest is None:
+            return None
+        return self._join_token.admits(machine.join_token_digest)
 
     def set_join_token(self, join_token: str) -> None:
         """Ask joining machines for another token from now on; those that have joined keep their links.
@@ -366,7 +265,7 @@ class Server(AbstractAsyncContextManager["Server"]):
 
     async def remember(self) -> None:
         """Write to the store now what is else written some seconds later: where machines were last heard."""
-        await self._live().sightings.write()
+        await self._live().fleet.last_seen.write()
 
     def events(self) -> EventStream:
         """What happens from now on. Bounded per reader: a slow one loses its oldest events and is told so by EventsLost."""

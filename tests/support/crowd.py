@@ -18,15 +18,12 @@ from siderolink.common.wireguard.noise.exchange import MIN_INITIATION_INTERVAL
 from siderolink.common.wireguard.noise.messages import COOKIE_REPLY_BYTES
 from siderolink.common.wireguard.packet_device import PacketDevice, open_packet_device
 from siderolink.common.wireguard.path import Datagrams
-from siderolink.server.admission.admit import Admission
-from siderolink.server.admission.authorization import allow_all
+from siderolink.server.admission.policy import JoinPolicy
+from siderolink.server.admission.request import allow_all
 from siderolink.server.admission.tokens import JoinTokenCheck
 from siderolink.server.api.provision import Answers, ProvisionService
-from siderolink.server.clock import Clock
 from siderolink.server.events import EventHub
-from siderolink.server.fleet.links import Links
-from siderolink.server.fleet.machines import Machines
-from siderolink.server.options import MachineLimits
+from siderolink.server.fleet.fleet import make_fleet
 from siderolink.server.store import MemoryStore
 from tests.support.virtual import CIPHERS
 
@@ -87,19 +84,20 @@ class Crowd:
     """Make one with `open_crowd`."""
 
     def __init__(self, device: PacketDevice, events: list[Callable[[DeviceEvent], None]]) -> None:
-        clock, limits, prefix = Clock(), MachineLimits(), overlay_prefix()
+        prefix = overlay_prefix()
         self.device = device
         self.members: list[Member] = []
-        links = Links(device, persistent_keepalive=25, max_unproven_streams=4, clock=clock)
         hub = EventHub()
-        self._store = MemoryStore()
-        self.machines = Machines(links, self._store, Admission(links, prefix, limits, clock), hub, limits, clock)
-        events.append(self.machines.on_device_event)
+        fleet = make_fleet(device, MemoryStore(), hub, prefix)
+        self.machines, self.monitor = fleet.machines, fleet.monitor
+        events.append(self.monitor.on_device_event)
         self._service = ProvisionService(
             self.machines,
+            fleet.directory,
             Answers(device.public_key, prefix, (HostPort("192.0.2.1", 51820),)),
             hub,
             JoinTokenCheck("foo"),
+            policy=JoinPolicy(),
             server_key=device.public_key,
             force_tunnel=False,
             authorize=allow_all,
@@ -177,7 +175,7 @@ async def open_crowd(count: int) -> AsyncIterator[Crowd]:
             crowd.members.append(member)
         for member in crowd.members:
             crowd.shake_hands(member)
-        await crowd.machines.check()
+        await crowd.monitor.check()
         yield crowd
 
 

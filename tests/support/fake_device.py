@@ -5,8 +5,10 @@ For tests of what a server decides, in virtual time. What a device does with pac
 
 from typing import Literal
 
+import anyio
+
 from siderolink.common.keys import PrivateKey, PublicKey
-from siderolink.common.wireguard.device import HandshakeCompleted, OnDeviceEvent, OpenPorts, PathChanged, PeerConfig, PeerStatus
+from siderolink.common.wireguard.device import HandshakeCompleted, OnDeviceEvent, PathChanged, PeerConfig, PeerStatus
 from siderolink.common.wireguard.path import Datagrams, Path
 from siderolink.server.clock import Clock
 
@@ -22,7 +24,11 @@ class VirtualClock:
 
     @property
     def clock(self) -> Clock:
-        return Clock(monotonic=lambda: self.now, time=lambda: 1_000_000.0 + self.now)
+        return Clock(monotonic=lambda: self.now, time=lambda: 1_000_000.0 + self.now, sleep=self.sleep)
+
+    async def sleep(self, seconds: float) -> None:
+        self.advance(seconds)
+        await anyio.lowlevel.checkpoint()
 
 
 class FakePath:
@@ -62,12 +68,16 @@ class FakeDevice:
         self.on_event: OnDeviceEvent = on_event or (lambda event: None)
         self._clock = clock
         self._heard: dict[PublicKey, float] = {}
+        self._heard_at: dict[PublicKey, float] = {}
+        self.answering: set[PublicKey] = set()
+        """Peers that answer a handshake or a ping at once."""
         self._paths: dict[PublicKey, Path] = {}
 
     def hear(self, key: PublicKey, path: Path | None = None, *, handshake: bool = False) -> None:
         """An authenticated packet from the peer came just now."""
         assert key in self.configs
         self._heard[key] = self._clock.clock.time()
+        self._heard_at[key] = self._clock.clock.monotonic()
         old = self._paths.get(key)
         if path is not None and path is not old:
             self._paths[key] = path
@@ -77,9 +87,6 @@ class FakeDevice:
 
     async def set_isolate(self, isolate: bool) -> None:
         raise AssertionError("a server never does that by itself")
-
-    async def set_open_ports(self, open_ports: OpenPorts) -> None:
-        raise AssertionError("whoever opens the device does that")
 
     async def set_peer(self, peer: PeerConfig) -> None:
         self.calls.append(("set", peer.public_key))
@@ -92,6 +99,7 @@ class FakeDevice:
         self.calls.append(("remove", public_key))
         self.configs.pop(public_key, None)
         self._heard.pop(public_key, None)
+        self._heard_at.pop(public_key, None)
         self._paths.pop(public_key, None)
 
     async def settle(self) -> None:
@@ -99,6 +107,8 @@ class FakeDevice:
 
     async def handshake(self, public_key: PublicKey) -> None:
         self.calls.append(("handshake", public_key))
+        if public_key in self.answering:
+            self.hear(public_key)
 
     async def peer(self, public_key: PublicKey) -> PeerStatus | None:
         config = self.configs.get(public_key)
@@ -117,7 +127,12 @@ class FakeDevice:
             received_bytes=0,
             sent_bytes=0,
             persistent_keepalive=config.persistent_keepalive,
+            silent_for=self._silent_for(config.public_key),
         )
+
+    def _silent_for(self, key: PublicKey) -> float | None:
+        at = self._heard_at.get(key)
+        return None if at is None else self._clock.clock.monotonic() - at
 
     def offer_path(self, public_key: PublicKey, path: Path) -> None:
         current = self._paths.get(public_key)

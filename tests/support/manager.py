@@ -1,5 +1,6 @@
 """The server's parts on a fake device, in virtual time: everything but the sockets."""
 
+import os
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -12,15 +13,15 @@ from siderolink.common.addressing import overlay_prefix, parse_peer_addr_port
 from siderolink.common.hostport import HostPort
 from siderolink.common.keys import PrivateKey, PublicKey
 from siderolink.common.pb.sidero.link import ProvisionRequest, ProvisionResponse
-from siderolink.server.admission.admit import Admission
-from siderolink.server.admission.authorization import Authorize, allow_all
+from siderolink.server.admission.limits import MachineLimits
+from siderolink.server.admission.policy import JoinPolicy, JoinTokensMode
+from siderolink.server.admission.request import Authorize, allow_all
 from siderolink.server.admission.tokens import JoinTokenCheck
 from siderolink.server.api.provision import Answers, ProvisionService
 from siderolink.server.events import EventHub, EventsLost, EventStream, ServerEvent
-from siderolink.server.fleet.last_seen import Sightings
-from siderolink.server.fleet.links import Link, Links
-from siderolink.server.fleet.machines import Machines
-from siderolink.server.options import MachineLimits
+from siderolink.server.fleet.directory import Link
+from siderolink.server.fleet.fleet import make_fleet
+from siderolink.server.fleet.last_seen import LastSeenNotes
 from siderolink.server.store import Machine, MemoryStore
 from tests.support.fake_device import FakeDevice, VirtualClock
 
@@ -39,6 +40,8 @@ class FakeMachine:
     key: PublicKey = field(default_factory=new_key)
     unique_token: str | None = None
     tunnel: bool = False
+    source: str = "198.51.100.7"
+    """The address that its calls come from."""
 
     def request(self, **changes: object) -> ProvisionRequest:
         request = ProvisionRequest(
@@ -67,29 +70,41 @@ class Manager:
         join_token: str | None = TOKEN,
         entropy: list[bytes] | None = None,
         time: VirtualClock | None = None,
-        sightings: Sightings | None = None,
+        last_seen: LastSeenNotes | None = None,
+        mode: JoinTokensMode | None = None,
+        trust_fingerprints: bool = False,
     ) -> None:
         limits = limits or MachineLimits()
         self.time = time or VirtualClock()
         self.device = FakeDevice(self.time)
         self.store = store or MemoryStore()
         self.hub = EventHub()
-        self.links = Links(
-            self.device, persistent_keepalive=25, max_unproven_streams=limits.max_unproven_streams, clock=self.time.clock
-        )
+        self.join_token = JoinTokenCheck(join_token)
         prefix = overlay_prefix()
-        admission = (
-            Admission(self.links, prefix, limits, self.time.clock)
-            if entropy is None
-            else Admission(self.links, prefix, limits, self.time.clock, lambda count: entropy.pop(0))
+        policy = JoinPolicy(mode=mode, trust_fingerprints=trust_fingerprints)
+        self.fleet = make_fleet(
+            self.device,
+            self.store,
+            self.hub,
+            prefix,
+            limits=limits,
+            policy=policy,
+            clock=self.time.clock,
+            last_seen=last_seen,
+            entropy=os.urandom if entropy is None else lambda count: entropy.pop(0),
         )
-        self.machines = Machines(self.links, self.store, admission, self.hub, limits, self.time.clock, sightings)
-        self.device.on_event = self.machines.on_device_event
+        self.links = self.fleet.directory
+        self.machines = self.fleet.machines
+        self.monitor = self.fleet.monitor
+        self.reconciler = self.fleet.reconciler
+        self.device.on_event = self.monitor.on_device_event
         self.service = ProvisionService(
             self.machines,
+            self.links,
             Answers(self.device.public_key, prefix, tuple(HostPort("192.0.2.1", port) for port in (1, 2, 3))),
             self.hub,
-            JoinTokenCheck(join_token),
+            self.join_token,
+            policy=policy,
             server_key=self.device.public_key,
             force_tunnel=force_tunnel,
             authorize=authorize,
@@ -98,7 +113,7 @@ class Manager:
         self._events = self.hub.subscribe()
 
     async def join(self, machine: FakeMachine, **changes: object) -> ProvisionResponse:
-        return await self.service.provision(machine.request(**changes), source="198.51.100.7:1")
+        return await self.service.provision(machine.request(**changes), source=f"{machine.source}:1")
 
     async def refuses(self, machine: FakeMachine, **changes: object) -> tuple[Status, str]:
         """Status and text of the refusal; fails if the join is admitted."""
@@ -114,11 +129,11 @@ class Manager:
     async def handshake(self, machine: FakeMachine) -> None:
         """The machine's handshake completes, and what follows from it is done."""
         self.device.hear(machine.key, handshake=True)
-        await self.machines.check()
+        await self.monitor.check()
 
     async def pass_time(self, seconds: float) -> None:
         self.time.advance(seconds)
-        await self.machines.check()
+        await self.monitor.check()
 
     def link(self, answer: ProvisionResponse) -> Link:
         """The link that a tunnel stream with this answer's address finds."""
@@ -149,5 +164,5 @@ async def following(manager: Manager) -> AsyncIterator[Manager]:
     from siderolink.common.tasks import background_tasks
 
     async with background_tasks() as tasks:
-        await tasks.start(manager.machines.follow)
+        await tasks.start(manager.reconciler.follow)
         yield manager

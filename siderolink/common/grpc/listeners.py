@@ -40,8 +40,11 @@ def listen_unix(path: str | Path) -> socket.socket:
     try:
         if path.exists() and stat.S_ISSOCK(path.stat().st_mode) and not _is_answered(path):
             path.unlink()
-        os.fchmod(sock.fileno(), 0o600)  # Linux gives the path this mode
-        sock.bind(str(path))
+        mask = os.umask(0o177)
+        try:
+            sock.bind(str(path))
+        finally:
+            os.umask(mask)
         sock.listen(BACKLOG)
     except OSError as error:
         sock.close()

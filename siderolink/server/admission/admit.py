@@ -1,185 +1,320 @@
-"""What a join does to the rows: all of it inside one transaction of the store."""
+"""The decision about a Provision call, and about a claim whose key was proved: each inside one transaction of the store."""
 
-import os
-from collections.abc import Callable
+import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from ipaddress import IPv6Address, IPv6Network
 
-from siderolink.common.addressing import VIRTUAL_PREFIX, random_address
-from siderolink.common.errors import StoreError
-from siderolink.common.keys import PublicKey
-from siderolink.server.admission import identity
-from siderolink.server.admission.identity import Claimant
+from siderolink.common.node_uuid import is_placeholder
+from siderolink.server.admission import rules
+from siderolink.server.admission.policy import JoinPolicy, Known, Verdict, decide
+from siderolink.server.admission.prove import as_claimed
+from siderolink.server.admission.request import JoinRequest, Liveness, Refusal
+from siderolink.server.admission.rows import Rows, refusal
+from siderolink.server.admission.rules import Basis, LinkFacts
+from siderolink.server.admission.tokens import unique_token_digest
 from siderolink.server.clock import Clock
-from siderolink.server.fleet.links import Links
-from siderolink.server.options import MachineLimits
-from siderolink.server.refusals import JoinRefusal, JoinRejectedError
-from siderolink.server.store import Machine, Transaction, UniqueViolationError
+from siderolink.server.refusals import JoinRefusal
+from siderolink.server.store import Claim, Machine, MachineAdmission, Transaction
 
-_DRAWS = 16
-
-_MESSAGES = {
-    JoinRefusal.BANNED: "this machine is banned",
-    JoinRefusal.OTHER_UNIQUE_TOKEN: "another machine has joined with this UUID",
-    JoinRefusal.LINK_ALIVE: "a machine with this UUID has a living link",
-    JoinRefusal.KEY_IN_USE: "another machine has joined with this public key",
-    JoinRefusal.TOO_MANY_MACHINES: "the server knows as many machines as it may",
-    JoinRefusal.TOO_MANY_PENDING: "too many machines have joined without a handshake; try again later",
-}
+MAX_CLAIMS = 4
+"""Claims to one row at a time."""
+MAX_CLAIMS_PER_SOURCE = 2
+CLAIM_SECONDS = 60.0
+"""How long a claim may take to be proved. WireGuard tries a handshake for 90 s, and a machine calls again after 30 s."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Call:
-    """An authorized Provision call."""
-
-    claimant: Claimant
-    talos_version: str = ""
-    tunnel: bool = False
-    """Whether the answer tells the machine to use the tunnel."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
-    """What an admitted call did."""
+class Grant:
+    """The answer to a call that is admitted."""
 
     machine: Machine
-    displaced: Machine | None = None
-    """The machine that had the caller's key before, as it is now."""
+    """What the answer tells: the row; or as it will be, once the claim or the new address is proved."""
+    basis: Basis
+    claim: Claim | None = None
+    moves: bool = False
+    """The key belongs to another row until its holder answers at the new overlay address; nothing is stored."""
+    changed: tuple[Machine, ...] = ()
+    """Other rows that changed: the one that had the key before."""
+    evicted: Machine | Claim | None = None
+    """What gave way."""
     is_new_machine: bool = False
     is_new_link: bool = False
-    """True where key or virtual address are new, so that a handshake has to follow."""
+    """A handshake has to follow."""
 
 
 class Admission:
-    """Decides by the rules of `identity` and writes the rows."""
+    """Decides by `policy` and `rules`, and writes the rows."""
 
-    def __init__(
-        self,
-        links: Links,
-        prefix: IPv6Network,
-        limits: MachineLimits,
-        clock: Clock,
-        entropy: Callable[[int], bytes] = os.urandom,
-    ) -> None:
-        self._links = links
-        self._prefix = prefix
-        self._limits = limits
+    def __init__(self, liveness: Liveness, rows: Rows, clock: Clock, policy: JoinPolicy | None = None) -> None:
+        self.policy = policy or JoinPolicy()
+        self.pending = rows.pending
+        self._liveness = liveness
+        self._rows = rows
         self._clock = clock
-        self._entropy = entropy
 
-    async def admit(self, transaction: Transaction, call: Call, machine_id: str) -> Outcome:
-        """Find or make the caller's row; a new one gets `machine_id`. Raises JoinRejectedError."""
-        claimant = call.claimant
-        transaction.expect(claimant.node_uuid, claimant.public_key)
-        if await transaction.is_banned(claimant.node_uuid):
-            raise _rejected(JoinRefusal.BANNED)
-        owner = await transaction.machine_by_uuid(claimant.node_uuid)
-        silence = None if owner is None else await self._links.silence(owner)
-        if owner is not None:
-            _raise_if(identity.check_owner(owner, claimant, silence))
-        displaced = await self._displace(transaction, owner, claimant)
-        has_new_key = owner is None or owner.public_key != claimant.public_key
-        self._check_limits(owner, has_new_key)
-        now = self._clock.time()
-        needs_virtual = call.tunnel and identity.needs_virtual_address(owner, claimant, silence, now)
-        wanted = self._row(owner, call, None if owner is None else self._links.absence(owner, silence), now, machine_id)
-        if wanted != owner or needs_virtual:
-            wanted = wanted if owner is None else replace(wanted, joined_at=now)
-            wanted = await self._write(transaction, wanted, owner is None, needs_virtual)
-        return Outcome(
-            machine=wanted,
-            displaced=displaced,
-            is_new_machine=owner is None,
-            is_new_link=has_new_key or needs_virtual,
-        )
+    # --- a call
 
-    async def _displace(self, transaction: Transaction, owner: Machine | None, claimant: Claimant) -> Machine | None:
-        """Take the claimant's key from another machine that has it, where that may be."""
-        holder = await transaction.machine_by_key(claimant.public_key)
-        if holder is None or (owner is not None and holder.id == owner.id):
-            return None
-        _raise_if(identity.check_holder(holder, claimant))
-        return await transaction.update(replace(holder, public_key=None, linked_at=None))
-
-    def _check_limits(self, owner: Machine | None, has_new_key: bool) -> None:
-        if owner is None and len(self._links) >= self._limits.max_machines:
-            raise _rejected(JoinRefusal.TOO_MANY_MACHINES)
-        if has_new_key and self._links.pending >= self._limits.max_pending:
-            raise _rejected(JoinRefusal.TOO_MANY_PENDING)
-
-    def _row(self, owner: Machine | None, call: Call, absence: float | None, now: float, machine_id: str) -> Machine:
-        """The row as it shall be, but for its addresses; equal to `owner` where nothing changes."""
-        claimant = call.claimant
+    async def admit(self, transaction: Transaction, request: JoinRequest, new_id: str) -> Grant | Refusal:
+        """Decide about a call; a new row or claim gets `new_id`."""
+        bans = request.bans()
+        transaction.expect(request.node_uuid, request.public_key, bans)
+        for ban in bans:
+            if await transaction.is_banned(ban):
+                return refusal(JoinRefusal.BANNED)
+        owner = await transaction.machine_by_uuid(request.node_uuid)
+        holder = await transaction.machine_by_key(request.public_key)
+        verdict = self._check_tokens(request, owner, holder)
+        if isinstance(verdict, Refusal):
+            return verdict
+        if holder is not None and holder.admission is MachineAdmission.PENDING:
+            return await self._admit_pending(transaction, request, holder, owner)
+        is_same = owner is not None and holder is not None and owner.id == holder.id
+        if verdict is not Verdict.ACCEPT and not is_same:
+            if holder is not None:
+                return refusal(JoinRefusal.KEY_IN_USE, holder)
+            return await self._make_pending(transaction, request, new_id, owner, verdict)
         if owner is None:
-            return Machine(
-                id=machine_id,
-                node_uuid=claimant.node_uuid,
-                public_key=claimant.public_key,
-                overlay_address=self._overlay_address(),
-                unique_token_digest=claimant.unique_token_digest,
-                talos_version=call.talos_version,
-                tunnel=call.tunnel,
-                created_at=now,
-                joined_at=now,
+            return await self._admit_new(transaction, request, new_id, holder)
+        if is_same:
+            return await self._admit_again(transaction, request, owner)
+        return await self._admit_other_key(transaction, request, new_id, owner, holder)
+
+    def _check_tokens(self, request: JoinRequest, owner: Machine | None, holder: Machine | None) -> Verdict | Refusal:
+        """What the call's tokens and its UUID are worth, before it is asked whose row it wants."""
+        if holder is not None and holder.admission is MachineAdmission.DENIED:
+            return refusal(JoinRefusal.DENIED, holder)
+        is_equal = any(_is_token_of(row, request.digest) for row in (owner, holder) if row is not None)
+        known = Known(owner=owner, is_equal=is_equal)
+        verdict = decide(self.policy, request.credentials, known)
+        if isinstance(verdict, Refusal):
+            return replace(verdict, machine=owner)
+        if is_placeholder(request.node_uuid):
+            return Verdict.CONFLICT if self.policy.has_pending else refusal(JoinRefusal.PLACEHOLDER_UUID)
+        return verdict
+
+    async def _admit_again(self, transaction: Transaction, request: JoinRequest, row: Machine) -> Grant | Refusal:
+        """The UUID and the key of one row: the same answer again, with a fresh virtual address where the link has died."""
+        is_assigned = _is_assigned_token(row, request.digest)
+        if row.bound_digest is not None and not rules.same_token(row, request.digest) and not is_assigned:
+            return refusal(JoinRefusal.OTHER_UNIQUE_TOKEN, row)
+        link = await self._liveness.of(row)
+        now = self._clock.time()
+        needs_virtual = request.use_tunnel and rules.needs_virtual_address(row, False, link, now)
+        wanted = row
+        if is_assigned:
+            wanted = replace(
+                row, unique_token_digest=request.digest, unique_fingerprint=request.fingerprint, assigned_token=None
             )
-        binds = identity.binds_token(owner, absence)
-        return replace(
+        is_living = link.unheard is not None and link.unheard < rules.ALIVE_SECONDS
+        if not is_living or is_assigned or rules.same_token(row, request.digest):
+            # Who only repeats what is public changes nothing in a living link.
+            wanted = replace(wanted, tunnel=request.use_tunnel, talos_version=request.talos_version)
+            wanted = replace(wanted, join_token_digest=request.credentials.join.digest)
+        if wanted != row or needs_virtual:
+            wanted = await self._rows.write(transaction, replace(wanted, joined_at=now), False, needs_virtual)
+        return Grant(machine=wanted, basis=Basis.SAME_KEY, is_new_link=needs_virtual)
+
+    async def _admit_new(
+        self, transaction: Transaction, request: JoinRequest, new_id: str, holder: Machine | None
+    ) -> Grant | Refusal:
+        """A UUID that is not known."""
+        if await transaction.claim_by_key(request.public_key) is not None:
+            return refusal(JoinRefusal.KEY_IN_USE)
+        changed: tuple[Machine, ...] = ()
+        basis = Basis.NEW
+        if holder is not None:
+            if holder.assigned_uuid == request.node_uuid:
+                return await self._rename(transaction, request, holder)
+            if not rules.same_token(holder, request.digest):
+                if holder.bound_digest is not None:
+                    return refusal(JoinRefusal.KEY_IN_USE, holder)
+                # Whoever has the key may have another UUID now: it has to answer at an address that only this answer tells.
+                row = replace(self._rows.new_row(request, new_id), virtual_address=holder.virtual_address)
+                row = replace(row, unique_token_digest=request.digest, unique_fingerprint=request.fingerprint)
+                needs_virtual = request.use_tunnel and holder.virtual_address is None
+                row = replace(row, virtual_address=self._rows.virtual_address()) if needs_virtual else row
+                return Grant(machine=row, basis=Basis.ECHO, moves=True)
+            changed = (await transaction.update(replace(holder, public_key=None, linked_at=None)),)
+            basis = Basis.UNIQUE_TOKEN
+        evicted = await self._rows.make_room(transaction, request, is_row=True)
+        if isinstance(evicted, Refusal):
+            return evicted
+        row = await self._rows.write(transaction, self._rows.new_row(request, new_id), True, request.use_tunnel)
+        return Grant(machine=row, basis=basis, changed=changed, evicted=evicted, is_new_machine=True, is_new_link=True)
+
+    async def _rename(self, transaction: Transaction, request: JoinRequest, holder: Machine) -> Grant:
+        """The machine came back with the UUID that this server gave it: the row and its address stay."""
+        now = self._clock.time()
+        needs_virtual = request.use_tunnel and holder.virtual_address is None
+        row = replace(holder, node_uuid=request.node_uuid, assigned_uuid=None, tunnel=request.use_tunnel, joined_at=now)
+        row = await self._rows.write(transaction, row, False, needs_virtual)
+        return Grant(machine=row, basis=Basis.ASSIGNED, is_new_link=needs_virtual)
+
+    async def _admit_other_key(
+        self, transaction: Transaction, request: JoinRequest, new_id: str, owner: Machine, holder: Machine | None
+    ) -> Grant | Refusal:
+        """A known UUID with another key than its row's: at most a claim."""
+        link = await self._liveness.of(owner)
+        basis = rules.may_take(
             owner,
-            public_key=claimant.public_key,
-            linked_at=owner.linked_at if owner.public_key == claimant.public_key else None,
-            unique_token_digest=claimant.unique_token_digest if binds else owner.unique_token_digest,
-            talos_version=call.talos_version,
-            tunnel=call.tunnel,
+            request.digest,
+            request.fingerprint,
+            request.source,
+            link,
+            trust_fingerprints=self.policy.trust_fingerprints,
         )
+        if basis is None:
+            return await self._refuse_taking(transaction, request, new_id, owner, holder, link)
+        if holder is not None:
+            return await self._take_own_key(transaction, request, owner, holder)
+        claims = await transaction.claims(owner.id)
+        now = self._clock.time()
+        for claim in claims:
+            if claim.public_key == request.public_key and claim.expires_at > now:
+                return self._claimed(owner, request, claim, basis)
+        if await transaction.claim_by_key(request.public_key) is not None:
+            return refusal(JoinRefusal.KEY_IN_USE)
+        too_many = await self._thin_claims(transaction, request, owner, claims, now)
+        if too_many is not None:
+            return too_many
+        evicted = await self._rows.make_room(transaction, request, is_row=False)
+        if isinstance(evicted, Refusal):
+            return evicted
+        digest = self._rows.named_keys.first_digest(bytes(request.public_key), request.digest)
+        claim = Claim(
+            id=new_id,
+            machine_id=owner.id,
+            public_key=request.public_key,
+            virtual_address=self._rows.virtual_address() if request.use_tunnel else None,
+            unique_token_digest=digest,
+            unique_fingerprint=request.fingerprint if digest is not None else "",
+            join_token_digest=request.credentials.join.digest,
+            talos_version=request.talos_version,
+            source=request.source,
+            basis=basis.value,
+            created_at=now,
+            expires_at=now + CLAIM_SECONDS,
+        )
+        await transaction.put_claim(claim)
+        return replace(self._claimed(owner, request, claim, basis), evicted=evicted, is_new_link=True)
 
-    async def _write(self, transaction: Transaction, machine: Machine, is_new: bool, needs_virtual: bool) -> Machine:
-        """Store the row, drawing its addresses again while another machine has them."""
+    def _claimed(self, owner: Machine, request: JoinRequest, claim: Claim, basis: Basis) -> Grant:
+        return Grant(machine=as_claimed(owner, claim), basis=basis, claim=claim)
+
+    async def _take_own_key(
+        self, transaction: Transaction, request: JoinRequest, owner: Machine, holder: Machine
+    ) -> Grant | Refusal:
+        """The key was proved by another row, and both rows are bound to the caller's unique token: one machine, two UUIDs."""
+        if not (rules.same_token(holder, request.digest) and rules.same_token(owner, request.digest)):
+            return refusal(JoinRefusal.KEY_IN_USE, holder)
+        before = await transaction.update(replace(holder, public_key=None, linked_at=None))
+        row = replace(owner, public_key=request.public_key, linked_at=None, tunnel=request.use_tunnel)
+        row = replace(row, talos_version=request.talos_version, joined_at=self._clock.time())
+        row = await self._rows.write(transaction, row, False, request.use_tunnel)
+        return Grant(machine=row, basis=Basis.UNIQUE_TOKEN, changed=(before,), is_new_link=True)
+
+    async def _refuse_taking(
+        self,
+        transaction: Transaction,
+        request: JoinRequest,
+        new_id: str,
+        owner: Machine,
+        holder: Machine | None,
+        link: LinkFacts,
+    ) -> Grant | Refusal:
+        may_probe = rules.may_probe(owner, request.source, link)
+        if self.policy.has_pending and holder is None and not may_probe:
+            return await self._make_pending(transaction, request, new_id, owner, Verdict.CONFLICT)
+        reason = JoinRefusal.LINK_ALIVE if owner.bound_digest is None else JoinRefusal.OTHER_UNIQUE_TOKEN
+        return replace(refusal(reason, owner), may_probe=may_probe, known_source=link.source)
+
+    async def _thin_claims(
+        self, transaction: Transaction, request: JoinRequest, owner: Machine, claims: Sequence[Claim], now: float
+    ) -> Refusal | None:
+        """Remove expired claims; a refusal where too many are left. Who knows the bound token replaces the oldest instead."""
+        living = []
+        for claim in claims:
+            if claim.expires_at <= now:
+                await transaction.delete_claim(claim)
+            else:
+                living.append(claim)
+        key = rules.source_key(request.source)
+        from_here = [claim for claim in living if rules.source_key(claim.source) == key]
+        if len(living) < MAX_CLAIMS and len(from_here) < MAX_CLAIMS_PER_SOURCE:
+            return None
+        if owner.bound_digest is None:
+            return refusal(JoinRefusal.TOO_MANY_CLAIMS, owner)
+        await transaction.delete_claim(living[0])
+        return None
+
+    # --- pending machines
+
+    async def _make_pending(
+        self, transaction: Transaction, request: JoinRequest, new_id: str, owner: Machine | None, verdict: Verdict
+    ) -> Grant | Refusal:
+        """A row of its own, with addresses of its own, for a machine that this server gives a unique token or a UUID."""
+        if await transaction.claim_by_key(request.public_key) is not None:
+            return refusal(JoinRefusal.KEY_IN_USE)
+        evicted = await self._rows.make_room(transaction, request, is_row=True)
+        if isinstance(evicted, Refusal):
+            return evicted
+        has_conflict = verdict is Verdict.CONFLICT or owner is not None
+        row = replace(
+            self._rows.new_row(request, new_id),
+            admission=MachineAdmission.PENDING,
+            has_uuid_conflict=has_conflict,
+            unique_token_digest=None,
+            unique_fingerprint="",
+        )
+        row = await self._rows.write(transaction, row, True, request.use_tunnel)
+        return Grant(machine=row, basis=Basis.NEW, evicted=evicted, is_new_machine=True, is_new_link=True)
+
+    async def _admit_pending(
+        self, transaction: Transaction, request: JoinRequest, row: Machine, owner: Machine | None
+    ) -> Grant | Refusal:
+        """A pending machine calls again: accepted as soon as it brings what this server gave it and its UUID is free."""
+        has_own_uuid = row.assigned_uuid == request.node_uuid or not row.has_uuid_conflict
+        is_ready = _is_assigned_token(row, request.digest) and has_own_uuid and owner is None
+        if not is_ready or is_placeholder(request.node_uuid):
+            return await self._answer_pending(transaction, request, row)
+        accepted = replace(
+            row,
+            node_uuid=request.node_uuid,
+            admission=MachineAdmission.ACCEPTED,
+            has_uuid_conflict=False,
+            assigned_uuid=None,
+            assigned_token=None,
+            unique_token_digest=request.digest,
+            unique_fingerprint=request.fingerprint,
+            join_token_digest=request.credentials.join.digest,
+            talos_version=request.talos_version,
+            tunnel=request.use_tunnel,
+            joined_at=self._clock.time(),
+        )
+        needs_virtual = request.use_tunnel and row.virtual_address is None
+        accepted = await self._rows.write(transaction, accepted, False, needs_virtual)
+        return Grant(machine=accepted, basis=Basis.ASSIGNED, is_new_link=needs_virtual)
+
+    async def _answer_pending(self, transaction: Transaction, request: JoinRequest, row: Machine) -> Grant:
+        link = await self._liveness.of(row)
+        now = self._clock.time()
+        needs_virtual = request.use_tunnel and rules.needs_virtual_address(row, False, link, now)
         if needs_virtual:
-            machine = replace(machine, virtual_address=self._virtual_address(), virtual_issued_at=machine.joined_at)
-        for _ in range(_DRAWS):
-            try:
-                return await (transaction.insert(machine) if is_new else transaction.update(machine))
-            except UniqueViolationError as error:
-                if error.column == "overlay_address" and is_new:
-                    machine = replace(machine, overlay_address=self._overlay_address())
-                elif error.column == "virtual_address" and needs_virtual:
-                    machine = replace(machine, virtual_address=self._virtual_address())
-                else:
-                    raise
-        raise StoreError("no free address was found; the source of random bytes may be broken")
-
-    def _overlay_address(self) -> IPv6Address:
-        return random_address(self._prefix, self._entropy)
-
-    def _virtual_address(self) -> IPv6Address:
-        return random_address(VIRTUAL_PREFIX, self._entropy)
+            row = await self._rows.write(transaction, replace(row, tunnel=True, joined_at=now), False, True)
+        return Grant(machine=row, basis=Basis.SAME_KEY, is_new_link=needs_virtual)
 
 
-async def record_link(transaction: Transaction, machine_id: str, public_key: PublicKey, now: float) -> Machine | None:
-    """Note that the machine proved its key; None where the row has changed its key or gone meanwhile."""
-    machine = await transaction.machine(machine_id)
-    if machine is None or machine.public_key != public_key or machine.linked_at is not None:
-        return None
-    return await transaction.update(replace(machine, linked_at=now, was_linked=True))
+def new_id() -> str:
+    """An id for a row or a claim."""
+    return secrets.token_hex(8)
 
 
-async def expire(transaction: Transaction, machine_id: str) -> Machine | None:
-    """No handshake came in time: delete a machine that never had one; of any other, give up the key it did not prove.
-
-    Returns the row, deleted or changed; None where there was nothing to do.
-    """
-    machine = await transaction.machine(machine_id)
-    if machine is None or machine.linked_at is not None or machine.public_key is None and machine.was_linked:
-        return None
-    if machine.was_linked:
-        return await transaction.update(replace(machine, public_key=None))
-    return await transaction.delete(machine_id)
+def _is_assigned_token(row: Machine, digest: bytes | None) -> bool:
+    """Whether the digest is of the unique token that this server wrote to the machine (META 16)."""
+    if row.assigned_token is None or digest is None:
+        return False
+    return unique_token_digest(row.assigned_token) == digest
 
 
-def _rejected(reason: JoinRefusal) -> JoinRejectedError:
-    return JoinRejectedError(reason, _MESSAGES[reason])
-
-
-def _raise_if(reason: JoinRefusal | None) -> None:
-    if reason is not None:
-        raise _rejected(reason)
+def _is_token_of(row: Machine, digest: bytes | None) -> bool:
+    return (row.was_linked and rules.same_token(row, digest)) or _is_assigned_token(row, digest)

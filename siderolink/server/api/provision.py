@@ -3,9 +3,9 @@
 import logging
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import replace
 from ipaddress import IPv6Network
-from typing import ClassVar
 
 import anyio
 from grpclib import GRPCError, Status
@@ -14,18 +14,18 @@ from grpclib.server import Stream
 
 from siderolink.common.addressing import format_peer_addr_port, server_address, swap_endpoints
 from siderolink.common.errors import ConfigurationError, KeyFormatError, SideroLinkError, StoreFullError
-from siderolink.common.grpc import CallLimits, valid_token
+from siderolink.common.grpc import valid_token
 from siderolink.common.hostport import HostPort
 from siderolink.common.keys import PublicKey
 from siderolink.common.node_uuid import parse_uuid
 from siderolink.common.pb.sidero.link import ProvisionRequest, ProvisionResponse
 from siderolink.common.text import one_line
-from siderolink.server.admission.admit import Call
-from siderolink.server.admission.authorization import Allow, Authorize, Deny, JoinRequest, allow_all
-from siderolink.server.admission.identity import Claimant
-from siderolink.server.admission.tokens import MAX_UNIQUE_TOKEN_BYTES, JoinTokenCheck, unique_token_digest
+from siderolink.server.admission.policy import JoinPolicy, Known, decide
+from siderolink.server.admission.request import Allow, Authorize, Credentials, Deny, JoinRequest, Refusal, allow_all
+from siderolink.server.admission.tokens import MAX_UNIQUE_TOKEN_BYTES, JoinTokenCheck, parse_unique_token
 from siderolink.server.api.provision_codec import PlainRequest, encode_response
 from siderolink.server.events import EventHub, JoinRefused
+from siderolink.server.fleet.directory import Directory
 from siderolink.server.fleet.machines import Machines
 from siderolink.server.refusals import JoinRefusal, JoinRejectedError
 from siderolink.server.store import Machine
@@ -39,16 +39,20 @@ STATUSES = {
     JoinRefusal.MALFORMED_PUBLIC_KEY: Status.INVALID_ARGUMENT,
     JoinRefusal.MALFORMED_VERSION: Status.INVALID_ARGUMENT,
     JoinRefusal.MALFORMED_UNIQUE_TOKEN: Status.INVALID_ARGUMENT,
+    JoinRefusal.PLACEHOLDER_UUID: Status.INVALID_ARGUMENT,
+    JoinRefusal.UNREADABLE_UNIQUE_TOKEN: Status.PERMISSION_DENIED,
+    JoinRefusal.UNSUPPORTED_VERSION: Status.FAILED_PRECONDITION,
     JoinRefusal.INVALID_JOIN_TOKEN: Status.PERMISSION_DENIED,
     JoinRefusal.DENIED: Status.PERMISSION_DENIED,
     JoinRefusal.AUTHORIZE_FAILED: Status.INTERNAL,
     JoinRefusal.BANNED: Status.PERMISSION_DENIED,
     JoinRefusal.OTHER_UNIQUE_TOKEN: Status.PERMISSION_DENIED,
-    # These two pass once the other link has been silent for a minute; the caller may try again.
+    # The caller may try again: a link without a unique token that stays silent for a minute gives way.
     JoinRefusal.LINK_ALIVE: Status.ALREADY_EXISTS,
     JoinRefusal.KEY_IN_USE: Status.ALREADY_EXISTS,
     JoinRefusal.TOO_MANY_MACHINES: Status.RESOURCE_EXHAUSTED,
     JoinRefusal.TOO_MANY_PENDING: Status.RESOURCE_EXHAUSTED,
+    JoinRefusal.TOO_MANY_CLAIMS: Status.RESOURCE_EXHAUSTED,
     JoinRefusal.STORE_FULL: Status.RESOURCE_EXHAUSTED,
     JoinRefusal.INTERNAL_ERROR: Status.INTERNAL,
 }
@@ -83,21 +87,23 @@ class Answers:
 class ProvisionService:
     """Serves sidero.link.ProvisionService."""
 
-    call_limits: ClassVar[Mapping[str, CallLimits]] = {"Provision": CallLimits(max_message_bytes=8 * 1024, max_fields=64)}
-
     def __init__(
         self,
         machines: Machines,
+        directory: Directory,
         answers: Answers,
         events: EventHub,
         join_token: JoinTokenCheck,
         *,
+        policy: JoinPolicy,
         server_key: PublicKey,
         force_tunnel: bool,
         authorize: Authorize,
         authorize_timeout: float,
     ) -> None:
         self._machines = machines
+        self._directory = directory
+        self._policy = policy
         self._answers = answers
         self._events = events
         self._join_token = join_token
@@ -141,28 +147,33 @@ class ProvisionService:
             error = JoinRejectedError(JoinRefusal.INTERNAL_ERROR, INTERNAL_TEXT)
         self.refusals[error.reason] += 1
         node_uuid = _uuid_or_none(_text(request.node_uuid))
-        self._events.publish(JoinRefused(reason=error.reason, node_uuid=node_uuid, source=source))
+        refused = JoinRefused(reason=error.reason, node_uuid=node_uuid, source=source, known_source=error.known_source)
+        self._events.publish(refused)
         raise GRPCError(STATUSES[error.reason], error.message)
 
     async def _admit(self, request: ProvisionRequest, source: str, on_valid_token: Callable[[], None]) -> ProvisionResponse:
-        if not self._join_token.accepts(_text(request.join_token)):
-            raise JoinRejectedError(JoinRefusal.INVALID_JOIN_TOKEN, "invalid join token")
+        credentials = self._check_tokens(request)
         on_valid_token()
-        join_request = self._parse(request, source)
+        join_request = self._parse(request, credentials, source)
         verdict = await self._ask(join_request)
         tunnel = self._force_tunnel or verdict.force_tunnel or join_request.wants_tunnel
-        call = Call(
-            claimant=Claimant(
-                node_uuid=join_request.node_uuid,
-                public_key=join_request.public_key,
-                unique_token_digest=unique_token_digest(join_request.unique_token or ""),
-            ),
-            talos_version=join_request.talos_version,
-            tunnel=tunnel,
-        )
-        return self._answers.answer(await self._machines.join(call), tunnel=tunnel)
+        machine = await self._machines.join(replace(join_request, use_tunnel=tunnel))
+        return self._answers.answer(machine, tunnel=tunnel)
 
-    def _parse(self, request: ProvisionRequest, source: str) -> JoinRequest:
+    def _check_tokens(self, request: ProvisionRequest) -> Credentials:
+        """Refuse at once, before anything that costs, a call whose tokens cannot admit it: JoinRejectedError."""
+        join = self._join_token.check(_text(request.join_token))
+        token = _text(request.node_unique_token)
+        unique = parse_unique_token(token) if len(token) <= MAX_UNIQUE_TOKEN_BYTES else None
+        version = request.talos_version if isinstance(request.talos_version, str) else None
+        credentials = Credentials(join=join, unique=unique, version=version)
+        if not join.is_valid and (unique is None or not self._directory.knows_token(unique.digest)):
+            verdict = decide(self._policy, credentials, Known())
+            if isinstance(verdict, Refusal):
+                raise JoinRejectedError(verdict.reason, verdict.text)
+        return credentials
+
+    def _parse(self, request: ProvisionRequest, credentials: Credentials, source: str) -> JoinRequest:
         """Check the form of everything in the call. Raises JoinRejectedError; no message repeats what the caller sent."""
         node_uuid = _uuid_or_none(_text(request.node_uuid))
         if node_uuid is None:
@@ -185,6 +196,7 @@ class ProvisionService:
             talos_version=version,
             wants_tunnel=request.wireguard_over_grpc is True,
             source=source,
+            credentials=credentials,
         )
 
     def _parse_key(self, text: str) -> PublicKey:

@@ -1,18 +1,19 @@
 """The WireGuardOverGRPCService: a machine's datagrams inside one stream, as one more path of the device."""
 
 from collections import Counter
-from ipaddress import ip_address
+from ipaddress import IPv6Address
 
 from grpclib import GRPCError, Status
 
 from siderolink.common.addressing import parse_peer_addr_port
-from siderolink.common.errors import ConfigurationError
+from siderolink.common.errors import ConfigurationError, SideroLinkError
 from siderolink.common.grpc import ByteStream, ByteStreamService
 from siderolink.common.grpc.client import CREATE_STREAM
 from siderolink.common.transport.tunnel import ADDRESS_METADATA, TunnelDrop, TunnelPath, carry
 from siderolink.common.wireguard.device import Device
-from siderolink.server.fleet.links import Link, Links
-from siderolink.server.fleet.machines import Machines
+from siderolink.server.fleet.directory import Directory, Link
+from siderolink.server.fleet.monitor import Monitor
+from siderolink.server.fleet.reconciler import Reconciler
 from siderolink.server.refusals import StreamRefusal
 
 ENDINGS = {
@@ -30,9 +31,10 @@ ENDINGS = {
 class TunnelService:
     """Serves sidero.link.WireGuardOverGRPCService."""
 
-    def __init__(self, machines: Machines, links: Links, device: Device) -> None:
-        self._machines = machines
-        self._links = links
+    def __init__(self, directory: Directory, reconciler: Reconciler, monitor: Monitor, device: Device) -> None:
+        self._directory = directory
+        self._reconciler = reconciler
+        self._monitor = monitor
         self._device = device
         self.refusals: Counter[StreamRefusal] = Counter()
         self.drops: Counter[TunnelDrop] = Counter()
@@ -43,7 +45,7 @@ class TunnelService:
 
     async def create_stream(self, stream: ByteStream) -> None:
         """Carry one stream until it ends."""
-        link, name = self._find_link(stream.metadata.get(ADDRESS_METADATA, ""))
+        link, name = await self._find_link(stream.metadata.get(ADDRESS_METADATA, ""))
         key = link.machine.public_key
         if key is None:
             raise self._refused(StreamRefusal.NOT_ALLOWED)
@@ -53,35 +55,33 @@ class TunnelService:
             self.refusals[refusal] += 1
             path.close(*ENDINGS[refusal])
 
-        claim = self._machines.open_stream(link, path, end)
+        opened = self._monitor.open_stream(link, path, end, stream.peer_name.rpartition(":")[0])
         try:
             await carry(stream, path, self._device.deliver)
         finally:
-            self._machines.close_stream(claim)
+            self._monitor.close_stream(opened)
 
-    def _find_link(self, value: str) -> tuple[Link, str]:
+    async def _find_link(self, value: str) -> tuple[Link, str]:
         """The link of the virtual address in the metadata, and its name for people. The port says nothing."""
         try:
             address, port = parse_peer_addr_port(value)
         except ConfigurationError:
-            refusal = StreamRefusal.NOT_ALLOWED if _is_other_address(value) else StreamRefusal.MALFORMED_ADDRESS
-            raise self._refused(refusal) from None
-        link = self._links.by_virtual_address(address)
+            raise self._refused(StreamRefusal.MALFORMED_ADDRESS) from None
+        link = self._directory.by_virtual_address(address) or await self._read_through(address)
         if link is None:
             raise self._refused(StreamRefusal.NOT_ALLOWED)
         return link, f"tunnel [{address}]:{port}"
 
+    async def _read_through(self, address: IPv6Address) -> Link | None:
+        """The link of an address that another server with the same store gave out a moment ago."""
+        try:
+            row = await self._directory.row_at_virtual_address(address)
+            if row is not None:
+                await self._reconciler.apply_change(row)
+        except SideroLinkError:
+            return None
+        return self._directory.by_virtual_address(address)
+
     def _refused(self, refusal: StreamRefusal) -> GRPCError:
         self.refusals[refusal] += 1
         return GRPCError(*ENDINGS[refusal])
-
-
-def _is_other_address(value: str) -> bool:
-    """Whether this is an address and a port, but no machine's: of IPv4, or with a zone."""
-    host, _, port = value.rpartition(":")
-    bare = host[1:-1] if host[:1] == "[" and host[-1:] == "]" else ""
-    try:
-        address = ip_address(bare or host)
-    except ValueError:
-        return False
-    return (address.version == 6) == bool(bare) and port.isascii() and port.isdecimal() and int(port[:6]) < 65536

@@ -9,15 +9,14 @@ import logging
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from ipaddress import ip_address
 
 import anyio
 
 from siderolink.common.errors import SideroLinkError
-from siderolink.common.hostport import HostPort
-from siderolink.common.wireguard.path import Endpoint
 from siderolink.server.clock import Clock
-from siderolink.server.fleet.links import Link, Links, LinkState
+from siderolink.server.fleet.directory import Directory, Link, LinkState
+from siderolink.server.fleet.reconciler import Reconciler, remembered_endpoint
+from siderolink.server.fleet.sessions import Sessions
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +71,13 @@ class Window:
         return now if len(self._counted) < self.size else first_at + self._patience
 
 
-async def dial_remembered(links: Links, pace: Pace | None = None, clock: Clock | None = None) -> None:
+async def dial_remembered(
+    directory: Directory,
+    sessions: Sessions,
+    reconciler: Reconciler,
+    pace: Pace | None = None,
+    clock: Clock | None = None,
+) -> None:
     """Dial each machine that was last heard by UDP and has not come by itself meanwhile, the last seen first."""
     pace, clock = pace or Pace(), clock or Clock()
     window, made = Window(), 0
@@ -82,18 +87,18 @@ async def dial_remembered(links: Links, pace: Pace | None = None, clock: Clock |
         window.settled(link.machine.id, clock.monotonic())
         wake.set()
 
-    with links.watching(settled):
-        for link in _newest_first(links):
+    with sessions.watching(settled):
+        for link in _newest_first(directory):
             while (wait := window.opens_at(now := clock.monotonic()) - now) > 0:
                 wake = anyio.Event()
                 with anyio.move_on_after(wait):
                     await wake.wait()
-            endpoint = _endpoint(link)
-            if endpoint is None or link.state is not LinkState.DOWN or links.get(link.machine.id) is not link:
+            endpoint = remembered_endpoint(link)
+            if endpoint is None or link.state is not LinkState.DOWN or directory.get(link.machine.id) is not link:
                 continue
             window.dialled(link.machine.id, now)
             try:
-                await links.dial(link, endpoint)
+                await reconciler.dial(link, endpoint)
             except SideroLinkError as error:
                 window.settled(link.machine.id, now)
                 log.debug("a remembered endpoint could not be dialled: %s", error)
@@ -102,18 +107,6 @@ async def dial_remembered(links: Links, pace: Pace | None = None, clock: Clock |
                 await anyio.sleep(pace.pause)
 
 
-def _newest_first(links: Iterable[Link]) -> list[Link]:
-    remembered = [link for link in links if link.machine.last_endpoint is not None and link.machine.public_key is not None]
+def _newest_first(directory: Iterable[Link]) -> list[Link]:
+    remembered = [link for link in directory if link.machine.last_endpoint is not None and link.machine.public_key is not None]
     return sorted(remembered, key=lambda link: link.machine.seen_at or 0.0, reverse=True)
-
-
-def _endpoint(link: Link) -> Endpoint | None:
-    """The remembered address; None where it is none, or the machine is to use the tunnel."""
-    machine = link.machine
-    if machine.last_endpoint is None or machine.public_key is None or machine.tunnel:
-        return None
-    try:
-        place = HostPort.parse(machine.last_endpoint)
-        return ip_address(place.host), place.port
-    except ValueError:
-        return None

@@ -1,7 +1,7 @@
-"""What is remembered lazily: where and when machines were last heard, and how far the handshakes' timestamps have come.
+"""Notes that are stored lazily: where and when machines were last seen, and the highest timestamp that handshakes used.
 
-Written a few seconds after it changed and when the server stops, so that traffic costs the store next to nothing. Timestamps
-begin further on after a start than they can have come unwritten.
+They are written some seconds after a change and when the server stops, so that traffic costs the store next to nothing. After a
+start, timestamps begin above all that may have been used and not written.
 """
 
 import logging
@@ -10,15 +10,12 @@ from typing import Protocol
 
 import anyio
 
-from siderolink.common.errors import ConfigurationError, StoreError
-from siderolink.common.hostport import HostPort
-from siderolink.common.wireguard.path import Path
-from siderolink.server.store import Sighting, Store, Transaction
+from siderolink.common.errors import StoreError
+from siderolink.server.store import LastSeen, Store, Transaction
+from siderolink.server.store.server_record import WRITE_AFTER
 
 log = logging.getLogger(__name__)
 
-WRITE_AFTER = 5.0
-"""Seconds from a change to its writing."""
 _AT_ONCE = 512
 _CLOSE_SECONDS = 1.0
 
@@ -30,32 +27,21 @@ class Stamps(Protocol):
     def high_water(self) -> bytes: ...
 
 
-def udp_endpoint(path: Path | None) -> str | None:
-    """Where a path leads by UDP, as host:port; None for a tunnel or for no path."""
-    text = str(path) if path is not None else ""
-    try:
-        return str(HostPort.parse(text))
-    except ConfigurationError:
-        return None
-
-
-class Sightings:
-    """Collects sightings by machine id."""
+class LastSeenNotes:
+    """Collects when machines were last seen, by id."""
 
     def __init__(self, store: Store, stamps: Stamps | None = None, *, write_after: float = WRITE_AFTER) -> None:
         self._store = store
         self._stamps = stamps
         self._written_mark = b"" if stamps is None else stamps.high_water
         self._write_after = write_after
-        self._waiting: dict[str, Sighting] = {}
+        self._waiting: dict[str, LastSeen] = {}
         self._wake = anyio.Event()
 
-    def add(self, machine_id: str, sighting: Sighting) -> None:
+    def add(self, machine_id: str, seen: LastSeen) -> None:
         """Called between packets: quick, and never raises."""
         before = self._waiting.get(machine_id)
-        if before is not None and sighting.handshake_at is None and before.handshake_at is not None:
-            sighting = Sighting(endpoint=sighting.endpoint, seen_at=sighting.seen_at, handshake_at=before.handshake_at)
-        self._waiting[machine_id] = sighting
+        self._waiting[machine_id] = seen if before is None else seen.after(before)
         self._wake.set()
 
     async def run(self) -> None:
@@ -72,6 +58,7 @@ class Sightings:
             while self._waiting:
                 ids = list(self._waiting)[:_AT_ONCE]
                 batch = {machine_id: self._waiting.pop(machine_id) for machine_id in ids}
+                # A note older than what is stored changes nothing (LastSeen.of): a late writer overwrites no newer one.
                 await self._store.transact(lambda transaction, batch=batch: transaction.note(batch))  # type: ignore[misc]
             await self._write_mark()
         except StoreError as error:

@@ -1,14 +1,19 @@
 """What the server remembers about its machines, and where."""
 
 from siderolink.server.store.base import (
+    Ban,
     BanChanged,
+    BanKind,
     Change,
     ChangesLost,
+    Claim,
+    ClaimChanged,
+    LastSeen,
     Machine,
+    MachineAdmission,
     MachineChanged,
     MachineDeleted,
     ServerRecord,
-    Sighting,
     Store,
     Transaction,
     UniqueViolationError,
@@ -16,15 +21,20 @@ from siderolink.server.store.base import (
 from siderolink.server.store.memory import MemoryStore
 
 __all__ = [
+    "Ban",
     "BanChanged",
+    "BanKind",
     "Change",
     "ChangesLost",
+    "Claim",
+    "ClaimChanged",
+    "LastSeen",
     "Machine",
+    "MachineAdmission",
     "MachineChanged",
     "MachineDeleted",
     "MemoryStore",
     "ServerRecord",
-    "Sighting",
     "Store",
     "Transaction",
     "UniqueViolationError",

@@ -4,9 +4,10 @@ A store is asked per machine, when that machine is spoken of; nothing assumes th
 (and between servers that share a store) are decided by its unique constraints and by nothing else.
 """
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field, replace
+from enum import StrEnum
 from ipaddress import IPv6Address
 from typing import Protocol, TypeVar
 
@@ -16,6 +17,16 @@ from siderolink.common.keys import PrivateKey, PublicKey
 T = TypeVar("T")
 
 
+class MachineAdmission(StrEnum):
+    """How far the server has let a machine in."""
+
+    ACCEPTED = "accepted"
+    PENDING = "pending"
+    """It has a link, and waits for a unique token, for a UUID of its own, or for an administrator."""
+    DENIED = "denied"
+    """An administrator refused it. It has no link, and its key is refused."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
     """One machine as the server remembers it. Times are Unix times in seconds."""
@@ -23,7 +34,7 @@ class Machine:
     id: str
     """The machine's own id, chosen by the server; UUIDs are not unique in the wild."""
     node_uuid: str
-    """The UUID it joins with, in lower case. Unique among rows."""
+    """The UUID it joins with, in lower case. Unique among accepted machines."""
     public_key: PublicKey | None
     """The WireGuard key of its present or last link. Unique; None once the key went to another machine or was given up."""
     overlay_address: IPv6Address
@@ -32,7 +43,20 @@ class Machine:
     """What names the machine's tunnel streams; None if it never used the tunnel. Unique."""
     virtual_issued_at: float | None = None
     unique_token_digest: bytes | None = field(default=None, repr=False)
-    """What binds the row to one machine (tokens.unique_token_digest); None while nothing is bound."""
+    """What binds the row to one machine (tokens.UniqueToken.digest), as soon as `was_linked`; None while nothing is bound."""
+    unique_fingerprint: str = ""
+    """The fingerprint of the machine's hardware addresses that came with the unique token; empty without one."""
+    admission: MachineAdmission = MachineAdmission.ACCEPTED
+    has_uuid_conflict: bool = False
+    """Pending because an accepted machine has its UUID, or because that is a vendor's placeholder."""
+    is_installed: bool = False
+    """Pending, and a system disk was seen."""
+    assigned_uuid: str | None = None
+    """The UUID that this server chose for the machine (META 15), stored before it is sent."""
+    assigned_token: str | None = field(default=None, repr=False)
+    """The unique token that this server chose for the machine (META 16), stored before it is sent; None once it was used."""
+    join_token_digest: bytes | None = field(default=None, repr=False)
+    """Of the join token that it last presented; None if it presented none."""
     talos_version: str = ""
     """As the machine said it; empty if it did not."""
     tunnel: bool = False
@@ -51,10 +75,26 @@ class Machine:
     last_handshake_at: float | None = None
     seen_at: float | None = None
     """When it was last heard to change its path or to shake hands."""
+    last_source: str | None = None
+    """The address that its last authenticated packet came from, by UDP or by a stream."""
+    goodbye_at: float | None = None
+    """When it last said goodbye."""
+
+    @property
+    def is_accepted(self) -> bool:
+        return self.admission is MachineAdmission.ACCEPTED
+
+    @property
+    def bound_digest(self) -> bytes | None:
+        """The digest of the unique token that decides who may take this row; None while there is none.
+
+        What came with a key that was never proved binds nobody.
+        """
+        return self.unique_token_digest if self.was_linked else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Sighting:
+class LastSeen:
     """Where and when a machine was last heard. Noted lazily: after a crash the last seconds of it are missing."""
 
     endpoint: str | None
@@ -62,15 +102,58 @@ class Sighting:
     seen_at: float
     handshake_at: float | None = None
     """None where no handshake was seen; what is known of an earlier one stays."""
+    source: str | None = None
+    """As Machine.last_source; None leaves what is known."""
+    goodbye_at: float | None = None
+    """None leaves what is known."""
+
+    def after(self, earlier: "LastSeen") -> "LastSeen":
+        """This, with what only the earlier note says."""
+        return replace(
+            self,
+            handshake_at=earlier.handshake_at if self.handshake_at is None else self.handshake_at,
+            source=earlier.source if self.source is None else self.source,
+            goodbye_at=earlier.goodbye_at if self.goodbye_at is None else self.goodbye_at,
+        )
 
     def of(self, machine: Machine) -> Machine:
-        """The machine's row after this."""
+        """The machine's row after this. A note that is older than what the row says changes nothing."""
+        if machine.seen_at is not None and machine.seen_at > self.seen_at:
+            return machine
         return replace(
             machine,
             last_endpoint=self.endpoint,
             seen_at=self.seen_at,
             last_handshake_at=machine.last_handshake_at if self.handshake_at is None else self.handshake_at,
+            last_source=machine.last_source if self.source is None else self.source,
+            goodbye_at=machine.goodbye_at if self.goodbye_at is None else self.goodbye_at,
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Claim:
+    """A Provision call for a known row by another key, until a handshake with that key proves it. It changes nothing before.
+
+    Its peer has no allowed IPs and a virtual address of its own. Claims of one row stand side by side and expire.
+    """
+
+    id: str
+    machine_id: str
+    """The row that is claimed."""
+    public_key: PublicKey
+    """Unique among claims, and no row's key."""
+    virtual_address: IPv6Address | None
+    """Unique among claims and rows; None for UDP."""
+    unique_token_digest: bytes | None = field(default=None, repr=False)
+    unique_fingerprint: str = ""
+    join_token_digest: bytes | None = field(default=None, repr=False)
+    talos_version: str = ""
+    source: str = ""
+    """Where the call came from, as text for people."""
+    basis: str = ""
+    """Why the call may have the row (admission.rules.Basis)."""
+    created_at: float
+    expires_at: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,11 +170,29 @@ UNIQUE_COLUMNS = ("node_uuid", "public_key", "overlay_address", "virtual_address
 
 
 def unique_values(machine: Machine) -> Iterator[tuple[str, Hashable]]:
-    """The fields of a row that no other row may share, and their values."""
+    """The fields of a row that no other row may share, and their values. Only accepted machines own their UUID."""
     for column in UNIQUE_COLUMNS:
         value: Hashable = getattr(machine, column)
-        if value is not None:
+        if value is not None and (column != "node_uuid" or machine.is_accepted):
             yield column, value
+
+
+class BanKind(StrEnum):
+    """What a ban names."""
+
+    UUID = "uuid"
+    KEY = "key"
+    """A public key, in base64."""
+    UNIQUE = "unique"
+    """A unique token's digest, in hexadecimal digits."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ban:
+    """Something by which machines are refused."""
+
+    kind: BanKind = BanKind.UUID
+    value: str
 
 
 class UniqueViolationError(StoreError):
@@ -105,14 +206,17 @@ class UniqueViolationError(StoreError):
 class Transaction(Protocol):
     """One transaction: all of it happens, or nothing does. What it reads does not change under it."""
 
-    def expect(self, node_uuid: str, public_key: PublicKey) -> None:
-        """Say what will soon be asked for: the ban and the machine of the UUID, and the machine of the key."""
+    def expect(self, node_uuid: str, public_key: PublicKey, bans: Iterable[Ban] = ()) -> None:
+        """Say what will soon be asked for: the bans, the machine of the UUID, and who has or claims the key."""
 
     async def machine(self, machine_id: str) -> Machine | None: ...
 
-    async def machine_by_uuid(self, node_uuid: str) -> Machine | None: ...
+    async def machine_by_uuid(self, node_uuid: str) -> Machine | None:
+        """The accepted machine of the UUID."""
 
     async def machine_by_key(self, public_key: PublicKey) -> Machine | None: ...
+
+    async def machine_by_virtual_address(self, address: IPv6Address) -> Machine | None: ...
 
     async def insert(self, machine: Machine) -> Machine:
         """Add a row and return it as stored. Raises UniqueViolationError; the transaction can go on after that."""
@@ -121,14 +225,25 @@ class Transaction(Protocol):
         """Replace the row of the same id; returns it as stored. Raises UniqueViolationError; StoreError without such a row."""
 
     async def delete(self, machine_id: str) -> Machine | None:
-        """Remove a row and return it; None if there is none."""
+        """Remove a row, and the claims to it, and return it; None if there is none."""
 
-    async def is_banned(self, node_uuid: str) -> bool: ...
+    async def claims(self, machine_id: str) -> Sequence[Claim]:
+        """All claims to a row, the oldest first."""
 
-    async def set_banned(self, node_uuid: str, banned: bool) -> None: ...
+    async def claim_by_key(self, public_key: PublicKey) -> Claim | None: ...
 
-    async def note(self, sightings: Mapping[str, Sighting]) -> None:
-        """Note sightings of machines by id; unknown ones are passed over. No revision changes and the feed tells nothing."""
+    async def put_claim(self, claim: Claim) -> None:
+        """Add a claim, or replace the one of the same id."""
+
+    async def delete_claim(self, claim: Claim) -> None:
+        """Remove a claim; no error if it is gone."""
+
+    async def is_banned(self, ban: Ban) -> bool: ...
+
+    async def set_banned(self, ban: Ban, banned: bool) -> None: ...
+
+    async def note(self, seen: Mapping[str, LastSeen]) -> None:
+        """Note when machines, by id, were last seen; passes over unknown ones. Changes no revision, tells the feed nothing."""
 
     async def server(self) -> ServerRecord | None:
         """What the server remembers of itself; None before it first did."""
@@ -151,10 +266,18 @@ class MachineDeleted:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class BanChanged:
-    """A UUID was banned or is welcome again."""
+class ClaimChanged:
+    """A claim was made, or ended."""
 
-    node_uuid: str
+    claim: Claim
+    is_over: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BanChanged:
+    """A ban was made or lifted."""
+
+    ban: Ban
     banned: bool
 
 
@@ -163,7 +286,7 @@ class ChangesLost:
     """The reader was too slow and changes were dropped; only reading the rows again tells what happened."""
 
 
-Change = MachineChanged | MachineDeleted | BanChanged | ChangesLost
+Change = MachineChanged | MachineDeleted | ClaimChanged | BanChanged | ChangesLost
 Work = Callable[[Transaction], Awaitable[T]]
 
 
@@ -179,6 +302,12 @@ class Store(Protocol):
 
     def machines(self) -> AsyncIterator[Machine]:
         """Every row, in no order. Rows that change meanwhile may be seen in either state."""
+
+    async def bans(self) -> Sequence[Ban]:
+        """Every ban."""
+
+    async def all_claims(self) -> Sequence[Claim]:
+        """Every claim; there are few at a time."""
 
     def changes(self) -> AbstractAsyncContextManager[AsyncIterator[Change]]:
         """All changes committed after entering, by whichever server, in order of commit."""

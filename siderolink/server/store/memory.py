@@ -1,22 +1,26 @@
 """A store that lives as long as its process: the default for embedding."""
 
 import asyncio
-from collections.abc import AsyncIterator, Hashable, Mapping
+from collections.abc import AsyncIterator, Hashable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
+from ipaddress import IPv6Address
 from typing import TypeVar
 
 from siderolink.common.errors import StoreError
 from siderolink.common.keys import PublicKey
 from siderolink.server.store.base import (
     UNIQUE_COLUMNS,
+    Ban,
     BanChanged,
     Change,
+    Claim,
+    ClaimChanged,
+    LastSeen,
     Machine,
     MachineChanged,
     MachineDeleted,
     ServerRecord,
-    Sighting,
     UniqueViolationError,
     Work,
     unique_values,
@@ -31,7 +35,10 @@ class _Table:
 
     def __init__(self) -> None:
         self.rows: dict[str, Machine] = {}
-        self.banned: set[str] = set()
+        self.claims: dict[str, Claim] = {}
+        self.claims_by_machine: dict[str, dict[str, Claim]] = {}
+        self.claims_by_key: dict[PublicKey, Claim] = {}
+        self.banned: set[Ban] = set()
         self.server: ServerRecord | None = None
         self._indexes: dict[str, dict[Hashable, str]] = {column: {} for column in UNIQUE_COLUMNS}
 
@@ -46,31 +53,48 @@ class _Table:
                 raise UniqueViolationError(column)
         old = self.rows.get(machine.id)
         if old is not None:
-            self.take(old.id)
+            self.remove(old.id)
         self.rows[machine.id] = machine
         for column, value in unique_values(machine):
             self._indexes[column][value] = machine.id
 
-    def take(self, machine_id: str) -> Machine | None:
+    def remove(self, machine_id: str) -> Machine | None:
         machine = self.rows.pop(machine_id, None)
         if machine is not None:
             for column, value in unique_values(machine):
                 del self._indexes[column][value]
         return machine
 
+    def put_claim(self, claim: Claim) -> None:
+        self.remove_claim(claim.id)
+        self.claims[claim.id] = claim
+        self.claims_by_machine.setdefault(claim.machine_id, {})[claim.id] = claim
+        self.claims_by_key[claim.public_key] = claim
+
+    def remove_claim(self, claim_id: str) -> Claim | None:
+        claim = self.claims.pop(claim_id, None)
+        if claim is not None:
+            del self.claims_by_key[claim.public_key]
+            of_machine = self.claims_by_machine[claim.machine_id]
+            del of_machine[claim_id]
+            if not of_machine:
+                del self.claims_by_machine[claim.machine_id]
+        return claim
+
 
 class _MemoryTransaction:
-    """Changes the table at once and remembers how to take each change back."""
+    """Changes the table at once and remembers how to undo each change."""
 
     def __init__(self, table: _Table) -> None:
         self._table = table
         self._before: list[tuple[str, Machine | None]] = []
-        self._bans_before: list[tuple[str, bool]] = []
+        self._claims_before: list[tuple[str, Claim | None]] = []
+        self._bans_before: list[tuple[Ban, bool]] = []
         self._server_before = table.server
         self.changes: list[Change] = []
 
-    def expect(self, node_uuid: str, public_key: PublicKey) -> None:
-        """It is all here."""
+    def expect(self, node_uuid: str, public_key: PublicKey, bans: Iterable[Ban] = ()) -> None:
+        """Everything is in memory already."""
 
     async def machine(self, machine_id: str) -> Machine | None:
         return self._table.rows.get(machine_id)
@@ -80,6 +104,9 @@ class _MemoryTransaction:
 
     async def machine_by_key(self, public_key: PublicKey) -> Machine | None:
         return self._table.find("public_key", public_key)
+
+    async def machine_by_virtual_address(self, address: IPv6Address) -> Machine | None:
+        return self._table.find("virtual_address", address)
 
     async def insert(self, machine: Machine) -> Machine:
         if machine.id in self._table.rows:
@@ -99,30 +126,52 @@ class _MemoryTransaction:
         return machine
 
     async def delete(self, machine_id: str) -> Machine | None:
-        machine = self._table.take(machine_id)
+        machine = self._table.remove(machine_id)
         if machine is not None:
+            for claim in await self.claims(machine_id):
+                await self.delete_claim(claim)
             self._before.append((machine_id, machine))
             self.changes.append(MachineDeleted(machine=machine))
         return machine
 
-    async def is_banned(self, node_uuid: str) -> bool:
-        return node_uuid in self._table.banned
+    async def claims(self, machine_id: str) -> Sequence[Claim]:
+        return list(self._table.claims_by_machine.get(machine_id, {}).values())
 
-    async def set_banned(self, node_uuid: str, banned: bool) -> None:
-        was = node_uuid in self._table.banned
+    async def claim_by_key(self, public_key: PublicKey) -> Claim | None:
+        return self._table.claims_by_key.get(public_key)
+
+    async def put_claim(self, claim: Claim) -> None:
+        other = self._table.claims_by_key.get(claim.public_key)
+        if other is not None and other.id != claim.id:
+            raise UniqueViolationError("public_key")
+        self._claims_before.append((claim.id, self._table.claims.get(claim.id)))
+        self._table.put_claim(claim)
+        self.changes.append(ClaimChanged(claim=claim, is_over=False))
+
+    async def delete_claim(self, claim: Claim) -> None:
+        found = self._table.remove_claim(claim.id)
+        if found is not None:
+            self._claims_before.append((found.id, found))
+            self.changes.append(ClaimChanged(claim=found, is_over=True))
+
+    async def is_banned(self, ban: Ban) -> bool:
+        return ban in self._table.banned
+
+    async def set_banned(self, ban: Ban, banned: bool) -> None:
+        was = ban in self._table.banned
         if was != banned:
-            self._bans_before.append((node_uuid, was))
-            self._set_banned(node_uuid, banned)
-            self.changes.append(BanChanged(node_uuid=node_uuid, banned=banned))
+            self._bans_before.append((ban, was))
+            self._set_banned(ban, banned)
+            self.changes.append(BanChanged(ban=ban, banned=banned))
 
-    def _set_banned(self, node_uuid: str, banned: bool) -> None:
-        (self._table.banned.add if banned else self._table.banned.discard)(node_uuid)
+    def _set_banned(self, ban: Ban, banned: bool) -> None:
+        (self._table.banned.add if banned else self._table.banned.discard)(ban)
 
-    async def note(self, sightings: Mapping[str, Sighting]) -> None:
-        for machine_id, sighting in sightings.items():
+    async def note(self, seen: Mapping[str, LastSeen]) -> None:
+        for machine_id, one in seen.items():
             machine = self._table.rows.get(machine_id)
             if machine is not None:
-                self._table.put(sighting.of(machine))
+                self._table.put(one.of(machine))
                 self._before.append((machine_id, machine))
 
     async def server(self) -> ServerRecord | None:
@@ -135,15 +184,19 @@ class _MemoryTransaction:
         self._table.server = self._server_before
         # All out first, then back in: on the way no two rows may hold the same value.
         for machine_id, _ in self._before:
-            self._table.take(machine_id)
+            self._table.remove(machine_id)
         restored: dict[str, Machine | None] = {}
         for machine_id, before in self._before:
             restored.setdefault(machine_id, before)
         for before in restored.values():
             if before is not None:
                 self._table.put(before)
-        for node_uuid, was in reversed(self._bans_before):
-            self._set_banned(node_uuid, was)
+        for claim_id, claim in reversed(self._claims_before):
+            self._table.remove_claim(claim_id)
+            if claim is not None:
+                self._table.put_claim(claim)
+        for ban, was in reversed(self._bans_before):
+            self._set_banned(ban, was)
 
 
 class MemoryStore:
@@ -170,6 +223,12 @@ class MemoryStore:
     async def machines(self) -> AsyncIterator[Machine]:
         for machine in list(self._table.rows.values()):
             yield machine
+
+    async def bans(self) -> Sequence[Ban]:
+        return list(self._table.banned)
+
+    async def all_claims(self) -> Sequence[Claim]:
+        return list(self._table.claims.values())
 
     def changes(self) -> AbstractAsyncContextManager[AsyncIterator[Change]]:
         return self._feeds.follow()

@@ -5,11 +5,14 @@ from typing import TYPE_CHECKING
 
 from siderolink.common.errors import StoreError
 from siderolink.common.keys import PrivateKey
-from siderolink.server.fleet.last_seen import WRITE_AFTER
 from siderolink.server.store import ServerRecord, Store, Transaction
 
 if TYPE_CHECKING:
     from siderolink.common.wireguard.noise.tai64n import Timestamps
+
+
+WRITE_AFTER = 5.0
+"""Seconds from a change of what is noted lazily to its writing."""
 
 
 async def recall_server(store: Store, private_key: PrivateKey | None, installation_id: str | None) -> ServerRecord:

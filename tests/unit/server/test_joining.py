@@ -101,7 +101,7 @@ async def test_without_any_handshake_a_repeated_call_keeps_the_virtual_address()
     assert await manager.join(machine) == first
 
 
-async def test_a_new_key_with_the_same_unique_token_replaces_the_peer_at_once() -> None:
+async def test_a_new_key_with_the_same_unique_token_replaces_the_peer_with_its_first_handshake() -> None:
     manager, machine = Manager(), FakeMachine(unique_token="u", tunnel=True)
     first = await manager.join(machine)
     await manager.handshake(machine)
@@ -109,15 +109,20 @@ async def test_a_new_key_with_the_same_unique_token_replaces_the_peer_at_once() 
     second = await manager.join(reborn)
     assert second.node_address_prefix == first.node_address_prefix
     assert second.grpc_peer_addr_port != first.grpc_peer_addr_port
-    assert set(manager.device.configs) == {reborn.key}
     joined = (await manager.events())[-1]
     assert isinstance(joined, MachineJoined)
     assert not joined.is_new
+    assert (await manager.row(machine)).public_key == machine.key
+    assert manager.device.configs[reborn.key].allowed_ips == ()
+    await manager.handshake(reborn)
+    assert set(manager.device.configs) == {reborn.key}
+    assert manager.device.configs[reborn.key].allowed_ips == (IPv6Network(IPv6Interface(second.node_address_prefix).ip),)
 
 
 async def test_another_unique_token_is_refused_for_ever() -> None:
     manager, machine = Manager(), FakeMachine(unique_token="one")
     await manager.join(machine)
+    await manager.handshake(machine)
     for token in ("two", "", None):
         clone = replace(machine, unique_token=token)
         assert await manager.refuses(clone) == (Status.PERMISSION_DENIED, ANOTHER)
@@ -130,6 +135,7 @@ async def test_another_unique_token_is_refused_for_ever() -> None:
 async def test_a_unique_token_is_its_token_part() -> None:
     manager, machine = Manager(), FakeMachine(unique_token='{"Fingerprint":"aa","Token":"t"}')
     await manager.join(machine)
+    await manager.handshake(machine)
     await manager.join(replace(machine, unique_token='{"Token":"t","Fingerprint":"bb"}', key=new_key()))
     for other in ('{"Fingerprint":"aa","Token":"x"}', "t", '{"Token":1}', "[" * 1024):
         assert await manager.refuses(replace(machine, unique_token=other)) == (Status.PERMISSION_DENIED, ANOTHER)
@@ -146,6 +152,8 @@ async def test_without_a_unique_token_a_living_link_keeps_its_address() -> None:
     assert set(manager.device.configs) == {machine.key}
     await manager.pass_time(1)
     await manager.join(thief)
+    assert manager.device.configs[thief.key].allowed_ips == ()
+    await manager.handshake(thief)
     assert set(manager.device.configs) == {thief.key}
 
 
@@ -156,7 +164,14 @@ async def test_a_unique_token_is_not_bound_while_the_link_lives() -> None:
     await manager.join(replace(machine, unique_token="a stranger's"))
     assert (await manager.row(machine)).unique_token_digest is None
     await manager.pass_time(60)
-    await manager.join(replace(machine, unique_token="my own"))
+    await manager.join(replace(machine, unique_token="who only knows the key"))
+    await manager.handshake(machine)
+    assert (await manager.row(machine)).unique_token_digest is None
+    await manager.pass_time(60)
+    reborn = replace(machine, unique_token="my own", key=new_key())
+    await manager.join(reborn)
+    assert (await manager.row(machine)).unique_token_digest is None
+    await manager.handshake(reborn)
     assert (await manager.row(machine)).unique_token_digest is not None
 
 
@@ -165,12 +180,16 @@ async def test_no_unique_token_is_bound_before_a_restarted_server_can_have_heard
     await before.join(machine)
     await before.handshake(machine)
     after = Manager(store=before.store, time=before.time)
-    await after.machines.load()
+    await after.reconciler.load()
     await after.pass_time(59)
+    stranger = replace(machine, unique_token="a stranger's", key=new_key(), source="203.0.113.1")
+    assert await after.refuses(stranger) == (Status.ALREADY_EXISTS, LIVING)
     await after.join(replace(machine, unique_token="a stranger's"))
     assert (await after.row(machine)).unique_token_digest is None
     await after.pass_time(1)
-    await after.join(replace(machine, unique_token="my own"))
+    reborn = replace(machine, unique_token="my own", key=new_key())
+    await after.join(reborn)
+    await after.handshake(reborn)
     assert (await after.row(machine)).unique_token_digest is not None
 
 
@@ -374,4 +393,7 @@ async def test_limits_refuse_new_machines_and_leave_known_ones_alone() -> None:
     await manager.pass_time(300)
     reborn = replace(one, key=new_key())
     await manager.join(reborn)
+    newcomer = FakeMachine()
+    await manager.join(newcomer)
+    assert await manager.machines.find(two.node_uuid) is None, "who has had time for a handshake gives way"
     assert (await manager.refuses(replace(reborn, key=new_key())))[1].startswith("too many machines have joined")

@@ -13,10 +13,12 @@ from siderolink.common.errors import StoreError
 from siderolink.common.keys import PrivateKey
 from siderolink.common.wireguard.device import HandshakeGaveUp, PathChanged, PeerConfig
 from siderolink.common.wireguard.noise.tai64n import Timestamps, later
+from siderolink.server.clock import Clock
 from siderolink.server.fleet.dialling import Pace, Window, dial_remembered
-from siderolink.server.fleet.last_seen import Sightings, udp_endpoint
-from siderolink.server.fleet.links import LinkState
-from siderolink.server.store import Machine, MemoryStore, ServerRecord, Sighting
+from siderolink.server.fleet.directory import LinkState
+from siderolink.server.fleet.last_seen import LastSeenNotes
+from siderolink.server.fleet.sessions import udp_endpoint
+from siderolink.server.store import LastSeen, Machine, MemoryStore, ServerRecord
 from siderolink.server.store.base import T, Work
 from siderolink.server.store.server_record import recall_server, resume_timestamps, rotate_key
 from tests.support.fake_device import FakePath
@@ -96,40 +98,40 @@ def test_only_udp_is_an_endpoint(path: str, endpoint: str | None) -> None:
 async def test_a_machine_is_remembered_where_it_was_heard() -> None:
     manager, machine = Manager(), FakeMachine()
     await manager.join(machine)
-    sightings = Sightings(manager.store)
-    manager = Manager(store=manager.store, sightings=sightings, time=manager.time)
-    await manager.machines.load()
+    last_seen = LastSeenNotes(manager.store)
+    manager = Manager(store=manager.store, last_seen=last_seen, time=manager.time)
+    await manager.reconciler.load()
     heard(manager, machine, "192.0.2.7:1234")
     await manager.handshake(machine)
-    await sightings.write()
+    await last_seen.write()
     row = await manager.row(machine)
     assert (row.last_endpoint, row.last_handshake_at, row.seen_at) == ("192.0.2.7:1234", 1_000_000.0, 1_000_000.0)
     manager.time.advance(5)
     heard(manager, machine, "tunnel [fdae:41e4:649b:9304::7]:50888")
-    await sightings.write()
+    await last_seen.write()
     row = await manager.row(machine)
     assert (row.last_endpoint, row.last_handshake_at, row.seen_at) == (None, 1_000_000.0, 1_000_005.0)
 
 
-async def test_sightings_of_a_while_are_written_at_once_and_at_the_end() -> None:
+async def test_last_seen_of_a_while_are_written_at_once_and_at_the_end() -> None:
     store = MemoryStore()
     stamps = Timestamps()
     await recall_server(store, None, None)
-    sightings = Sightings(store, stamps, write_after=0.01)
+    last_seen = LastSeenNotes(store, stamps, write_after=0.01)
     machine = FakeMachine()
     await Manager(store=store).join(machine)
     row = await Manager(store=store).row(machine)
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(sightings.run)
+        tasks.start_soon(last_seen.run)
         mark = stamps.next(NOW)
-        sightings.add(row.id, Sighting(endpoint="192.0.2.7:1", seen_at=1.0, handshake_at=1.0))
-        sightings.add(row.id, Sighting(endpoint="192.0.2.7:2", seen_at=2.0))
+        last_seen.add(row.id, LastSeen(endpoint="192.0.2.7:1", seen_at=1.0, handshake_at=1.0))
+        last_seen.add(row.id, LastSeen(endpoint="192.0.2.7:2", seen_at=2.0))
         while (seen := await Manager(store=store).row(machine)).seen_at is None:
             await anyio.sleep(0.01)
         assert (seen.last_endpoint, seen.last_handshake_at, seen.revision) == ("192.0.2.7:2", 1.0, row.revision)
         tasks.cancel_scope.cancel()
-    sightings.add(row.id, Sighting(endpoint=None, seen_at=3.0))
-    await sightings.aclose()
+    last_seen.add(row.id, LastSeen(endpoint=None, seen_at=3.0))
+    await last_seen.aclose()
     assert (await Manager(store=store).row(machine)).seen_at == 3.0
     assert (await recall_server(store, None, None)).timestamp_mark == mark
 
@@ -139,9 +141,9 @@ async def test_a_store_that_fails_costs_only_the_sighting(caplog: pytest.LogCapt
         async def transact(self, work: Work[T]) -> T:
             raise StoreError("the disk is full")
 
-    sightings = Sightings(Full())
-    sightings.add("1", Sighting(endpoint=None, seen_at=3.0))
-    await sightings.write()
+    last_seen = LastSeenNotes(Full())
+    last_seen.add("1", LastSeen(endpoint=None, seen_at=3.0))
+    await last_seen.write()
     assert "could not be remembered" in caplog.text
 
 
@@ -155,9 +157,14 @@ async def remembered(manager: Manager, endpoint: str | None, seen_at: float, *, 
     await manager.handshake(machine)
     row = await manager.row(machine)
     await manager.store.transact(
-        lambda transaction: transaction.note({row.id: Sighting(endpoint=endpoint, seen_at=seen_at, handshake_at=seen_at)})
+        lambda transaction: transaction.note({row.id: LastSeen(endpoint=endpoint, seen_at=seen_at, handshake_at=seen_at)})
     )
     return await manager.row(machine)
+
+
+async def dial_all(manager: Manager, pace: Pace | None = None, clock: Clock | None = None) -> None:
+    fleet = manager.fleet
+    await dial_remembered(fleet.directory, fleet.sessions, fleet.reconciler, pace, clock)
 
 
 def dialled(manager: Manager) -> list[PeerConfig]:
@@ -171,9 +178,9 @@ async def test_the_last_seen_is_dialled_first() -> None:
     await remembered(before, "192.0.2.9:9", seen_at=9, tunnel=True)
     await remembered(before, "nonsense", seen_at=9)
     after = Manager(store=before.store)
-    await after.machines.load()
+    await after.reconciler.load()
     assert {link.state for link in after.links} == {LinkState.DOWN}
-    await dial_remembered(after.links, Pace(count=2, pause=0.001))
+    await dial_all(after, Pace(count=2, pause=0.001))
     expected = [(ip_address(f"192.0.2.{number}"), number) for number in (3, 2, 1)]
     assert [config.endpoint for config in dialled(after)] == expected
     keys = {row.public_key for row in rows}
@@ -184,10 +191,10 @@ async def test_who_came_by_itself_or_left_is_not_dialled() -> None:
     before = Manager()
     first, second, third = [await remembered(before, f"192.0.2.{number}:1", seen_at=-number) for number in (1, 2, 3)]
     after = Manager(store=before.store)
-    await after.machines.load()
+    await after.reconciler.load()
     assert second.public_key is not None
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(dial_remembered, after.links, Pace(count=1, pause=0.05))
+        tasks.start_soon(dial_all, after, Pace(count=1, pause=0.05))
         while not dialled(after):
             await anyio.sleep(0.001)
         after.device.hear(second.public_key, handshake=True)
@@ -251,9 +258,16 @@ async def test_a_dial_waits_for_room_until_another_is_settled() -> None:
     before = Manager()
     rows = [await remembered(before, f"192.0.2.1:{number + 1}", seen_at=-number) for number in range(Window.LEAST + 2)]
     after = Manager(store=before.store)
-    await after.machines.load()
+    await after.reconciler.load()
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(dial_remembered, after.links, Pace(count=1000), after.time.clock)
+        tasks.start_soon(
+            dial_remembered,
+            after.fleet.directory,
+            after.fleet.sessions,
+            after.fleet.reconciler,
+            Pace(count=1000),
+            after.time.clock,
+        )
         while len(dialled(after)) < Window.LEAST:
             await anyio.sleep(0.001)
         await anyio.sleep(0.01)
@@ -271,30 +285,30 @@ async def test_a_machine_that_is_gone_costs_no_handshakes() -> None:
     row = await remembered(before, "192.0.2.1:1", seen_at=1)
     assert row.public_key is not None
     after = Manager(store=before.store)
-    await after.machines.load()
-    await dial_remembered(after.links)
+    await after.reconciler.load()
+    await dial_all(after)
 
     def keepalive() -> int:
         assert row.public_key is not None
         return after.device.configs[row.public_key].persistent_keepalive
 
     assert keepalive() == 25
-    after.machines.on_device_event(HandshakeGaveUp(public_key=row.public_key))
-    await after.machines.check()
+    after.monitor.on_device_event(HandshakeGaveUp(public_key=row.public_key))
+    await after.monitor.check()
     assert keepalive() == 0
     after.device.hear(row.public_key, handshake=True)
-    await after.machines.check()
+    await after.monitor.check()
     assert keepalive() == 25
-    after.machines.on_device_event(HandshakeGaveUp(public_key=row.public_key))
-    await after.machines.check()
+    after.monitor.on_device_event(HandshakeGaveUp(public_key=row.public_key))
+    await after.monitor.check()
     assert keepalive() == 25, "a link that is up is not given up so soon"
 
 
 def heard(manager: Manager, machine: FakeMachine, place: str) -> None:
-    manager.machines.on_device_event(PathChanged(public_key=machine.key, old=None, new=Place(place)))
+    manager.monitor.on_device_event(PathChanged(public_key=machine.key, old=None, new=Place(place)))
 
 
 def test_a_sighting_replaces_no_older_handshake() -> None:
     row = Machine(id="1", node_uuid="u", public_key=None, overlay_address=ip_address("fd00::1"), created_at=0, joined_at=0)  # type: ignore[arg-type]
-    seen = Sighting(endpoint="a:1", seen_at=2.0, handshake_at=1.0).of(row)
-    assert Sighting(endpoint=None, seen_at=3.0).of(seen) == replace(seen, last_endpoint=None, seen_at=3.0)
+    seen = LastSeen(endpoint="a:1", seen_at=2.0, handshake_at=1.0).of(row)
+    assert LastSeen(endpoint=None, seen_at=3.0).of(seen) == replace(seen, last_endpoint=None, seen_at=3.0)

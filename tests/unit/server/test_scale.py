@@ -76,7 +76,7 @@ async def test_a_machine_takes_little_memory() -> None:
             joined = tracemalloc.get_traced_memory()[0]
             for member in new:
                 crowd.shake_hands(member)
-            await crowd.machines.check()
+            await crowd.monitor.check()
             gc.collect()
             connected = tracemalloc.get_traced_memory()[0]
         finally:

@@ -15,14 +15,15 @@ from hypothesis import strategies as st
 from siderolink.common.errors import StoreError
 from siderolink.common.keys import PrivateKey, PublicKey
 from siderolink.server.store import (
+    Ban,
     BanChanged,
     ChangesLost,
+    LastSeen,
     Machine,
     MachineChanged,
     MachineDeleted,
     MemoryStore,
     ServerRecord,
-    Sighting,
     Store,
     Transaction,
     UniqueViolationError,
@@ -107,7 +108,7 @@ def work_of(step: str, row: Machine) -> Callable[[Transaction], Awaitable[object
         await transaction.delete(row.id)
         await transaction.insert(row)
         await transaction.update(replace(row, public_key=None))
-        await transaction.set_banned("uuid-0", True)
+        await transaction.set_banned(Ban(value="uuid-0"), True)
         raise StoreError("undo this")
 
     return work
@@ -147,7 +148,7 @@ async def _finds_exactly(transaction: Transaction, model: Model) -> None:
         assert await transaction.machine_by_uuid(f"uuid-{number}") == next(iter(by_uuid), None)
         assert await transaction.machine_by_key(key) == next(iter(by_key), None)
         assert await transaction.machine(str(number)) == model.rows.get(str(number))
-    assert not await transaction.is_banned("uuid-0")
+    assert not await transaction.is_banned(Ban(value="uuid-0"))
 
 
 async def test_a_violation_names_its_column_and_the_transaction_goes_on(store: Store) -> None:
@@ -186,8 +187,8 @@ async def test_changes_come_once_committed_and_in_order(store: Store) -> None:
 
     async def work(transaction: Transaction) -> None:
         await transaction.insert(machine(1, 1))
-        await transaction.set_banned("uuid-9", True)
-        await transaction.set_banned("uuid-9", True)
+        await transaction.set_banned(Ban(value="uuid-9"), True)
+        await transaction.set_banned(Ban(value="uuid-9"), True)
         await transaction.delete("1")
 
     async with store.changes() as changes:
@@ -197,7 +198,7 @@ async def test_changes_come_once_committed_and_in_order(store: Store) -> None:
         row = replace(machine(1, 1), revision=1)
         assert [await anext(changes) for _ in range(3)] == [
             MachineChanged(machine=row),
-            BanChanged(node_uuid="uuid-9", banned=True),
+            BanChanged(ban=Ban(value="uuid-9"), banned=True),
             MachineDeleted(machine=row),
         ]
 
@@ -279,12 +280,12 @@ async def test_one_address_goes_to_one_machine(store: Store) -> None:
     assert len(refused) == 19
 
 
-async def test_a_sighting_changes_no_revision_and_is_told_to_nobody(store: Store) -> None:
+async def test_a_note_of_when_it_was_seen_changes_no_revision_and_is_told_to_nobody(store: Store) -> None:
     await store.transact(work_of("insert", machine(1, 1)))
-    seen = Sighting(endpoint="192.0.2.7:1234", seen_at=5.0, handshake_at=4.0)
+    seen = LastSeen(endpoint="192.0.2.7:1234", seen_at=5.0, handshake_at=4.0)
     async with store.changes() as changes:
         await store.transact(lambda transaction: transaction.note({"1": seen, "unknown": seen}))
-        await store.transact(lambda transaction: transaction.note({"1": Sighting(endpoint=None, seen_at=6.0)}))
+        await store.transact(lambda transaction: transaction.note({"1": LastSeen(endpoint=None, seen_at=6.0)}))
         await store.transact(work_of("insert", machine(2, 2, overlay=2)))
         first = await anext(changes)
     assert isinstance(first, MachineChanged)
@@ -293,12 +294,12 @@ async def test_a_sighting_changes_no_revision_and_is_told_to_nobody(store: Store
     assert (row.last_endpoint, row.last_handshake_at, row.seen_at, row.revision) == (None, 4.0, 6.0, 1)
 
 
-async def test_an_undone_sighting_and_record_are_undone(store: Store) -> None:
+async def test_an_undone_note_and_record_are_undone(store: Store) -> None:
     record = ServerRecord(private_key=PrivateKey.generate(), installation_id="here", timestamp_mark=bytes(range(12)))
 
     async def work(transaction: Transaction) -> None:
         await transaction.set_server(record)
-        await transaction.note({"1": Sighting(endpoint="192.0.2.7:1", seen_at=1.0)})
+        await transaction.note({"1": LastSeen(endpoint="192.0.2.7:1", seen_at=1.0)})
         raise StoreError("no")
 
     await store.transact(work_of("insert", machine(1, 1)))

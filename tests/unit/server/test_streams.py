@@ -6,7 +6,7 @@ import pytest
 
 from siderolink.common.pb.sidero.link import ProvisionResponse
 from siderolink.server import MachineLimits, StreamRefusal
-from siderolink.server.fleet.links import Stream
+from siderolink.server.fleet.directory import Stream
 from tests.support.fake_device import FakePath
 from tests.support.manager import FakeMachine, Manager, new_key
 
@@ -28,7 +28,7 @@ class Claim:
 
 def claim(manager: Manager, answer: ProvisionResponse, machine: FakeMachine) -> Claim:
     new = Claim(FakePath(machine.key))
-    new.stream = manager.machines.open_stream(manager.link(answer), new.path, new.end)
+    new.stream = manager.monitor.open_stream(manager.link(answer), new.path, new.end)
     return new
 
 
@@ -52,7 +52,7 @@ async def test_a_stream_that_proves_nothing_is_ended_and_the_living_one_stays() 
     living = claim(manager, answer, machine)
     manager.device.hear(machine.key, living.path, handshake=True)
     squatter = claim(manager, answer, machine)
-    assert manager.machines.next_check_at == 90
+    assert manager.monitor.next_check_at == 90
     await manager.pass_time(80)
     manager.device.hear(machine.key)
     await manager.pass_time(10)
@@ -67,7 +67,7 @@ async def test_a_reopened_stream_that_goes_on_with_its_session_is_proven_without
     manager.device.hear(machine.key, cut.path, handshake=True)
     cut.path.is_open = False
     assert cut.stream is not None
-    manager.machines.close_stream(cut.stream)
+    manager.monitor.close_stream(cut.stream)
     await manager.pass_time(10)
     again = claim(manager, answer, machine)
     await manager.pass_time(5)
@@ -99,7 +99,7 @@ async def test_a_stream_ends_with_what_it_stands_for(how: str) -> None:
     stream = claim(manager, answer, machine)
     if how != "never linked":
         manager.device.hear(machine.key, stream.path, handshake=True)
-        await manager.machines.check()
+        await manager.monitor.check()
     expected = StreamRefusal.REPLACED
     match how:
         case "removed":
@@ -115,7 +115,10 @@ async def test_a_stream_ends_with_what_it_stands_for(how: str) -> None:
             await manager.pass_time(275)
             expected = StreamRefusal.LINK_DOWN
         case "new key":
-            await manager.join(replace(machine, key=new_key()))
+            reborn = replace(machine, key=new_key())
+            await manager.join(reborn)
+            assert not stream.ended
+            await manager.handshake(reborn)
         case "new address":
             await manager.pass_time(180)
             await manager.join(machine)

@@ -1,7 +1,8 @@
 """What a machine tells of itself: resources, by type, namespace and id."""
 
+from siderolink.client.maintenance.resources.changes import Resource
 from siderolink.client.maintenance.resources.definitions import ResourceType
 from siderolink.client.maintenance.resources.spec import ResourceSpec
-from siderolink.client.maintenance.resources.store import Resource, ResourceStore
+from siderolink.client.maintenance.resources.store import ResourceStore
 
 __all__ = ["Resource", "ResourceSpec", "ResourceStore", "ResourceType"]

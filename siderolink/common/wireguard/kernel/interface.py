@@ -14,10 +14,9 @@ from pyroute2.netlink.exceptions import NetlinkError
 from siderolink.common.errors import DeviceError, DeviceUnavailableError, InterfaceInUseError
 from siderolink.common.netlink import namespace_path, run_netlink
 from siderolink.common.wireguard.device import DeviceConfig
-from siderolink.common.wireguard.interface_rules import InterfaceRules, remove_leftover_rules
-from siderolink.common.wireguard.kernel.ownership import MARK, hold_name
+from siderolink.common.wireguard.kernel.ownership import MARK, lock
 
-__all__ = ["KernelInterface", "open_interface", "remove_leftovers"]
+__all__ = ["KernelInterface", "open_interface", "remove_leftover"]
 
 _KIND: Final = "wireguard"
 
@@ -34,38 +33,33 @@ class KernelInterface:
 
 
 @asynccontextmanager
-async def open_interface(config: DeviceConfig, rules: InterfaceRules) -> AsyncIterator[KernelInterface]:
-    """Give an interface of the wanted name, down if it is new; leaving removes it and then its rules, unless it shall be kept.
+async def open_interface(config: DeviceConfig) -> AsyncIterator[KernelInterface]:
+    """Hold an interface of the wanted name, down if it is new; leaving removes it, unless it shall be kept.
 
-    The caller holds the name (`hold_name`). One that a process of ours left behind is removed first, unless it shall be kept;
-    then it is given as it is. Raises DeviceUnavailableError, InterfaceInUseError or DeviceError.
+    One that a process of ours left behind is removed first, unless it shall be kept; then it is given as it is.
+    Raises DeviceUnavailableError, InterfaceInUseError or DeviceError.
     """
-    with anyio.CancelScope(shield=True):  # an interface half made could not be told from another's
-        interface = await run_netlink(partial(_make, config))
-    stays = interface.was_there and config.keep
+    held = lock(config.name, config.namespace)
     try:
-        yield interface
-        stays = config.keep
-    finally:
+        with anyio.CancelScope(shield=True):  # an interface half made could not be told from another's
+            interface = await run_netlink(partial(_make, config))
+        is_complete = False
         try:
-            if not stays:
-                await remove(interface)
+            yield interface
+            is_complete = True
         finally:
-            await rules.close(keep=stays)
+            if not config.keep or not (is_complete or interface.was_there):
+                await remove(interface)
+    finally:
+        held.close()
 
 
-async def remove_leftovers(name: str, namespace: str | None) -> None:
-    """Remove an interface that a process of ours left behind, and its rules; nothing else.
-
-    Raises InterfaceInUseError where another process holds the name.
-    """
+async def remove_leftover(name: str, namespace: str | None) -> None:
+    """Remove an interface that a process of ours left behind, and nothing else. Raises InterfaceInUseError for a held one."""
     found = await run_netlink(partial(_find, name), namespace)
-    if found is not None and not found[1]:
-        return  # somebody else's
-    with hold_name(name, namespace):
-        if found is not None:
+    if found is not None and found[1]:
+        with lock(name, namespace):
             await run_netlink(partial(_delete, found[0]), namespace, in_thread=True)
-        await remove_leftover_rules(name, namespace)
 
 
 async def remove(interface: KernelInterface) -> None:

@@ -358,4 +358,5 @@ class Peers:
             received_bytes=facts.received,
             sent_bytes=facts.sent,
             persistent_keepalive=facts.keepalive or entry.keepalive,
+            silent_for=time.monotonic() - entry.view.heard_at if entry.view.heard_at else None,
         )

@@ -145,7 +145,7 @@ class Batches:
         """Run the jobs and commit; returns those that were taken, and those that have to run again after them."""
         try:
             await _run_side_by_side(jobs, Reader(self._driver), is_checked)
-            taken, put_off = _take(jobs)
+            taken, put_off = _settle(jobs)
             changed = [job.transaction for job in taken if job.error is None and job.transaction.writes]
             if changed:
                 await _write(self._driver, changed)
@@ -167,7 +167,7 @@ async def _run_side_by_side(jobs: list[_Job], reader: Reader, is_checked: bool) 
         answering.cancel()
 
 
-def _take(jobs: list[_Job]) -> tuple[list[_Job], list[_Job]]:
+def _settle(jobs: list[_Job]) -> tuple[list[_Job], list[_Job]]:
     """The jobs that stand, and those that have to run again after them."""
     taken, put_off = [], []
     written: set[Key] = set()
@@ -188,9 +188,11 @@ async def _write(driver: aiosqlite.Connection, transactions: Sequence[SqlTransac
     known = [machine_id for transaction in transactions for machine_id in transaction.stored.intersection(transaction.rows)]
     await statements.replace_machines(driver, known, [row for row in rows.values() if row is not None])
     for transaction in transactions:
+        if transaction.claimed:
+            await statements.replace_claims(driver, transaction.claimed)
         if transaction.bans:
             await statements.set_bans(driver, transaction.bans)
         if transaction.record is not None:
             await statements.set_server(driver, transaction.record)
-        if transaction.sightings:
-            await statements.note(driver, transaction.sightings)
+        if transaction.seen:
+            await statements.note(driver, transaction.seen)

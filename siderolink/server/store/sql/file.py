@@ -33,11 +33,16 @@ BUSY_SECONDS = 2.0
 """How long the last owner of the file may take to let go of it."""
 
 
-def prepare(path: Path) -> None:
-    """Make the file, or look at it without changing it. Raises StoreError."""
+def prepare(path: Path) -> bool:
+    """Make the file, or look at it without changing it; tells whether it was made. Raises StoreError."""
+    flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
+        try:
+            os.close(os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o600))
+            return True
+        except FileExistsError:
+            descriptor = os.open(path, flags)
     except OSError as error:
         raise StoreError(f"the state file {path} cannot be opened: {error.strerror}") from None
     try:
@@ -45,19 +50,24 @@ def prepare(path: Path) -> None:
         if not stat.S_ISREG(status.st_mode):
             raise StoreError(f"the state file {path} is no regular file")
         header = os.pread(descriptor, _HEADER_BYTES, 0)
-        if header and (header[:16] != _MAGIC or int.from_bytes(header[68:72]) != APPLICATION_ID):
+        if not header:
+            raise StoreError(
+                f"the state file {path} is damaged: it is empty; put a backup in its place, or remove it to start anew"
+            )
+        if header[:16] != _MAGIC or int.from_bytes(header[68:72]) != APPLICATION_ID:
             raise StoreError(f"{path} is no state file of siderolink; it was left as it is")
         if status.st_mode & 0o077:
             log.warning("the state file %s could be read by others; now it cannot", path)
             os.fchmod(descriptor, 0o600)
     finally:
         os.close(descriptor)
+    return False
 
 
 @asynccontextmanager
 async def open_file(path: Path) -> AsyncIterator[AsyncConnection]:
     """The one connection to a sound file of this version; an older one is brought up to it. Raises StoreError."""
-    prepare(path)
+    is_new = prepare(path)
     engine = create_async_engine(
         URL.create("sqlite+aiosqlite", database=str(path)),
         poolclass=StaticPool,
@@ -77,6 +87,17 @@ async def open_file(path: Path) -> AsyncIterator[AsyncConnection]:
     finally:
         with anyio.CancelScope(shield=True), anyio.move_on_after(CLOSE_SECONDS):
             await stack.aclose()
+        if is_new:
+            _remove_if_empty(path)
+
+
+def _remove_if_empty(path: Path) -> None:
+    """Nothing was written to a new file: left behind, it would be taken for a damaged one."""
+    try:
+        if not path.stat().st_size:
+            path.unlink()
+    except OSError:
+        pass
 
 
 def _set_up(dbapi_connection: Any, _: object) -> None:

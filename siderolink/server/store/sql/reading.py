@@ -6,17 +6,20 @@ from collections.abc import Hashable, Iterable, Sequence
 import aiosqlite
 
 from siderolink.common.errors import StoreError
-from siderolink.server.store.base import Machine, ServerRecord
+from siderolink.server.store.base import Claim, Machine, ServerRecord
 from siderolink.server.store.sql import statements
 from siderolink.server.store.sql.failures import translated
 
 Key = tuple[str, Hashable]
-"""What was read or written: a column of the machines and its value, or BAN and a UUID, or SERVER."""
+"""What was read or written: a column of the machines and its value; BAN and a Ban; CLAIMS_OF and a machine's id; CLAIM_KEY and
+a public key; or SERVER."""
 
 BAN = "ban"
+CLAIMS_OF = "claims of"
+CLAIM_KEY = "claim key"
 SERVER: Key = ("server", 1)
 
-Found = Machine | ServerRecord | bool | None
+Found = Machine | Claim | Sequence[Claim] | ServerRecord | bool | None
 
 
 class Reader:
@@ -74,10 +77,24 @@ class Reader:
             by_column.setdefault(column, []).append(value)
         banned = by_column.pop(BAN, None)
         if banned is not None:
-            found |= {(BAN, node_uuid): True for node_uuid in await statements.find_bans(self._driver, banned)}
+            found |= {(BAN, ban): True for ban in await statements.find_bans(self._driver, banned)}
         if by_column.pop(SERVER[0], None) is not None:
             found[SERVER] = await statements.find_server(self._driver)
+        found |= await self._fetch_claims(by_column.pop(CLAIMS_OF, []), by_column.pop(CLAIM_KEY, []))
         if by_column:
             for machine in await statements.find_machines(self._driver, by_column):
-                found |= {(name, getattr(machine, name)): machine for name in by_column}
+                names = (name for name in by_column if name != "node_uuid" or machine.is_accepted)
+                found |= {(name, getattr(machine, name)): machine for name in names}
         return found
+
+    async def _fetch_claims(self, machine_ids: list[Hashable], keys: list[Hashable]) -> dict[Key, Found]:
+        wanted = {name: values for name, values in (("machine_id", machine_ids), ("public_key", keys)) if values}
+        if not wanted:
+            return {}
+        of_machine: dict[Hashable, list[Claim]] = {machine_id: [] for machine_id in machine_ids}
+        found: dict[Key, Found] = {}
+        for claim in sorted(await statements.find_claims(self._driver, wanted), key=lambda claim: claim.created_at):
+            found[CLAIM_KEY, claim.public_key] = claim
+            if claim.machine_id in of_machine:
+                of_machine[claim.machine_id].append(claim)
+        return found | {(CLAIMS_OF, machine_id): claims for machine_id, claims in of_machine.items()}

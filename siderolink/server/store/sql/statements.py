@@ -3,93 +3,168 @@
 Each is one visit to the driver's thread, which costs a busy event loop more than the statement: SQLAlchemy's way takes four.
 """
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import aiosqlite
-from sqlalchemy import bindparam, delete, insert, select, update
+from sqlalchemy import Table, and_, bindparam, delete, func, insert, or_, select, update
 from sqlalchemy.dialects import sqlite
-from sqlalchemy.sql import ClauseElement
+from sqlalchemy.sql import ClauseElement, ColumnElement
 
-from siderolink.server.store.base import Machine, ServerRecord, Sighting
+from siderolink.server.store.base import Ban, Claim, LastSeen, Machine, MachineAdmission, ServerRecord
 from siderolink.server.store.sql import tables
 
 Row = Sequence[Any]
 
 
-def _text(statement: ClauseElement) -> str:
-    return str(statement.compile(dialect=sqlite.dialect()))
+class Statement:
+    """A statement's text, and the order in which it takes its parameters."""
+
+    def __init__(self, clause: ClauseElement) -> None:
+        compiled = clause.compile(dialect=sqlite.dialect())
+        self.text = str(compiled)
+        self._order: list[str] = list(getattr(compiled, "positiontup", None) or ())
+        self._fixed = {name: value for name, value in compiled.params.items() if value is not None}
+
+    def values(self, given: Mapping[str, Any]) -> list[Any]:
+        """Parameters by name, in order."""
+        return [given[name] if name in given else self._fixed[name] for name in self._order]
+
+    async def many(self, driver: aiosqlite.Connection, rows: Sequence[Mapping[str, Any]]) -> None:
+        if rows:
+            await driver.executemany(self.text, [self.values(row) for row in rows])
 
 
-_NAMES = [column.name for column in tables.machines.columns]
-_SELECT = _text(select(tables.machines))
-_INSERT = _text(insert(tables.machines))
-_DELETE = _text(delete(tables.machines).where(tables.machines.c.id == bindparam("machine")))
-_SELECT_BANS = _text(select(tables.bans.c.node_uuid))
-_INSERT_BAN = _text(insert(tables.bans))
-_DELETE_BAN = _text(delete(tables.bans).where(tables.bans.c.node_uuid == bindparam("uuid")))
-_SELECT_SERVER = _text(select(tables.server))
-_INSERT_SERVER = _text(insert(tables.server))
-_DELETE_SERVER = _text(delete(tables.server))
-_NOTE = _text(
+def _names(table: Table) -> list[str]:
+    return [column.name for column in table.columns]
+
+
+_MACHINE_NAMES, _CLAIM_NAMES = _names(tables.machines), _names(tables.claims)
+_INSERT_MACHINE, _INSERT_CLAIM, _INSERT_BAN, _INSERT_SERVER = (
+    Statement(insert(table)) for table in (tables.machines, tables.claims, tables.bans, tables.server)
+)
+_DELETE_MACHINE = Statement(delete(tables.machines).where(tables.machines.c.id == bindparam("machine")))
+_DELETE_CLAIM = Statement(delete(tables.claims).where(tables.claims.c.id == bindparam("claim")))
+_DELETE_BAN = Statement(
+    delete(tables.bans).where(tables.bans.c.kind == bindparam("kind"), tables.bans.c.value == bindparam("value"))
+)
+_DELETE_SERVER = Statement(delete(tables.server))
+_SELECT_SERVER = Statement(select(tables.server))
+
+_ROW = tables.machines.c
+_NOTE = Statement(
     update(tables.machines)
-    .values(last_endpoint=bindparam("endpoint"), last_handshake_at=bindparam("handshake"), seen_at=bindparam("at"))
-    .where(tables.machines.c.id == bindparam("machine"))
-).replace("last_handshake_at=?", "last_handshake_at=coalesce(?, last_handshake_at)")
+    .values(
+        last_endpoint=bindparam("endpoint"),
+        last_handshake_at=func.coalesce(bindparam("handshake"), _ROW.last_handshake_at),
+        last_source=func.coalesce(bindparam("source"), _ROW.last_source),
+        goodbye_at=func.coalesce(bindparam("goodbye"), _ROW.goodbye_at),
+        seen_at=bindparam("at"),
+    )
+    .where(_ROW.id == bindparam("machine"), or_(_ROW.seen_at.is_(None), _ROW.seen_at <= bindparam("seen_before")))
+)
 
 
-async def find_machines(driver: aiosqlite.Connection, wanted: dict[str, list[Hashable]]) -> list[Machine]:
+@lru_cache(maxsize=256)
+def _select(table: Table, shape: tuple[tuple[str, int], ...]) -> Statement:
+    """The rows that have one of so many values in one of the named columns. Of a UUID, only the accepted machine."""
+    matches: list[ColumnElement[bool]] = []
+    for name, count in shape:
+        match: ColumnElement[bool] = table.c[name].in_([bindparam(f"{name}_{number}") for number in range(count)])
+        if table is tables.machines and name == "node_uuid":
+            match = and_(match, table.c.admission == MachineAdmission.ACCEPTED.value)
+        matches.append(match)
+    return Statement(select(table).where(or_(*matches)))
+
+
+async def _find(driver: aiosqlite.Connection, table: Table, wanted: Mapping[str, list[Hashable]]) -> list[Mapping[str, Any]]:
+    padded = {name: _padded(values) for name, values in wanted.items()}
+    statement = _select(table, tuple((name, len(values)) for name, values in padded.items()))
+    given = {f"{name}_{at}": tables.cell(value) for name, values in padded.items() for at, value in enumerate(values)}
+    names = _names(table)
+    rows = await driver.execute_fetchall(statement.text, statement.values(given))
+    return [dict(zip(names, row, strict=True)) for row in rows]
+
+
+async def find_machines(driver: aiosqlite.Connection, wanted: Mapping[str, list[Hashable]]) -> list[Machine]:
     """All machines that have one of the wanted values in the column that it is wanted in."""
-    asked = [(name, wanted[name]) for name in _NAMES if name in wanted]
-    values = [tables.cell(value) for _, values in asked for value in _padded(values)]
-    matches = " OR ".join(f"machines.{name} IN ({_marks(values)})" for name, values in asked)
-    return [_machine(row) for row in await driver.execute_fetchall(f"{_SELECT} WHERE {matches}", values)]
+    return [tables.read_machine(row) for row in await _find(driver, tables.machines, wanted)]
 
 
-async def find_bans(driver: aiosqlite.Connection, wanted: list[Hashable]) -> list[str]:
-    found = await driver.execute_fetchall(f"{_SELECT_BANS} WHERE bans.node_uuid IN ({_marks(wanted)})", _padded(wanted))
-    return [str(node_uuid) for (node_uuid,) in found]
+async def find_claims(driver: aiosqlite.Connection, wanted: Mapping[str, list[Hashable]]) -> list[Claim]:
+    """As find_machines."""
+    return [tables.read_claim(row) for row in await _find(driver, tables.claims, wanted)]
+
+
+@lru_cache(maxsize=32)
+def _select_bans(count: int) -> Statement:
+    columns = tables.bans.c
+    matches = (
+        and_(columns.kind == bindparam(f"kind_{number}"), columns.value == bindparam(f"value_{number}"))
+        for number in range(count)
+    )
+    return Statement(select(tables.bans).where(or_(*matches)))
+
+
+async def find_bans(driver: aiosqlite.Connection, wanted: list[Hashable]) -> list[Ban]:
+    """Those of the wanted bans that there are."""
+    padded = [ban for ban in _padded(wanted) if isinstance(ban, Ban)]
+    statement = _select_bans(len(padded))
+    given = {f"kind_{at}": ban.kind.value for at, ban in enumerate(padded)}
+    given |= {f"value_{at}": ban.value for at, ban in enumerate(padded)}
+    rows = await driver.execute_fetchall(statement.text, statement.values(given))
+    return [tables.read_ban(kind, value) for kind, value in rows]
 
 
 async def find_server(driver: aiosqlite.Connection) -> ServerRecord | None:
-    rows = list(await driver.execute_fetchall(_SELECT_SERVER))
-    return tables.read_server(dict(zip(tables.server.columns.keys(), rows[0], strict=True))) if rows else None
+    rows = list(await driver.execute_fetchall(_SELECT_SERVER.text))
+    return tables.read_server(dict(zip(_names(tables.server), rows[0], strict=True))) if rows else None
 
 
 async def replace_machines(driver: aiosqlite.Connection, old: Iterable[str], new: Iterable[Machine]) -> None:
     """All out first, then in: on the way no two rows may hold the same value."""
-    await _many(driver, _DELETE, [(machine_id,) for machine_id in old])
-    await _many(driver, _INSERT, [[tables.cell(getattr(machine, name)) for name in _NAMES] for machine in new])
+    await _DELETE_MACHINE.many(driver, [{"machine": machine_id} for machine_id in old])
+    await _INSERT_MACHINE.many(driver, [_cells(machine, _MACHINE_NAMES) for machine in new])
 
 
-async def set_bans(driver: aiosqlite.Connection, bans: dict[str, bool]) -> None:
-    await _many(driver, _DELETE_BAN, [(node_uuid,) for node_uuid in bans])
-    await _many(driver, _INSERT_BAN, [(node_uuid,) for node_uuid, banned in bans.items() if banned])
+async def replace_claims(driver: aiosqlite.Connection, claims: Mapping[str, Claim | None]) -> None:
+    """Claims by id as they shall be; None for those to delete."""
+    await _DELETE_CLAIM.many(driver, [{"claim": claim_id} for claim_id in claims])
+    await _INSERT_CLAIM.many(driver, [_cells(claim, _CLAIM_NAMES) for claim in claims.values() if claim is not None])
+
+
+async def set_bans(driver: aiosqlite.Connection, bans: Mapping[Ban, bool]) -> None:
+    rows = [{"kind": ban.kind.value, "value": ban.value} for ban in bans]
+    await _DELETE_BAN.many(driver, rows)
+    await _INSERT_BAN.many(driver, [row for row, banned in zip(rows, bans.values(), strict=True) if banned])
 
 
 async def set_server(driver: aiosqlite.Connection, record: ServerRecord) -> None:
-    await _many(driver, _DELETE_SERVER, [()])
-    await _many(driver, _INSERT_SERVER, [list(tables.server_values(record).values())])
+    await _DELETE_SERVER.many(driver, [{}])
+    await _INSERT_SERVER.many(driver, [tables.server_values(record)])
 
 
-async def note(driver: aiosqlite.Connection, sightings: dict[str, Sighting]) -> None:
-    rows = [(seen.endpoint, seen.handshake_at, seen.seen_at, machine_id) for machine_id, seen in sightings.items()]
-    await _many(driver, _NOTE, rows)
+async def note(driver: aiosqlite.Connection, seen: Mapping[str, LastSeen]) -> None:
+    rows = [
+        {
+            "machine": machine_id,
+            "endpoint": one.endpoint,
+            "handshake": one.handshake_at,
+            "source": one.source,
+            "goodbye": one.goodbye_at,
+            "at": one.seen_at,
+            "seen_before": one.seen_at,
+        }
+        for machine_id, one in seen.items()
+    ]
+    await _NOTE.many(driver, rows)
 
 
-async def _many(driver: aiosqlite.Connection, statement: str, rows: Sequence[Row]) -> None:
-    if rows:
-        await driver.executemany(statement, rows)
-
-
-def _machine(row: Row) -> Machine:
-    return tables.read_machine(dict(zip(_NAMES, row, strict=True)))
+def _cells(row: Machine | Claim, names: Iterable[str]) -> dict[str, object]:
+    return {name: tables.cell(getattr(row, name)) for name in names}
 
 
 def _padded(values: list[Hashable]) -> list[Hashable]:
     """As many values as a power of two, so that few different statements have to be prepared."""
     return values + values[-1:] * ((1 << (len(values) - 1).bit_length()) - len(values))
-
-
-def _marks(values: list[Hashable]) -> str:
-    return ", ".join("?" * len(_padded(values)))

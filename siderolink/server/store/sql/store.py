@@ -1,7 +1,7 @@
 """A store in a SQLite file, which outlives the server: by SQLAlchemy's async engine and Alembic's migrations."""
 
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import TypeVar
@@ -13,7 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from siderolink.common.errors import StoreError
 from siderolink.common.tasks import background_tasks
-from siderolink.server.store.base import Change, Machine, Work
+from siderolink.server.store.base import Ban, Change, Claim, Machine, Work
 from siderolink.server.store.feed import DEFAULT_FEED_LIMIT, Feeds
 from siderolink.server.store.sql import tables
 from siderolink.server.store.sql.batches import Batches
@@ -85,6 +85,28 @@ class SqlStore:
             if len(page) < _PAGE:
                 return
             last = page[-1].id
+
+    async def bans(self) -> Sequence[Ban]:
+        found: list[Ban] = []
+
+        async def read() -> None:
+            async with self._connection.begin():
+                rows = await self._connection.execute(select(tables.bans))
+                found.extend(tables.read_ban(row.kind, row.value) for row in rows)
+
+        await self._batches.alone(read)
+        return found
+
+    async def all_claims(self) -> Sequence[Claim]:
+        found: list[Claim] = []
+
+        async def read() -> None:
+            async with self._connection.begin():
+                rows = await self._connection.execute(select(tables.claims).order_by(tables.claims.c.created_at))
+                found.extend(tables.read_claim(row) for row in rows.mappings())
+
+        await self._batches.alone(read)
+        return found
 
     def changes(self) -> AbstractAsyncContextManager[AsyncIterator[Change]]:
         return self._feeds.follow()

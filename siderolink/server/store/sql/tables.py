@@ -4,13 +4,13 @@ from collections.abc import Mapping
 from ipaddress import IPv6Address
 from typing import Any
 
-from sqlalchemy import Boolean, CheckConstraint, Column, Float, Integer, LargeBinary, MetaData, Table, Text
+from sqlalchemy import Boolean, CheckConstraint, Column, Float, Index, Integer, LargeBinary, MetaData, Table, Text
 
 from siderolink.common.errors import StoreError
 from siderolink.common.keys import KEY_BYTES, PrivateKey, PublicKey
-from siderolink.server.store.base import Machine, ServerRecord
+from siderolink.server.store.base import Ban, BanKind, Claim, Machine, MachineAdmission, ServerRecord
 
-HEAD = "1"
+HEAD = "2"
 """The newest migration, which these tables are."""
 
 metadata = MetaData()
@@ -19,7 +19,7 @@ machines = Table(
     "machines",
     metadata,
     Column("id", Text, primary_key=True),
-    Column("node_uuid", Text, nullable=False, unique=True),
+    Column("node_uuid", Text, nullable=False),
     Column("public_key", LargeBinary, unique=True),
     Column("overlay_address", LargeBinary, nullable=False, unique=True),
     Column("virtual_address", LargeBinary, unique=True),
@@ -35,9 +35,43 @@ machines = Table(
     Column("last_endpoint", Text),
     Column("last_handshake_at", Float),
     Column("seen_at", Float),
+    Column("unique_fingerprint", Text, nullable=False),
+    Column("admission", Text, nullable=False),
+    Column("has_uuid_conflict", Boolean, nullable=False),
+    Column("is_installed", Boolean, nullable=False),
+    Column("assigned_uuid", Text),
+    Column("assigned_token", Text),
+    Column("join_token_digest", LargeBinary),
+    Column("last_source", Text),
+    Column("goodbye_at", Float),
 )
+Index(
+    "accepted_uuids",
+    machines.c.node_uuid,
+    unique=True,
+    sqlite_where=machines.c.admission == MachineAdmission.ACCEPTED.value,
+)
+Index("uuids", machines.c.node_uuid)
 
-bans = Table("bans", metadata, Column("node_uuid", Text, primary_key=True))
+claims = Table(
+    "claims",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("machine_id", Text, nullable=False),
+    Column("public_key", LargeBinary, nullable=False, unique=True),
+    Column("virtual_address", LargeBinary, unique=True),
+    Column("unique_token_digest", LargeBinary),
+    Column("unique_fingerprint", Text, nullable=False),
+    Column("join_token_digest", LargeBinary),
+    Column("talos_version", Text, nullable=False),
+    Column("source", Text, nullable=False),
+    Column("basis", Text, nullable=False),
+    Column("created_at", Float, nullable=False),
+    Column("expires_at", Float, nullable=False),
+)
+Index("claimed_machines", claims.c.machine_id)
+
+bans = Table("bans", metadata, Column("kind", Text, primary_key=True), Column("value", Text, primary_key=True))
 
 server = Table(
     "server",
@@ -62,18 +96,39 @@ def read_machine(row: Mapping[Any, Any]) -> Machine:
     """Raises StoreError for a row that no server wrote."""
     fields = dict(row)
     key, virtual = fields.pop("public_key"), fields.pop("virtual_address")
-    tunnel, was_linked = fields.pop("tunnel"), fields.pop("was_linked")
+    fields |= {name: bool(fields[name]) for name in ("tunnel", "was_linked", "has_uuid_conflict", "is_installed")}
     try:
         return Machine(
             public_key=None if key is None else PublicKey(key),
             overlay_address=IPv6Address(fields.pop("overlay_address")),
             virtual_address=None if virtual is None else IPv6Address(virtual),
-            tunnel=bool(tunnel),
-            was_linked=bool(was_linked),
+            admission=MachineAdmission(fields.pop("admission")),
             **fields,
         )
     except (ValueError, TypeError):
         raise StoreError("the state holds a machine that no server wrote") from None
+
+
+def read_claim(row: Mapping[Any, Any]) -> Claim:
+    """Raises StoreError for a row that no server wrote."""
+    fields = dict(row)
+    virtual = fields.pop("virtual_address")
+    try:
+        return Claim(
+            public_key=PublicKey(fields.pop("public_key")),
+            virtual_address=None if virtual is None else IPv6Address(virtual),
+            **fields,
+        )
+    except (ValueError, TypeError):
+        raise StoreError("the state holds a claim that no server wrote") from None
+
+
+def read_ban(kind: str, value: str) -> Ban:
+    """Raises StoreError for a row that no server wrote."""
+    try:
+        return Ban(kind=BanKind(kind), value=value)
+    except ValueError:
+        raise StoreError("the state holds a ban that no server wrote") from None
 
 
 def server_values(record: ServerRecord) -> dict[str, object]:

@@ -1,22 +1,26 @@
 """One work's transaction within a batch: it reads the stored rows, and keeps what it wants changed until the batch commits."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from ipaddress import IPv6Address
 
 from siderolink.common.errors import StoreError
 from siderolink.common.keys import PublicKey
 from siderolink.server.store.base import (
+    Ban,
     BanChanged,
     Change,
+    Claim,
+    ClaimChanged,
+    LastSeen,
     Machine,
     MachineChanged,
     MachineDeleted,
     ServerRecord,
-    Sighting,
     UniqueViolationError,
     unique_values,
 )
-from siderolink.server.store.sql.reading import BAN, SERVER, Key, Reader
+from siderolink.server.store.sql.reading import BAN, CLAIM_KEY, CLAIMS_OF, SERVER, Key, Reader
 
 
 class SqlTransaction:
@@ -32,9 +36,11 @@ class SqlTransaction:
         """Rows by id as they shall be; None for those to delete."""
         self.stored: set[str] = set()
         """Ids of rows that were found in the database."""
-        self.bans: dict[str, bool] = {}
+        self.claimed: dict[str, Claim | None] = {}
+        """Claims by id as they shall be; None for those to delete."""
+        self.bans: dict[Ban, bool] = {}
         self.record: ServerRecord | None = None
-        self.sightings: dict[str, Sighting] = {}
+        self.seen: dict[str, LastSeen] = {}
         self.changes: list[Change] = []
 
     async def machine(self, machine_id: str) -> Machine | None:
@@ -60,16 +66,20 @@ class SqlTransaction:
         self.stored.add(found.id)
         return found
 
-    def expect(self, node_uuid: str, public_key: PublicKey) -> None:
-        self._reader.want(((BAN, node_uuid), ("node_uuid", node_uuid), ("public_key", public_key)))
+    def expect(self, node_uuid: str, public_key: PublicKey, bans: Iterable[Ban] = ()) -> None:
+        wanted: tuple[Key, ...] = (("node_uuid", node_uuid), ("public_key", public_key), (CLAIM_KEY, public_key))
+        self._reader.want((*((BAN, ban) for ban in bans), *wanted))
 
     def _find_here(self, key: Key) -> Machine | None:
         """A row of that value which this transaction has written."""
         column, value = key
         for row in self.rows.values():
-            if row is not None and getattr(row, column) == value:
+            if row is not None and getattr(row, column) == value and (column != "node_uuid" or row.is_accepted):
                 return row
         return None
+
+    async def machine_by_virtual_address(self, address: IPv6Address) -> Machine | None:
+        return await self._find(("virtual_address", address))
 
     async def insert(self, machine: Machine) -> Machine:
         if self._is_checked:
@@ -85,7 +95,8 @@ class SqlTransaction:
         return await self._put(replace(machine, revision=old.revision + 1), old)
 
     async def _put(self, machine: Machine, old: Machine | None) -> Machine:
-        new = [(column, value) for column, value in unique_values(machine) if old is None or getattr(old, column) != value]
+        before = set() if old is None else set(unique_values(old))
+        new = [key for key in unique_values(machine) if key not in before]
         if self._is_checked:
             self._reader.want(new)
         for key in new:
@@ -99,6 +110,8 @@ class SqlTransaction:
     async def delete(self, machine_id: str) -> Machine | None:
         machine = await self.machine(machine_id)
         if machine is not None:
+            for claim in await self.claims(machine_id):
+                await self.delete_claim(claim)
             self._write(machine_id, None, machine)
             self.changes.append(MachineDeleted(machine=machine))
         return machine
@@ -110,21 +123,52 @@ class SqlTransaction:
                 self.writes.update(unique_values(row))
         self.rows[machine_id] = machine
 
-    async def is_banned(self, node_uuid: str) -> bool:
-        if node_uuid in self.bans:
-            return self.bans[node_uuid]
-        self.reads.add((BAN, node_uuid))
-        return await self._reader.read((BAN, node_uuid)) is True
+    async def claims(self, machine_id: str) -> Sequence[Claim]:
+        self.reads.add((CLAIMS_OF, machine_id))
+        stored = await self._reader.read((CLAIMS_OF, machine_id))
+        found = [claim for claim in stored if claim.id not in self.claimed] if isinstance(stored, Sequence) else []
+        return found + [claim for claim in self.claimed.values() if claim is not None and claim.machine_id == machine_id]
 
-    async def set_banned(self, node_uuid: str, banned: bool) -> None:
-        if await self.is_banned(node_uuid) != banned:
-            self.writes.add((BAN, node_uuid))
-            self.bans[node_uuid] = banned
-            self.changes.append(BanChanged(node_uuid=node_uuid, banned=banned))
+    async def claim_by_key(self, public_key: PublicKey) -> Claim | None:
+        for claim in self.claimed.values():
+            if claim is not None and claim.public_key == public_key:
+                return claim
+        self.reads.add((CLAIM_KEY, public_key))
+        found = await self._reader.read((CLAIM_KEY, public_key))
+        return found if isinstance(found, Claim) and found.id not in self.claimed else None
 
-    async def note(self, sightings: Mapping[str, Sighting]) -> None:
-        self.writes |= {("id", machine_id) for machine_id in sightings}
-        self.sightings |= sightings
+    async def put_claim(self, claim: Claim) -> None:
+        other = await self.claim_by_key(claim.public_key)
+        if other is not None and other.id != claim.id:
+            raise UniqueViolationError("public_key")
+        self._write_claim(claim, claim)
+        self.changes.append(ClaimChanged(claim=claim, is_over=False))
+
+    async def delete_claim(self, claim: Claim) -> None:
+        found = await self.claim_by_key(claim.public_key)
+        if found is not None and found.id == claim.id:
+            self._write_claim(found, None)
+            self.changes.append(ClaimChanged(claim=found, is_over=True))
+
+    def _write_claim(self, claim: Claim, new: Claim | None) -> None:
+        self.writes |= {(CLAIMS_OF, claim.machine_id), (CLAIM_KEY, claim.public_key)}
+        self.claimed[claim.id] = new
+
+    async def is_banned(self, ban: Ban) -> bool:
+        if ban in self.bans:
+            return self.bans[ban]
+        self.reads.add((BAN, ban))
+        return await self._reader.read((BAN, ban)) is True
+
+    async def set_banned(self, ban: Ban, banned: bool) -> None:
+        if await self.is_banned(ban) != banned:
+            self.writes.add((BAN, ban))
+            self.bans[ban] = banned
+            self.changes.append(BanChanged(ban=ban, banned=banned))
+
+    async def note(self, seen: Mapping[str, LastSeen]) -> None:
+        self.writes |= {("id", machine_id) for machine_id in seen}
+        self.seen |= seen
 
     async def server(self) -> ServerRecord | None:
         if self.record is not None:

@@ -4,12 +4,21 @@
 # This file has been @generated
 
 __all__ = (
+    "AcceptRequest",
     "BackupRequest",
+    "BanEntry",
+    "BanRequest",
+    "BanResponse",
     "Chunk",
     "ControlBase",
     "ControlStub",
     "Event",
     "EventsRequest",
+    "ListMachinesRequest",
+    "Machine",
+    "MachineRequest",
+    "MachinesBase",
+    "MachinesStub",
     "Peer",
     "Reports",
     "RestoreResponse",
@@ -41,6 +50,21 @@ betterproto2.check_compiler_version(_COMPILER_VERSION)
 
 
 @dataclass(eq=False, repr=False)
+class AcceptRequest(betterproto2.Message):
+    name: "str" = betterproto2.field(1, betterproto2.TYPE_STRING)
+
+    forget_token: "bool" = betterproto2.field(2, betterproto2.TYPE_BOOL)
+    """
+    Free an accepted machine of its unique token; the next one that it brings is bound.
+    """
+
+
+default_message_pool.register_message(
+    "siderolink.control", "AcceptRequest", AcceptRequest
+)
+
+
+@dataclass(eq=False, repr=False)
 class BackupRequest(betterproto2.Message):
     pass
 
@@ -48,6 +72,52 @@ class BackupRequest(betterproto2.Message):
 default_message_pool.register_message(
     "siderolink.control", "BackupRequest", BackupRequest
 )
+
+
+@dataclass(eq=False, repr=False)
+class BanEntry(betterproto2.Message):
+    kind: "str" = betterproto2.field(1, betterproto2.TYPE_STRING)
+    """
+    "uuid", "key" or "unique".
+    """
+
+    value: "str" = betterproto2.field(2, betterproto2.TYPE_STRING)
+
+
+default_message_pool.register_message("siderolink.control", "BanEntry", BanEntry)
+
+
+@dataclass(eq=False, repr=False)
+class BanRequest(betterproto2.Message):
+    name: "str" = betterproto2.field(1, betterproto2.TYPE_STRING)
+
+    kind: "str" = betterproto2.field(2, betterproto2.TYPE_STRING)
+    """
+    "uuid", "key" or "unique"; empty for the UUID.
+    """
+
+
+default_message_pool.register_message("siderolink.control", "BanRequest", BanRequest)
+
+
+@dataclass(eq=False, repr=False)
+class BanResponse(betterproto2.Message):
+    ban: "BanEntry | None" = betterproto2.field(
+        1, betterproto2.TYPE_MESSAGE, optional=True
+    )
+    """
+    What is banned, or welcome again.
+    """
+
+    machine: "Machine | None" = betterproto2.field(
+        2, betterproto2.TYPE_MESSAGE, optional=True
+    )
+    """
+    The machine that was banned, as it was; absent if none was known by that name.
+    """
+
+
+default_message_pool.register_message("siderolink.control", "BanResponse", BanResponse)
 
 
 @dataclass(eq=False, repr=False)
@@ -85,6 +155,95 @@ class EventsRequest(betterproto2.Message):
 
 default_message_pool.register_message(
     "siderolink.control", "EventsRequest", EventsRequest
+)
+
+
+@dataclass(eq=False, repr=False)
+class ListMachinesRequest(betterproto2.Message):
+    pass
+
+
+default_message_pool.register_message(
+    "siderolink.control", "ListMachinesRequest", ListMachinesRequest
+)
+
+
+@dataclass(eq=False, repr=False)
+class Machine(betterproto2.Message):
+    id: "str" = betterproto2.field(1, betterproto2.TYPE_STRING)
+
+    node_uuid: "str" = betterproto2.field(2, betterproto2.TYPE_STRING)
+
+    public_key: "str" = betterproto2.field(3, betterproto2.TYPE_STRING)
+
+    overlay_address: "str" = betterproto2.field(4, betterproto2.TYPE_STRING)
+
+    admission: "str" = betterproto2.field(5, betterproto2.TYPE_STRING)
+    """
+    "accepted", "pending" or "denied".
+    """
+
+    link: "str" = betterproto2.field(6, betterproto2.TYPE_STRING)
+    """
+    "pending", "up" or "down".
+    """
+
+    talos_version: "str" = betterproto2.field(7, betterproto2.TYPE_STRING)
+
+    tunnel: "bool" = betterproto2.field(8, betterproto2.TYPE_BOOL)
+
+    has_unique_token: "bool" = betterproto2.field(9, betterproto2.TYPE_BOOL)
+
+    fingerprint: "str" = betterproto2.field(10, betterproto2.TYPE_STRING)
+
+    last_source: "str" = betterproto2.field(11, betterproto2.TYPE_STRING)
+
+    created_at: "float | None" = betterproto2.field(
+        12, betterproto2.TYPE_DOUBLE, optional=True
+    )
+    """
+    Unix times in seconds; absent if never.
+    """
+
+    joined_at: "float | None" = betterproto2.field(
+        13, betterproto2.TYPE_DOUBLE, optional=True
+    )
+
+    last_seen: "float | None" = betterproto2.field(
+        14, betterproto2.TYPE_DOUBLE, optional=True
+    )
+
+    has_uuid_conflict: "bool" = betterproto2.field(15, betterproto2.TYPE_BOOL)
+    """
+    The UUID is another machine's, or a vendor's placeholder.
+    """
+
+    join_token: "str" = betterproto2.field(16, betterproto2.TYPE_STRING)
+    """
+    By which token it came: the first digits of its SHA-256; empty without one.
+    """
+
+    join_token_admits: "str" = betterproto2.field(17, betterproto2.TYPE_STRING)
+    """
+    Whether that token is right now: "yes", "no", or "unknown" for a signed one.
+    """
+
+    assigned_uuid: "str" = betterproto2.field(18, betterproto2.TYPE_STRING)
+
+
+default_message_pool.register_message("siderolink.control", "Machine", Machine)
+
+
+@dataclass(eq=False, repr=False)
+class MachineRequest(betterproto2.Message):
+    name: "str" = betterproto2.field(1, betterproto2.TYPE_STRING)
+    """
+    An id, a UUID or a public key.
+    """
+
+
+default_message_pool.register_message(
+    "siderolink.control", "MachineRequest", MachineRequest
 )
 
 
@@ -371,6 +530,167 @@ class ControlStub(betterproto2_grpclib.ServiceStub):
             yield response
 
 
+class MachinesStub(betterproto2_grpclib.ServiceStub):
+    """
+    The machines of a running `serve`, for this host's administrator.
+    """
+
+    async def list(
+        self,
+        message: "ListMachinesRequest | None" = None,
+        *,
+        timeout: "float | None" = None,
+        deadline: "Deadline | None" = None,
+        metadata: "MetadataLike | None" = None,
+    ) -> "AsyncIterator[Machine]":
+
+        if message is None:
+            message = ListMachinesRequest()
+
+        async for response in self._unary_stream(
+            "/siderolink.control.Machines/List",
+            message,
+            Machine,
+            timeout=timeout,
+            deadline=deadline,
+            metadata=metadata,
+        ):
+            yield response
+
+    async def show(
+        self,
+        message: "MachineRequest",
+        *,
+        timeout: "float | None" = None,
+        deadline: "Deadline | None" = None,
+        metadata: "MetadataLike | None" = None,
+    ) -> "Machine":
+        """
+        Raises NOT_FOUND where the name is no id, UUID or public key of a machine.
+        """
+
+        return await self._unary_unary(
+            "/siderolink.control.Machines/Show",
+            message,
+            Machine,
+            timeout=timeout,
+            deadline=deadline,
+            metadata=metadata,
+        )
+
+    async def forget(
+        self,
+        message: "MachineRequest",
+        *,
+        timeout: "float | None" = None,
+        deadline: "Deadline | None" = None,
+        metadata: "MetadataLike | None" = None,
+    ) -> "Machine":
+
+        return await self._unary_unary(
+            "/siderolink.control.Machines/Forget",
+            message,
+            Machine,
+            timeout=timeout,
+            deadline=deadline,
+            metadata=metadata,
+        )
+
+    async def accept(
+        self,
+        message: "AcceptRequest",
+        *,
+        timeout: "float | None" = None,
+        deadline: "Deadline | None" = None,
+        metadata: "MetadataLike | None" = None,
+    ) -> "Machine":
+
+        return await self._unary_unary(
+            "/siderolink.control.Machines/Accept",
+            message,
+            Machine,
+            timeout=timeout,
+            deadline=deadline,
+            metadata=metadata,
+        )
+
+    async def deny(
+        self,
+        message: "MachineRequest",
+        *,
+        timeout: "float | None" = None,
+        deadline: "Deadline | None" = None,
+        metadata: "MetadataLike | None" = None,
+    ) -> "Machine":
+
+        return await self._unary_unary(
+            "/siderolink.control.Machines/Deny",
+            message,
+            Machine,
+            timeout=timeout,
+            deadline=deadline,
+            metadata=metadata,
+        )
+
+    async def ban(
+        self,
+        message: "BanRequest",
+        *,
+        timeout: "float | None" = None,
+        deadline: "Deadline | None" = None,
+        metadata: "MetadataLike | None" = None,
+    ) -> "BanResponse":
+
+        return await self._unary_unary(
+            "/siderolink.control.Machines/Ban",
+            message,
+            BanResponse,
+            timeout=timeout,
+            deadline=deadline,
+            metadata=metadata,
+        )
+
+    async def unban(
+        self,
+        message: "BanRequest",
+        *,
+        timeout: "float | None" = None,
+        deadline: "Deadline | None" = None,
+        metadata: "MetadataLike | None" = None,
+    ) -> "BanResponse":
+
+        return await self._unary_unary(
+            "/siderolink.control.Machines/Unban",
+            message,
+            BanResponse,
+            timeout=timeout,
+            deadline=deadline,
+            metadata=metadata,
+        )
+
+    async def bans(
+        self,
+        message: "ListMachinesRequest | None" = None,
+        *,
+        timeout: "float | None" = None,
+        deadline: "Deadline | None" = None,
+        metadata: "MetadataLike | None" = None,
+    ) -> "AsyncIterator[BanEntry]":
+
+        if message is None:
+            message = ListMachinesRequest()
+
+        async for response in self._unary_stream(
+            "/siderolink.control.Machines/Bans",
+            message,
+            BanEntry,
+            timeout=timeout,
+            deadline=deadline,
+            metadata=metadata,
+        ):
+            yield response
+
+
 class StateStub(betterproto2_grpclib.ServiceStub):
     """
     What a running `serve` does with what it remembers, on its local socket.
@@ -497,6 +817,171 @@ class ControlBase(betterproto2_grpclib.ServiceBase):
                 grpclib.const.Cardinality.UNARY_STREAM,
                 EventsRequest,
                 Event,
+            ),
+        }
+
+
+class MachinesBase(betterproto2_grpclib.ServiceBase):
+    """
+    The machines of a running `serve`, for this host's administrator.
+    """
+
+    async def list(self, message: "ListMachinesRequest") -> "AsyncIterator[Machine]":
+
+        raise grpclib.GRPCError(grpclib.const.Status.UNIMPLEMENTED)
+        yield Machine()
+
+    async def show(self, message: "MachineRequest") -> "Machine":
+        """
+        Raises NOT_FOUND where the name is no id, UUID or public key of a machine.
+        """
+
+        raise grpclib.GRPCError(grpclib.const.Status.UNIMPLEMENTED)
+
+    async def forget(self, message: "MachineRequest") -> "Machine":
+
+        raise grpclib.GRPCError(grpclib.const.Status.UNIMPLEMENTED)
+
+    async def accept(self, message: "AcceptRequest") -> "Machine":
+
+        raise grpclib.GRPCError(grpclib.const.Status.UNIMPLEMENTED)
+
+    async def deny(self, message: "MachineRequest") -> "Machine":
+
+        raise grpclib.GRPCError(grpclib.const.Status.UNIMPLEMENTED)
+
+    async def ban(self, message: "BanRequest") -> "BanResponse":
+
+        raise grpclib.GRPCError(grpclib.const.Status.UNIMPLEMENTED)
+
+    async def unban(self, message: "BanRequest") -> "BanResponse":
+
+        raise grpclib.GRPCError(grpclib.const.Status.UNIMPLEMENTED)
+
+    async def bans(self, message: "ListMachinesRequest") -> "AsyncIterator[BanEntry]":
+
+        raise grpclib.GRPCError(grpclib.const.Status.UNIMPLEMENTED)
+        yield BanEntry()
+
+    async def __rpc_list(
+        self, stream: "grpclib.server.Stream[ListMachinesRequest, Machine]"
+    ) -> None:
+        request = await stream.recv_message()
+        assert request is not None
+        await self._call_rpc_handler_server_stream(
+            self.list,
+            stream,
+            request,
+        )
+
+    async def __rpc_show(
+        self, stream: "grpclib.server.Stream[MachineRequest, Machine]"
+    ) -> None:
+        request = await stream.recv_message()
+        assert request is not None
+        response = await self.show(request)
+        await stream.send_message(response)
+
+    async def __rpc_forget(
+        self, stream: "grpclib.server.Stream[MachineRequest, Machine]"
+    ) -> None:
+        request = await stream.recv_message()
+        assert request is not None
+        response = await self.forget(request)
+        await stream.send_message(response)
+
+    async def __rpc_accept(
+        self, stream: "grpclib.server.Stream[AcceptRequest, Machine]"
+    ) -> None:
+        request = await stream.recv_message()
+        assert request is not None
+        response = await self.accept(request)
+        await stream.send_message(response)
+
+    async def __rpc_deny(
+        self, stream: "grpclib.server.Stream[MachineRequest, Machine]"
+    ) -> None:
+        request = await stream.recv_message()
+        assert request is not None
+        response = await self.deny(request)
+        await stream.send_message(response)
+
+    async def __rpc_ban(
+        self, stream: "grpclib.server.Stream[BanRequest, BanResponse]"
+    ) -> None:
+        request = await stream.recv_message()
+        assert request is not None
+        response = await self.ban(request)
+        await stream.send_message(response)
+
+    async def __rpc_unban(
+        self, stream: "grpclib.server.Stream[BanRequest, BanResponse]"
+    ) -> None:
+        request = await stream.recv_message()
+        assert request is not None
+        response = await self.unban(request)
+        await stream.send_message(response)
+
+    async def __rpc_bans(
+        self, stream: "grpclib.server.Stream[ListMachinesRequest, BanEntry]"
+    ) -> None:
+        request = await stream.recv_message()
+        assert request is not None
+        await self._call_rpc_handler_server_stream(
+            self.bans,
+            stream,
+            request,
+        )
+
+    def __mapping__(self) -> "dict[str, grpclib.const.Handler]":
+        return {
+            "/siderolink.control.Machines/List": grpclib.const.Handler(
+                self.__rpc_list,
+                grpclib.const.Cardinality.UNARY_STREAM,
+                ListMachinesRequest,
+                Machine,
+            ),
+            "/siderolink.control.Machines/Show": grpclib.const.Handler(
+                self.__rpc_show,
+                grpclib.const.Cardinality.UNARY_UNARY,
+                MachineRequest,
+                Machine,
+            ),
+            "/siderolink.control.Machines/Forget": grpclib.const.Handler(
+                self.__rpc_forget,
+                grpclib.const.Cardinality.UNARY_UNARY,
+                MachineRequest,
+                Machine,
+            ),
+            "/siderolink.control.Machines/Accept": grpclib.const.Handler(
+                self.__rpc_accept,
+                grpclib.const.Cardinality.UNARY_UNARY,
+                AcceptRequest,
+                Machine,
+            ),
+            "/siderolink.control.Machines/Deny": grpclib.const.Handler(
+                self.__rpc_deny,
+                grpclib.const.Cardinality.UNARY_UNARY,
+                MachineRequest,
+                Machine,
+            ),
+            "/siderolink.control.Machines/Ban": grpclib.const.Handler(
+                self.__rpc_ban,
+                grpclib.const.Cardinality.UNARY_UNARY,
+                BanRequest,
+                BanResponse,
+            ),
+            "/siderolink.control.Machines/Unban": grpclib.const.Handler(
+                self.__rpc_unban,
+                grpclib.const.Cardinality.UNARY_UNARY,
+                BanRequest,
+                BanResponse,
+            ),
+            "/siderolink.control.Machines/Bans": grpclib.const.Handler(
+                self.__rpc_bans,
+                grpclib.const.Cardinality.UNARY_STREAM,
+                ListMachinesRequest,
+                BanEntry,
             ),
         }
 

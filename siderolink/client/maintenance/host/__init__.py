@@ -1,1 +1,0 @@
-"""What the kernel and the firmware say of this host: plain functions that read files, to be called in a thread."""

@@ -1,0 +1,147 @@
+"""What the link means for the API: where it listens, and what the resources about SideroLink say."""
+
+import contextlib
+import socket
+from ipaddress import IPv6Address
+
+from siderolink.client.link.events import Connected, InterfaceConfigured, Joined, Left, LinkDown, LinkEvent, Reestablished
+from siderolink.client.maintenance.api import Everywhere, MaintenanceApi, Nowhere, OnOverlay
+from siderolink.client.maintenance.resources.definitions import (
+    LINK_SPEC,
+    SIDEROLINK_CONFIG,
+    SIDEROLINK_STATUS,
+    SIDEROLINK_TUNNEL,
+)
+from siderolink.client.maintenance.resources.specs import (
+    link_spec,
+    siderolink_config,
+    siderolink_status,
+    siderolink_tunnel,
+)
+from siderolink.common.addressing import parse_peer_addr_port
+from siderolink.common.join_url import JoinURL
+from siderolink.common.keys import PrivateKey
+
+CONFIG_ID = "siderolink"
+STATUS_ID = "siderolink-status"
+TUNNEL_ID = "siderolink-tunnel"
+_KEEPALIVE = 25
+
+
+class LinkPresence:
+    """Follows a machine's link on behalf of its API.
+
+    presence.configured(url)                        # SideroLink is configured: the API listens nowhere, for now
+    connect(url, on_event=presence.on_event)        # and on the overlay address once there is one
+    presence.removed()                              # no SideroLink any more: everywhere
+    """
+
+    def __init__(self, api: MaintenanceApi, *, private_key: PrivateKey | None = None) -> None:
+        """`private_key` is the one that `connect` is given, for admins to read with the interface's specification."""
+        self._api = api
+        self._private_key = private_key
+        self._url: JoinURL | None = None
+        self._joined: Joined | None = None
+        self._interface: InterfaceConfigured | None = None
+        self._connected = False
+
+    def configured(self, url: JoinURL) -> None:
+        """The machine is told to join by this URL."""
+        self._forget_link()
+        self._url = url
+        self._api.move(Nowhere())
+        self._api.resources.put(SIDEROLINK_CONFIG, CONFIG_ID, siderolink_config(url))
+        self._show_status()
+
+    def removed(self) -> None:
+        """The machine is told to use no SideroLink."""
+        self._forget_link()
+        self._url = None
+        self._api.resources.remove(SIDEROLINK_CONFIG, CONFIG_ID)
+        self._api.resources.remove(SIDEROLINK_STATUS, STATUS_ID)
+        self._api.move(Everywhere())
+
+    def on_event(self, event: LinkEvent) -> None:
+        """Take what happens to the link."""
+        match event:
+            case Joined():
+                # With another address or transport comes another interface, and its own event.
+                if self._joined is not None and (event.address, event.transport) != (
+                    self._joined.address,
+                    self._joined.transport,
+                ):
+                    self._interface = None
+                self._joined = event
+                self._settle()
+            case InterfaceConfigured():
+                self._interface = event
+                self._settle()
+            case Connected() | Reestablished():
+                self._connected = True
+            case LinkDown():
+                self._connected = False
+            case Left():
+                self._forget_link()
+                if self._url is not None:
+                    self._api.move(Nowhere())
+            case _:
+                return
+        self._show_status()
+
+    def _settle(self) -> None:
+        joined, interface = self._joined, self._interface
+        if joined is None or interface is None or self._url is None:
+            if self._url is not None:
+                self._api.move(Nowhere())
+            return
+        self._api.move(
+            OnOverlay(
+                address=joined.address.ip,
+                interface=interface.interface,
+                server=joined.server_address,
+                interface_index=_index(interface.interface),
+            )
+        )
+        self._show_link(self._url, joined, interface)
+
+    def _show_link(self, url: JoinURL, joined: Joined, interface: InterfaceConfigured) -> None:
+        resources = self._api.resources
+        name = interface.interface
+        endpoint = joined.endpoints[0] if joined.endpoints else joined.virtual_address
+        spec = link_spec(
+            name,
+            mtu=interface.mtu,
+            server_key=str(joined.server_key),
+            server=joined.server_address,
+            endpoint=endpoint,
+            keepalive=_KEEPALIVE,
+            private_key=self._private_key,
+        )
+        resources.replace(LINK_SPEC, {name: spec})
+        if not joined.virtual_address:
+            resources.remove(SIDEROLINK_TUNNEL, TUNNEL_ID)
+            return
+        address, port = parse_peer_addr_port(joined.virtual_address)
+        tunnel = siderolink_tunnel(url, link=name, mtu=interface.mtu, address=IPv6Address(address), port=port)
+        resources.put(SIDEROLINK_TUNNEL, TUNNEL_ID, tunnel)
+
+    def _show_status(self) -> None:
+        if self._url is None:
+            return
+        interface = self._interface.interface if self._interface else ""
+        tunnel = self._joined is not None and self._joined.transport == "tunnel"
+        status = siderolink_status(self._url, connected=self._connected, link=interface, tunnel=tunnel)
+        self._api.resources.put(SIDEROLINK_STATUS, STATUS_ID, status)
+
+    def _forget_link(self) -> None:
+        self._joined = self._interface = None
+        self._connected = False
+        self._api.resources.replace(LINK_SPEC, {})
+        self._api.resources.remove(SIDEROLINK_TUNNEL, TUNNEL_ID)
+
+
+def _index(interface: str) -> int:
+    """The kernel's number of the interface; 0 where there is none now."""
+    with contextlib.suppress(OSError):
+        return socket.if_nametoindex(interface)
+    return 0

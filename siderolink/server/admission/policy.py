@@ -1,0 +1,128 @@
+"""Join token or unique token: which of them admits a call, by the server's mode. Pure decisions."""
+
+import re
+from dataclasses import dataclass
+from enum import StrEnum
+
+from siderolink.common.errors import ConfigurationError
+from siderolink.server.admission.request import Credentials, Refusal
+from siderolink.server.admission.tokens import JoinTokenState, UniqueToken
+from siderolink.server.refusals import JoinRefusal
+from siderolink.server.store import Machine
+
+_RELEASE = re.compile(r"v?(\d{1,9})\.(\d{1,9})\.(\d{1,9})(-[0-9A-Za-z.-]+)?(\+[0-9A-Za-z.-]+)?")
+_FIRST_WITH_TOKENS = (1, 6, 0)
+_MISSING_VERSION = "1.5.0"
+UNAUTHORIZED = "unauthorized"
+_UNSUPPORTED = "Talos version {} is not supported on this Omni instance as '--join-tokens-mode' is set to 'strict'"
+"""Word for word what machines' operators search for."""
+
+
+class JoinTokensMode(StrEnum):
+    """Which machines need a unique token. None, the absence of a mode: nobody; a machine that has one is bound to it."""
+
+    LEGACY = "legacy"
+    """The join token decides; a unique token does not help."""
+    LEGACY_ALLOWED = "legacyAllowed"
+    """Machines of release 1.6 or newer need a unique token; older ones join by the join token, unless their UUID has one."""
+    STRICT = "strict"
+    """As legacyAllowed, and older machines are refused."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JoinPolicy:
+    """What an operator chooses about admission."""
+
+    mode: JoinTokensMode | None = None
+    trust_fingerprints: bool = False
+    """As other servers do: a machine with the hardware addresses of the bound unique token may replace the token, unless it is
+    installed. The addresses are no secret."""
+    forget_after: float | None = None
+    """Seconds after which a machine that nobody has heard is forgotten; None for never."""
+
+    def __post_init__(self) -> None:
+        """Raises ConfigurationError."""
+        if self.forget_after is not None and not self.forget_after > 0:
+            raise ConfigurationError(f"forget_after is a time above 0 s, not {self.forget_after}")
+
+    @property
+    def has_pending(self) -> bool:
+        return self.mode in (JoinTokensMode.LEGACY_ALLOWED, JoinTokensMode.STRICT)
+
+
+class Verdict(StrEnum):
+    """How a call may go on."""
+
+    ACCEPT = "accept"
+    PENDING = "pending"
+    """It has no unique token: it gets a link of its own, and is given one."""
+    CONFLICT = "conflict"
+    """Its UUID is another machine's, or nobody's: it gets a link of its own, and is given a UUID."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Known:
+    """What the store knows of the call's UUID and key."""
+
+    owner: Machine | None = None
+    """The accepted machine of the UUID."""
+    is_equal: bool = False
+    """The call's unique token is the one that is bound, or that this server chose for the machine."""
+
+
+def supports_unique_tokens(version: str | None) -> bool:
+    """Whether a release knows unique tokens: 1.6.0 or newer. No version counts as 1.5.0; an unreadable one as older, too."""
+    match = _RELEASE.fullmatch(_MISSING_VERSION if version is None else version)
+    if match is None:
+        return False
+    release = (int(match[1]), int(match[2]), int(match[3]))
+    return release > _FIRST_WITH_TOKENS or (release == _FIRST_WITH_TOKENS and match[4] is None)
+
+
+def decide(policy: JoinPolicy, given: Credentials, known: Known) -> Verdict | Refusal:
+    """Whether the tokens of a call admit it. The order of the checks, and the texts, are those of other servers."""
+    mode = policy.mode
+    if mode is None:
+        return _decide_either(given, known)
+    if given.join.state is JoinTokenState.MALFORMED:
+        return Refusal(JoinRefusal.INVALID_JOIN_TOKEN, f"invalid join token {given.join.error}")
+    if given.unique is not None and not given.unique.is_json:
+        return Refusal(JoinRefusal.UNREADABLE_UNIQUE_TOKEN, "the node unique token is not JSON")
+    is_new_enough = supports_unique_tokens(given.version)
+    if mode is JoinTokensMode.STRICT and not is_new_enough:
+        return Refusal(JoinRefusal.UNSUPPORTED_VERSION, _UNSUPPORTED.format(given.version or ""))
+    if mode is JoinTokensMode.LEGACY or not is_new_enough:
+        return _decide_legacy(mode, given, known)
+    if not (given.join.is_valid or known.is_equal):
+        return Refusal(JoinRefusal.INVALID_JOIN_TOKEN, UNAUTHORIZED)
+    if given.unique is None:
+        return Verdict.PENDING
+    return _decide_bound(policy, given.unique, known)
+
+
+def _decide_bound(policy: JoinPolicy, unique: UniqueToken, known: Known) -> Verdict | Refusal:
+    """The call has a unique token: is another one bound to its UUID?"""
+    owner = known.owner
+    if owner is None or owner.bound_digest is None or known.is_equal:
+        return Verdict.ACCEPT
+    if unique.fingerprint and unique.fingerprint == owner.unique_fingerprint:
+        may_replace = policy.trust_fingerprints and not owner.is_installed
+        return Verdict.ACCEPT if may_replace else Refusal(JoinRefusal.OTHER_UNIQUE_TOKEN, UNAUTHORIZED)
+    return Verdict.CONFLICT
+
+
+def _decide_either(given: Credentials, known: Known) -> Verdict | Refusal:
+    """Without a mode, either token admits."""
+    if given.join.is_valid or known.is_equal:
+        return Verdict.ACCEPT
+    error = f" {given.join.error}" if given.join.error else ""
+    return Refusal(JoinRefusal.INVALID_JOIN_TOKEN, f"invalid join token{error}")
+
+
+def _decide_legacy(mode: JoinTokensMode, given: Credentials, known: Known) -> Verdict | Refusal:
+    is_secured = mode is JoinTokensMode.LEGACY_ALLOWED and known.owner is not None and known.owner.bound_digest is not None
+    if not given.join.is_valid:
+        return Refusal(JoinRefusal.INVALID_JOIN_TOKEN, UNAUTHORIZED)
+    if is_secured:
+        return Refusal(JoinRefusal.OTHER_UNIQUE_TOKEN, UNAUTHORIZED)
+    return Verdict.ACCEPT

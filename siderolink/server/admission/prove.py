@@ -1,0 +1,111 @@
+"""What a handshake proves: the key of a row, or of a claim, which is then checked again; each inside one transaction."""
+
+from dataclasses import dataclass, replace
+
+from siderolink.common.keys import PublicKey
+from siderolink.server.admission import rules
+from siderolink.server.admission.policy import JoinPolicy
+from siderolink.server.admission.request import Liveness
+from siderolink.server.admission.rules import Basis
+from siderolink.server.clock import Clock
+from siderolink.server.store import Claim, Machine, Transaction
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Proof:
+    """What the first handshake with a key changed."""
+
+    machine: Machine | None
+    """The row as it is now; None where the key proves nothing."""
+    before: Machine | None = None
+    """The row before a claim was proved."""
+    claim: Claim | None = None
+    basis: Basis | None = None
+    has_bound: bool = False
+    """The unique token was bound just now."""
+
+
+class Proofs:
+    """Moves rows to keys that were proved."""
+
+    def __init__(self, liveness: Liveness, clock: Clock, policy: JoinPolicy) -> None:
+        self._liveness = liveness
+        self._clock = clock
+        self._policy = policy
+
+    async def prove(self, transaction: Transaction, public_key: PublicKey) -> Proof:
+        """The first handshake with a key: note that the row's own key is proved, or check its claim again and move the row."""
+        now = self._clock.time()
+        row = await transaction.machine_by_key(public_key)
+        if row is not None:
+            if row.linked_at is not None:
+                return Proof(machine=None)
+            has_bound = not row.was_linked and row.unique_token_digest is not None
+            row = await transaction.update(replace(row, linked_at=now, was_linked=True))
+            return Proof(machine=row, has_bound=has_bound)
+        claim = await transaction.claim_by_key(public_key)
+        before = None if claim is None else await transaction.machine(claim.machine_id)
+        if claim is None:
+            return Proof(machine=None)
+        await transaction.delete_claim(claim)
+        if before is None or claim.expires_at <= now:
+            return Proof(machine=None, claim=claim)
+        link = await self._liveness.of(before)
+        trust = self._policy.trust_fingerprints
+        basis = rules.still_stands(before, claim, link, now, trust_fingerprints=trust)
+        if basis is None:
+            return Proof(machine=None, before=before, claim=claim)
+        row = replace(as_claimed(before, claim), linked_at=now, was_linked=True, joined_at=now, goodbye_at=None)
+        if claim.virtual_address is not None:
+            row = replace(row, virtual_issued_at=claim.created_at)
+        row = await transaction.update(row)
+        has_bound = row.unique_token_digest is not None and row.unique_token_digest != before.bound_digest
+        return Proof(machine=row, before=before, claim=claim, basis=basis, has_bound=has_bound)
+
+    async def move(self, transaction: Transaction, machine: Machine) -> tuple[Machine, Machine] | None:
+        """The holder of a key answered at the address of this new row: the key goes there. None where it is too late for that.
+
+        Returns the new row, and the one that had the key before.
+        """
+        assert machine.public_key is not None
+        holder = await transaction.machine_by_key(machine.public_key)
+        if holder is None or holder.bound_digest is not None or not holder.is_accepted:
+            return None
+        if await transaction.machine_by_uuid(machine.node_uuid) is not None:
+            return None
+        keeps_virtual = holder.virtual_address == machine.virtual_address
+        before = replace(holder, public_key=None, linked_at=None)
+        if keeps_virtual:
+            before = replace(before, virtual_address=None, virtual_issued_at=None)
+        before = await transaction.update(before)
+        now = self._clock.time()
+        return await transaction.insert(replace(machine, linked_at=now, was_linked=True, joined_at=now)), before
+
+
+def as_claimed(row: Machine, claim: Claim) -> Machine:
+    """The row as it will be once the claim is proved."""
+    is_bound = row.bound_digest is not None and rules.same_token(row, claim.unique_token_digest)
+    return replace(
+        row,
+        public_key=claim.public_key,
+        linked_at=None,
+        virtual_address=claim.virtual_address or row.virtual_address,
+        unique_token_digest=row.unique_token_digest if is_bound else claim.unique_token_digest or row.bound_digest,
+        unique_fingerprint=row.unique_fingerprint if is_bound else claim.unique_fingerprint or row.unique_fingerprint,
+        join_token_digest=claim.join_token_digest,
+        talos_version=claim.talos_version,
+        tunnel=claim.virtual_address is not None,
+    )
+
+
+async def expire(transaction: Transaction, machine_id: str) -> Machine | None:
+    """No handshake came in time: delete a machine that never had one; of any other, give up the key it did not prove.
+
+    Returns the row, deleted or changed; None where there was nothing to do.
+    """
+    machine = await transaction.machine(machine_id)
+    if machine is None or machine.linked_at is not None or machine.public_key is None and machine.was_linked:
+        return None
+    if machine.was_linked:
+        return await transaction.update(replace(machine, public_key=None))
+    return await transaction.delete(machine_id)

@@ -1,0 +1,141 @@
+"""Who may speak for which machine: pure decisions, by the row, the call, and what is known of the row's link.
+
+Nothing in a Provision call proves that the caller holds the private key; only a WireGuard handshake does. UUIDs and public keys
+are no secrets. So a call never changes a row that a handshake has proved: it makes a claim, and the rules are asked again when
+a handshake proves that.
+"""
+
+import hmac
+from dataclasses import dataclass
+from enum import StrEnum
+from ipaddress import IPv4Address, IPv6Address, ip_address
+
+from siderolink.common.errors import ConfigurationError
+from siderolink.common.hostport import HostPort
+from siderolink.server.store import Claim, Machine
+
+ALIVE_SECONDS = 60.0
+"""A link is alive for so long after its last authenticated packet: two keepalives (25 s each) may get lost."""
+STALE_SECONDS = 180.0
+"""After so long without one its sessions have ended (whitepaper, section 6.1: Reject-After-Time)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinkFacts:
+    """What is known of a machine's link."""
+
+    silence: float | None = None
+    """Seconds since this server heard an authenticated packet of it; None if it never did."""
+    unheard: float | None = None
+    """Seconds since any server may have heard it; None if its link was never proved."""
+    said_goodbye: bool = False
+    """It said goodbye, and nothing came since."""
+    source: str | None = None
+    """The address that its last authenticated packet came from."""
+    is_unanswered: bool = False
+    """Five probes stayed unanswered just now."""
+
+
+class Basis(StrEnum):
+    """Why a call may have what it asks for."""
+
+    NEW = "new machine"
+    SAME_KEY = "same key"
+    UNIQUE_TOKEN = "unique token"
+    FINGERPRINT = "same fingerprint"
+    NEVER_PROVED = "the row was never proved"
+    GOODBYE = "goodbye"
+    SILENCE = "silence"
+    PROBES = "unanswered probes"
+    ASSIGNED = "assigned by this server"
+    ECHO = "an echo at its new address"
+
+
+def same_token(machine: Machine, digest: bytes | None) -> bool:
+    """Whether the digest is of the unique token that is bound to the row, or came with its unproved key."""
+    known = machine.unique_token_digest
+    return known is not None and digest is not None and hmac.compare_digest(known, digest)
+
+
+def may_take(
+    row: Machine, digest: bytes | None, fingerprint: str, source: str, link: LinkFacts, *, trust_fingerprints: bool = False
+) -> Basis | None:
+    """May a call by another key than the row's have the row, once a handshake proves it? None where it may not."""
+    if row.bound_digest is not None:
+        if same_token(row, digest):
+            return Basis.UNIQUE_TOKEN
+        same_hardware = bool(fingerprint) and fingerprint == row.unique_fingerprint
+        return Basis.FINGERPRINT if trust_fingerprints and same_hardware and not row.is_installed else None
+    if not row.was_linked:
+        return Basis.NEVER_PROVED
+    if link.said_goodbye:
+        return Basis.GOODBYE
+    if link.unheard is None or link.unheard >= ALIVE_SECONDS:
+        return Basis.SILENCE
+    if link.is_unanswered and same_source(source, link.source):
+        return Basis.PROBES
+    return None
+
+
+def may_probe(row: Machine, source: str, link: LinkFacts) -> bool:
+    """Whether unanswered probes would let the call have the row: nothing is bound, and it comes from the link's own address."""
+    return row.bound_digest is None and not link.is_unanswered and same_source(source, link.source)
+
+
+def needs_virtual_address(machine: Machine | None, has_new_key: bool, link: LinkFacts, now: float) -> bool:
+    """Does a tunnel answer carry a fresh virtual address?
+
+    It does for a new key, and where the link that was there has died: existing machines restart a stuck tunnel only when the
+    address changes. It does not for a call repeated within one link, or soon after a fresh address was given.
+    """
+    if machine is None or machine.virtual_address is None or has_new_key:
+        return True
+    if machine.linked_at is None:
+        return False
+    just_issued = machine.virtual_issued_at is not None and 0 <= now - machine.virtual_issued_at < STALE_SECONDS
+    return not just_issued and (link.unheard is None or link.unheard >= STALE_SECONDS)
+
+
+def same_source(one: str | None, other: str | None) -> bool:
+    """Whether two addresses are one host's, as far as addresses tell: the same IPv4 address, or the same IPv6 /64."""
+    a, b = source_key(one), source_key(other)
+    return a is not None and a == b
+
+
+def source_key(source: str | None) -> str | None:
+    """What limits count by: an IPv4 address, or an IPv6 /64, of an address or of host:port; None for a local socket."""
+    address = _address(source or "")
+    if address is None:
+        return None
+    if isinstance(address, IPv6Address):
+        if address.ipv4_mapped is not None:
+            return str(address.ipv4_mapped)
+        return f"{IPv6Address(int(address) >> 64 << 64)}/64"
+    return str(address)
+
+
+def _address(source: str) -> IPv4Address | IPv6Address | None:
+    try:
+        return ip_address(source)
+    except ValueError:
+        pass
+    try:
+        return ip_address(HostPort.parse(source, port_zero=True).host)
+    except (ValueError, ConfigurationError):
+        return None
+
+
+def still_stands(row: Machine, claim: Claim, link: LinkFacts, now: float, *, trust_fingerprints: bool = False) -> Basis | None:
+    """The same question again when the claim's key was proved: the machine may have been heard, or another come first."""
+    basis = may_take(
+        row,
+        claim.unique_token_digest,
+        claim.unique_fingerprint,
+        claim.source,
+        link,
+        trust_fingerprints=trust_fingerprints,
+    )
+    if basis is not None or row.bound_digest is not None or claim.basis != Basis.PROBES.value:
+        return basis
+    # Probes stayed unanswered when the claim was made; only what was heard since disproves them.
+    return Basis.PROBES if link.unheard is None or link.unheard >= now - claim.created_at else None

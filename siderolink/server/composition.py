@@ -1,0 +1,195 @@
+"""What runs while a server does, put together."""
+
+from collections.abc import AsyncIterator
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass, replace
+from ipaddress import IPv6Address, IPv6Interface, IPv6Network
+
+from anyio.abc import TaskGroup
+
+from siderolink.common.addressing import overlay_prefix, server_address
+from siderolink.common.goodbye import GOODBYE_PORT
+from siderolink.common.grpc import GrpcServer, serve
+from siderolink.common.hostport import HostPort
+from siderolink.common.tasks import background_tasks
+from siderolink.common.wireguard.device import Device, DeviceConfig, DeviceEvent
+from siderolink.common.wireguard.opening import open_device
+from siderolink.server.admission.tokens import JoinTokenCheck
+from siderolink.server.api.provision import Answers, ProvisionService
+from siderolink.server.api.standard import HealthService, ReflectionService
+from siderolink.server.api.tunnel import TunnelService
+from siderolink.server.events import EventHub
+from siderolink.server.fleet.dialling import dial_remembered
+from siderolink.server.fleet.echo import Echoes, open_echoes
+from siderolink.server.fleet.fleet import Fleet, make_fleet
+from siderolink.server.fleet.goodbyes import Goodbyes
+from siderolink.server.fleet.last_seen import LastSeenNotes
+from siderolink.server.fleet.overlay_ports import OverlayPort, only_ports
+from siderolink.server.options import ServerOptions
+from siderolink.server.reporting import Reports, receive_reports
+from siderolink.server.store import Store
+from siderolink.server.store.server_record import recall_server, resume_timestamps
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parts:
+    """What runs while the server does."""
+
+    device: Device
+    prefix: IPv6Network
+    fleet: Fleet
+    provisioning: ProvisionService
+    tunnel: TunnelService
+    api: GrpcServer
+    endpoints: tuple[HostPort, ...]
+    reports: Reports | None
+
+
+class Composition:
+    """Makes the parts of one server, in the order in which they need each other."""
+
+    _prefix: IPv6Network
+    _address: IPv6Address
+
+    def __init__(self, options: ServerOptions, store: Store, events: EventHub, join_token: JoinTokenCheck) -> None:
+        self._options = options
+        self._store = store
+        self._events = events
+        self._join_token = join_token
+
+    @asynccontextmanager
+    async def run(self) -> AsyncIterator[Parts]:
+        options = self._options
+        fleet: Fleet | None = None
+        record = await recall_server(self._store, options.private_key, options.installation_id)
+        self._prefix = overlay_prefix(record.installation_id)
+        self._address = server_address(self._prefix)
+        stamps = resume_timestamps(record)
+
+        def on_device_event(event: DeviceEvent) -> None:
+            if fleet is not None:
+                fleet.monitor.on_device_event(event)
+
+        config = DeviceConfig(
+            name=options.interface,
+            private_key=record.private_key,
+            addresses=(IPv6Interface((self._address, self._prefix.prefixlen)),),
+            listen_port=options.device_listen_port,
+            isolate=True,
+            timestamps=stamps,
+            keep=options.keep_interface,
+            namespace=options.namespace,
+        )
+        async with open_device(options.device, config, on_device_event) as device:
+            fleet = make_fleet(
+                device,
+                self._store,
+                self._events,
+                self._prefix,
+                limits=options.limits,
+                policy=options.policy,
+                persistent_keepalive=options.persistent_keepalive,
+                last_seen=LastSeenNotes(self._store, stamps),
+            )
+            async with aclosing(fleet.last_seen), background_tasks() as tasks, self._echoes(device, fleet, tasks) as echoes:
+                # Changes are followed before the rows are read, so that none falls between; and both before the API listens.
+                await tasks.start(fleet.reconciler.follow)
+                await fleet.reconciler.load()
+                await device.settle()
+                self._start_tasks(device, fleet, tasks, echoes)
+                async with (
+                    self._receive_reports(device, fleet) as reports,
+                    only_ports(device.name, self._open_ports(reports), options.namespace),
+                    self._serve(device, fleet, reports) as parts,
+                ):
+                    yield parts
+
+    def _start_tasks(self, device: Device, fleet: Fleet, tasks: TaskGroup, echoes: Echoes | None) -> None:
+        options = self._options
+        tasks.start_soon(fleet.monitor.watch)
+        tasks.start_soon(fleet.last_seen.run)
+        goodbyes = Goodbyes(fleet.directory, fleet.monitor, fleet.machines.remove)
+        tasks.start_soon(goodbyes.run, self._address, device.name, options.namespace)
+        if echoes is not None:
+            tasks.start_soon(fleet.moves.run, echoes.ping)
+        if options.policy.has_pending:
+            tasks.start_soon(fleet.enrolment.run)
+        if options.policy.forget_after is not None:
+            tasks.start_soon(fleet.machines.forget_absent, options.policy.forget_after)
+        if options.dial:
+            tasks.start_soon(dial_remembered, fleet.directory, fleet.sessions, fleet.reconciler)
+
+    @asynccontextmanager
+    async def _echoes(self, device: Device, fleet: Fleet, tasks: TaskGroup) -> AsyncIterator[Echoes | None]:
+        def on_answer(address: IPv6Address) -> None:
+            if fleet.moves.awaits(address):
+                tasks.start_soon(fleet.moves.answered, address)
+
+        async with open_echoes(device.name, self._options.namespace, on_answer) as echoes:
+            fleet.liveness.set_echo(echoes)
+            yield echoes
+
+    @asynccontextmanager
+    async def _receive_reports(self, device: Device, fleet: Fleet) -> AsyncIterator[Reports | None]:
+        if self._options.reports is None:
+            yield None
+            return
+        async with receive_reports(
+            self._options.reports,
+            fleet.directory.machine_at,
+            self._events.subscribe(self._options.limits.event_limit),
+            address=self._address,
+            interface=device.name,
+            namespace=self._options.namespace,
+        ) as reports:
+            yield reports
+
+    def _open_ports(self, reports: Reports | None) -> list[OverlayPort] | None:
+        """What machines may dial; None for everything."""
+        named = self._options.open_ports
+        if named is None:
+            return None
+        used: list[tuple[int | None, str]] = [(GOODBYE_PORT, "udp")]
+        if reports is not None:
+            used += [(reports.event_sink_port, "tcp"), (reports.log_port, "tcp"), (reports.log_port, "udp")]
+        return [*named, *(OverlayPort.parse(f"{number}/{kind}") for number, kind in used if number is not None)]
+
+    @asynccontextmanager
+    async def _serve(self, device: Device, fleet: Fleet, reports: Reports | None) -> AsyncIterator[Parts]:
+        options = self._options
+        endpoints = tuple(
+            endpoint if endpoint.port else replace(endpoint, port=device.listen_port or 0) for endpoint in options.endpoints
+        )
+        provisioning = ProvisionService(
+            fleet.machines,
+            fleet.directory,
+            Answers(device.public_key, self._prefix, endpoints),
+            self._events,
+            self._join_token,
+            policy=options.policy,
+            server_key=device.public_key,
+            force_tunnel=options.force_tunnel,
+            authorize=options.authorize,
+            authorize_timeout=options.limits.authorize_timeout,
+        )
+        tunnel = TunnelService(fleet.directory, fleet.reconciler, fleet.monitor, device)
+        listen = options.api_address
+        async with serve(
+            [provisioning, tunnel.service(), HealthService(), ReflectionService()],
+            host=listen.host,
+            port=listen.port,
+            tls=options.tls,
+            limits=options.api_limits,
+            proxies=options.proxies,
+            has_tokens=True,
+        ) as api:
+            yield Parts(
+                device=device,
+                prefix=self._prefix,
+                fleet=fleet,
+                provisioning=provisioning,
+                tunnel=tunnel,
+                api=api,
+                endpoints=endpoints,
+                reports=reports,
+            )

@@ -1,0 +1,159 @@
+"""Enrolment: gives machines that have no unique token one, and those whose UUID is taken another, through their own API.
+
+Both values are chosen and stored before they are sent, so that each try sends the same ones. They are accepted as soon as the
+machine brings them. META key 16 holds the unique token, META key 15 the UUID.
+"""
+
+import hashlib
+import json
+import logging
+import uuid
+from dataclasses import replace
+
+import anyio
+from grpclib import GRPCError, Status
+
+from siderolink.common.backoff import Backoff
+from siderolink.common.errors import SideroLinkError
+from siderolink.common.grpc import GrpcChannel, translate_errors
+from siderolink.common.pb.cosi.resource import ListOptions, ListRequest, StateStub
+from siderolink.common.pb.google.protobuf import Empty
+from siderolink.common.pb.machine import MachineServiceStub, MetaWriteRequest
+from siderolink.common.pb.storage import StorageServiceStub
+from siderolink.common.pb.talos.resource.definitions.network import LinkStatusSpec
+from siderolink.server.admission.policy import JoinPolicy, supports_unique_tokens
+from siderolink.server.fleet.directory import Directory, Link, LinkState
+from siderolink.server.fleet.machine_api import open_machine_api
+from siderolink.server.fleet.reconciler import Reconciler
+from siderolink.server.fleet.sessions import Sessions
+from siderolink.server.store import Machine, Store, Transaction
+
+log = logging.getLogger(__name__)
+
+META_UUID, META_UNIQUE_TOKEN = 15, 16
+CALL_SECONDS = 10.0
+"""For all calls of one try."""
+MAX_AT_ONCE = 32
+_MAX_LINKS = 1024
+_ETHER = 1
+
+
+class Enrolment:
+    """Writes META to the machines that need it, one task for each."""
+
+    def __init__(
+        self, store: Store, directory: Directory, sessions: Sessions, reconciler: Reconciler, policy: JoinPolicy
+    ) -> None:
+        self._store = store
+        self._directory = directory
+        self._sessions = sessions
+        self._reconciler = reconciler
+        self._policy = policy
+        self._busy: set[str] = set()
+        self._limit = anyio.CapacityLimiter(MAX_AT_ONCE)
+
+    async def run(self) -> None:
+        """Serve every machine whose link comes up, for ever."""
+        async with anyio.create_task_group() as tasks:
+
+            def changed(link: Link) -> None:
+                if self._needs(link) and link.machine.id not in self._busy:
+                    self._busy.add(link.machine.id)
+                    tasks.start_soon(self._enrol, link.machine.id)
+
+            with self._sessions.watching(changed):
+                for link in self._directory:
+                    changed(link)
+                await anyio.sleep_forever()
+
+    def _needs(self, link: Link) -> bool:
+        machine = link.machine
+        if link.claim is not None or link.state is not LinkState.UP or not self._policy.has_pending:
+            return False
+        if not supports_unique_tokens(machine.talos_version):
+            return False
+        return _needs_uuid(machine) or machine.bound_digest is None
+
+    async def _enrol(self, machine_id: str) -> None:
+        """Try until the machine has what it needs, or its link is down."""
+        backoff = Backoff(first=0.5, cap=60.0, factor=1.5, floor=0.25)
+        try:
+            while (link := self._directory.get(machine_id)) is not None and self._needs(link):
+                try:
+                    async with self._limit:
+                        with anyio.fail_after(CALL_SECONDS):
+                            await self._write(link.machine)
+                    return
+                except (SideroLinkError, GRPCError, TimeoutError) as error:
+                    reason = str(error) or "no answer in time"
+                    log.info("machine %s could not be given its unique token yet: %s", link.machine.node_uuid, reason)
+                except Exception:
+                    log.exception("machine %s could not be given its unique token yet", link.machine.node_uuid)
+                await anyio.sleep(backoff.next())
+        finally:
+            self._busy.discard(machine_id)
+
+    async def _write(self, machine: Machine) -> None:
+        with translate_errors():
+            async with open_machine_api(machine) as channel:
+                is_installed = await _is_installed(channel)
+                fingerprint = await _fingerprint(channel) if machine.bound_digest is None else ""
+                machine = await self._choose(machine.id, fingerprint, is_installed)
+                service = MachineServiceStub(channel)
+                if machine.assigned_uuid is not None:
+                    await service.meta_write(MetaWriteRequest(key=META_UUID, value=machine.assigned_uuid.encode()))
+                if machine.assigned_token is not None:
+                    await service.meta_write(MetaWriteRequest(key=META_UNIQUE_TOKEN, value=machine.assigned_token.encode()))
+
+    async def _choose(self, machine_id: str, fingerprint: str, is_installed: bool) -> Machine:
+        """Store what the machine is given, once and for all its tries."""
+        new_uuid, new_token = str(uuid.uuid4()), _token(fingerprint)
+
+        async def work(transaction: Transaction) -> Machine:
+            machine = await transaction.machine(machine_id)
+            if machine is None:
+                raise SideroLinkError("it is not known any more")
+            wanted = replace(machine, is_installed=machine.is_installed or is_installed)
+            if _needs_uuid(machine) and machine.assigned_uuid is None:
+                wanted = replace(wanted, assigned_uuid=new_uuid)
+            if machine.bound_digest is None and machine.assigned_token is None:
+                wanted = replace(wanted, assigned_token=new_token)
+            return machine if wanted == machine else await transaction.update(wanted)
+
+        machine = await self._store.transact(work)
+        await self._reconciler.apply_change(machine)
+        return machine
+
+
+def _needs_uuid(machine: Machine) -> bool:
+    return machine.has_uuid_conflict and not machine.is_accepted
+
+
+def _token(fingerprint: str) -> str:
+    """A unique token in the one form in which machines and servers write it."""
+    return json.dumps({"Fingerprint": fingerprint, "Token": str(uuid.uuid4())}, separators=(",", ":"))
+
+
+async def _is_installed(channel: GrpcChannel) -> bool:
+    try:
+        answer = await StorageServiceStub(channel).disks(Empty())
+    except GRPCError as error:
+        if error.status is Status.UNIMPLEMENTED:
+            return False
+        raise
+    return any(disk.system_disk for message in answer.messages for disk in message.disks)
+
+
+async def _fingerprint(channel: GrpcChannel) -> str:
+    """Of the hardware addresses of all physical links: SHA-256 over the sorted addresses."""
+    request = ListRequest(namespace="network", type="LinkStatuses.net.talos.dev", options=ListOptions())
+    addresses: list[bytes] = []
+    async for answer in StateStub(channel).list(request):
+        if answer.resource is None or answer.resource.spec is None:
+            continue
+        spec = LinkStatusSpec.parse(answer.resource.spec.proto_spec)
+        if spec.type == _ETHER and not spec.kind:
+            addresses.append(spec.permanent_addr or spec.hardware_addr)
+        if len(addresses) > _MAX_LINKS:
+            raise SideroLinkError("the machine has too many links")
+    return hashlib.sha256(b"".join(sorted(addresses))).hexdigest()

@@ -1,0 +1,83 @@
+"""The fleet of one server, put together."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from ipaddress import IPv6Network
+
+from siderolink.common.wireguard.device import Device
+from siderolink.server.admission.admit import Admission
+from siderolink.server.admission.limits import MachineLimits
+from siderolink.server.admission.policy import JoinPolicy
+from siderolink.server.admission.prove import Proofs
+from siderolink.server.admission.rows import Rows
+from siderolink.server.clock import Clock
+from siderolink.server.events import EventHub
+from siderolink.server.fleet.directory import Directory
+from siderolink.server.fleet.enrolment import Enrolment
+from siderolink.server.fleet.last_seen import LastSeenNotes
+from siderolink.server.fleet.liveness import Liveness
+from siderolink.server.fleet.machines import Machines
+from siderolink.server.fleet.monitor import Monitor
+from siderolink.server.fleet.moves import Moves
+from siderolink.server.fleet.reconciler import Reconciler
+from siderolink.server.fleet.sessions import Sessions
+from siderolink.server.store import Store
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fleet:
+    """The parts, each of which knows only those before it."""
+
+    directory: Directory
+    sessions: Sessions
+    liveness: Liveness
+    admission: Admission
+    reconciler: Reconciler
+    monitor: Monitor
+    moves: Moves
+    machines: Machines
+    enrolment: Enrolment
+    last_seen: LastSeenNotes
+
+
+def make_fleet(
+    device: Device,
+    store: Store,
+    events: EventHub,
+    prefix: IPv6Network,
+    *,
+    limits: MachineLimits | None = None,
+    policy: JoinPolicy | None = None,
+    clock: Clock | None = None,
+    persistent_keepalive: int = 25,
+    last_seen: LastSeenNotes | None = None,
+    entropy: Callable[[int], bytes] = os.urandom,
+) -> Fleet:
+    """Make the parts; nothing runs yet."""
+    limits, clock = limits or MachineLimits(), clock or Clock()
+    last_seen = last_seen or LastSeenNotes(store)
+    directory = Directory(store, clock)
+    sessions = Sessions(device, directory, max_unproven_streams=limits.max_unproven_streams, clock=clock)
+    liveness = Liveness(device, directory, clock)
+    rows = Rows(prefix, limits, clock, entropy, count_machines=directory.__len__)
+    admission = Admission(liveness, rows, clock, policy)
+    reconciler = Reconciler(device, directory, sessions, store, events, clock, persistent_keepalive=persistent_keepalive)
+    proofs = Proofs(liveness, clock, admission.policy)
+    monitor = Monitor(directory, sessions, liveness, reconciler, admission, proofs, store, events, limits, clock, last_seen)
+    moves = Moves(store, directory, reconciler, proofs, events, clock)
+    moves.on_moved = monitor.moved
+    liveness.redial = reconciler.redial
+    machines = Machines(store, directory, liveness, reconciler, admission, moves, events, clock)
+    return Fleet(
+        directory=directory,
+        sessions=sessions,
+        liveness=liveness,
+        admission=admission,
+        reconciler=reconciler,
+        monitor=monitor,
+        moves=moves,
+        machines=machines,
+        enrolment=Enrolment(store, directory, sessions, reconciler, admission.policy),
+        last_seen=last_seen,
+    )

@@ -1,0 +1,90 @@
+"""Goodbyes of machines: one UDP socket at the server's overlay address (siderolink.common.goodbye)."""
+
+import asyncio
+import logging
+import socket
+from collections.abc import Awaitable, Callable
+from ipaddress import IPv6Address
+
+import anyio
+from anyio.abc import TaskGroup
+
+from siderolink.common.errors import SideroLinkError
+from siderolink.common.goodbye import GOODBYE_BYTES, GOODBYE_PORT, Goodbye
+from siderolink.common.overlay_socket import bind_overlay
+from siderolink.server.events import LeaveReason
+from siderolink.server.fleet.directory import Directory
+from siderolink.server.fleet.monitor import Monitor
+
+log = logging.getLogger(__name__)
+
+_AT_ONCE = 64
+_ANSWER_SECONDS = 0.05
+
+Remove = Callable[[str, LeaveReason], Awaitable[bool]]
+
+
+class Goodbyes:
+    """Takes goodbyes. What WireGuard delivers came from the machine that has the source address."""
+
+    def __init__(self, directory: Directory, monitor: Monitor, remove: Remove) -> None:
+        self._directory = directory
+        self._monitor = monitor
+        self._remove = remove
+
+    async def run(self, address: IPv6Address, interface: str, namespace: str | None) -> None:
+        """Listen for ever; where that is not possible, machines are missed by their silence as before."""
+        try:
+            sock = await bind_overlay(address, GOODBYE_PORT, interface, udp=True, namespace=namespace)
+        except SideroLinkError as error:
+            log.warning("goodbyes of machines are not heard: %s", error)
+            return
+        loop = asyncio.get_running_loop()
+        with sock:
+            async with anyio.create_task_group() as tasks:
+                loop.add_reader(sock, self._read, sock, tasks)
+                try:
+                    await anyio.sleep_forever()
+                finally:
+                    loop.remove_reader(sock)
+
+    def _read(self, sock: socket.socket, tasks: TaskGroup) -> None:
+        for _ in range(_AT_ONCE):
+            try:
+                data, source = sock.recvfrom(GOODBYE_BYTES + 1)
+            except BlockingIOError:
+                return
+            except OSError:  # an error that an answer brought back
+                continue
+            goodbye = self.receive(data, IPv6Address(source[0].partition("%")[0]))
+            if goodbye is not None:
+                _answer(sock, data, source)
+                if goodbye.forget:
+                    tasks.start_soon(self.forget, goodbye)
+
+    def receive(self, data: bytes, source: IPv6Address) -> Goodbye | None:
+        """One datagram from a machine's overlay address; None unless it is a goodbye of that machine."""
+        goodbye = Goodbye.parse(data)
+        link = self._directory.link_at(source)
+        if goodbye is None or link is None or link.machine.public_key != goodbye.public_key:
+            return None
+        self._monitor.said_goodbye(link)
+        return goodbye
+
+    async def forget(self, goodbye: Goodbye) -> None:
+        """Remove the machine at its wish, once the answer had time to leave."""
+        await anyio.sleep(_ANSWER_SECONDS)
+        link = self._directory.by_key(goodbye.public_key)
+        if link is None or link.claim is not None:
+            return
+        try:
+            await self._remove(link.machine.id, LeaveReason.AT_ITS_WISH)
+        except SideroLinkError as error:
+            log.warning("a machine that asked to be forgotten is still known: %s", error)
+
+
+def _answer(sock: socket.socket, data: bytes, source: tuple[object, ...]) -> None:
+    try:
+        sock.sendto(data, source)
+    except OSError:
+        pass

@@ -1,0 +1,359 @@
+"""The monitor: what the device says of its peers, and every machine, claim and stream looked at when its time has come."""
+
+import logging
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import anyio
+
+from siderolink.common.errors import DeviceError, SideroLinkError
+from siderolink.common.keys import PublicKey
+from siderolink.common.wireguard import device as device_events
+from siderolink.common.wireguard.path import Path
+from siderolink.server.admission.admit import Admission
+from siderolink.server.admission.limits import MachineLimits
+from siderolink.server.admission.prove import Proof, Proofs, expire
+from siderolink.server.clock import Clock, Deadlines
+from siderolink.server.events import (
+    ClaimRefused,
+    EventHub,
+    HandshakeCompleted,
+    LeaveReason,
+    LinkDown,
+    MachineRekeyed,
+    UniqueTokenBound,
+)
+from siderolink.server.fleet.directory import Directory, EndStream, Link, LinkState, Stream
+from siderolink.server.fleet.last_seen import LastSeenNotes
+from siderolink.server.fleet.liveness import Liveness
+from siderolink.server.fleet.reconciler import Reconciler
+from siderolink.server.fleet.sessions import Sessions
+from siderolink.server.refusals import StreamRefusal
+from siderolink.server.store import LastSeen, Machine, Store
+
+log = logging.getLogger(__name__)
+
+CHECKS_TOGETHER = 256
+"""Checks that are made at the same time, at most."""
+RETRY_SECONDS = 30.0
+"""When a check could not be made (the store or the device failed), it is made again after so long."""
+_RESYNC_FIRST, _RESYNC_CAP = 1.0, 60.0
+
+Check = Callable[[], Awaitable[None]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Resync:
+    """The machine that could not be brought into step with its row."""
+
+    machine_id: str
+
+
+Due = str | Stream | _Resync
+"""A machine's or a claim's id, a stream, or a machine to bring into step."""
+
+
+class Monitor:
+    """Watches the machines of one server."""
+
+    def __init__(
+        self,
+        directory: Directory,
+        sessions: Sessions,
+        liveness: Liveness,
+        reconciler: Reconciler,
+        admission: Admission,
+        proofs: Proofs,
+        store: Store,
+        events: EventHub,
+        limits: MachineLimits,
+        clock: Clock,
+        last_seen: LastSeenNotes,
+    ) -> None:
+        self._directory = directory
+        self._sessions = sessions
+        self._liveness = liveness
+        self._reconciler = reconciler
+        self._admission = admission
+        self._proofs = proofs
+        self._store = store
+        self._events = events
+        self._limits = limits
+        self._clock = clock
+        self._last_seen = last_seen
+        self._deadlines: Deadlines[Due] = Deadlines()
+        self._proved: deque[PublicKey] = deque()
+        self._keepalive_changes: deque[tuple[Link, bool]] = deque()
+        self._resync_delays: dict[str, float] = {}
+        self._interface_lost: str | None = None
+        self._wake = anyio.Event()
+        reconciler.on_applied = self._applied
+        reconciler.on_dropped = self._dropped
+        reconciler.on_failed = self._retry_resync
+
+    @property
+    def next_check_at(self) -> float | None:
+        """When `check` has something to do again, by the monotonic clock."""
+        return self._deadlines.next_at
+
+    # --- streams
+
+    def open_stream(self, link: Link, path: Path, end: EndStream, source: str = "") -> Stream:
+        stream = self._sessions.open_stream(link, path, end, source)
+        self._set_quiet(link, False)
+        self._set_deadline(stream, self._limits.stream_without_packet_timeout)
+        return stream
+
+    def close_stream(self, stream: Stream) -> None:
+        self._sessions.close_stream(stream)
+        self._deadlines.discard(stream)
+
+    # --- what the device says
+
+    def on_device_event(self, event: device_events.DeviceEvent) -> None:
+        """Called between packets: quick, and never raises."""
+        if isinstance(event, device_events.InterfaceLost):
+            self._interface_lost = event.reason
+            self._wake.set()
+            return
+        link = self._directory.by_key(event.public_key)
+        if link is None:
+            return
+        if isinstance(event, device_events.PathChanged):
+            self._sessions.path_changed(link, event)
+            self._note(link)
+        elif isinstance(event, device_events.HandshakeCompleted):
+            self._handshake_completed(link, event.public_key)
+        elif isinstance(event, device_events.HandshakeGaveUp) and link.state is LinkState.DOWN:
+            self._set_quiet(link, True)
+
+    def _note(self, link: Link, *, handshake: bool = False, goodbye: bool = False) -> None:
+        if link.claim is not None:
+            return
+        now = self._clock.time()
+        seen = LastSeen(
+            endpoint=link.endpoint,
+            seen_at=now,
+            handshake_at=now if handshake else None,
+            source=link.source,
+            goodbye_at=now if goodbye else None,
+        )
+        self._last_seen.add(link.machine.id, seen)
+
+    def _handshake_completed(self, link: Link, public_key: PublicKey) -> None:
+        self._sessions.prove_current_stream(link)
+        if link.claim is not None:
+            self._proved.append(public_key)
+            self._wake.set()
+            return
+        link.goodbye_at = None
+        self._note(link, handshake=True)
+        is_first = link.state is not LinkState.UP
+        if is_first:
+            self._bring_up(link)
+        if link.machine.linked_at is None:
+            self._proved.append(public_key)
+            self._wake.set()
+        self._events.publish(HandshakeCompleted(machine=link.machine, is_first=is_first))
+
+    def _bring_up(self, link: Link) -> None:
+        self._set_quiet(link, False)
+        self._admission.pending.discard(link.machine.id)
+        self._sessions.set_state(link, LinkState.UP)
+        self._set_deadline(link.machine.id, self._limits.down_after)
+
+    def said_goodbye(self, link: Link) -> None:
+        """The machine stops, and said so inside its session."""
+        link.goodbye_at = self._clock.monotonic()
+        self._note(link, goodbye=True)
+        if link.state is LinkState.UP:
+            self._take_down(link)
+
+    def moved(self, link: Link) -> None:
+        """The link has taken over the key, and with it the session, of another machine's row."""
+        self._note(link, handshake=True)
+        self._bring_up(link)
+
+    def _set_quiet(self, link: Link, quiet: bool) -> None:
+        """A machine that is gone costs no handshakes until it comes back."""
+        if link.is_quiet != quiet and link.claim is None:
+            self._keepalive_changes.append((link, quiet))
+            self._wake.set()
+
+    # --- watching
+
+    def _applied(self, link: Link, key_before: PublicKey | None) -> None:
+        """Where a handshake has to follow, give it its time; a call repeated meanwhile gives no more of it."""
+        entry = link.machine.id if link.claim is None else link.claim.id
+        if link.state is LinkState.PENDING:
+            if link.machine.public_key != key_before or entry not in self._deadlines:
+                claim_seconds = 0.0 if link.claim is None else link.claim.expires_at - self._clock.time()
+                seconds = self._limits.peer_without_handshake_timeout if link.claim is None else claim_seconds
+                self._set_deadline(entry, seconds)
+            source = link.claim.source if link.claim is not None else link.source
+            self._admission.pending.add(entry, source or "", link.claim)
+        else:
+            self._admission.pending.discard(entry)
+
+    def _dropped(self, link: Link) -> None:
+        entry = link.machine.id if link.claim is None else link.claim.id
+        self._deadlines.discard(entry)
+        self._admission.pending.discard(entry)
+
+    def _set_deadline(self, key: Due, seconds: float) -> None:
+        at = self._clock.monotonic() + seconds
+        earliest = self._deadlines.next_at
+        self._deadlines.set(key, at)
+        if earliest is None or at < earliest:
+            self._wake.set()
+
+    async def watch(self) -> None:
+        """Run `check` whenever it is due, for ever. Raises DeviceError when the interface, and with it every link, is lost."""
+        while True:
+            await self.check()
+            if self._interface_lost is not None:
+                raise DeviceError(f"the server's interface was lost: {self._interface_lost}")
+            self._wake = anyio.Event()
+            if self._proved or self._keepalive_changes:
+                continue
+            next_at = self._deadlines.next_at
+            with anyio.move_on_after(None if next_at is None else max(0.0, next_at - self._clock.monotonic())):
+                await self._wake.wait()
+
+    async def check(self) -> None:
+        """Record first handshakes, and look at every machine, claim and stream whose time has come.
+
+        Each link that is up is looked at once per `down_after`, when it would be down had nothing come since the last look.
+        """
+        while self._keepalive_changes:
+            await self._guarded(None, partial(self._reconciler.set_quiet, *self._keepalive_changes.popleft()))
+        while self._proved:
+            proved = [self._proved.popleft() for _ in range(min(CHECKS_TOGETHER, len(self._proved)))]
+            await self._together([(None, partial(self._record_proof, key)) for key in proved])
+        now = self._clock.monotonic()
+        while due := self._deadlines.take_due(now, CHECKS_TOGETHER):
+            await self._together([(key, partial(self._check, key)) for key in due])
+
+    async def _together(self, checks: Sequence[tuple[Due | None, Check]]) -> None:
+        """Make checks side by side: what they ask of the store then takes one commit."""
+        if len(checks) == 1:
+            await self._guarded(*checks[0])
+            return
+        async with anyio.create_task_group() as tasks:
+            for check in checks:
+                tasks.start_soon(self._guarded, *check)
+
+    async def _guarded(self, key: Due | None, check: Check) -> None:
+        try:
+            await check()
+        except SideroLinkError as error:
+            log.warning("a check of a machine failed and is repeated: %s", error)
+            if isinstance(key, _Resync):
+                self._retry_resync(key.machine_id)
+            elif key is not None:
+                self._set_deadline(key, RETRY_SECONDS)
+
+    async def _check(self, due: Due) -> None:
+        if isinstance(due, Stream):
+            await self._sessions.prove_or_end(due, await self._liveness.silence(due.link.machine))
+        elif isinstance(due, _Resync):
+            await self._reconciler.resync(due.machine_id)
+            self._resync_delays.pop(due.machine_id, None)
+        elif self._directory.claim(due) is not None:
+            await self._expire_claim(due)
+        else:
+            await self._check_machine(due)
+
+    def _retry_resync(self, machine_id: str) -> None:
+        delay = self._resync_delays.get(machine_id, _RESYNC_FIRST)
+        self._resync_delays[machine_id] = min(2 * delay, _RESYNC_CAP)
+        self._set_deadline(_Resync(machine_id), delay)
+
+    async def _record_proof(self, public_key: PublicKey) -> None:
+        link = self._directory.by_key(public_key)
+        source_before = None if link is None else self._source(link.machine.id)
+        source = None if link is None else link.source
+        proof = await self._store.transact(lambda transaction: self._proofs.prove(transaction, public_key))
+        if proof.machine is None:
+            if proof.claim is not None:
+                await self._refuse_claim(proof)
+            return
+        await self._reconciler.apply_change(proof.machine)
+        if proof.claim is not None:
+            self._take_over(proof.machine, proof, source_before, source)
+        if proof.has_bound:
+            self._events.publish(UniqueTokenBound(machine=proof.machine, source=source))
+
+    def _take_over(self, machine: Machine, proof: Proof, source_before: str | None, source: str | None) -> None:
+        """A claim was proved: the link is up with the claim's session."""
+        assert proof.claim is not None
+        assert proof.basis is not None
+        link = self._directory.get(machine.id)
+        if link is not None and link.machine.public_key == proof.claim.public_key:
+            self._note(link, handshake=True)
+            self._bring_up(link)
+        rekeyed = MachineRekeyed(
+            machine=machine,
+            old_key=None if proof.before is None else proof.before.public_key,
+            basis=proof.basis.value,
+            old_source=source_before,
+            source=source or proof.claim.source,
+        )
+        self._events.publish(rekeyed)
+        self._events.publish(HandshakeCompleted(machine=machine, is_first=True))
+
+    async def _refuse_claim(self, proof: Proof) -> None:
+        assert proof.claim is not None
+        await self._reconciler.drop_claim(proof.claim.id)
+        if proof.before is not None:
+            known_source = self._source(proof.before.id)
+            self._events.publish(ClaimRefused(machine=proof.before, source=proof.claim.source, known_source=known_source))
+
+    def _source(self, machine_id: str) -> str | None:
+        link = self._directory.get(machine_id)
+        return None if link is None else link.source
+
+    async def _expire_claim(self, claim_id: str) -> None:
+        link = self._directory.claim(claim_id)
+        if link is not None and link.claim is not None:
+            claim = link.claim
+            await self._store.transact(lambda transaction: transaction.delete_claim(claim))
+            await self._reconciler.drop_claim(claim_id)
+
+    async def _check_machine(self, machine_id: str) -> None:
+        link = self._directory.get(machine_id)
+        if link is None or link.state is LinkState.PENDING:
+            await self._expire(machine_id)
+        elif link.state is LinkState.UP:
+            await self._check_link(link)
+
+    async def _check_link(self, link: Link) -> None:
+        silence = await self._liveness.silence(link.machine)
+        if silence is not None and silence < self._limits.down_after:
+            self._set_deadline(link.machine.id, self._limits.down_after - silence)
+            return
+        self._take_down(link)
+        if not link.machine.is_accepted:
+            await self._forget_row(link.machine.id, LeaveReason.NEVER_ACCEPTED)
+
+    def _take_down(self, link: Link) -> None:
+        self._sessions.set_state(link, LinkState.DOWN)
+        self._sessions.end_streams(link, StreamRefusal.LINK_DOWN)
+        self._events.publish(LinkDown(machine=link.machine))
+
+    async def _expire(self, machine_id: str) -> None:
+        """No handshake in time: forget a machine that never had a link; of any other, give up the key it did not prove."""
+        machine = await self._store.transact(lambda transaction: expire(transaction, machine_id))
+        if machine is None:
+            return
+        if machine.was_linked:
+            await self._reconciler.apply_change(machine)
+        else:
+            await self._reconciler.forget(machine, LeaveReason.NO_HANDSHAKE)
+
+    async def _forget_row(self, machine_id: str, reason: LeaveReason) -> None:
+        machine = await self._store.transact(lambda transaction: transaction.delete(machine_id))
+        if machine is not None:
+            await self._reconciler.forget(machine, reason)

@@ -1,0 +1,132 @@
+"""A known key that calls with another UUID: proved by an echo at an overlay address that only the answer to that call told.
+
+Public keys are no secrets, so the call alone moves nothing. Whoever holds the key takes the new address and answers an echo
+there inside the key's session; until then the old row stays as it is.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from ipaddress import IPv6Address
+
+import anyio
+
+from siderolink.common.errors import SideroLinkError
+from siderolink.common.keys import PublicKey
+from siderolink.server.admission.prove import Proofs
+from siderolink.server.clock import Clock
+from siderolink.server.events import AdmissionChanged, EventHub
+from siderolink.server.fleet.directory import Directory, Link
+from siderolink.server.fleet.reconciler import Reconciler
+from siderolink.server.store import Machine, Store
+
+log = logging.getLogger(__name__)
+
+MAX_MOVES = 256
+MOVE_SECONDS = 60.0
+ECHO_SECONDS = 1.0
+
+Ping = Callable[[IPv6Address], None]
+
+
+@dataclass(slots=True)
+class _Move:
+    machine: Machine
+    ends_at: float
+
+
+class Moves:
+    """The moves that wait for their echo, one for each key."""
+
+    def __init__(
+        self,
+        store: Store,
+        directory: Directory,
+        reconciler: Reconciler,
+        proofs: Proofs,
+        events: EventHub,
+        clock: Clock,
+    ) -> None:
+        self._store = store
+        self._directory = directory
+        self._reconciler = reconciler
+        self._proofs = proofs
+        self._events = events
+        self._clock = clock
+        self._moves: dict[PublicKey, _Move] = {}
+        self._by_address: dict[IPv6Address, PublicKey] = {}
+        self._wake = anyio.Event()
+        self.on_moved: Callable[[Link], None] = lambda link: None
+        """Told of the link that has the key now."""
+
+    async def begin(self, machine: Machine) -> None:
+        """Wait for an echo of the new row's address; a later call by the same key replaces an earlier one's address."""
+        key = machine.public_key
+        link = None if key is None else self._directory.by_key(key)
+        if key is None or link is None:
+            return
+        self._end_old()
+        before = self._moves.pop(key, None)
+        if before is not None:
+            self._by_address.pop(before.machine.overlay_address, None)
+        if len(self._moves) >= MAX_MOVES:
+            return
+        self._moves[key] = _Move(machine, self._clock.monotonic() + MOVE_SECONDS)
+        self._by_address[machine.overlay_address] = key
+        if machine.virtual_address is not None and link.machine.virtual_address is None:
+            self._directory.own_virtual_address(link, machine.virtual_address)
+        await self._reconciler.also_reach(link, machine)
+        self._wake.set()
+
+    def _end_old(self) -> list[PublicKey]:
+        now = self._clock.monotonic()
+        ended = [key for key, move in self._moves.items() if move.ends_at <= now]
+        for key in ended:
+            self._by_address.pop(self._moves.pop(key).machine.overlay_address, None)
+        return ended
+
+    async def run(self, ping: Ping) -> None:
+        """Ping each address that is waited for, for ever."""
+        while True:
+            await self._wake.wait()
+            self._wake = anyio.Event()
+            while self._by_address:
+                for address in self._by_address:
+                    ping(address)
+                await self._clock.sleep(ECHO_SECONDS)
+                for key in self._end_old():
+                    await self._take_back(key)
+
+    async def _take_back(self, key: PublicKey) -> None:
+        link = self._directory.by_key(key)
+        try:
+            if link is not None:
+                await self._reconciler.also_reach(link, None)
+        except SideroLinkError as error:
+            log.warning("a machine's peer keeps an address that it did not prove: %s", error)
+
+    def awaits(self, address: IPv6Address) -> bool:
+        """Whether an echo of this address is waited for."""
+        return address in self._by_address
+
+    async def answered(self, address: IPv6Address) -> None:
+        """An echo came from this address, inside the session of the key that waits for it: move the key to the new row."""
+        self._end_old()
+        key = self._by_address.pop(address, None)
+        move = None if key is None else self._moves.pop(key, None)
+        if move is None:
+            return
+        machine = move.machine
+        try:
+            async with self._reconciler.locks.hold(machine.node_uuid, machine.public_key):
+                moved = await self._store.transact(lambda transaction: self._proofs.move(transaction, machine))
+                if moved is None:
+                    return
+                row, before = moved
+                link = await self._reconciler.apply(row)
+                await self._reconciler.apply(before)
+        except SideroLinkError as error:
+            log.warning("a machine's move to another UUID failed; it has to join again: %s", error)
+            return
+        self.on_moved(link)
+        self._events.publish(AdmissionChanged(machine=row))

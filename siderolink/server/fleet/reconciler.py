@@ -1,0 +1,363 @@
+"""The reconciler: makes the device and the directory match the store's rows and claims, and follows the store's changes."""
+
+import logging
+from dataclasses import replace
+from ipaddress import IPv6Network, ip_address
+from typing import TYPE_CHECKING
+
+from anyio import TASK_STATUS_IGNORED
+from anyio.abc import TaskStatus
+
+from siderolink.common.errors import SideroLinkError
+from siderolink.common.hostport import HostPort
+from siderolink.common.keys import PublicKey
+from siderolink.common.wireguard.device import Device, PeerConfig
+from siderolink.common.wireguard.path import Endpoint
+from siderolink.server.admission.prove import as_claimed
+from siderolink.server.clock import Clock
+from siderolink.server.events import EventHub, LeaveReason, MachineLeft
+from siderolink.server.fleet.directory import Directory, Link, LinkState
+from siderolink.server.fleet.locks import KeyedLocks
+from siderolink.server.fleet.sessions import Sessions
+from siderolink.server.refusals import StreamRefusal
+from siderolink.server.store import (
+    BanChanged,
+    Change,
+    ChangesLost,
+    Claim,
+    ClaimChanged,
+    Machine,
+    MachineAdmission,
+    MachineChanged,
+    MachineDeleted,
+    Store,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+log = logging.getLogger(__name__)
+
+EVERYTHING = ""
+"""In place of a machine's id: all of them."""
+
+
+class Reconciler:
+    """Applies rows and claims. A row's revision keeps an older change from overtaking a newer one."""
+
+    def __init__(
+        self,
+        device: Device,
+        directory: Directory,
+        sessions: Sessions,
+        store: Store,
+        events: EventHub,
+        clock: Clock,
+        *,
+        persistent_keepalive: int,
+    ) -> None:
+        self._device = device
+        self._directory = directory
+        self._sessions = sessions
+        self._store = store
+        self._events = events
+        self._clock = clock
+        self._persistent_keepalive = persistent_keepalive
+        self.locks = KeyedLocks()
+        """By UUID and by public key, in that order: two changes of one machine are made one after the other."""
+        self.leaving: dict[str, LeaveReason] = {}
+        """Why machines that are being removed by this server leave, by id."""
+        self.on_applied: Callable[[Link, PublicKey | None], None] = lambda link, key_before: None
+        """Told of each link whose row was applied, with the key that it had before; also where the device failed."""
+        self.on_dropped: Callable[[Link], None] = lambda link: None
+        """Told of each link, of a machine or a claim, that is gone."""
+        self.on_failed: Callable[[str], None] = lambda machine_id: None
+        """Told the id of a machine, or EVERYTHING, that could not be brought into step; `resync` has to be called again."""
+
+    # --- the device
+
+    def _peer(self, machine: Machine, public_key: PublicKey, *extra: IPv6Network) -> PeerConfig:
+        own = IPv6Network((int(machine.overlay_address), 128))
+        return PeerConfig(public_key=public_key, allowed_ips=(own, *extra), persistent_keepalive=self._persistent_keepalive)
+
+    async def apply(self, machine: Machine, *, state: LinkState = LinkState.PENDING) -> Link:
+        """Make device and addresses match the row, unless a newer revision is known. `state` is for a new key."""
+        link = self._directory.get(machine.id)
+        key_before = None if link is None else link.machine.public_key
+        try:
+            link = await self._apply(machine, link, state)
+        finally:
+            known = self._directory.get(machine.id)
+            if known is not None:
+                self.on_applied(known, key_before)
+        return link
+
+    async def _apply(self, machine: Machine, link: Link | None, state: LinkState) -> Link:
+        if link is None:
+            state = LinkState.DOWN if machine.public_key is None else state
+            link = Link(machine, state, endpoint=machine.last_endpoint, source=machine.last_source)
+            self._directory.add(link)
+            old = None
+        elif link.machine.revision > machine.revision or (link.is_applied and link.machine.revision == machine.revision):
+            return link
+        else:
+            old = link.machine
+            self._directory.set_row(link, machine)
+        link.is_applied = False
+        if old is not None and old.overlay_address != machine.overlay_address:
+            self._directory.release_overlay_address(link, old.overlay_address)
+        self._directory.own_overlay_address(link, machine.overlay_address)
+        self._move_key(link, old, state)
+        self._move_virtual_address(link, old)
+        if machine.linked_at is not None and link.state is LinkState.PENDING:
+            self._sessions.set_state(link, LinkState.DOWN)  # another server heard it
+        await self._remove_abandoned(link)
+        if machine.public_key is not None and machine.admission is not MachineAdmission.DENIED:
+            link.is_quiet = False
+            await self._device.set_peer(self._peer(machine, machine.public_key))
+        link.is_applied = link.machine is machine
+        return link
+
+    def _move_key(self, link: Link, old: Machine | None, state: LinkState) -> None:
+        """Give the link its row's key; one that nobody has any more is abandoned."""
+        denied = link.machine.admission is MachineAdmission.DENIED
+        key, old_key = link.machine.public_key, old.public_key if old else None
+        if denied:
+            if key is not None:
+                link.abandoned.add(key)
+            self._directory.set_state(link, LinkState.DOWN)
+            self._sessions.end_streams(link, StreamRefusal.MACHINE_GONE)
+            return
+        claimed = None if key is None else self._directory.by_key(key)
+        if key is not None:
+            self._directory.own_key(link, key)
+        if old is None and claimed is not None and claimed.machine.virtual_address == link.machine.virtual_address:
+            self._sessions.adopt(link, claimed)  # the same machine under another UUID
+        if old is None or key == old_key:
+            return
+        self._sessions.set_state(link, LinkState.DOWN if key is None else state)
+        if claimed is not None and claimed.claim is not None and claimed.machine.id == link.machine.id:
+            self._sessions.adopt(link, claimed)
+            self._directory.remove(claimed)
+            self.on_dropped(claimed)
+            self._directory.own_key(link, claimed.claim.public_key)
+        else:
+            self._sessions.end_streams(link, StreamRefusal.MACHINE_GONE if key is None else StreamRefusal.REPLACED)
+            link.path = None
+        if old_key is not None and self._directory.release_key(link, old_key):
+            link.abandoned.add(old_key)
+
+    def _move_virtual_address(self, link: Link, old: Machine | None) -> None:
+        address, old_address = link.machine.virtual_address, old.virtual_address if old else None
+        if address is not None:
+            self._directory.own_virtual_address(link, address)
+        if old_address is not None and old_address != address:
+            self._directory.release_virtual_address(link, old_address)
+            if old is not None and old.public_key == link.machine.public_key:
+                self._sessions.end_streams(link, StreamRefusal.REPLACED)
+
+    async def _remove_abandoned(self, link: Link) -> None:
+        while link.abandoned:
+            key = next(iter(link.abandoned))
+            if self._directory.by_key(key) is None:  # or another machine has it by now
+                await self._device.remove_peer(key)
+            link.abandoned.discard(key)
+
+    async def drop(self, machine_id: str) -> Link | None:
+        """Forget a machine: its peer, its addresses, its streams, and the claims to it. None if it is not known."""
+        link = self._directory.get(machine_id)
+        if link is None:
+            return None
+        for claimed in self._directory.claims_of(machine_id):
+            await self._drop(claimed)
+        await self._drop(link)
+        return link
+
+    async def _drop(self, link: Link) -> None:
+        key = link.machine.public_key
+        had_key = key is not None and self._directory.by_key(key) is link
+        self._directory.remove(link)
+        self._sessions.tell(link)
+        self.on_dropped(link)
+        self._sessions.end_streams(link, StreamRefusal.MACHINE_GONE)
+        if key is not None and had_key:
+            link.abandoned.add(key)
+        await self._remove_abandoned(link)
+
+    async def apply_claim(self, row: Machine, claim: Claim) -> None:
+        """Let the claim's key shake hands: a peer without allowed IPs, and the claim's own virtual address."""
+        if self._directory.claim(claim.id) is not None or self._directory.by_key(claim.public_key) is not None:
+            return
+        link = Link(replace(as_claimed(row, claim), virtual_address=claim.virtual_address), LinkState.PENDING, claim)
+        self._directory.add(link)
+        self._directory.own_key(link, claim.public_key)
+        if claim.virtual_address is not None:
+            self._directory.own_virtual_address(link, claim.virtual_address)
+        self.on_applied(link, None)
+        await self._device.set_peer(PeerConfig(public_key=claim.public_key))
+        link.is_applied = True
+
+    async def drop_claim(self, claim_id: str) -> None:
+        """The claim is over; no error if it was dropped before, or moved into its row."""
+        link = self._directory.claim(claim_id)
+        if link is not None:
+            await self._drop(link)
+
+    async def dial(self, link: Link, endpoint: Endpoint) -> None:
+        """Begin a handshake towards a UDP address. Raises ConfigurationError for one that cannot be dialled from here."""
+        if link.machine.public_key is None:
+            return
+        link.is_quiet = False
+        peer = replace(self._peer(link.machine, link.machine.public_key), endpoint=endpoint)
+        # A keepalive that goes from off to on is sent at once, and it needs a session.
+        await self._device.set_peer(replace(peer, persistent_keepalive=0))
+        await self._device.set_peer(peer)
+
+    async def redial(self, link: Link) -> None:
+        """Begin a handshake towards where the machine was last heard by UDP, if that is known."""
+        endpoint = remembered_endpoint(link)
+        if endpoint is not None:
+            await self.dial(link, endpoint)
+
+    async def set_quiet(self, link: Link, quiet: bool) -> None:
+        """Stop keepalives, and the handshakes that they bring on, or begin them again. The machine may always come itself."""
+        if link.machine.public_key is None or link.is_quiet == quiet or self._directory.get(link.machine.id) is not link:
+            return
+        link.is_quiet = quiet
+        peer = self._peer(link.machine, link.machine.public_key)
+        await self._device.set_peer(replace(peer, persistent_keepalive=0) if quiet else peer)
+
+    async def also_reach(self, link: Link, moved: Machine | None) -> None:
+        """Let the link's peer use the address of the row that it may move to, too; None takes that back."""
+        key = link.machine.public_key
+        if key is not None and self._directory.by_key(key) is link:
+            extra = () if moved is None else (IPv6Network((int(moved.overlay_address), 128)),)
+            await self._device.set_peer(self._peer(link.machine, key, *extra))
+
+    # --- the store
+
+    async def load(self) -> None:
+        """Make links of all rows and claims in the store, before the API listens."""
+        async for machine in self._store.machines():
+            await self.apply(machine, state=LinkState.DOWN if machine.linked_at else LinkState.PENDING)
+        now = self._clock.time()
+        for claim in await self._store.all_claims():
+            link = self._directory.get(claim.machine_id)
+            if link is None or claim.expires_at <= now:
+                await self._store.transact(lambda transaction, claim=claim: transaction.delete_claim(claim))  # type: ignore[misc]
+            else:
+                await self.apply_claim(link.machine, claim)
+
+    async def forget(self, machine: Machine, reason: LeaveReason) -> None:
+        """A row was deleted: its link goes, and that is told."""
+        async with self.locks.hold(machine.node_uuid):
+            if await self.drop(machine.id) is not None:
+                self._events.publish(MachineLeft(machine=machine, reason=self.leaving.get(machine.id, reason)))
+
+    async def follow(self, *, task_status: TaskStatus[None] = TASK_STATUS_IGNORED) -> None:
+        """Apply what happens in the store, for ever; what this server did itself it finds applied. Started once it reads."""
+        async with self._store.changes() as changes:
+            task_status.started()
+            async for change in changes:
+                try:
+                    await self._follow_change(change)
+                except SideroLinkError as error:
+                    log.warning("a change in the store could not be applied and is tried again: %s", error)
+                    self.on_failed(_machine_id(change))
+                except Exception:
+                    log.exception("a change in the store could not be applied and is tried again")
+                    self.on_failed(_machine_id(change))
+
+    async def _follow_change(self, change: Change) -> None:
+        match change:
+            case MachineChanged(machine=machine):
+                await self.apply_change(machine)
+            case MachineDeleted(machine=machine):
+                if self._directory.get(machine.id) is not None:
+                    await self.forget(machine, LeaveReason.REMOVED_ELSEWHERE)
+            case ClaimChanged(claim=claim, is_over=is_over):
+                await self._follow_claim(claim, is_over)
+            case ChangesLost():
+                await self.resync(EVERYTHING)
+            case BanChanged():
+                pass  # each join asks; the machine's own row is deleted with the ban
+
+    async def _follow_claim(self, claim: Claim, is_over: bool) -> None:
+        link = self._directory.get(claim.machine_id)
+        known = self._directory.claim(claim.id)
+        if is_over:
+            row = None if link is None or known is None else await self._directory.row(claim.machine_id)
+            if row is not None and row.public_key == claim.public_key:
+                await self.apply_change(row)  # proved: the row takes its session over
+            await self.drop_claim(claim.id)
+        elif link is not None and known is None and claim in await self._claims(claim.machine_id):
+            await self.apply_claim(link.machine, claim)
+
+    async def _claims(self, machine_id: str) -> list[Claim]:
+        return list(await self._store.transact(lambda transaction: transaction.claims(machine_id)))
+
+    async def apply_change(self, machine: Machine) -> None:
+        """Apply a row that was changed by somebody, unless it is applied or gone."""
+        if self._is_applied(machine):
+            return
+        async with self.locks.hold(machine.node_uuid):
+            if self._is_applied(machine):
+                return
+            if self._directory.get(machine.id) is None and await self._directory.row(machine.id) is None:
+                return  # deleted since
+            await self.apply(machine)
+
+    def _is_applied(self, machine: Machine) -> bool:
+        link = self._directory.get(machine.id)
+        return link is not None and link.is_applied and link.machine.revision >= machine.revision
+
+    async def resync(self, machine_id: str) -> None:
+        """Read a machine's row, or EVERYTHING, again and apply it."""
+        if machine_id == EVERYTHING:
+            await self._reread()
+            return
+        row = await self._directory.row(machine_id)
+        if row is not None:
+            await self.apply_change(row)
+            return
+        link = self._directory.get(machine_id)
+        if link is not None:
+            await self.forget(link.machine, LeaveReason.REMOVED_ELSEWHERE)
+
+    async def _reread(self) -> None:
+        seen = set()
+        async for machine in self._store.machines():
+            seen.add(machine.id)
+            await self.apply_change(machine)
+        for link in self._directory:
+            if link.machine.id not in seen:
+                await self.resync(link.machine.id)  # it may have joined since its page was read
+        known = {claim.id: claim for claim in await self._store.all_claims()}
+        for claim in known.values():
+            await self._follow_claim(claim, False)
+        for link in self._directory:
+            for claimed in self._directory.claims_of(link.machine.id):
+                if claimed.claim is not None and claimed.claim.id not in known:
+                    await self.drop_claim(claimed.claim.id)
+
+
+def _machine_id(change: Change) -> str:
+    match change:
+        case MachineChanged(machine=machine) | MachineDeleted(machine=machine):
+            return machine.id
+        case ClaimChanged(claim=claim):
+            return claim.machine_id
+        case _:
+            return EVERYTHING
+
+
+def remembered_endpoint(link: Link) -> Endpoint | None:
+    """The remembered address; None where it is none, or the machine is to use the tunnel."""
+    machine = link.machine
+    if machine.last_endpoint is None or machine.public_key is None or machine.tunnel:
+        return None
+    try:
+        place = HostPort.parse(machine.last_endpoint)
+        return ip_address(place.host), place.port
+    except ValueError:
+        return None

@@ -1,0 +1,127 @@
+"""The sessions that this server holds: which link is up, by which path, and the streams that carry them.
+
+Nothing here waits: it is called between packets.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from siderolink.common.errors import ConfigurationError
+from siderolink.common.hostport import HostPort
+from siderolink.common.wireguard.device import Device, PathChanged
+from siderolink.common.wireguard.path import Path
+from siderolink.server.clock import Clock
+from siderolink.server.fleet.directory import Directory, EndStream, Link, LinkState, Stream
+from siderolink.server.refusals import StreamRefusal
+
+
+def udp_endpoint(path: Path | None) -> str | None:
+    """Where a path leads by UDP, as host:port; None for a tunnel or for no path."""
+    text = str(path) if path is not None else ""
+    try:
+        return str(HostPort.parse(text))
+    except ConfigurationError:
+        return None
+
+
+def host_of(endpoint: str | None) -> str | None:
+    """The host of a host:port; None where it is none."""
+    try:
+        return None if endpoint is None else HostPort.parse(endpoint, port_zero=True).host
+    except ConfigurationError:
+        return None
+
+
+class Sessions:
+    """The sessions of one device's peers."""
+
+    def __init__(self, device: Device, directory: Directory, *, max_unproven_streams: int, clock: Clock) -> None:
+        self._device = device
+        self._directory = directory
+        self._max_unproven_streams = max_unproven_streams
+        self._clock = clock
+        self._watchers: list[Callable[[Link], None]] = []
+
+    def set_state(self, link: Link, state: LinkState) -> None:
+        self._directory.set_state(link, state)
+        self.tell(link)
+
+    def tell(self, link: Link) -> None:
+        """Tell those who watch that the link changed or is gone."""
+        for watcher in self._watchers:
+            watcher(link)
+
+    @contextmanager
+    def watching(self, watcher: Callable[[Link], None]) -> Iterator[None]:
+        """Call back whenever a link's state was set, or a link forgotten; between packets, so it must be quick."""
+        self._watchers.append(watcher)
+        try:
+            yield
+        finally:
+            self._watchers.remove(watcher)
+
+    def open_stream(self, link: Link, path: Path, end: EndStream, source: str = "") -> Stream:
+        """Let a new stream name the link's virtual address; the oldest unproven one gives way where there are too many."""
+        unproven = [stream for stream in link.streams if not stream.is_proven]
+        if len(unproven) >= self._max_unproven_streams:
+            unproven[0].end(StreamRefusal.CROWDED_OUT)
+            self.close_stream(unproven[0])
+        stream = Stream(link, path, end, source, self._clock.monotonic())
+        link.streams = (*link.streams, stream)
+        if link.path is None or not link.path.is_open:
+            link.path = path
+        if link.machine.public_key is not None:
+            self._device.offer_path(link.machine.public_key, path)
+        return stream
+
+    def close_stream(self, stream: Stream) -> None:
+        """The stream is over; no error if it was closed before."""
+        link = stream.link
+        link.streams = tuple(other for other in link.streams if other is not stream)
+
+    def end_streams(self, link: Link, refusal: StreamRefusal) -> None:
+        streams, link.streams = link.streams, ()
+        for stream in streams:
+            stream.end(refusal)
+
+    def path_changed(self, link: Link, event: PathChanged) -> None:
+        """The machine was heard by another path: that one is proven, and the stream before it ends."""
+        link.path, link.endpoint = event.new, udp_endpoint(event.new)
+        source = host_of(link.endpoint)
+        for stream in link.streams:
+            if stream.path is event.new:
+                stream.is_proven = True
+                source = stream.source or None
+            elif stream.path is event.old:
+                stream.end(StreamRefusal.REPLACED)
+                self.close_stream(stream)
+        self._directory.set_source(link, source)
+
+    def prove_current_stream(self, link: Link) -> None:
+        """Something authenticated came, and no PathChanged since: it came by the path in use."""
+        for stream in link.streams:
+            if stream.path is link.path:
+                stream.is_proven = True
+                self._directory.set_source(link, stream.source or link.source)
+
+    async def prove_or_end(self, stream: Stream, silence: float | None) -> None:
+        """The stream's time is up: end it unless something authenticated has come by it, `silence` seconds ago at last."""
+        link = stream.link
+        if stream not in link.streams or stream.is_proven:
+            return
+        heard_since_open = silence is not None and self._clock.monotonic() - silence >= stream.opened_at
+        if heard_since_open and link.path is stream.path:
+            stream.is_proven = True
+        else:
+            stream.end(StreamRefusal.NEVER_AUTHENTICATED)
+            self.close_stream(stream)
+
+    def adopt(self, link: Link, claimed: Link) -> None:
+        """The claim was proved: the machine's link goes on with the claim's session, and its own streams end."""
+        self.end_streams(link, StreamRefusal.REPLACED)
+        for stream in claimed.streams:
+            stream.link = link
+        link.streams, claimed.streams = claimed.streams, ()
+        link.path, link.endpoint = claimed.path, claimed.endpoint
+        self._directory.set_source(link, claimed.source)
+        link.goodbye_at = None
