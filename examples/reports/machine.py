@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator
 
 import siderolink
 from siderolink.client.link.identity import machine_uuid
-from siderolink.client.maintenance import LinkPresence, MachineHooks, MachineVersion, Nowhere, serve_maintenance
+from siderolink.client.maintenance import LinkFollower, MachineHooks, MachineVersion, Nowhere, serve_maintenance
 from siderolink.client.reporting import EventSender, KernelMessage, LogDestination, LogSender, forward_log
 from siderolink.common.hostport import HostPort
 from siderolink.common.pb.machine import SequenceEvent, SequenceEventAction
@@ -33,7 +33,7 @@ async def main(options: argparse.Namespace) -> None:
     events = EventSender()
     events.publish(SequenceEvent(sequence="example", action=SequenceEventAction.START))
     async with serve_maintenance(hooks, node_uuid=uuid, place=Nowhere()) as api:
-        presence = LinkPresence(api)
+        presence = LinkFollower(api)
         presence.configured(url)
         async with siderolink.connect(url, uuid=uuid, on_event=presence.on_event) as link:
             print(f"{link.address} reports to {link.server_address}, and is asked on port {api.port}", flush=True)

@@ -4,11 +4,14 @@ import sys
 
 __all__ = ["main", "wireguard"]
 
-_EXTRA = frozenset({"aiosqlite", "alembic", "platformdirs", "rich", "sqlalchemy", "typer", "watchfiles"})
+_EXTRA = frozenset({"aiosqlite", "alembic", "platformdirs", "rich", "sqlalchemy", "structlog", "typer", "watchfiles"})
 
 
 def main() -> None:
     """Run the command line; what goes wrong is one line, and an exit status other than 0."""
+    from siderolink.cli.output import open_standard_descriptors
+
+    open_standard_descriptors()
     try:
         from siderolink.cli.app import run
     except ModuleNotFoundError as error:

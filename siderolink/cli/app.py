@@ -1,14 +1,14 @@
 """The commands and their options."""
 
-import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from typer.core import TyperCommand
 
 from siderolink.cli.options import (
+    BareLogLevel,
+    CaFile,
     Config,
     ConnectionsPerAddress,
     Device,
@@ -20,14 +20,27 @@ from siderolink.cli.options import (
     JoinToken,
     Json,
     KeepInterface,
+    KeptConfig,
     KernelCmdline,
+    KernelCmdlineCommand,
+    LogFormat,
+    LogFormatOption,
+    LogLevel,
+    LogLevelOption,
     LogPort,
+    MaintenanceApi,
+    MaintenancePort,
+    MetaFile,
     NetNs,
     NoDial,
     OverlayPorts,
+    PrintMachineLogs,
     ProxyProtocolFrom,
+    ServedEventSinkPort,
+    ServedLogPort,
     ServerInterface,
     ServerUrl,
+    Sources,
     StateFile,
     TalosVersion,
     TlsCert,
@@ -36,8 +49,11 @@ from siderolink.cli.options import (
     UniqueToken,
     UniqueTokenFile,
     Url,
+    WireguardEndpoints,
+    default_state,
     overlay_ports,
 )
+from siderolink.cli.output import fail
 from siderolink.common.errors import SideroLinkError
 
 app = typer.Typer(
@@ -56,25 +72,10 @@ config_app = typer.Typer(help="Configuration documents and kernel arguments.", n
 app.add_typer(config_app, name="config")
 
 
-class KernelCmdlineCommand(TyperCommand):
-    """Takes --kernel-cmdline without a file for the host's own."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        given = [*args, "--"]
-        for index in reversed(range(len(args))):
-            following = given[index + 1]
-            if args[index] == "--kernel-cmdline" and (following.startswith("-") or "://" in following):
-                given.insert(index + 1, "host")
-        return super().parse_args(ctx, given[:-1])
-
-
 @app.command()
 def serve(
     api_listen: Annotated[str, typer.Option(help="Where the API listens.", metavar="HOST:PORT")],
-    wireguard_endpoint: Annotated[
-        list[str],
-        typer.Option(help="Where machines dial, the preferred first; this host listens on its port.", metavar="HOST:PORT"),
-    ],
+    wireguard_endpoint: WireguardEndpoints,
     join_token: JoinToken = None,
     join_token_file: TokenFile = None,
     interface: Annotated[str, typer.Option(help="The interface's name.")] = "siderolink",
@@ -89,17 +90,17 @@ def serve(
     connections_per_address: ConnectionsPerAddress = 1024,
     proxy_protocol_from: ProxyProtocolFrom = None,
     forwarded_from: ForwardedFrom = None,
-    event_sink_port: Annotated[
-        int | None, typer.Option(help="Take machines' events on this port of the overlay.", min=1, max=65535)
-    ] = None,
-    log_port: Annotated[
-        int | None, typer.Option(help="Take machines' kernel logs on this port of the overlay.", min=1, max=65535)
-    ] = None,
+    event_sink_port: ServedEventSinkPort = None,
+    log_port: ServedLogPort = None,
     overlay_port: OverlayPorts = None,
+    print_machine_logs: PrintMachineLogs = False,
+    log_format: LogFormatOption = LogFormat.TEXT,
+    log_level: LogLevelOption = LogLevel.INFO,
 ) -> None:
     """Serve machines, until stopped. SIGHUP reads the join token's file and the certificate again."""
     from siderolink.cli.serve import ServeOptions, run_serve
 
+    start_log(log_format, log_level)
     run_serve(
         ServeOptions(
             api_listen=api_listen,
@@ -120,6 +121,7 @@ def serve(
             event_sink_port=event_sink_port,
             log_port=log_port,
             overlay_ports=overlay_ports(overlay_port),
+            print_machine_logs=print_machine_logs,
         )
     )
 
@@ -137,21 +139,14 @@ def join(
     interface: Interface = None,
     device: Device = DeviceChoice.AUTO,
     netns: NetNs = None,
-    ca: Annotated[
-        Path | None,
-        typer.Option(
-            "--ca-file",
-            "--ca",
-            help="Roots (PEM) for an https URL.",
-            show_default="the system's, and the documents'",
-            metavar="FILE",
-        ),
-    ] = None,
+    ca: CaFile = None,
     fallback_tunnel: Annotated[bool, typer.Option("--fallback-tunnel", help="Use the tunnel while UDP does not pass.")] = False,
-    maintenance_api: Annotated[
-        bool, typer.Option("--maintenance-api", help="Serve the machine's own API; a configuration can come by it, too.")
-    ] = False,
-    maintenance_port: Annotated[int, typer.Option(help="The TCP port of that API.", min=1, max=65535)] = 50000,
+    maintenance_api: MaintenanceApi = False,
+    maintenance_port: MaintenancePort = 50000,
+    meta: MetaFile = None,
+    keep_config: KeptConfig = None,
+    log_format: LogFormatOption = LogFormat.TEXT,
+    log_level: LogLevelOption = LogLevel.INFO,
 ) -> None:
     """Join a server as one machine, until stopped. A server that is away, or refuses, is asked again until it answers.
 
@@ -160,8 +155,12 @@ def join(
     destinations is delivered to over the link.
     """
     from siderolink.cli.join import JoinOptions, run_join
+    from siderolink.cli.maintenance import MaintenanceOptions
     from siderolink.cli.settings import SettingsOptions
+    from siderolink.client.maintenance import API_RELEASE
 
+    start_log(log_format, log_level)
+    maintenance = MaintenanceOptions(port=maintenance_port, version=talos_version, meta=meta, configuration=keep_config)
     settings = SettingsOptions(
         url=url,
         config=tuple(config or ()),
@@ -174,14 +173,13 @@ def join(
     run_join(
         JoinOptions(
             settings=settings,
-            talos_version=talos_version,
+            talos_version=talos_version or (API_RELEASE if maintenance_api else ""),
             interface=interface,
             device=device.value,
             netns=netns,
             ca=ca,
             fallback_tunnel=fallback_tunnel,
-            maintenance_api=maintenance_api,
-            maintenance_port=maintenance_port,
+            maintenance=maintenance if maintenance_api else None,
         )
     )
 
@@ -270,19 +268,21 @@ def wireguard(
         bool,
         typer.Option("--background/--foreground", "-b/-f", help="Return when the interface is there, and go on by itself."),
     ] = False,
+    log_format: LogFormatOption = LogFormat.TEXT,
+    log_level: BareLogLevel = None,
 ) -> None:
     """Run a bare WireGuard interface in userspace, to be set up with `wg` like any other."""
     from siderolink.cli.wireguard import run_wireguard
 
-    run_wireguard(name, background=background)
+    run_wireguard(name, background=background, as_json=log_format is LogFormat.JSON, level=log_level)
 
 
 @app.command()
 def status(as_json: Json = False) -> None:
-    """Show the links and peers on this host."""
+    """Show the links and peers on this host. Exits with 1 where a running server or machine does not answer."""
     from siderolink.cli.status import run_status
 
-    run_status(as_json=as_json)
+    raise typer.Exit(run_status(as_json=as_json))
 
 
 @app.command()
@@ -315,19 +315,20 @@ def simulate(
     machines: Annotated[int, typer.Option(help="How many.", min=1, max=100_000)] = 100,
     tunnel_share: Annotated[float, typer.Option(help="The part of them that use the tunnel.", min=0, max=1)] = 0.0,
     at_once: Annotated[int, typer.Option(help="How many join or connect at a time.", min=1, max=4096)] = 32,
-    sources: Annotated[
-        str | None, typer.Option(help="Local addresses to send datagrams from, in turn.", metavar="PREFIX")
-    ] = None,
+    sources: Sources = None,
     churn: Annotated[float, typer.Option(help="Machines per second that leave, each for a new one.", min=0)] = 0.0,
     reconnects: Annotated[int, typer.Option(help="How often all reconnect at once: at SIGUSR1, or after --hold.", min=0)] = 0,
     hold: Annotated[float | None, typer.Option(help="Seconds to stay at the end.", min=0, show_default="until stopped")] = None,
     timeout: Annotated[float, typer.Option(help="Seconds within which all must be connected.", min=1)] = 60.0,
     as_json: Json = False,
+    log_format: LogFormatOption = LogFormat.TEXT,
+    log_level: LogLevelOption = LogLevel.INFO,
 ) -> None:
     """Load a server with many machines: real calls and datagrams from this process, and no interface."""
     from siderolink.cli.simulate.run import SimulateOptions, run_simulate
     from siderolink.cli.simulate.swarm import Load
 
+    start_log(log_format, log_level, descriptor=2)
     run_simulate(
         SimulateOptions(
             url=url,
@@ -375,13 +376,11 @@ def rotate_key(interface: ServerInterface = "siderolink") -> None:
     run_rotate_key(interface)
 
 
-def default_state(interface: str) -> Path:
-    """The state directory that systemd gives, or the platform's, with one file per interface."""
-    from platformdirs import user_state_path
+def start_log(log_format: LogFormat, log_level: LogLevel, *, descriptor: int = 1) -> None:
+    """Log to a descriptor from now on; simulate's results alone go to standard output."""
+    from siderolink.cli.logs import start_log
 
-    directories = os.environ.get("STATE_DIRECTORY", "")
-    folder = Path(directories.split(":")[0]) if directories else user_state_path("siderolink", use_site_for_root=True)
-    return folder / f"{interface}.state"
+    start_log(log_level, as_json=log_format is LogFormat.JSON, descriptor=descriptor)
 
 
 def run() -> int:
@@ -389,8 +388,16 @@ def run() -> int:
     try:
         app()
     except SideroLinkError as error:
-        print(f"siderolink: {error}", file=sys.stderr)
-        return 1
+        stop_log()  # what led to it comes first
+        return fail(str(error))
     except BrokenPipeError:
         return 1
+    finally:
+        stop_log()
     return 0
+
+
+def stop_log() -> None:
+    """Write the last records, where the command has a log."""
+    if (logs := sys.modules.get("siderolink.cli.logs")) is not None:
+        logs.stop_log()

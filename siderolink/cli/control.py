@@ -1,15 +1,15 @@
 """The local socket of a running `serve` or `join`, by which `status` asks it."""
 
 import os
+import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from grpclib.exceptions import GRPCError
-
-from siderolink.common.errors import AddressInUseError, ConfigurationError, JoinError
-from siderolink.common.grpc import Limits, Servable, open_channel, serve, translate_errors
+from siderolink.common.errors import AddressInUseError, ConfigurationError, JoinError, SideroLinkError
+from siderolink.common.grpc import GRPCError, Limits, Servable, Status, open_channel, serve, translate_errors
 from siderolink.common.pb.siderolink.control import (
     ControlBase,
     ControlStub,
@@ -19,9 +19,12 @@ from siderolink.common.pb.siderolink.control import (
     StatusRequest,
     StatusResponse,
 )
+from siderolink.common.text import one_line
 from siderolink.common.wireguard.device import DEFAULT_MTU, PeerStatus, check_interface
 
 _ANSWER_TIMEOUT = 5.0
+_DEAD_AFTER = 5.0
+"""Seconds after which a socket that refuses connections is no longer one that is about to listen."""
 _ANSWER_BYTES = 64 * 1024 * 1024
 """A status tells of every peer, in some 200 bytes each."""
 
@@ -35,17 +38,23 @@ class Source(Protocol):
 
 
 class ControlService(ControlBase):
-    """Answers on the socket for one source."""
+    """Answers on the socket for one source; what it cannot tell now is UNAVAILABLE, with the reason."""
 
     def __init__(self, source: Source) -> None:
         self._source = source
 
     async def status(self, message: StatusRequest) -> StatusResponse:
-        return await self._source.status()
+        try:
+            return await self._source.status()
+        except SideroLinkError as error:
+            raise GRPCError(Status.UNAVAILABLE, one_line(str(error))) from None
 
     async def events(self, message: EventsRequest) -> AsyncIterator[Event]:
-        async for event in self._source.events():
-            yield event
+        try:
+            async for event in self._source.events():
+                yield event
+        except SideroLinkError as error:
+            raise GRPCError(Status.UNAVAILABLE, one_line(str(error))) from None
 
 
 def directory() -> Path:
@@ -77,10 +86,20 @@ async def control_socket(interface: str, source: Source, *more: Servable) -> Asy
         yield path
 
 
-async def ask_all() -> tuple[list[StatusResponse], list[str]]:
-    """The status of everything that answers here, and a line for each socket that does not."""
-    answers: list[StatusResponse] = []
-    complaints: list[str] = []
+@dataclass(slots=True)
+class Asked:
+    """What the control sockets of this host say."""
+
+    answers: list[StatusResponse] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+    """A line for each socket of a running process that gave no status."""
+    notes: list[str] = field(default_factory=list)
+    """A line for each socket without a process, which is removed."""
+
+
+async def ask_all() -> Asked:
+    """Ask everything that listens here. Raises ConfigurationError where the sockets cannot be listed."""
+    asked = Asked()
     folder = directory()
     try:
         paths = sorted(path for path in folder.iterdir() if path.suffix == ".sock") if folder.exists() else []
@@ -88,10 +107,29 @@ async def ask_all() -> tuple[list[StatusResponse], list[str]]:
         raise ConfigurationError(f"{folder} cannot be read: {error.strerror}; ask as the user who runs siderolink") from None
     for path in paths:
         try:
-            answers.append(await _ask(path))
-        except (JoinError, GRPCError) as error:
-            complaints.append(f"{path} does not answer: {error}")
-    return answers, complaints
+            asked.answers.append(await _ask(path))
+        except JoinError as error:
+            if isinstance(error.__cause__, FileNotFoundError):
+                continue  # its process has just ended
+            if isinstance(error.__cause__, ConnectionRefusedError) and path.is_socket():
+                asked.notes.append(_remove(path))
+            else:
+                asked.failures.append(f"{path} does not answer: {error}")
+        except GRPCError as error:
+            asked.failures.append(f"{path} does not answer: {error.status.name}: {one_line(error.message or '')}")
+    return asked
+
+
+def _remove(path: Path) -> str:
+    """Remove a socket on which nobody listens; returns a line about it."""
+    try:
+        # between binding a socket and listening on it there is a moment in which it is refused, too
+        if time.time() - path.stat().st_mtime > _DEAD_AFTER:
+            path.unlink()
+            return f"{path} was left by a process that has ended, and is removed"
+    except OSError as error:
+        return f"{path} was left by a process that has ended, and cannot be removed: {error.strerror}"
+    return f"{path} does not answer yet: its process is starting"
 
 
 async def _ask(path: Path) -> StatusResponse:

@@ -8,16 +8,17 @@ from pathlib import Path
 import anyio
 
 from siderolink.cli.control import control_socket, peer_message
-from siderolink.cli.describe import link_event
-from siderolink.cli.maintenance import Maintenance
+from siderolink.cli.describe import link_event, log_link_event
+from siderolink.cli.logs import hide, lost_records, name_machine, say
+from siderolink.cli.maintenance import Maintenance, MaintenanceOptions
 from siderolink.cli.reporting import Reporting, report_part
-from siderolink.cli.running import run_until_stopped, say
+from siderolink.cli.running import run_until_stopped
 from siderolink.cli.settings import FollowedSettings, SettingsOptions, SettingsReader
 from siderolink.client import Link, LinkEvent, connect
 from siderolink.client.config import HOST_DOCUMENTS, PROC_CMDLINE, Ingress, MachineSettings
 from siderolink.client.firewall import ingress_firewall
 from siderolink.client.link.identity import machine_uuid
-from siderolink.client.maintenance import API_PORT, LinkPresence
+from siderolink.client.maintenance import LinkFollower
 from siderolink.common.errors import ConfigurationError
 from siderolink.common.grpc import client_tls
 from siderolink.common.join_url import JoinURL
@@ -33,7 +34,7 @@ class JoinOptions:
 
     settings: SettingsOptions
     talos_version: str = ""
-    """The release's tag that the server is told, and the callers of the maintenance API."""
+    """The release's tag that the server is told."""
     interface: str | None
     device: DeviceKind
     netns: str | None = None
@@ -42,8 +43,8 @@ class JoinOptions:
     """Roots (PEM) that the server's certificate is checked against, in place of the system's."""
     fallback_tunnel: bool = False
     """Use the tunnel while UDP does not pass."""
-    maintenance_api: bool = False
-    maintenance_port: int = API_PORT
+    maintenance: MaintenanceOptions | None = None
+    """Serve the machine's own API."""
 
 
 class LinkSource:
@@ -66,7 +67,7 @@ class LinkSource:
             public_key=str(status.public_key),
             listen_port=status.listen_port or 0,
             peers=[peer_message(status.server)] if status.server else [],
-            drops=status.drops,
+            drops=status.drops | lost_records(),
             state=status.state,
             reason=status.reason,
             since=status.since,
@@ -87,12 +88,18 @@ class JoinedMachine:
         self._settings = settings
         self._key = PrivateKey.generate()
         self._reporting = Reporting()
-        self._presence: LinkPresence | None = None
+        self._follower: LinkFollower | None = None
+        self._maintenance: Maintenance | None = None
 
     async def run(self) -> None:
         """Never returns. Raises SideroLinkError where there can be no interface."""
-        if self._options.netns is not None and self._options.maintenance_api:
+        if self._options.netns is not None and self._options.maintenance is not None:
             raise ConfigurationError("--maintenance-api serves this network namespace: leave out --netns, or run it inside")
+        if self._options.maintenance is not None:
+            self._maintenance = Maintenance(self._settings, self._reporting, self._key, self._options.maintenance)
+            await self._maintenance.load()
+        uuid = self._settings.current.uuid
+        name_machine(uuid.value if uuid is not None else machine_uuid())
         own = (self._options.interface,) if self._options.interface is not None else ()
         async with ingress_firewall(Ingress(), own) as firewall, background_tasks() as tasks:
 
@@ -107,36 +114,38 @@ class JoinedMachine:
             tasks.start_soon(self._settings.watch)
             tasks.start_soon(self._settings.follow, lambda settings: settings.ingress, hold_firewall)
             tasks.start_soon(self._settings.follow, report_part, self._reporting.collect)
-            async with self._maintenance() as self._presence:
+            async with self._serve_maintenance() as self._follower:
                 await self._settings.follow(_join_part, self._hold)
 
     @asynccontextmanager
-    async def _maintenance(self) -> AsyncIterator[LinkPresence | None]:
+    async def _serve_maintenance(self) -> AsyncIterator[LinkFollower | None]:
         """The machine's own API, where it was asked for."""
-        options = self._options
-        if not options.maintenance_api:
+        if self._maintenance is None:
             yield None
             return
-        maintenance = Maintenance(self._settings, self._reporting, self._key, version=options.talos_version)
         uuid = self._settings.current.uuid
         node_uuid = uuid.value if uuid is not None else machine_uuid()
-        async with maintenance.serve(node_uuid=node_uuid, port=options.maintenance_port) as presence:
-            yield presence
+        async with self._maintenance.serve(node_uuid=node_uuid) as follower:
+            yield follower
 
     async def _hold(self, settings: "_JoinPart") -> None:
         """Hold the link, whatever the server says at first: it is asked again until it answers."""
         if settings.url is None:
             say("waiting", "there is no join URL")
-            if self._presence is not None:
-                self._presence.removed()
+            if self._follower is not None:
+                self._follower.removed()
             await anyio.sleep_forever()
             return
-        if self._presence is not None:
-            self._presence.configured(settings.url)
+        if self._follower is not None:
+            self._follower.configured(settings.url)
         await self._hold_link(settings.url, settings)
 
     async def _hold_link(self, url: JoinURL, settings: "_JoinPart") -> None:
         options = self._options
+        hide(url.join_token)
+        hide(settings.unique_token)
+        if settings.uuid is not None:
+            name_machine(settings.uuid)
         name = options.interface or ("siderolinktun" if url.tunnel else "siderolink")
         async with (
             connect(
@@ -161,10 +170,10 @@ class JoinedMachine:
             await self._settings.follow(report_part, self._reporting.deliver)
 
     def _on_event(self, event: LinkEvent) -> None:
-        say(*link_event(event))
+        log_link_event(event)
         self._reporting.on_link_event(event)
-        if self._presence is not None:
-            self._presence.on_event(event)
+        if self._follower is not None:
+            self._follower.on_event(event)
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +202,7 @@ def run_join(options: JoinOptions) -> None:
         say("note", note)
     settings.tell_problems()
     url = settings.current.url
-    if url is None and not options.maintenance_api:
+    if url is None and options.maintenance is None:
         raise ConfigurationError(
             "there is no join URL: give one, or --config, or siderolink.api= on the kernel command line; looked at "
             + ", ".join(

@@ -1,11 +1,17 @@
-"""Says what machines report to a `serve`."""
+"""Logs what machines report to a `serve`: their events and, if asked for, the lines of their kernel logs."""
 
+import logging
 from collections import Counter
 
-from siderolink.cli.running import say
+from siderolink.cli.describe import machine_fields
+from siderolink.cli.logs import say
 from siderolink.common.pb.siderolink.control import Reports as Counts
 from siderolink.common.tasks import background_tasks
 from siderolink.server import LinesDropped, MachineEvent, Reports, ReportsLost
+
+EVENT_BURST = 50
+LINE_BURST = 2000
+"""Events and lines of one machine that are logged within ten seconds."""
 
 
 def report_counts(reports: Reports) -> Counts:
@@ -15,29 +21,45 @@ def report_counts(reports: Reports) -> Counts:
     return Counts(events=reports.taken_events, lines=reports.taken_lines, drops=dict(drops))
 
 
-async def say_reports(reports: Reports) -> None:
+async def log_reports(reports: Reports, *, with_lines: bool) -> None:
     """Until the server ends."""
     if reports.event_sink_port is not None:
         say("event sink", f"on TCP port {reports.event_sink_port} of the overlay")
     if reports.log_port is not None:
         say("log receiver", f"on TCP and UDP port {reports.log_port} of the overlay")
     async with background_tasks() as tasks:
-        tasks.start_soon(_say_lines, reports)
+        if with_lines:
+            tasks.start_soon(_log_lines, reports)
         async for event in reports.events():
             match event:
-                case MachineEvent(machine=machine, type_url=type_url, payload=payload):
-                    kind = type_url.rpartition("/")[2]
-                    say("event", f"{machine.node_uuid} {payload if payload is not None else kind}")
+                case MachineEvent(machine=machine):
+                    say(
+                        "event",
+                        f"{machine.node_uuid} {event.summary}",
+                        sample=(f"events of {machine.id}", EVENT_BURST),
+                        fields=machine_fields(machine) | {"type": event.kind, "id": event.id},
+                    )
                 case ReportsLost(count=count):
-                    say("events not said", str(count))
+                    say("events not logged", str(count), level=logging.WARNING)
 
 
-async def _say_lines(reports: Reports) -> None:
+async def _log_lines(reports: Reports) -> None:
     async for line in reports.lines():
         match line:
             case LinesDropped(machine=machine, reason=reason, count=count):
-                say("kernel log", f"{machine.node_uuid} {count} lines dropped: {reason}")
+                say(
+                    "kernel log",
+                    f"{machine.node_uuid} {count} lines dropped: {reason}",
+                    level=logging.WARNING,
+                    sample=(f"dropped lines of {machine.id}", EVENT_BURST),
+                    fields=machine_fields(machine),
+                )
             case ReportsLost(count=count):
-                say("kernel log", f"{count} lines not said")
+                say("kernel log", f"{count} lines not logged", level=logging.WARNING)
             case _:
-                say("kernel log", f"{line.machine.node_uuid} {line.message}")
+                say(
+                    "kernel log",
+                    f"{line.machine.node_uuid} {line.message}",
+                    sample=(f"lines of {line.machine.id}", LINE_BURST),
+                    fields=machine_fields(line.machine),
+                )

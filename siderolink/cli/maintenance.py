@@ -3,53 +3,81 @@
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import replace
+from dataclasses import dataclass
+from pathlib import Path
 
 from grpclib import GRPCError, Status
 
+from siderolink.cli.logs import say
 from siderolink.cli.reporting import Reporting
-from siderolink.cli.running import say
 from siderolink.cli.settings import FollowedSettings
 from siderolink.client.config import MachineSettings, Setting
-from siderolink.client.config.extra import needing_extra
+from siderolink.client.link.verdict import Verdict
 from siderolink.client.maintenance import (
+    API_PORT,
     ApplyAnswer,
     ApplyRequest,
+    ConfigurationKeeper,
     Everywhere,
-    LinkPresence,
+    LinkFollower,
     MachineHooks,
     MachineVersion,
-    MaintenanceApi,
+    MetaStore,
     Nowhere,
+    ResourceStore,
     serve_maintenance,
 )
-from siderolink.client.maintenance.resources.definitions import MACHINE_CONFIG
-from siderolink.client.maintenance.resources.specs import MACHINE_CONFIG_ANNOTATIONS, machine_config
-from siderolink.common.errors import ConfigurationError
+from siderolink.client.maintenance.meta import UNIQUE_TOKEN_KEY, UUID_KEY
 from siderolink.common.keys import PrivateKey
-from siderolink.common.pb.machine import ConfigLoadErrorEvent
-from siderolink.common.text import one_line
+from siderolink.common.machine_events import MachineEventPayload
+from siderolink.common.pb.machine import (
+    ConfigLoadErrorEvent,
+    MachineStatusEvent,
+    MachineStatusEventMachineStage,
+    MachineStatusEventMachineStatus,
+)
+from siderolink.common.tasks import background_tasks
 
-_META_UUID, _META_UNIQUE_TOKEN = 15, 16
-"""META keys by which a server gives a machine its identity."""
-_LONGEST_META = 1024
-_MODES = ("auto", "reboot", "no-reboot")
-CONFIG_ID = "v1alpha1"
+_LONGEST_TOKEN = 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MaintenanceOptions:
+    """As given on the command line."""
+
+    port: int = API_PORT
+    version: str = ""
+    """A release's tag."""
+    meta: Path | None = None
+    """Where META is kept."""
+    configuration: Path | None = None
+    """Where a configuration that was applied is kept."""
 
 
 class Maintenance:
     """Serves the API, and applies configurations."""
 
-    def __init__(self, settings: FollowedSettings, reporting: Reporting, key: PrivateKey, *, version: str = "") -> None:
-        """`version` is a release's tag; the package's by default."""
+    def __init__(self, settings: FollowedSettings, reporting: Reporting, key: PrivateKey, options: MaintenanceOptions) -> None:
+        """Reads META's file. Raises ConfigurationError."""
         self._settings = settings
         self._reporting = reporting
         self._key = key
-        self._version = MachineVersion(tag=version) if version else MachineVersion()
-        self._api: MaintenanceApi | None = None
+        self._options = options
+        self._version = MachineVersion(tag=options.version) if options.version else MachineVersion()
+        self._resources = ResourceStore()
+        self._meta = MetaStore(self._resources, options.meta)
+        self._configuration = ConfigurationKeeper(
+            self._resources, settings.apply, path=options.configuration, on_refusal=self._on_refusal
+        )
+
+    async def load(self) -> None:
+        """Put into force what was kept, before there is a link. Raises ConfigurationError."""
+        await self._configuration.load()
+        if self._meta.values:
+            await self._settings.write_meta(self._identity())
 
     @asynccontextmanager
-    async def serve(self, *, node_uuid: str, port: int) -> AsyncIterator[LinkPresence]:
+    async def serve(self, *, node_uuid: str) -> AsyncIterator[LinkFollower]:
         """Serve while the body runs; what is yielded wants to know of the link."""
         place = Everywhere() if self._settings.current.url is None else Nowhere()
         hooks = MachineHooks(
@@ -58,73 +86,86 @@ class Maintenance:
             meta_write=self._write_meta,
             meta_delete=self._delete_meta,
         )
-        async with serve_maintenance(hooks, node_uuid=node_uuid, place=place, port=port) as self._api:
+        port = self._options.port
+        async with (
+            background_tasks() as tasks,
+            serve_maintenance(hooks, node_uuid=node_uuid, place=place, port=port, resources=self._resources) as api,
+        ):
+            tasks.start_soon(self._configuration.run)
             say("maintenance API", f"on port {port}, {'every address' if place == Everywhere() else 'the overlay alone'}")
-            yield LinkPresence(self._api, private_key=self._key)
+            self._reporting.also_to(api.events.publish)
+            self._reporting.publish(_in_maintenance())
+            yield LinkFollower(api, private_key=self._key)
+
+    def _on_refusal(self, event: ConfigLoadErrorEvent) -> None:
+        self._reporting.publish(event)
 
     async def _apply(self, request: ApplyRequest) -> ApplyAnswer:
-        if request.mode not in _MODES:
-            raise GRPCError(
-                Status.UNIMPLEMENTED, f"apply configuration --mode='{request.mode}' is not supported in maintenance mode"
-            )
-        try:
-            with needing_extra():
-                from siderolink.client.config.documents import parse_documents
-            documents = parse_documents([(request.data, "the configuration")])
-        except ConfigurationError as error:
-            self._reporting.events.publish(ConfigLoadErrorEvent(error=one_line(str(error))))
-            raise
-        settings = documents.settings
-        warnings = list(settings.notes)
-        if settings.url is not None and self._settings.has_url_argument:
-            warnings.append("the join URL that was given as an argument counts, not the one of this configuration")
+        answer = await self._configuration.apply(request)
         if request.dry_run:
-            return ApplyAnswer(warnings=tuple(warnings), details="Dry run: the configuration could be applied.")
-        verdict = await self._settings.apply(settings)
-        if verdict.is_refused:
-            raise GRPCError(Status.FAILED_PRECONDITION, f"nothing was changed: {verdict.reason}")
-        warnings += verdict.warnings
-        if self._api is not None:
-            spec = machine_config(request.data)
-            self._api.resources.put(MACHINE_CONFIG, CONFIG_ID, spec, annotations=MACHINE_CONFIG_ANNOTATIONS)
-        say("configuration", "applied by the maintenance API")
-        return ApplyAnswer(warnings=tuple(warnings), details="Applied configuration without a reboot")
+            return answer
+        say("configuration", f"applied by the maintenance API ({request.mode})")
+        warnings = answer.warnings
+        if self._settings.has_url_argument and self._configuration.has_join:
+            warnings += ("the join URL that was given as an argument counts, not the one of this configuration",)
+        return ApplyAnswer(warnings=warnings, mode=answer.mode, details=answer.details)
 
     async def _write_meta(self, key: int, value: bytes) -> None:
-        """Join anew by what the server has written; it is known for as long as the program runs."""
-        _check_key(key)
-        verdict = await self._settings.write_meta(_with_meta(self._settings.meta, key, Setting(_read_meta(key, value), "META")))
-        if verdict.is_refused:
-            raise GRPCError(Status.FAILED_PRECONDITION, f"META key {key} was not kept: {verdict.reason}")
+        before = self._meta.values.get(key)
+        await self._meta.write(key, value)
         say("META", f"key {key} was written by the maintenance API")
+        verdict = await self._take_identity(key)
+        if verdict.is_refused:
+            await (self._meta.delete(key) if before is None else self._meta.write(key, before))
+            raise GRPCError(Status.FAILED_PRECONDITION, f"META key {key} was not kept: {verdict.reason}")
 
     async def _delete_meta(self, key: int) -> bool:
-        _check_key(key)
-        before = self._settings.meta
-        await self._settings.write_meta(_with_meta(before, key, None))
-        return self._settings.meta != before
+        was_there = await self._meta.delete(key)
+        if was_there:
+            say("META", f"key {key} was deleted by the maintenance API")
+            await self._take_identity(key)
+        return was_there
 
+    async def _take_identity(self, key: int) -> Verdict:
+        """Join anew where the key is one by which a server gives a machine its identity."""
+        if key not in (UUID_KEY, UNIQUE_TOKEN_KEY):
+            return Verdict(outcome="unchanged")
+        return await self._settings.write_meta(self._identity())
 
-def _check_key(key: int) -> None:
-    if key not in (_META_UUID, _META_UNIQUE_TOKEN):
-        raise GRPCError(
-            Status.UNIMPLEMENTED,
-            f"META key {key} is not kept here, but {_META_UUID} (UUID) and {_META_UNIQUE_TOKEN} (unique token) are",
+    def _identity(self) -> MachineSettings:
+        """What META says of the machine. A value that no machine could join with is kept, and not joined with."""
+        values = self._meta.values
+        node_uuid = _read_uuid(values.get(UUID_KEY, b""))
+        token = _read_token(values.get(UNIQUE_TOKEN_KEY))
+        return MachineSettings(
+            uuid=None if node_uuid is None else Setting(node_uuid, "META"),
+            unique_token=None if token is None else Setting(token, "META"),
         )
 
 
-def _with_meta(meta: MachineSettings, key: int, setting: Setting[str] | None) -> MachineSettings:
-    return replace(meta, uuid=setting) if key == _META_UUID else replace(meta, unique_token=setting)
+def _in_maintenance() -> MachineEventPayload:
+    return MachineStatusEvent(
+        stage=MachineStatusEventMachineStage.MAINTENANCE, status=MachineStatusEventMachineStatus(ready=True)
+    )
 
 
-def _read_meta(key: int, value: bytes) -> str:
-    """Raises ConfigurationError, which repeats nothing of the value."""
+def _read_uuid(value: bytes) -> str | None:
+    """An empty value means nothing, as on existing machines."""
+    if not value:
+        return None
     try:
-        text = value.decode()
-        if key == _META_UUID:
-            return str(uuid.UUID(text))
+        return str(uuid.UUID(value.decode()))
     except ValueError:
-        raise ConfigurationError(f"META key {key} must hold {'a UUID' if key == _META_UUID else 'text'}") from None
-    if not text.isprintable() or not 0 < len(text) <= _LONGEST_META:
-        raise ConfigurationError(f"META key {key} must hold one line of at most {_LONGEST_META} characters")
+        say("META", f"key {UUID_KEY} holds no UUID: the machine keeps the one that it has")
+        return None
+
+
+def _read_token(value: bytes | None) -> str | None:
+    """An empty value hides the token of the settings, as on existing machines."""
+    if value is None:
+        return None
+    text = value.decode(errors="replace")
+    if len(text) > _LONGEST_TOKEN or not (text.isprintable() and value == text.encode()):
+        say("META", f"key {UNIQUE_TOKEN_KEY} holds no line of at most {_LONGEST_TOKEN} characters: it is not joined with")
+        return None
     return text

@@ -1,11 +1,13 @@
 """What the commands' options are called, and what is said of them."""
 
+import os
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from siderolink.common.errors import ConfigurationError
 
@@ -14,6 +16,18 @@ class DeviceChoice(StrEnum):
     AUTO = "auto"
     KERNEL = "kernel"
     USERSPACE = "userspace"
+
+
+class LogFormat(StrEnum):
+    TEXT = "text"
+    JSON = "json"
+
+
+class LogLevel(StrEnum):
+    DEBUG = "debug"
+    INFO = "info"
+    WARNING = "warning"
+    ERROR = "error"
 
 
 Interface = Annotated[
@@ -36,7 +50,11 @@ UniqueToken = Annotated[
 ]
 TalosVersion = Annotated[
     str,
-    typer.Option(help="The release to join as, such as v1.13.0: some servers let in no machine without one.", metavar="TAG"),
+    typer.Option(
+        help="The release to join as; some servers let in no machine without one.",
+        show_default="v1.14.0 with --maintenance-api, none without",
+        metavar="TAG",
+    ),
 ]
 UniqueTokenFile = Annotated[Path | None, typer.Option(help="A file that holds it.", metavar="FILE")]
 JoinToken = Annotated[
@@ -44,6 +62,22 @@ JoinToken = Annotated[
     typer.Option(help="What machines must know. An argument is seen by everyone on this host.", envvar="SIDEROLINK_JOIN_TOKEN"),
 ]
 TlsCert = Annotated[Path | None, typer.Option(help="The API's certificate chain, PEM.", metavar="FILE")]
+CaFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--ca-file",
+        "--ca",
+        help="Roots (PEM) for an https URL.",
+        show_default="the system's, and the documents'",
+        metavar="FILE",
+    ),
+]
+ServedEventSinkPort = Annotated[
+    int | None, typer.Option(help="Receive machines' events on this port of the overlay.", min=1, max=65535)
+]
+ServedLogPort = Annotated[
+    int | None, typer.Option(help="Receive machines' kernel logs on this port of the overlay.", min=1, max=65535)
+]
 TlsKey = Annotated[Path | None, typer.Option(help="Its private key, PEM.", show_default="in the same file", metavar="FILE")]
 ConnectionsPerAddress = Annotated[
     int,
@@ -104,7 +138,46 @@ StateFile = Annotated[
     ),
 ]
 ServerInterface = Annotated[str, typer.Option(help="The running server's interface.")]
+LogFormatOption = Annotated[
+    LogFormat, typer.Option("--log-format", help="How records are written to standard output.", envvar="SIDEROLINK_LOG_FORMAT")
+]
+LogLevelOption = Annotated[
+    LogLevel, typer.Option("--log-level", help="The least severe records to write.", envvar="SIDEROLINK_LOG_LEVEL")
+]
+BareLogLevel = Annotated[
+    LogLevel | None,
+    typer.Option("--log-level", help="The least severe records to write.", show_default="info, or what LOG_LEVEL says"),
+]
+WireguardEndpoints = Annotated[
+    list[str],
+    typer.Option(help="Where machines dial, the preferred first; this host listens on its port.", metavar="HOST:PORT"),
+]
+Sources = Annotated[str | None, typer.Option(help="Local addresses to send datagrams from, in turn.", metavar="PREFIX")]
+PrintMachineLogs = Annotated[
+    bool, typer.Option("--print-machine-logs", help="Log the lines of machines' kernel logs, too; they come by --log-port.")
+]
 Json = Annotated[bool, typer.Option("--json", help="For programs.")]
+
+
+class KernelCmdlineCommand(TyperCommand):
+    """Takes --kernel-cmdline without a file for the host's own."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        given = [*args, "--"]
+        for index in reversed(range(len(args))):
+            following = given[index + 1]
+            if args[index] == "--kernel-cmdline" and (following.startswith("-") or "://" in following):
+                given.insert(index + 1, "host")
+        return super().parse_args(ctx, given[:-1])
+
+
+def default_state(interface: str) -> Path:
+    """The state directory that systemd gives, or the platform's, with one file per interface."""
+    from platformdirs import user_state_path
+
+    directories = os.environ.get("STATE_DIRECTORY", "")
+    folder = Path(directories.split(":")[0]) if directories else user_state_path("siderolink", use_site_for_root=True)
+    return folder / f"{interface}.state"
 
 
 def overlay_ports(given: Sequence[str] | None) -> tuple[str, ...] | None:
@@ -114,3 +187,15 @@ def overlay_ports(given: Sequence[str] | None) -> tuple[str, ...] | None:
     if "none" in given and len(given) > 1:
         raise ConfigurationError("name the overlay ports, or none, not both")
     return tuple(port for port in given if port != "none")
+
+
+MaintenanceApi = Annotated[
+    bool, typer.Option("--maintenance-api", help="Serve the machine's own API; a configuration can come by it, too.")
+]
+MaintenancePort = Annotated[int, typer.Option(help="The TCP port of that API.", min=1, max=65535)]
+MetaFile = Annotated[
+    Path | None, typer.Option(help="Keep what the server writes to META here, across restarts.", metavar="FILE")
+]
+KeptConfig = Annotated[
+    Path | None, typer.Option(help="Keep a configuration that came by that API here, across restarts.", metavar="FILE")
+]

@@ -1,17 +1,18 @@
 """What a joined machine reports over its link: events to the event sink, the kernel's log to its destinations."""
 
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import anyio
 
-from siderolink.cli.running import say
+from siderolink.cli.logs import say
 from siderolink.client import Connected, Joined, LinkEvent, Reestablished
 from siderolink.client.config import LogURL, MachineSettings
 from siderolink.client.reporting import EventSender, LogDestination, LogSender, read_kernel_log
 from siderolink.common.errors import ConfigurationError
 from siderolink.common.hostport import HostPort
+from siderolink.common.machine_events import MachineEventPayload
 from siderolink.common.pb.machine import AddressEvent
 from siderolink.common.pb.siderolink.control import Reports
 from siderolink.common.tasks import background_tasks
@@ -37,6 +38,7 @@ class Reporting:
 
     def __init__(self) -> None:
         self.events = EventSender()
+        self._others: list[Callable[[MachineEventPayload], None]] = []
         self._senders: dict[LogURL, LogSender] = {}
         self._read: dict[LogURL, int] = {}
         """The number of the last record that each destination was given."""
@@ -80,11 +82,21 @@ class Reporting:
             lines_lost=sum(sender.lost for sender in senders),
         )
 
+    def also_to(self, publish: Callable[[MachineEventPayload], None]) -> None:
+        """Give the machine's events to this, too."""
+        self._others.append(publish)
+
+    def publish(self, event: MachineEventPayload) -> None:
+        """Report an event."""
+        self.events.publish(event)
+        for publish in self._others:
+            publish(event)
+
     def on_link_event(self, event: LinkEvent) -> None:
         """The machine's address is news to the sink; a link that is back is a reason to try again."""
         match event:
             case Joined(address=address):
-                self.events.publish(AddressEvent(hostname=socket.gethostname(), addresses=[str(address.ip)]))
+                self.publish(AddressEvent(hostname=socket.gethostname(), addresses=[str(address.ip)]))
             case Connected() | Reestablished():
                 self.events.kick()
                 for sender in self._senders.values():

@@ -1,33 +1,19 @@
-"""What `serve` and `join` share: the loop, the signals that stop them, and lines about what happens."""
+"""What long-running commands share: the loop, and the signals that stop and reload them."""
 
 import logging
 import os
 import signal
-import sys
-import time
 from collections.abc import Awaitable, Callable
 from importlib.util import find_spec
 from typing import NoReturn
 
 import anyio
 from anyio.abc import TaskStatus
-from rich.console import Console
-from rich.markup import escape
 
+from siderolink.cli.logs import say as say
+from siderolink.cli.logs import stop_log
 from siderolink.common.degraded import say_once
 from siderolink.common.tasks import background_tasks
-from siderolink.common.text import one_line
-
-_console = Console(highlight=False)
-
-
-def say(name: str, text: str) -> None:
-    """One line about something that happened."""
-    now, text = time.strftime("%H:%M:%S"), one_line(text)
-    if _console.is_terminal:
-        _console.print(f"[dim]{now}[/] [cyan]{name:22}[/] {escape(text)}", soft_wrap=True)
-    else:
-        print(f"{now} {name}: {text}", flush=True)
 
 
 def loop_options() -> dict[str, bool]:
@@ -56,9 +42,8 @@ def leave() -> NoReturn:
 
     The interpreter would first take apart what thousands of machines left in memory, which takes longer than to stop serving.
     """
+    stop_log()
     logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
     os._exit(0)
 
 

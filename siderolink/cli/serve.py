@@ -1,15 +1,19 @@
 """`siderolink serve`: the server in the foreground."""
 
+import logging
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from siderolink.cli.control import control_socket, peer_message
+from siderolink.cli.describe import server_event
 from siderolink.cli.descriptors import allow_descriptors
-from siderolink.cli.machine_reports import report_counts, say_reports
+from siderolink.cli.logs import hide, lost_records, say
+from siderolink.cli.machine_reports import log_reports, report_counts
 from siderolink.cli.notify import feed_watchdog, notify
-from siderolink.cli.running import leave, run_until_stopped, say
+from siderolink.cli.running import leave, run_until_stopped
 from siderolink.cli.secret import read_secret
 from siderolink.cli.serving import Serving
 from siderolink.cli.state_service import StateService
@@ -18,25 +22,9 @@ from siderolink.common.collector import calm_collector
 from siderolink.common.errors import ConfigurationError, SideroLinkError
 from siderolink.common.grpc import Limits, ServerCertificate
 from siderolink.common.pb.siderolink.control import Event, Peer, StatusResponse
-from siderolink.common.tasks import background_tasks
+from siderolink.common.tasks import background_tasks, keep_running
 from siderolink.common.wireguard.device import DeviceKind, PeerStatus
-from siderolink.server import (
-    AdmissionChanged,
-    ClaimRefused,
-    EventsLost,
-    EventStream,
-    HandshakeCompleted,
-    JoinRefused,
-    LinkDown,
-    MachineJoined,
-    MachineLeft,
-    MachineRekeyed,
-    ReportOptions,
-    Server,
-    ServerEvent,
-    Store,
-    UniqueTokenBound,
-)
+from siderolink.server import EventStream, ReportOptions, Server, Store
 
 _MOST_DESCRIPTORS = 1 << 20
 
@@ -65,10 +53,12 @@ class ServeOptions:
     log_port: int | None = None
     overlay_ports: tuple[str, ...] | None = None
     """The ports that machines may dial besides those for reports; None for all."""
+    print_machine_logs: bool = False
+    """Log the lines that the log listener accepts, too."""
 
     @property
     def reports(self) -> ReportOptions | None:
-        """Where machines deliver reports; None for nowhere."""
+        """Where machines deliver reports; None disables both."""
         if self.event_sink_port is None and self.log_port is None:
             return None
         return ReportOptions(event_sink_port=self.event_sink_port, log_port=self.log_port)
@@ -77,11 +67,14 @@ class ServeOptions:
 class ServerSource:
     """A server, as the control socket shows it."""
 
-    def __init__(self, serving: Serving, *, has_reports: bool) -> None:
+    def __init__(self, serving: Serving, interface: str, *, has_reports: bool) -> None:
         self._serving = serving
+        self._interface = interface
         self._has_reports = has_reports
 
     async def status(self) -> StatusResponse:
+        if not self._serving.is_running:
+            return StatusResponse(role="server", interface=self._interface, state="starting")
         server = self._serving.server
         reports = server.reports if self._has_reports else None
         machines = {status.machine.public_key: status.machine for status in await server.machines()}
@@ -101,7 +94,7 @@ class ServerSource:
             public_key=str(server.public_key),
             listen_port=server.wireguard_port or 0,
             peers=[describe_peer(peer) for peer in await server.device.peers()],
-            drops=server.drops(),
+            drops=server.drops() | lost_records(),
             refusals=server.refusals(),
             state="serving",
             reports=None if reports is None else report_counts(reports),
@@ -109,48 +102,8 @@ class ServerSource:
 
     async def events(self) -> AsyncIterator[Event]:
         async for event in self._serving.server.events():
-            name, subject, text = describe(event)
-            yield Event(time=time.time(), kind=name, subject=subject, detail=text)
-
-
-def describe(event: ServerEvent) -> tuple[str, str, str]:
-    """The event's name in words, whom it is about, and what there is to say about it."""
-    match event:
-        case MachineJoined(machine=machine):
-            way = "tunnel" if machine.tunnel else "udp"
-            return "joined", machine.node_uuid, f"{machine.overlay_address} by {way}"
-        case HandshakeCompleted(machine=machine, is_first=is_first):
-            return "handshake", machine.node_uuid, f"{machine.overlay_address}{' is up' if is_first else ''}"
-        case LinkDown(machine=machine):
-            return "link down", machine.node_uuid, str(machine.overlay_address)
-        case MachineLeft(machine=machine, reason=reason):
-            return "left", machine.node_uuid, f"{machine.overlay_address}: {reason}"
-        case JoinRefused(reason=reason, node_uuid=node_uuid, source=source, known_source=known_source):
-            known = f"; the machine is at {known_source}" if known_source else ""
-            return "refused", node_uuid or "", f"{reason}, from {source}{known}"
-        case MachineRekeyed() | ClaimRefused() | UniqueTokenBound() | AdmissionChanged():
-            return describe_identity(event)
-        case EventsLost(count=count):
-            return "events lost", "", str(count)
-
-
-def describe_identity(
-    event: MachineRekeyed | ClaimRefused | UniqueTokenBound | AdmissionChanged,
-) -> tuple[str, str, str]:
-    """As `describe`, of what concerns who a machine is."""
-    match event:
-        case MachineRekeyed(machine=machine, basis=basis, old_source=old_source, source=source):
-            text = f"{machine.overlay_address} goes to another key: {basis}; from {source}, before from {old_source}"
-            return "rekeyed", machine.node_uuid, text
-        case ClaimRefused(machine=machine, source=source, known_source=known_source):
-            text = (
-                f"a key that claimed {machine.overlay_address} came too late, from {source}; the machine is at {known_source}"
-            )
-            return "claim refused", machine.node_uuid, text
-        case UniqueTokenBound(machine=machine, source=source):
-            return "bound", machine.node_uuid, f"its unique token, from {source}"
-        case AdmissionChanged(machine=machine):
-            return str(machine.admission), machine.node_uuid, str(machine.overlay_address)
+            found = server_event(event)
+            yield Event(time=time.time(), kind=found.name, subject=found.subject, detail=found.text)
 
 
 class Serve:
@@ -166,15 +119,16 @@ class Serve:
 
     async def run(self) -> None:
         """Serve until cancelled. Raises SideroLinkError."""
-        source = ServerSource(self._serving, has_reports=self._options.reports is not None)
+        source = ServerSource(self._serving, self._options.interface, has_reports=self._options.reports is not None)
         try:
             async with (
                 control_socket(self._options.interface, source, StateService(self._serving)),
                 background_tasks() as tasks,
             ):
-                tasks.start_soon(feed_watchdog)
+                tasks.start_soon(keep_running, "feeding the watchdog", feed_watchdog)
                 if self._certificate is not None:
-                    tasks.start_soon(watch_files, self._certificate.files, self._reload_certificate)
+                    watch = partial(watch_files, self._certificate.files, self._reload_certificate)
+                    tasks.start_soon(keep_running, "watching the certificate's files", watch)
                 await self._serving.run()
         finally:
             notify("STOPPING=1")
@@ -187,7 +141,7 @@ class Serve:
             self._serving.server.set_join_token(self._token)
             say("reloaded", "the join token")
         except SideroLinkError as error:
-            say("not reloaded", str(error))
+            say("not reloaded", str(error), level=logging.WARNING)
         if self._certificate is not None:
             self._reload_certificate()
         notify("READY=1")
@@ -198,7 +152,7 @@ class Serve:
             if self._certificate.reload():
                 say("reloaded", "the TLS certificate")
         except SideroLinkError as error:
-            say("not reloaded", str(error))
+            say("not reloaded", str(error), level=logging.WARNING)
 
     def _read_token(self) -> str:
         token = read_secret("join-token", self._options.join_token, self._options.join_token_file)
@@ -207,6 +161,7 @@ class Serve:
                 "a server needs a join token: by --join-token-file, by SIDEROLINK_JOIN_TOKEN, "
                 "or by the systemd credential siderolink.join-token"
             )
+        hide(token)
         return token
 
     def _make(self, store: Store | None) -> Server:
@@ -239,10 +194,10 @@ class Serve:
         notify("READY=1")
         async with background_tasks() as tasks:
             if self._options.reports is not None:
-                tasks.start_soon(say_reports, server.reports)
+                show = partial(log_reports, server.reports, with_lines=self._options.print_machine_logs)
+                tasks.start_soon(keep_running, "showing machines' reports", show)
             async for event in events:
-                name, subject, text = describe(event)
-                say(name, f"{subject} {text}".strip())
+                server_event(event).log()
 
 
 def _certificate(options: ServeOptions) -> ServerCertificate | None:

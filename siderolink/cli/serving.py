@@ -6,7 +6,7 @@ from pathlib import Path
 
 import anyio
 
-from siderolink.cli.running import say
+from siderolink.cli.logs import say
 from siderolink.common.errors import SideroLinkError
 from siderolink.server import EventStream, Server, Store
 from siderolink.server.store.sql import SqlStore
@@ -29,6 +29,10 @@ class Serving:
         self._between: Callable[[], None] | None = None
         self._failure: OSError | None = None
         self._started = anyio.Event()
+
+    @property
+    def is_running(self) -> bool:
+        return self._server is not None
 
     @property
     def server(self) -> Server:

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import anyio
 
-from siderolink.cli.running import say
+from siderolink.cli.logs import say
 from siderolink.cli.secret import read_secret
 from siderolink.client.config import MachineSettings, Setting, Sources, merge
 from siderolink.client.link.verdict import Verdict

@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import anyio
@@ -15,15 +16,20 @@ from siderolink.common.pb.siderolink.control import Peer, Reports, StatusRespons
 from siderolink.common.text import one_line
 
 
-def run_status(*, as_json: bool) -> None:
-    """Print the status of every running `serve` and `join`. Raises SideroLinkError."""
-    answers, complaints = anyio.run(ask_all, backend_options=loop_options())
-    for complaint in complaints:
-        print(f"siderolink: {complaint}", file=sys.stderr)
+def run_status(*, as_json: bool) -> int:
+    """Print the status of every running `serve` and `join`; 1 where one of them does not answer. Raises SideroLinkError."""
+    asked = anyio.run(ask_all, backend_options=loop_options())
+    for line in (*asked.notes, *asked.failures):
+        print(f"siderolink: {one_line(line)}", file=sys.stderr)
     if as_json:
-        print(json.dumps([to_json(answer) for answer in answers], indent=2))
-        return
-    if not answers:
+        print(json.dumps([to_json(answer) for answer in asked.answers], indent=2))
+    else:
+        show_all(asked.answers, nothing_runs=not asked.failures)
+    return 1 if asked.failures else 0
+
+
+def show_all(answers: Sequence[StatusResponse], *, nothing_runs: bool) -> None:
+    if not answers and nothing_runs:
         print("no `siderolink serve` or `siderolink join` runs on this host")
     # A pipe has no width of its own: nothing is cut or folded there.
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
@@ -90,10 +96,12 @@ def describe_reports(reports: Reports) -> str:
 
 def _show(console: Console, answer: StatusResponse) -> None:
     port = f", UDP port {answer.listen_port}" if answer.listen_port else ""
-    print(f"{answer.interface}: {answer.role}, {answer.state}, {answer.device_kind} device, {answer.transport}{port}")
+    device = f", {answer.device_kind} device, {answer.transport}{port}" if answer.device_kind else ""
+    print(f"{answer.interface}: {answer.role}, {answer.state}{device}")
     if answer.reason:
         print(f"  for {max(0.0, time.time() - answer.since):.0f} s: {one_line(answer.reason)}")
-    print(f"  address {', '.join(answer.addresses)}  key {answer.public_key}")
+    if answer.public_key:
+        print(f"  address {', '.join(answer.addresses)}  key {answer.public_key}")
     counts = {**answer.drops, **answer.refusals}
     if any(counts.values()):
         print("  dropped or refused: " + ", ".join(f"{count} {name}" for name, count in counts.items() if count))

@@ -3,11 +3,13 @@
 Background, LOG_LEVEL and WG_PROCESS_FOREGROUND are as scripts know them that run other userspace implementations.
 """
 
+import logging
 import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
-from siderolink.cli.running import run_until_stopped, say
+from siderolink.cli.logs import say, start_log
+from siderolink.cli.running import run_until_stopped
 
 if TYPE_CHECKING:
     from siderolink.common.wireguard.device import DeviceEvent
@@ -16,36 +18,39 @@ _VERBOSE: Final = ("verbose", "debug", "info")
 _SILENT: Final = "silent"
 
 
-def run_wireguard(name: str, *, background: bool) -> None:
-    """Run until stopped, or until the interface is deleted; the caller in the foreground gets no further than that it is there.
+def run_wireguard(name: str, *, background: bool, as_json: bool = False, level: str | None = None) -> None:
+    """Run until stopped, or until the interface is deleted. In the background, the caller returns once the interface is there.
 
     Raises SideroLinkError, and SystemExit where the work goes on in another process.
     """
-    level = os.environ.get("LOG_LEVEL", "").lower()
+    wanted = os.environ.get("LOG_LEVEL", "").lower()
+    if level is None:
+        level = {_SILENT: "critical"}.get(wanted, "debug" if wanted in _VERBOSE else "info")
+    is_background = background and os.environ.get("WG_PROCESS_FOREGROUND") != "1"
+    ready = _leave_foreground(keep_output=wanted not in ("", _SILENT)) if is_background else None
+    start_log(level, as_json=as_json)
 
-    def tell(text: str) -> None:
-        if level != _SILENT:
-            say(name, text)
+    def is_ready() -> None:
+        if ready is None:
+            say(name, "ready: set it up with wg and ip")
+        else:
+            ready()
 
-    if background and os.environ.get("WG_PROCESS_FOREGROUND") != "1":
-        _run(name, ready=_leave_foreground(keep_output=level not in ("", _SILENT)), tell=tell, is_verbose=level in _VERBOSE)
-    else:
-        _run(name, ready=lambda: tell("ready: set it up with wg and ip"), tell=tell, is_verbose=level in _VERBOSE)
+    _run(name, is_ready)
 
 
-def _run(name: str, *, ready: Callable[[], None], tell: Callable[[str], None], is_verbose: bool) -> None:
+def _run(name: str, ready: Callable[[], None]) -> None:
     # not before the process has its place: numpy may start threads, and a process with threads is not divided
     from siderolink.common.wireguard.opening import open_interface
 
     def on_event(event: "DeviceEvent") -> None:
-        if is_verbose:
-            tell(_describe(event))
+        say(name, _describe(event), level=logging.DEBUG)
 
     async def work() -> None:
         async with open_interface(name, on_event) as lost:
             ready()
             await lost.wait()
-            tell("the interface was deleted, or its socket")
+            say(name, "the interface was deleted, or its socket")
 
     run_until_stopped(work)
 

@@ -17,6 +17,7 @@ _REGISTER = int(Regs.NFT_REG_1)
 _IFNAMSIZ = 16
 _NETWORK_HEADER, _TRANSPORT_HEADER = 1, 2
 _CT_STATE = 0
+_CT_DIRECTION = 1
 _LOCAL_ADDRESS = 2  # RTN_LOCAL
 _PER_SECOND = 1
 
@@ -82,6 +83,11 @@ def connection_in(*states: ConnectionState) -> Match:
     bits = sum(2 ** get_args(ConnectionState).index(state) for state in states)
     load = genex("ct", {"key": _CT_STATE, "dreg": _REGISTER})
     return [load, _mask(bits.to_bytes(4, sys.byteorder)), _compare(Cmp.NFT_CMP_NEQ, bytes(4))]
+
+
+def in_reply_direction() -> Match:
+    """Packets of a connection that travel against the direction of its first one."""
+    return [genex("ct", {"key": _CT_DIRECTION, "dreg": _REGISTER}), _compare(Cmp.NFT_CMP_EQ, b"\x01")]
 
 
 def not_to_this_host() -> Match:

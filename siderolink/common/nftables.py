@@ -96,7 +96,8 @@ class Table:
         """In the network namespace of the calling thread. Without an owner, it takes the place of one left there before."""
         self._name = name
         self._flags = _OWNED if owned else 0
-        self._exists = False
+        self._exists = not owned
+        """Whether there may be one: ours, or without an owner one that was left there before."""
         self._turns = anyio.Lock()
         self._lock = threading.Lock()
         self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, NETLINK_NETFILTER)

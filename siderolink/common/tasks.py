@@ -1,10 +1,15 @@
 """Task groups for the inside of a context manager: they end with it, and never hide a lone error in a group."""
 
-from collections.abc import AsyncIterator
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
 import anyio
 from anyio.abc import TaskGroup
+
+from siderolink.common.backoff import Backoff
+
+log = logging.getLogger("siderolink")
 
 
 @asynccontextmanager
@@ -25,6 +30,21 @@ async def background_tasks() -> AsyncIterator[TaskGroup]:
         if lone is None:
             raise
         raise lone from lone.__cause__
+
+
+async def keep_running(what: str, work: Callable[[], Awaitable[None]]) -> None:
+    """Run `work` until it returns or this task is cancelled; start it again, after a growing wait, where it raises.
+
+    For parts whose failure must not end the whole: it is logged with its traceback, with `what` it was.
+    """
+    backoff = Backoff(first=1.0, cap=60.0)
+    while True:
+        try:
+            return await work()
+        except Exception:
+            delay = backoff.next()
+            log.exception("%s failed and is started again in %.0f s", what, delay)
+            await anyio.sleep(delay)
 
 
 def _lone(error: BaseException) -> BaseException | None:

@@ -24,7 +24,7 @@ from siderolink.server.fleet.echo import Echoes, open_echoes
 from siderolink.server.fleet.fleet import Fleet, make_fleet
 from siderolink.server.fleet.goodbyes import Goodbyes
 from siderolink.server.fleet.last_seen import LastSeenNotes
-from siderolink.server.fleet.overlay_ports import OverlayPort, only_ports
+from siderolink.server.fleet.overlay_ports import OverlayPort, device_ports, only_ports
 from siderolink.server.options import ServerOptions
 from siderolink.server.reporting import Reports, receive_reports
 from siderolink.server.store import Store
@@ -76,6 +76,7 @@ class Composition:
             addresses=(IPv6Interface((self._address, self._prefix.prefixlen)),),
             listen_port=options.device_listen_port,
             isolate=True,
+            open_ports=device_ports(self._open_ports(None)),
             timestamps=stamps,
             keep=options.keep_interface,
             namespace=options.namespace,
@@ -99,7 +100,7 @@ class Composition:
                 self._start_tasks(device, fleet, tasks, echoes)
                 async with (
                     self._receive_reports(device, fleet) as reports,
-                    only_ports(device.name, self._open_ports(reports), options.namespace),
+                    only_ports(device, self._open_ports(reports)),
                     self._serve(device, fleet, reports) as parts,
                 ):
                     yield parts
@@ -145,14 +146,14 @@ class Composition:
             yield reports
 
     def _open_ports(self, reports: Reports | None) -> list[OverlayPort] | None:
-        """What machines may dial; None for everything."""
-        named = self._options.open_ports
+        """What machines may dial; None for everything. Without `reports`, the ports that they will have as far as is known."""
+        named, source = self._options.open_ports, reports or self._options.reports
         if named is None:
             return None
         used: list[tuple[int | None, str]] = [(GOODBYE_PORT, "udp")]
-        if reports is not None:
-            used += [(reports.event_sink_port, "tcp"), (reports.log_port, "tcp"), (reports.log_port, "udp")]
-        return [*named, *(OverlayPort.parse(f"{number}/{kind}") for number, kind in used if number is not None)]
+        if source is not None:
+            used += [(source.event_sink_port, "tcp"), (source.log_port, "tcp"), (source.log_port, "udp")]
+        return [*named, *(OverlayPort.parse(f"{number}/{kind}") for number, kind in used if number)]
 
     @asynccontextmanager
     async def _serve(self, device: Device, fleet: Fleet, reports: Reports | None) -> AsyncIterator[Parts]:

@@ -41,7 +41,9 @@ def run(namespace: Namespace, node: str, command: Callable[[Talosctl], T]) -> T:
 
 def test_version_get_and_apply_config_before_and_over_siderolink(net: Net) -> None:
     serve = ("serve", "--api-listen", "0.0.0.0:4000", "--wireguard-endpoint", "192.0.2.1:51820", "--no-state")
-    server = start(net.server, *serve, "--event-sink-port", "8090", "--log-port", "8092", "--device", "userspace")
+    server = start(
+        net.server, *serve, "--event-sink-port", "8090", "--log-port", "8092", "--print-machine-logs", "--device", "userspace"
+    )
     read_until(server, "log receiver")
     machine = start(net.machine, "join", "--maintenance-api", "--uuid", UUID, "--device", "userspace")
     read_until(machine, "waiting")
@@ -54,7 +56,7 @@ def test_version_get_and_apply_config_before_and_over_siderolink(net: Net) -> No
     apply(net.server)
     read_until(machine, "connected")
     event, _ = read_until(server, "AddressEvent", f"kernel log: {UUID}")
-    address = event.split("'")[-2]
+    address = event.split("addresses ")[1].split()[0]
     read_by_the_admin(net.server, address)
     # no longer by the regular address
     with pytest.raises(OSError, match="refused"):
@@ -97,7 +99,7 @@ def apply(server: Namespace) -> None:
     def dry(command: Talosctl) -> str:
         return command.apply_config(documents, dry_run=True)
 
-    assert "could be applied" in run(server, LAN, dry)
+    assert "Applied configuration without a reboot (skipped in dry-run)." in run(server, LAN, dry)
     with pytest.raises(CommandError, match=r"INVALID_ARGUMENT desc = the configuration:[0-9]+: not YAML"):
         run(server, LAN, lambda command: command.apply_config(b"kind: ["))
     assert run(server, LAN, Talosctl.version)
@@ -114,7 +116,7 @@ def read_by_the_admin(server: Namespace, address: str) -> None:
     assert status["metadata"]["id"] == "siderolink-status"
     assert status["spec"] == {"host": "192.0.2.1", "connected": True, "linkName": "siderolink", "grpcTunnel": False}
     assert "siderolink" in run(server, address, get("links"))
-    config = yaml.safe_load(run(server, address, get("mc", output="yaml")))
+    config = yaml.safe_load(run(server, address, get("mc", "v1alpha1", "yaml")))
     assert config["spec"] == DOCUMENTS
     link = yaml.safe_load(run(server, address, get("linkspec", "siderolink", "yaml")))["spec"]
     assert len(link["wireguard"]["privateKey"]) == 44

@@ -2,13 +2,16 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from ipaddress import IPv4Address, ip_network
+from typing import Any
 
 import anyio
 import anyio.lowlevel
@@ -21,6 +24,7 @@ from siderolink.common.errors import (
     InterfaceInUseError,
 )
 from siderolink.common.keys import PresharedKey, PrivateKey
+from siderolink.common.netlink import configure_interface
 from siderolink.common.wireguard.device import (
     DeviceKind,
     HandshakeCompleted,
@@ -32,6 +36,7 @@ from siderolink.common.wireguard.opening import open_device
 from tests.conftest import descriptor_kinds, opened_since
 from tests.support.kernel_device import KEY, OURS, PORT, THEIR_PORT, THEIRS, config, peered, ping, running
 from tests.support.netns import Namespace, stop
+from tests.support.reach import dial, keeps_out, lets_in
 from tests.support.topology import Net, direct
 
 pytestmark = pytest.mark.usefixtures("ageing")
@@ -165,6 +170,57 @@ def test_what_a_crash_left_is_replaced(net: Net, kind: DeviceKind) -> None:
         assert ours.device.kind == kind
         assert net.server.interfaces() == {"lo", "eth0", "ours"}
     assert net.server.interfaces() == {"lo", "eth0"}
+    assert net.server.run(["nft", "list", "tables"]) == ""
+
+
+@pytest.mark.parametrize("kind", ["kernel", "userspace"])
+def test_rules_that_a_crash_left_without_an_interface_are_removed(net: Net, kind: DeviceKind) -> None:
+    process = net.server.popen([sys.executable, "-c", PROGRAM], stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": "."})
+    assert process.stdout is not None
+    assert process.stdout.readline() == "False\n"
+    pid = next(pid for pid in net.server.run(["ip", "netns", "pids", net.server.name]).split() if int(pid) != os.getpid())
+    os.kill(int(pid), signal.SIGKILL)
+    stop(process)
+    net.server.run(["ip", "link", "del", "ours"])
+    net.server.nft("add table inet siderolink-others")
+    with running(net.server, kind) as ours:
+        assert ours.device.kind == kind
+        assert "siderolink-ours" not in net.server.run(["nft", "list", "tables"])
+    assert net.server.run(["nft", "list", "tables"]).split() == ["table", "inet", "siderolink-others"]
+
+
+def test_ports_stay_closed_for_as_long_as_the_interface_is_there(net: Net, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+
+    async def look_first(*args: Any, **options: Any) -> None:
+        seen.append(net.server.run(["nft", "list", "ruleset"]))
+        await configure_interface(*args, **options)
+
+    monkeypatch.setattr("siderolink.common.wireguard.kernel.device.configure_interface", look_first)
+    only_80 = frozenset({(socket.IPPROTO_TCP, 80)})
+    with ExitStack() as stack:
+        with running(net.server, keep=True, isolate=True, open_ports=only_80) as ours:
+            assert "dport 80" in seen[0]
+            stack.enter_context(peered(net, ours))
+            ping(net.machine, OURS)
+            assert lets_in(net.machine, partial(dial, OURS, 80, None))
+            assert keeps_out(net.machine, partial(dial, OURS, 81, None))
+            ours.portal.call(ours.device.set_open_ports, frozenset({(socket.IPPROTO_TCP, 81)}))
+            assert ours.device.isolate
+            assert lets_in(net.machine, partial(dial, OURS, 81, None))
+            assert ours.portal.call(ours.device.drops)["closed_port"] > 0
+        # the process is gone, the interface and its sessions are not
+        assert lets_in(net.machine, partial(dial, OURS, 81, None))
+        assert keeps_out(net.machine, partial(dial, OURS, 80, None))
+        with running(net.server, keep=True, isolate=True, open_ports=only_80):
+            assert "dport 80" in seen[1]  # before anything else is done to the interface
+            assert keeps_out(net.machine, partial(dial, OURS, 81, None))
+        with running(net.server, keep=True, isolate=True):  # not limited to ports any more
+            assert lets_in(net.machine, partial(dial, OURS, 81, None), partial(dial, OURS, 80, None))
+    with running(net.server):
+        pass
+    assert net.server.interfaces() == {"lo", "eth0"}
+    assert net.server.run(["nft", "list", "tables"]) == ""
 
 
 def test_a_kept_interface_carries_on_without_losing_a_packet(net: Net) -> None:

@@ -6,6 +6,7 @@ case is repeated with the filters off, to show that the very same packet passes 
 
 import socket
 import struct
+import subprocess
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -13,6 +14,7 @@ from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from ipaddress import ip_address, ip_network
+from typing import Any
 
 import anyio
 import pytest
@@ -24,6 +26,7 @@ from siderolink.common.keys import PublicKey
 from siderolink.common.pb.sidero.link import ProvisionResponse
 from siderolink.common.wireguard.device import DeviceConfig, HandshakeCompleted, PeerConfig
 from siderolink.common.wireguard.packet_device import PacketDevice, open_packet_device
+from siderolink.common.wireguard.tun import Tun
 from siderolink.server import Server
 from tests.netns.test_server import API, OVERLAY, TOKEN, Host, joined, serving
 from tests.support.raw_machine import RawLink, RawMachine
@@ -287,6 +290,66 @@ def test_without_any_port_machines_still_ping_and_answer() -> None:
         assert machine.pings(OVERLAY)
         assert keeps_out(machine.namespace, partial(dial, OVERLAY, 80, None))
         assert lets_in(host.net.server, partial(dial, machine.address, 81, None))
+
+
+def test_closing_a_port_ends_what_was_established_and_nothing_that_the_server_began() -> None:
+    with serving_ports(80) as host, joined(host) as machine:
+
+        def listen(address: str, port: int) -> socket.socket:
+            return socket.create_server((address, port), family=socket.AF_INET6)
+
+        def connect(address: str, port: int) -> socket.socket:
+            return socket.create_connection((address, port), timeout=10)
+
+        def closed() -> int:
+            return host.server.drops().get("closed_port", 0)
+
+        with ExitStack() as stack:
+            listeners = [
+                stack.enter_context(host.net.server.call(listen, OVERLAY, 80)),
+                stack.enter_context(machine.namespace.call(listen, machine.address, 81)),
+            ]
+            to_server = stack.enter_context(machine.namespace.call(connect, OVERLAY, 80))
+            to_machine = stack.enter_context(host.net.server.call(connect, machine.address, 81))
+            at_server, at_machine = (stack.enter_context(listener.accept()[0]) for listener in listeners)
+            for sender, receiver in ((to_server, at_server), (at_machine, to_machine)):
+                sender.send(b"before")
+                assert receiver.recv(100) == b"before"
+            before = closed()
+            host.portal.call(host.server.device.set_open_ports, frozenset({(socket.IPPROTO_TCP, 443)}))
+            to_server.send(b"after")
+            at_machine.send(b"after")
+            assert to_machine.recv(100) == b"after"
+            deadline = time.monotonic() + 10
+            while closed() <= before and time.monotonic() < deadline:
+                time.sleep(0.05)
+            assert closed() > before
+            at_server.setblocking(False)
+            with pytest.raises(BlockingIOError):
+                at_server.recv(100)
+            # what was counted outlasts another set of rules
+            counted = closed()
+            host.portal.call(host.server.device.set_open_ports, frozenset({(socket.IPPROTO_TCP, 80)}))
+            assert closed() >= counted
+            at_server.settimeout(10)
+            assert at_server.recv(100) == b"after"  # TCP sends it again
+
+
+def test_the_rules_stand_before_the_interface_is_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    configure = Tun.configure
+
+    def tables() -> str:
+        return subprocess.run(["nft", "list", "tables"], capture_output=True, text=True, check=True).stdout
+
+    async def look_first(tun: Tun, *args: Any, **options: Any) -> None:
+        seen.append(tables())
+        await configure(tun, *args, **options)
+
+    monkeypatch.setattr(Tun, "configure", look_first)
+    with serving_ports(80):
+        pass
+    assert seen == ["table inet siderolink-siderolink\n"]
 
 
 @pytest.mark.parametrize("port", [0, 65536, -1, "80/sctp", "http", "80-90", "", "8" * 100])

@@ -210,7 +210,7 @@ def test_a_bare_join_goes_by_the_hosts_kernel_command_line(tmp_path: Path) -> No
         "--device",
         "userspace",
     ]
-    ports = ["--event-sink-port", "8090", "--log-port", "8092"]
+    ports = ["--event-sink-port", "8090", "--log-port", "8092", "--print-machine-logs"]
     with direct() as net, command(net.server, tmp_path, *serve, *ports, "--join-token", TOKEN) as server:
         server.wait_for("log receiver")
         with command(net.machine, tmp_path, "join", "--device", "userspace", before=in_its_place) as join:

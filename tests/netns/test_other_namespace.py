@@ -60,7 +60,7 @@ def test_links_end_in_other_namespaces(query: str) -> None:
         # what listens on the overlay is there with it, and so is the firewall
         assert "8090" in far.run(["ss", "-ltn"])
         assert "8090" not in net.server.run(["ss", "-ltn"])
-        assert "-ports" in far.run(["nft", "list", "tables"])
+        assert "siderolink-siderolink" in far.run(["nft", "list", "tables"])
         assert net.server.run(["nft", "list", "tables"]) == ""
 
 

@@ -1,10 +1,11 @@
 """A real TUN interface in a namespace of its own: the kernel at one side, the packet matrices at the other."""
 
+import errno
 import os
 import socket
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from ipaddress import IPv4Interface, IPv6Interface, ip_interface
 
@@ -13,6 +14,7 @@ import pytest
 from anyio.from_thread import BlockingPortal
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
+from siderolink.common.degraded import say_once
 from siderolink.common.errors import ConfigurationError, DeviceError, DeviceUnavailableError, InterfaceInUseError
 from siderolink.common.wireguard.noise.output import Drop
 from siderolink.common.wireguard.noise.routing import InnerFilter
@@ -139,7 +141,7 @@ class Tunnel:
         self.rows: Counter[int] = Counter()
         self.merged = 0
         self.drops: Counter[Drop] = Counter()
-        self._tuns = (one, other)
+        self.tuns = (one, other)
         self._aead = ChaCha20Poly1305(bytes(32))
         self._stop_read, self._stop_write = os.pipe()
         self._thread = threading.Thread(target=lambda: anyio.run(self._run))
@@ -155,7 +157,7 @@ class Tunnel:
 
     async def _run(self) -> None:
         async with anyio.create_task_group() as tasks:
-            one, other = self._tuns
+            one, other = self.tuns
             tasks.start_soon(self._carry, one, other)
             tasks.start_soon(self._carry, other, one)
             await anyio.wait_readable(self._stop_read)
@@ -221,28 +223,98 @@ def test_tcp_passes_whole(offloads: bool, client: str, server: str, _: int) -> N
     data = os.urandom(1 << 16) * 80
     family = socket.AF_INET6 if ":" in server else socket.AF_INET
     with joined(offloads=offloads) as (one, other, tunnel):
-        with (
-            other.call(_socket(family, socket.SOCK_STREAM)) as listener,
-            one.call(_socket(family, socket.SOCK_STREAM)) as sender,
-        ):
-            listener.bind((server, 0))
-            listener.listen()
-            sender.connect(listener.getsockname())
-            accepted, _address = listener.accept()
-            thread = threading.Thread(target=sender.sendall, args=(data,))
-            thread.start()
-            received = bytearray()
-            with accepted:
-                accepted.settimeout(10)
-                while len(received) < len(data):
-                    received += accepted.recv(1 << 20)
-            thread.join()
+        received = transfer(one, other, client, server, data)
         assert received == data
         assert not tunnel.drops
         assert (tunnel.merged > 0) == (max(tunnel.rows) > 1) == offloads
         if offloads and family == socket.AF_INET6:
             # Full super-packets fill a UDP send and no more.
             assert max(tunnel.rows) == 65_507 // 1312
+
+
+class Refusing:
+    """A kernel that took the offloads and refuses super-packets, while `is_refusing`."""
+
+    def __init__(self) -> None:
+        self.is_refusing = True
+        self.refused = 0
+        self._writev = os.writev
+
+    def writev(self, fd: int, buffers: Sequence[bytes]) -> int:
+        if self.is_refusing and buffers[0][1]:
+            self.refused += 1
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return self._writev(fd, buffers)
+
+
+def transfer(one: Namespace, other: Namespace, client: str, server: str, data: bytes) -> bytes:
+    """What arrives of the data over TCP."""
+    family = socket.AF_INET6 if ":" in server else socket.AF_INET
+    with other.call(_socket(family, socket.SOCK_STREAM)) as listener, one.call(_socket(family, socket.SOCK_STREAM)) as sender:
+        listener.bind((server, 0))
+        listener.listen()
+        sender.connect(listener.getsockname())
+        accepted, _address = listener.accept()
+        thread = threading.Thread(target=sender.sendall, args=(data,))
+        thread.start()
+        received = bytearray()
+        with accepted:
+            accepted.settimeout(10)
+            while len(received) < len(data):
+                received += accepted.recv(1 << 20)
+        thread.join()
+    return bytes(received)
+
+
+@pytest.mark.parametrize(("client", "server", "_"), ENDS)
+def test_a_kernel_that_refuses_super_packets_gets_their_packets(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, client: str, server: str, _: int
+) -> None:
+    say_once.cache_clear()
+    refusing = Refusing()
+    monkeypatch.setattr("siderolink.common.wireguard.tun.os.writev", refusing.writev)
+    data = os.urandom(1 << 16) * 40
+    with joined(offloads=True) as (one, other, tunnel):
+        assert transfer(one, other, client, server, data) == data
+        assert tunnel.merged > 0
+        counts = [tun.refused_super_packets for tun in tunnel.tuns]
+        # every one was delivered, and hardly any tried in vain
+        assert sum(counts) == refusing.refused
+        assert 0 < refusing.refused < tunnel.merged / 4
+        assert not any(tun.write_errors for tun in tunnel.tuns)
+        assert [record.message for record in caplog.records if "super-packets" in record.message] == [
+            "the data plane is slower here: the TUN interface refuses super-packets (EINVAL), and gets their packets one by one"
+        ]
+
+
+def test_super_packets_are_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    refusing = Refusing()
+    now = [100.0]
+    monkeypatch.setattr("siderolink.common.wireguard.tun.os.writev", refusing.writev)
+    monkeypatch.setattr("siderolink.common.wireguard.tun.time.monotonic", lambda: now[0])
+    with inside() as (namespace, portal), namespace.call(Tun.open, NAME, 1280) as tun:
+        portal.call(tun.configure, (ip_interface("fd00::1/64"),), 1280)
+        frame = [Packet(payload=bytes(5000)).frame(1000)]
+
+        def tries() -> int:
+            before = refusing.refused
+            assert tun.write(frame)
+            return refusing.refused - before
+
+        assert (tries(), tries()) == (1, 0)
+        now[0] += 1.0
+        assert (tries(), tries()) == (1, 0)
+        now[0] += 1.0  # twice as long now
+        assert tries() == 0
+        now[0] += 1.0
+        refusing.is_refusing = False
+        assert tun.write(frame)
+        refusing.is_refusing = True
+        assert (tries(), tries()) == (1, 0)  # it had worked: the first pause again
+        now[0] += 1.0
+        assert tries() == 1
+        assert tun.refused_super_packets == 4
+        assert tun.write_errors == 0
 
 
 @pytest.mark.parametrize("offloads", [True, False])

@@ -11,7 +11,7 @@ from siderolink.client.config.documents import parse_documents
 from siderolink.client.maintenance import (
     ApplyAnswer,
     ApplyRequest,
-    LinkPresence,
+    LinkFollower,
     MachineHooks,
     MaintenanceApi,
     RebootRequest,
@@ -30,7 +30,7 @@ class Agent:
         self.calls: list[object] = []
         self.meta: dict[int, bytes] = {}
         self.api: MaintenanceApi
-        self.presence: LinkPresence
+        self.presence: LinkFollower
         self._url: JoinURL | None = None
         self._changed = anyio.Event()
 
@@ -77,7 +77,7 @@ async def agent(url: JoinURL | None = None) -> AsyncIterator[Agent]:
     """A machine that runs; with `url`, one that is configured already."""
     machine = Agent()
     async with serve_maintenance(machine.hooks(), node_uuid=machine.uuid) as machine.api, background_tasks() as tasks:
-        machine.presence = LinkPresence(machine.api)
+        machine.presence = LinkFollower(machine.api)
         if url is not None:
             machine.join(url)
         tasks.start_soon(machine.run)

@@ -8,7 +8,7 @@ from typing import Literal
 import anyio
 
 from siderolink.common.keys import PrivateKey, PublicKey
-from siderolink.common.wireguard.device import HandshakeCompleted, OnDeviceEvent, PathChanged, PeerConfig, PeerStatus
+from siderolink.common.wireguard.device import HandshakeCompleted, OnDeviceEvent, OpenPorts, PathChanged, PeerConfig, PeerStatus
 from siderolink.common.wireguard.path import Datagrams, Path
 from siderolink.server.clock import Clock
 
@@ -87,6 +87,9 @@ class FakeDevice:
 
     async def set_isolate(self, isolate: bool) -> None:
         raise AssertionError("a server never does that by itself")
+
+    async def set_open_ports(self, open_ports: OpenPorts) -> None:
+        raise AssertionError("whoever opens the device does that")
 
     async def set_peer(self, peer: PeerConfig) -> None:
         self.calls.append(("set", peer.public_key))

@@ -8,13 +8,17 @@ import pytest
 
 from siderolink.common.grpc.refusals import Refusal
 from siderolink.common.transport.tunnel import TunnelDrop
+from siderolink.common.wireguard.interface_rules import RuleDrop
 from siderolink.common.wireguard.noise.output import Drop
+from siderolink.common.wireguard.tun import TunDrop
 from siderolink.server.refusals import JoinRefusal, StreamRefusal
 from siderolink.server.reporting.model import ReportDrop
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "drops.md").read_text()
 SECTIONS = {
     "Datagrams and packets": Drop,
+    "The TUN interface": TunDrop,
+    "The firewall rules": RuleDrop,
     "Datagrams in a tunnel": TunnelDrop,
     "Connections, calls and messages": Refusal,
     "Joins": JoinRefusal,

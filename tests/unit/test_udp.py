@@ -11,6 +11,7 @@ import pytest
 
 from siderolink.common.errors import AddressInUseError, ConfigurationError
 from siderolink.common.wireguard.path import Datagrams
+from siderolink.common.wireguard.udp_routes import Pin
 from siderolink.common.wireguard.udp_socket import UdpPath, UdpSocket
 from tests.support.udp import End, batch
 
@@ -168,6 +169,33 @@ async def test_a_kernel_that_refuses_segmentation_costs_the_socket_its_offload()
             sock.sendmsg([datagrams.data], [(17, 103, (1312).to_bytes(2, "little"))], 0, ("127.0.0.1", receiver.udp.port))
         udp.send(datagrams, UdpPath(udp, ("127.0.0.1", receiver.udp.port), None))
         assert await receiver.wait_for(49) == rows
+        assert not udp.drops
+    finally:
+        udp.close()
+        receiver.udp.close()
+
+
+async def test_a_refused_offload_is_not_the_local_addresss_fault_and_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("siderolink.common.wireguard.udp_socket._PLAIN_SECONDS", 0.0)
+    receiver = End()
+    sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+    sock.bind(("127.0.0.1", 0))
+    udp = UdpSocket(sock, asyncio.get_running_loop(), lambda *_: None, True)
+    local = bytes([127, 0, 0, 1])
+    try:
+        datagrams, rows = batch(49, 1312, 700)
+        pinned = Pin(local, local, socket.if_nametoindex("lo"))
+        kept = pinned.control
+        path = UdpPath(udp, ("127.0.0.1", receiver.udp.port), pinned)
+        sock.setsockopt(socket.SOL_SOCKET, 11, 1)  # SO_NO_CHECK, as above
+        udp.send(datagrams, path)
+        assert await receiver.wait_for(49) == rows
+        assert pinned.control == kept is not None
+        sock.setsockopt(socket.SOL_SOCKET, 11, 0)
+        receiver.batches.clear()
+        udp.send(datagrams, path)
+        assert await receiver.wait_for(98) == rows * 2
+        assert max(receiver.batches) > 1
         assert not udp.drops
     finally:
         udp.close()

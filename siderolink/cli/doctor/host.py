@@ -17,7 +17,7 @@ from siderolink.common.netlink.messages import text, values
 from siderolink.common.netlink.sockets import NETFILTER
 from siderolink.common.nftables import Chain, Table, is_our_table
 from siderolink.common.wireguard.device import DeviceConfig, DeviceKind
-from siderolink.common.wireguard.kernel.interface import remove_leftover
+from siderolink.common.wireguard.kernel.interface import remove_leftovers
 from siderolink.common.wireguard.opening import open_device
 
 __all__ = ["check_clock", "check_devices", "check_firewall", "check_forwarding", "check_loopback"]
@@ -63,7 +63,7 @@ async def _remove_leftovers() -> None:
     for link in (await read_network(routes=False)).links.values():
         if link.name.startswith(_TRIAL_NAME):
             with suppress(SideroLinkError, OSError):  # another doctor's, at work
-                await remove_leftover(link.name, None)
+                await remove_leftovers(link.name, None)
 
 
 async def check_clock() -> AsyncIterator[Finding]:

@@ -11,6 +11,8 @@ import anyio
 from anyio.abc import TaskStatus
 
 from siderolink.cli.descriptors import SPARE_DESCRIPTORS, allow_descriptors
+from siderolink.cli.logs import STDERR, STDOUT, STOP_SECONDS
+from siderolink.cli.output import TextWriter
 from siderolink.cli.running import run_until_stopped
 from siderolink.cli.simulate.swarm import Load, Phase, Swarm, open_swarm
 from siderolink.common.collector import calm_collector
@@ -38,23 +40,27 @@ def run_simulate(options: SimulateOptions) -> None:
     url = JoinURL.parse(options.url)
     _allow_descriptors(options.load)
     calm_collector()
+    output, progress = TextWriter(STDOUT, end="\n"), TextWriter(STDERR)
 
     async def work() -> None:
         async with open_swarm(url, options.load) as swarm, background_tasks() as tasks:
             asked = await tasks.start(_watch_signal)
-            tasks.start_soon(_show_progress, swarm)
-            _report(await swarm.join(), options)
-            _report(await swarm.connect(options.timeout), options)
+            tasks.start_soon(_show_progress, swarm, progress)
+            _report(await swarm.join(), options, output)
+            _report(await swarm.connect(options.timeout), options, output)
             if options.churn:
                 tasks.start_soon(swarm.churn, options.churn)
             for _ in range(options.reconnects):
                 with anyio.move_on_after(options.hold):
                     await asked.acquire()
-                _report(await swarm.reconnect(options.timeout), options)
+                _report(await swarm.reconnect(options.timeout), options, output)
             await (anyio.sleep(options.hold) if options.hold is not None else anyio.sleep_forever())
             tasks.cancel_scope.cancel()
 
-    run_until_stopped(work)
+    try:
+        run_until_stopped(work)
+    finally:
+        output.stop(STOP_SECONDS)
 
 
 async def _watch_signal(*, task_status: TaskStatus[anyio.Semaphore]) -> None:
@@ -66,7 +72,7 @@ async def _watch_signal(*, task_status: TaskStatus[anyio.Semaphore]) -> None:
             asked.release()
 
 
-async def _show_progress(swarm: Swarm) -> None:
+async def _show_progress(swarm: Swarm, progress: TextWriter) -> None:
     if not sys.stderr.isatty():
         return
     while True:
@@ -75,19 +81,19 @@ async def _show_progress(swarm: Swarm) -> None:
         text = (
             f"{phase.name}: {len(phase.took)} of {phase.machines or len(swarm.machines)}, {phase.failed} failed, {swarm.up} up"
         )
-        print(f"\r{text:78}", end="", file=sys.stderr, flush=True)
+        progress.put(f"\r{text:78}")
 
 
-def _report(phase: Phase, options: SimulateOptions) -> None:
+def _report(phase: Phase, options: SimulateOptions, output: TextWriter) -> None:
     report = phase.report()
     if options.as_json:
-        print(json.dumps(report | {"at": time.time()}), flush=True)
+        output.put(json.dumps(report | {"at": time.time()}))
         return
     line = (
         f"{report['phase']:10} {report['done']:>6} of {report['machines']} in {report['seconds']} s, {report['rate']}/s; "
         f"each p50 {report['p50']} s, p90 {report['p90']} s, p99 {report['p99']} s, most {report['max']} s"
     )
-    print(line + (f"; {phase.failed} failed: {phase.first_error or 'not up in time'}" if phase.failed else ""), flush=True)
+    output.put(line + (f"; {phase.failed} failed: {phase.first_error or 'not up in time'}" if phase.failed else ""))
 
 
 def _allow_descriptors(load: Load) -> None:

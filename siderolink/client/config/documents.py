@@ -142,7 +142,7 @@ class _Collected:
             self.others.append(OtherDocument(one_line(kind, limit=100), where, value))
             return
         try:
-            self._keep(_Found(model.model_validate(_without_nulls(value)), where))
+            self._keep(_Found(model.model_validate(without_nulls(value)), where))
         except ValidationError as error:
             raise ConfigurationError(_explain_all(document, model, error)) from None
 
@@ -163,7 +163,7 @@ class _Collected:
             if model is None or not isinstance(value, dict):
                 self.add(document)
             else:
-                self._keep(_Found(self._repair(document, model, _without_nulls(value)), f"{document.source}:{document.line}"))
+                self._keep(_Found(self._repair(document, model, without_nulls(value)), f"{document.source}:{document.line}"))
         except ConfigurationError as error:
             self.problems.append(str(error))
 
@@ -185,7 +185,7 @@ class _Collected:
                 details = _most_telling_first(error)
                 location = details[0]["loc"]
                 key = str(location[0]) if location else ""
-                problem = _explain(document, model, details[0])
+                problem = explain(document, model, details[0])
                 if key in model.ESSENTIAL or key == "kind" or len(problems) == MAX_REPAIRS:
                     raise ConfigurationError(problem + f"; the {model.KIND} is ignored") from None
                 value = model.without(value, location)
@@ -212,12 +212,12 @@ def _is_main_document(value: dict[str, Any]) -> bool:
     return "apiVersion" not in value and not MAIN_KEYS.isdisjoint(value)
 
 
-def _without_nulls(value: Any) -> Any:
+def without_nulls(value: Any) -> Any:
     """A key without a value counts as absent, as existing machines read it."""
     if isinstance(value, dict):
-        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+        return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
     if isinstance(value, list):
-        return [_without_nulls(inner) for inner in value]
+        return [without_nulls(inner) for inner in value]
     return value
 
 
@@ -231,7 +231,7 @@ def _most_telling_first(error: ValidationError) -> list[ErrorDetails]:
 def _explain_all(document: YamlDocument, model: type[BaseModel], error: ValidationError) -> str:
     details = _most_telling_first(error)
     more = f" (and {len(details) - 1} more)" if len(details) > 1 else ""
-    return _explain(document, model, details[0]) + more
+    return explain(document, model, details[0]) + more
 
 
 _TYPES = {
@@ -244,7 +244,7 @@ _TYPES = {
 _FOUND = {str: "text", bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "a mapping"}
 
 
-def _explain(document: YamlDocument, model: type[BaseModel], error: ErrorDetails) -> str:
+def explain(document: YamlDocument, model: type[BaseModel], error: ErrorDetails) -> str:
     location: Location = tuple(error["loc"])
     line = document.line_of(location)
     key = one_line(_dotted(location), limit=120)

@@ -8,6 +8,7 @@ The states are in `state`, what counts as up and down in `watch`, the care for o
 `common.transport.choice`. docs/link.md shows it all in one picture.
 """
 
+import logging
 import math
 import ssl
 from collections.abc import Callable
@@ -26,15 +27,18 @@ from siderolink.client.link.signals import InterfaceGone, Signal, Signals, UdpPa
 from siderolink.client.link.state import LinkState, Progress
 from siderolink.client.link.watch import ATTEMPT_TIMEOUT, DOWN_AFTER
 from siderolink.common.backoff import Backoff, RetryTrigger
-from siderolink.common.errors import DeviceError
+from siderolink.common.errors import DeviceError, SideroLinkError
 from siderolink.common.join_url import JoinURL
 from siderolink.common.keys import PrivateKey, PublicKey
 from siderolink.common.tasks import background_tasks
+from siderolink.common.text import one_line
 from siderolink.common.transport.choice import Route, Transport, choose
 from siderolink.common.wireguard.device import DEFAULT_MTU, Device, DeviceConfig, DeviceKind, PeerConfig
 
 if TYPE_CHECKING:
     from siderolink.common.wireguard.noise import Timestamps
+
+log = logging.getLogger("siderolink")
 
 KEEPALIVE = 25
 """Seconds between keepalives towards the server."""
@@ -141,6 +145,11 @@ class LinkRunner:
                 if not self.progress.machine.was_up:
                     raise
                 self.progress.lost(str(self.route), str(error))
+            except Exception as error:
+                if isinstance(error, SideroLinkError) or not (self._options.retry_first or self.progress.machine.was_up):
+                    raise
+                log.exception("the link failed in a way that nobody foresaw, and is made again")
+                self.progress.lost(str(self.route), f"{type(error).__name__}: {one_line(str(error))}")
             await anyio.sleep(backoff.next())
 
     async def _hold(self, answer: Provisioned) -> Provisioned:

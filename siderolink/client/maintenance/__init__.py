@@ -8,27 +8,38 @@ from siderolink.client.maintenance.api import (
     OnOverlay,
     serve_maintenance,
 )
+from siderolink.client.maintenance.configuration import ConfigurationKeeper
+from siderolink.client.maintenance.follower import LinkFollower
 from siderolink.client.maintenance.hooks import (
+    API_RELEASE,
     ApplyAnswer,
     ApplyRequest,
+    InstallRequest,
+    LogRequest,
     MachineHooks,
     MachineVersion,
     RebootRequest,
     ResetPartition,
     ResetRequest,
+    ShutdownRequest,
 )
-from siderolink.client.maintenance.presence import LinkPresence
+from siderolink.client.maintenance.meta import MetaStore
 from siderolink.client.maintenance.resources import Resource, ResourceSpec, ResourceStore, ResourceType
 
 __all__ = [
     "API_PORT",
+    "API_RELEASE",
     "ApplyAnswer",
     "ApplyRequest",
+    "ConfigurationKeeper",
     "Everywhere",
-    "LinkPresence",
+    "InstallRequest",
+    "LinkFollower",
+    "LogRequest",
     "MachineHooks",
     "MachineVersion",
     "MaintenanceApi",
+    "MetaStore",
     "Nowhere",
     "OnOverlay",
     "RebootRequest",
@@ -38,5 +49,6 @@ __all__ = [
     "ResourceSpec",
     "ResourceStore",
     "ResourceType",
+    "ShutdownRequest",
     "serve_maintenance",
 ]

@@ -10,16 +10,20 @@ from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from ipaddress import IPv6Address
 
 import anyio
 
-from siderolink.client.maintenance.callers import Admittance
+from siderolink.client.maintenance.actions import MachineActions
 from siderolink.client.maintenance.certificate import RENEW_AFTER, MaintenanceCertificates
+from siderolink.client.maintenance.dispatch import CallCounter, MethodTable
+from siderolink.client.maintenance.history import EventHistory, LogBuffer
 from siderolink.client.maintenance.hooks import MachineHooks
-from siderolink.client.maintenance.machine_service import CallCounter, MachineService
+from siderolink.client.maintenance.observation import Observation
 from siderolink.client.maintenance.resources.host import keep_host_resources
 from siderolink.client.maintenance.resources.store import ResourceStore
+from siderolink.client.maintenance.roles import Admittance
 from siderolink.client.maintenance.state_service import StateService
 from siderolink.common.errors import SideroLinkError
 from siderolink.common.grpc import GrpcServer, Limits, Servable, serve
@@ -37,8 +41,8 @@ LIMITS = Limits(
     stream_window_bytes=1024 * 1024 + 5,
     connection_window_bytes=2 * 1024 * 1024,
     max_connections=64,
-    max_connections_per_address=16,
-    max_streams=16,
+    max_connections_per_address=32,
+    max_streams=64,
 )
 
 
@@ -75,7 +79,13 @@ class MaintenanceApi:
         """What the API shows; an embedder may add to it."""
         self.refusals: Counter[str] = Counter()
         """How many connections and calls were refused, by named reason (docs/drops.md)."""
-        self._hooks = hooks
+        self.events = EventHistory()
+        """What `MachineService/Events` tells; an embedder publishes its own."""
+        self.log = LogBuffer()
+        """The lines of `MachineService/Logs`."""
+        self._implementations = (
+            Observation(hooks, self.events, self.log).implementations() | MachineActions(hooks).implementations()
+        )
         self._port = port
         self._limits = limits
         self._certificates = MaintenanceCertificates()
@@ -131,7 +141,7 @@ class MaintenanceApi:
                 await self._idle.wait()
 
     async def _listen(self, place: Place, listening: anyio.Event) -> None:
-        """Listen at one place until cancelled; what is in the way is said and tried again."""
+        """Listen at one place until cancelled; log an obstacle and try again."""
         while True:
             try:
                 async with AsyncExitStack() as stack:
@@ -162,7 +172,7 @@ class MaintenanceApi:
     @asynccontextmanager
     async def _serve(self, admittance: Admittance, **where: object) -> AsyncIterator[None]:
         services: list[Servable] = [
-            MachineService(self._hooks, admittance, self._calls),
+            MethodTable(self._implementations, admittance, self._calls),
             StateService(self.resources, admittance),
         ]
         async with serve(
@@ -197,17 +207,19 @@ async def serve_maintenance(
 ) -> AsyncIterator[MaintenanceApi]:
     """Serve the machine's API, at first at `place` (everywhere by default), until the context is left.
 
-    Where it cannot listen, because the port is taken say, that is logged and tried again. The host's interfaces, addresses,
-    name and firmware are kept up to date among the resources.
+    A port that is taken, or another obstacle, is logged and tried again. The resources that describe the host are kept up to
+    date.
     """
     store = ResourceStore() if resources is None else resources
-    api = MaintenanceApi(hooks or MachineHooks(), store, port, place or Everywhere(), limits)
-    async with background_tasks() as tasks:
-
-        async def keep(*, task_status: anyio.abc.TaskStatus[None]) -> None:
-            await keep_host_resources(store, node_uuid=node_uuid, task_status=task_status)
-
-        await tasks.start(keep)
-        tasks.start_soon(api.run)
-        await api.wait_tried()
-        yield api
+    hooks = hooks or MachineHooks()
+    api = MaintenanceApi(hooks, store, port, place or Everywhere(), limits)
+    keep = partial(keep_host_resources, store, node_uuid=node_uuid, tag=hooks.version.tag, platform=hooks.version.platform)
+    log.addHandler(api.log)
+    try:
+        async with background_tasks() as tasks:
+            await tasks.start(keep)
+            tasks.start_soon(api.run)
+            await api.wait_tried()
+            yield api
+    finally:
+        log.removeHandler(api.log)

@@ -2,16 +2,21 @@
 
 import platform
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from typing import Literal
 
 from siderolink.common.errors import ConfigurationError
+from siderolink.common.pb.machine import ServiceInfo
 from siderolink.common.text import one_line
 
 ApplyMode = Literal["reboot", "auto", "no-reboot", "staged", "try"]
+ServiceAction = Literal["start", "stop", "restart"]
+API_RELEASE = "v1.14.0"
+"""The release whose API this machine has: what `Version` answers, and what servers are told by default."""
+
 WipeMode = Literal["all", "system-disk", "user-disks"]
 
 
@@ -44,14 +49,14 @@ _ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MachineVersion:
-    """What the machine runs; the defaults are this package's.
+    """The release that the machine is compatible with; this package's own version stands in `sha`.
 
-    Existing clients read the tag as a semantic version and do nothing at all where it is none. Raises ConfigurationError for
-    such a tag.
+    Existing clients read the tag as a semantic version, do nothing at all where it is none, and warn where it is older than
+    they are. Raises ConfigurationError for a tag that is none.
     """
 
-    tag: str = field(default_factory=_package_version)
-    sha: str = ""
+    tag: str = API_RELEASE
+    sha: str = field(default_factory=_package_version)
     built: str = ""
     os: str = field(default_factory=lambda: platform.system().lower())
     arch: str = field(default_factory=lambda: _ARCHITECTURES.get(platform.machine(), platform.machine()))
@@ -76,6 +81,8 @@ class ApplyRequest:
     """Check only, change nothing."""
     try_timeout: timedelta | None
     """With the mode ``try``: how long before the change is taken back."""
+    by_admin: bool = True
+    """Whether an admin asks; others are not shown what is configured already."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,18 +128,63 @@ class RebootRequest:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MachineHooks:
-    """What is called for an API call that the caller may make; what is None is answered UNIMPLEMENTED.
+class ShutdownRequest:
+    """How to power off."""
 
-    A hook that raises ConfigurationError refuses the call (INVALID_ARGUMENT, with the error's text); GRPCError answers as it
-    says; anything else is INTERNAL, and logged. The caller waits for the hook, so what takes long is begun and not awaited.
+    force: bool
+    actor_id: str
+    """What the events of the shutdown shall carry."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InstallRequest:
+    """What to install, and where."""
+
+    image: str
+    disk: str = ""
+    """Empty for an upgrade."""
+    is_upgrade: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogRequest:
+    """Which lines of a log to give."""
+
+    id: str
+    follow: bool
+    tail_lines: int
+    """How many past lines to begin with; negative for all."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MachineHooks:
+    """What is called for an API call that the caller may make.
+
+    What is None has the default that docs/machine.md names: a refusal, or for logs, services and the kernel's log what a plain
+    Linux host can tell. A hook that raises ConfigurationError refuses the call (INVALID_ARGUMENT, with the error's text);
+    GRPCError answers as it says; anything else is INTERNAL, and logged. The caller waits for the hook, so what takes long is
+    begun and not awaited.
     """
 
     version: MachineVersion = field(default_factory=MachineVersion)
     apply_configuration: Callable[[ApplyRequest], Awaitable[ApplyAnswer]] | None = None
     reboot: Callable[[RebootRequest], Awaitable[None]] | None = None
     reset: Callable[[ResetRequest], Awaitable[None]] | None = None
+    shutdown: Callable[[ShutdownRequest], Awaitable[None]] | None = None
+    pull_image: Callable[[str], Awaitable[str]] | None = None
+    """Fetch an installer's image, the first call of an installation; gives the image's name."""
+    install: Callable[[InstallRequest], AsyncIterator[str]] | None = None
+    """Install or upgrade; gives lines of progress, and has succeeded when it ends."""
     meta_write: Callable[[int, bytes], Awaitable[None]] | None = None
     """Write a META key (0 to 255)."""
     meta_delete: Callable[[int], Awaitable[bool]] | None = None
     """Delete a META key; False where there was none."""
+    logs: Callable[[LogRequest], AsyncIterator[bytes]] | None = None
+    """The lines of a log, each with its end."""
+    log_names: tuple[str, ...] = ()
+    """The logs that `logs` has."""
+    dmesg: Callable[[bool, bool], AsyncIterator[bytes]] | None = None
+    """The kernel's log; whether to follow it, and whether to give new lines alone."""
+    services: Callable[[], Awaitable[list[ServiceInfo]]] | None = None
+    control_service: Callable[[ServiceAction, str], Awaitable[str]] | None = None
+    """Start, stop or restart a service; gives a text for people."""

@@ -1,20 +1,64 @@
-"""Which resources a caller asks for: by their labels, and by a pattern of their ids."""
+"""Which resources a caller asks for: by their labels, and by a pattern of their ids.
+
+Patterns come from strangers, in the syntax of RE2, which is what clients of the resource API write. RE2 follows all branches of
+a pattern at the same time, so none takes longer than the text is long. The package is an extra.
+"""
 
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Final
 
 from grpclib import GRPCError, Status
 
-from siderolink.client.maintenance.pattern import NoPatternsError, Pattern, PatternError
-from siderolink.client.maintenance.resources.changes import Change, ChangeKind, Resource
+from siderolink.client.maintenance.resources.store import Change, ChangeKind, Resource
 from siderolink.common.pb.cosi import resource as pb
 from siderolink.common.text import one_line
 
 MAX_TERMS = 128
 """Of all queries of a call together."""
+LONGEST_PATTERN: Final = 1024
+_MEMORY: Final = 1 << 18
+"""Bytes that a compiled pattern may take, its tables included."""
 _NUMBER = re.compile(r"[-+]?[0-9]{1,18}\Z")
 _Operation = pb.LabelTermOperation
+
+
+class PatternError(ValueError):
+    """The pattern is malformed, too long, or too large."""
+
+
+class NoPatternsError(Exception):
+    """The package that matches is not installed."""
+
+
+class Pattern:
+    """A pattern that may occur anywhere in a text."""
+
+    def __init__(self, text: str) -> None:
+        """Raises PatternError or NoPatternsError."""
+        try:
+            import re2
+        except ImportError:
+            raise NoPatternsError("patterns of ids need a package: pip install 'siderolink[patterns]'") from None
+        if len(text) > LONGEST_PATTERN:
+            raise PatternError(f"a pattern has at most {LONGEST_PATTERN} characters")
+        options = re2.Options()
+        options.max_mem, options.log_errors = _MEMORY, False
+        try:
+            self._compiled: Any = re2.compile(text, options)
+        except (re2.error, UnicodeEncodeError) as error:
+            raise PatternError(_reason(error)) from None
+
+    def matches(self, text: str) -> bool:
+        """Whether the pattern occurs in the text."""
+        return self._compiled.search(text) is not None
+
+
+def _reason(error: Exception) -> str:
+    """What is wrong; the library says it in bytes."""
+    reason = error.args[0] if error.args else ""
+    return reason.decode(errors="replace") if isinstance(reason, bytes) else str(reason)
 
 
 @dataclass(frozen=True, slots=True)

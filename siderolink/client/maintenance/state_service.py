@@ -7,13 +7,22 @@ from grpclib import GRPCError, Status
 from grpclib.const import Cardinality, Handler
 from grpclib.server import Stream
 
-from siderolink.client.maintenance.callers import Admittance
+from siderolink.client.maintenance.dispatch import readable
 from siderolink.client.maintenance.queries import Selection, read_selection
-from siderolink.client.maintenance.resources.changes import BookmarkError, Change, ChangeKind, History, Resource
 from siderolink.client.maintenance.resources.definitions import ResourceType
-from siderolink.client.maintenance.resources.store import ResourceStore, Watch, WatchTooSlowError
+from siderolink.client.maintenance.resources.store import (
+    BookmarkError,
+    Change,
+    ChangeKind,
+    History,
+    Resource,
+    ResourceStore,
+    TooManyWatchesError,
+    Watch,
+    WatchTooSlowError,
+)
+from siderolink.client.maintenance.roles import Admittance, Role, not_authorized
 from siderolink.common.pb.cosi import resource as pb
-from siderolink.common.protobuf_wire import has_declared_types
 from siderolink.common.text import one_line
 
 R = TypeVar("R", pb.GetRequest, pb.ListRequest, pb.WatchRequest)
@@ -43,7 +52,7 @@ class StateService:
 
     async def _get(self, stream: Stream[pb.GetRequest, pb.GetResponse]) -> None:
         request = _readable(await stream.recv_message())
-        resource_type = self._permitted(stream, request.type)
+        resource_type = self._permitted(stream, request)
         found = self._store.get(resource_type, request.id, request.namespace)
         if found is None:
             name = one_line(f"{request.type}({request.namespace}/{request.id}@undefined)")
@@ -53,7 +62,7 @@ class StateService:
     async def _list(self, stream: Stream[pb.ListRequest, pb.ListResponse]) -> None:
         request = _readable(await stream.recv_message())
         options = request.options or pb.ListOptions()
-        resource_type = self._permitted(stream, request.type)
+        resource_type = self._permitted(stream, request)
         selection = read_selection(options.label_query, options.id_query)
         for found in self._store.list(resource_type, request.namespace):
             await anyio.lowlevel.checkpoint()  # a pattern costs time, and others want their turn
@@ -63,10 +72,13 @@ class StateService:
     async def _watch(self, stream: Stream[pb.WatchRequest, pb.WatchResponse]) -> None:
         request = _readable(await stream.recv_message())
         options = request.options or pb.WatchOptions()
-        resource_type = self._permitted(stream, request.type)
+        resource_type = self._permitted(stream, request)
         selection = _watched(request, options)
         # nothing is awaited between these two, so that no change falls between
-        watch = self._store.watch(resource_type, request.id, request.namespace)
+        try:
+            watch = self._store.watch(resource_type, request.id, request.namespace)
+        except TooManyWatchesError:
+            raise GRPCError(Status.RESOURCE_EXHAUSTED, "too many watches run on this machine; end some first") from None
         try:
             beginning = self._beginning(request, options, resource_type, selection)
             await stream.send_message(pb.WatchResponse())
@@ -106,13 +118,17 @@ class StateService:
             events.append(_event(pb.EventType.BOOTSTRAPPED, _tombstone(resource_type, request), mark))
         return events
 
-    def _permitted(self, stream: Stream[Any, Any], name: str) -> ResourceType:
-        """The type of that name. Raises GRPCError where there is none, or where the caller may not read it."""
-        found = self._store.type(name)
+    def _permitted(self, stream: Stream[Any, Any], request: pb.GetRequest | pb.ListRequest | pb.WatchRequest) -> ResourceType:
+        """The type that is asked for. Raises GRPCError where there is none, or where the caller may not read it there."""
+        found = self._store.type(request.type)
         if found is None:
-            raise GRPCError(Status.NOT_FOUND, f"resource type {one_line(name, limit=128)!r} is not registered")
-        if found.is_sensitive:
-            self._admittance.require_admin(stream)
+            text = f'resource type "{one_line(request.type, limit=128)}" is not supported'
+            raise GRPCError(Status.PERMISSION_DENIED, text)
+        if found.is_sensitive and self._admittance.role(stream.peer.addr()) is not Role.ADMIN:
+            raise not_authorized()
+        if request.namespace and not self._store.has_namespace(request.namespace):
+            text = f'namespace "{one_line(request.namespace, limit=128)}" is not supported'
+            raise GRPCError(Status.PERMISSION_DENIED, text)
         return found
 
 
@@ -204,8 +220,7 @@ def _tombstone(resource_type: ResourceType, request: pb.WatchRequest) -> pb.Reso
 
 
 def _readable(request: R | None) -> R:
-    if request is None or not has_declared_types(request):
-        raise GRPCError(Status.INVALID_ARGUMENT, "the message could not be read")
-    if max(len(request.type), len(request.namespace)) > _LONGEST_NAME:
+    read: R = readable(request)
+    if max(len(read.type), len(read.namespace)) > _LONGEST_NAME:
         raise GRPCError(Status.INVALID_ARGUMENT, f"a name has at most {_LONGEST_NAME} characters")
-    return request
+    return read

@@ -1,9 +1,9 @@
 """gRPC as this package uses it: the one place that touches grpclib's insides (its version is pinned for it)."""
 
 from siderolink.common.grpc.byte_stream import ByteStream
-from siderolink.common.grpc.calls import ByteStreamService, Servable, valid_token
+from siderolink.common.grpc.calls import ANY_METHOD, ByteStreamService, Servable, valid_token
 from siderolink.common.grpc.client import GrpcChannel, open_byte_stream, open_channel, translate_errors
-from siderolink.common.grpc.limits import Limits
+from siderolink.common.grpc.limits import CallLimits, Limits
 from siderolink.common.grpc.refusals import Refusal, Refused
 from siderolink.common.grpc.server import GrpcServer, serve
 from siderolink.common.grpc.sources import TrustedProxies, parse_networks
@@ -11,8 +11,10 @@ from siderolink.common.grpc.status import GRPCError, GrpcError, Status
 from siderolink.common.grpc.tls import ServerCertificate, client_tls, server_tls
 
 __all__ = [
+    "ANY_METHOD",
     "ByteStream",
     "ByteStreamService",
+    "CallLimits",
     "GRPCError",
     "GrpcChannel",
     "GrpcError",

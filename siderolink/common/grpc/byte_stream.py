@@ -51,6 +51,7 @@ class ByteStream:
         self._receiver: Receiver | None = None
         self._early = bytearray()
         self._early_flow = 0
+        self._early_held = 0
         self._unacknowledged = 0
         self._window = self._connection.limits.stream_window_bytes
         self._headers_sent = False
@@ -92,6 +93,7 @@ class ByteStream:
         self._receiver = receiver
         if self._early:
             early, self._early = self._early, bytearray()
+            self._release_early()
             flow, self._early_flow = self._early_flow, 0
             self._give([memoryview(bytes(early))], flow)
 
@@ -129,10 +131,11 @@ class ByteStream:
 
     def refuse(self, refusal: Refusal, message: str, status: Status = Status.INVALID_ARGUMENT) -> None:
         """End the stream because of what the peer sent, counted as `refusal`."""
-        self._connection.on_refusal(refusal, message)
         if self._server:
+            self._connection.refuse_call(refusal, message)
             self.end(status, message)
         else:
+            self._connection.on_refusal(refusal, message)
             self._finish(GRPCError(status, message))
             self.reset()
 
@@ -156,6 +159,11 @@ class ByteStream:
         for piece in pieces:
             self._early += piece
         self._early_flow += size if flow else 0
+        if not self._connection.account.receive(size):
+            self._finish(None)
+            self.refuse(Refusal.CALL_MEMORY, "too much came before it could be read", Status.RESOURCE_EXHAUSTED)
+            return
+        self._early_held += size
         if len(self._early) > self._window:
             self.refuse(Refusal.FLOW_CONTROL, "more than the stream's window", Status.RESOURCE_EXHAUSTED)
 
@@ -207,6 +215,11 @@ class ByteStream:
             self._outcome.set_result(error)
             self._connection.give_back(self._id, self._unacknowledged + self._early_flow)
             self._unacknowledged = self._early_flow = 0
+            self._release_early()
+
+    def _release_early(self) -> None:
+        self._connection.account.consumed(self._early_held)
+        self._early_held = 0
 
     def _watch_idle(self, timeout: float) -> None:
         loop = asyncio.get_running_loop()

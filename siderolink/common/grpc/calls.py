@@ -2,30 +2,35 @@
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Collection, Mapping
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 from grpclib import GRPCError, Status
 from grpclib.const import Cardinality, Handler
-from grpclib.events import _DispatchServerEvents
-from grpclib.exceptions import ProtocolError, StreamTerminatedError
+from grpclib.exceptions import StreamTerminatedError
 from grpclib.metadata import Deadline, decode_metadata
-from grpclib.protocol import AbstractHandler, Peer
+from grpclib.protocol import AbstractHandler
 from grpclib.protocol import Stream as GrpclibH2Stream
-from grpclib.server import Stream
 from h2.exceptions import H2Error
 
+from siderolink.common.grpc import private
 from siderolink.common.grpc.byte_stream import CONTENT_TYPE, ByteStream, trailers
 from siderolink.common.grpc.connection import H2Stream, Headers
-from siderolink.common.grpc.limits import Limits
-from siderolink.common.grpc.messages import OnRefusal, ServerCodec
+from siderolink.common.grpc.limits import CallLimits, Limits
+from siderolink.common.grpc.messages import ServerCodec
 from siderolink.common.grpc.refusals import Refusal
 from siderolink.common.grpc.sources import TrustedProxies
 
 log = logging.getLogger("siderolink")
 
-_NO_LISTENERS = _DispatchServerEvents()
+_CALL_BYTES = 16 * 1024
+"""What a call that runs takes of memory beside its message, about."""
+
+ANY_METHOD = "*"
+"""The path by which a service offers what serves every method that no service has."""
 
 ByteStreamHandler = Callable[[ByteStream], Awaitable[None]]
 """Serves one byte stream until it returns (status OK) or raises GRPCError; it is cancelled when the peer resets the stream."""
@@ -47,21 +52,33 @@ class ByteStreamService:
         return {path: Handler(func, Cardinality.STREAM_STREAM, ByteStream, ByteStream) for path, func in self._methods.items()}
 
 
-def valid_token(call: "Stream[Any, Any] | ByteStream") -> None:
+def valid_token(call: object) -> None:
     """Tell the API layer that a call carried a valid token: its source is not a stranger any more."""
     on_valid_token = getattr(call, "on_valid_token", None)
     if on_valid_token is not None:
         on_valid_token()
 
 
-def methods_of(services: Collection[Servable]) -> dict[str, Handler]:
-    """All methods of the services by path; raises ValueError when two serve the same one."""
-    methods: dict[str, Handler] = {}
+@dataclass(frozen=True, slots=True)
+class Method:
+    """What serves one path, and the bounds of its calls."""
+
+    handler: Handler
+    limits: CallLimits
+
+
+def methods_of(services: Collection[Servable]) -> dict[str, Method]:
+    """All methods of the services by path; raises ValueError when two serve the same one.
+
+    A service may have an attribute `call_limits`, the bounds of its methods by their names without the service.
+    """
+    methods: dict[str, Method] = {}
     for service in services:
+        limits: Mapping[str, CallLimits] = getattr(service, "call_limits", {})
         for path, handler in service.__mapping__().items():
             if path in methods:
                 raise ValueError(f"two services have the method {path}")
-            methods[path] = handler
+            methods[path] = Method(handler, limits.get(path.rpartition("/")[2], CallLimits()))
     return methods
 
 
@@ -93,71 +110,14 @@ class Caller:
         return self.address if found == self.address[0] else (found, 0)
 
 
-class _CallPeer(Peer):
-    """grpclib's view of the other end, with the address that counts."""
-
-    def __init__(self, peer: Peer, address: object) -> None:
-        self._transport = peer._transport
-        self._address = address
-
-    def addr(self) -> Any:
-        return self._address
-
-
-class _Call(Stream[Any, Any]):
-    """grpclib's view of a call, where the trailers are written by the caller of the handler.
-
-    The only message of an answer waits until the handler has returned, and then leaves together with headers and trailers.
-    """
-
-    _answer: object = None
-    on_valid_token: Callable[[], None]
-
-    async def send_message(self, message: Any) -> None:
-        if self._cardinality.server_streaming or self._send_initial_metadata_done:
-            await super().send_message(message)
-        elif self._send_message_done:
-            raise ProtocolError("the answer was given already")
-        else:
-            self._answer, self._send_message_done = message, True
-
-    async def send_answer(self) -> None:
-        """Send the message that waits, if there is one."""
-        if self._answer is None or self.trailers_sent:
-            return
-        message = self._codec.encode(self._answer, self._send_type)
-        stream = cast("H2Stream", self._stream)
-        assert stream.id is not None
-        if stream.connection.put_answer(stream.id, bytes(1) + len(message).to_bytes(4) + message):
-            self._send_initial_metadata_done = self._send_trailing_metadata_done = True
-            return
-        answer, self._send_message_done = self._answer, False
-        await super().send_message(answer)
-
-    @property
-    def headers_sent(self) -> bool:
-        return self._send_initial_metadata_done
-
-    @property
-    def message_sent(self) -> bool:
-        return self._send_message_done
-
-    @property
-    def trailers_sent(self) -> bool:
-        return self._send_trailing_metadata_done or self._cancel_done
-
-
 class CallHandler(AbstractHandler):
     """The calls of one connection."""
 
-    def __init__(
-        self, methods: Mapping[str, Handler], limits: Limits, on_refusal: OnRefusal, caller: Caller | None = None
-    ) -> None:
+    def __init__(self, methods: Mapping[str, Method], limits: Limits, caller: Caller | None = None) -> None:
         self._caller = caller
         self._methods = methods
         self._limits = limits
-        self._on_refusal = on_refusal
-        self._codec = ServerCodec(on_refusal)
+        self._running: Counter[str] = Counter()
         self._tasks: dict[GrpclibH2Stream, asyncio.Task[None]] = {}
 
     @property
@@ -168,19 +128,34 @@ class CallHandler(AbstractHandler):
     def accept(self, stream: GrpclibH2Stream, headers: Headers, release_stream: Callable[[], None]) -> None:
         """Start the call; what it may not be is answered before any task is made."""
         assert isinstance(stream, H2Stream)
+        connection = stream.connection
         try:
-            run = self._prepare(stream, headers)
+            path, fields = _check_request(headers)
+            if path not in self._methods and ANY_METHOD in self._methods:
+                path = ANY_METHOD
+            method = self._method(path)
+            size = 0 if method.handler.request_type is ByteStream else _CALL_BYTES
+            if not connection.account.take(size):
+                raise _Bad(Refusal.CALL_MEMORY, Status.RESOURCE_EXHAUSTED, "calls take too much memory (max_call_bytes)")
+            try:
+                run = self._prepare(stream, path, headers, fields)
+            except BaseException:
+                connection.account.give_back(size)
+                raise
         except _Bad as bad:
-            self._on_refusal(bad.refusal, bad.message)
             stream.put_headers(_answer(bad), end_stream=True)
             stream.abort()
             release_stream()
+            connection.refuse_call(bad.refusal, bad.message)
             return
         task = asyncio.get_running_loop().create_task(run)
         self._tasks[stream] = task
+        self._running[path] += 1
 
         def done(task: asyncio.Task[None]) -> None:
             self._tasks.pop(stream, None)
+            self._running[path] -= 1
+            connection.account.give_back(size)
             release_stream()
             if not task.cancelled() and task.exception() is not None:
                 log.error("an API call failed outside its handler", exc_info=task.exception())
@@ -198,55 +173,86 @@ class CallHandler(AbstractHandler):
         for task in tuple(self._tasks.values()):
             task.cancel()
 
-    def _prepare(self, stream: H2Stream, headers: Headers) -> Any:
-        path, fields = _check_request(headers)
+    def _method(self, path: str) -> Method:
         method = self._methods.get(path)
         if method is None:
             raise _Bad(Refusal.UNKNOWN_METHOD, Status.UNIMPLEMENTED, "the method is not served here")
+        most = method.limits.max_calls
+        if most is not None and self._running[path] >= most:
+            message = f"more than {most} calls of this method at a time on one connection"
+            raise _Bad(Refusal.TOO_MANY_CALLS, Status.RESOURCE_EXHAUSTED, message)
+        return method
+
+    def _prepare(self, stream: H2Stream, path: str, headers: Headers, fields: Mapping[str, str]) -> Any:
+        method = self._methods[path]
+        handler = method.handler
         try:
             deadline = Deadline.from_headers(headers)
             metadata = decode_metadata(headers)
         except (ValueError, OverflowError):
             raise _Bad(Refusal.BAD_REQUEST, Status.INVALID_ARGUMENT, "the call's metadata cannot be read") from None
-        if method.request_type is ByteStream:
+        if handler.request_type is ByteStream:
             first = {key: value for key in metadata if isinstance(value := metadata[key], str)}
             byte_stream = ByteStream(stream, first, server=True)
             if self._caller is not None:
                 byte_stream.peer_address = self._caller.of_call(headers)
                 byte_stream.on_valid_token = self._caller.on_valid_token
-            return self._run_byte_stream(stream, byte_stream, method.func, deadline)
-        if method.cardinality in (Cardinality.UNARY_UNARY, Cardinality.UNARY_STREAM):
-            stream.buffer.expect_message(self._limits.request_timeout)
-        call = _Call(
+            return self._run_byte_stream(stream, byte_stream, handler.func, deadline)
+        self._bound(stream, method)
+        call = private.Call(
             stream,
             path,
-            method.cardinality,
-            method.request_type,
-            method.reply_type,
-            codec=self._codec,
+            handler.cardinality,
+            handler.request_type,
+            handler.reply_type,
+            codec=ServerCodec(stream.connection.refuse_call, method.limits.max_fields),
             status_details_codec=None,
-            dispatch=_NO_LISTENERS,
+            dispatch=private.NO_LISTENERS,
             deadline=deadline,
             user_agent=fields.get("user-agent"),
         )
         call.metadata = metadata
         if self._caller is not None:
-            call.peer = _CallPeer(call.peer, self._caller.of_call(headers))
+            call.peer = private.CallPeer(call.peer, self._caller.of_call(headers))
             call.on_valid_token = self._caller.on_valid_token
+        call.path = fields.get(":path", "")
         return self._run_call(stream, call, method, deadline)
 
-    async def _run_call(self, stream: H2Stream, call: _Call, method: Handler, deadline: Deadline | None) -> None:
+    def _bound(self, stream: H2Stream, method: Method) -> None:
+        """Set the bounds of the call's messages."""
+        limits = method.limits
+        if limits.max_message_bytes is not None:
+            stream.buffer.limit(min(limits.max_message_bytes, self._limits.max_message_bytes))
+        if method.handler.cardinality in (Cardinality.UNARY_UNARY, Cardinality.UNARY_STREAM):
+            stream.buffer.expect_message(self._limits.request_timeout)
+        elif limits.message_timeout is not None:
+            stream.buffer.expect_messages(min(limits.message_timeout, self._limits.request_timeout))
+        elif self._limits.stream_idle_timeout is not None:
+            stream.buffer.expect_messages(self._limits.stream_idle_timeout)
+
+    async def _run_call(self, stream: H2Stream, call: private.Call, method: Method, deadline: Deadline | None) -> None:
         def finish(status: Status, message: str | None) -> None:
             if not call.trailers_sent:
-                if status is Status.OK and not method.cardinality.server_streaming and not call.message_sent:
+                if status is Status.OK and not method.handler.cardinality.server_streaming and not call.message_sent:
                     log.error("an API handler returned without an answer")
                     status, message = Status.INTERNAL, None
                 stream.put_headers(trailers(status, message, only=not call.headers_sent), end_stream=True)
             stream.abort()
 
-        async def answer(call: _Call) -> None:
-            await method.func(call)
-            await call.send_answer()
+        async def answer(call: private.Call) -> None:
+            longest = method.limits.call_timeout
+            if longest is not None:
+                longest = min(longest, self._limits.stream_idle_timeout or longest)
+            async with _lasting(longest):
+                await method.handler.func(call)
+            message = call.waiting_answer()
+            if message is None:
+                return
+            assert stream.id is not None
+            if stream.connection.put_answer(stream.id, bytes(1) + len(message).to_bytes(4) + message):
+                call.answered()
+            else:
+                await call.send_waiting()
 
         await _run(answer, call, deadline, finish)
 
@@ -255,6 +261,22 @@ class CallHandler(AbstractHandler):
     ) -> None:
         await _run(handler, byte_stream, deadline, byte_stream.end)
         stream.abort()
+
+
+@asynccontextmanager
+async def _lasting(seconds: float | None) -> AsyncIterator[None]:
+    """End the call with UNAVAILABLE after so long: the caller may call again."""
+    if seconds is None:
+        yield
+        return
+    scope = asyncio.timeout(seconds)
+    try:
+        async with scope:
+            yield
+    except TimeoutError:
+        if scope.expired():
+            raise GRPCError(Status.UNAVAILABLE, f"the call lasted for {seconds:g} s, call again") from None
+        raise
 
 
 async def _run(

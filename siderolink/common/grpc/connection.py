@@ -1,40 +1,110 @@
-"""What the streams of one HTTP/2 connection share: grpclib's connection and stream, with bounds and a short way for bytes."""
+"""What the streams of one HTTP/2 connection share: h2's engine, grpclib's classes with bounds, and bytes past both."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from grpclib.config import Configuration
 from grpclib.exceptions import StreamTerminatedError
 from grpclib.protocol import Connection as _GrpclibConnection
+from grpclib.protocol import Peer
 from grpclib.protocol import Stream as _GrpclibStream
 from grpclib.utils import Wrapper
+from h2.config import H2Configuration
 from h2.connection import H2Connection
 from h2.errors import ErrorCodes
+from h2.events import Event
 from h2.exceptions import ProtocolError
-from h2.stream import StreamInputs
+from h2.settings import SettingCodes, Settings
 
-from siderolink.common.grpc import frames
-from siderolink.common.grpc.limits import Limits
+from siderolink.common.grpc import frames, private
+from siderolink.common.grpc.limits import DEFAULT_WINDOW, Account, Limits
 from siderolink.common.grpc.messages import MessageBuffer, OnRefusal
-from siderolink.common.grpc.refusals import Refusal
+from siderolink.common.grpc.refusals import PEER_FAULTS, Refusal, Refused
 
 Headers = list[tuple[str, str]]
 
-# Whole header blocks of an ordinary answer (RFC 7541): they need no table, so the engine's encoder need not know of them.
-_ANSWER_HEADERS = b"\x88\x0f\x10\x16application/grpc+proto"
-_ANSWER_STEPS = (StreamInputs.SEND_HEADERS, StreamInputs.SEND_DATA, StreamInputs.SEND_HEADERS, StreamInputs.SEND_END_STREAM)
-_ANSWER_TRAILERS = b"\x00\x0bgrpc-status\x010"
+_STREAM_HEADROOM = 4
+
+
+class Engine(H2Connection):
+    """h2's engine, which remembers fewer of the streams that have ended."""
+
+    MAX_CLOSED_STREAMS = 1024
+
+
+@lru_cache(maxsize=2)
+def h2_config(*, server: bool) -> H2Configuration:
+    return H2Configuration(
+        client_side=not server,
+        header_encoding="latin-1",  # ASCII on the wire; a byte above it must not raise half way through a frame
+        validate_outbound_headers=False,
+        normalize_outbound_headers=False,
+        normalize_inbound_headers=False,
+    )
+
+
+def new_h2_connection(limits: Limits, *, server: bool) -> Engine:
+    """An engine that has its first words ready to send."""
+    connection = Engine(h2_config(server=server))
+    settings = {
+        SettingCodes.INITIAL_WINDOW_SIZE: limits.stream_window_bytes,
+        SettingCodes.MAX_FRAME_SIZE: limits.max_frame_bytes,
+        SettingCodes.MAX_HEADER_LIST_SIZE: limits.max_header_bytes,
+        (SettingCodes.MAX_CONCURRENT_STREAMS if server else SettingCodes.ENABLE_PUSH): limits.max_streams if server else 0,
+    }
+    connection.local_settings = Settings(client=not server, initial_values=settings)
+    connection.max_inbound_frame_size = limits.max_frame_bytes
+    connection.decoder.max_header_list_size = limits.max_header_bytes
+    connection.initiate_connection()
+    if server:
+        # The engine ends a whole connection for one call too many. It is told a higher number than the peer, so that
+        # calls opened before the peer has read our settings are refused one by one.
+        settings[SettingCodes.MAX_CONCURRENT_STREAMS] *= _STREAM_HEADROOM
+        connection.local_settings = Settings(client=False, initial_values=settings)
+    if limits.connection_window_bytes > DEFAULT_WINDOW:
+        connection.increment_flow_control_window(limits.connection_window_bytes - DEFAULT_WINDOW)
+    return connection
+
+
+@lru_cache(maxsize=8)
+def grpclib_config(limits: Limits, *, server: bool) -> Configuration:
+    return private.grpclib_config(limits.connection_window_bytes, server=server)
+
+
+class Gate(asyncio.Event):
+    """An event that ends every wait with StreamTerminatedError once the connection is closed."""
+
+    is_closed = False
+
+    def clear(self) -> None:
+        if not self.is_closed:
+            super().clear()
+
+    def close(self) -> None:
+        """Let everyone go who waits."""
+        self.is_closed = True
+        self.set()
+
+    async def wait(self) -> Literal[True]:
+        await super().wait()
+        if self.is_closed:
+            raise StreamTerminatedError("the connection is closed")
+        return True
 
 
 class CorkedTransport(asyncio.Transport):
-    """Joins what is written in one turn of the loop into one send."""
+    """Joins what is written in one turn of the loop into one send. Drops what comes after the transport is gone."""
 
-    def __init__(self, transport: asyncio.Transport) -> None:
+    def __init__(
+        self, transport: asyncio.Transport, max_unsent: int = 1 << 30, on_overflow: Callable[[], None] | None = None
+    ) -> None:
         super().__init__()
-        self._transport = transport
+        self._transport: asyncio.Transport | None = transport
         self._parts: list[bytes] = []
+        self._max_unsent = max_unsent
+        self._on_overflow = on_overflow
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
         if not self._parts:
@@ -49,21 +119,30 @@ class CorkedTransport(asyncio.Transport):
     def flush(self) -> None:
         data = b"".join(self._parts)
         self._parts.clear()
-        if data and not self._transport.is_closing():
-            try:
-                self._transport.write(data)
-            except RuntimeError:
-                pass  # uvloop's, which is closed without saying so when connecting was cancelled at the last moment
+        transport = self._transport
+        if not data or transport is None or transport.is_closing():
+            return
+        try:
+            transport.write(data)
+        except RuntimeError:
+            return  # uvloop's, which is closed without saying so when connecting was cancelled at the last moment
+        if self._on_overflow is not None and transport.get_write_buffer_size() > self._max_unsent:
+            self._on_overflow()
 
     def is_closing(self) -> bool:
-        return self._transport.is_closing()
+        return self._transport is None or self._transport.is_closing()
 
     def close(self) -> None:
         self.flush()
-        self._transport.close()
+        if self._transport is not None:
+            self._transport.close()
+
+    def detach(self) -> None:
+        """The transport below is gone."""
+        self._transport = self._on_overflow = None
 
     def get_extra_info(self, name: str, default: object = None) -> Any:
-        return self._transport.get_extra_info(name, default)
+        return default if self._transport is None else self._transport.get_extra_info(name, default)
 
 
 class Sink(Protocol):
@@ -89,10 +168,15 @@ class H2Stream(_GrpclibStream):
     connection: "Connection"
     buffer: MessageBuffer
 
+    def __init__(self, connection: "Connection", *, stream_id: int | None = None, wrapper: Wrapper | None = None) -> None:
+        super().__init__(connection, connection.engine, connection.transport, stream_id=stream_id, wrapper=wrapper)
+
     def init_stream(self, stream_id: int, connection: _GrpclibConnection) -> None:
         super().init_stream(stream_id, connection)
         owner = self.connection
-        self.buffer = MessageBuffer(lambda size: owner.ack(stream_id, size), owner.limits.max_message_bytes, owner.on_refusal)
+        self.buffer = MessageBuffer(
+            lambda size: owner.ack(stream_id, size), owner.limits.max_message_bytes, owner.refuse_call, owner.account
+        )
 
     async def send_data(self, data: bytes, end_stream: bool = False) -> None:
         """Send all of it, or raise StreamTerminatedError when the peer leaves no room for it for `request_timeout`."""
@@ -101,7 +185,7 @@ class H2Stream(_GrpclibStream):
                 await super().send_data(data, end_stream)
         except TimeoutError:
             if scope.expired():
-                self.connection.on_refusal(Refusal.ANSWER_NOT_TAKEN, "the peer left no room for a message in time")
+                self.connection.refuse_call(Refusal.ANSWER_NOT_TAKEN, "the peer left no room for a message in time")
                 self.abort(ErrorCodes.CANCEL)
                 raise StreamTerminatedError("the peer left no room for a message in time") from None
             raise
@@ -112,7 +196,7 @@ class H2Stream(_GrpclibStream):
             return
         assert self.id is not None
         try:
-            self._h2_connection.send_headers(self.id, headers, end_stream=end_stream)
+            self.connection.engine.send_headers(self.id, headers, end_stream=end_stream)
         except ProtocolError:
             return
         self.connection.flush()
@@ -122,8 +206,9 @@ class H2Stream(_GrpclibStream):
         """Reset the stream if it is not closed."""
         if self.closable:
             assert self.id is not None
-            self._h2_connection.reset_stream(self.id, error_code=error_code)
+            self.connection.engine.reset_stream(self.id, error_code=error_code)
             self.connection.flush()
+            self.connection.scanner.was_reset(self.id)
 
     def __ended__(self) -> None:
         super().__ended__()
@@ -133,35 +218,91 @@ class H2Stream(_GrpclibStream):
     def __terminated__(self, reason: str) -> None:
         super().__terminated__(reason)
         self.buffer.settle()
+        self.window_updated.set()  # whoever waits for room finds the connection or the stream closed
         if self.sink is not None:
             self.sink.terminated(reason)
 
 
 class Connection(_GrpclibConnection):
-    """What all streams of a connection share."""
+    """What all streams of a connection share. Nothing here reads what grpclib's close() deletes."""
 
     def __init__(
-        self, h2_connection: H2Connection, transport: asyncio.Transport, *, limits: Limits, server: bool, on_refusal: OnRefusal
+        self,
+        engine: H2Connection,
+        transport: asyncio.Transport,
+        *,
+        limits: Limits,
+        server: bool,
+        account: Account,
+        on_refusal: OnRefusal,
+        on_flood: Callable[[Refused], None],
     ) -> None:
-        self._corked = CorkedTransport(transport)
-        super().__init__(h2_connection, self._corked, config=grpclib_config(limits, server=server))
+        self.engine = engine
+        self.transport = CorkedTransport(transport, limits.max_unsent_bytes, self._overflow)
+        super().__init__(engine, self.transport, config=grpclib_config(limits, server=server))
         self.limits = limits
+        self.account = account
         self.on_refusal = on_refusal
         self.guard = frames.FloodGuard(limits, asyncio.get_running_loop().time)
         self.scanner = frames.FrameScanner(limits, self.guard, server=server)
         self.sinks: dict[int, Sink] = {}
+        self.write_ready = self._write_gate = Gate()
+        self.write_ready.set()
+        self.stream_close_waiter = self._stream_gate = Gate()
+        self._on_flood: Callable[[Refused], None] | None = on_flood
         self._unacknowledged = 0
+        self._outstanding = 0
 
     def create_stream(self, *, stream_id: int | None = None, wrapper: Wrapper | None = None) -> H2Stream:
-        return H2Stream(self, self._connection, self._transport, stream_id=stream_id, wrapper=wrapper)
+        return H2Stream(self, stream_id=stream_id, wrapper=wrapper)
+
+    def get_peer(self) -> Peer:
+        return Peer(self.transport)
+
+    def is_closing(self) -> bool:
+        return self.transport.is_closing()
+
+    def close(self) -> None:
+        super().close()
+        self._write_gate.close()
+        self._stream_gate.close()
+
+    def gone(self) -> None:
+        """The transport is gone: keep nothing that leads back to it."""
+        self.close()
+        self.transport.detach()
+        self._on_flood = None
+        self.account.close()
+
+    def refuse_call(self, refusal: Refusal, message: str) -> None:
+        """Count what was refused of one call; too many by the peer's fault end the connection like resets (CVE-2025-8671)."""
+        self.on_refusal(refusal, message)
+        if refusal in PEER_FAULTS:
+            try:
+                self.guard.count(Refusal.RESET_FLOOD)
+            except Refused as refused:
+                self._flood(refused)
+
+    def feed(self, data: bytes) -> list[Event]:
+        """Give frames to the engine and send its answers. Raises Refused for more resets among them than may be."""
+        events = self.engine.receive_data(data)
+        answer = self.engine.data_to_send()
+        if answer:
+            self.transport.write(answer)
+            for _ in range(frames.count_resets(answer)):
+                self.guard.count(Refusal.RESET_FLOOD)
+        self.check_window()
+        return events
 
     def ack(self, stream_id: int, size: int) -> None:
-        if not self.is_closing():
-            super().ack(stream_id, size)
+        if size and not self.is_closing():
+            self.engine.acknowledge_received_data(size, stream_id)
+            self.flush()
 
     def flush(self) -> None:
-        if not self.is_closing():
-            super().flush()
+        data = self.engine.data_to_send()
+        if data:
+            self.transport.write(data)
 
     def resume_writing(self) -> None:
         super().resume_writing()
@@ -184,72 +325,74 @@ class Connection(_GrpclibConnection):
         self.sinks.pop(stream_id, None)
         self.scanner.raw.discard(stream_id)
 
+    def received(self, size: int) -> None:
+        """DATA came past the engine. Raises Refused when it is more than the connection's window had left."""
+        self._outstanding += size
+        self.check_window()
+
+    def check_window(self) -> None:
+        """Raises Refused when the peer sent more than the connection's window, by the engine and past it together."""
+        if self._outstanding > self.engine.inbound_flow_control_window:
+            raise Refused(Refusal.FLOW_CONTROL, "more than the connection's window")
+
     def give_back(self, stream_id: int, size: int) -> None:
-        """Tell the peer that it may send `size` more on the stream; the connection's share is told by halves of the window."""
+        """Tell the peer that it may send `size` more, of what came past the engine.
+
+        On the stream, if it still runs, at once; on the connection by quarters of its window.
+        """
         if self.is_closing() or not size:
             return
         self._unacknowledged += size
-        updates = frames.window_update(stream_id, size) if stream_id in self._connection.streams else b""
+        updates = frames.window_update(stream_id, size) if stream_id in self.sinks else b""
         if self._unacknowledged >= self.limits.connection_window_bytes // 4:
             updates += frames.window_update(0, self._unacknowledged)
+            self._outstanding -= self._unacknowledged
             self._unacknowledged = 0
-        self._transport.write(updates)
+        if updates:
+            self.transport.write(updates)
 
     def room(self, stream_id: int) -> int:
         """How many bytes of DATA may be sent on the stream right now."""
         if self.is_closing() or not self.write_ready.is_set():
             return 0
-        stream = self._connection.streams.get(stream_id)
-        if stream is None or stream.closed:
+        try:
+            return max(0, self.engine.local_flow_control_window(stream_id))
+        except ProtocolError:
             return 0
-        return max(0, min(stream.outbound_flow_control_window, self._connection.outbound_flow_control_window))
 
     def put_data(self, stream_id: int, data: memoryview) -> None:
         """Send DATA that fits into `room`, in frames as long as the peer takes."""
         size = len(data)
-        longest = min(self._connection.max_outbound_frame_size, self.limits.max_frame_bytes)
-        parts: list[bytes | memoryview] = []
-        for start in range(0, size, longest):
-            piece = data[start : start + longest]
-            parts.append(frames.frame_header(len(piece), frames.DATA, 0, stream_id))
-            parts.append(piece)
-        self._connection.streams[stream_id].outbound_flow_control_window -= size
-        self._connection.outbound_flow_control_window -= size
-        self.guard.sent_data(len(parts) // 2)
-        self._corked.write_now(b"".join(parts))
+        longest = min(self.engine.max_outbound_frame_size, self.limits.max_frame_bytes)
+        pieces = [data[start : start + longest] for start in range(0, size, longest)]
+        if private.spend_window(self.engine, stream_id, size):
+            parts: list[bytes | memoryview] = []
+            for piece in pieces:
+                parts.append(frames.frame_header(len(piece), frames.DATA, 0, stream_id))
+                parts.append(piece)
+            sent = b"".join(parts)
+        else:
+            for piece in pieces:
+                self.engine.send_data(stream_id, bytes(piece))
+            sent = self.engine.data_to_send()
+        self.guard.sent_data(len(pieces))
+        self.transport.write_now(sent)
 
     def put_answer(self, stream_id: int, message: bytes) -> bool:
-        """Send a call's only message, headers and OK trailers in one write; False, and nothing sent, where that cannot be.
-
-        It cannot without room, nor as the first answer since the peer asked for a smaller header table: the block that follows
-        has to begin with the new size (RFC 7541, 4.2), and only the engine's encoder writes that.
-        """
-        size = len(message)
-        if self._connection.encoder.table_size_changes:
+        """Send a call's only message, headers and OK trailers in one write; False, and nothing sent, where that cannot be."""
+        if len(message) > min(self.room(stream_id), self.engine.max_outbound_frame_size):
             return False
-        if size > min(self.room(stream_id), self._connection.max_outbound_frame_size):
+        answer = private.short_answer(self.engine, stream_id, message)
+        if answer is None:
             return False
-        stream = self._connection.streams[stream_id]
-        for step in _ANSWER_STEPS:
-            stream.state_machine.process_input(step)
-        stream.outbound_flow_control_window -= size
-        self._connection.outbound_flow_control_window -= size
         self.flush()
-        header, end = frames.frame_header, frames.END_HEADERS
-        self._corked.write_now(
-            header(len(_ANSWER_HEADERS), frames.HEADERS, end, stream_id)
-            + _ANSWER_HEADERS
-            + header(size, frames.DATA, 0, stream_id)
-            + message
-            + header(len(_ANSWER_TRAILERS), frames.HEADERS, end | frames.END_STREAM, stream_id)
-            + _ANSWER_TRAILERS
-        )
+        self.transport.write_now(answer)
         self.guard.sent_data(3)
         return True
 
     def end_stream(self, stream_id: int) -> None:
         """Say that no more will be sent on the stream."""
-        self._connection.end_stream(stream_id)
+        self.engine.end_stream(stream_id)
         self.flush()
 
     def data_send_process(self) -> None:
@@ -265,18 +408,21 @@ class Connection(_GrpclibConnection):
         if self.is_closing():
             return
         try:
-            self._connection.close_connection(error_code, additional_data=reason.encode())
+            self.engine.close_connection(error_code, additional_data=reason.encode())
         except ProtocolError:
             return
         self.flush()
 
     def ping(self) -> None:
-        self._connection.ping(b"siderolk")
-        self.flush()
+        """Ask whether the peer lives."""
+        if not self.is_closing():
+            self.engine.ping(b"siderolk")
+            self.flush()
 
+    def _overflow(self) -> None:
+        message = f"more than {self.limits.max_unsent_bytes} bytes wait for the peer (max_unsent_bytes)"
+        self._flood(Refused(Refusal.ANSWER_NOT_TAKEN, message))
 
-@lru_cache(maxsize=8)
-def grpclib_config(limits: Limits, *, server: bool) -> Configuration:
-    # grpclib's own pings are off: it counts an answer only, where here anything heard shows that the peer lives
-    config = Configuration(_keepalive_time=None, http2_connection_window_size=limits.connection_window_bytes)
-    return config.__for_server__() if server else config.__for_client__()
+    def _flood(self, refused: Refused) -> None:
+        if self._on_flood is not None:
+            self._on_flood(refused)

@@ -1,7 +1,9 @@
-"""Splits what arrives on a connection into HTTP/2 frames' bytes, and counts what a hostile peer could flood with. No I/O."""
+"""Splits what arrives on a connection into HTTP/2 frames, and counts what a hostile peer could flood with. No I/O."""
 
 import struct
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 
 from siderolink.common.grpc.limits import Limits
 from siderolink.common.grpc.refusals import Refusal, Refused
@@ -20,6 +22,23 @@ _WINDOW_UPDATE = struct.Struct(">HBBBLL")
 _CREDIT_PER_FRAME = 4
 _MAX_CREDIT = 4096
 
+SMALL_BYTES = 32
+"""DATA shorter than this, and not the last of its stream, is counted: no WireGuard datagram and hardly a message is."""
+PIECE_FRAMES = 32
+"""Frames that the HTTP/2 engine gets at a time."""
+MAX_SETTINGS_ENTRIES = 64
+"""Entries of one SETTINGS frame; peers send fewer than ten."""
+_HEADER_TABLE_SIZE = 1
+_KNOWN_SETTINGS = range(_HEADER_TABLE_SIZE, 7)
+_HEADER_TABLE_BYTES = 4096
+_SETTINGS_ENTRIES = "settings entries"
+_SETTING = struct.Struct(">HL")
+_MAX_ENDED = 256
+
+_NOTHING = memoryview(b"")
+_ENGINE, _NOWHERE, _HERE = 0, -1, -2
+"""Where a frame goes; a raw stream's DATA goes to that stream."""
+
 
 def frame_header(length: int, frame_type: int, flags: int, stream_id: int) -> bytes:
     """The nine bytes before a frame's payload (RFC 9113, 4.1)."""
@@ -37,21 +56,33 @@ def window_update(stream_id: int, increment: int) -> bytes:
     return _WINDOW_UPDATE.pack(0, 4, WINDOW_UPDATE, 0, stream_id, increment)
 
 
+def count_resets(data: bytes) -> int:
+    """How many RST_STREAM frames there are among whole frames."""
+    pos = count = 0
+    while pos < len(data):
+        length, kind, _, _ = read_header(data, pos)
+        count += kind == RST_STREAM
+        pos += FRAME_HEADER_BYTES + length
+    return count
+
+
 class FloodGuard:
     """Counts kinds of frames over fixed spans of time. Frames that answer data of ours are not counted."""
 
     def __init__(self, limits: Limits, clock: Callable[[], float]) -> None:
         self._interval = limits.flood_interval
-        self._allowed = {
+        self._allowed: dict[str, int] = {
             Refusal.RESET_FLOOD: limits.max_resets,
             Refusal.PING_FLOOD: limits.max_pings,
             Refusal.SETTINGS_FLOOD: limits.max_settings,
+            _SETTINGS_ENTRIES: limits.max_settings_entries,
             Refusal.EMPTY_FRAME_FLOOD: limits.max_empty_frames,
+            Refusal.SMALL_FRAME_FLOOD: limits.max_small_frames,
             Refusal.WINDOW_UPDATE_FLOOD: limits.max_window_updates,
             Refusal.OTHER_FRAME_FLOOD: limits.max_other_frames,
         }
         self._clock = clock
-        self._counts: dict[Refusal, int] = {}
+        self._counts: dict[str, int] = {}
         self._since = clock()
         self._credit = 0
 
@@ -66,71 +97,163 @@ class FloodGuard:
         else:
             self.count(refusal)
 
-    def count(self, refusal: Refusal) -> None:
-        """Count one; raises Refused with `refusal` when it is one too many."""
+    def count(self, refusal: Refusal, number: int = 1, *, kind: str | None = None) -> None:
+        """Count some of one kind, by default named like the refusal. Raises Refused with `refusal` when it is too many."""
+        kind = kind or refusal
         now = self._clock()
         if now - self._since >= self._interval:
             self._since = now
             self._counts.clear()
-        count = self._counts.get(refusal, 0) + 1
-        self._counts[refusal] = count
-        if count > self._allowed[refusal]:
-            raise Refused(refusal, f"more than {self._allowed[refusal]} in {self._interval:g} s")
+        count = self._counts.get(kind, 0) + number
+        self._counts[kind] = count
+        if count > self._allowed[kind]:
+            raise Refused(refusal, f"more than {self._allowed[kind]} in {self._interval:g} s")
 
 
 class FrameScanner:
-    """Reads frame headers only. DATA of streams in `raw` is handed out as it comes, all other bytes go to the HTTP/2 engine."""
+    """Reads frame headers in front of the HTTP/2 engine, so that the engine does only what a call needs.
+
+    DATA of streams in `raw` is handed out as it comes. PING, PRIORITY, frames of unknown types and DATA for streams that this
+    side has reset never reach the engine. Of SETTINGS it sees the known ones, with a header table of 4,096 bytes at most.
+    """
 
     def __init__(self, limits: Limits, guard: FloodGuard, *, server: bool) -> None:
         self.raw: set[int] = set()
         """Streams whose DATA bypasses the HTTP/2 engine."""
+        self.replies = bytearray()
+        """Acknowledgements to send."""
+        self.has_settings = False
+        """Whether the peer's first SETTINGS have come."""
+        self.dropped = 0
+        """Bytes of DATA that were dropped and are not given back to the connection's window yet."""
+        self._reset: OrderedDict[int, int] = OrderedDict()
         self._max_frame = limits.max_frame_bytes
         self._max_block = limits.max_header_bytes
+        self._window = limits.stream_window_bytes
         self._guard = guard
+        self._is_server = server
         self._preface = PREFACE if server else b""
         self._partial = b""
+        self._target = _ENGINE
+        self._length = 0
         self._remaining = 0
-        self._raw_id = 0
         self._block = 0
+        self._in_block = False
+        self._highest_stream = 0
+        self._cuts: list[int] = []
+
+    @property
+    def waiting(self) -> int:
+        """Bytes that the engine keeps until a frame or a header block is whole."""
+        begun = self._length - self._remaining if self._remaining and self._target == _ENGINE else 0
+        return begun + (self._block if self._in_block else 0)
+
+    def was_reset(self, stream_id: int) -> None:
+        """This side reset the stream: DATA on its way, a stream's window at most, is dropped instead of being answered."""
+        self.raw.discard(stream_id)
+        self._reset[stream_id] = self._window
+        if len(self._reset) > _MAX_ENDED:
+            self._reset.popitem(last=False)
 
     def feed(self, data: bytes) -> Iterator[tuple[int, memoryview]]:
-        """Yield (stream id, DATA bytes) for raw streams and (0, bytes) for the engine, in order.
+        """Yield (stream id, DATA bytes) for raw streams and (0, bytes) for the engine, in order; some may be empty.
 
-        Each piece must be dealt with before the next is asked for. Raises Refused.
+        Each piece must be dealt with before the next is asked for. A piece for the engine holds `PIECE_FRAMES` frames at most.
+        All frames of such a run are counted before its first piece is yielded. Raises Refused.
         """
         if self._partial:
             data = self._partial + data
             self._partial = b""
         view = memoryview(data)
         end = len(data)
-        start = 0
-        pos = self._skip_preface(data)
+        start, pos = 0, self._skip_preface(data)
+        self._cuts.clear()
         while pos < end:
             if self._remaining:
-                taken = min(self._remaining, end - pos)
-                self._remaining -= taken
-                pos += taken
-                if self._raw_id:
-                    yield self._raw_id, view[pos - taken : pos]
+                first, pos = pos, min(pos + self._remaining, end)
+                self._remaining -= pos - first
+                if self._target:
                     start = pos
+                    yield max(self._target, 0), view[first:pos] if self._target > 0 else _NOTHING
                 continue
-            if end - pos < FRAME_HEADER_BYTES:
+            header = self._read_header(data, pos)
+            if header is None:
                 self._partial = data[pos:]
                 break
-            high, low, kind, flags, stream_id = _FRAME_HEADER.unpack_from(data, pos)
-            length = high << 8 | low
-            self._raw_id = 0
-            if kind == DATA and length and not flags and stream_id in self.raw:
-                if start < pos:
-                    yield 0, view[start:pos]
-                if stream_id in self.raw:
-                    self._raw_id = stream_id
-                start = pos + FRAME_HEADER_BYTES if self._raw_id else pos
-            self._check(kind, flags, length)
-            self._remaining = length
+            target, kind, flags, length, stream_id = header
+            if target and start < pos:
+                yield from self._engine_pieces(view, start, pos)
+                start = pos
+                target = self._target_of(kind, flags, length, stream_id)
+            self._check(kind, flags, length, stream_id)
             pos += FRAME_HEADER_BYTES
+            self._begin(target, kind, length, stream_id, pos)
+            if target == _HERE:
+                yield 0, self._handle(kind, flags, view[pos : pos + length])
+                pos += length
+            if target:
+                start = pos
         if start < pos:
-            yield 0, view[start:pos]
+            yield from self._engine_pieces(view, start, pos)
+
+    def _read_header(self, data: bytes, pos: int) -> tuple[int, int, int, int, int] | None:
+        """Where the frame goes, its type, flags, length and stream; None until enough of it is there."""
+        if len(data) - pos < FRAME_HEADER_BYTES:
+            return None
+        high, low, kind, flags, stream_id = _FRAME_HEADER.unpack_from(data, pos)
+        length, stream_id = high << 8 | low, stream_id & 0x7FFF_FFFF
+        target = self._target_of(kind, flags, length, stream_id)
+        if target == _HERE and length <= MAX_SETTINGS_ENTRIES * 6 and len(data) - pos < FRAME_HEADER_BYTES + length:
+            return None
+        return target, kind, flags, length, stream_id
+
+    def _engine_pieces(self, view: memoryview, start: int, end: int) -> Iterator[tuple[int, memoryview]]:
+        cuts = [cut for cut in self._cuts[PIECE_FRAMES::PIECE_FRAMES] if start < cut < end]
+        self._cuts.clear()
+        for first, last in pairwise((start, *cuts, end)):
+            yield 0, view[first:last]
+
+    def _target_of(self, kind: int, flags: int, length: int, stream_id: int) -> int:
+        if self._in_block:
+            return _ENGINE  # which knows that nothing but CONTINUATION may come here
+        if kind == DATA:
+            if length and not flags and stream_id in self.raw:
+                return stream_id
+            return _NOWHERE if 0 < length <= self._reset.get(stream_id, 0) else _ENGINE
+        if kind == PING:
+            return _HERE if length == 8 and not stream_id else _ENGINE
+        if kind == SETTINGS:
+            return _HERE if length % 6 == 0 and not stream_id and not (flags & ACK and length) else _ENGINE
+        if kind == PRIORITY:
+            return _NOWHERE if length == 5 and stream_id else _ENGINE
+        return _NOWHERE if kind > CONTINUATION else _ENGINE
+
+    def _begin(self, target: int, kind: int, length: int, stream_id: int, pos: int) -> None:
+        self._target = target
+        self._length = self._remaining = 0 if target == _HERE else length
+        if target == _ENGINE:
+            self._cuts.append(pos - FRAME_HEADER_BYTES)
+        elif target == _NOWHERE and kind == DATA:
+            self._reset[stream_id] -= length
+            self.dropped += length
+
+    def _handle(self, kind: int, flags: int, payload: memoryview) -> memoryview:
+        """Deal with a PING or SETTINGS frame; returns what the engine has to know of it."""
+        if kind == PING:
+            if not flags & ACK:
+                self.replies += frame_header(8, PING, ACK, 0) + payload
+            return _NOTHING
+        if flags & ACK:
+            return _NOTHING  # our settings never change, so nothing follows from it
+        self.has_settings = True
+        known = {name: value for name, value in _SETTING.iter_unpack(payload) if name in _KNOWN_SETTINGS}
+        if not known:
+            self.replies += frame_header(0, SETTINGS, ACK, 0)
+            return _NOTHING
+        if _HEADER_TABLE_SIZE in known:
+            known[_HEADER_TABLE_SIZE] = min(known[_HEADER_TABLE_SIZE], _HEADER_TABLE_BYTES)
+        entries = b"".join(_SETTING.pack(name, value) for name, value in known.items())
+        return memoryview(frame_header(len(entries), SETTINGS, 0, 0) + entries)
 
     def _skip_preface(self, data: bytes) -> int:
         if not self._preface:
@@ -141,14 +264,17 @@ class FrameScanner:
         self._preface = self._preface[length:]
         return length
 
-    def _check(self, kind: int, flags: int, length: int) -> None:
+    def _check(self, kind: int, flags: int, length: int, stream_id: int) -> None:
         if length > self._max_frame:
             raise Refused(Refusal.FRAME_TOO_LARGE, f"a frame of {length} bytes, more than {self._max_frame}")
         if kind == DATA:
-            if not length and not flags & END_STREAM:
-                self._guard.count(Refusal.EMPTY_FRAME_FLOOD)
+            if length < SMALL_BYTES and not flags & END_STREAM:
+                if length:
+                    self._guard.spend(Refusal.SMALL_FRAME_FLOOD)
+                else:
+                    self._guard.count(Refusal.EMPTY_FRAME_FLOOD)
         elif kind in (HEADERS, CONTINUATION):
-            self._check_headers(kind, length)
+            self._check_headers(kind, flags, length, stream_id)
         elif kind == WINDOW_UPDATE:
             self._guard.spend(Refusal.WINDOW_UPDATE_FLOOD)
         elif kind == PING:
@@ -156,13 +282,24 @@ class FrameScanner:
         elif kind == RST_STREAM:
             self._guard.count(Refusal.RESET_FLOOD)
         elif kind == SETTINGS:
-            self._guard.count(Refusal.SETTINGS_FLOOD)
+            self._check_settings(length)
         else:
             self._guard.count(Refusal.OTHER_FRAME_FLOOD)
 
-    def _check_headers(self, kind: int, length: int) -> None:
+    def _check_headers(self, kind: int, flags: int, length: int, stream_id: int) -> None:
         self._block = length if kind == HEADERS else self._block + length
+        self._in_block = not flags & END_HEADERS
         if self._block > self._max_block:
             raise Refused(Refusal.HEADERS_TOO_LARGE, f"a header block of more than {self._max_block} bytes")
         if not length:
             self._guard.count(Refusal.EMPTY_FRAME_FLOOD)
+        elif kind == CONTINUATION or (self._is_server and stream_id <= self._highest_stream):
+            self._guard.count(Refusal.OTHER_FRAME_FLOOD)
+        self._highest_stream = max(self._highest_stream, stream_id)
+
+    def _check_settings(self, length: int) -> None:
+        entries = length // 6
+        if entries > MAX_SETTINGS_ENTRIES:
+            raise Refused(Refusal.SETTINGS_FLOOD, f"a SETTINGS frame of {entries} entries, more than {MAX_SETTINGS_ENTRIES}")
+        self._guard.count(Refusal.SETTINGS_FLOOD)
+        self._guard.count(Refusal.SETTINGS_FLOOD, entries, kind=_SETTINGS_ENTRIES)

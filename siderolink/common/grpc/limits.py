@@ -1,5 +1,6 @@
 """How much one peer of the API may ask for, before it is refused."""
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Self
 
@@ -24,6 +25,18 @@ class Limits:
     """How much a peer may send on one stream before it is acknowledged."""
     connection_window_bytes: int = 1024 * 1024
     """How much a peer may send on all streams of one connection before it is acknowledged."""
+
+    max_received_bytes: int = 256 * 1024
+    """How much one connection may have sent that no call has taken yet: unfinished frames and messages. At least a message of
+    the largest size and a frame are allowed."""
+    max_unsent_bytes: int = 512 * 1024
+    """How much may wait in this process for one peer to read it; the connection ends beyond it."""
+    unread_timeout: float = 30.0
+    """How long a peer may leave what waits for it unread."""
+    max_call_bytes: int = 32 * 1024 * 1024
+    """Memory that ordinary calls of all peers may take together: 16 KiB each, and the bytes that wait for them."""
+    max_call_bytes_per_address: int = 8 * 1024 * 1024
+    """What one address may take of it once more than half of it is in use."""
 
     max_connections: int = 16_384
     """Connections in all; never more than the process may have descriptors."""
@@ -54,17 +67,21 @@ class Limits:
     flood_interval: float = 10.0
     """The span over which the following counts are taken."""
     max_resets: int = 200
-    """RST_STREAM frames per interval (CVE-2023-44487)."""
+    """Calls per interval that the peer resets (CVE-2023-44487) or makes this side reset or refuse (CVE-2025-8671)."""
     max_pings: int = 100
     """PING frames per interval that no data of ours called for (CVE-2019-9512)."""
     max_settings: int = 100
     """SETTINGS frames per interval (CVE-2019-9515)."""
+    max_settings_entries: int = 256
+    """Entries of all these frames per interval."""
     max_empty_frames: int = 100
     """Empty DATA, HEADERS and CONTINUATION frames per interval (CVE-2019-9518)."""
+    max_small_frames: int = 2_000
+    """DATA frames per interval of fewer than 32 bytes that do not end their stream."""
     max_window_updates: int = 2_000
     """WINDOW_UPDATE frames per interval that no data of ours called for."""
     max_other_frames: int = 500
-    """PRIORITY, GOAWAY and unknown frames per interval (CVE-2019-9513)."""
+    """PRIORITY, GOAWAY, CONTINUATION, trailers and unknown frames per interval (CVE-2019-9513)."""
 
     server_ping_interval: float | None = 60.0
     """A server asks after a silent connection this often."""
@@ -84,6 +101,11 @@ class Limits:
         """A client's, that takes answers of up to `size` bytes."""
         return cls(max_message_bytes=size, stream_window_bytes=size + 5, connection_window_bytes=max(size + 5, 1 << 20))
 
+    @property
+    def received_bytes(self) -> int:
+        """`max_received_bytes`, or as much as the largest message needs."""
+        return max(self.max_received_bytes, self.max_message_bytes + 5 + self.max_frame_bytes)
+
     def __post_init__(self) -> None:
         """Raises ConfigurationError for what HTTP/2 cannot express."""
         if not 16_384 <= self.max_frame_bytes < 1 << 24:
@@ -94,3 +116,91 @@ class Limits:
         for name in ("stream_window_bytes", "connection_window_bytes"):
             if not self.max_message_bytes + 5 <= getattr(self, name) <= _LARGEST_WINDOW:
                 raise ConfigurationError(f"{name} is max_message_bytes + 5 to 2147483647, not {getattr(self, name)}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CallLimits:
+    """Bounds of the calls of one method, where they are tighter than those of `Limits`."""
+
+    max_message_bytes: int | None = None
+    """The longest request message."""
+    max_fields: int | None = None
+    """Protobuf fields of one request message, unknown ones included. They are counted before the message is decoded."""
+    max_calls: int | None = None
+    """Calls at the same time on one connection."""
+    message_timeout: float | None = None
+    """How long a call that streams requests may wait for its next one."""
+    call_timeout: float | None = None
+    """How long the whole call may last."""
+
+
+class CallBudget:
+    """Memory that the ordinary calls of all peers take, and who takes it.
+
+    A peer's share counts only while more than half of the whole is in use: many machines may share one address.
+    """
+
+    def __init__(self, limits: Limits) -> None:
+        self._total = limits.max_call_bytes
+        self._share = limits.max_call_bytes_per_address
+        self._taken: Counter[str] = Counter()
+        self.used = 0
+        """Bytes taken by all."""
+
+    def take(self, source: str, size: int) -> bool:
+        """Take so many bytes for a source; False, and nothing taken, when it may not have them."""
+        used = self.used + size
+        if used > self._total or (used > self._total // 2 and self._taken[source] + size > self._share):
+            return False
+        self.used = used
+        self._taken[source] += size
+        return True
+
+    def give_back(self, source: str, size: int) -> None:
+        """The source needs so many bytes no longer."""
+        self.used -= size
+        self._taken[source] -= size
+        if self._taken[source] <= 0:
+            del self._taken[source]
+
+
+class Account:
+    """What one connection takes of a budget. Without a budget, as on a client, only the connection's own bounds hold."""
+
+    def __init__(self, limits: Limits, budget: CallBudget | None = None, source: str = "") -> None:
+        self.taken = 0
+        """Bytes taken now."""
+        self._budget = budget
+        self._source = source
+        self._received = 0
+        self._received_limit = limits.received_bytes
+
+    def take(self, size: int) -> bool:
+        """Take memory; False when the budget has none left for this source."""
+        if self._budget is not None and not self._budget.take(self._source, size):
+            return False
+        self.taken += size
+        return True
+
+    def give_back(self, size: int) -> None:
+        """Give memory back."""
+        self.taken -= size
+        if self._budget is not None:
+            self._budget.give_back(self._source, size)
+
+    def receive(self, size: int) -> bool:
+        """Bytes came that nobody has taken yet; False when they are too many for the connection or for the budget."""
+        if self._received + size > self._received_limit or not self.take(size):
+            return False
+        self._received += size
+        return True
+
+    def consumed(self, size: int) -> None:
+        """Bytes that were received are needed no longer."""
+        self._received -= size
+        self.give_back(size)
+
+    def close(self) -> None:
+        """The connection is gone: give everything back."""
+        self._received = 0
+        self.give_back(self.taken)

@@ -40,11 +40,8 @@ def listen_unix(path: str | Path) -> socket.socket:
     try:
         if path.exists() and stat.S_ISSOCK(path.stat().st_mode) and not _is_answered(path):
             path.unlink()
-        mask = os.umask(0o177)
-        try:
-            sock.bind(str(path))
-        finally:
-            os.umask(mask)
+        os.fchmod(sock.fileno(), 0o600)  # Linux gives the path this mode
+        sock.bind(str(path))
         sock.listen(BACKLOG)
     except OSError as error:
         sock.close()

@@ -9,6 +9,7 @@ from grpclib.encoding.proto import ProtoCodec
 from grpclib.protocol import Buffer
 
 from siderolink.common.errors import InvalidAnswerError
+from siderolink.common.grpc.limits import Account
 from siderolink.common.grpc.refusals import Refusal, Refused
 
 PREFIX_BYTES = 5
@@ -63,20 +64,35 @@ class PrefixGuard:
 class MessageBuffer(Buffer):
     """What a call has received and not read yet; never more than the caps allow, and never waited for beyond a deadline."""
 
-    def __init__(self, acknowledge: Callable[[int], None], max_bytes: int, on_refusal: OnRefusal) -> None:
-        super().__init__(acknowledge)
+    def __init__(self, acknowledge: Callable[[int], None], max_bytes: int, on_refusal: OnRefusal, account: Account) -> None:
+        super().__init__(self._consumed)
         self._acknowledge = acknowledge
         self._guard = PrefixGuard(max_bytes)
         self._on_refusal = on_refusal
+        self._account = account
+        self._held = 0
         self._error: GRPCError | None = None
         self._timer: asyncio.TimerHandle | None = None
+        self._message_seconds: float | None = None
         self._single = False
         self._partial = bytearray()
         self._partial_size = 0
 
+    def limit(self, max_bytes: int) -> None:
+        """Take no longer messages; said before any has come."""
+        self._guard = PrefixGuard(max_bytes)
+
     def expect_message(self, seconds: float) -> None:
         """Refuse the call when its only message is not complete within `seconds`; what comes behind it is dropped."""
         self._single = True
+        self._expect(seconds)
+
+    def expect_messages(self, seconds: float) -> None:
+        """Refuse the call whenever its next message is not complete within `seconds`, until the peer has sent all."""
+        self._message_seconds = seconds
+        self._expect(seconds)
+
+    def _expect(self, seconds: float) -> None:
         self._timer = asyncio.get_running_loop().call_later(seconds, self._late, seconds)
 
     def settle(self) -> None:
@@ -84,6 +100,21 @@ class MessageBuffer(Buffer):
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+
+    def release(self) -> None:
+        """The call is over: give back what it still held."""
+        self.settle()
+        self._account.consumed(self._held)
+        self._held = 0
+        self._acknowledge(self._partial_size)
+        self._partial.clear()
+        self._partial_size = 0
+
+    def _consumed(self, size: int) -> None:
+        held = min(size, self._held)
+        self._held -= held
+        self._account.consumed(held)
+        self._acknowledge(size)
 
     def add(self, data: bytes, ack_size: int) -> None:
         """Take one DATA frame. An empty one is nothing, where grpclib would take it for the end.
@@ -100,13 +131,18 @@ class MessageBuffer(Buffer):
                 self._guard.feed(data)
             except Refused as refused:
                 self._fail(refused.refusal, Status.RESOURCE_EXHAUSTED, refused.message)
+        if self._error is None and not self._account.receive(ack_size):
+            self._fail(Refusal.CALL_MEMORY, Status.RESOURCE_EXHAUSTED, "too much waits for calls of this connection or address")
         if self._error is not None:
             self._acknowledge(ack_size)
             return
+        self._held += ack_size
         self._partial += data
         self._partial_size += ack_size
         if self._guard.is_between:
             self.settle()
+            if self._message_seconds is not None:
+                self._expect(self._message_seconds)
             self._pass_on()
 
     def eof(self) -> None:
@@ -148,11 +184,53 @@ class MessageBuffer(Buffer):
             super().eof()
 
 
+_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+_GROUPS = (3, 4)
+
+
+def count_fields(data: bytes, most: int) -> int:
+    """Protobuf fields at the top level of a message, counted up to `most` + 1, without decoding any.
+
+    Raises ValueError for a message that is cut short.
+    """
+    pos, end, count = 0, len(data), 0
+    while pos < end and count <= most:
+        count += 1
+        key, pos = _varint(data, pos)
+        kind = key & 7
+        if kind == _VARINT:
+            _, pos = _varint(data, pos)
+        elif kind == _BYTES:
+            length, pos = _varint(data, pos)
+            pos += length
+        elif kind in (_FIXED64, _FIXED32):
+            pos += 8 if kind == _FIXED64 else 4
+        elif kind not in _GROUPS:
+            raise ValueError("a field of an unknown wire type")
+        if pos > end:
+            raise ValueError("the message is cut short")
+    return count
+
+
+def _varint(data: bytes, pos: int) -> tuple[int, int]:
+    value = 0
+    for shift in range(0, 70, 7):
+        if pos >= len(data):
+            break
+        byte = data[pos]
+        pos += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, pos
+    raise ValueError("a number that is cut short or too long")
+
+
 class ServerCodec(ProtoCodec):
     """Protobuf as machines send it: what cannot be read is their fault and never ours."""
 
-    def __init__(self, on_refusal: OnRefusal) -> None:
+    def __init__(self, on_refusal: OnRefusal, max_fields: int | None = None) -> None:
         self._on_refusal = on_refusal
+        self._max_fields = max_fields
 
     def encode(self, message: Any, message_type: Any) -> bytes:
         """The message as it travels; bytes are one already."""
@@ -160,6 +238,8 @@ class ServerCodec(ProtoCodec):
 
     def decode(self, data: bytes, message_type: Any) -> Any:
         try:
+            if self._max_fields is not None and count_fields(data, self._max_fields) > self._max_fields:
+                raise ValueError(f"more than {self._max_fields} fields")
             return super().decode(data, message_type)
         except Exception as error:
             self._on_refusal(Refusal.MESSAGE_MALFORMED, f"{type(error).__name__} on reading a {message_type.__name__}")

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import logging
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import cast
 
 import h2.events
@@ -13,10 +13,8 @@ from grpclib.protocol import Stream as _GrpclibStream
 from h2.errors import ErrorCodes
 from h2.exceptions import DenialOfServiceError, FlowControlError, ProtocolError, TooManyStreamsError
 
-from siderolink.common.grpc.connection import Connection, H2Stream, Headers, grpclib_config
-from siderolink.common.grpc.engine import h2_config, new_h2_connection
-from siderolink.common.grpc.header_fields import check_fields
-from siderolink.common.grpc.limits import Limits
+from siderolink.common.grpc.connection import Connection, H2Stream, grpclib_config, h2_config, new_h2_connection
+from siderolink.common.grpc.limits import Account, Limits
 from siderolink.common.grpc.messages import OnRefusal
 from siderolink.common.grpc.refusals import ERROR_CODES, Refusal, Refused
 
@@ -27,6 +25,10 @@ WRITE_BUFFER_BYTES = 64 * 1024
 NOTSENT_LOWAT_BYTES = 128 * 1024
 """How much the kernel may hold that it has not sent yet; what waits longer waits here, where it can be dropped."""
 _TIMER_GRAIN = 0.001
+_TURN_SECONDS = 0.004
+"""How long one connection's input may take of the event loop's turn before the others have theirs."""
+_LOOK_EVERY = 64
+"""Pieces of raw streams between two looks at the clock."""
 CLOSE_SECONDS = 1.0
 """How long a closed connection may take to send its last words."""
 
@@ -57,29 +59,28 @@ class Processor(EventsProcessor):
 
         def release_stream() -> None:
             assert stream.id is not None
-            cast("H2Stream", stream).buffer.settle()
             self.connection.drop_sink(stream.id)
             release()
+            cast("H2Stream", stream).buffer.release()
             self._on_streams(len(self.streams))
 
         return release_stream
 
     def process_request_received(self, event: h2.events.RequestReceived) -> None:
-        check_fields(cast("Headers", event.headers))
         if len(self.streams) < self.connection.limits.max_streams:
             super().process_request_received(event)
             return
         message = f"more than {self.connection.limits.max_streams} calls at a time"
-        self.connection.on_refusal(Refusal.TOO_MANY_STREAMS, message)
-        self.connection.guard.count(Refusal.RESET_FLOOD)
         self.connection.create_stream(stream_id=event.stream_id).abort(ErrorCodes.REFUSED_STREAM)
+        self.connection.refuse_call(Refusal.TOO_MANY_STREAMS, message)
 
     def process_data_received(self, event: h2.events.DataReceived) -> None:
+        assert event.stream_id is not None
         sink = self.connection.sinks.get(event.stream_id)
         if sink is None:
             super().process_data_received(event)
             return
-        sink.feed([memoryview(event.data)], flow=False)
+        sink.feed([memoryview(event.data or b"")], flow=False)
         self.connection.ack(event.stream_id, event.flow_controlled_length or 0)
 
     def process_window_updated(self, event: h2.events.WindowUpdated) -> None:
@@ -95,7 +96,11 @@ class Processor(EventsProcessor):
 
 
 class Http2Protocol(H2Protocol):
-    """The asyncio protocol of either side. Nothing that a peer sends makes it raise."""
+    """The asyncio protocol of either side.
+
+    Nothing that a peer sends makes it raise. What is unforeseen is an error of ours: it is logged with its traceback, and ends
+    this connection at most.
+    """
 
     connection: Connection
     processor: Processor
@@ -108,6 +113,7 @@ class Http2Protocol(H2Protocol):
         server: bool,
         on_refusal: OnRefusal,
         on_lost: Callable[[], None] = _nothing,
+        account: Account | None = None,
     ) -> None:
         super().__init__(handler, grpclib_config(limits, server=server), h2_config(server=server))
         self._limits = limits
@@ -120,7 +126,11 @@ class Http2Protocol(H2Protocol):
         """Set once the connection is gone."""
         self._transport: asyncio.Transport | None = None
         self._loop = asyncio.get_running_loop()
-        self._settings_received = False
+        self._account = account
+        self._input: Iterator[tuple[int, memoryview]] | None = None
+        self._backlog: list[bytes] = []
+        self._waiting = 0
+        self._flooded: Refused | None = None
         self._heard_at = self._loop.time()
         self._ping_sent = False
         self._due: dict[str, tuple[float, Callable[..., None], tuple[object, ...]]] = {}
@@ -138,7 +148,9 @@ class Http2Protocol(H2Protocol):
             self._transport,
             limits=self._limits,
             server=self._server,
+            account=self._account or Account(self._limits),
             on_refusal=self._on_refusal,
+            on_flood=self._flood,
         )
         self.processor = Processor(self.handler, self.connection, self._on_streams)
         if not self._server:  # a server's first words leave together with its answer to the peer's
@@ -153,56 +165,145 @@ class Http2Protocol(H2Protocol):
         if self._is_done():
             return
         self._heard_at = self._loop.time()
+        if self._input is None:
+            self._input = self.connection.scanner.feed(data)
+            self._read_on()
+        else:
+            self._backlog.append(data)
+
+    def _read_on(self) -> None:
+        """Deal with what came. When that takes long, the rest waits for the loop's next turn."""
+        if self._input is None or self._is_done():
+            return
+        with self._guarded():
+            if not self._scan(self._input):
+                assert self._transport is not None
+                self._transport.pause_reading()
+                self._loop.call_soon(self._read_on)
+                return
+            self._after_scan()
+        if self._is_done():
+            self._backlog.clear()
+            return
+        self._input = None
+        if self._backlog:
+            data = b"".join(self._backlog)
+            self._backlog.clear()
+            self._input = self.connection.scanner.feed(data)
+            self._loop.call_soon(self._read_on)
+        elif self._transport is not None:
+            self._transport.resume_reading()
+
+    @contextlib.contextmanager
+    def _guarded(self) -> Iterator[None]:
+        """End the connection for what the peer did, or for an error of ours."""
         try:
-            self._scan(data)
+            yield
         except Refused as refused:
             self.refuse(refused.refusal, refused.message)
         except ProtocolError as error:
             self.refuse(_refusal_of(error), str(error) or type(error).__name__)
-        except Exception as error:
-            log.debug("an API connection sent what HTTP/2 cannot read", exc_info=True)
-            self.refuse(Refusal.PROTOCOL_ERROR, type(error).__name__)
+        except Exception:
+            log.exception("an API connection failed by an error of this program")
+            self.refuse(Refusal.INTERNAL_ERROR, "an error of this program; see the log")
 
-    def _scan(self, data: bytes) -> None:
-        """Give each part to whom it belongs, what lies in successive frames of a byte stream at once."""
+    def _scan(self, pieces: Iterator[tuple[int, memoryview]]) -> bool:
+        """Give each part to whom it belongs; False when the turn is over before the pieces are.
+
+        What lies in successive frames of a byte stream is given at once.
+        """
+        until = self._loop.time() + _TURN_SECONDS
         sink_id = 0
-        pieces: list[memoryview] = []
-        for stream_id, piece in self.connection.scanner.feed(data):
-            if pieces and stream_id != sink_id:
-                self._feed_sink(sink_id, pieces)
-                pieces = []
+        parts: list[memoryview] = []
+        for stream_id, piece in pieces:
+            if parts and (stream_id != sink_id or len(parts) >= _LOOK_EVERY):
+                self._feed_sink(sink_id, parts)
+                parts = []
+                if stream_id and self._loop.time() > until:
+                    self._feed_sink(stream_id, [piece])
+                    return False
             if stream_id:
                 sink_id = stream_id
-                pieces.append(piece)
-            else:
-                self._feed_engine(piece)
+                parts.append(piece)
+                continue
+            self._feed_engine(piece)
             if self._is_done():
-                return
-        if pieces:
-            self._feed_sink(sink_id, pieces)
+                return True
+            if self._loop.time() > until:
+                return False
+        if parts:
+            self._feed_sink(sink_id, parts)
+        return True
+
+    def _after_scan(self) -> None:
+        """Answer, and count what the scanner has dropped and what the engine keeps."""
+        scanner = self.connection.scanner
+        if scanner.replies:
+            self.connection.flush()
+            self.connection.transport.write(bytes(scanner.replies))
+            scanner.replies.clear()
+        if scanner.has_settings:
+            self._stop("preface")
+        if scanner.dropped:
+            dropped, scanner.dropped = scanner.dropped, 0
+            self.connection.received(dropped)
+            self.connection.give_back(0, dropped)
+        waiting = scanner.waiting
+        if waiting != self._waiting:
+            account = self.connection.account
+            account.consumed(self._waiting)
+            self._waiting = 0
+            if not account.receive(waiting):
+                raise Refused(Refusal.CALL_MEMORY, "unfinished frames take too much (max_call_bytes, max_received_bytes)")
+            self._waiting = waiting
 
     def _feed_sink(self, stream_id: int, pieces: list[memoryview]) -> None:
+        size = sum(map(len, pieces))
+        self.connection.received(size)
         sink = self.connection.sinks.get(stream_id)
         if sink is not None:
             sink.feed(pieces, flow=True)
         else:  # this side ended the stream in the middle of the frame
-            self.connection.give_back(stream_id, sum(map(len, pieces)))
+            self.connection.give_back(stream_id, size)
 
     def _feed_engine(self, piece: memoryview) -> None:
-        events = self.connection.feed(piece)  # type: ignore[arg-type]  # h2 takes any buffer
-        self.connection.flush()
-        for event in events:
-            if isinstance(event, h2.events.RemoteSettingsChanged):
-                self._settings_received = True
-                self._stop("preface")
+        if not piece:
+            return
+        for event in self.connection.feed(bytes(piece)):
             self.processor.process(event)
+            if self._flooded is not None:
+                raise self._flooded
         self.connection.flush()
+
+    def _flood(self, refused: Refused) -> None:
+        """Too much was refused by this peer's fault. Its connection ends soon: a caller may be in the midst of it."""
+        if self._flooded is None:
+            self._flooded = refused
+            self._loop.call_soon(self.refuse, refused.refusal, refused.message)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._after("unread", self._limits.unread_timeout, self._unread)
+
+    def resume_writing(self) -> None:
+        self._stop("unread")
+        with self._guarded():
+            super().resume_writing()
+
+    def _unread(self) -> None:
+        self.refuse(
+            Refusal.ANSWER_NOT_TAKEN, f"what was sent stayed unread for {self._limits.unread_timeout:g} s (unread_timeout)"
+        )
+        self.abort()
 
     def connection_lost(self, exc: BaseException | None) -> None:
         self._stop_all()
+        self._input = None
         if self.was_made:
-            super().connection_lost(exc)
+            with self._guarded():
+                super().connection_lost(exc)
             self.processor.forget_owner()
+            self.connection.gone()
         self._transport = None
         self.lost.set()
         on_lost, self._on_lost = self._on_lost, _nothing
@@ -253,7 +354,7 @@ class Http2Protocol(H2Protocol):
         silence = self._loop.time() - self._heard_at
         if silence < interval:
             self._after("ping", interval - silence, self._check_silence, interval)
-        elif self._settings_received and (self._server or self.processor.streams):
+        elif self.connection.scanner.has_settings and (self._server or self.processor.streams):
             self.connection.ping()
             self._after("ping", self._limits.ping_timeout, self._check_pong, interval, self._loop.time())
         else:
@@ -287,7 +388,8 @@ class Http2Protocol(H2Protocol):
         for name, (at, callback, args) in tuple(self._due.items()):
             if at <= now and name in self._due:
                 del self._due[name]
-                callback(*args)
+                with self._guarded():
+                    callback(*args)
         if self._due and self._timer is None:
             self._arm(min(at for at, _, _ in self._due.values()))
 

@@ -41,17 +41,23 @@ class Refusal(StrEnum):
     TOO_MANY_STREAMS = "too_many_streams"
     """The peer opened more calls at a time than it may."""
     RESET_FLOOD = "reset_flood"
-    """Too many calls were reset in a short time."""
+    """Too many calls were reset, or had to be reset or refused, in a short time."""
     PING_FLOOD = "ping_flood"
     """Too many PING frames in a short time."""
     SETTINGS_FLOOD = "settings_flood"
-    """Too many SETTINGS frames in a short time."""
+    """Too many SETTINGS frames, or entries in them, in a short time."""
     EMPTY_FRAME_FLOOD = "empty_frame_flood"
     """Too many empty frames in a short time."""
+    SMALL_FRAME_FLOOD = "small_frame_flood"
+    """Too many DATA frames of a few bytes in a short time."""
     WINDOW_UPDATE_FLOOD = "window_update_flood"
     """Too many WINDOW_UPDATE frames in a short time."""
     OTHER_FRAME_FLOOD = "other_frame_flood"
-    """Too many PRIORITY, GOAWAY or unknown frames in a short time."""
+    """Too many PRIORITY, GOAWAY, CONTINUATION, trailers or unknown frames in a short time."""
+    TOO_MANY_CALLS = "too_many_calls"
+    """More calls of one method on one connection than it may have at a time."""
+    CALL_MEMORY = "call_memory"
+    """Calls and what waits for them took as much memory as the server, or one address, may have."""
     BAD_REQUEST = "bad_request"
     """A call's headers were not those of gRPC, or its metadata could not be read."""
     UNKNOWN_METHOD = "unknown_method"
@@ -61,14 +67,30 @@ class Refusal(StrEnum):
     MESSAGE_COMPRESSED = "message_compressed"
     """A gRPC message was marked as compressed though no compression was agreed."""
     MESSAGE_MALFORMED = "message_malformed"
-    """A gRPC message was cut short, or was not the protobuf message of its method."""
+    """A gRPC message was cut short, had too many fields, or was not the protobuf message of its method."""
     REQUEST_TIMEOUT = "request_timeout"
-    """A call's request message did not come to its end in time."""
+    """A call's request message did not come to its end in time, or the call lasted longer than its method may."""
     ANSWER_NOT_TAKEN = "answer_not_taken"
-    """The peer left no room for an answer in time."""
+    """The peer left no room for an answer, or left what was sent unread, for too long or by too many bytes."""
     STREAM_IDLE = "stream_idle"
     """Nothing came by a byte stream for too long."""
+    INTERNAL_ERROR = "internal_error"
+    """An error of ours while a connection was handled; it is in the log with its traceback."""
 
+
+PEER_FAULTS = frozenset((
+    Refusal.BAD_REQUEST,
+    Refusal.UNKNOWN_METHOD,
+    Refusal.TOO_MANY_STREAMS,
+    Refusal.TOO_MANY_CALLS,
+    Refusal.MESSAGE_TOO_LARGE,
+    Refusal.MESSAGE_COMPRESSED,
+    Refusal.MESSAGE_MALFORMED,
+    Refusal.REQUEST_TIMEOUT,
+    Refusal.ANSWER_NOT_TAKEN,
+    Refusal.FLOW_CONTROL,
+))  # fmt: skip
+"""Refusals of a call that only a peer's own doing leads to. Too many of them end its connection."""
 
 ERROR_CODES: dict[Refusal, ErrorCodes] = {
     Refusal.TOO_MANY_CONNECTIONS: ErrorCodes.ENHANCE_YOUR_CALM,
@@ -86,8 +108,12 @@ ERROR_CODES: dict[Refusal, ErrorCodes] = {
     Refusal.PING_FLOOD: ErrorCodes.ENHANCE_YOUR_CALM,
     Refusal.SETTINGS_FLOOD: ErrorCodes.ENHANCE_YOUR_CALM,
     Refusal.EMPTY_FRAME_FLOOD: ErrorCodes.ENHANCE_YOUR_CALM,
+    Refusal.SMALL_FRAME_FLOOD: ErrorCodes.ENHANCE_YOUR_CALM,
     Refusal.WINDOW_UPDATE_FLOOD: ErrorCodes.ENHANCE_YOUR_CALM,
     Refusal.OTHER_FRAME_FLOOD: ErrorCodes.ENHANCE_YOUR_CALM,
+    Refusal.CALL_MEMORY: ErrorCodes.ENHANCE_YOUR_CALM,
+    Refusal.ANSWER_NOT_TAKEN: ErrorCodes.ENHANCE_YOUR_CALM,
+    Refusal.INTERNAL_ERROR: ErrorCodes.INTERNAL_ERROR,
 }
 """HTTP/2's error code (RFC 9113, 7) in the GOAWAY of a refused connection; PROTOCOL_ERROR for the rest."""
 

@@ -14,12 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import anyio
-from grpclib.const import Handler
 
 from siderolink.common.grpc import frames
 from siderolink.common.grpc.budget import ConnectionBudget, Held
-from siderolink.common.grpc.calls import Caller, CallHandler, Servable, methods_of
-from siderolink.common.grpc.limits import Limits
+from siderolink.common.grpc.calls import Caller, CallHandler, Method, Servable, methods_of
+from siderolink.common.grpc.limits import Account, CallBudget, Limits
 from siderolink.common.grpc.listeners import listen_tcp, listen_unix
 from siderolink.common.grpc.protocol import Http2Protocol, tune
 from siderolink.common.grpc.refusals import ERROR_CODES, Refusal
@@ -37,7 +36,7 @@ class GrpcServer:
 
     def __init__(
         self,
-        methods: Mapping[str, Handler],
+        methods: Mapping[str, Method],
         sockets: Sequence[socket.socket],
         tls: ssl.SSLContext | None,
         limits: Limits,
@@ -53,6 +52,7 @@ class GrpcServer:
         self._sockets = sockets
         self._tls = tls
         self._limits = limits
+        self._calls = CallBudget(limits)
         self._callback = on_refusal
         self._proxies = proxies
         reserved = frozenset(source_of(address, limits.ipv6_source_bits) for address in reserved_for)
@@ -205,13 +205,20 @@ class GrpcServer:
                 self._budget.know(source)
 
         caller = Caller(address=accepted.address, proxies=self._proxies, on_valid_token=on_valid_token)
-        handler = CallHandler(self._methods, self._limits, self._refuse, caller)
+        handler = CallHandler(self._methods, self._limits, caller)
 
         def lost() -> None:
             self._open.pop(protocol, None)
             self._leave(accepted)
 
-        protocol = Http2Protocol(handler, self._limits, server=True, on_refusal=self._refuse, on_lost=lost)
+        protocol = Http2Protocol(
+            handler,
+            self._limits,
+            server=True,
+            on_refusal=self._refuse,
+            on_lost=lost,
+            account=Account(self._limits, self._calls, source),
+        )
         self._open[protocol] = handler
         accepted.protocol = protocol
         try:

@@ -93,7 +93,8 @@ class ServerCertificate:
         try:
             return tuple(file.read_bytes() for file in self.files)
         except OSError as error:
-            raise ConfigurationError(f"the certificate {str(self._cert)!r} and its key cannot be read: {error}") from error
+            what = f"{error.filename} cannot be read: {error.strerror}"
+            raise ConfigurationError(f"the certificate {str(self._cert)!r} and its key cannot be used: {what}") from error
 
     def _load(self, context: ssl.SSLContext, pems: tuple[bytes, ...]) -> None:
         """Load what was read, whatever the files hold by now. Raises ConfigurationError."""

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 DeviceKind = Literal["auto", "kernel", "userspace"]
 Network = IPv4Network | IPv6Network
 Interface = IPv4Interface | IPv6Interface
+OpenPorts = frozenset[tuple[int, int]] | None
+"""Ports of this host that peers may dial: IP protocol (``socket.IPPROTO_TCP``, …) and number each. None for all."""
 DEFAULT_MTU = 1280
 
 _INTERFACE_NAME: Final = re.compile(r"[!-$&-.0-9;-~]{1,15}")
@@ -42,6 +44,8 @@ class DeviceConfig:
     """Bring the interface up; a tool that leaves this to others says False."""
     isolate: bool = False
     """Pass only packets between a peer's own address and one of `addresses`: peers reach neither each other nor beyond."""
+    open_ports: OpenPorts = None
+    """In force before the interface is up. Pings pass, and so do answers to what this host begins."""
     is_shown: bool = True
     """Let `wg` show and change the device, where it can; the kernel always does."""
     timestamps: "Timestamps | None" = None
@@ -182,6 +186,9 @@ class Device(Protocol):
 
     async def set_isolate(self, isolate: bool) -> None:
         """Switch the filter between peers; see DeviceConfig.isolate."""
+
+    async def set_open_ports(self, open_ports: OpenPorts) -> None:
+        """Replace DeviceConfig.open_ports in one step. Raises DeviceUnavailableError where there is no nf_tables."""
 
     async def set_peer(self, peer: PeerConfig) -> None:
         """Add the peer or replace its configuration. An allowed IP that another peer holds moves to this one."""

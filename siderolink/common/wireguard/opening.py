@@ -42,10 +42,10 @@ def _open_kernel(config: DeviceConfig, on_event: OnDeviceEvent) -> DeviceContext
 
 @asynccontextmanager
 async def _open_userspace(config: DeviceConfig, on_event: OnDeviceEvent) -> AsyncIterator[Device]:
-    from siderolink.common.wireguard.kernel.interface import remove_leftover
+    from siderolink.common.wireguard.kernel.interface import remove_leftovers
     from siderolink.common.wireguard.tun_device import TunDevice
 
-    await remove_leftover(config.name, config.namespace)
+    await remove_leftovers(config.name, config.namespace)
     async with TunDevice.open(config, on_event) as device:
         yield device
 

@@ -4,14 +4,19 @@ import errno
 import fcntl
 import os
 import struct
+import time
 from collections.abc import Iterable, Sequence
+from enum import StrEnum
 from types import TracebackType
-from typing import Final, Self
+from typing import TYPE_CHECKING, Final, Self
 
 from siderolink.common.degraded import say_once
 from siderolink.common.errors import DeviceError, DeviceUnavailableError, InterfaceInUseError
 from siderolink.common.netlink import configure_interface
 from siderolink.common.wireguard.device import Interface, check_interface
+
+if TYPE_CHECKING:
+    from siderolink.common.wireguard.packets import Splitter
 
 _DEVICE: Final = "/dev/net/tun"
 _TUNSETIFF: Final = 0x400454CA
@@ -28,7 +33,23 @@ _IFREQ: Final = struct.Struct("16sH22x")
 _MAX_FRAME: Final = 70_000
 _GONE: Final = (errno.EBADFD, errno.ENODEV)
 
+_NO_GSO: Final = (b"\0", b"")
+"""The second byte of a virtio_net_hdr, its GSO type, where there is only one packet; empty in what is no frame at all."""
+_PLAIN_HEADER: Final = bytes(10)
+_MAX_PACKET: Final = 65_535
+_FIRST_PAUSE: Final = 1.0
+_LONGEST_PAUSE: Final = 60.0
+"""Seconds until super-packets are tried again after they were refused, doubled each time."""
+
 Buffer = bytes | bytearray | memoryview
+
+
+class TunDrop(StrEnum):
+    """What a TUN interface did not take or give, beside what the protocol drops (docs/drops.md)."""
+
+    WRITE_FAILED = "write_failed"
+    SUPER_PACKET_REFUSED = "super_packet_refused"
+    QUEUE_FULL = "queue_full"
 
 
 class Tun:
@@ -43,6 +64,10 @@ class Tun:
         """The same of UDP."""
         self.write_errors = 0
         """How many frames the interface did not take: while it is down, or because the kernel found fault with them."""
+        self.refused_super_packets = 0
+        """How many super-packets the kernel refused although it had agreed to take them; their packets were written instead."""
+        self._retry_at = self._pause = 0.0
+        self._splitter: Splitter | None = None
         self._frame = memoryview(bytearray(_MAX_FRAME))
         self._buffers = [self._frame]
 
@@ -97,13 +122,55 @@ class Tun:
         return self._frame[:size]
 
     def write(self, buffers: Sequence[Buffer]) -> bool:
-        """Write one frame, which may lie in several buffers. False, and counted, if the interface does not take it."""
+        """Write one frame, which may lie in several buffers. False, and counted, if the interface does not take it.
+
+        A kernel that refuses a super-packet gets its packets one by one, and is tried again after a while.
+        """
+        is_super_packet = buffers[0][1:2] not in _NO_GSO
+        if is_super_packet and self._retry_at and time.monotonic() < self._retry_at:
+            return self._write_packets(buffers)
         try:
             os.writev(self._fd, buffers)
-        except OSError:
+        except OSError as error:
+            if is_super_packet and error.errno == errno.EINVAL:
+                return self._write_packets(buffers, was_refused=True)
             self.write_errors += 1
             return False
+        if is_super_packet:
+            self._retry_at = self._pause = 0.0
         return True
+
+    def _write_packets(self, buffers: Sequence[Buffer], *, was_refused: bool = False) -> bool:
+        """Write the packets of a super-packet, each by itself."""
+        from siderolink.common.wireguard.packets import Splitter
+        from siderolink.common.wireguard.packets.shape import MalformedFrame
+
+        if self._splitter is None:
+            self._splitter = Splitter(_MAX_PACKET)
+        try:
+            self._splitter.add(memoryview(b"".join(buffers)))
+        except MalformedFrame:  # the kernel was right
+            self.write_errors += 1
+            return False
+        if was_refused:
+            self._note_refusal()
+        packets = self._splitter.take()
+        failed = 0
+        assert packets is not None  # one was added
+        for index in range(packets.count):
+            row = packets.data[index * packets.stride :]
+            try:
+                os.writev(self._fd, (_PLAIN_HEADER, row[: _packet_length(row)]))
+            except OSError:
+                failed += 1
+        self.write_errors += failed
+        return not failed
+
+    def _note_refusal(self) -> None:
+        say_once("the TUN interface refuses super-packets (EINVAL), and gets their packets one by one")
+        self.refused_super_packets += 1
+        self._pause = min(max(_FIRST_PAUSE, 2 * self._pause), _LONGEST_PAUSE)
+        self._retry_at = time.monotonic() + self._pause
 
     async def configure(
         self, addresses: Iterable[Interface], mtu: int, *, up: bool = True, namespace: str | None = None
@@ -121,6 +188,13 @@ class Tun:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+
+def _packet_length(row: memoryview) -> int:
+    """The length of the IP packet at the start of a padded row."""
+    if row[0] >> 4 == 6:
+        return 40 + int.from_bytes(row[4:6], "big")
+    return int.from_bytes(row[2:4], "big")
 
 
 def fitting_gso_max_size(mtu: int) -> int:

@@ -9,9 +9,10 @@ from typing import Final
 
 from siderolink.common.errors import DeviceError, InterfaceInUseError
 from siderolink.common.netlink import Link, call_in
-from siderolink.common.wireguard.device import DeviceConfig, InterfaceLost, OnDeviceEvent
+from siderolink.common.wireguard.device import DeviceConfig, InterfaceLost, OnDeviceEvent, OpenPorts
+from siderolink.common.wireguard.interface_rules import InterfaceRules
 from siderolink.common.wireguard.path import Path
-from siderolink.common.wireguard.tun import Tun, fitting_gso_max_size
+from siderolink.common.wireguard.tun import Tun, TunDrop, fitting_gso_max_size
 from siderolink.common.wireguard.tun_monitor import TunMonitor
 from siderolink.common.wireguard.uapi.server import serve_uapi
 from siderolink.common.wireguard.userspace import UserspaceDevice
@@ -19,14 +20,18 @@ from siderolink.common.wireguard.userspace import UserspaceDevice
 PATIENCE: Final = 0.005
 """Seconds for which a full path may hold up what goes to other peers."""
 
+_TX_DROPPED: Final = 7
+"""Its place in struct rtnl_link_stats64."""
+
 _logger = logging.getLogger("siderolink")
 
 
 class TunDevice(UserspaceDevice):
     """Reads the interface, and follows it up, down, to another MTU and to its end."""
 
-    def __init__(self, config: DeviceConfig, tun: Tun, on_event: OnDeviceEvent) -> None:
+    def __init__(self, config: DeviceConfig, tun: Tun, rules: InterfaceRules, on_event: OnDeviceEvent) -> None:
         super().__init__(config, tun, on_event)
+        self._rules = rules
         self._tun = tun
         self._namespace = config.namespace
         self._reader_loop = asyncio.get_running_loop()
@@ -43,10 +48,13 @@ class TunDevice(UserspaceDevice):
         Raises DeviceUnavailableError, InterfaceInUseError, AddressInUseError or ConfigurationError.
         """
         async with AsyncExitStack() as stack:
+            rules = InterfaceRules(config.name, config.namespace, outlives_process=False)
+            stack.push_async_callback(rules.close)  # after the interface, which is closed before
             # made inside the namespace it is for; the sockets are opened in this one
             tun = stack.enter_context(call_in(config.namespace, partial(Tun.open, config.name, config.mtu)))
-            device = cls(config, tun, on_event)
+            device = cls(config, tun, rules, on_event)
             stack.callback(device.close)
+            await rules.set(isolate=False, open_ports=config.open_ports)
             await tun.configure(config.addresses, config.mtu, up=config.up, namespace=config.namespace)
             device.watch(is_up=config.up)
             if config.is_shown:
@@ -69,6 +77,18 @@ class TunDevice(UserspaceDevice):
         if self._monitor is not None:
             self._monitor.close()
             self._monitor = None
+
+    async def set_open_ports(self, open_ports: OpenPorts) -> None:
+        await self._rules.set(isolate=False, open_ports=open_ports)
+
+    def drops(self) -> dict[str, int]:
+        counters = self._monitor.counters() if self._monitor is not None else ()
+        found = {
+            TunDrop.WRITE_FAILED: self._tun.write_errors,
+            TunDrop.SUPER_PACKET_REFUSED: self._tun.refused_super_packets,
+            TunDrop.QUEUE_FULL: counters[_TX_DROPPED] if len(counters) > _TX_DROPPED else 0,
+        }
+        return super().drops() | self._rules.drops() | {str(name): count for name, count in found.items() if count}
 
     def pause_reading(self, path: Path) -> bool:
         """Leave packets in the interface's queue, where their senders feel it and nothing is lost.

@@ -10,12 +10,14 @@ import os
 import socket
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
 from pyroute2 import netns
 
-from siderolink.common.netlink import InterfaceMonitor, Link, call_in, open_events
+from siderolink.common.netlink import InterfaceMonitor, Link, RequestSocket, call_in, open_events, read_link
 from siderolink.common.netlink.follow import LINKS
 from siderolink.common.netlink.messages import attribute
 
@@ -37,15 +39,23 @@ class TunMonitor:
         self._tun_fd = tun_fd
         self._on_change = on_change
         self._last: tuple[bool, int] | None = None
-        self._monitor = self._start(*call_in(namespace, partial(_open_for, tun_fd)))
+        self._start(call_in(namespace, partial(_open_for, tun_fd)))
 
-    def _start(self, events: socket.socket, index: int) -> InterfaceMonitor:
-        monitor = InterfaceMonitor(events, index, self._changed, self._follow)
-        monitor.ask()
-        return monitor
+    def _start(self, opened: "_Opened") -> None:
+        self._index, self._requests = opened.index, opened.requests
+        self._monitor = InterfaceMonitor(opened.events, opened.index, self._changed, self._follow)
+        self._monitor.ask()
 
     def close(self) -> None:
         self._monitor.close()
+        self._requests.close()
+
+    def counters(self) -> tuple[int, ...]:
+        """The interface's struct rtnl_link_stats64; empty once it is gone."""
+        try:
+            return read_link(self._requests, self._index).counters
+        except OSError:
+            return ()
 
     def limit_gso(self, size: int) -> None:
         """Cap the size of the interface's super-packets; Linux before 5.19 has no such setting and ignores it."""
@@ -70,22 +80,32 @@ class TunMonitor:
                 continue
             finally:
                 os.close(namespace)
-            self._monitor = self._start(*opened)
+            self._requests.close()
+            self._start(opened)
             return
 
 
-def _open_in(namespace: int, tun_fd: int) -> tuple[socket.socket, int]:
+@dataclass(frozen=True, slots=True)
+class _Opened:
+    """What is open in the interface's namespace."""
+
+    events: socket.socket
+    requests: RequestSocket
+    index: int
+
+
+def _open_in(namespace: int, tun_fd: int) -> _Opened:
     netns.setns(namespace)
     return _open_for(tun_fd)
 
 
-def _open_for(tun_fd: int) -> tuple[socket.socket, int]:
-    """A socket for the interface's events, and its index, in the calling thread's namespace."""
-    opened = open_events(LINKS)
-    try:
+def _open_for(tun_fd: int) -> _Opened:
+    """In the calling thread's namespace, where the interface is."""
+    with ExitStack() as stack:
+        events = stack.enter_context(closing(open_events(LINKS)))
+        requests = stack.enter_context(closing(RequestSocket()))
         # by its name, which may have changed with a move
         found = fcntl.ioctl(tun_fd, _TUNGETIFF, bytes(_IFREQ_BYTES))
-        return opened, socket.if_nametoindex(found[:16].rstrip(b"\0").decode())
-    except OSError:
-        opened.close()
-        raise
+        opened = _Opened(events, requests, socket.if_nametoindex(found[:16].rstrip(b"\0").decode()))
+        stack.pop_all()
+        return opened

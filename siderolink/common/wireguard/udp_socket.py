@@ -27,6 +27,8 @@ _BUFFER_SIZE: Final = 8 << 20
 _MAX_PATHS: Final = 16_384
 """Senders that are known again; a new one costs a look at the routing table with the first answer to it."""
 _MAX_PLAIN: Final = 1024
+_PLAIN_SECONDS: Final = 60.0
+"""Routes and interfaces change: GSO is tried again after so long."""
 
 _SOL_UDP: Final = 17
 _UDP_SEGMENT: Final = 103
@@ -43,6 +45,10 @@ _INT: Final = struct.Struct("=i").unpack_from
 
 _UNPIN: Final = (errno.EINVAL, errno.EADDRNOTAVAIL, errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENODEV)
 """What Linux says when packets cannot leave from the local address asked for, among others."""
+
+_NO_GSO: Final = (errno.EINVAL, errno.EIO, errno.EMSGSIZE, errno.EOPNOTSUPP, errno.ENOPROTOOPT)
+"""What Linux says when it cannot segment: a route's MTU is below a row (EMSGSIZE; EINVAL before 6.8), its interface computes no
+checksums (EIO), the socket has no GSO."""
 
 _SocketAddress = tuple[str, int] | tuple[str, int, int, int]
 
@@ -109,13 +115,13 @@ class UdpSocket:
         self._sock = sock
         self._loop = loop
         self._receive = receive
-        self._gso = self._gro = gso
+        self._gro = gso
+        self._gso = gso and _can_segment(sock)
         self._routes = routes
         self._read_at = 0.0
         self._mark = 0
-        self._gso_has_worked = False
-        self._plain: dict[_SocketAddress, None] = {}
-        """Destinations behind a link too narrow for GSO, the oldest first."""
+        self._plain: dict[_SocketAddress, float] = {}
+        """Destinations to which the kernel refused GSO, and when it is tried again; the oldest first."""
         self._max_bytes = 65_507 if self.family == socket.AF_INET else 65_527
         self._pending: tuple[Datagrams, UdpPath] | None = None
         self._waiting: list[Callable[[], None]] = []
@@ -246,9 +252,10 @@ class UdpSocket:
         data, stride, sent = datagrams.data, datagrams.stride, 0
         if path.pinned is not None and self._routes is not None:
             path.pinned.check(self._routes, self._mark)
+        gso = self._gso and not (self._plain and self._is_plain(path))
         while sent < datagrams.count:
             step = 1
-            if datagrams.count - sent > 1 and self._gso and path.address not in self._plain:
+            if gso and datagrams.count - sent > 1:
                 step = max(1, min(MAX_SEGMENTS, self._max_bytes // stride, datagrams.count - sent))
             try:
                 self._send_rows(data[sent * stride : (sent + step) * stride], stride, step, path)
@@ -257,6 +264,7 @@ class UdpSocket:
                 return
             except OSError as error:
                 if self._can_retry(error.errno or 0, path, step):
+                    gso = self._gso and step == 1
                     continue
                 self.drops[Drop.SEND_FAILED] += step
             sent += step
@@ -271,26 +279,34 @@ class UdpSocket:
             self._sock.sendmsg((data,), controls, 0, path.address)
         else:
             self._sock.sendto(data, path.address)
-        if count > 1:
-            self._gso_has_worked = True
 
     def _can_retry(self, code: int, path: UdpPath, count: int) -> bool:
-        """Take away what the kernel may have refused; False if nothing is left."""
-        if path.pinned is not None and path.pinned.control is not None and code in _UNPIN:
-            path.pinned.control = None  # the local address is gone
-            return True
-        if count == 1:
-            return False
-        if code in (errno.EIO, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOPROTOOPT) and not self._gso_has_worked:
-            self._gso = False
-            say_once("UDP sends cannot be segmented (UDP_SEGMENT, Linux 4.18)")
-            return True
-        if code in (errno.EMSGSIZE, errno.EINVAL, errno.EIO):
-            # The route's MTU is below a row: fragments still pass. (Linux before 6.8 says EINVAL.)
+        """Take away what the kernel may have refused; False if nothing is left.
+
+        EINVAL may mean GSO or the local address. GSO goes first: if a single datagram is then refused, too, it was the address.
+        """
+        control = path.pinned.control if path.pinned is not None else None
+        if count > 1 and code in _NO_GSO:
+            if code not in (errno.EMSGSIZE, errno.EINVAL) or (code == errno.EINVAL and control is None):
+                say_once("UDP sends cannot be segmented (UDP_SEGMENT) on some way out of this host")
             while len(self._plain) >= _MAX_PLAIN:
                 del self._plain[next(iter(self._plain))]
-            self._plain[path.address] = None
+            self._plain[path.address] = self._loop.time() + _PLAIN_SECONDS
             return True
+        if path.pinned is not None and control is not None and code in _UNPIN:
+            path.pinned.control = None  # the local address is gone
+            self._plain.pop(path.address, None)
+            return True
+        return False
+
+    def _is_plain(self, path: UdpPath) -> bool:
+        """Whether to send to this destination without GSO for now."""
+        until = self._plain.get(path.address)
+        if until is None:
+            return False
+        if self._loop.time() < until:
+            return True
+        del self._plain[path.address]
         return False
 
     def _keep(self, datagrams: Datagrams, sent: int, path: UdpPath) -> None:
@@ -315,6 +331,16 @@ class UdpSocket:
         waiting, self._waiting = self._waiting, []
         for callback in waiting:
             self._loop.call_soon(callback)
+
+
+def _can_segment(sock: socket.socket) -> bool:
+    """Whether the kernel knows UDP_SEGMENT. One that does not ignores it, and would send all rows as one datagram."""
+    try:
+        sock.setsockopt(_SOL_UDP, _UDP_SEGMENT, 0)
+    except OSError:
+        say_once("UDP sends cannot be segmented (UDP_SEGMENT, Linux 4.18)")
+        return False
+    return True
 
 
 def _set_options(sock: socket.socket, *, gro: bool) -> None:

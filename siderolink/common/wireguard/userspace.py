@@ -18,6 +18,7 @@ from siderolink.common.wireguard.device import (
     HandshakeCompleted,
     HandshakeGaveUp,
     OnDeviceEvent,
+    OpenPorts,
     PathChanged,
     PeerConfig,
     PeerSilent,
@@ -75,6 +76,9 @@ class UserspaceDevice:
 
     async def set_isolate(self, isolate: bool) -> None:
         self._set_isolate(isolate)
+
+    async def set_open_ports(self, open_ports: OpenPorts) -> None:
+        """Nothing to do without an interface."""
 
     async def set_peer(self, peer: PeerConfig) -> None:
         """Raises ConfigurationError for a key that cannot be a peer's."""

@@ -3,9 +3,10 @@
 import logging
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from ipaddress import IPv6Network
+from typing import ClassVar
 
 import anyio
 from grpclib import GRPCError, Status
@@ -14,7 +15,7 @@ from grpclib.server import Stream
 
 from siderolink.common.addressing import format_peer_addr_port, server_address, swap_endpoints
 from siderolink.common.errors import ConfigurationError, KeyFormatError, SideroLinkError, StoreFullError
-from siderolink.common.grpc import valid_token
+from siderolink.common.grpc import CallLimits, valid_token
 from siderolink.common.hostport import HostPort
 from siderolink.common.keys import PublicKey
 from siderolink.common.node_uuid import parse_uuid
@@ -86,6 +87,8 @@ class Answers:
 
 class ProvisionService:
     """Serves sidero.link.ProvisionService."""
+
+    call_limits: ClassVar[Mapping[str, CallLimits]] = {"Provision": CallLimits(max_message_bytes=8 * 1024, max_fields=64)}
 
     def __init__(
         self,

@@ -2,20 +2,25 @@
 
 import base64
 import json
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator, Collection, Mapping
+from dataclasses import replace
 from functools import lru_cache
 from importlib.resources import files
+from typing import ClassVar
 
 import anyio
 import betterproto2
 from grpclib import GRPCError, Status
 from grpclib.const import Handler
 
+from siderolink.common.grpc import CallLimits
 from siderolink.common.pb.grpc.health.v1 import (
     HealthBase,
     HealthCheckRequest,
     HealthCheckResponse,
     HealthCheckResponseServingStatus,
+    HealthListRequest,
+    HealthListResponse,
 )
 from siderolink.common.pb.grpc.reflection.v1 import (
     ErrorResponse,
@@ -33,9 +38,25 @@ STANDARD_SERVICES = ("grpc.health.v1.Health", "grpc.reflection.v1.ServerReflecti
 _SERVING = HealthCheckResponse(status=HealthCheckResponseServingStatus.SERVING)
 _UNKNOWN = HealthCheckResponse(status=HealthCheckResponseServingStatus.SERVICE_UNKNOWN)
 
+MAX_REQUEST_BYTES = 1024
+"""The longest request: a symbol's or a file's name, and a host's."""
+_SMALL = CallLimits(max_message_bytes=MAX_REQUEST_BYTES, max_fields=8)
+WATCH_SECONDS = 300.0
+"""How long a watch of the health lasts at most. Clients begin a new one by themselves."""
+REFLECTION_SECONDS = 20.0
+"""How long a reflection call waits for its next request."""
+MAX_CALLS = 8
+"""Watches, and reflection calls of each version, at the same time on one connection."""
+
 
 class HealthService(HealthBase):
-    """Whoever gets an answer at all is served: the API listens while the device and the store are there, and no longer."""
+    """Reports each service as serving: the API only listens while the device and the store work."""
+
+    call_limits: ClassVar[Mapping[str, CallLimits]] = {
+        "Check": _SMALL,
+        "List": _SMALL,
+        "Watch": replace(_SMALL, max_calls=MAX_CALLS, call_timeout=WATCH_SECONDS),
+    }
 
     def __init__(self, services: Collection[str] = API_SERVICES) -> None:
         self._services = frozenset(services) | {""}
@@ -45,14 +66,21 @@ class HealthService(HealthBase):
             raise GRPCError(Status.NOT_FOUND, "no such service")
         return _SERVING
 
+    async def list(self, message: HealthListRequest) -> HealthListResponse:
+        return HealthListResponse(statuses=dict.fromkeys(self._services, _SERVING))
+
     async def watch(self, message: HealthCheckRequest) -> AsyncIterator[HealthCheckResponse]:
-        """Tell the state now; a change of it is the call's end, with UNAVAILABLE."""
+        """Tell the state now. When it changes the call ends with UNAVAILABLE, as it does after `WATCH_SECONDS`."""
         yield _SERVING if message.service in self._services else _UNKNOWN
         await anyio.sleep_forever()
 
 
 class ReflectionService(ServerReflectionBase):
-    """Tells of the API's services and messages; nothing of it is secret."""
+    """Describes the API's services and messages; nothing of it is secret."""
+
+    call_limits: ClassVar[Mapping[str, CallLimits]] = {
+        "ServerReflectionInfo": replace(_SMALL, max_calls=MAX_CALLS, message_timeout=REFLECTION_SECONDS)
+    }
 
     def __init__(self, services: Collection[str] = (*API_SERVICES, *STANDARD_SERVICES)) -> None:
         self._services = sorted(services)

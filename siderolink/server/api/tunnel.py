@@ -1,7 +1,7 @@
 """The WireGuardOverGRPCService: a machine's datagrams inside one stream, as one more path of the device."""
 
 from collections import Counter
-from ipaddress import IPv6Address
+from ipaddress import IPv6Address, ip_address
 
 from grpclib import GRPCError, Status
 
@@ -66,7 +66,8 @@ class TunnelService:
         try:
             address, port = parse_peer_addr_port(value)
         except ConfigurationError:
-            raise self._refused(StreamRefusal.MALFORMED_ADDRESS) from None
+            refusal = StreamRefusal.NOT_ALLOWED if _is_other_address(value) else StreamRefusal.MALFORMED_ADDRESS
+            raise self._refused(refusal) from None
         link = self._directory.by_virtual_address(address) or await self._read_through(address)
         if link is None:
             raise self._refused(StreamRefusal.NOT_ALLOWED)
@@ -85,3 +86,14 @@ class TunnelService:
     def _refused(self, refusal: StreamRefusal) -> GRPCError:
         self.refusals[refusal] += 1
         return GRPCError(*ENDINGS[refusal])
+
+
+def _is_other_address(value: str) -> bool:
+    """Whether this is an address and a port, but no machine's: of IPv4, or with a zone."""
+    host, _, port = value.rpartition(":")
+    bare = host[1:-1] if host[:1] == "[" and host[-1:] == "]" else ""
+    try:
+        address = ip_address(bare or host)
+    except ValueError:
+        return False
+    return (address.version == 6) == bool(bare) and port.isascii() and port.isdecimal() and int(port[:6]) < 65536

@@ -1,7 +1,4 @@
-"""Which of the server host's ports machines may dial: firewall rules on the interface, the same for either kind of device.
-
-That machines reach neither each other nor anything but the server's overlay address is the device's own affair.
-"""
+"""Which of the server host's ports machines may dial, as an operator writes them; the device enforces them."""
 
 import re
 import socket
@@ -11,12 +8,11 @@ from dataclasses import dataclass
 from typing import Literal, Self
 
 from siderolink.common.errors import ConfigurationError
-from siderolink.common.nft_matches import arriving_by, connection_in, port, protocol
-from siderolink.common.nftables import Chain, Rule, firewall
+from siderolink.common.goodbye import GOODBYE_PORT
+from siderolink.common.wireguard.device import Device, OpenPorts
 
 MAX_PORTS = 1024
 
-_BEFORE_FILTERS = -140
 _PORT = re.compile(r"([0-9]{1,5})(?:/(tcp|udp))?\Z")
 _NUMBERS = {"tcp": socket.IPPROTO_TCP, "udp": socket.IPPROTO_UDP}
 
@@ -37,22 +33,16 @@ class OverlayPort:
         return cls(int(match[1]), "udp" if match[2] == "udp" else "tcp")
 
 
-@asynccontextmanager
-async def only_ports(interface: str, ports: Iterable[OverlayPort] | None, namespace: str | None = None) -> AsyncIterator[None]:
-    """Let machines dial these ports and no others while the body runs; None for all.
-
-    Pings pass, and so does what belongs to a connection that this host began. Raises SideroLinkError.
-    """
+def device_ports(ports: Iterable[OverlayPort] | None) -> OpenPorts:
+    """The same for a device, with the port for goodbyes; None for all."""
     if ports is None:
-        yield
-        return
-    here = arriving_by(interface)
-    rules = [
-        Rule([here, connection_in("established", "related")], "accept"),
-        Rule([here, protocol(socket.IPPROTO_ICMPV6)], "accept"),
-        *(Rule([here, protocol(_NUMBERS[one.protocol]), port(one.number, one.number)], "accept") for one in sorted(set(ports))),
-        Rule([here], "drop"),
-    ]
-    chain = Chain("input", rules, priority=_BEFORE_FILTERS)
-    async with firewall(f"siderolink-{interface}-ports", [chain], namespace=namespace):
-        yield
+        return None
+    return frozenset({(socket.IPPROTO_UDP, GOODBYE_PORT), *((_NUMBERS[one.protocol], one.number) for one in ports)})
+
+
+@asynccontextmanager
+async def only_ports(device: Device, ports: Iterable[OverlayPort] | None) -> AsyncIterator[None]:
+    """Open these ports and no others from now on; None for all. Raises SideroLinkError."""
+    if ports is not None:
+        await device.set_open_ports(device_ports(ports))
+    yield

@@ -1,6 +1,8 @@
 """The commands as far as they go without an interface: options, secrets, the control socket, what is printed."""
 
 import json
+import os
+import socket
 import stat
 import subprocess
 import sys
@@ -9,16 +11,22 @@ from ipaddress import IPv6Interface
 from pathlib import Path
 
 import pytest
+from anyio.lowlevel import checkpoint
 
 from siderolink.cli.control import ask_all, control_socket
 from siderolink.cli.describe import link_event
 from siderolink.cli.secret import read_secret
-from siderolink.cli.status import describe_reports, run_status, to_json
+from siderolink.cli.serve import ServerSource
+from siderolink.cli.serving import Serving
+from siderolink.cli.status import describe_reports, run_status, show_all, to_json
 from siderolink.client import LinkState
 from siderolink.client.link import events
 from siderolink.common.errors import ConfigurationError
+from siderolink.common.grpc import GRPCError, Status, open_channel
 from siderolink.common.keys import PrivateKey
-from siderolink.common.pb.siderolink.control import Event, Peer, Reports, StatusResponse
+from siderolink.common.pb.siderolink.control import ControlStub, Event, EventsRequest, Peer, Reports, StatusResponse
+from siderolink.common.tasks import keep_running
+from siderolink.server import Server
 
 KEY = PrivateKey.generate().public_key()
 STATUS = StatusResponse(
@@ -147,9 +155,9 @@ async def test_the_status_of_ten_thousand_peers_comes_whole(tmp_path: Path, monk
 
     monkeypatch.setenv("SIDEROLINK_RUNTIME_DIR", str(tmp_path))
     async with control_socket("siderolink", Crowd()):
-        answers, complaints = await ask_all()
-    assert not complaints
-    assert [len(answer.peers) for answer in answers] == [10_000]
+        asked = await ask_all()
+    assert not asked.failures
+    assert [len(answer.peers) for answer in asked.answers] == [10_000]
 
 
 @pytest.mark.anyio
@@ -161,10 +169,85 @@ async def test_the_control_socket_is_for_its_owner_and_vanishes(tmp_path: Path, 
         for path, mode in ((one, 0o600), (two, 0o600), (one.parent, 0o700)):
             assert stat.S_IMODE(path.stat().st_mode) == mode
         (one.parent / "dead.sock").touch()
-        answers, [complaint] = await ask_all()
-        assert answers == [STATUS, STATUS]
-        assert "dead.sock does not answer" in complaint
+        asked = await ask_all()
+        assert asked.answers == [STATUS, STATUS]
+        (failure,) = asked.failures
+        assert "dead.sock does not answer" in failure
     assert [path.name for path in one.parent.iterdir()] == ["dead.sock"]
+
+
+@pytest.mark.anyio
+async def test_a_socket_without_a_process_is_told_once_and_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SIDEROLINK_RUNTIME_DIR", str(tmp_path))
+    for name in ("dead", "starting"):
+        with socket.socket(socket.AF_UNIX) as left:
+            left.bind(str(tmp_path / f"{name}.sock"))
+    os.utime(tmp_path / "dead.sock", (1, 1))
+    asked = await ask_all()
+    assert not asked.failures
+    assert [note.partition(" ")[0] for note in asked.notes] == [str(tmp_path / "dead.sock"), str(tmp_path / "starting.sock")]
+    assert "is removed" in asked.notes[0]
+    assert "is starting" in asked.notes[1]
+    assert os.listdir(tmp_path) == ["starting.sock"]
+    assert len((await ask_all()).notes) == 1
+
+
+def test_status_fails_where_a_running_process_does_not_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SIDEROLINK_RUNTIME_DIR", str(tmp_path))
+    monkeypatch.setattr("siderolink.cli.control._ANSWER_TIMEOUT", 0.1)
+    assert run_status(as_json=False) == 0
+    with socket.socket(socket.AF_UNIX) as stuck:
+        stuck.bind(str(tmp_path / "stuck.sock"))
+        stuck.listen()
+        assert run_status(as_json=False) == 1
+    out, err = capsys.readouterr()
+    assert "stuck.sock does not answer: " in err
+    assert out.count("runs on this host") == 1, "only while nothing was there"
+
+
+@pytest.mark.anyio
+async def test_a_server_that_is_starting_says_so_and_logs_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def nothing(*_: object) -> None:
+        raise AssertionError("it has not started")
+
+    def make(_: object) -> Server:
+        raise AssertionError("it has not started")
+
+    monkeypatch.setenv("SIDEROLINK_RUNTIME_DIR", str(tmp_path))
+    source = ServerSource(Serving(make, None, nothing), "siderolink", has_reports=False)
+    async with control_socket("siderolink", source) as path:
+        (answer,) = (await ask_all()).answers
+        assert (answer.role, answer.interface, answer.state) == ("server", "siderolink", "starting")
+        async with open_channel(path=str(path)) as channel:
+            with pytest.raises(GRPCError) as caught:
+                async for _ in ControlStub(channel).events(EventsRequest()):
+                    pass
+    assert caught.value.status is Status.UNAVAILABLE
+    assert not [record for record in caplog.records if record.levelname != "DEBUG"]
+    show_all([answer], nothing_runs=False)
+    assert capsys.readouterr().out == "siderolink: server, starting\n"
+
+
+@pytest.mark.anyio
+async def test_a_part_that_fails_is_logged_and_started_again(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("siderolink.common.tasks.anyio.sleep", lambda _: checkpoint())
+    runs: list[int] = []
+
+    async def work() -> None:
+        runs.append(1)
+        if len(runs) < 3:
+            raise KeyError("what nobody foresaw")
+
+    await keep_running("a part", work)
+    assert len(runs) == 3
+    assert [record.exc_info is not None for record in caplog.records if record.levelname == "ERROR"] == [True, True]
+    assert "a part failed and is started again in " in caplog.messages[-1]
 
 
 # --- one line each

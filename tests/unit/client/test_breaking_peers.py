@@ -155,10 +155,10 @@ def test_the_control_socket(run: Run, moment: str, tmp_path: Path, monkeypatch: 
         folder.set(tmp_path / way)
         folder.get().mkdir()
         async with breaking_peer(way, moment, path=folder.get() / "wg0.sock"):
-            answers, complaints = await control.ask_all()
-            assert not answers
-            assert len(complaints) == 1
-            assert "wg0.sock does not answer: " in complaints[0]
+            asked = await control.ask_all()
+            assert not asked.answers
+            (failure,) = asked.failures
+            assert "wg0.sock does not answer: " in failure
 
     run(test)
 

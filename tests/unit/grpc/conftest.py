@@ -5,11 +5,20 @@ from typing import Any
 import anyio
 import pytest
 
+from siderolink.common.grpc import private
+
 
 @pytest.fixture(scope="session", autouse=True)
 def used_uvloop() -> None:
     """The first use of it opens a pipe for the process's life."""
     anyio.run(anyio.sleep, 0, backend_options={"use_uvloop": True})
+
+
+@pytest.fixture(autouse=True, params=["short ways", "public API"])
+def h2_by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All holds with what this package does past h2, and where another h2 does not allow it."""
+    if request.param == "public API":
+        monkeypatch.setattr(private, "has_short_ways", lambda: False)
 
 
 @pytest.fixture(autouse=True)

@@ -211,7 +211,7 @@ class Tokens(Service):
         async def recv_message() -> Raw | None:
             request: Raw | None = await original()
             if request is not None and request.data == b"valid":
-                valid_token(stream)  # type: ignore[arg-type]
+                valid_token(stream)
             return request
 
         stream.recv_message = recv_message  # type: ignore[attr-defined]

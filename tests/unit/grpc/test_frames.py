@@ -5,7 +5,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from siderolink.common.grpc import Limits, Refusal, Refused
-from siderolink.common.grpc.frames import DATA, HEADERS, PING, PREFACE, RST_STREAM, FloodGuard, FrameScanner, frame_header
+from siderolink.common.grpc.frames import (
+    DATA,
+    END_HEADERS,
+    HEADERS,
+    PING,
+    PREFACE,
+    RST_STREAM,
+    FloodGuard,
+    FrameScanner,
+    frame_header,
+)
 from siderolink.common.grpc.messages import PrefixGuard
 
 RAW = 5
@@ -56,6 +66,7 @@ def test_every_byte_goes_where_it_belongs_however_it_is_cut(
     preface = PREFACE if server else b""
     wire, engine, raw = preface, preface, b""
     for kind, flags, stream_id, payload in frames:
+        flags |= END_HEADERS if kind == HEADERS else 0  # within a header block nothing else may come
         wire += frame(kind, flags, stream_id, payload)
         if kind == DATA and stream_id == RAW and not flags:
             raw += payload

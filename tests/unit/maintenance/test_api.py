@@ -22,7 +22,7 @@ from siderolink.client.maintenance import (
     ApplyAnswer,
     ApplyRequest,
     Everywhere,
-    LinkPresence,
+    LinkFollower,
     MachineHooks,
     MachineVersion,
     MaintenanceApi,
@@ -32,8 +32,8 @@ from siderolink.client.maintenance import (
     ResourceType,
     serve_maintenance,
 )
-from siderolink.client.maintenance.callers import Admittance, Role
 from siderolink.client.maintenance.certificate import MaintenanceCertificates
+from siderolink.client.maintenance.roles import Admittance, Role
 from siderolink.common.errors import ConfigurationError
 from siderolink.common.keys import PrivateKey
 from siderolink.common.pb.cosi import resource as cosi
@@ -94,12 +94,12 @@ async def test_the_version_is_what_the_embedder_says() -> None:
 async def test_what_has_no_hook_and_what_is_not_served_is_unimplemented() -> None:
     async with serving() as api:
         assert (await refusal(api, apply()))[0] == "UNIMPLEMENTED"
-        for name in ("Upgrade", "Bootstrap", "Dmesg"):
+        for name in ("Upgrade", "Bootstrap", "NoSuchMethod"):  # the role comes first
             call = partial(MachineClient.call, path=f"{MACHINE}{name}", request=b"", answer=VersionResponse)
-            assert (await refusal(api, call))[0] == "UNIMPLEMENTED"
+            assert await refusal(api, call) == ("PERMISSION_DENIED", "not authorized")
         for name in ("Create", "Update", "Destroy"):
             call = partial(MachineClient.call, path=f"{STATE}{name}", request=b"", answer=VersionResponse)
-            assert (await refusal(api, call))[0] == "UNIMPLEMENTED"
+            assert await refusal(api, call) == ("PERMISSION_DENIED", "write access is not allowed")
 
 
 async def test_a_hook_answers_refuses_and_fails(caplog: pytest.LogCaptureFixture) -> None:
@@ -118,7 +118,7 @@ async def test_a_hook_answers_refuses_and_fails(caplog: pytest.LogCaptureFixture
     async with serving(applying(hook)) as api:
         [answer] = (await ask(api, apply())).messages
         assert (answer.warnings, int(answer.mode), answer.mode_details) == (["careful"], 3, "done")
-        assert requests == [ApplyRequest(data=b"kind: A", mode="auto", dry_run=False, try_timeout=None)]
+        assert requests == [ApplyRequest(data=b"kind: A", mode="auto", dry_run=False, try_timeout=None, by_admin=False)]
         assert await refusal(api, apply(b"bad")) == ("INVALID_ARGUMENT", "line 1: no such kind")
         assert await refusal(api, apply(b"later")) == ("FAILED_PRECONDITION", "not now")
         assert (await refusal(api, apply(mode=99)))[0] == "INVALID_ARGUMENT"
@@ -141,7 +141,7 @@ async def test_malformed_messages_are_refused_and_reach_no_hook(message: bytes) 
         await ask(api, lambda client: attempt(partial(client.call, APPLY, message, ApplyConfigurationResponse)))
         for method, answer in (("Get", cosi.GetResponse), ("List", cosi.ListResponse)):
             status, _ = await refusal(api, partial(MachineClient.call, path=f"{STATE}{method}", request=message, answer=answer))
-            assert status in ("INVALID_ARGUMENT", "NOT_FOUND")
+            assert status in ("INVALID_ARGUMENT", "PERMISSION_DENIED")
         assert await ask(api, MachineClient.version)
 
 
@@ -167,8 +167,15 @@ async def test_resources_are_found_by_alias_and_an_embedders_own_among_them() ->
             "NOT_FOUND",
             "resource Widgets.example.org(things/two@undefined) doesn't exist",
         )
-        assert await ask(api, lambda client: client.list_all(WIDGET.name, "elsewhere")) == []
-        assert (await refusal(api, lambda client: client.list_all("Nothings.example.org", "")))[0] == "NOT_FOUND"
+        assert await ask(api, lambda client: client.list_all(WIDGET.name, "network")) == []
+        assert await refusal(api, lambda client: client.list_all(WIDGET.name, "elsewhere")) == (
+            "PERMISSION_DENIED",
+            'namespace "elsewhere" is not supported',
+        )
+        assert await refusal(api, lambda client: client.list_all("Nothings.example.org", "elsewhere")) == (
+            "PERMISSION_DENIED",
+            'resource type "Nothings.example.org" is not supported',
+        )
         assert (await refusal(api, lambda client: client.list_all("x" * 5000, "")))[0] == "INVALID_ARGUMENT"
 
 
@@ -331,7 +338,7 @@ async def test_an_interface_that_was_made_anew_is_another_place(monkeypatch: pyt
     numbers = {"siderolink": 7}
     monkeypatch.setattr("socket.if_nametoindex", numbers.__getitem__)
     async with serving(place=Nowhere()) as api:
-        presence = LinkPresence(api)
+        presence = LinkFollower(api)
         presence.configured(JoinURL.parse("grpc://192.0.2.1:4000"))
         assert place_of(api) == Nowhere()
         address, server = IPv6Interface("fdae::2/64"), IPv6Address("fdae::1")

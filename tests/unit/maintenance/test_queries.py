@@ -10,11 +10,10 @@ from grpclib import GRPCError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from siderolink.client.maintenance.pattern import LONGEST_PATTERN, Pattern, PatternError
-from siderolink.client.maintenance.queries import MAX_TERMS, Selection, read_selection
+from siderolink.client.maintenance.queries import LONGEST_PATTERN, MAX_TERMS, Pattern, PatternError, Selection, read_selection
 from siderolink.client.maintenance.resources import Resource, ResourceSpec
-from siderolink.client.maintenance.resources.changes import BookmarkError, Change, ChangeKind, History
 from siderolink.client.maintenance.resources.definitions import LINK_STATUS
+from siderolink.client.maintenance.resources.store import BookmarkError, Change, ChangeKind, History
 from siderolink.common.pb.cosi.resource import IdQuery, LabelQuery, LabelTerm, LabelTermOperation
 
 Operation = LabelTermOperation

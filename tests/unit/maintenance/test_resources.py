@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from siderolink import JoinURL
 from siderolink.client.maintenance.resources import ResourceSpec, ResourceStore
-from siderolink.client.maintenance.resources.changes import ChangeKind
 from siderolink.client.maintenance.resources.definitions import (
     LINK_STATUS,
     MACHINE_CONFIG,
@@ -19,18 +18,15 @@ from siderolink.client.maintenance.resources.definitions import (
     RESOURCE_DEFINITION,
     SIDEROLINK_CONFIG,
 )
+from siderolink.client.maintenance.resources.network import AddressFacts, LinkFacts, address_status, link_status
 from siderolink.client.maintenance.resources.specs import (
-    AddressFacts,
-    LinkFacts,
-    address_status,
     link_spec,
-    link_status,
     machine_config,
     siderolink_config,
     siderolink_status,
     siderolink_tunnel,
 )
-from siderolink.client.maintenance.resources.store import WATCH_LIMIT, WatchTooSlowError
+from siderolink.client.maintenance.resources.store import WATCH_LIMIT, ChangeKind, WatchTooSlowError
 from siderolink.common.keys import PrivateKey
 from siderolink.common.pb.talos.resource.definitions.network import LinkSpecSpec
 

@@ -1,6 +1,8 @@
 """The configuration protocol over a real socket, as a client that is not `wg` may speak it."""
 
 import errno
+import os
+import stat
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -177,3 +179,24 @@ async def test_what_each_key_of_a_peer_does(tmp_path: Path) -> None:
         assert await peers(f"private_key={private}") == {PUBLIC: []}
         assert await client.ask(f"set=1\nprivate_key={'0' * 64}\n\n") == "errno=0\n\n"
         assert "private_key" not in await client.ask("get=1\n\n")
+
+
+async def test_sockets_are_for_this_user_alone_and_the_umask_stays(tmp_path: Path) -> None:
+    """Also where two devices open theirs at the same time."""
+    mask = os.umask(0o022)
+    try:
+        async with open_packet_device(DeviceConfig(name="wg0", private_key=PRIVATE), lambda packet: None) as device:
+
+            async def serve(name: str, other: anyio.Event, own: anyio.Event) -> None:
+                async with serve_uapi(name, device.report, device.apply, folder=tmp_path) as path:
+                    own.set()
+                    await other.wait()
+                    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+            async with anyio.create_task_group() as tasks:
+                one, two = anyio.Event(), anyio.Event()
+                tasks.start_soon(serve, "one", two, one)
+                tasks.start_soon(serve, "two", one, two)
+        assert os.umask(0o022) == 0o022
+    finally:
+        os.umask(mask)

@@ -1,8 +1,7 @@
 """What a machine tells of itself: resources, by type, namespace and id."""
 
-from siderolink.client.maintenance.resources.changes import Resource
 from siderolink.client.maintenance.resources.definitions import ResourceType
 from siderolink.client.maintenance.resources.spec import ResourceSpec
-from siderolink.client.maintenance.resources.store import ResourceStore
+from siderolink.client.maintenance.resources.store import Resource, ResourceStore
 
 __all__ = ["Resource", "ResourceSpec", "ResourceStore", "ResourceType"]

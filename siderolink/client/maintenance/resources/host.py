@@ -1,148 +1,204 @@
-"""Keeps the resources that describe the host: its interfaces and addresses as they change, its name, its firmware's words."""
+"""Keeps the resources that describe the host: each is read when the kernel says that it changed, and never polled.
+
+Links, addresses and routes are told of by netlink, disks by the kernel's device events, the host's name by a change of
+``/proc/sys/kernel/hostname``, which poll(2) reports as an exceptional condition.
+"""
 
 import asyncio
+import logging
+import os
+import select
 import socket
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 import anyio
-from pyroute2 import AsyncIPRoute
-from pyroute2.netlink.rtnl import RTMGRP_IPV4_IFADDR, RTMGRP_IPV6_IFADDR, RTMGRP_LINK
+import anyio.lowlevel
+import anyio.to_thread
 
-from siderolink.client.maintenance.resources.definitions import (
-    ADDRESS_STATUS,
-    HOSTNAME_STATUS,
-    LINK_STATUS,
-    SYSTEM_INFORMATION,
-)
-from siderolink.client.maintenance.resources.specs import (
-    AddressFacts,
-    LinkFacts,
-    address_status,
-    hostname_status,
-    link_status,
-    system_information,
-)
+from siderolink.client.maintenance.host.disks import read_disks
+from siderolink.client.maintenance.host.proc import PROC, read_text
+from siderolink.client.maintenance.host.smbios import inventory, system_information
+from siderolink.client.maintenance.resources import definitions as types
+from siderolink.client.maintenance.resources import specs
+from siderolink.client.maintenance.resources.kernel_network import describe
+from siderolink.client.maintenance.resources.spec import ResourceSpec
 from siderolink.client.maintenance.resources.store import ResourceStore
-from siderolink.common.netlink import run_netlink
-from siderolink.common.pb.talos.resource.definitions.hardware import SystemInformationSpec
+from siderolink.common.netlink import HostNetwork, NetworkUpdate, follow_network
 from siderolink.common.readers import read_on
+from siderolink.common.tasks import background_tasks
 
-_GROUPS: Final = RTMGRP_LINK | RTMGRP_IPV4_IFADDR | RTMGRP_IPV6_IFADDR
+log = logging.getLogger("siderolink")
+
+HOSTNAME: Final = PROC / "sys" / "kernel" / "hostname"
+SECURE_BOOT: Final = Path("/sys/firmware/efi/efivars/SecureBoot-8be4df61-93ca-11d2-aa0d-00e098032b8c")
+_DEVICE_EVENTS: Final = 1
+_KOBJECT_UEVENT: Final = 15
 _RECEIVE_BYTES: Final = 1 << 16
 _QUIET_SECONDS: Final = 0.05
 """A host that changes without end is read this often at most."""
-_DMI: Final = Path("/sys/class/dmi/id")
-_STATES: Final = ("UNKNOWN", "NOTPRESENT", "DOWN", "LOWERLAYERDOWN", "TESTING", "DORMANT", "UP")
+_CMDLINE_BYTES: Final = 64 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """Something that changes, and how it is read into the store."""
+
+    changes: Callable[[asyncio.Event], Any]
+    """A context in which the event is set whenever it may have changed."""
+    refresh: Callable[[ResourceStore], Coroutine[Any, Any, None]]
 
 
 async def keep_host_resources(
-    store: ResourceStore, *, node_uuid: str, task_status: "anyio.abc.TaskStatus[None]" = anyio.TASK_STATUS_IGNORED
+    store: ResourceStore,
+    *,
+    node_uuid: str,
+    tag: str = "",
+    platform: str = "metal",
+    task_status: "anyio.abc.TaskStatus[None]" = anyio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Keep the store up to date for ever; started once it has been filled."""
-    store.put(HOSTNAME_STATUS, "hostname", hostname_status(socket.gethostname()))
-    found = await asyncio.to_thread(read_system_information, node_uuid)
-    store.put(SYSTEM_INFORMATION, "systeminformation", system_information(found))
+    """Keep the store up to date for ever; started once it has been filled. `tag` and `platform` are the machine's."""
+    store.put(types.MACHINE_STATUS, "machine", specs.machine_status())
+    if tag:
+        store.put(types.VERSION, "version", specs.version(tag))
+    await _read_once(store, node_uuid)
+    sources = (
+        _Source(_device_events, _read_disks),
+        _Source(_hostname_changes, partial(_read_hostname, platform=platform)),
+    )
+    async with background_tasks() as tasks:
+        await tasks.start(_keep_network, store)
+        for source in sources:
+            await tasks.start(_follow, store, source)
+        task_status.started()
+        await anyio.sleep_forever()
+
+
+async def _follow(store: ResourceStore, source: _Source, *, task_status: "anyio.abc.TaskStatus[None]") -> None:
     changed = asyncio.Event()
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK, socket.NETLINK_ROUTE) as news:
-        news.bind((0, _GROUPS))
-        loop = asyncio.get_running_loop()
-        loop.add_reader(news, _drain, news, changed)
-        try:
-            await _read_network(store)
-            task_status.started()
-            while True:
-                await changed.wait()
-                changed.clear()
-                await _read_network(store)
-                await anyio.sleep(_QUIET_SECONDS)
-        finally:
-            loop.remove_reader(news)
+    async with source.changes(changed):
+        await source.refresh(store)
+        task_status.started()
+        while True:
+            await changed.wait()
+            changed.clear()
+            try:
+                await source.refresh(store)
+            except OSError as error:  # what was read before stays; the next change reads again
+                log.warning("the maintenance API could not read a change of this host: %s", error)
+            await anyio.sleep(_QUIET_SECONDS)
 
 
-def read_system_information(node_uuid: str, folder: Path = _DMI) -> SystemInformationSpec:
-    """What the firmware says of the machine; the UUID is the one it joins with."""
+async def _read_once(store: ResourceStore, node_uuid: str) -> None:
+    """What does not change while a program runs."""
+    found = await anyio.to_thread.run_sync(system_information, node_uuid)
+    store.put(types.SYSTEM_INFORMATION, "systeminformation", specs.system_information(found))
+    processors, modules = await anyio.to_thread.run_sync(inventory)
+    store.replace(types.PROCESSOR, {name: specs.processor(spec) for name, spec in processors.items()})
+    store.replace(types.MEMORY_MODULE, {name: specs.memory_module(spec) for name, spec in modules.items()})
+    cmdline = read_text(PROC / "cmdline", _CMDLINE_BYTES).strip()
+    store.put(types.KERNEL_CMDLINE, "cmdline", specs.kernel_cmdline(cmdline))
+    store.put(types.SECURITY_STATE, "securitystate", _security())
 
-    def read(name: str) -> str:
-        try:
-            with (folder / name).open("rb") as file:
-                return file.read(256).decode(errors="replace").strip()
-        except OSError:
-            return ""
 
-    return SystemInformationSpec(
-        manufacturer=read("sys_vendor"),
-        product_name=read("product_name"),
-        version=read("product_version"),
-        serial_number=read("product_serial"),
-        uuid=node_uuid,
-        sku_number=read("product_sku"),
+def _security() -> ResourceSpec:
+    enforcing = read_text(Path("/sys/fs/selinux/enforce"), 8).strip()
+    try:
+        secure = SECURE_BOOT.read_bytes()[-1:] == b"\x01"
+    except OSError:
+        secure = False
+    return specs.security_state(
+        secure_boot=secure,
+        se_linux=2 if enforcing == "1" else 1 if enforcing == "0" else 0,
+        fips=read_text(PROC / "sys" / "crypto" / "fips_enabled", 8).strip() == "1",
+        signed_modules=read_text(Path("/sys/module/module/parameters/sig_enforce"), 8).strip() == "Y",
     )
 
 
-def _drain(news: socket.socket, changed: asyncio.Event) -> None:
+async def _keep_network(store: ResourceStore, *, task_status: "anyio.abc.TaskStatus[None]") -> None:
+    newest: list[HostNetwork] = []
+    changed = asyncio.Event()
+
+    def on_update(update: NetworkUpdate) -> None:
+        newest[:] = [update.network]
+        changed.set()
+
+    async with background_tasks() as tasks:
+        tasks.start_soon(follow_network, on_update)
+        is_first = True
+        while True:
+            await changed.wait()
+            changed.clear()
+            found = await anyio.to_thread.run_sync(describe, newest.pop())
+            store.replace(types.LINK_STATUS, found.links)
+            store.replace(types.ADDRESS_STATUS, found.addresses)
+            await anyio.lowlevel.checkpoint()
+            store.replace(types.ROUTE_STATUS, found.routes)
+            store.replace(types.NODE_ADDRESS, found.node_addresses)
+            if is_first:
+                is_first = False
+                task_status.started()
+
+
+async def _read_disks(store: ResourceStore) -> None:
+    found = await anyio.to_thread.run_sync(read_disks)
+    store.replace(types.DISK, {name: specs.disk(spec) for name, spec in found.items()})
+
+
+async def _read_hostname(store: ResourceStore, platform: str) -> None:
+    name = socket.gethostname()
+    store.put(types.HOSTNAME_STATUS, "hostname", specs.hostname_status(name))
+    store.put(types.PLATFORM_METADATA, "platformmetadata", specs.platform_metadata(platform, name))
+
+
+@asynccontextmanager
+async def _device_events(changed: asyncio.Event) -> AsyncIterator[None]:
+    loop = asyncio.get_running_loop()
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK, _KOBJECT_UEVENT) as messages:
+        messages.bind((0, _DEVICE_EVENTS))
+        loop.add_reader(messages, _drain, messages, changed)
+        try:
+            yield
+        finally:
+            loop.remove_reader(messages)
+
+
+def _drain(messages: socket.socket, changed: asyncio.Event) -> None:
     """Something changed; what, is read from the kernel itself."""
     while True:
         try:
-            news.recv(_RECEIVE_BYTES)
+            messages.recv(_RECEIVE_BYTES)
         except BlockingIOError:
             break
         except OSError:  # messages were lost: all the more has changed
-            read_on(asyncio.get_running_loop(), news, _drain, news, changed)
+            read_on(asyncio.get_running_loop(), messages, _drain, messages, changed)
     changed.set()
 
 
-async def _read_network(store: ResourceStore) -> None:
-    links, addresses = await run_netlink(_dump)
-    store.replace(LINK_STATUS, {name: link_status(link) for name, link in links.items()})
-    store.replace(ADDRESS_STATUS, {f"{found.link}/{found.address}": address_status(found) for found in addresses})
-
-
-async def _dump() -> tuple[dict[str, LinkFacts], list[AddressFacts]]:
-    async with AsyncIPRoute() as netlink:
-        links = {str(found.get("ifname")): _link(found) async for found in await netlink.link("dump")}
-        names = {link.index: name for name, link in links.items()}
-        dumped = [found async for found in await netlink.addr("dump")]
-    return links, [_address(found, names[found["index"]]) for found in dumped if found["index"] in names]
-
-
-def _link(found: Any) -> LinkFacts:
-    information = found.get("linkinfo")
-    state = found.get("operstate") or "UNKNOWN"
-    return LinkFacts(
-        index=found["index"],
-        type=found["ifi_type"],
-        flags=found["flags"],
-        mtu=found.get("mtu") or 0,
-        state=_STATES.index(state) if state in _STATES else 0,
-        kind=(information.get("kind") or "") if information else "",
-        alias=found.get("ifalias") or "",
-        queue=found.get("qdisc") or "",
-        master=found.get("master") or 0,
-        parent=found.get("link") or 0,
-        hardware=_octets(found.get("address")),
-        permanent=_octets(found.get("perm_address")),
-        broadcast=_octets(found.get("broadcast")),
-        carrier=bool(found.get("carrier")),
-    )
-
-
-def _address(found: Any, link: str) -> AddressFacts:
-    return AddressFacts(
-        address=f"{found.get('address')}/{found['prefixlen']}",
-        link_index=found["index"],
-        link=link,
-        family=found["family"],
-        scope=found["scope"],
-        flags=found.get("flags") or 0,
-        local=found.get("local") or "",
-        broadcast=found.get("broadcast") or "",
-    )
-
-
-def _octets(text: object) -> bytes:
-    """A hardware address, which may be written in other ways than by colons."""
+@asynccontextmanager
+async def _hostname_changes(changed: asyncio.Event) -> AsyncIterator[None]:
+    """The file is always readable: only the exceptional condition is waited for, by an epoll of its own."""
+    loop = asyncio.get_running_loop()
     try:
-        return bytes.fromhex(text.replace(":", "")) if isinstance(text, str) else b""
-    except ValueError:
-        return b""
+        fd = os.open(HOSTNAME, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        yield
+        return
+    poller = select.epoll()
+
+    def on_change() -> None:
+        poller.poll(0)  # may find nothing any more: looking from outside has consumed it
+        changed.set()
+
+    try:
+        poller.register(fd, select.EPOLLPRI)
+        loop.add_reader(poller.fileno(), on_change)
+        yield
+    finally:
+        loop.remove_reader(poller.fileno())
+        poller.close()
+        os.close(fd)

@@ -1,142 +1,45 @@
 """What a machine's resources say, each written once for both forms. Numbers of the kernel stay numbers in protobuf."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from datetime import timedelta
-from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_interface
+from ipaddress import IPv6Address, IPv6Network
+
+import betterproto2
 
 from siderolink.client.maintenance.resources.spec import ResourceSpec
 from siderolink.common.hostport import HostPort
 from siderolink.common.join_url import JoinURL
 from siderolink.common.keys import PrivateKey
-from siderolink.common.pb.common import NetIp, NetIpPort, NetIpPrefix
+from siderolink.common.pb.common import NetIpPort, NetIpPrefix
+from siderolink.common.pb.talos.resource.definitions.block import DiskSpec
 from siderolink.common.pb.talos.resource.definitions.config import MachineConfigSpec
-from siderolink.common.pb.talos.resource.definitions.hardware import SystemInformationSpec
+from siderolink.common.pb.talos.resource.definitions.hardware import (
+    MemoryModuleSpec,
+    ProcessorSpec,
+    SystemInformationSpec,
+)
 from siderolink.common.pb.talos.resource.definitions.network import (
-    AddressStatusSpec,
     HostnameStatusSpec,
     LinkSpecSpec,
-    LinkStatusSpec,
     WireguardPeer,
     WireguardSpec,
 )
+from siderolink.common.pb.talos.resource.definitions.runtime import (
+    KernelCmdlineSpec,
+    MachineStatusSpec,
+    MachineStatusStatus,
+    MetaKeySpec,
+    PlatformMetadataSpec,
+    SecurityStateSpec,
+    UniqueMachineTokenSpec,
+    VersionSpec,
+)
 from siderolink.common.pb.talos.resource.definitions.siderolink import ConfigSpec, StatusSpec, TunnelSpec
 
-_STATES = ("unknown", "notPresent", "down", "lowerLayerDown", "testing", "dormant", "up")
-_LINK_TYPES = {1: "ether", 772: "loopback", 776: "sit", 778: "gre", 65534: "none"}
-_FAMILIES = {2: "inet4", 10: "inet6"}
-# by bit, the lowest first
-_LINK_FLAGS = (
-    *("UP", "BROADCAST", "DEBUG", "LOOPBACK", "POINTOPOINT", "NOTRAILERS", "RUNNING", "NOARP", "PROMISC", "ALLMULTI", "MASTER"),
-    *("SLAVE", "MULTICAST", "PORTSEL", "AUTOMEDIA", "DYNAMIC", "LOWER_UP", "DORMANT", "ECHO"),
-)
-_ADDRESS_FLAGS = (
-    *("temporary", "nodad", "optimistic", "dadfailed", "homeaddress", "deprecated", "tentative", "permanent", "mngmtmpaddr"),
-    *("noprefixroute", "mcautojoin", "stableprivacy"),
-)
-_SCOPES = {0: "global", 200: "site", 253: "link", 254: "host", 255: "nowhere"}
 _LINK_NONE = 65534
 _OPERATOR_LAYER = 3
-_UNKNOWN_PORT, _UNKNOWN_DUPLEX = 255, 255
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LinkFacts:
-    """An interface as the kernel describes it."""
-
-    index: int
-    type: int
-    flags: int
-    mtu: int
-    state: int
-    kind: str = ""
-    alias: str = ""
-    queue: str = ""
-    master: int = 0
-    parent: int = 0
-    hardware: bytes = b""
-    permanent: bytes = b""
-    broadcast: bytes = b""
-    carrier: bool = False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AddressFacts:
-    """An address of an interface as the kernel describes it."""
-
-    address: str
-    """With its prefix length."""
-    link_index: int
-    link: str
-    family: int
-    scope: int
-    flags: int
-    local: str = ""
-    broadcast: str = ""
-
-
-def link_status(link: LinkFacts) -> ResourceSpec:
-    message = LinkStatusSpec(
-        index=link.index,
-        type=link.type,
-        link_index=link.parent,
-        flags=link.flags,
-        hardware_addr=link.hardware,
-        broadcast_addr=link.broadcast,
-        mtu=link.mtu,
-        queue_disc=link.queue,
-        master_index=link.master,
-        operational_state=link.state,
-        kind=link.kind,
-        link_state=link.carrier,
-        port=_UNKNOWN_PORT,
-        duplex=_UNKNOWN_DUPLEX,
-        permanent_addr=link.permanent,
-        alias=link.alias,
-    )
-    fields: dict[str, object] = {
-        "alias": link.alias,
-        "index": link.index,
-        "type": _LINK_TYPES.get(link.type, str(link.type)),
-        "linkIndex": link.parent,
-        "flags": _flag_names(link.flags, _LINK_FLAGS),
-        "hardwareAddr": link.hardware.hex(":"),
-        "permanentAddr": link.permanent.hex(":"),
-        "broadcastAddr": link.broadcast.hex(":"),
-        "mtu": link.mtu,
-        "queueDisc": link.queue,
-        "masterIndex": link.master,
-        "operationalState": _STATES[link.state] if link.state < len(_STATES) else str(link.state),
-        "kind": link.kind,
-        "slaveKind": "",
-        "linkState": link.carrier,
-    }
-    return ResourceSpec(bytes(message), fields)
-
-
-def address_status(found: AddressFacts) -> ResourceSpec:
-    interface = ip_interface(found.address)
-    message = AddressStatusSpec(
-        address=NetIpPrefix(ip=interface.ip.packed, prefix_length=interface.network.prefixlen),
-        local=_net_ip(found.local),
-        broadcast=_net_ip(found.broadcast),
-        link_index=found.link_index,
-        link_name=found.link,
-        family=found.family,
-        scope=found.scope,
-        flags=found.flags,
-    )
-    fields: dict[str, object] = {
-        "address": found.address,
-        **({"local": found.local} if found.local else {}),
-        **({"broadcast": found.broadcast} if found.broadcast else {}),
-        "linkIndex": found.link_index,
-        "linkName": found.link,
-        "family": _FAMILIES.get(found.family, str(found.family)),
-        "scope": _SCOPES.get(found.scope, str(found.scope)),
-        "flags": _flag_names(found.flags, _ADDRESS_FLAGS),
-    }
-    return ResourceSpec(bytes(message), fields)
+_MAINTENANCE = 3
+_SE_LINUX = ("disabled", "permissive", "enforcing")
 
 
 def hostname_status(hostname: str) -> ResourceSpec:
@@ -213,7 +116,7 @@ def link_spec(
         "up": True,
         "mtu": mtu,
         "kind": "wireguard",
-        "type": "none",
+        "type": "nohdr",
         "wireguard": {
             **secret,
             "listenPort": 0,
@@ -233,8 +136,8 @@ def link_spec(
     return ResourceSpec(bytes(message), fields)
 
 
-MACHINE_CONFIG_ANNOTATIONS = {"siderolink/spec": "text"}
-"""Existing clients take the spec of a machine configuration for text, and not for YAML, where there is any annotation."""
+MACHINE_CONFIG_ANNOTATIONS = {"talos.dev/yaml-spec": "1"}
+"""Tells existing clients that the YAML form of the spec is one text; its key matters alone."""
 
 
 def machine_config(documents: bytes) -> ResourceSpec:
@@ -243,13 +146,109 @@ def machine_config(documents: bytes) -> ResourceSpec:
     return ResourceSpec.of_text(bytes(message), documents.decode(errors="replace"))
 
 
-def _flag_names(flags: int, names: Sequence[str]) -> str:
-    """The names of the bits that are set."""
-    return ",".join(name for bit, name in enumerate(names) if flags >> bit & 1)
+def _known(message: betterproto2.Message, names: Mapping[str, str], always: frozenset[str] = frozenset()) -> ResourceSpec:
+    """A spec whose YAML has the message's fields by other names; those that say nothing are left out."""
+    fields = {shown: getattr(message, name) for name, shown in names.items()}
+    return ResourceSpec(bytes(message), {name: value for name, value in fields.items() if value or name in always})
 
 
-def _net_ip(text: str) -> NetIp | None:
-    if not text:
-        return None
-    address = IPv6Address(text) if ":" in text else IPv4Address(text)
-    return NetIp(ip=address.packed)
+_PROCESSOR = {
+    "socket": "socket",
+    "manufacturer": "manufacturer",
+    "product_name": "productName",
+    "max_speed": "maxSpeedMhz",
+    "boot_speed": "bootSpeedMhz",
+    "status": "status",
+    "serial_number": "serialNumber",
+    "asset_tag": "assetTag",
+    "part_number": "partNumber",
+    "core_count": "coreCount",
+    "core_enabled": "coreEnabled",
+    "thread_count": "threadCount",
+}
+_MEMORY = {
+    "size": "sizeMiB",
+    "device_locator": "deviceLocator",
+    "bank_locator": "bankLocator",
+    "speed": "speed",
+    "manufacturer": "manufacturer",
+    "serial_number": "serialNumber",
+    "asset_tag": "assetTag",
+    "product_name": "productName",
+}
+_DISK = {
+    "dev_path": "dev_path",
+    "size": "size",
+    "pretty_size": "pretty_size",
+    "io_size": "io_size",
+    "sector_size": "sector_size",
+    "readonly": "readonly",
+    "cdrom": "cdrom",
+    "model": "model",
+    "serial": "serial",
+    "modalias": "modalias",
+    "wwid": "wwid",
+    "uuid": "uuid",
+    "bus_path": "bus_path",
+    "sub_system": "sub_system",
+    "transport": "transport",
+    "rotational": "rotational",
+    "secondary_disks": "secondary_disks",
+    "firmware_version": "firmware_version",
+}
+_DISK_ALWAYS = frozenset({"dev_path", "size", "pretty_size", "io_size", "sector_size", "readonly", "cdrom"})
+
+
+def processor(found: ProcessorSpec) -> ResourceSpec:
+    return _known(found, _PROCESSOR)
+
+
+def memory_module(found: MemoryModuleSpec) -> ResourceSpec:
+    return _known(found, _MEMORY)
+
+
+def disk(found: DiskSpec) -> ResourceSpec:
+    return _known(found, _DISK, _DISK_ALWAYS)
+
+
+def platform_metadata(platform: str, hostname: str) -> ResourceSpec:
+    message = PlatformMetadataSpec(platform=platform, hostname=hostname)
+    return ResourceSpec(bytes(message), {"platform": platform, "hostname": hostname})
+
+
+def meta_key(value: bytes) -> ResourceSpec:
+    """A META value as text, whatever bytes it is."""
+    text = value.decode(errors="replace")
+    return ResourceSpec(bytes(MetaKeySpec(value=text)), {"value": text})
+
+
+def unique_token(token: str) -> ResourceSpec:
+    return ResourceSpec(bytes(UniqueMachineTokenSpec(token=token)), {"token": token})
+
+
+def machine_status() -> ResourceSpec:
+    """A machine in maintenance, which is always ready."""
+    message = MachineStatusSpec(stage=_MAINTENANCE, status=MachineStatusStatus(ready=True))
+    return ResourceSpec(bytes(message), {"stage": "maintenance", "status": {"ready": True, "unmetConditions": []}})
+
+
+def version(tag: str) -> ResourceSpec:
+    return ResourceSpec(bytes(VersionSpec(version=tag, name="Talos")), {"version": tag, "name": "Talos"})
+
+
+def security_state(*, secure_boot: bool, se_linux: int, fips: bool, signed_modules: bool) -> ResourceSpec:
+    message = SecurityStateSpec(
+        secure_boot=secure_boot, se_linux_state=se_linux, fips_state=int(fips), module_signature_enforced=signed_modules
+    )
+    fields = {
+        "secureBoot": secure_boot,
+        "selinuxState": _SE_LINUX[se_linux],
+        "bootedWithUKI": False,
+        "fipsState": "enabled" if fips else "disabled",
+        "moduleSignatureEnforced": signed_modules,
+    }
+    return ResourceSpec(bytes(message), fields)
+
+
+def kernel_cmdline(text: str) -> ResourceSpec:
+    return ResourceSpec(bytes(KernelCmdlineSpec(cmdline=text)), {"cmdline": text})

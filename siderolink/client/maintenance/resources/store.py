@@ -1,9 +1,13 @@
-"""The machine's resources, and who watches them. No I/O; everything is called on one event loop."""
+"""The machine's resources, what happens to them, and who watches them. No I/O; everything is called on one event loop."""
 
+import os
+import struct
+from collections import deque
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from enum import Enum, auto
 
-from siderolink.client.maintenance.resources.changes import Change, ChangeKind, History, Resource
 from siderolink.client.maintenance.resources.definitions import (
     MACHINE_TYPES,
     NAMESPACE,
@@ -14,10 +18,101 @@ from siderolink.client.maintenance.resources.definitions import (
 from siderolink.client.maintenance.resources.spec import ResourceSpec
 from siderolink.common.queues import Overflow, Subscription
 
+HISTORY_LIMIT = 256
+"""Changes of one kind of resource that are kept for those who watch from an earlier moment on."""
+HISTORY_BYTES = 1024 * 1024
+"""How much of them: a configuration may be long, and applied again and again."""
 WATCH_LIMIT = 1024
 """Changes that wait for one slow watcher before its watch is ended."""
-WATCH_BYTES = 4 * 1024 * 1024
+WATCH_BYTES = 1024 * 1024
 """How much of them, roughly."""
+MAX_WATCHES = 256
+"""Of all callers together."""
+_BOOKMARK = struct.Struct(">8sq")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resource:
+    """One resource as it was at some moment."""
+
+    type: ResourceType
+    namespace: str
+    id: str
+    version: int
+    created: datetime
+    updated: datetime
+    spec: ResourceSpec
+    labels: Mapping[str, str] = field(default_factory=dict)
+    annotations: Mapping[str, str] = field(default_factory=dict)
+
+
+class ChangeKind(Enum):
+    """What happened to a resource."""
+
+    CREATED = auto()
+    UPDATED = auto()
+    DESTROYED = auto()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Change:
+    """One thing that happened to a resource."""
+
+    kind: ChangeKind
+    resource: Resource
+    old: Resource | None = None
+    """What it was before an update."""
+    number: int = 0
+    """Rises by one with each change of this kind of resource."""
+
+    @property
+    def size(self) -> int:
+        """Roughly the bytes that it takes."""
+        return self.resource.spec.size + (0 if self.old is None else self.old.spec.size)
+
+
+class BookmarkError(ValueError):
+    """Raised when a bookmark is none of ours, or of a time that is no longer known."""
+
+
+class History:
+    """The last changes of one kind of resource, each of which has a bookmark."""
+
+    def __init__(self, limit: int = HISTORY_LIMIT, max_bytes: int = HISTORY_BYTES) -> None:
+        self._changes: deque[Change] = deque()
+        self._limit, self._max_bytes = limit, max_bytes
+        self._size = 0
+        self._end = 0
+        self._cookie = os.urandom(8)  # bookmarks of another life of this program are not ours
+
+    def add(self, kind: ChangeKind, resource: Resource, old: Resource | None = None) -> Change:
+        change = Change(kind=kind, resource=resource, old=old, number=self._end)
+        self._end += 1
+        self._changes.append(change)
+        self._size += change.size
+        while len(self._changes) > self._limit or self._size > self._max_bytes:
+            self._size -= self._changes.popleft().size
+        return change
+
+    def bookmark(self, number: int | None = None) -> bytes:
+        """The bookmark of a change; without its number, of the last one up to now."""
+        return _BOOKMARK.pack(self._cookie, self._end - 1 if number is None else number)
+
+    def after(self, bookmark: bytes) -> list[Change]:
+        """What came after a bookmark. Raises BookmarkError."""
+        cookie, number = _BOOKMARK.unpack(bookmark) if len(bookmark) == _BOOKMARK.size else (b"", 0)
+        if cookie != self._cookie or not self._end - len(self._changes) - 1 <= number < self._end:
+            raise BookmarkError("invalid watch bookmark")
+        return [change for change in self._changes if change.number > number]
+
+    def last(self, count: int, resource_id: str | None = None) -> list[Change]:
+        """The last changes, of all or of one resource, the oldest first."""
+        found = [change for change in self._changes if resource_id in (None, change.resource.id)]
+        return found[-count:] if count > 0 else []
+
+
+class TooManyWatchesError(Exception):
+    """Raised when as many watches run as there may be."""
 
 
 class WatchTooSlowError(Exception):
@@ -73,12 +168,12 @@ class ResourceStore:
         return self._types.get(name)
 
     def get(self, resource_type: ResourceType, resource_id: str, namespace: str = "") -> Resource | None:
-        return self._shelf(resource_type, namespace).get(resource_id)
+        return self._of_type(resource_type, namespace).get(resource_id)
 
     def list(self, resource_type: ResourceType, namespace: str = "") -> "list[Resource]":
         """All of one type, by id."""
-        shelf = self._shelf(resource_type, namespace)
-        return [shelf[resource_id] for resource_id in sorted(shelf)]
+        found = self._of_type(resource_type, namespace)
+        return [found[resource_id] for resource_id in sorted(found)]
 
     def put(
         self,
@@ -90,8 +185,8 @@ class ResourceStore:
         annotations: Mapping[str, str] | None = None,
     ) -> None:
         """Set what a resource says, its labels and its annotations; nothing happens where it says so already."""
-        shelf = self._resources.setdefault((resource_type.name, resource_type.namespace), {})
-        old = shelf.get(resource_id)
+        found = self._resources.setdefault((resource_type.name, resource_type.namespace), {})
+        old = found.get(resource_id)
         about = dict(labels or {}), dict(annotations or {})
         if old is not None and old.spec == spec and (old.labels, old.annotations) == about:
             return
@@ -107,24 +202,26 @@ class ResourceStore:
             labels=about[0],
             annotations=about[1],
         )
-        shelf[resource_id] = new
+        found[resource_id] = new
         self._tell(ChangeKind.CREATED if old is None else ChangeKind.UPDATED, new, old)
 
     def remove(self, resource_type: ResourceType, resource_id: str) -> None:
         """Take a resource away, if there is one."""
-        old = self._shelf(resource_type, "").pop(resource_id, None)
+        old = self._of_type(resource_type, "").pop(resource_id, None)
         if old is not None:
             self._tell(ChangeKind.DESTROYED, old)
 
     def replace(self, resource_type: ResourceType, specs: Mapping[str, ResourceSpec]) -> None:
         """Make these all there are of the type."""
-        for resource_id in self._shelf(resource_type, "").keys() - specs.keys():
+        for resource_id in self._of_type(resource_type, "").keys() - specs.keys():
             self.remove(resource_type, resource_id)
         for resource_id, spec in specs.items():
             self.put(resource_type, resource_id, spec)
 
     def watch(self, resource_type: ResourceType, resource_id: str | None, namespace: str = "") -> Watch:
-        """Watch until `unwatch`."""
+        """Watch until `unwatch`. Raises TooManyWatchesError."""
+        if len(self._watches) >= MAX_WATCHES:
+            raise TooManyWatchesError
         watch = Watch(resource_type.name, namespace or resource_type.namespace, resource_id)
         self._watches.add(watch)
         return watch
@@ -133,13 +230,17 @@ class ResourceStore:
         """The last changes of a type."""
         return self._histories.get((resource_type.name, namespace or resource_type.namespace)) or History()
 
+    def has_namespace(self, namespace: str) -> bool:
+        """Whether resources of any type live there."""
+        return namespace in self._resources.get((NAMESPACE.name, NAMESPACE.namespace), {})
+
     def unwatch(self, watch: Watch) -> None:
         self._watches.discard(watch)
 
     def __iter__(self) -> Iterator[ResourceType]:
         return iter(self._types.values())
 
-    def _shelf(self, resource_type: ResourceType, namespace: str) -> dict[str, Resource]:
+    def _of_type(self, resource_type: ResourceType, namespace: str) -> dict[str, Resource]:
         return self._resources.get((resource_type.name, namespace or resource_type.namespace), {})
 
     def _tell(self, kind: ChangeKind, resource: Resource, old: Resource | None = None) -> None:

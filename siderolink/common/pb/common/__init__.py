@@ -3,8 +3,18 @@
 # plugin: python-betterproto2
 # This file has been @generated
 
-__all__ = ("Error", "ErrorCode", "Metadata", "NetIp", "NetIpPort", "NetIpPrefix")
+__all__ = (
+    "ContainerDriver",
+    "Data",
+    "Error",
+    "ErrorCode",
+    "Metadata",
+    "NetIp",
+    "NetIpPort",
+    "NetIpPrefix",
+)
 
+import builtins
 from dataclasses import dataclass
 
 import betterproto2
@@ -15,12 +25,34 @@ _COMPILER_VERSION = "0.10.1"
 betterproto2.check_compiler_version(_COMPILER_VERSION)
 
 
+class ContainerDriver(betterproto2.Enum):
+    CONTAINERD = 0
+
+    CRI = 1
+
+
 class ErrorCode(betterproto2.Enum):
     FATAL = 0
 
     LOCKED = 1
 
     CANCELED = 2
+
+
+@dataclass(eq=False, repr=False)
+class Data(betterproto2.Message):
+    """
+    A part of a stream of bytes.
+    """
+
+    metadata: "Metadata | None" = betterproto2.field(
+        1, betterproto2.TYPE_MESSAGE, optional=True
+    )
+
+    bytes: "builtins.bytes" = betterproto2.field(2, betterproto2.TYPE_BYTES)
+
+
+default_message_pool.register_message("common", "Data", Data)
 
 
 @dataclass(eq=False, repr=False)

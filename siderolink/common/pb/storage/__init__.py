@@ -3,7 +3,14 @@
 # plugin: python-betterproto2
 # This file has been @generated
 
-__all__ = ("Disk", "Disks", "DisksResponse", "StorageServiceBase", "StorageServiceStub")
+__all__ = (
+    "Disk",
+    "DiskDiskType",
+    "Disks",
+    "DisksResponse",
+    "StorageServiceBase",
+    "StorageServiceStub",
+)
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -23,18 +30,61 @@ _COMPILER_VERSION = "0.10.1"
 betterproto2.check_compiler_version(_COMPILER_VERSION)
 
 
+class DiskDiskType(betterproto2.Enum):
+    UNKNOWN = 0
+
+    SSD = 1
+
+    HDD = 2
+
+    NVME = 3
+
+    SD = 4
+
+    CD = 5
+
+
 @dataclass(eq=False, repr=False)
 class Disk(betterproto2.Message):
     size: "int" = betterproto2.field(1, betterproto2.TYPE_UINT64)
+    """
+    Bytes.
+    """
 
     model: "str" = betterproto2.field(2, betterproto2.TYPE_STRING)
 
     device_name: "str" = betterproto2.field(3, betterproto2.TYPE_STRING)
+    """
+    With its folder: /dev/sda.
+    """
+
+    name: "str" = betterproto2.field(4, betterproto2.TYPE_STRING)
+    """
+    Empty on existing machines.
+    """
+
+    serial: "str" = betterproto2.field(5, betterproto2.TYPE_STRING)
+
+    modalias: "str" = betterproto2.field(6, betterproto2.TYPE_STRING)
+
+    uuid: "str" = betterproto2.field(7, betterproto2.TYPE_STRING)
+
+    wwid: "str" = betterproto2.field(8, betterproto2.TYPE_STRING)
+
+    type: "DiskDiskType" = betterproto2.field(
+        9, betterproto2.TYPE_ENUM, default_factory=lambda: DiskDiskType(0)
+    )
+
+    bus_path: "str" = betterproto2.field(10, betterproto2.TYPE_STRING)
 
     system_disk: "bool" = betterproto2.field(11, betterproto2.TYPE_BOOL)
     """
-    The operating system is installed here.
+    Whether the operating system is installed there.
     """
+
+    subsystem: "str" = betterproto2.field(12, betterproto2.TYPE_STRING)
+
+    readonly: "bool" = betterproto2.field(13, betterproto2.TYPE_BOOL)
 
 
 default_message_pool.register_message("storage", "Disk", Disk)
@@ -42,6 +92,10 @@ default_message_pool.register_message("storage", "Disk", Disk)
 
 @dataclass(eq=False, repr=False)
 class Disks(betterproto2.Message):
+    metadata: "_common__.Metadata | None" = betterproto2.field(
+        1, betterproto2.TYPE_MESSAGE, optional=True
+    )
+
     disks: "list[Disk]" = betterproto2.field(
         2, betterproto2.TYPE_MESSAGE, repeated=True
     )
@@ -61,10 +115,6 @@ default_message_pool.register_message("storage", "DisksResponse", DisksResponse)
 
 
 class StorageServiceStub(betterproto2_grpclib.ServiceStub):
-    """
-    A machine's disks, as far as a server asks for them.
-    """
-
     async def disks(
         self,
         message: "_google__protobuf__.Empty | None" = None,
@@ -87,14 +137,11 @@ class StorageServiceStub(betterproto2_grpclib.ServiceStub):
         )
 
 
+from .. import common as _common__
 from ..google import protobuf as _google__protobuf__
 
 
 class StorageServiceBase(betterproto2_grpclib.ServiceBase):
-    """
-    A machine's disks, as far as a server asks for them.
-    """
-
     async def disks(self, message: "_google__protobuf__.Empty") -> "DisksResponse":
 
         raise grpclib.GRPCError(grpclib.const.Status.UNIMPLEMENTED)

@@ -15,12 +15,14 @@ from siderolink.common.wireguard.device import (
     DeviceConfig,
     InterfaceLost,
     OnDeviceEvent,
+    OpenPorts,
     PeerConfig,
     PeerStatus,
     check_interface,
 )
+from siderolink.common.wireguard.interface_rules import InterfaceRules
 from siderolink.common.wireguard.kernel.interface import KernelInterface, open_interface
-from siderolink.common.wireguard.kernel.isolation import Isolation
+from siderolink.common.wireguard.kernel.ownership import hold_name
 from siderolink.common.wireguard.kernel.peers import Peers
 from siderolink.common.wireguard.kernel.wireguard import WireGuard
 from siderolink.common.wireguard.path import Datagrams, Path
@@ -37,7 +39,7 @@ class KernelDevice:
     kind: Literal["kernel"] = "kernel"
 
     def __init__(
-        self, config: DeviceConfig, interface: KernelInterface, wireguard: WireGuard, isolation: Isolation, peers: Peers
+        self, config: DeviceConfig, interface: KernelInterface, wireguard: WireGuard, rules: InterfaceRules, peers: Peers
     ) -> None:
         """Use `open`."""
         self.name = interface.name
@@ -46,7 +48,7 @@ class KernelDevice:
         self.public_key: PublicKey = wireguard.public_key
         self._has_udp = config.listen_port is not None
         self._wireguard = wireguard
-        self._isolation = isolation
+        self._rules = rules
         self._peers = peers
 
     @classmethod
@@ -58,19 +60,18 @@ class KernelDevice:
         """
         check_interface(config.name, config.mtu)
         async with AsyncExitStack() as stack:
-            interface = await stack.enter_async_context(open_interface(config))
+            stack.enter_context(hold_name(config.name, config.namespace))
+            rules = InterfaceRules(config.name, config.namespace, config.addresses, outlives_process=True)
+            interface = await stack.enter_async_context(open_interface(config, rules))
             wireguard = stack.enter_context(closing(WireGuard(interface)))
             wireguard.configure(config)
-            isolation = Isolation(config.name, config.namespace, config.addresses)
-            stack.push_async_callback(isolation.close, keep=config.keep)
-            if config.isolate:
-                await isolation.switch(True)
+            await rules.set(isolate=config.isolate, open_ports=config.open_ports)
             await configure_interface(
                 config.name, config.addresses, config.mtu, up=config.up, exact=True, namespace=config.namespace
             )
             wireguard.read_device()
             peers = stack.enter_context(closing(Peers(wireguard, config.mtu, on_event)))
-            device = cls(config, interface, wireguard, isolation, peers)
+            device = cls(config, interface, wireguard, rules, peers)
             device._follow_link(interface, stack, on_event)
             async with background_tasks() as tasks:
                 if interface.was_there:
@@ -102,10 +103,13 @@ class KernelDevice:
 
     @property
     def isolate(self) -> bool:
-        return self._isolation.is_on
+        return self._rules.isolate
 
     async def set_isolate(self, isolate: bool) -> None:
-        await self._isolation.switch(isolate)
+        await self._rules.set(isolate=isolate, open_ports=self._rules.open_ports)
+
+    async def set_open_ports(self, open_ports: OpenPorts) -> None:
+        await self._rules.set(isolate=self._rules.isolate, open_ports=open_ports)
 
     async def set_peer(self, peer: PeerConfig) -> None:
         """Raises ConfigurationError for a key or an endpoint that cannot be a peer's, else DeviceError."""
@@ -144,5 +148,5 @@ class KernelDevice:
         for name, place in _COUNTERS.items():
             if place < len(counters):
                 counted[name] += counters[place]
-        counted["inner_destination"] += self._isolation.drops()
+        counted += self._rules.drops()
         return {name: count for name, count in counted.items() if count}

@@ -14,9 +14,10 @@ from pyroute2.netlink.exceptions import NetlinkError
 from siderolink.common.errors import DeviceError, DeviceUnavailableError, InterfaceInUseError
 from siderolink.common.netlink import namespace_path, run_netlink
 from siderolink.common.wireguard.device import DeviceConfig
-from siderolink.common.wireguard.kernel.ownership import MARK, lock
+from siderolink.common.wireguard.interface_rules import InterfaceRules, remove_leftover_rules
+from siderolink.common.wireguard.kernel.ownership import MARK, hold_name
 
-__all__ = ["KernelInterface", "open_interface", "remove_leftover"]
+__all__ = ["KernelInterface", "open_interface", "remove_leftovers"]
 
 _KIND: Final = "wireguard"
 
@@ -33,33 +34,38 @@ class KernelInterface:
 
 
 @asynccontextmanager
-async def open_interface(config: DeviceConfig) -> AsyncIterator[KernelInterface]:
-    """Hold an interface of the wanted name, down if it is new; leaving removes it, unless it shall be kept.
+async def open_interface(config: DeviceConfig, rules: InterfaceRules) -> AsyncIterator[KernelInterface]:
+    """Give an interface of the wanted name, down if it is new; leaving removes it and then its rules, unless it shall be kept.
 
-    One that a process of ours left behind is removed first, unless it shall be kept; then it is given as it is.
-    Raises DeviceUnavailableError, InterfaceInUseError or DeviceError.
+    The caller holds the name (`hold_name`). One that a process of ours left behind is removed first, unless it shall be kept;
+    then it is given as it is. Raises DeviceUnavailableError, InterfaceInUseError or DeviceError.
     """
-    held = lock(config.name, config.namespace)
+    with anyio.CancelScope(shield=True):  # an interface half made could not be told from another's
+        interface = await run_netlink(partial(_make, config))
+    stays = interface.was_there and config.keep
     try:
-        with anyio.CancelScope(shield=True):  # an interface half made could not be told from another's
-            interface = await run_netlink(partial(_make, config))
-        is_complete = False
-        try:
-            yield interface
-            is_complete = True
-        finally:
-            if not config.keep or not (is_complete or interface.was_there):
-                await remove(interface)
+        yield interface
+        stays = config.keep
     finally:
-        held.close()
+        try:
+            if not stays:
+                await remove(interface)
+        finally:
+            await rules.close(keep=stays)
 
 
-async def remove_leftover(name: str, namespace: str | None) -> None:
-    """Remove an interface that a process of ours left behind, and nothing else. Raises InterfaceInUseError for a held one."""
+async def remove_leftovers(name: str, namespace: str | None) -> None:
+    """Remove an interface that a process of ours left behind, and its rules; nothing else.
+
+    Raises InterfaceInUseError where another process holds the name.
+    """
     found = await run_netlink(partial(_find, name), namespace)
-    if found is not None and found[1]:
-        with lock(name, namespace):
+    if found is not None and not found[1]:
+        return  # somebody else's
+    with hold_name(name, namespace):
+        if found is not None:
             await run_netlink(partial(_delete, found[0]), namespace, in_thread=True)
+        await remove_leftover_rules(name, namespace)
 
 
 async def remove(interface: KernelInterface) -> None:

@@ -12,13 +12,13 @@ from typing import Final
 from siderolink.common.errors import InterfaceInUseError
 from siderolink.common.netlink import call_in
 
-__all__ = ["MARK", "lock"]
+__all__ = ["MARK", "hold_name"]
 
 MARK: Final = "made by siderolink"
 _CREDENTIALS: Final = struct.Struct("=iII")
 
 
-def lock(name: str, namespace: str | None) -> socket.socket:
+def hold_name(name: str, namespace: str | None) -> socket.socket:
     """Hold the interface's name in this namespace until the socket is closed. Raises InterfaceInUseError, naming the holder."""
     address = f"\0siderolink/{name}"
 

@@ -11,6 +11,7 @@ recvmmsg takes up to 64 datagrams of any mix of peers, each put down where its s
 
 import asyncio
 import ctypes
+import errno
 import socket
 import struct
 from collections import Counter
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 from ipaddress import IPv4Address
 from typing import Final
 
+from siderolink.common.degraded import say_once
 from siderolink.common.errors import DeviceError
 from siderolink.common.readers import read_on
 from siderolink.common.wireguard.kernel.batch import BATCH, Receiver
@@ -41,6 +43,9 @@ _LOCALHOST: Final = "127.0.0.1"
 _SOL_UDP, _UDP_SEGMENT, _IP_PKTINFO = 17, 103, 8
 _SO_ATTACH_FILTER, _SO_RCVBUFFORCE = 26, 33
 _RESPONSE, _COOKIE = 2, 3
+_NO_GSO: Final = (errno.EINVAL, errno.EIO, errno.EMSGSIZE, errno.EOPNOTSUPP, errno.ENOPROTOOPT)
+_PLAIN_SECONDS: Final = 60.0
+"""UDP_SEGMENT is tried again so long after the kernel refused it."""
 
 
 @dataclass(slots=True, eq=False)
@@ -68,7 +73,8 @@ class Relay:
         self._by_path: dict[int, Slot] = {}
         self._by_address: dict[bytes, Slot] = {}
         self._next_address = _FIRST_ADDRESS
-        self._gso = True
+        self._gso_at = 0.0
+        """When UDP_SEGMENT may be used, on the loop's clock."""
         self._is_reading = False
         self._receiver = Receiver(HEADROOM, max(_SMALLEST, mtu + _OVERHEAD))
         try:
@@ -157,7 +163,7 @@ class Relay:
             self._hint(slot)
         rows = [datagrams.row(index) for index in range(datagrams.count)]
         size = max(1, len(rows[0]))
-        step = max(1, min(_MAX_SEGMENTS, _MAX_BYTES // size)) if self._gso else 1
+        step = max(1, min(_MAX_SEGMENTS, _MAX_BYTES // size)) if self._loop.time() >= self._gso_at else 1
         for start in range(0, len(rows), step):
             self._send(rows[start : start + step], size, slot)
 
@@ -169,11 +175,12 @@ class Relay:
             self._socket.sendmsg(rows, controls, 0, self._device)
         except BlockingIOError:
             self.drops["send_buffer_full"] += len(rows)
-        except OSError:
-            if len(rows) == 1:
-                self.drops["send_failed"] += 1
+        except OSError as error:
+            if len(rows) == 1 or error.errno not in _NO_GSO:
+                self.drops["send_failed"] += len(rows)
                 return
-            self._gso = False  # an old kernel, or one that has it switched off
+            say_once("UDP sends to the kernel's WireGuard cannot be segmented (UDP_SEGMENT)")
+            self._gso_at = self._loop.time() + _PLAIN_SECONDS
             for row in rows:
                 self._send([row], size, slot)
 

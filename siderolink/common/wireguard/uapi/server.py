@@ -61,11 +61,7 @@ async def serve_uapi(name: str, report: Report, apply: Apply, *, folder: Path = 
             clients.discard(task)
             writer.close()
 
-    mask = os.umask(0o077)
-    try:
-        server = await asyncio.start_unix_server(answer, path, limit=MAX_REQUEST_BYTES)
-    finally:
-        os.umask(mask)
+    server = await asyncio.start_unix_server(answer, sock=_bind(path), limit=MAX_REQUEST_BYTES)
     inode = os.stat(path).st_ino
     try:
         yield path
@@ -75,6 +71,18 @@ async def serve_uapi(name: str, report: Report, apply: Apply, *, folder: Path = 
             task.cancel()
         await asyncio.gather(*clients, return_exceptions=True)
         _remove(path, inode)
+
+
+def _bind(path: Path) -> socket.socket:
+    """A socket at the path for this user alone. Linux gives the path the mode that the socket has when it is bound."""
+    bound = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    try:
+        os.fchmod(bound.fileno(), 0o600)
+        bound.bind(str(path))
+    except OSError:
+        bound.close()
+        raise
+    return bound
 
 
 def _remove(path: Path, inode: int) -> None:

@@ -8,6 +8,8 @@ __all__ = (
     "HealthCheckRequest",
     "HealthCheckResponse",
     "HealthCheckResponseServingStatus",
+    "HealthListRequest",
+    "HealthListResponse",
     "HealthStub",
 )
 
@@ -67,6 +69,35 @@ default_message_pool.register_message(
 )
 
 
+@dataclass(eq=False, repr=False)
+class HealthListRequest(betterproto2.Message):
+    pass
+
+
+default_message_pool.register_message(
+    "grpc.health.v1", "HealthListRequest", HealthListRequest
+)
+
+
+@dataclass(eq=False, repr=False)
+class HealthListResponse(betterproto2.Message):
+    statuses: "dict[str, HealthCheckResponse]" = betterproto2.field(
+        1,
+        betterproto2.TYPE_MAP,
+        map_meta=betterproto2.map_meta(
+            betterproto2.TYPE_STRING, betterproto2.TYPE_MESSAGE
+        ),
+    )
+    """
+    The status of each service by its full name.
+    """
+
+
+default_message_pool.register_message(
+    "grpc.health.v1", "HealthListResponse", HealthListResponse
+)
+
+
 class HealthStub(betterproto2_grpclib.ServiceStub):
     """
     gRPC's standard health service.
@@ -85,6 +116,27 @@ class HealthStub(betterproto2_grpclib.ServiceStub):
             "/grpc.health.v1.Health/Check",
             message,
             HealthCheckResponse,
+            timeout=timeout,
+            deadline=deadline,
+            metadata=metadata,
+        )
+
+    async def list(
+        self,
+        message: "HealthListRequest | None" = None,
+        *,
+        timeout: "float | None" = None,
+        deadline: "Deadline | None" = None,
+        metadata: "MetadataLike | None" = None,
+    ) -> "HealthListResponse":
+
+        if message is None:
+            message = HealthListRequest()
+
+        return await self._unary_unary(
+            "/grpc.health.v1.Health/List",
+            message,
+            HealthListResponse,
             timeout=timeout,
             deadline=deadline,
             metadata=metadata,
@@ -119,6 +171,10 @@ class HealthBase(betterproto2_grpclib.ServiceBase):
 
         raise grpclib.GRPCError(grpclib.const.Status.UNIMPLEMENTED)
 
+    async def list(self, message: "HealthListRequest") -> "HealthListResponse":
+
+        raise grpclib.GRPCError(grpclib.const.Status.UNIMPLEMENTED)
+
     async def watch(
         self, message: "HealthCheckRequest"
     ) -> "AsyncIterator[HealthCheckResponse]":
@@ -132,6 +188,14 @@ class HealthBase(betterproto2_grpclib.ServiceBase):
         request = await stream.recv_message()
         assert request is not None
         response = await self.check(request)
+        await stream.send_message(response)
+
+    async def __rpc_list(
+        self, stream: "grpclib.server.Stream[HealthListRequest, HealthListResponse]"
+    ) -> None:
+        request = await stream.recv_message()
+        assert request is not None
+        response = await self.list(request)
         await stream.send_message(response)
 
     async def __rpc_watch(
@@ -152,6 +216,12 @@ class HealthBase(betterproto2_grpclib.ServiceBase):
                 grpclib.const.Cardinality.UNARY_UNARY,
                 HealthCheckRequest,
                 HealthCheckResponse,
+            ),
+            "/grpc.health.v1.Health/List": grpclib.const.Handler(
+                self.__rpc_list,
+                grpclib.const.Cardinality.UNARY_UNARY,
+                HealthListRequest,
+                HealthListResponse,
             ),
             "/grpc.health.v1.Health/Watch": grpclib.const.Handler(
                 self.__rpc_watch,

@@ -3,7 +3,11 @@
 # plugin: python-betterproto2
 # This file has been @generated
 
-__all__ = ("SystemInformationSpec",)
+__all__ = (
+    "MemoryModuleSpec",
+    "ProcessorSpec",
+    "SystemInformationSpec",
+)
 
 from dataclasses import dataclass
 
@@ -13,6 +17,68 @@ from .....message_pool import default_message_pool
 
 _COMPILER_VERSION = "0.10.1"
 betterproto2.check_compiler_version(_COMPILER_VERSION)
+
+
+@dataclass(eq=False, repr=False)
+class MemoryModuleSpec(betterproto2.Message):
+    size: "int" = betterproto2.field(1, betterproto2.TYPE_UINT32)
+    """
+    MiB.
+    """
+
+    device_locator: "str" = betterproto2.field(2, betterproto2.TYPE_STRING)
+
+    bank_locator: "str" = betterproto2.field(3, betterproto2.TYPE_STRING)
+
+    speed: "int" = betterproto2.field(4, betterproto2.TYPE_UINT32)
+
+    manufacturer: "str" = betterproto2.field(5, betterproto2.TYPE_STRING)
+
+    serial_number: "str" = betterproto2.field(6, betterproto2.TYPE_STRING)
+
+    asset_tag: "str" = betterproto2.field(7, betterproto2.TYPE_STRING)
+
+    product_name: "str" = betterproto2.field(8, betterproto2.TYPE_STRING)
+
+
+default_message_pool.register_message(
+    "talos.resource.definitions.hardware", "MemoryModuleSpec", MemoryModuleSpec
+)
+
+
+@dataclass(eq=False, repr=False)
+class ProcessorSpec(betterproto2.Message):
+    socket: "str" = betterproto2.field(1, betterproto2.TYPE_STRING)
+
+    manufacturer: "str" = betterproto2.field(2, betterproto2.TYPE_STRING)
+
+    product_name: "str" = betterproto2.field(3, betterproto2.TYPE_STRING)
+
+    max_speed: "int" = betterproto2.field(4, betterproto2.TYPE_UINT32)
+    """
+    Megahertz.
+    """
+
+    boot_speed: "int" = betterproto2.field(5, betterproto2.TYPE_UINT32)
+
+    status: "int" = betterproto2.field(6, betterproto2.TYPE_UINT32)
+
+    serial_number: "str" = betterproto2.field(7, betterproto2.TYPE_STRING)
+
+    asset_tag: "str" = betterproto2.field(8, betterproto2.TYPE_STRING)
+
+    part_number: "str" = betterproto2.field(9, betterproto2.TYPE_STRING)
+
+    core_count: "int" = betterproto2.field(10, betterproto2.TYPE_UINT32)
+
+    core_enabled: "int" = betterproto2.field(11, betterproto2.TYPE_UINT32)
+
+    thread_count: "int" = betterproto2.field(12, betterproto2.TYPE_UINT32)
+
+
+default_message_pool.register_message(
+    "talos.resource.definitions.hardware", "ProcessorSpec", ProcessorSpec
+)
 
 
 @dataclass(eq=False, repr=False)

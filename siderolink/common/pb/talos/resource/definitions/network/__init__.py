@@ -8,6 +8,8 @@ __all__ = (
     "HostnameStatusSpec",
     "LinkSpecSpec",
     "LinkStatusSpec",
+    "NodeAddressSpec",
+    "RouteStatusSpec",
     "WireguardPeer",
     "WireguardSpec",
 )
@@ -132,7 +134,27 @@ class LinkStatusSpec(betterproto2.Message):
 
     slave_kind: "str" = betterproto2.field(12, betterproto2.TYPE_STRING)
 
+    bus_path: "str" = betterproto2.field(13, betterproto2.TYPE_STRING)
+
+    pciid: "str" = betterproto2.field(14, betterproto2.TYPE_STRING)
+
+    driver: "str" = betterproto2.field(15, betterproto2.TYPE_STRING)
+
+    driver_version: "str" = betterproto2.field(16, betterproto2.TYPE_STRING)
+
+    firmware_version: "str" = betterproto2.field(17, betterproto2.TYPE_STRING)
+
+    product_id: "str" = betterproto2.field(18, betterproto2.TYPE_STRING)
+
+    vendor_id: "str" = betterproto2.field(19, betterproto2.TYPE_STRING)
+
+    product: "str" = betterproto2.field(20, betterproto2.TYPE_STRING)
+
+    vendor: "str" = betterproto2.field(21, betterproto2.TYPE_STRING)
+
     link_state: "bool" = betterproto2.field(22, betterproto2.TYPE_BOOL)
+
+    speed_megabits: "int" = betterproto2.field(23, betterproto2.TYPE_INT64)
 
     port: "int" = betterproto2.field(24, betterproto2.TYPE_UINT32)
 
@@ -146,9 +168,73 @@ class LinkStatusSpec(betterproto2.Message):
 
     alias: "str" = betterproto2.field(31, betterproto2.TYPE_STRING)
 
+    alt_names: "list[str]" = betterproto2.field(
+        32, betterproto2.TYPE_STRING, repeated=True
+    )
+
 
 default_message_pool.register_message(
     "talos.resource.definitions.network", "LinkStatusSpec", LinkStatusSpec
+)
+
+
+@dataclass(eq=False, repr=False)
+class NodeAddressSpec(betterproto2.Message):
+    addresses: "list[____common__.NetIpPrefix]" = betterproto2.field(
+        1, betterproto2.TYPE_MESSAGE, repeated=True
+    )
+
+    sort_algorithm: "int" = betterproto2.field(2, betterproto2.TYPE_UINT32)
+    """
+    0 the first order of existing machines, 1 the second.
+    """
+
+
+default_message_pool.register_message(
+    "talos.resource.definitions.network", "NodeAddressSpec", NodeAddressSpec
+)
+
+
+@dataclass(eq=False, repr=False)
+class RouteStatusSpec(betterproto2.Message):
+    family: "int" = betterproto2.field(1, betterproto2.TYPE_UINT32)
+
+    destination: "____common__.NetIpPrefix | None" = betterproto2.field(
+        2, betterproto2.TYPE_MESSAGE, optional=True
+    )
+    """
+    Absent for a default route.
+    """
+
+    source: "____common__.NetIp | None" = betterproto2.field(
+        3, betterproto2.TYPE_MESSAGE, optional=True
+    )
+
+    gateway: "____common__.NetIp | None" = betterproto2.field(
+        4, betterproto2.TYPE_MESSAGE, optional=True
+    )
+
+    out_link_index: "int" = betterproto2.field(5, betterproto2.TYPE_UINT32)
+
+    out_link_name: "str" = betterproto2.field(6, betterproto2.TYPE_STRING)
+
+    table: "int" = betterproto2.field(7, betterproto2.TYPE_UINT32)
+
+    priority: "int" = betterproto2.field(8, betterproto2.TYPE_UINT32)
+
+    scope: "int" = betterproto2.field(9, betterproto2.TYPE_UINT32)
+
+    type: "int" = betterproto2.field(10, betterproto2.TYPE_UINT32)
+
+    flags: "int" = betterproto2.field(11, betterproto2.TYPE_UINT32)
+
+    protocol: "int" = betterproto2.field(12, betterproto2.TYPE_UINT32)
+
+    mtu: "int" = betterproto2.field(13, betterproto2.TYPE_UINT32)
+
+
+default_message_pool.register_message(
+    "talos.resource.definitions.network", "RouteStatusSpec", RouteStatusSpec
 )
 
 

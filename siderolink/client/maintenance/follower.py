@@ -28,12 +28,12 @@ TUNNEL_ID = "siderolink-tunnel"
 _KEEPALIVE = 25
 
 
-class LinkPresence:
+class LinkFollower:
     """Follows a machine's link on behalf of its API.
 
-    presence.configured(url)                        # SideroLink is configured: the API listens nowhere, for now
-    connect(url, on_event=presence.on_event)        # and on the overlay address once there is one
-    presence.removed()                              # no SideroLink any more: everywhere
+    follower.configured(url)                        # SideroLink is configured: the API listens nowhere, for now
+    connect(url, on_event=follower.on_event)        # and on the overlay address once there is one
+    follower.removed()                              # no SideroLink any more: everywhere
     """
 
     def __init__(self, api: MaintenanceApi, *, private_key: PrivateKey | None = None) -> None:
@@ -72,10 +72,10 @@ class LinkPresence:
                 ):
                     self._interface = None
                 self._joined = event
-                self._settle()
+                self._update_place()
             case InterfaceConfigured():
                 self._interface = event
-                self._settle()
+                self._update_place()
             case Connected() | Reestablished():
                 self._connected = True
             case LinkDown():
@@ -88,7 +88,7 @@ class LinkPresence:
                 return
         self._show_status()
 
-    def _settle(self) -> None:
+    def _update_place(self) -> None:
         joined, interface = self._joined, self._interface
         if joined is None or interface is None or self._url is None:
             if self._url is not None:

@@ -1,0 +1,248 @@
+"""The log of a long-running command: structured records, written by a thread of their own.
+
+    say(), logging  ->  LogHandler: level, sampling  ->  LineQueue: never blocks  ->  LineWriter: a thread, text or JSON
+
+So a reader of standard output that is stuck or gone does not affect the service: a full queue drops and counts records, and a
+closed pipe ends the log and not the program. docs/logs.md is the operator's page.
+"""
+
+import atexit
+import logging
+import re
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping, MutableMapping
+from types import MappingProxyType
+from typing import Any
+
+import structlog
+
+from siderolink.cli.output import LineWriter
+from siderolink.cli.sampling import Sampler, Suppressed
+from siderolink.common.text import one_line
+
+STDOUT, STDERR = 1, 2
+STOP_SECONDS = 1.0
+"""How long a command that ends waits for its last records to be written."""
+MESSAGE_LIMIT, FIELD_LIMIT, TRACEBACK_LIMIT = 1000, 400, 16_000
+"""Characters of one record's parts."""
+SAMPLE_BURST = 1000
+"""Records of one kind that are logged within one interval of sampling."""
+
+_TRACEBACK = "traceback_text"
+
+_logger = logging.getLogger("siderolink.cli")
+
+
+def say(
+    name: str,
+    text: str,
+    *,
+    level: int = logging.INFO,
+    sample: tuple[str, int] | None = None,
+    fields: Mapping[str, object] = MappingProxyType({}),
+) -> None:
+    """Log an event: its name, one line about it, and fields for programs.
+
+    Events of one name are sampled together: at most SAMPLE_BURST of them in ten seconds. `sample` is a narrower kind with a
+    burst of its own, such as the refusals for one reason.
+    """
+    _logger.log(level, "%s", text, extra={"event": name, "sample": sample or (name, SAMPLE_BURST), "fields": fields})
+
+
+class LogHandler(logging.Handler):
+    """Queues each record of this process for the writer; called on any thread, and never blocks."""
+
+    def __init__(self, writer: "LineWriter[logging.LogRecord]", sampler: Sampler) -> None:
+        super().__init__()
+        self._writer = writer
+        self._sampler = sampler
+
+    def emit(self, record: logging.LogRecord) -> None:
+        kind, burst = getattr(record, "sample", None) or (f"{record.name}: {record.msg}", SAMPLE_BURST)
+        if record.levelno > logging.DEBUG and not self._sampler.admit(kind, burst, getattr(record, "event", record.name)):
+            return
+        try:
+            record.msg, record.args = one_line(record.getMessage(), limit=MESSAGE_LIMIT), None
+        except Exception as error:  # a mistake in a call of the log is no fault of the program around it
+            record.msg, record.args = f"a record could not be formatted: {type(error).__name__}", None
+        if record.exc_info:
+            # now, since what the traceback refers to may change or be large
+            failure = "".join(traceback.format_exception(*record.exc_info))[-TRACEBACK_LIMIT:]
+            record.exc_info = record.exc_text = None
+            setattr(record, _TRACEBACK, failure)
+        self._writer.put(record, 512 + len(record.msg) + len(getattr(record, _TRACEBACK, "")))
+
+
+class Log:
+    """The log of this process, from `start_log` to `stop_log`."""
+
+    def __init__(self, level: int, *, as_json: bool, descriptor: int) -> None:
+        self._sampler = Sampler()
+        self.writer: LineWriter[logging.LogRecord] = LineWriter(
+            descriptor,
+            _renderer(as_json),
+            notice=_notice,
+            tick=lambda: [_suppressed(found) for found in self._sampler.expired(time.monotonic())],
+        )
+        self._handler = LogHandler(self.writer, self._sampler)
+        self._before = logging.root.handlers[:]
+        logging.root.handlers[:] = [self._handler]
+        logging.root.setLevel(max(level, logging.WARNING))
+        # the library's own details are for those who ask for them; what happened is told by the command
+        logging.getLogger("siderolink").setLevel(level if level == logging.DEBUG else max(level, logging.WARNING))
+        _logger.setLevel(level)
+        logging.captureWarnings(True)
+        sys.unraisablehook = _log_unraisable
+        threading.excepthook = _log_thread_failure
+
+    def stop(self) -> None:
+        """Write what is queued, as far as the reader takes it within STOP_SECONDS."""
+        logging.root.handlers[:] = self._before
+        self.writer.stop(STOP_SECONDS, last=[_suppressed(found) for found in self._sampler.expired(float("inf"))])
+
+
+_log: Log | None = None
+_secrets: set[str] = set()
+_own_fields: dict[str, object] = {}
+
+
+def start_log(level: str, *, as_json: bool, descriptor: int = STDOUT) -> None:
+    """Send every log record of this process to the descriptor, from `level` (``debug`` to ``error``) up.
+
+    The writer's thread begins with the first record: a process that is to fork may do so after this.
+    """
+    global _log
+    if _log is None:
+        _log = Log(logging.getLevelNamesMapping()[level.upper()], as_json=as_json, descriptor=descriptor)
+        atexit.register(stop_log)
+
+
+def stop_log() -> None:
+    """Write what is queued; returns within STOP_SECONDS also where nobody reads."""
+    global _log
+    log, _log = _log, None
+    if log is not None:
+        log.stop()
+
+
+def lost_records() -> dict[str, int]:
+    """Records that were dropped because standard output did not take them; empty where none were."""
+    lost = 0 if _log is None else _log.writer.lost
+    return {"log_record_lost": lost} if lost else {}
+
+
+def name_machine(node_uuid: str) -> None:
+    """The machine that this process is, in every record from now on."""
+    _own_fields["node_uuid"] = node_uuid
+
+
+def hide(secret: str | None) -> None:
+    """Mask a secret in every record from now on, whatever logs it. Very short ones would mask ordinary words."""
+    if secret and len(secret) >= 6:
+        _secrets.add(secret)
+
+
+# --- rendering, on the writer's thread
+
+_JOIN_TOKEN = re.compile(r"(jointoken=)[^&\s]+")
+_HIDDEN_FIELDS = ("token", "secret", "password", "private_key")
+
+
+def _renderer(as_json: bool) -> Callable[[logging.LogRecord], bytes]:
+    render = structlog.processors.JSONRenderer(ensure_ascii=False) if as_json else _render_text
+    formatter = structlog.stdlib.ProcessorFormatter(
+        foreign_pre_chain=[_describe, structlog.stdlib.add_log_level],
+        processors=[_arrange, _mask, structlog.stdlib.ProcessorFormatter.remove_processors_meta, render],
+    )
+    return lambda record: formatter.format(record).encode(errors="replace") + b"\n"
+
+
+def _describe(_: object, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """Add what the record carries besides its text."""
+    record: logging.LogRecord = event["_record"]
+    if hasattr(record, "fields"):
+        event["fields"] = record.fields
+    else:
+        event["fields"] = structlog.stdlib.ExtraAdder()(_logger, "", {"_record": record})
+    return event
+
+
+def _arrange(_: object, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """The record's keys in the order in which they are written."""
+    record: logging.LogRecord = event["_record"]
+    moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+    arranged: dict[str, Any] = {
+        "time": f"{moment}.{int(record.msecs):03}Z",
+        "level": event["level"],
+        "logger": record.name,
+        "event": getattr(record, "event", "log"),
+        "message": event["event"],
+    }
+    fields: Mapping[str, Any] = _own_fields | event["fields"]
+    for name, value in fields.items():
+        if value is not None and name not in arranged and name != _TRACEBACK and not name.startswith("_"):
+            arranged[name] = value
+    if failure := getattr(record, _TRACEBACK, ""):
+        arranged["traceback"] = failure
+    return arranged | {"_record": record, "_from_structlog": False}
+
+
+def _mask(_: object, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """Make every value printable and free of secrets."""
+    for name, value in event.items():
+        if name.startswith("_") or isinstance(value, bool | int | float):
+            continue
+        if any(word in name for word in _HIDDEN_FIELDS):
+            event[name] = "…"
+        elif name == "traceback":
+            lines = str(value).splitlines()
+            event[name] = "\n".join(_clean(line, MESSAGE_LIMIT) for line in lines)
+        else:
+            event[name] = _clean(str(value), MESSAGE_LIMIT if name == "message" else FIELD_LIMIT)
+    return event
+
+
+def _clean(text: str, limit: int) -> str:
+    return one_line(_JOIN_TOKEN.sub(r"\1…", text), secrets=tuple(_secrets), limit=limit)
+
+
+def _render_text(_: object, __: str, event: MutableMapping[str, Any]) -> str:
+    """One line: the time, what happened, and last the level and the fields that the text does not hold already."""
+    moment, level, logger, name, message = (event.pop(key) for key in ("time", "level", "logger", "event", "message"))
+    failure = event.pop("traceback", "")
+    fields = [f"{key}={_quoted(value)}" for key, value in event.items() if str(value) not in message]
+    if name == "log":
+        name, fields = level, [*fields, f"logger={logger}"]
+    line = " ".join([f"{moment} {name}: {message}".rstrip(), f"level={level}", *fields])
+    return line + "".join(f"\n    {part}" for part in failure.splitlines())
+
+
+def _quoted(value: object) -> str:
+    text = str(value)
+    return f'"{text}"' if not text or any(character in text for character in ' "=') else text
+
+
+# --- records that the log makes about itself
+
+
+def _notice(text: str) -> logging.LogRecord:
+    return _logger.makeRecord(_logger.name, logging.WARNING, "", 0, text, (), None, extra={"event": "log", "fields": {}})
+
+
+def _suppressed(found: Suppressed) -> logging.LogRecord:
+    text = f"{found.count} more like this in {found.seconds:.0f} s are not shown"
+    fields = {"suppressed": found.count, "kind": found.kind}
+    extra = {"event": found.name, "fields": fields}
+    return _logger.makeRecord(_logger.name, logging.WARNING, "", 0, text, (), None, extra=extra)
+
+
+def _log_unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
+    error = unraisable.exc_value
+    _logger.error("an exception could not be raised: %s", unraisable.err_msg or "", exc_info=error)
+
+
+def _log_thread_failure(failure: "threading.ExceptHookArgs") -> None:
+    _logger.error("a thread failed", exc_info=failure.exc_value)

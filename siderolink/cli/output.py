@@ -1,0 +1,168 @@
+"""Lines on their way to a descriptor, written by a thread of their own: a stuck reader stops that thread and nothing else."""
+
+import errno
+import os
+import select
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Generic, TypeVar
+
+from siderolink.common.queues import LineQueue
+
+T = TypeVar("T")
+
+MAX_ITEMS = 8192
+MAX_BYTES = 8 * 1024 * 1024
+"""What waits for a slow reader; more is dropped and counted."""
+_AT_ONCE = 256
+_TICK_SECONDS = 1.0
+_GONE = (errno.EPIPE, errno.EBADF, errno.EIO, errno.ECONNRESET)
+"""Errors after which nothing can be written any more; others, such as a full disk, may pass."""
+
+
+class LineWriter(Generic[T]):
+    """Renders and writes items in the order in which they were put. The thread begins with the first."""
+
+    def __init__(
+        self,
+        descriptor: int,
+        render: Callable[[T], bytes],
+        *,
+        notice: Callable[[str], T] | None = None,
+        tick: Callable[[], Sequence[T]] = tuple,
+    ) -> None:
+        """`notice` makes an item of a text about the output itself; `tick` is asked for items once a second."""
+        self._descriptor = descriptor
+        self._render = render
+        self._notice = notice
+        self._tick = tick
+        self._queue: LineQueue[T] = LineQueue(max_items=MAX_ITEMS, max_bytes=MAX_BYTES)
+        self._thread: threading.Thread | None = None
+        self._start_lock = threading.Lock()
+        self._unwritten = 0
+        self._told_lost = 0
+        self._failure: OSError | None = None
+        self._is_gone = False
+        self._last: Sequence[T] = ()
+
+    @property
+    def lost(self) -> int:
+        """How many items were not written: the queue was full, or the descriptor failed."""
+        return self._queue.dropped + self._unwritten
+
+    def put(self, item: T, size: int) -> None:
+        """Write an item of about `size` bytes in its turn. Never blocks."""
+        if self._thread is None:
+            self._start()
+        self._queue.put(item, size)
+
+    def stop(self, timeout: float, last: Sequence[T] = ()) -> None:
+        """Write what is queued and then `last`, for at most `timeout` seconds."""
+        self._last = last
+        if last and self._thread is None:
+            self._start()
+        self._queue.end()
+        if self._thread is not None:
+            self._thread.join(timeout)
+
+    def _start(self) -> None:
+        with self._start_lock:
+            if self._thread is None:
+                # a daemon: a thread that is stuck in a write does not keep the program from ending
+                self._thread = threading.Thread(target=self._run, name="log writer", daemon=True)
+                self._thread.start()
+
+    def _run(self) -> None:
+        asked = time.monotonic()
+        while (items := self._queue.take(_AT_ONCE, _TICK_SECONDS)) is not None:
+            if time.monotonic() >= asked + _TICK_SECONDS:
+                asked = time.monotonic()
+                items += self._tick()
+            self._write_items(items)
+        self._write_items(self._last)
+
+    def _write_items(self, items: Sequence[T]) -> None:
+        if self._is_gone:
+            self._unwritten += len(items)
+            return
+        told_lost = self._told_lost
+        lines = [*self._notices(), *map(self._rendered, items)]
+        if not lines:
+            return
+        try:
+            self._write(b"".join(lines))
+        except OSError as error:
+            self._unwritten += len(items)
+            self._told_lost = told_lost
+            self._fail(error)
+        else:
+            self._failure = None
+
+    def _rendered(self, item: T) -> bytes:
+        try:
+            return self._render(item)
+        except Exception as error:  # one item that cannot be rendered costs no other
+            return f"a log record could not be rendered: {type(error).__name__}\n".encode()
+
+    def _notices(self) -> list[bytes]:
+        """A line about the items that were lost since the last one."""
+        lost = self.lost - self._told_lost
+        if not lost or self._notice is None:
+            return []
+        self._told_lost += lost
+        return [self._rendered(self._notice(f"{lost} log records were lost: standard output did not take them"))]
+
+    def _write(self, data: bytes) -> None:
+        rest = memoryview(data)
+        while rest:
+            try:
+                rest = rest[os.write(self._descriptor, rest) :]
+            except BlockingIOError:  # somebody who shares the descriptor made it non-blocking
+                select.select([], [self._descriptor], [])
+
+    def _fail(self, error: OSError) -> None:
+        """Say it once on standard error, for each series of failures."""
+        self._is_gone = error.errno in _GONE
+        if self._failure is None and self._descriptor != 2:
+            what = "is closed, nothing more is logged" if self._is_gone else "fails, log records are lost"
+            try:
+                os.write(2, f"siderolink: standard output {what}: {error.strerror}; the program goes on\n".encode())
+            except OSError:
+                pass
+        self._failure = error
+
+
+class TextWriter:
+    """Writes text as it is, for the results of a command that must not wait for whoever reads them."""
+
+    def __init__(self, descriptor: int, *, end: str = "") -> None:
+        self._writer: LineWriter[str] = LineWriter(descriptor, lambda text: (text + end).encode(errors="replace"))
+
+    def put(self, text: str) -> None:
+        self._writer.put(text, len(text))
+
+    def stop(self, timeout: float) -> None:
+        self._writer.stop(timeout)
+
+
+def fail(text: str) -> int:
+    """Say on standard error why the command ends, if that takes it; returns the exit status."""
+    try:
+        print(f"siderolink: {text}", file=sys.stderr, flush=True)
+    except OSError:
+        pass
+    return 1
+
+
+def open_standard_descriptors() -> None:
+    """Put /dev/null where standard input, output or error was closed: the next file that is opened would take its number."""
+    while True:
+        descriptor = os.open(os.devnull, os.O_RDWR)
+        if descriptor > 2:
+            os.close(descriptor)
+            break
+        os.set_inheritable(descriptor, True)
+    sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
+    sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)

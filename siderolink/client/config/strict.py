@@ -1,0 +1,208 @@
+"""A configuration as the machine's own decoder judges it: whole or not at all, and by the texts that clients know.
+
+Files on the machine are read leniently (`documents`), for a typo there must not keep a machine away. Whoever sends a
+configuration is there to read what is wrong with it.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from siderolink.client.config import models
+from siderolink.client.config.documents import explain, parse_documents, without_nulls
+from siderolink.client.config.settings import MachineSettings
+from siderolink.client.config.yaml_stream import YamlDocument, read_stream
+from siderolink.common.errors import ConfigurationError
+from siderolink.common.text import one_line
+
+SOURCE = "the configuration"
+VERSION = "v1alpha1"
+_MAIN_KEYS = frozenset({"machine", "cluster", "debug", "persist"})
+_JOIN = models.SideroLinkConfig.KIND
+OTHER_KINDS = frozenset(
+    (
+        # block devices
+        *(
+            "DiskHealthMonitoringConfig",
+            "DiskSmartConfig",
+            "ExistingVolumeConfig",
+            "ExternalVolumeConfig",
+            "FilesystemScrubConfig",
+        ),
+        *(
+            "FilesystemScrubConfig",
+            "FilesystemTrimConfig",
+            "LVMConfig",
+            "LVMLogicalVolumeConfig",
+            "LVMPhysicalVolumeConfig",
+            "LVMVolumeGroupConfig",
+        ),
+        *("RAIDConfig", "RawVolumeConfig", "SwapVolumeConfig", "UserVolumeConfig", "VolumeConfig", "ZswapConfig"),
+        # cluster and containers
+        *(
+            "BaseRuntimeSpecConfig",
+            "ContainerConfig",
+            "ContentLibraryConfig",
+            "CRICustomizationConfig",
+            "DiscoveryIdentityConfig",
+        ),
+        *(
+            "DiscoveryIdentityConfig",
+            "DiscoveryServiceConfig",
+            "ImageCacheConfig",
+            "RegistryAuthConfig",
+            "RegistryMirrorConfig",
+            "RegistryTLSConfig",
+        ),
+        "VirtualMachineConfig",
+        # Kubernetes
+        *("KubeAPIServerCAConfig", "KubeAPIServerConfig", "KubeAdmissionControlConfig", "KubeAggregatorCAConfig"),
+        *("KubeAuditPolicyConfig", "KubeAuthenticationConfig", "KubeAuthorizerConfig", "KubeClusterConfig"),
+        *("KubeControllerManagerConfig", "KubeCoreDNSConfig", "KubeCredentialProviderConfig", "KubeEtcdEncryptionConfig"),
+        *("KubeExternalManifestConfig", "KubeFlannelConfig", "KubeInlineManifestConfig", "KubeletConfig", "KubeNetworkConfig"),
+        *("KubeNodeConfig", "KubePrismConfig", "KubeProxyConfig", "KubeSchedulerConfig", "KubeServiceAccountConfig"),
+        *("KubeStaticPodConfig", "KubeTalosAPIAccessConfig"),
+        # network
+        *("BGPConfig", "BGPInstanceConfig", "BGPPeerConfig", "BlackholeRouteConfig", "BondConfig", "BridgeConfig"),
+        *("DHCPv4Config", "DHCPv6Config", "DummyLinkConfig", "EthernetConfig", "HCloudVIPConfig", "HTTPProbeConfig"),
+        *("HostnameConfig", "KubeSpanConfig", "KubeSpanEndpointsConfig", "KubespanEndpointsConfig", "Layer2VIPConfig"),
+        *("LinkAliasConfig", "LinkConfig", "MacVLANConfig", "NATRuleConfig", "NetworkLinkIngressConfig", "NetworkWiFiConfig"),
+        *("ProbeConfig", "ResolverConfig", "RoutingRuleConfig", "StaticHostConfig", "TCPProbeConfig", "TimeSyncConfig"),
+        *("VETHConfig", "VLANConfig", "VRFConfig", "VXLANConfig", "WireguardConfig"),
+        # the operating system
+        *("CPUPartitionConfig", "CPUScalingConfig", "EnvironmentConfig", "EtcFileConfig", "ExtensionServiceConfig"),
+        *("ImageVerificationConfig", "KernelModuleConfig", "OOMConfig", "PCIDriverRebindConfig", "SecurityProfileConfig"),
+        *("SysctlConfig", "SysfsConfig", "UdevRulesConfig", "UnattendedInstallConfig", "WatchdogTimerConfig"),
+        "WorkloadResourceConfig",
+    )
+)
+"""Kinds that existing machines know and that mean nothing here: taken, kept, and without effect."""
+
+
+@dataclass(frozen=True, slots=True)
+class Configuration:
+    """A configuration that was accepted."""
+
+    data: bytes = field(repr=False)
+    """The documents as they came."""
+    settings: MachineSettings
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def has_join(self) -> bool:
+        """Whether it says how to join."""
+        return self.settings.url is not None
+
+    def with_join_of(self, other: "Configuration") -> "Configuration":
+        """This configuration and the other's SideroLinkConfig."""
+        assert other.settings.url is not None
+        fields = {"apiVersion": VERSION, "kind": _JOIN, "apiUrl": other.settings.url.value.encode()}
+        if other.settings.unique_token is not None:
+            fields["uniqueToken"] = other.settings.unique_token.value
+        lines = [f"{key}: {json.dumps(value)}" for key, value in fields.items()]
+        text = self.data.rstrip() + b"\n---\n" + "\n".join(lines).encode() + b"\n"
+        return Configuration(text, judge(text).settings, self.warnings)
+
+
+def judge(data: bytes) -> Configuration:
+    """Raises ConfigurationError for what existing machines refuse, with their text; and for a main document."""
+    found: dict[tuple[str, str, str], YamlDocument] = {}
+    for document in read_stream(data, SOURCE):
+        name = _name_of(document)
+        if name in found:
+            raise ConfigurationError(f"duplicate document {'/'.join(name)} is not allowed (line {document.line})")
+        found[name] = document
+        _judge_document(document, name)
+    if not found:
+        raise ConfigurationError("config not found")
+    settings = parse_documents([(data, SOURCE)]).settings
+    others = [kind for _, kind, _ in found if kind not in models.MODELS]
+    warnings = tuple(f"{kind} is kept, and has no effect on this machine" for kind in dict.fromkeys(others))
+    return Configuration(data, settings, warnings)
+
+
+def _name_of(document: YamlDocument) -> tuple[str, str, str]:
+    """What names a document: version, kind and name."""
+    value = document.value
+    if not isinstance(value, dict):
+        raise ConfigurationError(f"expected a YAML document at line {document.line}")
+
+    def text(key: str) -> str:
+        found = value.get(key)
+        return one_line(found, limit=253) if isinstance(found, str) else ""
+
+    return text("apiVersion"), text("kind") or VERSION, text("name")
+
+
+def _judge_document(document: YamlDocument, name: tuple[str, str, str]) -> None:
+    value = document.value
+    assert isinstance(value, dict)
+    version, kind = name[0], value.get("kind") or ""
+    if not _MAIN_KEYS.isdisjoint(value) or (version == VERSION and not kind):
+        raise ConfigurationError(
+            f"line {document.line}: a main configuration (machine, cluster) is not for this machine: it joins its server and "
+            f"runs no cluster; send documents with a kind alone, such as {', '.join(models.MODELS)}"
+        )
+    problem = None
+    if not kind:
+        problem = "missing kind"
+    elif not version:
+        problem = "missing apiVersion"
+    elif version != VERSION or (name[1] not in models.MODELS and name[1] not in OTHER_KINDS):
+        problem = f'"{name[1]}" "{version}": not registered'
+    if problem is not None:
+        raise ConfigurationError(f"error decoding document {'/'.join(name)} (line {document.line}): {problem}")
+    model = models.MODELS.get(name[1])
+    if model is not None:
+        try:
+            model.model_validate(without_nulls(value))
+        except ValidationError as error:
+            raise ConfigurationError(_problems(document, model, error)) from None
+
+
+def _problems(document: YamlDocument, model: type[models.Document], error: ValidationError) -> str:
+    details = error.errors(include_url=False)
+    unknown = [tuple(found["loc"]) for found in details if found["type"] == "extra_forbidden"]
+    if unknown:
+        return "unknown keys found during decoding:\n" + "".join(
+            f"{line}\n" for line in _yaml(_picked(document.value, unknown))
+        )
+    return "\n".join(explain(document, model, found) for found in details)
+
+
+def _picked(value: Any, places: list[tuple[int | str, ...]]) -> Any:
+    """The parts of a value at these places, within what holds them."""
+    if () in places:
+        return value
+    inner: dict[int | str, list[tuple[int | str, ...]]] = {}
+    for place in places:
+        inner.setdefault(place[0], []).append(place[1:])
+    found = {key: _picked(value[key], rest) for key, rest in sorted(inner.items(), key=lambda item: str(item[0]))}
+    return list(found.values()) if isinstance(value, list) else found
+
+
+def _yaml(value: Any, indent: str = "") -> Iterator[str]:
+    """Lines of YAML, indented as existing machines do it."""
+    if isinstance(value, dict) and value:
+        for key, inner in value.items():
+            if isinstance(inner, dict | list) and inner:
+                yield f"{indent}{_scalar(key)}:"
+                yield from _yaml(inner, indent + "    ")
+            else:
+                yield f"{indent}{_scalar(key)}: {_scalar(inner)}"
+    elif isinstance(value, list) and value:
+        for inner in value:
+            first, *rest = list(_yaml(inner))
+            yield f"{indent}- {first}"
+            yield from (f"{indent}  {line}" for line in rest)
+    else:
+        yield indent + _scalar(value)
+
+
+def _scalar(value: Any) -> str:
+    text = str(yaml.safe_dump(value, default_flow_style=True, width=10_000, allow_unicode=True))
+    return text.removesuffix("...\n").strip()

@@ -1,0 +1,251 @@
+"""The machine's configuration as its API changes it: what is active, what the next start begins with, and what is on trial."""
+
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from difflib import unified_diff
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import anyio
+import anyio.to_thread
+from grpclib import GRPCError, Status
+
+from siderolink.client.config import MachineSettings
+from siderolink.client.config.extra import needing_extra
+from siderolink.client.link.verdict import Verdict
+from siderolink.client.maintenance.hooks import ApplyAnswer, ApplyMode, ApplyRequest
+from siderolink.client.maintenance.meta import read_private, write_private
+from siderolink.client.maintenance.resources.definitions import MACHINE_CONFIG
+from siderolink.client.maintenance.resources.specs import MACHINE_CONFIG_ANNOTATIONS, machine_config
+from siderolink.client.maintenance.resources.store import ResourceStore
+from siderolink.common.errors import ConfigurationError
+from siderolink.common.pb.machine import ConfigLoadErrorEvent
+from siderolink.common.text import one_line
+
+if TYPE_CHECKING:
+    from siderolink.client.config.strict import Configuration
+
+log = logging.getLogger("siderolink")
+
+ACTIVE, PERSISTENT = "v1alpha1", "persistent"
+"""The ids of the configuration that is in force, and of the one that the next start begins with."""
+DEFAULT_TRY = timedelta(minutes=1)
+LONGEST_TRY = timedelta(days=1)
+_MAX_BYTES = 512 * 1024
+_LONGEST_TEXT = 2000
+"""Of a refusal: it travels as a header."""
+_LONGEST_DIFF = 64 * 1024
+_DIFF_LINES = 400
+_DETAILS: dict[ApplyMode, str] = {
+    "no-reboot": "Applied configuration without a reboot",
+    "try": "Applied configuration without a reboot",
+    "staged": "Staged configuration to be applied after the next reboot",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class _Trial:
+    """A configuration that is tried, and what comes back after it."""
+
+    before: "Configuration | None"
+    ends_at: float
+
+
+class ConfigurationKeeper:
+    """Applies configurations. What is refused changes nothing.
+
+    A configuration without a SideroLinkConfig keeps the one that was applied before it: a machine never loses its manager by an
+    order that does not speak of it.
+    """
+
+    def __init__(
+        self,
+        resources: ResourceStore,
+        use: Callable[[MachineSettings], Awaitable[Verdict]],
+        *,
+        path: Path | None = None,
+        on_refusal: Callable[[ConfigLoadErrorEvent], None] = lambda _: None,
+    ) -> None:
+        """`use` puts settings into force, and says what became of it. `path` is where the persistent configuration is kept."""
+        self._resources = resources
+        self._use = use
+        self._path = path
+        self._on_refusal = on_refusal
+        self._active: Configuration | None = None
+        self._persistent: Configuration | None = None
+        self._trial: _Trial | None = None
+        self._trial_changed = anyio.Event()
+        self._is_busy = False
+
+    @property
+    def has_join(self) -> bool:
+        """Whether the active configuration says how to join."""
+        return self._active is not None and self._active.has_join
+
+    async def load(self) -> None:
+        """Put into force what was kept. What cannot be read any more is logged and passed over. Raises ConfigurationError."""
+        data = None if self._path is None else read_private(self._path, _MAX_BYTES)
+        if not data:
+            return
+        try:
+            kept = await _judge(data)
+        except ConfigurationError as error:
+            log.warning("the kept configuration %s is passed over: %s", self._path, one_line(str(error)))
+            return
+        await self._use(kept.settings)
+        self._active = self._persistent = kept
+        self._show()
+
+    async def run(self) -> None:
+        """End trials in time. Never returns."""
+        while True:
+            self._trial_changed = anyio.Event()
+            trial = self._trial
+            with anyio.move_on_at(trial.ends_at if trial is not None else float("inf")) as scope:
+                await self._trial_changed.wait()
+            if scope.cancelled_caught and trial is not None and self._trial is trial:
+                await self._end_trial(trial)
+
+    async def apply(self, request: ApplyRequest) -> ApplyAnswer:
+        """The hook of ApplyConfiguration. Raises GRPCError."""
+        if self._is_busy:
+            raise GRPCError(Status.FAILED_PRECONDITION, "another apply configuration is already in progress")
+        self._is_busy = True
+        try:
+            return await self._apply(request)
+        finally:
+            self._is_busy = False
+
+    async def _apply(self, request: ApplyRequest) -> ApplyAnswer:
+        mode: ApplyMode = "no-reboot" if request.mode in ("auto", "reboot") else request.mode
+        if mode != "try":
+            self._set_trial(None)
+        try:
+            found = await _judge(request.data)
+        except ConfigurationError as error:
+            text = str(error)[:_LONGEST_TEXT]
+            self._on_refusal(ConfigLoadErrorEvent(error=one_line(text.partition("\n")[0])))
+            raise GRPCError(Status.INVALID_ARGUMENT, text) from None
+        warnings = list(found.warnings)
+        before = self._active
+        if before is not None and before.has_join and not found.has_join:
+            found = found.with_join_of(before)
+            warnings.append("there is no SideroLinkConfig in it: the one that was applied before stays")
+        timeout = _try_timeout(request.try_timeout)
+        details = _DETAILS[mode]
+        if mode == "try":
+            details += f"\nThe config is applied in 'try' mode and will be automatically reverted back in {duration(timeout)}"
+        if request.dry_run:
+            changes = await _difference(before, found) if request.by_admin else "What is configured is shown to admins alone."
+            text = f"Dry run summary:\n{details} (skipped in dry-run).\nConfig diff:\n\n{changes}"
+            return ApplyAnswer(warnings=tuple(warnings), mode=mode, details=text)
+        warnings += await self._act(mode, found, timeout)
+        return ApplyAnswer(warnings=tuple(warnings), mode=mode, details=details)
+
+    async def _act(self, mode: ApplyMode, found: "Configuration", timeout: timedelta) -> list[str]:
+        """Put it into force as the mode says. Gives warnings. Raises GRPCError, and then nothing has changed."""
+        warnings: list[str] = []
+        if mode != "staged":
+            warnings += await self._activate(found)
+        before, self._active = self._active, (self._active if mode == "staged" else found)
+        if mode == "try":
+            # a trial within a trial goes back to where the machine was before this call, as existing machines do
+            self._set_trial(_Trial(before, anyio.current_time() + timeout.total_seconds()))
+        else:
+            warnings += await self._keep(found)
+        self._show()
+        return warnings
+
+    async def _activate(self, found: "Configuration") -> tuple[str, ...]:
+        try:
+            verdict = await self._use(found.settings)
+        except ConfigurationError as error:
+            raise GRPCError(Status.INVALID_ARGUMENT, one_line(str(error))) from None
+        if verdict.is_refused:
+            raise GRPCError(Status.FAILED_PRECONDITION, f"nothing was changed: {verdict.reason}")
+        pending = (f"not in force yet: {verdict.reason}",) if verdict.outcome == "pending" and verdict.reason else ()
+        return (*verdict.warnings, *pending)
+
+    async def _keep(self, found: "Configuration") -> list[str]:
+        """Let the next start begin with it."""
+        self._persistent = found
+        if self._path is None:
+            return ["it is kept in memory alone: this program was given no file for it"]
+        try:
+            await anyio.to_thread.run_sync(write_private, self._path, found.data)
+        except OSError as error:
+            log.warning("the configuration cannot be kept in %s: %s", self._path, error.strerror)
+            return [f"it is kept in memory alone: its file cannot be written: {error.strerror}"]
+        return []
+
+    async def _end_trial(self, trial: _Trial) -> None:
+        """Go back to what was in force before a trial."""
+        self._set_trial(None)
+        settings = MachineSettings() if trial.before is None else trial.before.settings
+        log.info("the configuration on trial is taken back")
+        try:
+            verdict = await self._use(settings)
+        except ConfigurationError as error:
+            verdict = Verdict(outcome="refused", reason=str(error))
+        if verdict.is_refused:
+            log.warning("the configuration before the trial cannot be put into force: %s", verdict.reason)
+            return
+        self._active = trial.before
+        self._show()
+
+    def _set_trial(self, trial: _Trial | None) -> None:
+        self._trial = trial
+        self._trial_changed.set()
+
+    def _show(self) -> None:
+        found = {ACTIVE: self._active, PERSISTENT: self._persistent}
+        for name, configuration in found.items():
+            if configuration is None:
+                self._resources.remove(MACHINE_CONFIG, name)
+            else:
+                spec = machine_config(configuration.data)
+                self._resources.put(MACHINE_CONFIG, name, spec, annotations=MACHINE_CONFIG_ANNOTATIONS)
+
+
+async def _judge(data: bytes) -> "Configuration":
+    with needing_extra():
+        from siderolink.client.config.strict import judge
+    return await anyio.to_thread.run_sync(judge, data)
+
+
+async def _difference(before: "Configuration | None", after: "Configuration") -> str:
+    old = b"" if before is None else before.data
+    return await anyio.to_thread.run_sync(difference, old.decode(errors="replace"), after.data.decode(errors="replace"))
+
+
+def difference(old: str, new: str) -> str:
+    """A unified difference of bounded length, in time that does not depend on what the texts are made of."""
+    if old == new:
+        return "No changes."
+    before, after = old.splitlines(keepends=True), new.splitlines(keepends=True)
+    if max(len(before), len(after)) <= _DIFF_LINES:
+        text = "".join(line if line.endswith("\n") else f"{line}\n" for line in unified_diff(before, after, "a", "b"))
+    else:
+        removed, added = (f"-{line.rstrip()}\n" for line in before), (f"+{line.rstrip()}\n" for line in after)
+        text = "".join(("--- a\n", "+++ b\n", f"@@ -1,{len(before)} +1,{len(after)} @@\n", *removed, *added))
+    return text if len(text) <= _LONGEST_DIFF else text[:_LONGEST_DIFF] + "\n(the rest is left out)\n"
+
+
+def _try_timeout(asked: timedelta | None) -> timedelta:
+    if asked is None or not asked:
+        return DEFAULT_TRY
+    if asked < timedelta(0):
+        raise GRPCError(Status.INVALID_ARGUMENT, "the timeout of a try must not be negative")
+    return min(asked, LONGEST_TRY)
+
+
+def duration(length: timedelta) -> str:
+    """A length of time as existing machines write it: ``1m0s``, ``1h0m0s``, ``2.5s``."""
+    minutes, seconds = divmod(length.total_seconds(), 60)
+    hours, minutes = divmod(int(minutes), 60)
+    text = f"{seconds:.9f}".rstrip("0").rstrip(".") + "s"
+    if hours:
+        return f"{hours}h{minutes}m{text}"
+    return f"{minutes}m{text}" if minutes else text

@@ -1,0 +1,128 @@
+"""From a call to what serves it: the caller's role first, then the message, then the method; and everything bounded."""
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import betterproto2
+from grpclib import GRPCError, Status
+from grpclib.const import Cardinality, Handler
+from grpclib.server import Stream
+
+from siderolink.client.maintenance.roles import APPLY, METHODS, Admittance, Method, Role, not_authorized, unknown_method
+from siderolink.common.errors import ConfigurationError
+from siderolink.common.grpc import ANY_METHOD
+from siderolink.common.pb.google.protobuf import Empty
+from siderolink.common.protobuf_wire import has_declared_types
+from siderolink.common.text import one_line
+
+Answer: TypeAlias = Awaitable[betterproto2.Message] | AsyncIterator[betterproto2.Message]
+
+
+@dataclass(frozen=True, slots=True)
+class Implementation:
+    """What serves one method. It is called with the request and the caller's role."""
+
+    function: Callable[[Any, Role], Answer]
+    request: type[betterproto2.Message]
+    answer: type[betterproto2.Message]
+    is_stream: bool = False
+    """Whether it gives an iterator of answers, and not one."""
+
+
+class CallCounter:
+    """How many calls that may move the API are under way: they are answered before it moves."""
+
+    def __init__(self, on_idle: Callable[[], None]) -> None:
+        self._on_idle = on_idle
+        self.count = 0
+
+    def __enter__(self) -> None:
+        self.count += 1
+
+    def __exit__(self, *_: object) -> None:
+        self.count -= 1
+        if not self.count:
+            self._on_idle()
+
+
+class MethodTable:
+    """All methods of the API for the callers of one socket: those that are implemented, and the refusals of the others."""
+
+    def __init__(self, implementations: Mapping[str, Implementation], admittance: Admittance, calls: CallCounter) -> None:
+        self._implementations = implementations
+        self._admittance = admittance
+        self._calls = calls
+
+    def __mapping__(self) -> dict[str, Handler]:
+        handlers = {path: self._handler(method) for path, method in METHODS.items() if not path.startswith("/cosi.")}
+        for path, method in METHODS.items():
+            if path.startswith("/cosi.") and method.refusal is not None:
+                handlers[path] = self._handler(method)
+        return handlers | {ANY_METHOD: Handler(self._refuse_unknown, Cardinality.UNARY_STREAM, Empty, Empty)}
+
+    def _handler(self, method: Method) -> Handler:
+        found = self._implementations.get(method.path)
+        if found is None:
+            return Handler(self._refusing(method), Cardinality.UNARY_STREAM, Empty, Empty)
+        cardinality = Cardinality.UNARY_STREAM if found.is_stream else Cardinality.UNARY_UNARY
+        serve = self._streaming(method, found) if found.is_stream else self._answering(method, found)
+        return Handler(serve, cardinality, found.request, found.answer)
+
+    def _check(self, method: Method, stream: Stream[Any, Any]) -> Role:
+        """The caller's role. Raises GRPCError where that is not enough."""
+        role = self._admittance.role(stream.peer.addr())
+        needs_admin = method.role is Role.ADMIN or (method.path == APPLY and not self._admittance.readers_apply)
+        if needs_admin and role is not Role.ADMIN:
+            raise not_authorized()
+        return role
+
+    def _refusing(self, method: Method) -> Callable[[Stream[Any, Any]], Awaitable[None]]:
+        status, text = method.refusal or (Status.UNIMPLEMENTED, f"{method.name} is not implemented on this machine")
+
+        async def refuse(stream: Stream[Any, Any]) -> None:
+            self._check(method, stream)
+            raise GRPCError(status, text)
+
+        return refuse
+
+    async def _refuse_unknown(self, stream: Stream[Any, Any]) -> None:
+        if self._admittance.role(stream.peer.addr()) is not Role.ADMIN:
+            raise not_authorized()
+        raise unknown_method(getattr(stream, "path", ""))
+
+    def _answering(self, method: Method, found: Implementation) -> Callable[[Stream[Any, Any]], Awaitable[None]]:
+        async def serve(stream: Stream[Any, Any]) -> None:
+            role = self._check(method, stream)
+            request = readable(await stream.recv_message())
+            with self._calls:
+                answer: Any = found.function(request, role)
+                try:
+                    message = await answer
+                except ConfigurationError as error:
+                    raise GRPCError(Status.INVALID_ARGUMENT, one_line(str(error))) from None
+                await stream.send_message(message)
+
+        return serve
+
+    def _streaming(self, method: Method, found: Implementation) -> Callable[[Stream[Any, Any]], Awaitable[None]]:
+        async def serve(stream: Stream[Any, Any]) -> None:
+            role = self._check(method, stream)
+            request = readable(await stream.recv_message())
+            answers: Any = found.function(request, role)
+            try:
+                async with aclosing(answers):
+                    async for message in answers:
+                        await stream.send_message(message)
+            except ConfigurationError as error:
+                raise GRPCError(Status.INVALID_ARGUMENT, one_line(str(error))) from None
+
+        return serve
+
+
+def readable(request: Any) -> Any:
+    """The request. Raises GRPCError where it is none, or has values of other kinds than declared."""
+    if request is None or not has_declared_types(request):
+        raise GRPCError(Status.INVALID_ARGUMENT, "the message could not be read")
+    return request

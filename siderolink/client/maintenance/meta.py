@@ -1,0 +1,128 @@
+"""META: what a server writes down on its machine, and files that outlive the program."""
+
+import base64
+import binascii
+import json
+import os
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+
+import anyio
+import anyio.to_thread
+from grpclib import GRPCError, Status
+
+from siderolink.client.maintenance.resources import specs
+from siderolink.client.maintenance.resources.definitions import META_KEY, UNIQUE_TOKEN
+from siderolink.client.maintenance.resources.store import ResourceStore
+from siderolink.common.errors import ConfigurationError
+
+UUID_KEY, UNIQUE_TOKEN_KEY = 15, 16
+"""The keys by which a server gives a machine its identity."""
+MAX_BYTES = 250 * 1024
+"""Of all values together, as on existing machines; a little for each key included."""
+_KEY_BYTES = 8
+_MAX_FILE = 512 * 1024
+_FORMAT = 1
+
+
+class MetaStore:
+    """The values by their keys, shown as MetaKey resources, and kept in a file where there is one."""
+
+    def __init__(self, resources: ResourceStore, path: Path | None = None) -> None:
+        """Reads the file. Raises ConfigurationError where it is there and cannot be read."""
+        self._resources = resources
+        self._path = path
+        self._writing = anyio.Lock()
+        self._values = {} if path is None else _load(path)
+        self._show()
+
+    @property
+    def values(self) -> Mapping[int, bytes]:
+        return self._values
+
+    async def write(self, key: int, value: bytes) -> None:
+        """Set a key. Raises GRPCError where there is no room, or where the file cannot be written: then nothing changed."""
+        async with self._writing:
+            values = self._values | {key: bytes(value)}
+            if sum(len(found) + _KEY_BYTES for found in values.values()) > MAX_BYTES:
+                raise GRPCError(Status.RESOURCE_EXHAUSTED, "meta write failed")
+            await self._replace(values)
+
+    async def delete(self, key: int) -> bool:
+        """Remove a key; False where there was none. Raises GRPCError where the file cannot be written."""
+        async with self._writing:
+            if key not in self._values:
+                return False
+            await self._replace({other: value for other, value in self._values.items() if other != key})
+            return True
+
+    async def _replace(self, values: dict[int, bytes]) -> None:
+        if self._path is not None:
+            encoded = {str(key): base64.b64encode(value).decode() for key, value in sorted(values.items())}
+            data = json.dumps({"version": _FORMAT, "values": encoded}).encode()
+            try:
+                await anyio.to_thread.run_sync(write_private, self._path, data)
+            except OSError as error:
+                text = f"meta write failed: {self._path.name} cannot be written: {error.strerror}"
+                raise GRPCError(Status.INTERNAL, text) from error
+        self._values = values
+        self._show()
+
+    def _show(self) -> None:
+        shown = {f"0x{key:02x}": specs.meta_key(value) for key, value in self._values.items()}
+        self._resources.replace(META_KEY, shown)
+        token = self._values.get(UNIQUE_TOKEN_KEY, b"").decode(errors="replace")
+        self._resources.put(UNIQUE_TOKEN, "unique-machine-token", specs.unique_token(token))
+
+
+def _load(path: Path) -> dict[int, bytes]:
+    data = read_private(path, _MAX_FILE)
+    if data is None:
+        return {}
+    try:
+        found = json.loads(data)
+        if found["version"] != _FORMAT:
+            raise ConfigurationError(f"{path} was written by a newer release, and cannot be read by this one")
+        values = {int(key): base64.b64decode(value, validate=True) for key, value in found["values"].items()}
+    except ConfigurationError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, binascii.Error):
+        raise ConfigurationError(f"{path} is no META file; give another, or remove it") from None
+    if not all(0 <= key <= 255 for key in values) or sum(map(len, values.values())) > MAX_BYTES:
+        raise ConfigurationError(f"{path} has keys or values that META cannot have; give another, or remove it")
+    return values
+
+
+def read_private(path: Path, limit: int) -> bytes | None:
+    """A file of this program; None where there is none. Raises ConfigurationError where it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            data = file.read(limit + 1)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise ConfigurationError(f"{path} cannot be read: {error.strerror}") from None
+    if len(data) > limit:
+        raise ConfigurationError(f"{path} is longer than {limit // 1024} KiB")
+    return data
+
+
+def write_private(path: Path, data: bytes) -> None:
+    """Put a file in place of another at once, readable by its owner alone. Raises OSError; then the old one is still there."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        with open(fd, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(fd)
+        temporary.rename(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

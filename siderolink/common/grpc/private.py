@@ -1,0 +1,176 @@
+"""Every name of h2, hpack and grpclib that is not their public API, and nothing else.
+
+grpclib is pinned to one version. h2 and hpack may be any that grpclib allows, so what is used of them here is a short way only:
+it is tried out once per process against h2's own judgement, and where it is missing or behaves differently, the public API is
+used for everything.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any
+
+from grpclib.config import Configuration
+from grpclib.events import _DispatchServerEvents
+from grpclib.exceptions import ProtocolError
+from grpclib.protocol import Peer
+from grpclib.server import Stream
+from h2.config import H2Configuration
+from h2.connection import H2Connection
+from h2.events import DataReceived, Event, ResponseReceived, StreamEnded, TrailersReceived
+from h2.stream import StreamInputs
+
+from siderolink.common.grpc import frames
+
+NO_LISTENERS = _DispatchServerEvents()
+"""Listeners of a call's events: none."""
+
+# Header blocks of an ordinary answer (RFC 7541). They use no dynamic table, so h2's encoder need not know of them.
+_ANSWER_HEADERS = b"\x88\x0f\x10\x16application/grpc+proto"
+_ANSWER_TRAILERS = b"\x00\x0bgrpc-status\x010"
+_ANSWER_STEPS = ("SEND_HEADERS", "SEND_DATA", "SEND_HEADERS", "SEND_END_STREAM")
+
+
+def grpclib_config(connection_window: int, *, server: bool) -> Configuration:
+    """grpclib's configuration without its own pings: it counts an answer only, where any byte shows that the peer lives."""
+    config = Configuration(_keepalive_time=None, http2_connection_window_size=connection_window)
+    return config.__for_server__() if server else config.__for_client__()
+
+
+class CallPeer(Peer):
+    """grpclib's view of the other end, with the address that counts."""
+
+    def __init__(self, peer: Peer, address: object) -> None:
+        super().__init__(peer._transport)
+        self._address = address
+
+    def addr(self) -> Any:
+        return self._address
+
+
+class Call(Stream[Any, Any]):
+    """grpclib's view of a call, where the trailers are written by the caller of the handler.
+
+    The only message of an answer waits until the handler has returned, and then leaves together with headers and trailers.
+    """
+
+    on_valid_token: Callable[[], None]
+    path: str = ""
+    """The method that was asked for, as the caller wrote it."""
+    _answer: object = None
+
+    async def send_message(self, message: Any) -> None:
+        if self._cardinality.server_streaming or self._send_initial_metadata_done:
+            await super().send_message(message)
+        elif self._send_message_done:
+            raise ProtocolError("the answer was given already")
+        else:
+            self._answer, self._send_message_done = message, True
+
+    def waiting_answer(self) -> bytes | None:
+        """The encoded message that waits to be sent, if there is one."""
+        if self._answer is None or self.trailers_sent:
+            return None
+        return self._codec.encode(self._answer, self._send_type)
+
+    def answered(self) -> None:
+        """Headers, message and trailers have been sent."""
+        self._send_initial_metadata_done = self._send_trailing_metadata_done = True
+
+    async def send_waiting(self) -> None:
+        """Send the message that waits by grpclib's own way."""
+        answer, self._send_message_done = self._answer, False
+        await super().send_message(answer)
+
+    @property
+    def headers_sent(self) -> bool:
+        return self._send_initial_metadata_done
+
+    @property
+    def message_sent(self) -> bool:
+        return self._send_message_done
+
+    @property
+    def trailers_sent(self) -> bool:
+        return self._send_trailing_metadata_done or self._cancel_done
+
+
+def spend_window(engine: H2Connection, stream_id: int, size: int) -> bool:
+    """Tell h2 that `size` bytes of DATA were sent past it; False where it has to send them itself."""
+    if not has_short_ways():
+        return False
+    engine.streams[stream_id].outbound_flow_control_window -= size
+    engine.outbound_flow_control_window -= size
+    return True
+
+
+def short_answer(engine: H2Connection, stream_id: int, message: bytes) -> bytes | None:
+    """A whole answer as frames, made past h2: headers, one DATA frame within the windows, and trailers.
+
+    None where h2 has to send it itself. That is also so for the first answer since the peer asked for another header table: the
+    next block has to begin with its new size (RFC 7541, 4.2), and only h2's encoder writes that.
+    """
+    if not has_short_ways():
+        return None
+    return _short_answer(engine, stream_id, message)
+
+
+def _short_answer(engine: H2Connection, stream_id: int, message: bytes) -> bytes | None:
+    stream = engine.streams.get(stream_id)
+    if stream is None or engine.encoder.table_size_changes:
+        return None
+    size = len(message)
+    for step in _ANSWER_STEPS:
+        stream.state_machine.process_input(StreamInputs[step])
+    stream.outbound_flow_control_window -= size
+    engine.outbound_flow_control_window -= size
+    header, end = frames.frame_header, frames.END_HEADERS
+    return b"".join((
+        header(len(_ANSWER_HEADERS), frames.HEADERS, end, stream_id),
+        _ANSWER_HEADERS,
+        header(size, frames.DATA, 0, stream_id),
+        message,
+        header(len(_ANSWER_TRAILERS), frames.HEADERS, end | frames.END_STREAM, stream_id),
+        _ANSWER_TRAILERS,
+    ))  # fmt: skip
+
+
+@lru_cache(maxsize=1)
+def has_short_ways() -> bool:
+    """Whether the installed h2 and hpack have what the short ways need, and end up where their public API would."""
+    try:
+        return _try_short_ways()
+    except Exception:
+        return False
+
+
+def _try_short_ways() -> bool:
+    client = H2Connection(H2Configuration(client_side=True, header_encoding="latin-1"))
+    server = H2Connection(H2Configuration(client_side=False, header_encoding="latin-1"))
+    client.initiate_connection()
+    server.initiate_connection()
+    client.receive_data(server.data_to_send())
+    for stream_id in (1, 3):
+        client.send_headers(stream_id, _REQUEST, end_stream=True)
+    server.receive_data(client.data_to_send())
+    server.clear_outbound_data_buffer()
+    window = server.local_flow_control_window(3)
+    answer = _short_answer(server, 1, bytes(10))
+    if answer is None or not _is_answer(client.receive_data(answer), 10):
+        return False
+    if server.open_inbound_streams != 1 or server.local_flow_control_window(3) != window - 10:
+        return False
+    server.streams[3].outbound_flow_control_window -= 20
+    server.outbound_flow_control_window -= 20
+    if server.local_flow_control_window(3) != window - 30:
+        return False
+    server.encoder.header_table_size = 0
+    return bool(server.encoder.table_size_changes)
+
+
+_REQUEST = [(":method", "POST"), (":scheme", "http"), (":path", "/"), (":authority", "x")]
+
+
+def _is_answer(events: Sequence[Event], size: int) -> bool:
+    kinds = [event.__class__ for event in events]
+    bodies = [len(event.data or b"") for event in events if isinstance(event, DataReceived)]
+    return kinds == [ResponseReceived, DataReceived, TrailersReceived, StreamEnded] and bodies == [size]

@@ -1,0 +1,86 @@
+"""The short ways past h2: taken only where they lead to what its public API does."""
+
+import inspect
+from collections.abc import Iterator
+from typing import Any, cast
+
+import pytest
+from h2.config import H2Configuration
+from h2.connection import H2Connection
+
+from siderolink.common.grpc import private
+
+REAL = private.has_short_ways
+
+
+@pytest.fixture(autouse=True)
+def h2_by() -> Iterator[None]:
+    REAL.cache_clear()
+    yield
+    REAL.cache_clear()
+
+
+def test_the_installed_versions_have_them() -> None:
+    assert REAL()
+
+
+class Moved(H2Connection):
+    """An h2 that keeps its window elsewhere."""
+
+    def local_flow_control_window(self, stream_id: int) -> int:
+        return 65_535
+
+
+class Renamed(H2Connection):
+    """An h2 that keeps its streams under another name."""
+
+    def __init__(self, config: H2Configuration) -> None:
+        super().__init__(config)
+        self.__dict__["table"] = self.__dict__.pop("streams")
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "streams" and inspect.stack()[1].filename.endswith("private.py"):
+            raise AttributeError(name)
+        return self.__dict__["table"] if name == "streams" else super().__getattribute__(name)
+
+
+class Counting(H2Connection):
+    """An h2 that does not see a stream's end from its state."""
+
+    @property
+    def open_inbound_streams(self) -> int:
+        return 2
+
+
+@pytest.mark.parametrize("other", [Moved, Renamed, Counting])
+def test_another_h2_is_used_by_its_public_api(other: type[H2Connection], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(private, "H2Connection", other)
+    assert not REAL()
+    engine = H2Connection(H2Configuration(client_side=False))
+    assert private.short_answer(engine, 1, b"x") is None
+    assert not private.spend_window(engine, 1, 1)
+
+
+def test_a_step_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(private, "_ANSWER_STEPS", ("SEND_EVERYTHING",))
+    assert not REAL()
+
+
+def test_an_encoder_that_hides_its_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Hidden(H2Connection):
+        def __init__(self, config: H2Configuration) -> None:
+            super().__init__(config)
+            self.encoder = cast("Any", HiddenEncoder())
+
+    monkeypatch.setattr(private, "H2Connection", Hidden)
+    assert not REAL()
+
+
+class HiddenEncoder:
+    """Has nothing of hpack's but what h2 calls."""
+
+    header_table_size = 4096
+    huffman = False
+
+    def encode(self, headers: object, huffman: bool = True) -> bytes:
+        return b"\x83\x86\x84\x41\x01x"
