@@ -71,10 +71,11 @@ def no_namespaces_left() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def a_runtime_folder_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Servers and machines of another run beside this one do not show in `siderolink status`."""
+def folders_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Servers and machines of another run beside this one do not show in `siderolink status`, and share no state."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SIDEROLINK_RUNTIME_DIR", str(tmp_path_factory.mktemp("run")))
+        patch.setenv("STATE_DIRECTORY", str(tmp_path_factory.mktemp("state")))
         yield
 
 

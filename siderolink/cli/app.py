@@ -15,6 +15,7 @@ from siderolink.cli.options import (
     DeviceChoice,
     EventSinkPort,
     ForwardedFrom,
+    IdentityFolder,
     InstallationId,
     Interface,
     JoinToken,
@@ -52,6 +53,7 @@ from siderolink.cli.options import (
     WireguardEndpoints,
     default_state,
     overlay_ports,
+    state_folder,
 )
 from siderolink.cli.output import fail
 from siderolink.common.errors import SideroLinkError
@@ -132,9 +134,10 @@ def join(
     config: Config = None,
     kernel_cmdline: KernelCmdline = None,
     uuid: Annotated[str | None, typer.Option(help="The machine's UUID.", show_default="the firmware's")] = None,
-    talos_version: TalosVersion = "",
+    talos_version: TalosVersion = None,
     unique_token: UniqueToken = None,
     unique_token_file: UniqueTokenFile = None,
+    identity: IdentityFolder = None,
     join_token_file: TokenFile = None,
     interface: Interface = None,
     device: Device = DeviceChoice.AUTO,
@@ -148,19 +151,20 @@ def join(
     log_format: LogFormatOption = LogFormat.TEXT,
     log_level: LogLevelOption = LogLevel.INFO,
 ) -> None:
-    """Join a server as one machine, until stopped. A server that is away, or refuses, is asked again until it answers.
+    """Join a server as one machine, until stopped. Retries until the server accepts the join.
 
-    Without a URL, --config says where documents lie; without either, the host does: /etc/siderolink.yaml, /etc/siderolink/ and
-    the kernel command line. When the files change, the machine joins anew. What they say of an event sink and of kernel log
-    destinations is delivered to over the link.
+    Settings come from the URL, or from --config, or else from /etc/siderolink.yaml, /etc/siderolink/ and the kernel command
+    line. When the files change, the new settings are tried beside the link and take over only if they work. Events and kernel
+    log lines are delivered over the link to the destinations that the settings name.
     """
     from siderolink.cli.join import JoinOptions, run_join
     from siderolink.cli.maintenance import MaintenanceOptions
     from siderolink.cli.settings import SettingsOptions
-    from siderolink.client.maintenance import API_RELEASE
+    from siderolink.client.link.identity import TALOS_VERSION
 
     start_log(log_format, log_level)
-    maintenance = MaintenanceOptions(port=maintenance_port, version=talos_version, meta=meta, configuration=keep_config)
+    release = TALOS_VERSION if talos_version is None else talos_version
+    maintenance = MaintenanceOptions(port=maintenance_port, version=release, meta=meta, configuration=keep_config)
     settings = SettingsOptions(
         url=url,
         config=tuple(config or ()),
@@ -173,7 +177,8 @@ def join(
     run_join(
         JoinOptions(
             settings=settings,
-            talos_version=talos_version or (API_RELEASE if maintenance_api else ""),
+            talos_version=release,
+            identity=identity or state_folder() / "machine",
             interface=interface,
             device=device.value,
             netns=netns,

@@ -1,8 +1,9 @@
 """`siderolink join`: one machine in the foreground."""
 
+import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import anyio
@@ -14,15 +15,18 @@ from siderolink.cli.maintenance import Maintenance, MaintenanceOptions
 from siderolink.cli.reporting import Reporting, report_part
 from siderolink.cli.running import run_until_stopped
 from siderolink.cli.settings import FollowedSettings, SettingsOptions, SettingsReader
-from siderolink.client import Link, LinkEvent, connect
+from siderolink.client import Link, LinkEvent, SettingsApplied
 from siderolink.client.config import HOST_DOCUMENTS, PROC_CMDLINE, Ingress, MachineSettings
 from siderolink.client.firewall import ingress_firewall
-from siderolink.client.link.identity import machine_uuid
+from siderolink.client.link.identity import TALOS_VERSION, UniqueTokens, machine_uuid
+from siderolink.client.link.link import open_link
+from siderolink.client.link.provisioning import Machine
+from siderolink.client.link.runner import LinkOptions, ServerKeys
+from siderolink.client.link.supervisor import Verdict, try_first
 from siderolink.client.maintenance import LinkFollower
 from siderolink.common.errors import ConfigurationError
 from siderolink.common.grpc import client_tls
 from siderolink.common.join_url import JoinURL
-from siderolink.common.keys import PrivateKey
 from siderolink.common.pb.siderolink.control import Event, StatusResponse
 from siderolink.common.tasks import background_tasks
 from siderolink.common.wireguard.device import DeviceKind
@@ -33,14 +37,16 @@ class JoinOptions:
     """As given on the command line."""
 
     settings: SettingsOptions
-    talos_version: str = ""
+    talos_version: str = TALOS_VERSION
     """The release's tag that the server is told."""
+    identity: Path | None = None
+    """The folder for what the machine keeps between starts; None keeps nothing."""
     interface: str | None
     device: DeviceKind
     netns: str | None = None
     """Where the interface lives; reports are then not delivered."""
     ca: Path | None = None
-    """Roots (PEM) that the server's certificate is checked against, in place of the system's."""
+    """Roots (PEM) that the server's certificate is checked against, instead of the system's."""
     fallback_tunnel: bool = False
     """Use the tunnel while UDP does not pass."""
     maintenance: MaintenanceOptions | None = None
@@ -69,7 +75,7 @@ class LinkSource:
             peers=[peer_message(status.server)] if status.server else [],
             drops=status.drops | lost_records(),
             state=status.state,
-            reason=status.reason,
+            reason="; ".join(filter(None, (status.reason, status.refused_settings))),
             since=status.since,
             reports=self._reporting.counts(),
         )
@@ -81,25 +87,30 @@ class LinkSource:
 
 
 class JoinedMachine:
-    """Holds a link by settings that may change, with one key for as long as the program runs."""
+    """Keeps a link by settings that may change; each server knows the machine by one key and one unique token."""
 
     def __init__(self, options: JoinOptions, settings: FollowedSettings) -> None:
         self._options = options
         self._settings = settings
-        self._key = PrivateKey.generate()
+        self._node_uuid = machine_uuid(folder=options.identity)
+        self._unique_tokens = UniqueTokens(options.identity)
+        self._keys: ServerKeys = {}
+        self._roots: tuple[str | None, ssl.SSLContext] | None = None
         self._reporting = Reporting()
         self._follower: LinkFollower | None = None
         self._maintenance: Maintenance | None = None
+        self._link: Link | None = None
+        self._in_force = anyio.Event()
 
     async def run(self) -> None:
         """Never returns. Raises SideroLinkError where there can be no interface."""
         if self._options.netns is not None and self._options.maintenance is not None:
             raise ConfigurationError("--maintenance-api serves this network namespace: leave out --netns, or run it inside")
         if self._options.maintenance is not None:
-            self._maintenance = Maintenance(self._settings, self._reporting, self._key, self._options.maintenance)
+            self._maintenance = Maintenance(self._settings, self._reporting, self._options.maintenance)
             await self._maintenance.load()
         uuid = self._settings.current.uuid
-        name_machine(uuid.value if uuid is not None else machine_uuid())
+        name_machine(uuid.value if uuid is not None else self._node_uuid)
         own = (self._options.interface,) if self._options.interface is not None else ()
         async with ingress_firewall(Ingress(), own) as firewall, background_tasks() as tasks:
 
@@ -115,7 +126,8 @@ class JoinedMachine:
             tasks.start_soon(self._settings.follow, lambda settings: settings.ingress, hold_firewall)
             tasks.start_soon(self._settings.follow, report_part, self._reporting.collect)
             async with self._serve_maintenance() as self._follower:
-                await self._settings.follow(_join_part, self._hold)
+                self._settings.try_link = self._try_link
+                await self._keep_linked()
 
     @asynccontextmanager
     async def _serve_maintenance(self) -> AsyncIterator[LinkFollower | None]:
@@ -124,75 +136,121 @@ class JoinedMachine:
             yield None
             return
         uuid = self._settings.current.uuid
-        node_uuid = uuid.value if uuid is not None else machine_uuid()
+        node_uuid = uuid.value if uuid is not None else self._node_uuid
         async with self._maintenance.serve(node_uuid=node_uuid) as follower:
             yield follower
 
-    async def _hold(self, settings: "_JoinPart") -> None:
-        """Hold the link, whatever the server says at first: it is asked again until it answers."""
-        if settings.url is None:
-            say("waiting", "there is no join URL")
-            if self._follower is not None:
-                self._follower.removed()
-            await anyio.sleep_forever()
-            return
-        if self._follower is not None:
-            self._follower.configured(settings.url)
-        await self._hold_link(settings.url, settings)
+    # The link, and its settings
 
-    async def _hold_link(self, url: JoinURL, settings: "_JoinPart") -> None:
+    async def _keep_linked(self) -> None:
+        """Keep a link whenever there is a join URL."""
+        while True:
+            url = _join_url(self._settings.current)
+            if url is None:
+                say("waiting", "there is no join URL")
+                if self._follower is not None:
+                    self._follower.removed()
+                await self._settings.changed()
+                continue
+            if self._follower is not None:
+                self._follower.configured(url)
+            options = await self._link_options(self._settings.current)
+            async with open_link(options, self._on_event, keys=self._keys) as self._link:
+                try:
+                    await self._follow_settings(self._link)
+                finally:
+                    self._link = None
+
+    async def _follow_settings(self, link: Link) -> None:
+        """Until there is no join URL any more."""
+        async with background_tasks() as tasks:
+            tasks.start_soon(self._serve_control, link)
+            tasks.start_soon(self._report, link)
+            while True:
+                settings = self._settings.current
+                if _join_url(settings) is None:
+                    return
+                try:
+                    await link.apply(await self._link_options(settings), timeout=0.0, keep=True)
+                except ConfigurationError as error:
+                    say("settings refused", f"{error}; what was in force stays")
+                if self._settings.current == settings:
+                    await self._settings.changed()
+
+    async def _try_link(self, settings: MachineSettings, *, timeout: float, keep: bool) -> Verdict:
+        """What these settings would do to the link, tried; see `LinkSupervisor.apply`."""
+        if _join_url(settings) is None:
+            return Verdict(outcome="applied")
+        options = await self._link_options(settings)
+        if self._link is not None:
+            return await self._link.apply(options, timeout=timeout, keep=keep)
+        if keep:
+            return Verdict(outcome="pending", reason="there is no link yet")
+        return await try_first(options, self._keys, timeout=timeout)
+
+    async def _link_options(self, settings: MachineSettings) -> LinkOptions:
+        """Raises ConfigurationError."""
         options = self._options
+        url = _join_url(settings)
+        assert url is not None
+        own_uuid = settings.uuid.value if settings.uuid is not None and settings.uuid.source == "argument" else self._node_uuid
+        link_options = LinkOptions(
+            url=url,
+            machine=Machine(uuid=settings.uuid.value if settings.uuid is not None else own_uuid, version=options.talos_version),
+            interface=options.interface,
+            device=options.device,
+            namespace=options.netns,
+            tls=self._tls(settings) if url.tls else None,
+            fallback_tunnel=options.fallback_tunnel,
+            retry_first=True,
+        )
+        if settings.unique_token is not None:
+            token = settings.unique_token.value
+        else:
+            token = await self._unique_tokens.token(link_options.server, own_uuid)
         hide(url.join_token)
-        hide(settings.unique_token)
-        if settings.uuid is not None:
-            name_machine(settings.uuid)
-        name = options.interface or ("siderolinktun" if url.tunnel else "siderolink")
-        async with (
-            connect(
-                url,
-                uuid=settings.uuid,
-                unique_token=settings.unique_token,
-                talos_version=options.talos_version,
-                interface=options.interface,
-                device=options.device,
-                namespace=options.netns,
-                private_key=self._key,
-                tls=client_tls(options.ca, extra_roots=settings.roots_pem) if url.tls else None,
-                fallback_tunnel=options.fallback_tunnel,
-                wait=False,
-                on_event=self._on_event,
-            ) as link,
-            control_socket(name, LinkSource(link, name, self._reporting)),
-        ):
-            await link.wait_connected()
-            if options.netns is not None:  # reports would have to leave by a namespace that this program is not in
-                await anyio.sleep_forever()
-            await self._settings.follow(report_part, self._reporting.deliver)
+        hide(token)
+        name_machine(link_options.machine.uuid)
+        return replace(link_options, machine=replace(link_options.machine, unique_token=token))
+
+    def _tls(self, settings: MachineSettings) -> ssl.SSLContext:
+        """The same context for the same roots, so that settings can be compared."""
+        if self._roots is None or self._roots[0] != settings.roots_pem:
+            self._roots = settings.roots_pem, client_tls(self._options.ca, extra_roots=settings.roots_pem)
+        return self._roots[1]
+
+    # What goes with a link
+
+    async def _serve_control(self, link: Link) -> None:
+        """Serve the control socket under the name of the interface that the settings call for."""
+        while True:
+            name = self._options.interface or ("siderolinktun" if link.options.url.tunnel else "siderolink")
+            async with control_socket(name, LinkSource(link, name, self._reporting)):
+                while name == (self._options.interface or ("siderolinktun" if link.options.url.tunnel else "siderolink")):
+                    await self._in_force.wait()
+
+    async def _report(self, link: Link) -> None:
+        await link.wait_connected()
+        if self._options.netns is not None:  # reports would have to leave by a namespace that this program is not in
+            await anyio.sleep_forever()
+        await self._settings.follow(report_part, self._reporting.deliver)
 
     def _on_event(self, event: LinkEvent) -> None:
         log_link_event(event)
         self._reporting.on_link_event(event)
+        if self._follower is not None and self._link is not None:
+            self._follower.private_key = self._link.private_key
         if self._follower is not None:
             self._follower.on_event(event)
+        if isinstance(event, SettingsApplied):
+            if self._follower is not None and self._link is not None:
+                self._follower.configured(self._link.options.url)
+            self._in_force.set()
+            self._in_force = anyio.Event()
 
 
-@dataclass(frozen=True, slots=True)
-class _JoinPart:
-    """The settings that a link is made from."""
-
-    url: JoinURL | None
-    uuid: str | None
-    unique_token: str = field(repr=False)
-    roots_pem: str | None = field(repr=False)
-
-
-def _join_part(settings: MachineSettings) -> _JoinPart:
-    return _JoinPart(
-        url=settings.url.value if settings.url is not None else None,
-        uuid=settings.uuid.value if settings.uuid is not None else None,
-        unique_token=settings.unique_token.value if settings.unique_token is not None else "",
-        roots_pem=settings.roots_pem,
-    )
+def _join_url(settings: MachineSettings) -> JoinURL | None:
+    return settings.url.value if settings.url is not None else None
 
 
 def run_join(options: JoinOptions) -> None:

@@ -12,7 +12,7 @@ from siderolink.cli.logs import say
 from siderolink.cli.reporting import Reporting
 from siderolink.cli.settings import FollowedSettings
 from siderolink.client.config import MachineSettings, Setting
-from siderolink.client.link.verdict import Verdict
+from siderolink.client.link.supervisor import Verdict
 from siderolink.client.maintenance import (
     API_PORT,
     ApplyAnswer,
@@ -28,7 +28,6 @@ from siderolink.client.maintenance import (
     serve_maintenance,
 )
 from siderolink.client.maintenance.meta import UNIQUE_TOKEN_KEY, UUID_KEY
-from siderolink.common.keys import PrivateKey
 from siderolink.common.machine_events import MachineEventPayload
 from siderolink.common.pb.machine import (
     ConfigLoadErrorEvent,
@@ -57,11 +56,10 @@ class MaintenanceOptions:
 class Maintenance:
     """Serves the API, and applies configurations."""
 
-    def __init__(self, settings: FollowedSettings, reporting: Reporting, key: PrivateKey, options: MaintenanceOptions) -> None:
+    def __init__(self, settings: FollowedSettings, reporting: Reporting, options: MaintenanceOptions) -> None:
         """Reads META's file. Raises ConfigurationError."""
         self._settings = settings
         self._reporting = reporting
-        self._key = key
         self._options = options
         self._version = MachineVersion(tag=options.version) if options.version else MachineVersion()
         self._resources = ResourceStore()
@@ -95,7 +93,7 @@ class Maintenance:
             say("maintenance API", f"on port {port}, {'every address' if place == Everywhere() else 'the overlay alone'}")
             self._reporting.also_to(api.events.publish)
             self._reporting.publish(_in_maintenance())
-            yield LinkFollower(api, private_key=self._key)
+            yield LinkFollower(api)
 
     def _on_refusal(self, event: ConfigLoadErrorEvent) -> None:
         self._reporting.publish(event)

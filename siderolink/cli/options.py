@@ -46,14 +46,27 @@ Url = Annotated[
     ),
 ]
 UniqueToken = Annotated[
-    str | None, typer.Option(help="What tells machines of one UUID apart.", envvar="SIDEROLINK_UNIQUE_TOKEN")
+    str | None,
+    typer.Option(
+        help="What tells machines of one UUID apart.",
+        envvar="SIDEROLINK_UNIQUE_TOKEN",
+        show_default="one of its own for each server",
+    ),
 ]
 TalosVersion = Annotated[
-    str,
+    str | None,
     typer.Option(
-        help="The release to join as; some servers let in no machine without one.",
-        show_default="v1.14.0 with --maintenance-api, none without",
+        help="The release to join as: servers refuse machines without one, and clients warn about old ones.",
         metavar="TAG",
+        show_default="a recent one",
+    ),
+]
+IdentityFolder = Annotated[
+    Path | None,
+    typer.Option(
+        help="Where the machine keeps its unique token for each server, and a UUID if it had to draw one.",
+        show_default="under the system's state directory",
+        metavar="DIR",
     ),
 ]
 UniqueTokenFile = Annotated[Path | None, typer.Option(help="A file that holds it.", metavar="FILE")]
@@ -171,13 +184,17 @@ class KernelCmdlineCommand(TyperCommand):
         return super().parse_args(ctx, given[:-1])
 
 
-def default_state(interface: str) -> Path:
-    """The state directory that systemd gives, or the platform's, with one file per interface."""
+def state_folder() -> Path:
+    """The state directory that systemd gives, or the platform's."""
     from platformdirs import user_state_path
 
     directories = os.environ.get("STATE_DIRECTORY", "")
-    folder = Path(directories.split(":")[0]) if directories else user_state_path("siderolink", use_site_for_root=True)
-    return folder / f"{interface}.state"
+    return Path(directories.split(":")[0]) if directories else user_state_path("siderolink", use_site_for_root=True)
+
+
+def default_state(interface: str) -> Path:
+    """The server's state: one file per interface."""
+    return state_folder() / f"{interface}.state"
 
 
 def overlay_ports(given: Sequence[str] | None) -> tuple[str, ...] | None:

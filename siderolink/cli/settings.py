@@ -1,24 +1,28 @@
 """Where a command finds a machine's settings, and what to do when they change."""
 
+import logging
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import anyio
 
 from siderolink.cli.logs import say
 from siderolink.cli.secret import read_secret
 from siderolink.client.config import MachineSettings, Setting, Sources, merge
-from siderolink.client.link.verdict import Verdict
-from siderolink.common.errors import ConfigurationError
+from siderolink.client.link.supervisor import PROMPT_TIMEOUT, VERDICT_TIMEOUT, Verdict
+from siderolink.common.backoff import Backoff
+from siderolink.common.errors import ConfigurationError, SideroLinkError
 from siderolink.common.join_url import JoinURL
+from siderolink.common.node_uuid import is_placeholder, parse_uuid
 from siderolink.common.tasks import background_tasks
 
 T = TypeVar("T")
+log = logging.getLogger("siderolink")
 
 HOST = Path("host")
-"""In place of a file: the kernel command line of this host."""
+"""Stands for the kernel command line of this host, instead of a file."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +39,7 @@ class SettingsOptions:
 
 
 class SettingsReader:
-    """Reads the settings that the options tell of; a URL alone keeps the host's own out."""
+    """Reads the settings that the options name; with a URL alone, the host's own are not read."""
 
     def __init__(self, options: SettingsOptions) -> None:
         """Raises ConfigurationError for a URL or secret that cannot be used."""
@@ -49,7 +53,7 @@ class SettingsReader:
             explicit=MachineSettings(
                 url=None if url is None else Setting(url, "argument"),
                 unique_token=None if unique_token is None else Setting(unique_token, "argument"),
-                uuid=None if options.uuid is None else Setting(options.uuid, "argument"),
+                uuid=None if options.uuid is None else Setting(_identity(options.uuid), "argument"),
             ),
             documents=options.config,
             kernel_cmdline=None if from_kernel == HOST else from_kernel,
@@ -58,30 +62,46 @@ class SettingsReader:
         )
 
     def read(self) -> MachineSettings:
-        """All that was found, merged, with the join token of its own where the URL has none. Raises ConfigurationError."""
+        """All that was found, merged; a join token from a file completes a URL without one. Raises ConfigurationError."""
         settings = self.sources.read()
         if self._join_token is None or settings.url is None or settings.url.value.join_token is not None:
             return settings
         return replace(settings, url=replace(settings.url, value=replace(settings.url.value, join_token=self._join_token)))
 
 
+def _identity(text: str) -> str:
+    node_uuid = parse_uuid(text.strip())
+    if is_placeholder(node_uuid):
+        raise ConfigurationError(f"{node_uuid} is a vendor's placeholder, the same on many machines: give one of its own")
+    return node_uuid
+
+
+class TryLink(Protocol):
+    """Tries what settings mean for the link; see `LinkSupervisor.apply`."""
+
+    async def __call__(self, settings: MachineSettings, *, timeout: float, keep: bool) -> Verdict: ...
+
+
 class FollowedSettings:
-    """Settings that are read again whenever their files change."""
+    """Settings that are read again whenever their files change, and that the machine's API may change."""
 
     def __init__(self, reader: SettingsReader) -> None:
         """Reads them a first time. Raises ConfigurationError."""
         self._reader = reader
+        self._found = reader.read()
         self._applied = MachineSettings()
         self._meta = MachineSettings()
         self._refusal: str | None = None
         self._told: tuple[str, ...] = ()
         self._is_watched = False
         self._changed = anyio.Event()
-        self.current = reader.read()
+        self.try_link: TryLink | None = None
+        """Who tries a change before it counts; None while there is nobody."""
+        self.current = self._found
 
     @property
     def has_url_argument(self) -> bool:
-        """Whether a join URL was given that is stronger than all that is found or applied."""
+        """Whether a join URL was given as an argument, which overrides all that is found or applied."""
         return self._reader.sources.explicit.url is not None
 
     async def apply(self, documents: MachineSettings) -> Verdict:
@@ -89,9 +109,14 @@ class FollowedSettings:
 
         Where they change the link, it is tried first, for up to `VERDICT_TIMEOUT` seconds; if it does not work nothing changes.
         """
-        self._applied = documents
-        self._read_again()
-        return Verdict(outcome="applied")
+        candidate = self._merge(documents, self._meta)
+        verdict = Verdict(outcome="applied")
+        if self.try_link is not None:
+            verdict = await self.try_link(candidate, timeout=VERDICT_TIMEOUT, keep=False)
+        if not verdict.is_refused:
+            self._applied = documents
+            self._use(self._merge(self._applied, self._meta))
+        return verdict
 
     @property
     def meta(self) -> MachineSettings:
@@ -104,25 +129,61 @@ class FollowedSettings:
         Answers within `PROMPT_TIMEOUT` seconds: a server may hold the new Provision call until its META write has returned. A
         change that is refused by then is dropped; one that is pending is kept and retried.
         """
-        self._meta = meta
-        self._read_again()
-        return Verdict(outcome="applied")
+        before, self._meta = self._meta, meta
+        verdict = Verdict(outcome="applied")
+        if self.try_link is not None:
+            candidate = self._merge(self._applied, meta)
+            verdict = await self.try_link(candidate, timeout=PROMPT_TIMEOUT, keep=True)
+        if verdict.is_refused and self._meta is meta:
+            self._meta = before
+            if self.try_link is not None:
+                await self.try_link(self._merge(self._applied, before), timeout=0.0, keep=True)
+        self._use(self._merge(self._applied, self._meta))
+        return verdict
 
     async def watch(self) -> None:
-        """Never returns. Files that cannot be read or used are told of; what was in force stays in force."""
+        """Never returns. Files that cannot be read or used are reported; what was in force stays in force."""
         await self._reader.sources.watch(self._read_files_again)
 
+    async def changed(self) -> None:
+        """Return at the next change of `current`."""
+        await self._changed.wait()
+
     async def follow(self, part: Callable[[MachineSettings], T], use: Callable[[T], Coroutine[Any, Any, None]]) -> None:
-        """Run `use` with a part of the settings; whenever that part changes, cancel it and run it anew. Never returns."""
+        """Run `use` with a part of the settings; whenever that part changes, cancel it and run it anew. Never returns.
+
+        What fails with the first value raises; later failures are reported and tried again, until the part changes or it works.
+        """
+        backoff = Backoff(first=1.0, cap=60.0)
+        is_first = True
         while True:
             value = part(self.current)
             async with background_tasks() as tasks:
-                tasks.start_soon(use, value)
+                tasks.start_soon(self._use_part, use, value, backoff, is_first)
                 while part(self.current) == value:
                     await self._changed.wait()
+            is_first = False
+            backoff.reset()
+
+    async def _use_part(
+        self, use: Callable[[T], Coroutine[Any, Any, None]], value: T, backoff: Backoff, is_first: bool
+    ) -> None:
+        while True:
+            try:
+                await use(value)
+                return
+            except SideroLinkError as error:
+                if is_first:
+                    raise
+                delay = backoff.next()
+                say("settings failed", f"{error}; again in {delay:.0f} s")
+            except Exception:
+                delay = backoff.next()
+                log.exception("using changed settings failed; it is tried again in %.0f s", delay)
+            await anyio.sleep(delay)
 
     def _read_files_again(self) -> None:
-        """The first call comes when the watch begins, and says nothing that was said before."""
+        """The first call comes when the watch begins, and repeats nothing."""
         self._read_again()
         if self._is_watched or self.current.problems != self._told:
             self.tell_problems()
@@ -136,19 +197,25 @@ class FollowedSettings:
 
     def _read_again(self) -> None:
         try:
-            found = self._reader.read()
-            explicit = self._reader.sources.explicit
-            explicit = replace(
-                explicit,
-                uuid=self._meta.uuid or explicit.uuid,
-                unique_token=self._meta.unique_token or explicit.unique_token,
-            )
-            settings, refusal = merge(explicit, self._applied, found).keeping(self.current), None
+            self._found, refusal = self._reader.read(), None
         except ConfigurationError as error:
-            settings, refusal = self.current, str(error)
+            refusal = str(error)
         if refusal is not None and refusal != self._refusal:
             say("settings refused", f"{refusal}; what was in force stays")
         self._refusal = refusal
+        self._use(self._merge(self._applied, self._meta))
+
+    def _merge(self, applied: MachineSettings, meta: MachineSettings) -> MachineSettings:
+        """What counts: META for the identity, then arguments, then what was applied, then what was found."""
+        explicit = self._reader.sources.explicit
+        explicit = replace(
+            explicit,
+            uuid=meta.uuid or explicit.uuid,
+            unique_token=meta.unique_token or explicit.unique_token,
+        )
+        return merge(explicit, applied, self._found).keeping(self.current)
+
+    def _use(self, settings: MachineSettings) -> None:
         if settings != self.current:
             self.current = settings
             say("settings", "changed")

@@ -1,8 +1,9 @@
-"""The machine's side: join a server, hold the link, bring it back."""
+"""The machine's side: join a server, keep the link, re-establish it when it dies."""
 
 from siderolink.client.link.events import (
     Connected,
     Connecting,
+    ConnectionsCut,
     FallbackBegun,
     FallbackEnded,
     Handshake,
@@ -16,7 +17,11 @@ from siderolink.client.link.events import (
     ProvisionFailed,
     Reestablished,
     RouteFailed,
+    SettingsApplied,
+    SettingsRefused,
+    SettingsTried,
     StateChanged,
+    TransportChanged,
 )
 from siderolink.client.link.link import Link, LinkStatus, connect
 from siderolink.client.link.state import LinkState
@@ -24,6 +29,7 @@ from siderolink.client.link.state import LinkState
 __all__ = [
     "Connected",
     "Connecting",
+    "ConnectionsCut",
     "FallbackBegun",
     "FallbackEnded",
     "Handshake",
@@ -40,6 +46,10 @@ __all__ = [
     "ProvisionFailed",
     "Reestablished",
     "RouteFailed",
+    "SettingsApplied",
+    "SettingsRefused",
+    "SettingsTried",
     "StateChanged",
+    "TransportChanged",
     "connect",
 ]

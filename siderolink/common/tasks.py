@@ -32,15 +32,16 @@ async def background_tasks() -> AsyncIterator[TaskGroup]:
         raise lone from lone.__cause__
 
 
-async def keep_running(what: str, work: Callable[[], Awaitable[None]]) -> None:
-    """Run `work` until it returns or this task is cancelled; start it again, after a growing wait, where it raises.
+async def keep_running(what: str, work: Callable[[], Awaitable[object]]) -> None:
+    """Run `work` until it returns or this task is cancelled; start it again, after a growing delay, when it raises.
 
-    For parts whose failure must not end the whole: it is logged with its traceback, with `what` it was.
+    For parts whose failure must not end the whole: the log has the traceback and `what` failed.
     """
     backoff = Backoff(first=1.0, cap=60.0)
     while True:
         try:
-            return await work()
+            await work()
+            return
         except Exception:
             delay = backoff.next()
             log.exception("%s failed and is started again in %.0f s", what, delay)

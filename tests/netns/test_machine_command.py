@@ -3,6 +3,7 @@
 import json
 import queue
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -24,7 +25,7 @@ from siderolink.common.pb.machine import (
     MetaWriteRequest,
     MetaWriteResponse,
 )
-from siderolink.server import Allow, Deny, JoinRequest
+from siderolink.server import Allow, Deny, JoinRequest, MachineStatus
 from tests.support.machine_api import MACHINE, MachineClient, machine_client, status_of
 from tests.support.netns import Namespace
 from tests.support.reach import dial, keeps_out, lets_in
@@ -169,14 +170,37 @@ class Membership:
             yield
             end(self._machine)
 
-    def next_join(self) -> JoinRequest:
+    def next_join(self, said: str = "settings applied") -> JoinRequest:
         request = self._joins.get(timeout=10)
-        read_until(self._machine, "monitoring the link")
+        read_until(self._machine, said)
         return request
+
+    def interface_index(self) -> int:
+        return int(self._net.machine.run(["cat", "/sys/class/net/siderolink/ifindex"]))
+
+    @contextmanager
+    def connection(self) -> Iterator[Callable[[], None]]:
+        """A TCP connection over the link that lives through what happens; what is given checks that it still does."""
+        with self._net.machine.call(partial(socket.create_server, ("::", 9), family=socket.AF_INET6)) as listener:
+            address = str(self._status().machine.overlay_address)
+            with self._net.server.call(partial(socket.create_connection, (address, 9), 5)) as near:
+                far, _ = listener.accept()
+                with far:
+
+                    def check() -> None:
+                        near.sendall(b"alive")
+                        far.settimeout(10)
+                        assert far.recv(5) == b"alive"
+
+                    yield check
+
+    def _status(self) -> MachineStatus:
+        [found] = [status for status in self._portal.call(self._server.machines) if status.machine.node_uuid == self.uuid]
+        return found
 
     def ask(self, work: Callable[[MachineClient], object]) -> object:
         """By its API, which listens a moment after the link has come up."""
-        [found] = [status for status in self._portal.call(self._server.machines) if status.machine.node_uuid == self.uuid]
+        found = self._status()
         deadline = time.monotonic() + 10
         while True:
             try:
@@ -200,18 +224,27 @@ class Membership:
 
 @pytest.mark.timeout(60)
 def test_a_server_gives_a_machine_its_unique_token_by_meta(net: Net) -> None:
-    """As servers do it that let in no machine for good before it has one of theirs."""
-    machine = Membership(net, "--talos-version", "v1.13.0")
+    """As servers do it that let in no machine for good before it has one of theirs. The link it came by stays."""
+    machine = Membership(net)
     with machine.running():
-        join = machine.next_join()
-        assert (join.node_uuid, join.unique_token or "", join.talos_version) == (UUID, "", "v1.13.0")
+        join = machine.next_join("monitoring the link")
+        own = json.loads(join.unique_token or "")
+        assert (join.node_uuid, join.talos_version) == (UUID, "v1.14.0")
+        assert set(own) == {"Fingerprint", "Token"}
         machine.write(12, b"x")
         assert machine.refusal(lambda: machine.delete(16)) == ("NOT_FOUND", "meta key not found")
         machine.write(16, b"two\nlines")  # kept as it is, and not joined with
         machine.delete(16)
-        machine.write(16, b"given")
-        join = machine.next_join()
-        assert (join.node_uuid, join.unique_token) == (UUID, "given")
+        index = machine.interface_index()
+        with machine.connection() as lives:
+            given = json.dumps({"Fingerprint": "0" * 64, "Token": own["Token"]})
+            machine.write(16, given.encode())
+            join = machine.next_join()
+            assert (join.node_uuid, join.unique_token) == (UUID, given)
+            lives()
+            assert machine.refusal(lambda: machine.write(16, b"of another machine"))[0] == "FAILED_PRECONDITION"
+            lives()
+        assert machine.interface_index() == index
 
 
 @pytest.mark.timeout(60)
@@ -219,7 +252,7 @@ def test_a_server_gives_a_machine_another_uuid_by_meta(net: Net) -> None:
     other = UUID[:-1] + "2"
     machine = Membership(net, "--unique-token", "mine")
     with machine.running():
-        assert machine.next_join().node_uuid == UUID
+        assert machine.next_join("monitoring the link").node_uuid == UUID
         machine.write(15, b"x")  # kept as it is, and not joined with
         machine.write(15, other.encode())
         join = machine.next_join()

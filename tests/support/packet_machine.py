@@ -90,6 +90,12 @@ class PacketMachine:
     async def large_packets_pass(self, interface: str, server: IPv6Address) -> bool | None:
         return None
 
+    async def shake_hands_beside(self, *_: object, **more: object) -> str | None:
+        return None
+
+    async def say_goodbye(self, device: Device, source: IPv6Address, server: IPv6Address) -> None:
+        """Nobody listens."""
+
     async def run(self) -> None:
         await self.runner.run()
 

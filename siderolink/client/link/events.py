@@ -1,4 +1,4 @@
-"""What happens to a machine's link, as values."""
+"""What happens to a machine's link: one frozen dataclass per event."""
 
 import time
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinkEvent:
-    """The base of all that happens to a link."""
+    """The base of all events."""
 
     time: float = field(default_factory=time.time)
     """Unix time in seconds."""
@@ -62,7 +62,7 @@ class InterfaceConfigured(LinkEvent):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Connecting(LinkEvent):
-    """A way to the server is tried."""
+    """A route to the server is tried."""
 
     route: str
 
@@ -83,7 +83,7 @@ class Handshake(LinkEvent):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RouteFailed(LinkEvent):
-    """A way to the server did not lead to a handshake."""
+    """A route to the server did not lead to a handshake."""
 
     route: str
     reason: str
@@ -91,14 +91,14 @@ class RouteFailed(LinkEvent):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinkDown(LinkEvent):
-    """The link passes nothing any more; it is being re-established."""
+    """The link is dead and being re-established."""
 
     reason: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProvisionFailed(LinkEvent):
-    """The server's API could not be reached or refused; it is asked again."""
+    """The server's API could not be reached or refused; the call is retried."""
 
     reason: str
     retry_in: float
@@ -107,7 +107,7 @@ class ProvisionFailed(LinkEvent):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InterfaceRepaired(LinkEvent):
-    """Somebody else took away a part of the interface, and it was put back."""
+    """Somebody else removed a part of the interface, and it was put back."""
 
     what: str
 
@@ -122,6 +122,47 @@ class FallbackBegun(LinkEvent):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FallbackEnded(LinkEvent):
     """UDP passes again, so the link goes back to it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TransportChanged(LinkEvent):
+    """Datagrams travel another way than before: by UDP or in the tunnel."""
+
+    old: str
+    new: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConnectionsCut(LinkEvent):
+    """Connections are cut at a regular age, which a proxy's idle or stream timeout does."""
+
+    what: str
+    """Which connections, and what it means for the link."""
+    age: float
+    """Seconds."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SettingsTried(LinkEvent):
+    """New settings are tried beside the link."""
+
+    changes: str
+    """What they change, without secrets."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SettingsApplied(LinkEvent):
+    """The link runs by new settings."""
+
+    changes: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SettingsRefused(LinkEvent):
+    """New settings do not work; the link stays as it was."""
+
+    changes: str
+    reason: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

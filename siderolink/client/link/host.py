@@ -1,23 +1,26 @@
-"""What a link needs of the host it runs on: a device, and news of the network, of its interface and of the clock."""
+"""What a link needs of the host it runs on: a device, notice of changes to network, interface and clock, and probes."""
 
 import errno
 import socket
 from contextlib import AbstractAsyncContextManager, ExitStack, closing, suppress
 from functools import partial
 from ipaddress import IPv6Address, IPv6Network, ip_address
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import anyio
 from pyroute2 import AsyncIPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
-from siderolink.client.link.probes import is_answered, large_packets_pass
+from siderolink.client.link.probes import is_answered, large_packets_pass, shake_hands_beside
 from siderolink.client.link.signals import ClockJumped, NetworkChanged, Put, Repaired
 from siderolink.common.backoff import Backoff
 from siderolink.common.clock_watch import ClockWatch
 from siderolink.common.errors import DeviceError, OverlayInUseError
+from siderolink.common.goodbye import Goodbye, say_goodbye
+from siderolink.common.keys import PrivateKey, PublicKey
 from siderolink.common.netlink import NetworkChange, NetworkWatch, OutgoingRoute, call_in, enable_ipv6, route_to, run_netlink
 from siderolink.common.tasks import background_tasks
+from siderolink.common.transport.choice import Route
 from siderolink.common.wireguard.device import (
     Device,
     DeviceConfig,
@@ -29,28 +32,39 @@ from siderolink.common.wireguard.device import (
 )
 from siderolink.common.wireguard.opening import open_device
 
+if TYPE_CHECKING:
+    from siderolink.common.wireguard.noise import Timestamps
+
 
 class Host(Protocol):
-    """What a link asks of its surroundings; a test or a simulation has others."""
+    """What a link needs of its host; tests and simulations have others."""
 
     def open_device(
         self, kind: DeviceKind, config: DeviceConfig, on_event: OnDeviceEvent
     ) -> AbstractAsyncContextManager[Device]: ...
 
     async def check_overlay(self, overlay: IPv6Network, interface: str) -> None:
-        """Raises OverlayInUseError where another interface is in the overlay."""
+        """Raises OverlayInUseError if another interface has an address in the overlay."""
 
     async def watch(self, device: Device, config: DeviceConfig, put: Put) -> None:
-        """Tell of the network, the interface and the clock, for ever."""
+        """Report changes of the network, the interface and the clock, for ever."""
 
     def way_out(self, remote: str) -> OutgoingRoute | None:
-        """How packets to `remote` leave; None where there is no route."""
+        """How packets to `remote` leave; None if there is no route."""
 
     async def is_answered(self, interface: str, server: IPv6Address) -> bool:
-        """See `echo_probe`."""
+        """See `probes`."""
 
     async def large_packets_pass(self, interface: str, server: IPv6Address) -> bool | None:
-        """See `echo_probe`."""
+        """See `probes`."""
+
+    async def shake_hands_beside(
+        self, key: PrivateKey, server_key: PublicKey, route: Route, timestamps: "Timestamps", *, udp: bool, timeout: float
+    ) -> str | None:
+        """See `probes`."""
+
+    async def say_goodbye(self, device: Device, source: IPv6Address, server: IPv6Address) -> None:
+        """Tell the server that the session ends, so that it does not take the machine's next start for a thief."""
 
 
 class ThisHost:
@@ -113,6 +127,15 @@ class ThisHost:
 
     async def large_packets_pass(self, interface: str, server: IPv6Address) -> bool | None:
         return await large_packets_pass(interface, server, self._namespace)
+
+    async def shake_hands_beside(
+        self, key: PrivateKey, server_key: PublicKey, route: Route, timestamps: "Timestamps", *, udp: bool, timeout: float
+    ) -> str | None:
+        return await shake_hands_beside(key, server_key, route, timestamps, udp=udp, timeout=timeout)
+
+    async def say_goodbye(self, device: Device, source: IPv6Address, server: IPv6Address) -> None:
+        goodbye = Goodbye(public_key=device.public_key)
+        await say_goodbye(goodbye, source=source, server=server, interface=device.name, namespace=self._namespace)
 
 
 _IFA_F_NODAD = 0x02

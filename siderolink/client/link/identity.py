@@ -1,31 +1,42 @@
-"""Which machine this is: the UUID it joins with when none is given."""
+"""Which machine this is: the UUID it joins with, and the unique token it keeps for each server."""
 
 import hashlib
+import json
+import logging
+import os
+import re
+import tempfile
 import uuid
+from contextlib import suppress
 from pathlib import Path
 
-TALOS_VERSION = "v1.13.0"
+import anyio
+from pyroute2 import AsyncIPRoute
+from pyroute2.netlink.exceptions import NetlinkError
+
+from siderolink.common.netlink import run_netlink
+from siderolink.common.node_uuid import is_placeholder
+
+log = logging.getLogger("siderolink")
+
+TALOS_VERSION = "v1.14.0"
 """The release a machine claims by default, in Provision and in its own API: servers and clients choose features by it, and warn
 or refuse below 1.6.0."""
 SMBIOS_UUID = Path("/sys/class/dmi/id/product_uuid")
 MACHINE_ID = Path("/etc/machine-id")
-
-# Firmware that was never given a UUID says one of these.
-_PLACEHOLDERS = frozenset(
-    {
-        uuid.UUID(int=0),
-        uuid.UUID(int=2**128 - 1),
-        uuid.UUID("03000200-0400-0500-0006-000700080009"),
-    }
-)
+_LARGEST_FILE = 4096
+_ETHER = 1
 
 
-def machine_uuid(smbios: Path = SMBIOS_UUID, machine_id: Path = MACHINE_ID) -> str:
-    """The firmware's UUID, else a stable one made from the operating system's machine id, else a random one."""
+def machine_uuid(smbios: Path = SMBIOS_UUID, machine_id: Path = MACHINE_ID, folder: Path | None = None) -> str:
+    """The firmware's UUID, else a stable one made from the operating system's machine id, else a random one.
+
+    What is drawn at random is kept in `folder`, if there is one, and drawn only once.
+    """
     try:
-        found = uuid.UUID(_first_line(smbios))
-        if found not in _PLACEHOLDERS:
-            return str(found)
+        found = str(uuid.UUID(_first_line(smbios)))
+        if not is_placeholder(found):
+            return found
     except (OSError, ValueError):
         pass
     try:
@@ -35,9 +46,110 @@ def machine_uuid(smbios: Path = SMBIOS_UUID, machine_id: Path = MACHINE_ID) -> s
             return str(uuid.UUID(bytes=hashlib.sha256(b"siderolink machine uuid" + name).digest()[:16], version=4))
     except (OSError, ValueError):
         pass
-    return str(uuid.uuid4())
+    drawn = str(uuid.uuid4())
+    if folder is None:
+        return drawn
+    kept = _kept(folder / "machine-uuid", drawn)
+    with suppress(ValueError):
+        return str(uuid.UUID(kept))
+    return drawn
 
 
-def _first_line(path: Path) -> str:
+class UniqueTokens:
+    """This machine's unique tokens, one for each server and UUID, made when first asked for and kept in private files.
+
+    A token is what ``node_unique_token`` carries: ``{"Fingerprint": <64 hex digits>, "Token": <UUIDv4>}``. Without a folder,
+    or when it cannot be written, tokens live only as long as this object.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self._folder = folder
+        self._tokens: dict[tuple[str, int, str], str] = {}
+
+    async def token(self, server: tuple[str, int], node_uuid: str) -> str:
+        """The token for a server (API host and port) as the machine of this UUID."""
+        name = (*server, node_uuid)
+        if name not in self._tokens:
+            made = _encode(await _fingerprint())
+            if self._folder is not None:
+                made = await anyio.to_thread.run_sync(_kept, self._folder / _file_name(name), made)
+            self._tokens[name] = made
+        return self._tokens[name]
+
+
+def _encode(fingerprint: str) -> str:
+    return json.dumps({"Fingerprint": fingerprint, "Token": str(uuid.uuid4())}, separators=(",", ":"))
+
+
+def _file_name(name: tuple[str, int, str]) -> str:
+    host, port, node_uuid = name
+    readable = re.sub(r"[^a-z0-9.-]", "_", f"{host[:80]}_{port}")
+    digest = hashlib.sha256(f"{host}\0{port}\0{node_uuid}".encode()).hexdigest()[:16]
+    return f"unique-token-{readable}-{digest}.json"
+
+
+async def _fingerprint() -> str:
+    """SHA-256 over the sorted hardware addresses of the physical Ethernet links, as existing machines make it."""
+    try:
+        addresses = await run_netlink(_physical_addresses, None)
+    except (OSError, NetlinkError):
+        addresses = []
+    return hashlib.sha256(b"".join(sorted(addresses))).hexdigest()
+
+
+async def _physical_addresses() -> list[bytes]:
+    found = []
+    async with AsyncIPRoute() as ipr:
+        async for link in await ipr.link("dump"):
+            information = link.get_attr("IFLA_LINKINFO")
+            kind = information.get_attr("IFLA_INFO_KIND") if information is not None else None
+            address = link.get_attr("IFLA_PERM_ADDRESS") or link.get_attr("IFLA_ADDRESS")
+            if link["ifi_type"] == _ETHER and not kind and address:
+                with suppress(ValueError):
+                    found.append(bytes.fromhex(address.replace(":", "")))
+    return found
+
+
+def _kept(file: Path, made: str) -> str:
+    """The text that the file holds, or `made`, which it holds from then on. Two processes get the same one."""
+    try:
+        if (text := _first_line(file, _LARGEST_FILE)) != "":
+            return text
+        file.unlink()  # cut short by a crash
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:
+        log.warning("%s cannot be read, so what it holds is made anew for this run: %s", file, error)
+        return made
+    try:
+        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(dir=file.parent)
+        try:
+            with os.fdopen(descriptor, "w") as new:
+                new.write(made + "\n")
+                new.flush()
+                os.fsync(new.fileno())
+            _give_name(name, file)
+        finally:
+            with suppress(FileNotFoundError):
+                os.unlink(name)
+    except FileExistsError:
+        return _first_line(file, _LARGEST_FILE) or made
+    except OSError as error:
+        log.warning("%s cannot be written, so the next start will have another identity: %s", file, error.strerror or error)
+    return made
+
+
+def _give_name(temporary: str, file: Path) -> None:
+    """Raises FileExistsError if the file is there already, where the file system can tell."""
+    try:
+        os.link(temporary, file)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without links
+        os.replace(temporary, file)
+
+
+def _first_line(path: Path, limit: int = 128) -> str:
     with path.open("rb") as file:
-        return file.readline(128).decode("ascii").strip()
+        return file.readline(limit).decode("ascii").strip()

@@ -1,4 +1,4 @@
-"""A machine's link to its server, as an embedder holds it."""
+"""A machine's link to its server, as an embedder uses it."""
 
 import os
 import ssl
@@ -11,10 +11,12 @@ from typing import Literal
 import anyio
 
 from siderolink.client.link.events import LinkEvent
+from siderolink.client.link.host import Host
 from siderolink.client.link.identity import machine_uuid
 from siderolink.client.link.provisioning import Machine, Provisioned
-from siderolink.client.link.runner import LinkOptions, LinkRunner
+from siderolink.client.link.runner import LinkOptions, LinkRunner, ServerKeys
 from siderolink.client.link.state import LinkState
+from siderolink.client.link.supervisor import VERDICT_TIMEOUT, LinkSupervisor, Verdict
 from siderolink.common.errors import ConfigurationError, DeviceError, HandshakeTimeoutError, SideroLinkError
 from siderolink.common.grpc import client_tls
 from siderolink.common.join_url import JoinURL
@@ -43,7 +45,7 @@ class LinkStatus:
     device: Literal["kernel", "userspace"] | None
     transport: Literal["udp", "tunnel"] | None
     route: str | None
-    """The way to the server in use, or last tried."""
+    """The route to the server in use, or last tried."""
     address: IPv6Interface | None
     server_address: IPv6Address | None
     public_key: PublicKey
@@ -52,16 +54,19 @@ class LinkStatus:
     server: PeerStatus | None
     """The server as the device knows it."""
     drops: dict[str, int]
+    refused_settings: str = ""
+    """Why newer settings are not in force; empty if the last ones are."""
 
 
 class Link:
     """A running link. What may change when the link is re-established says so.
 
-    Before the server's first answer (only `connect(wait=False)` lets anyone see that), what it will say raises SideroLinkError.
+    Before the server's first answer (visible only with `connect(wait=False)`), properties taken from it raise SideroLinkError.
     """
 
-    def __init__(self, runner: LinkRunner, broadcast: Broadcast[LinkEvent]) -> None:
+    def __init__(self, runner: LinkRunner, supervisor: LinkSupervisor, broadcast: Broadcast[LinkEvent]) -> None:
         self._runner = runner
+        self._supervisor = supervisor
         self._broadcast = broadcast
 
     @property
@@ -108,20 +113,41 @@ class Link:
         """The interface's name. Raises as `device` does."""
         return self.device.name
 
+    @property
+    def options(self) -> LinkOptions:
+        """The settings in force."""
+        return self._runner.options
+
+    @property
+    def private_key(self) -> PrivateKey:
+        """The key at the present server; another server gets another."""
+        return self._runner.private_key
+
+    async def apply(self, options: LinkOptions, *, timeout: float = VERDICT_TIMEOUT, keep: bool = False) -> Verdict:
+        """Try other settings beside the link and switch to them only if they work; see `LinkSupervisor.apply`.
+
+        `dataclasses.replace(link.options, ...)` makes them.
+        """
+        return await self._supervisor.apply(options, timeout=timeout, keep=keep)
+
     async def status(self) -> LinkStatus:
         """How the link stands now."""
-        return await read_status(self._runner)
+        return await read_status(self._runner, self._supervisor.refusal)
 
     def events(self) -> AsyncIterator[LinkEvent]:
-        """What has happened since the link began (the last of it), then what happens, until the link is left."""
+        """The last events so far, then each event as it happens, until the link is left."""
         return self._broadcast.subscribe()
+
+    async def wait_answered(self) -> None:
+        """Return once the server has answered a first time."""
+        await self._runner.answered.wait()
 
     async def wait_connected(self) -> None:
         """Return once the first handshake is done."""
         await self._runner.progress.connected.wait()
 
     async def wait_down(self) -> None:
-        """Return once the link is down; at once where it is."""
+        """Return once the link is down; at once if it is."""
         await self._runner.progress.down.wait()
 
     @property
@@ -137,7 +163,7 @@ class Link:
         return f"<Link {self.state} {self.address} to {self.server_address} by {self.transport}>"
 
 
-async def read_status(runner: LinkRunner) -> LinkStatus:
+async def read_status(runner: LinkRunner, refused_settings: str = "") -> LinkStatus:
     device, answer, transport = runner.device, runner.answer, runner.transport
     return LinkStatus(
         state=runner.state,
@@ -153,6 +179,7 @@ async def read_status(runner: LinkRunner) -> LinkStatus:
         listen_port=device.listen_port if device else None,
         server=await device.peer(answer.server_key) if device and answer else None,
         drops=device.drops() if device else {},
+        refused_settings=refused_settings,
     )
 
 
@@ -200,6 +227,24 @@ async def connect(
         fallback_tunnel=fallback_tunnel,
         retry_first=not wait,
     )
+    async with open_link(options, on_event) as link:
+        if wait:
+            await _first_handshake(link, handshake_timeout)
+        yield link
+
+
+@asynccontextmanager
+async def open_link(
+    options: LinkOptions,
+    on_event: Callable[[LinkEvent], None] | None = None,
+    *,
+    host: Host | None = None,
+    keys: ServerKeys | None = None,
+) -> AsyncIterator[Link]:
+    """Run a link by these options while the body runs. What fails for good is raised in the body, as by `connect`.
+
+    `keys` are the private keys per server, shared by links that follow each other.
+    """
     broadcast: Broadcast[LinkEvent] = Broadcast(history=EVENT_HISTORY)
 
     def emit(event: LinkEvent) -> None:
@@ -207,13 +252,13 @@ async def connect(
         if on_event is not None:
             on_event(event)
 
-    runner = LinkRunner(options, emit)
+    runner = LinkRunner(options, emit, host, keys)
+    supervisor = LinkSupervisor(runner, emit)
     try:
         async with background_tasks() as tasks:
             tasks.start_soon(runner.run, name="siderolink link")
-            if wait:
-                await _first_handshake(runner, handshake_timeout)
-            yield Link(runner, broadcast)
+            tasks.start_soon(supervisor.run, name="siderolink settings")
+            yield Link(runner, supervisor, broadcast)
     finally:
         broadcast.end()
 
@@ -222,12 +267,12 @@ def _roots(ca_file: str | os.PathLike[str] | None) -> ssl.SSLContext:
     return client_tls(os.fspath(ca_file) if ca_file is not None else None)
 
 
-async def _first_handshake(runner: LinkRunner, timeout: float | None) -> None:
-    await runner.answered.wait()
+async def _first_handshake(link: Link, timeout: float | None) -> None:
+    await link.wait_answered()
     with anyio.move_on_after(timeout):
-        await runner.progress.connected.wait()
-    if not runner.progress.connected.is_set():
-        raise HandshakeTimeoutError(
-            f"no WireGuard handshake within {timeout:g} s; last tried: {runner.route}. "
-            "Does the server's endpoint answer, and does UDP pass? Where it does not, ask for the tunnel with grpc_tunnel=true"
-        )
+        await link.wait_connected()
+        return
+    raise HandshakeTimeoutError(
+        f"no WireGuard handshake within {timeout:g} s; last tried: {(await link.status()).route}. "
+        "Does the server's endpoint answer, and does UDP pass? Where it does not, use the tunnel: grpc_tunnel=true"
+    )

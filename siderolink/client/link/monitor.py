@@ -1,5 +1,6 @@
 """Keeps a link on one route to the server: starts it, watches it, probes it when something looks wrong, and gives it up."""
 
+import logging
 import random
 import time
 from collections.abc import Awaitable, Callable
@@ -12,11 +13,11 @@ from siderolink.client.link import events, signals
 from siderolink.client.link.host import Host
 from siderolink.client.link.provisioning import Provisioned, Provisioner
 from siderolink.client.link.state import Progress
-from siderolink.client.link.watch import HandshakeWatch
+from siderolink.client.link.watch import HandshakeWatch, RegularCuts
 from siderolink.common.backoff import Backoff, RetryTrigger
 from siderolink.common.clock_watch import seconds_asleep
-from siderolink.common.errors import JoinError, ServerUnreachableError
-from siderolink.common.tasks import background_tasks
+from siderolink.common.errors import DeviceError, JoinError, ServerUnreachableError
+from siderolink.common.tasks import background_tasks, keep_running
 from siderolink.common.transport.choice import Route
 from siderolink.common.wireguard.device import (
     DEFAULT_MTU,
@@ -33,8 +34,10 @@ if TYPE_CHECKING:
 
     from siderolink.common.netlink import OutgoingRoute
 
+log = logging.getLogger("siderolink")
+
 _API_LOST = "the connection to the server's API broke"
-_IS_ANOTHER = "the server is not the same as before"
+_SERVER_CHANGED = "the server is not the same as before"
 _REOPEN_AFTER = 2
 """Handshakes that go unanswered before a stream is opened anew."""
 _CHECK_AFTER = 3
@@ -43,12 +46,12 @@ _SIZE_PROBE_AFTER = 1.0
 _SIZE_PROBE_AGAIN = 60.0
 _RETRY = (2.0, 4.0)
 _RETRY_CAP = 15.0
-"""Seconds between handshakes while the API is asked: at first, and after long."""
+"""Seconds between handshakes while the API is asked: at first, and after a long time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinkContext:
-    """What a keeper works with."""
+    """What a monitor works with."""
 
     host: Host
     device: Device
@@ -60,13 +63,13 @@ class LinkContext:
     attempt_timeout: float
     down_after: float
     wants_tunnel: bool
-    """Ask for the tunnel, which the URL does not, when the API is asked in passing."""
+    """Request the tunnel, which the URL does not, when asking whether the server is the same."""
     leave_small_path: Callable[[], None] | None
-    """Called where a way passes no large packets and is given up for it; None where there is no better one."""
+    """Called when a route that passes no large packets is given up for the tunnel; None if there is no such fallback."""
 
 
 class RouteMonitor:
-    """One way, once."""
+    """Starts one route to the server, watches it, probes it when something looks wrong, and gives it up when it is dead."""
 
     def __init__(self, context: LinkContext, route: Route, answer: Provisioned, peer: PeerConfig) -> None:
         self._context = context
@@ -85,9 +88,12 @@ class RouteMonitor:
         self._check_at = _CHECK_AFTER + 1
         self._check_reason = ""
         self._probes_size = False
+        self._cuts = RegularCuts()
+        self._cut_at = time.monotonic()
+        self._carrying = anyio.CancelScope()
         self._tasks: TaskGroup
 
-    async def keep(self, provision_again: Callable[[], Awaitable[Provisioned]] | None) -> Provisioned | None:
+    async def run(self, provision_again: Callable[[], Awaitable[Provisioned]] | None) -> Provisioned | None:
         """Run until the route fails (returns None: try the next) or a newer answer of the API replaces the present one.
 
         The last route gets `provision_again`, and stays in use while that runs: a handshake makes its answer unnecessary.
@@ -95,28 +101,51 @@ class RouteMonitor:
         self._progress.connecting(str(self._route))
         self._signals.clear()
         async with background_tasks() as self._tasks:
-            self._last_handshake = await self._last_known_handshake()
-            self._tasks.start_soon(self._carry)
-            while True:
-                outcome = await self._until_down()
-                if isinstance(outcome, Provisioned):
-                    return outcome
-                self._progress.lost(str(self._route), outcome)
-                if provision_again is None:
-                    return None
-                newer = await self._provision_until_handshake(provision_again, outcome)
-                if newer is not None:
-                    return newer
+            try:
+                self._last_handshake = await self._last_known_handshake()
+                self._start()
+                return await self._until_replaced(provision_again)
+            except anyio.get_cancelled_exc_class():
+                if self._progress.machine.is_up:
+                    with anyio.CancelScope(shield=True):
+                        await self._context.host.say_goodbye(self._device, self._answer.address.ip, self._answer.server_address)
+                raise
+            finally:
+                self._carrying.cancel()
 
-    async def _carry(self) -> None:
+    async def _until_replaced(self, provision_again: Callable[[], Awaitable[Provisioned]] | None) -> Provisioned | None:
+        while True:
+            outcome = await self._until_down()
+            if isinstance(outcome, Provisioned):
+                return outcome
+            self._progress.lost(str(self._route), outcome)
+            if provision_again is None:
+                return None
+            newer = await self._provision_until_handshake(provision_again, outcome)
+            if newer is not None:
+                return newer
+
+    def _start(self) -> None:
+        # Shielded: the goodbye still needs the route when the link is left.
+        self._carrying = anyio.CancelScope(shield=True)
+        self._tasks.start_soon(self._carry, self._carrying)
+
+    async def _carry(self, scope: anyio.CancelScope) -> None:
         put = self._signals.put
-        reason = await self._route.carry(self._device, self._peer, lambda reason: put(signals.RouteInterrupted(reason)))
-        put(signals.RouteLost(reason))
+        with scope:
+            try:
+                reason = await self._route.carry(self._device, self._peer, lambda why: put(signals.RouteInterrupted(why)))
+            except DeviceError:
+                raise
+            except Exception as error:
+                log.exception("the route %s failed", self._route)
+                reason = f"internal error: {type(error).__name__}"
+            put(signals.RouteLost(reason))
 
-    # While it is of use
+    # While the route may be good
 
     async def _until_down(self) -> str | Provisioned:
-        """Why the way is dead; or an answer that says that the server is another than before."""
+        """Why the route is dead; or an answer by which the server is not the same as before."""
         now = time.monotonic()
         context = self._context
         watch = HandshakeWatch(now, attempt_timeout=context.attempt_timeout, down_after=context.down_after)
@@ -141,6 +170,9 @@ class RouteMonitor:
         if watch.suspicion is not None and watch.unanswered == 1 and await self._still_carries():
             watch.answered(time.monotonic())
             return
+        if not watch.is_up and (remote := self._route.remote) and self._context.host.way_out(remote) is None:
+            self._signals.put(signals.RouteLost(f"this host has no route to {remote}"))
+            return
         await self._route.shake_hands(self._device, self._peer)
         if watch.suspicion is None:
             return
@@ -154,7 +186,7 @@ class RouteMonitor:
             self._progress.trouble("silence", f"{_API_LOST}, and handshakes go unanswered")
 
     async def _still_carries(self) -> bool:
-        """Whether the session is known to be good, where a new one would cost what is under way by the old one."""
+        """Whether an echo proves the session good; only asked of the kernel, where a new one would lose packets in flight."""
         if isinstance(self._device, CanShakeHands):
             return False
         return await self._context.host.is_answered(self._device.name, self._answer.server_address)
@@ -171,20 +203,28 @@ class RouteMonitor:
             case signals.RouteLost(reason=reason):
                 return reason
             case signals.RouteInterrupted(reason=reason):
-                self._progress.trouble("stream", reason)
+                self._note_cut(reason)
                 if watch.is_up and not self._checks_after_cut:
                     self._checks_after_cut = True
                     self._tasks.start_soon(self._check_server_after_cut)
             case signals.Answered(answer=answer) if self._is_another(answer, watch):
                 self._progress.lost(str(self._route), self._check_reason)
                 return answer
-            case signals.UdpPasses():
-                self._context.emit(events.FallbackEnded())
-                self._provision_in_background("UDP passes again", self._context.provisioner.request_until_answered)
             case signals.LargePackets(pass_=passes):
                 return self._judge_size(passes)
+            case signals.Replaced() | signals.Pause():
+                return await self._handle_settings_signal(signal, watch)
             case _:
                 self._handle_network_signal(signal, watch, now)
+        return None
+
+    async def _handle_settings_signal(
+        self, signal: signals.Replaced | signals.Pause, watch: HandshakeWatch | None
+    ) -> Provisioned | None:
+        if isinstance(signal, signals.Replaced):
+            self._progress.new_settings(str(self._route))
+            return signal.answer
+        await self._pause(signal, watch)
         return None
 
     def _handle_network_signal(self, signal: signals.Signal, watch: HandshakeWatch, now: float) -> None:
@@ -194,15 +234,22 @@ class RouteMonitor:
             case signals.ApiBack():
                 self._context.retry.fire()
                 watch.probe_now(now)
-                # A server that remembers us answers the handshake, and has enough to do.
+                # A server that remembers us answers the handshake; it has enough to do to spare it the question.
                 self._server_checked = False
                 self._check_at = watch.unanswered + _CHECK_AFTER
+            case signals.ApiCutRegularly(age=age):
+                what = "idle connections to the API are cut, so none is kept:"
+                self._context.emit(events.ConnectionsCut(what=what, age=age))
+                watch.suspect(now, _API_LOST)
+            case signals.UdpPasses():
+                self._context.emit(events.FallbackEnded())
+                self._provision_in_background("UDP passes again", self._context.provisioner.request_until_answered)
             case signals.NetworkChanged(carriers=carriers):
                 self._network_changed(watch, now, carriers)
             case signals.Repaired(what=what):
                 self._context.emit(events.InterfaceRepaired(what=what))
                 self._progress.trouble("interface", f"the interface was changed by someone else: {what}")
-                self._doubt_at_once(watch, now, "the interface was repaired")
+                self._suspect_at_once(watch, now, "the interface was repaired")
             case signals.ClockJumped():
                 asleep, self._asleep = seconds_asleep() - self._asleep, seconds_asleep()
                 if asleep > 1.0:
@@ -222,9 +269,30 @@ class RouteMonitor:
             self._route.reopen()
         if self._way_out != before or self._way_out.interface in carriers:
             self._context.retry.fire()
-            self._doubt_at_once(watch, now, "the network changed")
+            self._suspect_at_once(watch, now, "the network changed")
 
-    def _doubt_at_once(self, watch: HandshakeWatch, now: float, reason: str) -> None:
+    def _note_cut(self, reason: str) -> None:
+        now = time.monotonic()
+        age, self._cut_at = now - self._cut_at, now
+        regular = self._cuts.note(age)
+        if regular is not None:
+            what = "the tunnel's stream is cut: raise the proxy's stream timeouts; it ends"
+            self._context.emit(events.ConnectionsCut(what=what, age=regular))
+            self._cuts = RegularCuts()
+        self._progress.trouble("stream", reason)
+
+    async def _pause(self, pause: signals.Pause, watch: HandshakeWatch | None) -> None:
+        """Send nothing until the pause ends, then shake hands again."""
+        self._carrying.cancel()
+        await self._device.remove_peer(self._peer.public_key)
+        pause.begun.set()
+        await pause.ended.wait()
+        self._last_handshake = None
+        self._start()
+        if watch is not None:
+            watch.suspect(time.monotonic(), "other settings were tried")
+
+    def _suspect_at_once(self, watch: HandshakeWatch, now: float, reason: str) -> None:
         if not watch.suspect(now, reason):
             watch.probe_now(now)
 
@@ -240,7 +308,7 @@ class RouteMonitor:
         return reason
 
     async def _poll_device(self, watch: HandshakeWatch) -> None:
-        """Ask the device itself, which has the last word where an event was missed."""
+        """Read the device itself, in case an event was missed."""
         status = await self._device.peer(self._peer.public_key)
         now, wall = time.monotonic(), time.time()
         if status is None:
@@ -271,7 +339,7 @@ class RouteMonitor:
         self._way_out = self._context.host.way_out(remote) if remote is not None else None
         if not self._probes_size:
             self._probes_size = True
-            self._tasks.start_soon(self._watch_size)
+            self._tasks.start_soon(keep_running, "the probe with large packets", self._watch_size)
 
     async def _watch_size(self) -> None:
         passes: bool | None = False
@@ -285,7 +353,7 @@ class RouteMonitor:
         self._probes_size = False
 
     async def _check_server_after_cut(self) -> None:
-        """A stream that was cut and brought no handshake since: ask, until answered, whether the server is another now."""
+        """After a cut that brought no handshake: ask, until answered, whether the server is still the same."""
         handshakes = self._progress.handshakes
         waits = Backoff(first=6.0, cap=30.0, floor=4.0, factor=1.5)
         answer: Provisioned | None = None
@@ -300,19 +368,19 @@ class RouteMonitor:
                     continue
                 except JoinError:
                     return
-            self._check_reason = _IS_ANOTHER
+            self._check_reason = _SERVER_CHANGED
             self._signals.put(signals.Answered(answer))
         finally:
             self._checks_after_cut = False
 
     def _check_server(self) -> None:
-        """Ask in passing whether the server is still the one we knew."""
+        """Ask once, in the background, whether the server is still the same."""
         self._server_checked = True
 
         async def ask() -> Provisioned:
             return await self._context.provisioner.request(tunnel=self._context.wants_tunnel)
 
-        self._provision_in_background(_IS_ANOTHER, ask)
+        self._provision_in_background(_SERVER_CHANGED, ask)
 
     def _provision_in_background(self, why: str, ask: Callable[[], Awaitable[Provisioned]]) -> None:
         self._check_reason = why
@@ -321,7 +389,7 @@ class RouteMonitor:
             try:
                 self._signals.put(signals.Answered(await ask()))
             except JoinError:
-                pass  # whether the link is down is not the API's business
+                pass  # the API does not decide whether the link is down
 
         self._tasks.start_soon(run)
 
@@ -348,6 +416,10 @@ class RouteMonitor:
                 match await self._signals.next(time.monotonic() + wait):
                     case signals.Answered(answer=answer):
                         return answer
+                    case signals.Replaced() | signals.Pause() as signal:
+                        replacement = await self._handle_settings_signal(signal, None)
+                        if replacement is not None:
+                            return replacement
                     case HandshakeCompleted(public_key=key) if key == self._peer.public_key:
                         self._last_handshake = await self._last_known_handshake()
                         self._progress.handshake(str(self._route))

@@ -1,13 +1,10 @@
-"""What a link learns by ICMPv6 echo requests to the server's overlay address.
-
-Whether the session still carries, where the kernel has no way to renew it but to forget it; and whether packets as large as the
-interface takes pass: some paths let handshakes through and lose large datagrams. Only where small ones are answered and no
-large one is, the path is at fault; a server that answers no echo says nothing about it.
-"""
+"""What a link finds out by trying: echo requests over it, handshakes beside it, and a connection to the server's API."""
 
 import asyncio
+import logging
 import os
 import socket
+import ssl
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from functools import partial
@@ -16,21 +13,23 @@ from typing import TYPE_CHECKING
 
 import anyio
 
+from siderolink.client.link.signals import ApiBack, ApiCutRegularly, ApiLost, Put
+from siderolink.client.link.watch import RegularCuts
 from siderolink.common.backoff import Backoff, RetryTrigger
+from siderolink.common.errors import JoinError
+from siderolink.common.grpc import open_channel, translate_errors
 from siderolink.common.hostport import HostPort
+from siderolink.common.join_url import JoinURL
 from siderolink.common.keys import PrivateKey, PublicKey
 from siderolink.common.netlink import call_in
+from siderolink.common.tasks import background_tasks
+from siderolink.common.transport.choice import Route, UdpRoute
 from siderolink.common.wireguard.device import DEFAULT_MTU, DeviceConfig, DeviceEvent, HandshakeCompleted, PeerConfig
 
 if TYPE_CHECKING:
     from siderolink.common.wireguard.noise import Timestamps
 
-import ssl
-
-from siderolink.client.link.signals import ApiBack, ApiLost, Put
-from siderolink.common.errors import JoinError
-from siderolink.common.grpc import open_channel, translate_errors
-from siderolink.common.join_url import JoinURL
+log = logging.getLogger("siderolink")
 
 ROUNDS = 10
 """With a fifth of all datagrams lost each way, all ten large ones are lost once in thirty thousand times."""
@@ -42,7 +41,7 @@ _MARK = 8
 
 
 async def is_answered(interface: str, server: IPv6Address, namespace: str | None) -> bool:
-    """Whether one of two small requests comes back within a second. `namespace` is where the interface is."""
+    """Whether one of two small echo requests is answered within a second. `namespace` is where the interface is."""
     try:
         probe = _Probe(interface, namespace)
     except OSError:  # this process may open no raw socket
@@ -57,7 +56,11 @@ async def is_answered(interface: str, server: IPv6Address, namespace: str | None
 
 
 async def large_packets_pass(interface: str, server: IPv6Address, namespace: str | None) -> bool | None:
-    """True or False; None where it cannot be told. `namespace` is where the interface is."""
+    """Whether the route passes packets as large as the interface takes; None if it cannot be told.
+
+    Some routes pass handshakes and lose large datagrams. Only when small requests are answered and no large one is, the route
+    is at fault; a server that answers no echo proves nothing. `namespace` is where the interface is.
+    """
     try:
         probe = _Probe(interface, namespace)
     except OSError:
@@ -92,7 +95,7 @@ class _Probe:
         self._mark = os.urandom(_MARK)
         self._loop = asyncio.get_running_loop()
         self._socket = call_in(namespace, partial(_open_socket, interface))
-        self._loop.add_reader(self._socket, self._read)
+        self._loop.add_reader(self._socket, self._receive_replies)
 
     def close(self) -> None:
         self._loop.remove_reader(self._socket)
@@ -104,10 +107,10 @@ class _Probe:
         packet = bytes((_ECHO_REQUEST, 0, 0, 0)) + name + sequence.to_bytes(2, "big") + self._mark
         try:
             self._socket.sendto(packet.ljust(8 + size, b"\0"), (str(server), 0))
-        except OSError:  # the interface is down or gone: somebody else's business
+        except OSError:  # the interface is down or gone, which its guard reports
             pass
 
-    def _read(self) -> None:
+    def _receive_replies(self) -> None:
         while True:
             try:
                 data = self._socket.recv(2048)
@@ -121,8 +124,49 @@ class _Probe:
                     self.small.add(data[6:8])
 
 
-_TIMEOUT = 6.0
-"""Seconds a try takes: two initiations."""
+_HANDSHAKE_INTERVAL = 1.5
+_UDP_TIMEOUT = 6.0
+"""Seconds a try by UDP takes: at least two initiations, with no route of its own to the API."""
+
+
+async def shake_hands_beside(
+    key: PrivateKey, server_key: PublicKey, route: Route, timestamps: "Timestamps", *, udp: bool, timeout: float
+) -> str | None:
+    """Try one handshake by a route on a WireGuard of its own, without an interface; None if it succeeds, else why not.
+
+    The server sends to this engine from then on: whoever else uses the key must be silent meanwhile and shake hands afterwards.
+    """
+    # Imported only here: it needs the data plane, which a kernel device does without.
+    from siderolink.common.wireguard.packet_device import open_packet_device
+
+    done = anyio.Event()
+    reasons = [f"no handshake by {route} within {timeout:.0f} s"]
+
+    def on_event(event: DeviceEvent) -> None:
+        if isinstance(event, HandshakeCompleted):
+            done.set()
+
+    config = DeviceConfig(name="trial", private_key=key, listen_port=0 if udp else None, timestamps=timestamps)
+    peer = PeerConfig(public_key=server_key, allowed_ips=(IPv6Network("::/0"),), persistent_keepalive=25)
+    with anyio.move_on_after(timeout):
+        async with open_packet_device(config, lambda packet: None, on_event) as device, background_tasks() as tasks:
+
+            async def carry() -> None:
+                reasons.append(await route.carry(device, peer, reasons.append))
+                done.set()
+
+            async def retry() -> None:
+                while True:
+                    await anyio.sleep(_HANDSHAKE_INTERVAL)
+                    await route.shake_hands(device, peer)
+
+            tasks.start_soon(carry)
+            tasks.start_soon(retry)
+            await done.wait()
+            status = await device.peer(server_key)
+            if status is not None and status.last_handshake is not None:
+                return None
+    return reasons[-1]
 
 
 async def until_udp_passes(
@@ -133,57 +177,41 @@ async def until_udp_passes(
     backoff: Backoff,
     retry: RetryTrigger,
 ) -> None:
-    """Try now and then, and at once after a retry, until a handshake succeeds with the key that the server has then."""
+    """Try handshakes by UDP, at growing intervals and whenever triggered, until one succeeds.
+
+    The link uses the tunnel meanwhile. The server answers by UDP after such a handshake, so the link must go back at once.
+    """
     while True:
         await retry.sleep(backoff.next())
         for endpoint in endpoints:
-            if await _try(key, server_key(), endpoint, timestamps):
+            route = UdpRoute(endpoint, 0)
+            if await shake_hands_beside(key, server_key(), route, timestamps, udp=True, timeout=_UDP_TIMEOUT) is None:
                 return
 
 
-async def _try(key: PrivateKey, server_key: PublicKey, endpoint: HostPort, timestamps: "Timestamps") -> bool:
-    # Only here, because it needs the data plane, which a kernel device does without.
-    from siderolink.common.wireguard.packet_device import open_packet_device
-
-    done = anyio.Event()
-
-    def on_event(event: DeviceEvent) -> None:
-        if isinstance(event, HandshakeCompleted):
-            done.set()
-
-    config = DeviceConfig(name="UDP probe", private_key=key, listen_port=0, timestamps=timestamps)
-    with anyio.move_on_after(_TIMEOUT):
-        try:
-            address = (await endpoint.resolve())[0]
-        except OSError:
-            return False
-        async with open_packet_device(config, lambda packet: None, on_event) as device:
-            await device.set_peer(
-                PeerConfig(
-                    public_key=server_key,
-                    allowed_ips=(IPv6Network("::/0"),),
-                    endpoint=address,
-                    persistent_keepalive=25,
-                )
-            )
-            await done.wait()
-    return done.is_set()
-
-
 _STABLE = 5.0
-"""Seconds after which a connection is one that was kept. Of shorter ones in a row only the first one's end means anything."""
+"""Seconds after which a connection counts as kept. Of shorter ones in a row only the first one's end means anything."""
 _SPACING = 30.0
-"""Seconds from one connection to the next at the least, where each is ended soon although the API answers."""
+"""The least seconds between two connections when each is ended soon although the API answers."""
+_LEARN_AGAIN = 1800.0
+"""Seconds without a connection where a proxy cuts idle ones regularly, before the next look at whether it still does."""
 
 
 async def watch_api(url: JoinURL, tls: ssl.SSLContext | None, put: Put, retry: RetryTrigger) -> None:
-    """Keep the connection for ever, and tell of its end and of its return."""
-    # Not too soon: handshakes find a server that remembers, and it has enough to do in its first seconds.
+    """Keep an idle connection to the server's API for ever: its end tells within moments that the server has ended.
+
+    A proxy that cuts idle connections would cost a dial and handshakes each time, for ever: three cuts at the same age, each
+    followed by a successful dial, are taken for its habit, and no connection is kept any more.
+    """
+    # Handshakes find a server that remembers us; it has enough to do in its first seconds.
     backoff = Backoff(first=4.0, cap=30.0, factor=1.5)
     context = (tls or True) if url.tls else None
     is_lost = ends_soon = False
-    while True:
-        stood_for = 0.0
+    cuts = RegularCuts()
+
+    async def until_cut() -> float:
+        """Seconds that the connection stood; 0 if there was none."""
+        began_at = None
         try:
             with translate_errors():
                 async with open_channel(url.host, url.port, context) as channel:
@@ -192,9 +220,21 @@ async def watch_api(url: JoinURL, tls: ssl.SSLContext | None, put: Put, retry: R
                     if is_lost:
                         put(ApiBack())
                     await channel.wait_lost()
-                    stood_for = anyio.current_time() - began_at
         except JoinError:
             pass
+        except Exception:
+            log.exception("watching the server's API failed; it is tried again")
+        return anyio.current_time() - began_at if began_at is not None else 0.0
+
+    while True:
+        stood_for = await until_cut()
+        if not stood_for:
+            cuts = RegularCuts()
+        elif (age := cuts.note(stood_for)) is not None:
+            put(ApiCutRegularly(age))
+            is_lost = False
+            await anyio.sleep(_LEARN_AGAIN)
+            continue
         if stood_for > _STABLE or (stood_for and not ends_soon):
             put(ApiLost())
             is_lost = True

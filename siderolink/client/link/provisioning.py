@@ -1,5 +1,6 @@
-"""Asking the server's API for a place on the overlay: the Provision call and its answer, checked."""
+"""The Provision call: the request, the checked answer, and what is retried how soon."""
 
+import logging
 import ssl
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -27,8 +28,10 @@ from siderolink.common.pb.sidero.link import ProvisionRequest, ProvisionResponse
 from siderolink.common.text import one_line
 from siderolink.common.transport.choice import choose
 
+log = logging.getLogger("siderolink")
+
 PROVISION_TIMEOUT = 30.0
-"""Seconds: servers may hold a machine's call for this long until somebody decides."""
+"""Seconds: servers may hold a machine's call for this long until somebody decides about it."""
 MAX_ENDPOINTS = 32
 
 _UNREACHABLE = frozenset({Status.UNAVAILABLE, Status.DEADLINE_EXCEEDED})
@@ -36,7 +39,7 @@ _UNREACHABLE = frozenset({Status.UNAVAILABLE, Status.DEADLINE_EXCEEDED})
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """What a machine says of itself when it joins."""
+    """What a machine says about itself when it joins."""
 
     uuid: str
     unique_token: str = field(default="", repr=False)
@@ -59,7 +62,7 @@ class Provisioned:
 
 
 def make_request(url: JoinURL, machine: Machine, public_key: PublicKey) -> ProvisionRequest:
-    """The call's message: optional fields only where they say something, the unique token always."""
+    """The call's message: optional fields only if they have a value, the unique token always."""
     return ProvisionRequest(
         node_uuid=machine.uuid,
         node_public_key=public_key.encode(),
@@ -136,7 +139,7 @@ async def provision(
     tls: ssl.SSLContext | None = None,
     timeout: float = PROVISION_TIMEOUT,
 ) -> Provisioned:
-    """Ask for a place, on a connection of its own. `tls` takes the place of the system's roots for an https URL.
+    """Call Provision once, on a connection of its own. `tls` takes the place of the system's roots for an https URL.
 
     Raises ServerUnreachableError, JoinRefusedError or InvalidAnswerError.
     """
@@ -160,12 +163,15 @@ def _refusal(error: GRPCError, url: JoinURL, machine: Machine) -> JoinError:
 
 
 PASSING = frozenset({"ALREADY_EXISTS", "RESOURCE_EXHAUSTED", "ABORTED", "CANCELLED", "INTERNAL", "UNKNOWN"})
-"""Refusals that pass by themselves: another link of this machine must end first, there is no room now, or something went wrong
-over there, such as a proxy's own HTTP status."""
+"""Refusals that pass by themselves: another link of this machine must end first, there is no room now, or something failed at
+the server or at a proxy on the way."""
 
 
 class Provisioner:
-    """Calls Provision for one machine. A retry ends the wait for an API that was away, but not the wait after a refusal."""
+    """Calls Provision for one machine, by settings that may be replaced.
+
+    The trigger ends the wait for an API that was away, but not the wait after a refusal.
+    """
 
     def __init__(
         self,
@@ -178,33 +184,47 @@ class Provisioner:
         tls: ssl.SSLContext | None,
         timeout: float,
     ) -> None:
+        self._emit = emit
+        self._retry = retry
+        self._no_retry = RetryTrigger()
+        self._timeout = timeout
+        self.use(url, machine, public_key, tls)
+
+    def use(self, url: JoinURL, machine: Machine, public_key: PublicKey, tls: ssl.SSLContext | None) -> None:
+        """Call by these settings from now on."""
         self._url = url
         self._machine = machine
         self._public_key = public_key
-        self._emit = emit
-        self._retry = retry
-        self._quiet = RetryTrigger()
         self._tls = tls
-        self._timeout = timeout
 
     async def request(self, *, tunnel: bool = False) -> Provisioned:
-        """Ask once; `tunnel` asks for it though the URL does not. Raises JoinError."""
+        """Call once; `tunnel` requests it although the URL does not. Raises JoinError."""
         url = replace(self._url, tunnel=True) if tunnel else self._url
-        answer = await provision(url, self._machine, self._public_key, tls=self._tls, timeout=self._timeout)
+        try:
+            answer = await provision(url, self._machine, self._public_key, tls=self._tls, timeout=self._timeout)
+        except JoinError:
+            raise
+        except Exception as error:
+            log.exception("the Provision call failed")
+            raise ServerUnreachableError(f"internal error in the Provision call: {type(error).__name__}") from error
+        self.announce(answer)
+        return answer
+
+    def announce(self, answer: Provisioned) -> None:
+        """Emit the event for an answer."""
         self._emit(
             events.Joined(
                 server_key=answer.server_key,
                 address=answer.address,
                 server_address=answer.server_address,
-                transport=choose(url, answer, self._tls).kind,
+                transport=choose(self._url, answer, self._tls).kind,
                 endpoints=tuple(str(endpoint) for endpoint in answer.endpoints),
                 virtual_address=format_peer_addr_port(*answer.virtual_address) if answer.virtual_address else "",
             )
         )
-        return answer
 
     async def request_until_answered(self, *, tunnel: bool = False) -> Provisioned:
-        """Ask again and again, each failure an event."""
+        """Call until it succeeds; each failure is an event."""
         away = Backoff(first=0.5, cap=30.0, factor=1.5)
         passing = Backoff(first=2.0, cap=20.0)
         refused = Backoff(first=60.0, floor=30.0, cap=300.0)
@@ -217,6 +237,6 @@ class Provisioner:
             except JoinError as error:
                 problem = error
                 passes = isinstance(error, JoinRefusedError) and error.status in PASSING
-                delay, retry = (passing if passes else refused).next(), self._quiet
+                delay, retry = (passing if passes else refused).next(), self._no_retry
             self._emit(events.ProvisionFailed(reason=str(problem), retry_in=delay))
             await retry.sleep(delay)

@@ -1,18 +1,20 @@
 """The life of one link: provision, configure, connect, watch, and begin again where it died.
 
     provisioning ──► connecting ──► connected ◄──► degraded ──► re-establishing ──► connected …
-                         ▲   next way, then provision again   │
-                         └─────────────────────────────────────┘
+                         ▲  next route, then provision again  │
+                         └────────────────────────────────────┘
 
-The states are in `state`, what counts as up and down in `watch`, the care for one way in `keeper`, and how datagrams travel in
-`common.transport.choice`. docs/link.md shows it all in one picture.
+`state` holds the states, `watch` judges up and down, `monitor` cares for one route, `supervisor` changes the settings of a
+running link, and `common.transport.choice` chooses how datagrams travel. docs/link.md shows it all in one picture.
 """
 
 import logging
 import math
 import ssl
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from ipaddress import IPv6Network
 from typing import TYPE_CHECKING
 
@@ -23,15 +25,14 @@ from siderolink.client.link.host import Host, ThisHost
 from siderolink.client.link.monitor import LinkContext, RouteMonitor
 from siderolink.client.link.probes import until_udp_passes, watch_api
 from siderolink.client.link.provisioning import PROVISION_TIMEOUT, Machine, Provisioned, Provisioner
-from siderolink.client.link.signals import InterfaceGone, Signal, Signals, UdpPasses
+from siderolink.client.link.signals import InterfaceGone, Pause, Replaced, Signal, Signals, UdpPasses
 from siderolink.client.link.state import LinkState, Progress
 from siderolink.client.link.watch import ATTEMPT_TIMEOUT, DOWN_AFTER
 from siderolink.common.backoff import Backoff, RetryTrigger
-from siderolink.common.errors import DeviceError, SideroLinkError
+from siderolink.common.errors import SideroLinkError
 from siderolink.common.join_url import JoinURL
 from siderolink.common.keys import PrivateKey, PublicKey
-from siderolink.common.tasks import background_tasks
-from siderolink.common.text import one_line
+from siderolink.common.tasks import background_tasks, keep_running
 from siderolink.common.transport.choice import Route, Transport, choose
 from siderolink.common.wireguard.device import DEFAULT_MTU, Device, DeviceConfig, DeviceKind, PeerConfig
 
@@ -42,6 +43,10 @@ log = logging.getLogger("siderolink")
 
 KEEPALIVE = 25
 """Seconds between keepalives towards the server."""
+
+
+ServerKeys = dict[tuple[str, int], PrivateKey]
+"""A private key for each server, by its API's host and port."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,45 +61,53 @@ class LinkOptions:
     namespace: str | None = None
     """The network namespace for the interface; None for the caller's own, where datagrams and calls travel in any case."""
     tls: ssl.SSLContext | None = None
-    """Takes the place of the system's roots for an https URL."""
+    """Replaces the system's roots for an https URL."""
     private_key: PrivateKey | None = field(default=None, repr=False)
-    """The link's key; None for a new one."""
+    """The link's key at the server of the first URL; None for a new one. Another server always gets a new key."""
     fallback_tunnel: bool = False
     """Use the tunnel while UDP does not pass."""
     retry_first: bool = False
-    """Ask again where the first Provision fails, instead of raising."""
+    """Retry when the first Provision fails, instead of raising."""
     provision_timeout: float = PROVISION_TIMEOUT
     attempt_timeout: float = ATTEMPT_TIMEOUT
     down_after: float = DOWN_AFTER
 
+    @property
+    def server(self) -> tuple[str, int]:
+        """Whom key and unique token belong to: the API's host and port."""
+        return self.url.host.lower(), self.url.port
+
 
 class LinkRunner:
-    """Runs a link until cancelled, telling `emit` what happens. Its attributes say how the link stands."""
+    """Runs a link until cancelled and emits what happens. Its attributes say how the link stands."""
 
-    def __init__(self, options: LinkOptions, emit: Callable[[events.LinkEvent], None], host: Host | None = None) -> None:
-        self._options = options
+    def __init__(
+        self,
+        options: LinkOptions,
+        emit: Callable[[events.LinkEvent], None],
+        host: Host | None = None,
+        keys: ServerKeys | None = None,
+    ) -> None:
+        """`keys` may outlive the link: new ones are added."""
+        self.options = options
         self._emit = emit
-        self._host = host or ThisHost(options.namespace)
-        self._key = options.private_key or PrivateKey.generate()
+        self.host = host or ThisHost(options.namespace)
+        self._keys = keys if keys is not None else {}
+        if options.private_key is not None:
+            self._keys[options.server] = options.private_key
         self._timestamps: Timestamps | None = None
         self._retry = RetryTrigger()
-        self._provisioner = Provisioner(
-            options.url,
-            options.machine,
-            self._key.public_key(),
-            emit,
-            self._retry,
-            tls=options.tls,
-            timeout=options.provision_timeout,
-        )
-        # Answers that led to no handshake are followed by later and later questions.
+        self._provisioner = self.provisioner(options, emit)
+        # Answers that led to no handshake are followed by calls at growing intervals.
         self._fruitless = Backoff(first=2.0, cap=60.0, at_once=True)
         self._turn = 0
         self._handshakes = 0
         self._udp_answer: Provisioned | None = None
         self._udp_is_small = False
         self._udp_tries = Backoff(first=30.0, cap=900.0, floor=15.0)
-        self.public_key = self._key.public_key()
+        self._signals: Signals | None = None
+        self._settings_scope = anyio.CancelScope()
+        self._api_scope = anyio.CancelScope()
         self.progress = Progress(emit)
         self.answer: Provisioned | None = None
         self.device: Device | None = None
@@ -102,6 +115,15 @@ class LinkRunner:
         self.route: Route | None = None
         self.answered = anyio.Event()
         """Set once the server has answered a first time."""
+
+    @property
+    def private_key(self) -> PrivateKey:
+        """The key at the present server."""
+        return self.key_for(self.options)
+
+    @property
+    def public_key(self) -> PublicKey:
+        return self.private_key.public_key()
 
     @property
     def state(self) -> LinkState:
@@ -112,19 +134,36 @@ class LinkRunner:
         """Whether the tunnel is used because UDP does not pass."""
         return self._udp_answer is not None and self.transport is not None and self.transport.kind == "tunnel"
 
+    def key_for(self, options: LinkOptions) -> PrivateKey:
+        """The private key for a server: one for each, kept for as long as the link lives."""
+        return self._keys.setdefault(options.server, PrivateKey.generate())
+
+    def provisioner(self, options: LinkOptions, emit: Callable[[events.LinkEvent], None]) -> Provisioner:
+        return Provisioner(
+            options.url,
+            options.machine,
+            self.key_for(options).public_key(),
+            emit,
+            self._retry,
+            tls=options.tls,
+            timeout=options.provision_timeout,
+        )
+
     async def run(self) -> None:
         """Keep the link.
 
-        Raises a JoinError where the first Provision fails, unless it is to be tried again, and a DeviceError where there can be
-        no first interface; afterwards it tries for ever.
+        Raises a JoinError when the first Provision fails, unless it is to be retried, and a DeviceError when the first
+        interface cannot be made; afterwards it retries for ever.
         """
         reason = "it was left"
+        answer: Provisioned | None = None
         try:
             self._emit(events.KeyCreated(public_key=self.public_key))
-            first = self._provisioner.request_until_answered if self._options.retry_first else self._provisioner.request
-            answer = await first()
             while True:
-                answer = await self._hold_or_repair(answer)
+                with anyio.CancelScope() as self._settings_scope:
+                    await self._run_settings(answer)
+                # Only `replace_settings` cancels it, and leaves the answer to begin with, if there is one.
+                answer = self.answer
         except Exception as error:
             reason = str(error) or type(error).__name__
             raise
@@ -132,82 +171,152 @@ class LinkRunner:
             self.device = None
             self.progress.left(reason)
 
+    async def _run_settings(self, answer: Provisioned | None) -> None:
+        if answer is None:
+            first = self.options.retry_first or self.progress.connected.is_set()
+            answer = await (self._provisioner.request_until_answered() if first else self._provisioner.request())
+        while True:
+            answer = await self._hold_or_repair(answer)
+
+    # Changing settings
+
+    @property
+    def is_up(self) -> bool:
+        return self.progress.machine.is_up
+
+    def fits(self, options: LinkOptions, answer: Provisioned) -> bool:
+        """Whether these settings with this answer can use the interface that is there."""
+        return (
+            self.device is not None
+            and self._signals is not None
+            and self.answer is not None
+            and options.server == self.options.server
+            and options.interface == self.options.interface
+            and _interface_of(answer) == _interface_of(self.answer)
+        )
+
+    def replace_settings(self, options: LinkOptions, answer: Provisioned | None) -> None:
+        """Run by other settings from now on, beginning with an answer that they brought, or with a Provision call."""
+        keeps_interface = answer is not None and self.fits(options, answer)
+        is_same = keeps_interface and answer == self.answer
+        is_other_server = options.server != self.options.server
+        stays_in_fallback = self.is_fallback and not is_other_server and not options.url.tunnel
+        self.options = options
+        self._provisioner.use(options.url, options.machine, self.public_key, options.tls)
+        self._fruitless.reset()
+        self._api_scope.cancel()
+        if is_other_server:
+            self._emit(events.KeyCreated(public_key=self.public_key))
+        if not stays_in_fallback or answer is None or answer.virtual_address is None:
+            self._udp_answer, self._udp_is_small = None, False
+        if answer is not None:
+            self._provisioner.announce(answer)
+        if is_same:
+            return
+        if answer is not None and keeps_interface and self._signals is not None:
+            self._signals.put(Replaced(answer))
+        else:
+            self.progress.new_settings(str(self.route))
+            self.answer = answer
+            self._settings_scope.cancel()
+
+    @asynccontextmanager
+    async def silenced(self) -> AsyncIterator[None]:
+        """Keep the link off the wire while the body runs; it shakes hands again afterwards."""
+        pause = Pause()
+        if self._signals is not None:
+            self._signals.put(pause)
+            with anyio.move_on_after(2.0):
+                await pause.begun.wait()
+        try:
+            yield
+        finally:
+            pause.ended.set()
+
+    # Holding an interface
+
     async def _hold_or_repair(self, answer: Provisioned) -> Provisioned:
-        """Hold the link, and make its interface again where somebody else deletes it; returns an answer for another device."""
+        """Hold the link, and make its interface again when somebody else deletes it; returns an answer for another device."""
         backoff = Backoff(first=1.0, cap=30.0, at_once=True)
         while True:
             try:
                 return await self._hold(answer)
             except InterfaceGone as gone:
-                self.progress.lost(str(self.route), str(gone))
+                reason = str(gone)
                 answer = self.answer or answer
-            except DeviceError as error:
+            except SideroLinkError as error:
                 if not self.progress.machine.was_up:
                     raise
-                self.progress.lost(str(self.route), str(error))
+                reason = str(error)
             except Exception as error:
-                if isinstance(error, SideroLinkError) or not (self._options.retry_first or self.progress.machine.was_up):
-                    raise
-                log.exception("the link failed in a way that nobody foresaw, and is made again")
-                self.progress.lost(str(self.route), f"{type(error).__name__}: {one_line(str(error))}")
+                log.exception("the link failed and is made again")
+                reason = f"internal error: {type(error).__name__}"
+                backoff.next()
+            self.progress.lost(str(self.route), reason)
             await anyio.sleep(backoff.next())
 
     async def _hold(self, answer: Provisioned) -> Provisioned:
         """Keep one device for as long as the server's answers fit it; returns the first that does not."""
         transport = self._adopt(answer)
         config = DeviceConfig(
-            name=self._options.interface or transport.interface,
-            private_key=self._key,
+            name=self.options.interface or transport.interface,
+            private_key=self.private_key,
             addresses=(answer.address,),
             mtu=DEFAULT_MTU,
             listen_port=transport.listen_port,
-            timestamps=self._rising_timestamps(),
-            namespace=self._options.namespace,
+            timestamps=self.rising_timestamps(),
+            namespace=self.options.namespace,
         )
-        await self._host.check_overlay(answer.address.network, config.name)
+        await self.host.check_overlay(answer.address.network, config.name)
         send, receive = anyio.create_memory_object_stream[Signal](math.inf)
         with send, receive:
             signals = Signals(send, receive)
-            async with self._host.open_device(self._options.device, config, signals.put) as device:
-                self.device = device
+            async with self.host.open_device(self.options.device, config, signals.put) as device:
+                self.device, self._signals = device, signals
                 try:
                     async with background_tasks() as tasks:
-                        tasks.start_soon(self._host.watch, device, config, signals.put)
+                        watch = partial(self.host.watch, device, config, signals.put)
+                        tasks.start_soon(keep_running, "watching the network", watch)
                         if transport.kind == "udp":
-                            tasks.start_soon(watch_api, self._options.url, self._options.tls, signals.put, self._retry)
+                            tasks.start_soon(self._watch_api, signals)
                         elif self.is_fallback:
-                            tasks.start_soon(self._watch_udp, signals)
+                            tasks.start_soon(keep_running, "looking for UDP", partial(self._watch_udp, signals))
                         return await self._use(device, answer, signals)
                 finally:
-                    self.device = None
+                    self.device = self._signals = None
+
+    async def _watch_api(self, signals: Signals) -> None:
+        while True:
+            with anyio.CancelScope() as self._api_scope:
+                await watch_api(self.options.url, self.options.tls, signals.put, self._retry)
 
     async def _use(self, device: Device, answer: Provisioned, signals: Signals) -> Provisioned:
         await device.set_peer(_peer(answer, keepalive=0))
         self._emit(events.InterfaceConfigured(interface=device.name, kind=device.kind, mtu=DEFAULT_MTU))
         context = LinkContext(
-            host=self._host,
+            host=self.host,
             device=device,
             signals=signals,
             retry=self._retry,
             progress=self.progress,
             provisioner=self._provisioner,
             emit=self._emit,
-            attempt_timeout=self._options.attempt_timeout,
-            down_after=self._options.down_after,
+            attempt_timeout=self.options.attempt_timeout,
+            down_after=self.options.down_after,
             wants_tunnel=self.is_fallback,
             leave_small_path=self._leave_small_path if self._may_fall_back else None,
         )
         while True:
             newer = await self._try_routes(context, answer)
-            if (newer.address, newer.virtual_address is None) != (answer.address, answer.virtual_address is None):
+            if _interface_of(newer) != _interface_of(answer):
                 return newer
             if newer.server_key != answer.server_key:
                 await device.remove_peer(answer.server_key)
             answer = newer
             self._adopt(answer)
 
-    def _rising_timestamps(self) -> "Timestamps":
-        """One for all devices of this key: a server takes no initiation that is older than the last."""
+    def rising_timestamps(self) -> "Timestamps":
+        """One for all devices: a server takes no initiation that is older than the last of the same key."""
         from siderolink.common.wireguard.noise import Timestamps
 
         if self._timestamps is None:
@@ -216,7 +325,10 @@ class LinkRunner:
 
     def _adopt(self, answer: Provisioned) -> Transport:
         self.answer = answer
-        self.transport = choose(self._options.url, answer, self._options.tls, retry=self._retry, turn=self._turn)
+        before = self.transport
+        self.transport = choose(self.options.url, answer, self.options.tls, retry=self._retry, turn=self._turn)
+        if before is not None and before.kind != self.transport.kind:
+            self._emit(events.TransportChanged(old=before.kind, new=self.transport.kind))
         self._turn += 1
         if self.transport.kind == "udp":
             self._udp_answer = answer
@@ -224,24 +336,24 @@ class LinkRunner:
         return self.transport
 
     async def _try_routes(self, context: LinkContext, answer: Provisioned) -> Provisioned:
-        """Take the ways to the server in turn, each until it fails; returns the next answer once they are used up."""
+        """Take the routes to the server in turn, each until it fails; returns the next answer once they are used up."""
         assert self.transport is not None
         routes = self.transport.routes
         peer = _peer(answer, keepalive=KEEPALIVE)
         for index, route in enumerate(routes):
             self.route = route
-            keeper = RouteMonitor(context, route, answer, peer)
-            newer = await keeper.keep(self._provision_again if index == len(routes) - 1 else None)
+            monitor = RouteMonitor(context, route, answer, peer)
+            newer = await monitor.run(self._provision_again if index == len(routes) - 1 else None)
             if newer is not None:
                 return newer
         raise AssertionError("an answer has at least one route")
 
-    # Asking again, and falling back
+    # Provisioning again, and falling back to the tunnel
 
     @property
     def _may_fall_back(self) -> bool:
         is_udp = self.transport is not None and self.transport.kind == "udp"
-        return is_udp and self._options.fallback_tunnel
+        return is_udp and self.options.fallback_tunnel
 
     async def _provision_again(self) -> Provisioned:
         if self.progress.handshakes != self._handshakes:
@@ -260,18 +372,23 @@ class LinkRunner:
         self._udp_is_small = True
 
     async def _watch_udp(self, signals: Signals) -> None:
-        """While the tunnel stands in for UDP, notice when that passes again."""
+        """While the tunnel stands in for UDP, notice when UDP passes again."""
         udp = self._udp_answer
         assert udp is not None
-        # Where handshakes passed before and large packets did not, they are no reason to go back soon.
+        # Handshakes passed by UDP before and large packets did not: another handshake is no reason to go back soon.
         tries = Backoff(first=900.0, cap=3600.0, floor=600.0) if self._udp_is_small else self._udp_tries
 
         def server_key() -> PublicKey:  # which may have changed since
             return (self.answer or udp).server_key
 
-        while True:  # the signal may come while the tunnel is being mended, when nobody heeds it
-            await until_udp_passes(self._key, server_key, udp.endpoints, self._rising_timestamps(), tries, self._retry)
+        while True:  # the signal may come while the tunnel is being reopened, when nobody heeds it
+            await until_udp_passes(self.private_key, server_key, udp.endpoints, self.rising_timestamps(), tries, self._retry)
             signals.put(UdpPasses())
+
+
+def _interface_of(answer: Provisioned) -> tuple[object, ...]:
+    """What of an answer the interface is made from."""
+    return answer.address, answer.virtual_address is None
 
 
 def _peer(answer: Provisioned, *, keepalive: int) -> PeerConfig:

@@ -1,8 +1,9 @@
-"""What the parts of a link tell the task that watches it, in order."""
+"""What the parts of a link tell its monitor, in order."""
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 
 import anyio
 from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
@@ -14,33 +15,41 @@ from siderolink.common.wireguard.device import DeviceEvent, InterfaceLost
 
 @dataclass(frozen=True, slots=True)
 class RouteLost:
-    """The way is of no use any more."""
+    """The route failed for good."""
 
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
 class RouteInterrupted:
-    """The way is mending itself."""
+    """The route is interrupted and recovers by itself."""
 
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """The server's API was asked again, and this is what it said."""
+    """A new answer of the server to Provision."""
 
     answer: Provisioned
 
 
 @dataclass(frozen=True, slots=True)
 class ApiLost:
-    """The connection to the API that was kept to notice this is gone."""
+    """The connection that is kept to the API broke."""
 
 
 @dataclass(frozen=True, slots=True)
 class ApiBack:
     """The API accepts connections again."""
+
+
+@dataclass(frozen=True, slots=True)
+class ApiCutRegularly:
+    """Idle connections to the API are cut at a regular age, so none is kept any more."""
+
+    age: float
+    """Seconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +74,7 @@ class ClockJumped:
 
 @dataclass(frozen=True, slots=True)
 class LargePackets:
-    """Whether packets as large as the interface takes pass the way in use."""
+    """Whether packets as large as the interface takes pass by the route in use."""
 
     pass_: bool
 
@@ -75,6 +84,22 @@ class UdpPasses:
     """A handshake by UDP succeeded while the link used the tunnel instead."""
 
 
+@dataclass(frozen=True, slots=True)
+class Replaced:
+    """New settings were tried and work: go on with this answer."""
+
+    answer: Provisioned
+
+
+@dataclass(frozen=True, slots=True)
+class Pause:
+    """Keep off the wire until `ended`: another engine with the same key is tried, and the server would follow both."""
+
+    begun: anyio.Event = field(default_factory=anyio.Event)
+    """Set by the monitor once nothing is sent any more."""
+    ended: anyio.Event = field(default_factory=anyio.Event)
+
+
 Signal = (
     DeviceEvent
     | RouteLost
@@ -82,11 +107,14 @@ Signal = (
     | Answered
     | ApiLost
     | ApiBack
+    | ApiCutRegularly
     | NetworkChanged
     | Repaired
     | ClockJumped
     | LargePackets
     | UdpPasses
+    | Replaced
+    | Pause
 )
 Put = Callable[[Signal], None]
 
@@ -106,12 +134,15 @@ class Signals:
         self._send.send_nowait(signal)
 
     def clear(self) -> None:
-        """Forget what belongs to an earlier way. Raises InterfaceGone."""
-        while True:
-            try:
-                _check(self._receive.receive_nowait())
-            except anyio.WouldBlock:
-                return
+        """Forget what belongs to an earlier route, but not what waits for an answer. Raises InterfaceGone."""
+        kept: list[Signal] = []
+        with suppress(anyio.WouldBlock):
+            while True:
+                signal = _check(self._receive.receive_nowait())
+                if isinstance(signal, Replaced | Pause):
+                    kept.append(signal)
+        for signal in kept:
+            self.put(signal)
 
     async def next(self, deadline: float = float("inf")) -> Signal | None:
         """The next one; None at `deadline` (monotonic seconds). Raises InterfaceGone."""

@@ -1,4 +1,4 @@
-"""Where a link is in its life, and how it may go on: the one state machine of the client (docs/link.md has its picture)."""
+"""The state machine of a link (docs/link.md draws it), and the events that report each change."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -13,15 +13,15 @@ class LinkState(StrEnum):
     """Where a link is in its life."""
 
     PROVISIONING = "provisioning"
-    """The server's API is asked for a place; there has been no handshake yet."""
+    """The server's API is asked for addresses; there has been no handshake yet."""
     CONNECTING = "connecting"
-    """The ways to the server are tried; there has been no handshake yet."""
+    """The routes to the server are tried; there has been no handshake yet."""
     CONNECTED = "connected"
     """Packets pass."""
     DEGRADED = "degraded"
-    """Packets pass badly or not at all, and what is at hand may still mend it."""
+    """Packets pass badly or not at all; the link may still recover on the same route."""
     REESTABLISHING = "re-establishing"
-    """The link was up and is dead; the next way is tried, or the API asked."""
+    """The link was up and is dead; the next route is tried, or the API asked."""
     LEFT = "left"
     """It was left on purpose, or failed for good."""
 
@@ -35,11 +35,11 @@ TRANSITIONS: Mapping[LinkState, frozenset[LinkState]] = {
     _S.REESTABLISHING: frozenset({_S.CONNECTED, _S.LEFT}),
     _S.LEFT: frozenset(),
 }
-"""From each state, those that may follow. A late handshake of the last way takes a link from PROVISIONING to CONNECTED."""
+"""From each state, those that may follow. A late handshake of the last route takes a link from PROVISIONING to CONNECTED."""
 
 
 class StateMachine:
-    """The state, why it is, and since when. `on_change` is told old state, new state and reason of each transition."""
+    """The state, its reason, and since when. `on_change` gets old state, new state and reason of each transition."""
 
     def __init__(self, on_change: Callable[[LinkState, LinkState, str], None], clock: Callable[[], float] = time.time) -> None:
         self._on_change = on_change
@@ -70,16 +70,17 @@ class StateMachine:
 
 
 CLEARED_BY_HANDSHAKE = ("network", "stream", "interface", "silence")
-"""The kinds of trouble that a completed handshake ends."""
+"""The kinds of trouble that a completed handshake clears."""
 
 
 class Progress:
-    """Holds the state machine. A link that is up is degraded while there is any trouble."""
+    """Moves the state machine by what happens. A link that is up is degraded while there is any trouble."""
 
     def __init__(self, emit: Callable[[events.LinkEvent], None]) -> None:
         self._emit = emit
         self._started_at = time.monotonic()
         self._down_at = 0.0
+        self._has_new_settings = False
         self._troubles: dict[str, str] = {}
         self.machine = StateMachine(self._changed)
         self.handshakes = 0
@@ -99,13 +100,13 @@ class Progress:
             self.machine.go(LinkState.PROVISIONING, reason)
 
     def connecting(self, route: str) -> None:
-        """A way is tried."""
+        """A route is tried."""
         self._emit(events.Connecting(route=route))
         if not self.machine.was_up:
-            self.machine.go(LinkState.CONNECTING, f"{route} is tried")
+            self.machine.go(LinkState.CONNECTING, f"trying {route}")
 
     def handshake(self, route: str) -> None:
-        """A handshake completed by this way."""
+        """A handshake completed by this route."""
         self.handshakes += 1
         self._emit(events.Handshake())
         now, state = time.monotonic(), self.state
@@ -117,9 +118,11 @@ class Progress:
         self._troubles.clear()
         self.machine.go(LinkState.CONNECTED, f"a handshake completed by {route}")
         if state is LinkState.REESTABLISHING:
-            self._emit(events.Reestablished(route=route, down_for=now - self._down_at))
             self.down = anyio.Event()
+        if state is LinkState.REESTABLISHING and not self._has_new_settings:
+            self._emit(events.Reestablished(route=route, down_for=now - self._down_at))
         else:
+            self._has_new_settings = False
             self._emit(events.Connected(route=route, seconds=now - self._started_at))
             self.connected.set()
 
@@ -134,7 +137,7 @@ class Progress:
             self._settle(reason)
 
     def lost(self, route: str, reason: str) -> None:
-        """A way is dead; where it was up, the link is."""
+        """A route is dead; so is the link if it was up."""
         if not self.machine.is_up:
             self._emit(events.RouteFailed(route=route, reason=reason))
             return
@@ -143,6 +146,13 @@ class Progress:
         self.machine.go(LinkState.REESTABLISHING, reason)
         self._emit(events.LinkDown(reason=reason))
         self.down.set()
+
+    def new_settings(self, route: str) -> None:
+        """The link is made anew by other settings; its next handshake is its first."""
+        self._has_new_settings = True
+        self._started_at = time.monotonic()
+        if self.machine.is_up:
+            self.lost(route, "new settings take over")
 
     def left(self, reason: str) -> None:
         self.machine.go(LinkState.LEFT, reason)

@@ -1,30 +1,32 @@
-"""When a link counts as up, in doubt, or down: pure, the time is passed in.
+"""When a link counts as up, suspect or down. Pure: times are passed in, in seconds.
 
 A link is judged by its handshakes alone. WireGuard renews a session every 120 s while there is traffic, and the persistent
-keepalive is traffic; so a handshake is at most 120 s old on a healthy link, and one that is 275 s old means it is dead.
+keepalive is traffic; so a healthy link's last handshake is at most 120 s old, and a link whose last one is 275 s old is dead.
 
-Nobody has to wait that long. Whatever looks wrong puts the link *in doubt*: a handshake is begun at once and then every second,
-and the first that completes ends the doubt. Fifteen that are lost in a row are no accident, also where a fifth of all datagrams
-is lost each way: that happens once in five million doubts. So a healthy link is never declared down.
+Nobody has to wait that long. Whatever looks wrong makes the link *suspect*: a handshake is begun at once and then every
+second, and the first that completes clears the suspicion. Losing fifteen in a row is no accident, not even where a fifth of all
+datagrams is lost each way: that happens once in five million suspicions. So a healthy link is never declared down.
 """
 
 DOWN_AFTER = 275.0
 """Seconds since the last handshake: reject after 180, one retry of 5, attempts for 90."""
 ATTEMPT_TIMEOUT = 8.0
-"""Seconds a new way to the server gets for its first handshake."""
+"""Seconds a new route gets for its first handshake."""
 FIRST_PROBE = 1.0
 PROBE_GROWTH = 1.4
-"""On a new way the next handshake is begun a second after the first, then later and later: the server may be slow."""
+"""On a new route the next handshake is begun a second after the first, then at growing intervals: the server may be slow."""
 PROBE_LIMIT = 15
 PROBE_INTERVAL = 1.0
 ENDING_SECONDS = 3.0
-"""A server that is being stopped may still answer handshakes for so long after it has ended its API."""
-SILENT_AFTER = 60.0
-"""Seconds without anything authenticated that put a link in doubt; both ends keep it alive every 25 s."""
+"""A server that is being stopped may still answer handshakes for this long after its API ended."""
+SILENT_AFTER = 35.0
+"""Seconds without an authenticated packet that make a link suspect: most servers send a keepalive every 25 s."""
+QUIET_SILENT_AFTER = 60.0
+"""The same once a silence turned out harmless: this server sends no keepalives, or packets are lost."""
 
 
 class HandshakeWatch:
-    """Watches one way to the server, from the moment `now` at which it was first tried (all times are seconds)."""
+    """Judges one route to the server from the moment `now` at which it was first tried."""
 
     def __init__(self, now: float, *, attempt_timeout: float = ATTEMPT_TIMEOUT, down_after: float = DOWN_AFTER) -> None:
         self._attempt_timeout = attempt_timeout
@@ -35,12 +37,14 @@ class HandshakeWatch:
         self._silent_at = float("inf")
         self._probe_at = now + FIRST_PROBE
         self._interval = FIRST_PROBE
+        self._silent_after = SILENT_AFTER
+        self._is_silent = False
         self._again: tuple[float, str] | None = None
-        """When to doubt once more, and why."""
+        """When to suspect the link once more, and why."""
         self.suspicion: str | None = None
-        """Why an established link is in doubt; None where it is not."""
+        """Why an established link is suspect; None if it is not."""
         self.unanswered = 0
-        """Handshakes begun since the doubt began."""
+        """Handshakes begun since the suspicion."""
 
     @property
     def is_up(self) -> bool:
@@ -59,7 +63,7 @@ class HandshakeWatch:
         if self._handshake_at is None or at > self._handshake_at:
             self._handshake_at = at
             self._down_at = at + self._down_after
-            self.suspicion, self.unanswered = None, 0
+            self._clear_suspicion()
             self._probe_at = float("inf")
             self.heard(at)
         return came_up
@@ -68,17 +72,17 @@ class HandshakeWatch:
         """Note that something authenticated came."""
         if self._handshake_at is not None and self.suspicion is None:
             self._heard_at = max(self._heard_at, at)
-            self._silent_at = self._heard_at + SILENT_AFTER
+            self._silent_at = self._heard_at + self._silent_after
 
     def answered(self, now: float) -> None:
-        """Note that something came back that was sent during the doubt: its end, without a handshake."""
+        """Note that something sent under suspicion came back, which clears it without a handshake."""
         if self._handshake_at is not None:
-            self.suspicion, self.unanswered = None, 0
+            self._clear_suspicion()
             self._down_at, self._probe_at = self._handshake_at + self._down_after, float("inf")
             self.heard(now)
 
     def suspect(self, now: float, reason: str) -> bool:
-        """Something looks wrong with an established link; True where that is news."""
+        """Something looks wrong with an established link; True if it was not suspect before."""
         if self._handshake_at is None or self.suspicion is not None:
             return False
         self.suspicion, self.unanswered = reason, 0
@@ -88,13 +92,13 @@ class HandshakeWatch:
         return True
 
     def suspect_twice(self, now: float, reason: str) -> None:
-        """Something looks wrong that a handshake right now does not disprove: begin another doubt after `ENDING_SECONDS`."""
+        """Something looks wrong that one handshake does not disprove: suspect the link again after `ENDING_SECONDS`."""
         self.suspect(now, reason)
         if self._handshake_at is not None:
             self._again = now + ENDING_SECONDS, reason
 
     def slept(self, now: float) -> None:
-        """The host slept: what should have happened meanwhile could not. The link has another chance."""
+        """The host slept, so nothing could happen meanwhile: the link gets another chance."""
         if self._handshake_at is None:
             self._down_at = now + self._attempt_timeout
             self.probe_now(now)
@@ -104,12 +108,12 @@ class HandshakeWatch:
         self.suspect(now, "the host slept")
 
     def probe_now(self, now: float) -> None:
-        """There is reason to hope: begin the next handshake at once, if any is wanted."""
+        """A handshake is likely to succeed now: begin the next one at once, if any is due."""
         if self._probe_at != float("inf"):
             self._probe_at = now
 
     def take_probe(self, now: float) -> bool:
-        """Whether a handshake is to be begun now."""
+        """Whether to begin a handshake now."""
         if now < self._probe_at:
             return False
         if self.suspicion is None:
@@ -119,12 +123,12 @@ class HandshakeWatch:
         return True
 
     def check(self, now: float) -> str | None:
-        """Why the link is down at `now`; None where it is not. Long silence is the beginning of a doubt."""
+        """Why the link is down at `now`; None if it is not. A long silence makes it suspect."""
         if self._again is not None and now >= self._again[0]:
             self.suspect(*self._again)
             self._again = None
         if now >= self._silent_at:
-            self.suspect(now, f"nothing was heard for {SILENT_AFTER:.0f} s")
+            self._is_silent = self.suspect(now, f"nothing was heard for {self._silent_after:.0f} s")
         if now < self._down_at:
             return None
         if self._handshake_at is None:
@@ -132,3 +136,26 @@ class HandshakeWatch:
         if self.suspicion is not None:
             return f"{self.suspicion}, and {self.unanswered} handshakes went unanswered"
         return f"no handshake for {now - self._handshake_at:.0f} s"
+
+    def _clear_suspicion(self) -> None:
+        self.suspicion, self.unanswered = None, 0
+        if self._is_silent:
+            self._is_silent, self._silent_after = False, QUIET_SILENT_AFTER
+
+
+class RegularCuts:
+    """Recognises connections that are cut at a regular age, as proxies with an idle or stream timeout do."""
+
+    _ENOUGH = 3
+    _TOLERANCE = 0.1
+    _SHORTEST = 5.0
+
+    def __init__(self) -> None:
+        self._ages: list[float] = []
+
+    def note(self, age: float) -> float | None:
+        """Note a cut at this age; the mean age once the last three were alike, else None."""
+        self._ages = [*self._ages, age][-self._ENOUGH :]
+        mean = sum(self._ages) / len(self._ages)
+        alike = all(abs(age - mean) <= max(1.0, self._TOLERANCE * mean) for age in self._ages)
+        return mean if len(self._ages) == self._ENOUGH and alike and mean >= self._SHORTEST else None

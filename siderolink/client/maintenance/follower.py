@@ -39,17 +39,18 @@ class LinkFollower:
     def __init__(self, api: MaintenanceApi, *, private_key: PrivateKey | None = None) -> None:
         """`private_key` is the one that `connect` is given, for admins to read with the interface's specification."""
         self._api = api
-        self._private_key = private_key
+        self.private_key = private_key
         self._url: JoinURL | None = None
         self._joined: Joined | None = None
         self._interface: InterfaceConfigured | None = None
         self._connected = False
 
     def configured(self, url: JoinURL) -> None:
-        """The machine is told to join by this URL."""
-        self._forget_link()
-        self._url = url
-        self._api.move(Nowhere())
+        """The machine is told to join by this URL; a link that is there stays."""
+        is_new, self._url = self._url is None, url
+        if is_new:
+            self._forget_link()
+            self._api.move(Nowhere())
         self._api.resources.put(SIDEROLINK_CONFIG, CONFIG_ID, siderolink_config(url))
         self._show_status()
 
@@ -115,7 +116,7 @@ class LinkFollower:
             server=joined.server_address,
             endpoint=endpoint,
             keepalive=_KEEPALIVE,
-            private_key=self._private_key,
+            private_key=self.private_key,
         )
         resources.replace(LINK_SPEC, {name: spec})
         if not joined.virtual_address:

@@ -8,13 +8,14 @@ from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from typing import Literal
 
+from siderolink.client.link.identity import TALOS_VERSION
 from siderolink.common.errors import ConfigurationError
 from siderolink.common.pb.machine import ServiceInfo
 from siderolink.common.text import one_line
 
 ApplyMode = Literal["reboot", "auto", "no-reboot", "staged", "try"]
 ServiceAction = Literal["start", "stop", "restart"]
-API_RELEASE = "v1.14.0"
+API_RELEASE = TALOS_VERSION
 """The release whose API this machine has: what `Version` answers, and what servers are told by default."""
 
 WipeMode = Literal["all", "system-disk", "user-disks"]

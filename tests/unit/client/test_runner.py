@@ -44,6 +44,8 @@ class Bench:
         self.size_verdicts: list[bool | None] = []
         self.device_type: type[FakeDevice] = FakeDevice
         self.is_server_answering = False
+        self.trial: str | None = None
+        """Why handshakes beside the link fail; None if they succeed."""
         self._changed = anyio.Event()
         self.runner: LinkRunner
 
@@ -84,6 +86,12 @@ class Bench:
 
     async def large_packets_pass(self, interface: str, server: IPv6Address) -> bool | None:
         return self.size_verdicts.pop(0) if self.size_verdicts else True
+
+    async def shake_hands_beside(self, *_: object, **more: object) -> str | None:
+        return self.trial
+
+    async def say_goodbye(self, device: Device, source: IPv6Address, server: IPv6Address) -> None:
+        """Nobody listens."""
 
     def state(self) -> LinkState:
         return self.runner.state

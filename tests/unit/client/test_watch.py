@@ -2,7 +2,7 @@
 
 import pytest
 
-from siderolink.client.link.watch import PROBE_LIMIT, HandshakeWatch
+from siderolink.client.link.watch import PROBE_LIMIT, HandshakeWatch, RegularCuts
 from siderolink.common.wireguard.noise import HandshakeTimedOut, PeerUnresponsive, SessionEstablished
 from tests.support.virtual import Node, Wire, inner_packet, pair
 
@@ -48,7 +48,7 @@ def test_each_handshake_moves_the_deadline_to_275_seconds_later() -> None:
 def test_an_older_handshake_changes_nothing() -> None:
     watch = up_at(100.0)
     watch.handshake_completed(50.0)
-    assert watch.deadline == 160.0
+    assert watch.deadline == 135.0
 
 
 def test_a_doubt_is_settled_within_fifteen_seconds() -> None:
@@ -68,7 +68,7 @@ def test_a_handshake_ends_the_doubt() -> None:
     assert not watch.handshake_completed(20.5)
     assert watch.suspicion is None
     assert not watch.take_probe(21.0)
-    assert watch.deadline == 80.5
+    assert watch.deadline == 55.5
 
 
 def test_a_handshake_with_a_server_that_is_ending_is_not_the_last_word() -> None:
@@ -81,19 +81,46 @@ def test_a_handshake_with_a_server_that_is_ending_is_not_the_last_word() -> None
     assert watch.suspicion == "the API broke"
     assert watch.take_probe(13.0)
     watch.handshake_completed(13.1)
-    assert watch.check(70.0) is None
+    assert watch.check(48.0) is None
     assert watch.suspicion is None
 
 
-def test_silence_is_a_doubt_and_being_heard_is_not() -> None:
+def test_silence_makes_a_link_suspect_and_being_heard_does_not() -> None:
     watch = up_at(0.0)
     watch.heard(25.0)
-    assert watch.deadline == 85.0
+    assert watch.deadline == 60.0
     watch.heard(20.0)
-    assert watch.deadline == 85.0
-    assert watch.check(85.0) is None
-    assert watch.suspicion == "nothing was heard for 60 s"
-    assert watch.take_probe(85.0)
+    assert watch.deadline == 60.0
+    assert watch.check(60.0) is None
+    assert watch.suspicion == "nothing was heard for 35 s"
+    assert watch.take_probe(60.0)
+
+
+def test_a_server_that_sends_no_keepalives_is_probed_less_often() -> None:
+    watch = up_at(0.0)
+    assert watch.check(35.0) is None
+    watch.handshake_completed(35.1)
+    assert watch.deadline == 95.1
+    watch.suspect(40.0, "something else")
+    watch.handshake_completed(41.0)
+    assert watch.deadline == 101.0
+
+
+def test_a_link_that_a_server_forgot_is_found_dead_in_50_seconds() -> None:
+    watch = up_at(0.0)
+    watch.heard(25.0)
+    begun, down_at, reason = probes(watch, 25.0)
+    assert (len(begun), down_at) == (PROBE_LIMIT, 75.0)
+    assert reason == "nothing was heard for 35 s, and 15 handshakes went unanswered"
+
+
+def test_cuts_at_the_same_age_are_regular_from_the_third_on() -> None:
+    cuts = RegularCuts()
+    assert [cuts.note(age) for age in (60.0, 60.2, 59.8)] == [None, None, pytest.approx(60.0)]
+    assert cuts.note(12.0) is None
+    assert [cuts.note(age) for age in (60.0, 61.0, 60.5)] == [None, None, pytest.approx(60.5)]
+    quick = RegularCuts()
+    assert [quick.note(0.5) for _ in range(4)] == [None] * 4, "that is no timeout"
 
 
 def test_news_brings_the_next_handshake_forward() -> None:

@@ -1,0 +1,279 @@
+"""Changes the settings of a running link without losing the link that works: make before break.
+
+New settings are tried beside the link: a Provision call, then a handshake by each route on a WireGuard of its own, without an
+interface. Only settings that work take over. At the same server (the API's host and port) they keep the link's key, so the
+present link is silent during that handshake, or the server would send to both in turn; it shakes hands again afterwards. If the
+answer has the same address and kind of transport as before, the running interface stays; otherwise it is replaced.
+"""
+
+import logging
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from typing import Literal
+
+import anyio
+
+from siderolink.client.link import events
+from siderolink.client.link.provisioning import PASSING, Provisioned
+from siderolink.client.link.runner import LinkOptions, LinkRunner, ServerKeys
+from siderolink.common.backoff import Backoff
+from siderolink.common.errors import HandshakeTimeoutError, JoinRefusedError, SideroLinkError
+from siderolink.common.transport.choice import choose
+
+log = logging.getLogger("siderolink")
+
+VERDICT_TIMEOUT = 20.0
+"""Seconds within which whoever changes a link's settings learns what became of them."""
+PROMPT_TIMEOUT = 1.0
+"""Seconds for callers for whose return the server itself waits before it answers the new Provision (META writes)."""
+_ANSWER_GRACE = 1.0
+"""Seconds between an answer and what may end the old interface or address: the caller may be waiting for its answer there."""
+_SHORTEST_TRY = 2.0
+_LONGEST_TRY = 8.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """The outcome of a change of settings; its text is for people and holds no secret."""
+
+    outcome: Literal["unchanged", "applied", "pending", "refused"]
+    """`applied`: the link runs by the new settings. `pending`: they are still being tried, and retried until they work or are
+    replaced; the old link stays meanwhile. `refused`: they do not work and were dropped; the old link stays."""
+    reason: str = ""
+    """Why they were refused, or are still pending."""
+    warnings: tuple[str, ...] = ()
+    """What the caller should know although the change was applied: connections that end, for instance."""
+
+    @property
+    def is_refused(self) -> bool:
+        return self.outcome == "refused"
+
+
+@dataclass(slots=True, eq=False)
+class _Change:
+    """Settings that somebody wants."""
+
+    options: LinkOptions
+    is_kept: bool
+    """Retry until they work, instead of dropping them after a failure."""
+    starts_in: float = 0.0
+    """Seconds before the first try."""
+    backoff: Backoff = field(default_factory=lambda: Backoff(first=30.0, floor=10.0, cap=300.0))
+    verdict: Verdict | None = None
+    decided: anyio.Event = field(default_factory=anyio.Event)
+
+    def decide(self, verdict: Verdict) -> None:
+        """Only the first decision counts."""
+        self.verdict = self.verdict or verdict
+        self.decided.set()
+
+
+class LinkSupervisor:
+    """Applies new settings to one link. `run` must be running meanwhile."""
+
+    def __init__(self, runner: LinkRunner, emit: Callable[[events.LinkEvent], None]) -> None:
+        self._runner = runner
+        self._emit = emit
+        self._change: _Change | None = None
+        self._changed = anyio.Event()
+        self._trial = anyio.CancelScope()
+        self.refusal = ""
+        """Why the settings that were wanted last are not in force; empty if they are."""
+
+    async def apply(self, options: LinkOptions, *, timeout: float = VERDICT_TIMEOUT, keep: bool = False) -> Verdict:
+        """Run the link by these settings if they work, and answer within `timeout` seconds what became of them.
+
+        Without `keep`, settings that fail or take longer are dropped. With it they are `pending` after the timeout and retried
+        until they work; a refusal that comes sooner is reported and retried all the same. Later settings replace earlier ones
+        that are not in force yet.
+
+        Another UUID at the same server may end the present address as soon as it is tried, and with it the caller's connection:
+        with `keep` the answer is `pending` at once then, and the try begins a second later.
+        """
+        present = self._runner.options
+        may_end_address = keep and options.server == present.server and options.machine.uuid != present.machine.uuid
+        change = _Change(options, keep, starts_in=_ANSWER_GRACE if may_end_address else 0.0)
+        self._put(change)
+        if may_end_address:
+            return Verdict(outcome="pending", reason="another UUID is tried after this answer")
+        with anyio.move_on_after(timeout):
+            await change.decided.wait()
+        if change.verdict is not None:  # also when it came in the last moment
+            return change.verdict
+        if keep:
+            return Verdict(outcome="pending", reason="the new settings are still being tried")
+        reason = f"they did not lead to a working link within {timeout:.0f} s"
+        change.decide(Verdict(outcome="refused", reason=reason))
+        if self._change is change:
+            self._put(None)
+        self._emit(events.SettingsRefused(changes=describe_changes(self._runner.options, options), reason=reason))
+        return change.verdict or Verdict(outcome="refused", reason=reason)
+
+    async def run(self) -> None:
+        """Try what is wanted, and switch to what works. Never returns."""
+        while True:
+            change, changed = self._change, self._changed
+            if change is None:
+                await changed.wait()
+                continue
+            with anyio.CancelScope() as self._trial:
+                await anyio.sleep(change.starts_in)
+                await self._try(change)
+                if self._change is change:
+                    with anyio.move_on_after(change.backoff.next()):
+                        await changed.wait()
+
+    def _put(self, change: _Change | None) -> None:
+        before, self._change = self._change, change
+        if before is not None and not before.decided.is_set():
+            before.decide(Verdict(outcome="refused", reason="later settings replaced them"))
+        self._trial.cancel()
+        self._changed.set()
+        self._changed = anyio.Event()
+
+    async def _try(self, change: _Change) -> None:
+        """One try; afterwards the change is decided, and no longer wanted unless it is to be retried."""
+        runner, options = self._runner, change.options
+        changes = describe_changes(runner.options, options)
+        if options == runner.options:
+            self._settle(change, Verdict(outcome="unchanged"))
+            return
+        if not runner.progress.connected.is_set() and change.is_kept:
+            # There is no working link to lose.
+            runner.replace_settings(options, None)
+            self._emit(events.SettingsApplied(changes=changes))
+            self._settle(change, Verdict(outcome="pending", reason="there has been no link yet"))
+            return
+        self._emit(events.SettingsTried(changes=changes))
+        try:
+            answer = await self.prove(options)
+        except SideroLinkError as error:
+            self._fail(change, changes, str(error), is_final=isinstance(error, JoinRefusedError))
+            return
+        except Exception as error:
+            log.exception("trying new settings failed")
+            self._fail(change, changes, f"internal error: {type(error).__name__}", is_final=False)
+            return
+        await self._switch(change, changes, answer)
+
+    async def prove(self, options: LinkOptions) -> Provisioned:
+        """The server's answer to these settings, once a handshake has shown that it works. Raises SideroLinkError."""
+        runner = self._runner
+        provisioner = runner.provisioner(options, lambda event: None)
+        tunnel = runner.is_fallback and options.server == runner.options.server
+        answer = await provisioner.request(tunnel=tunnel)
+        if runner.is_up and runner.fits(options, answer) and answer == runner.answer:
+            return answer
+        try:
+            await self._shake_hands(options, answer)
+        except HandshakeTimeoutError:
+            if answer.virtual_address is not None or not options.fallback_tunnel:
+                raise
+            answer = await provisioner.request(tunnel=True)
+            await self._shake_hands(options, answer)
+        return answer
+
+    async def _shake_hands(self, options: LinkOptions, answer: Provisioned) -> None:
+        """Try every route once. Raises HandshakeTimeoutError."""
+        runner = self._runner
+        transport = choose(options.url, answer, options.tls)
+        timeout = max(_SHORTEST_TRY, min(_LONGEST_TRY, options.attempt_timeout, 12.0 / len(transport.routes)))
+        reasons = []
+        async with AsyncExitStack() as stack:
+            if options.server == runner.options.server:
+                await stack.enter_async_context(runner.silenced())
+            for route in transport.routes:
+                reason = await runner.host.shake_hands_beside(
+                    runner.key_for(options),
+                    answer.server_key,
+                    route,
+                    runner.rising_timestamps(),
+                    udp=transport.kind == "udp",
+                    timeout=timeout,
+                )
+                if reason is None:
+                    return
+                reasons.append(reason)
+        raise HandshakeTimeoutError("the server accepted them, but " + "; ".join(dict.fromkeys(reasons)))
+
+    async def _switch(self, change: _Change, changes: str, answer: Provisioned) -> None:
+        runner = self._runner
+        keeps_interface = runner.fits(change.options, answer)
+        warnings = () if keeps_interface else (self._interface_warning(answer),)
+        with anyio.CancelScope(shield=True):
+            self._settle(change, Verdict(outcome="applied", warnings=warnings))
+            for warning in warnings:
+                changes += f"; {warning}"
+            if not keeps_interface and not change.is_kept:
+                await anyio.sleep(_ANSWER_GRACE)
+            runner.replace_settings(change.options, answer)
+            self._emit(events.SettingsApplied(changes=changes))
+
+    def _interface_warning(self, answer: Provisioned) -> str:
+        before = self._runner.answer
+        if before is not None and before.address.network == answer.address.network and before.address != answer.address:
+            return "the new link has the same overlay prefix, so the interface is switched and connections by the old link end"
+        return "the interface is replaced, and connections by the old one may end"
+
+    def _settle(self, change: _Change, verdict: Verdict) -> None:
+        self.refusal = ""
+        if self._change is change:
+            self._change = None
+        change.decide(verdict)
+
+    def _fail(self, change: _Change, changes: str, reason: str, *, is_final: bool) -> None:
+        if change.is_kept and not is_final:
+            change.decide(Verdict(outcome="pending", reason=reason))
+        self._refuse(change, reason)
+        self._emit(events.SettingsRefused(changes=changes, reason=reason))
+
+    def _refuse(self, change: _Change, reason: str) -> None:
+        if change.is_kept:
+            self.refusal = f"new settings do not work: {reason}"
+        elif self._change is change:
+            self._change = None
+        change.decide(Verdict(outcome="refused", reason=reason))
+
+
+async def try_first(options: LinkOptions, keys: ServerKeys, *, timeout: float = VERDICT_TIMEOUT) -> Verdict:
+    """Try settings for a machine that has no link yet.
+
+    Only a refusal that does not pass by itself keeps them from being used: an unreachable server may come later.
+    """
+
+    def ignore(_: events.LinkEvent) -> None:
+        """There is no link that anything could happen to."""
+
+    try:
+        with anyio.fail_after(timeout):
+            await LinkSupervisor(LinkRunner(options, ignore, keys=keys), ignore).prove(options)
+    except JoinRefusedError as error:
+        if error.status not in PASSING:
+            return Verdict(outcome="refused", reason=str(error))
+        reason = str(error)
+    except TimeoutError:
+        reason = f"the server did not answer within {timeout:.0f} s"
+    except SideroLinkError as error:
+        reason = str(error)
+    else:
+        return Verdict(outcome="applied")
+    return Verdict(outcome="applied", warnings=(f"there is no link yet; joining is retried: {reason}",))
+
+
+def describe_changes(old: LinkOptions, new: LinkOptions) -> str:
+    """What differs, for people and without secrets."""
+    found = []
+    if old.server != new.server:
+        found.append(f"server {new.url.authority}")
+    elif (old.url.tls, old.url.tunnel) != (new.url.tls, new.url.tunnel):
+        found.append(f"transport: {'tunnel' if new.url.tunnel else 'udp'}, {'with' if new.url.tls else 'without'} TLS")
+    if old.url.join_token != new.url.join_token:
+        found.append("join token")
+    if old.machine.uuid != new.machine.uuid:
+        found.append(f"UUID {new.machine.uuid}")
+    if old.machine.unique_token != new.machine.unique_token:
+        found.append("unique token")
+    if old.tls is not new.tls:
+        found.append("trusted roots")
+    return ", ".join(found) or "nothing of importance"
