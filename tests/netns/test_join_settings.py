@@ -1,5 +1,6 @@
 """`siderolink join` by documents and kernel arguments, in namespaces: what it finds, and what it does when that changes."""
 
+import json
 import os
 import queue
 import subprocess
@@ -100,6 +101,19 @@ def pings(namespace: Namespace, address: str) -> bool:
     return " 0 received" not in namespace.run(["ping", "-c1", "-W2", address], check=False)
 
 
+def status_of_machine(run_folder: Path) -> dict[str, Any]:
+    """As `siderolink status --json` shows it."""
+    done = subprocess.run(
+        [sys.executable, "-m", "siderolink", "status", "--json"],
+        env={**os.environ, "SIDEROLINK_RUNTIME_DIR": str(run_folder)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    [found] = [status for status in json.loads(done.stdout) if status["role"] == "machine"]
+    return dict(found)
+
+
 def replace_file(file: Path, text: str) -> None:
     """As editors and managers do it: another file takes the name."""
     new = file.with_suffix(".new")
@@ -149,6 +163,11 @@ def test_a_change_joins_anew_at_once_and_nonsense_changes_nothing(net: Net, tmp_
         replace_file(file, join_document("grpc://h/path"))
         assert "machine.yaml:3: apiUrl" in join.wait_for("setting ignored")
         assert pings(net.server, address)
+        # a wrong token is no reason to leave a link that works
+        replace_file(file, join_document(URL.replace(TOKEN, "another-token")))
+        assert "invalid join token" in join.wait_for("settings do not work: join token")
+        assert pings(net.server, address)
+        assert "new settings do not work" in status_of_machine(tmp_path)["reason"]
         # what reads the same changes nothing; what reads otherwise does, with the same key and so the same address
         replace_file(file, "# a remark\n" + join_document(URL))
         replace_file(file, join_document(TUNNEL_URL))

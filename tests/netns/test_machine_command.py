@@ -114,9 +114,9 @@ def test_a_machine_is_configured_by_its_api_and_reports(net: Net) -> None:
         request = ApplyConfigurationRequest(data=documents.encode(), mode=mode)
         return lambda client: client.call(f"{MACHINE}ApplyConfiguration", request, ApplyConfigurationResponse)
 
-    def refused(documents: str, mode: ApplyConfigurationRequestMode) -> tuple[str, str]:
+    def refused(documents: str, mode: ApplyConfigurationRequestMode, host: str = "192.0.2.2") -> tuple[str, str]:
         with pytest.raises(grpc.RpcError) as caught:
-            ask(net.server, "192.0.2.2", apply(documents, mode))
+            ask(net.server, host, apply(documents, mode))
         return status_of(caught.value)
 
     modes = ApplyConfigurationRequestMode
@@ -129,6 +129,10 @@ def test_a_machine_is_configured_by_its_api_and_reports(net: Net) -> None:
     assert ask(net.server, "192.0.2.2", MachineClient.version)
     assert refused("kind: [", modes.AUTO)[0] == "INVALID_ARGUMENT"
     assert refused("# nothing", modes.TRY) == ("INVALID_ARGUMENT", "config not found")
+    wrong = DOCUMENTS.replace(TOKEN, "another")
+    status, text = refused(wrong, modes.AUTO)
+    assert (status, "invalid join token" in text) == ("FAILED_PRECONDITION", True)
+    assert ask(net.server, "192.0.2.2", MachineClient.version), "it has not left the addresses by which it can be configured"
     answer = ask(net.server, "192.0.2.2", apply(DOCUMENTS, modes.AUTO))
     assert isinstance(answer, ApplyConfigurationResponse)
     assert any("HostnameConfig" in warning for warning in answer.messages[0].warnings)
@@ -136,6 +140,9 @@ def test_a_machine_is_configured_by_its_api_and_reports(net: Net) -> None:
     event, _ = read_until(server, "AddressEvent", f"kernel log: {UUID}")
     address = event.split("addresses ")[1].split()[0]
     assert ask(net.server, address, lambda client: len(client.get_all("machineconfig"))) == 2
+    status, text = refused(wrong, modes.AUTO, address)
+    assert (status, "invalid join token" in text) == ("FAILED_PRECONDITION", True)
+    assert ask(net.server, address, MachineClient.version), "the link by which the order came stays"
     counts_are_shown()
     assert lets_in(net.machine, partial(dial, SERVER, 81, None))
     assert keeps_out(net.machine, partial(dial, SERVER, 82, None))
