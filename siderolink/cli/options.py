@@ -61,6 +61,16 @@ TalosVersion = Annotated[
         show_default="a recent one",
     ),
 ]
+CaFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--ca-file",
+        "--ca",
+        help="Roots (PEM) for an https URL.",
+        show_default="the system's, and the documents'",
+        metavar="FILE",
+    ),
+]
 IdentityFolder = Annotated[
     Path | None,
     typer.Option(

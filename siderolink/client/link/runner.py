@@ -106,8 +106,8 @@ class LinkRunner:
         self._udp_is_small = False
         self._udp_tries = Backoff(first=30.0, cap=900.0, floor=15.0)
         self._signals: Signals | None = None
-        self._settings_scope = anyio.CancelScope()
-        self._api_scope = anyio.CancelScope()
+        self._settings_scope: anyio.CancelScope | None = None
+        self._api_scope: anyio.CancelScope | None = None
         self.progress = Progress(emit)
         self.answer: Provisioned | None = None
         self.device: Device | None = None
@@ -204,7 +204,8 @@ class LinkRunner:
         self.options = options
         self._provisioner.use(options.url, options.machine, self.public_key, options.tls)
         self._fruitless.reset()
-        self._api_scope.cancel()
+        if self._api_scope is not None:
+            self._api_scope.cancel()
         if is_other_server:
             self._emit(events.KeyCreated(public_key=self.public_key))
         if not stays_in_fallback or answer is None or answer.virtual_address is None:
@@ -218,7 +219,8 @@ class LinkRunner:
         else:
             self.progress.new_settings(str(self.route))
             self.answer = answer
-            self._settings_scope.cancel()
+            if self._settings_scope is not None:
+                self._settings_scope.cancel()
 
     @asynccontextmanager
     async def silenced(self) -> AsyncIterator[None]:

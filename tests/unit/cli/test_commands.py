@@ -116,6 +116,11 @@ def test_every_event_of_a_link_has_words() -> None:
         events.FallbackBegun(reason="no handshake"),
         events.FallbackEnded(),
         events.StateChanged(old=LinkState.CONNECTED, new=LinkState.LEFT, reason="it was left"),
+        events.TransportChanged(old="udp", new="tunnel"),
+        events.ConnectionsCut(what="the stream ends", age=60.0),
+        events.SettingsTried(changes="UUID"),
+        events.SettingsApplied(changes="UUID"),
+        events.SettingsRefused(changes="UUID", reason="invalid join token"),
         events.Left(),
     ]
     assert {type(event).__name__ for event in examples} == {kind.__name__ for kind in events.LinkEvent.__subclasses__()}
