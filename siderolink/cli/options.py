@@ -85,16 +85,6 @@ JoinToken = Annotated[
     typer.Option(help="What machines must know. An argument is seen by everyone on this host.", envvar="SIDEROLINK_JOIN_TOKEN"),
 ]
 TlsCert = Annotated[Path | None, typer.Option(help="The API's certificate chain, PEM.", metavar="FILE")]
-CaFile = Annotated[
-    Path | None,
-    typer.Option(
-        "--ca-file",
-        "--ca",
-        help="Roots (PEM) for an https URL.",
-        show_default="the system's, and the documents'",
-        metavar="FILE",
-    ),
-]
 ServedEventSinkPort = Annotated[
     int | None, typer.Option(help="Receive machines' events on this port of the overlay.", min=1, max=65535)
 ]
