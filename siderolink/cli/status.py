@@ -101,7 +101,8 @@ def _show(console: Console, answer: StatusResponse) -> None:
     if answer.reason:
         print(f"  for {max(0.0, time.time() - answer.since):.0f} s: {one_line(answer.reason)}")
     if answer.public_key:
-        print(f"  address {', '.join(answer.addresses)}  key {answer.public_key}")
+        address = f"address {', '.join(answer.addresses)}  " if answer.addresses else ""
+        print(f"  {address}key {answer.public_key}")
     counts = {**answer.drops, **answer.refusals}
     if any(counts.values()):
         print("  dropped or refused: " + ", ".join(f"{count} {name}" for name, count in counts.items() if count))

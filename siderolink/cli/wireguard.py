@@ -6,10 +6,12 @@ Background, LOG_LEVEL and WG_PROCESS_FOREGROUND are as scripts know them that ru
 import logging
 import os
 from collections.abc import Callable
+from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Final
 
 from siderolink.cli.logs import say, start_log
 from siderolink.cli.running import run_until_stopped
+from siderolink.common.errors import SideroLinkError
 
 if TYPE_CHECKING:
     from siderolink.common.wireguard.device import DeviceEvent
@@ -41,15 +43,21 @@ def run_wireguard(name: str, *, background: bool, as_json: bool = False, level: 
 
 def _run(name: str, ready: Callable[[], None]) -> None:
     # not before the process has its place: numpy may start threads, and a process with threads is not divided
+    from siderolink.cli.bare_status import InterfaceSource
+    from siderolink.cli.control import control_socket
     from siderolink.common.wireguard.opening import open_interface
 
     def on_event(event: "DeviceEvent") -> None:
         say(name, _describe(event), level=logging.DEBUG)
 
     async def work() -> None:
-        async with open_interface(name, on_event) as lost:
+        async with open_interface(name, on_event) as interface, AsyncExitStack() as stack:
+            try:
+                await stack.enter_async_context(control_socket(name, InterfaceSource(interface.device)))
+            except SideroLinkError as error:  # the interface works without
+                say(name, f"`siderolink status` will not show this interface: {error}", level=logging.WARNING)
             ready()
-            await lost.wait()
+            await interface.lost.wait()
             say(name, "the interface was deleted, or its socket")
 
     run_until_stopped(work)

@@ -1,5 +1,6 @@
 """`siderolink wireguard`, driven by Debian's `wg` as its users would."""
 
+import json
 import os
 import socket
 import subprocess
@@ -9,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from ipaddress import ip_interface
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,6 +18,7 @@ from siderolink.common.keys import PresharedKey, PrivateKey
 from siderolink.common.wireguard.device import DeviceConfig
 from siderolink.common.wireguard.opening import open_device
 from tests.support.bare import Bare, bare
+from tests.support.flood import well_made_initiation
 from tests.support.netns import Namespace, link, run_beside, stop
 
 PEER = PrivateKey.generate().public_key().encode()
@@ -335,3 +338,32 @@ def test_wg_shows_a_devices_peers_too(namespace: Namespace) -> None:
         with portal.wrap_async_context_manager(open_device("userspace", config, lambda event: None)) as device:
             assert namespace.run(["wg", "show", name, "public-key"]).strip() == device.public_key.encode()
         assert not Path(f"/var/run/wireguard/{name}.sock").exists()
+
+
+def test_status_shows_what_was_dropped_and_why(namespace: Namespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A replayed initiation, say."""
+    monkeypatch.setenv("SIDEROLINK_RUNTIME_DIR", str(tmp_path))
+
+    def status() -> dict[str, Any]:
+        [found] = json.loads(namespace.run([sys.executable, "-m", "siderolink", "status", "--json"], timeout=30))
+        return dict(found)
+
+    with bare(namespace) as wg0:
+        assert (status()["role"], status()["state"], status()["public_key"]) == ("interface", "down", "")
+        key, peer = PrivateKey.generate(), PrivateKey.generate()
+        wg0.set("private-key", "/dev/stdin", "listen-port", "12345", stdin=key.encode())
+        wg0.set("peer", peer.public_key().encode(), "allowed-ips", "10.0.0.2/32")
+        namespace.set_link("wg0", up=True)
+        assert (status()["state"], status()["public_key"]) == ("up", key.public_key().encode())
+        initiation = well_made_initiation(bytes(peer), key.public_key())
+        with namespace.call(socket.socket, socket.AF_INET, socket.SOCK_DGRAM) as sock:
+            for datagram in (initiation, initiation, b"x"):
+                sock.sendto(datagram, ("127.0.0.1", 12345))
+            wait_for(lambda: status()["drops"].get("malformed") == 1)
+        found = status()
+        assert found["drops"]["replayed_initiation"] == 1
+        assert found["listen_port"] == 12345
+        assert [one["public_key"] for one in found["peers"]] == [peer.public_key().encode()]
+        shown = namespace.run([sys.executable, "-m", "siderolink", "status"], timeout=30)
+        assert "1 replayed_initiation" in shown
+    assert not list(tmp_path.iterdir())

@@ -14,16 +14,19 @@ from siderolink.common.wireguard.noise import Engine
 from tests.support.virtual import CIPHERS, VirtualPath
 
 
+def well_made_initiation(private_key: bytes, public_key: PublicKey) -> bytes:
+    """An initiation from this key, whose mac1 is right for the other."""
+    engine = Engine(private_key, entropy=os.urandom, unix_time_ns=time.time_ns, ciphers=CIPHERS)
+    peer = engine.add_peer(bytes(public_key))
+    peer.path = VirtualPath("victim")
+    engine.initiate(peer, 10.0)
+    [(_, datagram)] = engine.output.take_datagrams()
+    return datagram
+
+
 def well_made_initiations(public_key: PublicKey, count: int) -> list[bytes]:
     """Initiations whose mac1 is right, from keys that the other side does not know."""
-    made = []
-    for _ in range(count):
-        engine = Engine(os.urandom(32), entropy=os.urandom, unix_time_ns=time.time_ns, ciphers=CIPHERS)
-        peer = engine.add_peer(bytes(public_key))
-        peer.path = VirtualPath("victim")
-        engine.initiate(peer, 10.0)
-        made += [datagram for _, datagram in engine.output.take_datagrams()]
-    return made
+    return [well_made_initiation(os.urandom(32), public_key) for _ in range(count)]
 
 
 def main() -> None:

@@ -3,6 +3,8 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from siderolink.common.errors import DeviceUnavailableError
 from siderolink.common.wireguard.device import (
@@ -15,7 +17,10 @@ from siderolink.common.wireguard.device import (
     OnDeviceEvent,
 )
 
-__all__ = ["open_device", "open_interface"]
+if TYPE_CHECKING:
+    from siderolink.common.wireguard.userspace import UserspaceDevice
+
+__all__ = ["BareInterface", "open_device", "open_interface"]
 
 BARE_MTU = 1420
 """What fits an Ethernet of 1,500 bytes with IPv6 outside."""
@@ -65,11 +70,20 @@ async def _open_either(config: DeviceConfig, on_event: OnDeviceEvent) -> AsyncIt
         yield device
 
 
+@dataclass(frozen=True, slots=True)
+class BareInterface:
+    """A WireGuard interface that others configure."""
+
+    device: "UserspaceDevice"
+    lost: asyncio.Event
+    """Set when somebody deletes the interface or its socket."""
+
+
 @asynccontextmanager
-async def open_interface(name: str, on_device_event: OnDeviceEvent = lambda event: None) -> AsyncIterator[asyncio.Event]:
+async def open_interface(name: str, on_device_event: OnDeviceEvent = lambda event: None) -> AsyncIterator[BareInterface]:
     """Make the interface, down and without key or address; leaving the context removes it and its socket.
 
-    The event is set when somebody deletes the interface or the socket. Raises DeviceUnavailableError or InterfaceInUseError.
+    Raises DeviceUnavailableError or InterfaceInUseError.
     """
     from siderolink.common.wireguard.tun_device import TunDevice
     from siderolink.common.wireguard.uapi.server import serve_uapi, watch_removal
@@ -84,4 +98,4 @@ async def open_interface(name: str, on_device_event: OnDeviceEvent = lambda even
     config = DeviceConfig(name=name, private_key=None, mtu=BARE_MTU, up=False, is_shown=False)
     async with TunDevice.open(config, on_event) as device, serve_uapi(name, device.report, device.apply) as path:
         with watch_removal(path, lost.set):
-            yield lost
+            yield BareInterface(device, lost)

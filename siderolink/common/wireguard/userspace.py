@@ -53,7 +53,8 @@ class UserspaceDevice:
         )
         self.on_event = on_event
         self._timer_at = float("inf")
-        self._is_passing = False
+        self.is_passing = False
+        """Whether packets pass: between `start` and `stop`."""
         self._local = frozenset(address.ip.packed for address in config.addresses)
         self._set_isolate(config.isolate)
         self._udp: UdpSockets | None = None
@@ -129,7 +130,7 @@ class UserspaceDevice:
         self.plane.drain(now)
 
     def deliver(self, datagrams: Datagrams, path: Path) -> None:
-        if self._is_passing:
+        if self.is_passing:
             self.plane.deliver(datagrams, path)
 
     def drops(self) -> dict[str, int]:
@@ -138,14 +139,14 @@ class UserspaceDevice:
 
     def start(self) -> None:
         """Pass packets; peers with a persistent keepalive are dialled at once."""
-        self._is_passing = True
+        self.is_passing = True
         now = boot_time()
         self.engine.start(now)
         self.plane.drain(now)
 
     def stop(self) -> None:
         """Forget all sessions and pass nothing until `start`."""
-        self._is_passing = False
+        self.is_passing = False
         self.engine.stop()
 
     def close(self) -> None:
@@ -169,7 +170,7 @@ class UserspaceDevice:
     def _arm(self, now: float) -> None:
         """Keep one timer; it may be early, never late, so that traffic does not move it with each packet."""
         at = self.engine.earliest_deadline()
-        if at < self._timer_at and self._is_passing:
+        if at < self._timer_at and self.is_passing:
             self._timer_at = at
             self._timer.set(at)
 
