@@ -1,15 +1,18 @@
-"""What a joined machine reports over its link: events to the event sink, the kernel's log to its destinations."""
+"""What a machine reports: events to the event sink, the kernel's log to its destinations."""
 
+import logging
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import anyio
+from anyio.abc import TaskGroup
 
 from siderolink.cli.logs import say
 from siderolink.client import Connected, Joined, LinkEvent, Reestablished
 from siderolink.client.config import LogURL, MachineSettings
 from siderolink.client.reporting import EventSender, LogDestination, LogSender, read_kernel_log
+from siderolink.common.addressing import is_machine_overlay
 from siderolink.common.errors import ConfigurationError
 from siderolink.common.hostport import HostPort
 from siderolink.common.machine_events import MachineEventPayload
@@ -34,7 +37,7 @@ def report_part(settings: MachineSettings) -> ReportPart:
 
 
 class Reporting:
-    """Keeps what is to be reported also while there is no link, and delivers it while there is one."""
+    """Queues what is to be reported, and delivers it: into the overlay while there is a link, elsewhere at any time."""
 
     def __init__(self) -> None:
         self.events = EventSender()
@@ -44,29 +47,43 @@ class Reporting:
         """The number of the last record that each destination was given."""
 
     async def collect(self, part: ReportPart) -> None:
-        """Read the kernel's log, if it has destinations. Never returns."""
-        self._senders_for(part.logs)
-        senders = dict(self._senders)
-        if senders:
-            try:
-                async for message in read_kernel_log():
-                    for log, sender in senders.items():
-                        # the log is read from its beginning, also for those that have had it when others come
-                        if message.seq > self._read.get(log, -1):
-                            self._read[log] = message.seq
-                            sender.add(message)
-            except ConfigurationError as error:
-                say("no kernel log", str(error))
-        await anyio.sleep_forever()
+        """Read the kernel's log, and deliver to what needs no link: collectors outside the overlay. Never returns.
+
+        Their log is how one learns why a machine cannot join.
+        """
+        async with background_tasks() as tasks:
+            senders = self._start_senders(tasks, part, over_link=False)
+            if senders:
+                await self._read_log(senders)
+            await anyio.sleep_forever()
 
     async def deliver(self, part: ReportPart) -> None:
-        """Deliver over the link that stands. Never returns."""
+        """Deliver to the destinations inside the overlay, over the link that stands. Never returns."""
         async with background_tasks() as tasks:
-            if part.sink is not None:
-                tasks.start_soon(self.events.run, part.sink)
-            for sender in self._senders_for(part.logs):
-                tasks.start_soon(sender.run)
+            self._start_senders(tasks, part, over_link=True)
             await anyio.sleep_forever()
+
+    def _start_senders(self, tasks: TaskGroup, part: ReportPart, *, over_link: bool) -> dict[LogURL, LogSender]:
+        """Start those that deliver over the link, or those that do not; gives all log senders."""
+        if part.sink is not None and is_machine_overlay(part.sink.host) is over_link:
+            tasks.start_soon(self.events.run, part.sink)
+        senders = self._keep_senders(part.logs)
+        for log, sender in senders.items():
+            if is_machine_overlay(log.target.host) is over_link:
+                tasks.start_soon(sender.run)
+        return senders
+
+    async def _read_log(self, senders: Mapping[LogURL, LogSender]) -> None:
+        """Until it cannot be read."""
+        try:
+            async for message in read_kernel_log():
+                for log, sender in senders.items():
+                    # the log is read from its beginning, also for those that have had it when others come
+                    if message.seq > self._read.get(log, -1):
+                        self._read[log] = message.seq
+                        sender.add(message)
+        except (ConfigurationError, OSError) as error:
+            say("no kernel log", str(error), level=logging.WARNING)
 
     def counts(self) -> Reports | None:
         """How much was delivered, waits and was lost; None where nothing is reported."""
@@ -102,9 +119,9 @@ class Reporting:
                 for sender in self._senders.values():
                     sender.kick()
 
-    def _senders_for(self, logs: Sequence[LogURL]) -> list[LogSender]:
+    def _keep_senders(self, logs: Sequence[LogURL]) -> dict[LogURL, LogSender]:
         """The senders of these destinations; those of others are given up."""
         kept = {log: self._senders.get(log) or LogSender(LogDestination(log.scheme, log.target)) for log in logs}
         self._senders = kept
         self._read = {log: number for log, number in self._read.items() if log in kept}
-        return list(kept.values())
+        return dict(kept)

@@ -47,6 +47,15 @@ def is_overlay_address(host: str) -> bool:
         return False
 
 
+def is_machine_overlay(host: str) -> bool:
+    """Whether a host is an address as overlays have them, of any installation: only the link leads to it."""
+    try:
+        packed = IPv6Address(host).packed
+    except AddressValueError:
+        return False
+    return packed[0] == 0xFD and packed[7] == _OVERLAY_MARK
+
+
 def server_address(prefix: IPv6Network) -> IPv6Address:
     """The server's own address: the prefix's first."""
     return prefix.network_address + 1

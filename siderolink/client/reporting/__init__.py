@@ -1,8 +1,7 @@
 """Reporting to the server over the overlay: events and kernel log lines."""
 
 from siderolink.client.reporting.event_sender import EventSender
-from siderolink.client.reporting.kernel_message import KernelMessage
-from siderolink.client.reporting.kmsg import read_kernel_log
+from siderolink.client.reporting.kernel_log import KernelMessage, read_kernel_log
 from siderolink.client.reporting.log_sender import LogDestination, LogSender, forward_log
 
 __all__ = [

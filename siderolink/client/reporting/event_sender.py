@@ -2,12 +2,12 @@
 
 import logging
 
+from grpclib.const import Status
 from grpclib.exceptions import GRPCError
 
-from siderolink.client.reporting.retry import Retry
 from siderolink.client.reporting.xid import IdMaker
 from siderolink.common.addressing import is_overlay_address
-from siderolink.common.backoff import Backoff
+from siderolink.common.backoff import Backoff, RetryTrigger
 from siderolink.common.errors import ConfigurationError, JoinError
 from siderolink.common.grpc import open_channel, translate_errors
 from siderolink.common.hostport import HostPort
@@ -23,8 +23,23 @@ MAX_WAITING_BYTES = 4 * 1024 * 1024
 MAX_EVENT_BYTES = 200 * 1024
 """The longest event: a sink that refused one for its length would get it again and again, and nothing behind it."""
 MAX_ACTOR_ID = 128
+MAX_REFUSALS = 5
+"""How often one event is sent to a sink that calls it invalid."""
 PUBLISH_TIMEOUT = 30.0
 """Seconds for one call; then the connection is made anew."""
+
+
+class _Refused:
+    """How often the sink refused one and the same event."""
+
+    def __init__(self) -> None:
+        self._number = self._times = -1
+
+    def count(self, number: int) -> int:
+        """Count one more refusal of the event of this number; gives how many there were."""
+        self._times = self._times + 1 if number == self._number else 1
+        self._number = number
+        return self._times
 
 
 class EventSender:
@@ -38,15 +53,19 @@ class EventSender:
     def __init__(self, *, max_events: int = MAX_WAITING_EVENTS, max_bytes: int = MAX_WAITING_BYTES) -> None:
         self.delivered = 0
         """How many events the sink has acknowledged."""
+        self.refused = 0
+        """How many events were given up because the sink refused them as invalid."""
         self._queue: DeliveryQueue[EventRequest] = DeliveryQueue(max_items=max_events, max_bytes=max_bytes)
         self._ids = IdMaker()
-        self._retry = Retry(Backoff(first=0.5, floor=0.1, cap=30.0))
-        self._lost_said = 0
+        self._backoff = Backoff(first=0.5, floor=0.1, cap=30.0)
+        self._trigger = RetryTrigger()
+        self._refused = _Refused()
+        self._lost_reported = 0
 
     @property
     def lost(self) -> int:
-        """How many events were dropped because too many waited."""
-        return self._queue.lost
+        """How many events were dropped: too many waited, or the sink refused them as invalid."""
+        return self._queue.lost + self.refused
 
     @property
     def waiting(self) -> int:
@@ -70,7 +89,7 @@ class EventSender:
 
     def kick(self) -> None:
         """Try again now, for the link is back."""
-        self._retry.kick()
+        self._trigger.fire()
 
     async def run(self, sink: HostPort) -> None:
         """Deliver to the sink for ever; ends only by cancellation."""
@@ -82,9 +101,22 @@ class EventSender:
             except JoinError as error:
                 log.debug("events wait for the sink %s: %s", sink, error)
             except GRPCError as error:
-                log.debug("the sink %s refused an event: %s: %s", sink, error.status.name, one_line(error.message or ""))
-            self._say_lost()
-            await self._retry.wait()
+                self._on_refusal(sink, error)
+            except Exception:
+                log.exception("delivering events to the sink %s failed", sink)
+            self._report_lost()
+            await self._trigger.sleep(self._backoff.next())
+
+    def _on_refusal(self, sink: HostPort, error: GRPCError) -> None:
+        """Give up an event that no retry can get through, for nothing behind it is delivered before."""
+        reason = one_line(error.message or "")
+        log.debug("the sink %s refused an event: %s: %s", sink, error.status.name, reason)
+        if error.status is not Status.INVALID_ARGUMENT or not len(self._queue):
+            return
+        if self._refused.count(self._queue.first) >= MAX_REFUSALS:
+            log.warning("an event is given up: the sink %s refuses it: %s", sink, reason)
+            self.refused += 1
+            self._queue.acknowledge(self._queue.first + 1)
 
     async def _deliver(self, sink: HostPort) -> None:
         """Deliver what waits and what comes, until a call fails."""
@@ -97,10 +129,10 @@ class EventSender:
                 await stub.publish(self._queue.get(number), timeout=PUBLISH_TIMEOUT)
                 self._queue.acknowledge(number + 1)
                 self.delivered += 1
-                self._retry.worked()
-                self._say_lost()
+                self._backoff.reset()
+                self._report_lost()
 
-    def _say_lost(self) -> None:
-        if self._queue.lost > self._lost_said:
-            log.warning("%d events were lost, because too many waited for the sink", self._queue.lost - self._lost_said)
-            self._lost_said = self._queue.lost
+    def _report_lost(self) -> None:
+        if self._queue.lost > self._lost_reported:
+            log.warning("%d events were lost, because too many waited for the sink", self._queue.lost - self._lost_reported)
+            self._lost_reported = self._queue.lost

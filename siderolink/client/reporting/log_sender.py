@@ -9,19 +9,20 @@ was taken lately is sent again, too.
 import asyncio
 import fcntl
 import logging
+import math
 import socket
 import struct
 import termios
 from collections import deque
-from collections.abc import AsyncIterable, Iterable, Sequence
+from collections.abc import AsyncIterable, Sequence
 from dataclasses import dataclass
+from ipaddress import ip_address
 from typing import Literal
 
 import anyio
 
-from siderolink.client.reporting.kernel_message import KernelMessage
-from siderolink.client.reporting.retry import Retry
-from siderolink.common.backoff import Backoff
+from siderolink.client.reporting.kernel_log import KernelMessage
+from siderolink.common.backoff import Backoff, RetryTrigger
 from siderolink.common.hostport import HostPort
 from siderolink.common.queues import DeliveryQueue
 from siderolink.common.tasks import background_tasks
@@ -38,6 +39,8 @@ TAKE_TIMEOUT_MS = 15_000
 """How long the other end may take to acknowledge what was sent, before the connection is made anew."""
 KEEPALIVE_SECONDS = 30
 RETRY_SECONDS = 1.0
+RESOLVE_SECONDS = 60.0
+"""How long datagrams go to one address of a host name; TCP resolves it at each connection."""
 LATELY_BYTES = 256 * 1024
 """How much of what was taken is sent again after a connection that was reset or timed out."""
 _BATCH_BYTES = 64 * 1024
@@ -66,8 +69,9 @@ class LogSender:
     ) -> None:
         self.destination = destination
         self._queue: DeliveryQueue[bytes] = DeliveryQueue(max_items=max_lines, max_bytes=max_bytes)
-        self._retry = Retry(Backoff(first=RETRY_SECONDS, floor=RETRY_SECONDS / 2, cap=RETRY_SECONDS * 2))
-        self._lost_said = 0
+        self._backoff = Backoff(first=RETRY_SECONDS, floor=RETRY_SECONDS / 2, cap=RETRY_SECONDS * 2)
+        self._trigger = RetryTrigger()
+        self._lost_reported = 0
 
     @property
     def lost(self) -> int:
@@ -93,7 +97,7 @@ class LogSender:
 
     def kick(self) -> None:
         """Try again now, for the link is back."""
-        self._retry.kick()
+        self._trigger.fire()
 
     async def run(self) -> None:
         """Deliver for ever; ends only by cancellation."""
@@ -104,52 +108,60 @@ class LogSender:
                 await deliver()
             except (OSError, TimeoutError) as error:
                 log.debug("log lines wait for %s: %s", self.destination, error)
-            self._say_lost()
-            await self._retry.wait()
+            except Exception:  # such as a host name that cannot be encoded
+                log.exception("delivering log lines to %s failed", self.destination)
+            self._report_lost()
+            await self._trigger.sleep(self._backoff.next())
 
     async def _deliver_tcp(self) -> None:
         with await _connect(self.destination.address) as sock:
-            ledger = _Ledger(sock, self._queue)
+            progress = _TcpProgress(sock, self._queue)
             try:
                 async with background_tasks() as tasks:
-                    tasks.start_soon(_watch_end, sock, tasks.cancel_scope, ledger)
+                    tasks.start_soon(_watch_end, sock, tasks.cancel_scope, progress)
                     while True:
-                        lines = await ledger.next_lines()
+                        lines = await progress.next_lines()
                         with anyio.fail_after(SEND_TIMEOUT):
-                            await ledger.write(b"".join(lines))
-                        ledger.settle()
-                        self._retry.worked()
-                        self._say_lost()
+                            await progress.write(b"".join(lines))
+                        progress.settle()
+                        self._backoff.reset()
+                        self._report_lost()
             except (OSError, TimeoutError):
-                ledger.is_broken = True
+                progress.is_broken = True
                 raise
             finally:
-                ledger.end()
+                progress.end()
 
     async def _deliver_udp(self) -> None:
+        """Send until an error; to a host name for RESOLVE_SECONDS at most, since nothing tells that its address changed."""
         address = self.destination.address
         loop = asyncio.get_running_loop()
         infos = await loop.getaddrinfo(address.host, address.port, type=socket.SOCK_DGRAM)
         family, _, _, _, target = infos[0]
+        resolve_at = math.inf if _is_literal(address.host) else loop.time() + RESOLVE_SECONDS
         with socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as sock:
             sock.connect(target)
             while True:
                 await self._queue.wait_beyond(self._queue.first)
+                if loop.time() >= resolve_at:
+                    return
                 number = self._queue.first
                 # an error says that an earlier datagram was refused: this line has not been sent
                 with anyio.fail_after(SEND_TIMEOUT):
                     await loop.sock_sendall(sock, self._queue.get(number).rstrip(b"\n"))
                 self._queue.acknowledge(number + 1)
-                self._retry.worked()
-                self._say_lost()
+                self._backoff.reset()
+                self._report_lost()
 
-    def _say_lost(self) -> None:
-        if self._queue.lost > self._lost_said:
-            log.warning("%d log lines for %s were lost: too many waited", self._queue.lost - self._lost_said, self.destination)
-            self._lost_said = self._queue.lost
+    def _report_lost(self) -> None:
+        if self._queue.lost > self._lost_reported:
+            log.warning(
+                "%d log lines for %s were lost: too many waited", self._queue.lost - self._lost_reported, self.destination
+            )
+            self._lost_reported = self._queue.lost
 
 
-class _Ledger:
+class _TcpProgress:
     """Which lines the other end's kernel has taken on one connection."""
 
     def __init__(self, sock: socket.socket, queue: DeliveryQueue[bytes]) -> None:
@@ -237,12 +249,6 @@ async def forward_log(source: AsyncIterable[KernelMessage], senders: Sequence[Lo
         await anyio.sleep_forever()
 
 
-def kick_all(senders: Iterable[LogSender]) -> None:
-    """The link is back: try again now."""
-    for sender in senders:
-        sender.kick()
-
-
 async def _connect(address: HostPort) -> socket.socket:
     """Connect to the first of the host's addresses that answers. Raises OSError or TimeoutError."""
     loop = asyncio.get_running_loop()
@@ -265,14 +271,22 @@ async def _connect(address: HostPort) -> socket.socket:
         raise failure or OSError(f"{address} has no address")
 
 
-async def _watch_end(sock: socket.socket, scope: anyio.CancelScope, ledger: _Ledger) -> None:
+async def _watch_end(sock: socket.socket, scope: anyio.CancelScope, progress: _TcpProgress) -> None:
     """Receivers say nothing: what can come is the end, and then `scope` is over."""
     try:
         while await asyncio.get_running_loop().sock_recv(sock, 4096):
             pass
     except OSError:
-        ledger.is_broken = True
+        progress.is_broken = True
     scope.cancel()
+
+
+def _is_literal(host: str) -> bool:
+    try:
+        ip_address(host.partition("%")[0])
+    except ValueError:
+        return False
+    return True
 
 
 def _unacknowledged(sock: socket.socket) -> int:

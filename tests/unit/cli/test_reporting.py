@@ -3,6 +3,7 @@
 from collections.abc import AsyncIterator
 
 import anyio
+import anyio.abc
 import pytest
 
 from siderolink.cli.reporting import Reporting, ReportPart
@@ -42,6 +43,32 @@ async def test_each_destination_gets_the_log_once_also_when_others_come(
     await collect(3, other)
     # one that was given up and comes again has it anew
     await collect(6, one, other)
+
+
+async def test_a_collector_outside_the_overlay_needs_no_link(monkeypatch: pytest.MonkeyPatch, no_leaks: None) -> None:
+    """How one learns why a machine cannot join; what goes into the overlay waits for the link, and leaves by no other way."""
+    monkeypatch.setattr("siderolink.cli.reporting.read_kernel_log", three_records)
+    received: list[bytes] = []
+    done = anyio.Event()
+
+    async def collect_lines(stream: anyio.abc.SocketStream) -> None:
+        async with stream:
+            async for data in stream:
+                received.append(data)
+                if b"".join(received).count(b"\n") == 3:
+                    done.set()
+
+    async with await anyio.create_tcp_listener(local_host="127.0.0.1") as listener, background_tasks() as tasks:
+        port = listener.extra(anyio.abc.SocketAttribute.local_port)
+        tasks.start_soon(listener.serve, collect_lines)
+        reporting = Reporting()
+        logs = LogURL.parse(f"tcp://localhost:{port}"), LogURL.parse("tcp://[fdae:41e4:649b:9303::1]:1")
+        tasks.start_soon(reporting.collect, ReportPart(None, logs))
+        with anyio.fail_after(10):
+            await done.wait()
+            while waiting(reporting) != 3:
+                await anyio.sleep(0.01)
+    assert b"record 2" in b"".join(received)
 
 
 def waiting(reporting: Reporting) -> int:

@@ -22,6 +22,7 @@ from siderolink.client.reporting import (
     forward_log,
     read_kernel_log,
 )
+from siderolink.client.reporting.event_sender import MAX_REFUSALS
 from siderolink.common.errors import ConfigurationError
 from siderolink.common.hostport import HostPort
 from siderolink.common.machine_events import unpack_event
@@ -80,6 +81,61 @@ async def test_every_event_arrives_once_and_in_order_though_calls_fail() -> None
         assert sink.phases() == list("01234")
         assert {request.actor_id for request in sink.taken} == {"actor"}
         assert [request.id for request in sink.taken] == sorted({request.id for request in sink.taken})
+
+
+async def test_an_event_that_the_sink_calls_invalid_does_not_hold_up_those_behind_it_for_ever() -> None:
+    class Picky(ForeignSink):
+        async def publish(self, request: bytes, context: Any) -> bytes:
+            if b"odd" in request:
+                self.failures += 1
+                await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "this event is odd")
+            self.taken.append(EventRequest.parse(request))
+            return b""
+
+    sink, sender = Picky(), EventSender()
+    for phase in ("first", "odd", "last"):
+        sender.publish(PhaseEvent(phase=phase))
+    async with sink.serve() as port, background_tasks() as tasks:
+        tasks.start_soon(sender.run, HostPort("127.0.0.1", port))
+        with anyio.fail_after(30):
+            while sender.waiting:
+                sender.kick()
+                await anyio.sleep(0.02)
+    assert sink.phases() == ["first", "last"]
+    assert (sender.delivered, sender.refused, sender.lost, sink.failures) == (2, 1, 1, MAX_REFUSALS)
+
+
+async def test_a_host_name_is_resolved_at_each_connection_and_no_name_ends_delivery(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+    loop = asyncio.get_running_loop()
+    resolve = loop.getaddrinfo
+
+    async def getaddrinfo(host: Any, port: Any, **options: Any) -> Any:
+        asked.append(host)
+        if len(asked) == 1:
+            raise UnicodeError("label empty or too long")
+        if len(asked) == 2:
+            raise socket.gaierror(socket.EAI_AGAIN, "try again")
+        return await resolve("127.0.0.1", port, **options)
+
+    monkeypatch.setattr(loop, "getaddrinfo", getaddrinfo)
+    receiver = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    receiver.bind(("127.0.0.1", 0))
+    receiver.setblocking(False)
+    monkeypatch.setattr("siderolink.client.reporting.log_sender.RESOLVE_SECONDS", 0.0001)
+    sender = LogSender(LogDestination("udp", HostPort("collector.example", receiver.getsockname()[1])))
+    with receiver:
+        async with background_tasks() as tasks:
+            tasks.start_soon(sender.run)
+            for number in range(3):
+                sender.add(KernelMessage(message=str(number)))
+                with anyio.fail_after(10):
+                    while sender.waiting:
+                        sender.kick()
+                        await anyio.sleep(0.02)
+        assert [json.loads(receiver.recv(4096))["msg"] for _ in range(3)] == ["0", "1", "2"]
+    assert len(asked) >= 4
+    assert set(asked) == {"collector.example"}
 
 
 async def test_delivery_goes_on_where_it_stopped_when_the_sink_is_back() -> None:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from siderolink.client.reporting.kernel_message import FACILITIES, PRIORITIES, KernelMessage, parse_record, rfc3339
+from siderolink.client.reporting.kernel_log import FACILITIES, PRIORITIES, KernelMessage, parse_record, rfc3339
 from siderolink.client.reporting.xid import IdMaker
 from siderolink.common.errors import ConfigurationError
 from siderolink.common.machine_events import is_known_event, pack_event, unpack_event

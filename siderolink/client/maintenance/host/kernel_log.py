@@ -8,7 +8,7 @@ from pathlib import Path
 
 from grpclib import GRPCError, Status
 
-from siderolink.client.reporting.kernel_message import FACILITIES, PRIORITIES, parse_record, rfc3339
+from siderolink.client.reporting.kernel_log import FACILITIES, PRIORITIES, parse_record, rfc3339
 from siderolink.common.errors import ConfigurationError
 
 KMSG = Path("/dev/kmsg")

@@ -1,11 +1,23 @@
-"""Kernel log records: as /dev/kmsg gives them, and as they are delivered."""
+"""The kernel's log: its records as /dev/kmsg gives them, and as they are delivered."""
 
+import asyncio
+import errno
 import json
+import logging
+import os
+import time
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 
 from siderolink.common.errors import ConfigurationError
 
+log = logging.getLogger("siderolink")
+
+KMSG = Path("/dev/kmsg")
+_LONGEST_RECORD = 16 * 1024
+_RECORDS_AT_ONCE = 64
 FACILITIES = (
     "kern",
     "user",
@@ -56,6 +68,47 @@ class KernelMessage:
             "talos-time": rfc3339(self.time_ns),
         }
         return json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode(errors="replace")
+
+
+async def read_kernel_log(path: Path = KMSG) -> AsyncIterator[KernelMessage]:
+    """Every record that the kernel still has, then each new one. Raises ConfigurationError where the log cannot be read."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        raise ConfigurationError(f"the kernel log {str(path)!r} cannot be read: {error.strerror}") from error
+    boot_time = time.time_ns() - time.monotonic_ns()
+    ready = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    try:
+        loop.add_reader(fd, ready.set)
+        while True:
+            for _ in range(_RECORDS_AT_ONCE):
+                record = _next_record(fd)
+                if record is None:
+                    ready.clear()
+                    break
+                try:
+                    yield parse_record(record, boot_time)
+                except ConfigurationError:
+                    log.debug("a record of the kernel log could not be read")
+            await ready.wait()
+            await asyncio.sleep(0)  # a kernel that never stops logging leaves the others their turn
+    finally:
+        loop.remove_reader(fd)
+        os.close(fd)
+
+
+def _next_record(fd: int) -> bytes | None:
+    """The next record; None when there is none yet."""
+    while True:
+        try:
+            return os.read(fd, _LONGEST_RECORD)
+        except BlockingIOError:
+            return None
+        except OSError as error:
+            if error.errno != errno.EPIPE:
+                raise
+            log.warning("records of the kernel log were overwritten before they were read")
 
 
 def parse_record(record: bytes, boot_time_ns: int) -> KernelMessage:
