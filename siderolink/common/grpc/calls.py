@@ -2,8 +2,9 @@
 
 import asyncio
 import logging
+import re
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -21,7 +22,7 @@ from siderolink.common.grpc.byte_stream import CONTENT_TYPE, ByteStream, trailer
 from siderolink.common.grpc.connection import H2Stream, Headers
 from siderolink.common.grpc.limits import CallLimits, Limits
 from siderolink.common.grpc.messages import ServerCodec
-from siderolink.common.grpc.refusals import Refusal
+from siderolink.common.grpc.refusals import Refusal, Refused
 from siderolink.common.grpc.sources import TrustedProxies
 
 log = logging.getLogger("siderolink")
@@ -31,6 +32,11 @@ _CALL_BYTES = 16 * 1024
 
 ANY_METHOD = "*"
 """The path by which a service offers what serves every method that no service has."""
+
+_NAME = re.compile(r":?[!-9;-@\[-~]+")
+_VALUE = re.compile(r"(?:[^\0\r\n\t ](?:[^\0\r\n]*[^\0\r\n\t ])?)?")
+_PSEUDO = frozenset((":method", ":scheme", ":path", ":authority"))
+_CONNECTION_FIELDS = frozenset(("connection", "keep-alive", "proxy-connection", "transfer-encoding", "upgrade"))
 
 ByteStreamHandler = Callable[[ByteStream], Awaitable[None]]
 """Serves one byte stream until it returns (status OK) or raises GRPCError; it is cancelled when the peer resets the stream."""
@@ -128,6 +134,7 @@ class CallHandler(AbstractHandler):
     def accept(self, stream: GrpclibH2Stream, headers: Headers, release_stream: Callable[[], None]) -> None:
         """Start the call; what it may not be is answered before any task is made."""
         assert isinstance(stream, H2Stream)
+        check_fields(headers)
         connection = stream.connection
         try:
             path, fields = _check_request(headers)
@@ -308,6 +315,32 @@ async def _run(
         finish(Status.INTERNAL, None)
     else:
         finish(Status.OK, None)
+
+
+def check_fields(headers: Sequence[tuple[str, str]]) -> None:
+    """Check a request's fields. Raises Refused for what RFC 9113 calls malformed."""
+    pseudo: dict[str, str] = {}
+    host = None
+    for number, (name, value) in enumerate(headers):
+        if _NAME.fullmatch(name) is None or _VALUE.fullmatch(value) is None:
+            raise _malformed("a field has a character that it may not have")
+        if name[0] == ":":
+            if name not in _PSEUDO or name in pseudo or number != len(pseudo):
+                raise _malformed("a pseudo-header field is unknown, repeated or out of place")
+            pseudo[name] = value
+        elif name in _CONNECTION_FIELDS or (name == "te" and value.lower() != "trailers"):
+            raise _malformed("a field of HTTP/1 connections")
+        elif name == "host":
+            if host is not None:
+                raise _malformed("the request names its host twice")
+            host = value
+    authority = pseudo.get(":authority", host)
+    if len(pseudo) - (":authority" in pseudo) != 3 or not pseudo[":path"] or authority is None or host not in (None, authority):
+        raise _malformed("a pseudo-header field is missing, or the request names two hosts")
+
+
+def _malformed(message: str) -> Refused:
+    return Refused(Refusal.PROTOCOL_ERROR, message)
 
 
 def _check_request(headers: Headers) -> tuple[str, dict[str, str]]:

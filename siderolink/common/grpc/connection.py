@@ -39,6 +39,7 @@ def h2_config(*, server: bool) -> H2Configuration:
     return H2Configuration(
         client_side=not server,
         header_encoding="latin-1",  # ASCII on the wire; a byte above it must not raise half way through a frame
+        validate_inbound_headers=not server,  # a server checks a request's fields itself: calls.check_fields
         validate_outbound_headers=False,
         normalize_outbound_headers=False,
         normalize_inbound_headers=False,
@@ -46,26 +47,39 @@ def h2_config(*, server: bool) -> H2Configuration:
 
 
 def new_h2_connection(limits: Limits, *, server: bool) -> Engine:
-    """An engine that has its first words ready to send."""
+    """An engine whose first words are `first_words`; they are the same for all connections, so it need not make them."""
     connection = Engine(h2_config(server=server))
-    settings = {
+    settings = _settings(limits, server=server)
+    if server:
+        # The engine ends a whole connection for one call too many. It is told a higher number than the peer, so that
+        # calls opened before the peer has read our settings are refused one by one.
+        settings[SettingCodes.MAX_CONCURRENT_STREAMS] *= _STREAM_HEADROOM
+    connection.local_settings = Settings(client=not server, initial_values=settings)
+    connection.max_inbound_frame_size = limits.max_frame_bytes
+    connection.decoder.max_header_list_size = limits.max_header_bytes
+    if limits.connection_window_bytes > DEFAULT_WINDOW:
+        connection.increment_flow_control_window(limits.connection_window_bytes - DEFAULT_WINDOW)
+        connection.clear_outbound_data_buffer()
+    return connection
+
+
+def _settings(limits: Limits, *, server: bool) -> dict[SettingCodes, int]:
+    return {
         SettingCodes.INITIAL_WINDOW_SIZE: limits.stream_window_bytes,
         SettingCodes.MAX_FRAME_SIZE: limits.max_frame_bytes,
         SettingCodes.MAX_HEADER_LIST_SIZE: limits.max_header_bytes,
         (SettingCodes.MAX_CONCURRENT_STREAMS if server else SettingCodes.ENABLE_PUSH): limits.max_streams if server else 0,
     }
-    connection.local_settings = Settings(client=not server, initial_values=settings)
-    connection.max_inbound_frame_size = limits.max_frame_bytes
-    connection.decoder.max_header_list_size = limits.max_header_bytes
+
+
+@lru_cache(maxsize=8)
+def first_words(limits: Limits, *, server: bool) -> bytes:
+    """What either side says first (RFC 9113, 3.4), and how much more the peer may send than it knows."""
+    connection = H2Connection(h2_config(server=server))
+    connection.local_settings = Settings(client=not server, initial_values=_settings(limits, server=server))
     connection.initiate_connection()
-    if server:
-        # The engine ends a whole connection for one call too many. It is told a higher number than the peer, so that
-        # calls opened before the peer has read our settings are refused one by one.
-        settings[SettingCodes.MAX_CONCURRENT_STREAMS] *= _STREAM_HEADROOM
-        connection.local_settings = Settings(client=False, initial_values=settings)
-    if limits.connection_window_bytes > DEFAULT_WINDOW:
-        connection.increment_flow_control_window(limits.connection_window_bytes - DEFAULT_WINDOW)
-    return connection
+    more = limits.connection_window_bytes - DEFAULT_WINDOW
+    return bytes(connection.data_to_send()) + (frames.window_update(0, more) if more else b"")
 
 
 @lru_cache(maxsize=8)
@@ -252,6 +266,7 @@ class Connection(_GrpclibConnection):
         self._on_flood: Callable[[Refused], None] | None = on_flood
         self._unacknowledged = 0
         self._outstanding = 0
+        self._first_words = first_words(limits, server=server)
 
     def create_stream(self, *, stream_id: int | None = None, wrapper: Wrapper | None = None) -> H2Stream:
         return H2Stream(self, stream_id=stream_id, wrapper=wrapper)
@@ -285,7 +300,7 @@ class Connection(_GrpclibConnection):
 
     def feed(self, data: bytes) -> list[Event]:
         """Give frames to the engine and send its answers. Raises Refused for more resets among them than may be."""
-        events = self.engine.receive_data(data)
+        events = private.receive(self.engine, data)
         answer = self.engine.data_to_send()
         if answer:
             self.transport.write(answer)
@@ -298,6 +313,12 @@ class Connection(_GrpclibConnection):
         if size and not self.is_closing():
             self.engine.acknowledge_received_data(size, stream_id)
             self.flush()
+
+    def begin(self) -> None:
+        """Send the first words, unless they are sent. A server's leave together with its answer to the peer's."""
+        words, self._first_words = self._first_words, b""
+        if words:
+            self.transport.write(words)
 
     def flush(self) -> None:
         data = self.engine.data_to_send()

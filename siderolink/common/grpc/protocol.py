@@ -129,6 +129,7 @@ class Http2Protocol(H2Protocol):
         self._account = account
         self._input: Iterator[tuple[int, memoryview]] | None = None
         self._backlog: list[bytes] = []
+        self._is_paused = False
         self._waiting = 0
         self._flooded: Refused | None = None
         self._heard_at = self._loop.time()
@@ -153,8 +154,8 @@ class Http2Protocol(H2Protocol):
             on_flood=self._flood,
         )
         self.processor = Processor(self.handler, self.connection, self._on_streams)
-        if not self._server:  # a server's first words leave together with its answer to the peer's
-            self.connection.flush()
+        if not self._server:
+            self.connection.begin()
         self._after("preface", self._limits.preface_timeout, self._preface_late)
         interval = self._limits.server_ping_interval if self._server else self._limits.client_ping_interval
         if interval is not None:
@@ -165,6 +166,7 @@ class Http2Protocol(H2Protocol):
         if self._is_done():
             return
         self._heard_at = self._loop.time()
+        self.connection.begin()
         if self._input is None:
             self._input = self.connection.scanner.feed(data)
             self._read_on()
@@ -173,17 +175,23 @@ class Http2Protocol(H2Protocol):
 
     def _read_on(self) -> None:
         """Deal with what came. When that takes long, the rest waits for the loop's next turn."""
-        if self._input is None or self._is_done():
+        pieces = self._input
+        if pieces is None or self._is_done():
             return
-        with self._guarded():
-            if not self._scan(self._input):
-                assert self._transport is not None
-                self._transport.pause_reading()
-                self._loop.call_soon(self._read_on)
-                return
-            self._after_scan()
+        try:
+            is_over = self._scan(pieces)
+            if is_over:
+                self._after_scan()
+        except Exception as error:
+            self._fail(error)
         if self._is_done():
             self._backlog.clear()
+            return
+        assert self._transport is not None
+        if not is_over:
+            self._is_paused = True
+            self._transport.pause_reading()
+            self._loop.call_soon(self._read_on)
             return
         self._input = None
         if self._backlog:
@@ -191,21 +199,25 @@ class Http2Protocol(H2Protocol):
             self._backlog.clear()
             self._input = self.connection.scanner.feed(data)
             self._loop.call_soon(self._read_on)
-        elif self._transport is not None:
+        elif self._is_paused:
+            self._is_paused = False
             self._transport.resume_reading()
 
-    @contextlib.contextmanager
-    def _guarded(self) -> Iterator[None]:
+    def _fail(self, error: Exception) -> None:
         """End the connection for what the peer did, or for an error of ours."""
-        try:
-            yield
-        except Refused as refused:
-            self.refuse(refused.refusal, refused.message)
-        except ProtocolError as error:
+        if isinstance(error, Refused):
+            self.refuse(error.refusal, error.message)
+        elif isinstance(error, ProtocolError):
             self.refuse(_refusal_of(error), str(error) or type(error).__name__)
-        except Exception:
-            log.exception("an API connection failed by an error of this program")
+        else:
+            log.error("an API connection failed by an error of this program", exc_info=error)
             self.refuse(Refusal.INTERNAL_ERROR, "an error of this program; see the log")
+
+    def _guarded(self, callback: Callable[..., None], *args: object) -> None:
+        try:
+            callback(*args)
+        except Exception as error:
+            self._fail(error)
 
     def _scan(self, pieces: Iterator[tuple[int, memoryview]]) -> bool:
         """Give each part to whom it belongs; False when the turn is over before the pieces are.
@@ -287,8 +299,7 @@ class Http2Protocol(H2Protocol):
 
     def resume_writing(self) -> None:
         self._stop("unread")
-        with self._guarded():
-            super().resume_writing()
+        self._guarded(super().resume_writing)
 
     def _unread(self) -> None:
         self.refuse(
@@ -300,8 +311,7 @@ class Http2Protocol(H2Protocol):
         self._stop_all()
         self._input = None
         if self.was_made:
-            with self._guarded():
-                super().connection_lost(exc)
+            self._guarded(super().connection_lost, exc)
             self.processor.forget_owner()
             self.connection.gone()
         self._transport = None
@@ -388,8 +398,7 @@ class Http2Protocol(H2Protocol):
         for name, (at, callback, args) in tuple(self._due.items()):
             if at <= now and name in self._due:
                 del self._due[name]
-                with self._guarded():
-                    callback(*args)
+                self._guarded(callback, *args)
         if self._due and self._timer is None:
             self._arm(min(at for at, _, _ in self._due.values()))
 
