@@ -56,6 +56,7 @@ lint: setup ## format and lint
 	@echo "lint"
 	@$(PYTHON) -m ruff format --check --quiet .
 	@$(PYTHON) -m ruff check --quiet .
+	@$(VENV)/bin/lint-imports >.venvs/imports.log || { cat .venvs/imports.log; exit 1; }
 
 types: setup ## mypy, strict
 	@echo "types"

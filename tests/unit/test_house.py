@@ -15,6 +15,8 @@ PACKAGE = ROOT / "siderolink"
 GENERATED = PACKAGE / "common" / "pb"
 FILE_LINES = 500
 FUNCTION_LINES = 60
+CLASS_METHODS = 25
+STILL_TOO_LARGE = {"RouteMonitor", "Connection", "Http2Protocol", "Peers", "Directory", "Monitor", "Server"}
 
 SOURCES = sorted(path for path in PACKAGE.rglob("*.py") if GENERATED not in path.parents)
 WRITTEN = SOURCES + sorted(
@@ -255,6 +257,37 @@ def test_files_and_functions_fit_in_the_head() -> None:
                         yield path, f"{node.name} has {lines} lines"
 
     offences(wrong())
+
+
+def test_classes_have_few_methods() -> None:
+    def wrong() -> Iterator[tuple[Path, str]]:
+        for path in SOURCES:
+            for node in ast.walk(parsed(path)):
+                if isinstance(node, ast.ClassDef):
+                    count = sum(isinstance(member, ast.FunctionDef | ast.AsyncFunctionDef) for member in node.body)
+                    if count > CLASS_METHODS and node.name not in STILL_TOO_LARGE:
+                        yield path, f"{node.name} has {count} methods"
+
+    offences(wrong())
+
+
+def test_the_architecture_page_shows_the_layers_that_are_held() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    layers = [
+        f"{contract['name']}: {' → '.join(layer.replace('siderolink.', '') for layer in contract['layers'])}"
+        for contract in contracts
+        if contract["type"] == "layers"
+    ]
+    assert layers
+    assert page.partition("```text\n")[2].partition("\n```")[0].splitlines() == layers
+    rooms = {name for name in re.findall(r"^\| `([a-z/]+)", page, re.MULTILINE) if "/" in name or name == "cli"}
+    folders = {
+        str(path.relative_to(PACKAGE))
+        for path in PACKAGE.rglob("*")
+        if path.is_dir() and "__pycache__" not in path.parts and len(path.relative_to(PACKAGE).parts) == 2
+    }
+    assert {folder for folder in folders if not folder.startswith("cli/")} <= rooms | {"common/pb", "common/proto"}
 
 
 def test_tests_read_no_private_attributes() -> None:
