@@ -19,6 +19,7 @@ from siderolink.common.grpc import (
     open_byte_stream,
     open_channel,
     serve,
+    valid_token,
 )
 
 CALL = "/test.Service/Call"
@@ -64,6 +65,18 @@ class Service:
 
     def __mapping__(self) -> dict[str, Handler]:
         return {CALL: Handler(self.call, Cardinality.UNARY_UNARY, Raw, Raw)}
+
+
+class Tokens(Service):
+    """The same where the request b"valid" is a valid token."""
+
+    async def call(self, stream: Stream[Raw, Raw]) -> None:
+        request = await stream.recv_message()
+        assert request is not None
+        if request.data == b"valid":
+            valid_token(stream)
+        await self.hold.wait()
+        await stream.send_message(Raw(self.answer(request.data)))
 
 
 async def echo(stream: ByteStream) -> None:

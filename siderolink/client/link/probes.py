@@ -197,11 +197,31 @@ _LEARN_AGAIN = 1800.0
 """Seconds without a connection where a proxy cuts idle ones regularly, before the next look at whether it still does."""
 
 
-async def watch_api(url: JoinURL, tls: ssl.SSLContext | None, put: Put, retry: RetryTrigger) -> None:
-    """Keep an idle connection to the server's API for ever: its end tells within moments that the server has ended.
+async def _until_api_ends(url: JoinURL, tls: ssl.SSLContext | bool | None, on_up: Callable[[], None]) -> float:
+    """Watch the API; returns the seconds for which it was there, 0 if it was not."""
+    began_at: list[float] = []
 
-    A proxy that cuts idle connections would cost a dial and handshakes each time, for ever: three cuts at the same age, each
-    followed by a successful dial, are taken for its habit, and no connection is kept any more.
+    def up() -> None:
+        began_at.append(anyio.current_time())
+        on_up()
+
+    try:
+        with translate_errors():
+            async with open_channel(url.host, url.port, tls) as channel:
+                await channel.watch_health(up)
+    except JoinError:
+        pass
+    except Exception:
+        log.exception("watching the server's API failed; it is tried again")
+    return anyio.current_time() - began_at[0] if began_at else 0.0
+
+
+async def watch_api(url: JoinURL, tls: ssl.SSLContext | None, put: Put, retry: RetryTrigger) -> None:
+    """Keep a health call to the server's API open for ever: its end tells within moments that the server has ended.
+
+    A server without that call is watched by an idle connection. A proxy that cuts idle connections would cost a dial and
+    handshakes each time, for ever: three cuts at the same age, each followed by a successful dial, are taken for its habit, and
+    no connection is kept any more.
     """
     # Handshakes find a server that remembers us; it has enough to do in its first seconds.
     backoff = Backoff(first=4.0, cap=30.0, factor=1.5)
@@ -209,25 +229,12 @@ async def watch_api(url: JoinURL, tls: ssl.SSLContext | None, put: Put, retry: R
     is_lost = ends_soon = False
     cuts = RegularCuts()
 
-    async def until_cut() -> float:
-        """Seconds that the connection stood; 0 if there was none."""
-        began_at = None
-        try:
-            with translate_errors():
-                async with open_channel(url.host, url.port, context) as channel:
-                    await channel.connect()
-                    began_at = anyio.current_time()
-                    if is_lost:
-                        put(ApiBack())
-                    await channel.wait_lost()
-        except JoinError:
-            pass
-        except Exception:
-            log.exception("watching the server's API failed; it is tried again")
-        return anyio.current_time() - began_at if began_at is not None else 0.0
+    def api_answers() -> None:
+        if is_lost:
+            put(ApiBack())
 
     while True:
-        stood_for = await until_cut()
+        stood_for = await _until_api_ends(url, context, api_answers)
         if not stood_for:
             cuts = RegularCuts()
         elif (age := cuts.note(stood_for)) is not None:

@@ -117,15 +117,20 @@ class ConnectionBudget:
         """Connections that count now."""
         return len(self._known) + len(self._unproven) + len(self._reserved)
 
-    def enter(self, source: str, now: float, close: Callable[[Refusal, str], None]) -> Held | Refusal:
-        """Admit a connection, or say why not. May close others, by what they gave as `close`."""
+    def enter(
+        self, source: str, now: float, close: Callable[[Refusal, str], None], *, is_trusted: bool = False
+    ) -> Held | Refusal:
+        """Admit a connection, or say why not. May close others, by what they gave as `close`.
+
+        A trusted source, such as a proxy that forwards for many, counts as known and has no limit of its own.
+        """
         held = Held(source, now, close)
         if source in self._reserved_for and len(self._reserved) < RESERVED:
             self._reserved.add(held)
             return held
-        is_known = source in self._known_sources
+        is_known = is_trusted or source in self._known_sources
         pool = self._known if is_known else self._unproven
-        if source and self._is_crowded() and self._of(source) >= self._limits.max_connections_per_address:
+        if source and not is_trusted and self._is_crowded() and self._of(source) >= self._limits.max_connections_per_address:
             self._log_limit(source, now)
             return Refusal.TOO_MANY_CONNECTIONS_FROM_ADDRESS
         if self._has_tokens and not is_known and 2 * len(self._unproven) > self._most_unproven:

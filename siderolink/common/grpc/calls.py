@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 from grpclib import GRPCError, Status
@@ -15,21 +16,25 @@ from grpclib.exceptions import StreamTerminatedError
 from grpclib.metadata import Deadline, decode_metadata
 from grpclib.protocol import AbstractHandler
 from grpclib.protocol import Stream as GrpclibH2Stream
+from h2.errors import ErrorCodes
 from h2.exceptions import H2Error
 
 from siderolink.common.grpc import private
+from siderolink.common.grpc.budget import ConnectionBudget, Held
 from siderolink.common.grpc.byte_stream import CONTENT_TYPE, ByteStream, trailers
 from siderolink.common.grpc.connection import H2Stream, Headers
 from siderolink.common.grpc.limits import CallLimits, Limits
 from siderolink.common.grpc.messages import ServerCodec
 from siderolink.common.grpc.refusals import Refusal, Refused
-from siderolink.common.grpc.sources import TrustedProxies
+from siderolink.common.grpc.sources import TrustedProxies, source_of
 
 log = logging.getLogger("siderolink")
 
 _CALL_BYTES = 16 * 1024
 """What a call that runs takes of memory beside its message, about."""
 
+SHUTTING_DOWN = "the server is shutting down"
+"""What calls that run are told when the server stops."""
 ANY_METHOD = "*"
 """The path by which a service offers what serves every method that no service has."""
 
@@ -106,6 +111,9 @@ class Caller:
     """Its socket address: of the client itself where a PROXY header named it. None for a local socket."""
     proxies: TrustedProxies = TrustedProxies()
     on_valid_token: Callable[[], None] = lambda: None
+    calls: ConnectionBudget | None = None
+    """Counts calls by the address that a proxy forwards for, as connections are counted where there is no proxy."""
+    ipv6_bits: int = 64
 
     def of_call(self, headers: Headers) -> object:
         """Where one call comes from: the connection's address, or what a trusted proxy says of it."""
@@ -115,12 +123,40 @@ class Caller:
         found = self.proxies.forwarded_for(str(self.address[0]), fields) if fields else self.address[0]
         return self.address if found == self.address[0] else (found, 0)
 
+    def enter_call(self, address: object, close: Callable[[Refusal, str], None]) -> Held | None:
+        """Count a call that a proxy forwards. Raises _Bad."""
+        if self.calls is None or address is self.address or not isinstance(address, tuple):
+            return None
+        now = asyncio.get_running_loop().time()
+        held = self.calls.enter(source_of(str(address[0]), self.ipv6_bits), now, close)
+        if isinstance(held, Refusal):
+            raise _Bad(held, Status.RESOURCE_EXHAUSTED, "too many calls from this address")
+        return held
+
+    def valid_token(self, held: Held | None) -> None:
+        """A call carried a valid token: neither its connection's source nor its own is a stranger's."""
+        self.on_valid_token()
+        if held is not None and self.calls is not None:
+            self.calls.know(held.source)
+
+    def leave_call(self, held: Held | None) -> None:
+        if held is not None and self.calls is not None:
+            self.calls.leave(held)
+
+
+@dataclass(frozen=True, slots=True)
+class _Origin:
+    """Where a call comes from, and whom to tell that it carried a valid token."""
+
+    address: object
+    on_valid_token: Callable[[], None]
+
 
 class CallHandler(AbstractHandler):
     """The calls of one connection."""
 
     def __init__(self, methods: Mapping[str, Method], limits: Limits, caller: Caller | None = None) -> None:
-        self._caller = caller
+        self._caller = caller or Caller()
         self._methods = methods
         self._limits = limits
         self._running: Counter[str] = Counter()
@@ -136,6 +172,7 @@ class CallHandler(AbstractHandler):
         assert isinstance(stream, H2Stream)
         check_fields(headers)
         connection = stream.connection
+        held: Held | None = None
         try:
             path, fields = _check_request(headers)
             if path not in self._methods and ANY_METHOD in self._methods:
@@ -145,9 +182,13 @@ class CallHandler(AbstractHandler):
             if not connection.account.take(size):
                 raise _Bad(Refusal.CALL_MEMORY, Status.RESOURCE_EXHAUSTED, "calls take too much memory (max_call_bytes)")
             try:
-                run = self._prepare(stream, path, headers, fields)
+                address = self._caller.of_call(headers)
+                held = self._caller.enter_call(address, partial(self._crowd_out, stream))
+                origin = _Origin(address, partial(self._caller.valid_token, held))
+                run = self._prepare(stream, path, headers, fields, origin)
             except BaseException:
                 connection.account.give_back(size)
+                self._caller.leave_call(held)
                 raise
         except _Bad as bad:
             stream.put_headers(_answer(bad), end_stream=True)
@@ -162,6 +203,7 @@ class CallHandler(AbstractHandler):
         def done(task: asyncio.Task[None]) -> None:
             self._tasks.pop(stream, None)
             self._running[path] -= 1
+            self._caller.leave_call(held)
             connection.account.give_back(size)
             release_stream()
             if not task.cancelled() and task.exception() is not None:
@@ -174,6 +216,12 @@ class CallHandler(AbstractHandler):
         task = self._tasks.get(stream)
         if task is not None:
             task.cancel()
+
+    def _crowd_out(self, stream: H2Stream, refusal: Refusal, message: str) -> None:
+        """End a call to make room for others."""
+        stream.connection.refuse_call(refusal, message)
+        stream.abort(ErrorCodes.ENHANCE_YOUR_CALM)
+        self.cancel(stream)
 
     def close(self) -> None:
         """The connection is gone, or the server stops: running calls are cancelled, and told so if they can be."""
@@ -190,7 +238,7 @@ class CallHandler(AbstractHandler):
             raise _Bad(Refusal.TOO_MANY_CALLS, Status.RESOURCE_EXHAUSTED, message)
         return method
 
-    def _prepare(self, stream: H2Stream, path: str, headers: Headers, fields: Mapping[str, str]) -> Any:
+    def _prepare(self, stream: H2Stream, path: str, headers: Headers, fields: Mapping[str, str], origin: _Origin) -> Any:
         method = self._methods[path]
         handler = method.handler
         try:
@@ -201,9 +249,8 @@ class CallHandler(AbstractHandler):
         if handler.request_type is ByteStream:
             first = {key: value for key in metadata if isinstance(value := metadata[key], str)}
             byte_stream = ByteStream(stream, first, server=True)
-            if self._caller is not None:
-                byte_stream.peer_address = self._caller.of_call(headers)
-                byte_stream.on_valid_token = self._caller.on_valid_token
+            byte_stream.peer_address = origin.address
+            byte_stream.on_valid_token = origin.on_valid_token
             return self._run_byte_stream(stream, byte_stream, handler.func, deadline)
         self._bound(stream, method)
         call = private.Call(
@@ -219,9 +266,9 @@ class CallHandler(AbstractHandler):
             user_agent=fields.get("user-agent"),
         )
         call.metadata = metadata
-        if self._caller is not None:
-            call.peer = private.CallPeer(call.peer, self._caller.of_call(headers))
-            call.on_valid_token = self._caller.on_valid_token
+        if origin.address is not None:
+            call.peer = private.CallPeer(call.peer, origin.address)
+        call.on_valid_token = origin.on_valid_token
         call.path = fields.get(":path", "")
         return self._run_call(stream, call, method, deadline)
 
@@ -302,7 +349,7 @@ async def _run(
     except (StreamTerminatedError, H2Error):
         finish(Status.UNAVAILABLE, None)
     except asyncio.CancelledError:
-        finish(Status.UNAVAILABLE, "the server is shutting down")
+        finish(Status.UNAVAILABLE, SHUTTING_DOWN)
         raise
     except TimeoutError:
         if scope.expired():

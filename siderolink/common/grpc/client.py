@@ -10,6 +10,7 @@ import ssl
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 
+import grpclib
 import grpclib.exceptions
 from grpclib.client import Channel, Handler
 from grpclib.metadata import USER_AGENT, encode_metadata
@@ -17,6 +18,7 @@ from h2.exceptions import H2Error
 
 from siderolink.common.errors import InvalidAnswerError, ServerUnreachableError, SideroLinkError
 from siderolink.common.grpc.byte_stream import CONTENT_TYPE, ByteStream
+from siderolink.common.grpc.calls import SHUTTING_DOWN
 from siderolink.common.grpc.connection import H2Stream, Headers
 from siderolink.common.grpc.dialing import adopt, authority, check_host, dial
 from siderolink.common.grpc.limits import Limits
@@ -30,6 +32,8 @@ log = logging.getLogger("siderolink")
 
 CREATE_STREAM = "/sidero.link.WireGuardOverGRPCService/CreateStream"
 """The bidirectional method of the tunnel."""
+HEALTH_WATCH = "/grpc.health.v1.Health/Watch"
+_EMPTY_MESSAGE = bytes(5)
 _CLOSE_SECONDS = 0.5
 
 
@@ -125,6 +129,53 @@ class GrpcChannel(Channel):
         """Wait until the connection that stands now is gone; returns at once when none does."""
         for protocol in tuple(self._connections):
             await protocol.lost.wait()
+
+    async def watch_health(self, on_up: Callable[[], None]) -> None:
+        """Call `on_up` once the server answers, and return when it is gone; all by one call that is held open.
+
+        The call (``grpc.health.v1.Health/Watch``) keeps the connection open at reverse proxies, which close idle ones after a
+        minute, and it ends with the server behind such a proxy, where the connection would stay. A server without that service
+        is watched by the connection alone. Raises what a call can raise while the server has not answered.
+        """
+        protocol = await self.__connect__()
+        answers = 0
+
+        def heard(_: object) -> None:
+            nonlocal answers
+            answers += 1
+            if answers == 1:
+                on_up()
+
+        while True:
+            before = answers
+            try:
+                status, message = await self._call_health(heard)
+            except (grpclib.exceptions.StreamTerminatedError, ServerUnreachableError):
+                if not answers and not protocol.connection.is_closing():
+                    raise
+                heard(None)  # a connection that stood and was ended is an end, too
+                return
+            if status is not grpclib.Status.UNAVAILABLE:
+                heard(None)  # it answers, but has no such service
+                break
+            if not answers:
+                raise ServerUnreachableError(f"{self.target} is unavailable: {one_line(message)}")
+            # Some servers end each such call after a while; that says nothing where the next one is answered.
+            if answers == before or message == SHUTTING_DOWN or protocol.lost.is_set():
+                return
+        await protocol.lost.wait()
+
+    async def _call_health(self, heard: Callable[[object], None]) -> tuple[grpclib.Status, str]:
+        """Make one health call and wait for its end; returns its status and what was said with it."""
+        try:
+            async with open_byte_stream(self, HEALTH_WATCH) as stream:
+                stream.receive(heard)
+                stream.send(memoryview(_EMPTY_MESSAGE))
+                stream.end()
+                await stream.wait_ended()
+        except grpclib.exceptions.GRPCError as error:
+            return error.status, error.message or ""
+        return grpclib.Status.OK, ""
 
     async def shut_down(self) -> None:
         """Close the connection and wait until its socket is closed, half a second at most."""

@@ -83,8 +83,8 @@ class Limits:
     max_other_frames: int = 500
     """PRIORITY, GOAWAY, CONTINUATION, trailers and unknown frames per interval (CVE-2019-9513)."""
 
-    server_ping_interval: float | None = 60.0
-    """A server asks after a silent connection this often."""
+    server_ping_interval: float | None = 45.0
+    """A server asks after a silent connection this often, which also keeps silent calls open at proxies that wait 60 s."""
     client_ping_interval: float | None = 330.0
     """A client asks after a silent connection this often; existing servers end connections that ask within 300 s."""
     ping_timeout: float = 20.0

@@ -57,6 +57,9 @@ class GrpcServer:
         self._proxies = proxies
         reserved = frozenset(source_of(address, limits.ipv6_source_bits) for address in reserved_for)
         self._budget = ConnectionBudget(limits, _spare_descriptors(), has_tokens=has_tokens, reserved_for=reserved)
+        self._forwarded_calls = (
+            ConnectionBudget(limits, limits.max_connections, has_tokens=has_tokens) if proxies.forwarded_from else None
+        )
         self._connections = 0
         self._open: dict[Http2Protocol, CallHandler] = {}
         self._all_closed = asyncio.Event()
@@ -170,7 +173,8 @@ class GrpcServer:
     def _enter(self, accepted: "_Accepted") -> bool:
         """Count a connection, or turn it away; False in that case. Others may have to make room."""
         source = accepted.source(self._limits.ipv6_source_bits)
-        held = self._budget.enter(source, self._loop.time(), accepted.close)
+        is_trusted = isinstance(accepted.address, tuple) and contains(self._proxies.forwarded_from, str(accepted.address[0]))
+        held = self._budget.enter(source, self._loop.time(), accepted.close, is_trusted=is_trusted)
         if isinstance(held, Refusal):
             self._turn_away(accepted.connection, held, accepted.name)
             return False
@@ -204,7 +208,13 @@ class GrpcServer:
             if source:
                 self._budget.know(source)
 
-        caller = Caller(address=accepted.address, proxies=self._proxies, on_valid_token=on_valid_token)
+        caller = Caller(
+            address=accepted.address,
+            proxies=self._proxies,
+            on_valid_token=on_valid_token,
+            calls=self._forwarded_calls,
+            ipv6_bits=self._limits.ipv6_source_bits,
+        )
         handler = CallHandler(self._methods, self._limits, caller)
 
         def lost() -> None:

@@ -1,7 +1,8 @@
 """What the connection that is kept to the API tells, on loopback against a server that comes, goes and is restless."""
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from typing import ClassVar
 
 import anyio
 import pytest
@@ -9,9 +10,12 @@ import pytest
 from siderolink.client.link import signals
 from siderolink.client.link.probes import watch_api
 from siderolink.common.backoff import RetryTrigger
-from siderolink.common.grpc import GrpcServer, serve
+from siderolink.common.grpc import GrpcServer, Servable, serve
+from siderolink.common.grpc.limits import CallLimits
 from siderolink.common.join_url import JoinURL
+from siderolink.common.pb.grpc.health.v1 import HealthCheckRequest, HealthCheckResponse
 from siderolink.common.tasks import background_tasks
+from siderolink.server.api.standard import HealthService
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("no_leaks")]
 
@@ -19,7 +23,8 @@ pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("no_leaks")]
 class Watched:
     """A server on one port, again and again, and what a machine's watch tells of it."""
 
-    def __init__(self) -> None:
+    def __init__(self, services: Sequence[Servable]) -> None:
+        self._services = services
         self.told: list[signals.Signal] = []
         self.retry = RetryTrigger()
         self.port = 0
@@ -27,7 +32,7 @@ class Watched:
         self._serving = AsyncExitStack()
 
     async def start(self) -> None:
-        self._server = await self._serving.enter_async_context(serve([], host="127.0.0.1", port=self.port))
+        self._server = await self._serving.enter_async_context(serve(self._services, host="127.0.0.1", port=self.port))
         self.port = self._server.port
 
     async def stop(self) -> None:
@@ -45,8 +50,8 @@ class Watched:
 
 
 @asynccontextmanager
-async def watched() -> AsyncIterator[Watched]:
-    bench = Watched()
+async def watched(*services: Servable) -> AsyncIterator[Watched]:
+    bench = Watched(services)
     await bench.start()
     try:
         async with background_tasks() as tasks:
@@ -58,12 +63,31 @@ async def watched() -> AsyncIterator[Watched]:
         await bench.stop()
 
 
-async def test_a_server_that_ends_moments_after_a_machine_joined_is_noticed() -> None:
-    async with watched() as bench:
+@pytest.mark.parametrize("services", [[], [HealthService()]], ids=["connection", "health call"])
+async def test_a_server_that_ends_moments_after_a_machine_joined_is_noticed(services: list[Servable]) -> None:
+    async with watched(*services) as bench:
         await bench.stop()
         await bench.until(lambda: bench.told == [signals.ApiLost()])
         await bench.start()
         await bench.until(lambda: bench.told == [signals.ApiLost(), signals.ApiBack()])
+
+
+async def test_a_health_call_that_ends_after_its_time_is_no_end_of_the_server() -> None:
+    calls: list[int] = []
+
+    class Counted(HealthService):
+        call_limits: ClassVar[Mapping[str, CallLimits]] = {"Watch": CallLimits(call_timeout=0.05)}
+
+        async def watch(self, message: HealthCheckRequest) -> AsyncIterator[HealthCheckResponse]:
+            calls.append(1)
+            async for answer in super().watch(message):
+                yield answer
+
+    async with watched(Counted()) as bench:
+        await bench.until(lambda: len(calls) >= 4)
+        assert bench.told == []
+        await bench.stop()
+        await bench.until(lambda: bench.told == [signals.ApiLost()])
 
 
 async def test_a_server_that_ends_each_connection_soon_is_told_of_once() -> None:

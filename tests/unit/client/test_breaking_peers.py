@@ -138,8 +138,8 @@ def test_events(run: Run, moment: str) -> None:
 def test_the_watched_api(run: Run, moment: str) -> None:
     async def test(way: str) -> None:
         retry = RetryTrigger()
-        # without a call there is nothing that a peer which sent its settings is asked for
-        times = 1 if way == "settings-silence" else 2
+        # who stays silent, or answers in an unknown way and stays, is watched for as long as the connection stands
+        times = 1 if way in ("settings-silence", "odd-status") else 2
         async with breaking_peer(way, moment) as peer, background_tasks() as tasks:
             tasks.start_soon(watch_api, JoinURL("127.0.0.1", peer.port, tls=False), None, lambda signal: None, retry)
             await again(peer, retry.fire, times)

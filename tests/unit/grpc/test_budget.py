@@ -13,9 +13,9 @@ import pytest
 from h2.errors import ErrorCodes
 from hyperframe.frame import SettingsFrame
 
-from siderolink.common.grpc import Limits, Refusal, TrustedProxies, open_channel, serve, server_tls, valid_token
+from siderolink.common.grpc import Limits, Refusal, TrustedProxies, open_channel, serve, server_tls
 from siderolink.common.grpc.budget import RESERVED, ConnectionBudget, Held
-from tests.support.api import CALL, Raw, Service, method
+from tests.support.api import CALL, Raw, Tokens, method
 from tests.support.certificates import make_certificate
 from tests.support.http2 import PREFACE, RawPeer
 
@@ -200,22 +200,6 @@ def test_a_flood_of_connections_costs_the_same_for_each() -> None:
 def quiet() -> None:
     """These tests meet limits that are logged."""
     return
-
-
-class Tokens(Service):
-    """A service whose token is b"valid"."""
-
-    async def call(self, stream: "object") -> None:
-        original = stream.recv_message  # type: ignore[attr-defined]
-
-        async def recv_message() -> Raw | None:
-            request: Raw | None = await original()
-            if request is not None and request.data == b"valid":
-                valid_token(stream)
-            return request
-
-        stream.recv_message = recv_message  # type: ignore[attr-defined]
-        await super().call(stream)  # type: ignore[arg-type]
 
 
 @contextlib.asynccontextmanager

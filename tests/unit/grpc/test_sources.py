@@ -9,7 +9,9 @@ import struct
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import anyio
 import pytest
+from grpclib.exceptions import StreamTerminatedError
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,9 +19,11 @@ from siderolink.common.errors import ConfigurationError
 from siderolink.common.grpc import (
     ByteStream,
     ByteStreamService,
+    GRPCError,
     Limits,
     Refusal,
     Servable,
+    Status,
     TrustedProxies,
     open_byte_stream,
     open_channel,
@@ -29,7 +33,7 @@ from siderolink.common.grpc import (
 )
 from siderolink.common.grpc import sources as sources_module
 from siderolink.common.grpc.sources import MAX_HEADER_BYTES, SIGNATURE, BadHeaderError, contains, parse_header, read_header
-from tests.support.api import ECHO, Raw, Service, method
+from tests.support.api import ECHO, Raw, Service, Tokens, method
 from tests.support.certificates import make_certificate
 from tests.support.http2 import PREFACE, RawPeer
 
@@ -305,6 +309,48 @@ async def test_calls_and_streams_by_a_proxy_that_forwards() -> None:
     assert found[:2] == [("192.0.2.1", 0), "192.0.2.2:0"]
     assert isinstance(found[2], tuple)
     assert found[2][0] == "127.0.0.1"
+
+
+@pytest.mark.anyio
+async def test_limits_per_address_are_those_of_forwarded_callers() -> None:
+    """The proxy's own connections meet no limit; the calls of one address behind it do, and tokens make it known."""
+    limits = Limits(max_connections=20, max_connections_per_address=2, max_unproven_connections=6, crowded_from=0)
+    service = Tokens()
+    async with serve([service], host="127.0.0.1", limits=limits, proxies=FORWARDED, has_tokens=True) as server:
+        async with open_channel("127.0.0.1", server.port) as channel, anyio.create_task_group() as tasks:
+            statuses: list[Status] = []
+
+            async def call(source: str, data: bytes = b"x") -> None:
+                try:
+                    await method(channel)(Raw(data), metadata={"x-forwarded-for": source}, timeout=10)
+                except GRPCError as error:
+                    statuses.append(error.status)
+                except StreamTerminatedError:
+                    statuses.append(Status.ABORTED)
+
+            service.hold.clear()
+            for number in range(3):
+                for _ in range(3):
+                    tasks.start_soon(call, f"192.0.2.{number}")
+            while len(statuses) < 3:
+                await anyio.sleep(0.01)
+            assert statuses == [Status.RESOURCE_EXHAUSTED] * 3
+            # six strangers' calls run; another address takes the place of one of theirs
+            tasks.start_soon(call, "198.51.100.1", b"valid")
+            while len(statuses) < 4:
+                await anyio.sleep(0.01)
+            assert statuses[3] is Status.ABORTED
+            for _ in range(3):
+                async with open_channel("127.0.0.1", server.port) as other:
+                    await other.connect()
+            service.hold.set()
+        assert statuses == [Status.RESOURCE_EXHAUSTED] * 3 + [Status.ABORTED]
+        assert server.refusals == {Refusal.TOO_MANY_CONNECTIONS_FROM_ADDRESS: 3, Refusal.CROWDED_OUT: 1}
+
+
+@pytest.fixture
+def quiet() -> None:
+    """Limits that are met are logged."""
 
 
 @pytest.mark.parametrize("text", ["", "192.0.2.1/24", "proxy.example", "192.0.2.0/33", "*"])
