@@ -42,11 +42,6 @@ class Description:
         say(self.name, f"{self.subject} {self.text}".strip(), level=self.level, sample=self.sample, fields=self.fields)
 
 
-def machine_fields(machine: Machine) -> dict[str, object]:
-    """What names a machine in a record."""
-    return {"machine_id": machine.id, "node_uuid": machine.node_uuid}
-
-
 _LINK: dict[type[events.LinkEvent], tuple[str, int, Callable[[Any], str]]] = {
     events.StateChanged: ("state", logging.INFO, lambda e: f"{e.new}, was {e.old}: {e.reason}"),
     events.KeyCreated: ("ephemeral key", logging.INFO, lambda e: f"public key {e.public_key}"),
@@ -148,7 +143,7 @@ def _identity_event(event: MachineRekeyed | ClaimRefused | UniqueTokenBound | Ad
 
 
 def _of_machine(machine: Machine, name: str, text: str, *, level: int = logging.INFO, **fields: object) -> Description:
-    return Description(name=name, subject=machine.node_uuid, text=text, level=level, fields=machine_fields(machine) | fields)
+    return Description(name=name, subject=machine.node_uuid, text=text, level=level, fields=machine.log_fields | fields)
 
 
 def _carrier(event: events.Joined) -> str:

@@ -28,8 +28,8 @@ STOP_SECONDS = 1.0
 """How long a command that ends waits for its last records to be written."""
 MESSAGE_LIMIT, FIELD_LIMIT, TRACEBACK_LIMIT = 1000, 400, 16_000
 """Characters of one record's parts."""
-SAMPLE_BURST = 1000
-"""Records of one kind that are logged within one interval of sampling."""
+SAMPLE_BURST, LIBRARY_BURST = 1000, 100
+"""Events of one name, and records of one call of the library's, that are logged within one interval of sampling."""
 
 _TRACEBACK = "traceback_text"
 
@@ -61,7 +61,7 @@ class LogHandler(logging.Handler):
         self._sampler = sampler
 
     def emit(self, record: logging.LogRecord) -> None:
-        kind, burst = getattr(record, "sample", None) or (f"{record.name}: {record.msg}", SAMPLE_BURST)
+        kind, burst = getattr(record, "sample", None) or (f"{record.name}: {record.msg}", LIBRARY_BURST)
         if record.levelno > logging.DEBUG and not self._sampler.admit(kind, burst, getattr(record, "event", record.name)):
             return
         try:

@@ -3,7 +3,6 @@
 import logging
 from collections import Counter
 
-from siderolink.cli.describe import machine_fields
 from siderolink.cli.logs import say
 from siderolink.common.pb.siderolink.control import Reports as Counts
 from siderolink.common.tasks import background_tasks
@@ -37,7 +36,7 @@ async def log_reports(reports: Reports, *, with_lines: bool) -> None:
                         "event",
                         f"{machine.node_uuid} {event.summary}",
                         sample=(f"events of {machine.id}", EVENT_BURST),
-                        fields=machine_fields(machine) | {"type": event.kind, "id": event.id},
+                        fields=machine.log_fields | {"type": event.kind, "id": event.id},
                     )
                 case ReportsLost(count=count):
                     say("events not logged", str(count), level=logging.WARNING)
@@ -52,7 +51,7 @@ async def _log_lines(reports: Reports) -> None:
                     f"{machine.node_uuid} {count} lines dropped: {reason}",
                     level=logging.WARNING,
                     sample=(f"dropped lines of {machine.id}", EVENT_BURST),
-                    fields=machine_fields(machine),
+                    fields=machine.log_fields,
                 )
             case ReportsLost(count=count):
                 say("kernel log", f"{count} lines not logged", level=logging.WARNING)
@@ -61,5 +60,5 @@ async def _log_lines(reports: Reports) -> None:
                     "kernel log",
                     f"{line.machine.node_uuid} {line.message}",
                     sample=(f"lines of {line.machine.id}", LINE_BURST),
-                    fields=machine_fields(line.machine),
+                    fields=line.machine.log_fields,
                 )

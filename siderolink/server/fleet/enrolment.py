@@ -79,6 +79,7 @@ class Enrolment:
         backoff = Backoff(first=0.5, cap=60.0, factor=1.5, floor=0.25)
         try:
             while (link := self._directory.get(machine_id)) is not None and self._needs(link):
+                uuid, fields = link.machine.node_uuid, link.machine.log_fields
                 try:
                     async with self._limit:
                         with anyio.fail_after(CALL_SECONDS):
@@ -86,9 +87,9 @@ class Enrolment:
                     return
                 except (SideroLinkError, GRPCError, TimeoutError) as error:
                     reason = str(error) or "no answer in time"
-                    log.info("machine %s could not be given its unique token yet: %s", link.machine.node_uuid, reason)
+                    log.info("machine %s could not be given its unique token yet: %s", uuid, reason, extra=fields)
                 except Exception:
-                    log.exception("machine %s could not be given its unique token yet", link.machine.node_uuid)
+                    log.exception("machine %s could not be given its unique token yet", uuid, extra=fields)
                 await anyio.sleep(backoff.next())
         finally:
             self._busy.discard(machine_id)

@@ -80,7 +80,7 @@ class Goodbyes:
         try:
             await self._remove(link.machine.id, LeaveReason.AT_ITS_WISH)
         except SideroLinkError as error:
-            log.warning("a machine that asked to be forgotten is still known: %s", error)
+            log.warning("a machine that asked to be forgotten is still known: %s", error, extra=link.machine.log_fields)
 
 
 def _answer(sock: socket.socket, data: bytes, source: tuple[object, ...]) -> None:

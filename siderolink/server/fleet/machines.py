@@ -235,7 +235,7 @@ class Machines:
             try:
                 await self.remove(machine.id, LeaveReason.LONG_GONE)
             except SideroLinkError as error:
-                log.warning("a machine that is long gone is still known: %s", error)
+                log.warning("a machine that is long gone is still known: %s", error, extra=machine.log_fields)
 
     async def _change(self, work: Callable[[Transaction], Awaitable[Machine]]) -> Machine:
         machine = await self._store.transact(work)

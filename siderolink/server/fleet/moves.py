@@ -126,7 +126,7 @@ class Moves:
                 link = await self._reconciler.apply(row)
                 await self._reconciler.apply(before)
         except SideroLinkError as error:
-            log.warning("a machine's move to another UUID failed; it has to join again: %s", error)
+            log.warning("a machine's move to another UUID failed; it has to join again: %s", error, extra=machine.log_fields)
             return
         self.on_moved(link)
         self._events.publish(AdmissionChanged(machine=row))

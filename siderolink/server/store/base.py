@@ -85,6 +85,11 @@ class Machine:
         return self.admission is MachineAdmission.ACCEPTED
 
     @property
+    def log_fields(self) -> dict[str, str]:
+        """What names the machine in a log record, as its `extra`."""
+        return {"machine_id": self.id, "node_uuid": self.node_uuid}
+
+    @property
     def bound_digest(self) -> bytes | None:
         """The digest of the unique token that decides who may take this row; None while there is none.
 
