@@ -17,8 +17,9 @@ PYTHON := $(VENV)/bin/python
 UV := .venvs/tools/bin/uv
 
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
-PYTEST = $(SUDO) env PATH="$(abspath $(VENV)/bin):$$PATH:/usr/sbin:/sbin" $(PYTHON) -m pytest
+PYTEST = $(SUDO) env $(if $(SIDEROLINK_NATIVE),SIDEROLINK_NATIVE=$(SIDEROLINK_NATIVE)) PATH="$(abspath $(VENV)/bin):$$PATH:/usr/sbin:/sbin" $(PYTHON) -m pytest
 ARGS ?=
+NATIVE := $(wildcard native/src/*.rs) native/Cargo.toml native/Cargo.lock native/rustfmt.toml
 comma := ,
 space := $(subst ,, )
 # the Debian package of the kernel that `make test-kernel` boots
@@ -30,12 +31,15 @@ KERNEL_SERVERS := $(foreach name,absence other_users restart server ten_thousand
 
 COVERED_WELL := $(subst $(space),$(comma),$(addprefix siderolink/,common/wireguard/noise/* common/wireguard/packets/* common/transport/* server/admission/* server/store/*))
 
-.PHONY: help setup needs demo test check lint types fresh format proto unit netns interop examples test-kernel kernel-servers kernel-links others all-tests coverage bench bench-recovery soak clean
+.PHONY: help setup native native-check native-tests needs demo test check lint types fresh format proto unit netns interop examples test-kernel kernel-servers kernel-links others pure all-tests coverage bench bench-recovery soak clean
 
 help: ## this list
 	@sed -n 's/^\([a-z -]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 32
 
 setup: $(VENV)/.ready ## a virtual environment with the package and the developer's tools
+
+native: setup ## the optional compiled core of the data plane, where there is Rust; NEEDED=1 makes its absence an error
+	@scripts/build-native $(UV) $(VENV) $(NEEDED)
 
 needs: ## the Debian packages that the tests use (apt-get, as root or by sudo)
 	@scripts/install-needs test
@@ -46,11 +50,25 @@ demo: setup ## the main job, shown in network namespaces of its own
 test: needs check ## every check and every test, on every interpreter and with the kernel's WireGuard
 	@echo "beside what follows: tests that take minutes, the kernel's WireGuard, and other interpreters"
 	@$(PYTEST) -q -m long $(ARGS) >.venvs/long.log 2>&1 & long=$$!; \
-	{ status=0; $(MAKE) test-kernel || status=$$?; $(MAKE) others || status=$$?; exit $$status; } >.venvs/beside.log 2>&1 & beside=$$!; \
+	{ status=0; $(MAKE) test-kernel || status=$$?; $(MAKE) others || status=$$?; \
+	[ -z "$(SIDEROLINK_NATIVE)" ] || $(MAKE) pure || status=$$?; exit $$status; } >.venvs/beside.log 2>&1 & beside=$$!; \
 	status=0; $(MAKE) all-tests || status=$$?; \
 	wait $$long || status=$$?; wait $$beside || status=$$?; cat .venvs/long.log .venvs/beside.log; exit $$status
 
-check: lint types fresh ## what reads the code without running it
+check: lint types fresh native-check ## what reads the code without running it
+
+native-check: ## rustfmt and clippy, where Rust is
+	@if ! command -v cargo >/dev/null; then echo "native: not checked, there is no cargo"; \
+	else $(MAKE) --silent .venvs/native-checked; fi
+
+.venvs/native-checked: $(NATIVE)
+	@echo "native"
+	@cd native && cargo fmt --check
+	@cd native && CARGO_TARGET_DIR=../.venvs/native-target cargo clippy --quiet --all-targets -- -D warnings
+	@touch $@
+
+native-tests: ## the crate's own tests
+	@cd native && CARGO_TARGET_DIR=../.venvs/native-target cargo test --quiet --no-default-features $(ARGS)
 
 lint: setup ## format and lint
 	@echo "lint"
@@ -98,7 +116,11 @@ others: $(OTHERS:%=others-%)
 
 others-%: .venvs/%/.ready needs
 	@echo "unit tests, and links in namespaces, on Python $*"
-	@$(MAKE) VENV=.venvs/$* some-tests
+	@SIDEROLINK_NATIVE= $(MAKE) VENV=.venvs/$* some-tests
+
+pure: setup needs ## unit tests and links in namespaces without the compiled core
+	@echo "unit tests, and links in namespaces, without the compiled core"
+	@SIDEROLINK_NATIVE=0 $(MAKE) some-tests
 
 some-tests:
 	@$(PYTEST) -q -m "not long" tests/unit tests/netns/test_link.py tests/netns/test_server.py $(ARGS)

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from siderolink.common.keys import PrivateKey
 from siderolink.common.wireguard.dataplane import DataPlane
 from siderolink.common.wireguard.noise import Engine
-from siderolink.common.wireguard.packets import MatrixCiphers
+from siderolink.common.wireguard.packets import row_functions
 from siderolink.common.wireguard.path import Datagrams, RowCache
 from tests.support.packets import TCP, UDP, Packet
 
@@ -106,16 +106,17 @@ class End:
     """One device, without a loop."""
 
     def __init__(self) -> None:
+        rows = row_functions()
         self.engine = Engine(
             bytes(PrivateKey.generate()),
             entropy=os.urandom,
             unix_time_ns=time.time_ns,
-            ciphers=MatrixCiphers(),
+            ciphers=rows.ciphers(),
             mtu=1280,
         )
         self.interface = Interface()
         self.wire = Wire()
-        self.plane = DataPlane(self.engine, self.interface, on_events=ignore, on_drained=ignore, on_blocked=bool)
+        self.plane = DataPlane(self.engine, self.interface, rows, on_events=ignore, on_drained=ignore, on_blocked=bool)
 
 
 def pair() -> tuple[End, End]:

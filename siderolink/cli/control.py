@@ -37,6 +37,15 @@ class Source(Protocol):
     def events(self) -> AsyncIterator[Event]: ...
 
 
+def data_plane(device_kind: str | None) -> str:
+    """What works on a device's packets; empty for the kernel's."""
+    if device_kind != "userspace":
+        return ""
+    from siderolink.common.wireguard.packets import row_functions_in_use
+
+    return row_functions_in_use()
+
+
 class ControlService(ControlBase):
     """Answers on the socket for one source; what it cannot tell now is UNAVAILABLE, with the reason."""
 

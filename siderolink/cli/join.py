@@ -8,7 +8,11 @@ from pathlib import Path
 
 import anyio
 
-from siderolink.cli.control import control_socket, peer_message
+from siderolink.cli.control import (
+    control_socket,
+    data_plane,
+    peer_message,
+)
 from siderolink.cli.describe import link_event, log_link_event
 from siderolink.cli.logs import hide, lost_records, name_machine, say
 from siderolink.cli.maintenance import Maintenance, MaintenanceOptions
@@ -68,6 +72,7 @@ class LinkSource:
             role="machine",
             interface=status.interface or self._name,
             device_kind=status.device or "",
+            data_plane=data_plane(status.device),
             transport=status.transport or "",
             addresses=[str(status.address)] if status.address else [],
             public_key=str(status.public_key),

@@ -7,7 +7,11 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from siderolink.cli.control import control_socket, peer_message
+from siderolink.cli.control import (
+    control_socket,
+    data_plane,
+    peer_message,
+)
 from siderolink.cli.describe import server_event
 from siderolink.cli.descriptors import allow_descriptors
 from siderolink.cli.logs import hide, lost_records, say
@@ -89,6 +93,7 @@ class ServerSource:
             role="server",
             interface=server.device.name,
             device_kind=server.device.kind,
+            data_plane=data_plane(server.device.kind),
             transport="udp,tunnel" if server.wireguard_port is not None else "tunnel",
             addresses=[f"{server.address}/64"],
             public_key=str(server.public_key),

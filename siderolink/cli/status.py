@@ -45,6 +45,7 @@ def to_json(answer: StatusResponse) -> dict[str, Any]:
         "since": answer.since or None,
         "interface": answer.interface,
         "device": answer.device_kind,
+        "data_plane": answer.data_plane or None,
         "transport": answer.transport,
         "addresses": answer.addresses,
         "public_key": answer.public_key,
@@ -98,6 +99,8 @@ def _show(console: Console, answer: StatusResponse) -> None:
     port = f", UDP port {answer.listen_port}" if answer.listen_port else ""
     device = f", {answer.device_kind} device, {answer.transport}{port}" if answer.device_kind else ""
     print(f"{answer.interface}: {answer.role}, {answer.state}{device}")
+    if answer.data_plane:
+        print(f"  packets by {one_line(answer.data_plane)}")
     if answer.reason:
         print(f"  for {max(0.0, time.time() - answer.since):.0f} s: {one_line(answer.reason)}")
     if answer.public_key:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from siderolink.common.wireguard.dataplane import MAX_READS, DataPlane
 from siderolink.common.wireguard.noise import Drop, Engine, Packets
-from siderolink.common.wireguard.packets import MatrixCiphers
+from siderolink.common.wireguard.packets import row_functions
 from siderolink.common.wireguard.path import Datagrams
 from tests.support.packets import UDP, Packet, batch
 
@@ -58,11 +58,12 @@ class Wire:
 
 class End:
     def __init__(self, wire: Wire, chance: Random) -> None:
+        rows = row_functions()
         self.engine = Engine(
             chance.randbytes(32),
             entropy=chance.randbytes,
             unix_time_ns=time.time_ns,
-            ciphers=MatrixCiphers(),
+            ciphers=rows.ciphers(),
             mtu=1280,
         )
         self.interface = Interface()
@@ -71,6 +72,7 @@ class End:
         self.plane = DataPlane(
             self.engine,
             self.interface,
+            rows,
             on_events=lambda events: None,
             on_drained=lambda now: None,
             on_blocked=self._hold_back,

@@ -50,6 +50,7 @@ EXTRAS = {
         "zstandard",
     },
     "config": {"pydantic", "pyyaml", "watchfiles", "zstandard"},
+    "native": {"siderolink-native"},
     "patterns": {"google-re2"},
     "proxy": {"python-socks"},
     "sql": {"aiosqlite", "alembic", "sqlalchemy"},

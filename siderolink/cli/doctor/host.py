@@ -20,7 +20,7 @@ from siderolink.common.wireguard.device import DeviceConfig, DeviceKind
 from siderolink.common.wireguard.kernel.interface import remove_leftovers
 from siderolink.common.wireguard.opening import open_device
 
-__all__ = ["check_clock", "check_devices", "check_firewall", "check_forwarding", "check_loopback"]
+__all__ = ["check_clock", "check_data_plane", "check_devices", "check_firewall", "check_forwarding", "check_loopback"]
 
 RELEASED = 1_767_225_600
 """The start of 2026: no clock that is right shows less."""
@@ -64,6 +64,17 @@ async def _remove_leftovers() -> None:
         if link.name.startswith(_TRIAL_NAME):
             with suppress(SideroLinkError, OSError):  # another doctor's, at work
                 await remove_leftovers(link.name, None)
+
+
+async def check_data_plane() -> AsyncIterator[Finding]:
+    """What works on the packets of a userspace device."""
+    from siderolink.common.wireguard.packets import row_functions_in_use
+
+    text = row_functions_in_use()
+    if "cannot be loaded" in text or "seam" in text:
+        yield note("data plane", text, "links work, at a lower rate; install a siderolink-native that fits")
+    else:
+        yield good("data plane", text)
 
 
 async def check_clock() -> AsyncIterator[Finding]:

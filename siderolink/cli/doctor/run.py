@@ -10,7 +10,14 @@ from pathlib import Path
 import anyio
 
 from siderolink.cli.doctor.finding import Finding
-from siderolink.cli.doctor.host import check_clock, check_devices, check_firewall, check_forwarding, check_loopback
+from siderolink.cli.doctor.host import (
+    check_clock,
+    check_data_plane,
+    check_devices,
+    check_firewall,
+    check_forwarding,
+    check_loopback,
+)
 from siderolink.cli.running import loop_options, stop_on_signal
 from siderolink.common.grpc import client_tls
 from siderolink.common.join_url import JoinURL
@@ -50,7 +57,7 @@ def run_doctor(url: str | None, *, ca_file: Path | None, as_json: bool) -> int:
 
 
 async def _check_all(url: JoinURL | None, tls: ssl.SSLContext | None) -> AsyncIterator[Finding]:
-    for check in (check_devices, check_clock, check_loopback, check_forwarding, check_firewall):
+    for check in (check_devices, check_data_plane, check_clock, check_loopback, check_forwarding, check_firewall):
         async for finding in check():
             yield finding
     if url is not None:

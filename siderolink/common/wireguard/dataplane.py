@@ -16,10 +16,9 @@ from siderolink.common.wireguard.noise.peer import Path as EnginePath
 from siderolink.common.wireguard.packets.buffers import round_up
 from siderolink.common.wireguard.packets.gather import Gatherer, place_packet
 from siderolink.common.wireguard.packets.headers import PLAIN_VNET_HEADER, UDP, VNET_SIZE, Gso, address_pair
-from siderolink.common.wireguard.packets.merge import Merger
-from siderolink.common.wireguard.packets.seal import Opened, find_runs
+from siderolink.common.wireguard.packets.implementation import RowFunctions, SuperPacketSplitter
+from siderolink.common.wireguard.packets.seal import find_runs
 from siderolink.common.wireguard.packets.shape import MalformedFrame
-from siderolink.common.wireguard.packets.split import Splitter
 from siderolink.common.wireguard.packets.unreachable import unreachable
 from siderolink.common.wireguard.path import QUIET_INTERVAL, Datagrams, Path
 
@@ -56,19 +55,23 @@ class DataPlane:
         self,
         engine: Engine,
         interface: PacketInterface,
+        rows: RowFunctions,
         *,
         on_events: Callable[[list[Event]], None],
         on_drained: Callable[[float], None],
         on_blocked: Callable[[Path], bool],
     ) -> None:
-        """`on_drained` is called after each verb, to arm a timer; `on_blocked` when a path is full: True holds packets back."""
+        """`rows` also made the ciphers. `on_drained` is called after each call, to arm a timer; `on_blocked` when a path is
+        full: True holds packets back.
+        """
         self._engine = engine
         self._interface = interface
         self._on_events = on_events
         self._on_drained = on_drained
         self._on_blocked = on_blocked
+        self._rows = rows
         self._set_mtu(engine.mtu)
-        self._merger = Merger(tso=interface.tso, uso=interface.uso)
+        self._merger = rows.merger(tso=interface.tso, uso=interface.uso)
         self._peer: Peer | None = None
         """Where the packets go that are being gathered."""
         self._batch_bytes = 0
@@ -81,9 +84,9 @@ class DataPlane:
 
     def _set_mtu(self, mtu: int) -> None:
         self._alone = memoryview(bytearray(round_up(mtu)))
-        self._splitter = Splitter(mtu)
+        self._splitter = self._rows.splitter(mtu)
         self._gatherer = Gatherer(mtu)
-        self._collector: Splitter | Gatherer = self._gatherer
+        self._collector: SuperPacketSplitter | Gatherer = self._gatherer
         """The one of them that holds packets for the peer that packets go to now."""
 
     def change_mtu(self, mtu: int) -> None:
@@ -174,7 +177,8 @@ class DataPlane:
                 self._engine.stage(peer, bytes(frame), now)
                 return False
             self._peer = peer
-            self._batch_bytes = _device_path(peer.path).batch_bytes
+            path = _device_path(peer.path)
+            self._batch_bytes, self._splitter.headroom = path.batch_bytes, path.headroom
         self._pair = pair
         return True
 
@@ -236,7 +240,7 @@ class DataPlane:
     def _receive(self, datagrams: Datagrams, first: int, count: int, path: Path, now: float) -> None:
         received = self._engine.receive(datagrams, path, now, first=first, count=count)
         if received is not None:
-            for buffers in self._merger.merge(cast("Opened", received[0]), received[1]):
+            for buffers in self._merger.merge(*received):
                 self._interface.write(buffers)
 
     # After each call

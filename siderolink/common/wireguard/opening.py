@@ -1,6 +1,7 @@
 """Opens a device of either kind, or a bare interface that `wg` and `ip` configure."""
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ __all__ = ["BareInterface", "open_device", "open_interface"]
 BARE_MTU = 1420
 """What fits an Ethernet of 1,500 bytes with IPv6 outside."""
 
+_logger = logging.getLogger("siderolink")
+
 
 def open_device(kind: DeviceKind, config: DeviceConfig, on_event: OnDeviceEvent) -> DeviceContext:
     """Make a device; leaving the context removes the interface and all that came with it.
@@ -48,9 +51,11 @@ def _open_kernel(config: DeviceConfig, on_event: OnDeviceEvent) -> DeviceContext
 @asynccontextmanager
 async def _open_userspace(config: DeviceConfig, on_event: OnDeviceEvent) -> AsyncIterator[Device]:
     from siderolink.common.wireguard.kernel.interface import remove_leftovers
+    from siderolink.common.wireguard.packets import row_functions_in_use
     from siderolink.common.wireguard.tun_device import TunDevice
 
     await remove_leftovers(config.name, config.namespace)
+    _logger.info("%s is a userspace device: packets by %s", config.name, row_functions_in_use())
     async with TunDevice.open(config, on_event) as device:
         yield device
 
@@ -85,9 +90,11 @@ async def open_interface(name: str, on_device_event: OnDeviceEvent = lambda even
 
     Raises DeviceUnavailableError or InterfaceInUseError.
     """
+    from siderolink.common.wireguard.packets import row_functions_in_use
     from siderolink.common.wireguard.tun_device import TunDevice
     from siderolink.common.wireguard.uapi.server import serve_uapi, watch_removal
 
+    _logger.info("%s is a userspace device: packets by %s", name, row_functions_in_use())
     lost = asyncio.Event()
 
     def on_event(event: DeviceEvent) -> None:

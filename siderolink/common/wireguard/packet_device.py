@@ -4,7 +4,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 
 from siderolink.common.wireguard.device import DeviceConfig, OnDeviceEvent
-from siderolink.common.wireguard.packets.headers import PLAIN_VNET_HEADER
+from siderolink.common.wireguard.packets.headers import PLAIN_VNET_HEADER, VNET_SIZE
 from siderolink.common.wireguard.userspace import UserspaceDevice
 
 OnPacket = Callable[[bytes], None]
@@ -24,7 +24,7 @@ class CallableInterface:
         """Nothing is ever waiting; packets are sent by a call."""
 
     def write(self, buffers: Sequence[bytes | bytearray | memoryview]) -> bool:
-        self._on_packet(b"".join(buffers[1:]))
+        self._on_packet(b"".join(buffers)[VNET_SIZE:])
         return True
 
 

@@ -25,7 +25,7 @@ from siderolink.common.wireguard.device import (
     PeerStatus,
 )
 from siderolink.common.wireguard.noise import Engine, Event, PeerRoamed, PeerUnresponsive, SessionEstablished
-from siderolink.common.wireguard.packets import MatrixCiphers
+from siderolink.common.wireguard.packets import row_functions
 from siderolink.common.wireguard.path import Datagrams, Path
 from siderolink.common.wireguard.uapi.protocol import DeviceReport
 from siderolink.common.wireguard.udp import UdpSockets, open_udp
@@ -40,16 +40,17 @@ class UserspaceDevice:
         """Raises AddressInUseError."""
         self.name = config.name
         key = config.private_key or PrivateKey.generate()
+        rows = row_functions()
         self.engine = Engine(
             bytes(key),
             entropy=os.urandom,
             unix_time_ns=time.time_ns,
-            ciphers=MatrixCiphers(),
+            ciphers=rows.ciphers(),
             mtu=config.mtu,
             timestamps=config.timestamps,
         )
         self.plane = DataPlane(
-            self.engine, interface, on_events=self._tell, on_drained=self._arm, on_blocked=self.pause_reading
+            self.engine, interface, rows, on_events=self._tell, on_drained=self._arm, on_blocked=self.pause_reading
         )
         self.on_event = on_event
         self._timer_at = float("inf")

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from siderolink.common.wireguard.noise.output import Drop
 from siderolink.common.wireguard.noise.routing import InnerFilter
-from siderolink.common.wireguard.packets import Merger, Opened, Opener, Splitter, address_pair
+from siderolink.common.wireguard.noise.rows import Opened
+from siderolink.common.wireguard.packets import MatrixRows, RowFunctions, address_pair
 from tests.support.packets import (
     ACK,
     CWR,
@@ -29,13 +30,24 @@ from tests.support.packets import (
     seal,
     segment_frame,
 )
+from tests.support.rows import IMPLEMENTATIONS, implementation
 
-AEAD = ChaCha20Poly1305(bytes(range(32)))
-OPENER = Opener()
+KEY = bytes(range(32))
+AEAD = ChaCha20Poly1305(KEY)
+ROWS: RowFunctions = MatrixRows()
+CIPHER = ROWS.ciphers()(KEY)
+
+
+@pytest.fixture(scope="module", autouse=True, params=IMPLEMENTATIONS)
+def rows_by(request: pytest.FixtureRequest) -> None:
+    """Every test here runs with each implementation."""
+    global ROWS, CIPHER
+    ROWS = implementation(request.param)
+    CIPHER = ROWS.ciphers()(KEY)
 
 
 def opened(rows: list[bytes]) -> Opened:
-    result = OPENER.open(batch([seal(AEAD, row, 1, index) for index, row in enumerate(rows)]), 0, len(rows), AEAD)
+    result = CIPHER.open(batch([seal(AEAD, row, 1, index) for index, row in enumerate(rows)]), 0, len(rows))
     assert all(result.good)
     return result
 
@@ -47,7 +59,7 @@ class Interface:
         self.drops: Counter[Drop] = Counter()
         self.asked: list[tuple[bytes, bytes]] = []
         self.refuse = refuse
-        self.merger = Merger(tso=tso, uso=uso)
+        self.merger = ROWS.merger(tso=tso, uso=uso)
 
     def _drop(self, reason: Drop, count: int) -> None:
         self.drops[reason] += count
@@ -114,9 +126,9 @@ def test_what_the_splitter_cut_is_merged_to_the_same_frame(packet: Packet, gso_s
     if len(packet.payload) <= gso_size:
         return
     frame = packet.frame(gso_size)
-    packets = collected(Splitter(1280), frame)
-    rows = [bytes(row) for row in packets.rows[: packets.count - 1]]
-    rows.append(bytes(packets.data[(packets.count - 1) * packets.stride :]))
+    packets = collected(ROWS.splitter(1280), frame)
+    starts = range(0, packets.count * packets.stride, packets.stride)
+    rows = [bytes(packets.data[at : at + packets.length]) for at in starts]
     assert Interface().frames(rows) == [frame]
 
 

@@ -1,4 +1,5 @@
 import random
+from typing import cast
 
 import pytest
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
@@ -6,11 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from siderolink.common.wireguard.noise import Packets
-from siderolink.common.wireguard.packets import Gatherer, Opener, Run, Sealer, find_runs, read_counters
+from siderolink.common.wireguard.packets import Gatherer, MatrixRows, RowFunctions, Run, find_runs, read_counters
 from siderolink.common.wireguard.path import Datagrams
 from tests.support.packets import UDP, Packet, batch, pad, seal
+from tests.support.rows import IMPLEMENTATIONS, implementation
 
-AEAD = ChaCha20Poly1305(bytes(range(32)))
+KEY = bytes(range(32))
+AEAD = ChaCha20Poly1305(KEY)
 OTHER = ChaCha20Poly1305(bytes(32))
 
 
@@ -27,8 +30,16 @@ def packets_of(count: int, size: int, last: int) -> tuple[Packets, list[bytes]]:
     return packets, [pad(packet) for packet in plain]
 
 
-SEALER = Sealer()
-OPENER = Opener()
+CIPHER = MatrixRows().ciphers()(KEY)
+MAKE: RowFunctions = MatrixRows()
+
+
+@pytest.fixture(scope="module", autouse=True, params=IMPLEMENTATIONS)
+def rows_by(request: pytest.FixtureRequest) -> None:
+    """Every test here runs with each implementation."""
+    global CIPHER, MAKE
+    MAKE = implementation(request.param)
+    CIPHER = MAKE.ciphers()(KEY)
 
 
 @given(
@@ -42,14 +53,14 @@ def test_sealed_rows_equal_those_made_one_at_a_time_and_open_again(
     count: int, sizes: tuple[int, int], headroom: int, counter: int, receiver: int
 ) -> None:
     packets, plain = packets_of(count, max(sizes), min(sizes))
-    sealed = SEALER.seal(packets, AEAD, receiver, counter, headroom)
+    sealed = cast("Datagrams", CIPHER.seal(packets, receiver, counter, headroom))
     assert (sealed.count, sealed.headroom) == (count, headroom)
     expected = [seal(AEAD, packet, receiver, counter + index) for index, packet in enumerate(plain)]
     assert [bytes(sealed.row(index)) for index in range(count)] == expected
 
     assert find_runs(sealed) == [Run(4, receiver, 0, count)]
     assert read_counters(sealed, 0, count).tolist() == [*range(counter, counter + count)]
-    opened = OPENER.open(sealed, 0, count, AEAD)
+    opened = CIPHER.open(sealed, 0, count)
     assert opened.counters == [*range(counter, counter + count)]
     assert opened.good == [True] * count
     assert [bytes(opened.row(index)) for index in range(count)] == plain
@@ -59,11 +70,12 @@ def test_sealed_rows_equal_those_made_one_at_a_time_and_open_again(
 def test_a_batch_larger_than_any_before() -> None:
     view = memoryview(bytes(range(256)) * 5 * 300)
     rows = [view[at : at + 1280] for at in range(0, len(view), 1280)]
-    sealed = Sealer().seal(Packets(view, 300, 1280, 1280, 1280, rows), AEAD, 9, 4)
+    sealed = MAKE.ciphers()(KEY).seal(Packets(view, 300, 1280, 1280, 1280, rows), 9, 4, 0)
     assert [bytes(sealed.row(index)) for index in range(300)] == [
         seal(AEAD, bytes(row), 9, 4 + i) for i, row in enumerate(rows)
     ]
-    assert [bytes(Opener().open(sealed, 0, 300, AEAD).row(index)) for index in range(300)] == rows
+    opened = MAKE.ciphers()(KEY).open(sealed, 0, 300)
+    assert [bytes(opened.row(index)) for index in range(300)] == rows
 
 
 @given(st.data())
@@ -76,7 +88,7 @@ def test_bad_rows_are_erased_and_cost_their_neighbours_nothing(data: st.DataObje
         if data.draw(st.booleans()):  # a right ciphertext with one bit of its tag turned: the plaintext did come out
             datagram = seal(AEAD, plain[index], 3, 100 - index)
             datagrams[index] = datagram[:-1] + bytes([datagram[-1] ^ 1])
-    opened = OPENER.open(batch(datagrams, data.draw(st.sampled_from([0, 8]))), 0, count, AEAD)
+    opened = CIPHER.open(batch(datagrams, data.draw(st.sampled_from([0, 8]))), 0, count)
     assert opened.good == [index not in bad for index in range(count)]
     assert opened.counters == [100 - index for index in range(count)]
     for index in range(count):
@@ -112,18 +124,18 @@ def test_every_row_is_in_exactly_one_run(kinds: list[int], size: int, last: int)
     assert covered == [*range(datagrams.count)]
     for run in find_runs(datagrams):
         if run.kind == 4:
-            assert OPENER.open(datagrams, run.first, run.count, AEAD).good == [False] * run.count
+            assert CIPHER.open(datagrams, run.first, run.count).good == [False] * run.count
 
 
 def test_part_of_a_batch() -> None:
     datagrams = batch([seal(AEAD, bytes([index]) * 16, 1, index) for index in range(6)] + [seal(AEAD, b"", 1, 6)])
-    opened = OPENER.open(datagrams, 2, 3, AEAD)
+    opened = CIPHER.open(datagrams, 2, 3)
     assert opened.counters == [2, 3, 4]
     assert [bytes(opened.row(index)) for index in range(3)] == [bytes([index]) * 16 for index in (2, 3, 4)]
-    keepalive = OPENER.open(datagrams, 6, 1, AEAD)
+    keepalive = CIPHER.open(datagrams, 6, 1)
     assert (keepalive.good, keepalive.size, keepalive.counters) == ([True], 0, [6])
 
 
 def test_only_runs_can_be_opened() -> None:
     with pytest.raises(ValueError, match="no transport messages"):
-        OPENER.open(batch([bytes(31)]), 0, 1, AEAD)
+        CIPHER.open(batch([bytes(31)]), 0, 1)

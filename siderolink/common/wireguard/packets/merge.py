@@ -6,9 +6,10 @@ steps, full segments but for the last, and right checksums. Whatever does not fi
 
 import struct
 from collections.abc import Iterator
-from typing import Final
+from typing import Final, cast
 
 from siderolink.common.wireguard.noise.routing import InnerFilter, inner_header
+from siderolink.common.wireguard.noise.rows import Opened as AnyOpened
 from siderolink.common.wireguard.packets.buffers import Bytes
 from siderolink.common.wireguard.packets.checksum import MODULUS, complement, pseudo_header_sum, word_sum
 from siderolink.common.wireguard.packets.headers import (
@@ -48,11 +49,12 @@ class Merger:
         self._tso = tso
         self._uso = uso
 
-    def merge(self, opened: Opened, inner_filter: InnerFilter) -> Iterator[list[Bytes]]:
+    def merge(self, opened: AnyOpened, inner_filter: InnerFilter) -> Iterator[list[Bytes]]:
         """The buffers of each frame, for one writev each; they are good until the opener is called again.
 
         The filter is asked about each packet that may begin a frame. Keepalives are skipped, and not counted.
         """
+        opened = cast("Opened", opened)
         count, stride, good, view = opened.count, opened.stride, opened.good, opened.scratch.view
         seen: dict[tuple[Inner, bytes], Continuity] = {}
         row = 0

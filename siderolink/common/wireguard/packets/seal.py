@@ -165,6 +165,16 @@ def read_counters(datagrams: Datagrams, first: int, count: int) -> Array:
     return np.ndarray((count,), "<u8", datagrams.data, at, (datagrams.stride,))
 
 
+def text_lengths(datagrams: Datagrams, first: int, count: int) -> tuple[int, int]:
+    """The bytes of text in each row of a run but the last, and in the last. Raises ValueError for what is no run."""
+    length = last = datagrams.stride - datagrams.headroom - OVERHEAD
+    if first + count == datagrams.count:
+        last = len(datagrams.data) - (datagrams.count - 1) * datagrams.stride - datagrams.headroom - OVERHEAD
+    if not 0 <= last <= length or count < 1:
+        raise ValueError("these rows are no transport messages")
+    return length, last
+
+
 @dataclass(slots=True)
 class Opened:
     """Plaintext of a run, as rows of one buffer that the opener uses again for its next batch."""
@@ -204,12 +214,7 @@ class Opener:
         """Open a run of transport messages (of find_runs). A row whose tag is wrong is erased, at no cost to its neighbours."""
         data, step = datagrams.data, datagrams.stride
         start = first * step + datagrams.headroom + HEADER_SIZE
-        length = step - datagrams.headroom - OVERHEAD
-        last = length
-        if first + count == datagrams.count:
-            last = len(data) - start - (count - 1) * step - TAG_SIZE
-        if not 0 <= last <= length:
-            raise ValueError("these rows are no transport messages")
+        length, last = text_lengths(datagrams, first, count)
         scratch = self._scratch
         if count == 1:
             scratch.reserve(round_up(last))

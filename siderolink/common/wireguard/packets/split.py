@@ -63,6 +63,8 @@ class Splitter:
     """Cuts super-packets into segments, those of one shape together. What it returns is good until add() is called."""
 
     def __init__(self, mtu: int) -> None:
+        self.headroom = 0
+        """Of the path that the packets are for; of no use here, where they are sealed to another place."""
         self._mtu = mtu
         self._scratch = Scratch(_INITIAL_SIZE)
         self._layouts: dict[Shape, _Layout] = {}

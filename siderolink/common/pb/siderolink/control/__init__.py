@@ -472,6 +472,11 @@ class StatusResponse(betterproto2.Message):
     Absent where nothing is reported or received.
     """
 
+    data_plane: "str" = betterproto2.field(15, betterproto2.TYPE_STRING)
+    """
+    What works on packets, of a userspace device: "siderolink-native 0.1.0", or "pure Python" and why.
+    """
+
 
 default_message_pool.register_message(
     "siderolink.control", "StatusResponse", StatusResponse

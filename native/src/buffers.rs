@@ -1,0 +1,86 @@
+//! The bytes of Python objects, as slices. All `unsafe` of this crate is here.
+//!
+//! What makes it sound:
+//! - A `PyBuffer` holds the object's export: while it lives, the object can neither be freed nor change its size.
+//! - It is only made of contiguous bytes (format "B"), and an `Output` only of writable ones.
+//! - A call holds the GIL from its first look at a buffer to its last, and runs no Python code in between. So no other Python
+//!   code reads or writes the bytes. Native code that lets go of the GIL while it uses a buffer must not share it with these
+//!   calls; the engine guarantees that.
+//! - A call that takes two buffers refuses them where they overlap.
+#![allow(unsafe_code)]
+
+use pyo3::buffer::PyBuffer;
+use pyo3::exceptions::{PyBufferError, PyValueError};
+use pyo3::prelude::*;
+
+/// Bytes that are only read.
+pub struct Input(PyBuffer<u8>);
+
+/// Bytes that are written.
+pub struct Output(PyBuffer<u8>);
+
+fn get(object: &Bound<'_, PyAny>) -> PyResult<PyBuffer<u8>> {
+    let buffer = PyBuffer::<u8>::get(object).map_err(|error| {
+        if error.is_instance_of::<PyBufferError>(object.py()) {
+            PyValueError::new_err("a buffer is not made of bytes")
+        } else {
+            error
+        }
+    })?;
+    if buffer.is_c_contiguous() {
+        Ok(buffer)
+    } else {
+        Err(PyValueError::new_err("a buffer is not contiguous"))
+    }
+}
+
+fn range(buffer: &PyBuffer<u8>) -> (usize, usize) {
+    let start = buffer.buf_ptr() as usize;
+    (start, start + buffer.len_bytes())
+}
+
+impl Input {
+    /// Raises ValueError or TypeError for what is no contiguous buffer of bytes.
+    pub fn new(object: &Bound<'_, PyAny>) -> PyResult<Self> {
+        get(object).map(Self)
+    }
+
+    /// The bytes.
+    pub fn bytes(&self) -> &[u8] {
+        if self.0.len_bytes() == 0 {
+            return &[];
+        }
+        // SAFETY: see above; the pointer is the export's own and not null, since there are bytes.
+        unsafe { std::slice::from_raw_parts(self.0.buf_ptr().cast::<u8>(), self.0.len_bytes()) }
+    }
+}
+
+impl Output {
+    /// Raises ValueError or TypeError for what is no contiguous and writable buffer of bytes.
+    pub fn new(object: &Bound<'_, PyAny>) -> PyResult<Self> {
+        let buffer = get(object)?;
+        if buffer.readonly() {
+            return Err(PyValueError::new_err("a buffer that is to be written is read-only"));
+        }
+        Ok(Self(buffer))
+    }
+
+    /// The same, and ValueError where it shares bytes with `input`.
+    pub fn apart_from(object: &Bound<'_, PyAny>, input: &Input) -> PyResult<Self> {
+        let output = Self::new(object)?;
+        let ((start, end), (other_start, other_end)) = (range(&output.0), range(&input.0));
+        if start < other_end && other_start < end {
+            return Err(PyValueError::new_err("the buffers overlap"));
+        }
+        Ok(output)
+    }
+
+    /// The bytes.
+    pub fn bytes(&mut self) -> &mut [u8] {
+        if self.0.len_bytes() == 0 {
+            return &mut [];
+        }
+        // SAFETY: see above; the borrow of `self` keeps this the only slice that this call has of these bytes.
+        unsafe { std::slice::from_raw_parts_mut(self.0.buf_ptr().cast::<u8>(), self.0.len_bytes()) }
+    }
+}
