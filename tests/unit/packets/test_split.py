@@ -75,6 +75,7 @@ def test_segments_equal_those_made_one_at_a_time(case: tuple[Packet, int]) -> No
 @given(super_packets(), st.lists(st.tuples(st.integers(0, 3), st.integers(0, 2**32 - 1)), min_size=1, max_size=12))
 def test_super_packets_that_look_alike_are_cut_in_one_go(case: tuple[Packet, int], changes: list[tuple[int, int]]) -> None:
     packet, gso_size = case
+    SPLITTER.take()  # of an example that failed half way
     found: list[bytes] = []
     expected: list[bytes] = []
     for choice, number in changes:
