@@ -13,7 +13,7 @@ import time
 from dataclasses import dataclass
 from ipaddress import IPv4Address
 
-from siderolink.common.wireguard.kernel.batch import BATCH, Receiver
+from siderolink.common.wireguard.kernel.batch import BATCH, BatchReceiver
 
 HEADROOM, LONGEST, ROUNDS = 8, 1312, 400
 ADDRESS = int(IPv4Address("127.16.0.1"))
@@ -41,7 +41,7 @@ def opened(address: str) -> socket.socket:
 
 def run(peers: int, each: int, sockets: list[socket.socket], targets: list[tuple[str, int]], *, by_batches: bool) -> Counted:
     counted = Counted(descriptors=len(sockets))
-    receiver = Receiver(HEADROOM, LONGEST)
+    receiver = BatchReceiver(HEADROOM, LONGEST)
     buffer = bytearray(HEADROOM + LONGEST)
     into = memoryview(buffer)[HEADROOM:]
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as kernel, selectors.EpollSelector() as selector:
@@ -65,7 +65,7 @@ def run(peers: int, each: int, sockets: list[socket.socket], targets: list[tuple
     return counted
 
 
-def read_batch(receiver: Receiver, descriptor: int) -> int:
+def read_batch(receiver: BatchReceiver, descriptor: int) -> int:
     count = receiver.receive(descriptor)
     for _ in receiver.results(count):
         pass

@@ -316,7 +316,9 @@ class RouteMonitor:
         # The wall clock may have been set meanwhile: nothing that is seen now is older than the last look.
         since = now - self._polled_at
         self._polled_at = now
-        if status.last_received is not None:
+        if status.silent_for is not None:
+            watch.heard(now - status.silent_for)
+        elif status.last_received is not None:
             watch.heard(now - max(0.0, wall - status.last_received))
         if status.last_handshake is not None and status.last_handshake != self._last_handshake:
             self._last_handshake = status.last_handshake

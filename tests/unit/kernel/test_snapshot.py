@@ -10,9 +10,9 @@ from siderolink.common.wireguard.kernel.snapshot import (
     Change,
     GaveUp,
     HandshakeSeen,
+    LookSchedule,
     PeerView,
     Roamed,
-    Schedule,
     compare,
 )
 
@@ -35,7 +35,7 @@ class Watched:
 def test_nothing_new_is_no_event() -> None:
     peer = Watched()
     assert peer.look(1) == []
-    assert peer.view.last_received is None
+    assert peer.view.last_received is peer.view.received_at is None
 
 
 def test_roaming_is_told_before_the_handshake_that_proves_it() -> None:
@@ -52,6 +52,18 @@ def test_a_handshake_alone_is_something_received() -> None:
     peer = Watched()
     peer.look(5, handshake_ns=int((UNIX + 4) * 1e9))
     assert peer.view.last_received == pytest.approx(UNIX + 4)
+
+
+def test_silence_does_not_follow_the_wall_clock() -> None:
+    peer = Watched()
+    peer.look(5, received=148)
+    assert peer.view.received_at == 5
+    for now, unix_now in ((6.0, 0.0), (7.0, 2 * UNIX)):  # the clock is set back, and forward
+        list(compare(peer.view, replace(peer.facts, received=peer.facts.received + 1, handshake_ns=int(9e18)), now, unix_now))
+        assert peer.view.received_at == now
+        peer.facts = peer.view.facts
+    peer.look(50, sent=32)
+    assert peer.view.received_at == 7
 
 
 def test_attempts_that_go_unanswered_are_given_up_once() -> None:
@@ -84,8 +96,8 @@ def test_keepalives_and_answers_want_no_answer(keepalive: int) -> None:
 
 
 def test_it_looks_often_while_somebody_is_expected_and_seldom_otherwise() -> None:
-    schedule = Schedule(0.0)
-    assert schedule.next_at() == Schedule.IDLE
+    schedule = LookSchedule(0.0)
+    assert schedule.next_at() == LookSchedule.IDLE
     schedule.expect(KEY, 0.0)
     looks, now = 0, 0.0
     while schedule.is_expecting:
@@ -93,16 +105,16 @@ def test_it_looks_often_while_somebody_is_expected_and_seldom_otherwise() -> Non
         now = schedule.next_at()
         schedule.looked(0.001, now)
         looks += 1
-        assert now < Schedule.PATIENCE + Schedule.LONGEST
+        assert now < LookSchedule.PATIENCE + LookSchedule.LONGEST
     assert 20 < looks < 60
-    assert schedule.next_at() == now + Schedule.IDLE
+    assert schedule.next_at() == now + LookSchedule.IDLE
     schedule.expect(KEY, now)
     schedule.settled(KEY)
-    assert schedule.next_at() == now + Schedule.IDLE
+    assert schedule.next_at() == now + LookSchedule.IDLE
 
 
 def test_costly_looks_are_rationed() -> None:
-    schedule = Schedule(0.0)
+    schedule = LookSchedule(0.0)
     schedule.looked(0.3, 10.0)
     assert schedule.next_at() == pytest.approx(10 + 30)
     schedule.expect(KEY, 10.0)
@@ -112,7 +124,7 @@ def test_costly_looks_are_rationed() -> None:
 
 
 def test_cheap_looks_are_always_fresh() -> None:
-    schedule = Schedule(0.0)
+    schedule = LookSchedule(0.0)
     schedule.looked(0.001, 10.0)
     assert not schedule.is_fresh(9.99, 10.0)
     assert schedule.is_fresh(10.0, 9.99)  # begun after the question was asked

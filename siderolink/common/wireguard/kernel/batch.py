@@ -11,7 +11,7 @@ import struct
 from collections.abc import Iterator
 from typing import Final
 
-__all__ = ["BATCH", "Receiver"]
+__all__ = ["BATCH", "BatchReceiver"]
 
 BATCH: Final = 64
 """Datagrams of one call."""
@@ -49,7 +49,7 @@ _RESULT: Final = struct.Struct(f"={_FLAGS_AT}xi{_LENGTH_AT - _FLAGS_AT - 4}xI{_S
 _DESTINATION_AT: Final = ctypes.sizeof(ctypes.c_size_t) + 8 + 8
 
 
-class Receiver:
+class BatchReceiver:
     """Reads an IPv4 UDP socket with IP_PKTINFO set; no datagram may be longer than `longest`."""
 
     def __init__(self, headroom: int, longest: int) -> None:

@@ -75,18 +75,18 @@ class KernelDevice:
             device._follow_link(interface, stack, on_event)
             async with background_tasks() as tasks:
                 if interface.was_there:
-                    await peers.adopt()
-                tasks.start_soon(peers.watch, name=f"siderolink {interface.name}")
+                    await peers.looks.adopt()
+                tasks.start_soon(peers.looks.watch, name=f"siderolink {interface.name}")
                 yield device
 
     def _follow_link(self, interface: KernelInterface, stack: AsyncExitStack, on_event: OnDeviceEvent) -> None:
         def change(link: Link) -> None:
-            self._peers.set_mtu(link.mtu)
+            self._peers.streams.set_mtu(link.mtu)
             if link.is_up:
                 self._port_may_have_changed()
 
         def lost() -> None:
-            self._peers.stop()
+            self._peers.looks.stop()
             on_event(InterfaceLost(reason=f"the interface {interface.name} was deleted or moved by someone else"))
 
         events = call_in(interface.namespace, partial(open_events, LINKS))
@@ -97,7 +97,7 @@ class KernelDevice:
             self._wireguard.read_device()
         except DeviceError:
             return  # gone again; its end is told separately
-        self._peers.set_device_port(self._wireguard.port)
+        self._peers.streams.set_device_port(self._wireguard.port)
         if self._has_udp:
             self.listen_port = self._wireguard.port
 
@@ -127,13 +127,13 @@ class KernelDevice:
 
     async def peer(self, public_key: PublicKey) -> PeerStatus | None:
         """As the kernel has it now; where there are thousands of peers, as of some seconds ago at most."""
-        await self._peers.refresh()
-        return self._peers.status(bytes(public_key))
+        await self._peers.looks.refresh()
+        return self._peers.table.status(bytes(public_key))
 
     async def peers(self) -> list[PeerStatus]:
         """As `peer`."""
-        await self._peers.refresh()
-        return await self._peers.statuses()
+        await self._peers.looks.refresh()
+        return await self._peers.table.statuses()
 
     def offer_path(self, public_key: PublicKey, path: Path) -> None:
         self._peers.offer(bytes(public_key), path)
@@ -143,7 +143,7 @@ class KernelDevice:
 
     def drops(self) -> dict[str, int]:
         """What the relay, the interface and the firewall dropped; what the kernel drops in silence is not known."""
-        counted = Counter(self._peers.drops())
+        counted = Counter(self._peers.streams.drops())
         counters = self._wireguard.counters()
         for name, place in _COUNTERS.items():
             if place < len(counters):

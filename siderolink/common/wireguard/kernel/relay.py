@@ -23,7 +23,7 @@ from typing import Final
 from siderolink.common.degraded import say_once
 from siderolink.common.errors import DeviceError
 from siderolink.common.readers import read_on
-from siderolink.common.wireguard.kernel.batch import BATCH, Receiver
+from siderolink.common.wireguard.kernel.batch import BATCH, BatchReceiver
 from siderolink.common.wireguard.kernel.messages import encode_endpoint
 from siderolink.common.wireguard.path import Datagrams, Path
 
@@ -76,7 +76,7 @@ class Relay:
         self._gso_at = 0.0
         """When UDP_SEGMENT may be used, on the loop's clock."""
         self._is_reading = False
-        self._receiver = Receiver(HEADROOM, max(_SMALLEST, mtu + _OVERHEAD))
+        self._receiver = BatchReceiver(HEADROOM, max(_SMALLEST, mtu + _OVERHEAD))
         try:
             self._socket = _open_socket()
         except OSError as error:
@@ -98,7 +98,7 @@ class Relay:
 
     def set_mtu(self, mtu: int) -> None:
         """Follow the interface's MTU."""
-        self._receiver = Receiver(HEADROOM, max(_SMALLEST, mtu + _OVERHEAD))
+        self._receiver = BatchReceiver(HEADROOM, max(_SMALLEST, mtu + _OVERHEAD))
 
     # Slots
 
@@ -208,7 +208,7 @@ class Relay:
             if count < BATCH or not self._is_reading:
                 return
 
-    def _pass_on(self, receiver: Receiver, count: int) -> None:
+    def _pass_on(self, receiver: BatchReceiver, count: int) -> None:
         """Give each run of whole rows for one address to its stream, and what is shorter as the run's end."""
         first = end = 0
         current = b""
@@ -229,7 +229,7 @@ class Relay:
         if end > first:
             self._give(receiver, first, end, last, current)
 
-    def _give(self, receiver: Receiver, first: int, end: int, last: int, address: bytes) -> None:
+    def _give(self, receiver: BatchReceiver, first: int, end: int, last: int, address: bytes) -> None:
         slot = self._by_address.get(address)
         count = end - first
         if slot is None or slot.is_barred or not slot.path.is_open:

@@ -17,7 +17,7 @@ from typing import Final
 
 from siderolink.common.wireguard.kernel.messages import PeerFacts
 
-__all__ = ["Change", "GaveUp", "HandshakeSeen", "PeerView", "Roamed", "Schedule", "compare"]
+__all__ = ["Change", "GaveUp", "HandshakeSeen", "LookSchedule", "PeerView", "Roamed", "compare"]
 
 KEEPALIVE_BYTES: Final = 32
 _ANSWER_BYTES: Final = 92 + KEEPALIVE_BYTES
@@ -52,6 +52,8 @@ class PeerView:
     facts: PeerFacts
     last_received: float | None = None
     """Unix time of the look that found more received bytes, or of a handshake since; late by the time between two looks."""
+    received_at: float | None = None
+    """The same on the clock of `compare`, which nobody sets: what silence is measured by."""
     sent_when_heard: int = 0
     heard_at: float = 0.0
     unanswered_at: float | None = None
@@ -65,11 +67,13 @@ def compare(view: PeerView, facts: PeerFacts, now: float, unix_now: float) -> It
     if old.endpoint != facts.endpoint and facts.endpoint:
         yield Roamed(old.endpoint)
     if facts.received != old.received:
-        view.last_received = unix_now
+        view.last_received, view.received_at = unix_now, now
         view.heard_at, view.sent_when_heard = now, facts.sent
         view.unanswered_at, view.has_given_up = None, False
     if facts.handshake_ns != old.handshake_ns and facts.handshake_ns:
         view.last_received = max(view.last_received or 0.0, facts.handshake_ns / 1e9)
+        if view.received_at is None:
+            view.received_at = now
         yield HandshakeSeen()
     if facts.sent != old.sent and facts.received == old.received:
         yield from _unanswered(view, now)
@@ -88,7 +92,7 @@ def _unanswered(view: PeerView, now: float) -> Iterator[Change]:
         yield GaveUp()
 
 
-class Schedule:
+class LookSchedule:
     """When to look at the peers again. All times are of one monotonic clock."""
 
     SHARE: Final = 20

@@ -1,0 +1,123 @@
+"""The kernel's peers as they are known here between two looks, and by which stream each of them is reached."""
+
+import time
+
+from anyio.lowlevel import checkpoint
+
+from siderolink.common.keys import PublicKey
+from siderolink.common.wireguard.device import PeerStatus
+from siderolink.common.wireguard.kernel import messages
+from siderolink.common.wireguard.kernel.messages import PeerFacts
+from siderolink.common.wireguard.kernel.relay import Slot
+from siderolink.common.wireguard.kernel.snapshot import PeerView
+from siderolink.common.wireguard.kernel.streams import Streams
+from siderolink.common.wireguard.kernel.wireguard import WireGuard
+
+__all__ = ["PeerEntry", "PeerTable", "boot_time"]
+
+_AT_ONCE = 100
+
+
+def boot_time() -> float:
+    """Seconds on a clock that nobody sets and that also runs while the host sleeps."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+class PeerEntry:
+    """One peer."""
+
+    __slots__ = ("changed_at", "is_adopted", "is_claimed", "keepalive", "networks", "view")
+
+    def __init__(self, facts: PeerFacts) -> None:
+        self.view = PeerView(facts, heard_at=boot_time(), sent_when_heard=facts.sent)
+        self.networks: frozenset[object] = frozenset()
+        """The allowed IPs it was last given."""
+        self.keepalive = 0
+        """Seconds; the kernel is told with the first endpoint: before, it would try to shake hands every 5 s, in vain."""
+        self.changed_at = time.monotonic()
+        """When we last changed it: what was read before then is out of date."""
+        self.is_claimed = False
+        """True once `set_peer` was called for it."""
+        self.is_adopted = False
+        """True until `settle`, for one that was there before."""
+
+
+class PeerTable:
+    """The peers of one interface, by their public keys."""
+
+    def __init__(self, wireguard: WireGuard, streams: Streams) -> None:
+        self.entries: dict[bytes, PeerEntry] = {}
+        self.streams = streams
+        self._wireguard = wireguard
+        self._removed: dict[bytes, float] = {}
+        """When each was removed: a look that began before still finds them."""
+
+    def add(self, key: bytes) -> PeerEntry:
+        """A peer that is being set."""
+        entry = self.entries.get(key)
+        if entry is None:
+            entry = self.entries[key] = PeerEntry(PeerFacts(key))
+        self._removed.pop(key, None)
+        return entry
+
+    def add_found(self, facts: PeerFacts) -> None:
+        """A peer that a look found, unless we have just removed it."""
+        if facts.key not in self._removed:
+            entry = self.entries[facts.key] = PeerEntry(facts)
+            self.streams.hold(facts.endpoint, facts.key, self.slot(entry))
+
+    def forget(self, key: bytes) -> None:
+        entry = self.entries.pop(key, None)
+        if entry is not None:
+            self.streams.hold(b"", key, self.slot(entry))
+
+    def note_removal(self, key: bytes) -> None:
+        self._removed[key] = time.monotonic()
+
+    def forget_removals(self, *, before: float) -> None:
+        self._removed = {key: at for key, at in self._removed.items() if at >= before}
+
+    def slot(self, entry: PeerEntry) -> Slot | None:
+        """The stream by which the kernel reaches the peer; None where it does so by UDP."""
+        return self.streams.at(entry.view.facts.endpoint)
+
+    def move(self, entry: PeerEntry, endpoint: bytes) -> None:
+        """The peer is reached at another endpoint now."""
+        before = self.slot(entry)
+        entry.view.facts.endpoint = endpoint
+        self.streams.hold(endpoint, entry.view.facts.key, before)
+
+    def keep_alive(self, entry: PeerEntry) -> None:
+        """Have the kernel send a keepalive now, and from now on. Raises SideroLinkError."""
+        facts = entry.view.facts
+        seconds = facts.keepalive = entry.keepalive or facts.keepalive
+        if seconds:
+            self._wireguard.set(messages.peer_keepalive(self._wireguard.index, facts.key, seconds), "keep a peer alive")
+
+    def status(self, key: bytes) -> PeerStatus | None:
+        entry = self.entries.get(key)
+        return self._status(entry) if entry is not None else None
+
+    async def statuses(self) -> list[PeerStatus]:
+        """All of them, letting other tasks run in between."""
+        found = []
+        for number, entry in enumerate(list(self.entries.values()), start=1):
+            found.append(self._status(entry))
+            if number % _AT_ONCE == 0:
+                await checkpoint()
+        return found
+
+    def _status(self, entry: PeerEntry) -> PeerStatus:
+        view, facts = entry.view, entry.view.facts
+        path = self.streams.path(facts.endpoint)
+        return PeerStatus(
+            public_key=PublicKey(facts.key),
+            allowed_ips=messages.read_allowed_ips(facts.allowed),
+            path=str(path) if path is not None else None,
+            last_handshake=facts.handshake_ns / 1e9 if facts.handshake_ns else None,
+            last_received=view.last_received,
+            received_bytes=facts.received,
+            sent_bytes=facts.sent,
+            persistent_keepalive=facts.keepalive or entry.keepalive,
+            silent_for=max(0.0, boot_time() - view.received_at) if view.received_at is not None else None,
+        )
