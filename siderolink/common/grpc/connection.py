@@ -15,7 +15,7 @@ from h2.config import H2Configuration
 from h2.connection import H2Connection
 from h2.errors import ErrorCodes
 from h2.events import Event
-from h2.exceptions import ProtocolError
+from h2.exceptions import DenialOfServiceError, FlowControlError, ProtocolError, TooManyStreamsError
 from h2.settings import SettingCodes, Settings
 
 from siderolink.common.grpc import frames, private
@@ -299,8 +299,11 @@ class Connection(_GrpclibConnection):
                 self._flood(refused)
 
     def feed(self, data: bytes) -> list[Event]:
-        """Give frames to the engine and send its answers. Raises Refused for more resets among them than may be."""
-        events = private.receive(self.engine, data)
+        """Give frames to the engine and send its answers. Raises Refused for what the peer may not do."""
+        try:
+            events = private.receive(self.engine, data)
+        except ProtocolError as error:
+            raise Refused(_refusal_of(error), str(error) or type(error).__name__) from error
         answer = self.engine.data_to_send()
         if answer:
             self.transport.write(answer)
@@ -393,8 +396,11 @@ class Connection(_GrpclibConnection):
                 parts.append(piece)
             sent = b"".join(parts)
         else:
-            for piece in pieces:
-                self.engine.send_data(stream_id, bytes(piece))
+            try:
+                for piece in pieces:
+                    self.engine.send_data(stream_id, bytes(piece))
+            except ProtocolError:
+                pass  # the stream was reset; its end is the next event
             sent = self.engine.data_to_send()
         self.guard.sent_data(len(pieces))
         self.transport.write_now(sent)
@@ -447,3 +453,13 @@ class Connection(_GrpclibConnection):
     def _flood(self, refused: Refused) -> None:
         if self._on_flood is not None:
             self._on_flood(refused)
+
+
+def _refusal_of(error: ProtocolError) -> Refusal:
+    if isinstance(error, TooManyStreamsError):
+        return Refusal.TOO_MANY_STREAMS
+    if isinstance(error, FlowControlError):
+        return Refusal.FLOW_CONTROL
+    if isinstance(error, DenialOfServiceError):
+        return Refusal.HEADERS_TOO_LARGE
+    return Refusal.PROTOCOL_ERROR

@@ -11,7 +11,6 @@ import h2.events
 from grpclib.protocol import AbstractHandler, EventsProcessor, H2Protocol
 from grpclib.protocol import Stream as _GrpclibStream
 from h2.errors import ErrorCodes
-from h2.exceptions import DenialOfServiceError, FlowControlError, ProtocolError, TooManyStreamsError
 
 from siderolink.common.grpc.connection import Connection, H2Stream, grpclib_config, h2_config, new_h2_connection
 from siderolink.common.grpc.limits import Account, Limits
@@ -207,8 +206,6 @@ class Http2Protocol(H2Protocol):
         """End the connection for what the peer did, or for an error of ours."""
         if isinstance(error, Refused):
             self.refuse(error.refusal, error.message)
-        elif isinstance(error, ProtocolError):
-            self.refuse(_refusal_of(error), str(error) or type(error).__name__)
         else:
             log.error("an API connection failed by an error of this program", exc_info=error)
             self.refuse(Refusal.INTERNAL_ERROR, "an error of this program; see the log")
@@ -407,16 +404,6 @@ class Http2Protocol(H2Protocol):
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-
-
-def _refusal_of(error: ProtocolError) -> Refusal:
-    if isinstance(error, TooManyStreamsError):
-        return Refusal.TOO_MANY_STREAMS
-    if isinstance(error, FlowControlError):
-        return Refusal.FLOW_CONTROL
-    if isinstance(error, DenialOfServiceError):
-        return Refusal.HEADERS_TOO_LARGE
-    return Refusal.PROTOCOL_ERROR
 
 
 def tune(sock: socket.socket | None, limits: Limits) -> None:

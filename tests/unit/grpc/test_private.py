@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Iterator
 from typing import Any, cast
 
+import h2
 import pytest
 from h2.config import H2Configuration
 from h2.connection import H2Connection
@@ -20,7 +21,8 @@ def h2_by() -> Iterator[None]:
     REAL.cache_clear()
 
 
-def test_the_installed_versions_have_them() -> None:
+@pytest.mark.skipif(h2.__version__ < "4.3", reason="an older h2 is used by its public API")
+def test_the_installed_version_has_them() -> None:
     assert REAL()
 
 
