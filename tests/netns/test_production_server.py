@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 import pytest
-from tests.support.machine_stubs import Stubs, message
 
 from tests.netns.test_machine_command import UUID, Membership
 from tests.support.machine_api import MACHINE, STATE, MachineClient, status_of
+from tests.support.machine_stubs import Stubs, message
 from tests.support.netns import Namespace
 from tests.support.topology import Net, direct
 

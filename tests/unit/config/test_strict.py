@@ -5,8 +5,8 @@ from contextlib import suppress
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from siderolink.client.config.strict import OTHER_KINDS, judge
 
+from siderolink.client.config.strict import OTHER_KINDS, judge
 from siderolink.common.errors import ConfigurationError
 
 JOIN = "apiVersion: v1alpha1\nkind: SideroLinkConfig\napiUrl: grpc://192.0.2.1:4000?jointoken=t\n"

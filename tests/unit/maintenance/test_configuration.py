@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 import anyio
 import pytest
 from grpclib import GRPCError, Status
-from siderolink.client.maintenance.configuration import difference, duration
-from siderolink.client.maintenance.meta import MAX_BYTES
 
 from siderolink.client.config import MachineSettings
 from siderolink.client.link.verdict import Verdict
 from siderolink.client.maintenance import ApplyRequest, ConfigurationKeeper, MetaStore, ResourceStore
+from siderolink.client.maintenance.configuration import difference, duration
 from siderolink.client.maintenance.hooks import ApplyMode
+from siderolink.client.maintenance.meta import MAX_BYTES
 from siderolink.client.maintenance.resources.definitions import MACHINE_CONFIG, META_KEY
 from siderolink.common.errors import ConfigurationError
 from siderolink.common.pb.talos.resource.definitions.config import MachineConfigSpec

@@ -103,7 +103,7 @@ def memory_info(proc: Path = PROC) -> pb.MemInfo:
 def system_stat(proc: Path = PROC) -> pb.SystemStat:
     stat = pb.SystemStat()
     for line in read_text(proc / "stat").splitlines():
-        key, *values = line.split()
+        key, *values = line.split() or [""]
         numbers = [number(value) for value in values]
         if key == "cpu":
             stat.cpu_total = _cpu_stat(numbers)
