@@ -13,7 +13,7 @@ import pytest
 from grpclib import GRPCError, Status
 
 from siderolink.client.config import MachineSettings
-from siderolink.client.link.verdict import Verdict
+from siderolink.client.link.supervisor import Verdict
 from siderolink.client.maintenance import ApplyRequest, ConfigurationKeeper, MetaStore, ResourceStore
 from siderolink.client.maintenance.configuration import difference, duration
 from siderolink.client.maintenance.hooks import ApplyMode
