@@ -183,6 +183,7 @@ class Composition:
             limits=options.api_limits,
             proxies=options.proxies,
             has_tokens=True,
+            is_known=fleet.directory.is_source,
         ) as api:
             yield Parts(
                 device=device,

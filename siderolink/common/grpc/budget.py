@@ -1,9 +1,10 @@
 """Which connections a server keeps: a budget for sources that it knows, one for those that it does not, and fair shares.
 
 A source is an IPv4 address, an IPv6 /64 (on an overlay, one address), or "" for a local process. It is known once a call from
-it carried a valid token. Known sources may use all of `max_connections`; the others share `max_unproven_connections` of them.
-Limits per source apply only when more than the share `crowded_from` of the whole budget is in use. Where a budget is full, a
-source that holds less than another takes the place of that other's oldest connection.
+it carried a valid token, and while the owner of the server says so of one of its addresses. Known sources may use all of
+`max_connections`; the others share `max_unproven_connections` of them. Limits per source apply only when more than the share
+`crowded_from` of the whole budget is in use. Where a budget is full, a source that holds less than another takes the place of
+that other's oldest connection.
 """
 
 import logging
@@ -30,6 +31,8 @@ class Held:
     source: str
     opened_at: float
     close: Callable[[Refusal, str], None]
+    address: str = ""
+    """Where in the source it comes from."""
 
 
 class _Pool:
@@ -98,10 +101,17 @@ class ConnectionBudget:
     """Decides on each new connection. Not thread-safe; `now` is any clock that never goes back."""
 
     def __init__(
-        self, limits: Limits, most: int, *, has_tokens: bool = False, reserved_for: frozenset[str] = frozenset()
+        self,
+        limits: Limits,
+        most: int,
+        *,
+        has_tokens: bool = False,
+        reserved_for: frozenset[str] = frozenset(),
+        is_known: Callable[[str], bool] = lambda address: False,
     ) -> None:
         """`most` is how many connections the process can have at all; it lowers `max_connections`. Without tokens, no source
-        can become known, and all of them share the whole budget."""
+        can become known, and all of them share the whole budget. `is_known` is asked for addresses; it must be quick."""
+        self._is_known = is_known
         self._limits = limits
         self._most = min(limits.max_connections, most)
         self._has_tokens = has_tokens
@@ -118,17 +128,17 @@ class ConnectionBudget:
         return len(self._known) + len(self._unproven) + len(self._reserved)
 
     def enter(
-        self, source: str, now: float, close: Callable[[Refusal, str], None], *, is_trusted: bool = False
+        self, source: str, now: float, close: Callable[[Refusal, str], None], *, address: str = "", is_trusted: bool = False
     ) -> Held | Refusal:
         """Admit a connection, or say why not. May close others, by what they gave as `close`.
 
         A trusted source, such as a proxy that forwards for many, counts as known and has no limit of its own.
         """
-        held = Held(source, now, close)
+        held = Held(source, now, close, address)
         if source in self._reserved_for and len(self._reserved) < RESERVED:
             self._reserved.add(held)
             return held
-        is_known = is_trusted or source in self._known_sources
+        is_known = is_trusted or source in self._known_sources or self._has_become_known(held)
         pool = self._known if is_known else self._unproven
         if source and not is_trusted and self._is_crowded() and self._of(source) >= self._limits.max_connections_per_address:
             self._log_limit(source, now)
@@ -159,6 +169,12 @@ class ConnectionBudget:
         for held in self._unproven.take(source):
             self._known.add(held)
 
+    def _has_become_known(self, held: Held) -> bool:
+        if not held.address or not self._is_known(held.address):
+            return False
+        self.know(held.source)
+        return True
+
     def _of(self, source: str) -> int:
         return self._known.count(source) + self._unproven.count(source)
 
@@ -174,6 +190,8 @@ class ConnectionBudget:
                 break
             late.append(held)
         for held in late:
+            if held not in self._unproven or self._has_become_known(held):
+                continue
             self._unproven.remove(held)
             held.close(Refusal.UNPROVEN_TOO_LONG, f"no call with a valid token within {self._limits.unproven_timeout:g} s")
 
@@ -185,6 +203,9 @@ class ConnectionBudget:
         count, victim = heaviest
         if not is_known and self._unproven.count(newcomer.source) >= count:
             return False
+        if self._has_become_known(victim):
+            # Its source has moved to the known ones: there is room, unless all of the budget is in use.
+            return len(self._known) + len(self._unproven) < self._most or self._make_room(newcomer, is_known)
         self._unproven.remove(victim)
         self._log_limit(victim.source, newcomer.opened_at)
         victim.close(Refusal.CROWDED_OUT, f"{victim.source} holds {count} connections, the most, and others need room")

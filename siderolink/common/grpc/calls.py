@@ -128,7 +128,8 @@ class Caller:
         if self.calls is None or address is self.address or not isinstance(address, tuple):
             return None
         now = asyncio.get_running_loop().time()
-        held = self.calls.enter(source_of(str(address[0]), self.ipv6_bits), now, close)
+        host = str(address[0])
+        held = self.calls.enter(source_of(host, self.ipv6_bits), now, close, address=host)
         if isinstance(held, Refusal):
             raise _Bad(held, Status.RESOURCE_EXHAUSTED, "too many calls from this address")
         return held

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import anyio
@@ -22,7 +23,7 @@ from siderolink.common.grpc.limits import Account, CallBudget, Limits
 from siderolink.common.grpc.listeners import listen_tcp, listen_unix
 from siderolink.common.grpc.protocol import Http2Protocol, tune
 from siderolink.common.grpc.refusals import ERROR_CODES, Refusal
-from siderolink.common.grpc.sources import BadHeaderError, TrustedProxies, contains, read_header, source_of
+from siderolink.common.grpc.sources import BadHeaderError, TrustedProxies, contains, plain, read_header, source_of
 
 log = logging.getLogger("siderolink")
 
@@ -45,6 +46,7 @@ class GrpcServer:
         *,
         has_tokens: bool,
         reserved_for: Collection[str],
+        is_known: Callable[[str], bool],
     ) -> None:
         self.refusals: Counter[Refusal] = Counter()
         """How often each thing was refused."""
@@ -56,10 +58,9 @@ class GrpcServer:
         self._callback = on_refusal
         self._proxies = proxies
         reserved = frozenset(source_of(address, limits.ipv6_source_bits) for address in reserved_for)
-        self._budget = ConnectionBudget(limits, _spare_descriptors(), has_tokens=has_tokens, reserved_for=reserved)
-        self._forwarded_calls = (
-            ConnectionBudget(limits, limits.max_connections, has_tokens=has_tokens) if proxies.forwarded_from else None
-        )
+        make = partial(ConnectionBudget, limits, has_tokens=has_tokens, is_known=is_known)
+        self._budget = make(_spare_descriptors(), reserved_for=reserved)
+        self._forwarded_calls = make(limits.max_connections) if proxies.forwarded_from else None
         self._connections = 0
         self._open: dict[Http2Protocol, CallHandler] = {}
         self._all_closed = asyncio.Event()
@@ -174,7 +175,8 @@ class GrpcServer:
         """Count a connection, or turn it away; False in that case. Others may have to make room."""
         source = accepted.source(self._limits.ipv6_source_bits)
         is_trusted = isinstance(accepted.address, tuple) and contains(self._proxies.forwarded_from, str(accepted.address[0]))
-        held = self._budget.enter(source, self._loop.time(), accepted.close, is_trusted=is_trusted)
+        address = accepted.name if source else ""
+        held = self._budget.enter(source, self._loop.time(), accepted.close, address=address, is_trusted=is_trusted)
         if isinstance(held, Refusal):
             self._turn_away(accepted.connection, held, accepted.name)
             return False
@@ -269,7 +271,7 @@ class _Accepted:
 
     @property
     def name(self) -> str:
-        return str(self.address[0]) if isinstance(self.address, tuple) else "a local process"
+        return plain(str(self.address[0])) if isinstance(self.address, tuple) else "a local process"
 
     def source(self, ipv6_bits: int) -> str:
         """What counts as one address; empty for a local socket."""
@@ -298,6 +300,7 @@ async def serve(
     on_refusal: Callable[[Refusal, str], None] | None = None,
     proxies: TrustedProxies | None = None,
     has_tokens: bool = False,
+    is_known: Callable[[str], bool] = lambda address: False,
     reserved_for: Collection[str] = (),
 ) -> AsyncIterator[GrpcServer]:
     """Serve gRPC on a TCP port of one or several hosts (None: all) or on a local socket at `path`, until the context is left.
@@ -306,8 +309,8 @@ async def serve(
 
     `on_refusal` is called on the loop for whatever is refused, with one line about it; it must be quick and not raise.
     `proxies` are believed where they say whom a connection or call comes from. With `has_tokens`, handlers tell of calls that
-    carried a valid token by `valid_token`, and connections from other sources have a budget of their own. Some connections are
-    kept free for the addresses in `reserved_for`, whatever others hold.
+    carried a valid token by `valid_token`, and connections from other sources have a budget of their own; `is_known` tells
+    which addresses count as known without one. Some connections are kept free for the addresses in `reserved_for`.
     Raises AddressInUseError, or ConfigurationError when the address cannot be used.
     """
     methods = methods_of(handlers)
@@ -328,6 +331,7 @@ async def serve(
         proxies or TrustedProxies(),
         has_tokens=has_tokens,
         reserved_for=reserved_for,
+        is_known=is_known,
     )
     server.start()
     try:

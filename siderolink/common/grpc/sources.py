@@ -81,6 +81,11 @@ def contains(networks: Iterable[Network], address: str) -> bool:
     return ip is not None and any(ip.version == network.version and ip in network for network in networks)
 
 
+def plain(address: str) -> str:
+    """The address without a zone, and as IPv4 where it is mapped into IPv6."""
+    return str(_parsed(address) or address)
+
+
 def source_of(address: str, ipv6_bits: int) -> str:
     """What counts as one source: an IPv4 address, or so many bits of an IPv6 one."""
     return _source_of(address, ipv6_bits)

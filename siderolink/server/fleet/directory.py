@@ -209,6 +209,10 @@ class Directory:
                     del self._sources[link.source]
         link.source = source
 
+    def is_source(self, address: str) -> bool:
+        """Whether some machine was last heard from this address."""
+        return address in self._sources or f"::ffff:{address}" in self._sources
+
     def is_shared(self, source: str) -> bool:
         """Whether several machines were last heard from this address: it is a proxy's or a router's, and names none of them."""
         return self._sources[source] > 1

@@ -5,8 +5,10 @@ import contextlib
 import logging
 import random
 import ssl
+import time
 from collections import Counter
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -89,6 +91,30 @@ def test_a_call_with_a_valid_token_makes_all_of_its_address_known() -> None:
         door.budget.leave(each)
         door.budget.leave(each)
     assert len(door.budget) == 40
+
+
+def test_who_is_known_by_other_means_is_no_stranger() -> None:
+    """A tunnel that comes back after a restart carries no token; its machine is heard by it."""
+    heard = {"192.0.2.1"}
+    closed: list[str] = []
+    limits = replace(LIMITS, max_connections_per_address=100)
+    budget = ConnectionBudget(limits, 1 << 20, has_tokens=True, is_known=heard.__contains__)
+
+    def enter(source: str, now: float = 0.0) -> Held | Refusal:
+        return budget.enter(source, now, lambda *_: closed.append(source), address=source)
+
+    for _ in range(45):
+        assert isinstance(enter("192.0.2.1"), Held)
+    # another one is heard only after it has connected
+    for _ in range(30):
+        assert isinstance(enter("192.0.2.2"), Held)
+    heard.add("192.0.2.2")
+    for number in range(25):
+        assert isinstance(enter(f"198.51.100.{number}", 60.0), Held)
+    assert not closed
+    assert isinstance(enter("203.0.113.1", 60.0), Held)
+    assert len(closed) == 1
+    assert closed[0].startswith("198.51.100.")
 
 
 def test_strangers_have_little_time_while_many_are_there() -> None:
@@ -197,6 +223,11 @@ def test_a_flood_of_connections_costs_the_same_for_each() -> None:
 
 
 @pytest.fixture
+def h2_by() -> None:
+    """How h2 is used does not matter here."""
+
+
+@pytest.fixture
 def quiet() -> None:
     """These tests meet limits that are logged."""
     return
@@ -257,7 +288,8 @@ async def test_room_is_made_of_connections_in_their_tls_handshake_too(tmp_path: 
 @pytest.mark.anyio
 async def test_a_thousand_machines_behind_one_address_join_again_at_once(no_leaks: None) -> None:
     """Each with a connection of its own for the call, and one that it keeps; beside a stranger who holds all that he can."""
-    limits = Limits(max_connections=4000, max_connections_per_address=1024, max_unproven_connections=1500)
+    patient = Limits(preface_timeout=90, connect_timeout=90)  # how busy this host is, is another matter
+    limits = replace(patient, max_connections=4000, max_connections_per_address=1024, max_unproven_connections=1500)
     served = 0
 
     def count(data: bytes) -> bytes:
@@ -266,21 +298,21 @@ async def test_a_thousand_machines_behind_one_address_join_again_at_once(no_leak
         return data
 
     async with serve([Tokens(count)], host="127.0.0.1", limits=limits, has_tokens=True) as server:
-        async with holding(server.port, "127.0.0.2", 200), contextlib.AsyncExitStack() as kept, asyncio.timeout(60):
+        async with holding(server.port, "127.0.0.2", 200), contextlib.AsyncExitStack() as kept, asyncio.timeout(100):
 
             async def join() -> None:
-                channel = await kept.enter_async_context(open_channel("127.0.0.1", server.port))
+                channel = await kept.enter_async_context(open_channel("127.0.0.1", server.port, limits=patient))
                 await channel.connect()
-                async with open_channel("127.0.0.1", server.port) as call:
-                    await method(call)(Raw(b"valid"), timeout=30)
+                async with open_channel("127.0.0.1", server.port, limits=patient) as call:
+                    await method(call)(Raw(b"valid"), timeout=90)
 
-            began = asyncio.get_running_loop().time()
+            began = time.process_time()
             await asyncio.gather(*(join() for _ in range(1000)))
-            took = asyncio.get_running_loop().time() - began
+            took = time.process_time() - began
             assert served == 1000
             assert not server.refusals
             assert server.connections >= 1000
-    assert took < 30, "some 2 s on an idle machine"
+    assert took < 10, "seconds of processor time for both ends; some 2 are usual"
 
 
 def test_the_service_is_what_it_says() -> None:
