@@ -8,6 +8,7 @@ shall outlive the program, because what it guards does, is made without an owner
 import errno
 import itertools
 import os
+import re
 import socket
 import struct
 import threading
@@ -19,7 +20,7 @@ from typing import Any, Literal
 
 import anyio
 from anyio import to_thread
-from pyroute2.netlink import NETLINK_NETFILTER, NLM_F_ACK, NLM_F_APPEND, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REQUEST, NLMSG_ERROR
+from pyroute2.netlink import NETLINK_NETFILTER, NLM_F_ACK, NLM_F_APPEND, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REQUEST
 from pyroute2.netlink.nfnetlink import NFNL_SUBSYS_NFTABLES, nfgen_msg
 from pyroute2.netlink.nfnetlink.nftsocket import (
     NFPROTO_INET,
@@ -30,12 +31,13 @@ from pyroute2.netlink.nfnetlink.nftsocket import (
     Regs,
     nft_chain_msg,
     nft_rule_msg,
-    nft_table_msg,
 )
 from pyroute2.nftables.expressions import genex
 
 from siderolink.common.errors import SideroLinkError
-from siderolink.common.netlink import call_in
+from siderolink.common.netlink import NetlinkRefusal, RequestSocket, call_in
+from siderolink.common.netlink.messages import ERROR, attribute, encode, error_of, parse
+from siderolink.common.netlink.sockets import NETFILTER
 from siderolink.common.nft_matches import Match
 
 OUR_PREFIX = "siderolink"
@@ -51,8 +53,13 @@ _BATCH_BEGIN, _BATCH_END = 0x10, 0x11
 _OWNED = 2
 _NEW = NLM_F_CREATE | NLM_F_EXCL
 _RECEIVE_BYTES = 64 * 1024
-_ERROR = struct.Struct("=IHHIIi")  # nlmsghdr, and the error's number
 _FLAGS_AT = 6  # in nlmsghdr; the message's number follows
+_GET_TABLE = NFNL_SUBSYS_NFTABLES << 8 | 1
+_TABLE_NAME, _TABLE_FLAGS, _USERDATA = 1, 2, 6
+_NFGENMSG_BYTES = 4
+_COMMENT = b"made by siderolink\0"
+"""By which our tables are told from others of the same name; `nft` shows it."""
+_KEEPS_COMMENTS = tuple(map(int, re.findall(r"[0-9]+", os.uname().release)[:2])) >= (5, 10)
 _SO_SNDBUFFORCE = 32
 _SOL_NETLINK, _CAP_ACK = 270, 10
 
@@ -68,7 +75,7 @@ class Rule:
 
 @dataclass(frozen=True, slots=True)
 class Chain:
-    """Rules at one hook, in order; a packet that none of them decides meets `policy`."""
+    """Rules at one hook, in order; `policy` decides about packets that none of them decides."""
 
     hook: Hook
     rules: Sequence[Rule]
@@ -98,18 +105,21 @@ class Table:
         self._flags = _OWNED if owned else 0
         self._exists = not owned
         """Whether there may be one: ours, or without an owner one that was left there before."""
+        self._is_ours = False
+        """We have made the one that is there."""
         self._turns = anyio.Lock()
         self._lock = threading.Lock()
         self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, NETLINK_NETFILTER)
         self._socket.setsockopt(_SOL_NETLINK, _CAP_ACK, 1)
         self._socket.bind((0, 0))
+        self._requests = RequestSocket(NETFILTER)
 
     async def replace(self, chains: Sequence[Chain], parts: Sequence[Part] = ()) -> None:
         """Put these rules in the place of all that the table holds.
 
         Raises SideroLinkError where the kernel refuses them; what was there before then stays.
         """
-        # A transaction waits for the packets that are on their way through the old rules: not for the event loop.
+        # A transaction waits until no packet is in the old rules any more, so it runs outside the event loop.
         with anyio.CancelScope(shield=True):
             async with self._turns:
                 await to_thread.run_sync(self._replace, chains, parts)
@@ -125,33 +135,60 @@ class Table:
         """Be done with it; where it has no owner, the rules stay."""
         with self._lock:
             self._socket.close()
+            self._requests.close()
 
     def _replace(self, chains: Sequence[Chain], parts: Sequence[Part]) -> None:
         with self._lock:
             if not chains:
-                problem = self._try([_delete(self._name)]) if self._exists else 0
-                problem = 0 if problem == errno.ENOENT else problem
-                self._exists = False
+                problem = self._remove() if self._exists else 0
+                self._exists = self._is_ours = False
             else:
                 problem = self._put(list(_content(self._name, chains, parts)))
                 self._exists = self._exists or not problem
+                self._is_ours = self._is_ours or not problem
         if problem == errno.EPERM and os.geteuid() == 0:
             raise SideroLinkError(f"another program on this host holds the firewall table {self._name!r}")
         if problem:
             raise SideroLinkError(f"the firewall rules were refused: {os.strerror(problem)}")
 
+    def _remove(self) -> int:
+        if not self._may_replace():
+            return 0  # somebody else's, which is not in the way of no rules
+        problem = self._try([_delete(self._name)])
+        return 0 if problem == errno.ENOENT else problem
+
     def _put(self, content: list[bytes]) -> int:
+        fresh = [_table(self._name, self._flags), *content]
         if self._exists:
-            problem = self._try([_delete(self._name), _table(self._name, self._flags), *content])
+            self._check_may_replace()
+            problem = self._try([_delete(self._name), *fresh])
             if problem != errno.ENOENT:
                 return problem
             # somebody has removed the table; make it anew
-        problem = self._try([_table(self._name, self._flags), *content])
+        problem = self._try(fresh)
         if problem == errno.EOPNOTSUPP:  # a kernel before 5.12: tables have no owners
             problem = self._try([_table(self._name, 0), *content])
         if problem == errno.EEXIST:  # without an owner: left by a program that was killed, on such a kernel
-            problem = self._try([_delete(self._name), _table(self._name, self._flags), *content])
+            self._check_may_replace()
+            problem = self._try([_delete(self._name), *fresh])
         return problem
+
+    def _check_may_replace(self) -> None:
+        if not self._may_replace():
+            raise SideroLinkError(
+                f"there is a firewall table {self._name!r} that this program did not make: "
+                f"remove it (nft delete table inet {self._name})"
+            )
+
+    def _may_replace(self) -> bool:
+        """Whether a table of this name, if there is one, was made by this package."""
+        if self._is_ours or not _KEEPS_COMMENTS:
+            return True
+        try:
+            found = self._requests.request(_GET_TABLE, _table_payload(self._name))
+        except NetlinkRefusal:  # there is none, or it may not be read: then the transaction fails, too, and says why
+            return True
+        return all(_COMMENT in message.values(_NFGENMSG_BYTES).get(_USERDATA, b"") for message in found)
 
     def _try(self, messages: Sequence[bytes]) -> int:
         """All or nothing, in one transaction; returns the first error's number, 0 for none."""
@@ -177,11 +214,7 @@ class Table:
                 if error.errno != errno.ENOBUFS:
                     return
                 continue
-            while len(data) >= _ERROR.size:
-                length, kind, _, _, _, code = _ERROR.unpack_from(data)
-                if kind == NLMSG_ERROR:
-                    yield -code
-                data = data[max(_ERROR.size, (length + 3) & ~3) :]
+            yield from (error_of(message)[0] for message in parse(data) if message.kind == ERROR)
 
 
 @asynccontextmanager
@@ -234,13 +267,18 @@ def _message(message: Any, kind: int, flags: int, attributes: list[tuple[str, An
     return bytes(message.data)
 
 
+def _table_payload(name: str, *attributes: bytes) -> bytes:
+    return bytes([NFPROTO_INET, 0, 0, 0]) + attribute(_TABLE_NAME, name.encode() + b"\0") + b"".join(attributes)
+
+
 def _table(name: str, flags: int) -> bytes:
-    attributes: list[tuple[str, Any]] = [("NFTA_TABLE_NAME", name), ("NFTA_TABLE_FLAGS", flags)]
-    return _message(nft_table_msg(), NFT_MSG_NEWTABLE, _NEW, attributes)
+    comment = bytes([0, len(_COMMENT)]) + _COMMENT
+    payload = _table_payload(name, attribute(_TABLE_FLAGS, flags.to_bytes(4, "big")), attribute(_USERDATA, comment))
+    return encode(NFNL_SUBSYS_NFTABLES << 8 | NFT_MSG_NEWTABLE, payload, NLM_F_REQUEST | _NEW)
 
 
 def _delete(name: str) -> bytes:
-    return _message(nft_table_msg(), NFT_MSG_DELTABLE, 0, [("NFTA_TABLE_NAME", name)])
+    return encode(NFNL_SUBSYS_NFTABLES << 8 | NFT_MSG_DELTABLE, _table_payload(name))
 
 
 def _content(table: str, chains: Sequence[Chain], parts: Sequence[Part]) -> Iterator[bytes]:

@@ -312,3 +312,46 @@ def test_many_rules() -> None:
     with direct() as net, holding(net, Ingress("block", rules)) as host:
         assert host.lets_in(10_099)
         assert host.keeps_out(10_100)
+
+
+def test_a_table_of_others_by_that_name_is_not_replaced() -> None:
+    with Namespace("tables") as namespace, namespace.portal() as portal:
+        namespace.nft("add table inet siderolink; add chain inet siderolink theirs")
+        before = ruleset(namespace)
+
+        async def hold() -> None:
+            async with ingress_firewall(BLOCK):
+                raise AssertionError
+
+        with pytest.raises(SideroLinkError, match="did not make: remove it .nft delete table inet siderolink."):
+            portal.call(hold)
+        assert ruleset(namespace) == before
+
+
+@pytest.mark.parametrize("owned", [True, False])
+def test_a_table_that_a_killed_process_of_ours_left_is_replaced(owned: bool) -> None:
+    chain = [Chain("input", [])]
+    with Namespace("tables") as namespace, namespace.portal() as portal:
+
+        async def replace_all() -> None:
+            left = Table("siderolink-test", owned=False)
+            await left.replace(chain)
+            left.leave()
+            table = Table("siderolink-test", owned=owned)
+            await table.replace([Chain("output", [])])
+            assert "output" in ruleset(namespace)
+            assert "input" not in ruleset(namespace)
+            await table.close()
+            assert not ruleset(namespace)
+            await left_alone()
+
+        async def left_alone() -> None:
+            namespace.nft("add table inet siderolink-test")
+            table = Table("siderolink-test", owned=False)
+            await table.replace(())
+            with pytest.raises(SideroLinkError, match="did not make"):
+                await table.replace(chain)
+            await table.close()
+            assert "siderolink-test" in ruleset(namespace)
+
+        portal.call(replace_all)

@@ -21,8 +21,7 @@ from siderolink.common.wireguard.device import (
     check_interface,
 )
 from siderolink.common.wireguard.interface_rules import InterfaceRules
-from siderolink.common.wireguard.kernel.interface import KernelInterface, open_interface
-from siderolink.common.wireguard.kernel.ownership import hold_name
+from siderolink.common.wireguard.kernel.interface import KernelInterface, hold_name, open_interface
 from siderolink.common.wireguard.kernel.peers import Peers
 from siderolink.common.wireguard.kernel.wireguard import WireGuard
 from siderolink.common.wireguard.path import Datagrams, Path

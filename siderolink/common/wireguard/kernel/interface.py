@@ -1,6 +1,14 @@
-"""The kernel's WireGuard interface: made, found again, configured and removed, by pyroute2."""
+"""The kernel's WireGuard interface: made, found again and removed, by pyroute2.
+
+A lock and a mark tell whose an interface is. The lock is a socket in the abstract namespace: the kernel keeps it per network
+namespace, as it does interfaces' names, and closes it when the process ends. The mark is the interface's alias, which outlives
+the process. An interface with the mark whose lock is free was left by a process that has ended; one without the mark is
+somebody else's.
+"""
 
 import errno
+import socket
+import struct
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -12,14 +20,15 @@ from pyroute2 import AsyncIPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
 from siderolink.common.errors import DeviceError, DeviceUnavailableError, InterfaceInUseError
-from siderolink.common.netlink import namespace_path, run_netlink
+from siderolink.common.netlink import call_in, namespace_path, run_netlink
 from siderolink.common.wireguard.device import DeviceConfig
 from siderolink.common.wireguard.interface_rules import InterfaceRules, remove_leftover_rules
-from siderolink.common.wireguard.kernel.ownership import MARK, hold_name
 
-__all__ = ["KernelInterface", "open_interface", "remove_leftovers"]
+__all__ = ["KernelInterface", "hold_name", "open_interface", "remove_leftovers"]
 
 _KIND: Final = "wireguard"
+_MARK: Final = "made by siderolink"
+_CREDENTIALS: Final = struct.Struct("=iII")
 
 
 @dataclass(slots=True)
@@ -79,6 +88,36 @@ async def remove(interface: KernelInterface) -> None:
                 raise DeviceError(f"the interface {interface.name} cannot be removed: {error.args[-1]}") from error
 
 
+def hold_name(name: str, namespace: str | None) -> socket.socket:
+    """Hold the interface's name in this namespace until the socket is closed. Raises InterfaceInUseError, naming the holder."""
+    address = f"\0siderolink/{name}"
+
+    def take() -> socket.socket:
+        held = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        try:
+            held.bind(address)
+            held.listen(1)
+        except OSError as error:
+            held.close()
+            raise InterfaceInUseError(
+                f"the interface {name} is held by {_holder(address)}: stop it, or choose another name"
+            ) from error
+        return held
+
+    return call_in(namespace, take)
+
+
+def _holder(address: str) -> str:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
+        try:
+            probe.connect(address)
+            raw = probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+        except OSError:
+            return "another process"
+    process, user, _ = _CREDENTIALS.unpack(raw)
+    return f"process {process} of user {user}"
+
+
 async def _make(config: DeviceConfig) -> KernelInterface:
     name, namespace = config.name, config.namespace
     found = await run_netlink(partial(_find, name), namespace)
@@ -104,7 +143,7 @@ async def _find(name: str) -> tuple[int, bool] | None:
             for link in await ipr.link("get", index=index):
                 info = link.get_attr("IFLA_LINKINFO")
                 kind = info.get_attr("IFLA_INFO_KIND") if info is not None else None
-                return index, kind == _KIND and link.get_attr("IFLA_IFALIAS") == MARK
+                return index, kind == _KIND and link.get_attr("IFLA_IFALIAS") == _MARK
     return None
 
 
@@ -125,7 +164,7 @@ async def _mark(name: str) -> int:
         found = await ipr.link_lookup(ifname=name)
         if not found:
             raise NetlinkError(errno.ENODEV, "it is gone again")
-        await ipr.link("set", index=found[0], ifalias=MARK)
+        await ipr.link("set", index=found[0], ifalias=_MARK)
         return int(found[0])
 
 
