@@ -189,7 +189,7 @@ async def until_udp_passes(
                 return
 
 
-_STABLE = 5.0
+STABLE = 5.0
 """Seconds after which a connection counts as kept. Of shorter ones in a row only the first one's end means anything."""
 _SPACING = 30.0
 """The least seconds between two connections when each is ended soon although the API answers."""
@@ -242,10 +242,10 @@ async def watch_api(url: JoinURL, tls: ssl.SSLContext | None, put: Put, retry: R
             is_lost = False
             await anyio.sleep(_LEARN_AGAIN)
             continue
-        if stood_for > _STABLE or (stood_for and not ends_soon):
+        if stood_for > STABLE or (stood_for and not ends_soon):
             put(ApiLost())
             is_lost = True
-            ends_soon = stood_for <= _STABLE
+            ends_soon = stood_for <= STABLE
             backoff.reset()
         elif stood_for:
             is_lost = False

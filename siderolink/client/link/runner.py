@@ -208,12 +208,12 @@ class LinkRunner:
             self._api_scope.cancel()
         if is_other_server:
             self._emit(events.KeyCreated(public_key=self.public_key))
-        if not stays_in_fallback or answer is None or answer.virtual_address is None:
-            self._udp_answer, self._udp_is_small = None, False
         if answer is not None:
             self._provisioner.announce(answer)
         if is_same:
             return
+        if not stays_in_fallback or answer is None or answer.virtual_address is None:
+            self._udp_answer, self._udp_is_small = None, False
         if answer is not None and keeps_interface and self._signals is not None:
             self._signals.put(Replaced(answer))
         else:
@@ -226,11 +226,11 @@ class LinkRunner:
     async def silenced(self) -> AsyncIterator[None]:
         """Keep the link off the wire while the body runs; it shakes hands again afterwards."""
         pause = Pause()
-        if self._signals is not None:
-            self._signals.put(pause)
-            with anyio.move_on_after(2.0):
-                await pause.begun.wait()
         try:
+            if self._signals is not None:
+                self._signals.put(pause)
+                with anyio.move_on_after(2.0):
+                    await pause.begun.wait()
             yield
         finally:
             pause.ended.set()

@@ -80,7 +80,8 @@ class Progress:
         self._emit = emit
         self._started_at = time.monotonic()
         self._down_at = 0.0
-        self._has_new_settings = False
+        self.has_new_settings = False
+        """Whether the link is being made by other settings and has not come up yet."""
         self._troubles: dict[str, str] = {}
         self.machine = StateMachine(self._changed)
         self.handshakes = 0
@@ -89,6 +90,8 @@ class Progress:
         """Set once the first handshake is done."""
         self.down = anyio.Event()
         """Set while the link was up and is not now."""
+        self.next_handshake = anyio.Event()
+        """Set, and replaced by another, when a handshake has completed."""
 
     @property
     def state(self) -> LinkState:
@@ -108,6 +111,11 @@ class Progress:
     def handshake(self, route: str) -> None:
         """A handshake completed by this route."""
         self.handshakes += 1
+        self._note_handshake(route)
+        self.next_handshake.set()
+        self.next_handshake = anyio.Event()
+
+    def _note_handshake(self, route: str) -> None:
         self._emit(events.Handshake())
         now, state = time.monotonic(), self.state
         for kind in CLEARED_BY_HANDSHAKE:
@@ -119,10 +127,10 @@ class Progress:
         self.machine.go(LinkState.CONNECTED, f"a handshake completed by {route}")
         if state is LinkState.REESTABLISHING:
             self.down = anyio.Event()
-        if state is LinkState.REESTABLISHING and not self._has_new_settings:
+        if state is LinkState.REESTABLISHING and not self.has_new_settings:
             self._emit(events.Reestablished(route=route, down_for=now - self._down_at))
         else:
-            self._has_new_settings = False
+            self.has_new_settings = False
             self._emit(events.Connected(route=route, seconds=now - self._started_at))
             self.connected.set()
 
@@ -149,7 +157,7 @@ class Progress:
 
     def new_settings(self, route: str) -> None:
         """The link is made anew by other settings; its next handshake is its first."""
-        self._has_new_settings = True
+        self.has_new_settings = True
         self._started_at = time.monotonic()
         if self.machine.is_up:
             self.lost(route, "new settings take over")

@@ -29,6 +29,8 @@ PROMPT_TIMEOUT = 1.0
 """Seconds for callers for whose return the server itself waits before it answers the new Provision (META writes)."""
 _ANSWER_GRACE = 1.0
 """Seconds between an answer and what may end the old interface or address: the caller may be waiting for its answer there."""
+_TAKEOVER = 20.0
+"""Seconds that settings which worked in the trial have to bring the link up; then the old ones return."""
 _SHORTEST_TRY = 2.0
 _LONGEST_TRY = 8.0
 
@@ -198,17 +200,34 @@ class LinkSupervisor:
         raise HandshakeTimeoutError("the server accepted them, but " + "; ".join(dict.fromkeys(reasons)))
 
     async def _switch(self, change: _Change, changes: str, answer: Provisioned) -> None:
-        runner = self._runner
-        keeps_interface = runner.fits(change.options, answer)
+        runner, options = self._runner, change.options
+        before = runner.options, runner.answer
+        keeps_interface = runner.fits(options, answer)
         warnings = () if keeps_interface else (self._interface_warning(answer),)
+        verdict = Verdict(outcome="applied", warnings=warnings)
         with anyio.CancelScope(shield=True):
-            self._settle(change, Verdict(outcome="applied", warnings=warnings))
-            for warning in warnings:
-                changes += f"; {warning}"
-            if not keeps_interface and not change.is_kept:
-                await anyio.sleep(_ANSWER_GRACE)
-            runner.replace_settings(change.options, answer)
-            self._emit(events.SettingsApplied(changes=changes))
+            if not change.is_kept:
+                # Before the switch: the caller may be waiting for it on the interface that ends.
+                self._settle(change, verdict)
+                await anyio.sleep(0.0 if keeps_interface else _ANSWER_GRACE)
+            runner.replace_settings(options, answer)
+            self._emit(events.SettingsApplied(changes="; ".join((changes, *warnings))))
+        if (keeps_interface and answer == before[1]) or await self._comes_up(answer):
+            self._settle(change, verdict)
+            return
+        # It worked a moment ago, and now it does not: an interface that cannot be made, for instance.
+        reason = f"the link did not come up within {_TAKEOVER:.0f} s: {runner.progress.machine.reason}"
+        runner.replace_settings(*before)
+        self._fail(change, changes, reason, is_final=False)
+        self.refusal = f"new settings do not work: {reason}"
+
+    async def _comes_up(self, answer: Provisioned) -> bool:
+        runner = self._runner
+        with anyio.move_on_after(_TAKEOVER):
+            while not (runner.is_up and runner.answer == answer and not runner.progress.has_new_settings):
+                await runner.progress.next_handshake.wait()
+            return True
+        return False
 
     def _interface_warning(self, answer: Provisioned) -> str:
         before = self._runner.answer

@@ -146,16 +146,17 @@ class HandshakeWatch:
 class RegularCuts:
     """Recognises connections that are cut at a regular age, as proxies with an idle or stream timeout do."""
 
-    _ENOUGH = 3
-    _TOLERANCE = 0.1
-    _SHORTEST = 5.0
+    ENOUGH = 3
+    TOLERANCE = 0.1
+    SHORTEST = 5.0
+    """Seconds: what is cut sooner meets no timeout."""
 
     def __init__(self) -> None:
         self._ages: list[float] = []
 
     def note(self, age: float) -> float | None:
         """Note a cut at this age; the mean age once the last three were alike, else None."""
-        self._ages = [*self._ages, age][-self._ENOUGH :]
+        self._ages = [*self._ages, age][-self.ENOUGH :]
         mean = sum(self._ages) / len(self._ages)
-        alike = all(abs(age - mean) <= max(1.0, self._TOLERANCE * mean) for age in self._ages)
-        return mean if len(self._ages) == self._ENOUGH and alike and mean >= self._SHORTEST else None
+        alike = all(abs(age - mean) <= max(1.0, self.TOLERANCE * mean) for age in self._ages)
+        return mean if len(self._ages) == self.ENOUGH and alike and mean >= self.SHORTEST else None

@@ -5,6 +5,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from typing import ClassVar
 
 import anyio
+import anyio.abc
 import pytest
 
 from siderolink.client.link import signals
@@ -99,3 +100,35 @@ async def test_a_server_that_ends_each_connection_soon_is_told_of_once() -> None
         await bench.stop()
         await anyio.sleep(0.1)
         assert bench.told == [signals.ApiLost(), signals.ApiBack()]
+
+
+async def test_a_proxy_that_cuts_idle_connections_is_learned_and_left_in_peace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three cuts at one age, each followed by a successful dial; afterwards no connection is made any more."""
+    monkeypatch.setattr("siderolink.client.link.watch.RegularCuts.SHORTEST", 0.05)
+    monkeypatch.setattr("siderolink.client.link.probes.STABLE", 0.05)
+    dialled = 0
+
+    async def cut(stream: anyio.abc.SocketStream) -> None:
+        nonlocal dialled
+        dialled += 1
+        async with stream:
+            await stream.send(bytes.fromhex("000000040000000000"))  # an empty SETTINGS frame
+            await anyio.sleep(0.2)
+
+    told: list[signals.Signal] = []
+    retry = RetryTrigger()
+    async with await anyio.create_tcp_listener(local_host="127.0.0.1") as listener, background_tasks() as tasks:
+        port = listener.extra(anyio.abc.SocketAttribute.local_port)
+        tasks.start_soon(listener.serve, cut)
+        tasks.start_soon(watch_api, JoinURL("127.0.0.1", port, tls=False), None, told.append, retry)
+        with anyio.fail_after(10):
+            while not any(isinstance(signal, signals.ApiCutRegularly) for signal in told):
+                retry.fire()
+                await anyio.sleep(0.01)
+        for _ in range(20):
+            retry.fire()
+            await anyio.sleep(0.01)
+        assert dialled == 3
+    kinds = [type(signal) for signal in told]
+    assert kinds.count(signals.ApiLost) == 2
+    assert kinds[-1] is signals.ApiCutRegularly

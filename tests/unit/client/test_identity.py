@@ -1,7 +1,13 @@
+import json
+import re
+import stat
 from pathlib import Path
 from uuid import UUID
 
-from siderolink.client.link.identity import machine_uuid
+import pytest
+
+from siderolink.client.link.identity import UniqueTokens, machine_uuid
+from siderolink.common.node_uuid import PLACEHOLDERS
 
 MACHINE_ID = "0123456789abcdef0123456789abcdef"
 
@@ -23,7 +29,7 @@ def test_the_firmwares_uuid_in_lower_case(tmp_path: Path) -> None:
 
 def test_a_placeholder_or_nonsense_counts_as_none(tmp_path: Path) -> None:
     stable = uuid_from(tmp_path, None, MACHINE_ID)
-    for smbios in ("00000000-0000-0000-0000-000000000000", "03000200-0400-0500-0006-000700080009", "Not Specified", "\xff"):
+    for smbios in (*PLACEHOLDERS, "FFFFFFFF-FFFF-FFFF-FFFF-FFFFFFFFFFFF", "Not Specified", "\xff"):
         assert uuid_from(tmp_path, smbios, MACHINE_ID) == stable
 
 
@@ -36,3 +42,45 @@ def test_the_machine_id_gives_a_stable_uuid_and_is_not_told(tmp_path: Path) -> N
 
 def test_a_random_one_where_there_is_nothing(tmp_path: Path) -> None:
     assert UUID(uuid_from(tmp_path, None, None)) != UUID(uuid_from(tmp_path, None, "too short"))
+
+
+def test_what_is_drawn_at_random_is_drawn_once_and_kept(tmp_path: Path) -> None:
+    nothing = tmp_path / "nothing"
+    first = machine_uuid(nothing, nothing, tmp_path / "state")
+    assert machine_uuid(nothing, nothing, tmp_path / "state") == first
+    (tmp_path / "state" / "machine-uuid").write_text("")  # cut short by a crash
+    again = machine_uuid(nothing, nothing, tmp_path / "state")
+    assert again != first
+    assert machine_uuid(nothing, nothing, tmp_path / "state") == again
+
+
+@pytest.mark.anyio
+async def test_each_server_knows_the_machine_by_a_token_of_its_own_which_is_kept(tmp_path: Path) -> None:
+    folder = tmp_path / "state"
+    tokens = UniqueTokens(folder)
+    one = await tokens.token(("server", 443), "a-uuid")
+    assert re.fullmatch(r'\{"Fingerprint":"[0-9a-f]{64}","Token":"[0-9a-f-]{36}"\}', one)
+    assert UUID(json.loads(one)["Token"]).version == 4
+    others = [await tokens.token(key, name) for key, name in ((("server", 444), "a-uuid"), (("server", 443), "b-uuid"))]
+    assert len({json.loads(token)["Token"] for token in (one, *others)}) == 3
+    assert await UniqueTokens(folder).token(("server", 443), "a-uuid") == one, "another start is the same machine"
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert {stat.S_IMODE(file.stat().st_mode) for file in folder.iterdir()} == {0o600}
+    assert len(list(folder.iterdir())) == 3, "nothing temporary is left"
+
+
+@pytest.mark.anyio
+async def test_a_token_that_cannot_be_kept_lasts_for_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("no folder")
+    tokens = UniqueTokens(blocked / "state")
+    token = await tokens.token(("server", 443), "a-uuid")
+    assert await tokens.token(("server", 443), "a-uuid") == token
+    assert json.loads(token)["Token"] not in caplog.text
+    assert "state" in caplog.text
+
+
+@pytest.mark.anyio
+async def test_two_processes_share_a_token(tmp_path: Path) -> None:
+    first, second = UniqueTokens(tmp_path), UniqueTokens(tmp_path)
+    assert await first.token(("server", 443), "a-uuid") == await second.token(("server", 443), "a-uuid")

@@ -10,8 +10,8 @@ from siderolink.client.link import events, signals
 from siderolink.client.link.state import LinkState
 from siderolink.common.keys import PublicKey
 from siderolink.common.netlink import OutgoingRoute
-from siderolink.common.wireguard.device import InterfaceLost
-from tests.support.fake_device import FakeKernelDevice
+from siderolink.common.wireguard.device import InterfaceLost, PeerConfig
+from tests.support.fake_device import FakeDevice, FakeKernelDevice
 from tests.support.provision import SERVER_ADDRESS, new_key, response
 from tests.unit.client.test_runner import ONE, TWO, VIRTUAL, Bench, running
 
@@ -199,3 +199,47 @@ async def test_the_peer_is_the_server_alone_whatever_happens() -> None:
         await anyio.wait_all_tasks_blocked()
         assert bench.device is not None
         assert bench.device.configs[server].allowed_ips == (IPv6Network(SERVER_ADDRESS),)
+
+
+async def test_a_route_that_does_not_exist_is_given_up_at_once_and_says_so() -> None:
+    async with running(response(new_key(), ONE), attempt_timeout=60.0) as bench:
+        bench.out = None
+        failed = await bench.saw(events.RouteFailed)
+        assert failed.reason == "this host has no route to 192.0.2.1"
+
+
+async def test_a_stream_that_is_cut_regularly_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("siderolink.client.link.watch.RegularCuts.SHORTEST", 0.0)
+    server = new_key()
+    async with running(response(server, ONE)) as bench:
+        await connect(bench, server)
+        for _ in range(4):
+            bench.put(signals.RouteInterrupted("the stream ended"))
+            await anyio.wait_all_tasks_blocked()
+            bench.shake_hands(server)
+            await anyio.wait_all_tasks_blocked()
+        told = [event for event in bench.events if isinstance(event, events.ConnectionsCut)]
+        assert len(told) == 1, "from the third on, and not at each"
+        assert "stream" in told[0].what
+
+
+class FailsOnce(FakeDevice):
+    """A device whose first peer brings an error that nobody foresaw."""
+
+    has_failed = False
+
+    async def set_peer(self, peer: PeerConfig) -> None:
+        if not FailsOnce.has_failed:
+            FailsOnce.has_failed = True
+            raise AttributeError("nobody foresaw it")
+        await super().set_peer(peer)
+
+
+async def test_an_error_that_nobody_foresaw_is_a_failed_try(caplog: pytest.LogCaptureFixture) -> None:
+    server = new_key()
+    async with running(response(server, ONE)) as bench:
+        bench.device_type = FailsOnce
+        failed = await bench.saw(events.RouteFailed)
+        assert failed.reason == "internal error: AttributeError"
+        assert "nobody foresaw it" in caplog.text
+        await connect(bench, server)
