@@ -164,8 +164,8 @@ def test_a_change_joins_anew_at_once_and_nonsense_changes_nothing(net: Net, tmp_
         assert "machine.yaml:3: apiUrl" in join.wait_for("setting ignored")
         assert pings(net.server, address)
         # a wrong token is no reason to leave a link that works
-        replace_file(file, join_document(URL.replace(TOKEN, "another-token")))
-        assert "invalid join token" in join.wait_for("settings do not work: join token")
+        replace_file(file, join_document(URL) + "uniqueToken: of another machine\n")
+        assert "another machine has joined" in join.wait_for("settings do not work: unique token")
         assert pings(net.server, address)
         assert "new settings do not work" in status_of_machine(tmp_path)["reason"]
         # what reads the same changes nothing; what reads otherwise does, with the same key and so the same address

@@ -6,12 +6,15 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+import anyio
+import anyio.to_thread
 import grpc
 import pytest
 
@@ -140,8 +143,9 @@ def test_a_machine_is_configured_by_its_api_and_reports(net: Net) -> None:
     event, _ = read_until(server, "AddressEvent", f"kernel log: {UUID}")
     address = event.split("addresses ")[1].split()[0]
     assert ask(net.server, address, lambda client: len(client.get_all("machineconfig"))) == 2
+    wrong = DOCUMENTS.replace("---", "uniqueToken: of another machine\n---", 1)
     status, text = refused(wrong, modes.AUTO, address)
-    assert (status, "invalid join token" in text) == ("FAILED_PRECONDITION", True)
+    assert (status, "another machine has joined" in text) == ("FAILED_PRECONDITION", True)
     assert ask(net.server, address, MachineClient.version), "the link by which the order came stays"
     counts_are_shown()
     assert lets_in(net.machine, partial(dial, SERVER, 81, None))
@@ -160,12 +164,15 @@ class Membership:
         self._net = net
         self._options = options
         self._joins: queue.Queue[JoinRequest] = queue.Queue()
+        self._gate = threading.Event()
+        self._gate.set()
         self._server = Server(
             api_listen="0.0.0.0:4000", join_token=TOKEN, wireguard_endpoints=["192.0.2.1:51820"], authorize=self._authorize
         )
 
     async def _authorize(self, request: JoinRequest) -> Allow | Deny:
         self._joins.put(request)
+        await anyio.to_thread.run_sync(self._gate.wait, abandon_on_cancel=True)
         return Allow()
 
     @contextmanager
@@ -173,9 +180,18 @@ class Membership:
         url = f"grpc://192.0.2.1:4000?jointoken={TOKEN}"
         with self._net.server.portal() as self._portal, self._portal.wrap_async_context_manager(self._server):
             options = ("--uuid", UUID, "--maintenance-api", "--device", "userspace", *self._options)
-            self._machine = start(self._net.machine, "join", url, *options)
+            self._arguments = ("join", url, *options)
+            self._machine = start(self._net.machine, *self._arguments)
             yield
             end(self._machine)
+
+    def restart(self) -> None:
+        end(self._machine)
+        self._machine = start(self._net.machine, *self._arguments)
+
+    def holds_joins(self, holds: bool) -> None:
+        """Whether joins wait for their answer."""
+        self._portal.call(self._gate.clear if holds else self._gate.set)
 
     def next_join(self, said: str = "settings applied") -> JoinRequest:
         request = self._joins.get(timeout=10)
@@ -267,3 +283,46 @@ def test_a_server_gives_a_machine_another_uuid_by_meta(net: Net) -> None:
         machine.uuid = other
         machine.delete(15)
         assert machine.next_join().node_uuid == UUID
+
+
+@pytest.mark.timeout(60)
+def test_a_server_that_answers_no_join_before_its_meta_write_has_returned_is_served(net: Net) -> None:
+    """Otherwise both would wait for each other, and such a server gives a call ten seconds."""
+    machine = Membership(net)
+    with machine.running():
+        own = json.loads(machine.next_join("monitoring the link").unique_token or "")
+        machine.holds_joins(True)
+        began_at = time.monotonic()
+        machine.write(16, json.dumps({"Fingerprint": "0" * 64, "Token": own["Token"]}).encode())
+        assert time.monotonic() - began_at < 5
+        machine.holds_joins(False)
+        join = machine.next_join()
+        assert json.loads(join.unique_token or "")["Fingerprint"] == "0" * 64
+
+
+@pytest.mark.timeout(60)
+def test_a_join_by_argument_outlives_a_configuration_that_says_nothing_of_it(net: Net) -> None:
+    machine = Membership(net)
+    with machine.running():
+        machine.next_join("monitoring the link")
+        index = machine.interface_index()
+        sink = f'apiVersion: v1alpha1\nkind: EventSinkConfig\nendpoint: "[{SERVER}]:8090"\n'
+        request = ApplyConfigurationRequest(data=sink.encode(), mode=ApplyConfigurationRequestMode.AUTO)
+        with machine.connection() as lives:
+            machine.ask(lambda client: client.call(f"{MACHINE}ApplyConfiguration", request, ApplyConfigurationResponse))
+            lives()
+        assert machine.interface_index() == index
+
+
+@pytest.mark.timeout(60)
+def test_a_restarted_machine_is_the_same_one_at_once(net: Net) -> None:
+    machine = Membership(net)
+    with machine.running():
+        first = machine.next_join("monitoring the link")
+        began_at = time.monotonic()
+        machine.restart()
+        second = machine.next_join("monitoring the link")
+        assert time.monotonic() - began_at < 15, "a machine without a token would wait a minute"
+        assert first.unique_token == second.unique_token
+        assert json.loads(second.unique_token or "").keys() == {"Fingerprint", "Token"}
+        assert first.public_key != second.public_key

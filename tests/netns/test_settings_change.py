@@ -111,7 +111,9 @@ def conversation(net: Net, machine: Machine) -> Iterator[Callable[[], None]]:
 
 @TRANSPORTS
 def test_a_wrong_token_keeps_the_link_and_says_so(query: str) -> None:
-    with direct() as net, serving(net), joined(net, URL + query) as machine, conversation(net, machine) as lives:
+    """Of a machine without a unique token, which would admit it whatever its join token."""
+    alone: dict[str, object] = {"unique_token": ""}
+    with direct() as net, serving(net), joined(net, URL + query, **alone) as machine, conversation(net, machine) as lives:
         index, handshakes = machine.interface_index(), machine.count(Handshake)
         verdict = machine.apply(url=URL.replace(TOKEN, "wrong") + query)
         assert (verdict.outcome, verdict.is_refused) == ("refused", True)
