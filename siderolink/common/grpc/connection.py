@@ -108,6 +108,10 @@ class Gate(asyncio.Event):
         return True
 
 
+CORK_BYTES = 64 * 1024
+"""What is joined into one send at most."""
+
+
 class CorkedTransport(asyncio.Transport):
     """Joins what is written in one turn of the loop into one send. Drops what comes after the transport is gone."""
 
@@ -117,6 +121,7 @@ class CorkedTransport(asyncio.Transport):
         super().__init__()
         self._transport: asyncio.Transport | None = transport
         self._parts: list[bytes] = []
+        self._size = 0
         self._max_unsent = max_unsent
         self._on_overflow = on_overflow
 
@@ -124,6 +129,9 @@ class CorkedTransport(asyncio.Transport):
         if not self._parts:
             asyncio.get_running_loop().call_soon(self.flush)
         self._parts.append(bytes(data))
+        self._size += len(data)
+        if self._size >= CORK_BYTES:
+            self.flush()  # the transport has to see what comes, or it cannot ask for a pause
 
     def write_now(self, data: bytes) -> None:
         """Send what waits, and this behind it."""
@@ -133,6 +141,7 @@ class CorkedTransport(asyncio.Transport):
     def flush(self) -> None:
         data = b"".join(self._parts)
         self._parts.clear()
+        self._size = 0
         transport = self._transport
         if not data or transport is None or transport.is_closing():
             return

@@ -1,8 +1,7 @@
-"""Which proxy a dial goes by, as the environment says: HTTPS_PROXY, HTTP_PROXY, ALL_PROXY and NO_PROXY, in either case.
+"""The proxy for a connection, from the environment: HTTPS_PROXY, HTTP_PROXY, ALL_PROXY and NO_PROXY, in either case.
 
-A TLS dial asks HTTPS_PROXY, then ALL_PROXY; a plaintext one asks HTTP_PROXY before these. NO_PROXY is a list of names,
-addresses and networks, each with a port or without; a name stands for what is below it, too. This host itself is never dialled
-by a proxy.
+TLS connections use HTTPS_PROXY, else ALL_PROXY; plaintext ones use HTTP_PROXY before these. NO_PROXY lists names, addresses and
+networks, each with or without a port; a name includes its subdomains. Connections to this host never use a proxy.
 """
 
 from collections.abc import Mapping
@@ -21,7 +20,7 @@ _LONGEST = 2048
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Proxy:
-    """Where a proxy is, what it speaks, and who we are to it."""
+    """A proxy's address, its protocol, and our credentials there."""
 
     scheme: Scheme
     host: str
@@ -35,7 +34,7 @@ class Proxy:
 
 
 def proxy_for(host: str, port: int, *, tls: bool, environ: Mapping[str, str]) -> Proxy | None:
-    """The proxy to dial this server by; None for a direct dial. Raises ConfigurationError for a variable of no use."""
+    """The proxy to use for this server; None for a direct connection. Raises ConfigurationError for an invalid variable."""
     names = ("HTTPS_PROXY", "ALL_PROXY") if tls else ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
     for name in names:
         value = _variable(environ, name)
@@ -49,7 +48,7 @@ def _variable(environ: Mapping[str, str], name: str) -> str:
 
 
 def parse_proxy(value: str, name: str) -> Proxy:
-    """Read a proxy's URL from the variable `name`. Raises ConfigurationError, which repeats nothing of it."""
+    """Parse a proxy's URL, found in the variable `name`. Raises ConfigurationError, which does not repeat the URL."""
     try:
         if len(value) > _LONGEST:
             raise ValueError

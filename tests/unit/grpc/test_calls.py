@@ -5,6 +5,7 @@ import contextlib
 import logging
 from collections.abc import AsyncIterator
 
+import anyio
 import pytest
 from hpack import Encoder
 from hyperframe.frame import DataFrame, HeadersFrame, SettingsFrame, WindowUpdateFrame
@@ -264,3 +265,17 @@ async def test_a_smaller_header_table_is_taken_note_of_in_the_next_header_block(
                 if isinstance(frame, HeadersFrame):
                     blocks.append(frame.data)
             assert blocks[0][:1] == begins
+
+
+@pytest.mark.parametrize("uvloop", [False, True])
+def test_an_answer_far_longer_than_what_may_wait_for_a_peer(uvloop: bool) -> None:
+    """It leaves as the peer takes it, and never waits here whole."""
+
+    async def run() -> None:
+        answer = bytes(8 << 20)
+        async with serving(Limits(max_unsent_bytes=256 * 1024), Service(lambda _: answer)) as server:
+            async with open_channel("127.0.0.1", server.port, limits=Limits.for_answers(16 << 20)) as channel:
+                assert (await method(channel)(Raw(b"x"), timeout=60)).data == answer
+            assert not server.refusals
+
+    anyio.run(run, backend_options={"use_uvloop": uvloop})

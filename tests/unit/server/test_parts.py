@@ -90,6 +90,8 @@ async def test_who_gives_up_waiting_for_a_lock_holds_none() -> None:
         {"wireguard_listen_port": -1},
         {"persistent_keepalive": 65_536},
         {"installation_id": "x" * 1025},
+        {"proxy_protocol_from": ("proxy.example",)},
+        {"forwarded_from": ("10.0.0.1/8",)},
     ],
 )
 def test_options_that_cannot_be_used_are_refused_in_one_line(wrong: dict[str, object]) -> None:
