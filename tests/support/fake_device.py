@@ -3,7 +3,7 @@
 For tests of what a server decides, in virtual time. What a device does with packets is tested on real devices.
 """
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import anyio
 
@@ -12,12 +12,17 @@ from siderolink.common.wireguard.device import HandshakeCompleted, OnDeviceEvent
 from siderolink.common.wireguard.path import Datagrams, Path
 from siderolink.server.clock import Clock
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 
 class VirtualClock:
     """Both clocks of a server, turned by hand from 0.0 (and 1,000,000.0 in Unix time)."""
 
     def __init__(self) -> None:
         self.now = 0.0
+        self.on_sleep: Callable[[], None] = lambda: None
+        """Called after each sleep."""
 
     def advance(self, seconds: float) -> None:
         self.now += seconds
@@ -28,6 +33,7 @@ class VirtualClock:
 
     async def sleep(self, seconds: float) -> None:
         self.advance(seconds)
+        self.on_sleep()
         await anyio.lowlevel.checkpoint()
 
 
@@ -97,6 +103,8 @@ class FakeDevice:
             raise self.fails_with
         self.configs[peer.public_key] = peer
         self.given.append(peer)
+        if peer.endpoint is not None and peer.persistent_keepalive and peer.public_key in self.answering:
+            self.hear(peer.public_key)  # it was dialled
 
     async def remove_peer(self, public_key: PublicKey) -> None:
         self.calls.append(("remove", public_key))

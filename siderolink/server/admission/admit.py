@@ -4,8 +4,10 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from siderolink.common.keys import PublicKey
 from siderolink.common.node_uuid import is_placeholder
 from siderolink.server.admission import rules
+from siderolink.server.admission.limits import GRACE_SECONDS
 from siderolink.server.admission.policy import JoinPolicy, Known, Verdict, decide
 from siderolink.server.admission.prove import as_claimed
 from siderolink.server.admission.request import JoinRequest, Liveness, Refusal
@@ -37,6 +39,8 @@ class Grant:
     """Other rows that changed: the one that had the key before."""
     evicted: Machine | Claim | None = None
     """What gave way."""
+    ended: tuple[Claim, ...] = ()
+    """Claims to the same row that are over."""
     is_new_machine: bool = False
     is_new_link: bool = False
     """A handshake has to follow."""
@@ -118,7 +122,7 @@ class Admission:
         self, transaction: Transaction, request: JoinRequest, new_id: str, holder: Machine | None
     ) -> Grant | Refusal:
         """A UUID that is not known."""
-        if await transaction.claim_by_key(request.public_key) is not None:
+        if await self._is_claimed(transaction, request.public_key):
             return refusal(JoinRefusal.KEY_IN_USE)
         changed: tuple[Machine, ...] = ()
         basis = Basis.NEW
@@ -172,11 +176,11 @@ class Admission:
         for claim in claims:
             if claim.public_key == request.public_key and claim.expires_at > now:
                 return self._claimed(owner, request, claim, basis)
-        if await transaction.claim_by_key(request.public_key) is not None:
+        ended = await self._thin_claims(transaction, request, owner, claims, now)
+        if isinstance(ended, Refusal):
+            return ended
+        if await self._is_claimed(transaction, request.public_key):
             return refusal(JoinRefusal.KEY_IN_USE)
-        too_many = await self._thin_claims(transaction, request, owner, claims, now)
-        if too_many is not None:
-            return too_many
         evicted = await self._rows.make_room(transaction, request, is_row=False)
         if isinstance(evicted, Refusal):
             return evicted
@@ -196,7 +200,16 @@ class Admission:
             expires_at=now + CLAIM_SECONDS,
         )
         await transaction.put_claim(claim)
-        return replace(self._claimed(owner, request, claim, basis), evicted=evicted, is_new_link=True)
+        granted = self._claimed(owner, request, claim, basis)
+        return replace(granted, evicted=evicted, ended=tuple(ended), is_new_link=True)
+
+    async def _is_claimed(self, transaction: Transaction, public_key: PublicKey) -> bool:
+        """Whether a claim that has not expired names the key; one that has is removed."""
+        claim = await transaction.claim_by_key(public_key)
+        if claim is not None and claim.expires_at <= self._clock.time():
+            await transaction.delete_claim(claim)
+            return False
+        return claim is not None
 
     def _claimed(self, owner: Machine, request: JoinRequest, claim: Claim, basis: Basis) -> Grant:
         return Grant(machine=as_claimed(owner, claim), basis=basis, claim=claim)
@@ -222,7 +235,7 @@ class Admission:
         holder: Machine | None,
         link: LinkFacts,
     ) -> Grant | Refusal:
-        may_probe = rules.may_probe(owner, request.source, link)
+        may_probe = not request.was_probed and rules.may_probe(owner, request.source, link)
         if self.policy.has_pending and holder is None and not may_probe:
             return await self._make_pending(transaction, request, new_id, owner, Verdict.CONFLICT)
         reason = JoinRefusal.LINK_ALIVE if owner.bound_digest is None else JoinRefusal.OTHER_UNIQUE_TOKEN
@@ -230,22 +243,24 @@ class Admission:
 
     async def _thin_claims(
         self, transaction: Transaction, request: JoinRequest, owner: Machine, claims: Sequence[Claim], now: float
-    ) -> Refusal | None:
-        """Remove expired claims; a refusal where too many are left. Who knows the bound token replaces the oldest instead."""
-        living = []
-        for claim in claims:
-            if claim.expires_at <= now:
-                await transaction.delete_claim(claim)
-            else:
-                living.append(claim)
+    ) -> Refusal | list[Claim]:
+        """End expired claims; a refusal where too many are left, unless the oldest has had time for its handshake.
+
+        Who knows the bound token replaces the oldest at once.
+        """
+        living = [claim for claim in claims if claim.expires_at > now]
+        ended = [claim for claim in claims if claim.expires_at <= now]
         key = rules.source_key(request.source)
         from_here = [claim for claim in living if rules.source_key(claim.source) == key]
-        if len(living) < MAX_CLAIMS and len(from_here) < MAX_CLAIMS_PER_SOURCE:
-            return None
-        if owner.bound_digest is None:
-            return refusal(JoinRefusal.TOO_MANY_CLAIMS, owner)
-        await transaction.delete_claim(living[0])
-        return None
+        if len(living) >= MAX_CLAIMS or len(from_here) >= MAX_CLAIMS_PER_SOURCE:
+            oldest = living[0] if len(living) >= MAX_CLAIMS else from_here[0]
+            has_had_its_time = now - oldest.created_at >= GRACE_SECONDS
+            if owner.bound_digest is None and not has_had_its_time:
+                return refusal(JoinRefusal.TOO_MANY_CLAIMS, owner)
+            ended.append(oldest)
+        for claim in ended:
+            await transaction.delete_claim(claim)
+        return ended
 
     # --- pending machines
 
@@ -253,7 +268,7 @@ class Admission:
         self, transaction: Transaction, request: JoinRequest, new_id: str, owner: Machine | None, verdict: Verdict
     ) -> Grant | Refusal:
         """A row of its own, with addresses of its own, for a machine that this server gives a unique token or a UUID."""
-        if await transaction.claim_by_key(request.public_key) is not None:
+        if await self._is_claimed(transaction, request.public_key):
             return refusal(JoinRefusal.KEY_IN_USE)
         evicted = await self._rows.make_room(transaction, request, is_row=True)
         if isinstance(evicted, Refusal):

@@ -37,6 +37,8 @@ class JoinRequest:
     machine: Machine | None = None
     """The machine that is known by this UUID; the caller may still turn out not to be it."""
     credentials: Credentials = field(default=Credentials(), repr=False)
+    was_probed: bool = False
+    """The machine that stands in the way was probed for this call, and answered."""
     use_tunnel: bool = False
     """Whether the answer tells the machine to use the tunnel."""
 

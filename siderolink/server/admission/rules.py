@@ -137,5 +137,6 @@ def still_stands(row: Machine, claim: Claim, link: LinkFacts, now: float, *, tru
     )
     if basis is not None or row.bound_digest is not None or claim.basis != Basis.PROBES.value:
         return basis
-    # Probes stayed unanswered when the claim was made; only what was heard since disproves them.
-    return Basis.PROBES if link.unheard is None or link.unheard >= now - claim.created_at else None
+    # Probes of the row's key stayed unanswered when the claim was made; only what was heard since disproves them.
+    is_same_key = row.linked_at is None or row.linked_at < claim.created_at
+    return Basis.PROBES if is_same_key and (link.unheard is None or link.unheard > now - claim.created_at) else None

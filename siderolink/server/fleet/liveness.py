@@ -18,13 +18,16 @@ from siderolink.server.store import Machine
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
+    from siderolink.common.keys import PublicKey
+
 PROBES = 5
 PROBE_SECONDS = 1.0
 """A living machine answers an echo, or a handshake, well within a second; five of them are not lost one after the other."""
 MAX_WAITING = 8
 """Calls that wait for one machine's probes."""
-_VALID_SECONDS = 2.5
-"""How long unanswered probes count: as long as a call that waited for them may take to be admitted."""
+_VALID_SECONDS = 30.0
+"""How long unanswered probes count, while nothing is heard after them."""
+_CLOCK_SLACK = 0.001
 _LAST_PACKETS = 1.0
 """What was under way when a machine said goodbye may still come for so long."""
 
@@ -53,7 +56,7 @@ class Liveness:
         self._echo = echo
         self._began_at, self._began_unix = clock.monotonic(), clock.time()
         self._runs: dict[str, _Run] = {}
-        self._unanswered: dict[str, float] = {}
+        self._unanswered: dict[str, tuple[PublicKey | None, float]] = {}
         self.redial: Callable[[Link], Awaitable[None]] | None = None
         """Sends a handshake to where a machine that has no session was last heard."""
 
@@ -105,9 +108,9 @@ class Liveness:
         return stored and silence is None
 
     def _is_unanswered(self, machine: Machine, unheard: float | None) -> bool:
-        at = self._unanswered.get(machine.id)
-        since = None if at is None else self._clock.monotonic() - at
-        if since is None or since > _VALID_SECONDS:
+        key, at = self._unanswered.get(machine.id, (None, -_VALID_SECONDS))
+        since = self._clock.monotonic() - at
+        if key is None or key != machine.public_key or since > _VALID_SECONDS:
             return False
         return unheard is None or unheard >= since + PROBES * PROBE_SECONDS
 
@@ -130,8 +133,8 @@ class Liveness:
         try:
             is_unanswered = not await self._answers(link)
             if is_unanswered:
-                self._unanswered = {key: at for key, at in self._unanswered.items() if self._is_recent(at)}
-                self._unanswered[machine.id] = self._clock.monotonic()
+                self._unanswered = {key: found for key, found in self._unanswered.items() if self._is_recent(found[1])}
+                self._unanswered[machine.id] = machine.public_key, self._clock.monotonic()
             return is_unanswered
         finally:
             del self._runs[machine.id]
@@ -149,7 +152,7 @@ class Liveness:
         return link.source is not None and not self._directory.is_shared(link.source)
 
     async def _answers(self, link: Link) -> bool:
-        began_at = self._clock.monotonic()
+        began_at, before = self._clock.monotonic(), await self.silence(link.machine)
         for _ in range(PROBES):
             try:
                 await self._send(link)
@@ -157,7 +160,8 @@ class Liveness:
                 pass  # as if it had been lost
             await self._clock.sleep(PROBE_SECONDS)
             silence = await self.silence(link.machine)
-            if silence is not None and silence < self._clock.monotonic() - began_at:
+            elapsed = self._clock.monotonic() - began_at
+            if silence is not None and (before is None or silence < before + elapsed - _CLOCK_SLACK):
                 return True
         return False
 

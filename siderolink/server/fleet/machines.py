@@ -62,8 +62,10 @@ class Machines:
         """
         verdict = await self._admit(request)
         stands_in_the_way = verdict.machine if isinstance(verdict, Refusal) and verdict.may_probe else None
-        if stands_in_the_way is not None and await self._liveness.probe(stands_in_the_way):
-            verdict = await self._admit(request)
+        if stands_in_the_way is not None:
+            is_dead = await self._liveness.probe(stands_in_the_way)
+            if is_dead or self._admission.policy.has_pending:
+                verdict = await self._admit(request if is_dead else replace(request, was_probed=True))
         if isinstance(verdict, Refusal):
             raise JoinRejectedError(verdict.reason, verdict.text, verdict.known_source)
         return verdict.machine
@@ -76,6 +78,8 @@ class Machines:
             if isinstance(verdict, Refusal):
                 return verdict
             await self._apply(verdict, request.source)
+        for claim in verdict.ended:
+            await self._reconciler.drop_claim(claim.id)
         if verdict.evicted is not None:
             await self._evict(verdict.evicted)
         if verdict.is_new_link or verdict.moves:

@@ -1,0 +1,396 @@
+"""Who may take a machine's row: every situation with its verdict written by hand.
+
+The server's parts are the real ones; the device is a fake that says who was heard and who answers.
+"""
+
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+
+import anyio
+import pytest
+from grpclib import GRPCError, Status
+
+from siderolink.common.goodbye import Goodbye
+from siderolink.server import ClaimRefused, JoinRefusal, JoinRefused, MachineRekeyed, UniqueTokenBound
+from siderolink.server.fleet.directory import Stream
+from siderolink.server.fleet.goodbyes import Goodbyes
+from tests.support.fake_device import FakePath
+from tests.support.manager import FakeMachine, Manager, new_key
+
+pytestmark = pytest.mark.anyio
+
+HERE, ELSEWHERE, NEIGHBOUR = "198.51.100.7", "203.0.113.9", "198.51.100.8"
+TOKEN = '{"Fingerprint":"aa","Token":"11111111-1111-4111-8111-111111111111"}'
+
+
+class Place(FakePath):
+    """A UDP address."""
+
+    def __init__(self, host: str) -> None:
+        super().__init__()
+        self.host = host
+
+    def __str__(self) -> str:
+        return f"{self.host}:40000"
+
+
+class Link(StrEnum):
+    """What became of the machine's link."""
+
+    ALIVE = "alive"
+    KILLED = "killed 5 s ago"
+    SILENT = "silent for 61 s"
+    GOODBYE = "said goodbye"
+    CUT = "its stream was cut, and it is alive"
+    CUT_AND_KILLED = "its stream ended, and it is dead"
+    PROXY_CUT = "a proxy cut all streams"
+
+
+class Verdict(StrEnum):
+    TAKES = "takes the row"
+    SAME = "is told what is known, and changes nothing"
+    REFUSED = "is refused"
+
+
+@dataclass
+class Scene:
+    """A machine that has joined by UDP or by the tunnel, and what happened to it since."""
+
+    bound: bool
+    link: Link
+    restarted: bool = False
+    manager: Manager = field(init=False)
+    machine: FakeMachine = field(init=False)
+    streams: list[tuple[FakePath, Stream]] = field(default_factory=list)
+
+    async def set_up(self) -> None:
+        self.manager = Manager()
+        by_stream = self.link in (Link.CUT, Link.CUT_AND_KILLED, Link.PROXY_CUT)
+        self.machine = FakeMachine(unique_token=TOKEN if self.bound else None, tunnel=by_stream)
+        await self._join(self.machine)
+        if self.link is Link.PROXY_CUT:
+            await self._join(FakeMachine(tunnel=True))
+        await self.manager.pass_time(100)
+        self.manager.device.hear(self.machine.key)
+        await getattr(self, f"_{self.link.name.lower()}")()
+        if self.restarted:
+            await self._restart()
+
+    async def _join(self, machine: FakeMachine) -> None:
+        answer = await self.manager.join(machine)
+        if machine.tunnel:
+            path = FakePath(machine.key)
+            stream = self.manager.monitor.open_stream(self.manager.link(answer), path, lambda refusal: None, HERE)
+            self.streams.append((path, stream))
+            self.manager.device.hear(machine.key, path)
+        else:
+            self.manager.device.hear(machine.key, Place(HERE))
+        await self.manager.handshake(machine)
+
+    async def _alive(self) -> None:
+        await self.manager.pass_time(3)
+        self.manager.device.answering.add(self.machine.key)
+
+    async def _killed(self) -> None:
+        await self.manager.pass_time(5)
+
+    async def _silent(self) -> None:
+        await self.manager.pass_time(61)
+
+    async def _goodbye(self) -> None:
+        row = await self.manager.row(self.machine)
+        goodbyes = Goodbyes(self.manager.links, self.manager.monitor, self.manager.machines.remove)
+        message = Goodbye(public_key=self.machine.key).encode()
+        assert goodbyes.receive(message, row.overlay_address) is not None
+        await self.manager.pass_time(1)
+
+    async def _cut(self) -> None:
+        """The machine opens another stream at once, as ours does, and is heard there."""
+        await self._end_stream()
+        self.manager.time.on_sleep = lambda: self.manager.device.hear(self.machine.key)
+
+    async def _cut_and_killed(self) -> None:
+        await self._end_stream()
+        await self.manager.pass_time(5)
+
+    async def _proxy_cut(self) -> None:
+        await self._end_stream()
+
+    async def _end_stream(self) -> None:
+        for path, stream in self.streams:
+            path.is_open = False
+            self.manager.monitor.close_stream(stream)
+
+    async def _restart(self) -> None:
+        before = self.manager
+        await before.fleet.last_seen.write()
+        self.manager = Manager(store=before.store, time=before.time)
+        self.manager.device.answering = before.device.answering
+        await self.manager.reconciler.load()
+
+    async def attempt(self, actor: FakeMachine) -> Verdict:
+        """Call, shake hands with a key of its own, and see whose the row is."""
+        manager, key_before = self.manager, (await self.manager.row(self.machine)).public_key
+        digest_before = (await manager.row(self.machine)).unique_token_digest
+        try:
+            await manager.join(actor)
+        except GRPCError:
+            row = await manager.row(self.machine)
+            assert (row.public_key, row.unique_token_digest) == (key_before, digest_before)
+            return Verdict.REFUSED
+        row = await manager.row(self.machine)
+        assert (row.public_key, row.unique_token_digest) == (key_before, digest_before), "a call changes nothing"
+        if actor.key == key_before:
+            return Verdict.SAME
+        assert manager.device.configs[actor.key].allowed_ips == ()
+        await manager.handshake(actor)
+        row = await manager.row(self.machine)
+        if row.public_key != actor.key:
+            return Verdict.REFUSED
+        assert [str(network.network_address) for network in manager.device.configs[actor.key].allowed_ips] == [
+            str(row.overlay_address)
+        ]
+        assert key_before not in manager.device.configs
+        return Verdict.TAKES
+
+
+def machine_again(scene: Scene, source: str) -> FakeMachine:
+    """The machine after a restart: another key, the same token."""
+    return replace(scene.machine, key=new_key(), source=source)
+
+
+def thief(scene: Scene, source: str) -> FakeMachine:
+    """Knows the UUID and the join token."""
+    return replace(scene.machine, key=new_key(), source=source, unique_token="a thief's")
+
+
+def replayer(scene: Scene, source: str) -> FakeMachine:
+    """Repeats the machine's public key, too, with a unique token of its own."""
+    return replace(scene.machine, source=source, unique_token="a thief's")
+
+
+YES, SAME, NO = Verdict.TAKES, Verdict.SAME, Verdict.REFUSED
+
+# bound, link, server restarted: the machine from its own address and from another, the thief from either, who replays
+TABLE: list[tuple[bool, Link, bool, tuple[Verdict, Verdict, Verdict, Verdict, Verdict]]] = [
+    # A bound unique token decides, whatever else is so.
+    (True, Link.ALIVE, False, (YES, YES, NO, NO, NO)),
+    (True, Link.KILLED, False, (YES, YES, NO, NO, NO)),
+    (True, Link.SILENT, False, (YES, YES, NO, NO, NO)),
+    (True, Link.GOODBYE, False, (YES, YES, NO, NO, NO)),
+    (True, Link.CUT, False, (YES, YES, NO, NO, NO)),
+    (True, Link.PROXY_CUT, False, (YES, YES, NO, NO, NO)),
+    (True, Link.ALIVE, True, (YES, YES, NO, NO, NO)),
+    (True, Link.KILLED, True, (YES, YES, NO, NO, NO)),
+    (True, Link.GOODBYE, True, (YES, YES, NO, NO, NO)),
+    # Without one, whoever calls by another key than a living machine's is not that machine.
+    (False, Link.ALIVE, False, (NO, NO, NO, NO, SAME)),
+    # A dead link gives way at once to who calls from its address, and to others after a minute.
+    (False, Link.KILLED, False, (YES, NO, YES, NO, SAME)),
+    (False, Link.SILENT, False, (YES, YES, YES, YES, SAME)),
+    (False, Link.GOODBYE, False, (YES, YES, YES, YES, SAME)),
+    # The end of a stream is no death.
+    (False, Link.CUT, False, (NO, NO, NO, NO, SAME)),
+    (False, Link.CUT_AND_KILLED, False, (YES, NO, YES, NO, SAME)),
+    (False, Link.PROXY_CUT, False, (NO, NO, NO, NO, SAME)),
+    # A server that has just started dials where the machine was heard before.
+    (False, Link.ALIVE, True, (NO, NO, NO, NO, SAME)),
+    (False, Link.KILLED, True, (YES, NO, YES, NO, SAME)),
+    (False, Link.GOODBYE, True, (YES, YES, YES, YES, SAME)),
+]
+ACTORS = [
+    ("machine", machine_again, HERE),
+    ("machine elsewhere", machine_again, ELSEWHERE),
+    ("thief at the machine's address", thief, HERE),
+    ("thief", thief, ELSEWHERE),
+    ("replayer", replayer, ELSEWHERE),
+]
+CASES = [
+    pytest.param(
+        bound, link, restarted, column, verdict, id=f"{'bound' if bound else 'free'}, {link}, {restarted}, {ACTORS[column][0]}"
+    )
+    for bound, link, restarted, verdicts in TABLE
+    for column, verdict in enumerate(verdicts)
+]
+
+
+@pytest.mark.parametrize(("bound", "link", "restarted", "column", "verdict"), CASES)
+async def test_the_verdict(bound: bool, link: Link, restarted: bool, column: int, verdict: Verdict) -> None:
+    scene = Scene(bound, link, restarted)
+    await scene.set_up()
+    _, actor, source = ACTORS[column]
+    began_at = scene.manager.time.now
+    assert await scene.attempt(actor(scene, source)) is verdict
+    assert scene.manager.time.now - began_at <= 8, "no call takes longer"
+
+
+async def test_a_living_machine_is_probed_once_and_answers_within_a_second() -> None:
+    scene = Scene(False, Link.ALIVE)
+    await scene.set_up()
+    began_at = scene.manager.time.now
+    assert await scene.attempt(thief(scene, HERE)) is Verdict.REFUSED
+    assert scene.manager.time.now - began_at == 1.0
+    assert scene.manager.device.calls.count(("handshake", scene.machine.key)) == 1
+
+
+async def test_many_calls_share_one_run_of_probes() -> None:
+    scene = Scene(False, Link.KILLED)
+    await scene.set_up()
+    manager, verdicts = scene.manager, list[str]()
+
+    async def call() -> None:
+        try:
+            await manager.join(thief(scene, HERE))
+            verdicts.append("admitted")
+        except GRPCError as error:
+            verdicts.append(error.status.name)
+
+    async with anyio.create_task_group() as tasks:
+        for _ in range(20):
+            tasks.start_soon(call)
+    assert manager.device.calls.count(("handshake", scene.machine.key)) == 5
+    assert verdicts.count("admitted") == 2, "claims of one address to one row"
+
+
+async def test_the_thief_that_claims_a_silent_row_loses_it_to_the_machine_that_is_heard_again() -> None:
+    scene = Scene(False, Link.SILENT)
+    await scene.set_up()
+    manager, stranger = scene.manager, thief(scene, ELSEWHERE)
+    await manager.join(stranger)
+    manager.device.hear(scene.machine.key)
+    await manager.events()
+    await manager.handshake(stranger)
+    assert (await manager.row(scene.machine)).public_key == scene.machine.key
+    assert stranger.key not in manager.device.configs
+    (refused,) = [event for event in await manager.events() if isinstance(event, ClaimRefused)]
+    assert (refused.source, refused.known_source) == (f"{ELSEWHERE}:1", HERE)
+
+
+async def test_of_two_claims_the_first_that_is_proved_has_the_row() -> None:
+    scene = Scene(False, Link.SILENT)
+    await scene.set_up()
+    manager, one, two = scene.manager, thief(scene, ELSEWHERE), machine_again(scene, HERE)
+    await manager.join(one)
+    await manager.join(two)
+    await manager.handshake(two)
+    await manager.handshake(one)
+    assert (await manager.row(scene.machine)).public_key == two.key
+    assert set(manager.device.configs) == {two.key}
+
+
+async def test_a_takeover_and_a_binding_are_told_with_both_sources() -> None:
+    scene = Scene(False, Link.SILENT)
+    await scene.set_up()
+    manager, again = scene.manager, replace(machine_again(scene, ELSEWHERE), unique_token=TOKEN)
+    await manager.join(again)
+    await manager.events()
+    manager.device.hear(again.key, Place(ELSEWHERE))
+    await manager.handshake(again)
+    events = await manager.events()
+    (rekeyed,) = [event for event in events if isinstance(event, MachineRekeyed)]
+    assert (rekeyed.old_source, rekeyed.source, rekeyed.basis) == (HERE, ELSEWHERE, "silence")
+    assert rekeyed.old_key == scene.machine.key
+    assert [event.source for event in events if isinstance(event, UniqueTokenBound)] == [ELSEWHERE]
+
+
+async def test_a_refusal_is_told_with_both_sources() -> None:
+    scene = Scene(True, Link.ALIVE)
+    await scene.set_up()
+    await scene.manager.events()
+    await scene.manager.refuses(thief(scene, ELSEWHERE))
+    (refused,) = [event for event in await scene.manager.events() if isinstance(event, JoinRefused)]
+    assert refused.reason is JoinRefusal.OTHER_UNIQUE_TOKEN
+    assert (refused.source, refused.known_source) == (f"{ELSEWHERE}:1", HERE)
+
+
+async def test_claims_are_few_per_row_and_source_and_end_after_a_minute() -> None:
+    scene = Scene(False, Link.SILENT)
+    await scene.set_up()
+    manager = scene.manager
+    for source in (ELSEWHERE, ELSEWHERE, NEIGHBOUR, NEIGHBOUR):
+        await manager.join(thief(scene, source))
+    manager.time.advance(4)
+    for source in (ELSEWHERE, "192.0.2.77"):
+        status, text = await manager.refuses(thief(scene, source))
+        assert (status, text[:8]) == (Status.RESOURCE_EXHAUSTED, "too many")
+    assert len(manager.device.configs) == 5
+    manager.time.advance(1)
+    await manager.join(thief(scene, ELSEWHERE))
+    assert len(manager.device.configs) == 5, "one that has had time for a handshake gave way"
+    await manager.pass_time(60)
+    assert set(manager.device.configs) == {scene.machine.key}
+    assert await manager.store.all_claims() == []
+
+
+async def test_who_knows_the_bound_token_is_never_kept_out_by_claims() -> None:
+    scene = Scene(True, Link.KILLED)
+    await scene.set_up()
+    for _ in range(8):
+        await scene.manager.join(machine_again(scene, HERE))
+    assert await scene.attempt(machine_again(scene, HERE)) is Verdict.TAKES
+
+
+async def test_nobody_binds_a_token_to_a_key_that_was_named_before() -> None:
+    """The machine's claim ran out before its handshake: who read its key then names it with a token of its own."""
+    scene = Scene(False, Link.SILENT)
+    await scene.set_up()
+    manager, again = scene.manager, machine_again(scene, HERE)
+    await manager.join(again)
+    await manager.pass_time(61)
+    await manager.join(replace(again, unique_token="a thief's", source=ELSEWHERE))
+    await manager.handshake(again)
+    row = await manager.row(again)
+    assert (row.public_key, row.unique_token_digest) == (again.key, None)
+
+
+async def test_a_row_that_was_never_proved_binds_nobody() -> None:
+    manager, stranger = Manager(), FakeMachine(unique_token="a stranger's")
+    await manager.join(stranger)
+    owner = FakeMachine(node_uuid=stranger.node_uuid, unique_token="mine")
+    await manager.join(owner)
+    await manager.handshake(owner)
+    row = await manager.row(owner)
+    assert row.public_key == owner.key
+    assert set(manager.device.configs) == {owner.key}
+    assert (await manager.refuses(stranger))[0] is Status.PERMISSION_DENIED
+
+
+async def test_a_claim_outlives_the_server() -> None:
+    scene = Scene(True, Link.KILLED)
+    await scene.set_up()
+    again = machine_again(scene, HERE)
+    await scene.manager.join(again)
+    after = Manager(store=scene.manager.store, time=scene.manager.time)
+    await after.reconciler.load()
+    assert after.device.configs[again.key].allowed_ips == ()
+    await after.handshake(again)
+    assert (await after.row(again)).public_key == again.key
+
+
+async def test_a_goodbye_by_another_key_or_of_a_stranger_is_none() -> None:
+    scene = Scene(False, Link.ALIVE)
+    await scene.set_up()
+    goodbyes = Goodbyes(scene.manager.links, scene.manager.monitor, scene.manager.machines.remove)
+    row = await scene.manager.row(scene.machine)
+    assert goodbyes.receive(Goodbye(public_key=new_key()).encode(), row.overlay_address) is None
+    assert goodbyes.receive(Goodbye(public_key=scene.machine.key).encode(), row.overlay_address + 1) is None
+    assert await scene.attempt(thief(scene, ELSEWHERE)) is Verdict.REFUSED
+
+
+async def test_who_is_heard_after_its_goodbye_is_alive() -> None:
+    scene = Scene(False, Link.GOODBYE)
+    await scene.set_up()
+    await scene.manager.pass_time(5)
+    scene.manager.device.hear(scene.machine.key)
+    assert await scene.attempt(thief(scene, ELSEWHERE)) is Verdict.REFUSED
+
+
+async def test_a_machine_that_asks_to_be_forgotten_is() -> None:
+    scene = Scene(True, Link.ALIVE)
+    await scene.set_up()
+    goodbyes = Goodbyes(scene.manager.links, scene.manager.monitor, scene.manager.machines.remove)
+    row = await scene.manager.row(scene.machine)
+    goodbye = goodbyes.receive(Goodbye(public_key=scene.machine.key, forget=True).encode(), row.overlay_address)
+    assert goodbye is not None
+    await goodbyes.forget(goodbye)
+    assert await scene.manager.machines.find(scene.machine.node_uuid) is None
