@@ -1,5 +1,6 @@
 """The four commands of existing machines' command-line client, played to the letter, against `siderolink join`."""
 
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
@@ -65,6 +66,26 @@ def test_version_get_and_apply_config_before_and_over_siderolink(net: Net) -> No
     end(server)
 
 
+EVERY_KIND: dict[str, set[str]] = {
+    "members": set(),
+    "nodeaddress": {"current", "default", "routed"},
+    "routes": {"inet4//192.0.2.0/24/0"},
+    "disks": set(),
+    "systemdisk": set(),
+    "extensions": set(),
+    "cpus": {"CPU-0"},
+    "memorymodules": set(),
+    "meta": set(),
+    "machinestatus": {"machine"},
+    "securitystate": {"securitystate"},
+    "platformmetadata": {"platformmetadata"},
+    "kernelcmdline": {"cmdline"},
+    "hostname": {"hostname"},
+    "diagnostics": set(),
+    "versions": {"version"},
+}
+
+
 def get(alias: str, resource_id: str = "", output: str = "table") -> Callable[[Talosctl], str]:
     return lambda command: command.get(alias, resource_id, output=output)
 
@@ -81,6 +102,8 @@ def read_by_anyone(server: Namespace) -> None:
     assert "linkstatuses.net.talos.dev" in run(server, LAN, get("rd"))
     assert sorted(run(server, LAN, lambda command: command.watch("links", 2))) == ["+ eth0", "+ lo"]
     assert run(server, LAN, get("siderolinkstatus", output="yaml")) == ""
+    for alias, wanted in EVERY_KIND.items():
+        assert wanted <= {row["ID"] for row in rows(run(server, LAN, get(alias)))}, alias
     for alias, words in {
         "mc": "PERMISSION_DENIED desc = not authorized",
         "linkspec": "PERMISSION_DENIED desc = not authorized",
@@ -103,6 +126,16 @@ def apply(server: Namespace) -> None:
     with pytest.raises(CommandError, match=r"INVALID_ARGUMENT desc = the configuration:[0-9]+: not YAML"):
         run(server, LAN, lambda command: command.apply_config(b"kind: ["))
     assert run(server, LAN, Talosctl.version)
+    cluster = b"version: v1alpha1\nmachine:\n  type: worker\n"
+    for text, words in {
+        b"": "config not found",
+        cluster: "runs no cluster",
+        b"kind: SiderolinkConfig\n": "missing apiVersion",
+    }.items():
+        with pytest.raises(CommandError, match=words):
+            run(server, LAN, lambda command, text=text: command.apply_config(text))  # type: ignore[misc]
+    with pytest.raises(CommandError, match="INVALID_ARGUMENT desc = config not found"):
+        run(server, LAN, lambda command: command.apply_config(b"---\n", mode="staged"))
     said = run(server, LAN, lambda command: command.apply_config(documents))
     assert said.splitlines()[-1] == "Applied configuration without a reboot"
 
@@ -120,3 +153,24 @@ def read_by_the_admin(server: Namespace, address: str) -> None:
     assert config["spec"] == DOCUMENTS
     link = yaml.safe_load(run(server, address, get("linkspec", "siderolink", "yaml")))["spec"]
     assert len(link["wireguard"]["privateKey"]) == 44
+    assert set(EVERY_KIND["meta"]) <= {row["ID"] for row in rows(run(server, address, get("meta")))}
+    trial(server, address)
+
+
+def trial(server: Namespace, address: str) -> None:
+    """``apply-config --mode try``, over SideroLink: the link stays, and what was tried goes again."""
+    more = DOCUMENTS.encode() + b"---\napiVersion: v1alpha1\nkind: RegistryAuthConfig\nname: registry.example\n"
+
+    def configured() -> str:
+        return str(yaml.safe_load(run(server, address, get("mc", "v1alpha1", "yaml")))["spec"])
+
+    said = run(server, address, lambda command: command.apply_config(more, mode="try", timeout=2, dry_run=True))
+    assert "+kind: RegistryAuthConfig" in said
+    assert "RegistryAuthConfig" not in configured()
+    said = run(server, address, lambda command: command.apply_config(more, mode="try", timeout=2))
+    assert said.endswith("The config is applied in 'try' mode and will be automatically reverted back in 2s\n")
+    assert "RegistryAuthConfig" in configured()
+    deadline = time.monotonic() + 20
+    while "RegistryAuthConfig" in configured():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)

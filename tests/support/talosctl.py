@@ -58,7 +58,9 @@ WIRE = messages(
     }
 )
 _SEMVER = re.compile(r"v?(0|[1-9]\d*)\.(0|[1-9]\d*)\.(0|[1-9]\d*)(-[0-9A-Za-z.-]+)?(\+[0-9A-Za-z.-]+)?")
-_AUTO = 1
+_MODES = ("reboot", "auto", "no-reboot", "staged", "try")
+_CLIENT = (1, 14, 0)
+"""The client's own version: it warns of an older machine."""
 _CREATED, _UPDATED, _DESTROYED, _BOOTSTRAPPED = range(4)
 
 
@@ -123,9 +125,10 @@ class Talosctl:
             events = session.watch(definition.resource_type, definition.default_namespace)
             return [f"{mark} {resource.metadata.id}" for mark, resource in islice(events, count)]
 
-    def apply_config(self, data: bytes, *, dry_run: bool = False) -> str:
-        """``apply-config --insecure -f FILE [--dry-run]``; the mode is auto."""
-        request = WIRE["ApplyRequest"](data=data, mode=_AUTO, dry_run=dry_run, try_mode_timeout=WIRE["Duration"](seconds=60))
+    def apply_config(self, data: bytes, *, mode: str = "auto", timeout: int = 60, dry_run: bool = False) -> str:
+        """``apply-config --insecure -f FILE [--mode MODE] [--timeout SECONDS] [--dry-run]``."""
+        seconds = WIRE["Duration"](seconds=timeout)
+        request = WIRE["ApplyRequest"](data=data, mode=_MODES.index(mode), dry_run=dry_run, try_mode_timeout=seconds)
         with self._session() as session:
             answer = session.call("/machine.MachineService/ApplyConfiguration", request, "ApplyResponse")
         lines = []
@@ -164,10 +167,13 @@ class _Session:
         return self.call("/machine.MachineService/Version", WIRE["Empty"](), "VersionResponse")
 
     def check_version(self) -> None:
-        """The first thing that ``get`` does; a tag that is no semantic version ends it."""
+        """The first thing that ``get`` does; a tag that is no semantic version ends it, and an older one is warned of."""
         for message in self.version().messages:
-            if not _SEMVER.fullmatch(message.version.tag):
+            found = _SEMVER.fullmatch(message.version.tag)
+            if found is None:
                 raise CommandError(f"error parsing server version: {message.version.tag!r}")
+            if tuple(map(int, found.groups()[:3])) < _CLIENT:
+                raise CommandError(f"WARNING: server version {message.version.tag} is older than the client's")
 
     def resolve(self, alias: str) -> Any:
         """The definition that has this alias; more than one, or none, is an error."""
@@ -268,10 +274,12 @@ def _table(node: str, definition: Any, resources: list[Any]) -> str:
 
 def _cell(path: str, spec: Any) -> str:
     """A column's JSON path: a field, or all members of one."""
-    match = re.fullmatch(r"\{\.([A-Za-z]+)(\[:\])?\}", path)
+    match = re.fullmatch(r"\{\.([A-Za-z_.]+)(\[:\])?\}", path)
     if match is None:
         raise CommandError(f"error parsing column jsonpath {path!r}")
-    value = spec.get(match[1], "")
-    if match[2]:
+    value = spec
+    for key in match[1].split("."):
+        value = value.get(key, "")
+    if match[2] or isinstance(value, list):
         return " ".join(map(str, value))
     return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,4 +1,4 @@
-"""The methods by which a machine is changed: each is a hook of the embedder, or refused politely."""
+"""Methods that change the machine: each calls an embedder's hook or is refused."""
 
 import uuid
 from collections.abc import AsyncIterator, Callable, Mapping

@@ -34,7 +34,7 @@ log = logging.getLogger("siderolink")
 
 API_PORT = 50000
 ANSWER_SECONDS = 5.0
-"""How long a call that moves the API may take to be answered, before the API moves."""
+"""The API waits this long for running calls before it moves to another address."""
 RETRY_SECONDS = 2.0
 LIMITS = Limits(
     max_message_bytes=1024 * 1024,
@@ -63,9 +63,9 @@ class OnOverlay:
     address: IPv6Address
     interface: str
     server: IPv6Address
-    """The server's overlay address: the admin's, by that interface."""
+    """The server's overlay address; a caller from it on that interface is the admin."""
     interface_index: int = 0
-    """The kernel's number of the interface, where it is known: one that was made anew under its old name is another place."""
+    """The interface's index, 0 if unknown: an interface that is deleted and made again under one name has another index."""
 
 
 Place = Everywhere | Nowhere | OnOverlay
@@ -76,13 +76,13 @@ class MaintenanceApi:
 
     def __init__(self, hooks: MachineHooks, resources: ResourceStore, port: int, place: Place, limits: Limits) -> None:
         self.resources = resources
-        """What the API shows; an embedder may add to it."""
+        """The resources that the API serves; an embedder may add its own."""
         self.refusals: Counter[str] = Counter()
-        """How many connections and calls were refused, by named reason (docs/drops.md)."""
+        """Refused connections and calls by reason (docs/drops.md)."""
         self.events = EventHistory()
-        """What `MachineService/Events` tells; an embedder publishes its own."""
+        """The events that `MachineService/Events` serves; an embedder may publish its own."""
         self.log = LogBuffer()
-        """The lines of `MachineService/Logs`."""
+        """The log that `MachineService/Logs` serves."""
         self._implementations = (
             Observation(hooks, self.events, self.log).implementations() | MachineActions(hooks).implementations()
         )
@@ -99,16 +99,16 @@ class MaintenanceApi:
 
     @property
     def place(self) -> Place:
-        """Where it is to listen."""
+        """Where the API should listen."""
         return self._wanted
 
     @property
     def port(self) -> int | None:
-        """The TCP port; None while it listens nowhere."""
+        """The TCP port, or None while the API listens nowhere."""
         return self._servers[0].port if self._servers else None
 
     def move(self, place: Place) -> None:
-        """Listen there and nowhere else. Calls that may have brought this about are answered first."""
+        """Listen at `place` only. Running calls are answered first, since one of them may have caused the move."""
         if place == self._wanted:
             return
         self._wanted = place
@@ -116,15 +116,15 @@ class MaintenanceApi:
         self._moved.set()
 
     async def wait_listening(self) -> None:
-        """Wait until it listens where it is to listen (at once for nowhere, once the sockets are closed)."""
+        """Wait until the API listens at `place`, or until its sockets are closed if that is nowhere."""
         await self._listening.wait()
 
     async def wait_tried(self) -> None:
-        """Wait until it listened for the first time, or could not."""
+        """Wait for the first attempt to listen, successful or not."""
         await self._tried.wait()
 
     async def run(self) -> None:
-        """Listen where it is to listen, for ever."""
+        """Listen at `place` and follow its changes. Never returns."""
         async with background_tasks() as renewing:
             renewing.start_soon(self._renew)
             while True:
@@ -141,7 +141,7 @@ class MaintenanceApi:
                 await self._idle.wait()
 
     async def _listen(self, place: Place, listening: anyio.Event) -> None:
-        """Listen at one place until cancelled; log an obstacle and try again."""
+        """Listen at one place until cancelled, and retry after failures."""
         while True:
             try:
                 async with AsyncExitStack() as stack:
@@ -163,7 +163,7 @@ class MaintenanceApi:
                 await stack.enter_async_context(
                     self._serve(Admittance(admin=server), listening=[sock], reserved_for=[str(server)])
                 )
-                # The machine's own processes: what one of them sends to the overlay address comes by the loopback.
+                # The machine's own processes reach the overlay address over the loopback interface.
                 local = await bind_overlay(address, self._servers[0].port, "lo")
                 await stack.enter_async_context(self._serve(Admittance(), listening=[local]))
             case Nowhere():
@@ -205,7 +205,7 @@ async def serve_maintenance(
     resources: ResourceStore | None = None,
     limits: Limits = LIMITS,
 ) -> AsyncIterator[MaintenanceApi]:
-    """Serve the machine's API, at first at `place` (everywhere by default), until the context is left.
+    """Serve the machine's API until the context is left, starting at `place` (everywhere by default).
 
     A port that is taken, or another obstacle, is logged and tried again. The resources that describe the host are kept up to
     date.

@@ -1,6 +1,6 @@
-"""The certificate of the maintenance API: a leaf of an authority that was made a moment ago and is known to nobody.
+"""The certificate of the maintenance API: a leaf signed by an authority that is generated at startup.
 
-Clients cannot check it (they are told so: ``--insecure``); it encrypts. Keys live in memory alone.
+Clients cannot verify it (``--insecure`` says so); TLS only encrypts here. Keys are never written to disk.
 """
 
 import os
@@ -22,7 +22,7 @@ _CLOCK_SKEW = timedelta(minutes=5)
 
 
 class MaintenanceCertificates:
-    """Makes certificates for the API, all of one authority, and the TLS context that presents the newest."""
+    """Issues the API's certificates from one authority, and keeps the newest in a TLS context."""
 
     def __init__(self, names: Iterable[str] = ()) -> None:
         self._names = tuple(names)
@@ -39,18 +39,18 @@ class MaintenanceCertificates:
             ],
         )
         self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        """TLS 1.3 and HTTP/2 only; a client's certificate is not asked for."""
+        """TLS 1.3 and HTTP/2 only; no client certificate is requested."""
         self.context.minimum_version = ssl.TLSVersion.TLSv1_3
         self.context.set_alpn_protocols(["h2"])
         self.renew()
 
     @property
     def leaf(self) -> x509.Certificate:
-        """What the context presents now."""
+        """The certificate that the context presents now."""
         return self._leaf
 
     def renew(self) -> None:
-        """Present a new leaf from the next connection on."""
+        """Issue a new leaf for the connections from now on."""
         key = ec.generate_private_key(ec.SECP256R1())
         self._leaf = _sign(
             subject=_name("maintenance"),
@@ -70,7 +70,7 @@ class MaintenanceCertificates:
 
 
 def _load(context: ssl.SSLContext, pem: bytes) -> None:
-    """Contexts read files only: this one has no name and no disk."""
+    """`load_cert_chain` reads only files, so give it one in memory."""
     fd = os.memfd_create("certificate", os.MFD_CLOEXEC)
     try:
         with open(fd, "wb", closefd=False) as file:

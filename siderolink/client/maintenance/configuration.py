@@ -1,4 +1,4 @@
-"""The machine's configuration as its API changes it: what is active, what the next start begins with, and what is on trial."""
+"""Applies configurations: the active one, the one for the next start, and trials."""
 
 import logging
 from collections.abc import Awaitable, Callable
@@ -30,12 +30,12 @@ if TYPE_CHECKING:
 log = logging.getLogger("siderolink")
 
 ACTIVE, PERSISTENT = "v1alpha1", "persistent"
-"""The ids of the configuration that is in force, and of the one that the next start begins with."""
+"""Ids of the active configuration and of the one for the next start."""
 DEFAULT_TRY = timedelta(minutes=1)
 LONGEST_TRY = timedelta(days=1)
 _MAX_BYTES = 512 * 1024
 _LONGEST_TEXT = 2000
-"""Of a refusal: it travels as a header."""
+"""Longest text of a refusal, which is sent as a header."""
 _LONGEST_DIFF = 64 * 1024
 _DIFF_LINES = 400
 _DETAILS: dict[ApplyMode, str] = {
@@ -47,17 +47,17 @@ _DETAILS: dict[ApplyMode, str] = {
 
 @dataclass(frozen=True, slots=True)
 class _Trial:
-    """A configuration that is tried, and what comes back after it."""
+    """A running trial and the configuration to return to."""
 
     before: "Configuration | None"
     ends_at: float
 
 
 class ConfigurationKeeper:
-    """Applies configurations. What is refused changes nothing.
+    """Applies configurations. A refused one changes nothing.
 
-    A configuration without a SideroLinkConfig keeps the one that was applied before it: a machine never loses its manager by an
-    order that does not speak of it.
+    A configuration without a SideroLinkConfig keeps the one that was applied before, so a machine does not lose its manager by
+    omission.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class ConfigurationKeeper:
         path: Path | None = None,
         on_refusal: Callable[[ConfigLoadErrorEvent], None] = lambda _: None,
     ) -> None:
-        """`use` puts settings into force, and says what became of it. `path` is where the persistent configuration is kept."""
+        """`use` puts settings into force and returns the verdict. `path` is the file of the persistent configuration."""
         self._resources = resources
         self._use = use
         self._path = path
@@ -85,7 +85,7 @@ class ConfigurationKeeper:
         return self._active is not None and self._active.has_join
 
     async def load(self) -> None:
-        """Put into force what was kept. What cannot be read any more is logged and passed over. Raises ConfigurationError."""
+        """Apply the kept configuration. An invalid one is logged and skipped. Raises ConfigurationError."""
         data = None if self._path is None else read_private(self._path, _MAX_BYTES)
         if not data:
             return
@@ -145,13 +145,13 @@ class ConfigurationKeeper:
         return ApplyAnswer(warnings=tuple(warnings), mode=mode, details=details)
 
     async def _act(self, mode: ApplyMode, found: "Configuration", timeout: timedelta) -> list[str]:
-        """Put it into force as the mode says. Gives warnings. Raises GRPCError, and then nothing has changed."""
+        """Apply it in this mode; returns warnings. Raises GRPCError; then nothing has changed."""
         warnings: list[str] = []
         if mode != "staged":
             warnings += await self._activate(found)
         before, self._active = self._active, (self._active if mode == "staged" else found)
         if mode == "try":
-            # a trial within a trial goes back to where the machine was before this call, as existing machines do
+            # a trial within a trial returns to the configuration before this call, as on existing machines
             self._set_trial(_Trial(before, anyio.current_time() + timeout.total_seconds()))
         else:
             warnings += await self._keep(found)
@@ -169,7 +169,7 @@ class ConfigurationKeeper:
         return (*verdict.warnings, *pending)
 
     async def _keep(self, found: "Configuration") -> list[str]:
-        """Let the next start begin with it."""
+        """Make it the configuration for the next start; returns warnings."""
         self._persistent = found
         if self._path is None:
             return ["it is kept in memory alone: this program was given no file for it"]
@@ -181,7 +181,7 @@ class ConfigurationKeeper:
         return []
 
     async def _end_trial(self, trial: _Trial) -> None:
-        """Go back to what was in force before a trial."""
+        """Return to the configuration before a trial."""
         self._set_trial(None)
         settings = MachineSettings() if trial.before is None else trial.before.settings
         log.info("the configuration on trial is taken back")
@@ -221,7 +221,7 @@ async def _difference(before: "Configuration | None", after: "Configuration") ->
 
 
 def difference(old: str, new: str) -> str:
-    """A unified difference of bounded length, in time that does not depend on what the texts are made of."""
+    """A unified diff of bounded length, computed in bounded time."""
     if old == new:
         return "No changes."
     before, after = old.splitlines(keepends=True), new.splitlines(keepends=True)

@@ -1,4 +1,4 @@
-"""From a call to what serves it: the caller's role first, then the message, then the method; and everything bounded."""
+"""Dispatches calls: checks the caller's role, then the message, then calls the implementation."""
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import aclosing
@@ -22,17 +22,17 @@ Answer: TypeAlias = Awaitable[betterproto2.Message] | AsyncIterator[betterproto2
 
 @dataclass(frozen=True, slots=True)
 class Implementation:
-    """What serves one method. It is called with the request and the caller's role."""
+    """The implementation of one method. It is called with the request and the caller's role."""
 
     function: Callable[[Any, Role], Answer]
     request: type[betterproto2.Message]
     answer: type[betterproto2.Message]
     is_stream: bool = False
-    """Whether it gives an iterator of answers, and not one."""
+    """Whether it returns an iterator of answers."""
 
 
 class CallCounter:
-    """How many calls that may move the API are under way: they are answered before it moves."""
+    """Counts running calls: the API answers them before it moves."""
 
     def __init__(self, on_idle: Callable[[], None]) -> None:
         self._on_idle = on_idle
@@ -48,7 +48,7 @@ class CallCounter:
 
 
 class MethodTable:
-    """All methods of the API for the callers of one socket: those that are implemented, and the refusals of the others."""
+    """All methods of the API for the callers of one socket, implemented or refused."""
 
     def __init__(self, implementations: Mapping[str, Implementation], admittance: Admittance, calls: CallCounter) -> None:
         self._implementations = implementations

@@ -1,4 +1,4 @@
-"""What the link means for the API: where it listens, and what the resources about SideroLink say."""
+"""Applies a link's state to the API: where it listens, and the resources about SideroLink."""
 
 import contextlib
 import socket
@@ -37,7 +37,7 @@ class LinkFollower:
     """
 
     def __init__(self, api: MaintenanceApi, *, private_key: PrivateKey | None = None) -> None:
-        """`private_key` is the one that `connect` is given, for admins to read with the interface's specification."""
+        """`private_key` is the link's; admins read it in LinkSpec."""
         self._api = api
         self.private_key = private_key
         self._url: JoinURL | None = None
@@ -63,10 +63,10 @@ class LinkFollower:
         self._api.move(Everywhere())
 
     def on_event(self, event: LinkEvent) -> None:
-        """Take what happens to the link."""
+        """Apply an event of the link."""
         match event:
             case Joined():
-                # With another address or transport comes another interface, and its own event.
+                # Another address or transport means another interface, which is reported by its own event.
                 if self._joined is not None and (event.address, event.transport) != (
                     self._joined.address,
                     self._joined.transport,

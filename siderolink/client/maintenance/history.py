@@ -1,4 +1,4 @@
-"""What callers may look back on: the machine's last events, and the last lines of this program's log. Both are bounded."""
+"""Bounded history: the machine's last events, and the last lines of this program's log."""
 
 import asyncio
 import contextlib
@@ -24,7 +24,7 @@ _LONGEST_LINE = 4096
 
 
 class RingBuffer(Generic[T]):
-    """The last entries of a sequence, which any number of readers follow. A reader that is too slow misses entries."""
+    """A ring buffer that any number of readers follow. Slow readers miss entries."""
 
     def __init__(self, max_items: int, max_bytes: int) -> None:
         self._entries: deque[tuple[T, int]] = deque()
@@ -48,14 +48,14 @@ class RingBuffer(Generic[T]):
         self._grown = anyio.Event()
 
     def since(self, number: int) -> Iterator[tuple[int, T]]:
-        """The entries from a number on that are still there, each with the number behind it."""
+        """The remaining entries from `number` on, each with the number of the next one."""
         first = self._first
         for offset, (entry, _) in enumerate(tuple(self._entries)):
             if first + offset >= number:
                 yield first + offset + 1, entry
 
     async def follow(self, number: int) -> AsyncIterator[T]:
-        """The entries from a number on, for ever."""
+        """The entries from `number` on. Never ends."""
         while True:
             grown = self._grown
             for after, entry in self.since(number):
@@ -73,12 +73,12 @@ class EventHistory:
         self._events: RingBuffer[tuple[Event, datetime]] = RingBuffer(MAX_EVENTS, MAX_BYTES)
 
     def publish(self, payload: MachineEventPayload, *, actor_id: str = "") -> None:
-        """Tell those who follow, and remember it for a while."""
+        """Add an event to the history."""
         event = Event(data=pack_event(payload), id=self._ids.next(), actor_id=actor_id)
         self._events.append((event, datetime.now(UTC)), len(bytes(event)) + 64)
 
     async def follow(self, request: EventsRequest) -> AsyncIterator[Event]:
-        """Past events as far as they are asked for, then new ones, for ever."""
+        """The requested past events, then new ones. Never ends."""
         async for event, _ in self._events.follow(self._start(request)):
             if request.with_actor_id in ("", event.actor_id):
                 yield event
@@ -114,7 +114,7 @@ class LogBuffer(logging.Handler):
             self.handleError(record)
 
     async def lines(self, *, follow: bool, tail_lines: int) -> AsyncIterator[bytes]:
-        """The last lines (all that are there where `tail_lines` is negative), then new ones if they are followed."""
+        """The last lines (all if `tail_lines` is negative), then new ones if `follow`."""
         start = 0 if tail_lines < 0 else max(self._lines.end - tail_lines, 0)
         if follow:
             async for line in self._lines.follow(start):

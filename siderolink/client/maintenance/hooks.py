@@ -1,4 +1,4 @@
-"""What an embedder does when the machine's API is called."""
+"""Hooks of an embedder for calls of the machine's API, with their requests and answers."""
 
 import platform
 import re
@@ -73,7 +73,7 @@ class MachineVersion:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ApplyRequest:
-    """A configuration to take."""
+    """A configuration to apply."""
 
     data: bytes = field(repr=False)
     """YAML documents, as they came."""
@@ -83,12 +83,12 @@ class ApplyRequest:
     try_timeout: timedelta | None
     """With the mode ``try``: how long before the change is taken back."""
     by_admin: bool = True
-    """Whether an admin asks; others are not shown what is configured already."""
+    """Whether the caller is an admin; others do not see the present configuration."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ApplyAnswer:
-    """What became of a configuration."""
+    """The result of applying a configuration."""
 
     warnings: tuple[str, ...] = ()
     mode: ApplyMode = "no-reboot"
@@ -107,7 +107,7 @@ class ResetPartition:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResetRequest:
-    """What a reset shall do."""
+    """A request to reset the machine."""
 
     graceful: bool
     reboot: bool
@@ -116,30 +116,30 @@ class ResetRequest:
     user_disks: tuple[str, ...]
     mode: WipeMode
     actor_id: str
-    """What the events of the reset shall carry."""
+    """The actor id for the events of this reset."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RebootRequest:
-    """How to reboot."""
+    """A request to reboot."""
 
     power_cycle: bool
     actor_id: str
-    """What the events of the reboot shall carry."""
+    """The actor id for the events of this reboot."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShutdownRequest:
-    """How to power off."""
+    """A request to power off."""
 
     force: bool
     actor_id: str
-    """What the events of the shutdown shall carry."""
+    """The actor id for the events of this shutdown."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InstallRequest:
-    """What to install, and where."""
+    """A request to install or upgrade the operating system."""
 
     image: str
     disk: str = ""
@@ -149,12 +149,12 @@ class InstallRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LogRequest:
-    """Which lines of a log to give."""
+    """A request for the lines of a log."""
 
     id: str
     follow: bool
     tail_lines: int
-    """How many past lines to begin with; negative for all."""
+    """Past lines to start with; negative for all."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""META: what a server writes down on its machine, and files that outlive the program."""
+"""META, the key-value store that a server writes on its machine, and private files."""
 
 import base64
 import binascii
@@ -20,17 +20,17 @@ from siderolink.common.errors import ConfigurationError
 UUID_KEY, UNIQUE_TOKEN_KEY = 15, 16
 """The keys by which a server gives a machine its identity."""
 MAX_BYTES = 250 * 1024
-"""Of all values together, as on existing machines; a little for each key included."""
+"""Size of all values together with `_KEY_BYTES` per key, about as on existing machines."""
 _KEY_BYTES = 8
 _MAX_FILE = 512 * 1024
 _FORMAT = 1
 
 
 class MetaStore:
-    """The values by their keys, shown as MetaKey resources, and kept in a file where there is one."""
+    """META's values, shown as MetaKey resources and kept in a file if there is one."""
 
     def __init__(self, resources: ResourceStore, path: Path | None = None) -> None:
-        """Reads the file. Raises ConfigurationError where it is there and cannot be read."""
+        """Raises ConfigurationError if the file exists and cannot be read."""
         self._resources = resources
         self._path = path
         self._writing = anyio.Lock()
@@ -42,7 +42,7 @@ class MetaStore:
         return self._values
 
     async def write(self, key: int, value: bytes) -> None:
-        """Set a key. Raises GRPCError where there is no room, or where the file cannot be written: then nothing changed."""
+        """Set a key. Raises GRPCError if there is no room or the file cannot be written; then nothing changed."""
         async with self._writing:
             values = self._values | {key: bytes(value)}
             if sum(len(found) + _KEY_BYTES for found in values.values()) > MAX_BYTES:
@@ -50,7 +50,7 @@ class MetaStore:
             await self._replace(values)
 
     async def delete(self, key: int) -> bool:
-        """Remove a key; False where there was none. Raises GRPCError where the file cannot be written."""
+        """Remove a key; False if it does not exist. Raises GRPCError if the file cannot be written."""
         async with self._writing:
             if key not in self._values:
                 return False
@@ -95,7 +95,7 @@ def _load(path: Path) -> dict[int, bytes]:
 
 
 def read_private(path: Path, limit: int) -> bytes | None:
-    """A file of this program; None where there is none. Raises ConfigurationError where it cannot be read."""
+    """A file's contents, or None if it does not exist. Raises ConfigurationError if it cannot be read."""
     try:
         with path.open("rb") as file:
             data = file.read(limit + 1)
@@ -109,7 +109,7 @@ def read_private(path: Path, limit: int) -> bytes | None:
 
 
 def write_private(path: Path, data: bytes) -> None:
-    """Put a file in place of another at once, readable by its owner alone. Raises OSError; then the old one is still there."""
+    """Replace a file atomically; only its owner can read it. Raises OSError; then the old file is intact."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)

@@ -1,6 +1,7 @@
-"""The methods that tell of the host and change nothing: figures of the kernel, logs, events, services."""
+"""Read-only methods: statistics of the kernel, logs, events, services."""
 
 import socket
+from collections import defaultdict
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from datetime import UTC, datetime
@@ -28,6 +29,8 @@ from siderolink.common.text import one_line
 T = TypeVar("T")
 
 _READ_SECONDS = 10.0
+_FRESH_SECONDS = 1.0
+"""Callers within this time share one reading."""
 _READABLE = (
     "/proc/sys/kernel/random/boot_id",
     "/proc/version",
@@ -43,9 +46,12 @@ _PART = 32 * 1024
 _MAX_FILE = 1024 * 1024
 OWN_LOG, KERNEL_LOG = "siderolink", "kernel"
 
+_processes = partial(proc.processes, with_arguments=False)
+_all_of_processes = partial(proc.processes, with_arguments=True)
+
 
 class Observation:
-    """Answers from the kernel's files, in a few threads of its own, so that one that hangs holds up nothing else."""
+    """Reads the kernel's files in a few threads of its own, so that a read that hangs delays nothing else."""
 
     def __init__(self, hooks: MachineHooks, events: EventHistory, log: LogBuffer) -> None:
         self._hooks = hooks
@@ -53,6 +59,8 @@ class Observation:
         self._log = log
         self._started = datetime.now(UTC)
         self._threads = anyio.CapacityLimiter(4)
+        self._locks: defaultdict[object, anyio.Lock] = defaultdict(anyio.Lock)
+        self._results: dict[object, tuple[float, Any]] = {}
 
     def implementations(self) -> dict[str, Implementation]:
         """By the paths of their methods."""
@@ -95,7 +103,21 @@ class Observation:
         )
 
     async def _ask(self, function: Callable[[], T]) -> T:
-        """Call a function that reads files. Raises GRPCError where they do not answer."""
+        """The result of a function that reads files, at most `_FRESH_SECONDS` old. Raises GRPCError."""
+        try:
+            with anyio.fail_after(_READ_SECONDS):
+                async with self._locks[function]:
+                    known = self._results.get(function)
+                    if known is None or anyio.current_time() - known[0] > _FRESH_SECONDS:
+                        found = await self._read_in_thread(function)
+                        known = self._results[function] = anyio.current_time(), found
+                    result: T = known[1]
+                    return result
+        except TimeoutError:
+            raise GRPCError(Status.DEADLINE_EXCEEDED, "the kernel did not answer in time") from None
+
+    async def _read_in_thread(self, function: Callable[[], T]) -> T:
+        """The result of a function that reads files. Raises GRPCError."""
         try:
             with anyio.fail_after(_READ_SECONDS):
                 return await anyio.to_thread.run_sync(function, limiter=self._threads, abandon_on_cancel=True)
@@ -127,7 +149,7 @@ class Observation:
         return pb.NetworkDeviceStatsResponse(messages=[await self._ask(proc.network_devices)])
 
     async def _processes(self, _: Empty, role: Role) -> pb.ProcessesResponse:
-        found = await self._ask(partial(proc.processes, with_arguments=role is Role.ADMIN))
+        found = await self._ask(_all_of_processes if role is Role.ADMIN else _processes)
         return pb.ProcessesResponse(messages=[pb.Process(processes=found)])
 
     async def _system_stat(self, _: Empty, role: Role) -> pb.SystemStatResponse:
@@ -138,7 +160,7 @@ class Observation:
         return storage.DisksResponse(messages=[storage.Disks(disks=disks.legacy_disks(found))])
 
     async def _statfs(self, request: pb.StorageServiceStatfsRequest, role: Role) -> pb.StorageServiceStatfsResponse:
-        found = await self._ask(partial(proc.file_system, request.path))
+        found = await self._read_in_thread(partial(proc.file_system, request.path))
         if found is None:
             raise GRPCError(Status.NOT_FOUND, f"no file system is mounted at {one_line(request.path, limit=200)!r}")
         return found
@@ -194,7 +216,7 @@ class Observation:
         if request.path not in _READABLE:
             allowed = ", ".join(_READABLE)
             raise GRPCError(Status.PERMISSION_DENIED, f"this machine gives out no files but {allowed}")
-        text = (await self._ask(lambda: proc.read_text(Path(request.path), _MAX_FILE))).encode()
+        text = (await self._read_in_thread(partial(proc.read_text, Path(request.path), _MAX_FILE))).encode()
         if not text:
             raise GRPCError(Status.NOT_FOUND, f"{request.path} cannot be read on this machine")
         for start in range(0, len(text), _PART):

@@ -1,7 +1,7 @@
-"""Which resources a caller asks for: by their labels, and by a pattern of their ids.
+"""Selects resources by label queries and by a pattern of their ids.
 
-Patterns come from strangers, in the syntax of RE2, which is what clients of the resource API write. RE2 follows all branches of
-a pattern at the same time, so none takes longer than the text is long. The package is an extra.
+Patterns come from strangers, in RE2 syntax, which clients of the resource API use. RE2 matches in time linear in the text. The
+package is an extra.
 """
 
 import re
@@ -16,20 +16,20 @@ from siderolink.common.pb.cosi import resource as pb
 from siderolink.common.text import one_line
 
 MAX_TERMS = 128
-"""Of all queries of a call together."""
+"""Label terms of all queries of one call together."""
 LONGEST_PATTERN: Final = 1024
 _MEMORY: Final = 1 << 18
-"""Bytes that a compiled pattern may take, its tables included."""
+"""Memory limit of a compiled pattern, in bytes."""
 _NUMBER = re.compile(r"[-+]?[0-9]{1,18}\Z")
 _Operation = pb.LabelTermOperation
 
 
 class PatternError(ValueError):
-    """The pattern is malformed, too long, or too large."""
+    """Raised when a pattern is malformed, too long, or needs too much memory."""
 
 
 class NoPatternsError(Exception):
-    """The package that matches is not installed."""
+    """Raised when google-re2 is not installed."""
 
 
 class Pattern:
@@ -56,14 +56,14 @@ class Pattern:
 
 
 def _reason(error: Exception) -> str:
-    """What is wrong; the library says it in bytes."""
+    """The library's error text, which it gives as bytes."""
     reason = error.args[0] if error.args else ""
     return reason.decode(errors="replace") if isinstance(reason, bytes) else str(reason)
 
 
 @dataclass(frozen=True, slots=True)
 class Term:
-    """One condition on labels. A label that is not there meets none, and its opposite does."""
+    """One condition on a label. A missing label fails it, and passes it if inverted."""
 
     key: str
     operation: pb.LabelTermOperation
@@ -75,7 +75,7 @@ class Term:
         return found is not None and found != self.is_inverted
 
     def _compare(self, value: str | None) -> bool | None:
-        """None where numbers were to be compared and there are none: neither the condition nor its opposite holds then."""
+        """None for a numeric comparison without numbers: it fails, inverted or not."""
         if value is None:
             return False
         if self.operation is _Operation.EXISTS:
@@ -102,7 +102,7 @@ class Term:
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """Resources whose labels meet all terms of any query, and in whose ids the pattern occurs."""
+    """Matches resources whose labels meet all terms of any query and whose id contains the pattern."""
 
     queries: tuple[tuple[Term, ...], ...] = ()
     pattern: Pattern | None = None
@@ -113,7 +113,7 @@ class Selection:
         return not self.queries or any(all(term.holds(resource.labels) for term in terms) for terms in self.queries)
 
     def kind_of(self, change: Change) -> ChangeKind | None:
-        """What a change is to whoever sees these resources alone; None for nothing."""
+        """The kind of a change as seen by a watcher of this selection, or None if it does not concern the watcher."""
         is_in = self.holds(change.resource)
         was_in = change.old is not None and self.holds(change.old)
         if change.kind is not ChangeKind.UPDATED or (is_in and was_in):
@@ -124,7 +124,7 @@ class Selection:
 
 
 def read_selection(labels: Sequence[pb.LabelQuery], ids: pb.IdQuery | None) -> Selection:
-    """What the queries of a call say. Raises GRPCError."""
+    """Read the queries of a call. Raises GRPCError."""
     if sum(len(query.terms) for query in labels) > MAX_TERMS or len(labels) > MAX_TERMS:
         raise GRPCError(Status.INVALID_ARGUMENT, f"a call has at most {MAX_TERMS} label terms")
     queries = tuple(tuple(map(_term, query.terms)) for query in labels)

@@ -1,4 +1,4 @@
-"""Who may call what: every method of the machine's API, the role it needs, and what becomes of those that are not served.
+"""Roles: every method of the machine's API with the role it needs, and the refusals of methods that are not served.
 
 A caller's role depends on the socket that took the connection. The one that hears the SideroLink interface alone gets what
 WireGuard has authenticated, and there the server's own address is the admin's. On every other socket all callers are readers,

@@ -1,4 +1,4 @@
-"""cosi.resource.State: reading the machine's resources. Sensitive ones are for the admin alone."""
+"""cosi.resource.State: reading the machine's resources. Only admins read sensitive ones."""
 
 from typing import Any, TypeVar
 
@@ -65,7 +65,7 @@ class StateService:
         resource_type = self._permitted(stream, request)
         selection = read_selection(options.label_query, options.id_query)
         for found in self._store.list(resource_type, request.namespace):
-            await anyio.lowlevel.checkpoint()  # a pattern costs time, and others want their turn
+            await anyio.lowlevel.checkpoint()  # matching takes time; let other tasks run
             if selection.holds(found):
                 await stream.send_message(pb.ListResponse(resource=message_of(found)))
 
@@ -74,7 +74,7 @@ class StateService:
         options = request.options or pb.WatchOptions()
         resource_type = self._permitted(stream, request)
         selection = _watched(request, options)
-        # nothing is awaited between these two, so that no change falls between
+        # no await between these two, so no change is missed
         try:
             watch = self._store.watch(resource_type, request.id, request.namespace)
         except TooManyWatchesError:
@@ -91,7 +91,7 @@ class StateService:
     def _beginning(
         self, request: pb.WatchRequest, options: pb.WatchOptions, resource_type: ResourceType, selection: Selection
     ) -> list[pb.Event]:
-        """What a watch begins with: what there is now, or what happened before, as far as it was asked for."""
+        """The first events of a watch: present contents or past changes, as requested."""
         history = self._store.history(resource_type, request.namespace)
         past = _past(request, options, history)
         if past is not None:
@@ -119,7 +119,7 @@ class StateService:
         return events
 
     def _permitted(self, stream: Stream[Any, Any], request: pb.GetRequest | pb.ListRequest | pb.WatchRequest) -> ResourceType:
-        """The type that is asked for. Raises GRPCError where there is none, or where the caller may not read it there."""
+        """The requested type. Raises GRPCError if it is not registered or the caller may not read it."""
         found = self._store.type(request.type)
         if found is None:
             text = f'resource type "{one_line(request.type, limit=128)}" is not supported'
@@ -133,7 +133,7 @@ class StateService:
 
 
 def _watched(request: pb.WatchRequest, options: pb.WatchOptions) -> Selection:
-    """The resources that a watch is of. Raises GRPCError for what does not go together."""
+    """The selection of a watch. Raises GRPCError for options that contradict each other."""
     if request.id is not None:
         if options.bootstrap_contents:
             raise GRPCError(Status.UNIMPLEMENTED, "bootstrap contents is not implemented for resource watch")
@@ -145,7 +145,7 @@ def _watched(request: pb.WatchRequest, options: pb.WatchOptions) -> Selection:
 
 
 def _past(request: pb.WatchRequest, options: pb.WatchOptions, history: History) -> list[Change] | None:
-    """The past changes that were asked for; None where there was no such wish. Raises GRPCError."""
+    """The requested past changes, or None if none were requested. Raises GRPCError."""
     if options.tail_events > 0:
         return history.last(options.tail_events, request.id)
     if options.start_from_bookmark is None:
@@ -173,7 +173,7 @@ async def _send_changes(
 
 
 def message_of(found: Resource) -> pb.Resource:
-    """A resource as it travels."""
+    """A resource as its protobuf message."""
     metadata = pb.Metadata(
         namespace=found.namespace,
         type=found.type.name,
@@ -193,7 +193,7 @@ def _created(found: Resource) -> pb.Event:
 
 
 def _changed(change: Change, selection: Selection, history: History) -> pb.Event | None:
-    """A change, as those see it who watch a selection; None for nothing."""
+    """A change as an event for a watcher of a selection, or None if it does not concern the watcher."""
     kind = selection.kind_of(change)
     if kind is None:
         return None
@@ -208,7 +208,7 @@ def _event(event_type: pb.EventType, found: pb.Resource, bookmark: bytes | None 
 
 
 def _tombstone(resource_type: ResourceType, request: pb.WatchRequest) -> pb.Resource:
-    """What stands for a resource that is not there."""
+    """A placeholder for a resource that does not exist."""
     metadata = pb.Metadata(
         namespace=request.namespace or resource_type.namespace,
         type=resource_type.name,

@@ -3,12 +3,14 @@
 from functools import partial
 from typing import Any
 
+import anyio
 import pytest
 
 from siderolink.client.maintenance import ResourceSpec
+from siderolink.client.maintenance.resources.store import MAX_WATCHES
 from siderolink.common.pb.cosi import resource as cosi
 from tests.support.machine_api import STATE, MachineClient
-from tests.unit.maintenance.test_api import WIDGET, ask, kinds, serving, watched
+from tests.unit.maintenance.test_api import WIDGET, ask, kinds, refusal, serving, watched
 
 pytestmark = pytest.mark.anyio
 
@@ -56,3 +58,20 @@ async def test_a_watch_goes_on_where_another_ended() -> None:
         assert last == destroyed
         _, [last] = await ask(api, partial(watched, count=2, options=cosi.WatchOptions(tail_events=1), id="one"))
         assert last == destroyed
+
+
+async def test_watches_are_bounded_in_number_and_end_with_their_callers() -> None:
+    async with serving() as api:
+        api.resources.define(WIDGET)
+        held = [api.resources.watch(WIDGET, None) for _ in range(MAX_WATCHES)]
+        assert await refusal(api, partial(watched, count=1)) == (
+            "RESOURCE_EXHAUSTED",
+            "too many watches run on this machine; end some first",
+        )
+        for watch in held:
+            api.resources.unwatch(watch)
+        for _ in range(3):
+            assert await ask(api, partial(watched, count=1)) == [[]]
+        with anyio.fail_after(10):
+            while api.resources.watches:
+                await anyio.sleep(0.01)

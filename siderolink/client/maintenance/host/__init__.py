@@ -1,1 +1,1 @@
-"""What the kernel and the firmware say of this host: plain functions that read files, to be called in a thread."""
+"""Information about this host from the kernel and the firmware: blocking functions, to be called in a thread."""

@@ -1,4 +1,4 @@
-"""The host's disks as sysfs shows them (the kernel's Documentation/ABI/stable/sysfs-block)."""
+"""The host's disks, from sysfs (the kernel's Documentation/ABI/stable/sysfs-block)."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""The kernel's log as text (dmesg), with or without what is yet to come."""
+"""The kernel's log as text, as dmesg prints it."""
 
 import asyncio
 import os

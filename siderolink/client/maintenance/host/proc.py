@@ -1,4 +1,4 @@
-"""Figures of the kernel (proc(5)), as the machine's API has them. Files are read up to a bound; what is odd reads as zero."""
+"""Statistics of the kernel (proc(5)) as messages of the machine's API. Malformed numbers read as zero; reads are bounded."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""The firmware's inventory (SMBIOS, DSP0134): processors and memory modules; where there is none, what the kernel knows."""
+"""Processors and memory modules from the firmware's table (SMBIOS, DSP0134), or else from the kernel."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

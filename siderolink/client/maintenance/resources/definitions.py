@@ -1,4 +1,4 @@
-"""The types of resources that a machine offers, as clients know them: full name, aliases, columns, and who may read them."""
+"""The resource types of a machine: full name, aliases, table columns, and who may read them."""
 
 from dataclasses import dataclass
 
@@ -11,19 +11,19 @@ from siderolink.common.pb.cosi.resource.meta import (
 )
 
 META = "meta"
-"""The namespace of what describes resources."""
+"""The namespace of resources about resources."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResourceType:
-    """One type."""
+    """A resource type."""
 
     name: str
     """The full name: a plural in CamelCase, a dot and a domain."""
     singular: str
-    """What one is called, for people."""
+    """The singular, for people."""
     namespace: str
-    """Where clients look when they are told no namespace."""
+    """The default namespace."""
     aliases: tuple[str, ...] = ()
     columns: tuple[tuple[str, str], ...] = ()
     """Titles and JSON paths of a table's columns."""
@@ -37,7 +37,7 @@ class ResourceType:
 
     @property
     def short_names(self) -> tuple[str, ...]:
-        """Its aliases, the singular, and the capitals of its name, as clients expect to find them."""
+        """Aliases, singular, and initials, as clients expect them."""
         plural = self.name.partition(".")[0]
         capitals = "".join(letter for letter in plural if letter.isupper()).lower()
         names = [*self.aliases, self.singular.lower()]
@@ -49,13 +49,13 @@ class ResourceType:
 
     @property
     def all_names(self) -> tuple[str, ...]:
-        """All by which it may be called but its full name."""
+        """All names other than the full one."""
         plural, *domain = self.name.lower().split(".")
         partial = (".".join((plural, *domain[:count])) for count in range(len(domain)))
         return (*partial, *self.short_names)
 
     def definition(self) -> ResourceSpec:
-        """What clients ask for first."""
+        """The definition, which clients read first."""
         sensitivity = ResourceDefinitionSpecSensitivity
         spec = ResourceDefinitionSpec(
             resource_type=self.name,
@@ -265,7 +265,7 @@ EMPTY_TYPES = (
     EXTENSION_CONFIG,
     OOM_ACTION,
 )
-"""What this machine never has, and clients expect to be registered."""
+"""Types that clients expect to be registered, and of which this machine has no resource."""
 
 MACHINE_TYPES = (
     LINK_STATUS,

@@ -1,4 +1,4 @@
-"""Keeps the resources that describe the host: each is read when the kernel says that it changed, and never polled.
+"""Keeps the resources that describe the host up to date. The kernel reports changes; nothing is polled.
 
 Links, addresses and routes are told of by netlink, disks by the kernel's device events, the host's name by a change of
 ``/proc/sys/kernel/hostname``, which poll(2) reports as an exceptional condition.
@@ -40,16 +40,16 @@ _DEVICE_EVENTS: Final = 1
 _KOBJECT_UEVENT: Final = 15
 _RECEIVE_BYTES: Final = 1 << 16
 _QUIET_SECONDS: Final = 0.05
-"""A host that changes without end is read this often at most."""
+"""Pause between two readings of a host that changes continuously."""
 _CMDLINE_BYTES: Final = 64 * 1024
 
 
 @dataclass(frozen=True, slots=True)
 class _Source:
-    """Something that changes, and how it is read into the store."""
+    """A source of changes, and how to read it into the store."""
 
     changes: Callable[[asyncio.Event], Any]
-    """A context in which the event is set whenever it may have changed."""
+    """A context manager that sets the event after each possible change."""
     refresh: Callable[[ResourceStore], Coroutine[Any, Any, None]]
 
 
@@ -61,7 +61,7 @@ async def keep_host_resources(
     platform: str = "metal",
     task_status: "anyio.abc.TaskStatus[None]" = anyio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Keep the store up to date for ever; started once it has been filled. `tag` and `platform` are the machine's."""
+    """Keep the store up to date. Never returns; started once the store is filled. `tag` and `platform` are the machine's."""
     store.put(types.MACHINE_STATUS, "machine", specs.machine_status())
     if tag:
         store.put(types.VERSION, "version", specs.version(tag))
@@ -88,13 +88,13 @@ async def _follow(store: ResourceStore, source: _Source, *, task_status: "anyio.
             changed.clear()
             try:
                 await source.refresh(store)
-            except OSError as error:  # what was read before stays; the next change reads again
+            except OSError as error:  # keep what was read before; the next change reads again
                 log.warning("the maintenance API could not read a change of this host: %s", error)
             await anyio.sleep(_QUIET_SECONDS)
 
 
 async def _read_once(store: ResourceStore, node_uuid: str) -> None:
-    """What does not change while a program runs."""
+    """Read what cannot change while the program runs."""
     found = await anyio.to_thread.run_sync(system_information, node_uuid)
     store.put(types.SYSTEM_INFORMATION, "systeminformation", specs.system_information(found))
     processors, modules = await anyio.to_thread.run_sync(inventory)
@@ -168,20 +168,20 @@ async def _device_events(changed: asyncio.Event) -> AsyncIterator[None]:
 
 
 def _drain(messages: socket.socket, changed: asyncio.Event) -> None:
-    """Something changed; what, is read from the kernel itself."""
+    """Discard the messages and report a change: the state is read from the kernel."""
     while True:
         try:
             messages.recv(_RECEIVE_BYTES)
         except BlockingIOError:
             break
-        except OSError:  # messages were lost: all the more has changed
+        except OSError:  # the kernel dropped messages, so something changed
             read_on(asyncio.get_running_loop(), messages, _drain, messages, changed)
     changed.set()
 
 
 @asynccontextmanager
 async def _hostname_changes(changed: asyncio.Event) -> AsyncIterator[None]:
-    """The file is always readable: only the exceptional condition is waited for, by an epoll of its own."""
+    """The file is always readable, so wait for its exceptional condition with a separate epoll."""
     loop = asyncio.get_running_loop()
     try:
         fd = os.open(HOSTNAME, os.O_RDONLY | os.O_CLOEXEC)
@@ -191,7 +191,7 @@ async def _hostname_changes(changed: asyncio.Event) -> AsyncIterator[None]:
     poller = select.epoll()
 
     def on_change() -> None:
-        poller.poll(0)  # may find nothing any more: looking from outside has consumed it
+        poller.poll(0)  # may be empty: the event loop's own poll has consumed the event
         changed.set()
 
     try:

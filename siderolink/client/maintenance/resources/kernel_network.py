@@ -1,4 +1,4 @@
-"""Links, addresses and routes: from the kernel's answers to the resources of the machine's API."""
+"""Reads links, addresses and routes from the kernel's answers and from /sys into resources."""
 
 import os
 from dataclasses import dataclass
@@ -23,13 +23,13 @@ from siderolink.common.netlink import Address, HostNetwork, Link, Route
 
 NET: Final = Path("/sys/class/net")
 _MAX_ITEMS: Final = 2048
-"""Links, addresses or routes that are shown."""
+"""Links, addresses or routes that are shown at most."""
 _DUPLEX = {"half": 0, "full": 1}
 
 
 @dataclass(frozen=True, slots=True)
 class NetworkResources:
-    """All that the API says of a network, by the ids of the resources."""
+    """Specs of a network's resources by id."""
 
     links: dict[str, ResourceSpec]
     addresses: dict[str, ResourceSpec]
@@ -38,12 +38,12 @@ class NetworkResources:
 
 
 def describe(network: HostNetwork) -> NetworkResources:
-    """What the API says of a network. Reads a few files of each device (/sys/class/net), so call it in a thread."""
+    """Specs of a network's resources. Reads a few files per device (/sys/class/net), so call it in a thread."""
     links = {link.name: _link(link) for link in islice(network.links.values(), _MAX_ITEMS)}
     names = {link.index: name for name, link in links.items()}
     addresses = [_address(found, names[found.interface]) for found in network.addresses if found.interface in names]
     addresses = sorted(addresses, key=lambda one: (one.family, one.link_index, one.scope, one.address))[:_MAX_ITEMS]
-    # the default routes are the most telling ones where there are too many
+    # keep default routes if there are too many
     routes = sorted(network.routes, key=lambda one: (one.destination.prefixlen, one.table != MAIN_TABLE, one.priority))
     described = [_route(route, names) for route in routes[:_MAX_ITEMS]]
     return NetworkResources(

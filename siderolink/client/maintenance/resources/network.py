@@ -1,4 +1,4 @@
-"""Links, addresses and routes: what the machine's API says of them, from what is known of them."""
+"""Specs of links, addresses and routes."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -114,7 +114,7 @@ class LinkFacts:
     pci_id: str = ""
     driver: str = ""
     speed: int = 0
-    """Mbit/s; 0 where nothing is known."""
+    """Mbit/s, 0 if unknown."""
     duplex: int = UNKNOWN_DUPLEX
 
 
@@ -154,7 +154,7 @@ class RouteFacts:
 
     @property
     def id(self) -> str:
-        """As existing machines name it."""
+        """The id as existing machines form it."""
         table = "" if self.table == MAIN_TABLE else f"{_name(_TABLES, self.table)}/"
         link = f"{self.link}/" if self.family == 10 else ""
         family = _name(_FAMILIES, self.family)
@@ -275,7 +275,7 @@ def route_status(route: RouteFacts) -> ResourceSpec:
 
 
 def node_addresses(addresses: Iterable[AddressFacts], links: dict[str, LinkFacts]) -> dict[str, ResourceSpec]:
-    """The addresses by which others may reach the machine: those of links that are up, without loopback and link-local ones."""
+    """Addresses by which others can reach the machine: no loopback, no link-local ones."""
     loopbacks = {link.index for link in links.values() if link.flags & 0x8}
     usable = [
         found.address
@@ -288,7 +288,7 @@ def node_addresses(addresses: Iterable[AddressFacts], links: dict[str, LinkFacts
 
 
 def _is_unusable(found: AddressFacts) -> bool:
-    return bool(found.flags & (0x08 | 0x40))  # duplicate, or not yet known not to be
+    return bool(found.flags & (0x08 | 0x40))  # duplicate, or still tentative
 
 
 def _node_address(addresses: list[str]) -> ResourceSpec:

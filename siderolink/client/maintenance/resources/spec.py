@@ -1,4 +1,4 @@
-"""What a resource says, in the two forms in which it is told: its type's protobuf message, and YAML."""
+"""A resource's spec in the two forms that clients read: the protobuf message of its type, and YAML."""
 
 import json
 import re
@@ -12,18 +12,18 @@ _PLAIN = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
 
 @dataclass(frozen=True, slots=True)
 class ResourceSpec:
-    """One spec; equal where it says the same."""
+    """A spec. Specs with equal contents are equal."""
 
     proto: bytes
     """The message of the type."""
     fields: Mapping[str, object]
-    """The same for YAML: text, numbers, truth values, lists and mappings."""
+    """The contents for YAML: text, numbers, booleans, lists and mappings."""
     text: str | None = None
-    """The YAML itself, where it was not made from fields."""
+    """The YAML, if it is not made from `fields`."""
 
     @property
     def size(self) -> int:
-        """Roughly the bytes that it takes."""
+        """Approximate size in bytes."""
         return 1024 + 4 * len(self.proto) + len(self.text or "")
 
     def yaml(self) -> str:
@@ -34,7 +34,7 @@ class ResourceSpec:
 
     @classmethod
     def of_text(cls, proto: bytes, text: str) -> Self:
-        """A spec that is one text, which in YAML stands in quotes."""
+        """A spec that is a single string, which YAML quotes."""
         return cls(proto, {}, f"{_quoted(text)}\n")
 
     def __repr__(self) -> str:
@@ -67,14 +67,14 @@ def _item(value: object, depth: int) -> Iterator[str]:
 
 
 def _scalar(value: object) -> str:
-    """Numbers and truth values as JSON has them; a plain word stands without quotes."""
+    """Numbers and booleans as in JSON; a plain word needs no quotes."""
     if isinstance(value, Mapping):
         return "{}"
     return _text(value) if isinstance(value, str) else json.dumps(value)
 
 
 def _text(text: str) -> str:
-    """As it is where it is a plain word; else in double quotes, all but printable ASCII escaped (YAML 1.2, 5.7)."""
+    """A plain word as it is, else double-quoted with all but printable ASCII escaped (YAML 1.2, 5.7)."""
     if text and set(text) <= _PLAIN and text.lower() not in _WORDS:
         return text
     return _quoted(text)
@@ -92,4 +92,4 @@ def _escaped(found: "re.Match[str]") -> str:
 
 
 _WORDS = frozenset(("y", "n", "yes", "no", "on", "off", "true", "false", "null"))
-"""What YAML would take for something else than text."""
+"""Words that YAML reads as something other than text."""

@@ -1,4 +1,4 @@
-"""What a machine's resources say, each written once for both forms. Numbers of the kernel stay numbers in protobuf."""
+"""Specs of a machine's resources, each in both forms. Numbers of the kernel stay numbers in protobuf."""
 
 from collections.abc import Mapping
 from datetime import timedelta
@@ -91,7 +91,7 @@ def siderolink_tunnel(url: JoinURL, *, link: str, mtu: int, address: IPv6Address
 def link_spec(
     link: str, *, mtu: int, server_key: str, server: IPv6Address, endpoint: str, keepalive: int, private_key: PrivateKey | None
 ) -> ResourceSpec:
-    """The WireGuard interface as it shall be, with its private key where that is given."""
+    """The desired WireGuard interface, with its private key if that is given."""
     secret = {} if private_key is None else {"privateKey": private_key.encode()}
     allowed = IPv6Network(server)
     peer = WireguardPeer(
@@ -141,13 +141,13 @@ MACHINE_CONFIG_ANNOTATIONS = {"talos.dev/yaml-spec": "1"}
 
 
 def machine_config(documents: bytes) -> ResourceSpec:
-    """The configuration as it was applied: a text, for it may be several documents."""
+    """A configuration as it was sent: one text, because it may hold several documents."""
     message = MachineConfigSpec(yaml_marshalled=documents)
     return ResourceSpec.of_text(bytes(message), documents.decode(errors="replace"))
 
 
 def _known(message: betterproto2.Message, names: Mapping[str, str], always: frozenset[str] = frozenset()) -> ResourceSpec:
-    """A spec whose YAML has the message's fields by other names; those that say nothing are left out."""
+    """A spec from a message. `names` maps its fields to YAML keys; empty fields are omitted unless in `always`."""
     fields = {shown: getattr(message, name) for name, shown in names.items()}
     return ResourceSpec(bytes(message), {name: value for name, value in fields.items() if value or name in always})
 
@@ -217,7 +217,7 @@ def platform_metadata(platform: str, hostname: str) -> ResourceSpec:
 
 
 def meta_key(value: bytes) -> ResourceSpec:
-    """A META value as text, whatever bytes it is."""
+    """A META value as text; bytes that are no UTF-8 are replaced."""
     text = value.decode(errors="replace")
     return ResourceSpec(bytes(MetaKeySpec(value=text)), {"value": text})
 

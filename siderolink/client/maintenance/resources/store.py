@@ -1,4 +1,4 @@
-"""The machine's resources, what happens to them, and who watches them. No I/O; everything is called on one event loop."""
+"""The machine's resources, their history and their watchers. No I/O; everything runs on one event loop."""
 
 import os
 import struct
@@ -19,21 +19,21 @@ from siderolink.client.maintenance.resources.spec import ResourceSpec
 from siderolink.common.queues import Overflow, Subscription
 
 HISTORY_LIMIT = 256
-"""Changes of one kind of resource that are kept for those who watch from an earlier moment on."""
+"""Past changes kept per resource type, for watches that start from a bookmark."""
 HISTORY_BYTES = 1024 * 1024
-"""How much of them: a configuration may be long, and applied again and again."""
+"""Bytes of past changes kept per resource type; configurations may be long."""
 WATCH_LIMIT = 1024
-"""Changes that wait for one slow watcher before its watch is ended."""
+"""Changes queued for a slow watcher before its watch ends."""
 WATCH_BYTES = 1024 * 1024
-"""How much of them, roughly."""
+"""Approximate bytes queued for a slow watcher before its watch ends."""
 MAX_WATCHES = 256
-"""Of all callers together."""
+"""Concurrent watches of all callers together."""
 _BOOKMARK = struct.Struct(">8sq")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resource:
-    """One resource as it was at some moment."""
+    """One version of a resource."""
 
     type: ResourceType
     namespace: str
@@ -47,7 +47,7 @@ class Resource:
 
 
 class ChangeKind(Enum):
-    """What happened to a resource."""
+    """The kind of a change."""
 
     CREATED = auto()
     UPDATED = auto()
@@ -56,34 +56,34 @@ class ChangeKind(Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Change:
-    """One thing that happened to a resource."""
+    """One change of a resource."""
 
     kind: ChangeKind
     resource: Resource
     old: Resource | None = None
-    """What it was before an update."""
+    """The previous version, for an update."""
     number: int = 0
-    """Rises by one with each change of this kind of resource."""
+    """Increases by one with each change of this resource type."""
 
     @property
     def size(self) -> int:
-        """Roughly the bytes that it takes."""
+        """Approximate size in bytes."""
         return self.resource.spec.size + (0 if self.old is None else self.old.spec.size)
 
 
 class BookmarkError(ValueError):
-    """Raised when a bookmark is none of ours, or of a time that is no longer known."""
+    """Raised when a bookmark is foreign or older than the history."""
 
 
 class History:
-    """The last changes of one kind of resource, each of which has a bookmark."""
+    """The last changes of one resource type, each with a bookmark."""
 
     def __init__(self, limit: int = HISTORY_LIMIT, max_bytes: int = HISTORY_BYTES) -> None:
         self._changes: deque[Change] = deque()
         self._limit, self._max_bytes = limit, max_bytes
         self._size = 0
         self._end = 0
-        self._cookie = os.urandom(8)  # bookmarks of another life of this program are not ours
+        self._cookie = os.urandom(8)  # bookmarks of an earlier process are invalid
 
     def add(self, kind: ChangeKind, resource: Resource, old: Resource | None = None) -> Change:
         change = Change(kind=kind, resource=resource, old=old, number=self._end)
@@ -95,11 +95,11 @@ class History:
         return change
 
     def bookmark(self, number: int | None = None) -> bytes:
-        """The bookmark of a change; without its number, of the last one up to now."""
+        """The bookmark of a change, by default the latest."""
         return _BOOKMARK.pack(self._cookie, self._end - 1 if number is None else number)
 
     def after(self, bookmark: bytes) -> list[Change]:
-        """What came after a bookmark. Raises BookmarkError."""
+        """The changes after a bookmark. Raises BookmarkError."""
         cookie, number = _BOOKMARK.unpack(bookmark) if len(bookmark) == _BOOKMARK.size else (b"", 0)
         if cookie != self._cookie or not self._end - len(self._changes) - 1 <= number < self._end:
             raise BookmarkError("invalid watch bookmark")
@@ -112,11 +112,11 @@ class History:
 
 
 class TooManyWatchesError(Exception):
-    """Raised when as many watches run as there may be."""
+    """Raised when `MAX_WATCHES` watches are running."""
 
 
 class WatchTooSlowError(Exception):
-    """Raised when a watcher did not take its changes in time; it has to begin anew."""
+    """Raised when a watcher was too slow and has to start over."""
 
 
 class Watch:
@@ -157,7 +157,7 @@ class ResourceStore:
             self.define(resource_type)
 
     def define(self, resource_type: ResourceType) -> None:
-        """Offer one more type."""
+        """Register a type."""
         self._types[resource_type.name] = resource_type
         self._histories.setdefault((resource_type.name, resource_type.namespace), History())
         self.put(RESOURCE_DEFINITION, resource_type.id, resource_type.definition())
@@ -184,7 +184,7 @@ class ResourceStore:
         labels: Mapping[str, str] | None = None,
         annotations: Mapping[str, str] | None = None,
     ) -> None:
-        """Set what a resource says, its labels and its annotations; nothing happens where it says so already."""
+        """Create or update a resource. Equal contents cause no change."""
         found = self._resources.setdefault((resource_type.name, resource_type.namespace), {})
         old = found.get(resource_id)
         about = dict(labels or {}), dict(annotations or {})
@@ -206,13 +206,13 @@ class ResourceStore:
         self._tell(ChangeKind.CREATED if old is None else ChangeKind.UPDATED, new, old)
 
     def remove(self, resource_type: ResourceType, resource_id: str) -> None:
-        """Take a resource away, if there is one."""
+        """Remove a resource if it exists."""
         old = self._of_type(resource_type, "").pop(resource_id, None)
         if old is not None:
             self._tell(ChangeKind.DESTROYED, old)
 
     def replace(self, resource_type: ResourceType, specs: Mapping[str, ResourceSpec]) -> None:
-        """Make these all there are of the type."""
+        """Replace all resources of a type."""
         for resource_id in self._of_type(resource_type, "").keys() - specs.keys():
             self.remove(resource_type, resource_id)
         for resource_id, spec in specs.items():
@@ -229,6 +229,11 @@ class ResourceStore:
     def history(self, resource_type: ResourceType, namespace: str = "") -> History:
         """The last changes of a type."""
         return self._histories.get((resource_type.name, namespace or resource_type.namespace)) or History()
+
+    @property
+    def watches(self) -> int:
+        """How many watches are running."""
+        return len(self._watches)
 
     def has_namespace(self, namespace: str) -> bool:
         """Whether resources of any type live there."""
