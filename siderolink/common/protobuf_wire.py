@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from functools import cache
 from typing import TYPE_CHECKING, Any, cast
 
 import betterproto2
@@ -10,6 +11,7 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
+_GROUPS = (3, 4)
 """Wire types (protobuf.dev, "Encoding"); groups are refused."""
 MAX_KEY_BYTES = 5
 """A field's key and a length are 32-bit numbers."""
@@ -86,6 +88,46 @@ def is_whole(data: bytes) -> bool:
     except MalformedWireError:
         return False
     return True
+
+
+_SMALL_BYTES = 512
+"""Messages up to this length cost little whatever is in them."""
+
+
+def refuse_strings_as_numbers(kind: type, data: bytes | memoryview) -> None:
+    """Raises MalformedWireError where a string stands in the place of a single number, in the message or in those within.
+
+    The generated decoders read it as a packed list first, which takes them several microseconds for each byte.
+    """
+    if len(data) <= _SMALL_BYTES or not issubclass(kind, betterproto2.Message):
+        return
+    numbers, messages = _numbers_and_messages(kind)
+    pos = 0
+    while pos < len(data):
+        number, wire_type, pos = read_key(data, pos)
+        if wire_type in _GROUPS:
+            continue
+        start, pos = value_bounds(data, pos, wire_type)
+        if wire_type == BYTES and number in numbers:
+            raise MalformedWireError(f"field {number} is a number")
+        if wire_type == BYTES and number in messages:
+            refuse_strings_as_numbers(messages[number], data[start:pos])
+
+
+@cache
+def _numbers_and_messages(kind: type[betterproto2.Message]) -> tuple[frozenset[int], dict[int, type]]:
+    """The numbers of a model's fields that are single numbers, and of those that are messages, with their models."""
+    model: Any = kind
+    numbers: set[int] = set()
+    messages: dict[int, type] = {}
+    for each in dataclasses.fields(model):
+        declared = each.metadata["betterproto"]
+        if declared.proto_type == "message":
+            # a time is shown as Python's own, and is a message of two numbers on the wire
+            messages[declared.number] = declared.unwrap() if declared.unwrap else model._betterproto.cls_by_field[each.name]
+        elif declared.proto_type not in ("string", "bytes", "map") and not declared.repeated:
+            numbers.add(declared.number)
+    return frozenset(numbers), messages
 
 
 def has_declared_types(message: betterproto2.Message) -> bool:

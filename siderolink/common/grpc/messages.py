@@ -11,6 +11,7 @@ from grpclib.protocol import Buffer
 from siderolink.common.errors import InvalidAnswerError
 from siderolink.common.grpc.limits import Account
 from siderolink.common.grpc.refusals import Refusal, Refused
+from siderolink.common.protobuf_wire import refuse_strings_as_numbers
 
 PREFIX_BYTES = 5
 """One byte that says whether the message is compressed, four of length."""
@@ -240,6 +241,7 @@ class ServerCodec(ProtoCodec):
         try:
             if self._max_fields is not None and count_fields(data, self._max_fields) > self._max_fields:
                 raise ValueError(f"more than {self._max_fields} fields")
+            refuse_strings_as_numbers(message_type, data)
             return super().decode(data, message_type)
         except Exception as error:
             self._on_refusal(Refusal.MESSAGE_MALFORMED, f"{type(error).__name__} on reading a {message_type.__name__}")
@@ -251,6 +253,7 @@ class ClientCodec(ProtoCodec):
 
     def decode(self, data: bytes, message_type: Any) -> Any:
         try:
+            refuse_strings_as_numbers(message_type, data)
             return super().decode(data, message_type)
         except Exception as error:
             raise InvalidAnswerError(f"the server's answer is no {message_type.__name__}") from error

@@ -1,7 +1,7 @@
 """The parts of reporting that do no I/O: their bounds, and what they make of anything."""
 
 import json
-from datetime import datetime
+from datetime import datetime, timedelta
 from ipaddress import IPv6Address
 from types import SimpleNamespace
 from typing import cast
@@ -15,8 +15,15 @@ from siderolink.client.reporting.xid import IdMaker
 from siderolink.common.errors import ConfigurationError
 from siderolink.common.machine_events import is_known_event, pack_event, unpack_event
 from siderolink.common.pb.google.protobuf import Any
-from siderolink.common.pb.machine import MachineStatusEvent, MachineStatusEventMachineStage, ServiceStateEvent
-from siderolink.common.protobuf_wire import is_whole
+from siderolink.common.pb.machine import (
+    ApplyConfigurationRequest,
+    MachineStatusEvent,
+    MachineStatusEventMachineStage,
+    MachineStatusEventMachineStatus,
+    ServiceStateEvent,
+)
+from siderolink.common.pb.sidero.link import ProvisionRequest
+from siderolink.common.protobuf_wire import MalformedWireError, is_whole, refuse_strings_as_numbers
 from siderolink.common.queues import Broadcast, DeliveryQueue
 from siderolink.common.token_bucket import TokenBucket
 from siderolink.server.reporting.ingest import ITEM_BYTES, ReportIngest, RingBuffers
@@ -201,6 +208,27 @@ def test_events_go_out_and_come_back_the_same() -> None:
 )
 def test_a_message_is_whole_or_not(data: bytes, whole: bool) -> None:
     assert is_whole(data) is whole
+
+
+@pytest.mark.parametrize(
+    ("kind", "data"),
+    [
+        (ProvisionRequest, b"\x32\xc0\x3e" + b"\x01" * 8000),
+        (ApplyConfigurationRequest, b"\x22\xc0\x3e" + b"\x01" * 8000),
+        (ApplyConfigurationRequest, b"\x32\xc3\x3e" + b"\x0a\xc0\x3e" + b"\x01" * 8000),
+    ],
+    ids=["a flag", "an enum", "a number in a message within"],
+)
+def test_a_string_in_the_place_of_a_number_is_refused_before_it_is_decoded(kind: type, data: bytes) -> None:
+    with pytest.raises(MalformedWireError, match="is a number"):
+        refuse_strings_as_numbers(kind, data)
+
+
+def test_messages_of_the_declared_types_are_not_refused() -> None:
+    message = ApplyConfigurationRequest(data=b"x" * 100_000, dry_run=True, try_mode_timeout=timedelta(seconds=3))
+    refuse_strings_as_numbers(ApplyConfigurationRequest, bytes(message) + b"\x9a\x06\x80\x08" + b"y" * 1024)
+    status = MachineStatusEvent(status=MachineStatusEventMachineStatus(ready=True))
+    refuse_strings_as_numbers(MachineStatusEvent, bytes(status) * 200)
 
 
 # --- the machine's side
