@@ -134,10 +134,16 @@ class CallLimits:
     """How long the whole call may last."""
 
 
-class CallBudget:
-    """Memory that the ordinary calls of all peers take, and who takes it.
+_HALF, _QUARTER = 2, 4
+BURST_SECONDS = 0.05
+"""Processor time below these shares may come in bursts that are so long at the shares' rates."""
+_MAX_SOURCES = 4096
 
-    A peer's share counts only while more than half of the whole is in use: many machines may share one address.
+
+class CallBudget:
+    """Memory and processor time that the ordinary calls of all peers take, and who takes them.
+
+    A source's share counts only while more than half of the whole is in use: many machines may share one address.
     """
 
     def __init__(self, limits: Limits) -> None:
@@ -146,6 +152,20 @@ class CallBudget:
         self._taken: Counter[str] = Counter()
         self.used = 0
         """Bytes taken by all."""
+        self._all_until = 0.0
+        self._until: dict[str, float] = {}
+
+    def charge(self, source: str, seconds: float, now: float) -> float:
+        """Charge a source for processor time; returns how many seconds its input has to wait.
+
+        That is 0 while all sources together use less than half of one processor. Beyond, each may have a quarter.
+        """
+        self._all_until = max(self._all_until, now) + _HALF * seconds
+        until = max(self._until.get(source, now), now) + _QUARTER * seconds
+        if len(self._until) >= _MAX_SOURCES:
+            self._until = {name: at for name, at in self._until.items() if at > now}
+        self._until[source] = until
+        return max(until - now - BURST_SECONDS, 0.0) if self._all_until > now + BURST_SECONDS else 0.0
 
     def take(self, source: str, size: int) -> bool:
         """Take so many bytes for a source; False, and nothing taken, when it may not have them."""
@@ -174,6 +194,10 @@ class Account:
         self._source = source
         self._received = 0
         self._received_limit = limits.received_bytes
+
+    def charge(self, seconds: float, now: float) -> float:
+        """Charge processor time; returns how long this connection's input has to wait. Local processes never wait."""
+        return self._budget.charge(self._source, seconds, now) if self._budget is not None and self._source else 0.0
 
     def take(self, size: int) -> bool:
         """Take memory; False when the budget has none left for this source."""

@@ -26,6 +26,9 @@ NOTSENT_LOWAT_BYTES = 128 * 1024
 _TIMER_GRAIN = 0.001
 _TURN_SECONDS = 0.004
 """How long one connection's input may take of the event loop's turn before the others have theirs."""
+_CALL_SECONDS = 0.0005
+"""What a call costs behind its frames, about: it is charged when it begins."""
+_LONGEST_WAIT = 1.0
 _LOOK_EVERY = 64
 """Pieces of raw streams between two looks at the clock."""
 CLOSE_SECONDS = 1.0
@@ -129,6 +132,8 @@ class Http2Protocol(H2Protocol):
         self._input: Iterator[tuple[int, memoryview]] | None = None
         self._backlog: list[bytes] = []
         self._is_paused = False
+        self._engine_seconds = 0.0
+        self._calls_charged = 0
         self._waiting = 0
         self._flooded: Refused | None = None
         self._heard_at = self._loop.time()
@@ -186,21 +191,35 @@ class Http2Protocol(H2Protocol):
         if self._is_done():
             self._backlog.clear()
             return
+        self._schedule(is_over, self._charge())
+
+    def _schedule(self, is_over: bool, wait: float) -> None:
+        """Read on at once, in the next turn, or when the source may take processor time again."""
         assert self._transport is not None
-        if not is_over:
+        if is_over:
+            self._input = None
+            if self._backlog or wait:
+                data = b"".join(self._backlog)
+                self._backlog.clear()
+                self._input = self.connection.scanner.feed(data)
+        if self._input is None:
+            if self._is_paused:
+                self._is_paused = False
+                self._transport.resume_reading()
+            return
+        if not self._is_paused:
             self._is_paused = True
             self._transport.pause_reading()
+        if wait:
+            self._after("read", min(wait, _LONGEST_WAIT), self._read_on)
+        else:
             self._loop.call_soon(self._read_on)
-            return
-        self._input = None
-        if self._backlog:
-            data = b"".join(self._backlog)
-            self._backlog.clear()
-            self._input = self.connection.scanner.feed(data)
-            self._loop.call_soon(self._read_on)
-        elif self._is_paused:
-            self._is_paused = False
-            self._transport.resume_reading()
+
+    def _charge(self) -> float:
+        """Charge the source for what its frames and calls took; returns how long its input has to wait. Raw bytes are free."""
+        calls, self._calls_charged = self.connection.streams_started - self._calls_charged, self.connection.streams_started
+        seconds, self._engine_seconds = self._engine_seconds + calls * _CALL_SECONDS, 0.0
+        return self.connection.account.charge(seconds, self._loop.time()) if seconds else 0.0
 
     def _fail(self, error: Exception) -> None:
         """End the connection for what the peer did, or for an error of ours."""
@@ -278,7 +297,12 @@ class Http2Protocol(H2Protocol):
     def _feed_engine(self, piece: memoryview) -> None:
         if not piece:
             return
-        for event in self.connection.feed(bytes(piece)):
+        started = self._loop.time()
+        self._feed(bytes(piece))
+        self._engine_seconds += self._loop.time() - started
+
+    def _feed(self, piece: bytes) -> None:
+        for event in self.connection.feed(piece):
             self.processor.process(event)
             if self._flooded is not None:
                 raise self._flooded

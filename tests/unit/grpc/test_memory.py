@@ -338,3 +338,40 @@ async def test_a_long_read_is_dealt_with_in_turns(monkeypatch: pytest.MonkeyPatc
         counting.cancel()
         assert turns[0] >= len(frames) // 32
         assert not server.refusals
+
+
+def test_a_source_that_takes_most_of_a_busy_processor_waits() -> None:
+    budget = CallBudget(Limits())
+    now, waited = 100.0, dict.fromkeys("ab", 0.0)
+    for _ in range(100):  # a quarter of the time: nobody waits
+        assert budget.charge("a", 0.0025, now) == 0.0
+        now += 0.01
+    used = 0.0
+    for _ in range(100):  # as much as it can get: a waits, b with its little does not
+        waited["b"] += budget.charge("b", 0.0001, now)
+        wait = budget.charge("a", 0.01, now)
+        used += 0.01
+        waited["a"] += wait
+        now += max(wait, 0.01)
+    assert waited["b"] == 0.0
+    assert used / (now - 101.0) < 0.27
+    assert Account(Limits(), budget, "").charge(10.0, now) == 0.0
+
+
+async def test_input_of_a_source_that_has_to_wait_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    charged: list[float] = []
+
+    def charge(_: Account, seconds: float, now: float) -> float:
+        charged.append(seconds)
+        return 0.05
+
+    monkeypatch.setattr(Account, "charge", charge)
+    async with serving() as server, RawPeer.greeted(server.port) as peer:
+        for _ in range(5):
+            headers = peer.request(CALL)
+            peer.send(headers, data(headers.stream_id, message(b"x"), end=True))
+            while not isinstance(frame := await peer.frame(), DataFrame):
+                assert frame is not None
+        assert len(charged) >= 5
+        assert sum(charged) >= 5 * 0.0005
+        assert not server.refusals
