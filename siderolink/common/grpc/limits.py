@@ -138,6 +138,7 @@ _HALF, _QUARTER = 2, 4
 BURST_SECONDS = 0.05
 """Processor time below these shares may come in bursts that are so long at the shares' rates."""
 _MAX_SOURCES = 4096
+_MAX_KNOWN = 65_536
 
 
 class CallBudget:
@@ -154,12 +155,23 @@ class CallBudget:
         """Bytes taken by all."""
         self._all_until = 0.0
         self._until: dict[str, float] = {}
+        self._known: dict[str, None] = {}
+
+    def know(self, source: str) -> None:
+        """A call from the source carried a valid token: its processor time is not limited any more."""
+        self._known.pop(source, None)
+        self._known[source] = None
+        if len(self._known) > _MAX_KNOWN:
+            del self._known[next(iter(self._known))]
 
     def charge(self, source: str, seconds: float, now: float) -> float:
         """Charge a source for processor time; returns how many seconds its input has to wait.
 
-        That is 0 while all sources together use less than half of one processor. Beyond, each may have a quarter.
+        That is 0 for known sources, and while all others together use less than half of one processor. Beyond, each of these
+        may have a quarter.
         """
+        if source in self._known:
+            return 0.0
         self._all_until = max(self._all_until, now) + _HALF * seconds
         until = max(self._until.get(source, now), now) + _QUARTER * seconds
         if len(self._until) >= _MAX_SOURCES:

@@ -209,6 +209,7 @@ class GrpcServer:
         def on_valid_token() -> None:
             if source:
                 self._budget.know(source)
+                self._calls.know(source)
 
         caller = Caller(
             address=accepted.address,

@@ -356,6 +356,8 @@ def test_a_source_that_takes_most_of_a_busy_processor_waits() -> None:
     assert waited["b"] == 0.0
     assert used / (now - 101.0) < 0.27
     assert Account(Limits(), budget, "").charge(10.0, now) == 0.0
+    budget.know("a")
+    assert budget.charge("a", 10.0, now) == 0.0
 
 
 async def test_input_of_a_source_that_has_to_wait_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
