@@ -6,11 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import anyio
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from siderolink.client.maintenance.host import disks, proc, smbios
+from siderolink.client.maintenance.resources import ResourceStore, host
+from siderolink.client.maintenance.resources.definitions import HOSTNAME_STATUS, LINK_STATUS
 from siderolink.client.maintenance.resources.network import RouteFacts, route_status
 from siderolink.common.pb import storage
 
@@ -161,6 +164,32 @@ def test_a_route_is_named_as_existing_machines_name_it() -> None:
     assert named(family=10, gateway="fe80::1") == "eth0/inet6/fe80::1//0"
     assert named(destination="192.0.2.0/24", table=255, link="lo") == "local/inet4//192.0.2.0/24/0"
     assert named(destination="192.0.2.0/24", table=77) == "77/inet4//192.0.2.0/24/0"
+
+
+@pytest.mark.anyio
+async def test_a_part_of_the_host_that_cannot_be_read_costs_itself(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    calls = 0
+
+    def broken() -> None:
+        nonlocal calls
+        calls += 1
+        raise OSError(5, "no such luck")
+
+    monkeypatch.setattr(host, "read_disks", broken)
+    store = ResourceStore()
+    async with anyio.create_task_group() as tasks:
+
+        async def keep(*, task_status: "anyio.abc.TaskStatus[None]") -> None:
+            await host.keep_host_resources(store, node_uuid="", task_status=task_status)
+
+        await tasks.start(keep)
+        assert calls == 1
+        assert "cannot follow the disks" in caplog.text
+        assert store.get(HOSTNAME_STATUS, "hostname") is not None
+        assert store.list(LINK_STATUS)
+        tasks.cancel_scope.cancel()
 
 
 HOSTNAME_PROGRAM = """

@@ -9,7 +9,7 @@ import logging
 import os
 import select
 import socket
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -28,6 +28,7 @@ from siderolink.client.maintenance.resources import specs
 from siderolink.client.maintenance.resources.kernel_network import describe
 from siderolink.client.maintenance.resources.spec import ResourceSpec
 from siderolink.client.maintenance.resources.store import ResourceStore
+from siderolink.common.errors import SideroLinkError
 from siderolink.common.netlink import HostNetwork, NetworkUpdate, follow_network
 from siderolink.common.readers import read_on
 from siderolink.common.tasks import background_tasks
@@ -42,6 +43,8 @@ _RECEIVE_BYTES: Final = 1 << 16
 _QUIET_SECONDS: Final = 0.05
 """Pause between two readings of a host that changes continuously."""
 _CMDLINE_BYTES: Final = 64 * 1024
+_MESSAGES_AT_ONCE: Final = 64
+_RETRY_SECONDS: Final = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,30 +69,50 @@ async def keep_host_resources(
     if tag:
         store.put(types.VERSION, "version", specs.version(tag))
     await _read_once(store, node_uuid)
-    sources = (
-        _Source(_device_events, _read_disks),
-        _Source(_hostname_changes, partial(_read_hostname, platform=platform)),
-    )
+    sources = {
+        "the disks": _Source(_device_events, _read_disks),
+        "the host's name": _Source(_hostname_changes, partial(_read_hostname, platform=platform)),
+    }
     async with background_tasks() as tasks:
-        await tasks.start(_keep_network, store)
-        for source in sources:
-            await tasks.start(_follow, store, source)
+        await tasks.start(_supervise, "the network", partial(_keep_network, store))
+        for name, source in sources.items():
+            await tasks.start(_supervise, name, partial(_follow, store, source))
         task_status.started()
         await anyio.sleep_forever()
 
 
-async def _follow(store: ResourceStore, source: _Source, *, task_status: "anyio.abc.TaskStatus[None]") -> None:
+async def _supervise(
+    name: str, keep: Callable[[Callable[[], None]], Awaitable[None]], *, task_status: "anyio.abc.TaskStatus[None]"
+) -> None:
+    """Run one part and restart it after a failure, so that it costs neither the others nor the link."""
+    is_started = False
+
+    def started() -> None:
+        nonlocal is_started
+        if not is_started:
+            is_started = True
+            task_status.started()
+
+    while True:
+        try:
+            await keep(started)
+        except (OSError, SideroLinkError) as error:
+            log.warning("the maintenance API cannot follow %s, and tries again: %s", name, error)
+        except Exception:
+            log.exception("the maintenance API cannot follow %s, and tries again", name)
+        started()
+        await anyio.sleep(_RETRY_SECONDS)
+
+
+async def _follow(store: ResourceStore, source: _Source, started: Callable[[], None]) -> None:
     changed = asyncio.Event()
     async with source.changes(changed):
         await source.refresh(store)
-        task_status.started()
+        started()
         while True:
             await changed.wait()
             changed.clear()
-            try:
-                await source.refresh(store)
-            except OSError as error:  # keep what was read before; the next change reads again
-                log.warning("the maintenance API could not read a change of this host: %s", error)
+            await source.refresh(store)
             await anyio.sleep(_QUIET_SECONDS)
 
 
@@ -119,7 +142,7 @@ def _security() -> ResourceSpec:
     )
 
 
-async def _keep_network(store: ResourceStore, *, task_status: "anyio.abc.TaskStatus[None]") -> None:
+async def _keep_network(store: ResourceStore, started: Callable[[], None]) -> None:
     newest: list[HostNetwork] = []
     changed = asyncio.Event()
 
@@ -129,7 +152,6 @@ async def _keep_network(store: ResourceStore, *, task_status: "anyio.abc.TaskSta
 
     async with background_tasks() as tasks:
         tasks.start_soon(follow_network, on_update)
-        is_first = True
         while True:
             await changed.wait()
             changed.clear()
@@ -139,9 +161,7 @@ async def _keep_network(store: ResourceStore, *, task_status: "anyio.abc.TaskSta
             await anyio.lowlevel.checkpoint()
             store.replace(types.ROUTE_STATUS, found.routes)
             store.replace(types.NODE_ADDRESS, found.node_addresses)
-            if is_first:
-                is_first = False
-                task_status.started()
+            started()
 
 
 async def _read_disks(store: ResourceStore) -> None:
@@ -158,7 +178,13 @@ async def _read_hostname(store: ResourceStore, platform: str) -> None:
 @asynccontextmanager
 async def _device_events(changed: asyncio.Event) -> AsyncIterator[None]:
     loop = asyncio.get_running_loop()
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK, _KOBJECT_UEVENT) as messages:
+    try:
+        messages = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK, _KOBJECT_UEVENT)
+    except OSError as error:  # some sandboxes have none
+        log.debug("changes of the disks are not reported here: %s", error)
+        yield
+        return
+    with messages:
         messages.bind((0, _DEVICE_EVENTS))
         loop.add_reader(messages, _drain, messages, changed)
         try:
@@ -169,7 +195,7 @@ async def _device_events(changed: asyncio.Event) -> AsyncIterator[None]:
 
 def _drain(messages: socket.socket, changed: asyncio.Event) -> None:
     """Discard the messages and report a change: the state is read from the kernel."""
-    while True:
+    for _ in range(_MESSAGES_AT_ONCE):
         try:
             messages.recv(_RECEIVE_BYTES)
         except BlockingIOError:
