@@ -32,7 +32,7 @@ from siderolink.common.errors import ConfigurationError
 from siderolink.common.grpc import client_tls
 from siderolink.common.join_url import JoinURL
 from siderolink.common.pb.siderolink.control import Event, StatusResponse
-from siderolink.common.tasks import background_tasks
+from siderolink.common.tasks import background_tasks, keep_running
 from siderolink.common.wireguard.device import DeviceKind
 
 
@@ -127,7 +127,7 @@ class JoinedMachine:
 
             # before the link, so that nothing is open for a moment
             await firewall.replace(self._settings.current.ingress)
-            tasks.start_soon(self._settings.watch)
+            tasks.start_soon(keep_running, "watching the settings' files", self._settings.watch)
             tasks.start_soon(self._settings.follow, lambda settings: settings.ingress, hold_firewall)
             tasks.start_soon(self._settings.follow, report_part, self._reporting.collect)
             async with self._serve_maintenance() as self._follower:

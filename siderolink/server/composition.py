@@ -3,6 +3,7 @@
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from ipaddress import IPv6Address, IPv6Interface, IPv6Network
 
 from anyio.abc import TaskGroup
@@ -11,7 +12,7 @@ from siderolink.common.addressing import overlay_prefix, server_address
 from siderolink.common.goodbye import GOODBYE_PORT
 from siderolink.common.grpc import GrpcServer, serve
 from siderolink.common.hostport import HostPort
-from siderolink.common.tasks import background_tasks
+from siderolink.common.tasks import background_tasks, keep_running
 from siderolink.common.wireguard.device import Device, DeviceConfig, DeviceEvent
 from siderolink.common.wireguard.opening import open_device
 from siderolink.server.admission.tokens import JoinTokenCheck
@@ -108,17 +109,20 @@ class Composition:
     def _start_tasks(self, device: Device, fleet: Fleet, tasks: TaskGroup, echoes: Echoes | None) -> None:
         options = self._options
         tasks.start_soon(fleet.monitor.watch)
-        tasks.start_soon(fleet.last_seen.run)
+        tasks.start_soon(keep_running, "writing when machines were heard", fleet.last_seen.run)
         goodbyes = Goodbyes(fleet.directory, fleet.monitor, fleet.machines.remove)
-        tasks.start_soon(goodbyes.run, self._address, device.name, options.namespace)
+        listen = partial(goodbyes.run, self._address, device.name, options.namespace)
+        tasks.start_soon(keep_running, "listening for goodbyes", listen)
         if echoes is not None:
-            tasks.start_soon(fleet.moves.run, echoes.ping)
+            tasks.start_soon(keep_running, "proving moves", partial(fleet.moves.run, echoes.ping))
         if options.policy.has_pending:
-            tasks.start_soon(fleet.enrolment.run)
+            tasks.start_soon(keep_running, "enrolling pending machines", fleet.enrolment.run)
         if options.policy.forget_after is not None:
-            tasks.start_soon(fleet.machines.forget_absent, options.policy.forget_after)
+            forget = partial(fleet.machines.forget_absent, options.policy.forget_after)
+            tasks.start_soon(keep_running, "forgetting absent machines", forget)
         if options.dial:
-            tasks.start_soon(dial_remembered, fleet.directory, fleet.sessions, fleet.reconciler)
+            dial = partial(dial_remembered, fleet.directory, fleet.sessions, fleet.reconciler)
+            tasks.start_soon(keep_running, "dialling remembered machines", dial)
 
     @asynccontextmanager
     async def _echoes(self, device: Device, fleet: Fleet, tasks: TaskGroup) -> AsyncIterator[Echoes | None]:
