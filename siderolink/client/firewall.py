@@ -1,11 +1,11 @@
 """The machine's ingress firewall: who may reach this host, and where.
 
-SideroLink's own interfaces and the loopback are always trusted, and what belongs to a connection that stands passes: so does
-WireGuard's UDP towards the server, which this host begins. Two chains hold it: *input* decides for this host, and *prerouting*
-keeps new connections from being led elsewhere before.
+SideroLink's own interfaces and the loopback are always trusted, and packets of established connections pass; that includes
+WireGuard's UDP, because this host dials the server. There are two chains: *input* decides what reaches this host, and
+*prerouting* keeps new connections from being redirected before that.
 
-- Default ``block``: what no rule accepts is dropped; ICMP and ICMPv6 pass, five in a second each.
-- Default ``accept``: a rule drops what comes to its ports from anywhere but its subnets.
+- Default ``block``: drops what no rule accepts. ICMP and ICMPv6 pass, five packets per second each.
+- Default ``accept``: each rule drops what comes to its ports from outside its subnets.
 """
 
 import socket
@@ -54,14 +54,14 @@ async def ingress_firewall(ingress: Ingress, interfaces: Iterable[str] = ()) -> 
 
 
 class IngressFirewall:
-    """A firewall that stands."""
+    """A firewall in force."""
 
     def __init__(self, table: Table, trusted: tuple[str, ...]) -> None:
         self._table = table
         self._trusted = trusted
 
     async def replace(self, ingress: Ingress) -> None:
-        """Put another one in its place, in one step. Raises SideroLinkError; the one before then stands."""
+        """Replace it in one step. Raises SideroLinkError; the rules of before stay in force then."""
         await self._table.replace(*compose(ingress, self._trusted))
 
 
@@ -116,7 +116,7 @@ def _select(rule: IngressRule) -> Iterator[list[Match]]:
 
 
 def _judge(rule: IngressRule, block: bool) -> Iterator[Rule]:
-    """With block, the rule's sources are accepted and others go on; else these go on and others are dropped."""
+    """With `block`, accept the rule's sources and return for others; else return for the sources and drop others."""
     for network in rule.exceptions:
         yield Rule([from_network(network)], "return" if block else "drop")
     for network in rule.subnets:

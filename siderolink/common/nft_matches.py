@@ -1,4 +1,4 @@
-"""What firewall rules can ask of a packet, as nftables expressions. All of them together must hold for a rule to act."""
+"""What a firewall rule can match, as nftables expressions. A rule acts on packets that fulfil all of its matches."""
 
 import struct
 import sys
@@ -9,7 +9,7 @@ from pyroute2.netlink.nfnetlink.nftsocket import NFPROTO_IPV4, NFPROTO_IPV6, Cmp
 from pyroute2.nftables.expressions import genex
 
 Match: TypeAlias = list[Any]
-"""Expressions that let a packet go on to the rule's next part, or end the rule for it."""
+"""Expressions; a packet that does not fulfil them leaves the rule."""
 ConnectionState = Literal["invalid", "established", "related", "new"]
 """In the order of the kernel's bits."""
 

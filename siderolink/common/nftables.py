@@ -1,8 +1,8 @@
 """Firewall rules, written to the kernel by netlink: no `nft` program is needed.
 
-A table of ours is made, replaced and removed in one transaction each, so no packet meets half of it. It belongs to the socket
-that made it: the kernel removes it when the program ends, however it ends, and lets no other program change it. A table that
-shall outlive the program, because what it guards does, is made without an owner.
+A table is made, replaced and removed in one transaction each, so that no packet sees half of it. It belongs to the socket that
+made it: the kernel removes it when the program ends, however it ends, and lets no other program change it. A table for what
+outlives the program is made without an owner. Only tables with our comment are ever replaced or removed.
 """
 
 import errno
@@ -66,7 +66,7 @@ _SOL_NETLINK, _CAP_ACK = 270, 10
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """What becomes of the packets that match all of `matches`: a verdict, or the rules of a part named by ``jump``."""
+    """What is done with packets that match all of `matches`: a verdict, or the rules of the part named by `jump`."""
 
     matches: Sequence[Match]
     action: Verdict | None = None
@@ -85,7 +85,7 @@ class Chain:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Rules that others jump to; a packet that none of them decides goes back to where it came from."""
+    """Rules that others jump to; a packet that none of them decides returns to the rule behind the jump."""
 
     name: str
     rules: Sequence[Rule]
@@ -97,10 +97,10 @@ def is_our_table(name: str) -> bool:
 
 
 class Table:
-    """A table of ours (family inet); there is none in the kernel while it is empty."""
+    """One table (family inet); while it has no rules, there is none in the kernel."""
 
     def __init__(self, name: str, *, owned: bool = True) -> None:
-        """In the network namespace of the calling thread. Without an owner, it takes the place of one left there before."""
+        """In the calling thread's network namespace. Without an owner, it replaces one that an earlier process left."""
         self._name = name
         self._flags = _OWNED if owned else 0
         self._exists = not owned
@@ -115,9 +115,9 @@ class Table:
         self._requests = RequestSocket(NETFILTER)
 
     async def replace(self, chains: Sequence[Chain], parts: Sequence[Part] = ()) -> None:
-        """Put these rules in the place of all that the table holds.
+        """Replace all that the table holds by these rules.
 
-        Raises SideroLinkError where the kernel refuses them; what was there before then stays.
+        Raises SideroLinkError where the kernel refuses them; what was there before stays then.
         """
         # A transaction waits until no packet is in the old rules any more, so it runs outside the event loop.
         with anyio.CancelScope(shield=True):
@@ -132,7 +132,7 @@ class Table:
             self.leave()
 
     def leave(self) -> None:
-        """Be done with it; where it has no owner, the rules stay."""
+        """Close the socket; the rules of a table without an owner stay."""
         with self._lock:
             self._socket.close()
             self._requests.close()

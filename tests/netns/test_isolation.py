@@ -4,13 +4,16 @@ The attacker's packets are made by hand and sealed properly. A tap on the server
 case is repeated with the filters off, to show that the very same packet passes then.
 """
 
+import os
+import signal
 import socket
 import struct
 import subprocess
+import sys
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import ExitStack, asynccontextmanager, contextmanager
+from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from ipaddress import ip_address, ip_network
@@ -29,6 +32,7 @@ from siderolink.common.wireguard.packet_device import PacketDevice, open_packet_
 from siderolink.common.wireguard.tun import Tun
 from siderolink.server import Server
 from tests.netns.test_server import API, OVERLAY, TOKEN, Host, joined, serving
+from tests.support.netns import Namespace
 from tests.support.raw_machine import RawLink, RawMachine
 from tests.support.reach import dial, keeps_out, lets_in, ruleset, send_udp
 from tests.support.topology import SERVER_V4, routed
@@ -350,6 +354,46 @@ def test_the_rules_stand_before_the_interface_is_up(monkeypatch: pytest.MonkeyPa
     with serving_ports(80):
         pass
     assert seen == ["table inet siderolink-siderolink\n"]
+
+
+SERVER = """
+import sys, anyio
+from siderolink.server import Server
+
+async def main():
+    server = Server(api_listen="127.0.0.1:0", force_tunnel=True, allow_any_token=True, device="userspace", overlay_ports=[80])
+    async with server:
+        print("ready", flush=True)
+        await anyio.sleep_forever()
+
+anyio.run(main)
+"""
+
+
+def test_two_servers_in_one_namespace_and_one_that_is_killed() -> None:
+    """The second is refused and takes nothing from the first; of the killed one nothing is left."""
+    with Namespace("two") as namespace:
+        first = namespace.popen([sys.executable, "-c", SERVER], stdout=subprocess.PIPE)
+        assert first.stdout is not None
+        assert first.stdout.readline() == "ready\n"
+        before = ruleset(namespace)
+        said = namespace.run([sys.executable, "-c", SERVER], check=False, timeout=30)
+        assert "InterfaceInUseError: there is an interface siderolink already" in said
+        assert ruleset(namespace) == before
+        assert "dport 80" in before
+        for pid in namespace.run(["ip", "netns", "pids", namespace.name]).split():
+            with suppress(ProcessLookupError):  # the one that lists them
+                if int(pid) != os.getpid():
+                    os.kill(int(pid), signal.SIGKILL)
+        first.wait(10)
+        deadline = time.monotonic() + 10
+        while namespace.interfaces() != {"lo"} and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert namespace.interfaces() == {"lo"}
+        assert ruleset(namespace) == ""
+        third = namespace.popen([sys.executable, "-c", SERVER], stdout=subprocess.PIPE)
+        assert third.stdout is not None
+        assert third.stdout.readline() == "ready\n"
 
 
 @pytest.mark.parametrize("port", [0, 65536, -1, "80/sctp", "http", "80-90", "", "8" * 100])

@@ -1,4 +1,4 @@
-"""Checks of this host: who can do WireGuard here, the clock, forwarding, the firewall, the loopback."""
+"""Checks of this host: devices, clock, forwarding, firewall, loopback."""
 
 import ctypes
 import os
@@ -83,18 +83,18 @@ async def check_clock() -> AsyncIterator[Finding]:
         return
     buffer = ctypes.create_string_buffer(_TIMEX_BYTES)  # zeros: only read
     if ctypes.CDLL(None).adjtimex(buffer) == _NOT_SYNCHRONIZED:
-        yield note("clock", "nothing keeps it right", "run a time service, such as systemd-timesyncd or chrony")
+        yield note("clock", "no time service keeps it right", "run a time service, such as systemd-timesyncd or chrony")
     else:
-        yield good("clock", "it is kept right by a time service")
+        yield good("clock", "a time service keeps it right")
 
 
 async def check_forwarding() -> AsyncIterator[Finding]:
-    """Forwarding is fine; a server then relies on its firewall rules to keep machines apart."""
+    """Forwarding is harmless: a server keeps machines apart by rules of its own."""
     on = [name for name, file in _FORWARDING.items() if _is_on(file)]
     if not on:
         yield good("forwarding", "off")
     else:
-        yield note("forwarding", f"on for {' and '.join(on)}; a server keeps its machines apart all the same")
+        yield note("forwarding", f"on for {' and '.join(on)}; a server keeps its machines apart nevertheless")
 
 
 def _is_on(file: str) -> bool:
@@ -105,7 +105,7 @@ def _is_on(file: str) -> bool:
 
 
 async def check_firewall() -> AsyncIterator[Finding]:
-    """Whether rules can be made, and which tables drop what nobody accepts."""
+    """Whether rules can be made, and which tables drop what no rule accepts."""
     try:
         table = Table(f"siderolink-doctor-{os.getpid()}")
     except OSError as error:

@@ -46,7 +46,7 @@ _TLS_REMEDIES = {
 
 
 async def check_server(url: JoinURL, tls: ssl.SSLContext | None) -> AsyncIterator[Finding]:
-    """Everything that a join needs, in its order; what fails ends the checks."""
+    """Check all that a join needs, in order; the first failure ends the checks."""
     api = HostPort(url.host, url.port)
     try:
         addresses = await api.resolve()
@@ -99,7 +99,7 @@ async def _check_tls(api: HostPort, tls: ssl.SSLContext) -> Finding:
 
 @dataclass(frozen=True, slots=True)
 class _Trial:
-    """The trial machine's device, and what it hears."""
+    """The trial machine's device, and what it has received."""
 
     device: PacketDevice
     echoes: set[int]
@@ -175,11 +175,11 @@ async def _check_sizes(route: Route, trial: _Trial, answer: Provisioned) -> Asyn
         remedy = f"the path must carry {FULL + 80} bytes: look for a tunnel or VPN between, and for dropped ICMP"
         yield bad(name, f"small packets pass, and those of {FULL} bytes do not{_route_mtu(answer)}", remedy)
     else:
-        yield note(name, "the server answers no pings", "it may not want to; links work without")
+        yield note(name, "the server answers no pings", "links work without; its firewall may drop them")
 
 
 def _route_mtu(answer: Provisioned) -> str:
-    """What this host knows of the way to the first endpoint."""
+    """The MTU of this host's route to the first endpoint."""
     if not answer.endpoints:
         return ""
     endpoint = answer.endpoints[0]
@@ -188,7 +188,7 @@ def _route_mtu(answer: Provisioned) -> str:
         with socket.socket(family, socket.SOCK_DGRAM) as probe:
             probe.connect(address)
             level, option = (socket.IPPROTO_IP, _IP_MTU) if family == socket.AF_INET else (socket.IPPROTO_IPV6, _IPV6_MTU)
-            return f"; this host's way out carries {probe.getsockopt(level, option)}"
+            return f"; this host's route carries {probe.getsockopt(level, option)}"
     except OSError:
         return ""
 

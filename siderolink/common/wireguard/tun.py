@@ -63,7 +63,7 @@ class Tun:
         self.uso = uso
         """The same of UDP."""
         self.write_errors = 0
-        """How many frames the interface did not take: while it is down, or because the kernel found fault with them."""
+        """How many frames the kernel refused: the interface was down, or the frame was malformed."""
         self.refused_super_packets = 0
         """How many super-packets the kernel refused although it had agreed to take them; their packets were written instead."""
         self._retry_at = self._pause = 0.0

@@ -18,7 +18,7 @@ from siderolink.common.wireguard.uapi.server import serve_uapi
 from siderolink.common.wireguard.userspace import UserspaceDevice
 
 PATIENCE: Final = 0.005
-"""Seconds for which a full path may hold up what goes to other peers."""
+"""Seconds for which a full path may delay packets for other peers."""
 
 _TX_DROPPED: Final = 7
 """Its place in struct rtnl_link_stats64."""
@@ -91,9 +91,9 @@ class TunDevice(UserspaceDevice):
         return super().drops() | self._rules.drops() | {str(name): count for name, count in found.items() if count}
 
     def pause_reading(self, path: Path) -> bool:
-        """Leave packets in the interface's queue, where their senders feel it and nothing is lost.
+        """Stop reading, so that packets wait in the interface's queue, their senders slow down and nothing is lost.
 
-        With several peers, one that has stalled is waited for once and not for long; then its own queue overflows.
+        With several peers, a stalled one is waited for once and briefly; after that its own queue overflows.
         """
         if path in self._stalled:
             return False
@@ -143,7 +143,7 @@ class TunDevice(UserspaceDevice):
 
 
 async def _show(stack: AsyncExitStack, device: TunDevice) -> None:
-    """Serve `wg`; a device of ours works without, and in another network namespace its name may be taken."""
+    """Serve `wg`. The device works without it, and a device of that name in another network namespace may have the socket."""
     try:
         await stack.enter_async_context(serve_uapi(device.name, device.report, device.apply))
     except (InterfaceInUseError, OSError) as error:

@@ -1,7 +1,7 @@
 """Many datagrams by one system call: recvmmsg(2), which Python's socket module does not have.
 
-Each datagram is written where a tunnel wants it, behind free bytes for the tunnel's framing; datagrams of full length then lie
-one after the other as a batch that is sent on without a copy.
+Each datagram is written behind free bytes for the tunnel's framing, so that datagrams of full length lie one after the other as
+a batch that is sent on without a copy.
 """
 
 import ctypes
@@ -70,12 +70,12 @@ class BatchReceiver:
             header.iov_length = 1
             header.control = control + index * _CONTROL_BYTES
             header.control_length = _CONTROL_BYTES
-        # the kernel writes over the control messages' lengths, so that they are put back before each call
+        # the kernel overwrites the lengths of the control messages, so they are restored before each call
         self._fresh = bytes(self._headers)
         self._view = memoryview(self._headers).cast("B")
 
     def receive(self, descriptor: int) -> int:
-        """How many datagrams were received: none where none wait. Raises OSError."""
+        """Receive what is waiting, and return how many datagrams that were. Raises OSError."""
         self._view[:] = self._fresh
         count = int(_recvmmsg(descriptor, self._headers, BATCH, socket.MSG_DONTWAIT, None))
         if count >= 0:

@@ -1,4 +1,4 @@
-"""The kernel's WireGuard as a device: no packet passes through Python, but for those of tunnel streams."""
+"""The kernel's WireGuard as a device: only the packets of tunnel streams pass through Python."""
 
 from collections import Counter
 from collections.abc import AsyncIterator
@@ -29,7 +29,7 @@ from siderolink.common.wireguard.path import Datagrams, Path
 __all__ = ["KernelDevice"]
 
 _COUNTERS = {"no_peer": 5, "staged_overflow": 7, "malformed": 10, "inner_source": 13}
-"""Drops by the places of their counters in rtnl_link_stats64, as the kernel's WireGuard uses them."""
+"""The index of each drop's counter in rtnl_link_stats64, as the kernel's WireGuard uses them."""
 
 
 class KernelDevice:
@@ -95,7 +95,7 @@ class KernelDevice:
         try:
             self._wireguard.read_device()
         except DeviceError:
-            return  # gone again; its end is told separately
+            return  # gone again, which is reported separately
         self._peers.streams.set_device_port(self._wireguard.port)
         if self._has_udp:
             self.listen_port = self._wireguard.port
@@ -125,7 +125,7 @@ class KernelDevice:
         self._peers.settle()
 
     async def peer(self, public_key: PublicKey) -> PeerStatus | None:
-        """As the kernel has it now; where there are thousands of peers, as of some seconds ago at most."""
+        """As the kernel has it now; with thousands of peers, as of a few seconds ago at most."""
         await self._peers.looks.refresh()
         return self._peers.table.status(bytes(public_key))
 
@@ -141,7 +141,7 @@ class KernelDevice:
         self._peers.deliver(datagrams, path)
 
     def drops(self) -> dict[str, int]:
-        """What the relay, the interface and the firewall dropped; what the kernel drops in silence is not known."""
+        """What the relay, the interface and the firewall dropped; the kernel does not count all that its WireGuard drops."""
         counted = Counter(self._peers.streams.drops())
         counters = self._wireguard.counters()
         for name, place in _COUNTERS.items():

@@ -39,7 +39,7 @@ class KernelInterface:
     namespace: str | None
     index: int
     was_there: bool
-    """Left by a process before this one; it has to be configured all the same."""
+    """Left by an earlier process; it is configured like a new one."""
 
 
 @asynccontextmanager
@@ -49,7 +49,7 @@ async def open_interface(config: DeviceConfig, rules: InterfaceRules) -> AsyncIt
     The caller holds the name (`hold_name`). One that a process of ours left behind is removed first, unless it shall be kept;
     then it is given as it is. Raises DeviceUnavailableError, InterfaceInUseError or DeviceError.
     """
-    with anyio.CancelScope(shield=True):  # an interface half made could not be told from another's
+    with anyio.CancelScope(shield=True):  # without its mark it could not be told from others
         interface = await run_netlink(partial(_make, config))
     stays = interface.was_there and config.keep
     try:
@@ -148,7 +148,7 @@ async def _find(name: str) -> tuple[int, bool] | None:
 
 
 async def _create(name: str, namespace: str | None, mtu: int) -> None:
-    """Make it from here, so that its UDP socket stays here wherever the interface lives."""
+    """Make it from this namespace, so that its UDP socket stays here wherever the interface lives."""
     where: dict[str, Any] = {}
     async with AsyncIPRoute() as ipr:
         if namespace is None:

@@ -1,7 +1,7 @@
 """The kernel's WireGuard by generic netlink (linux/wireguard.h): requests written, dumps read. No I/O.
 
-A dump of many peers is read message by message, and what a peer seldom changes (its allowed IPs, its endpoint) stays raw until
-somebody asks: ten thousand peers are read every so often, and few of them looked at.
+A dump is read message by message. What seldom changes (allowed IPs, the endpoint) is kept as raw bytes until it is needed:
+thousands of peers are read each time and few are shown.
 """
 
 import ipaddress

@@ -1,12 +1,12 @@
 """Tunnel streams for the kernel's WireGuard: each stream is an address of its own on the loopback, behind one socket.
 
-The kernel sees an ordinary peer at ``127.a.b.c:port`` and roams between such addresses as it does between any: only to where an
-authenticated packet came from. So a stream that claims a living peer's place gets an address of its own, and one that follows a
-stream that has ended gets that one's, at which the kernel goes on sending.
+The kernel sees an ordinary peer at ``127.a.b.c:port`` and roams between such addresses as between any others: only to where an
+authenticated packet came from. So a stream that claims a living peer gets an address of its own, and a stream that follows one
+that has ended takes over its address, to which the kernel goes on sending.
 
-Nobody else on this host gets a word in: the socket hears the loopback only, and of that only the device's own port, which the
-kernel holds. Towards the kernel, a batch is one send with UDP_SEGMENT, gathered from its rows without a copy; from it, one
-recvmmsg takes up to 64 datagrams of any mix of peers, each put down where its stream wants it.
+No other process can inject datagrams: the socket receives from the loopback only, and there only from the device's own port,
+which the kernel holds. Towards the kernel, a batch is one send with UDP_SEGMENT, gathered from its rows without a copy. From
+the kernel, one recvmmsg receives up to 64 datagrams of any mix of peers, each with the headroom that its stream needs.
 """
 
 import asyncio
@@ -63,7 +63,7 @@ class Slot:
 
 
 class Relay:
-    """Owns the socket. `on_hint(key)` is called when a peer's handshake or a reply at a new place went by: look soon."""
+    """Owns the socket. `on_hint(key)` is called after a peer's handshake message, or a reply at a new address: look soon."""
 
     def __init__(self, device_port: int, mtu: int, on_hint: Callable[[bytes], None]) -> None:
         """Opens the socket in the calling thread's network namespace. Raises DeviceError."""
@@ -92,7 +92,7 @@ class Relay:
         self._by_address.clear()
 
     def set_device_port(self, port: int) -> None:
-        """Hear the kernel at this port, and nobody else."""
+        """Receive from this port of the kernel's, and from nowhere else."""
         self._device = (_LOCALHOST, port)
         _hear_only(self._socket, port)
 
@@ -114,12 +114,12 @@ class Relay:
         return slot
 
     def at(self, endpoint: bytes) -> Slot | None:
-        """The slot that a peer's endpoint means; None where it is an ordinary one."""
+        """The slot that a peer's endpoint stands for; None for an ordinary endpoint."""
         slot = self._by_address.get(endpoint[4:8])
         return slot if slot is not None and slot.endpoint == endpoint else None
 
     def take_over(self, slot: Slot, path: Path) -> None:
-        """Let a new path have the slot of one that has ended."""
+        """Give a new path the slot of one that has ended."""
         own = self._by_path.pop(id(path), None)
         if own is not None and own is not slot:
             self._by_address.pop(own.address, None)
@@ -135,7 +135,7 @@ class Relay:
             slot.holder = key
 
     def _sweep(self) -> None:
-        """Forget slots of ended paths at which no peer is reached; looked for when there may be many."""
+        """Forget the slots of ended paths that no peer uses; done once per 64 slots, because it looks at all of them."""
         if len(self._by_address) % 64:
             return
         for slot in [slot for slot in self._by_address.values() if slot.holder is None and not slot.path.is_open]:
@@ -201,7 +201,7 @@ class Relay:
             receiver = self._receiver
             try:
                 count = receiver.receive(self._socket.fileno())
-            except OSError:  # what some datagram of ours caused, such as a closed port; the socket goes on
+            except OSError:  # caused by a datagram of ours, such as one to a closed port; the socket still works
                 read_on(self._loop, self._socket, self._read)
                 continue
             self._pass_on(receiver, count)
@@ -209,7 +209,7 @@ class Relay:
                 return
 
     def _pass_on(self, receiver: BatchReceiver, count: int) -> None:
-        """Give each run of whole rows for one address to its stream, and what is shorter as the run's end."""
+        """Pass each run of full rows for one address to its stream; a shorter row ends its run."""
         first = end = 0
         current = b""
         last = 0
@@ -249,7 +249,7 @@ class Relay:
             for index in range(count):
                 path.send(Datagrams.single(batch.row(index), path.headroom))
         if not path.is_writable and len(self._by_path) == 1:
-            # a machine has one stream: let the kernel's queue wait, not the stream's
+            # a machine has one stream: leave packets in the kernel's queue rather than in the stream's
             self._stop_reading()
             path.when_writable(self._read_on)
 
@@ -277,7 +277,7 @@ def _open_socket() -> socket.socket:
 
 
 def _hear_only(sock: socket.socket, port: int) -> None:
-    """Let the kernel drop all that does not come from 127.0.0.1 and this port, before it takes room (a classic BPF program)."""
+    """Attach a classic BPF program that drops what does not come from 127.0.0.1 and this port, before it takes buffer space."""
     network_header, localhost = 0xFFF0_0000, 0x7F00_0001
     program = (
         (0x20, 0, 0, network_header + 12),  # the source address

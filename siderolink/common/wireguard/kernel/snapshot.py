@@ -1,13 +1,13 @@
 """What the kernel's peers did between two looks at them, and when to look again. No I/O; the time is passed in.
 
-The kernel tells nobody of handshakes, of roaming or of attempts given up. All three are read off its counters:
+The kernel sends no events about handshakes, roaming or attempts given up. All three are derived from its counters:
 
-- a handshake was completed where its time has moved;
-- the peer has roamed where its endpoint has;
-- attempts were given up where something that wants an answer has gone unanswered for as long as WireGuard tries: 10 s until a
-  passive keepalive would have come, 5 s, then 90 s of handshakes. Bare keepalives want no answer, and are told by their size.
+- a handshake was completed if its time has changed;
+- the peer has roamed if its endpoint has changed;
+- attempts were given up if something that needs an answer has gone unanswered for as long as WireGuard tries: 10 s until a
+  passive keepalive would have come, 5 s, then 90 s of handshakes. Keepalives need no answer and are recognized by their size.
 
-A look costs time in proportion to the peers, so looks are rationed: often while somebody is expected to shake hands, seldom
+A look costs time in proportion to the number of peers, so looks are rationed: frequent while a handshake is expected, rare
 otherwise.
 """
 
@@ -51,18 +51,18 @@ class PeerView:
 
     facts: PeerFacts
     last_received: float | None = None
-    """Unix time of the look that found more received bytes, or of a handshake since; late by the time between two looks."""
+    """Unix time of the look that found more received bytes, or of a later handshake; late by one interval at most."""
     received_at: float | None = None
     """The same on the clock of `compare`, which nobody sets: what silence is measured by."""
     sent_when_heard: int = 0
     heard_at: float = 0.0
     unanswered_at: float | None = None
-    """When something was first seen sent, since the peer was last heard, that wants an answer."""
+    """When a look first found something sent that needs an answer, since the peer was last heard."""
     has_given_up: bool = False
 
 
 def compare(view: PeerView, facts: PeerFacts, now: float, unix_now: float) -> Iterator[Change]:
-    """Bring a view up to date, and tell what happened: roaming first, since a handshake proves the path that it came by."""
+    """Update a view and yield what happened: roaming first, because a handshake proves the path that it came by."""
     old, view.facts = view.facts, facts
     if old.endpoint != facts.endpoint and facts.endpoint:
         yield Roamed(old.endpoint)
@@ -96,16 +96,16 @@ class LookSchedule:
     """When to look at the peers again. All times are of one monotonic clock."""
 
     SHARE: Final = 20
-    """A look is followed by a pause of so many times its length, while somebody is waited for."""
+    """A look is followed by a pause of so many times its length while a handshake is expected."""
     IDLE_SHARE: Final = 100
     IDLE: Final = 5.0
-    """Seconds between looks when nobody is waited for, or more where a look is costly."""
+    """Seconds between looks when no handshake is expected; more if a look is costly."""
     PATIENCE: Final = 15.0
-    """Seconds for which a peer that has been set, offered a path or heard shaking hands is waited for."""
+    """Seconds for which a handshake is expected of a peer that was set, was offered a path, or sent a handshake message."""
     FIRST: Final = 0.02
     LONGEST: Final = 1.0
     FRESH_COST: Final = 0.05
-    """Seconds: whoever asks about a peer gets a look of his own, unless looks cost more than this."""
+    """Seconds: each question about a peer causes a look, unless looks cost more than this."""
 
     def __init__(self, now: float) -> None:
         self.cost = 0.0
@@ -115,12 +115,12 @@ class LookSchedule:
         self._newest = now
 
     def expect(self, key: bytes, now: float) -> None:
-        """The peer will shake hands soon, unless it is dead."""
+        """A handshake with this peer is expected soon."""
         self._expected.pop(key, None)
         self._expected[key] = self._newest = now
 
     def settled(self, key: bytes) -> None:
-        """The peer has shaken hands, or is gone."""
+        """The handshake was completed, or the peer is gone."""
         self._expected.pop(key, None)
 
     @property
@@ -146,6 +146,6 @@ class LookSchedule:
         return self.looked_at + max(pause, self.SHARE * self.cost)
 
     def is_fresh(self, began_at: float, now: float) -> bool:
-        """Whether a look that began then still answers a question of now."""
+        """Whether a look that began then still answers a question asked now."""
         allowed = self.SHARE * self.cost if self.cost > self.FRESH_COST else 0.0
         return now - began_at <= allowed

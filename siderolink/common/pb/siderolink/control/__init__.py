@@ -392,7 +392,7 @@ default_message_pool.register_message(
 class StatusResponse(betterproto2.Message):
     role: "str" = betterproto2.field(1, betterproto2.TYPE_STRING)
     """
-    "server" or "machine".
+    "server", "machine" or "interface" (a bare WireGuard interface).
     """
 
     interface: "str" = betterproto2.field(2, betterproto2.TYPE_STRING)
@@ -485,7 +485,7 @@ default_message_pool.register_message(
 
 class ControlStub(betterproto2_grpclib.ServiceStub):
     """
-    What a running `serve` or `join` tells on its local socket.
+    What a running `serve`, `join` or `wireguard` tells on its local socket.
     """
 
     async def status(
@@ -775,7 +775,7 @@ class StateStub(betterproto2_grpclib.ServiceStub):
 
 class ControlBase(betterproto2_grpclib.ServiceBase):
     """
-    What a running `serve` or `join` tells on its local socket.
+    What a running `serve`, `join` or `wireguard` tells on its local socket.
     """
 
     async def status(self, message: "StatusRequest") -> "StatusResponse":
