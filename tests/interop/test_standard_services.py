@@ -10,7 +10,12 @@ from google.protobuf.descriptor_pb2 import FileDescriptorProto
 from google.protobuf.descriptor_pool import DescriptorPool
 
 from siderolink.common.grpc import serve
-from siderolink.common.pb.grpc.health.v1 import HealthCheckRequest, HealthCheckResponse, HealthCheckResponseServingStatus
+from siderolink.common.pb.grpc.health.v1 import (
+    HealthCheckRequest,
+    HealthCheckResponse,
+    HealthCheckResponseServingStatus,
+    HealthListResponse,
+)
 from siderolink.common.pb.grpc.reflection.v1 import ServerReflectionRequest, ServerReflectionResponse
 from siderolink.server.api.standard import API_SERVICES, STANDARD_SERVICES, HealthService, ReflectionService
 
@@ -37,6 +42,16 @@ async def test_health_of_each_service(target: str) -> None:
     with pytest.raises(grpc.RpcError) as caught:
         await anyio.to_thread.run_sync(check, target, "cats")
     assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+
+
+async def test_health_of_all_services(target: str) -> None:
+    def ask() -> HealthListResponse:
+        with grpc.insecure_channel(target) as channel:
+            call = channel.unary_unary("/grpc.health.v1.Health/List", bytes, HealthListResponse.parse)
+            return call(b"", timeout=10)  # type: ignore[no-any-return]
+
+    statuses = (await anyio.to_thread.run_sync(ask)).statuses
+    assert {name: answer.status for name, answer in statuses.items()} == dict.fromkeys(("", *API_SERVICES), SERVING)
 
 
 async def test_health_is_watched_until_the_server_ends() -> None:

@@ -66,7 +66,7 @@ class TunnelService:
         try:
             address, port = parse_peer_addr_port(value)
         except ConfigurationError:
-            refusal = StreamRefusal.NOT_ALLOWED if _is_other_address(value) else StreamRefusal.MALFORMED_ADDRESS
+            refusal = StreamRefusal.NOT_ALLOWED if is_other_address(value) else StreamRefusal.MALFORMED_ADDRESS
             raise self._refused(refusal) from None
         link = self._directory.by_virtual_address(address) or await self._read_through(address)
         if link is None:
@@ -88,7 +88,7 @@ class TunnelService:
         return GRPCError(*ENDINGS[refusal])
 
 
-def _is_other_address(value: str) -> bool:
+def is_other_address(value: str) -> bool:
     """Whether this is an address and a port, but no machine's: of IPv4, or with a zone."""
     host, _, port = value.rpartition(":")
     bare = host[1:-1] if host[:1] == "[" and host[-1:] == "]" else ""
