@@ -6,6 +6,8 @@ was made from the .proto files.
 
 import hashlib
 import json
+import subprocess
+import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -242,3 +244,44 @@ def await_event(stream: Any, event_type: int, name: str) -> None:
         if any((event.event_type, event.resource.metadata.id) == (event_type, name) for event in answer.event):
             return
     raise AssertionError(f"the stream ended before {name}")
+
+
+DISK_PROGRAM = """
+import anyio, subprocess, sys
+from siderolink.client.maintenance.resources import ResourceStore
+from siderolink.client.maintenance.resources.definitions import DISK
+from siderolink.client.maintenance.resources.host import keep_host_resources
+
+async def main():
+    store = ResourceStore()
+    async with anyio.create_task_group() as tasks:
+        async def keep(*, task_status):
+            await keep_host_resources(store, node_uuid="", task_status=task_status)
+        await tasks.start(keep)
+        attached = subprocess.run(["losetup", "-f", "--show", sys.argv[1]], capture_output=True, text=True)
+        device = attached.stdout.strip()
+        if attached.returncode:
+            print("no loop device")
+        else:
+            with anyio.fail_after(20):
+                while store.get(DISK, device.removeprefix("/dev/")) is None:
+                    await anyio.sleep(0.01)
+            subprocess.run(["losetup", "-d", device], check=True)
+            with anyio.fail_after(20):
+                while store.get(DISK, device.removeprefix("/dev/")) is not None:
+                    await anyio.sleep(0.01)
+            print("came and went")
+        tasks.cancel_scope.cancel()
+
+anyio.run(main)
+"""
+
+
+@pytest.mark.timeout(60)
+def test_disks_come_and_go(tmp_path: Path) -> None:
+    image = tmp_path / "disk"
+    image.write_bytes(bytes(1 << 20))
+    done = subprocess.run([sys.executable, "-c", DISK_PROGRAM, str(image)], capture_output=True, text=True, check=False)
+    if "no loop device" in done.stdout:
+        pytest.skip("this host gives out no loop devices")
+    assert done.stdout == "came and went\n", done.stderr

@@ -2,13 +2,12 @@
 
 import uuid
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import aclosing
 from typing import Any, NoReturn, TypeVar
 
 from grpclib import GRPCError, Status
 
 from siderolink.client.maintenance import hooks
-from siderolink.client.maintenance.dispatch import Answer, Implementation
+from siderolink.client.maintenance.dispatch import Answer, Implementation, closed_after
 from siderolink.client.maintenance.hooks import MachineHooks
 from siderolink.client.maintenance.roles import INSTALL_REFUSAL, Role
 from siderolink.common.errors import ConfigurationError
@@ -147,7 +146,7 @@ class MachineActions:
         if hook is None:
             raise GRPCError(Status.FAILED_PRECONDITION, f"Talos is not installed: {INSTALL_REFUSAL}")
         actor = str(uuid.uuid4())
-        async with aclosing(_generator(hook(hooks.InstallRequest(image=request.image, is_upgrade=True)))) as lines:
+        async with closed_after(hook(hooks.InstallRequest(image=request.image, is_upgrade=True))) as lines:
             async for _line in lines:
                 pass
         return pb.UpgradeResponse(messages=[pb.Upgrade(ack="Upgrade request received", actor_id=actor)])
@@ -177,7 +176,7 @@ class MachineActions:
     async def _progress(self, name: str, request: hooks.InstallRequest) -> AsyncIterator[pb.LifecycleServiceInstallProgress]:
         if self._hooks.install is None:
             _refuse_install(f"LifecycleService/{name}")
-        async with aclosing(_generator(self._hooks.install(request))) as lines:
+        async with closed_after(self._hooks.install(request)) as lines:
             async for line in lines:
                 yield pb.LifecycleServiceInstallProgress(message=line)
         yield pb.LifecycleServiceInstallProgress(exit_code=0)
@@ -185,11 +184,6 @@ class MachineActions:
 
 def _refuse_install(name: str) -> NoReturn:
     raise GRPCError(Status.FAILED_PRECONDITION, f"{name}: {INSTALL_REFUSAL}")
-
-
-def _generator(lines: AsyncIterator[str]) -> Any:
-    """An embedder's iterator, which is a generator that can be closed."""
-    return lines
 
 
 def _needed(hook: A | None, name: str) -> A:

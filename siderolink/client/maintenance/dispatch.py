@@ -1,9 +1,9 @@
 """Dispatches calls: checks the caller's role, then the message, then calls the implementation."""
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import aclosing
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import betterproto2
 from grpclib import GRPCError, Status
@@ -16,6 +16,8 @@ from siderolink.common.grpc import ANY_METHOD
 from siderolink.common.pb.google.protobuf import Empty
 from siderolink.common.protobuf_wire import has_declared_types
 from siderolink.common.text import one_line
+
+T = TypeVar("T")
 
 Answer: TypeAlias = Awaitable[betterproto2.Message] | AsyncIterator[betterproto2.Message]
 
@@ -112,13 +114,24 @@ class MethodTable:
             request = readable(await stream.recv_message())
             answers: Any = found.function(request, role)
             try:
-                async with aclosing(answers):
+                async with closed_after(answers):
                     async for message in answers:
                         await stream.send_message(message)
             except ConfigurationError as error:
                 raise GRPCError(Status.INVALID_ARGUMENT, one_line(str(error))) from None
 
         return serve
+
+
+@asynccontextmanager
+async def closed_after(items: AsyncIterator[T]) -> AsyncIterator[AsyncIterator[T]]:
+    """Close an iterator with the body, if it is one that can be closed."""
+    try:
+        yield items
+    finally:
+        close = getattr(items, "aclose", None)
+        if close is not None:
+            await close()
 
 
 def readable(request: Any) -> Any:

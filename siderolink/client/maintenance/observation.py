@@ -3,7 +3,6 @@
 import socket
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable
-from contextlib import aclosing
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -13,7 +12,7 @@ import anyio
 import anyio.to_thread
 from grpclib import GRPCError, Status
 
-from siderolink.client.maintenance.dispatch import Answer, Implementation
+from siderolink.client.maintenance.dispatch import Answer, Implementation, closed_after
 from siderolink.client.maintenance.history import EventHistory, LogBuffer
 from siderolink.client.maintenance.hooks import LogRequest, MachineHooks
 from siderolink.client.maintenance.host import disks, proc
@@ -207,8 +206,7 @@ class Observation:
     async def _follow_events(self, request: pb.EventsRequest, role: Role) -> AsyncIterator[pb.Event]:
         if request.tail_seconds < 0:
             raise GRPCError(Status.INVALID_ARGUMENT, "tail_seconds must not be negative")
-        following: Any = self._events.follow(request)
-        async with aclosing(following) as events:
+        async with closed_after(self._events.follow(request)) as events:
             async for event in events:
                 yield event
 
@@ -225,9 +223,8 @@ class Observation:
 
 async def _parts(lines: AsyncIterator[bytes]) -> AsyncIterator[Data]:
     """Lines as they travel."""
-    generator: Any = lines
-    async with aclosing(generator):
-        async for line in generator:
+    async with closed_after(lines):
+        async for line in lines:
             yield Data(bytes=line)
 
 
