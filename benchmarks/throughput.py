@@ -1,5 +1,7 @@
 """TCP, UDP and round trips through a link: ours by UDP and by the gRPC tunnel, beside other WireGuard programs.
 
+With the compiled core (`make native`) "siderolink, UDP" and the tunnel use it; "pure Python" never does.
+
     sudo python benchmarks/throughput.py [--seconds 10] [--rounds 3] [--only tcp] [--carriers udp,newest] [--save FOLDER]
 
 Every carrier links two network namespaces joined by a veth pair, with an inner MTU of 1280 and IPv6 inside. All links are up at
@@ -29,6 +31,7 @@ from tests.support.wireguard_go import WIREGUARD_GO
 
 NAMES = {
     "udp": "siderolink, UDP",
+    "pure": "siderolink, pure Python",
     "newest": "wireguard-go, newest",
     "debian": "wireguard-go, Debian's",
     "tunnel": "siderolink, gRPC tunnel",
@@ -144,6 +147,7 @@ def carriers(wanted: Sequence[str], newest: str | None) -> dict[str, Carrier]:
         else:
             found[key] = {
                 "udp": wireguard((*COMMAND, "wireguard")),
+                "pure": wireguard(("env", "SIDEROLINK_NATIVE=0", *COMMAND, "wireguard")),
                 "debian": wireguard(WIREGUARD_GO),
                 "tunnel": siderolink(tunnel=True),
                 "wire": bare_wire,
