@@ -44,7 +44,9 @@ mod tests {
 
     #[test]
     fn equals_the_obvious_sum() {
-        let data: Vec<u8> = (0..700u32).map(|number| (number * 37 + number / 7) as u8).collect();
+        let data: Vec<u8> = (0..if cfg!(miri) { 70u32 } else { 700 })
+            .map(|number| (number * 37 + number / 7) as u8)
+            .collect();
         for start in 0..9 {
             for end in start..data.len() {
                 assert_eq!(word_sum(&data[start..end]), obvious(&data[start..end]));

@@ -100,8 +100,12 @@ mod tests {
 
     #[test]
     fn every_accepted_row_is_within_the_buffer_and_apart_from_the_next() {
-        let sizes = [0, 1, 15, 16, 17, 32, 48, 80, 100];
-        for size in sizes {
+        let sizes: &[usize] = if cfg!(miri) {
+            &[0, 48, 100]
+        } else {
+            &[0, 1, 15, 16, 17, 32, 48, 80, 100]
+        };
+        for &size in sizes {
             for start in [0, 15, 16, 17, 40] {
                 for stride in [0, 16, 32, 33, 48, usize::MAX] {
                     for (length, last) in [(0, 0), (1, 0), (1, 1), (16, 3), (2, 3), (usize::MAX, 0)] {
@@ -119,7 +123,7 @@ mod tests {
             return;
         };
         let mut free = 0;
-        for row in 0..rows.count().min(200) {
+        for row in 0..rows.count().min(4) {
             let text = rows.text(row);
             assert!(text.start - 16 >= free, "rows overlap");
             free = text.end + 16;
