@@ -11,11 +11,11 @@ import anyio
 from siderolink.cli.logs import say
 from siderolink.cli.secret import read_secret
 from siderolink.client.config import MachineSettings, Setting, Sources, merge
+from siderolink.client.link.identity import machine_identity
 from siderolink.client.link.supervisor import PROMPT_TIMEOUT, VERDICT_TIMEOUT, Verdict
 from siderolink.common.backoff import Backoff
 from siderolink.common.errors import ConfigurationError, SideroLinkError
 from siderolink.common.join_url import JoinURL
-from siderolink.common.node_uuid import is_placeholder, parse_uuid
 from siderolink.common.tasks import background_tasks
 
 T = TypeVar("T")
@@ -53,7 +53,7 @@ class SettingsReader:
             explicit=MachineSettings(
                 url=None if url is None else Setting(url, "argument"),
                 unique_token=None if unique_token is None else Setting(unique_token, "argument"),
-                uuid=None if options.uuid is None else Setting(_identity(options.uuid), "argument"),
+                uuid=None if options.uuid is None else Setting(machine_identity(options.uuid), "argument"),
             ),
             documents=options.config,
             kernel_cmdline=None if from_kernel == HOST else from_kernel,
@@ -67,13 +67,6 @@ class SettingsReader:
         if self._join_token is None or settings.url is None or settings.url.value.join_token is not None:
             return settings
         return replace(settings, url=replace(settings.url, value=replace(settings.url.value, join_token=self._join_token)))
-
-
-def _identity(text: str) -> str:
-    node_uuid = parse_uuid(text.strip())
-    if is_placeholder(node_uuid):
-        raise ConfigurationError(f"{node_uuid} is a vendor's placeholder, the same on many machines: give one of its own")
-    return node_uuid
 
 
 class TryLink(Protocol):

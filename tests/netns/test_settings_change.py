@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 from anyio.from_thread import BlockingPortal
 
-from siderolink import JoinURL, Link, Server, connect
+from siderolink import ConfigurationError, JoinRefusedError, JoinURL, Link, Server, connect
 from siderolink.client import (
     Handshake,
     Left,
@@ -252,3 +253,29 @@ def test_another_uuid_is_the_same_machine_under_another_name() -> None:
         machine.ping()
         assert machine.link.public_key == key
         assert other in [status.machine.node_uuid for status in portal.call(server.machines)]
+
+
+def test_a_machine_without_a_token_that_stopped_cleanly_is_admitted_again_at_once() -> None:
+    """It has said goodbye inside its session; without that it would be taken for a thief of its own UUID for a minute."""
+    node_uuid = str(uuid.uuid4())
+    with direct() as net, serving(net):
+        for _ in range(3):
+            with joined(net, uuid=node_uuid, unique_token="") as machine:
+                machine.ping()
+
+
+def test_an_embedders_machine_keeps_its_tokens_in_a_folder(tmp_path: Path) -> None:
+    with direct() as net, serving(net):
+        for _ in range(2):
+            with joined(net, uuid=str(uuid.UUID(int=77)), unique_token="", identity=tmp_path) as machine:
+                assert "Token" in machine.link.options.machine.unique_token
+        with pytest.raises(JoinRefusedError, match="another machine"), joined(net, uuid=str(uuid.UUID(int=77))):
+            pass
+
+
+@pytest.mark.parametrize(
+    "wrong", ["not-a-uuid", "00000000-0000-0000-0000-000000000000", "03000200-0400-0500-0006-000700080009"]
+)
+def test_a_wrong_uuid_is_refused_before_anything_is_sent(wrong: str) -> None:
+    with direct() as net, pytest.raises(ConfigurationError), joined(net, uuid=wrong):
+        pass

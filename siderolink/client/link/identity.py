@@ -14,8 +14,9 @@ import anyio
 from pyroute2 import AsyncIPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
+from siderolink.common.errors import ConfigurationError
 from siderolink.common.netlink import run_netlink
-from siderolink.common.node_uuid import is_placeholder
+from siderolink.common.node_uuid import is_placeholder, parse_uuid
 
 log = logging.getLogger("siderolink")
 
@@ -26,6 +27,14 @@ SMBIOS_UUID = Path("/sys/class/dmi/id/product_uuid")
 MACHINE_ID = Path("/etc/machine-id")
 _LARGEST_FILE = 4096
 _ETHER = 1
+
+
+def machine_identity(text: str) -> str:
+    """A UUID that was given, in its one form. Raises ConfigurationError for anything else, and for a vendor's placeholder."""
+    node_uuid = parse_uuid(text.strip())
+    if is_placeholder(node_uuid):
+        raise ConfigurationError(f"{node_uuid} is a vendor's placeholder, the same on many machines: give one of its own")
+    return node_uuid
 
 
 def machine_uuid(smbios: Path = SMBIOS_UUID, machine_id: Path = MACHINE_ID, folder: Path | None = None) -> str:

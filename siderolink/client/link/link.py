@@ -4,15 +4,16 @@ import os
 import ssl
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from ipaddress import IPv6Address, IPv6Interface
+from pathlib import Path
 from typing import Literal
 
 import anyio
 
 from siderolink.client.link.events import LinkEvent
 from siderolink.client.link.host import Host
-from siderolink.client.link.identity import machine_uuid
+from siderolink.client.link.identity import TALOS_VERSION, UniqueTokens, machine_identity, machine_uuid
 from siderolink.client.link.provisioning import Machine, Provisioned
 from siderolink.client.link.runner import LinkOptions, LinkRunner, ServerKeys
 from siderolink.client.link.state import LinkState
@@ -189,7 +190,8 @@ async def connect(
     *,
     uuid: str | None = None,
     unique_token: str = "",
-    talos_version: str = "",
+    identity: str | os.PathLike[str] | None = None,
+    talos_version: str = TALOS_VERSION,
     interface: str | None = None,
     device: DeviceKind = "auto",
     namespace: str | None = None,
@@ -203,11 +205,13 @@ async def connect(
 ) -> AsyncIterator[Link]:
     """Join the server at `url` and hold the link; the body runs once traffic flows, and leaving it leaves nothing behind.
 
-    `uuid` is the firmware's by default, `interface` the transport's usual name, `namespace` where the interface lives while
-    datagrams and calls go by the caller's. `private_key` is a new one by default; with the same one, joining again is the same
-    link to the server. An https URL's certificate is checked against the system's roots, `ca_file` (PEM), or as `tls` says,
-    which is made to offer HTTP/2. `on_event` is called on the event loop for each event from the first on; it must be quick. A
-    link that dies is re-established without end, and `events` tells.
+    `uuid` is the firmware's by default. With `identity`, a folder, the machine makes and keeps a unique token for each server
+    there, unless `unique_token` is given, so that only it can join by this UUID, also after a restart. `interface` is the
+    transport's usual name, `namespace` where the interface lives while datagrams and calls use the caller's. `private_key` is a
+    new one by default; with the same one, joining again is the same link to the server. An https URL's certificate is checked
+    against the system's roots, `ca_file` (PEM), or as `tls` says, which is made to offer HTTP/2. `on_event` is called on the
+    event loop for each event from the first on; it must be quick. A link that dies is re-established without end, and `events`
+    tells; `Link.apply` changes its settings.
 
     Raises JoinURLError or ConfigurationError for what cannot be used as given; ServerUnreachableError, JoinRefusedError or
     InvalidAnswerError where the first join fails; HandshakeTimeoutError after `handshake_timeout` seconds without a handshake
@@ -216,9 +220,11 @@ async def connect(
     if tls is not None and ca_file is not None:
         raise ConfigurationError("give either tls or ca_file, not both")
     url = JoinURL.parse(url) if isinstance(url, str) else url
+    folder = None if identity is None else Path(identity)
+    node_uuid = machine_identity(uuid) if uuid is not None else machine_uuid(folder=folder)
     options = LinkOptions(
         url=url,
-        machine=Machine(uuid=uuid or machine_uuid(), unique_token=unique_token, version=talos_version),
+        machine=Machine(uuid=node_uuid, unique_token=unique_token, version=talos_version),
         interface=interface,
         device=device,
         namespace=namespace,
@@ -227,6 +233,9 @@ async def connect(
         fallback_tunnel=fallback_tunnel,
         retry_first=not wait,
     )
+    if folder is not None and not unique_token:
+        token = await UniqueTokens(folder).token(options.server, node_uuid)
+        options = replace(options, machine=replace(options.machine, unique_token=token))
     async with open_link(options, on_event) as link:
         if wait:
             await _first_handshake(link, handshake_timeout)
