@@ -60,6 +60,8 @@ class LinkContext:
     progress: Progress
     provisioner: Provisioner
     emit: Callable[[events.LinkEvent], None]
+    says_goodbye: Callable[[], bool]
+    """Whether a link that is cancelled leaves its server."""
     attempt_timeout: float
     down_after: float
     wants_tunnel: bool
@@ -106,7 +108,7 @@ class RouteMonitor:
                 self._start()
                 return await self._until_replaced(provision_again)
             except anyio.get_cancelled_exc_class():
-                if self._progress.machine.is_up:
+                if self._progress.machine.is_up and self._context.says_goodbye():
                     with anyio.CancelScope(shield=True):
                         await self._context.host.say_goodbye(self._device, self._answer.address.ip, self._answer.server_address)
                 raise
@@ -249,7 +251,7 @@ class RouteMonitor:
             case signals.Repaired(what=what):
                 self._context.emit(events.InterfaceRepaired(what=what))
                 self._progress.trouble("interface", f"the interface was changed by someone else: {what}")
-                self._suspect_at_once(watch, now, "the interface was repaired")
+                watch.suspect_at_once(now, "the interface was repaired")
             case signals.ClockJumped():
                 asleep, self._asleep = seconds_asleep() - self._asleep, seconds_asleep()
                 if asleep > 1.0:
@@ -269,7 +271,7 @@ class RouteMonitor:
             self._route.reopen()
         if self._way_out != before or self._way_out.interface in carriers:
             self._context.retry.fire()
-            self._suspect_at_once(watch, now, "the network changed")
+            watch.suspect_at_once(now, "the network changed")
 
     def _note_cut(self, reason: str) -> None:
         now = time.monotonic()
@@ -291,10 +293,6 @@ class RouteMonitor:
         self._start()
         if watch is not None:
             watch.suspect(time.monotonic(), "other settings were tried")
-
-    def _suspect_at_once(self, watch: HandshakeWatch, now: float, reason: str) -> None:
-        if not watch.suspect(now, reason):
-            watch.probe_now(now)
 
     def _judge_size(self, passes: bool) -> str | None:
         if passes:

@@ -105,6 +105,7 @@ class LinkRunner:
         self._udp_answer: Provisioned | None = None
         self._udp_is_small = False
         self._udp_tries = Backoff(first=30.0, cap=900.0, floor=15.0)
+        self._says_goodbye = True
         self._signals: Signals | None = None
         self._settings_scope: anyio.CancelScope | None = None
         self._api_scope: anyio.CancelScope | None = None
@@ -163,6 +164,8 @@ class LinkRunner:
                 with anyio.CancelScope() as self._settings_scope:
                     await self._run_settings(answer)
                 # Only `replace_settings` cancels it, and leaves the answer to begin with, if there is one.
+                self.progress.new_settings(str(self.route))
+                self._says_goodbye = True
                 answer = self.answer
         except Exception as error:
             reason = str(error) or type(error).__name__
@@ -195,10 +198,15 @@ class LinkRunner:
             and _interface_of(answer) == _interface_of(self.answer)
         )
 
+    def _carries_alike(self, options: LinkOptions) -> bool:
+        """Whether a route of the present transport, which may hold a TLS connection, would be made alike."""
+        is_udp = self.transport is not None and self.transport.kind == "udp"
+        return is_udp or (options.tls is self.options.tls and options.url.tls == self.options.url.tls)
+
     def replace_settings(self, options: LinkOptions, answer: Provisioned | None) -> None:
         """Run by other settings from now on, beginning with an answer that they brought, or with a Provision call."""
         keeps_interface = answer is not None and self.fits(options, answer)
-        is_same = keeps_interface and answer == self.answer
+        is_same = keeps_interface and answer == self.answer and self._carries_alike(options)
         is_other_server = options.server != self.options.server
         stays_in_fallback = self.is_fallback and not is_other_server and not options.url.tunnel
         self.options = options
@@ -214,11 +222,12 @@ class LinkRunner:
             return
         if not stays_in_fallback or answer is None or answer.virtual_address is None:
             self._udp_answer, self._udp_is_small = None, False
+        self.progress.has_new_settings = True
         if answer is not None and keeps_interface and self._signals is not None:
             self._signals.put(Replaced(answer))
         else:
-            self.progress.new_settings(str(self.route))
             self.answer = answer
+            self._says_goodbye = is_other_server
             if self._settings_scope is not None:
                 self._settings_scope.cancel()
 
@@ -303,6 +312,7 @@ class LinkRunner:
             progress=self.progress,
             provisioner=self._provisioner,
             emit=self._emit,
+            says_goodbye=lambda: self._says_goodbye,
             attempt_timeout=self.options.attempt_timeout,
             down_after=self.options.down_after,
             wants_tunnel=self.is_fallback,

@@ -91,6 +91,11 @@ class HandshakeWatch:
         self._down_at = min(self._down_at, now + PROBE_LIMIT * PROBE_INTERVAL)
         return True
 
+    def suspect_at_once(self, now: float, reason: str) -> None:
+        """Suspect an established link, or bring the next handshake forward where one is due anyway."""
+        if not self.suspect(now, reason):
+            self.probe_now(now)
+
     def suspect_twice(self, now: float, reason: str) -> None:
         """Something looks wrong that one handshake does not disprove: suspect the link again after `ENDING_SECONDS`."""
         self.suspect(now, reason)
