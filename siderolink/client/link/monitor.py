@@ -61,7 +61,7 @@ class LinkContext:
     provisioner: Provisioner
     emit: Callable[[events.LinkEvent], None]
     says_goodbye: Callable[[], bool]
-    """Whether a link that is cancelled leaves its server."""
+    """Whether a link that is cancelled now takes leave of its server."""
     attempt_timeout: float
     down_after: float
     wants_tunnel: bool
@@ -108,7 +108,7 @@ class RouteMonitor:
                 self._start()
                 return await self._until_replaced(provision_again)
             except anyio.get_cancelled_exc_class():
-                if self._progress.machine.is_up and self._context.says_goodbye():
+                if self._context.says_goodbye():
                     with anyio.CancelScope(shield=True):
                         await self._context.host.say_goodbye(self._device, self._answer.address.ip, self._answer.server_address)
                 raise

@@ -105,7 +105,8 @@ class LinkRunner:
         self._udp_answer: Provisioned | None = None
         self._udp_is_small = False
         self._udp_tries = Backoff(first=30.0, cap=900.0, floor=15.0)
-        self._says_goodbye = True
+        self._says_goodbye: bool | None = None
+        """Whether a cancelled link takes leave of its server; None if it does when it is up."""
         self._signals: Signals | None = None
         self._settings_scope: anyio.CancelScope | None = None
         self._api_scope: anyio.CancelScope | None = None
@@ -164,8 +165,7 @@ class LinkRunner:
                 with anyio.CancelScope() as self._settings_scope:
                     await self._run_settings(answer)
                 # Only `replace_settings` cancels it, and leaves the answer to begin with, if there is one.
-                self.progress.new_settings(str(self.route))
-                self._says_goodbye = True
+                self._says_goodbye = None
                 answer = self.answer
         except Exception as error:
             reason = str(error) or type(error).__name__
@@ -226,8 +226,9 @@ class LinkRunner:
         if answer is not None and keeps_interface and self._signals is not None:
             self._signals.put(Replaced(answer))
         else:
+            self._says_goodbye = is_other_server and self.is_up
+            self.progress.new_settings(str(self.route))
             self.answer = answer
-            self._says_goodbye = is_other_server
             if self._settings_scope is not None:
                 self._settings_scope.cancel()
 
@@ -312,7 +313,7 @@ class LinkRunner:
             progress=self.progress,
             provisioner=self._provisioner,
             emit=self._emit,
-            says_goodbye=lambda: self._says_goodbye,
+            says_goodbye=lambda: self.is_up if self._says_goodbye is None else self._says_goodbye,
             attempt_timeout=self.options.attempt_timeout,
             down_after=self.options.down_after,
             wants_tunnel=self.is_fallback,
