@@ -1,7 +1,7 @@
 """The WireGuardOverGRPCService: a machine's datagrams inside one stream, as one more path of the device."""
 
 from collections import Counter
-from ipaddress import IPv6Address, ip_address
+from ipaddress import AddressValueError, IPv4Address, IPv6Address
 
 from grpclib import GRPCError, Status
 
@@ -89,11 +89,10 @@ class TunnelService:
 
 
 def is_other_address(value: str) -> bool:
-    """Whether this is an address and a port, but no machine's: of IPv4, or with a zone."""
+    """Whether this is an address and a port, but of IPv4, which no machine has."""
     host, _, port = value.rpartition(":")
-    bare = host[1:-1] if host[:1] == "[" and host[-1:] == "]" else ""
     try:
-        address = ip_address(bare or host)
-    except ValueError:
+        IPv4Address(host)
+    except AddressValueError:
         return False
-    return (address.version == 6) == bool(bare) and port.isascii() and port.isdecimal() and int(port[:6]) < 65536
+    return port.isascii() and port.isdecimal() and int(port[:6]) < 65536
