@@ -19,6 +19,8 @@ from siderolink.common.text import one_line
 
 T = TypeVar("T")
 
+MAX_STREAMS = 256
+"""Concurrent streams of answers per socket, beside watches."""
 Answer: TypeAlias = Awaitable[betterproto2.Message] | AsyncIterator[betterproto2.Message]
 
 
@@ -56,6 +58,7 @@ class MethodTable:
         self._implementations = implementations
         self._admittance = admittance
         self._calls = calls
+        self._streams = 0
 
     def __mapping__(self) -> dict[str, Handler]:
         handlers = {path: self._handler(method) for path, method in METHODS.items() if not path.startswith("/cosi.")}
@@ -112,13 +115,20 @@ class MethodTable:
         async def serve(stream: Stream[Any, Any]) -> None:
             role = self._check(method, stream)
             request = readable(await stream.recv_message())
+            if self._streams >= MAX_STREAMS:
+                raise GRPCError(
+                    Status.RESOURCE_EXHAUSTED, f"{method.name}: too many streams run on this machine; end some first"
+                )
             answers: Any = found.function(request, role)
+            self._streams += 1
             try:
                 async with closed_after(answers):
                     async for message in answers:
                         await stream.send_message(message)
             except ConfigurationError as error:
                 raise GRPCError(Status.INVALID_ARGUMENT, one_line(str(error))) from None
+            finally:
+                self._streams -= 1
 
         return serve
 

@@ -1,7 +1,7 @@
 """Read-only methods: statistics of the kernel, logs, events, services."""
 
 import socket
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime
 from functools import partial
@@ -42,6 +42,7 @@ _READABLE = (
     "/etc/hostname",
 )
 _PART = 32 * 1024
+_MAX_KERNEL_READERS = 8
 _MAX_FILE = 1024 * 1024
 OWN_LOG, KERNEL_LOG = "siderolink", "kernel"
 
@@ -58,6 +59,7 @@ class Observation:
         self._log = log
         self._started = datetime.now(UTC)
         self._threads = anyio.CapacityLimiter(4)
+        self._kernel_readers: Counter[Role] = Counter()
         self._locks: defaultdict[object, anyio.Lock] = defaultdict(anyio.Lock)
         self._results: dict[object, tuple[float, Any]] = {}
 
@@ -180,13 +182,22 @@ class Observation:
         names = self._hooks.log_names if self._hooks.logs is not None else (OWN_LOG, KERNEL_LOG)
         return pb.LogsContainersResponse(messages=[pb.LogsContainer(ids=list(names))])
 
-    def _kernel_log(self, *, follow: bool, only_new: bool) -> AsyncIterator[bytes]:
-        if self._hooks.dmesg is not None:
-            return self._hooks.dmesg(follow, only_new)
-        return kernel_log(follow=follow, only_new=only_new)
+    async def _kernel_log(self, role: Role, *, follow: bool, only_new: bool) -> AsyncIterator[bytes]:
+        """Lines of the kernel's log. Each reader holds a descriptor, so their number is bounded, apart for each role."""
+        if self._kernel_readers[role] >= _MAX_KERNEL_READERS:
+            raise GRPCError(Status.RESOURCE_EXHAUSTED, "too many callers read the kernel's log; end some first")
+        self._kernel_readers[role] += 1
+        try:
+            hook = self._hooks.dmesg
+            lines = hook(follow, only_new) if hook is not None else kernel_log(follow=follow, only_new=only_new)
+            async with closed_after(lines):
+                async for line in lines:
+                    yield line
+        finally:
+            self._kernel_readers[role] -= 1
 
     async def _dmesg(self, request: pb.DmesgRequest, role: Role) -> AsyncIterator[Data]:
-        async for part in _parts(self._kernel_log(follow=request.follow, only_new=request.follow and request.tail)):
+        async for part in _parts(self._kernel_log(role, follow=request.follow, only_new=request.follow and request.tail)):
             yield part
 
     async def _logs(self, request: pb.LogsRequest, role: Role) -> AsyncIterator[Data]:
@@ -197,7 +208,7 @@ class Observation:
         elif self._hooks.logs is None and name == OWN_LOG:
             lines = self._log.lines(follow=request.follow, tail_lines=request.tail_lines)
         elif self._hooks.logs is None and name == KERNEL_LOG:
-            lines = self._kernel_log(follow=request.follow, only_new=False)
+            lines = self._kernel_log(role, follow=request.follow, only_new=False)
         else:
             raise GRPCError(Status.NOT_FOUND, f'log "{one_line(name, limit=100)}" was not registered')
         async for part in _parts(lines):

@@ -17,7 +17,6 @@ from siderolink.client.maintenance.resources.store import (
     History,
     Resource,
     ResourceStore,
-    TooManyWatchesError,
     Watch,
     WatchTooSlowError,
 )
@@ -29,6 +28,8 @@ R = TypeVar("R", pb.GetRequest, pb.ListRequest, pb.WatchRequest)
 
 SERVICE = "cosi.resource.State"
 _LONGEST_NAME = 1024
+MAX_WATCHES = 256
+"""Concurrent watches per socket, so that local processes cannot keep the server from watching."""
 _EVENT_TYPES = {
     ChangeKind.CREATED: pb.EventType.CREATED,
     ChangeKind.UPDATED: pb.EventType.UPDATED,
@@ -42,6 +43,7 @@ class StateService:
     def __init__(self, store: ResourceStore, admittance: Admittance) -> None:
         self._store = store
         self._admittance = admittance
+        self._watches = 0
 
     def __mapping__(self) -> dict[str, Handler]:
         return {
@@ -74,11 +76,11 @@ class StateService:
         options = request.options or pb.WatchOptions()
         resource_type = self._permitted(stream, request)
         selection = _watched(request, options)
+        if self._watches >= MAX_WATCHES:
+            raise GRPCError(Status.RESOURCE_EXHAUSTED, "too many watches run on this machine; end some first")
+        self._watches += 1
         # no await between these two, so no change is missed
-        try:
-            watch = self._store.watch(resource_type, request.id, request.namespace)
-        except TooManyWatchesError:
-            raise GRPCError(Status.RESOURCE_EXHAUSTED, "too many watches run on this machine; end some first") from None
+        watch = self._store.watch(resource_type, request.id, request.namespace)
         try:
             beginning = self._beginning(request, options, resource_type, selection)
             await stream.send_message(pb.WatchResponse())
@@ -87,6 +89,7 @@ class StateService:
             await _send_changes(stream, watch, selection, self._store.history(resource_type, request.namespace))
         finally:
             self._store.unwatch(watch)
+            self._watches -= 1
 
     def _beginning(
         self, request: pb.WatchRequest, options: pb.WatchOptions, resource_type: ResourceType, selection: Selection

@@ -2,6 +2,7 @@
 
 import os
 import socket
+from contextlib import suppress
 from ipaddress import IPv6Address
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,13 @@ from typing import Any
 import anyio
 import anyio.lowlevel
 import anyio.to_thread
+import grpc
 import pytest
 
 from siderolink.client.maintenance.dispatch import CallCounter, MethodTable
 from siderolink.client.maintenance.roles import APPLY, METHODS, Admittance, Role
 from siderolink.common.pb.machine import AddressEvent
-from tests.support.machine_api import MACHINE
+from tests.support.machine_api import MACHINE, status_of
 from tests.support.machine_stubs import Stubs, ask, methods, outcome, refusal, serving
 
 pytestmark = pytest.mark.anyio
@@ -290,3 +292,32 @@ def test_every_method_of_the_proto_files_is_in_the_table() -> None:
     assert METHODS.keys() - table.keys() == {f"/cosi.resource.State/{name}" for name in ("Get", "List", "Watch")}
     assert METHODS[APPLY].role is Role.READER
     assert Admittance(admin=IPv6Address("fd00::1")).role(("fd00::1", 1, 0, 0)) is Role.ADMIN
+
+
+@pytest.mark.skipif(not os.access("/dev/kmsg", os.R_OK), reason="the kernel's log cannot be read here")
+async def test_readers_of_the_kernels_log_are_bounded_and_give_their_descriptors_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    def follow(stubs: Stubs) -> None:
+        held = [stubs.stream(f"{MACHINE}Dmesg", follow=True) for _ in range(8)]
+        for stream in held:
+            next(stream)
+        with pytest.raises(grpc.RpcError) as caught:
+            next(stubs.stream(f"{MACHINE}Dmesg", follow=True))
+        assert status_of(caught.value)[0] == "RESOURCE_EXHAUSTED"
+        for stream in held:
+            stream.cancel()
+
+    async with serving(monkeypatch, Role.READER) as api:
+        await ask(api, follow)
+        with anyio.fail_after(10):
+            while kernel_logs():
+                await anyio.sleep(0.01)
+        await ask(api, lambda stubs: next(stubs.stream(f"{MACHINE}Dmesg", follow=True)))
+
+
+def kernel_logs() -> int:
+    """How many descriptors of this process are of the kernel's log."""
+    found = 0
+    for name in os.listdir("/proc/self/fd"):
+        with suppress(OSError):
+            found += os.readlink(f"/proc/self/fd/{name}") == "/dev/kmsg"
+    return found

@@ -4,13 +4,13 @@ from functools import partial
 from typing import Any
 
 import anyio
+import grpc
 import pytest
 
-from siderolink.client.maintenance import ResourceSpec
-from siderolink.client.maintenance.resources.store import MAX_WATCHES
+from siderolink.client.maintenance import MaintenanceApi, ResourceSpec, state_service
 from siderolink.common.pb.cosi import resource as cosi
-from tests.support.machine_api import STATE, MachineClient
-from tests.unit.maintenance.test_api import WIDGET, ask, kinds, refusal, serving, watched
+from tests.support.machine_api import STATE, MachineClient, status_of
+from tests.unit.maintenance.test_api import WIDGET, ask, kinds, serving, watched
 
 pytestmark = pytest.mark.anyio
 
@@ -60,18 +60,33 @@ async def test_a_watch_goes_on_where_another_ended() -> None:
         assert last == destroyed
 
 
-async def test_watches_are_bounded_in_number_and_end_with_their_callers() -> None:
-    async with serving() as api:
-        api.resources.define(WIDGET)
-        held = [api.resources.watch(WIDGET, None) for _ in range(MAX_WATCHES)]
-        assert await refusal(api, partial(watched, count=1)) == (
+async def test_watches_are_bounded_in_number_and_end_with_their_callers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(state_service, "MAX_WATCHES", 2)
+
+    def watch_twice_and_once_more(client: MachineClient) -> None:
+        request = cosi.WatchRequest(type=WIDGET.name, namespace="things")
+        held = [client.stream(f"{STATE}Watch", request) for _ in range(2)]
+        for stream in held:
+            next(stream)
+        with pytest.raises(grpc.RpcError) as caught:
+            next(client.stream(f"{STATE}Watch", request))
+        assert status_of(caught.value) == (
             "RESOURCE_EXHAUSTED",
             "too many watches run on this machine; end some first",
         )
-        for watch in held:
-            api.resources.unwatch(watch)
+        for stream in held:
+            stream.cancel()
+
+    async with serving() as api:
+        api.resources.define(WIDGET)
+        await ask(api, watch_twice_and_once_more)
+        await no_watches(api)
         for _ in range(3):
             assert await ask(api, partial(watched, count=1)) == [[]]
-        with anyio.fail_after(10):
-            while api.resources.watches:
-                await anyio.sleep(0.01)
+        await no_watches(api)
+
+
+async def no_watches(api: MaintenanceApi) -> None:
+    with anyio.fail_after(10):
+        while api.resources.watches:
+            await anyio.sleep(0.01)

@@ -26,8 +26,6 @@ WATCH_LIMIT = 1024
 """Changes queued for a slow watcher before its watch ends."""
 WATCH_BYTES = 1024 * 1024
 """Approximate bytes queued for a slow watcher before its watch ends."""
-MAX_WATCHES = 256
-"""Concurrent watches of all callers together."""
 _BOOKMARK = struct.Struct(">8sq")
 
 
@@ -109,10 +107,6 @@ class History:
         """The last changes, of all or of one resource, the oldest first."""
         found = [change for change in self._changes if resource_id in (None, change.resource.id)]
         return found[-count:] if count > 0 else []
-
-
-class TooManyWatchesError(Exception):
-    """Raised when `MAX_WATCHES` watches are running."""
 
 
 class WatchTooSlowError(Exception):
@@ -219,9 +213,7 @@ class ResourceStore:
             self.put(resource_type, resource_id, spec)
 
     def watch(self, resource_type: ResourceType, resource_id: str | None, namespace: str = "") -> Watch:
-        """Watch until `unwatch`. Raises TooManyWatchesError."""
-        if len(self._watches) >= MAX_WATCHES:
-            raise TooManyWatchesError
+        """Watch until `unwatch`."""
         watch = Watch(resource_type.name, namespace or resource_type.namespace, resource_id)
         self._watches.add(watch)
         return watch
