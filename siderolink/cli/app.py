@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from siderolink.cli.machine_app import machine_app
 from siderolink.cli.options import (
     BareLogLevel,
     CaFile,
@@ -14,11 +15,13 @@ from siderolink.cli.options import (
     Device,
     DeviceChoice,
     EventSinkPort,
+    ForgetAfter,
     ForwardedFrom,
     IdentityFolder,
     InstallationId,
     Interface,
     JoinToken,
+    JoinTokensModeOption,
     Json,
     KeepInterface,
     KeptConfig,
@@ -70,6 +73,8 @@ app = typer.Typer(
 state_app = typer.Typer(help="What a running server remembers.", no_args_is_help=True)
 app.add_typer(state_app, name="state")
 
+app.add_typer(machine_app, name="machine")
+
 config_app = typer.Typer(help="Configuration documents and kernel arguments.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
 
@@ -96,11 +101,13 @@ def serve(
     log_port: ServedLogPort = None,
     overlay_port: OverlayPorts = None,
     print_machine_logs: PrintMachineLogs = False,
+    join_tokens_mode: JoinTokensModeOption = None,
+    forget_after: ForgetAfter = None,
     log_format: LogFormatOption = LogFormat.TEXT,
     log_level: LogLevelOption = LogLevel.INFO,
 ) -> None:
-    """Serve machines, until stopped. SIGHUP reads the join token's file and the certificate again."""
-    from siderolink.cli.serve import ServeOptions, run_serve
+    """Serve machines, until stopped. Reads the join token's file and the certificate again when they change, and on SIGHUP."""
+    from siderolink.cli.serve import ServeOptions, join_policy, run_serve
 
     start_log(log_format, log_level)
     run_serve(
@@ -124,6 +131,7 @@ def serve(
             log_port=log_port,
             overlay_ports=overlay_ports(overlay_port),
             print_machine_logs=print_machine_logs,
+            policy=join_policy(join_tokens_mode, forget_after),
         )
     )
 

@@ -184,6 +184,26 @@ class KernelCmdlineCommand(TyperCommand):
         return super().parse_args(ctx, given[:-1])
 
 
+class JoinTokensModeChoice(StrEnum):
+    LEGACY = "legacy"
+    LEGACY_ALLOWED = "legacyAllowed"
+    STRICT = "strict"
+
+
+JoinTokensModeOption = Annotated[
+    JoinTokensModeChoice | None,
+    typer.Option(
+        "--join-tokens-mode",
+        help="legacyAllowed, strict: a machine without a unique token stays pending until the server has written it one.",
+        show_default="the join token or a bound unique token admits a machine",
+    ),
+]
+ForgetAfter = Annotated[
+    float | None,
+    typer.Option(help="Forget machines that nobody has heard for so many days.", metavar="DAYS", show_default="never"),
+]
+
+
 def state_folder() -> Path:
     """The state directory that systemd gives, or the platform's."""
     from platformdirs import user_state_path

@@ -15,6 +15,7 @@ from siderolink.cli.control import (
 from siderolink.cli.describe import server_event
 from siderolink.cli.descriptors import allow_descriptors
 from siderolink.cli.logs import hide, lost_records, say
+from siderolink.cli.machine import MachinesService
 from siderolink.cli.machine_reports import log_reports, report_counts
 from siderolink.cli.notify import feed_watchdog, notify
 from siderolink.cli.running import leave, run_until_stopped
@@ -28,8 +29,9 @@ from siderolink.common.grpc import Limits, ServerCertificate
 from siderolink.common.pb.siderolink.control import Event, Peer, StatusResponse
 from siderolink.common.tasks import background_tasks, keep_running
 from siderolink.common.wireguard.device import DeviceKind, PeerStatus
-from siderolink.server import EventStream, ReportOptions, Server, Store
+from siderolink.server import EventStream, JoinPolicy, JoinTokensMode, ReportOptions, Server, Store
 
+_DAY = 86_400.0
 _MOST_DESCRIPTORS = 1 << 20
 
 
@@ -57,6 +59,7 @@ class ServeOptions:
     log_port: int | None = None
     overlay_ports: tuple[str, ...] | None = None
     """The ports that machines may dial besides those for reports; None for all."""
+    policy: JoinPolicy = JoinPolicy()
     print_machine_logs: bool = False
     """Log the lines that the log listener accepts, too."""
 
@@ -127,13 +130,16 @@ class Serve:
         source = ServerSource(self._serving, self._options.interface, has_reports=self._options.reports is not None)
         try:
             async with (
-                control_socket(self._options.interface, source, StateService(self._serving)),
+                control_socket(self._options.interface, source, StateService(self._serving), MachinesService(self._serving)),
                 background_tasks() as tasks,
             ):
                 tasks.start_soon(keep_running, "feeding the watchdog", feed_watchdog)
                 if self._certificate is not None:
                     watch = partial(watch_files, self._certificate.files, self._reload_certificate)
                     tasks.start_soon(keep_running, "watching the certificate's files", watch)
+                if self._options.join_token_file is not None:
+                    watch = partial(watch_files, [self._options.join_token_file], self._reload_token)
+                    tasks.start_soon(keep_running, "watching the join token's file", watch)
                 await self._serving.run()
         finally:
             notify("STOPPING=1")
@@ -141,15 +147,18 @@ class Serve:
     def reload(self) -> None:
         """Read the join token's file and the certificate again; what cannot be used is said, and the old stays in use."""
         notify(f"RELOADING=1\nMONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}")
+        self._reload_token()
+        if self._certificate is not None:
+            self._reload_certificate()
+        notify("READY=1")
+
+    def _reload_token(self) -> None:
         try:
             self._token = self._read_token()
             self._serving.server.set_join_token(self._token)
             say("reloaded", "the join token")
         except SideroLinkError as error:
             say("not reloaded", str(error), level=logging.WARNING)
-        if self._certificate is not None:
-            self._reload_certificate()
-        notify("READY=1")
 
     def _reload_certificate(self) -> None:
         assert self._certificate is not None
@@ -185,6 +194,7 @@ class Serve:
             api_limits=Limits(max_connections_per_address=options.connections_per_address),
             reports=options.reports,
             overlay_ports=options.overlay_ports,
+            policy=options.policy,
             proxy_protocol_from=options.proxy_protocol_from,
             forwarded_from=options.forwarded_from,
         )
@@ -203,6 +213,12 @@ class Serve:
                 tasks.start_soon(keep_running, "showing machines' reports", show)
             async for event in events:
                 server_event(event).log()
+
+
+def join_policy(mode: str | None, forget_after_days: float | None) -> JoinPolicy:
+    """The policy of the command's options. Raises ConfigurationError."""
+    seconds = None if forget_after_days is None else forget_after_days * _DAY
+    return JoinPolicy(mode=None if mode is None else JoinTokensMode(mode), forget_after=seconds)
 
 
 def _certificate(options: ServeOptions) -> ServerCertificate | None:

@@ -3,6 +3,8 @@
 import fcntl
 import os
 import secrets
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 from siderolink.common.errors import StoreError
@@ -48,7 +50,31 @@ def put(copy: Path, state: Path) -> None:
     """Put the copy in the place of the state, which stays beside it under another name. Raises OSError."""
     old = state.with_name(f"{state.name}.before-restore")
     old.unlink(missing_ok=True)
+    _forget_companions(old)
+    _fold_log(state, old)
     if state.exists():
         os.link(state, old)
-    _forget_companions(state)
     os.replace(copy, state)
+    folder = os.open(state.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _fold_log(state: Path, old: Path) -> None:
+    """Bring what a server that did not stop in order left in SQLite's log into the state itself, before the log goes.
+
+    So at every moment the state, or the old state beside it, is whole. The log of a damaged state is kept beside the old one.
+    """
+    log = Path(f"{state}-wal")
+    if not log.exists():
+        _forget_companions(state)
+        return
+    try:
+        with closing(sqlite3.connect(state, timeout=0.0)) as database:
+            database.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+            database.execute("PRAGMA journal_mode=DELETE").fetchall()
+    except sqlite3.Error:
+        os.replace(log, f"{old}-wal")
+    _forget_companions(state)

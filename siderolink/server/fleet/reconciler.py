@@ -123,8 +123,9 @@ class Reconciler:
         denied = link.machine.admission is MachineAdmission.DENIED
         key, old_key = link.machine.public_key, old.public_key if old else None
         if denied:
-            if key is not None:
-                link.abandoned.add(key)
+            for gone in {key, old_key} - {None}:
+                if gone is not None and (self._directory.release_key(link, gone) or old is None):
+                    link.abandoned.add(gone)
             self._directory.set_state(link, LinkState.DOWN)
             self._sessions.end_streams(link, StreamRefusal.MACHINE_GONE)
             return

@@ -1,0 +1,98 @@
+"""`siderolink machine` and its options."""
+
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+
+from siderolink.cli.options import Json, ServerInterface
+
+machine_app = typer.Typer(help="The machines of a running server.", no_args_is_help=True)
+
+
+class BanChoice(StrEnum):
+    UUID = "uuid"
+    KEY = "key"
+    UNIQUE = "unique"
+
+
+Name = Annotated[str, typer.Argument(help="The machine's id, UUID or public key.")]
+Kind = Annotated[
+    BanChoice | None,
+    typer.Option(help="What the ban names: the UUID, the public key or the unique token.", show_default="uuid"),
+]
+
+
+@machine_app.command("list")
+def list_machines(interface: ServerInterface = "siderolink", as_json: Json = False) -> None:
+    """List all machines: accepted, pending and denied ones."""
+    from siderolink.cli.machine import run_list
+
+    run_list(interface, as_json=as_json)
+
+
+@machine_app.command()
+def show(name: Name, interface: ServerInterface = "siderolink", as_json: Json = False) -> None:
+    """Show one machine, by which join token it came, and whether that token still admits machines."""
+    from siderolink.cli.machine import run_show
+
+    run_show(interface, name, as_json=as_json)
+
+
+@machine_app.command()
+def forget(name: Name, interface: ServerInterface = "siderolink") -> None:
+    """Forget a machine: its row, its addresses and its unique token. It may join again, as a new machine."""
+    from siderolink.cli.machine import run_forget
+
+    run_forget(interface, name)
+
+
+@machine_app.command()
+def accept(
+    name: Name,
+    interface: ServerInterface = "siderolink",
+    forget_token: Annotated[
+        bool,
+        typer.Option("--forget-token", help="Unbind its unique token, for a machine that lost it."),
+    ] = False,
+) -> None:
+    """Accept a pending or denied machine as it is."""
+    from siderolink.cli.machine import run_accept
+
+    run_accept(interface, name, forget_token=forget_token)
+
+
+@machine_app.command()
+def deny(name: Name, interface: ServerInterface = "siderolink") -> None:
+    """End a machine's link and refuse its key until it is accepted."""
+    from siderolink.cli.machine import run_deny
+
+    run_deny(interface, name)
+
+
+@machine_app.command()
+def ban(name: Name, kind: Kind = None, interface: ServerInterface = "siderolink") -> None:
+    """Forget a machine and refuse it from now on; a UUID or a key may be banned before it is seen."""
+    from siderolink.cli.machine import run_ban
+
+    run_ban(interface, name, "" if kind is None else kind.value, lift=False)
+
+
+@machine_app.command()
+def unban(
+    name: Annotated[str, typer.Argument(help="The UUID, the key, or the unique token (or its digest, as `bans` shows it).")],
+    kind: Kind = None,
+    interface: ServerInterface = "siderolink",
+) -> None:
+    """Lift a ban."""
+    from siderolink.cli.machine import run_ban
+
+    run_ban(interface, name, "" if kind is None else kind.value, lift=True)
+
+
+@machine_app.command()
+def bans(interface: ServerInterface = "siderolink", as_json: Json = False) -> None:
+    """List all bans."""
+    from siderolink.cli.machine import run_bans
+
+    run_bans(interface, as_json=as_json)

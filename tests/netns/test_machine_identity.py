@@ -1,0 +1,158 @@
+"""A machine's row, taken and kept on real links: restarts with and without a token, thieves, goodbyes, `siderolink machine`."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from grpclib import GRPCError, Status
+
+from siderolink.common.hostport import HostPort
+from tests.support.netns import Namespace, stop
+from tests.support.raw_machine import RawMachine
+from tests.support.serving import API, COMMAND, TOKEN, served
+from tests.support.topology import Net, direct
+
+URL = f"grpc://{API}?jointoken={TOKEN}"
+TUNNEL = f"{URL}&grpc_tunnel=true"
+WITHOUT_A_TOKEN = """
+import sys, anyio, siderolink
+async def main():
+    async with siderolink.connect(sys.argv[1], uuid=sys.argv[2], device="userspace") as link:
+        print(link.address, flush=True)
+        if len(sys.argv) > 3:
+            return
+        await anyio.sleep_forever()
+anyio.run(main)
+"""
+
+
+@pytest.fixture
+def net() -> Iterator[Net]:
+    with direct() as net:
+        yield net
+
+
+class Machine:
+    """A process that joins without a unique token, and prints its overlay address once it is connected."""
+
+    def __init__(self, namespace: Namespace, url: str, node_uuid: str, *options: str) -> None:
+        self.began_at = time.monotonic()
+        command = [sys.executable, "-c", WITHOUT_A_TOKEN, url, node_uuid, *options]
+        self.process = namespace.popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+
+    def address(self) -> str:
+        assert self.process.stdout is not None
+        return str(self.process.stdout.readline()).strip()
+
+    @property
+    def took(self) -> float:
+        return time.monotonic() - self.began_at
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+def thief(net: Net, node_uuid: str) -> Status | None:
+    """A stranger with the join token calls for the machine's UUID; None where it is admitted."""
+
+    async def call() -> Status | None:
+        machine = RawMachine(api=HostPort.parse(API), node_uuid=node_uuid, join_token=TOKEN)
+        try:
+            await machine.provision()
+        except GRPCError as error:
+            return error.status
+        return None
+
+    with net.machine.portal() as portal:
+        return portal.call(call)
+
+
+@pytest.mark.parametrize("url", [URL, TUNNEL], ids=["udp", "tunnel"])
+@pytest.mark.timeout(180)
+def test_a_machine_without_a_token_is_back_at_once_after_a_goodbye_and_in_seconds_after_a_kill(
+    net: Net, tmp_path: Path, url: str
+) -> None:
+    node_uuid = str(uuid.uuid4())
+    with served(net.server, tmp_path, "--device", "userspace") as server:
+        first = Machine(net.machine, url, node_uuid, "stop at once")
+        address = first.address()
+        assert first.process.wait(10) == 0
+        second = Machine(net.machine, url, node_uuid)
+        assert second.address() == address
+        server.wait_for("goes to another key: goodbye")
+        assert thief(net, node_uuid) is Status.ALREADY_EXISTS, "the machine answers the probes"
+        second.kill()
+        third = Machine(net.machine, url, node_uuid)
+        assert third.address() == address
+        server.wait_for("goes to another key: unanswered probes")
+        assert third.took < 15
+        net.server.run(["ping", "-c1", "-W2", address])
+        third.kill()
+
+
+@pytest.mark.timeout(180)
+def test_a_machine_with_its_token_is_back_at_once_and_no_thief_gets_its_row(net: Net, tmp_path: Path) -> None:
+    node_uuid = str(uuid.uuid4())
+    command = [*COMMAND, "join", URL, "--uuid", node_uuid, "--device", "userspace", "--identity", str(tmp_path / "identity")]
+    with served(net.server, tmp_path, "--device", "userspace") as server:
+        machine = net.machine.popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        server.wait_for("bound")
+        for _ in range(2):
+            machine.kill()
+            machine.wait()
+            machine = net.machine.popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            began = time.monotonic()
+            server.wait_for("goes to another key: unique token")
+            assert time.monotonic() - began < 10
+            assert thief(net, node_uuid) is Status.PERMISSION_DENIED
+        (tmp_path / "token").write_text("a-new-token")
+        server.wait_for("reloaded: the join token")
+        machine.kill()
+        machine.wait()
+        machine = net.machine.popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        server.wait_for("goes to another key: unique token")
+        stop(machine)
+
+
+def command(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"SIDEROLINK_RUNTIME_DIR": str(tmp_path / "run")}
+    return subprocess.run(
+        [*COMMAND, "machine", *arguments], env=environment, capture_output=True, text=True, check=False, timeout=30
+    )
+
+
+@pytest.mark.timeout(180)
+def test_the_machine_commands(net: Net, tmp_path: Path) -> None:
+    node_uuid = str(uuid.uuid4())
+    with served(net.server, tmp_path, "--device", "userspace") as server:
+        machine = Machine(net.machine, URL, node_uuid)
+        address = machine.address()
+        (listed,) = json.loads(command(tmp_path, "list", "--json").stdout)
+        assert (listed["node_uuid"], listed["overlay_address"], listed["link"]) == (node_uuid, address, "up")
+        shown = json.loads(command(tmp_path, "show", node_uuid, "--json").stdout)
+        assert (shown["admission"], shown["join_token_admits"]) == ("accepted", "yes")
+        denied = command(tmp_path, "deny", listed["id"])
+        assert f"{node_uuid} is denied" in denied.stdout
+        server.wait_for("denied")
+        accepted = command(tmp_path, "accept", listed["id"])
+        assert "is accepted" in accepted.stdout
+        banned = command(tmp_path, "ban", listed["id"])
+        assert f"banned: uuid {node_uuid}" in banned.stdout
+        assert "still admits machines" in banned.stdout
+        machine.kill()
+        assert thief(net, node_uuid) is Status.PERMISSION_DENIED
+        assert command(tmp_path, "bans").stdout.split() == ["uuid", node_uuid]
+        assert command(tmp_path, "unban", node_uuid).returncode == 0
+        assert thief(net, node_uuid) is None
+        assert "is forgotten" in command(tmp_path, "forget", node_uuid).stdout
+        unknown = command(tmp_path, "show", node_uuid)
+        assert unknown.returncode == 1
+        assert "no machine has the id, UUID or public key" in unknown.stderr
+        assert "Traceback" not in unknown.stderr

@@ -1,0 +1,292 @@
+"""Join token or unique token: the table of verdicts, in the order and the words of other servers; signed tokens."""
+
+import base64
+import hashlib
+import hmac
+import json
+from dataclasses import replace
+
+import pytest
+from grpclib import Status
+from hypothesis import given
+from hypothesis import strategies as st
+
+from siderolink.server import AdmissionChanged, MachineAdmission
+from siderolink.server.admission.policy import JoinTokensMode, supports_unique_tokens
+from siderolink.server.admission.tokens import JoinTokenCheck, JoinTokenState
+from siderolink.server.store import Machine, Transaction
+from tests.support.manager import TOKEN, FakeMachine, Manager, new_key
+
+pytestmark = pytest.mark.anyio
+
+LEGACY, ALLOWED, STRICT = JoinTokensMode.LEGACY, JoinTokensMode.LEGACY_ALLOWED, JoinTokensMode.STRICT
+OWN = '{"Fingerprint":"aa","Token":"own"}'
+SAME_HARDWARE = '{"Fingerprint":"aa","Token":"other"}'
+OTHER = '{"Fingerprint":"bb","Token":"other"}'
+MALFORMED = "v1:%%%"
+DENIED = Status.PERMISSION_DENIED
+
+# mode, is a token stored, join token, unique token, version -> "accepted", "pending", "conflict" or status and text
+ACCEPTED, PENDING, CONFLICT = "accepted", "pending", "conflict"
+UNAUTHORIZED = (DENIED, "unauthorized")
+OLD = (
+    Status.FAILED_PRECONDITION,
+    "Talos version v1.5.9 is not supported on this Omni instance as '--join-tokens-mode' is set to 'strict'",
+)
+TABLE: list[tuple[JoinTokensMode | None, bool, str, str | None, str | None, object]] = [
+    # a malformed join token is refused first, even beside the right unique token
+    (ALLOWED, True, MALFORMED, OWN, "v1.13.0", (DENIED, "invalid join token")),
+    (STRICT, True, MALFORMED, OWN, "v1.5.9", (DENIED, "invalid join token")),
+    (LEGACY, False, MALFORMED, None, "v1.13.0", (DENIED, "invalid join token")),
+    # then a unique token that is no JSON
+    (ALLOWED, False, TOKEN, "text", "v1.13.0", (DENIED, "the node unique token is not JSON")),
+    (STRICT, False, TOKEN, "text", "v1.5.9", (DENIED, "the node unique token is not JSON")),
+    # strict adds only the version
+    (STRICT, False, TOKEN, None, "v1.5.9", OLD),
+    (STRICT, True, "wrong", OWN, "v1.5.9", OLD),
+    (STRICT, False, "wrong", None, "v1.5.9", OLD),
+    # legacy, and old versions: the join token, and nothing else
+    (LEGACY, False, TOKEN, None, "v1.13.0", ACCEPTED),
+    (LEGACY, False, "wrong", None, "v1.13.0", UNAUTHORIZED),
+    (LEGACY, True, "wrong", OWN, "v1.13.0", UNAUTHORIZED),
+    (LEGACY, True, TOKEN, OWN, "v1.13.0", ACCEPTED),
+    (ALLOWED, False, TOKEN, None, "v1.5.9", ACCEPTED),
+    (ALLOWED, False, TOKEN, None, None, ACCEPTED),
+    (ALLOWED, False, TOKEN, None, "", ACCEPTED),
+    (ALLOWED, False, TOKEN, None, "v1.6.0-beta.1", ACCEPTED),
+    (ALLOWED, True, TOKEN, OWN, "v1.5.9", UNAUTHORIZED),
+    # otherwise either token
+    (ALLOWED, False, "wrong", None, "v1.13.0", UNAUTHORIZED),
+    (ALLOWED, True, "wrong", OTHER, "v1.13.0", UNAUTHORIZED),
+    (ALLOWED, True, "wrong", OWN, "v1.13.0", ACCEPTED),
+    (STRICT, True, "", OWN, "v1.6.0", ACCEPTED),
+    (ALLOWED, False, TOKEN, None, "v1.6.0", PENDING),
+    (STRICT, False, TOKEN, "", "v1.13.0", PENDING),
+    (ALLOWED, False, TOKEN, OWN, "v1.13.0", ACCEPTED),
+    (ALLOWED, True, TOKEN, OWN, "v1.13.0", ACCEPTED),
+    # another token for the UUID
+    (ALLOWED, True, TOKEN, SAME_HARDWARE, "v1.13.0", UNAUTHORIZED),
+    (ALLOWED, True, TOKEN, OTHER, "v1.13.0", CONFLICT),
+    (ALLOWED, True, TOKEN, None, "v1.13.0", CONFLICT),
+    # without a mode: either token, nobody is pending
+    (None, False, TOKEN, None, "v1.13.0", ACCEPTED),
+    (None, True, "wrong", OWN, "v1.5.9", ACCEPTED),
+    (None, True, MALFORMED, OWN, None, ACCEPTED),
+    (None, True, "wrong", OTHER, "v1.13.0", (DENIED, "invalid join token")),
+    (None, True, TOKEN, OTHER, "v1.13.0", (DENIED, "another machine has joined with this UUID")),
+]
+
+
+async def known(mode: JoinTokensMode | None, *, trust_fingerprints: bool = False) -> tuple[Manager, FakeMachine]:
+    """A server that knows a machine with a bound unique token."""
+    before, machine = Manager(), FakeMachine(unique_token=OWN)
+    await before.join(machine)
+    await before.handshake(machine)
+    after = Manager(store=before.store, time=before.time, mode=mode, trust_fingerprints=trust_fingerprints)
+    await after.reconciler.load()
+    return after, replace(machine, key=new_key())
+
+
+@pytest.mark.parametrize(("mode", "is_stored", "join_token", "unique_token", "version", "verdict"), TABLE)
+async def test_the_verdict_of_the_tokens(
+    mode: JoinTokensMode | None,
+    is_stored: bool,
+    join_token: str,
+    unique_token: str | None,
+    version: str | None,
+    verdict: object,
+) -> None:
+    manager, machine = await known(mode) if is_stored else (Manager(mode=mode), FakeMachine())
+    machine = replace(machine, unique_token=unique_token)
+    changes: dict[str, object] = {"join_token": join_token, "talos_version": version}
+    if isinstance(verdict, tuple):
+        status, text = await manager.refuses(machine, **changes)
+        assert (status, text[: len(verdict[1])]) == verdict
+        return
+    await manager.join(machine, **changes)
+    await manager.handshake(machine)
+    link = manager.links.by_key(machine.key)
+    assert link is not None
+    row = link.machine
+    assert row.admission is (MachineAdmission.ACCEPTED if verdict == ACCEPTED else MachineAdmission.PENDING)
+    assert row.has_uuid_conflict is (verdict == CONFLICT)
+    if verdict == CONFLICT:
+        original = await manager.row(machine)
+        assert original.overlay_address != row.overlay_address, "a clone never has the original's address"
+        assert original.public_key in manager.device.configs
+
+
+async def test_the_same_hardware_may_replace_its_token_where_that_is_trusted() -> None:
+    manager, machine = await known(ALLOWED, trust_fingerprints=True)
+    machine = replace(machine, unique_token=SAME_HARDWARE)
+    await manager.join(machine)
+    await manager.handshake(machine)
+    assert (await manager.row(machine)).public_key == machine.key
+    assert (await manager.refuses(replace(machine, unique_token=OWN, key=new_key()), join_token="wrong"))[0] is DENIED
+
+
+@pytest.mark.parametrize(
+    ("version", "is_new_enough"),
+    [
+        ("v1.6.0", True),
+        ("1.6.0", True),
+        ("v1.13.0-beta.1", True),
+        ("v2.0.0", True),
+        ("v1.6.0+x", True),
+        ("v1.6.0-beta.0", False),
+        ("v1.5.9", False),
+        ("", False),
+        ("talos", False),
+        ("v1.6", False),
+        (None, False),
+    ],
+)
+def test_releases(version: str | None, is_new_enough: bool) -> None:
+    assert supports_unique_tokens(version) is is_new_enough
+
+
+async def assign(manager: Manager, machine: FakeMachine, *, uuid: str | None, token: str) -> Machine:
+    """What enrolment stores before it writes to the machine."""
+    link = manager.links.by_key(machine.key)
+    assert link is not None
+    row = replace(link.machine, assigned_uuid=uuid, assigned_token=token)
+
+    async def work(transaction: Transaction) -> Machine:
+        return await transaction.update(row)
+
+    stored = await manager.store.transact(work)
+    await manager.reconciler.apply_change(stored)
+    return stored
+
+
+async def test_a_pending_machine_is_accepted_with_what_it_was_given_and_keeps_its_address() -> None:
+    manager, machine = Manager(mode=ALLOWED), FakeMachine()
+    first = await manager.join(machine)
+    await manager.handshake(machine)
+    assert await manager.machines.find(machine.node_uuid) is None
+    await assign(manager, machine, uuid=None, token=OWN)
+    assert (await manager.join(replace(machine, unique_token=OTHER))).node_address_prefix == first.node_address_prefix
+    assert await manager.machines.find(machine.node_uuid) is None, "a token that it was not given admits nobody"
+    second = await manager.join(replace(machine, unique_token=OWN), join_token="wrong")
+    assert second == first
+    row = await manager.row(machine)
+    assert (row.admission, row.public_key, row.assigned_token) == (MachineAdmission.ACCEPTED, machine.key, None)
+    assert row.bound_digest is not None
+    reborn = replace(machine, unique_token=OWN, key=new_key())
+    await manager.join(reborn)
+    await manager.handshake(reborn)
+    assert (await manager.row(machine)).public_key == reborn.key
+
+
+async def test_a_clone_is_accepted_once_it_has_the_uuid_and_the_token_that_it_was_given() -> None:
+    manager, original = await known(ALLOWED)
+    original_row = await manager.row(original)
+    clone = FakeMachine(node_uuid=original.node_uuid)
+    first = await manager.join(clone)
+    await manager.handshake(clone)
+    new_uuid = "11111111-2222-4333-8444-555555555555"
+    await assign(manager, clone, uuid=new_uuid, token=OTHER)
+    assert await manager.join(replace(clone, unique_token=OTHER)) == first
+    assert (await manager.row(original)) == original_row, "the original keeps its row"
+    renamed = replace(clone, node_uuid=new_uuid, unique_token=OTHER)
+    assert await manager.join(renamed) == first
+    row = await manager.row(renamed)
+    assert (row.admission, row.public_key) == (MachineAdmission.ACCEPTED, clone.key)
+    assert original_row.overlay_address != row.overlay_address
+
+
+async def test_a_linked_machine_without_a_token_is_bound_to_the_one_that_it_was_given() -> None:
+    manager, machine = Manager(mode=ALLOWED), FakeMachine()
+    await manager.join(machine, talos_version="v1.5.9")
+    await manager.handshake(machine)
+    await assign(manager, machine, uuid=None, token=OWN)
+    await manager.join(replace(machine, unique_token=OTHER))
+    assert (await manager.row(machine)).bound_digest is None
+    await manager.join(replace(machine, unique_token=OWN))
+    assert (await manager.row(machine)).bound_digest is not None
+
+
+@pytest.mark.parametrize("node_uuid", ["03000200-0400-0500-0006-000700080009", "ffffffff-ffff-ffff-ffff-ffffffffffff"])
+async def test_a_placeholder_is_no_identity(node_uuid: str) -> None:
+    status, text = await Manager().refuses(FakeMachine(node_uuid=node_uuid))
+    assert (status, "placeholder" in text) == (Status.INVALID_ARGUMENT, True)
+    manager = Manager(mode=ALLOWED)
+    one, two = FakeMachine(node_uuid=node_uuid, unique_token=OWN), FakeMachine(node_uuid=node_uuid, unique_token=OTHER)
+    assert (await manager.join(one)).node_address_prefix != (await manager.join(two)).node_address_prefix
+    for machine in (one, two):
+        link = manager.links.by_key(machine.key)
+        assert link is not None
+        assert (link.machine.admission, link.machine.has_uuid_conflict) == (MachineAdmission.PENDING, True)
+
+
+async def test_a_denied_machine_is_out_until_it_is_accepted() -> None:
+    manager, machine = Manager(), FakeMachine()
+    await manager.join(machine)
+    await manager.handshake(machine)
+    row = await manager.row(machine)
+    await manager.machines.deny(row.id)
+    assert machine.key not in manager.device.configs
+    assert await manager.refuses(machine) == (DENIED, "this machine was denied by an administrator")
+    assert manager.links.machine_at(row.overlay_address) is None
+    await manager.machines.accept(row.id)
+    assert machine.key in manager.device.configs
+    await manager.join(machine)
+    changed = [event.machine.admission for event in await manager.events() if isinstance(event, AdmissionChanged)]
+    assert changed == [MachineAdmission.DENIED, MachineAdmission.ACCEPTED]
+
+
+async def test_a_machine_that_lost_its_token_is_freed_and_keeps_its_address() -> None:
+    manager, machine = await known(None)
+    await manager.pass_time(61)
+    lost = replace(machine, unique_token=OTHER)
+    assert (await manager.refuses(lost))[0] is DENIED
+    row = await manager.row(machine)
+    await manager.machines.accept(row.id, forget_token=True)
+    answer = await manager.join(lost)
+    await manager.handshake(lost)
+    assert answer.node_address_prefix == f"{row.overlay_address}/64"
+    assert (await manager.refuses(replace(machine, key=new_key())))[0] is DENIED, "the new token is bound now"
+
+
+# --- signed join tokens
+
+
+def signed(extra: object, *, version: str = "v1:", key: str = TOKEN, text: str | None = None) -> str:
+    data = json.dumps(extra, separators=(",", ":"), sort_keys=True) if text is None else text
+    signature = base64.b64encode(hmac.digest(key.encode(), data.encode(), "sha256")).decode()
+    return version + base64.b64encode(json.dumps({"extra_data": extra, "signature": signature}).encode()).decode()
+
+
+@pytest.mark.parametrize(
+    ("token", "state"),
+    [
+        (signed({"a": "b", "c": "d"}), JoinTokenState.VALID),
+        (signed({"a": "b"}, version="v2:"), JoinTokenState.VALID),
+        (signed({}), JoinTokenState.VALID),
+        (signed(None), JoinTokenState.VALID),
+        (signed({"é<&>": "\u2028"}, text='{"é\\u003c\\u0026\\u003e":"\\u2028"}'), JoinTokenState.VALID),
+        (signed({"a": "b"}, key="another"), JoinTokenState.WRONG),
+        (signed({"omni.sidero.dev/infra-provider-id": "x"}, version="v2:"), JoinTokenState.WRONG),
+        (signed({"a": 1}), JoinTokenState.MALFORMED),
+        ("v1:", JoinTokenState.MALFORMED),
+        ("v1:!", JoinTokenState.MALFORMED),
+        ("v2:" + base64.b64encode(b"[]").decode(), JoinTokenState.MALFORMED),
+        ("v2:" + base64.b64encode(b'{"signature":"?"}').decode(), JoinTokenState.MALFORMED),
+        ("v3:x", JoinTokenState.WRONG),
+        ("", JoinTokenState.WRONG),
+    ],
+)
+def test_signed_tokens(token: str, state: JoinTokenState) -> None:
+    assert JoinTokenCheck(TOKEN).check(token).state is state
+
+
+def test_what_is_signed_is_known_to_the_byte() -> None:
+    """A token that another implementation signed."""
+    digest = hmac.new(b"key", b'{"a":"\\u003cb\\u003e","z":"\\t"}', hashlib.sha256).digest()
+    document = {"extra_data": {"z": "\t", "a": "<b>"}, "signature": base64.b64encode(digest).decode()}
+    assert JoinTokenCheck("key").accepts("v1:" + base64.b64encode(json.dumps(document).encode()).decode())
+
+
+@given(st.text(max_size=64) | st.binary(max_size=48).map(lambda data: "v1:" + base64.b64encode(data).decode()))
+def test_any_text_is_valid_wrong_or_malformed(token: str) -> None:
+    assert JoinTokenCheck(TOKEN).check(token).state in tuple(JoinTokenState)
