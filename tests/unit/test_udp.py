@@ -11,7 +11,7 @@ import pytest
 
 from siderolink.common.errors import AddressInUseError, ConfigurationError
 from siderolink.common.wireguard.path import Datagrams
-from siderolink.common.wireguard.udp_routes import Pin
+from siderolink.common.wireguard.udp_routes import LocalEnd
 from siderolink.common.wireguard.udp_socket import UdpPath, UdpSocket
 from tests.support.udp import End, batch
 
@@ -184,13 +184,13 @@ async def test_a_refused_offload_is_not_the_local_addresss_fault_and_is_tried_ag
     local = bytes([127, 0, 0, 1])
     try:
         datagrams, rows = batch(49, 1312, 700)
-        pinned = Pin(local, local, socket.if_nametoindex("lo"))
-        kept = pinned.control
-        path = UdpPath(udp, ("127.0.0.1", receiver.udp.port), pinned)
+        local_end = LocalEnd(local, local, socket.if_nametoindex("lo"))
+        kept = local_end.control
+        path = UdpPath(udp, ("127.0.0.1", receiver.udp.port), local_end)
         sock.setsockopt(socket.SOL_SOCKET, 11, 1)  # SO_NO_CHECK, as above
         udp.send(datagrams, path)
         assert await receiver.wait_for(49) == rows
-        assert pinned.control == kept is not None
+        assert local_end.control == kept is not None
         sock.setsockopt(socket.SOL_SOCKET, 11, 0)
         receiver.batches.clear()
         udp.send(datagrams, path)

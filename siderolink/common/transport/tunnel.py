@@ -79,7 +79,7 @@ class TunnelPath:
 
     @property
     def queued_bytes(self) -> int:
-        """What waits for room."""
+        """Bytes that wait for room in the stream."""
         return self._queued
 
     def send(self, datagrams: Datagrams) -> None:
@@ -105,12 +105,12 @@ class TunnelPath:
         if self.is_open:
             self._flush()
             self._stream.end(status, message)
-        self._forget()
+        self._discard_queue()
 
     def detach(self) -> None:
-        """Carry nothing any more, and leave the stream's end to its owner."""
+        """Stop using the stream, and leave ending it to its owner."""
         self._detached = True
-        self._forget()
+        self._discard_queue()
 
     def __str__(self) -> str:
         return self._name
@@ -125,34 +125,34 @@ class TunnelPath:
             self._drop_oldest()
         if not self._waiting_for_room and not self._waiting_for_turn:
             self._waiting_for_turn = True
-            asyncio.get_running_loop().call_soon(self._turn)
+            asyncio.get_running_loop().call_soon(self._on_turn_end)
 
-    def _turn(self) -> None:
+    def _on_turn_end(self) -> None:
         self._waiting_for_turn = False
         self._flush()
 
-    def _room(self) -> None:
+    def _on_room(self) -> None:
         self._waiting_for_room = False
         self._flush()
 
     def _flush(self) -> None:
         if not self.is_open:
-            self._forget()
+            self._discard_queue()
             return
         while self._queue:
             taken = self._stream.send(self._next_bytes())
             if not taken:
                 if not self._waiting_for_room:
                     self._waiting_for_room = True
-                    self._stream.when_room(self._room)
+                    self._stream.when_room(self._on_room)
                 break
             self._queued -= taken
-            self._take(taken)
+            self._consume(taken)
         if self._when_writable and self.is_writable:
-            self._tell_writable()
+            self._notify_writable()
 
     def _next_bytes(self) -> memoryview:
-        """What to send next: the oldest run, or as many small ones as make about one frame."""
+        """The bytes to send next: the oldest run, or enough small ones to fill about one frame."""
         oldest = self._queue[0]
         if len(oldest.data) - oldest.sent >= _AT_ONCE_BYTES or len(self._queue) == 1:
             return oldest.data[oldest.sent :]
@@ -164,7 +164,7 @@ class TunnelPath:
                 break
         return memoryview(b"".join(parts))
 
-    def _take(self, size: int) -> None:
+    def _consume(self, size: int) -> None:
         while size:
             run = self._queue[0]
             step = min(size, len(run.data) - run.sent)
@@ -174,7 +174,7 @@ class TunnelPath:
                 self._queue.popleft()
 
     def _drop_oldest(self) -> None:
-        """Drop whole messages until the queue is within its bound; the one that is partly on the wire stays."""
+        """Drop whole messages, oldest first, until the queue is within its limit; a partly sent one stays."""
         begun = None
         head = self._queue[0]
         if head.sent % head.stride:
@@ -193,22 +193,22 @@ class TunnelPath:
         if begun is not None:
             self._queue.appendleft(begun)
 
-    def _forget(self) -> None:
-        """The stream has ended: nothing that waits can arrive."""
+    def _discard_queue(self) -> None:
+        """Drop and count everything queued, because the stream has ended."""
         if self._queue:
             self.drops[TunnelDrop.ENDED] += sum(run.messages for run in self._queue)
         self._queue.clear()
         self._queued = 0
-        self._tell_writable()
+        self._notify_writable()
 
-    def _tell_writable(self) -> None:
+    def _notify_writable(self) -> None:
         waiting, self._when_writable = self._when_writable, []
         for callback in waiting:
             asyncio.get_running_loop().call_soon(callback)
 
 
 async def carry(stream: ByteStream, path: TunnelPath, receive: Receive) -> None:
-    """Give what comes by `stream` to `receive` as batches of `path`, until the stream ends.
+    """Pass the stream's datagrams to `receive` as batches of `path`, until the stream ends.
 
     The stream's owner ends it.
 

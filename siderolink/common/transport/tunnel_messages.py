@@ -47,7 +47,7 @@ class MessageRun:
 
 
 def message_header(size: int) -> bytes:
-    """What stands before a datagram of `size` bytes on the wire."""
+    """The bytes before a datagram of `size` bytes on the wire."""
     varint = encode_varint(size)
     return b"\0" + (1 + len(varint) + size).to_bytes(4) + bytes((_TAG,)) + varint
 
@@ -99,7 +99,7 @@ class TunnelReader:
         return not self._partial
 
     def feed(self, pieces: Sequence[memoryview]) -> Iterator[Datagrams]:
-        """Yield the datagrams that the next bytes complete; their memory is the only piece's where it can be.
+        """Yield the datagrams that the next bytes complete, as slices of the piece where possible.
 
         Raises Refused: MESSAGE_COMPRESSED, MESSAGE_TOO_LARGE or MESSAGE_MALFORMED; the reader is of no use afterwards.
         """
@@ -129,7 +129,7 @@ class TunnelReader:
             self._keep([chunk[pos:]])
 
     def _keep(self, pieces: Sequence[memoryview]) -> None:
-        """Hold the beginning of a message until as much has come as is known to be missing."""
+        """Buffer the beginning of a message until the missing bytes have arrived."""
         for piece in pieces:
             self._partial += piece
         have = len(self._partial)

@@ -1,4 +1,4 @@
-"""From a stated change to the engine and its sockets, and back to a report: one place for `set_peer` and for `wg`."""
+"""Applies configuration changes to the engine and its sockets, for `set_peer` and for `wg`, and reports the result."""
 
 import time
 from typing import Protocol
@@ -13,7 +13,7 @@ from siderolink.common.wireguard.uapi.protocol import DeviceReport, PeerReport, 
 
 
 class Sockets(Protocol):
-    """What of the UDP sockets is configured."""
+    """The part of the UDP sockets that can be configured."""
 
     @property
     def port(self) -> int: ...
@@ -31,14 +31,14 @@ class Configurator:
     """Changes and describes one device."""
 
     def __init__(self, engine: Engine, private_key: PrivateKey | None, sockets: Sockets | None) -> None:
-        """Without a private key the engine has a throw-away one, which no peer can know."""
+        """`private_key` is None while the engine uses a random key that no peer knows."""
         self._engine = engine
         self._private_key = private_key
         self._sockets = sockets
         self._fwmark = 0
 
     def apply(self, change: DeviceChange, now: float) -> None:
-        """Carry out a change. Raises AddressInUseError or ConfigurationError; what came before in the change then stands."""
+        """Apply a change. Raises AddressInUseError or ConfigurationError; the parts applied before the error stay."""
         if change.clear_private_key or change.private_key is not None:
             self._set_private_key(change.private_key)
         if self._sockets is not None:
@@ -70,8 +70,7 @@ class Configurator:
         self.apply_peer(change, now)
 
     def apply_peer(self, change: PeerChange, now: float) -> None:
-        """Carry out the change of one peer. As in the kernel, our own key is passed over in silence, and one of low order is
-        a peer that is never reached."""
+        """Apply the change of one peer. Like the kernel: our own key is ignored, and a key of low order is never dialled."""
         key = bytes(change.public_key)
         if change.remove:
             self._engine.remove_peer(key)
@@ -141,7 +140,7 @@ def _report(peer: Peer) -> PeerReport:
 
 
 def _endpoint(place: str) -> str | None:
-    """What `wg` can read of a path's name: a tunnel's virtual address, too, and nothing that is no address."""
+    """A path's name as an endpoint that `wg` can parse, a tunnel's virtual address included; None if it is none."""
     place = place.removeprefix("tunnel ")
     try:
         parse_endpoint(place)

@@ -23,33 +23,33 @@ from siderolink.common.wireguard.packets.unreachable import unreachable
 from siderolink.common.wireguard.path import QUIET_INTERVAL, Datagrams, Path
 
 MAX_READS: Final = 64
-"""Frames read from the interface before other work has its turn."""
+"""Frames read from the interface in one turn of the event loop."""
 MAX_BYTES: Final = 3 << 16
-"""The same, in bytes; the frame that reaches it is the last one. Full super-packets make one batch of four then."""
+"""Bytes read from the interface in one turn; enough for one batch of four full super-packets."""
 REFUSALS_PER_SECOND: Final = 100
-"""ICMP errors for packets that can go nowhere."""
+"""ICMP errors sent for packets to addresses that no peer has."""
 
 
 class PacketInterface(Protocol):
-    """Where inner packets come from and go to; frames begin with a virtio_net_hdr of 10 bytes."""
+    """The source and destination of inner packets, as frames that begin with a virtio_net_hdr of 10 bytes."""
 
     @property
     def tso(self) -> bool:
-        """Whether it takes super-packets of TCP."""
+        """Whether it accepts super-packets of TCP."""
 
     @property
     def uso(self) -> bool:
-        """Whether it takes super-packets of UDP."""
+        """Whether it accepts super-packets of UDP."""
 
     def read(self) -> memoryview | None:
-        """The next frame, good until the next read; None if there is none now. Raises DeviceError once it is gone."""
+        """The next frame, valid until the next read; None if none is waiting. Raises DeviceError once the interface is gone."""
 
     def write(self, buffers: Sequence[bytes | bytearray | memoryview]) -> bool:
-        """Take one frame, given in pieces."""
+        """Write one frame, given in pieces; False if it was dropped."""
 
 
 class DataPlane:
-    """Moves packets; its owner watches the interface and the paths, and calls in."""
+    """Moves packets. Its owner calls it when the interface is readable and when a path has received something."""
 
     def __init__(
         self,
@@ -73,11 +73,11 @@ class DataPlane:
         self._set_mtu(engine.mtu)
         self._merger = rows.merger(tso=interface.tso, uso=interface.uso)
         self._peer: Peer | None = None
-        """Where the packets go that are being gathered."""
+        """The peer that the collected packets are for."""
         self._batch_bytes = 0
-        """What its path takes at once."""
+        """How many bytes its path takes at once."""
         self._pair = b""
-        """The addresses of the last one: most packets go where the one before went."""
+        """The addresses of the last packet; most packets have those of the one before."""
         self._is_blocked = False
         self._read_at = 0.0
         self._refusals = TokenBucket(REFUSALS_PER_SECOND, REFUSALS_PER_SECOND)
@@ -87,7 +87,7 @@ class DataPlane:
         self._splitter = self._rows.splitter(mtu)
         self._gatherer = Gatherer(mtu)
         self._collector: SuperPacketSplitter | Gatherer = self._gatherer
-        """The one of them that holds packets for the peer that packets go to now."""
+        """Whichever of the two holds packets now."""
 
     def change_mtu(self, mtu: int) -> None:
         """Follow the interface's MTU."""
@@ -97,13 +97,13 @@ class DataPlane:
     # From the interface
 
     def read_interface(self) -> None:
-        """Take what the interface has, up to a bound. Raises DeviceError when the interface is gone."""
+        """Read and send what is waiting, up to a limit. Raises DeviceError when the interface is gone."""
         now = boot_time()
         frame = self._interface.read()
         if frame is None:
             return
         is_alone, self._read_at = now - self._read_at > QUIET_INTERVAL, now
-        if is_alone and self._send_alone(frame, now):
+        if is_alone and self._send_single(frame, now):
             return
         size = count = 0
         self._is_blocked = False
@@ -111,21 +111,21 @@ class DataPlane:
             self._send_frame(frame, now)
             size, count = size + len(frame), count + 1
             if count == MAX_READS or size >= MAX_BYTES or self._is_blocked:
-                break  # before the next is read: what is read has to be sent
+                break  # decided before the next read, because every frame read must be sent
             frame = self._interface.read()
-        self._turn_away(now)
+        self._leave_peer(now)
         self.drain(now)
 
     def send_packet(self, frame: bytes) -> None:
-        """Send one frame that its owner has at hand."""
+        """Send one frame."""
         now = boot_time()
-        if not self._send_alone(memoryview(frame), now):
+        if not self._send_single(memoryview(frame), now):
             self._send_frame(memoryview(frame), now)
-            self._turn_away(now)
+            self._leave_peer(now)
             self.drain(now)
 
-    def _send_alone(self, frame: memoryview, now: float) -> bool:
-        """The shortest way for one packet, which matters to a process that was asleep; False if it has to go the other."""
+    def _send_single(self, frame: memoryview, now: float) -> bool:
+        """Send one packet with the least latency; False if it needs the path for batches."""
         pair, size = address_pair(frame, VNET_SIZE), len(frame) - VNET_SIZE
         if pair is None or frame[1] != Gso.NONE or size > self._engine.mtu:
             return False
@@ -167,12 +167,12 @@ class DataPlane:
             self._engine.drop(Drop.OUTBOUND_MALFORMED)
 
     def _route(self, frame: memoryview, pair: bytes, now: float) -> bool:
-        """Turn to the peer that a packet goes to; False if it is dropped or staged."""
+        """Make the packet's peer the current one; False if the packet was dropped or staged."""
         peer = self._find_peer(frame, pair)
         if peer is None:
             return False
         if peer is not self._peer:
-            self._turn_away(now)
+            self._leave_peer(now)
             if not self._engine.can_send(peer, now):
                 self._engine.stage(peer, bytes(frame), now)
                 return False
@@ -183,24 +183,24 @@ class DataPlane:
         return True
 
     def _find_peer(self, frame: memoryview, pair: bytes) -> Peer | None:
-        """The peer that a packet goes to; None, and counted, if it may not go anywhere."""
+        """The peer that a packet goes to; None if it was dropped and counted."""
         half = len(pair) // 2
         peer = self._engine.find_peer(pair[:half], pair[half:])
         if peer is None and self._engine.allowed_ips.may_leave(pair[:half]):
-            self._refuse(frame)
+            self._reply_unreachable(frame)
         if peer is not None and _is_routing_loop(frame, pair, peer):
             self._engine.drop(Drop.ROUTING_LOOP)
             return None
         return peer
 
-    def _refuse(self, frame: memoryview) -> None:
-        """Tell the sender that nobody is there, unless many were told just now."""
+    def _reply_unreachable(self, frame: memoryview) -> None:
+        """Send an ICMP error to the packet's sender, within the rate limit."""
         error = unreachable(frame[VNET_SIZE:])
         if error is not None and self._refusals.take(1):
             self._interface.write((PLAIN_VNET_HEADER, error))
 
-    def _turn_away(self, now: float) -> None:
-        """Send what was gathered for a peer, and be with none."""
+    def _leave_peer(self, now: float) -> None:
+        """Send what was collected for the current peer; there is none afterwards."""
         self._flush(now)
         self._peer, self._pair = None, b""
 
@@ -225,12 +225,12 @@ class DataPlane:
     # From a path
 
     def deliver(self, datagrams: Datagrams, path: Path) -> None:
-        """Take a received batch, of any mix of peers and messages."""
+        """Process a received batch, which may mix peers and kinds of messages."""
         now = boot_time()
         if datagrams.count == 1:
             self._receive(datagrams, 0, 1, path, now)
         elif datagrams.stride - datagrams.headroom < TRANSPORT_OVERHEAD:
-            # no message is so short, and what is read from a stream at once can hold tens of thousands of these
+            # no message is so short, and one read from a stream can hold tens of thousands of these
             self._engine.drop(Drop.MALFORMED, datagrams.count)
         else:
             for run in find_runs(datagrams):
@@ -246,7 +246,7 @@ class DataPlane:
     # After each call
 
     def drain(self, now: float) -> None:
-        """Send what the engine has to say, release what was staged, tell the events."""
+        """Empty the engine's output: send its datagrams, send staged packets, emit its events."""
         if self._engine.output:
             self._drain(now)
         self._on_drained(now)
@@ -258,7 +258,7 @@ class DataPlane:
             for peer in ready:
                 for frame in peer.take_staged():
                     self._send_frame(memoryview(frame), now)
-            self._turn_away(now)
+            self._leave_peer(now)
             ready = output.take_ready()
         for path, datagram in output.take_datagrams():
             device_path = _device_path(path)
@@ -268,14 +268,14 @@ class DataPlane:
             self._on_events(events)
 
     def handle_timers(self) -> None:
-        """Do what is due."""
+        """Run the engine's timers that are due."""
         now = boot_time()
         self._engine.handle_timers(now)
         self.drain(now)
 
 
 def _device_path(path: EnginePath | None) -> Path:
-    """The engine asks less of a path; a device gives it no other ones than its own."""
+    """The engine knows less of paths than a device, but all that it has came from the device."""
     return cast("Path", path)
 
 

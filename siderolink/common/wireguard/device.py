@@ -1,4 +1,4 @@
-"""What a WireGuard device is, whichever kind: one interface, one private key, many peers."""
+"""The WireGuard device, of either kind: one interface, one private key, many peers; its configuration and its events."""
 
 import re
 from collections.abc import Callable
@@ -59,7 +59,7 @@ class DeviceConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PeerConfig:
-    """One peer as it shall be; setting it again replaces all but its sessions and counters."""
+    """The wanted configuration of a peer; setting it again keeps only sessions and counters."""
 
     public_key: PublicKey
     allowed_ips: tuple[Network, ...] = ()
@@ -72,7 +72,7 @@ class PeerConfig:
 
 @dataclass(slots=True, kw_only=True)
 class PeerChange:
-    """What to do with one peer. None leaves a thing as it is."""
+    """A change of one peer. None leaves a setting unchanged."""
 
     public_key: PublicKey
     remove: bool = False
@@ -91,7 +91,7 @@ class PeerChange:
 
 @dataclass(slots=True, kw_only=True)
 class DeviceChange:
-    """What to do with a device. None leaves a thing as it is."""
+    """A change of a device. None leaves a setting unchanged."""
 
     clear_private_key: bool = False
     private_key: PrivateKey | None = None
@@ -106,7 +106,7 @@ class DeviceChange:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PeerStatus:
-    """One peer as it is."""
+    """The current state of a peer."""
 
     public_key: PublicKey
     allowed_ips: tuple[Network, ...]
@@ -218,7 +218,7 @@ class Device(Protocol):
 
 @runtime_checkable
 class CanShakeHands(Protocol):
-    """What the built-in device can do besides; the kernel begins handshakes only by itself."""
+    """A device that can begin a handshake on request; the kernel's cannot."""
 
     async def handshake(self, public_key: PublicKey) -> None:
         """Begin a handshake with the peer at once; its sessions stay good, and an unknown peer is no error."""

@@ -12,7 +12,7 @@ OnPacket = Callable[[bytes], None]
 
 
 class CallableInterface:
-    """Gives each packet to a callable, one by one and whole."""
+    """Passes each packet to a callable."""
 
     tso = False
     uso = False
@@ -21,7 +21,7 @@ class CallableInterface:
         self._on_packet = on_packet
 
     def read(self) -> None:
-        """Nothing is ever waiting; packets are sent by a call."""
+        """Nothing is ever waiting: packets are sent by `PacketDevice.send`."""
 
     def write(self, buffers: Sequence[bytes | bytearray | memoryview]) -> bool:
         self._on_packet(b"".join(buffers)[VNET_SIZE:])

@@ -1,4 +1,4 @@
-"""How a WireGuard datagram travels, as far as a device needs to know.
+"""Paths and batches of datagrams: what a device knows of how its datagrams travel.
 
 WireGuard only needs "the place this peer was last heard from". That place is a *path*: a UDP address is one, an open tunnel
 stream is one, and roaming is replacing one path by another after an authenticated packet.
@@ -20,7 +20,7 @@ _MAX_ROWS: Final = 256
 
 
 class RowCache:
-    """Slices of one long-lived buffer, made once for each shape and then kept, because making them is what costs."""
+    """Caches slices of one long-lived buffer by shape, because making them is expensive."""
 
     __slots__ = ("_rows", "view")
 
@@ -57,13 +57,13 @@ class Datagrams:
     stride: int
     """Bytes from one row to the next, the headroom included."""
     headroom: int = 0
-    """Bytes before each datagram which the path fills on sending, and which mean nothing on receiving."""
+    """Bytes before each datagram, which the path fills when sending; meaningless when receiving."""
     cache: RowCache | None = None
-    """Of the buffer that `data` is the beginning of, where that buffer takes one batch after the other."""
+    """The slice cache of the buffer that `data` begins, if that buffer is reused for each batch."""
 
     @classmethod
     def single(cls, datagram: bytes | bytearray | memoryview, headroom: int = 0) -> "Datagrams":
-        """One datagram; copied, behind `headroom` free bytes, only where there is a headroom."""
+        """A batch of one datagram, copied behind `headroom` free bytes if that is not 0."""
         if headroom:
             datagram = bytes(headroom) + bytes(datagram)
         return cls(memoryview(datagram), 1, len(datagram), headroom)
@@ -79,27 +79,27 @@ class Path(Protocol):
 
     @property
     def headroom(self) -> int:
-        """Free bytes this path wants before each datagram, so that it can frame them without a copy."""
+        """Free bytes that this path needs before each datagram, so that it can frame it without a copy."""
 
     @property
     def batch_bytes(self) -> int:
-        """A batch that has come to so many bytes is sent; what is sent at once may be one super-packet (64 KiB) more."""
+        """Bytes at which a batch is sent; one batch may exceed it by one super-packet (64 KiB)."""
 
     @property
     def peer(self) -> bytes | None:
-        """The only public key (32 bytes) that may be heard on this path, or None where any may."""
+        """The only public key (32 bytes) accepted on this path; None for any."""
 
     @property
     def source(self) -> bytes:
-        """Bytes that name the sender, for cookies and rate limits (RFC-less; WireGuard whitepaper, section 5.3)."""
+        """Bytes that identify the sender, for cookies and rate limits (WireGuard whitepaper, section 5.3)."""
 
     @property
     def is_open(self) -> bool:
-        """False once nothing sent here can arrive any more."""
+        """False once this path is closed for good."""
 
     @property
     def is_writable(self) -> bool:
-        """False while more would only queue; a device with a single peer then stops reading its interface."""
+        """False while more datagrams would only be queued; a device with a single peer then stops reading its interface."""
 
     def send(self, datagrams: Datagrams) -> None:
         """Send a batch whose headroom is this path's. Never blocks or raises: what cannot be sent is dropped and counted.
@@ -115,4 +115,4 @@ class Path(Protocol):
 
 
 Receive = Callable[[Datagrams, Path], None]
-"""Takes a received batch and the path it came by. The buffer is the giver's again when it returns."""
+"""Processes a received batch and its path. The buffer belongs to the caller again when this returns."""

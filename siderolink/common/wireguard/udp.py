@@ -64,7 +64,7 @@ class UdpSockets:
         return {str(reason): count for reason, count in counted.items()}
 
     def close(self) -> None:
-        """Close both; paths are no longer open. Does nothing the second time."""
+        """Close both sockets and with them all paths. Idempotent."""
         for udp in self._sockets.values():
             udp.close()
         if self._routes is not None:

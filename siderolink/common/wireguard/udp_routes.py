@@ -1,8 +1,8 @@
-"""From where answers leave: the local address and the interface that packets came to, as long as that is a way to the sender.
+"""The source address and interface of replies: those that the peer's packets came to, while they still lead to the peer.
 
-A machine may have several addresses and several ways out, and who wrote to one of them waits for an answer from there. When the
-address goes, or another route takes over from the one that was in use, the routing table decides afresh. The kernel tells of
-such changes by netlink (rtnetlink(7)), and is asked for its choice at the next send: nothing polls, idle peers cost nothing.
+A machine may have several addresses and several routes, and a peer expects the reply from the address it wrote to. When that
+address goes, or a better route replaces the one in use, the routing table decides again. The kernel announces such changes by
+netlink (rtnetlink(7)), and the next send looks the route up: nothing polls, and idle peers cost nothing.
 """
 
 import asyncio
@@ -12,7 +12,7 @@ from typing import Final
 from siderolink.common.netlink import EventSocket, NetlinkRefusal, RouteLookup, open_events
 from siderolink.common.netlink.follow import ADDRESSES, ROUTES
 
-__all__ = ["Control", "Pin", "Routes"]
+__all__ = ["Control", "LocalEnd", "Routes"]
 
 Control = tuple[int, int, bytes]
 """A control message for sendmsg."""
@@ -20,12 +20,12 @@ Control = tuple[int, int, bytes]
 _IP_PKTINFO: Final = 8
 _RULES: Final = 0x80 | 0x40000
 """RTMGRP_IPV4_RULE, and of IPv6 the same."""
-NO_WAY: Final = 0
-"""There is no route; interfaces count from 1."""
+NO_ROUTE: Final = 0
+"""There is no route; interface indexes begin at 1."""
 
 
 class Routes:
-    """The routing table of the network namespace in which this is made."""
+    """Looks up routes in the network namespace in which this is created."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         """Raises OSError where there is no netlink."""
@@ -37,33 +37,33 @@ class Routes:
         except OSError:
             self._lookup.close()
             raise
-        self._events = EventSocket(opened, lambda messages: self.forget(), self.forget)
+        self._events = EventSocket(opened, lambda messages: self.invalidate(), self.invalidate)
 
     def close(self) -> None:
-        """Does nothing the second time."""
+        """Idempotent."""
         self._events.close()
         self._lookup.close()
 
-    def forget(self) -> None:
-        """Something changed on which the way out depends."""
+    def invalidate(self) -> None:
+        """Note a change that may lead packets elsewhere."""
         self.generation += 1
 
-    def way(self, destination: bytes, source: bytes, mark: int, interface: int = 0) -> int | None:
-        """The interface by which packets would leave, or NO_WAY; None if the kernel did not say.
+    def outgoing(self, destination: bytes, source: bytes, mark: int, interface: int = 0) -> int | None:
+        """The interface by which packets would leave, or NO_ROUTE; None if the kernel did not say.
 
-        Addresses are of 4 or 16 bytes. `interface`: look only for routes by that one.
+        Addresses are of 4 or 16 bytes. `interface`: consider only routes through this one.
         """
         try:
             route = self._lookup.find(destination, source=source, mark=mark, interface=interface)
         except NetlinkRefusal:
             return None
-        return NO_WAY if route is None else route.interface
+        return NO_ROUTE if route is None else route.interface
 
 
-class Pin:
-    """The local end of a path: what makes packets leave from where the other side's came to."""
+class LocalEnd:
+    """The local end of a path: makes replies leave from the address and interface that the peer's packets came to."""
 
-    __slots__ = ("_checked", "_destination", "_interface", "_is_forced", "_kept", "_source", "_way", "control")
+    __slots__ = ("_checked", "_destination", "_interface", "_is_forced", "_kept", "_outgoing", "_source", "control")
 
     def __init__(self, destination: bytes, source: bytes, interface: int) -> None:
         """`source` is the local address, `interface` the one that packets came by."""
@@ -74,29 +74,29 @@ class Pin:
         self._is_forced = False
         """The routing table alone would send by another interface."""
         self._checked = -1
-        self._way: int | None = None
+        self._outgoing: int | None = None
         self.control: Control | None = self._kept
         """For sendmsg; None leaves the choice to the routing table."""
 
     def check(self, routes: Routes, mark: int) -> Control | None:
-        """The control message, after another look at the routing table if that has changed."""
+        """The control message; looks at the routing table again if that has changed."""
         if self._checked != routes.generation:
             is_first, self._checked = self._checked < 0, routes.generation
             if not (_is_link_local(self._source) or _is_link_local(self._destination)):
-                self._look(routes, mark, is_first)
+                self._query(routes, mark, is_first)
         return self.control
 
-    def _look(self, routes: Routes, mark: int, is_first: bool) -> None:
-        before, way = self._way, routes.way(self._destination, self._source, mark)
-        if way is None:
+    def _query(self, routes: Routes, mark: int, is_first: bool) -> None:
+        before, outgoing = self._outgoing, routes.outgoing(self._destination, self._source, mark)
+        if outgoing is None:
             return
-        self._way = way
-        if way == self._interface:
+        self._outgoing = outgoing
+        if outgoing == self._interface:
             self.control = self._kept
-        elif not is_first and way != before:  # another route goes before the one that was in use
+        elif not is_first and outgoing != before:  # a better route has replaced the one in use
             self.control = None
         elif is_first or self._is_forced:
-            by_interface = routes.way(self._destination, self._source, mark, self._interface)
+            by_interface = routes.outgoing(self._destination, self._source, mark, self._interface)
             self._is_forced = by_interface == self._interface
             self.control = _control(self._source, self._interface) if self._is_forced else self._kept
 
@@ -109,5 +109,5 @@ def _control(source: bytes, interface: int) -> Control:
 
 
 def _is_link_local(address: bytes) -> bool:
-    """Such an address is none without its interface."""
+    """Such an address means nothing without its interface."""
     return len(address) == 16 and address[0] == 0xFE and address[1] & 0xC0 == 0x80

@@ -13,22 +13,22 @@ from siderolink.common.errors import ConfigurationError
 from siderolink.common.readers import read_on
 from siderolink.common.wireguard.noise.output import Drop
 from siderolink.common.wireguard.path import QUIET_INTERVAL, Datagrams, Receive, RowCache
-from siderolink.common.wireguard.udp_routes import Control, Pin, Routes
+from siderolink.common.wireguard.udp_routes import Control, LocalEnd, Routes
 
 MAX_READS: Final = 16
-"""Buffers taken from a socket before other work has its turn; each holds up to 64 KiB of datagrams."""
+"""Receives in one turn of the event loop; each gives up to 64 KiB of datagrams."""
 MAX_BYTES: Final = 3 << 16
-"""The bytes of a batch after which other work has its turn, too."""
+"""Bytes received in one turn of the event loop."""
 MAX_SEGMENTS: Final = 64
 """Datagrams of one send; Linux before 6.9 takes no more."""
 MAX_PENDING: Final = 1 << 19
 """Bytes kept while the socket's buffer is full."""
 _BUFFER_SIZE: Final = 8 << 20
 _MAX_PATHS: Final = 16_384
-"""Senders that are known again; a new one costs a look at the routing table with the first answer to it."""
+"""Senders whose paths are cached; a new sender costs one route lookup with the first reply."""
 _MAX_PLAIN: Final = 1024
 _PLAIN_SECONDS: Final = 60.0
-"""Routes and interfaces change: GSO is tried again after so long."""
+"""Seconds after which GSO is tried again, because routes and interfaces change."""
 
 _SOL_UDP: Final = 17
 _UDP_SEGMENT: Final = 103
@@ -54,22 +54,22 @@ _SocketAddress = tuple[str, int] | tuple[str, int, int, int]
 
 
 class UdpPath:
-    """A UDP address, and the local end that packets came to from there."""
+    """A remote UDP address, and the local end that its packets came to."""
 
-    __slots__ = ("_socket", "address", "pinned", "source")
+    __slots__ = ("_socket", "address", "local_end", "source")
 
     headroom = 0
     batch_bytes = MAX_PENDING // 2
     peer = None
 
-    def __init__(self, udp: "UdpSocket", address: _SocketAddress, pinned: Pin | None) -> None:
+    def __init__(self, udp: "UdpSocket", address: _SocketAddress, local_end: LocalEnd | None) -> None:
         self._socket = udp
         self.address = address
         """As the socket module writes it: host, port, and for IPv6 flow information and zone."""
         self.source = socket.inet_pton(udp.family, address[0].partition("%")[0]) + address[1].to_bytes(2, "big")
         """The address (4 or 16 bytes) and the port (2 bytes, big-endian)."""
-        self.pinned = pinned
-        """From where packets leave; None for the routing table's choice."""
+        self.local_end = local_end
+        """Where packets leave from; None leaves it to the routing table."""
 
     @property
     def is_open(self) -> bool:
@@ -107,7 +107,7 @@ class UdpSocket:
     def __init__(
         self, sock: socket.socket, loop: asyncio.AbstractEventLoop, receive: Receive, gso: bool, routes: Routes | None = None
     ) -> None:
-        """`routes` is its owner's to close; without, answers leave from the address that was written to while it exists."""
+        """The caller closes `routes`. Without it, replies leave from the address that was written to, while that exists."""
         self.family = socket.AddressFamily(sock.family)
         self.port: int = sock.getsockname()[1]
         self.is_open = True
@@ -130,7 +130,7 @@ class UdpSocket:
         self._cache = RowCache(self._data)
         self._control_size = socket.CMSG_SPACE(4) + socket.CMSG_SPACE(20)
         _set_options(sock, gro=gso)
-        loop.add_reader(sock, self._read)
+        loop.add_reader(sock, self._on_readable)
 
     @property
     def is_writable(self) -> bool:
@@ -143,7 +143,7 @@ class UdpSocket:
             self._waiting.append(callback)
 
     def replace(self, sock: socket.socket) -> None:
-        """Go on with another socket, of the same IP version; what the old one had received but nobody read is lost."""
+        """Switch to another socket of the same IP version; datagrams still in the old one's buffer are lost."""
         self._loop.remove_reader(self._sock)
         self._loop.remove_writer(self._sock)
         self._sock.close()
@@ -152,15 +152,15 @@ class UdpSocket:
         _set_options(sock, gro=self._gro)
         if self._mark:
             self.set_mark(self._mark)
-        self._loop.add_reader(sock, self._read)
+        self._loop.add_reader(sock, self._on_readable)
         if self._pending is not None:
-            self._loop.add_writer(sock, self._write)
+            self._loop.add_writer(sock, self._on_writable)
 
     def set_mark(self, mark: int) -> None:
         """Put a firewall mark on everything sent. Raises ConfigurationError."""
         self._mark = mark
         if self._routes is not None:
-            self._routes.forget()
+            self._routes.invalidate()
         try:
             self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, mark)
         except OSError as error:
@@ -173,57 +173,57 @@ class UdpSocket:
             self._loop.remove_writer(self._sock)
             self._sock.close()
             self._pending = None
-            self._wake()
+            self._notify_writable()
 
     # Receiving
 
-    def _read(self) -> None:
-        """Take what there is, up to a bound. What comes from one place in rows of one stride is given as one batch."""
+    def _on_readable(self) -> None:
+        """Receive what is waiting, up to a limit. Datagrams of one length from one sender become one batch."""
         filled = stride = 0
         path: UdpPath | None = None
         now = self._loop.time()
         reads = MAX_READS if now - self._read_at < QUIET_INTERVAL else 1
         self._read_at = now
         for _ in range(reads):
-            taken = self._take(filled)
+            taken = self._receive_into(filled)
             if taken is None:
                 break
             size, came_stride, came_by = taken
             if path is not None and (came_by is not path or came_stride != stride):
-                self._give(filled, stride, path)
-                if not self.is_open:  # closed by what was just received
+                self._deliver(filled, stride, path)
+                if not self.is_open:  # what was received closed the socket
                     return
                 self._data[:size] = self._data[filled : filled + size]
                 filled = 0
             path, stride, filled = came_by, came_stride, filled + size
             if not stride or filled % stride or filled > MAX_BYTES:
-                self._give(filled, stride, path)
+                self._deliver(filled, stride, path)
                 if not self.is_open or filled > MAX_BYTES:
                     return
                 path, filled = None, 0
         if path is not None:
-            self._give(filled, stride, path)
+            self._deliver(filled, stride, path)
 
-    def _take(self, filled: int) -> tuple[int, int, UdpPath] | None:
-        """Receive behind what is in the buffer: size, stride of its rows, where it came from; None if nothing is left."""
+    def _receive_into(self, filled: int) -> tuple[int, int, UdpPath] | None:
+        """Receive into the buffer behind `filled` bytes. Returns size, stride and path; None if nothing is waiting."""
         for _ in range(MAX_READS):
             try:
                 size, controls, _, address = self._sock.recvmsg_into((self._data[filled:],), self._control_size)
             except (BlockingIOError, InterruptedError):
                 return None
-            except OSError:  # an error that some datagram of ours caused; the socket goes on
-                read_on(self._loop, self._sock, self._read)
+            except OSError:  # caused by an earlier send; the socket still works
+                read_on(self._loop, self._sock, self._on_readable)
                 continue
-            stride, pinned = size, b""
+            stride, local_end = size, b""
             for level, kind, value in controls:
                 if level == _SOL_UDP and kind == _UDP_GRO:
                     stride = min(size, _INT(value)[0])
                 else:
-                    pinned = value
-            return size, stride, self._paths.get((address, pinned)) or self._make_path(address, pinned)
+                    local_end = value
+            return size, stride, self._paths.get((address, local_end)) or self._make_path(address, local_end)
         return None
 
-    def _give(self, size: int, stride: int, path: UdpPath) -> None:
+    def _deliver(self, size: int, stride: int, path: UdpPath) -> None:
         count = -(-size // stride) if stride else 1
         self._receive(Datagrams(self._data[:size], count, stride, 0, self._cache), path)
 
@@ -233,9 +233,9 @@ class UdpSocket:
         path = self._paths[address, info] = UdpPath(self, address, None)
         remote = path.source[:-2]
         if self.family == socket.AF_INET and len(info) == 12:  # in_pktinfo
-            path.pinned = Pin(remote, info[4:8], int.from_bytes(info[:4], "little"))
+            path.local_end = LocalEnd(remote, info[4:8], int.from_bytes(info[:4], "little"))
         elif len(info) == 20:  # in6_pktinfo
-            path.pinned = Pin(remote, info[:16], int.from_bytes(info[16:], "little"))
+            path.local_end = LocalEnd(remote, info[:16], int.from_bytes(info[16:], "little"))
         return path
 
     # Sending
@@ -250,8 +250,8 @@ class UdpSocket:
 
     def _send(self, datagrams: Datagrams, path: UdpPath) -> None:
         data, stride, sent = datagrams.data, datagrams.stride, 0
-        if path.pinned is not None and self._routes is not None:
-            path.pinned.check(self._routes, self._mark)
+        if path.local_end is not None and self._routes is not None:
+            path.local_end.check(self._routes, self._mark)
         gso = self._gso and not (self._plain and self._is_plain(path))
         while sent < datagrams.count:
             step = 1
@@ -260,7 +260,7 @@ class UdpSocket:
             try:
                 self._send_rows(data[sent * stride : (sent + step) * stride], stride, step, path)
             except BlockingIOError:
-                self._keep(datagrams, sent, path)
+                self._queue_rest(datagrams, sent, path)
                 return
             except OSError as error:
                 if self._can_retry(error.errno or 0, path, step):
@@ -271,8 +271,8 @@ class UdpSocket:
 
     def _send_rows(self, data: memoryview, stride: int, count: int, path: UdpPath) -> None:
         controls: list[Control] = []
-        if path.pinned is not None and path.pinned.control is not None:
-            controls.append(path.pinned.control)
+        if path.local_end is not None and path.local_end.control is not None:
+            controls.append(path.local_end.control)
         if count > 1:
             controls.append((_SOL_UDP, _UDP_SEGMENT, _SEGMENT(stride)))
         if controls:
@@ -281,11 +281,11 @@ class UdpSocket:
             self._sock.sendto(data, path.address)
 
     def _can_retry(self, code: int, path: UdpPath, count: int) -> bool:
-        """Take away what the kernel may have refused; False if nothing is left.
+        """Drop an option that the kernel may have refused; False if there is none left to drop.
 
         EINVAL may mean GSO or the local address. GSO goes first: if a single datagram is then refused, too, it was the address.
         """
-        control = path.pinned.control if path.pinned is not None else None
+        control = path.local_end.control if path.local_end is not None else None
         if count > 1 and code in _NO_GSO:
             if code not in (errno.EMSGSIZE, errno.EINVAL) or (code == errno.EINVAL and control is None):
                 say_once("UDP sends cannot be segmented (UDP_SEGMENT) on some way out of this host")
@@ -293,8 +293,8 @@ class UdpSocket:
                 del self._plain[next(iter(self._plain))]
             self._plain[path.address] = self._loop.time() + _PLAIN_SECONDS
             return True
-        if path.pinned is not None and control is not None and code in _UNPIN:
-            path.pinned.control = None  # the local address is gone
+        if path.local_end is not None and control is not None and code in _UNPIN:
+            path.local_end.control = None  # the local address is gone
             self._plain.pop(path.address, None)
             return True
         return False
@@ -309,25 +309,25 @@ class UdpSocket:
         del self._plain[path.address]
         return False
 
-    def _keep(self, datagrams: Datagrams, sent: int, path: UdpPath) -> None:
-        """Copy what is left, up to a bound, and send it when there is room."""
+    def _queue_rest(self, datagrams: Datagrams, sent: int, path: UdpPath) -> None:
+        """Copy the unsent rows, up to a limit, and send them when the socket is writable."""
         stride = datagrams.stride
         count = datagrams.count - sent
         kept = max(1, min(count, MAX_PENDING // stride))
         self.drops[Drop.SEND_BUFFER_FULL] += count - kept
         data = memoryview(bytes(datagrams.data[sent * stride : (sent + kept) * stride]))
         self._pending = (Datagrams(data, kept, stride), path)
-        self._loop.add_writer(self._sock, self._write)
+        self._loop.add_writer(self._sock, self._on_writable)
 
-    def _write(self) -> None:
+    def _on_writable(self) -> None:
         if self._pending is not None:
             (datagrams, path), self._pending = self._pending, None
             self._send(datagrams, path)
         if self._pending is None:
             self._loop.remove_writer(self._sock)
-            self._wake()
+            self._notify_writable()
 
-    def _wake(self) -> None:
+    def _notify_writable(self) -> None:
         waiting, self._waiting = self._waiting, []
         for callback in waiting:
             self._loop.call_soon(callback)
@@ -350,11 +350,11 @@ def _set_options(sock: socket.socket, *, gro: bool) -> None:
         except OSError:  # without CAP_NET_ADMIN the system's limit holds
             sock.setsockopt(socket.SOL_SOCKET, plain, _BUFFER_SIZE)
     if sock.family == socket.AF_INET:
-        # As the kernel's WireGuard: no DF, so that routers may fragment and no lost ICMP message makes a black hole.
+        # Like the kernel's WireGuard: no DF, so that routers may fragment and a lost ICMP message makes no black hole.
         sock.setsockopt(socket.IPPROTO_IP, _IP_MTU_DISCOVER, _IP_PMTUDISC_DONT)
         sock.setsockopt(socket.IPPROTO_IP, _IP_PKTINFO, 1)
     else:
-        # Fragments are made here, as wide as the path is known to be.
+        # IPv6 routers do not fragment: this host does, at the known path MTU.
         sock.setsockopt(socket.IPPROTO_IPV6, _IPV6_MTU_DISCOVER, _IPV6_PMTUDISC_WANT)
         sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO, 1)
     if gro:

@@ -1,6 +1,6 @@
 """The built-in WireGuard on the event loop: the protocol engine between an interface and paths.
 
-What the interface is, the faces say: a TUN interface (`tun_device`) or any callable that takes packets (`packet_device`).
+Subclasses bring the interface: a TUN interface (`tun_device`), or a callable that takes packets (`packet_device`).
 """
 
 import os
@@ -32,7 +32,7 @@ from siderolink.common.wireguard.udp import UdpSockets, open_udp
 
 
 class UserspaceDevice:
-    """See `Device`. It opens its UDP sockets when made and passes packets between `start` and `stop`."""
+    """See `Device`. Opens its UDP sockets on creation, and passes packets between `start` and `stop`."""
 
     kind: Literal["userspace"] = "userspace"
 
@@ -50,7 +50,7 @@ class UserspaceDevice:
             timestamps=config.timestamps,
         )
         self.plane = DataPlane(
-            self.engine, interface, rows, on_events=self._tell, on_drained=self._arm, on_blocked=self.pause_reading
+            self.engine, interface, rows, on_events=self._emit, on_drained=self._arm_timer, on_blocked=self.pause_reading
         )
         self.on_event = on_event
         self._timer_at = float("inf")
@@ -102,7 +102,7 @@ class UserspaceDevice:
         self.engine.remove_peer(bytes(public_key))
 
     async def settle(self) -> None:
-        """Nothing is ever there that was not set here."""
+        """Nothing to do: this device starts without peers."""
 
     async def peer(self, public_key: PublicKey) -> PeerStatus | None:
         entry = self.engine.peers.get(bytes(public_key))
@@ -151,25 +151,25 @@ class UserspaceDevice:
         self.engine.stop()
 
     def close(self) -> None:
-        """Close the sockets, and be done."""
+        """Stop for good and close the sockets."""
         self.stop()
         self._timer.close()
         if self._udp is not None:
             self._udp.close()
 
     def pause_reading(self, path: Path) -> bool:
-        """A path is full: a face that can hold packets back does so until it is writable, and answers True."""
+        """Called when a path is full. A subclass that can stop reading does so until it is writable, and returns True."""
         return False
 
     def _set_isolate(self, isolate: bool) -> None:
         self.engine.allowed_ips.only_to = self._local if isolate else None
 
-    def _tell(self, events: list[Event]) -> None:
+    def _emit(self, events: list[Event]) -> None:
         for event in events:
             self.on_event(_translate(event))
 
-    def _arm(self, now: float) -> None:
-        """Keep one timer; it may be early, never late, so that traffic does not move it with each packet."""
+    def _arm_timer(self, now: float) -> None:
+        """Keep one timer armed. It may fire early, never late, so that packets need not move it."""
         at = self.engine.earliest_deadline()
         if at < self._timer_at and self.is_passing:
             self._timer_at = at

@@ -1,4 +1,4 @@
-"""mac1, mac2 and cookies (whitepaper, sections 5.3 and 5.4.4): cheap refusal of handshake messages, more so under load."""
+"""mac1, mac2 and cookies (whitepaper, sections 5.3 and 5.4.4): reject handshake messages cheaply, and limit them under load."""
 
 from array import array
 from collections.abc import Callable
@@ -38,14 +38,14 @@ class MacSigner:
     def __init__(self, remote_public: bytes) -> None:
         self._mac1_key = hash2(LABEL_MAC1, remote_public)
         self._cookie_key = hash2(LABEL_COOKIE, remote_public)
-        # one of each kind: where both ends begin at the same moment, the answer to one must not make the other's cookie void
+        # one for each kind: when both ends initiate at once, a response must not invalidate the cookie for the initiation
         self._initiation_mac1: bytes | None = None
         self._response_mac1: bytes | None = None
         self._cookie = b""
         self._cookie_at = 0.0
 
     def sign(self, message: bytes, now: float) -> bytes:
-        """The whole datagram: the message with both macs behind it."""
+        """The datagram: the message followed by both macs."""
         mac1 = mac(self._mac1_key, message)
         if message[0] == INITIATION:
             self._initiation_mac1 = mac1
@@ -56,8 +56,8 @@ class MacSigner:
             return signed + mac(self._cookie, signed)
         return signed + NO_MAC2
 
-    def take_cookie(self, reply: CookieReply, now: float, *, is_initiator: bool) -> bool:
-        """Keep the cookie for the next message; False if it is no answer to the last initiation (or response) sent."""
+    def store_cookie(self, reply: CookieReply, now: float, *, is_initiator: bool) -> bool:
+        """Store the cookie for the next message; False if it does not answer the last initiation (or response) sent."""
         mac1 = self._initiation_mac1 if is_initiator else self._response_mac1
         if mac1 is None:
             return False
@@ -73,7 +73,7 @@ class MacSigner:
 
 
 class MacGuard:
-    """Checks the macs of handshake messages that come to this device, and makes cookie replies."""
+    """Checks the macs of received handshake messages and makes cookie replies."""
 
     __slots__ = ("_cookie_key", "_entropy", "_mac1_key", "_secret", "_secret_at")
 
@@ -92,7 +92,7 @@ class MacGuard:
         return compare_digest(mac(self._cookie(source, now), datagram[:-16]), datagram[-16:])
 
     def cookie_reply(self, datagram: bytes, source: bytes, now: float) -> bytes:
-        """The datagram that gives the source its cookie, readable only by whoever sent `datagram`."""
+        """A datagram with the source's cookie, which only the sender of `datagram` can decrypt."""
         nonce = self._entropy(24)
         sealed = xseal(self._cookie_key, nonce, self._cookie(source, now), datagram[-32:-16])
         return encode_cookie_reply(CookieReply(sender_index(datagram), nonce, sealed))
@@ -104,7 +104,7 @@ class MacGuard:
 
 
 class LoadMeter:
-    """Tells whether more handshake messages come than are worth answering on trust."""
+    """Detects load: more handshake messages than should be answered without a cookie."""
 
     __slots__ = ("_count", "_loaded_until", "_window_at", "rate")
 
@@ -115,7 +115,7 @@ class LoadMeter:
         self._loaded_until = 0.0
 
     def is_under_load(self, now: float) -> bool:
-        """Count one message and say whether it is one too many; once so, for a second longer."""
+        """Count one message; True from the first one above the rate until a second after the last."""
         if now - self._window_at >= 1.0:
             self._window_at, self._count = now, 0
         self._count += 1
@@ -152,10 +152,10 @@ class SourceLimiter:
 
 
 class CookieBudget:
-    """How many cookies are handed out. Sources that prove nothing may be forged, so none of them is refused by its name alone.
+    """Limits cookie replies. An unproven source address may be forged, so none is refused by its address alone.
 
-    The limit of each source counts only while more than half of the whole budget is used, and so a flood in somebody's name
-    does not keep that somebody from its cookie unless the flood is large.
+    The limit of each source counts only while more than half of the whole budget is used, and so a flood from a
+    forged address does not keep the address's owner from its cookie, unless the flood is large.
     """
 
     __slots__ = ("_at", "_left", "_sources")
@@ -177,7 +177,7 @@ class CookieBudget:
 
 
 def source_network(source: bytes) -> bytes:
-    """What counts as one source: an IPv4 address (of 6 bytes with the port), an IPv6 /64 (of 18), else all the bytes."""
+    """The part of a source that limits apply to: an IPv4 address, an IPv6 /64, or for other paths all of it."""
     if len(source) == 18:
         return source[:8]
     return source[:4] if len(source) == 6 else source

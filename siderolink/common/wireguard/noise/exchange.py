@@ -1,6 +1,6 @@
-"""Handshake messages in and out: from a datagram to a session, or to a counted reason why not.
+"""Handshake messages in and out. A received one becomes a session, or a drop that is counted by its reason.
 
-Receiving is ordered by cost: length, mac1, load, then one Curve25519 exchange, the peer's name, and only then the rest.
+Checks are ordered by cost: length, mac1, load, then one Curve25519 exchange, the peer's key, and only then the rest.
 """
 
 from collections.abc import Callable
@@ -28,11 +28,11 @@ from .tai64n import Timestamps
 Entropy = Callable[[int], bytes]
 
 MIN_INITIATION_INTERVAL = 0.02
-"""Seconds between two initiations of one peer that are worth answering."""
+"""Seconds; initiations of one peer that come faster are dropped."""
 
 
 class Indices:
-    """The 32-bit names that the other side puts on messages for us: a session's, or an open initiation's."""
+    """The receiver indices that peers put into messages for us, each of a session or of an open initiation."""
 
     __slots__ = ("_entropy", "_pending", "_sessions")
 
@@ -42,7 +42,7 @@ class Indices:
         self._pending: dict[int, Peer] = {}
 
     def fresh(self) -> int:
-        """A random index that nothing uses."""
+        """A random index that is not in use."""
         while True:
             index = int.from_bytes(self._entropy(4), "little")
             if index not in self._sessions and index not in self._pending:
@@ -55,7 +55,7 @@ class Indices:
         return self._pending.get(index)
 
     def open(self, peer: Peer, sent: SentInitiation) -> None:
-        """Remember an initiation, in place of the peer's last one."""
+        """Register an initiation, replacing the peer's last one."""
         self.abandon(peer)
         peer.initiation = sent
         self._pending[sent.index] = peer
@@ -104,7 +104,7 @@ class Exchange:
         self._cookies = CookieBudget(entropy)
 
     def rename(self, identity: Identity) -> None:
-        """Go on under another private key."""
+        """Switch to another private key."""
         self.identity = identity
         self._guard = MacGuard(identity.public, self._entropy)
 
@@ -140,7 +140,7 @@ class Exchange:
         self._send(peer, path, peer.signer.sign(messages.encode_initiation(message), now))
 
     def receive(self, kind: int, datagram: bytes, path: Path, now: float) -> Session | None:
-        """Take a handshake message of a known type and its type's length; returns the session that came of it."""
+        """Process a handshake message whose length fits its type; returns the session if it made one."""
         if kind == messages.COOKIE_REPLY:
             self._receive_cookie(datagram, now)
             return None
@@ -151,10 +151,10 @@ class Exchange:
         return self._receive_response(datagram, path, now)
 
     def _admits(self, datagram: bytes, path: Path, now: float) -> bool:
-        """The cheap checks of an initiation or response; under load, a cookie is asked for.
+        """Run the cheap checks of an initiation or response; under load, require a cookie.
 
-        A response that names an open initiation of ours needs none: who guesses a name has guessed 32 bits, and who sees them
-        pass is limited as a source. So a device that dials many peers hears them, however many others come meanwhile.
+        A response to an open initiation of ours needs none: its index has 32 random bits, and who can read it on the wire
+        is limited as a source. So a device that dials many peers hears them during a flood.
         """
         if not self._guard.has_mac1(datagram):
             self._output.drop(Drop.BAD_MAC1)
@@ -243,10 +243,10 @@ class Exchange:
         return session
 
     def _receive_cookie(self, datagram: bytes, now: float) -> None:
-        """Take a cookie, and try again with it.
+        """Store a cookie and retry the initiation with it.
 
-        The whitepaper leaves the new try to the timer. It is made at once here, but once for each timer, so that a forger who
-        sees our initiations (cookies are sealed under a public key) gains one more of them and no storm.
+        The whitepaper leaves the retry to the timer. Here it is immediate, but only once for each timer, so that an attacker
+        who sees our initiations (cookies are sealed under a public key) can cause only one more.
         """
         reply = messages.parse_cookie_reply(datagram)
         peer = self.indices.pending(reply.receiver)
@@ -256,14 +256,14 @@ class Exchange:
             peer = session.peer if session is not None else None
         if peer is None:
             self._output.drop(Drop.UNEXPECTED_RESPONSE)
-        elif not peer.signer.take_cookie(reply, now, is_initiator=is_initiator):
+        elif not peer.signer.store_cookie(reply, now, is_initiator=is_initiator):
             self._output.drop(Drop.BAD_COOKIE)
         elif is_initiator and not peer.has_retried_with_cookie:
             peer.has_retried_with_cookie = True
             self._send_initiation(peer, now)
 
     def complete(self, peer: Peer, now: float) -> None:
-        """The handshake is done on both sides."""
+        """Note that both sides have completed the handshake."""
         peer.timers.handshake_completed()
         peer.last_handshake_at = now
         peer.last_handshake_ns = self._unix_time_ns()
@@ -273,7 +273,7 @@ class Exchange:
         self._output.send(path, datagram)
 
     def _static_static(self, peer: Peer) -> bytes:
-        """Empty where the peer's key is of low order: nothing can be shared with that."""
+        """The shared secret of both static keys; empty if the peer's key is of low order."""
         if peer.static_static is None:
             try:
                 peer.static_static = dh(self.identity.private, peer.public_key)

@@ -1,4 +1,4 @@
-"""Noise IKpsk2 (whitepaper, sections 5.4.2 to 5.4.5): who the parties are and which keys they come to share.
+"""Noise IKpsk2 (whitepaper, sections 5.4.2 to 5.4.5): authenticates both parties and derives their session keys.
 
 Pure functions over bytes. Nothing here knows of timers, indices tables, paths or rate limits.
 """
@@ -52,7 +52,7 @@ class ReceivedInitiation:
 
 @dataclass(slots=True, repr=False)
 class ClaimedInitiation:
-    """An initiation of which only the outer part was opened: it says which static key it claims to be from."""
+    """An initiation whose static key has been decrypted but not yet verified."""
 
     message: Initiation
     public_key: bytes
@@ -83,7 +83,7 @@ def create_initiation(
 
 
 def claim_initiation(identity: Identity, message: Initiation) -> ClaimedInitiation | None:
-    """Open the claimed public key; None if the message was not made for this identity."""
+    """Decrypt the initiator's public key; None if the message was not made for this identity."""
     digest = hash2(hash2(_INITIAL_HASH, identity.public), message.ephemeral)
     try:
         shared = dh(identity.private, message.ephemeral)
@@ -97,7 +97,7 @@ def claim_initiation(identity: Identity, message: Initiation) -> ClaimedInitiati
 
 
 def verify_initiation(claimed: ClaimedInitiation, static_static: bytes) -> ReceivedInitiation | None:
-    """Check that the claim is true: only the holder of the claimed key can seal the timestamp."""
+    """Verify the initiator: only the holder of its private key can seal the timestamp."""
     chain, once = kdf2(claimed.chain, static_static)
     sealed = claimed.message.timestamp
     timestamp = open_once(once, sealed, claimed.hash)
@@ -124,7 +124,7 @@ def create_response(
 
 
 def consume_response(identity: Identity, sent: SentInitiation, message: Response, preshared: bytes) -> SessionKeys | None:
-    """Take the answer to an initiation; None if it does not belong to it."""
+    """Process the response to an initiation; None if it does not belong to it."""
     digest = hash2(sent.hash, message.ephemeral)
     chain = kdf1(sent.chain, message.ephemeral)
     try:

@@ -27,12 +27,12 @@ REKEY_TIMEOUT = 5.0
 KEEPALIVE_TIMEOUT = 10.0
 COOKIE_REFRESH_TIME = 120.0
 
-# Derived there in words.
+# Described there in words.
 REKEY_ON_RECEIVE_TIME = REJECT_AFTER_TIME - KEEPALIVE_TIMEOUT - REKEY_TIMEOUT
 NEW_HANDSHAKE_TIME = KEEPALIVE_TIMEOUT + REKEY_TIMEOUT
 ZERO_KEYS_TIME = REJECT_AFTER_TIME * 3
 REKEY_JITTER = 1 / 3
-"""At most this is added to a retry, so that two ends that start together do not stay in step."""
+"""Upper bound of the random delay of a retry, so that two ends that start together do not stay in step."""
 
 PADDING_MULTIPLE = 16
 COUNTER_WINDOW = 8128
@@ -84,7 +84,7 @@ class CookieReply(NamedTuple):
 
 
 def message_type(datagram: bytes | memoryview) -> int:
-    """The type, or 0 for what cannot be a message: a wrong length for its type included."""
+    """The type; 0 if it is unknown or the length does not fit it."""
     length = len(datagram)
     if length < TRANSPORT_OVERHEAD:
         return 0

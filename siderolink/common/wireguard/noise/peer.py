@@ -1,4 +1,4 @@
-"""One peer: its keys, its sessions, what waits for it, and where it was last heard."""
+"""One peer: its keys, sessions, staged packets and current path."""
 
 from collections import deque
 from typing import TYPE_CHECKING, Protocol
@@ -14,12 +14,12 @@ if TYPE_CHECKING:
 MAX_STAGED = 128
 MAX_STAGED_BYTES = 512 * 1024
 MAX_PREVIOUS = 3
-"""Sessions that are only received with. After handshakes crossed, each end may send with a session of its own; when they
-cross again, all four are in use at once. Implementations that keep one lose packets then."""
+"""Old sessions kept for receiving. After handshakes crossed, each end may send with a session of its own; when they cross
+again, four sessions are in use at once. Implementations that keep one lose packets then."""
 
 
 class Path(Protocol):
-    """What the engine must know of a path: see the fuller contract beside the device."""
+    """The part of a path that the engine uses: see `wireguard.path.Path`."""
 
     @property
     def peer(self) -> bytes | None: ...
@@ -35,8 +35,8 @@ class Path(Protocol):
 
 
 class Peer:
-    """State only; the engine changes it. `current` is the session to send with, `next` one that the peer has yet to confirm,
-    `previous` are those before, the newest first."""
+    """State only; the engine changes it. `current` is the session to send with, `next` awaits the peer's confirmation,
+    `previous` are older ones, the newest first."""
 
     __slots__ = (
         "allowed_ips",
@@ -67,10 +67,10 @@ class Peer:
     def __init__(self, public_key: bytes) -> None:
         self.public_key = public_key
         self.static_static: bytes | None = None
-        """What both long-lived keys share; computed with the first handshake, as most peers of a large server sleep."""
+        """The shared secret of both static keys; computed with the first handshake, because most peers are idle."""
         self.preshared_key = NO_PRESHARED_KEY
         self.allowed_ips: dict[Network, None] = {}
-        """A set that keeps its order."""
+        """An ordered set."""
         self.signer = MacSigner(public_key)
         self.timers = Timers()
         self.scheduled_at = NEVER
@@ -93,7 +93,7 @@ class Peer:
 
     @property
     def reachable_path(self) -> Path | None:
-        """The path, if something sent there can still arrive."""
+        """The path, if it is open."""
         path = self.path
         return path if path is not None and path.is_open else None
 
@@ -110,13 +110,13 @@ class Peer:
         return dropped
 
     def take_staged(self) -> list[bytes]:
-        """All packets that waited, oldest first; the queue is empty afterwards."""
+        """Empty the queue; returns its packets, oldest first."""
         packets = list(self.staged or ())
         self.staged, self.staged_bytes = None, 0
         return packets
 
     def install(self, session: Session) -> list[Session]:
-        """Take a new session into the rotation; returns those that it displaces."""
+        """Add a new session to the rotation; returns the displaced ones."""
         if session.is_initiator:
             retired = (self.next, self.current)
             self.current, self.next = session, None
@@ -126,13 +126,13 @@ class Peer:
         return self._retire(*retired, now=session.created_at)
 
     def confirm(self, now: float) -> list[Session]:
-        """The peer has used the session we were waiting for: it becomes the current one. Returns the displaced ones."""
+        """Make `next` the current session, because the peer has used it; returns the displaced ones."""
         retired = self.current
         self.current, self.next = self.next, None
         return self._retire(retired, now=now)
 
     def _retire(self, *retired: Session | None, now: float) -> list[Session]:
-        """Keep what the other side may still send with: where handshakes cross, that is not always the last one before."""
+        """Keep the sessions that the peer may still send with; after crossed handshakes that is not always the latest."""
         old = [session for session in (*retired, *self.previous) if session is not None]
         good = [session for session in old if not session.is_expired(now)][:MAX_PREVIOUS]
         for session in good:

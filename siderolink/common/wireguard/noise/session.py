@@ -130,16 +130,16 @@ class Session:
         return now - self.created_at >= REJECT_AFTER_TIME or self.send_counter >= REJECT_AFTER_MESSAGES
 
     def wants_rekey(self, now: float) -> bool:
-        """True when sending with these keys calls for new ones; by age only on the initiator's side."""
+        """True when sending with these keys should start a handshake; only the initiator goes by age."""
         aged = self.is_initiator and now - self.created_at >= REKEY_AFTER_TIME
         return aged or self.send_counter > REKEY_AFTER_MESSAGES
 
     def wants_rekey_on_receive(self, now: float) -> bool:
-        """True when receiving under these keys calls for new ones, so that traffic one way does not end with them."""
+        """True when receiving under these keys should start a handshake, so that one-way traffic outlives them."""
         return self.is_initiator and now - self.created_at >= REKEY_ON_RECEIVE_TIME
 
     def reserve(self, count: int, now: float) -> int | None:
-        """Take `count` counters, never to be given back; returns the first, or None when the keys are too old or used up."""
+        """Use up `count` counters for good; returns the first, or None when the keys are too old or exhausted."""
         first = self.send_counter
         if now - self.created_at >= REJECT_AFTER_TIME:
             return None

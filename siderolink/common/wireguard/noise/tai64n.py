@@ -11,7 +11,7 @@ _GRAIN = 1 << 24
 
 
 def later(stamp: bytes, seconds: float) -> bytes:
-    """The timestamp so many whole seconds after another; all zeros, which is none, stays as it is."""
+    """A timestamp the given seconds (rounded up) after another; all zeros means none, and stays."""
     if not any(stamp):
         return stamp
     whole, nanoseconds = _TAI64N.unpack(stamp)

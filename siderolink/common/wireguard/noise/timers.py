@@ -45,7 +45,7 @@ class Timers:
     def __init__(self) -> None:
         self.persistent_interval = 0
         self.jitter = 0.0
-        """Of the new handshake after data without an answer: drawn with each session, since packets are too many for that."""
+        """Seconds added to `new_handshake_at`; drawn once for each session, because drawing for each packet costs too much."""
         self.clear()
 
     def clear(self) -> None:
@@ -68,7 +68,7 @@ class Timers:
         self._traversed(now)
 
     def data_sent(self, now: float) -> bool:
-        """The same, of data; True if that sets a deadline that may be the next."""
+        """The same for data; True if this sets a deadline that may be the next."""
         self.keepalive_at = NEVER
         if self.persistent_interval:
             self.persistent_at = now + self.persistent_interval
@@ -83,7 +83,7 @@ class Timers:
         self._traversed(now)
 
     def data_received(self, now: float) -> bool:
-        """The same, of data; True if that sets a deadline that may be the next."""
+        """The same for data; True if this sets a deadline that may be the next."""
         self.new_handshake_at = NEVER
         if self.persistent_interval:
             self.persistent_at = now + self.persistent_interval
@@ -106,7 +106,7 @@ class Timers:
         self.retransmit_at = min(now + REKEY_TIMEOUT + jitter, self.attempt_started_at + REKEY_ATTEMPT_TIME)
 
     def initiation_postponed(self, now: float, at: float) -> None:
-        """An initiation is wanted, but the last one was too short ago."""
+        """An initiation is due, but the last one was too recent."""
         if self.retransmit_at == NEVER:
             self.attempt_started_at = now
             self.retransmit_at = at
@@ -130,7 +130,7 @@ class Timers:
         self.jitter = jitter
 
     def persistent_expired(self, now: float) -> None:
-        """Where the keepalive cannot be sent (no path, no key), the next one is still due."""
+        """Schedule the next one, even if this one could not be sent."""
         self.persistent_at = now + self.persistent_interval if self.persistent_interval else NEVER
 
     def _traversed(self, now: float) -> None:
@@ -152,7 +152,7 @@ class DeadlineQueue:
         self._order = count()
 
     def update(self, peer: "Peer") -> None:
-        """Note the peer's next deadline; to be called whenever one may have moved earlier."""
+        """Register the peer's next deadline; call this whenever one may have moved earlier."""
         at = peer.timers.next_at()
         if at < peer.scheduled_at:
             peer.scheduled_at = at

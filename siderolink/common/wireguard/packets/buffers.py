@@ -1,4 +1,4 @@
-"""Buffers that live as long as a device, seen as rows and as columns."""
+"""Long-lived buffers, viewed as rows and as columns."""
 
 from typing import Any
 

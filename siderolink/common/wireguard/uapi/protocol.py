@@ -1,4 +1,4 @@
-"""The text of the configuration protocol: requests parsed, answers written. No I/O.
+"""The text of the configuration protocol: parses requests and writes answers, without I/O.
 
 A request is ``get=1`` or ``set=1`` and lines of ``key=value``, ended by an empty line; keys and preshared keys are lower-case
 hex. An answer ends with ``errno=N`` and an empty line, N being 0 or a negative errno.

@@ -1,4 +1,4 @@
-"""Listens where `wg` looks for an interface of ours, and answers it."""
+"""Serves the socket at which `wg` configures a userspace interface."""
 
 import asyncio
 import ctypes
@@ -27,7 +27,7 @@ SOCKET_FOLDER = Path("/var/run/wireguard")
 IDLE_TIMEOUT = 30.0
 """Seconds in which a client that has begun a request must end it."""
 MANY_LINES = 2_000
-"""Of a request or an answer; some ten milliseconds of work."""
+"""Lines of a request or answer that take about ten milliseconds to process."""
 
 _IN_ATTRIB, _IN_DELETE_SELF = 0x4, 0x400
 """The first also tells of the number of links, which is what a removed socket in use loses."""
@@ -46,7 +46,7 @@ async def serve_uapi(name: str, report: Report, apply: Apply, *, folder: Path = 
 
     Raises InterfaceInUseError when another process answers at the socket; one left behind by a crash is taken over.
     """
-    path = _make_room(folder, name)
+    path = _claim_path(folder, name)
     clients: set[asyncio.Task[None]] = set()
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -94,7 +94,7 @@ def _remove(path: Path, inode: int) -> None:
         pass
 
 
-def _make_room(folder: Path, name: str) -> Path:
+def _claim_path(folder: Path, name: str) -> Path:
     """The socket's path, after removing one at which nobody answers."""
     path = folder / f"{name}.sock"
     folder.mkdir(mode=0o755, parents=True, exist_ok=True)
@@ -154,31 +154,31 @@ async def _read_request(reader: asyncio.StreamReader) -> bytes | None:
 async def _answer(request: bytes, report: Report, apply: Apply) -> str:
     if request == b"get=1":
         found = report()
-        peers = list(found.peers)  # as they are now; a thread must not look at those that change
+        peers = list(found.peers)  # a snapshot, because a thread must not read peers that change
         size = sum(1 + len(peer.allowed_ips) for peer in peers)
-        return await _work(size, _describe, replace(found, peers=peers))
+        return await _run(size, _format, replace(found, peers=peers))
     if request.startswith(b"set=1\n") or request == b"set=1":
-        await apply(await _work(request.count(b"\n"), _understand, request))
+        await apply(await _run(request.count(b"\n"), _parse, request))
         return "errno=0"
     raise UapiError("a request begins with get=1 or set=1", errno.EPROTO)
 
 
-def _describe(report: DeviceReport) -> str:
+def _format(report: DeviceReport) -> str:
     return "\n".join([*write_get(report), "errno=0"])
 
 
-def _understand(request: bytes) -> DeviceChange:
+def _parse(request: bytes) -> DeviceChange:
     return parse_set(split_request(request)[1:])
 
 
-async def _work(lines: int, function: Callable[[A], T], argument: A) -> T:
-    """Text work, in a thread where it is so long that packets would wait for it."""
+async def _run(lines: int, function: Callable[[A], T], argument: A) -> T:
+    """Process text, in a thread if it is so long that packets would wait for it."""
     return await asyncio.to_thread(function, argument) if lines > MANY_LINES else function(argument)
 
 
 @contextmanager
 def watch_removal(path: Path, on_removed: Callable[[], None]) -> Iterator[None]:
-    """Call `on_removed` on the running loop when the path is gone (inotify(7)); where there is no inotify, never."""
+    """Call `on_removed` on the running loop when the path is gone (inotify(7)); never on a system without inotify."""
     loop = asyncio.get_running_loop()
     libc = ctypes.CDLL(None)
     descriptor = libc.inotify_init1(_INOTIFY_FLAGS)
