@@ -41,6 +41,8 @@ class Grant:
     """What gave way."""
     ended: tuple[Claim, ...] = ()
     """Claims to the same row that are over."""
+    has_bound: bool = False
+    """The unique token that this server gave the machine is bound to the row now."""
     is_new_machine: bool = False
     is_new_link: bool = False
     """A handshake has to follow."""
@@ -116,7 +118,7 @@ class Admission:
             wanted = replace(wanted, join_token_digest=request.credentials.join.digest)
         if wanted != row or needs_virtual:
             wanted = await self._rows.write(transaction, replace(wanted, joined_at=now), False, needs_virtual)
-        return Grant(machine=wanted, basis=Basis.SAME_KEY, is_new_link=needs_virtual)
+        return Grant(machine=wanted, basis=Basis.SAME_KEY, has_bound=is_assigned, is_new_link=needs_virtual)
 
     async def _admit_new(
         self, transaction: Transaction, request: JoinRequest, new_id: str, holder: Machine | None
@@ -308,7 +310,7 @@ class Admission:
         )
         needs_virtual = request.use_tunnel and row.virtual_address is None
         accepted = await self._rows.write(transaction, accepted, False, needs_virtual)
-        return Grant(machine=accepted, basis=Basis.ASSIGNED, is_new_link=needs_virtual)
+        return Grant(machine=accepted, basis=Basis.ASSIGNED, has_bound=True, is_new_link=needs_virtual)
 
     async def _answer_pending(self, transaction: Transaction, request: JoinRequest, row: Machine) -> Grant:
         link = await self._liveness.of(row)

@@ -15,6 +15,8 @@ MAX_UNIQUE_TOKEN_BYTES = 1024
 
 _SIGNED = ("v1:", "v2:")
 _PROVIDER = "omni.sidero.dev/infra-provider-id"
+_NO_HARDWARE = hashlib.sha256().hexdigest()
+"""The fingerprint of every machine that has no physical link: it tells no two of them apart."""
 _SHORT_ESCAPES = {'"': '\\"', "\\": "\\\\", "\b": "\\b", "\f": "\\f", "\n": "\\n", "\r": "\\r", "\t": "\\t"}
 _ESCAPED = {"<", ">", "&", "\u2028", "\u2029"}
 
@@ -152,7 +154,7 @@ def parse_unique_token(token: str) -> UniqueToken | None:
     if not isinstance(document, dict) or not isinstance(document.get("Token"), str) or not document["Token"]:
         return UniqueToken(_digest("text:" + token), is_json=isinstance(document, dict))
     given = document.get("Fingerprint")
-    fingerprint = given if isinstance(given, str) and len(given) <= 128 else ""
+    fingerprint = given if isinstance(given, str) and len(given) <= 128 and given != _NO_HARDWARE else ""
     return UniqueToken(_digest("token:" + document["Token"]), fingerprint, is_json=True)
 
 

@@ -14,9 +14,10 @@ from siderolink.common.keys import PublicKey
 from siderolink.common.node_uuid import parse_uuid
 from siderolink.server.admission.admit import Admission, Grant, new_id
 from siderolink.server.admission.request import JoinRequest, Refusal
+from siderolink.server.admission.rules import Basis
 from siderolink.server.admission.tokens import parse_unique_token
 from siderolink.server.clock import Clock
-from siderolink.server.events import AdmissionChanged, EventHub, LeaveReason, MachineJoined
+from siderolink.server.events import AdmissionChanged, EventHub, LeaveReason, MachineJoined, UniqueTokenBound
 from siderolink.server.fleet.directory import Directory, LinkState
 from siderolink.server.fleet.liveness import Liveness
 from siderolink.server.fleet.moves import Moves
@@ -84,6 +85,10 @@ class Machines:
             await self._evict(verdict.evicted)
         if verdict.is_new_link or verdict.moves:
             self._events.publish(MachineJoined(machine=verdict.machine, is_new=verdict.is_new_machine))
+        if verdict.basis is Basis.ASSIGNED:
+            self._events.publish(AdmissionChanged(machine=verdict.machine))
+        if verdict.has_bound:
+            self._events.publish(UniqueTokenBound(machine=verdict.machine, source=request.source))
         return verdict
 
     async def _apply(self, grant: Grant, source: str) -> None:
