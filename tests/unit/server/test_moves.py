@@ -1,0 +1,195 @@
+"""A known key that calls with another UUID, and what gives way when rows that never shook hands fill the table."""
+
+from dataclasses import replace
+from ipaddress import IPv6Interface, IPv6Network
+
+import pytest
+from grpclib import Status
+
+from siderolink.common.errors import StoreError
+from siderolink.server import AdmissionChanged, LeaveReason, MachineLeft, MachineLimits
+from siderolink.server.fleet.reconciler import EVERYTHING
+from siderolink.server.store import MemoryStore
+from siderolink.server.store.base import T, Work
+from tests.support.fake_device import FakePath
+from tests.support.manager import FakeMachine, Manager, following, new_key
+
+pytestmark = pytest.mark.anyio
+
+NEW_UUID = "11111111-2222-4333-8444-555555555555"
+
+
+def network(text: str) -> IPv6Network:
+    return IPv6Network(IPv6Interface(text).ip)
+
+
+async def test_a_key_moves_to_another_uuid_once_its_holder_answers_at_the_new_address() -> None:
+    manager, machine = Manager(), FakeMachine(tunnel=True)
+    first = await manager.join(machine)
+    path, ended = FakePath(machine.key), list[object]()
+    manager.monitor.open_stream(manager.link(first), path, ended.append)
+    manager.device.hear(machine.key, path)
+    await manager.handshake(machine)
+    renamed = replace(machine, node_uuid=NEW_UUID, unique_token="its own")
+    second = await manager.join(renamed)
+    assert second.node_address_prefix != first.node_address_prefix
+    row = await manager.row(machine)
+    assert row.public_key == machine.key, "nothing changes until then"
+    assert await manager.machines.find(NEW_UUID) is None
+    assert set(manager.device.configs[machine.key].allowed_ips) == {
+        network(first.node_address_prefix),
+        network(second.node_address_prefix),
+    }
+    address = IPv6Interface(second.node_address_prefix).ip
+    assert manager.fleet.moves.awaits(address)
+    await manager.fleet.moves.answered(address)
+    moved = await manager.row(renamed)
+    assert (moved.public_key, moved.overlay_address, moved.was_linked) == (machine.key, address, True)
+    assert moved.bound_digest is not None
+    assert (await manager.row(machine)).public_key is None
+    assert manager.device.configs[machine.key].allowed_ips == (network(second.node_address_prefix),)
+    assert ended == [], "the stream goes on"
+    assert [event.machine.node_uuid for event in await manager.events() if isinstance(event, AdmissionChanged)] == [NEW_UUID]
+    assert (await manager.join(renamed)).node_address_prefix == second.node_address_prefix
+
+
+async def test_who_only_read_the_key_moves_nothing() -> None:
+    manager, machine = Manager(), FakeMachine()
+    first = await manager.join(machine)
+    await manager.handshake(machine)
+    await manager.join(replace(machine, node_uuid=NEW_UUID, unique_token="a thief's"))
+    await manager.fleet.moves.answered(IPv6Interface(first.node_address_prefix).ip)
+    manager.time.advance(61)
+    assert not manager.fleet.moves.awaits(IPv6Interface(first.node_address_prefix).ip)
+    assert (await manager.row(machine)).public_key == machine.key
+    assert await manager.machines.find(NEW_UUID) is None
+
+
+async def test_a_bound_key_moves_only_with_its_token() -> None:
+    manager, machine = Manager(), FakeMachine(unique_token="u")
+    await manager.join(machine)
+    await manager.handshake(machine)
+    refused = await manager.refuses(replace(machine, node_uuid=NEW_UUID, unique_token=None))
+    assert refused == (Status.ALREADY_EXISTS, "another machine has joined with this public key")
+
+
+# --- who gives way
+
+
+async def test_rows_that_never_shook_hands_keep_nobody_out() -> None:
+    manager = Manager(limits=MachineLimits(max_machines=200, max_pending=200))
+    linked = FakeMachine()
+    await manager.join(linked)
+    await manager.handshake(linked)
+    for _ in range(400):
+        manager.time.advance(0.1)
+        await manager.join(FakeMachine(source="203.0.113.66"))
+    newcomer = FakeMachine()
+    await manager.join(newcomer)
+    await manager.handshake(newcomer)
+    assert await manager.machines.find(linked.node_uuid) is not None
+    assert len(manager.links) <= 200
+    left = [event.reason for event in await manager.events() if isinstance(event, MachineLeft)]
+    assert set(left) == {LeaveReason.EVICTED}
+
+
+async def test_one_source_is_limited_only_while_more_than_half_is_used() -> None:
+    manager = Manager(limits=MachineLimits(max_pending=100))
+    for _ in range(51):
+        await manager.join(FakeMachine(source="203.0.113.66"))
+    assert (await manager.refuses(FakeMachine(source="203.0.113.66")))[0] is Status.RESOURCE_EXHAUSTED
+    await manager.join(FakeMachine(source="203.0.113.67"))
+
+
+async def test_a_thousand_machines_behind_one_address_come_back_at_once() -> None:
+    before = Manager()
+    machines = [FakeMachine(unique_token=f"u{number}") for number in range(1000)]
+    for machine in machines:
+        await before.join(machine)
+        before.device.hear(machine.key, handshake=True)
+    await before.monitor.check()
+    reborn = [replace(machine, key=new_key()) for machine in machines]
+    for machine in reborn:
+        await before.join(machine)
+        before.device.hear(machine.key, handshake=True)
+    await before.monitor.check()
+    assert set(before.device.configs) == {machine.key for machine in reborn}
+
+
+# --- several servers
+
+
+class Failing(MemoryStore):
+    """Fails as often as it is told."""
+
+    failures = 0
+
+    async def transact(self, work: Work[T]) -> T:
+        if self.failures:
+            self.failures -= 1
+            raise StoreError("the disk is on fire")
+        return await super().transact(work)
+
+
+async def test_a_change_that_could_not_be_applied_is_tried_again() -> None:
+    store = Failing()
+    async with following(Manager(store=store)) as here:
+        there = Manager(store=store)
+        machine = FakeMachine()
+        await there.join(machine)
+        row = await there.row(machine)
+        while machine.key not in here.device.configs:
+            await here.time.sleep(0)
+        store.failures = 1
+        here.reconciler.on_failed(row.id)
+        await here.pass_time(1)
+        assert here.monitor.next_check_at == here.time.now + 2, "twice as long"
+        await store.transact(lambda transaction: transaction.delete(row.id))
+        await here.pass_time(2)
+        assert machine.key not in here.device.configs
+
+
+async def test_a_machine_that_joined_while_all_rows_are_read_again_is_kept() -> None:
+    store = MemoryStore()
+    manager, late = Manager(store=store), FakeMachine()
+    await manager.join(FakeMachine())
+    read = store.machines
+
+    async def slow():  # type: ignore[no-untyped-def]
+        async for row in read():
+            yield row
+        await manager.join(late)
+
+    store.machines = slow  # type: ignore[method-assign]
+    await manager.reconciler.resync(EVERYTHING)
+    assert late.key in manager.device.configs
+    assert not [event for event in await manager.events() if isinstance(event, MachineLeft)]
+
+
+async def test_a_stream_that_names_an_address_of_another_server_is_found_in_the_store() -> None:
+    store = MemoryStore()
+    here, there, machine = Manager(store=store), Manager(store=store), FakeMachine(tunnel=True)
+    await here.join(machine)
+    address = (await here.row(machine)).virtual_address
+    assert address is not None
+    row = await there.links.row_at_virtual_address(address)
+    assert row is not None
+    await there.reconciler.apply_change(row)
+    assert there.links.by_virtual_address(address) is not None
+    for _ in range(1000):
+        await there.links.row_at_virtual_address(address + 1)
+    assert await there.links.row_at_virtual_address(address) is None, "a stranger's guesses cost few queries"
+
+
+async def test_a_machine_that_is_long_gone_is_forgotten() -> None:
+    manager, gone, alive = Manager(), FakeMachine(), FakeMachine()
+    for machine in (gone, alive):
+        await manager.join(machine)
+        await manager.handshake(machine)
+    for _ in range(30):
+        await manager.pass_time(200)
+        manager.device.hear(alive.key)
+    await manager.machines.forget_absent_now(5000)
+    assert await manager.machines.find(gone.node_uuid) is None
+    assert await manager.machines.find(alive.node_uuid) is not None
+    assert [event.reason for event in await manager.events() if isinstance(event, MachineLeft)] == [LeaveReason.LONG_GONE]
