@@ -115,7 +115,7 @@ def test_what_goes_wrong_is_one_line(net: Net, token: list[str]) -> None:
     read_until(server, "overlay")
     read_until(early, " connected: ")
     end(early, signal.SIGINT)
-    wrong = start(net.machine, "join", f"{URL}?jointoken=other")
+    wrong = start(net.machine, "join", f"{URL}?jointoken=other", "--uuid", str(uuid.uuid4()))
     refusal = read_until(wrong, "provision failed: ")[-1]
     assert "the server refused the join: PERMISSION_DENIED: invalid join token; again in" in refusal
     end(wrong, signal.SIGINT)

@@ -279,3 +279,21 @@ def test_an_embedders_machine_keeps_its_tokens_in_a_folder(tmp_path: Path) -> No
 def test_a_wrong_uuid_is_refused_before_anything_is_sent(wrong: str) -> None:
     with direct() as net, pytest.raises(ConfigurationError), joined(net, uuid=wrong):
         pass
+
+
+def test_a_server_that_answers_no_echo_request_is_no_worse() -> None:
+    with direct() as net, serving(net), serving(net, port=5000), joined(net) as machine:
+        net.server.nft("table ip6 mute { chain input { type filter hook input priority 0; icmpv6 type echo-request drop; }; }")
+        assert machine.apply(url=OTHER_URL).outcome == "applied"
+
+
+def test_a_server_that_shakes_hands_and_carries_nothing_is_no_reason_to_leave() -> None:
+    """Of the other server's datagrams only handshake responses arrive: 92 bytes and a UDP header."""
+    with direct() as net, serving(net), serving(net, port=5000), joined(net) as machine:
+        net.server.nft(
+            "table inet hole { chain output { type filter hook output priority 0; udp sport 52820 udp length != 100 drop; }; }"
+        )
+        verdict = machine.apply(url=OTHER_URL)
+        assert verdict.is_refused
+        assert "data went unanswered" in verdict.reason
+        machine.ping()

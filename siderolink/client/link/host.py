@@ -59,7 +59,15 @@ class Host(Protocol):
         """See `probes`."""
 
     async def shake_hands_beside(
-        self, key: PrivateKey, server_key: PublicKey, route: Route, timestamps: "Timestamps", *, udp: bool, timeout: float
+        self,
+        key: PrivateKey,
+        server_key: PublicKey,
+        route: Route,
+        timestamps: "Timestamps",
+        *,
+        udp: bool,
+        timeout: float,
+        echo: tuple[IPv6Address, IPv6Address] | None,
     ) -> str | None:
         """See `probes`."""
 
@@ -129,9 +137,17 @@ class ThisHost:
         return await large_packets_pass(interface, server, self._namespace)
 
     async def shake_hands_beside(
-        self, key: PrivateKey, server_key: PublicKey, route: Route, timestamps: "Timestamps", *, udp: bool, timeout: float
+        self,
+        key: PrivateKey,
+        server_key: PublicKey,
+        route: Route,
+        timestamps: "Timestamps",
+        *,
+        udp: bool,
+        timeout: float,
+        echo: tuple[IPv6Address, IPv6Address] | None,
     ) -> str | None:
-        return await shake_hands_beside(key, server_key, route, timestamps, udp=udp, timeout=timeout)
+        return await shake_hands_beside(key, server_key, route, timestamps, udp=udp, timeout=timeout, echo=echo)
 
     async def say_goodbye(self, device: Device, source: IPv6Address, server: IPv6Address) -> None:
         goodbye = Goodbye(public_key=device.public_key)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from functools import partial
 from ipaddress import IPv6Address, IPv6Network
+from itertools import count
 from typing import TYPE_CHECKING
 
 import anyio
@@ -36,7 +37,7 @@ ROUNDS = 10
 _INTERVAL = 0.5
 _SMALL, _LARGE = 16, DEFAULT_MTU - 48
 """Payload bytes: the large one makes an IPv6 packet of 1,280 bytes."""
-_ECHO_REQUEST, _ECHO_REPLY = 128, 129
+_ICMPV6, _ECHO_REQUEST, _ECHO_REPLY = 58, 128, 129
 _MARK = 8
 
 
@@ -125,30 +126,47 @@ class _Probe:
 
 
 _HANDSHAKE_INTERVAL = 1.5
+_ANSWER_TIMEOUT = 11.5
+"""Seconds to wait for an authenticated answer to data: a WireGuard with nothing to say sends a keepalive after 10 s."""
+_ECHO_INTERVAL = 0.5
+_RESPONSE_BYTES = 92
+"""Of the message that ends a handshake; what comes beyond is data."""
 _UDP_TIMEOUT = 6.0
 """Seconds a try by UDP takes: at least two initiations, with no route of its own to the API."""
 
 
 async def shake_hands_beside(
-    key: PrivateKey, server_key: PublicKey, route: Route, timestamps: "Timestamps", *, udp: bool, timeout: float
+    key: PrivateKey,
+    server_key: PublicKey,
+    route: Route,
+    timestamps: "Timestamps",
+    *,
+    udp: bool,
+    timeout: float,
+    echo: tuple[IPv6Address, IPv6Address] | None = None,
 ) -> str | None:
     """Try one handshake by a route on a WireGuard of its own, without an interface; None if it succeeds, else why not.
 
-    The server sends to this engine from then on: whoever else uses the key must be silent meanwhile and shake hands afterwards.
+    With `echo`, the overlay addresses of machine and server, data must be answered, too: by an echo reply, or else by the
+    keepalive that every WireGuard sends 10 s after data. The server sends to this engine from then on: whoever else uses the
+    key must be silent meanwhile and shake hands afterwards.
     """
     # Imported only here: it needs the data plane, which a kernel device does without.
     from siderolink.common.wireguard.packet_device import open_packet_device
 
     done = anyio.Event()
+    handshakes = 0
     reasons = [f"no handshake by {route} within {timeout:.0f} s"]
 
     def on_event(event: DeviceEvent) -> None:
+        nonlocal handshakes
         if isinstance(event, HandshakeCompleted):
+            handshakes += 1
             done.set()
 
     config = DeviceConfig(name="trial", private_key=key, listen_port=0 if udp else None, timestamps=timestamps)
     peer = PeerConfig(public_key=server_key, allowed_ips=(IPv6Network("::/0"),), persistent_keepalive=25)
-    with anyio.move_on_after(timeout):
+    with anyio.move_on_after(timeout) as limit:
         async with open_packet_device(config, lambda packet: None, on_event) as device, background_tasks() as tasks:
 
             async def carry() -> None:
@@ -156,17 +174,40 @@ async def shake_hands_beside(
                 done.set()
 
             async def retry() -> None:
-                while True:
-                    await anyio.sleep(_HANDSHAKE_INTERVAL)
+                # Not after the first: another response would take the place of the keepalive that answers data.
+                await anyio.sleep(_HANDSHAKE_INTERVAL)
+                while not done.is_set():
                     await route.shake_hands(device, peer)
+                    await anyio.sleep(_HANDSHAKE_INTERVAL)
 
             tasks.start_soon(carry)
             tasks.start_soon(retry)
             await done.wait()
-            status = await device.peer(server_key)
-            if status is not None and status.last_handshake is not None:
+            if not handshakes:
+                return reasons[-1]
+            if echo is None:
                 return None
+            limit.deadline = anyio.current_time() + _ANSWER_TIMEOUT
+            reasons.append(f"a handshake succeeded by {route}, but data went unanswered for {_ANSWER_TIMEOUT:.0f} s")
+            for sequence in count():
+                device.send(_echo_request(*echo, sequence & 0xFFFF))
+                await anyio.sleep(min(_ECHO_INTERVAL, 0.05 * 2 ** min(sequence, 8)))
+                status = await device.peer(server_key)
+                if status is not None and status.received_bytes > handshakes * _RESPONSE_BYTES:
+                    return None
     return reasons[-1]
+
+
+def _echo_request(source: IPv6Address, destination: IPv6Address, sequence: int) -> bytes:
+    """A whole IPv6 packet with an ICMPv6 echo request (RFC 4443, 4.1)."""
+    body = bytes((_ECHO_REQUEST, 0, 0, 0, 0, 0)) + sequence.to_bytes(2, "big")
+    pseudo_header = source.packed + destination.packed + len(body).to_bytes(4, "big") + bytes((0, 0, 0, _ICMPV6))
+    words = memoryview(pseudo_header + body)
+    total = sum(words[::2]) * 256 + sum(words[1::2])
+    while total > 0xFFFF:
+        total = (total & 0xFFFF) + (total >> 16)
+    body = body[:2] + (0xFFFF - total).to_bytes(2, "big") + body[4:]
+    return bytes((0x60, 0, 0, 0, 0, len(body), _ICMPV6, 64)) + source.packed + destination.packed + body
 
 
 async def until_udp_passes(

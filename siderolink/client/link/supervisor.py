@@ -193,6 +193,7 @@ class LinkSupervisor:
                     runner.rising_timestamps(),
                     udp=transport.kind == "udp",
                     timeout=timeout,
+                    echo=(answer.address.ip, answer.server_address),
                 )
                 if reason is None:
                     return
