@@ -5,7 +5,7 @@ import logging
 import os
 import socket
 import ssl
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import closing
 from functools import partial
 from ipaddress import IPv6Address, IPv6Network
@@ -29,6 +29,7 @@ from siderolink.common.wireguard.device import DEFAULT_MTU, DeviceConfig, Device
 
 if TYPE_CHECKING:
     from siderolink.common.wireguard.noise import Timestamps
+    from siderolink.common.wireguard.packet_device import PacketDevice
 
 log = logging.getLogger("siderolink")
 
@@ -189,13 +190,21 @@ async def shake_hands_beside(
                 return None
             limit.deadline = anyio.current_time() + _ANSWER_TIMEOUT
             reasons.append(f"a handshake succeeded by {route}, but data went unanswered for {_ANSWER_TIMEOUT:.0f} s")
-            for sequence in count():
-                device.send(_echo_request(*echo, sequence & 0xFFFF))
-                await anyio.sleep(min(_ECHO_INTERVAL, 0.05 * 2 ** min(sequence, 8)))
-                status = await device.peer(server_key)
-                if status is not None and status.received_bytes > handshakes * _RESPONSE_BYTES:
+            async for received in _bytes_after_echoes(device, server_key, echo):
+                if received > handshakes * _RESPONSE_BYTES:
                     return None
     return reasons[-1]
+
+
+async def _bytes_after_echoes(
+    device: "PacketDevice", server_key: PublicKey, addresses: tuple[IPv6Address, IPv6Address]
+) -> AsyncIterator[int]:
+    """Send echo requests without end; after each, how many authenticated bytes have come in all."""
+    for sequence in count():
+        device.send(_echo_request(*addresses, sequence & 0xFFFF))
+        await anyio.sleep(min(_ECHO_INTERVAL, 0.05 * 2 ** min(sequence, 8)))
+        status = await device.peer(server_key)
+        yield status.received_bytes if status is not None else 0
 
 
 def _echo_request(source: IPv6Address, destination: IPv6Address, sequence: int) -> bytes:
