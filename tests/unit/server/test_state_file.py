@@ -8,17 +8,21 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import anyio
 import pytest
+from alembic.command import upgrade
 from alembic.config import Config
 from alembic.script import ScriptDirectory
 from sqlalchemy import create_engine, inspect
 
+from siderolink.cli.state_copy import put
 from siderolink.common.errors import StoreError, StoreFullError
-from siderolink.server.store import Machine, UniqueViolationError
+from siderolink.server.store import Ban, Machine, UniqueViolationError
 from siderolink.server.store.sql import SqlStore, tables
+from siderolink.server.store.sql.file import APPLICATION_ID
 from tests.unit.server.test_store import machine, work_of
 
 pytestmark = pytest.mark.anyio
@@ -231,3 +235,82 @@ async def test_a_full_disk_refuses_what_is_new_and_reads_what_is_known(small_dis
 def _free(folder: Path) -> int:
     status = os.statvfs(folder)
     return status.f_bavail * status.f_frsize
+
+
+def first_schema(path: Path) -> None:
+    """A file as the first version of the program made it."""
+    engine = create_engine(f"sqlite:///{path}")
+    config = Config()
+    config.set_main_option("script_location", str(Path(tables.__file__).with_name("migrations")))
+    with engine.begin() as connection:
+        connection.exec_driver_sql(f"PRAGMA application_id={APPLICATION_ID}")
+        config.attributes["connection"] = connection
+        upgrade(config, "1")
+        for number in range(3):
+            values = (
+                f"m{number}",
+                f"uuid-{number}",
+                bytes([number]) * 32,
+                bytes(15) + bytes([number + 1]),
+                b"d" * 32,
+                number > 0,
+            )
+            connection.exec_driver_sql(
+                "INSERT INTO machines (id, node_uuid, public_key, overlay_address, unique_token_digest, talos_version, tunnel,"
+                " created_at, joined_at, was_linked, revision) VALUES (?, ?, ?, ?, ?, 'v1.13.0', 0, 1.0, 2.0, ?, 7)",
+                values,
+            )
+        connection.exec_driver_sql("INSERT INTO bans VALUES ('uuid-9')")
+    engine.dispose()
+    path.chmod(0o600)
+
+
+async def test_a_file_of_the_first_schema_still_opens_with_all_that_it_holds(tmp_path: Path) -> None:
+    path = tmp_path / "state"
+    first_schema(path)
+    for _ in range(2):
+        async with SqlStore.open(path) as store:
+            rows = [row async for row in store.machines()]
+            assert [(row.id, row.node_uuid, row.revision) for row in rows] == [(f"m{n}", f"uuid-{n}", 7) for n in range(3)]
+            assert all(row.is_accepted for row in rows)
+            assert [row.bound_digest for row in rows] == [None, b"d" * 32, b"d" * 32], "what was never proved binds nobody"
+            assert await store.bans() == [Ban(value="uuid-9")]
+            assert await store.transact(lambda transaction: transaction.is_banned(Ban(value="uuid-9")))
+            with pytest.raises(UniqueViolationError):
+                await store.transact(work_of("insert", replace(machine(9, 0, overlay=77), node_uuid="uuid-0")))
+
+
+async def test_a_file_of_zero_bytes_is_damaged_and_not_new(tmp_path: Path) -> None:
+    path = tmp_path / "state"
+    path.touch(mode=0o600)
+    assert "is damaged: it is empty" in await refusal(path)
+
+
+async def test_a_new_file_that_nothing_was_written_to_is_not_left_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise StoreError("no")
+
+    monkeypatch.setattr("siderolink.server.store.sql.file._prepare_connection", fails)
+    with pytest.raises(StoreError):
+        async with SqlStore.open(tmp_path / "state"):
+            pass
+    assert modes(tmp_path) == {}
+
+
+async def test_a_restored_copy_loses_nothing_of_the_state_before_it(tmp_path: Path) -> None:
+    """What a killed server left in SQLite's log is in the state that is kept, and no log is left for the copy."""
+    state, copy = tmp_path / "state", tmp_path / "copy"
+    await fill(copy, 1, first=50)
+    async with SqlStore.open(state) as store:
+        for number in range(3):
+            await store.transact(work_of("insert", machine(number, number, overlay=number)))
+        for suffix in ("", "-wal"):  # as after SIGKILL
+            shutil.copy(f"{state}{suffix}", f"{tmp_path / 'killed'}{suffix}")
+    killed = tmp_path / "killed"
+    assert content(Path(f"{killed}-wal"))
+    put(copy, killed)
+    assert "killed-wal" not in modes(tmp_path)
+    assert [row.id for row in await fill(killed, 0)] == ["50"]
+    assert len(await fill(tmp_path / "killed.before-restore", 0)) == 3

@@ -18,8 +18,11 @@ from siderolink.server.store import (
     Ban,
     BanChanged,
     ChangesLost,
+    Claim,
+    ClaimChanged,
     LastSeen,
     Machine,
+    MachineAdmission,
     MachineChanged,
     MachineDeleted,
     MemoryStore,
@@ -330,3 +333,73 @@ async def test_a_caller_that_gives_up_breaks_nothing(store: Store) -> None:
 
 def test_a_row_prints_no_token() -> None:
     assert "secret" not in repr(replace(machine(1, 1), unique_token_digest=b"secret"))
+
+
+async def test_a_late_note_overwrites_no_newer_one(store: Store) -> None:
+    await store.transact(work_of("insert", machine(1, 1)))
+    newer = LastSeen(endpoint="192.0.2.7:2", seen_at=6.0, source="192.0.2.7")
+    await store.transact(lambda transaction: transaction.note({"1": newer}))
+    await store.transact(lambda transaction: transaction.note({"1": LastSeen(endpoint="192.0.2.7:1", seen_at=5.0)}))
+    [row] = [row async for row in store.machines()]
+    assert (row.last_endpoint, row.seen_at, row.last_source) == ("192.0.2.7:2", 6.0, "192.0.2.7")
+
+
+def claim(number: int, machine_id: str = "1", *, created_at: float = 0.0) -> Claim:
+    return Claim(
+        id=f"claim-{number}",
+        machine_id=machine_id,
+        public_key=PublicKey(bytes([100 + number]) * 32),
+        virtual_address=IPv6Address(1000 + number),
+        created_at=created_at,
+        expires_at=created_at + 60,
+    )
+
+
+async def test_claims_stand_beside_each_other_and_go_with_their_row(store: Store) -> None:
+    one, two = claim(1, created_at=1.0), claim(2, created_at=2.0)
+
+    async def work(transaction: Transaction) -> None:
+        await transaction.insert(machine(1, 1))
+        await transaction.put_claim(one)
+        await transaction.put_claim(two)
+        assert await transaction.claim_by_key(one.public_key) == one
+
+    async with store.changes() as changes:
+        await store.transact(work)
+        assert list(await store.all_claims()) == [one, two]
+        assert list(await store.transact(lambda transaction: transaction.claims("1"))) == [one, two]
+        assert await store.transact(lambda transaction: transaction.claim_by_key(two.public_key)) == two
+        with pytest.raises(UniqueViolationError):
+            await store.transact(lambda transaction: transaction.put_claim(replace(claim(3), public_key=one.public_key)))
+        await store.transact(lambda transaction: transaction.delete_claim(one))
+        await store.transact(lambda transaction: transaction.delete("1"))
+        assert list(await store.all_claims()) == []
+        found = [await anext(changes) for _ in range(6)]
+    told = [(change.claim.id, change.is_over) for change in found if isinstance(change, ClaimChanged)]
+    assert told == [("claim-1", False), ("claim-2", False), ("claim-1", True), ("claim-2", True)]
+
+
+async def test_undone_claims_are_undone(store: Store) -> None:
+    async def work(transaction: Transaction) -> None:
+        await transaction.put_claim(claim(2))
+        await transaction.delete_claim(claim(1))
+        raise StoreError("no")
+
+    await store.transact(work_of("insert", machine(1, 1)))
+    await store.transact(lambda transaction: transaction.put_claim(claim(1)))
+    with pytest.raises(StoreError):
+        await store.transact(work)
+    assert list(await store.all_claims()) == [claim(1)]
+
+
+async def test_only_accepted_machines_own_their_uuid(store: Store) -> None:
+    pending = replace(machine(2, 1, overlay=2), admission=MachineAdmission.PENDING)
+    await store.transact(work_of("insert", machine(1, 1, overlay=1)))
+    await store.transact(work_of("insert", pending))
+    found = await store.transact(lambda transaction: transaction.machine_by_uuid("uuid-1"))
+    assert found is not None
+    assert found.id == "1"
+    with pytest.raises(UniqueViolationError):
+        await store.transact(work_of("update", replace(pending, admission=MachineAdmission.ACCEPTED)))
+    await store.transact(lambda transaction: transaction.delete("1"))
+    await store.transact(work_of("update", replace(pending, admission=MachineAdmission.ACCEPTED)))
