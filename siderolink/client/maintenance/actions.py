@@ -58,7 +58,8 @@ class MachineActions:
             ),
         }
         return streams | {
-            f"{machine}{name}": Implementation(function, request, answer) for name, (function, request, answer) in unary.items()
+            f"{machine}{name}": Implementation(function, request, answer, is_action=name != "Version")
+            for name, (function, request, answer) in unary.items()
         }
 
     async def _version(self, _: Empty, role: Role) -> pb.VersionResponse:

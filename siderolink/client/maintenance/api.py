@@ -171,23 +171,25 @@ class MaintenanceApi:
 
     @asynccontextmanager
     async def _serve(self, admittance: Admittance, **where: object) -> AsyncIterator[None]:
-        services: list[Servable] = [
-            MethodTable(self._implementations, admittance, self._calls),
-            StateService(self.resources, admittance),
-        ]
-        async with serve(
-            services,
-            port=self._port,
-            tls=self._certificates.context,
-            limits=self._limits,
-            on_refusal=lambda refusal, _: self.refusals.update([str(refusal)]),
-            **where,  # type: ignore[arg-type]
-        ) as server:
-            self._servers.append(server)
-            try:
-                yield
-            finally:
-                self._servers.remove(server)
+        methods = MethodTable(self._implementations, admittance, self._calls)
+        services: list[Servable] = [methods, StateService(self.resources, admittance)]
+        try:
+            async with serve(
+                services,
+                port=self._port,
+                tls=self._certificates.context,
+                limits=self._limits,
+                on_refusal=lambda refusal, _: self.refusals.update([str(refusal)]),
+                **where,  # type: ignore[arg-type]
+            ) as server:
+                self._servers.append(server)
+                try:
+                    yield
+                finally:
+                    self._servers.remove(server)
+        finally:
+            with anyio.CancelScope(shield=True):
+                await methods.finish()
 
     async def _renew(self) -> None:
         while True:

@@ -1,6 +1,7 @@
 """Dispatches calls: checks the caller's role, then the message, then calls the implementation."""
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar
@@ -19,6 +20,7 @@ from siderolink.common.text import one_line
 
 T = TypeVar("T")
 
+_FINISH_SECONDS = 1.0
 MAX_STREAMS = 256
 """Concurrent streams of answers per socket, beside watches."""
 Answer: TypeAlias = Awaitable[betterproto2.Message] | AsyncIterator[betterproto2.Message]
@@ -33,6 +35,8 @@ class Implementation:
     answer: type[betterproto2.Message]
     is_stream: bool = False
     """Whether it returns an iterator of answers."""
+    is_action: bool = False
+    """Whether it changes the machine: it then runs to its end even if its caller disconnects."""
 
 
 class CallCounter:
@@ -59,6 +63,7 @@ class MethodTable:
         self._admittance = admittance
         self._calls = calls
         self._streams = 0
+        self._actions: set[asyncio.Task[betterproto2.Message]] = set()
 
     def __mapping__(self) -> dict[str, Handler]:
         handlers = {path: self._handler(method) for path, method in METHODS.items() if not path.startswith("/cosi.")}
@@ -104,12 +109,37 @@ class MethodTable:
             with self._calls:
                 answer: Any = found.function(request, role)
                 try:
-                    message = await answer
+                    message = await (self._act(answer) if found.is_action else answer)
                 except ConfigurationError as error:
                     raise GRPCError(Status.INVALID_ARGUMENT, one_line(str(error))) from None
                 await stream.send_message(message)
 
         return serve
+
+    async def _act(self, action: Coroutine[Any, Any, betterproto2.Message]) -> betterproto2.Message:
+        """Run an action in a task of its own, so that a caller that disconnects does not leave it half done."""
+
+        async def run() -> betterproto2.Message:
+            with self._calls:
+                return await action
+
+        task = asyncio.get_running_loop().create_task(run())
+        self._actions.add(task)
+        task.add_done_callback(self._forget)
+        return await asyncio.shield(task)
+
+    def _forget(self, task: asyncio.Task[betterproto2.Message]) -> None:
+        self._actions.discard(task)
+        if not task.cancelled():
+            task.exception()  # its caller has been told, or has gone
+
+    async def finish(self) -> None:
+        """Let actions whose callers have gone end, for a second at most; then cancel them."""
+        if self._actions:
+            await asyncio.wait(self._actions, timeout=_FINISH_SECONDS)
+        for task in tuple(self._actions):
+            task.cancel()
+        await asyncio.gather(*self._actions, return_exceptions=True)
 
     def _streaming(self, method: Method, found: Implementation) -> Callable[[Stream[Any, Any]], Awaitable[None]]:
         async def serve(stream: Stream[Any, Any]) -> None:

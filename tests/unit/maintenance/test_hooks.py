@@ -2,6 +2,8 @@
 
 from collections.abc import AsyncIterator
 
+import anyio
+import anyio.from_thread
 import pytest
 
 from siderolink.client.maintenance import InstallRequest, LogRequest, MachineHooks, ShutdownRequest
@@ -92,3 +94,45 @@ async def test_embedders_hooks_are_called_with_what_was_asked(monkeypatch: pytes
     assert InstallRequest(image="image", disk="/dev/sda") in calls
     assert InstallRequest(image="newer", is_upgrade=True) in calls
     assert LogRequest(id="mine", follow=True, tail_lines=7) in calls
+
+
+async def test_an_action_is_finished_although_its_caller_disconnects(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, go_on, done = anyio.Event(), anyio.Event(), anyio.Event()
+
+    async def write(key: int, value: bytes) -> None:
+        begun.set()
+        await go_on.wait()
+        done.set()
+
+    def call_and_leave(stubs: Stubs) -> None:
+        future = stubs.channel.unary_unary(f"{MACHINE}MetaWrite").future(b"\x08\x01", timeout=20)
+        anyio.from_thread.run(begun.wait)
+        future.cancel()
+
+    async with serving(monkeypatch, Role.ADMIN, MachineHooks(meta_write=write)) as api:
+        await ask(api, call_and_leave)
+        await ask(api, lambda stubs: stubs.call(f"{MACHINE}Version"))
+        go_on.set()
+        with anyio.fail_after(5):
+            await done.wait()
+
+
+async def test_an_action_that_does_not_end_is_cancelled_with_the_api(monkeypatch: pytest.MonkeyPatch, no_leaks: None) -> None:
+    begun, ended = anyio.Event(), anyio.Event()
+
+    async def hang(request: object) -> None:
+        begun.set()
+        try:
+            await anyio.sleep_forever()
+        finally:
+            ended.set()
+
+    def call_and_leave(stubs: Stubs) -> None:
+        future = stubs.channel.unary_unary(f"{MACHINE}Reboot").future(b"", timeout=20)
+        anyio.from_thread.run(begun.wait)
+        future.cancel()
+
+    async with serving(monkeypatch, Role.ADMIN, MachineHooks(reboot=hang)) as api:
+        await ask(api, call_and_leave)
+        assert not ended.is_set()
+    assert ended.is_set()
