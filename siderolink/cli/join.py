@@ -148,7 +148,8 @@ class JoinedMachine:
     # The link, and its settings
 
     async def _keep_linked(self) -> None:
-        """Keep a link whenever there is a join URL."""
+        """Keep a link whenever there is a join URL. Raises ConfigurationError for roots that cannot be used at the start."""
+        has_joined = False
         while True:
             url = _join_url(self._settings.current)
             if url is None:
@@ -159,7 +160,15 @@ class JoinedMachine:
                 continue
             if self._follower is not None:
                 self._follower.configured(url)
-            options = await self._link_options(self._settings.current)
+            try:
+                options = await self._link_options(self._settings.current)
+            except ConfigurationError as error:
+                if not has_joined:
+                    raise
+                say("settings refused", f"{error}; there is no link until they change")
+                await self._settings.changed()
+                continue
+            has_joined = True
             async with open_link(options, self._on_event, keys=self._keys) as self._link:
                 try:
                     await self._follow_settings(self._link)

@@ -138,7 +138,9 @@ class LinkRunner:
 
     def key_for(self, options: LinkOptions) -> PrivateKey:
         """The private key for a server: one for each, kept for as long as the link lives."""
-        return self._keys.setdefault(options.server, PrivateKey.generate())
+        if options.server not in self._keys:
+            self._keys[options.server] = PrivateKey.generate()
+        return self._keys[options.server]
 
     def provisioner(self, options: LinkOptions, emit: Callable[[events.LinkEvent], None]) -> Provisioner:
         return Provisioner(
