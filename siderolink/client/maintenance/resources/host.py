@@ -9,7 +9,7 @@ import logging
 import os
 import select
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -44,6 +44,9 @@ _QUIET_SECONDS: Final = 0.05
 """Pause between two readings of a host that changes continuously."""
 _CMDLINE_BYTES: Final = 64 * 1024
 _MESSAGES_AT_ONCE: Final = 64
+_RESOURCES_AT_ONCE: Final = 128
+_PAUSE_FACTOR: Final = 10
+_LONGEST_PAUSE: Final = 10.0
 _RETRY_SECONDS: Final = 10.0
 
 
@@ -155,13 +158,27 @@ async def _keep_network(store: ResourceStore, started: Callable[[], None]) -> No
         while True:
             await changed.wait()
             changed.clear()
+            began_at = anyio.current_time()
             found = await anyio.to_thread.run_sync(describe, newest.pop())
-            store.replace(types.LINK_STATUS, found.links)
-            store.replace(types.ADDRESS_STATUS, found.addresses)
-            await anyio.lowlevel.checkpoint()
-            store.replace(types.ROUTE_STATUS, found.routes)
+            await _replace(store, types.LINK_STATUS, found.links)
+            await _replace(store, types.ADDRESS_STATUS, found.addresses)
+            await _replace(store, types.ROUTE_STATUS, found.routes)
             store.replace(types.NODE_ADDRESS, found.node_addresses)
             started()
+            # describing many routes takes time from all other threads of this process
+            await anyio.sleep(min(_PAUSE_FACTOR * (anyio.current_time() - began_at), _LONGEST_PAUSE))
+
+
+async def _replace(store: ResourceStore, kind: types.ResourceType, found: Mapping[str, ResourceSpec]) -> None:
+    """Replace all resources of a type, with pauses for other tasks: there may be thousands."""
+    gone = [resource.id for resource in store.list(kind) if resource.id not in found]
+    for number, name in enumerate((*gone, *found)):
+        if number % _RESOURCES_AT_ONCE == _RESOURCES_AT_ONCE - 1:
+            await anyio.lowlevel.checkpoint()
+        if name in found:
+            store.put(kind, name, found[name])
+        else:
+            store.remove(kind, name)
 
 
 async def _read_disks(store: ResourceStore) -> None:

@@ -55,9 +55,11 @@ def describe(network: HostNetwork) -> NetworkResources:
 
 
 def _link(found: Link) -> LinkFacts:
-    folder = NET / found.name if found.name and "/" not in found.name else NET / "lo"
-    bus_path, pci_id, driver = _device(folder / "device")
-    speed = read_text(folder / "speed", 32).strip()
+    bus_path = pci_id = driver = speed = duplex = ""
+    if not found.kind and found.name and "/" not in found.name:  # others have no device, and a host may have thousands
+        folder = NET / found.name
+        bus_path, pci_id, driver = _device(folder / "device")
+        speed, duplex = read_text(folder / "speed", 32).strip(), read_text(folder / "duplex", 32).strip()
     return LinkFacts(
         index=found.index,
         type=found.type,
@@ -79,7 +81,7 @@ def _link(found: Link) -> LinkFacts:
         pci_id=pci_id,
         driver=driver,
         speed=number(speed) if len(speed) < 8 else 0,
-        duplex=_DUPLEX.get(read_text(folder / "duplex", 32).strip(), UNKNOWN_DUPLEX),
+        duplex=_DUPLEX.get(duplex, UNKNOWN_DUPLEX),
     )
 
 

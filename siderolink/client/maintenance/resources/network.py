@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from ipaddress import IPv4Address, IPv6Address, ip_interface, ip_network
 from typing import Final
 
@@ -88,6 +89,8 @@ _UNKNOWN_PORT, UNKNOWN_DUPLEX = 255, 255
 _DUPLEX_NAMES = {0: "Half", 1: "Full"}
 MAIN_TABLE: Final = 254
 _LINK_SCOPE: Final = 253
+_MAX_CACHED: Final = 4096
+"""Specs that are kept of each kind, since most stay the same when a host changes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,6 +164,7 @@ class RouteFacts:
         return f"{table}{link}{family}/{self.gateway}/{self.destination}/{self.priority}"
 
 
+@lru_cache(_MAX_CACHED)
 def link_status(link: LinkFacts) -> ResourceSpec:
     message = LinkStatusSpec(
         index=link.index,
@@ -216,6 +220,7 @@ def link_status(link: LinkFacts) -> ResourceSpec:
     return ResourceSpec(bytes(message), fields)
 
 
+@lru_cache(_MAX_CACHED)
 def address_status(found: AddressFacts) -> ResourceSpec:
     message = AddressStatusSpec(
         address=_prefix(found.address),
@@ -240,6 +245,7 @@ def address_status(found: AddressFacts) -> ResourceSpec:
     return ResourceSpec(bytes(message), fields)
 
 
+@lru_cache(_MAX_CACHED)
 def route_status(route: RouteFacts) -> ResourceSpec:
     message = RouteStatusSpec(
         family=route.family,
