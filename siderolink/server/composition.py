@@ -16,7 +16,7 @@ from siderolink.common.tasks import background_tasks, keep_running
 from siderolink.common.wireguard.device import Device, DeviceConfig, DeviceEvent
 from siderolink.common.wireguard.opening import open_device
 from siderolink.server.admission.tokens import JoinTokenCheck
-from siderolink.server.api.provision import Answers, ProvisionService
+from siderolink.server.api.provision import ProvisionService, ResponseBuilder
 from siderolink.server.api.standard import HealthService, ReflectionService
 from siderolink.server.api.tunnel import TunnelService
 from siderolink.server.events import EventHub
@@ -168,7 +168,7 @@ class Composition:
         provisioning = ProvisionService(
             fleet.machines,
             fleet.directory,
-            Answers(device.public_key, self._prefix, endpoints),
+            ResponseBuilder(device.public_key, self._prefix, endpoints),
             self._events,
             self._join_token,
             policy=options.policy,

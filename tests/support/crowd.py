@@ -21,7 +21,7 @@ from siderolink.common.wireguard.path import Datagrams
 from siderolink.server.admission.policy import JoinPolicy
 from siderolink.server.admission.request import allow_all
 from siderolink.server.admission.tokens import JoinTokenCheck
-from siderolink.server.api.provision import Answers, ProvisionService
+from siderolink.server.api.provision import ProvisionService, ResponseBuilder
 from siderolink.server.events import EventHub
 from siderolink.server.fleet.fleet import make_fleet
 from siderolink.server.store import MemoryStore
@@ -94,7 +94,7 @@ class Crowd:
         self._service = ProvisionService(
             self.machines,
             fleet.directory,
-            Answers(device.public_key, prefix, (HostPort("192.0.2.1", 51820),)),
+            ResponseBuilder(device.public_key, prefix, (HostPort("192.0.2.1", 51820),)),
             hub,
             JoinTokenCheck("foo"),
             policy=JoinPolicy(),

@@ -17,7 +17,7 @@ from siderolink.server.admission.limits import MachineLimits
 from siderolink.server.admission.policy import JoinPolicy, JoinTokensMode
 from siderolink.server.admission.request import Authorize, allow_all
 from siderolink.server.admission.tokens import JoinTokenCheck
-from siderolink.server.api.provision import Answers, ProvisionService
+from siderolink.server.api.provision import ProvisionService, ResponseBuilder
 from siderolink.server.events import EventHub, EventsLost, EventStream, ServerEvent
 from siderolink.server.fleet.directory import Link
 from siderolink.server.fleet.fleet import make_fleet
@@ -101,7 +101,7 @@ class Manager:
         self.service = ProvisionService(
             self.machines,
             self.links,
-            Answers(self.device.public_key, prefix, tuple(HostPort("192.0.2.1", port) for port in (1, 2, 3))),
+            ResponseBuilder(self.device.public_key, prefix, tuple(HostPort("192.0.2.1", port) for port in (1, 2, 3))),
             self.hub,
             self.join_token,
             policy=policy,

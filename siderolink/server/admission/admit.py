@@ -1,6 +1,6 @@
 """The decision about a Provision call, and about a claim whose key was proved: each inside one transaction of the store."""
 
-import secrets
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -323,7 +323,7 @@ class Admission:
 
 def new_id() -> str:
     """An id for a row or a claim."""
-    return secrets.token_hex(8)
+    return os.urandom(8).hex()
 
 
 def _is_assigned_token(row: Machine, digest: bytes | None) -> bool:

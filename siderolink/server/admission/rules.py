@@ -8,10 +8,9 @@ a handshake proves that.
 import hmac
 from dataclasses import dataclass
 from enum import StrEnum
-from ipaddress import IPv4Address, IPv6Address, ip_address
+from functools import lru_cache
+from ipaddress import IPv6Address, ip_address
 
-from siderolink.common.errors import ConfigurationError
-from siderolink.common.hostport import HostPort
 from siderolink.server.store import Claim, Machine
 
 ALIVE_SECONDS = 60.0
@@ -104,25 +103,25 @@ def same_source(one: str | None, other: str | None) -> bool:
 
 def source_key(source: str | None) -> str | None:
     """What limits count by: an IPv4 address, or an IPv6 /64, of an address or of host:port; None for a local socket."""
-    address = _address(source or "")
-    if address is None:
+    if not source:
+        return None
+    host, _, port = source.rpartition(":")
+    # An IPv4 address with a port, or an IPv6 address in brackets with one; else the whole text is the address.
+    has_port = port.isdecimal() and ("." in host or host.endswith("]")) and not host.startswith("::ffff")
+    return _host_key(host.strip("[]") if has_port else source)
+
+
+@lru_cache(maxsize=4096)
+def _host_key(host: str) -> str | None:
+    try:
+        address = ip_address(host)
+    except ValueError:
         return None
     if isinstance(address, IPv6Address):
         if address.ipv4_mapped is not None:
             return str(address.ipv4_mapped)
         return f"{IPv6Address(int(address) >> 64 << 64)}/64"
     return str(address)
-
-
-def _address(source: str) -> IPv4Address | IPv6Address | None:
-    try:
-        return ip_address(source)
-    except ValueError:
-        pass
-    try:
-        return ip_address(HostPort.parse(source, port_zero=True).host)
-    except (ValueError, ConfigurationError):
-        return None
 
 
 def still_stands(row: Machine, claim: Claim, link: LinkFacts, now: float, *, trust_fingerprints: bool = False) -> Basis | None:

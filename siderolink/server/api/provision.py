@@ -62,8 +62,8 @@ STATUSES = {
 INTERNAL_TEXT = "internal server error"
 
 
-class Answers:
-    """What does not change from one answer to the next."""
+class ResponseBuilder:
+    """Builds the answers to admitted calls; holds what is the same in all of them."""
 
     def __init__(self, public_key: PublicKey, prefix: IPv6Network, endpoints: tuple[HostPort, ...]) -> None:
         self._public_key = public_key.encode()
@@ -71,7 +71,7 @@ class Answers:
         self._server_address = str(server_address(prefix))
         self._endpoints = swap_endpoints([str(endpoint) for endpoint in endpoints])
 
-    def answer(self, machine: Machine, *, tunnel: bool) -> ProvisionResponse:
+    def build(self, machine: Machine, *, tunnel: bool) -> ProvisionResponse:
         """The answer for an admitted machine, which has a virtual address where it shall use the tunnel."""
         response = ProvisionResponse(
             server_endpoint=self._endpoints,
@@ -94,7 +94,7 @@ class ProvisionService:
         self,
         machines: Machines,
         directory: Directory,
-        answers: Answers,
+        responses: ResponseBuilder,
         events: EventHub,
         join_token: JoinTokenCheck,
         *,
@@ -107,7 +107,7 @@ class ProvisionService:
         self._machines = machines
         self._directory = directory
         self._policy = policy
-        self._answers = answers
+        self._responses = responses
         self._events = events
         self._join_token = join_token
         self._server_key = server_key
@@ -160,8 +160,8 @@ class ProvisionService:
         join_request = self._parse(request, credentials, source)
         verdict = await self._ask(join_request)
         tunnel = self._force_tunnel or verdict.force_tunnel or join_request.wants_tunnel
-        machine = await self._machines.join(replace(join_request, use_tunnel=tunnel))
-        return self._answers.answer(machine, tunnel=tunnel)
+        machine = await self._machines.join(replace(join_request, use_tunnel=True) if tunnel else join_request)
+        return self._responses.build(machine, tunnel=tunnel)
 
     def _check_tokens(self, request: ProvisionRequest) -> Credentials:
         """Refuse at once, before anything that costs, a call whose tokens cannot admit it: JoinRejectedError."""

@@ -135,7 +135,7 @@ class Machines:
 
     async def remove(self, machine_id: str, reason: LeaveReason = LeaveReason.REMOVED) -> bool:
         """Forget a machine; it may join again, as a new one. False if it is not known."""
-        return await self._take_out(machine_id, reason, lambda transaction: transaction.delete(machine_id))
+        return await self._delete(machine_id, reason, lambda transaction: transaction.delete(machine_id))
 
     async def ban(self, name: str, *, kind: BanKind | None = None) -> bool:
         """Refuse a machine from now on, and forget it. False if none was known by that name.
@@ -153,7 +153,7 @@ class Machines:
                 machine = await transaction.machine_by_uuid(ban.value)
             return None if machine is None else await transaction.delete(machine.id)
 
-        return await self._take_out(known.id if known else "", LeaveReason.BANNED, ban_and_delete)
+        return await self._delete(known.id if known else "", LeaveReason.BANNED, ban_and_delete)
 
     def _ban_of(self, name: str, kind: BanKind | None, known: Machine | None) -> Ban:
         match kind:
@@ -252,7 +252,7 @@ class Machines:
         self._events.publish(AdmissionChanged(machine=machine))
         return machine
 
-    async def _take_out(self, machine_id: str, reason: LeaveReason, work: Work) -> bool:
+    async def _delete(self, machine_id: str, reason: LeaveReason, work: Work) -> bool:
         leaving = self._reconciler.leaving
         leaving[machine_id] = reason
         try:

@@ -9,7 +9,7 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from ipaddress import IPv6Address
-from typing import Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 from siderolink.common.errors import StoreError
 from siderolink.common.keys import PrivateKey, PublicKey
@@ -192,12 +192,11 @@ class BanKind(StrEnum):
     """A unique token's digest, in hexadecimal digits."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Ban:
+class Ban(NamedTuple):
     """Something by which machines are refused."""
 
-    kind: BanKind = BanKind.UUID
     value: str
+    kind: BanKind = BanKind.UUID
 
 
 class UniqueViolationError(StoreError):

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from siderolink.common.errors import ConfigurationError
+from siderolink.server.admission.rules import source_key
 from siderolink.server.admission.tokens import unique_token_digest
 from siderolink.server.api.provision import STATUSES
 from siderolink.server.api.tunnel import ENDINGS
@@ -121,3 +122,23 @@ def test_any_text_is_a_unique_token(text: str) -> None:
     digest = unique_token_digest(text)
     assert (digest is None) == (not text)
     assert digest == unique_token_digest(text)
+
+
+@pytest.mark.parametrize(
+    ("source", "key"),
+    [
+        ("198.51.100.7", "198.51.100.7"),
+        ("198.51.100.7:1234", "198.51.100.7"),
+        ("[2001:db8:1:2:3::7]:1234", "2001:db8:1:2::/64"),
+        ("2001:db8:1:2:3::7", "2001:db8:1:2::/64"),
+        ("fe80::7%eth0", "fe80::/64"),
+        ("[fe80::7%eth0]:9", "fe80::/64"),
+        ("::ffff:198.51.100.7", "198.51.100.7"),
+        ("[::ffff:198.51.100.7]:9", "198.51.100.7"),
+        ("a local socket", None),
+        ("", None),
+        (None, None),
+    ],
+)
+def test_sources_are_counted_by_address_or_network(source: str | None, key: str | None) -> None:
+    assert source_key(source) == key
