@@ -4,7 +4,9 @@ import sys
 
 __all__ = ["main", "wireguard"]
 
-_EXTRA = frozenset({"aiosqlite", "alembic", "platformdirs", "rich", "sqlalchemy", "structlog", "typer", "watchfiles"})
+_EXTRA = frozenset(
+    {"aiosqlite", "alembic", "platformdirs", "prometheus_client", "rich", "sqlalchemy", "structlog", "typer", "watchfiles"}
+)
 
 
 def main() -> None:

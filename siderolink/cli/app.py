@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from siderolink.cli.machine_app import machine_app
+from siderolink.cli.metrics.options import metrics_options
 from siderolink.cli.options import (
     BareLogLevel,
     CaFile,
@@ -35,6 +36,8 @@ from siderolink.cli.options import (
     MaintenanceApi,
     MaintenancePort,
     MetaFile,
+    MetricsListen,
+    MetricsMachines,
     NetNs,
     NoDial,
     OverlayPorts,
@@ -100,6 +103,8 @@ def serve(
     event_sink_port: ServedEventSinkPort = None,
     log_port: ServedLogPort = None,
     overlay_port: OverlayPorts = None,
+    metrics_listen: MetricsListen = None,
+    metrics_machines: MetricsMachines = 0,
     print_machine_logs: PrintMachineLogs = False,
     join_tokens_mode: JoinTokensModeOption = None,
     forget_after: ForgetAfter = None,
@@ -130,6 +135,7 @@ def serve(
             event_sink_port=event_sink_port,
             log_port=log_port,
             overlay_ports=overlay_ports(overlay_port),
+            metrics=metrics_options(metrics_listen, metrics_machines),
             print_machine_logs=print_machine_logs,
             policy=join_policy(join_tokens_mode, forget_after),
         )
@@ -156,14 +162,14 @@ def join(
     maintenance_port: MaintenancePort = 50000,
     meta: MetaFile = None,
     keep_config: KeptConfig = None,
+    metrics_listen: MetricsListen = None,
     log_format: LogFormatOption = LogFormat.TEXT,
     log_level: LogLevelOption = LogLevel.INFO,
 ) -> None:
     """Join a server as one machine, until stopped. Retries until the server accepts the join.
 
     Settings come from the URL, or from --config, or else from /etc/siderolink.yaml, /etc/siderolink/ and the kernel command
-    line. When the files change, the new settings are tried beside the link and take over only if they work. Events and kernel
-    log lines are delivered over the link to the destinations that the settings name.
+    line. When the files change, the new settings are tried beside the link and take over only if they work.
     """
     from siderolink.cli.join import JoinOptions, run_join
     from siderolink.cli.maintenance import MaintenanceOptions
@@ -193,6 +199,7 @@ def join(
             ca=ca,
             fallback_tunnel=fallback_tunnel,
             maintenance=maintenance if maintenance_api else None,
+            metrics=metrics_options(metrics_listen),
         )
     )
 
@@ -281,13 +288,15 @@ def wireguard(
         bool,
         typer.Option("--background/--foreground", "-b/-f", help="Return when the interface is there, and go on by itself."),
     ] = False,
+    metrics_listen: MetricsListen = None,
     log_format: LogFormatOption = LogFormat.TEXT,
     log_level: BareLogLevel = None,
 ) -> None:
     """Run a bare WireGuard interface in userspace, to be set up with `wg` like any other."""
     from siderolink.cli.wireguard import run_wireguard
 
-    run_wireguard(name, background=background, as_json=log_format is LogFormat.JSON, level=log_level)
+    metrics = metrics_options(metrics_listen)
+    run_wireguard(name, background=background, as_json=log_format is LogFormat.JSON, level=log_level, metrics=metrics)
 
 
 @app.command()

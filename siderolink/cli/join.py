@@ -16,6 +16,7 @@ from siderolink.cli.control import (
 from siderolink.cli.describe import link_event, log_link_event
 from siderolink.cli.logs import hide, lost_records, name_machine, say
 from siderolink.cli.maintenance import Maintenance, MaintenanceOptions
+from siderolink.cli.metrics.options import MetricsOptions
 from siderolink.cli.reporting import Reporting, report_part
 from siderolink.cli.running import run_until_stopped
 from siderolink.cli.settings import FollowedSettings, SettingsOptions, SettingsReader
@@ -55,6 +56,7 @@ class JoinOptions:
     """Use the tunnel while UDP does not pass."""
     maintenance: MaintenanceOptions | None = None
     """Serve the machine's own API."""
+    metrics: MetricsOptions | None = None
 
 
 class LinkSource:
@@ -130,7 +132,7 @@ class JoinedMachine:
             tasks.start_soon(keep_running, "watching the settings' files", self._settings.watch)
             tasks.start_soon(self._settings.follow, lambda settings: settings.ingress, hold_firewall)
             tasks.start_soon(self._settings.follow, report_part, self._reporting.collect)
-            async with self._serve_maintenance() as self._follower:
+            async with self._serve_metrics(), self._serve_maintenance() as self._follower:
                 self._settings.try_link = self._try_link
                 await self._keep_linked()
 
@@ -144,6 +146,17 @@ class JoinedMachine:
         node_uuid = uuid.value if uuid is not None else self._node_uuid
         async with self._maintenance.serve(node_uuid=node_uuid) as follower:
             yield follower
+
+    @asynccontextmanager
+    async def _serve_metrics(self) -> AsyncIterator[None]:
+        """Where they were asked for."""
+        if (options := self._options.metrics) is None:
+            yield
+            return
+        from siderolink.cli.metrics import endpoint, sources
+
+        async with endpoint.serve_metrics(options, sources.LinkMetrics(lambda: self._link, self._reporting.counts)):
+            yield
 
     # The link, and its settings
 

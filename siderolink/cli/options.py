@@ -169,6 +169,17 @@ Sources = Annotated[str | None, typer.Option(help="Local addresses to send datag
 PrintMachineLogs = Annotated[
     bool, typer.Option("--print-machine-logs", help="Log the lines of machines' kernel logs, too; they come by --log-port.")
 ]
+MetricsListen = Annotated[
+    str | None,
+    typer.Option(
+        help="Serve Prometheus metrics, /healthz and /readyz there; a port alone is one on the loopback.",
+        show_default="not served",
+        metavar="[HOST:]PORT",
+    ),
+]
+MetricsMachines = Annotated[
+    int, typer.Option(help="How many machines have metrics of their own, at most.", min=0, max=10_000, metavar="COUNT")
+]
 Json = Annotated[bool, typer.Option("--json", help="For programs.")]
 
 

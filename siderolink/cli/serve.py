@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ from siderolink.cli.descriptors import allow_descriptors
 from siderolink.cli.logs import hide, lost_records, say
 from siderolink.cli.machine import MachinesService
 from siderolink.cli.machine_reports import log_reports, report_counts
+from siderolink.cli.metrics.options import MetricsOptions
 from siderolink.cli.notify import feed_watchdog, notify
 from siderolink.cli.running import leave, run_until_stopped
 from siderolink.cli.secret import read_secret
@@ -60,6 +62,7 @@ class ServeOptions:
     overlay_ports: tuple[str, ...] | None = None
     """The ports that machines may dial besides those for reports; None for all."""
     policy: JoinPolicy = JoinPolicy()
+    metrics: MetricsOptions | None = None
     print_machine_logs: bool = False
     """Log the lines that the log listener accepts, too."""
 
@@ -131,6 +134,7 @@ class Serve:
         try:
             async with (
                 control_socket(self._options.interface, source, StateService(self._serving), MachinesService(self._serving)),
+                self._serve_metrics(),
                 background_tasks() as tasks,
             ):
                 tasks.start_soon(keep_running, "feeding the watchdog", feed_watchdog)
@@ -143,6 +147,18 @@ class Serve:
                 await self._serving.run()
         finally:
             notify("STOPPING=1")
+
+    @asynccontextmanager
+    async def _serve_metrics(self) -> AsyncIterator[None]:
+        """Where they were asked for."""
+        if (options := self._options.metrics) is None:
+            yield
+            return
+        from siderolink.cli.metrics import endpoint, sources
+
+        source = sources.ServerMetrics(self._serving, options.machines, self._certificate)
+        async with endpoint.serve_metrics(options, source):
+            yield
 
     def reload(self) -> None:
         """Read the join token's file and the certificate again; what cannot be used is said, and the old stays in use."""

@@ -10,6 +10,7 @@ from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Final
 
 from siderolink.cli.logs import say, start_log
+from siderolink.cli.metrics.options import MetricsOptions
 from siderolink.cli.running import run_until_stopped
 from siderolink.common.errors import SideroLinkError
 
@@ -20,7 +21,9 @@ _VERBOSE: Final = ("verbose", "debug", "info")
 _SILENT: Final = "silent"
 
 
-def run_wireguard(name: str, *, background: bool, as_json: bool = False, level: str | None = None) -> None:
+def run_wireguard(
+    name: str, *, background: bool, as_json: bool = False, level: str | None = None, metrics: MetricsOptions | None = None
+) -> None:
     """Run until stopped, or until the interface is deleted. In the background, the caller returns once the interface is there.
 
     Raises SideroLinkError, and SystemExit where the work goes on in another process.
@@ -38,10 +41,10 @@ def run_wireguard(name: str, *, background: bool, as_json: bool = False, level: 
         else:
             ready()
 
-    _run(name, is_ready)
+    _run(name, is_ready, metrics)
 
 
-def _run(name: str, ready: Callable[[], None]) -> None:
+def _run(name: str, ready: Callable[[], None], metrics: MetricsOptions | None) -> None:
     # not before the process has its place: numpy may start threads, and a process with threads is not divided
     from siderolink.cli.bare_status import InterfaceSource
     from siderolink.cli.control import control_socket
@@ -56,6 +59,10 @@ def _run(name: str, ready: Callable[[], None]) -> None:
                 await stack.enter_async_context(control_socket(name, InterfaceSource(interface.device)))
             except SideroLinkError as error:  # the interface works without
                 say(name, f"`siderolink status` will not show this interface: {error}", level=logging.WARNING)
+            if metrics is not None:
+                from siderolink.cli.metrics import endpoint, sources
+
+                await stack.enter_async_context(endpoint.serve_metrics(metrics, sources.InterfaceMetrics(interface.device)))
             ready()
             await interface.lost.wait()
             say(name, "the interface was deleted, or its socket")

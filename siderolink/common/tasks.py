@@ -1,8 +1,9 @@
 """Task groups for the inside of a context manager: they end with it, and never hide a lone error in a group."""
 
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager
+from typing import TypeVar
 
 import anyio
 from anyio.abc import TaskGroup
@@ -10,6 +11,8 @@ from anyio.abc import TaskGroup
 from siderolink.common.backoff import Backoff
 
 log = logging.getLogger("siderolink")
+
+T = TypeVar("T")
 
 
 @asynccontextmanager
@@ -46,6 +49,13 @@ async def keep_running(what: str, work: Callable[[], Awaitable[object]]) -> None
             delay = backoff.next()
             log.exception("%s failed and is started again in %.0f s", what, delay)
             await anyio.sleep(delay)
+
+
+def in_parts(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """What `items` holds now, in lists of `size`: for work that lets other tasks run after each."""
+    found = list(items)
+    for start in range(0, len(found), size):
+        yield found[start : start + size]
 
 
 def _lone(error: BaseException) -> BaseException | None:

@@ -1,8 +1,10 @@
 """The manager's side: a server that machines join."""
 
+from siderolink.common.wireguard.device import DeviceCounters, InterfaceCounters
 from siderolink.server.admission.limits import MachineLimits
 from siderolink.server.admission.policy import JoinPolicy, JoinTokensMode
 from siderolink.server.admission.request import Allow, Authorize, Deny, JoinRequest
+from siderolink.server.counters import HealthCheck, MachineGroup, ReportCounters, ServerCounters, Transport
 from siderolink.server.events import (
     AdmissionChanged,
     ClaimRefused,
@@ -32,6 +34,7 @@ from siderolink.server.reporting import (
 )
 from siderolink.server.server import MachineStatus, Server
 from siderolink.server.store import Ban, BanKind, Machine, MachineAdmission, MemoryStore, Store
+from siderolink.server.store.measured import StoreCounters
 
 __all__ = [
     "AdmissionChanged",
@@ -41,9 +44,12 @@ __all__ = [
     "BanKind",
     "ClaimRefused",
     "Deny",
+    "DeviceCounters",
     "EventStream",
     "EventsLost",
     "HandshakeCompleted",
+    "HealthCheck",
+    "InterfaceCounters",
     "JoinPolicy",
     "JoinRefusal",
     "JoinRefused",
@@ -57,20 +63,25 @@ __all__ = [
     "Machine",
     "MachineAdmission",
     "MachineEvent",
+    "MachineGroup",
     "MachineJoined",
     "MachineLeft",
     "MachineLimits",
     "MachineRekeyed",
     "MachineStatus",
     "MemoryStore",
+    "ReportCounters",
     "ReportDrop",
     "ReportOptions",
     "Reports",
     "ReportsLost",
     "Server",
+    "ServerCounters",
     "ServerEvent",
     "Store",
+    "StoreCounters",
     "StreamRefusal",
+    "Transport",
     "UniqueTokenBound",
     "open_machine_api",
 ]

@@ -1,5 +1,6 @@
 """What happens on a server, for an embedder to iterate over."""
 
+from collections import Counter
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -148,3 +149,23 @@ class EventHub(Broadcast[ServerEvent]):
 
     def __init__(self) -> None:
         super().__init__(limit=DEFAULT_EVENT_LIMIT, lost=lambda count: EventsLost(count=count))
+        self.counts: Counter[tuple[type[ServerEvent], str]] = Counter()
+        """How often each event happened; a second part tells reasons and bases apart, else it is empty."""
+
+    def publish(self, item: ServerEvent, size: int = 0) -> None:
+        self.counts[type(item), _kind(item)] += 1
+        super().publish(item, size)
+
+
+def _kind(event: ServerEvent) -> str:
+    match event:
+        case MachineJoined(is_new=is_new):
+            return "new" if is_new else "known"
+        case HandshakeCompleted(is_first=is_first):
+            return "first" if is_first else "renewed"
+        case MachineLeft(reason=reason) | JoinRefused(reason=reason):
+            return str(reason)
+        case MachineRekeyed(basis=basis):
+            return basis
+        case _:
+            return ""

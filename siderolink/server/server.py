@@ -9,21 +9,35 @@ from ipaddress import IPv6Address
 from types import TracebackType
 from typing import Self
 
+from anyio.lowlevel import checkpoint
+
 from siderolink.common.addressing import overlay_prefix, server_address
 from siderolink.common.errors import ConfigurationError, SideroLinkError
 from siderolink.common.grpc import Limits
 from siderolink.common.keys import PrivateKey, PublicKey
+from siderolink.common.tasks import in_parts
 from siderolink.common.wireguard.device import Device, DeviceKind, PeerStatus
 from siderolink.server.admission.limits import MachineLimits
 from siderolink.server.admission.policy import JoinPolicy
 from siderolink.server.admission.request import Authorize, allow_all
 from siderolink.server.admission.tokens import JoinTokenCheck
 from siderolink.server.composition import Composition, Parts
+from siderolink.server.counters import (
+    HealthCheck,
+    ServerCounters,
+    api_refusals,
+    check_health,
+    drops,
+    join_refusals,
+    read_counters,
+    stream_refusals,
+)
 from siderolink.server.events import EventHub, EventStream
 from siderolink.server.fleet.directory import LinkState
 from siderolink.server.options import ServerOptions
 from siderolink.server.reporting import ReportOptions, Reports
 from siderolink.server.store import Ban, BanKind, Machine, MemoryStore, Store
+from siderolink.server.store.measured import MeasuredStore
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,7 +144,7 @@ class Server(AbstractAsyncContextManager["Server"]):
             forwarded_from=tuple(forwarded_from),
             policy=policy or JoinPolicy(),
         )
-        self._store: Store = MemoryStore() if store is None else store
+        self._store = MeasuredStore(MemoryStore() if store is None else store)
         self._events = EventHub()
         self._join_token = JoinTokenCheck(join_token or None)
 
@@ -204,14 +218,15 @@ class Server(AbstractAsyncContextManager["Server"]):
     async def _statuses(self) -> list[MachineStatus]:
         parts = self._live()
         peers = {peer.public_key: peer for peer in await parts.device.peers()}
-        return [
-            MachineStatus(
-                machine=link.machine,
-                state=link.state,
-                peer=None if link.machine.public_key is None else peers.get(link.machine.public_key),
-            )
-            for link in parts.fleet.directory
-        ]
+        found: list[MachineStatus] = []
+        for links in in_parts(parts.fleet.directory, 500):
+            await checkpoint()
+            for link in links:
+                key = link.machine.public_key
+                found.append(
+                    MachineStatus(machine=link.machine, state=link.state, peer=None if key is None else peers.get(key))
+                )
+        return found
 
     async def find(self, name: str) -> Machine | None:
         """The machine that has this id, UUID or public key."""
@@ -281,15 +296,21 @@ class Server(AbstractAsyncContextManager["Server"]):
 
     # --- counters
 
+    async def counters(self) -> ServerCounters:
+        """Everything that this server counts, as it is now; other tasks run in between, however many machines there are."""
+        return await read_counters(self._live(), self._events, self._store)
+
+    async def health(self) -> tuple[HealthCheck, ...]:
+        """Whether the device, the API's listener and the store work now."""
+        return await check_health(self._live(), self._store)
+
     def refusals(self) -> dict[str, int]:
         """How often the API refused something, by named reason (docs/drops.md)."""
-        parts = self._live()
         total: Counter[str] = Counter()
-        for counter in (parts.provisioning.refusals, parts.tunnel.refusals, parts.api.refusals):
-            total.update({str(reason): count for reason, count in counter.items()})
+        for refusals in (join_refusals(self._live()), stream_refusals(self._live()), api_refusals(self._live())):
+            total.update(refusals)
         return dict(total)
 
     def drops(self) -> dict[str, int]:
         """How many datagrams and packets were dropped, by named reason (docs/drops.md)."""
-        parts = self._live()
-        return parts.device.drops() | {str(reason): count for reason, count in parts.tunnel.drops.items()}
+        return drops(self._live())

@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Literal
 import anyio
 
 from siderolink.common.keys import PrivateKey, PublicKey
-from siderolink.common.wireguard.device import HandshakeCompleted, OnDeviceEvent, OpenPorts, PathChanged, PeerConfig, PeerStatus
+from siderolink.common.wireguard.device import (
+    DeviceCounters,
+    HandshakeCompleted,
+    OnDeviceEvent,
+    OpenPorts,
+    PathChanged,
+    PeerConfig,
+    PeerStatus,
+)
 from siderolink.common.wireguard.path import Datagrams, Path
 from siderolink.server.clock import Clock
 
@@ -155,6 +163,9 @@ class FakeDevice:
 
     def drops(self) -> dict[str, int]:
         return {}
+
+    async def counters(self) -> DeviceCounters:
+        return DeviceCounters(peers=0, received_bytes=0, sent_bytes=0, session_ages=(), interface=None)
 
 
 class FakeKernelDevice(FakeDevice):

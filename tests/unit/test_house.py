@@ -46,6 +46,7 @@ EXTRAS = {
         "sqlalchemy",
         "structlog",
         "platformdirs",
+        "prometheus-client",
         "python-socks",
         "zstandard",
     },
@@ -55,7 +56,7 @@ EXTRAS = {
     "proxy": {"python-socks"},
     "sql": {"aiosqlite", "alembic", "sqlalchemy"},
 }
-CLI_DEPENDENCIES = {"platformdirs", "rich", "structlog", "typer", "uvloop", "watchfiles"}
+CLI_DEPENDENCIES = {"platformdirs", "prometheus_client", "rich", "structlog", "typer", "uvloop", "watchfiles"}
 # parts that need more, each with the extra that brings it
 PARTS = {
     "siderolink.client.config": {"pydantic", "pydantic_core", "watchfiles", "yaml", "zstandard"},

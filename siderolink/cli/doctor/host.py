@@ -1,6 +1,5 @@
 """Checks of this host: devices, clock, forwarding, firewall, loopback."""
 
-import ctypes
 import os
 import socket
 import time
@@ -9,6 +8,7 @@ from contextlib import closing, suppress
 from ipaddress import IPv6Interface
 from pathlib import Path
 
+from siderolink.cli.clock import read_clock
 from siderolink.cli.doctor.finding import Finding, bad, good, note
 from siderolink.common.errors import SideroLinkError
 from siderolink.common.keys import PrivateKey
@@ -22,10 +22,6 @@ from siderolink.common.wireguard.opening import open_device
 
 __all__ = ["check_clock", "check_data_plane", "check_devices", "check_firewall", "check_forwarding", "check_loopback"]
 
-RELEASED = 1_767_225_600
-"""The start of 2026: no clock that is right shows less."""
-_NOT_SYNCHRONIZED = 5  # adjtimex(2): TIME_ERROR
-_TIMEX_BYTES = 512
 _GET_CHAINS = 10 << 8 | 4  # nf_tables, NFT_MSG_GETCHAIN
 _TABLE, _CHAIN, _HOOK, _POLICY = 1, 3, 4, 5
 _FORWARDING = {"IPv4": "ipv4/ip_forward", "IPv6": "ipv6/conf/all/forwarding"}
@@ -78,11 +74,11 @@ async def check_data_plane() -> AsyncIterator[Finding]:
 
 
 async def check_clock() -> AsyncIterator[Finding]:
-    if time.time() < RELEASED:
+    clock = read_clock()
+    if not clock.is_plausible:
         yield bad("clock", f"it shows {time.strftime('%Y-%m-%d')}", "set it: certificates and handshakes depend on it")
         return
-    buffer = ctypes.create_string_buffer(_TIMEX_BYTES)  # zeros: only read
-    if ctypes.CDLL(None).adjtimex(buffer) == _NOT_SYNCHRONIZED:
+    if not clock.is_synchronized:
         yield note("clock", "no time service keeps it right", "run a time service, such as systemd-timesyncd or chrony")
     else:
         yield good("clock", "a time service keeps it right")

@@ -80,6 +80,11 @@ class GrpcServer:
         """How many connections are open, those in their TLS handshake included."""
         return self._connections
 
+    @property
+    def is_accepting(self) -> bool:
+        """False while a listening socket is closed, or rests because this host had no descriptor left for a connection."""
+        return not self._paused and all(sock.fileno() >= 0 for sock in self._sockets)
+
     def start(self) -> None:
         """Begin to accept connections."""
         for sock in self._sockets:

@@ -7,6 +7,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from cryptography.x509 import load_pem_x509_certificates
+
 from siderolink.common.errors import ConfigurationError
 
 _VERIFY_FLAGS = ssl.VerifyFlags.VERIFY_X509_TRUSTED_FIRST | ssl.VerifyFlags.VERIFY_X509_PARTIAL_CHAIN
@@ -74,6 +76,11 @@ class ServerCertificate:
     @property
     def files(self) -> tuple[Path, ...]:
         return (self._cert,) if self._key is None else (self._cert, self._key)
+
+    @property
+    def expires_at(self) -> float:
+        """When the first certificate of the chain in use expires, as Unix time in seconds."""
+        return min(found.not_valid_after_utc.timestamp() for found in load_pem_x509_certificates(self._in_use[0]))
 
     def reload(self) -> bool:
         """Read the files again; returns whether they hold another certificate or key than is in use.

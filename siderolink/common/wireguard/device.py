@@ -12,6 +12,7 @@ from siderolink.common.keys import PresharedKey, PrivateKey, PublicKey
 from siderolink.common.wireguard.path import Datagrams, Endpoint, Path
 
 if TYPE_CHECKING:
+    from siderolink.common.netlink import Link
     from siderolink.common.wireguard.noise.tai64n import Timestamps
 
 DeviceKind = Literal["auto", "kernel", "userspace"]
@@ -124,6 +125,33 @@ class PeerStatus:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class InterfaceCounters:
+    """Inner packets and bytes, as the kernel counts them. A super-packet of a TUN interface counts once."""
+
+    is_up: bool
+    received_packets: int
+    """From peers into this host."""
+    sent_packets: int
+    """From this host to peers."""
+    received_bytes: int
+    sent_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceCounters:
+    """What a device has counted since it was opened. Totals never fall: peers that were removed stay in them."""
+
+    peers: int
+    received_bytes: int
+    """WireGuard datagrams that authenticated, their headers included."""
+    sent_bytes: int
+    session_ages: tuple[float, ...]
+    """Seconds since the last handshake of each peer that has had one."""
+    interface: InterfaceCounters | None
+    """None without an interface, also once it is gone."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class HandshakeCompleted:
     """A session with the peer was made or renewed, and the peer has proved that it holds it."""
 
@@ -204,7 +232,11 @@ class Device(Protocol):
 
     async def peer(self, public_key: PublicKey) -> PeerStatus | None: ...
 
-    async def peers(self) -> list[PeerStatus]: ...
+    async def peers(self) -> list[PeerStatus]:
+        """All of them; other tasks run in between."""
+
+    async def counters(self) -> DeviceCounters:
+        """What was counted; other tasks run in between. The kernel's peers are as of some seconds ago at most."""
 
     def offer_path(self, public_key: PublicKey, path: Path) -> None:
         """Use `path` for the peer if it has none that is open; without one, the peer is only reached after it was heard."""
@@ -225,6 +257,20 @@ class CanShakeHands(Protocol):
 
 
 DeviceContext = AbstractAsyncContextManager[Device]
+
+
+def interface_counters(link: "Link | None") -> InterfaceCounters | None:
+    """Of an interface as netlink shows it; None for one that is gone."""
+    if link is None or len(link.counters) < 4:
+        return None
+    received_packets, sent_packets, received_bytes, sent_bytes = link.counters[:4]
+    return InterfaceCounters(
+        is_up=link.is_up,
+        received_packets=received_packets,
+        sent_packets=sent_packets,
+        received_bytes=received_bytes,
+        sent_bytes=sent_bytes,
+    )
 
 
 def check_interface(name: str, mtu: int) -> None:

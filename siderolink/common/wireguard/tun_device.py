@@ -39,6 +39,7 @@ class TunDevice(UserspaceDevice):
         self._is_reading = False
         self._is_up = False
         self._monitor: TunMonitor | None = None
+        self.read_interface = self._read_interface
 
     @classmethod
     @asynccontextmanager
@@ -89,6 +90,9 @@ class TunDevice(UserspaceDevice):
             TunDrop.QUEUE_FULL: counters[_TX_DROPPED] if len(counters) > _TX_DROPPED else 0,
         }
         return super().drops() | self._rules.drops() | {str(name): count for name, count in found.items() if count}
+
+    def _read_interface(self) -> Link | None:
+        return self._monitor.read() if self._monitor is not None else None
 
     def pause_reading(self, path: Path) -> bool:
         """Stop reading, so that packets wait in the interface's queue, their senders slow down and nothing is lost.

@@ -50,12 +50,17 @@ class TunMonitor:
         self._monitor.close()
         self._requests.close()
 
+    def read(self) -> Link | None:
+        """The interface as it is, with its counters; None once it is gone."""
+        try:
+            return read_link(self._requests, self._index)
+        except OSError:
+            return None
+
     def counters(self) -> tuple[int, ...]:
         """The interface's struct rtnl_link_stats64; empty once it is gone."""
-        try:
-            return read_link(self._requests, self._index).counters
-        except OSError:
-            return ()
+        link = self.read()
+        return () if link is None else link.counters
 
     def limit_gso(self, size: int) -> None:
         """Cap the size of the interface's super-packets; Linux before 5.19 has no such setting and ignores it."""

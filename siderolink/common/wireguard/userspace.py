@@ -5,15 +5,19 @@ Subclasses bring the interface: a TUN interface (`tun_device`), or a callable th
 
 import os
 import time
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+from anyio.lowlevel import checkpoint
 
 from siderolink.common.clock_watch import BootTimer, boot_time
 from siderolink.common.keys import PrivateKey, PublicKey
+from siderolink.common.tasks import in_parts
 from siderolink.common.wireguard.configure import Configurator, peer_status
 from siderolink.common.wireguard.dataplane import DataPlane, PacketInterface
 from siderolink.common.wireguard.device import (
     DeviceChange,
     DeviceConfig,
+    DeviceCounters,
     DeviceEvent,
     HandshakeCompleted,
     HandshakeGaveUp,
@@ -23,12 +27,18 @@ from siderolink.common.wireguard.device import (
     PeerConfig,
     PeerSilent,
     PeerStatus,
+    interface_counters,
 )
 from siderolink.common.wireguard.noise import Engine, Event, PeerRoamed, PeerUnresponsive, SessionEstablished
 from siderolink.common.wireguard.packets import row_functions
 from siderolink.common.wireguard.path import Datagrams, Path
 from siderolink.common.wireguard.uapi.protocol import DeviceReport
 from siderolink.common.wireguard.udp import UdpSockets, open_udp
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from siderolink.common.netlink import Link
 
 
 class UserspaceDevice:
@@ -57,7 +67,9 @@ class UserspaceDevice:
         self.is_passing = False
         """Whether packets pass: between `start` and `stop`."""
         self._local = frozenset(address.ip.packed for address in config.addresses)
-        self._set_isolate(config.isolate)
+        self.engine.allowed_ips.only_to = self._local if config.isolate else None
+        self.read_interface: Callable[[], Link | None] = lambda: None
+        """The interface as it is, for a face that has one; None once it is gone."""
         self._udp: UdpSockets | None = None
         if config.listen_port is not None:
             self._udp = open_udp(config.listen_port, self.deliver)
@@ -77,7 +89,7 @@ class UserspaceDevice:
         return self.engine.allowed_ips.only_to is not None
 
     async def set_isolate(self, isolate: bool) -> None:
-        self._set_isolate(isolate)
+        self.engine.allowed_ips.only_to = self._local if isolate else None
 
     async def set_open_ports(self, open_ports: OpenPorts) -> None:
         """Nothing to do without an interface."""
@@ -110,7 +122,29 @@ class UserspaceDevice:
 
     async def peers(self) -> list[PeerStatus]:
         now = boot_time()
-        return [peer_status(peer, now) for peer in self.engine.peers.values()]
+        found: list[PeerStatus] = []
+        for part in in_parts(self.engine.peers.values(), 100):
+            found += [peer_status(peer, now) for peer in part]
+            await checkpoint()
+        return found
+
+    async def counters(self) -> DeviceCounters:
+        engine, now = self.engine, boot_time()
+        # added up in one go, so that no peer is counted twice because it is removed meanwhile
+        received = engine.removed_received_bytes + sum(peer.received_bytes for peer in engine.peers.values())
+        sent = engine.removed_sent_bytes + sum(peer.sent_bytes for peer in engine.peers.values())
+        count = len(engine.peers)
+        ages: list[float] = []
+        for part in in_parts(engine.peers.values(), 1000):
+            await checkpoint()
+            ages += [now - peer.last_handshake_at for peer in part if peer.last_handshake_at is not None]
+        return DeviceCounters(
+            peers=count,
+            received_bytes=received,
+            sent_bytes=sent,
+            session_ages=tuple(ages),
+            interface=interface_counters(self.read_interface()),
+        )
 
     async def handshake(self, public_key: PublicKey) -> None:
         """See `CanShakeHands`."""
@@ -160,9 +194,6 @@ class UserspaceDevice:
     def pause_reading(self, path: Path) -> bool:
         """Called when a path is full. A subclass that can stop reading does so until it is writable, and returns True."""
         return False
-
-    def _set_isolate(self, isolate: bool) -> None:
-        self.engine.allowed_ips.only_to = self._local if isolate else None
 
     def _emit(self, events: list[Event]) -> None:
         for event in events:

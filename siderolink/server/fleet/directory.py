@@ -122,6 +122,10 @@ class Directory:
     def claim(self, claim_id: str) -> Link | None:
         return self._claims.get(claim_id)
 
+    @property
+    def claim_count(self) -> int:
+        return len(self._claims)
+
     def claims_of(self, machine_id: str) -> list[Link]:
         return list(self._claims_of.get(machine_id, ()))
 

@@ -61,6 +61,11 @@ class Reports:
         """How many log lines were accepted, of all machines."""
         return self._ingest.taken_lines
 
+    @property
+    def kept_bytes(self) -> int:
+        """How much memory the kept events and lines take, of all machines."""
+        return self._ingest.recent_events.size + self._ingest.recent_lines.size
+
     def drops(self, machine_id: str | None = None) -> dict[str, int]:
         """How much was not accepted, of one machine or of all, by named reason (docs/drops.md)."""
         if machine_id is not None:

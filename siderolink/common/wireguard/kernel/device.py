@@ -1,24 +1,29 @@
 """The kernel's WireGuard as a device: only the packets of tunnel streams pass through Python."""
 
+import time
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, closing
 from functools import partial
 from typing import Literal
 
+from anyio.lowlevel import checkpoint
+
 from siderolink.common.errors import ConfigurationError, DeviceError
 from siderolink.common.keys import PublicKey
 from siderolink.common.netlink import InterfaceMonitor, Link, call_in, configure_interface, open_events
 from siderolink.common.netlink.follow import LINKS
-from siderolink.common.tasks import background_tasks
+from siderolink.common.tasks import background_tasks, in_parts
 from siderolink.common.wireguard.device import (
     DeviceConfig,
+    DeviceCounters,
     InterfaceLost,
     OnDeviceEvent,
     OpenPorts,
     PeerConfig,
     PeerStatus,
     check_interface,
+    interface_counters,
 )
 from siderolink.common.wireguard.interface_rules import InterfaceRules
 from siderolink.common.wireguard.kernel.interface import KernelInterface, hold_name, open_interface
@@ -133,6 +138,24 @@ class KernelDevice:
         """As `peer`."""
         await self._peers.looks.refresh()
         return await self._peers.table.statuses()
+
+    async def counters(self) -> DeviceCounters:
+        table, now = self._peers.table, time.time()
+        # added up in one go, so that no peer is counted twice because it is removed meanwhile
+        received = table.removed_received_bytes + sum(entry.view.facts.received for entry in table.entries.values())
+        sent = table.removed_sent_bytes + sum(entry.view.facts.sent for entry in table.entries.values())
+        count = len(table.entries)
+        ages: list[float] = []
+        for part in in_parts(table.entries.values(), 1000):
+            await checkpoint()
+            ages += [max(0.0, now - at / 1e9) for entry in part if (at := entry.view.facts.handshake_ns)]
+        return DeviceCounters(
+            peers=count,
+            received_bytes=received,
+            sent_bytes=sent,
+            session_ages=tuple(ages),
+            interface=interface_counters(self._wireguard.read_interface()),
+        )
 
     def offer_path(self, public_key: PublicKey, path: Path) -> None:
         self._peers.offer(bytes(public_key), path)

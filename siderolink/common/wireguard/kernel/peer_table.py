@@ -48,6 +48,8 @@ class PeerTable:
     def __init__(self, wireguard: WireGuard, streams: Streams) -> None:
         self.entries: dict[bytes, PeerEntry] = {}
         self.streams = streams
+        self.removed_received_bytes = self.removed_sent_bytes = 0
+        """What peers had received and sent, at the last look, that were removed since."""
         self._wireguard = wireguard
         self._removed: dict[bytes, float] = {}
         """When each was removed: a look that began before still finds them."""
@@ -69,6 +71,8 @@ class PeerTable:
     def forget(self, key: bytes) -> None:
         entry = self.entries.pop(key, None)
         if entry is not None:
+            self.removed_received_bytes += entry.view.facts.received
+            self.removed_sent_bytes += entry.view.facts.sent
             self.streams.hold(b"", key, self.slot(entry))
 
     def note_removal(self, key: bytes) -> None:

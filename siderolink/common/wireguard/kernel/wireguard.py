@@ -6,7 +6,7 @@ from typing import Final
 
 from siderolink.common.errors import DeviceUnavailableError
 from siderolink.common.keys import PrivateKey, PublicKey
-from siderolink.common.netlink import NetlinkRefusal, RequestSocket, call_in, read_link
+from siderolink.common.netlink import Link, NetlinkRefusal, RequestSocket, call_in, read_link
 from siderolink.common.netlink.sockets import GENERIC, ROUTE, DumpPart, explain, family_id, generic
 from siderolink.common.wireguard.device import DeviceConfig
 from siderolink.common.wireguard.kernel import messages
@@ -101,12 +101,17 @@ class WireGuard:
         self._dumps.close()
         self._dumps = call_in(self._namespace, partial(RequestSocket, GENERIC))
 
+    def read_interface(self) -> Link | None:
+        """The interface as it is, with its counters; None once it is gone."""
+        try:
+            return read_link(self._route, self.index)
+        except NetlinkRefusal:
+            return None
+
     def counters(self) -> tuple[int, ...]:
         """struct rtnl_link_stats64; empty once the interface is gone."""
-        try:
-            return read_link(self._route, self.index).counters
-        except NetlinkRefusal:
-            return ()
+        link = self.read_interface()
+        return () if link is None else link.counters
 
 
 def _facts(data: bytes, start: int, end: int) -> DeviceFacts:

@@ -54,6 +54,8 @@ class Engine:
         """What the last call gave; to be emptied after each."""
         self.drop = self.output.drop
         """Count a drop that the owner decided on."""
+        self.removed_received_bytes = self.removed_sent_bytes = 0
+        """What peers had received and sent that were removed since."""
         self._deadlines = DeadlineQueue()
         self._exchange = Exchange(
             Identity.of(private_key),
@@ -110,6 +112,8 @@ class Engine:
         peer = self.peers.pop(public_key, None)
         if peer is None:
             return
+        self.removed_received_bytes += peer.received_bytes
+        self.removed_sent_bytes += peer.sent_bytes
         self.allowed_ips.set(peer, ())
         self._erase(peer)
         peer.timers.persistent_interval = 0

@@ -1,0 +1,180 @@
+"""The pages of `--metrics-listen`, whatever runs: what it counts, what this process is, and whether all of it works.
+
+The counters are read on the event loop, a thousand machines at a time; metric families are made of them, and rendered, in a
+thread. One scrape is under way at a time, and those that come within a second share its answer.
+"""
+
+import json
+import platform
+import time
+from bisect import bisect_left
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from http import HTTPStatus
+from importlib.metadata import version
+from typing import Final, Protocol
+
+import anyio
+
+from siderolink.cli.clock import ClockState, read_clock
+from siderolink.cli.logs import lost_records, say
+from siderolink.cli.metrics.http import Answer, serve_pages
+from siderolink.cli.metrics.options import MetricsOptions
+from siderolink.common.errors import ConfigurationError
+from siderolink.common.grpc import ServerCertificate
+from siderolink.common.hostport import HostPort
+from siderolink.common.tasks import background_tasks, keep_running
+from siderolink.server import HealthCheck
+
+try:
+    from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, GCCollector, ProcessCollector, generate_latest
+    from prometheus_client.core import Metric
+    from prometheus_client.registry import Collector
+except ModuleNotFoundError:
+    raise ConfigurationError("metrics need prometheus-client: pip install 'siderolink[cli]'") from None
+
+from siderolink.cli.metrics.families import counter, gauge, gauges, histogram
+
+FRESH_SECONDS: Final = 1.0
+"""A scrape that comes so soon after another gets the same answer."""
+LAG_INTERVAL: Final = 0.25
+LAG_BOUNDS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0)
+
+Families = Callable[[], Iterable[Metric]]
+"""Makes metric families of what was read before; called in a thread."""
+
+
+class MetricsSource(Protocol):
+    """What runs here."""
+
+    async def read(self) -> Families:
+        """Read the counters now, on the event loop, letting other tasks run in between."""
+
+    async def health(self) -> Sequence[HealthCheck]:
+        """The parts, and whether they work."""
+
+    @property
+    def certificate(self) -> ServerCertificate | None: ...
+
+
+@dataclass(slots=True)
+class LoopLag:
+    """How much later than asked for the event loop runs what is due."""
+
+    buckets: list[int] = field(default_factory=lambda: [0] * (len(LAG_BOUNDS) + 1))
+    seconds: float = 0.0
+
+    async def watch(self) -> None:
+        while True:
+            due_at = time.monotonic() + LAG_INTERVAL
+            await anyio.sleep(LAG_INTERVAL)
+            lag = max(0.0, time.monotonic() - due_at)
+            self.seconds += lag
+            self.buckets[bisect_left(LAG_BOUNDS, lag)] += 1
+
+
+class Pages:
+    """The pages of one process."""
+
+    def __init__(self, source: MetricsSource) -> None:
+        self._source = source
+        self._lag = LoopLag()
+        self._lock = anyio.Lock()
+        self._rendered = b""
+        self._rendered_at = float("-inf")
+        self._process = CollectorRegistry()
+        ProcessCollector(registry=self._process)
+        GCCollector(registry=self._process)
+
+    async def run(self) -> None:
+        await self._lag.watch()
+
+    async def metrics(self) -> Answer:
+        async with self._lock:
+            if time.monotonic() - self._rendered_at > FRESH_SECONDS:
+                began_at = time.perf_counter()
+                checks = await self._checks()
+                families = await self._source.read()
+                own = partial(self._own_families, checks, read_clock(), began_at)
+                self._rendered = await anyio.to_thread.run_sync(_render, (families, own, self._process.collect))
+                self._rendered_at = time.monotonic()
+            return Answer(self._rendered, CONTENT_TYPE_LATEST)
+
+    async def live(self) -> Answer:
+        """Whether this process can go on; where not, only a new one helps."""
+        return _health_page([check for check in await self._source.health() if check.name == "device"])
+
+    async def ready(self) -> Answer:
+        """Whether machines can join and be reached now."""
+        return _health_page(await self._checks())
+
+    async def _checks(self) -> list[HealthCheck]:
+        checks = list(await self._source.health())
+        clock = read_clock()
+        text = "it shows a date long past" if not clock.is_plausible else "it is kept right by a time service"
+        if clock.is_plausible and not clock.is_synchronized:
+            text = "plausible, though nothing keeps it right"
+        checks.append(HealthCheck(name="clock", is_good=clock.is_plausible, text=text))
+        if (certificate := self._source.certificate) is not None:
+            left = certificate.expires_at - time.time()
+            text = f"it expires in {left / 86400:.1f} days" if left > 0 else "it has expired"
+            checks.append(HealthCheck(name="certificate", is_good=left > 0, text=text))
+        return checks
+
+    def _own_families(self, checks: Sequence[HealthCheck], clock: ClockState, began_at: float) -> Iterator[Metric]:
+        labels = ("version", "python")
+        info = (version("siderolink"), platform.python_version())
+        yield gauges("build_info", "The versions that run.", labels, [(info, 1)])
+        yield gauges("check_good", "Whether a part works, as /readyz says.", ["check"], [([c.name], c.is_good) for c in checks])
+        text = "How much later than asked for the event loop ran what was due."
+        yield histogram("event_loop_lag_seconds", text, LAG_BOUNDS, self._lag.buckets, self._lag.seconds)
+        yield gauge("clock_synchronized", "Whether a time service keeps this host's clock right.", clock.is_synchronized)
+        yield gauge("clock_offset_seconds", "How far the kernel is still to turn the clock.", clock.offset)
+        yield gauge("clock_max_error_seconds", "A bound on how wrong the clock is.", clock.max_error)
+        if (certificate := self._source.certificate) is not None:
+            text = "When the API's certificate, or one of its chain, expires; Unix time."
+            yield gauge("certificate_expiry_timestamp_seconds", text, certificate.expires_at)
+        lost = sum(lost_records().values())
+        yield counter("log_records_lost", "Log records that standard output did not take.", lost)
+        text = "How long it took to read this process's counters and make metrics of them."
+        yield gauge("scrape_seconds", text, time.perf_counter() - began_at)
+
+
+class _Collected(Collector):
+    def __init__(self, parts: Sequence[Families]) -> None:
+        self._parts = parts
+
+    def collect(self) -> Iterator[Metric]:
+        for part in self._parts:
+            yield from part()
+
+
+def _render(parts: Sequence[Families]) -> bytes:
+    return generate_latest(_Collected(parts))
+
+
+def _health_page(checks: Sequence[HealthCheck]) -> Answer:
+    is_good = all(check.is_good for check in checks)
+    found = {
+        "status": "ok" if is_good else "failing",
+        "checks": {check.name: {"ok": check.is_good, "text": check.text} for check in checks},
+    }
+    status = HTTPStatus.OK if is_good else HTTPStatus.SERVICE_UNAVAILABLE
+    return Answer(json.dumps(found, indent=2).encode() + b"\n", "application/json", status)
+
+
+@asynccontextmanager
+async def serve_metrics(options: MetricsOptions, source: MetricsSource) -> AsyncIterator[None]:
+    """Serve the pages until the context is left. Raises AddressInUseError or ConfigurationError."""
+    pages = Pages(source)
+    paths: dict[str, Callable[[], Awaitable[Answer]]] = {
+        "/metrics": pages.metrics,
+        "/healthz": pages.live,
+        "/readyz": pages.ready,
+    }
+    async with serve_pages(options.listen, paths) as port, background_tasks() as tasks:
+        tasks.start_soon(keep_running, "measuring the event loop", pages.run)
+        say("metrics", f"http://{HostPort(options.listen.host, port)}/metrics, with /healthz and /readyz")
+        yield

@@ -1,0 +1,205 @@
+"""Counters as Prometheus's metric families. Names and meanings: docs/metrics.md.
+
+A reason that has not come up is a series of zero, so that a rate over it is known from the start.
+"""
+
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, product
+
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeHistogramMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
+
+from siderolink.common.grpc.refusals import Refusal
+from siderolink.common.transport.tunnel import TunnelDrop
+from siderolink.common.wireguard.device import DeviceCounters
+from siderolink.common.wireguard.interface_rules import RuleDrop
+from siderolink.common.wireguard.noise import Drop
+from siderolink.common.wireguard.tun import TunDrop
+from siderolink.server import (
+    ClaimRefused,
+    HandshakeCompleted,
+    JoinRefusal,
+    LeaveReason,
+    LinkDown,
+    LinkState,
+    MachineAdmission,
+    MachineGroup,
+    MachineJoined,
+    MachineLeft,
+    MachineRekeyed,
+    MachineStatus,
+    ReportCounters,
+    ReportDrop,
+    ServerCounters,
+    ServerEvent,
+    StoreCounters,
+    StreamRefusal,
+    Transport,
+)
+from siderolink.server.admission.rules import Basis
+from siderolink.server.store.measured import LATENCY_BOUNDS
+
+AGE_BOUNDS = (15.0, 60.0, 120.0, 180.0, 275.0, 600.0, 3600.0, 86400.0)
+"""Seconds since the last handshake. A session in use is renewed after 120 s and ends after 180; a link is down after 275 s."""
+DEVICE_DROPS = tuple(
+    dict.fromkeys(str(reason) for reason in (*Drop, *TunDrop, *RuleDrop, *TunnelDrop, "send_failed", "send_buffer_full"))
+)
+
+Labels = Sequence[str]
+
+
+def gauge(name: str, text: str, value: float) -> Metric:
+    return GaugeMetricFamily(f"siderolink_{name}", text, value=value)
+
+
+def counter(name: str, text: str, value: float) -> Metric:
+    return CounterMetricFamily(f"siderolink_{name}", text, value=value)
+
+
+def by(name: str, text: str, label: str, found: Mapping[str, float], known: Iterable[str] = ()) -> Metric:
+    """A counter with one label; names that are known and not found are zero."""
+    family = CounterMetricFamily(f"siderolink_{name}", text, labels=[label])
+    for value, count in (dict.fromkeys(map(str, known), 0) | dict(found)).items():
+        family.add_metric([value], count)
+    return family
+
+
+def gauges(name: str, text: str, labels: Labels, found: Iterable[tuple[Labels, float]]) -> Metric:
+    family = GaugeMetricFamily(f"siderolink_{name}", text, labels=labels)
+    for values, value in found:
+        family.add_metric(values, value)
+    return family
+
+
+def histogram(name: str, text: str, bounds: Sequence[float], buckets: Sequence[int], total: float) -> Metric:
+    """`buckets` are not cumulative, and one more than `bounds`."""
+    return HistogramMetricFamily(f"siderolink_{name}", text, buckets=_cumulative(bounds, buckets), sum_value=total)
+
+
+def _cumulative(bounds: Sequence[float], buckets: Sequence[int]) -> list[tuple[str, float]]:
+    names = [*(f"{bound:g}" for bound in bounds), "+Inf"]
+    return list(zip(names, map(float, accumulate(buckets)), strict=True))
+
+
+# --- a device, whoever has it
+
+
+def device_families(device: DeviceCounters, drops: Mapping[str, int]) -> Iterator[Metric]:
+    yield gauge("peers", "WireGuard peers that the device has.", device.peers)
+    traffic = {"received": device.received_bytes, "sent": device.sent_bytes}
+    yield by("wireguard_bytes", "Bytes of WireGuard datagrams, by direction.", "direction", traffic)
+    interface = device.interface
+    yield gauge("interface_up", "Whether the interface is there and up.", interface is not None and interface.is_up)
+    if interface is not None:
+        packets = {"received": interface.received_packets, "sent": interface.sent_packets}
+        text = "Inner packets by direction, as the kernel counts them; a super-packet counts once."
+        yield by("interface_packets", text, "direction", packets)
+        inner = {"received": interface.received_bytes, "sent": interface.sent_bytes}
+        yield by("interface_bytes", "Bytes of inner packets, by direction.", "direction", inner)
+    yield by("drops", "Datagrams and packets that were dropped, by reason (docs/drops.md).", "reason", drops, DEVICE_DROPS)
+    buckets = [0] * (len(AGE_BOUNDS) + 1)
+    for age in device.session_ages:
+        buckets[bisect_left(AGE_BOUNDS, age)] += 1
+    yield GaugeHistogramMetricFamily(
+        "siderolink_session_age_seconds",
+        "Peers by the time since their last handshake.",
+        buckets=_cumulative(AGE_BOUNDS, buckets),
+        gsum_value=sum(device.session_ages),
+    )
+
+
+# --- a server
+
+
+def server_families(counters: ServerCounters) -> Iterator[Metric]:
+    """Everything but single machines."""
+    groups = [MachineGroup(*group) for group in product(LinkState, Transport, MachineAdmission)]
+    machines = [((*map(str, group),), counters.machines.get(group, 0)) for group in groups]
+    text = "Machines by the state of the link, how they were told to send, and how far they are let in."
+    yield gauges("machines", text, MachineGroup._fields, machines)
+    yield gauge("claims", "Calls for known machines by other keys that no handshake has proved yet.", counters.claims)
+    yield from _event_families(counters)
+    yield by("join_refusals", "Provision calls that were refused, by reason.", "reason", counters.join_refusals, JoinRefusal)
+    yield from device_families(counters.device, counters.drops)
+    yield gauge("api_connections", "Open connections to the API.", counters.connections)
+    text = "Connections, calls and messages that the API refused, by reason."
+    yield by("api_refusals", text, "reason", counters.api_refusals, Refusal)
+    yield gauge("tunnel_streams", "Open tunnel streams.", counters.streams)
+    yield gauge("tunnel_queued_bytes", "Bytes that wait for room in tunnel streams.", counters.queued_bytes)
+    text = "Tunnel streams that were refused or ended by the server, by reason."
+    yield by("stream_refusals", text, "reason", counters.stream_refusals, StreamRefusal)
+    if counters.reports is not None:
+        yield from _report_families(counters.reports)
+    yield from _store_families(counters.store)
+
+
+def _event_families(counters: ServerCounters) -> Iterator[Metric]:
+    def of(kind: type[ServerEvent]) -> dict[str, int]:
+        return {detail: count for (found, detail), count in counters.events.items() if found is kind}
+
+    text = "Provision calls that made a new link, for machines that were new or known."
+    yield by("joins", text, "kind", of(MachineJoined), ("new", "known"))
+    text = "Handshakes of known machines: the first one of a link, or one that renewed a session."
+    yield by("handshakes", text, "kind", of(HandshakeCompleted), ("first", "renewed"))
+    text = "Machines' rows that went to another key, by what allowed it."
+    yield by("takeovers", text, "basis", of(MachineRekeyed), Basis)
+    text = "Keys that claimed a machine and shook hands too late."
+    yield counter("claims_refused", text, sum(of(ClaimRefused).values()))
+    yield counter("links_down", "Links that were declared down.", sum(of(LinkDown).values()))
+    yield by("machines_left", "Machines that were forgotten, by reason.", "reason", of(MachineLeft), LeaveReason)
+
+
+def _report_families(reports: ReportCounters) -> Iterator[Metric]:
+    yield counter("report_events", "Events of machines that were accepted.", reports.events)
+    yield counter("report_lines", "Kernel log lines of machines that were accepted.", reports.lines)
+    yield gauge("report_kept_bytes", "Memory that kept events and lines take.", reports.kept_bytes)
+    yield by("report_drops", "Reports that were not accepted, by reason.", "reason", reports.drops, ReportDrop)
+
+
+def _store_families(store: StoreCounters) -> Iterator[Metric]:
+    text = "Transactions of the store, until they are durable."
+    yield histogram("store_transaction_seconds", text, LATENCY_BOUNDS, store.buckets, store.seconds)
+    yield counter("store_failures", "Transactions that the store could not do.", store.failures)
+
+
+@dataclass(frozen=True, slots=True)
+class MachineSeries:
+    """The machines that have series of their own."""
+
+    machines: Sequence[MachineStatus]
+    omitted: int
+    """How many there are beyond the bound."""
+
+
+def machine_families(found: MachineSeries) -> Iterator[Metric]:
+    labels = ("machine_id", "node_uuid")
+    info = GaugeMetricFamily(
+        "siderolink_machine_info", "What is known of each machine.", labels=[*labels, "talos_version", "transport", "admission"]
+    )
+    up = GaugeMetricFamily("siderolink_machine_up", "Whether the machine's link is up.", labels=labels)
+    handshake = GaugeMetricFamily(
+        "siderolink_machine_last_handshake_timestamp_seconds", "Unix time of the last handshake.", labels=labels
+    )
+    received = CounterMetricFamily("siderolink_machine_received_bytes", "WireGuard bytes from the machine.", labels=labels)
+    sent = CounterMetricFamily("siderolink_machine_sent_bytes", "WireGuard bytes to the machine.", labels=labels)
+    for status in found.machines:
+        machine, peer = status.machine, status.peer
+        names = (machine.id, machine.node_uuid)
+        transport = Transport.TUNNEL if machine.tunnel else Transport.UDP
+        info.add_metric([*names, machine.talos_version, str(transport), str(machine.admission)], 1)
+        up.add_metric(names, status.state is LinkState.UP)
+        if peer is not None:
+            received.add_metric(names, peer.received_bytes)
+            sent.add_metric(names, peer.sent_bytes)
+            if peer.last_handshake is not None:
+                handshake.add_metric(names, peer.last_handshake)
+    yield from (info, up, handshake, received, sent)
+    text = "Machines without series of their own, because there are more than --metrics-machines."
+    yield gauge("machine_series_omitted", text, found.omitted)

@@ -1,0 +1,132 @@
+"""A small HTTP/1.1 server for pages that are read only: metrics and health. One request per connection.
+
+What a client may cost is bounded: connections at a time, bytes of a request, seconds to send it and to take the answer.
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Final
+
+from siderolink.common.grpc.listeners import listen_tcp
+from siderolink.common.hostport import HostPort
+
+MAX_CONNECTIONS: Final = 16
+MAX_REQUEST_BYTES: Final = 8 * 1024
+REQUEST_TIMEOUT: Final = 5.0
+"""Seconds for a client to send its request."""
+ANSWER_TIMEOUT: Final = 30.0
+"""Seconds to make the answer and for a client to take it."""
+
+_logger = logging.getLogger("siderolink.cli")
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a page says."""
+
+    body: bytes
+    content_type: str = "text/plain; charset=utf-8"
+    status: HTTPStatus = HTTPStatus.OK
+
+
+Page = Callable[[], Awaitable[Answer]]
+
+
+class PageServer:
+    """Answers GET and HEAD for some paths; made by `serve_pages`."""
+
+    def __init__(self, pages: Mapping[str, Page]) -> None:
+        self._pages = pages
+        self._open: set[asyncio.Task[None]] = set()
+
+    def accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if len(self._open) >= MAX_CONNECTIONS:
+            writer.transport.abort()
+            return
+        task = asyncio.get_running_loop().create_task(self._serve(reader, writer))
+        self._open.add(task)
+        task.add_done_callback(self._open.discard)
+
+    async def end(self) -> None:
+        for task in self._open:
+            task.cancel()
+        await asyncio.gather(*self._open, return_exceptions=True)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            async with asyncio.timeout(REQUEST_TIMEOUT):
+                request = await _read_head(reader)
+            async with asyncio.timeout(ANSWER_TIMEOUT):
+                method, answer = await self._answer(request)
+                writer.write(_encode(answer, with_body=method != "HEAD"))
+                await writer.drain()
+                writer.close()
+                await writer.wait_closed()
+        except (OSError, TimeoutError, asyncio.IncompleteReadError):
+            pass  # the client is gone, or too slow
+        finally:
+            writer.transport.abort()
+
+    async def _answer(self, request: bytes | None) -> tuple[str, Answer]:
+        """The request's method, and the answer."""
+        if request is None:
+            return "", _error(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
+        parts = request.partition(b"\r\n")[0].decode("latin-1").split(" ")
+        if len(parts) != 3 or not parts[2].startswith("HTTP/1."):
+            return "", _error(HTTPStatus.BAD_REQUEST)
+        method, target, _ = parts
+        page = self._pages.get(target.partition("?")[0])
+        if page is None:
+            return method, _error(HTTPStatus.NOT_FOUND, "there are: " + ", ".join(self._pages))
+        if method not in ("GET", "HEAD"):
+            return method, _error(HTTPStatus.METHOD_NOT_ALLOWED)
+        try:
+            return method, await page()
+        except Exception:
+            _logger.exception("the page %s failed", target.partition("?")[0])
+            return method, _error(HTTPStatus.INTERNAL_SERVER_ERROR)
+
+
+@asynccontextmanager
+async def serve_pages(listen: HostPort, pages: Mapping[str, Page]) -> AsyncIterator[int]:
+    """Serve until the context is left; gives the TCP port. Raises AddressInUseError or ConfigurationError."""
+    server = PageServer(pages)
+    listeners: list[asyncio.Server] = []
+    sockets = listen_tcp([listen.host], listen.port)
+    port: int = sockets[0].getsockname()[1]
+    try:
+        for sock in sockets:
+            listener = await asyncio.start_server(server.accept, sock=sock, limit=MAX_REQUEST_BYTES)
+            listeners.append(listener)
+        yield port
+    finally:
+        for listener in listeners:
+            listener.close()
+        for sock in sockets:
+            sock.close()
+        await server.end()
+
+
+async def _read_head(reader: asyncio.StreamReader) -> bytes | None:
+    """The request line and its headers; None where they are too long."""
+    try:
+        return await reader.readuntil(b"\r\n\r\n")
+    except asyncio.LimitOverrunError:
+        return None
+
+
+def _error(status: HTTPStatus, text: str = "") -> Answer:
+    return Answer(f"{status.phrase}{': ' if text else ''}{text}\n".encode(), status=status)
+
+
+def _encode(answer: Answer, *, with_body: bool) -> bytes:
+    head = (
+        f"HTTP/1.1 {answer.status.value} {answer.status.phrase}\r\n"
+        f"Content-Type: {answer.content_type}\r\nContent-Length: {len(answer.body)}\r\n"
+        "Cache-Control: no-store\r\nX-Content-Type-Options: nosniff\r\nConnection: close\r\n\r\n"
+    )
+    return head.encode("latin-1") + (answer.body if with_body else b"")

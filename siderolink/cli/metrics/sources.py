@@ -1,0 +1,136 @@
+"""What `serve`, `join` and `wireguard` have to tell."""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import chain
+
+from prometheus_client.core import Metric
+
+from siderolink.cli.control import data_plane
+from siderolink.cli.metrics.endpoint import Families
+from siderolink.cli.metrics.families import (
+    MachineSeries,
+    by,
+    counter,
+    device_families,
+    gauge,
+    gauges,
+    machine_families,
+    server_families,
+)
+from siderolink.cli.serving import Serving
+from siderolink.client import Link
+from siderolink.client.link.link import LinkStatus
+from siderolink.client.link.state import LinkState
+from siderolink.common.errors import SideroLinkError
+from siderolink.common.grpc import ServerCertificate
+from siderolink.common.pb.siderolink.control import Reports
+from siderolink.common.wireguard.userspace import UserspaceDevice
+from siderolink.server import HealthCheck, Server
+
+
+def wireguard_info(kind: str) -> Metric:
+    """Which WireGuard and which row functions are in use."""
+    text = "Which WireGuard works here, and what works on its packets."
+    return gauges("wireguard_info", text, ("device", "rows"), [((kind, data_plane(kind)), 1)])
+
+
+class ServerMetrics:
+    """A `serve`, whose server may be between two lives."""
+
+    def __init__(self, serving: Serving, machines: int, certificate: ServerCertificate | None) -> None:
+        """`machines` bounds how many have series of their own."""
+        self._serving = serving
+        self._machines = machines
+        self.certificate = certificate
+
+    async def read(self) -> Families:
+        text = "Whether the server runs."
+        try:
+            return await self._read(self._serving.server, gauge("serving", text, 1))
+        except SideroLinkError:  # between two servers, or its interface was lost
+            return lambda: [gauge("serving", text, 0)]
+
+    async def _read(self, server: Server, serving: Metric) -> Families:
+        counters, info = await server.counters(), wireguard_info(server.device.kind)
+        parts: list[Families] = [
+            lambda: [serving, info],
+            partial(server_families, counters),
+        ]
+        if self._machines:
+            found = await server.machines()
+            shown = MachineSeries(found[: self._machines], max(0, len(found) - self._machines))
+            parts.append(partial(machine_families, shown))
+        return lambda: chain.from_iterable(part() for part in parts)
+
+    async def health(self) -> Sequence[HealthCheck]:
+        try:
+            return await self._serving.server.health()
+        except SideroLinkError as error:
+            return [HealthCheck(name="server", is_good=False, text=str(error))]
+
+
+class InterfaceMetrics:
+    """A bare interface."""
+
+    certificate = None
+
+    def __init__(self, device: UserspaceDevice) -> None:
+        self._device = device
+
+    async def read(self) -> Families:
+        counters, drops = await self._device.counters(), self._device.drops()
+        return lambda: chain([wireguard_info(self._device.kind)], device_families(counters, drops))
+
+    async def health(self) -> Sequence[HealthCheck]:
+        interface = self._device.read_interface()
+        text = f"the interface {self._device.name} is {'there' if interface is not None else 'gone'}"
+        return [HealthCheck(name="device", is_good=interface is not None, text=text)]
+
+
+class LinkMetrics:
+    """A `join`; there is no link while there is no join URL."""
+
+    certificate = None
+
+    def __init__(self, link: Callable[[], Link | None], reports: Callable[[], Reports | None]) -> None:
+        self._link = link
+        self._reports = reports
+
+    async def read(self) -> Families:
+        link = self._link()
+        status = None if link is None else await link.status()
+        return partial(_link_families, status, self._reports())
+
+    async def health(self) -> Sequence[HealthCheck]:
+        link = self._link()
+        if link is None:
+            return [HealthCheck(name="link", is_good=False, text="there is no join URL")]
+        status = await link.status()
+        text = f"{status.state}: {status.reason}" if status.reason else str(status.state)
+        return [HealthCheck(name="link", is_good=status.state is LinkState.CONNECTED, text=text)]
+
+
+def _link_families(status: LinkStatus | None, reports: Reports | None) -> Iterator[Metric]:
+    state = None if status is None else status.state
+    text = "The link's state: 1 for the one that it is in."
+    yield gauges("link_state", text, ["state"], [([str(known)], known is state) for known in LinkState])
+    if status is not None:
+        yield gauge("link_state_since_timestamp_seconds", "Unix time of the last change of that state.", status.since)
+        yield by("drops", "Datagrams and packets that were dropped, by reason (docs/drops.md).", "reason", status.drops)
+        if status.device is not None:
+            yield wireguard_info(status.device)
+        if status.transport is not None:
+            yield gauges("link_info", "How the link travels.", ["transport"], [([status.transport], 1)])
+        if (peer := status.server) is not None:
+            text = "Bytes of WireGuard datagrams, by direction, since the interface was made."
+            yield by("wireguard_bytes", text, "direction", {"received": peer.received_bytes, "sent": peer.sent_bytes})
+            if peer.last_handshake is not None:
+                yield gauge("link_last_handshake_timestamp_seconds", "Unix time of the last handshake.", peer.last_handshake)
+    if reports is not None:
+        yield counter("report_events", "Events that were delivered.", reports.events)
+        yield counter("report_lines", "Kernel log lines that were delivered.", reports.lines)
+        lost = {"events": reports.events_lost, "lines": reports.lines_lost}
+        yield by("reports_lost", "Reports that were dropped because too many waited.", "kind", lost)
+        waiting = (("events",), reports.events_waiting), (("lines",), reports.lines_waiting)
+        yield gauges("reports_waiting", "Reports that wait to be delivered.", ["kind"], waiting)

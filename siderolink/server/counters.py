@@ -1,0 +1,192 @@
+"""What a running server counts, and whether its parts work, for embedders and for `--metrics-listen`.
+
+Everything is read off counters that exist anyway, when somebody asks. Totals never fall while one server runs.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Final, NamedTuple
+
+import anyio
+from anyio.lowlevel import checkpoint
+
+from siderolink.common.errors import SideroLinkError
+from siderolink.common.tasks import in_parts
+from siderolink.common.transport.tunnel import TunnelPath
+from siderolink.common.wireguard.device import DeviceCounters
+from siderolink.server.composition import Parts
+from siderolink.server.events import EventHub, ServerEvent
+from siderolink.server.fleet.directory import Directory, LinkState
+from siderolink.server.reporting import Reports
+from siderolink.server.store import MachineAdmission
+from siderolink.server.store.measured import MeasuredStore, StoreCounters
+
+LINKS_AT_ONCE: Final = 1000
+"""Machines looked at before other tasks run."""
+STORE_TIMEOUT: Final = 2.0
+"""Seconds in which the store has to answer a health check."""
+FULL_FOR: Final = 60.0
+"""Seconds for which a store that had no room left is called full."""
+
+
+class Transport(StrEnum):
+    """How a machine was told to send its datagrams."""
+
+    UDP = "udp"
+    TUNNEL = "tunnel"
+
+
+class MachineGroup(NamedTuple):
+    """What machines are counted by."""
+
+    state: LinkState
+    transport: Transport
+    admission: MachineAdmission
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReportCounters:
+    """What machines reported."""
+
+    events: int
+    lines: int
+    kept_bytes: int
+    """Memory that the kept events and lines take."""
+    drops: Mapping[str, int]
+    """By `ReportDrop`, and by what the event sink refused."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerCounters:
+    """One server's counters. Mappings by reason hold only reasons that came up."""
+
+    machines: Mapping[MachineGroup, int]
+    claims: int
+    """Provision calls for known machines by other keys, which no handshake has proved yet."""
+    events: Mapping[tuple[type[ServerEvent], str], int]
+    """Events by type; the second part tells apart: new and known joins, first and renewed handshakes, reasons, bases."""
+    join_refusals: Mapping[str, int]
+    stream_refusals: Mapping[str, int]
+    api_refusals: Mapping[str, int]
+    drops: Mapping[str, int]
+    connections: int
+    """Open connections to the API."""
+    streams: int
+    """Open tunnel streams."""
+    queued_bytes: int
+    """What waits for room in them."""
+    device: DeviceCounters
+    store: StoreCounters
+    reports: ReportCounters | None
+    """None where the server receives no reports."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HealthCheck:
+    """One part of a server, and whether it works."""
+
+    name: str
+    is_good: bool
+    text: str
+    """For people: what was found."""
+
+
+async def read_counters(parts: Parts, events: EventHub, store: MeasuredStore) -> ServerCounters:
+    """For `Server.counters`."""
+    directory = parts.fleet.directory
+    machines, streams, queued_bytes = await _count_links(directory)
+    return ServerCounters(
+        machines=machines,
+        claims=directory.claim_count,
+        events=dict(events.counts),
+        join_refusals=join_refusals(parts),
+        stream_refusals=stream_refusals(parts),
+        api_refusals=api_refusals(parts),
+        drops=drops(parts),
+        connections=parts.api.connections,
+        streams=streams,
+        queued_bytes=queued_bytes,
+        device=await parts.device.counters(),
+        store=store.counters(),
+        reports=None if parts.reports is None else _count_reports(parts.reports),
+    )
+
+
+async def _count_links(directory: Directory) -> tuple[Mapping[MachineGroup, int], int, int]:
+    groups: Counter[MachineGroup] = Counter()
+    streams = queued_bytes = 0
+    for links in in_parts(directory, LINKS_AT_ONCE):
+        await checkpoint()
+        for link in links:
+            machine = link.machine
+            groups[MachineGroup(link.state, Transport.TUNNEL if machine.tunnel else Transport.UDP, machine.admission)] += 1
+            for stream in link.streams:
+                streams += 1
+                if isinstance(stream.path, TunnelPath):
+                    queued_bytes += stream.path.queued_bytes
+    return groups, streams, queued_bytes
+
+
+def _count_reports(reports: Reports) -> ReportCounters:
+    found = Counter(reports.drops())
+    found.update(reports.refusals())
+    return ReportCounters(
+        events=reports.taken_events, lines=reports.taken_lines, kept_bytes=reports.kept_bytes, drops=dict(found)
+    )
+
+
+def join_refusals(parts: Parts) -> dict[str, int]:
+    """By `JoinRefusal`."""
+    return {str(reason): count for reason, count in parts.provisioning.refusals.items()}
+
+
+def stream_refusals(parts: Parts) -> dict[str, int]:
+    """By `StreamRefusal`."""
+    return {str(reason): count for reason, count in parts.tunnel.refusals.items()}
+
+
+def api_refusals(parts: Parts) -> dict[str, int]:
+    """By the API's `Refusal`."""
+    return {str(reason): count for reason, count in parts.api.refusals.items()}
+
+
+def drops(parts: Parts) -> dict[str, int]:
+    """Of the device, its interface and its rules, and of tunnel streams."""
+    return parts.device.drops() | {str(reason): count for reason, count in parts.tunnel.drops.items()}
+
+
+async def check_health(parts: Parts, store: MeasuredStore) -> tuple[HealthCheck, ...]:
+    """For `Server.health`."""
+    return await _check_device(parts), _check_listener(parts), await _check_store(store)
+
+
+async def _check_device(parts: Parts) -> HealthCheck:
+    interface = (await parts.device.counters()).interface
+    name = parts.device.name
+    if interface is None:
+        return HealthCheck(name="device", is_good=False, text=f"the interface {name} is gone")
+    text = f"the interface {name} is {'up' if interface.is_up else 'down'}"
+    return HealthCheck(name="device", is_good=interface.is_up, text=text)
+
+
+def _check_listener(parts: Parts) -> HealthCheck:
+    if parts.api.is_accepting:
+        return HealthCheck(name="listeners", is_good=True, text=f"the API accepts connections on port {parts.api.port}")
+    text = "the API accepts no connections: this host has no file descriptor left for one"
+    return HealthCheck(name="listeners", is_good=False, text=text)
+
+
+async def _check_store(store: MeasuredStore) -> HealthCheck:
+    if store.full_at is not None and time.monotonic() - store.full_at < FULL_FOR:
+        return HealthCheck(name="store", is_good=False, text="the state's disk is full: no new machine can join")
+    try:
+        with anyio.fail_after(STORE_TIMEOUT):
+            await store.transact(lambda transaction: transaction.server())
+    except TimeoutError:
+        return HealthCheck(name="store", is_good=False, text=f"the store did not answer within {STORE_TIMEOUT:g} s")
+    except SideroLinkError as error:
+        return HealthCheck(name="store", is_good=False, text=str(error))
+    return HealthCheck(name="store", is_good=True, text="the store answers")

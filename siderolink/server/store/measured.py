@@ -1,0 +1,73 @@
+"""A store that counts how long its transactions take, and how many fail."""
+
+import time
+from bisect import bisect_left
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from typing import Final, TypeVar
+
+from siderolink.common.errors import StoreError, StoreFullError
+from siderolink.server.store.base import Ban, Change, Claim, Machine, Store, Work
+
+T = TypeVar("T")
+
+LATENCY_BOUNDS: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+"""Upper bounds of the buckets, in seconds."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoreCounters:
+    """Transactions since the server was made. A work that raised, a refusal for example, counts as one that the store did."""
+
+    seconds: float
+    """The sum of their durations, waiting for the commit included."""
+    buckets: tuple[int, ...]
+    """How many took at most each of LATENCY_BOUNDS and longer than the bound before; last, those beyond all bounds."""
+    failures: int
+    """How many the store itself failed."""
+
+    @property
+    def count(self) -> int:
+        return sum(self.buckets)
+
+
+class MeasuredStore:
+    """See `Store`."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._seconds = 0.0
+        self._buckets = [0] * (len(LATENCY_BOUNDS) + 1)
+        self._failures = 0
+        self.full_at: float | None = None
+        """When it last had no room left, by the monotonic clock."""
+
+    def counters(self) -> StoreCounters:
+        return StoreCounters(seconds=self._seconds, buckets=tuple(self._buckets), failures=self._failures)
+
+    async def transact(self, work: Work[T]) -> T:
+        began_at = time.perf_counter()
+        try:
+            return await self._store.transact(work)
+        except StoreError as error:
+            self._failures += 1
+            if isinstance(error, StoreFullError):
+                self.full_at = time.monotonic()
+            raise
+        finally:
+            seconds = time.perf_counter() - began_at
+            self._seconds += seconds
+            self._buckets[bisect_left(LATENCY_BOUNDS, seconds)] += 1
+
+    def machines(self) -> AsyncIterator[Machine]:
+        return self._store.machines()
+
+    async def bans(self) -> Sequence[Ban]:
+        return await self._store.bans()
+
+    async def all_claims(self) -> Sequence[Claim]:
+        return await self._store.all_claims()
+
+    def changes(self) -> AbstractAsyncContextManager[AsyncIterator[Change]]:
+        return self._store.changes()

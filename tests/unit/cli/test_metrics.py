@@ -1,0 +1,238 @@
+"""Metrics without a server: the pages' bounds, the shape of the text, and totals that survive what they count."""
+
+import asyncio
+import socket
+import time
+from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import replace
+
+import anyio
+import anyio.lowlevel
+import pytest
+from prometheus_client.core import Metric
+from prometheus_client.parser import text_string_to_metric_families
+
+from siderolink.cli.metrics import http
+from siderolink.cli.metrics.endpoint import Families, Pages
+from siderolink.cli.metrics.families import DEVICE_DROPS, MachineSeries, device_families, machine_families
+from siderolink.cli.metrics.http import Answer, serve_pages
+from siderolink.cli.metrics.options import MetricsOptions, metrics_options
+from siderolink.common.errors import AddressInUseError, ConfigurationError, StoreError, StoreFullError
+from siderolink.common.hostport import HostPort
+from siderolink.server import MachineStatus, MemoryStore, Store
+from siderolink.server.counters import HealthCheck
+from siderolink.server.fleet.directory import LinkState
+from siderolink.server.store.base import Transaction
+from siderolink.server.store.measured import MeasuredStore
+from tests.support.crowd import open_crowd
+
+pytestmark = pytest.mark.anyio
+
+LOOPBACK = HostPort("127.0.0.1", 0)
+
+
+async def hello() -> Answer:
+    return Answer(b"hello")
+
+
+async def ask(port: int, request: bytes) -> bytes:
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    try:
+        writer.write(request)
+        return await asyncio.wait_for(reader.read(), 20)
+    finally:
+        writer.close()
+
+
+async def test_pages_answer_and_refuse() -> None:
+    async def broken() -> Answer:
+        raise ValueError("secret detail")
+
+    async with serve_pages(LOOPBACK, {"/hello": hello, "/broken": broken}) as port:
+        answer = await ask(port, b"GET /hello?x=1 HTTP/1.1\r\nHost: here\r\n\r\n")
+        assert answer.startswith(b"HTTP/1.1 200 OK\r\n")
+        assert b"Content-Length: 5\r\n" in answer
+        assert answer.endswith(b"\r\n\r\nhello")
+        assert (await ask(port, b"HEAD /hello HTTP/1.1\r\n\r\n")).endswith(b"\r\n\r\n")
+        assert b" 404 " in await ask(port, b"GET /else HTTP/1.1\r\n\r\n")
+        assert b" 405 " in await ask(port, b"POST /hello HTTP/1.1\r\n\r\n")
+        assert b" 400 " in await ask(port, b"\x16\x03\x01\r\n\r\n")
+        assert b" 431 " in await ask(port, b"GET /hello HTTP/1.1\r\nX: " + bytes(http.MAX_REQUEST_BYTES) + b"\r\n\r\n")
+        failed = await ask(port, b"GET /broken HTTP/1.1\r\n\r\n")
+        assert b" 500 " in failed
+        assert b"secret" not in failed
+
+
+async def test_idle_clients_cost_a_bounded_number_of_connections(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with serve_pages(LOOPBACK, {"/hello": hello}) as port:
+        idle = [await asyncio.open_connection("127.0.0.1", port) for _ in range(http.MAX_CONNECTIONS)]
+        await asyncio.sleep(0)
+        try:
+            answer = await ask(port, b"GET /hello HTTP/1.1\r\n\r\n")
+        except ConnectionError:
+            answer = b""
+        assert answer == b""
+        for _, writer in idle:
+            writer.close()
+    monkeypatch.setattr(http, "REQUEST_TIMEOUT", 0.05)
+    async with serve_pages(LOOPBACK, {"/hello": hello}) as port:
+        assert await ask(port, b"GET /hello HTTP/1.1\r\n") == b""
+
+
+async def test_a_port_in_use_is_an_error_of_ours() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(AddressInUseError):
+        async with serve_pages(HostPort("127.0.0.1", taken.getsockname()[1]), {}):
+            raise AssertionError
+
+
+@pytest.mark.parametrize(
+    ("given", "host", "port"),
+    [("9180", "127.0.0.1", 9180), (":9180", "127.0.0.1", 9180), ("[::1]:1", "::1", 1), ("0.0.0.0:9180", "0.0.0.0", 9180)],
+)
+async def test_a_port_alone_is_on_the_loopback(given: str, host: str, port: int) -> None:
+    assert metrics_options(given) == MetricsOptions(listen=HostPort(host, port))
+
+
+@pytest.mark.parametrize("given", ["", "x", "99999", "host:", "1:2:3"])
+async def test_another_address_is_refused(given: str) -> None:
+    with pytest.raises(ConfigurationError):
+        metrics_options(given)
+
+
+def values(metrics: Iterable[Metric]) -> dict[str, float]:
+    return {sample.name + "".join(sample.labels.values()): sample.value for found in metrics for sample in found.samples}
+
+
+async def test_totals_of_a_device_survive_its_peers() -> None:
+    async with open_crowd(3) as crowd:
+        for member in crowd.members:
+            crowd.hear(member, crowd.packet(member))
+        before = await crowd.device.counters()
+        assert (before.peers, len(before.session_ages)) == (3, 3)
+        assert min(before.received_bytes, before.sent_bytes) > 0
+        for member in crowd.members[:2]:
+            await crowd.leave(member)
+        after = await crowd.device.counters()
+        assert (after.peers, len(after.session_ages)) == (1, 1)
+        assert (after.received_bytes, after.sent_bytes) == (before.received_bytes, before.sent_bytes)
+        found = values(device_families(after, crowd.device.drops() | {"malformed": 7}))
+        assert found["siderolink_wireguard_bytes_totalreceived"] == before.received_bytes
+        assert found["siderolink_drops_totalmalformed"] == 7
+        assert all(f"siderolink_drops_total{reason}" in found for reason in DEVICE_DROPS)
+        assert found["siderolink_session_age_seconds_bucket+Inf"] == 1
+
+
+async def test_other_tasks_run_while_peers_are_listed() -> None:
+    async with open_crowd(250) as crowd:
+        turns = 0
+
+        async def count() -> None:
+            nonlocal turns
+            while True:
+                turns += 1
+                await anyio.lowlevel.checkpoint()
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(count)
+            await anyio.lowlevel.checkpoint()
+            turns = 0
+            assert len(await crowd.device.peers()) == 250
+            assert turns >= 3
+            tasks.cancel_scope.cancel()
+
+
+class Failing(MemoryStore):
+    """Fails as it is told."""
+
+    error: StoreError | None = None
+
+    async def transact(self, work):  # type: ignore[no-untyped-def]
+        if self.error is not None:
+            raise self.error
+        return await super().transact(work)
+
+
+async def test_a_store_is_measured() -> None:
+    inner = Failing()
+    store: Store = (measured := MeasuredStore(inner))
+
+    async def work(transaction: Transaction) -> str:
+        assert await transaction.server() is None
+        return "done"
+
+    assert await store.transact(work) == "done"
+    inner.error = StoreFullError("no room")
+    with pytest.raises(StoreFullError):
+        await store.transact(work)
+    inner.error = StoreError("broken")
+    with pytest.raises(StoreError):
+        await store.transact(work)
+    found = measured.counters()
+    assert (found.count, found.failures) == (3, 2)
+    assert measured.full_at is not None
+    assert found.seconds > 0
+
+
+async def test_what_machines_say_cannot_break_the_text() -> None:
+    async with open_crowd(1) as crowd:
+        found = await crowd.machines.find(crowd.members[0].node_uuid)
+    assert found is not None
+    hostile = 'v1"} 1\nsiderolink_forged 1\\'
+    machine = MachineStatus(machine=replace(found, talos_version=hostile), state=LinkState.UP, peer=None)
+    source = Fixed(lambda: machine_families(MachineSeries([machine], 4)))
+    text = (await Pages(source).metrics()).body.decode()
+    families = {family.name: family for family in text_string_to_metric_families(text)}
+    assert "siderolink_forged" not in families
+    assert families["siderolink_machine_info"].samples[0].labels["talos_version"] == hostile
+    assert families["siderolink_machine_series_omitted"].samples[0].value == 4
+
+
+class Fixed:
+    """A source that gives always the same, and counts how often it was read."""
+
+    certificate = None
+
+    def __init__(self, families: Families, *checks: HealthCheck) -> None:
+        self.reads = 0
+        self._families = families
+        self._checks = checks
+
+    async def read(self) -> Families:
+        self.reads += 1
+        return self._families
+
+    async def health(self) -> Sequence[HealthCheck]:
+        return self._checks
+
+
+async def test_scrapes_that_come_together_share_an_answer() -> None:
+    pages = Pages(source := Fixed(lambda: ()))
+    async with anyio.create_task_group() as tasks:
+        for _ in range(20):
+            tasks.start_soon(pages.metrics)
+    assert source.reads == 1
+
+
+@asynccontextmanager
+async def at_date(monkeypatch: pytest.MonkeyPatch, moment: float) -> AsyncIterator[None]:
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "time", lambda: moment)
+        yield
+
+
+async def test_health_says_what_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    def check(name: str, good: bool) -> HealthCheck:
+        return HealthCheck(name=name, is_good=good, text=f"{name} is {good}")
+
+    good = Pages(Fixed(lambda: (), check("device", True), check("store", True)))
+    assert (await good.live()).status == (await good.ready()).status == 200
+    no_store = Pages(Fixed(lambda: (), check("device", True), check("store", False)))
+    assert ((await no_store.live()).status, (await no_store.ready()).status) == (200, 503)
+    assert b"store is False" in (await no_store.ready()).body
+    no_device = Pages(Fixed(lambda: (), check("device", False)))
+    assert ((await no_device.live()).status, (await no_device.ready()).status) == (503, 503)
+    async with at_date(monkeypatch, 86_400.0):
+        old = await good.ready()
+    assert old.status == 503
+    assert b"long past" in old.body
