@@ -33,7 +33,7 @@ from siderolink.server.counters import (
     stream_refusals,
 )
 from siderolink.server.events import EventHub, EventStream
-from siderolink.server.fleet.directory import LinkState
+from siderolink.server.fleet.directory import Link, LinkState
 from siderolink.server.options import ServerOptions
 from siderolink.server.reporting import ReportOptions, Reports
 from siderolink.server.store import Ban, BanKind, Machine, MemoryStore, Store
@@ -207,25 +207,27 @@ class Server(AbstractAsyncContextManager["Server"]):
 
     # --- machines
 
-    async def machines(self) -> list[MachineStatus]:
-        """Every machine that is known to this server and accepted."""
-        return [status for status in await self._statuses() if status.machine.is_accepted]
+    async def machines(self, limit: int | None = None) -> list[MachineStatus]:
+        """Every machine that is known to this server and accepted, or `limit` of them; other tasks run in between."""
+        links = [link for link in self._live().fleet.directory if link.machine.is_accepted]
+        return await self._statuses(links[:limit])
 
     async def unaccepted_machines(self) -> list[MachineStatus]:
         """The machines that are pending or denied."""
-        return [status for status in await self._statuses() if not status.machine.is_accepted]
+        return await self._statuses([link for link in self._live().fleet.directory if not link.machine.is_accepted])
 
-    async def _statuses(self) -> list[MachineStatus]:
-        parts = self._live()
-        peers = {peer.public_key: peer for peer in await parts.device.peers()}
-        found: list[MachineStatus] = []
-        for links in in_parts(parts.fleet.directory, 500):
+    async def _statuses(self, links: Sequence[Link]) -> list[MachineStatus]:
+        keys = [link.machine.public_key for link in links if link.machine.public_key is not None]
+        peers: dict[PublicKey | None, PeerStatus] = {}
+        for statuses in in_parts(await self._live().device.peers(keys), 1000):
+            peers.update((status.public_key, status) for status in statuses)
             await checkpoint()
-            for link in links:
-                key = link.machine.public_key
-                found.append(
-                    MachineStatus(machine=link.machine, state=link.state, peer=None if key is None else peers.get(key))
-                )
+        found: list[MachineStatus] = []
+        for part in in_parts(links, 500):
+            found += [
+                MachineStatus(machine=link.machine, state=link.state, peer=peers.get(link.machine.public_key)) for link in part
+            ]
+            await checkpoint()
         return found
 
     async def find(self, name: str) -> Machine | None:

@@ -21,7 +21,7 @@ from siderolink.common.wireguard.path import Datagrams, Path
 from siderolink.server.clock import Clock
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
 
 class VirtualClock:
@@ -133,7 +133,8 @@ class FakeDevice:
         config = self.configs.get(public_key)
         return None if config is None else self._status(config)
 
-    async def peers(self) -> list[PeerStatus]:
+    async def peers(self, keys: "Iterable[PublicKey] | None" = None) -> list[PeerStatus]:
+        assert keys is None
         return [self._status(config) for config in self.configs.values()]
 
     def _status(self, config: PeerConfig) -> PeerStatus:

@@ -26,7 +26,7 @@ from siderolink.common.errors import SideroLinkError
 from siderolink.common.grpc import ServerCertificate
 from siderolink.common.pb.siderolink.control import Reports
 from siderolink.common.wireguard.userspace import UserspaceDevice
-from siderolink.server import HealthCheck, Server
+from siderolink.server import HealthCheck, MachineAdmission, Server
 
 
 def wireguard_info(kind: str) -> Metric:
@@ -58,8 +58,9 @@ class ServerMetrics:
             partial(server_families, counters),
         ]
         if self._machines:
-            found = await server.machines()
-            shown = MachineSeries(found[: self._machines], max(0, len(found) - self._machines))
+            count = sum(found for group, found in counters.machines.items() if group.admission is MachineAdmission.ACCEPTED)
+            machines = await server.machines(self._machines)
+            shown = MachineSeries(machines, max(0, count - len(machines)))
             parts.append(partial(machine_families, shown))
         return lambda: chain.from_iterable(part() for part in parts)
 

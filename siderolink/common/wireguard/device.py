@@ -1,7 +1,7 @@
 """The WireGuard device, of either kind: one interface, one private key, many peers; its configuration and its events."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from ipaddress import IPv4Interface, IPv4Network, IPv6Interface, IPv6Network
@@ -232,8 +232,8 @@ class Device(Protocol):
 
     async def peer(self, public_key: PublicKey) -> PeerStatus | None: ...
 
-    async def peers(self) -> list[PeerStatus]:
-        """All of them; other tasks run in between."""
+    async def peers(self, keys: Iterable[PublicKey] | None = None) -> list[PeerStatus]:
+        """All peers, or those of `keys` that there are; other tasks run in between."""
 
     async def counters(self) -> DeviceCounters:
         """What was counted; other tasks run in between. The kernel's peers are as of some seconds ago at most."""

@@ -36,7 +36,7 @@ from siderolink.common.wireguard.uapi.protocol import DeviceReport
 from siderolink.common.wireguard.udp import UdpSockets, open_udp
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from siderolink.common.netlink import Link
 
@@ -120,10 +120,11 @@ class UserspaceDevice:
         entry = self.engine.peers.get(bytes(public_key))
         return peer_status(entry, boot_time()) if entry is not None else None
 
-    async def peers(self) -> list[PeerStatus]:
-        now = boot_time()
+    async def peers(self, keys: "Iterable[PublicKey] | None" = None) -> list[PeerStatus]:
+        now, peers = boot_time(), self.engine.peers
+        asked = peers.values() if keys is None else [peers[key] for key in map(bytes, keys) if key in peers]
         found: list[PeerStatus] = []
-        for part in in_parts(self.engine.peers.values(), 100):
+        for part in in_parts(asked, 100):
             found += [peer_status(peer, now) for peer in part]
             await checkpoint()
         return found

@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager, closing
 from functools import partial
 from typing import Literal
@@ -134,10 +134,10 @@ class KernelDevice:
         await self._peers.looks.refresh()
         return self._peers.table.status(bytes(public_key))
 
-    async def peers(self) -> list[PeerStatus]:
+    async def peers(self, keys: Iterable[PublicKey] | None = None) -> list[PeerStatus]:
         """As `peer`."""
         await self._peers.looks.refresh()
-        return await self._peers.table.statuses()
+        return await self._peers.table.statuses(None if keys is None else [bytes(key) for key in keys])
 
     async def counters(self) -> DeviceCounters:
         table, now = self._peers.table, time.time()

@@ -1,10 +1,12 @@
 """The kernel's peers as they are known here between two looks, and by which stream each of them is reached."""
 
 import time
+from collections.abc import Sequence
 
 from anyio.lowlevel import checkpoint
 
 from siderolink.common.keys import PublicKey
+from siderolink.common.tasks import in_parts
 from siderolink.common.wireguard.device import PeerStatus
 from siderolink.common.wireguard.kernel import messages
 from siderolink.common.wireguard.kernel.messages import PeerFacts
@@ -102,13 +104,14 @@ class PeerTable:
         entry = self.entries.get(key)
         return self._status(entry) if entry is not None else None
 
-    async def statuses(self) -> list[PeerStatus]:
-        """All of them, letting other tasks run in between."""
-        found = []
-        for number, entry in enumerate(list(self.entries.values()), start=1):
-            found.append(self._status(entry))
-            if number % _AT_ONCE == 0:
-                await checkpoint()
+    async def statuses(self, keys: Sequence[bytes] | None = None) -> list[PeerStatus]:
+        """All of them, or those of `keys` that there are, letting other tasks run in between."""
+        entries = self.entries
+        asked = entries.values() if keys is None else [entries[key] for key in keys if key in entries]
+        found: list[PeerStatus] = []
+        for part in in_parts(asked, _AT_ONCE):
+            found += map(self._status, part)
+            await checkpoint()
         return found
 
     def _status(self, entry: PeerEntry) -> PeerStatus:
