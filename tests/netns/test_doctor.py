@@ -42,6 +42,8 @@ def test_all_is_well(query: str) -> None:
         found = examine(net.machine, URL + query)
         assert not [finding for finding in found.values() if finding["is_good"] is False]
         assert found["join"]["is_good"]
+        assert found["data plane"]["is_good"]
+        assert "siderolink" in found["data plane"]["text"].lower()
         [route] = [name for name in found if name.startswith("tunnel " if query else "udp ") and not name.endswith("MTU")]
         assert found[route]["is_good"]
         assert "1280 bytes pass" in found[f"{route}, MTU"]["text"]

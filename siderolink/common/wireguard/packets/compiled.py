@@ -1,4 +1,4 @@
-"""The compiled core (siderolink-native), where it is installed: the work of the matrices in one call for each batch.
+"""The compiled core (siderolink-native), if installed: does the work of the matrices in one call for each batch.
 
 Packets are split at the place where they are sealed, and opened and merged in the buffer that received them. Each function has
 a twin in pure Python: `Splitter`, `Sealer`, `Opener` and `Merger`.
@@ -22,18 +22,18 @@ from siderolink.common.wireguard.packets.shape import MalformedFrame
 from siderolink.common.wireguard.path import Datagrams
 
 SEAM: Final = 1
-"""What the functions take and give; another number means another version of them."""
+"""The version of the functions' interface that this module was written for."""
 VARIABLE: Final = "SIDEROLINK_NATIVE"
 _MODULE: Final = "siderolink_native"
 _TAG_BYTES: Final = TRANSPORT_OVERHEAD - TRANSPORT_HEADER_BYTES
 _SPLIT_BYTES: Final = 3 << 17
-"""A batch of a path, and one more super-packet."""
+"""Room for one batch of a path and one more super-packet."""
 _MAX_SPLIT_BYTES: Final = 1 << 20
 _SCRATCH_BYTES: Final = 1 << 16
 
 
 class Functions(Protocol):
-    """What of the compiled module is used; native/README.md says what each does. All raise ValueError for bad arguments."""
+    """The functions of the compiled module; see native/README.md. All raise ValueError for bad arguments."""
 
     MalformedFrame: type[ValueError]
     __version__: str
@@ -79,7 +79,7 @@ class Functions(Protocol):
 
 @cache
 def load() -> tuple[Functions | None, str]:
-    """The compiled functions, or None, and for people which are in use and why."""
+    """The compiled functions, or None; and, for people, which implementation is in use and why."""
     if os.environ.get(VARIABLE) == "0":
         return None, f"pure Python ({VARIABLE}=0)"
     try:
@@ -96,7 +96,7 @@ def load() -> tuple[Functions | None, str]:
 
 @dataclass(slots=True)
 class PlacedPackets(Packets):
-    """Packets that lie where they can be sealed in place, for a path with this headroom."""
+    """Packets placed so that they can be sealed where they are, for a path with this headroom."""
 
     buffer: memoryview
     """From the first row's headroom on; it has room for the last row's tag."""
@@ -104,11 +104,11 @@ class PlacedPackets(Packets):
 
 
 class CompiledSplitter:
-    """Cuts super-packets into segments, those of one length together: see `Splitter`."""
+    """Splits super-packets into segments, those of one length into one batch: see `Splitter`."""
 
     def __init__(self, functions: Functions, mtu: int) -> None:
         self.headroom = 0
-        """Of the path that the packets are for; to be changed only while there are none."""
+        """The path's headroom; change it only while the batch is empty."""
         self._functions = functions
         self._mtu = mtu
         self._buffer = memoryview(bytearray(_SPLIT_BYTES))
@@ -120,9 +120,9 @@ class CompiledSplitter:
         return self._count * self._length
 
     def add(self, frame: memoryview) -> bool:
-        """Take a super-packet. False if its segments cannot follow those that are here: then take() these first.
+        """Add a super-packet. False if its segments do not fit the batch: call take() first.
 
-        An empty splitter takes every one that is well-formed. Raises MalformedFrame.
+        An empty splitter accepts every well-formed one. Raises MalformedFrame.
         """
         count = self._count
         if count and self._last < self._length:
@@ -144,7 +144,7 @@ class CompiledSplitter:
         return True
 
     def take(self) -> PlacedPackets | None:
-        """All segments so far, in order; None if there are none."""
+        """Return and clear the batch; None if it is empty."""
         count, length, last, headroom = self._count, self._length, self._last, self.headroom
         if not count:
             return None
@@ -159,11 +159,11 @@ class CompiledSplitter:
 
 @dataclass(slots=True)
 class OpenedInPlace:
-    """Plaintext of a run, in the buffer that it was opened in: see `noise.rows.Opened`."""
+    """The plaintext of a run, in the buffer that it was opened in: see `noise.rows.Opened`."""
 
     data: memoryview
     start: int
-    """Where the first row is."""
+    """The offset of the first row."""
     stride: int
     count: int
     length: int
@@ -181,7 +181,7 @@ class OpenedInPlace:
 
 
 class CompiledCiphers:
-    """Makes the ciphers of one device. They share its buffer: a batch is good until the next one."""
+    """Makes the ciphers of one device. They share its buffers: a batch is valid until the next one."""
 
     def __init__(self, functions: Functions) -> None:
         self.functions = functions
@@ -197,7 +197,7 @@ class CompiledCiphers:
         return self._sealed[:size]
 
     def copied(self, data: memoryview) -> memoryview:
-        """A copy that can be written."""
+        """A writable copy."""
         if len(data) > len(self._copied):
             self._copied = memoryview(bytearray(2 * len(data)))
         self._copied[: len(data)] = data
@@ -241,7 +241,7 @@ class _CompiledCipher:
 
 
 class CompiledMerger:
-    """Makes frames for one interface, each in one piece: see `Merger`."""
+    """Makes the frames for one interface, each in one piece: see `Merger`."""
 
     def __init__(self, functions: Functions, *, tso: bool = True, uso: bool = False) -> None:
         self._find_frames = functions.find_frames
@@ -249,7 +249,7 @@ class CompiledMerger:
         self._uso = uso
 
     def merge(self, opened: Opened, inner_filter: InnerFilter) -> Iterator[list[Bytes]]:
-        """The buffer of each frame; the batch is of no other use afterwards."""
+        """Yield the buffer of each frame; the batch cannot be used for anything else afterwards."""
         batch = cast("OpenedInPlace", opened)
         data, good = batch.data, batch.good
         frames = self._find_frames(
@@ -268,5 +268,5 @@ class CompiledMerger:
             if inner_filter.admit(packet) is not None:
                 yield [data[start:end]]
             else:
-                for _ in range(rows - 1):  # each packet of a run that may not pass is counted
+                for _ in range(rows - 1):  # every packet of a refused run is counted
                     inner_filter.admit(packet)

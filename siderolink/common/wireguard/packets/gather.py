@@ -1,4 +1,4 @@
-"""Consecutive small packets for one peer as rows of one batch, because the interface gives each by itself."""
+"""Collects consecutive small packets for one peer into one batch, because each comes from the interface by itself."""
 
 from typing import Final
 
@@ -26,7 +26,7 @@ class Gatherer:
         self._scratch = Scratch(max_rows * round_up(mtu))
         self._count = self._room = self._stride = self._length = self._last = 0
         self._alike = 0
-        """How many rows from the first on still need padding and checksum."""
+        """How many of the first rows still need padding and checksum."""
         self._frame_size = 0
         self._header = b""
 
@@ -34,7 +34,7 @@ class Gatherer:
         return self._count
 
     def add(self, frame: memoryview) -> bool:
-        """Take the frame as the next row. False if it cannot be one: then take() what is here first.
+        """Add the frame as the next row. False if it does not fit the batch: call take() first.
 
         An empty gatherer takes every well-formed frame that is no super-packet. Raises MalformedFrame.
         """
@@ -56,7 +56,7 @@ class Gatherer:
         self._frame_size, self._header = len(frame), bytes(frame[:VNET_SIZE])
         self._stride, self._length = round_up(size), padded_length(size, self._mtu)
         self._room = self._max_rows
-        if size > self._mtu:  # the interface's MTU has just become smaller
+        if size > self._mtu:  # the interface's MTU has just been reduced
             self._room = 1
             self._scratch.reserve(self._stride)
         self._last = self._length
@@ -75,7 +75,7 @@ class Gatherer:
         return True
 
     def take(self) -> Packets | None:
-        """All rows so far, good until add() is called again; None if there are none."""
+        """Return and clear the batch, valid until the next add(); None if it is empty."""
         count, stride, length = self._count, self._stride, self._length
         if not count:
             return None
@@ -89,7 +89,7 @@ class Gatherer:
         return Packets(self._scratch.view[: (count - 1) * stride + self._last], count, stride, length, self._last, rows)
 
     def _finish_one(self, size: int) -> None:
-        """The same as `_finish`, without columns."""
+        """The same as `_finish` for one row, without column operations."""
         view = self._scratch.view
         if size < self._length:
             view[size : self._length] = bytes(self._length - size)

@@ -1,4 +1,4 @@
-"""The few facts about IP, TCP, UDP and virtio headers that the data plane needs (RFC 791, 8200, 9293, 768; virtio 5.1.6)."""
+"""IP, TCP, UDP and virtio headers, as far as the data plane needs them (RFC 791, 8200, 9293, 768; virtio 5.1.6)."""
 
 import struct
 from enum import IntEnum
@@ -35,7 +35,7 @@ class Gso(IntEnum):
 
 
 class Inner(NamedTuple):
-    """Where things are in one IP packet that carries TCP or UDP."""
+    """Offsets within one IP packet that carries TCP or UDP."""
 
     version: int
     protocol: int
@@ -44,7 +44,7 @@ class Inner(NamedTuple):
     header: int
     """The offset of the payload."""
     total: int
-    """The length of the packet by its own account."""
+    """The packet's length according to its IP header."""
 
 
 def address_pair(packet: Bytes, offset: int = 0) -> bytes | None:

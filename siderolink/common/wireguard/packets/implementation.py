@@ -1,4 +1,4 @@
-"""Chooses who works on rows: the matrices, or the compiled core where it is installed."""
+"""Chooses the implementation of the work on rows: matrices in Python, or the compiled core if installed."""
 
 from collections.abc import Iterator
 from typing import Protocol
@@ -21,10 +21,10 @@ __all__ = ["CompiledRows", "MatrixRows", "RowFunctions", "row_functions", "row_f
 
 
 class SuperPacketSplitter(Protocol):
-    """Cuts super-packets into rows: see `Splitter`."""
+    """Splits super-packets into rows: see `Splitter`."""
 
     headroom: int
-    """Of the path that the packets are for; a splitter may use it to place them."""
+    """The path's headroom, which a splitter may use to place the rows."""
 
     @property
     def size(self) -> int: ...
@@ -35,13 +35,13 @@ class SuperPacketSplitter(Protocol):
 
 
 class FrameMerger(Protocol):
-    """Makes frames of opened rows: see `Merger`."""
+    """Makes frames from decrypted rows: see `Merger`."""
 
     def merge(self, opened: Opened, inner_filter: InnerFilter) -> Iterator[list[Bytes]]: ...
 
 
 class RowFunctions(Protocol):
-    """Makes the parts that work on rows; those of one device belong together."""
+    """Creates the parts that work on rows. All parts of a device must come from the same implementation."""
 
     def ciphers(self) -> CipherFactory: ...
 
@@ -51,7 +51,7 @@ class RowFunctions(Protocol):
 
 
 class MatrixRows:
-    """In Python, on matrices."""
+    """Python code on numpy matrices."""
 
     def ciphers(self) -> CipherFactory:
         return MatrixCiphers()
@@ -64,7 +64,7 @@ class MatrixRows:
 
 
 class CompiledRows:
-    """By the compiled core."""
+    """The compiled core."""
 
     def __init__(self, functions: Functions) -> None:
         self._functions = functions
@@ -80,11 +80,11 @@ class CompiledRows:
 
 
 def row_functions() -> RowFunctions:
-    """The compiled core where it is installed, fits and is not switched off by SIDEROLINK_NATIVE=0; else the matrices."""
+    """The compiled core if it is installed, compatible and not disabled by SIDEROLINK_NATIVE=0; else the matrices."""
     functions, _ = load()
     return MatrixRows() if functions is None else CompiledRows(functions)
 
 
 def row_functions_in_use() -> str:
-    """For people: what `row_functions` gives, and why."""
+    """The implementation that `row_functions` returns, and why, for people."""
     return load()[1]

@@ -1,7 +1,7 @@
-"""From opened rows to what a TUN interface with offloads takes: runs of one flow become one super-packet.
+"""Turns decrypted packets into frames for a TUN interface with offloads: runs of one flow become one super-packet.
 
-A run is merged only if cutting it again gives the very same packets: equal headers, sequence numbers (and IPv4 IDs) in
-steps, full segments but for the last, and right checksums. Whatever does not fit goes on alone, untouched and in order.
+A run is merged only if splitting it again would give exactly the same packets: equal headers, consecutive sequence numbers
+(and IPv4 IDs), full segments except the last, and valid checksums. Everything else passes alone, unchanged and in order.
 """
 
 import struct
@@ -42,7 +42,7 @@ _PUT_32: Final = struct.Struct(">I").pack_into
 
 
 class Merger:
-    """Makes frames for one interface."""
+    """Makes the frames for one interface."""
 
     def __init__(self, *, tso: bool = True, uso: bool = False) -> None:
         """`tso` and `uso`: whether the interface takes super-packets of TCP and of UDP."""
@@ -50,7 +50,7 @@ class Merger:
         self._uso = uso
 
     def merge(self, opened: AnyOpened, inner_filter: InnerFilter) -> Iterator[list[Bytes]]:
-        """The buffers of each frame, for one writev each; they are good until the opener is called again.
+        """Yield the buffers of each frame, for one writev each; they are valid until the next batch is opened.
 
         The filter is asked about each packet that may begin a frame. Keepalives are skipped, and not counted.
         """
@@ -76,7 +76,7 @@ class Merger:
             row += step
 
     def _mergeable(self, packet: memoryview, total: int) -> Inner | None:
-        """What is in the packet if it could begin a run."""
+        """The packet's offsets if it could begin a run."""
         if 60 <= total <= 100 and packet[6] == TCP and total == 40 + (packet[52] >> 4) * 4 and packet[0] >> 4 == 6:
             return None  # an acknowledgement over IPv6, which is half of all packets of a transfer
         inner = parse_inner(packet, total)
@@ -89,7 +89,7 @@ class Merger:
 
 
 def _run_length(opened: Opened, first: int, inner: Inner, pair: bytes, seen: dict[tuple[Inner, bytes], Continuity]) -> int:
-    """How many rows from `first` on make one super-packet; 1 if its neighbour or its own checksum does not fit.
+    """How many rows from `first` on form one super-packet; 1 if the next row does not continue it or its own checksum is wrong.
 
     `seen` is what was found out about the batch so far; `pair` the packet's addresses.
     """
@@ -113,14 +113,14 @@ def _run_length(opened: Opened, first: int, inner: Inner, pair: bytes, seen: dic
 
 
 def _same_flow(packet: memoryview, other: memoryview, inner: Inner) -> bool:
-    """A quick look at the neighbour, so that single packets do not pay for column operations."""
+    """Compare with the next row first, so that single packets do not pay for column operations."""
     start = 8 if inner.version == 6 else 12
     end = inner.transport + 4
     return packet[start:end] == other[start:end] and packet[0] == other[0]
 
 
 def _is_short_tail(opened: Opened, first: int, row: int, inner: Inner) -> bool:
-    """Whether a row that is shorter than the run's can end it: like the others, but it may carry PSH and FIN."""
+    """Whether a shorter row can end the run: its headers must continue it, and it may carry PSH and FIN."""
     view, stride = opened.scratch.view, opened.stride
     version, protocol, transport, header, total = inner
     size = opened.last if row == opened.count - 1 else opened.length
@@ -151,7 +151,7 @@ def _is_short_tail(opened: Opened, first: int, row: int, inner: Inner) -> bool:
 
 
 def _is_valid(packet: memoryview, inner: Inner) -> bool:
-    """Whether the checksums of one segment are right; its own length counts."""
+    """Whether one segment's checksums are valid, by its own length."""
     transport = inner.transport
     if inner.version == 6:
         total = 40 + int.from_bytes(packet[4:6], "big")

@@ -1,4 +1,4 @@
-"""Which rows of a batch continue one another: found for all rows of one shape at once, however many runs they make."""
+"""Finds which rows of a batch continue one another, for all rows of one shape at once."""
 
 from functools import lru_cache
 from typing import Final
@@ -11,16 +11,16 @@ from siderolink.common.wireguard.packets.headers import CWR, FIN, PSH, TCP, UDP,
 from siderolink.common.wireguard.packets.seal import Opened
 
 _WINDOW: Final = 256
-"""Rows that are looked at together: so many that a receive is seen whole, so few that odd rows do not make it slow."""
+"""Rows examined together: enough for one whole receive, few enough that irregular batches stay cheap."""
 _ENDING: Final = bytes(bool(flags & (FIN | PSH)) for flags in range(256))
 _BEGINNING: Final = bytes(bool(flags & CWR) for flags in range(256))
 
 
 class Continuity:
-    """What follows what among the rows from `first` on that look like the first one: `inner`, and the same two addresses.
+    """Continuations among the rows from `first` on that have the first one's layout (`inner`) and addresses.
 
-    A row continues the one before it if it has the same header but for the sequence number (or IPv4 ID), which goes on from
-    there, and the checksum, which is right. CWR may only begin a run, PSH and FIN only end it (RFC 9293, RFC 3168).
+    A row continues the one before it if its header is the same except for the sequence number (or IPv4 ID), which must follow
+    on, and the checksum, which must be valid. CWR may only begin a run, PSH and FIN only end it (RFC 9293, RFC 3168).
     """
 
     __slots__ = ("_begins", "_breaks", "_ends", "_first", "_is_whole", "_limit", "_wrong")
@@ -38,7 +38,7 @@ class Continuity:
             self._begins, self._ends = flags.translate(_BEGINNING), flags.translate(_ENDING)
 
     def run(self, row: int, room: int) -> int | None:
-        """How many rows from `row` on are one run, at most `room`; 0 if that row's own checksum is wrong.
+        """The length of the run that begins at `row`, at most `room`; 0 if that row's own checksum is wrong.
 
         None if the run may go on behind what was looked at, and another look from `row` on would tell.
         """
@@ -59,7 +59,7 @@ class Continuity:
         return end - start
 
     def _find_breaks(self, opened: Opened, inner: Inner) -> bytes:
-        """For each row, whether it is no continuation of the one before by its header."""
+        """For each row, whether its header does not continue the one before."""
         scratch, stride, first, limit = opened.scratch, opened.stride, self._first, self._limit
         heads = scratch.matrix(0, stride, inner.header // 4)[first:limit]
         changes = heads[1:] ^ heads[:-1]
@@ -88,7 +88,7 @@ class Continuity:
         scratch, stride, first, limit = opened.scratch, opened.stride, self._first, self._limit
         version, protocol, transport, _, total = inner
         words = (total - transport + 3) // 4
-        if transport + words * 4 > opened.length:  # what lies behind each row is nobody's
+        if transport + words * 4 > opened.length:  # the bytes behind each row are undefined
             scratch.matrix(opened.length, stride, stride - opened.length, "u1")[first:limit] = 0
         sums = row_sums(scratch.matrix(transport, stride, words)[first:limit])
         pseudo = pseudo_header_sum(scratch.view[first * stride :][:40], version, protocol)

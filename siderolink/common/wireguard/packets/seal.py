@@ -1,4 +1,4 @@
-"""WireGuard transport messages (whitepaper, section 5.4.6), sealed and opened as rows of a matrix: one AEAD call a packet."""
+"""Seals and opens WireGuard data messages (whitepaper, section 5.4.6) as rows of a matrix, with one AEAD call per packet."""
 
 import struct
 from collections import deque
@@ -31,7 +31,7 @@ _INITIAL_SIZE: Final = 1 << 16
 
 
 class Nonces:
-    """The nonces of a batch: four zero bytes and a counter each, as slices that are made once."""
+    """The nonces of a batch, as cached slices: four zero bytes and a counter each."""
 
     def __init__(self) -> None:
         self._allocate(64)
@@ -42,7 +42,7 @@ class Nonces:
         self._rows = scratch.rows(0, _NONCE_SIZE, _NONCE_SIZE, count)
 
     def of(self, counters: Array) -> Sequence[memoryview]:
-        """At least as many as there are counters, good until the next call."""
+        """At least one nonce per counter, valid until the next call."""
         count = counters.size
         if count > self._counters.size:
             self._allocate(2 * count)
@@ -51,7 +51,7 @@ class Nonces:
 
 
 class Sealer:
-    """Turns packets into datagrams. What it returns is good until it is called again."""
+    """Turns packets into datagrams. A result is valid until the next call."""
 
     def __init__(self) -> None:
         self._scratch = Scratch(_INITIAL_SIZE)
@@ -59,7 +59,7 @@ class Sealer:
         self._steps: Array = np.arange(64, dtype=np.uint64)
         self._counters = self._steps.copy()
         self._stamped = (0, 0, 0, 0)
-        """Receiver, headroom, stride and number of the rows whose type and receiver are written."""
+        """Receiver, headroom, stride and number of the rows whose type and receiver are already written."""
 
     def seal(self, packets: Packets, aead: ChaCha20Poly1305, receiver: int, counter: int, headroom: int = 0) -> Datagrams:
         """Seal row i under counter + i. The caller has reserved `packets.count` counters from `counter` on, for good."""
@@ -90,7 +90,7 @@ class Sealer:
         return Datagrams(scratch.view[:end], count, stride, headroom)
 
     def _seal_one(self, row: memoryview, aead: ChaCha20Poly1305, receiver: int, counter: int, headroom: int) -> Datagrams:
-        """The same without columns."""
+        """The same for one row, without column operations."""
         end = headroom + OVERHEAD + len(row)
         self._scratch.reserve(end)
         self._stamped = (0, 0, 0, 0)
@@ -114,7 +114,7 @@ class Run:
 
 
 def find_runs(datagrams: Datagrams) -> list[Run]:
-    """Sort a received batch, which may mix peers, key pairs and handshake messages, into runs in order of arrival."""
+    """Divide a received batch, which may mix peers, sessions and handshake messages, into runs in order of arrival."""
     data, count, stride, headroom = datagrams.data, datagrams.count, datagrams.stride, datagrams.headroom
     full = count if len(data) == count * stride else count - 1
     if full > 1 and stride - headroom >= OVERHEAD:
@@ -160,7 +160,7 @@ def _single_run(datagrams: Datagrams, row: int) -> Run:
 
 
 def read_counters(datagrams: Datagrams, first: int, count: int) -> Array:
-    """The counters of a run of transport messages, before anything of them is trusted."""
+    """The counters of a run of transport messages, not yet authenticated."""
     at = first * datagrams.stride + datagrams.headroom + 8
     return np.ndarray((count,), "<u8", datagrams.data, at, (datagrams.stride,))
 
@@ -177,7 +177,7 @@ def text_lengths(datagrams: Datagrams, first: int, count: int) -> tuple[int, int
 
 @dataclass(slots=True)
 class Opened:
-    """Plaintext of a run, as rows of one buffer that the opener uses again for its next batch."""
+    """The plaintext of a run, as rows of one buffer that the opener reuses for the next batch."""
 
     scratch: Scratch
     count: int
@@ -204,14 +204,14 @@ class Opened:
 
 
 class Opener:
-    """Turns datagrams into packets. What it returns is good until it is called again."""
+    """Turns datagrams into packets. A result is valid until the next call."""
 
     def __init__(self) -> None:
         self._scratch = Scratch(_INITIAL_SIZE)
         self._nonces = Nonces()
 
     def open(self, datagrams: Datagrams, first: int, count: int, aead: ChaCha20Poly1305) -> Opened:
-        """Open a run of transport messages (of find_runs). A row whose tag is wrong is erased, at no cost to its neighbours."""
+        """Open a run of transport messages (of find_runs). A row with a wrong tag is erased; the others are not affected."""
         data, step = datagrams.data, datagrams.stride
         start = first * step + datagrams.headroom + HEADER_SIZE
         length, last = text_lengths(datagrams, first, count)
@@ -243,7 +243,7 @@ def _open_row(aead: ChaCha20Poly1305, counter: int, sealed: memoryview, plain: m
     try:
         aead.decrypt_into(_NONCE(counter), sealed, None, plain)
     except InvalidTag:
-        plain[:] = bytes(len(plain))  # the plaintext is written before the tag is compared
+        plain[:] = bytes(len(plain))  # decrypt_into writes the plaintext before it compares the tag
         return False
     return True
 
@@ -257,7 +257,7 @@ def _open_rows(
 ) -> list[bool]:
     """Open `count` rows; there may be more slices."""
     good = [True] * count
-    # The map goes on after an exception, with the next row; the iterator of nonces tells which row it was.
+    # After an exception the map continues with the next row; the iterator of nonces tells which row failed.
     remaining = iter(nonces[:count])
     opening = map(aead.decrypt_into, remaining, sealed, repeat(None), plain)
     while True:

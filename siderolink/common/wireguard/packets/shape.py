@@ -1,4 +1,4 @@
-"""What a super-packet from a TUN interface looks like, read from its headers, which nobody is trusted with."""
+"""The shape of a super-packet from a TUN interface, read and validated from its headers."""
 
 from typing import Final, NamedTuple
 
@@ -15,7 +15,7 @@ MAX_BYTES: Final = 1 << 19
 
 
 class MalformedFrame(ValueError):
-    """Raised when a frame from the interface contradicts itself; it was not for us to repair."""
+    """Raised when a frame from the interface is inconsistent; it is dropped."""
 
 
 def packet_size(frame: memoryview) -> int:
@@ -26,7 +26,7 @@ def packet_size(frame: memoryview) -> int:
 
 
 class Shape(NamedTuple):
-    """What super-packets have in common whose segments may be rows of one matrix."""
+    """The properties that super-packets must share for their segments to be rows of one matrix."""
 
     version: int
     protocol: int
@@ -91,7 +91,7 @@ def _find_transport(packet: memoryview, version: int, protocol: int, csum_start:
         raise MalformedFrame("the IPv6 header is cut off")
     if packet[6] == protocol:
         return 40, pseudo_header_sum(packet, 6, protocol)
-    # Behind extension headers: the kernel says where, and its partial checksum holds the pseudo-header's sum.
+    # Behind extension headers, csum_start says where, and the partial checksum holds the pseudo-header's sum.
     field = 16 if protocol == TCP else 6
     if csum_start is None or csum_start < 48 or csum_start % 4 or csum_start + field + 2 > len(packet):
         raise MalformedFrame("IPv6 extension headers without a place for the checksum")

@@ -1,4 +1,4 @@
-"""From what a TUN interface with offloads gives, to rows of padded packets: segmentation of TCP (TSO) and UDP (USO)."""
+"""Splits super-packets from a TUN interface into rows of padded packets: segmentation of TCP (TSO) and UDP (USO)."""
 
 import struct
 from typing import Final
@@ -60,16 +60,16 @@ class _Layout:
 
 
 class Splitter:
-    """Cuts super-packets into segments, those of one shape together. What it returns is good until add() is called."""
+    """Splits super-packets into segments, those of one shape into one batch. A result is valid until the next add()."""
 
     def __init__(self, mtu: int) -> None:
         self.headroom = 0
-        """Of the path that the packets are for; of no use here, where they are sealed to another place."""
+        """The path's headroom; unused here, because sealing copies the rows."""
         self._mtu = mtu
         self._scratch = Scratch(_INITIAL_SIZE)
         self._layouts: dict[Shape, _Layout] = {}
         self._shapes: dict[tuple[bytes, bytes, int], Shape] = {}
-        """Those of TCP over IPv6, by all that they depend on: frames for one peer are mostly alike."""
+        """A cache of TCP over IPv6 shapes, keyed by everything that they depend on: frames for one peer are mostly alike."""
         self._count = 0
         """The rows that are filled."""
         self._last = 0
@@ -83,7 +83,7 @@ class Splitter:
         return self._count * self._layout.stride if self._count else 0
 
     def add(self, frame: memoryview) -> bool:
-        """Take a super-packet. False if its segments cannot follow those that are here: then take() these first.
+        """Add a super-packet. False if its segments do not fit the batch: call take() first.
 
         An empty splitter takes every one that is well-formed. Raises MalformedFrame.
         """
@@ -101,7 +101,7 @@ class Splitter:
         return True
 
     def _place(self, packet: memoryview, first: int, count: int) -> None:
-        """Write all but what take() writes for all rows."""
+        """Write everything except what take() writes for all rows at once."""
         version, protocol, transport, header, gso_size, _ = shape = self._shape
         layout, view = self._layout, self._scratch.view
         end, stride = first + count, layout.stride
@@ -109,7 +109,7 @@ class Splitter:
         last = self._last = len(packet) - (count - 1) * gso_size
         if last == shape.size:
             layout.bodies[first:end] = np.frombuffer(packet, layout.part, count, header)
-        else:  # what follows the payload in the last row must be zero, as padding and for the sums
+        else:  # the rest of the last row must be zero, as padding and for the sums
             if count > 1:
                 layout.bodies[first : end - 1] = np.frombuffer(packet, layout.part, count - 1, header)
             last_row[header:last] = packet[header + (count - 1) * gso_size :]
@@ -139,7 +139,7 @@ class Splitter:
             _PUT_16(last_row, 10, complement(word_sum(last_row[:transport])))
 
     def take(self) -> Packets | None:
-        """All segments so far, in order; None if there are none."""
+        """Return and clear the batch; None if it is empty."""
         count, self._count = self._count, 0
         if not count:
             return None

@@ -1,4 +1,4 @@
-"""The answer to a packet that can go to no peer, so that its sender knows at once: an ICMP error (RFC 792; RFC 4443, 3.1).
+"""Makes the ICMP error for a packet whose destination no peer has (RFC 792; RFC 4443, 3.1), so that its sender knows at once.
 
 As the kernel's WireGuard does: "host unreachable" over IPv4, "address unreachable" over IPv6. The error comes from the address
 that is not there, because a host believes no packet that comes in from one of its own.
