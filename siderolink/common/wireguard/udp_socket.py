@@ -50,6 +50,8 @@ _NO_GSO: Final = (errno.EINVAL, errno.EIO, errno.EMSGSIZE, errno.EOPNOTSUPP, err
 """What Linux says when it cannot segment: a route's MTU is below a row (EMSGSIZE; EINVAL before 6.8), its interface computes no
 checksums (EIO), the socket has no GSO."""
 
+_CANNOT_SEGMENT: Final = "UDP sends cannot be segmented (UDP_SEGMENT) on some route of this host"
+
 _SocketAddress = tuple[str, int] | tuple[str, int, int, int]
 
 
@@ -122,6 +124,8 @@ class UdpSocket:
         self._mark = 0
         self._plain: dict[_SocketAddress, float] = {}
         """Destinations to which the kernel refused GSO, and when it is tried again; the oldest first."""
+        self._suspect: UdpPath | None = None
+        """Where a segmented send was refused, and GSO or the local address may be the reason."""
         self._max_bytes = 65_507 if self.family == socket.AF_INET else 65_527
         self._pending: tuple[Datagrams, UdpPath] | None = None
         self._waiting: list[Callable[[], None]] = []
@@ -279,6 +283,9 @@ class UdpSocket:
             self._sock.sendmsg((data,), controls, 0, path.address)
         else:
             self._sock.sendto(data, path.address)
+        if path is self._suspect and count == 1:  # the address was not to blame
+            self._suspect = None
+            say_once(_CANNOT_SEGMENT)
 
     def _can_retry(self, code: int, path: UdpPath, count: int) -> bool:
         """Drop an option that the kernel may have refused; False if there is none left to drop.
@@ -287,14 +294,17 @@ class UdpSocket:
         """
         control = path.local_end.control if path.local_end is not None else None
         if count > 1 and code in _NO_GSO:
-            if code not in (errno.EMSGSIZE, errno.EINVAL) or (code == errno.EINVAL and control is None):
-                say_once("UDP sends cannot be segmented (UDP_SEGMENT) on some way out of this host")
+            if code == errno.EINVAL and control is not None:
+                self._suspect = path
+            elif code != errno.EMSGSIZE:
+                say_once(_CANNOT_SEGMENT)
             while len(self._plain) >= _MAX_PLAIN:
                 del self._plain[next(iter(self._plain))]
             self._plain[path.address] = self._loop.time() + _PLAIN_SECONDS
             return True
         if path.local_end is not None and control is not None and code in _UNPIN:
             path.local_end.control = None  # the local address is gone
+            self._suspect = None
             self._plain.pop(path.address, None)
             return True
         return False
