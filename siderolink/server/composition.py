@@ -116,7 +116,7 @@ class Composition:
         if echoes is not None:
             tasks.start_soon(keep_running, "proving moves", partial(fleet.moves.run, echoes.ping))
         if options.policy.has_pending:
-            tasks.start_soon(keep_running, "enrolling pending machines", fleet.enrolment.run)
+            tasks.start_soon(keep_running, "enrolling pending machines", partial(fleet.enrolment.run, options.namespace))
         if options.policy.forget_after is not None:
             forget = partial(fleet.machines.forget_absent, options.policy.forget_after)
             tasks.start_soon(keep_running, "forgetting absent machines", forget)

@@ -15,7 +15,7 @@ from grpclib import GRPCError, Status
 from siderolink.common.hostport import HostPort
 from tests.support.netns import Namespace, stop
 from tests.support.raw_machine import RawMachine
-from tests.support.serving import API, COMMAND, TOKEN, served
+from tests.support.serving import API, COMMAND, TOKEN, Served, served
 from tests.support.topology import Net, direct, routed
 
 URL = f"grpc://{API}?jointoken={TOKEN}"
@@ -158,22 +158,30 @@ def test_the_machine_commands(net: Net, tmp_path: Path) -> None:
         assert "Traceback" not in unknown.stderr
 
 
+@pytest.mark.parametrize("elsewhere", [False, True], ids=["here", "another namespace"])
 @pytest.mark.timeout(240)
-def test_a_clone_and_a_machine_without_a_token_are_given_what_they_lack(tmp_path: Path) -> None:
+def test_a_clone_and_a_machine_without_a_token_are_given_what_they_lack(tmp_path: Path, elsewhere: bool) -> None:
     """The server writes META 15 and 16 through the machine's own API, over the link."""
     node_uuid = str(uuid.uuid4())
     join = [*COMMAND, "join", URL, "--uuid", node_uuid, "--device", "userspace", "--maintenance-api"]
-    options = ("--device", "userspace", "--join-tokens-mode", "strict")
-    with routed(2) as net, served(net.server, tmp_path, *options) as server:
-        machines = []
-        for number, namespace in enumerate(net.machines):
-            own = ["--identity", str(tmp_path / f"identity-{number}"), "--meta", str(tmp_path / f"meta-{number}")]
-            machines.append(namespace.popen([*join, *own], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
-            server.wait_for("accepted" if number else "bound", 60)
-        found = json.loads(command(tmp_path, "list", "--json").stdout)
-        assert [machine["admission"] for machine in found] == ["accepted", "accepted"]
-        assert sorted(machine["has_unique_token"] for machine in found) == [True, True]
-        assert len({machine["node_uuid"] for machine in found}) == 2
-        assert node_uuid in {machine["node_uuid"] for machine in found}, "the original keeps its UUID"
-        for machine in machines:
-            stop(machine)
+    options: tuple[str, ...] = ("--device", "userspace", "--join-tokens-mode", "strict")
+    with routed(2) as net, Namespace("overlay") as inside:
+        options += ("--netns", inside.name) if elsewhere else ()
+        with served(net.server, tmp_path, *options) as server:
+            _give_what_is_missing(net, server, join, tmp_path)
+
+
+def _give_what_is_missing(net: Net, server: Served, join: list[str], tmp_path: Path) -> None:
+    node_uuid = join[join.index("--uuid") + 1]
+    machines = []
+    for number, namespace in enumerate(net.machines):
+        own = ["--identity", str(tmp_path / f"identity-{number}"), "--meta", str(tmp_path / f"meta-{number}")]
+        machines.append(namespace.popen([*join, *own], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
+        server.wait_for("accepted" if number else "bound", 60)
+    found = json.loads(command(tmp_path, "list", "--json").stdout)
+    assert [machine["admission"] for machine in found] == ["accepted", "accepted"]
+    assert sorted(machine["has_unique_token"] for machine in found) == [True, True]
+    assert len({machine["node_uuid"] for machine in found}) == 2
+    assert node_uuid in {machine["node_uuid"] for machine in found}, "the original keeps its UUID"
+    for machine in machines:
+        stop(machine)

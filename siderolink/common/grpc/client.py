@@ -20,7 +20,7 @@ from siderolink.common.errors import InvalidAnswerError, ServerUnreachableError,
 from siderolink.common.grpc.byte_stream import CONTENT_TYPE, ByteStream
 from siderolink.common.grpc.calls import SHUTTING_DOWN
 from siderolink.common.grpc.connection import H2Stream, Headers
-from siderolink.common.grpc.dialing import adopt, authority, check_host, dial
+from siderolink.common.grpc.dialing import adopt, authority, check_host, connect_in, dial
 from siderolink.common.grpc.limits import Limits
 from siderolink.common.grpc.messages import ClientCodec
 from siderolink.common.grpc.protocol import Http2Protocol
@@ -49,12 +49,14 @@ class GrpcChannel(Channel):
         limits: Limits,
         *,
         direct: bool = False,
+        namespace: str | None = None,
     ) -> None:
         host = None if host is None else check_host(host)
         super().__init__(host, port, path=path, ssl=tls, codec=ClientCodec())
         self._authority = "localhost" if path is not None else authority(self._host, self._port)
         self._limits = limits
         self._is_direct = direct
+        self._namespace = namespace
         self._connections: set[Http2Protocol] = set()
 
     @property
@@ -89,6 +91,8 @@ class GrpcChannel(Channel):
     async def _connect(self) -> Http2Protocol:
         if self._path is not None:
             return (await self._loop.create_unix_connection(self._protocol_factory, self._path))[1]
+        if self._namespace is not None:
+            return await self._begin(await connect_in(self._namespace, self._host, self._port))
         environ = {} if self._is_direct else os.environ
         dialled = await dial(self._host, self._port, environ, tls=self._ssl is not None)
         if isinstance(dialled, socket.socket):
@@ -224,17 +228,19 @@ async def open_channel(
     path: str | None = None,
     direct: bool = False,
     limits: Limits | None = None,
+    namespace: str | None = None,
 ) -> AsyncIterator[GrpcChannel]:
     """A channel to the server at `host` and `port`, or at the local socket `path`; nothing is dialled before the first call.
     The environment's proxies are used (HTTPS_PROXY, HTTP_PROXY, ALL_PROXY, NO_PROXY) unless `direct`.
 
+    `namespace` is the network namespace to dial from, without proxies and to an IP address; None for the calling thread's.
     `tls` is True for the system's roots, None or False for plaintext. Calls raise what `translate_errors` translates.
     Raises ConfigurationError for a host that is neither a name nor an IP address.
     """
     context = client_tls() if tls is True else tls or None
     if context is not None:
         context.set_alpn_protocols(["h2"])  # without which a server may take gRPC for something else
-    channel = GrpcChannel(host, port, path, context, limits or Limits(), direct=direct)
+    channel = GrpcChannel(host, port, path, context, limits or Limits(), direct=direct, namespace=namespace)
     try:
         yield channel
     finally:

@@ -19,6 +19,7 @@ from aiohappyeyeballs import start_connection
 from siderolink.common.errors import ConfigurationError, ServerUnreachableError
 from siderolink.common.grpc.proxies import Proxy, proxy_for
 from siderolink.common.grpc.tls import proxy_tls
+from siderolink.common.netlink import call_in
 from siderolink.common.text import one_line
 
 _LONGEST_ANSWER = 16 * 1024
@@ -75,6 +76,18 @@ async def connect(host: str, port: int) -> socket.socket:
     """Connect to the first address of the host that answers (RFC 8305). Raises OSError."""
     found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
     return await start_connection(found, happy_eyeballs_delay=_NEXT_ADDRESS_SECONDS)
+
+
+async def connect_in(namespace: str, host: str, port: int) -> socket.socket:
+    """Connect to an IP address from a network namespace. Raises OSError, ConfigurationError."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = call_in(namespace, lambda: socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK))
+    try:
+        await asyncio.get_running_loop().sock_connect(sock, (host, port))
+    except BaseException:
+        sock.close()
+        raise
+    return sock
 
 
 @contextmanager

@@ -49,11 +49,13 @@ class Enrolment:
         self._sessions = sessions
         self._reconciler = reconciler
         self._policy = policy
+        self._namespace: str | None = None
         self._busy: set[str] = set()
         self._limit = anyio.CapacityLimiter(MAX_AT_ONCE)
 
-    async def run(self) -> None:
-        """Serve every machine whose link comes up, for ever."""
+    async def run(self, namespace: str | None) -> None:
+        """Serve every machine whose link comes up, for ever. `namespace` is where the server's interface lives."""
+        self._namespace = namespace
         async with anyio.create_task_group() as tasks:
 
             def changed(link: Link) -> None:
@@ -96,7 +98,7 @@ class Enrolment:
 
     async def _write(self, machine: Machine) -> None:
         with translate_errors():
-            async with open_machine_api(machine) as channel:
+            async with open_machine_api(machine, namespace=self._namespace) as channel:
                 is_installed = await _is_installed(channel)
                 fingerprint = await _fingerprint(channel) if machine.bound_digest is None else ""
                 machine = await self._choose(machine.id, fingerprint, is_installed)

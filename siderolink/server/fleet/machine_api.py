@@ -13,17 +13,20 @@ _ANSWER_BYTES = 4 * 1024 * 1024
 
 
 @asynccontextmanager
-async def open_machine_api(machine: Machine, *, port: int = MACHINE_API_PORT) -> AsyncIterator[GrpcChannel]:
+async def open_machine_api(
+    machine: Machine, *, port: int = MACHINE_API_PORT, namespace: str | None = None
+) -> AsyncIterator[GrpcChannel]:
     """A channel to the machine's API, for stubs such as ``siderolink.common.pb.machine.MachineServiceStub``.
 
-    The machine's certificate is made up and is not checked: WireGuard has proved who answers at its overlay address. Calls
-    raise what `siderolink.common.grpc.translate_errors` translates.
+    `namespace` is where the server's interface lives, if not in the caller's network namespace. The certificate is made up and
+    not checked: WireGuard has proved who answers at the machine's overlay address. Calls raise what
+    `siderolink.common.grpc.translate_errors` translates.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
     context.minimum_version = ssl.TLSVersion.TLSv1_3
-    async with open_channel(
-        str(machine.overlay_address), port, context, direct=True, limits=Limits.for_answers(_ANSWER_BYTES)
-    ) as channel:
+    limits = Limits.for_answers(_ANSWER_BYTES)
+    host = str(machine.overlay_address)
+    async with open_channel(host, port, context, direct=True, limits=limits, namespace=namespace) as channel:
         yield channel
