@@ -15,7 +15,7 @@ from .messages import (
     encode_cookie_reply,
     sender_index,
 )
-from .primitives import hash2, mac, xopen, xseal
+from .primitives import hash2, hchacha20, mac, seal_under, xopen
 
 NO_MAC2 = bytes(MAC_BYTES)
 
@@ -75,7 +75,7 @@ class MacSigner:
 class MacGuard:
     """Checks the macs of received handshake messages and makes cookie replies."""
 
-    __slots__ = ("_cookie_key", "_entropy", "_mac1_key", "_secret", "_secret_at")
+    __slots__ = ("_cookie_key", "_entropy", "_mac1_key", "_prefix", "_secret", "_secret_at", "_subkey")
 
     def __init__(self, public_key: bytes, entropy: Callable[[int], bytes]) -> None:
         self._mac1_key = hash2(LABEL_MAC1, public_key)
@@ -83,6 +83,9 @@ class MacGuard:
         self._entropy = entropy
         self._secret = b""
         self._secret_at = 0.0
+        self._prefix = self._subkey = b""
+        """The first 16 bytes of the nonces of cookie replies, and the XChaCha20 key that follows from them. Both change
+        with the secret, because deriving them takes half of the time of a reply."""
 
     def has_mac1(self, datagram: bytes) -> bool:
         return compare_digest(mac(self._mac1_key, datagram[:-32]), datagram[-32:-16])
@@ -93,13 +96,15 @@ class MacGuard:
 
     def cookie_reply(self, datagram: bytes, source: bytes, now: float) -> bytes:
         """A datagram with the source's cookie, which only the sender of `datagram` can decrypt."""
-        nonce = self._entropy(24)
-        sealed = xseal(self._cookie_key, nonce, self._cookie(source, now), datagram[-32:-16])
-        return encode_cookie_reply(CookieReply(sender_index(datagram), nonce, sealed))
+        cookie, rest = self._cookie(source, now), self._entropy(8)
+        sealed = seal_under(self._subkey, bytes(4) + rest, cookie, datagram[-32:-16])
+        return encode_cookie_reply(CookieReply(sender_index(datagram), self._prefix + rest, sealed))
 
     def _cookie(self, source: bytes, now: float) -> bytes:
         if not self._secret or now - self._secret_at >= COOKIE_REFRESH_TIME:
             self._secret, self._secret_at = self._entropy(32), now
+            self._prefix = self._entropy(16)
+            self._subkey = hchacha20(self._cookie_key, self._prefix)
         return mac(self._secret, source)
 
 

@@ -89,6 +89,11 @@ def open_once(key: bytes, ciphertext: bytes, associated: bytes) -> bytes | None:
         return None
 
 
+def seal_under(key: bytes, nonce12: bytes, plaintext: bytes, associated: bytes) -> bytes:
+    """ChaCha20-Poly1305 (RFC 8439)."""
+    return ChaCha20Poly1305(key).encrypt(nonce12, plaintext, associated)
+
+
 def nonce(counter: int) -> bytes:
     """The 96-bit nonce of a data message: 32 zero bits, then the counter, little-endian."""
     return _NONCE.pack(counter)
@@ -106,7 +111,7 @@ def hchacha20(key: bytes, nonce16: bytes) -> bytes:
 
 def xseal(key: bytes, nonce24: bytes, plaintext: bytes, associated: bytes) -> bytes:
     """XChaCha20-Poly1305 (draft-irtf-cfrg-xchacha)."""
-    return ChaCha20Poly1305(hchacha20(key, nonce24[:16])).encrypt(bytes(4) + nonce24[16:], plaintext, associated)
+    return seal_under(hchacha20(key, nonce24[:16]), bytes(4) + nonce24[16:], plaintext, associated)
 
 
 def xopen(key: bytes, nonce24: bytes, ciphertext: bytes, associated: bytes) -> bytes | None:
