@@ -33,6 +33,7 @@ from siderolink.common.errors import (
     SideroLinkError,
     StoreError,
     StoreFullError,
+    StoreUnavailableError,
 )
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ __all__ = [
     "SideroLinkError",
     "StoreError",
     "StoreFullError",
+    "StoreUnavailableError",
     "connect",
 ]
 

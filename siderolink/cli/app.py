@@ -49,6 +49,8 @@ from siderolink.cli.options import (
     ServerUrl,
     Sources,
     StateFile,
+    StorePasswordFile,
+    StoreUrl,
     TalosVersion,
     TlsCert,
     TlsKey,
@@ -57,7 +59,6 @@ from siderolink.cli.options import (
     UniqueTokenFile,
     Url,
     WireguardEndpoints,
-    default_state,
     overlay_ports,
     state_folder,
 )
@@ -91,6 +92,8 @@ def serve(
     interface: Annotated[str, typer.Option(help="The interface's name.")] = "siderolink",
     device: Device = DeviceChoice.AUTO,
     state: StateFile = None,
+    store: StoreUrl = None,
+    store_password_file: StorePasswordFile = None,
     no_state: Annotated[bool, typer.Option("--no-state", help="Remember nothing beyond this process.")] = False,
     no_dial: NoDial = False,
     keep_interface: KeepInterface = False,
@@ -113,33 +116,33 @@ def serve(
 ) -> None:
     """Serve machines, until stopped. Reads the join token's file and the certificate again when they change, and on SIGHUP."""
     from siderolink.cli.serve import ServeOptions, join_policy, run_serve
+    from siderolink.cli.serving import chosen_state
 
     start_log(log_format, log_level)
-    run_serve(
-        ServeOptions(
-            api_listen=api_listen,
-            wireguard_endpoints=tuple(wireguard_endpoint),
-            join_token=join_token,
-            join_token_file=join_token_file,
-            interface=interface,
-            device=device.value,
-            state=None if no_state else state or default_state(interface),
-            dial=not no_dial,
-            keep_interface=keep_interface,
-            netns=netns,
-            tls_cert=tls_cert,
-            tls_key=tls_key,
-            connections_per_address=connections_per_address,
-            proxy_protocol_from=tuple(proxy_protocol_from or ()),
-            forwarded_from=tuple(forwarded_from or ()),
-            event_sink_port=event_sink_port,
-            log_port=log_port,
-            overlay_ports=overlay_ports(overlay_port),
-            metrics=metrics_options(metrics_listen, metrics_machines),
-            print_machine_logs=print_machine_logs,
-            policy=join_policy(join_tokens_mode, forget_after),
-        )
+    options = ServeOptions(
+        api_listen=api_listen,
+        wireguard_endpoints=tuple(wireguard_endpoint),
+        join_token=join_token,
+        join_token_file=join_token_file,
+        interface=interface,
+        device=device.value,
+        state=chosen_state(interface, state, no_state, store, store_password_file),
+        dial=not no_dial,
+        keep_interface=keep_interface,
+        netns=netns,
+        tls_cert=tls_cert,
+        tls_key=tls_key,
+        connections_per_address=connections_per_address,
+        proxy_protocol_from=tuple(proxy_protocol_from or ()),
+        forwarded_from=tuple(forwarded_from or ()),
+        event_sink_port=event_sink_port,
+        log_port=log_port,
+        overlay_ports=overlay_ports(overlay_port),
+        metrics=metrics_options(metrics_listen, metrics_machines),
+        print_machine_logs=print_machine_logs,
+        policy=join_policy(join_tokens_mode, forget_after),
     )
+    run_serve(options)
 
 
 @app.command(cls=KernelCmdlineCommand)

@@ -150,6 +150,17 @@ StateFile = Annotated[
         metavar="FILE",
     ),
 ]
+StoreUrl = Annotated[
+    str | None,
+    typer.Option(
+        "--store",
+        help="Remember in Postgres instead of a file: postgresql://USER@HOST:PORT/DATABASE. The password comes by "
+        "--store-password-file, by SIDEROLINK_STORE_PASSWORD, or by the systemd credential siderolink.store-password.",
+        metavar="URL",
+        envvar="SIDEROLINK_STORE",
+    ),
+]
+StorePasswordFile = Annotated[Path | None, typer.Option(help="A file that holds the password of --store.", metavar="FILE")]
 ServerInterface = Annotated[str, typer.Option(help="The running server's interface.")]
 LogFormatOption = Annotated[
     LogFormat, typer.Option("--log-format", help="How records are written to standard output.", envvar="SIDEROLINK_LOG_FORMAT")

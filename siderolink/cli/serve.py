@@ -22,7 +22,7 @@ from siderolink.cli.metrics.options import MetricsOptions
 from siderolink.cli.notify import feed_watchdog, notify
 from siderolink.cli.running import leave, run_until_stopped
 from siderolink.cli.secret import read_secret
-from siderolink.cli.serving import Serving
+from siderolink.cli.serving import Serving, StoreAddress
 from siderolink.cli.state_service import StateService
 from siderolink.cli.watching import watch_files
 from siderolink.common.collector import calm_collector
@@ -47,7 +47,7 @@ class ServeOptions:
     join_token_file: Path | None
     interface: str
     device: DeviceKind
-    state: Path | None
+    state: Path | StoreAddress | None
     """Where the server remembers; None for memory alone."""
     dial: bool
     keep_interface: bool

@@ -1,13 +1,18 @@
 """A server that may be replaced by a fresh one while `serve` runs: after its state was restored, or its key changed."""
 
-from collections.abc import Awaitable, Callable
-from contextlib import AsyncExitStack
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import anyio
 
-from siderolink.cli.logs import say
-from siderolink.common.errors import SideroLinkError
+from siderolink.cli.logs import hide, say
+from siderolink.cli.options import default_state
+from siderolink.cli.secret import read_secret
+from siderolink.common.errors import ConfigurationError, SideroLinkError
 from siderolink.server import EventStream, Server, Store
 from siderolink.server.store.sql import SqlStore
 
@@ -15,16 +20,69 @@ OnServer = Callable[[Server, EventStream], Awaitable[None]]
 MakeServer = Callable[[Store | None], Server]
 
 
-class Serving:
-    """Runs servers, one after the other, each on the store in the state file; without one, on memory."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoreAddress:
+    """Where a database is, and what opens it."""
 
-    def __init__(self, make: MakeServer, state: Path | None, on_server: OnServer) -> None:
+    url: str
+    """Without a password."""
+    password: str | None = field(default=None, repr=False)
+
+    def __str__(self) -> str:
+        return self.url
+
+    @asynccontextmanager
+    async def open(self) -> AsyncIterator[Store]:
+        """Raises ConfigurationError or StoreError."""
+        try:
+            from siderolink.server.store.sql.postgres import PostgresStore
+        except ImportError as error:
+            if error.name is None or not error.name.startswith("psycopg"):
+                raise
+            raise ConfigurationError("a store on Postgres needs more packages: pip install 'siderolink[postgres]'") from None
+        async with PostgresStore.open(self.url, password=self.password) as store:
+            yield store
+
+
+def chosen_state(
+    interface: str, state: Path | None, no_state: bool, url: str | None, password_file: Path | None
+) -> Path | StoreAddress | None:
+    """Where the command's options let the server remember; None for nowhere. Raises ConfigurationError."""
+    if url is not None:
+        if state is not None or no_state:
+            raise ConfigurationError("give one of --store, --state and --no-state")
+        return store_address(url, password_file)
+    if password_file is not None:
+        raise ConfigurationError("--store-password-file needs --store")
+    return None if no_state else state or default_state(interface)
+
+
+def store_address(url: str, password_file: Path | None) -> StoreAddress:
+    """The database that was named, with its password. Raises ConfigurationError."""
+    try:
+        has_password = urlsplit(url).password is not None or "password=" in urlsplit(url).query
+    except ValueError:
+        has_password = False  # no URL at all; opening it says so
+    if has_password:
+        raise ConfigurationError(
+            "a password in the store's URL is seen by everyone on this host; give it by --store-password-file, "
+            "by SIDEROLINK_STORE_PASSWORD, or by the systemd credential siderolink.store-password"
+        )
+    password = read_secret("store-password", os.environ.get("SIDEROLINK_STORE_PASSWORD"), password_file)
+    hide(password)
+    return StoreAddress(url=url, password=password)
+
+
+class Serving:
+    """Runs servers, one after the other, each on the same store: a state file or a database; without one, on memory."""
+
+    def __init__(self, make: MakeServer, state: Path | StoreAddress | None, on_server: OnServer) -> None:
         """`on_server` is run beside each server while that lives, and is given its events from the very first."""
         self.state = state
         self._make = make
         self._on_server = on_server
         self._server: Server | None = None
-        self._store: SqlStore | None = None
+        self._store: Store | None = None
         self._scope: anyio.CancelScope | None = None
         self._between: Callable[[], None] | None = None
         self._failure: OSError | None = None
@@ -42,7 +100,7 @@ class Serving:
         return self._server
 
     @property
-    def store(self) -> SqlStore | None:
+    def store(self) -> Store | None:
         return self._store
 
     async def run(self) -> None:
@@ -59,7 +117,9 @@ class Serving:
     async def _run_one(self) -> None:
         try:
             async with AsyncExitStack() as stack:
-                if self.state is not None:
+                if isinstance(self.state, StoreAddress):
+                    self._store = await stack.enter_async_context(self.state.open())
+                elif self.state is not None:
                     self._store = await stack.enter_async_context(SqlStore.open(self.state))
                 server = self._make(self._store)
                 events = server.events()

@@ -8,7 +8,7 @@ from pathlib import Path
 import anyio
 from grpclib import GRPCError, Status
 
-from siderolink.cli.serving import Serving
+from siderolink.cli.serving import Serving, StoreAddress
 from siderolink.cli.state_copy import beside, check, put
 from siderolink.common.errors import SideroLinkError
 from siderolink.common.pb.siderolink.control import (
@@ -61,7 +61,9 @@ class StateService(StateBase):
         return RestoreResponse(machines=machines, public_key=str(server.public_key))
 
     async def rotate_key(self, message: RotateKeyRequest) -> RotateKeyResponse:
-        store, _ = self._store()
+        store = self._serving.store
+        if store is None:
+            raise GRPCError(Status.FAILED_PRECONDITION, "this server remembers nothing, or is being started again")
         with _told():
             async with self._lock:
                 await rotate_key(store)
@@ -70,7 +72,11 @@ class StateService(StateBase):
 
     def _store(self) -> tuple[SqlStore, Path]:
         store, state = self._serving.store, self._serving.state
-        if store is None or state is None:
+        if isinstance(state, StoreAddress):
+            raise GRPCError(
+                Status.FAILED_PRECONDITION, "this server's state is in Postgres; copy it by pg_dump (docs/postgres.md)"
+            )
+        if not isinstance(store, SqlStore) or state is None:
             raise GRPCError(Status.FAILED_PRECONDITION, "this server keeps no state in a file, or is being started again")
         return store, state
 

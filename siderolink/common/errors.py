@@ -66,5 +66,9 @@ class StoreError(SideroLinkError):
     """Raised when the server's record of its machines cannot be read or written."""
 
 
+class StoreUnavailableError(StoreError):
+    """Raised when the database does not answer. What was asked for may be asked again; it may also have happened."""
+
+
 class StoreFullError(StoreError):
     """Raised when the server's record cannot grow: the disk is full. Nothing was changed; what is known stays known."""

@@ -14,10 +14,13 @@ K = TypeVar("K", bound=Hashable)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Clock:
-    """Seconds since some moment, never going back; Unix time in seconds; and how to wait."""
+    """Seconds since some moment, never going back; Unix time in seconds, twice; and how to wait."""
 
     monotonic: Callable[[], float] = time.monotonic
+    host_time: Callable[[], float] = time.time
+    """This host's, by which a device tells when it heard a peer."""
     time: Callable[[], float] = time.time
+    """The store's, which is its database's where several servers share it."""
     sleep: Callable[[float], Awaitable[None]] = anyio.sleep
 
 

@@ -19,6 +19,7 @@ from siderolink.server.admission.tokens import JoinTokenCheck
 from siderolink.server.api.provision import ProvisionService, ResponseBuilder
 from siderolink.server.api.standard import HealthService, ReflectionService
 from siderolink.server.api.tunnel import TunnelService
+from siderolink.server.clock import Clock
 from siderolink.server.events import EventHub
 from siderolink.server.fleet.dialling import dial_remembered
 from siderolink.server.fleet.echo import Echoes, open_echoes
@@ -91,6 +92,7 @@ class Composition:
                 limits=options.limits,
                 policy=options.policy,
                 persistent_keepalive=options.persistent_keepalive,
+                clock=Clock(time=self._store.time),
                 last_seen=LastSeenNotes(self._store, stamps),
             )
             async with aclosing(fleet.last_seen), background_tasks() as tasks, self._echoes(device, fleet, tasks) as echoes:

@@ -42,6 +42,8 @@ class JoinRefusal(StrEnum):
     """Too many calls claim the same machine and have not shaken hands yet."""
     STORE_FULL = "store full"
     """The server's state cannot grow: its disk is full. Machines that are known keep their links."""
+    STORE_UNAVAILABLE = "store unavailable"
+    """The database does not answer. Machines that are known keep their links."""
     INTERNAL_ERROR = "internal error"
     """The store or the device failed; the server's log says how."""
 

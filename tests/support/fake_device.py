@@ -37,7 +37,8 @@ class VirtualClock:
 
     @property
     def clock(self) -> Clock:
-        return Clock(monotonic=lambda: self.now, time=lambda: 1_000_000.0 + self.now, sleep=self.sleep)
+        unix = lambda: 1_000_000.0 + self.now  # noqa: E731
+        return Clock(monotonic=lambda: self.now, host_time=unix, time=unix, sleep=self.sleep)
 
     async def sleep(self, seconds: float) -> None:
         self.advance(seconds)

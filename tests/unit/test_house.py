@@ -53,6 +53,7 @@ EXTRAS = {
     "config": {"pydantic", "pyyaml", "watchfiles", "zstandard"},
     "native": {"siderolink-native"},
     "patterns": {"google-re2"},
+    "postgres": {"aiosqlite", "alembic", "psycopg", "sqlalchemy"},
     "proxy": {"python-socks"},
     "sql": {"aiosqlite", "alembic", "sqlalchemy"},
 }
@@ -63,6 +64,7 @@ PARTS = {
     "siderolink.client.maintenance.queries": {"re2"},
     "siderolink.common.grpc.dialing": {"python_socks"},
     "siderolink.server.store.sql": {"aiosqlite", "alembic", "sqlalchemy"},
+    "siderolink.server.store.sql.postgres": {"psycopg"},
 }
 # what grpclib stands on; only the room that reaches into grpclib may use it
 GRPCLIB_INSIDES = {"h2", "hpack", "hyperframe", "multidict"}

@@ -14,7 +14,7 @@ from grpclib.const import Cardinality, Handler
 from grpclib.server import Stream
 
 from siderolink.common.addressing import format_peer_addr_port, server_address, swap_endpoints
-from siderolink.common.errors import ConfigurationError, KeyFormatError, SideroLinkError, StoreFullError
+from siderolink.common.errors import ConfigurationError, KeyFormatError, SideroLinkError, StoreFullError, StoreUnavailableError
 from siderolink.common.grpc import CallLimits, valid_token
 from siderolink.common.hostport import HostPort
 from siderolink.common.keys import PublicKey
@@ -55,6 +55,7 @@ STATUSES = {
     JoinRefusal.TOO_MANY_PENDING: Status.RESOURCE_EXHAUSTED,
     JoinRefusal.TOO_MANY_CLAIMS: Status.RESOURCE_EXHAUSTED,
     JoinRefusal.STORE_FULL: Status.RESOURCE_EXHAUSTED,
+    JoinRefusal.STORE_UNAVAILABLE: Status.UNAVAILABLE,
     JoinRefusal.INTERNAL_ERROR: Status.INTERNAL,
 }
 """The gRPC status of each refusal."""
@@ -142,6 +143,9 @@ class ProvisionService:
         except StoreFullError as failure:
             log.error("a join from %s was refused: %s", source, failure)
             error = JoinRejectedError(JoinRefusal.STORE_FULL, "the server cannot remember more machines now")
+        except StoreUnavailableError as failure:
+            log.error("a join from %s was refused: %s", source, failure)
+            error = JoinRejectedError(JoinRefusal.STORE_UNAVAILABLE, "the server's database does not answer; try again")
         except SideroLinkError as failure:
             log.error("a join from %s failed: %s", source, failure)
             error = JoinRejectedError(JoinRefusal.INTERNAL_ERROR, INTERNAL_TEXT)

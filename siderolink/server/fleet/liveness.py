@@ -73,7 +73,7 @@ class Liveness:
             return None
         if status.silent_for is not None:
             return status.silent_for
-        return None if status.last_received is None else max(0.0, self._clock.time() - status.last_received)
+        return None if status.last_received is None else max(0.0, self._clock.host_time() - status.last_received)
 
     async def of(self, machine: Machine) -> LinkFacts:
         """What is known of the machine's link, for a decision about its row."""

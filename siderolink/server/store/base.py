@@ -297,6 +297,9 @@ Work = Callable[[Transaction], Awaitable[T]]
 class Store(Protocol):
     """Where machines are remembered. Every method may raise StoreError."""
 
+    def time(self) -> float:
+        """Unix time, in seconds, by the clock that all stored times are of."""
+
     async def transact(self, work: Work[T]) -> T:
         """Run `work` in a transaction and return its result once that is durable; an exception from it undoes everything.
 

@@ -46,6 +46,9 @@ class MeasuredStore:
     def counters(self) -> StoreCounters:
         return StoreCounters(seconds=self._seconds, buckets=tuple(self._buckets), failures=self._failures)
 
+    def time(self) -> float:
+        return self._store.time()
+
     async def transact(self, work: Work[T]) -> T:
         began_at = time.perf_counter()
         try:

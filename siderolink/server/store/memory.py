@@ -1,6 +1,7 @@
 """A store that lives as long as its process: the default for embedding."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Hashable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
@@ -207,6 +208,9 @@ class MemoryStore:
         self._table = _Table()
         self._feeds = Feeds(feed_limit)
         self._lock = asyncio.Lock()
+
+    def time(self) -> float:
+        return time.time()
 
     async def transact(self, work: Work[T]) -> T:
         async with self._lock:

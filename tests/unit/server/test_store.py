@@ -32,10 +32,12 @@ from siderolink.server.store import (
     UniqueViolationError,
 )
 from siderolink.server.store.sql import SqlStore
+from siderolink.server.store.sql.postgres import PostgresStore
+from tests.support.postgres import cluster
 
 pytestmark = pytest.mark.anyio
 
-KINDS = ("memory", "sql")
+KINDS = ("memory", "sql", "postgres")
 UNIQUE = ("node_uuid", "public_key", "overlay_address", "virtual_address")
 
 
@@ -61,6 +63,11 @@ async def opened(kind: str, feed_limit: int = 1024) -> AsyncIterator[Store]:
     """A new store of each kind."""
     if kind == "memory":
         yield MemoryStore(feed_limit=feed_limit)
+        return
+    if kind == "postgres":
+        with cluster().database() as database:
+            async with PostgresStore.open(cluster().url(database), feed_limit=feed_limit) as store:
+                yield store
         return
     with tempfile.TemporaryDirectory() as folder:
         async with SqlStore.open(Path(folder, "state"), feed_limit=feed_limit) as store:
@@ -126,6 +133,12 @@ def test_memory_does_what_the_model_does(steps: list[tuple[str, Machine]]) -> No
 @settings(max_examples=25, deadline=None)
 def test_sql_does_what_the_model_does(steps: list[tuple[str, Machine]]) -> None:
     anyio.run(_follow_the_model, "sql", steps)
+
+
+@given(STEPS)
+@settings(max_examples=25, deadline=None)
+def test_postgres_does_what_the_model_does(steps: list[tuple[str, Machine]]) -> None:
+    anyio.run(_follow_the_model, "postgres", steps)
 
 
 async def _follow_the_model(kind: str, steps: list[tuple[str, Machine]]) -> None:
@@ -208,9 +221,12 @@ async def test_changes_come_once_committed_and_in_order(store: Store) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 async def test_a_slow_reader_of_changes_is_told_that_it_lost_some(kind: str) -> None:
-    async with opened(kind, feed_limit=2) as store, store.changes() as changes:
+    async def work(transaction: Transaction) -> None:
         for number in range(3):
-            await store.transact(work_of("insert", machine(number, number, overlay=number)))
+            await transaction.insert(machine(number, number, overlay=number))
+
+    async with opened(kind, feed_limit=2) as store, store.changes() as changes:
+        await store.transact(work)
         assert await anext(changes) == ChangesLost()
 
 

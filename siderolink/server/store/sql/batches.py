@@ -144,7 +144,7 @@ class Batches:
     async def _attempt(self, jobs: list[_Job], *, is_checked: bool) -> tuple[list[_Job], list[_Job]]:
         """Run the jobs and commit; returns those that were taken, and those that have to run again after them."""
         try:
-            await _run_side_by_side(jobs, Reader(self._driver), is_checked)
+            await _run_side_by_side(jobs, Reader(statements.SqliteFinder(self._driver)), is_checked)
             taken, put_off = _settle(jobs)
             changed = [job.transaction for job in taken if job.error is None and job.transaction.writes]
             if changed:

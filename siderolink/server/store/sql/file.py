@@ -19,7 +19,7 @@ from sqlalchemy.pool import StaticPool
 
 from siderolink.common.errors import StoreError
 from siderolink.common.text import one_line
-from siderolink.server.store.sql.tables import HEAD
+from siderolink.server.store.sql.schema import HEAD, upgrade
 
 log = logging.getLogger(__name__)
 
@@ -134,25 +134,7 @@ def _check(connection: Connection, path: Path) -> None:
         tables = inspect(connection).get_table_names()
         version = connection.execute(text("SELECT version_num FROM alembic_version")).scalar() if tables else None
         if version != HEAD:
-            _upgrade(connection, path, version)
-
-
-def _upgrade(connection: Connection, path: Path, version: str | None) -> None:
-    """Run the migrations that the file lacks, all in the one transaction that runs."""
-    from alembic.command import upgrade
-    from alembic.config import Config
-    from alembic.script import ScriptDirectory
-
-    config = Config()
-    config.set_main_option("script_location", str(Path(__file__).with_name("migrations")))
-    config.attributes["connection"] = connection
-    known = {script.revision for script in ScriptDirectory.from_config(config).walk_revisions()}
-    if version is not None and version not in known:
-        raise StoreError(
-            f"the state file {path} was written by a newer siderolink (its schema is {one_line(version, limit=32)}, "
-            f"this one knows {HEAD}); it was left as it is"
-        )
-    upgrade(config, "head")
+            upgrade(connection, version, f"the state file {path}")
 
 
 def _unusable(path: Path, error: DBAPIError) -> StoreError:

@@ -2,12 +2,10 @@
 
 import asyncio
 from collections.abc import Hashable, Iterable, Sequence
-
-import aiosqlite
+from typing import Protocol
 
 from siderolink.common.errors import StoreError
-from siderolink.server.store.base import Claim, Machine, ServerRecord
-from siderolink.server.store.sql import statements
+from siderolink.server.store.base import Ban, Claim, Machine, ServerRecord
 from siderolink.server.store.sql.failures import translated
 
 Key = tuple[str, Hashable]
@@ -22,11 +20,40 @@ SERVER: Key = ("server", 1)
 Found = Machine | Claim | Sequence[Claim] | ServerRecord | bool | None
 
 
+Wanted = dict[str, list[Hashable]]
+"""Values by the column in which they are looked for."""
+
+
+class Finder(Protocol):
+    """The queries of one database."""
+
+    async def machines(self, wanted: Wanted) -> Iterable[Machine]:
+        """All machines that have one of the wanted values in the column that it is wanted in; of a UUID, the accepted one."""
+
+    async def claims(self, wanted: Wanted) -> Iterable[Claim]:
+        """As `machines`."""
+
+    async def bans(self, wanted: list[Hashable]) -> Iterable[Ban]:
+        """Those of the wanted bans that there are."""
+
+    async def server(self) -> ServerRecord | None: ...
+
+
+class Reads(Protocol):
+    """What a transaction reads from."""
+
+    def want(self, keys: Iterable[Key]) -> None:
+        """Ask for what is soon read."""
+
+    async def read(self, key: Key) -> Found:
+        """Raises StoreError."""
+
+
 class Reader:
     """Reads rows of one database transaction, each at most once; the works of a batch share it."""
 
-    def __init__(self, driver: aiosqlite.Connection) -> None:
-        self._driver = driver
+    def __init__(self, find: Finder) -> None:
+        self._find = find
         self._answers: dict[Key, asyncio.Future[Found]] = {}
         self._wanted: list[Key] = []
         self._wake = asyncio.Event()
@@ -53,7 +80,7 @@ class Reader:
             wanted, self._wanted = self._wanted, []
             try:
                 with translated():
-                    found = await self._fetch(wanted)
+                    found = await fetch(self._find, wanted)
             except StoreError as error:
                 for key in wanted:
                     self._answers[key].set_exception(error)
@@ -70,31 +97,34 @@ class Reader:
                 if not by_id.done() and ("id", machine.id) not in wanted:
                     by_id.set_result(machine)
 
-    async def _fetch(self, wanted: Sequence[Key]) -> dict[Key, Found]:
-        found: dict[Key, Found] = {}
-        by_column: dict[str, list[Hashable]] = {}
-        for column, value in wanted:
-            by_column.setdefault(column, []).append(value)
-        banned = by_column.pop(BAN, None)
-        if banned is not None:
-            found |= {(BAN, ban): True for ban in await statements.find_bans(self._driver, banned)}
-        if by_column.pop(SERVER[0], None) is not None:
-            found[SERVER] = await statements.find_server(self._driver)
-        found |= await self._fetch_claims(by_column.pop(CLAIMS_OF, []), by_column.pop(CLAIM_KEY, []))
-        if by_column:
-            for machine in await statements.find_machines(self._driver, by_column):
-                names = (name for name in by_column if name != "node_uuid" or machine.is_accepted)
-                found |= {(name, getattr(machine, name)): machine for name in names}
-        return found
 
-    async def _fetch_claims(self, machine_ids: list[Hashable], keys: list[Hashable]) -> dict[Key, Found]:
-        wanted = {name: values for name, values in (("machine_id", machine_ids), ("public_key", keys)) if values}
-        if not wanted:
-            return {}
-        of_machine: dict[Hashable, list[Claim]] = {machine_id: [] for machine_id in machine_ids}
-        found: dict[Key, Found] = {}
-        for claim in sorted(await statements.find_claims(self._driver, wanted), key=lambda claim: claim.created_at):
-            found[CLAIM_KEY, claim.public_key] = claim
-            if claim.machine_id in of_machine:
-                of_machine[claim.machine_id].append(claim)
-        return found | {(CLAIMS_OF, machine_id): claims for machine_id, claims in of_machine.items()}
+async def fetch(find: Finder, wanted: Sequence[Key]) -> dict[Key, Found]:
+    """What is stored under the keys; a key of nothing is absent, but for the claims of a machine."""
+    found: dict[Key, Found] = {}
+    by_column: Wanted = {}
+    for column, value in wanted:
+        by_column.setdefault(column, []).append(value)
+    banned = by_column.pop(BAN, None)
+    if banned is not None:
+        found |= {(BAN, ban): True for ban in await find.bans(banned)}
+    if by_column.pop(SERVER[0], None) is not None:
+        found[SERVER] = await find.server()
+    found |= await _fetch_claims(find, by_column.pop(CLAIMS_OF, []), by_column.pop(CLAIM_KEY, []))
+    if by_column:
+        for machine in await find.machines(by_column):
+            names = (name for name in by_column if name != "node_uuid" or machine.is_accepted)
+            found |= {(name, getattr(machine, name)): machine for name in names}
+    return found
+
+
+async def _fetch_claims(find: Finder, machine_ids: list[Hashable], keys: list[Hashable]) -> dict[Key, Found]:
+    wanted = {name: values for name, values in (("machine_id", machine_ids), ("public_key", keys)) if values}
+    if not wanted:
+        return {}
+    of_machine: dict[Hashable, list[Claim]] = {machine_id: [] for machine_id in machine_ids}
+    found: dict[Key, Found] = {}
+    for claim in sorted(await find.claims(wanted), key=lambda claim: claim.created_at):
+        found[CLAIM_KEY, claim.public_key] = claim
+        if claim.machine_id in of_machine:
+            of_machine[claim.machine_id].append(claim)
+    return found | {(CLAIMS_OF, machine_id): claims for machine_id, claims in of_machine.items()}

@@ -8,12 +8,13 @@ from functools import lru_cache
 from typing import Any
 
 import aiosqlite
-from sqlalchemy import Table, and_, bindparam, delete, func, insert, or_, select, update
+from sqlalchemy import Table, and_, bindparam, delete, insert, or_, select
 from sqlalchemy.dialects import sqlite
 from sqlalchemy.sql import ClauseElement, ColumnElement
 
 from siderolink.server.store.base import Ban, Claim, LastSeen, Machine, MachineAdmission, ServerRecord
 from siderolink.server.store.sql import tables
+from siderolink.server.store.sql.reading import Wanted
 
 Row = Sequence[Any]
 
@@ -40,7 +41,6 @@ def _names(table: Table) -> list[str]:
     return [column.name for column in table.columns]
 
 
-_MACHINE_NAMES, _CLAIM_NAMES = _names(tables.machines), _names(tables.claims)
 _INSERT_MACHINE, _INSERT_CLAIM, _INSERT_BAN, _INSERT_SERVER = (
     Statement(insert(table)) for table in (tables.machines, tables.claims, tables.bans, tables.server)
 )
@@ -52,18 +52,7 @@ _DELETE_BAN = Statement(
 _DELETE_SERVER = Statement(delete(tables.server))
 _SELECT_SERVER = Statement(select(tables.server))
 
-_ROW = tables.machines.c
-_NOTE = Statement(
-    update(tables.machines)
-    .values(
-        last_endpoint=bindparam("endpoint"),
-        last_handshake_at=func.coalesce(bindparam("handshake"), _ROW.last_handshake_at),
-        last_source=func.coalesce(bindparam("source"), _ROW.last_source),
-        goodbye_at=func.coalesce(bindparam("goodbye"), _ROW.goodbye_at),
-        seen_at=bindparam("at"),
-    )
-    .where(_ROW.id == bindparam("machine"), or_(_ROW.seen_at.is_(None), _ROW.seen_at <= bindparam("seen_before")))
-)
+_NOTE = Statement(tables.note())
 
 
 @lru_cache(maxsize=256)
@@ -87,16 +76,6 @@ async def _find(driver: aiosqlite.Connection, table: Table, wanted: Mapping[str,
     return [dict(zip(names, row, strict=True)) for row in rows]
 
 
-async def find_machines(driver: aiosqlite.Connection, wanted: Mapping[str, list[Hashable]]) -> list[Machine]:
-    """All machines that have one of the wanted values in the column that it is wanted in."""
-    return [tables.read_machine(row) for row in await _find(driver, tables.machines, wanted)]
-
-
-async def find_claims(driver: aiosqlite.Connection, wanted: Mapping[str, list[Hashable]]) -> list[Claim]:
-    """As find_machines."""
-    return [tables.read_claim(row) for row in await _find(driver, tables.claims, wanted)]
-
-
 @lru_cache(maxsize=32)
 def _select_bans(count: int) -> Statement:
     columns = tables.bans.c
@@ -107,31 +86,41 @@ def _select_bans(count: int) -> Statement:
     return Statement(select(tables.bans).where(or_(*matches)))
 
 
-async def find_bans(driver: aiosqlite.Connection, wanted: list[Hashable]) -> list[Ban]:
-    """Those of the wanted bans that there are."""
-    padded = [ban for ban in _padded(wanted) if isinstance(ban, Ban)]
-    statement = _select_bans(len(padded))
-    given = {f"kind_{at}": ban.kind.value for at, ban in enumerate(padded)}
-    given |= {f"value_{at}": ban.value for at, ban in enumerate(padded)}
-    rows = await driver.execute_fetchall(statement.text, statement.values(given))
-    return [tables.read_ban(kind, value) for kind, value in rows]
+class SqliteFinder:
+    """See `Finder`."""
 
+    def __init__(self, driver: aiosqlite.Connection) -> None:
+        self._driver = driver
 
-async def find_server(driver: aiosqlite.Connection) -> ServerRecord | None:
-    rows = list(await driver.execute_fetchall(_SELECT_SERVER.text))
-    return tables.read_server(dict(zip(_names(tables.server), rows[0], strict=True))) if rows else None
+    async def machines(self, wanted: Wanted) -> list[Machine]:
+        return [tables.read_machine(row) for row in await _find(self._driver, tables.machines, wanted)]
+
+    async def claims(self, wanted: Wanted) -> list[Claim]:
+        return [tables.read_claim(row) for row in await _find(self._driver, tables.claims, wanted)]
+
+    async def bans(self, wanted: list[Hashable]) -> list[Ban]:
+        padded = [ban for ban in _padded(wanted) if isinstance(ban, Ban)]
+        statement = _select_bans(len(padded))
+        given = {f"kind_{at}": ban.kind.value for at, ban in enumerate(padded)}
+        given |= {f"value_{at}": ban.value for at, ban in enumerate(padded)}
+        rows = await self._driver.execute_fetchall(statement.text, statement.values(given))
+        return [tables.read_ban(kind, value) for kind, value in rows]
+
+    async def server(self) -> ServerRecord | None:
+        rows = list(await self._driver.execute_fetchall(_SELECT_SERVER.text))
+        return tables.read_server(dict(zip(_names(tables.server), rows[0], strict=True))) if rows else None
 
 
 async def replace_machines(driver: aiosqlite.Connection, old: Iterable[str], new: Iterable[Machine]) -> None:
     """All out first, then in: on the way no two rows may hold the same value."""
     await _DELETE_MACHINE.many(driver, [{"machine": machine_id} for machine_id in old])
-    await _INSERT_MACHINE.many(driver, [_cells(machine, _MACHINE_NAMES) for machine in new])
+    await _INSERT_MACHINE.many(driver, [tables.cells(machine, tables.machines) for machine in new])
 
 
 async def replace_claims(driver: aiosqlite.Connection, claims: Mapping[str, Claim | None]) -> None:
     """Claims by id as they shall be; None for those to delete."""
     await _DELETE_CLAIM.many(driver, [{"claim": claim_id} for claim_id in claims])
-    await _INSERT_CLAIM.many(driver, [_cells(claim, _CLAIM_NAMES) for claim in claims.values() if claim is not None])
+    await _INSERT_CLAIM.many(driver, [tables.cells(claim, tables.claims) for claim in claims.values() if claim is not None])
 
 
 async def set_bans(driver: aiosqlite.Connection, bans: Mapping[Ban, bool]) -> None:
@@ -146,23 +135,7 @@ async def set_server(driver: aiosqlite.Connection, record: ServerRecord) -> None
 
 
 async def note(driver: aiosqlite.Connection, seen: Mapping[str, LastSeen]) -> None:
-    rows = [
-        {
-            "machine": machine_id,
-            "endpoint": one.endpoint,
-            "handshake": one.handshake_at,
-            "source": one.source,
-            "goodbye": one.goodbye_at,
-            "at": one.seen_at,
-            "seen_before": one.seen_at,
-        }
-        for machine_id, one in seen.items()
-    ]
-    await _NOTE.many(driver, rows)
-
-
-def _cells(row: Machine | Claim, names: Iterable[str]) -> dict[str, object]:
-    return {name: tables.cell(getattr(row, name)) for name in names}
+    await _NOTE.many(driver, tables.note_values(seen))
 
 
 def _padded(values: list[Hashable]) -> list[Hashable]:

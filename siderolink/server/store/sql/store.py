@@ -1,6 +1,7 @@
 """A store in a SQLite file, which outlives the server: by SQLAlchemy's async engine and Alembic's migrations."""
 
 import os
+import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
@@ -62,6 +63,9 @@ class SqlStore:
         with anyio.CancelScope(shield=True), anyio.move_on_after(CLOSE_SECONDS):
             await self._batches.close()
         self._running.cancel()
+
+    def time(self) -> float:
+        return time.time()
 
     async def transact(self, work: Work[T]) -> T:
         result: T = await self._batches.submit(work)

@@ -4,13 +4,29 @@ from collections.abc import Mapping
 from ipaddress import IPv6Address
 from typing import Any
 
-from sqlalchemy import Boolean, CheckConstraint, Column, Float, Index, Integer, LargeBinary, MetaData, Table, Text
+from sqlalchemy import (
+    Boolean,
+    CheckConstraint,
+    Column,
+    Float,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    Table,
+    Text,
+    Update,
+    bindparam,
+    func,
+    or_,
+    update,
+)
 
 from siderolink.common.errors import StoreError
 from siderolink.common.keys import KEY_BYTES, PrivateKey, PublicKey
-from siderolink.server.store.base import Ban, BanKind, Claim, Machine, MachineAdmission, ServerRecord
+from siderolink.server.store.base import Ban, BanKind, Claim, LastSeen, Machine, MachineAdmission, ServerRecord
 
-HEAD = "2"
+HEAD = "3"
 """The newest migration, which these tables are."""
 
 metadata = MetaData()
@@ -50,6 +66,7 @@ Index(
     machines.c.node_uuid,
     unique=True,
     sqlite_where=machines.c.admission == MachineAdmission.ACCEPTED.value,
+    postgresql_where=machines.c.admission == MachineAdmission.ACCEPTED.value,
 )
 Index("uuids", machines.c.node_uuid)
 
@@ -90,6 +107,42 @@ def cell(value: object) -> object:
     if isinstance(value, IPv6Address):
         return value.packed
     return value
+
+
+def cells(row: Machine | Claim, table: Table) -> dict[str, object]:
+    """A row's fields as its table's columns hold them."""
+    return {column.name: cell(getattr(row, column.name)) for column in table.columns}
+
+
+def note() -> Update:
+    """Notes when one machine was last seen; takes what `note_values` gives."""
+    row = machines.c
+    return (
+        update(machines)
+        .values(
+            last_endpoint=bindparam("endpoint", type_=Text),
+            last_handshake_at=func.coalesce(bindparam("handshake", type_=Float), row.last_handshake_at),
+            last_source=func.coalesce(bindparam("source", type_=Text), row.last_source),
+            goodbye_at=func.coalesce(bindparam("goodbye", type_=Float), row.goodbye_at),
+            seen_at=bindparam("at", type_=Float),
+        )
+        .where(row.id == bindparam("machine"), or_(row.seen_at.is_(None), row.seen_at <= bindparam("seen_before")))
+    )
+
+
+def note_values(seen: Mapping[str, LastSeen]) -> list[dict[str, object]]:
+    return [
+        {
+            "machine": machine_id,
+            "endpoint": one.endpoint,
+            "handshake": one.handshake_at,
+            "source": one.source,
+            "goodbye": one.goodbye_at,
+            "at": one.seen_at,
+            "seen_before": one.seen_at,
+        }
+        for machine_id, one in sorted(seen.items())
+    ]
 
 
 def read_machine(row: Mapping[Any, Any]) -> Machine:

@@ -20,13 +20,13 @@ from siderolink.server.store.base import (
     UniqueViolationError,
     unique_values,
 )
-from siderolink.server.store.sql.reading import BAN, CLAIM_KEY, CLAIMS_OF, SERVER, Key, Reader
+from siderolink.server.store.sql.reading import BAN, CLAIM_KEY, CLAIMS_OF, SERVER, Key, Reads
 
 
 class SqlTransaction:
     """See `Transaction`. What it read and what it wrote tell whether it met another work of its batch."""
 
-    def __init__(self, reader: Reader, *, is_checked: bool) -> None:
+    def __init__(self, reader: Reads, *, is_checked: bool) -> None:
         """Unless `is_checked`, what would repeat a stored value is left for the database to refuse."""
         self._reader = reader
         self._is_checked = is_checked

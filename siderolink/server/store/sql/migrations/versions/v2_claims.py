@@ -77,5 +77,6 @@ def _machines() -> None:
     op.execute(sa.insert(new).from_select([*names, *added], sa.select(*old.c, *values)))
     op.drop_table("machines")
     op.rename_table("new_machines", "machines")
-    op.create_index("accepted_uuids", "machines", ["node_uuid"], unique=True, sqlite_where=sa.text("admission = 'accepted'"))
+    accepted = sa.text("admission = 'accepted'")
+    op.create_index("accepted_uuids", "machines", ["node_uuid"], unique=True, sqlite_where=accepted, postgresql_where=accepted)
     op.create_index("uuids", "machines", ["node_uuid"])

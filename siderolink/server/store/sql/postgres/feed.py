@@ -1,0 +1,242 @@
+"""The feed: a table of changes, written in the transactions that change the rows, and read in an order without gaps.
+
+A sequence's numbers, and those of transactions, are drawn before the commit: who reads "all above the last" would skip a slower
+writer for ever. So a reader takes only what lies below the oldest transaction that still runs (`pg_snapshot_xmin`), and begins
+there the next time. A change that rests on another has the higher number, because its transaction waited for the locks of the
+other. A notification says only that there is something; who misses it finds out within a second.
+"""
+
+import json
+import logging
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import fields
+from typing import Any
+
+import anyio
+from sqlalchemy import column, insert, table, text
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from siderolink.common.errors import StoreError, StoreUnavailableError
+from siderolink.server.store.base import (
+    Ban,
+    BanChanged,
+    BanKind,
+    Change,
+    ChangesLost,
+    Claim,
+    ClaimChanged,
+    Machine,
+    MachineChanged,
+    MachineDeleted,
+)
+from siderolink.server.store.feed import Feeds
+from siderolink.server.store.sql import tables
+from siderolink.server.store.sql.postgres.database import ContendedError, Database
+
+log = logging.getLogger(__name__)
+
+POLL_SECONDS = 1.0
+NOTIFY_SECONDS = 0.05
+"""The least time between two notifications of one server: each serialises the commits of the whole cluster for a moment."""
+AGAIN_SECONDS = 0.02
+"""How soon is read again what a transaction that still runs keeps back."""
+KEPT_SECONDS = 600
+PRUNE_SECONDS = 60.0
+RETRY_SECONDS = 1.0
+MOST_AT_ONCE = 4096
+_CHANNEL = "siderolink_changes"
+_PRUNE_LOCK = 0x53444C4C
+
+_CHANGES = table("changes", column("kind"), column("id"), column("body"))
+_READ = text(
+    "SELECT now.top::text AS top, feed.pruned::text AS pruned, pg_postmaster_start_time()::text AS postmaster,"
+    " CAST(extract(epoch FROM clock_timestamp()) AS float8) AS now,"
+    " EXISTS (SELECT FROM changes WHERE xid >= now.top) AS is_kept_back, changes.kind, changes.body"
+    " FROM (SELECT pg_snapshot_xmin(pg_current_snapshot()) AS top) AS now CROSS JOIN feed LEFT JOIN changes"
+    " ON changes.xid >= CAST(CAST(:position AS text) AS xid8) AND changes.xid < now.top"
+    " ORDER BY changes.xid, changes.seq LIMIT :most"
+)
+_PRUNE = text(
+    "WITH gone AS (DELETE FROM changes WHERE at < clock_timestamp() - make_interval(secs => :kept)"
+    " AND xid < pg_snapshot_xmin(pg_current_snapshot()) RETURNING xid)"
+    " UPDATE feed SET pruned = greatest(pruned, (SELECT xid FROM gone ORDER BY xid DESC LIMIT 1))"
+)
+
+
+# --- how a change is written
+
+
+def _body(row: Machine | Claim) -> dict[str, Any]:
+    cells = ((one.name, tables.cell(getattr(row, one.name))) for one in fields(row))
+    return {name: {"x": cell.hex()} if isinstance(cell, bytes) else cell for name, cell in cells}
+
+
+def _row(body: Mapping[str, Any], known: Any) -> dict[str, Any]:
+    """The columns as they were written; those that only a newer server knows are left out."""
+    names = {one.name for one in fields(known)}
+    return {name: bytes.fromhex(cell["x"]) if isinstance(cell, dict) else cell for name, cell in body.items() if name in names}
+
+
+def _written(change: Change) -> dict[str, str]:
+    match change:
+        case MachineChanged(machine=machine):
+            kind, name, body = "machine", machine.id, _body(machine)
+        case MachineDeleted(machine=machine):
+            kind, name, body = "machine gone", machine.id, _body(machine)
+        case ClaimChanged(claim=claim, is_over=is_over):
+            kind, name, body = "claim over" if is_over else "claim", claim.id, _body(claim)
+        case BanChanged(ban=ban, banned=banned):
+            kind, name, body = "ban" if banned else "ban lifted", ban.value, {"kind": ban.kind.value, "value": ban.value}
+        case ChangesLost():
+            raise ValueError("nobody writes that")
+    return {"kind": kind, "id": name, "body": json.dumps(body)}
+
+
+def _read_change(kind: str, body: str) -> Change | None:
+    """None for what only a newer server knows. Raises StoreError for what no server wrote."""
+    try:
+        found = json.loads(body)
+        match kind:
+            case "machine" | "machine gone":
+                machine = tables.read_machine(_row(found, Machine))
+                return MachineChanged(machine=machine) if kind == "machine" else MachineDeleted(machine=machine)
+            case "claim" | "claim over":
+                return ClaimChanged(claim=tables.read_claim(_row(found, Claim)), is_over=kind == "claim over")
+            case "ban" | "ban lifted":
+                return BanChanged(ban=Ban(kind=BanKind(found["kind"]), value=found["value"]), banned=kind == "ban")
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise StoreError("the feed holds a change that no server wrote") from None
+    return None
+
+
+async def write_changes(connection: AsyncConnection, changes: Sequence[Change]) -> None:
+    """Write what a transaction changes, in order, within it."""
+    await connection.execute(insert(_CHANGES), [_written(change) for change in changes])
+
+
+# --- reading
+
+
+class FeedReader:
+    """Reads what every server changed and publishes it here; tells the others when this one has changed something."""
+
+    def __init__(self, database: Database, feeds: Feeds) -> None:
+        self._database = database
+        self._feeds = feeds
+        self._position = 0
+        """All of the transactions below is published."""
+        self._postmaster = ""
+        """When the database was started: another one may lack the last commits."""
+        self._is_kept_back = False
+        self._ahead = time.time() - time.monotonic()
+        """The database's clock less this host's monotonic one, in seconds."""
+        self._lock = anyio.Lock()
+        self._wake = anyio.Event()
+        self._changed = anyio.Event()
+
+    def time(self) -> float:
+        """Unix time by the database's clock."""
+        return time.monotonic() + self._ahead
+
+    def tell(self) -> None:
+        """This server has changed something."""
+        self._wake.set()
+        self._changed.set()
+
+    @asynccontextmanager
+    async def follow(self) -> AsyncIterator[AsyncIterator[Change]]:
+        """The changes that are committed from now on. Raises StoreError."""
+        async with AsyncExitStack() as stack:
+            async with self._lock:
+                await self._poll()
+                changes = await stack.enter_async_context(self._feeds.follow())
+            yield changes
+
+    async def start(self) -> None:
+        """Begin with what is committed from now on. Raises StoreError."""
+        async with self._lock:
+            await self._poll()
+
+    async def read(self) -> None:
+        """Read for ever: at each notification, each second, and sooner where a running transaction keeps changes back."""
+        delay, again, is_away = POLL_SECONDS, AGAIN_SECONDS, False
+        while True:
+            with anyio.move_on_after(delay):
+                await self._wake.wait()
+            self._wake = anyio.Event()
+            try:
+                async with self._lock:
+                    await self._poll()
+            except StoreError as error:
+                if not is_away:
+                    log.warning("the feed of changes has stopped: %s", error)
+                is_away, delay = True, POLL_SECONDS
+                await anyio.sleep(AGAIN_SECONDS)
+                continue
+            if is_away:
+                log.warning("the feed of changes goes on")
+                is_away = False
+            again = min(2 * again, POLL_SECONDS) if self._is_kept_back else AGAIN_SECONDS
+            delay = again if self._is_kept_back else POLL_SECONDS
+
+    async def _poll(self) -> None:
+        try:
+            sent_at = time.monotonic()
+            async with self._database.connect() as connection:
+                rows = (await connection.execute(_READ, {"position": str(self._position), "most": MOST_AT_ONCE + 1})).all()
+            self._ahead = rows[0].now - (sent_at + time.monotonic()) / 2
+        except ContendedError as error:
+            raise StoreUnavailableError(str(error)) from error
+        first = rows[0]
+        top, pruned = int(first.top), int(first.pruned)
+        self._is_kept_back = first.is_kept_back
+        is_lost = top < self._position or pruned >= self._position or len(rows) > MOST_AT_ONCE
+        if self._postmaster and (is_lost or first.postmaster != self._postmaster):
+            self._feeds.publish([ChangesLost()])
+        elif self._postmaster:
+            changes = (_read_change(row.kind, row.body) for row in rows if row.kind is not None)
+            self._feeds.publish([change for change in changes if change is not None])
+        self._position, self._postmaster = top, first.postmaster
+
+    async def listen(self) -> None:
+        """Hear notifications, for ever. Behind a pooler that gives each transaction another session none come."""
+        while True:
+            try:
+                async with self._database.listen(_CHANNEL) as notifications:
+                    async for _ in notifications:
+                        self._wake.set()
+            except StoreError as error:
+                log.debug("no notifications of changes: %s", error)
+            await anyio.sleep(RETRY_SECONDS)
+
+    async def notify(self) -> None:
+        """Tell the others that there is something, for ever. Who misses it reads it within a second."""
+        while True:
+            await self._changed.wait()
+            self._changed = anyio.Event()
+            try:
+                async with self._database.connect() as connection:
+                    await connection.execute(text(f"NOTIFY {_CHANNEL}"))
+                    await connection.commit()
+            except (StoreError, ContendedError) as error:
+                log.debug("a notification was not sent: %s", error)
+            await anyio.sleep(NOTIFY_SECONDS)
+
+    async def prune(self) -> None:
+        """Remove old changes, for ever; a reader that lacks them reads all rows."""
+        while True:
+            await anyio.sleep(PRUNE_SECONDS)
+            try:
+                await self.prune_now(KEPT_SECONDS)
+            except (StoreError, ContendedError) as error:
+                log.debug("old changes were not removed: %s", error)
+
+    async def prune_now(self, kept_seconds: float) -> None:
+        """Remove what is older. Raises StoreError."""
+        async with self._database.connect() as connection:
+            lock = await connection.execute(text("SELECT pg_try_advisory_xact_lock(:lock)"), {"lock": _PRUNE_LOCK})
+            if lock.scalar():
+                await connection.execute(_PRUNE, {"kept": kept_seconds})
+                await connection.commit()

@@ -1,0 +1,116 @@
+"""A store on Postgres, which outlives the server and which several servers may share."""
+
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import TypeVar
+
+from sqlalchemy import select
+from sqlalchemy.engine import RowMapping
+from sqlalchemy.sql import Select
+
+from siderolink.common.errors import StoreError, StoreUnavailableError
+from siderolink.common.tasks import background_tasks
+from siderolink.server.store.base import Ban, Change, Claim, Machine, Work
+from siderolink.server.store.feed import DEFAULT_FEED_LIMIT, Feeds
+from siderolink.server.store.sql import tables
+from siderolink.server.store.sql.postgres.database import CONNECTIONS, ContendedError, Database, database_url
+from siderolink.server.store.sql.postgres.feed import FeedReader
+from siderolink.server.store.sql.postgres.transactions import run_work
+
+T = TypeVar("T")
+
+_PAGE = 1024
+
+
+class PostgresStore:
+    """See `Store`."""
+
+    def __init__(self, database: Database, feed_limit: int) -> None:
+        """For `open`."""
+        self._database = database
+        self._feed = FeedReader(database, Feeds(feed_limit))
+        self._is_open = True
+
+    @classmethod
+    @asynccontextmanager
+    async def open(
+        cls,
+        url: str,
+        *,
+        password: str | None = None,
+        connections: int = CONNECTIONS,
+        feed_limit: int = DEFAULT_FEED_LIMIT,
+    ) -> AsyncIterator["PostgresStore"]:
+        """Connect to ``postgresql://USER@HOST:PORT/DATABASE`` and bring its schema up to this program's.
+
+        The server's TLS certificate has to prove its name, unless it is on this host or the URL says otherwise (`sslmode`).
+        Raises ConfigurationError for another URL; StoreError, with one clear line, for a database that cannot be used.
+        """
+        database = Database(database_url(url, password), connections=connections)
+        try:
+            store = cls(database, feed_limit)
+            await database.prepare()
+            await store._feed.start()
+            async with background_tasks() as tasks:
+                for part in (store._feed.read, store._feed.listen, store._feed.notify, store._feed.prune):
+                    tasks.start_soon(part)
+                try:
+                    yield store
+                finally:
+                    store._is_open = False
+        finally:
+            await database.close()
+
+    @property
+    def name(self) -> str:
+        """The database, for people."""
+        return self._database.name
+
+    def time(self) -> float:
+        """Unix time by the database's clock, as of the last second."""
+        return self._feed.time()
+
+    async def transact(self, work: Work[T]) -> T:
+        if not self._is_open:
+            raise StoreError("the store is closed")
+        result, changes = await run_work(self._database, work)
+        if changes:
+            self._feed.tell()
+        return result
+
+    async def machines(self) -> AsyncIterator[Machine]:
+        """Page by page, each as it was at one moment."""
+        columns, last = tables.machines.c, ""
+        while True:
+            page = await self._read(
+                select(tables.machines).where(columns.id > last).order_by(columns.id).limit(_PAGE), tables.read_machine
+            )
+            for machine in page:
+                yield machine
+            if len(page) < _PAGE:
+                return
+            last = page[-1].id
+
+    async def bans(self) -> Sequence[Ban]:
+        return await self._read(select(tables.bans), lambda row: tables.read_ban(row["kind"], row["value"]))
+
+    async def all_claims(self) -> Sequence[Claim]:
+        return await self._read(select(tables.claims).order_by(tables.claims.c.created_at), tables.read_claim)
+
+    async def _read(self, statement: Select[tuple[object, ...]], read: Callable[[RowMapping], T]) -> list[T]:
+        try:
+            async with self._database.connect() as connection:
+                return [read(row) for row in (await connection.execute(statement)).mappings()]
+        except ContendedError as error:
+            raise StoreUnavailableError(str(error)) from error
+
+    def changes(self) -> AbstractAsyncContextManager[AsyncIterator[Change]]:
+        """See `Store`. Where the database was started anew or a reader is far behind, it is told ChangesLost."""
+        return self._feed.follow()
+
+    async def prune_changes(self, kept_seconds: float) -> None:
+        """Remove older changes now; it is done each minute by itself. Raises StoreError."""
+        try:
+            await self._feed.prune_now(kept_seconds)
+        except ContendedError as error:
+            raise StoreUnavailableError(str(error)) from error
