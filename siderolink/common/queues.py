@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from enum import Enum, auto
 from typing import Generic, Self, TypeVar
-from weakref import WeakSet
+from weakref import ref
 
 import anyio
 
@@ -128,7 +128,7 @@ class Broadcast(Generic[T]):
         self._lost = lost
         self._overflow = overflow
         self._history: deque[tuple[T, int]] = deque(maxlen=history)
-        self._subscriptions: WeakSet[Subscription[T]] = WeakSet()
+        self._subscriptions: dict[ref[Subscription[T]], None] = {}
         self._ended = False
 
     def subscribe(self, limit: int | None = None) -> Subscription[T]:
@@ -143,13 +143,13 @@ class Broadcast(Generic[T]):
         if self._ended:
             found.end()
         else:
-            self._subscriptions.add(found)
+            self._subscriptions[ref(found, self._forget)] = None
         return found
 
     def publish(self, item: T, size: int = 0) -> None:
         """Hand out an item of `size` bytes. Never blocks."""
         self._history.append((item, size))
-        for subscription in self._subscriptions:
+        for subscription in self._held():
             subscription.add(item, size)
 
     @property
@@ -160,9 +160,15 @@ class Broadcast(Generic[T]):
     def end(self) -> None:
         """End every subscription once its reader has what waits."""
         self._ended = True
-        for subscription in list(self._subscriptions):
+        for subscription in self._held():
             subscription.end()
         self._subscriptions.clear()
+
+    def _held(self) -> list[Subscription[T]]:
+        return [found for held in tuple(self._subscriptions) if (found := held()) is not None]
+
+    def _forget(self, held: "ref[Subscription[T]]") -> None:
+        self._subscriptions.pop(held, None)
 
 
 class DeliveryQueue(Generic[T]):

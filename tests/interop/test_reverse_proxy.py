@@ -12,10 +12,14 @@ import anyio
 import pytest
 from grpclib.server import Stream
 
+from siderolink.client.link import signals
+from siderolink.client.link.probes import watch_api
+from siderolink.common.backoff import RetryTrigger
 from siderolink.common.errors import ServerUnreachableError
 from siderolink.common.grpc import (
     ByteStream,
     ByteStreamService,
+    GrpcServer,
     Limits,
     Refusal,
     Servable,
@@ -28,6 +32,8 @@ from siderolink.common.grpc import (
     translate_errors,
 )
 from siderolink.common.grpc.client import HEALTH_WATCH
+from siderolink.common.join_url import JoinURL
+from siderolink.common.pb.grpc.health.v1 import HealthCheckRequest, HealthCheckResponse
 from siderolink.common.tasks import background_tasks
 from siderolink.server.api.standard import HealthService
 from tests.support.api import ECHO, Raw, Service, method
@@ -195,3 +201,52 @@ async def test_a_server_that_is_away_behind_nginx_is_not_taken_for_one_that_answ
     async with nginx(tmp_path, port, http(port, backend)), open_channel("::1", port) as channel:
         with pytest.raises(ServerUnreachableError, match="unavailable"):
             await channel.watch_health(lambda: pytest.fail("nobody answers"))
+
+
+class Watches(HealthService):
+    """Counts the calls that are held open."""
+
+    calls = 0
+
+    async def watch(self, message: HealthCheckRequest) -> AsyncIterator[HealthCheckResponse]:
+        self.calls += 1
+        async for answer in super().watch(message):
+            yield answer
+
+
+@contextlib.asynccontextmanager
+async def watched(
+    folder: Path, limits: Limits
+) -> AsyncIterator[tuple[GrpcServer, Watches, list[signals.Signal], RetryTrigger]]:
+    """A machine's watch of its server behind nginx, with every time of nginx a second."""
+    service, port, told, retry = Watches(), free_port(), list[signals.Signal](), RetryTrigger()
+    async with serve([service], host="127.0.0.1", limits=limits) as server:
+        async with nginx(folder, port, http(port, server.port, TIMES)), background_tasks() as tasks:
+            tasks.start_soon(watch_api, JoinURL("::1", port, tls=False), None, told.append, retry)
+            yield server, service, told, retry
+
+
+async def test_a_watch_behind_nginx_is_quiet_and_tells_the_servers_end(tmp_path: Path) -> None:
+    async with watched(tmp_path, Limits(server_ping_interval=0.3, ping_timeout=0.2)) as (server, service, told, _):
+        await asyncio.sleep(4)
+        assert (service.calls, told) == (1, [])
+        await server.stop()
+        async with asyncio.timeout(10):
+            while told != [signals.ApiLost()]:
+                await asyncio.sleep(0.01)
+
+
+async def test_nginx_that_cuts_the_watch_regularly_is_left_in_peace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the server's pings come too seldom for nginx, three cuts at one age are its habit, and no call is held any more."""
+    monkeypatch.setattr("siderolink.client.link.watch.RegularCuts.SHORTEST", 0.0)
+    monkeypatch.setattr("siderolink.client.link.probes.STABLE", 0.0)
+    async with watched(tmp_path, Limits(server_ping_interval=None)) as (_, service, told, retry):
+        async with asyncio.timeout(20):
+            while not any(isinstance(signal, signals.ApiCutRegularly) for signal in told):
+                retry.fire()
+                await asyncio.sleep(0.01)
+        for _ in range(20):
+            retry.fire()
+            await asyncio.sleep(0.01)
+        assert service.calls == 3
+    assert [type(signal) for signal in told].count(signals.ApiLost) == 2

@@ -157,6 +157,7 @@ class ConnectionBudget:
         for pool in (self._known, self._unproven, self._reserved):
             if held in pool:
                 pool.remove(held)
+                return
 
     def know(self, source: str) -> None:
         """A call from this source carried a valid token."""

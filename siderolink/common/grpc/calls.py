@@ -296,10 +296,11 @@ class CallHandler(AbstractHandler):
 
         async def answer(call: private.Call) -> None:
             longest = method.limits.call_timeout
-            if longest is not None:
-                longest = min(longest, self._limits.stream_idle_timeout or longest)
-            async with _lasting(longest):
+            if longest is None:
                 await method.handler.func(call)
+            else:
+                async with _lasting(min(longest, self._limits.stream_idle_timeout or longest)):
+                    await method.handler.func(call)
             message = call.waiting_answer()
             if message is None:
                 return
@@ -319,11 +320,8 @@ class CallHandler(AbstractHandler):
 
 
 @asynccontextmanager
-async def _lasting(seconds: float | None) -> AsyncIterator[None]:
+async def _lasting(seconds: float) -> AsyncIterator[None]:
     """End the call with UNAVAILABLE after so long: the caller may call again."""
-    if seconds is None:
-        yield
-        return
     scope = asyncio.timeout(seconds)
     try:
         async with scope:

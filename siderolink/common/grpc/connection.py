@@ -49,6 +49,8 @@ def h2_config(*, server: bool) -> H2Configuration:
 def new_h2_connection(limits: Limits, *, server: bool) -> Engine:
     """An engine whose first words are `first_words`; they are the same for all connections, so it need not make them."""
     connection = Engine(h2_config(server=server))
+    if server:
+        private.remember_requests(connection)
     settings = _settings(limits, server=server)
     if server:
         # The engine ends a whole connection for one call too many. It is told a higher number than the peer, so that
@@ -287,6 +289,8 @@ class Connection(_GrpclibConnection):
         return self.transport.is_closing()
 
     def close(self) -> None:
+        if self._write_gate.is_closed:
+            return
         super().close()
         self._write_gate.close()
         self._stream_gate.close()
@@ -318,7 +322,8 @@ class Connection(_GrpclibConnection):
             self.transport.write(answer)
             for _ in range(frames.count_resets(answer)):
                 self.guard.count(Refusal.RESET_FLOOD)
-        self.check_window()
+        if self._outstanding:
+            self._check_window()
         return events
 
     def ack(self, stream_id: int, size: int) -> None:
@@ -361,9 +366,9 @@ class Connection(_GrpclibConnection):
     def received(self, size: int) -> None:
         """DATA came past the engine. Raises Refused when it is more than the connection's window had left."""
         self._outstanding += size
-        self.check_window()
+        self._check_window()
 
-    def check_window(self) -> None:
+    def _check_window(self) -> None:
         """Raises Refused when the peer sent more than the connection's window, by the engine and past it together."""
         if self._outstanding > self.engine.inbound_flow_control_window:
             raise Refused(Refusal.FLOW_CONTROL, "more than the connection's window")

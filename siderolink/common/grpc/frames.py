@@ -35,6 +35,8 @@ _SETTINGS_ENTRIES = "settings entries"
 _SETTING = struct.Struct(">HL")
 _MAX_ENDED = 256
 
+_LONGEST_HERE = FRAME_HEADER_BYTES + MAX_SETTINGS_ENTRIES * 6
+"""The longest frame that is dealt with here."""
 _NOTHING = memoryview(b"")
 _ENGINE, _NOWHERE, _HERE = 0, -1, -2
 """Where a frame goes; a raw stream's DATA goes to that stream."""
@@ -168,7 +170,7 @@ class FrameScanner:
         end = len(data)
         start, pos = 0, self._skip_preface(data)
         self._cuts.clear()
-        while pos < end:
+        while pos < end and (self._remaining or end - pos >= FRAME_HEADER_BYTES):
             if self._remaining:
                 first, pos = pos, min(pos + self._remaining, end)
                 self._remaining -= pos - first
@@ -176,11 +178,11 @@ class FrameScanner:
                     start = pos
                     yield max(self._target, 0), view[first:pos] if self._target > 0 else _NOTHING
                 continue
-            header = self._read_header(data, pos)
-            if header is None:
-                self._partial = data[pos:]
+            high, low, kind, flags, stream_id = _FRAME_HEADER.unpack_from(data, pos)
+            length, stream_id = high << 8 | low, stream_id & 0x7FFF_FFFF
+            target = self._target_of(kind, flags, length, stream_id)
+            if target == _HERE and end - pos < FRAME_HEADER_BYTES + length <= _LONGEST_HERE:
                 break
-            target, kind, flags, length, stream_id = header
             if target and start < pos:
                 yield from self._engine_pieces(view, start, pos)
                 start = pos
@@ -193,25 +195,17 @@ class FrameScanner:
                 pos += length
             if target:
                 start = pos
+        self._partial = data[pos:]
         if start < pos:
             yield from self._engine_pieces(view, start, pos)
 
-    def _read_header(self, data: bytes, pos: int) -> tuple[int, int, int, int, int] | None:
-        """Where the frame goes, its type, flags, length and stream; None until enough of it is there."""
-        if len(data) - pos < FRAME_HEADER_BYTES:
-            return None
-        high, low, kind, flags, stream_id = _FRAME_HEADER.unpack_from(data, pos)
-        length, stream_id = high << 8 | low, stream_id & 0x7FFF_FFFF
-        target = self._target_of(kind, flags, length, stream_id)
-        if target == _HERE and length <= MAX_SETTINGS_ENTRIES * 6 and len(data) - pos < FRAME_HEADER_BYTES + length:
-            return None
-        return target, kind, flags, length, stream_id
-
-    def _engine_pieces(self, view: memoryview, start: int, end: int) -> Iterator[tuple[int, memoryview]]:
+    def _engine_pieces(self, view: memoryview, start: int, end: int) -> tuple[tuple[int, memoryview], ...]:
+        if len(self._cuts) <= PIECE_FRAMES:
+            self._cuts.clear()
+            return ((0, view[start:end]),)
         cuts = [cut for cut in self._cuts[PIECE_FRAMES::PIECE_FRAMES] if start < cut < end]
         self._cuts.clear()
-        for first, last in pairwise((start, *cuts, end)):
-            yield 0, view[first:last]
+        return tuple((0, view[first:last]) for first, last in pairwise((start, *cuts, end)))
 
     def _target_of(self, kind: int, flags: int, length: int, stream_id: int) -> int:
         if self._in_block:
@@ -302,4 +296,5 @@ class FrameScanner:
         if entries > MAX_SETTINGS_ENTRIES:
             raise Refused(Refusal.SETTINGS_FLOOD, f"a SETTINGS frame of {entries} entries, more than {MAX_SETTINGS_ENTRIES}")
         self._guard.count(Refusal.SETTINGS_FLOOD)
-        self._guard.count(Refusal.SETTINGS_FLOOD, entries, kind=_SETTINGS_ENTRIES)
+        if entries:
+            self._guard.count(Refusal.SETTINGS_FLOOD, entries, kind=_SETTINGS_ENTRIES)

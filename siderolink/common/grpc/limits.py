@@ -233,10 +233,12 @@ class Account:
 
     def consumed(self, size: int) -> None:
         """Bytes that were received are needed no longer."""
-        self._received -= size
-        self.give_back(size)
+        if size:
+            self._received -= size
+            self.give_back(size)
 
     def close(self) -> None:
         """The connection is gone: give everything back."""
         self._received = 0
-        self.give_back(self.taken)
+        if self.taken:
+            self.give_back(self.taken)

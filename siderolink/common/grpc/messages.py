@@ -62,16 +62,36 @@ class PrefixGuard:
             self.messages += not self._remaining
 
 
+class _Held:
+    """Bytes that a call has received and not read yet. A buffer that was called back itself would be a cycle."""
+
+    __slots__ = ("_account", "acknowledge", "size")
+
+    def __init__(self, account: Account, acknowledge: Callable[[int], None]) -> None:
+        self._account = account
+        self.acknowledge = acknowledge
+        self.size = 0
+
+    def consumed(self, size: int) -> None:
+        """The call has read so many bytes; what was not held any more is given back to the windows only."""
+        self.release(min(size, self.size))
+        self.acknowledge(size)
+
+    def release(self, size: int) -> None:
+        self.size -= size
+        self._account.consumed(size)
+
+
 class MessageBuffer(Buffer):
     """What a call has received and not read yet; never more than the caps allow, and never waited for beyond a deadline."""
 
     def __init__(self, acknowledge: Callable[[int], None], max_bytes: int, on_refusal: OnRefusal, account: Account) -> None:
-        super().__init__(self._consumed)
+        self._held = _Held(account, acknowledge)
+        super().__init__(self._held.consumed)
         self._acknowledge = acknowledge
         self._guard = PrefixGuard(max_bytes)
         self._on_refusal = on_refusal
         self._account = account
-        self._held = 0
         self._error: GRPCError | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._message_seconds: float | None = None
@@ -105,17 +125,12 @@ class MessageBuffer(Buffer):
     def release(self) -> None:
         """The call is over: give back what it still held."""
         self.settle()
-        self._account.consumed(self._held)
-        self._held = 0
-        self._acknowledge(self._partial_size)
-        self._partial.clear()
-        self._partial_size = 0
-
-    def _consumed(self, size: int) -> None:
-        held = min(size, self._held)
-        self._held -= held
-        self._account.consumed(held)
-        self._acknowledge(size)
+        if self._held.size:
+            self._held.release(self._held.size)
+        if self._partial_size:
+            self._acknowledge(self._partial_size)
+            self._partial.clear()
+            self._partial_size = 0
 
     def add(self, data: bytes, ack_size: int) -> None:
         """Take one DATA frame. An empty one is nothing, where grpclib would take it for the end.
@@ -137,7 +152,7 @@ class MessageBuffer(Buffer):
         if self._error is not None:
             self._acknowledge(ack_size)
             return
-        self._held += ack_size
+        self._held.size += ack_size
         self._partial += data
         self._partial_size += ack_size
         if self._guard.is_between:
@@ -227,7 +242,11 @@ def _varint(data: bytes, pos: int) -> tuple[int, int]:
 
 
 class ServerCodec(ProtoCodec):
-    """Protobuf as machines send it: what cannot be read is their fault and never ours."""
+    """Protobuf as machines send it: what cannot be read is their fault and never ours.
+
+    A model may have a static method `read_plain`, which reads an ordinary message in one pass and has bounds of its own; it
+    returns None for any other.
+    """
 
     def __init__(self, on_refusal: OnRefusal, max_fields: int | None = None) -> None:
         self._on_refusal = on_refusal
@@ -239,6 +258,9 @@ class ServerCodec(ProtoCodec):
 
     def decode(self, data: bytes, message_type: Any) -> Any:
         try:
+            read_plain = getattr(message_type, "read_plain", None)
+            if read_plain is not None and (plain := read_plain(data)) is not None:
+                return plain
             if self._max_fields is not None and count_fields(data, self._max_fields) > self._max_fields:
                 raise ValueError(f"more than {self._max_fields} fields")
             refuse_strings_as_numbers(message_type, data)

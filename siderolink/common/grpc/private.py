@@ -19,6 +19,7 @@ from h2.connection import ConnectionInputs, ConnectionState, H2Connection
 from h2.events import DataReceived, Event, ResponseReceived, StreamEnded, TrailersReceived, WindowUpdated
 from h2.exceptions import ProtocolError as H2ProtocolError
 from h2.stream import StreamInputs, StreamState
+from hpack import Decoder, Encoder, HeaderTuple
 
 from siderolink.common.grpc import frames
 
@@ -123,7 +124,7 @@ def _receive(engine: H2Connection, data: bytes) -> list[Event]:
     if waiting._preamble_len or waiting._data or waiting._headers_buffer:
         if waiting._preamble_len != len(frames.PREFACE) or not data.startswith(frames.PREFACE):
             return engine.receive_data(data)
-        engine.receive_data(frames.PREFACE)
+        waiting._preamble_len = 0
         data = data[len(frames.PREFACE) :]
     pos, end = 0, len(data)
     while end - pos >= frames.FRAME_HEADER_BYTES:
@@ -171,6 +172,98 @@ def _receive_plain(engine: H2Connection, kind: int, flags: int, frame: _PlainFra
         raise
     engine._prepare_for_sending(answer)
     return events
+
+
+_PLAIN_FIELDS = frozenset((b":method", b":scheme", b":path", b":authority", b"content-type", b"user-agent", b"te"))
+"""What clients of one kind send alike, and no secret is in."""
+_MOST_BEGINNINGS = 16
+_MOST_FIELDS = 12
+_LONGEST_BEGINNING = 512
+
+
+class _Beginning(NamedTuple):
+    """How a connection's first header block began, up to its first field that is not plain, and what came of it."""
+
+    block: bytes
+    headers: tuple[HeaderTuple, ...]
+    headers_size: int
+    """As it counts toward the longest header list (RFC 9113, 6.5.2)."""
+    entries: tuple[Any, ...]
+    """The dynamic table behind it, the newest first."""
+    entries_size: int
+
+
+_beginnings: list[_Beginning] = []
+"""The latest used first."""
+
+
+class RequestDecoder(Decoder):
+    """hpack's decoder. What many connections begin with alike is decoded once, and the table filled as it was then."""
+
+    _is_new = True
+    _ends: list[tuple[int, tuple[Any, ...], int]] | None = None
+
+    def __init__(self, max_header_list_size: int, beginnings: list[_Beginning]) -> None:
+        super().__init__(max_header_list_size)
+        self._beginnings = beginnings
+
+    def decode(self, data: bytes, raw: bool = False) -> Any:
+        if not self._is_new or not raw:
+            return super().decode(data, raw)
+        self._is_new = False
+        beginnings = self._beginnings
+        for number, known in enumerate(beginnings):
+            if data.startswith(known.block):
+                if number:
+                    beginnings.insert(0, beginnings.pop(number))
+                return self._go_on(known, data)
+        return self._learn(data)
+
+    def _go_on(self, known: _Beginning, data: bytes) -> Any:
+        rest, longest = data[len(known.block) :], self.max_header_list_size
+        # A change of the table's size may stand at a block's beginning only: that is for the decoder to judge.
+        if known.headers_size > longest or (rest and rest[0] >> 5 == 1):
+            return super().decode(data, True)
+        self.header_table.dynamic_entries.extend(known.entries)
+        self.header_table._current_size = known.entries_size
+        if not rest:
+            return list(known.headers)
+        self.max_header_list_size = longest - known.headers_size
+        try:
+            return [*known.headers, *super().decode(rest, True)]
+        finally:
+            self.max_header_list_size = longest
+
+    def _learn(self, data: bytes) -> Any:
+        ends: list[tuple[int, tuple[Any, ...], int]] = []
+        self._ends = ends
+        headers = list(super().decode(data, True))
+        self._ends = None
+        plain = next((number for number, (name, _) in enumerate(headers) if name not in _PLAIN_FIELDS), len(headers))
+        if 0 < plain <= len(ends) and data[0] >> 5 != 1 and ends[plain - 1][0] <= _LONGEST_BEGINNING:
+            end, entries, entries_size = ends[plain - 1]
+            size = sum(32 + len(name) + len(value) for name, value in headers[:plain])
+            del self._beginnings[_MOST_BEGINNINGS - 1 :]
+            self._beginnings.insert(0, _Beginning(data[:end], tuple(headers[:plain]), size, entries, entries_size))
+        return headers
+
+    def _decode_indexed(self, data: Any) -> Any:
+        return self._note(super()._decode_indexed(data))
+
+    def _decode_literal(self, data: Any, should_index: bool) -> Any:
+        return self._note(super()._decode_literal(data, should_index))
+
+    def _note(self, found: tuple[HeaderTuple, int]) -> tuple[HeaderTuple, int]:
+        if self._ends is not None and len(self._ends) < _MOST_FIELDS:
+            table, start = self.header_table, self._ends[-1][0] if self._ends else 0
+            self._ends.append((start + found[1], tuple(table.dynamic_entries), table._current_size))
+        return found
+
+
+def remember_requests(engine: H2Connection) -> None:
+    """Let a server's new engine decode at once what many connections begin with alike."""
+    if has_short_ways():
+        engine.decoder = RequestDecoder(engine.decoder.max_header_list_size, _beginnings)
 
 
 def spend_window(engine: H2Connection, stream_id: int, size: int) -> bool:
@@ -239,7 +332,19 @@ def _try_short_ways() -> bool:
         return False
     if server.data_to_send() != plain.data_to_send() or _windows(server) != _windows(plain):
         return False
-    return _try_sending(client, server)
+    return _try_sending(client, server) and _try_remembering()
+
+
+def _try_remembering() -> bool:
+    encoder = Encoder()
+    requests = ([*_REQUEST, ("grpc-timeout", value), ("user-agent", "a")] for value in ("1S", "20S"))
+    first, second = (bytes(encoder.encode(request)) for request in requests)
+    beginnings: list[_Beginning] = []
+    decoders = [Decoder(), RequestDecoder(1 << 16, beginnings), RequestDecoder(1 << 16, beginnings)]
+    plain, learning, knowing = (
+        ([list(decoder.decode(block, True)) for block in (first, second)], vars(decoder.header_table)) for decoder in decoders
+    )
+    return plain == learning == knowing and len(beginnings) == 1
 
 
 def _told(event: Event) -> tuple[str, list[tuple[str, str]]]:

@@ -63,7 +63,9 @@ class Processor(EventsProcessor):
             assert stream.id is not None
             self.connection.drop_sink(stream.id)
             release()
-            cast("H2Stream", stream).buffer.release()
+            released = cast("H2Stream", stream)
+            released.sink = None  # it leads back to the stream
+            released.buffer.release()
             self._on_streams(len(self.streams))
 
         return release_stream
@@ -240,24 +242,29 @@ class Http2Protocol(H2Protocol):
 
         What lies in successive frames of a byte stream is given at once.
         """
-        until = self._loop.time() + _TURN_SECONDS
+        now = self._loop.time()
+        until = now + _TURN_SECONDS
         sink_id = 0
         parts: list[memoryview] = []
         for stream_id, piece in pieces:
             if parts and (stream_id != sink_id or len(parts) >= _LOOK_EVERY):
                 self._feed_sink(sink_id, parts)
                 parts = []
-                if stream_id and self._loop.time() > until:
+                now = self._loop.time()
+                if stream_id and now > until:
                     self._feed_sink(stream_id, [piece])
                     return False
             if stream_id:
                 sink_id = stream_id
                 parts.append(piece)
                 continue
-            self._feed_engine(piece)
-            if self._is_done():
-                return True
-            if self._loop.time() > until:
+            if piece:
+                self._feed(bytes(piece))
+                if self._is_done():
+                    return True
+            started, now = now, self._loop.time()
+            self._engine_seconds += now - started
+            if now > until:
                 return False
         if parts:
             self._feed_sink(sink_id, parts)
@@ -270,7 +277,7 @@ class Http2Protocol(H2Protocol):
             self.connection.flush()
             self.connection.transport.write(bytes(scanner.replies))
             scanner.replies.clear()
-        if scanner.has_settings:
+        if scanner.has_settings and "preface" in self._due:
             self._stop("preface")
         if scanner.dropped:
             dropped, scanner.dropped = scanner.dropped, 0
@@ -293,13 +300,6 @@ class Http2Protocol(H2Protocol):
             sink.feed(pieces, flow=True)
         else:  # this side ended the stream in the middle of the frame
             self.connection.give_back(stream_id, size)
-
-    def _feed_engine(self, piece: memoryview) -> None:
-        if not piece:
-            return
-        started = self._loop.time()
-        self._feed(bytes(piece))
-        self._engine_seconds += self._loop.time() - started
 
     def _feed(self, piece: bytes) -> None:
         for event in self.connection.feed(piece):

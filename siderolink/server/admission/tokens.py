@@ -147,6 +147,8 @@ def parse_unique_token(token: str) -> UniqueToken | None:
     """
     if not token:
         return None
+    if not token.lstrip().startswith("{"):
+        return UniqueToken(_digest("text:" + token))
     try:
         document = json.loads(token)
     except (ValueError, RecursionError):

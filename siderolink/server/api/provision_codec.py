@@ -22,11 +22,17 @@ class PlainRequest(ProvisionRequest):
 
     @classmethod
     def FromString(cls, data: bytes) -> ProvisionRequest:  # type: ignore[override] # the plain model is what is wanted
-        return _read_plain(data) or ProvisionRequest.FromString(data)
+        plain = read_plain(data)
+        return ProvisionRequest.FromString(data) if plain is None else plain
+
+    @staticmethod
+    def read_plain(data: bytes) -> ProvisionRequest | None:
+        """The message, read in one pass, if its six fields come once at most and in ordinary lengths; None for any other."""
+        return read_plain(data)
 
 
-def _read_plain(data: bytes) -> ProvisionRequest | None:
-    """The message if it has known fields of ordinary lengths only; None for any other, well-formed or not."""
+def read_plain(data: bytes) -> ProvisionRequest | None:
+    """See `PlainRequest.read_plain`. Ends at the first field that is not plain, so it takes no time worth bounding."""
     fields: dict[str, str | bool] = {}
     pos, end = 0, len(data)
     try:
@@ -36,6 +42,8 @@ def _read_plain(data: bytes) -> ProvisionRequest | None:
             if key == _TUNNEL_FIELD:
                 if value > 1:
                     return None
+                if "wireguard_over_grpc" in fields:
+                    return None
                 fields["wireguard_over_grpc"] = bool(value)
                 continue
             if value >= _ONE_BYTE:
@@ -43,7 +51,10 @@ def _read_plain(data: bytes) -> ProvisionRequest | None:
                 pos += 1
                 if value < _ONE_BYTE or value >= _ONE_BYTE << 7:
                     return None
-            fields[_TEXT_FIELDS[key]] = data[pos : pos + value].decode()
+            name = _TEXT_FIELDS[key]
+            if name in fields:
+                return None
+            fields[name] = data[pos : pos + value].decode()
             pos += value
     except (IndexError, KeyError, UnicodeDecodeError):
         return None

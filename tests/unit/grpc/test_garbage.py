@@ -6,6 +6,8 @@ import gc
 import pytest
 
 from siderolink.common.grpc import open_byte_stream, open_channel
+from siderolink.common.grpc.connection import Connection
+from siderolink.common.grpc.messages import MessageBuffer
 from siderolink.common.grpc.protocol import Http2Protocol
 from tests.support.api import ECHO, Raw, method, serving
 from tests.support.http2 import RawPeer
@@ -13,8 +15,8 @@ from tests.support.http2 import RawPeer
 pytestmark = pytest.mark.anyio
 
 
-def protocols() -> int:
-    return sum(isinstance(thing, Http2Protocol) for thing in gc.get_objects())
+def kept() -> int:
+    return sum(isinstance(thing, Http2Protocol | Connection | MessageBuffer) for thing in gc.get_objects())
 
 
 async def test_connections_are_freed_at_once() -> None:
@@ -22,7 +24,7 @@ async def test_connections_are_freed_at_once() -> None:
         gc.collect()
         gc.disable()
         try:
-            before = protocols()
+            before = kept()
             for _ in range(5):
                 async with open_channel("127.0.0.1", server.port) as channel:
                     assert (await method(channel)(Raw(b"x"))).data == b"x"
@@ -36,6 +38,6 @@ async def test_connections_are_freed_at_once() -> None:
             del channel, stream, peer
             for _ in range(5):
                 await asyncio.sleep(0)
-            assert protocols() == before
+            assert kept() == before
         finally:
             gc.enable()

@@ -8,6 +8,10 @@ import h2
 import pytest
 from h2.config import H2Configuration
 from h2.connection import H2Connection
+from hpack import Decoder, Encoder
+from hpack.exceptions import HPACKError
+from hypothesis import given
+from hypothesis import strategies as st
 
 from siderolink.common.grpc import private
 
@@ -87,3 +91,43 @@ class HiddenEncoder:
 
     def encode(self, headers: object, huffman: bool = True) -> bytes:
         return b"\x83\x86\x84\x41\x01x"
+
+
+PLAIN = [(":method", "POST"), (":scheme", "http"), (":path", "/a"), (":authority", "b"), ("user-agent", "c"), ("te", "x")]
+FIELDS = st.lists(st.sampled_from([*PLAIN, ("grpc-timeout", "1S"), ("authorization", "secret"), ("x", "y" * 60)]))
+
+
+def told(decoder: Decoder, blocks: list[bytes]) -> tuple[list[object], dict[str, Any]]:
+    """What a decoder makes of the blocks of one connection, up to the first that is refused, and its table then."""
+    found: list[object] = []
+    for block in blocks:
+        try:
+            found.append([(tuple(field), type(field)) for field in decoder.decode(block, True)])
+        except HPACKError as error:
+            found.append(type(error))
+            break
+    return found, vars(decoder.header_table)
+
+
+@given(st.lists(st.tuples(FIELDS, FIELDS, st.sampled_from([4096, 4096, 64, 0]), st.binary(max_size=3)), max_size=5))
+def test_a_block_that_began_like_another_is_decoded_like_any(connections: list[tuple[Any, Any, int, bytes]]) -> None:
+    beginnings: list[Any] = []
+    for first, second, table, rubbish in connections:
+        encoder = Encoder()
+        encoder.header_table_size = table
+        blocks = [bytes(encoder.encode(first)) + rubbish, bytes(encoder.encode(second))]
+        for longest in (1 << 16, 150):
+            plain = told(Decoder(longest), blocks)
+            assert told(private.RequestDecoder(longest, beginnings), blocks) == plain
+            assert told(private.RequestDecoder(longest, beginnings), blocks) == plain
+    assert len(beginnings) <= 16
+    assert not any(b"secret" in repr(known).encode() for known in beginnings)
+
+
+def test_what_is_remembered_has_bounds() -> None:
+    beginnings: list[Any] = []
+    for number in range(100):
+        block = bytes(Encoder().encode([(":path", f"/{number}"), (":authority", "a" * number * 10)]))
+        private.RequestDecoder(1 << 16, beginnings).decode(block, True)
+    assert len(beginnings) == 16
+    assert max(len(known.block) for known in beginnings) <= 512
