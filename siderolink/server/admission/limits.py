@@ -7,6 +7,7 @@ it has had its time.
 
 from collections import OrderedDict
 from dataclasses import dataclass
+from itertools import islice
 
 from siderolink.server.admission.rules import source_key
 from siderolink.server.clock import Clock
@@ -15,6 +16,9 @@ from siderolink.server.store import Claim
 GRACE_SECONDS = 5.0
 """A machine that joined shakes hands within seconds; so long it does not give way."""
 _LEAST_SHARE = 16
+_COMPARED_SOURCES = 256
+"""With more sources than this, nobody looks for the one that holds most: that would cost each join their number."""
+_LOOKED_AT = 256
 _NAMED_KEYS = 65_536
 
 
@@ -58,6 +62,7 @@ class PendingBudget:
         self._limits = limits
         self._clock = clock
         self._by_source: dict[str, OrderedDict[str, Waiting]] = {}
+        self._in_order: OrderedDict[str, Waiting] = OrderedDict()
         self._sources: dict[str, str] = {}
 
     def __len__(self) -> int:
@@ -69,7 +74,8 @@ class PendingBudget:
             return
         key = source_key(source) or source
         self._sources[entry_id] = key
-        self._by_source.setdefault(key, OrderedDict())[entry_id] = Waiting(entry_id, self._clock.monotonic(), claim)
+        waiting = Waiting(entry_id, self._clock.monotonic(), claim)
+        self._by_source.setdefault(key, OrderedDict())[entry_id] = self._in_order[entry_id] = waiting
 
     def discard(self, entry_id: str) -> None:
         """An entry shook hands, or is gone."""
@@ -77,6 +83,7 @@ class PendingBudget:
         if key is not None:
             entries = self._by_source[key]
             del entries[entry_id]
+            del self._in_order[entry_id]
             if not entries:
                 del self._by_source[key]
 
@@ -91,9 +98,11 @@ class PendingBudget:
         """What gives way: the oldest of this source, or of the one that holds most; None while it has time yet."""
         if source is not None:
             entries = self._by_source.get(source_key(source) or source)
-        else:
+        elif len(self._by_source) <= _COMPARED_SOURCES:
             entries = max(self._by_source.values(), key=len, default=None)
-        for waiting in (entries or {}).values():
+        else:
+            entries = self._in_order  # so many sources hold little each
+        for waiting in islice((entries or {}).values(), _LOOKED_AT):
             if waiting.claim is None or not rows_only:
                 return waiting if self._clock.monotonic() - waiting.since >= GRACE_SECONDS else None
         return None

@@ -101,6 +101,20 @@ async def test_one_source_is_limited_only_while_more_than_half_is_used() -> None
     await manager.join(FakeMachine(source="203.0.113.67"))
 
 
+async def test_from_many_sources_the_oldest_gives_way() -> None:
+    manager = Manager(limits=MachineLimits(max_machines=400, max_pending=400))
+    first = FakeMachine(source="192.0.2.1")
+    await manager.join(first)
+    manager.time.advance(6)
+    for number in range(399):
+        await manager.join(FakeMachine(source=f"198.51.{number // 250}.{number % 250}"))
+    await manager.join(FakeMachine(source="203.0.113.1"))
+    assert await manager.machines.find(first.node_uuid) is None
+    assert (await manager.refuses(FakeMachine(source="203.0.113.2")))[0] is Status.RESOURCE_EXHAUSTED, (
+        "all others have time yet"
+    )
+
+
 async def test_a_thousand_machines_behind_one_address_come_back_at_once() -> None:
     before = Manager()
     machines = [FakeMachine(unique_token=f"u{number}") for number in range(1000)]
