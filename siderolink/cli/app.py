@@ -40,6 +40,7 @@ from siderolink.cli.options import (
     MetricsMachines,
     NetNs,
     NoDial,
+    OrderChoice,
     OverlayPorts,
     PrintMachineLogs,
     ProxyProtocolFrom,
@@ -308,6 +309,37 @@ def status(as_json: Json = False) -> None:
     from siderolink.cli.status import run_status
 
     raise typer.Exit(run_status(as_json=as_json))
+
+
+@app.command()
+def top(
+    interval: Annotated[float, typer.Option(help="Seconds between two looks.", min=0.2, max=3600)] = 2.0,
+    sort: Annotated[OrderChoice, typer.Option(help="What comes first: the busiest, the longest silent, or by name.")] = (
+        OrderChoice.RATE
+    ),
+    containing: Annotated[str, typer.Option("--filter", help="Only peers whose name or path holds this.", metavar="TEXT")] = "",
+    once: Annotated[bool, typer.Option("--once", help="Print all peers once, and end.")] = False,
+) -> None:
+    """Show the links and peers on this host live: state, path, last handshake, rates."""
+    from siderolink.cli.top import Order, run_top
+
+    run_top(seconds=interval, order=Order(sort.value), containing=containing, once=once)
+
+
+@app.command()
+def support_bundle(
+    output: Annotated[Path, typer.Argument(help="The archive to write; it must not exist.", metavar="FILE.tar.gz")],
+    unit: Annotated[str, typer.Option(help="The systemd unit whose last lines to take.")] = "siderolink",
+    log: Annotated[Path | None, typer.Option(help="Take the last lines of this file instead.", metavar="FILE")] = None,
+    metrics: Annotated[str | None, typer.Option(help="Take the metrics served there, too.", metavar="[HOST:]PORT")] = None,
+    secret_file: Annotated[
+        list[Path] | None, typer.Option(help="Mask what this file holds; may be given several times.", metavar="FILE")
+    ] = None,
+) -> None:
+    """Write versions, status, doctor's findings, settings and the last log lines into one archive, without secrets."""
+    from siderolink.cli.support import run_support_bundle
+
+    run_support_bundle(output, unit=unit, log=log, metrics_at=metrics, secret_files=tuple(secret_file or ()))
 
 
 @app.command()

@@ -18,6 +18,12 @@ class DeviceChoice(StrEnum):
     USERSPACE = "userspace"
 
 
+class OrderChoice(StrEnum):
+    RATE = "rate"
+    HANDSHAKE = "handshake"
+    NAME = "name"
+
+
 class LogFormat(StrEnum):
     TEXT = "text"
     JSON = "json"

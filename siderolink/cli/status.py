@@ -127,17 +127,17 @@ def _row(peer: Peer) -> tuple[str, ...]:
         name,
         ", ".join(peer.allowed_ips),
         peer.path or "-",
-        _ago(peer.last_handshake),
-        _size(peer.received_bytes),
-        _size(peer.sent_bytes),
+        describe_age(peer.last_handshake),
+        describe_size(peer.received_bytes),
+        describe_size(peer.sent_bytes),
     )
 
 
-def _ago(at: float | None) -> str:
+def describe_age(at: float | None) -> str:
     return "never" if at is None else f"{max(0.0, time.time() - at):.0f} s ago"
 
 
-def _size(count: int) -> str:
+def describe_size(count: int) -> str:
     size = float(count)
     for unit in ("B", "KiB", "MiB", "GiB"):
         if size < 1024:

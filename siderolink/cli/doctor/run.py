@@ -24,7 +24,7 @@ from siderolink.common.join_url import JoinURL
 from siderolink.common.tasks import background_tasks
 from siderolink.common.text import one_line
 
-__all__ = ["run_doctor"]
+__all__ = ["check_all", "run_doctor"]
 
 _STOPPED = 130
 _MARKS = {True: "ok", None: "note", False: "BAD"}
@@ -37,7 +37,7 @@ def run_doctor(url: str | None, *, ca_file: Path | None, as_json: bool) -> int:
 
     async def work() -> int:
         findings = []
-        async for finding in _check_all(parsed, tls):
+        async for finding in check_all(parsed, tls):
             findings.append(finding)
             if not as_json:
                 _say(finding)
@@ -56,7 +56,8 @@ def run_doctor(url: str | None, *, ca_file: Path | None, as_json: bool) -> int:
     return anyio.run(work_until_stopped, backend_options=loop_options())
 
 
-async def _check_all(url: JoinURL | None, tls: ssl.SSLContext | None) -> AsyncIterator[Finding]:
+async def check_all(url: JoinURL | None, tls: ssl.SSLContext | None) -> AsyncIterator[Finding]:
+    """Everything that can be checked here, and with a join URL up to its server."""
     for check in (check_devices, check_data_plane, check_clock, check_loopback, check_forwarding, check_firewall):
         async for finding in check():
             yield finding

@@ -1,0 +1,220 @@
+"""`siderolink support-bundle`: one file for whoever helps, free of secrets.
+
+Every text passes `Redactor` first, and is looked through once more before the file is written: where a known secret is found in
+it nonetheless, there is no file.
+"""
+
+import base64
+import io
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import tarfile
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, distribution, version
+from pathlib import Path
+from typing import Final
+
+import anyio
+
+from siderolink.cli.control import ask_all
+from siderolink.cli.doctor.run import check_all
+from siderolink.cli.running import loop_options
+from siderolink.cli.status import to_json
+from siderolink.common.errors import ConfigurationError, SideroLinkError
+
+MASK: Final = "…"
+SHORTEST: Final = 6
+"""Secrets of fewer characters are not looked for: they would be found in ordinary words."""
+LOG_LINES: Final = 2000
+MOST_BYTES: Final = 8 * 1024 * 1024
+"""Of one part; the rest is cut off."""
+COMMAND_TIMEOUT: Final = 20.0
+
+_SECRET_VARIABLES: Final = ("SIDEROLINK_JOIN_TOKEN", "SIDEROLINK_UNIQUE_TOKEN", "SIDEROLINK_URL")
+_SECRET_FILES: Final = ("/etc/siderolink/join-token", "/etc/siderolink/unique-token")
+_PATTERNS: Final = (
+    re.compile(r"(?i)(jointoken=)[^&\s\"']+"),
+    re.compile(
+        r"(?i)(\b[\w.-]*(?:token|secret|password|private[_-]?key|preshared[_-]?key)\b[\"']?\s*[:=]\s*[\"']?)[^\s\"',}&]+"
+    ),
+    re.compile(r"(?i)(--(?:join|unique)-token[ =])\S+"),
+    re.compile(r"()\bv[12]:[A-Za-z0-9+/=_-]{16,}"),
+    re.compile(r"(-----BEGIN [A-Z ]*PRIVATE KEY-----).*?(?=-----END|\Z)", re.DOTALL),
+    re.compile(r"(://[^/\s:@]+:)[^/\s@]+(?=@)"),
+)
+"""What is masked wherever it stands; the first group stays."""
+
+Part = Callable[[], str]
+
+
+class Redactor:
+    """Masks what looks like a secret, and secrets that are known."""
+
+    def __init__(self, secrets: Iterable[str]) -> None:
+        self._secrets = sorted({form for secret in secrets for form in _forms(secret)}, key=len, reverse=True)
+
+    def clean(self, text: str) -> str:
+        for secret in self._secrets:
+            text = text.replace(secret, MASK)
+        for pattern in _PATTERNS:
+            text = pattern.sub(rf"\1{MASK}", text)
+        return "".join(character if character.isprintable() or character in "\n\t" else " " for character in text)
+
+    def holds_secret(self, text: str) -> bool:
+        return any(secret in text for secret in self._secrets)
+
+
+def _forms(secret: str) -> Iterable[str]:
+    """How a secret may be written."""
+    if len(secret) < SHORTEST:
+        return ()
+    encoded = secret.encode()
+    return (
+        secret,
+        urllib.parse.quote(secret, safe=""),
+        urllib.parse.quote_plus(secret),
+        json.dumps(secret)[1:-1],
+        base64.b64encode(encoded).decode(),
+        base64.urlsafe_b64encode(encoded).decode().rstrip("="),
+        encoded.hex(),
+    )
+
+
+def known_secrets(environment: Mapping[str, str], files: Iterable[Path]) -> list[str]:
+    """Join tokens and unique tokens that this host's siderolink may use, as far as they can be read."""
+    found = []
+    for name in _SECRET_VARIABLES:
+        value = environment.get(name, "")
+        found.append(value)
+        found += urllib.parse.parse_qs(urllib.parse.urlsplit(value).query).get("jointoken", ())
+    folder = environment.get("CREDENTIALS_DIRECTORY")
+    candidates = [*files, *(Path(folder).glob("siderolink.*") if folder else ())]
+    for file in candidates:
+        try:
+            text = file.read_bytes()[:8192].decode(errors="replace")
+        except OSError:
+            continue
+        found += [text.strip(), *(line.strip() for line in text.splitlines())]
+    return [secret for secret in found if secret]
+
+
+# --- the parts
+
+
+def versions() -> str:
+    found = {"python": sys.version, "kernel": platform.release(), "machine": platform.machine(), "system": platform.platform()}
+    found["siderolink"] = version("siderolink")
+    for requirement in distribution("siderolink").requires or ():
+        name = re.split(r"[^A-Za-z0-9._-]", requirement)[0]
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    # values may be secrets; that a variable is set is enough
+    found["environment"] = ", ".join(sorted(name for name in os.environ if name.startswith("SIDEROLINK_")))
+    return json.dumps(found, indent=2)
+
+
+def status() -> str:
+    asked = anyio.run(ask_all, backend_options=loop_options())
+    found = {"answers": [to_json(answer) for answer in asked.answers], "notes": asked.notes, "failures": asked.failures}
+    return json.dumps(found, indent=2)
+
+
+def doctor() -> str:
+    async def work() -> list[dict[str, object]]:
+        return [asdict(finding) async for finding in check_all(None, None)]
+
+    return json.dumps(anyio.run(work, backend_options=loop_options()), indent=2)
+
+
+def configuration() -> str:
+    """What `siderolink config show` says."""
+    from siderolink.cli.config import run_show
+    from siderolink.cli.settings import SettingsOptions
+
+    with io.StringIO() as output, redirect_stdout(output), redirect_stderr(output):
+        run_show(SettingsOptions(url=os.environ.get("SIDEROLINK_URL")), as_json=True)
+        return output.getvalue()
+
+
+def journal(unit: str) -> str:
+    command = ["journalctl", "--no-pager", "--output=short-iso", f"--lines={LOG_LINES}", f"--unit={unit}"]
+    done = subprocess.run(command, capture_output=True, timeout=COMMAND_TIMEOUT, check=False)
+    return (done.stdout + done.stderr).decode(errors="replace")
+
+
+def log_file(path: Path) -> str:
+    """The last lines."""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - MOST_BYTES))
+        return "\n".join(file.read(MOST_BYTES).decode(errors="replace").splitlines()[-LOG_LINES:])
+
+
+def metrics(listen: str) -> str:
+    from siderolink.cli.metrics.options import metrics_options
+
+    options = metrics_options(listen)
+    assert options is not None
+    found = []
+    for page in ("/metrics", "/readyz"):
+        try:
+            with urllib.request.urlopen(f"http://{options.listen}{page}", timeout=COMMAND_TIMEOUT) as answer:
+                found.append(answer.read(MOST_BYTES).decode(errors="replace"))
+        except urllib.error.HTTPError as error:
+            found.append(error.read(MOST_BYTES).decode(errors="replace"))
+    return "\n".join(found)
+
+
+def run_support_bundle(
+    output: Path, *, unit: str, log: Path | None, metrics_at: str | None, secret_files: tuple[Path, ...]
+) -> None:
+    """Write the file, readable by its owner alone. Raises ConfigurationError where that cannot be."""
+    redactor = Redactor(known_secrets(os.environ, (*map(Path, _SECRET_FILES), *secret_files)))
+    parts: dict[str, Part] = {
+        "versions.json": versions,
+        "status.json": status,
+        "doctor.json": doctor,
+        "configuration.json": configuration,
+        "log.txt": (lambda: journal(unit)) if log is None else (lambda: log_file(log)),
+    }
+    if metrics_at is not None:
+        parts["metrics.txt"] = lambda: metrics(metrics_at)
+    texts = {name: redactor.clean(_make(name, part))[:MOST_BYTES] for name, part in parts.items()}
+    for name, text in texts.items():
+        if redactor.holds_secret(text):
+            raise ConfigurationError(f"{name} would hold a secret: the bundle is not written")
+    try:
+        write(output, texts)
+    except OSError as error:
+        raise ConfigurationError(f"{output} cannot be written: {error.strerror}") from None
+    print(f"{output} holds {', '.join(texts)}; tokens and private keys are masked. Look through it before you send it.")
+
+
+def _make(name: str, part: Part) -> str:
+    """One part that cannot be made does not cost the others."""
+    try:
+        return part()
+    except (SideroLinkError, OSError, subprocess.SubprocessError) as error:
+        return f"{name} could not be made: {error}\n"
+
+
+def write(output: Path, texts: Mapping[str, str]) -> None:
+    """As a compressed tar archive. Raises OSError, also where there is such a file."""
+    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    with open(descriptor, "wb") as file, tarfile.open(fileobj=file, mode="w:gz") as archive:
+        for name, text in texts.items():
+            data = text.encode(errors="replace")
+            info = tarfile.TarInfo(f"siderolink-support/{name}")
+            info.size, info.mtime, info.mode = len(data), int(time.time()), 0o600
+            archive.addfile(info, io.BytesIO(data))
