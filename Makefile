@@ -5,6 +5,8 @@ SHELL := /bin/bash
 MAKEFLAGS += --no-print-directory
 # the tests start hundreds of interpreters, which would compile everything each time
 unexport PYTHONDONTWRITEBYTECODE
+# where rustup puts cargo, which a shell that was there before does not know
+export PATH := $(PATH):$(HOME)/.cargo/bin
 
 PYTHONS := $(shell scripts/find-pythons)
 VERSIONS := $(foreach python,$(PYTHONS),$(firstword $(subst =, ,$(python))))
