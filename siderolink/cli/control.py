@@ -66,6 +66,10 @@ class ControlService(ControlBase):
             raise GRPCError(Status.UNAVAILABLE, one_line(str(error))) from None
 
 
+_OF_THE_JOIN_UNIT = Path("/run/siderolink-join")
+"""See packaging/siderolink-join.service: two services cannot share a RuntimeDirectory= of different users."""
+
+
 def directory() -> Path:
     """Where the sockets are: /run/siderolink, unless the environment says otherwise."""
     return Path(os.environ.get("SIDEROLINK_RUNTIME_DIR", "/run/siderolink"))
@@ -109,12 +113,7 @@ class Asked:
 async def ask_all() -> Asked:
     """Ask everything that listens here. Raises ConfigurationError where the sockets cannot be listed."""
     asked = Asked()
-    folder = directory()
-    try:
-        paths = sorted(path for path in folder.iterdir() if path.suffix == ".sock") if folder.exists() else []
-    except OSError as error:
-        raise ConfigurationError(f"{folder} cannot be read: {error.strerror}; ask as the user who runs siderolink") from None
-    for path in paths:
+    for path in (path for folder in _all_directories() for path in _sockets(folder)):
         try:
             asked.answers.append(await _ask(path))
         except JoinError as error:
@@ -127,6 +126,20 @@ async def ask_all() -> Asked:
         except GRPCError as error:
             asked.failures.append(f"{path} does not answer: {error.status.name}: {one_line(error.message or '')}")
     return asked
+
+
+def _all_directories() -> list[Path]:
+    if "SIDEROLINK_RUNTIME_DIR" in os.environ:
+        return [directory()]
+    return [directory(), _OF_THE_JOIN_UNIT]
+
+
+def _sockets(folder: Path) -> list[Path]:
+    """Raises ConfigurationError."""
+    try:
+        return sorted(path for path in folder.iterdir() if path.suffix == ".sock") if folder.exists() else []
+    except OSError as error:
+        raise ConfigurationError(f"{folder} cannot be read: {error.strerror}; ask as the user who runs siderolink") from None
 
 
 def _remove(path: Path) -> str:

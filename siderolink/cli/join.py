@@ -17,10 +17,11 @@ from siderolink.cli.describe import link_event, log_link_event
 from siderolink.cli.logs import hide, lost_records, name_machine, say
 from siderolink.cli.maintenance import Maintenance, MaintenanceOptions
 from siderolink.cli.metrics.options import MetricsOptions
+from siderolink.cli.notify import feed_watchdog, notify
 from siderolink.cli.reporting import Reporting, report_part
 from siderolink.cli.running import run_until_stopped
 from siderolink.cli.settings import FollowedSettings, SettingsOptions, SettingsReader
-from siderolink.client import Link, LinkEvent, SettingsApplied
+from siderolink.client import Link, LinkEvent, SettingsApplied, StateChanged
 from siderolink.client.config import HOST_DOCUMENTS, PROC_CMDLINE, Ingress, MachineSettings
 from siderolink.client.firewall import ingress_firewall
 from siderolink.client.link.identity import TALOS_VERSION, UniqueTokens, machine_uuid
@@ -129,11 +130,13 @@ class JoinedMachine:
 
             # before the link, so that nothing is open for a moment
             await firewall.replace(self._settings.current.ingress)
+            tasks.start_soon(keep_running, "feeding the watchdog", feed_watchdog)
             tasks.start_soon(keep_running, "watching the settings' files", self._settings.watch)
             tasks.start_soon(self._settings.follow, lambda settings: settings.ingress, hold_firewall)
             tasks.start_soon(self._settings.follow, report_part, self._reporting.collect)
             async with self._serve_metrics(), self._serve_maintenance() as self._follower:
                 self._settings.try_link = self._try_link
+                notify("READY=1\nSTATUS=not linked yet")
                 await self._keep_linked()
 
     @asynccontextmanager
@@ -264,6 +267,8 @@ class JoinedMachine:
 
     def _on_event(self, event: LinkEvent) -> None:
         log_link_event(event)
+        if isinstance(event, StateChanged):
+            notify(f"STATUS={link_event(event)[1]}")
         self._reporting.on_link_event(event)
         if self._follower is not None and self._link is not None:
             self._follower.private_key = self._link.private_key

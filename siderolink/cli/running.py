@@ -12,6 +12,7 @@ from anyio.abc import TaskStatus
 
 from siderolink.cli.logs import say as say
 from siderolink.cli.logs import stop_log
+from siderolink.cli.notify import notify
 from siderolink.common.degraded import say_once
 from siderolink.common.tasks import background_tasks
 
@@ -48,10 +49,11 @@ def leave() -> NoReturn:
 
 
 async def stop_on_signal(scope: anyio.CancelScope, *, task_status: TaskStatus[None]) -> None:
-    """Cancel the scope when SIGINT or SIGTERM comes."""
+    """Cancel the scope when SIGINT or SIGTERM comes. The service manager is told before anything is taken down."""
     with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
         task_status.started()
         async for _ in signals:
+            notify("STOPPING=1")
             scope.cancel()
             return
 

@@ -131,22 +131,19 @@ class Serve:
     async def run(self) -> None:
         """Serve until cancelled. Raises SideroLinkError."""
         source = ServerSource(self._serving, self._options.interface, has_reports=self._options.reports is not None)
-        try:
-            async with (
-                control_socket(self._options.interface, source, StateService(self._serving), MachinesService(self._serving)),
-                self._serve_metrics(),
-                background_tasks() as tasks,
-            ):
-                tasks.start_soon(keep_running, "feeding the watchdog", feed_watchdog)
-                if self._certificate is not None:
-                    watch = partial(watch_files, self._certificate.files, self._reload_certificate)
-                    tasks.start_soon(keep_running, "watching the certificate's files", watch)
-                if self._options.join_token_file is not None:
-                    watch = partial(watch_files, [self._options.join_token_file], self._reload_token)
-                    tasks.start_soon(keep_running, "watching the join token's file", watch)
-                await self._serving.run()
-        finally:
-            notify("STOPPING=1")
+        async with (
+            control_socket(self._options.interface, source, StateService(self._serving), MachinesService(self._serving)),
+            self._serve_metrics(),
+            background_tasks() as tasks,
+        ):
+            tasks.start_soon(keep_running, "feeding the watchdog", feed_watchdog)
+            if self._certificate is not None:
+                watch = partial(watch_files, self._certificate.files, self._reload_certificate)
+                tasks.start_soon(keep_running, "watching the certificate's files", watch)
+            if self._options.join_token_file is not None:
+                watch = partial(watch_files, [self._options.join_token_file], self._reload_token)
+                tasks.start_soon(keep_running, "watching the join token's file", watch)
+            await self._serving.run()
 
     @asynccontextmanager
     async def _serve_metrics(self) -> AsyncIterator[None]:
@@ -170,11 +167,22 @@ class Serve:
 
     def _reload_token(self) -> None:
         try:
-            self._token = self._read_token()
-            self._serving.server.set_join_token(self._token)
+            token = self._read_token()
+            if token == self._token:
+                say("unchanged", f"the join token{self._why_unchanged()}")
+                return
+            self._token = token
+            self._serving.server.set_join_token(token)
             say("reloaded", "the join token")
         except SideroLinkError as error:
             say("not reloaded", str(error), level=logging.WARNING)
+
+    def _why_unchanged(self) -> str:
+        if self._options.join_token is not None:
+            return ": it was given as an argument or by the environment, which a running server cannot read again"
+        if self._options.join_token_file is None:
+            return ": systemd copies a credential only when the service starts"
+        return ""
 
     def _reload_certificate(self) -> None:
         assert self._certificate is not None

@@ -1,0 +1,37 @@
+"""What the service manager is told, and in which order."""
+
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+PROGRAM = """
+import anyio
+from siderolink.cli.notify import notify
+from siderolink.cli.running import run_until_stopped
+
+
+async def work() -> None:
+    try:
+        notify("READY=1")
+        await anyio.sleep_forever()
+    finally:
+        notify("X_CLOSING=1")
+
+
+run_until_stopped(work)
+"""
+
+
+def test_stopping_is_told_before_anything_is_taken_down(tmp_path: Path) -> None:
+    path = tmp_path / "notify"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(path))
+        manager.settimeout(30)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            with subprocess.Popen([sys.executable, "-c", PROGRAM], env={"NOTIFY_SOCKET": str(path)}) as process:
+                assert manager.recv(200) == b"READY=1"
+                process.send_signal(number)
+                assert process.wait(30) == 0
+            assert [manager.recv(200) for _ in range(2)] == [b"STOPPING=1", b"X_CLOSING=1"]
