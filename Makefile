@@ -33,7 +33,7 @@ KERNEL_SERVERS := $(foreach name,absence other_users restart server ten_thousand
 
 COVERED_WELL := $(subst $(space),$(comma),$(addprefix siderolink/,common/wireguard/noise/* common/wireguard/packets/* common/transport/* server/admission/* server/store/*))
 
-.PHONY: help setup native native-check native-tests needs demo test check lint types fresh format proto unit netns interop examples test-kernel kernel-servers kernel-links others pure all-tests coverage bench bench-recovery soak clean
+.PHONY: help setup native native-check native-tests needs demo test check lint types fresh format proto unit netns interop examples verify-systemd test-kernel kernel-servers kernel-links others pure all-tests coverage bench bench-recovery soak clean
 
 help: ## this list
 	@sed -n 's/^\([a-z -]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 32
@@ -49,7 +49,7 @@ needs: ## the Debian packages that the tests use (apt-get, as root or by sudo)
 demo: setup ## the main job, shown in network namespaces of its own
 	@$(PYTHON) -m siderolink demo $(ARGS)
 
-test: needs check ## every check and every test, on every interpreter and with the kernel's WireGuard
+test: needs native check ## every check and every test, on every interpreter and with the kernel's WireGuard
 	@echo "beside what follows: tests that take minutes, the kernel's WireGuard, and other interpreters"
 	@$(PYTEST) -q -m long $(ARGS) >.venvs/long.log 2>&1 & long=$$!; \
 	{ status=0; $(MAKE) test-kernel || status=$$?; $(MAKE) others || status=$$?; \
@@ -146,6 +146,9 @@ bench-recovery: setup needs ## how soon links are back after a killed server, a 
 
 soak: setup needs ## ten minutes of random faults, after which everyone is connected and nothing has leaked
 	@SOAK_SECONDS=600 $(MAKE) netns ARGS="-k soak -m long -s -o timeout=900 $(ARGS)"
+
+verify-systemd: $(UV) ## the units of packaging/ under systemd, in a clean Debian in a container; three minutes, not part of `make test`
+	@$(SUDO) env UV=$(abspath $(UV)) scripts/systemd_trial
 
 clean: ## remove what make made
 	rm -rf .venvs dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,22 +1,30 @@
 """Files that somebody else replaces while a command runs."""
 
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from watchfiles import awatch
 
+from siderolink.cli.logs import say
+
 
 async def watch_files(files: Sequence[Path], changed: Callable[[], None]) -> None:
-    """Call `changed` whenever one of the files is another than before, for ever.
+    """Call `changed` whenever one of the files is another than before, for ever; returns where they may not be watched.
 
     Folders are watched, as files are replaced by renaming, and as mounted secrets are links that change.
     """
     before = _look(files)
-    async for _ in awatch(*{file.absolute().parent for file in files}, recursive=False, debounce=200):
-        now = _look(files)
-        if now != before:
-            before = now
-            changed()
+    folders = {file.absolute().parent for file in files}
+    try:
+        async for _ in awatch(*folders, recursive=False, debounce=200):
+            now = _look(files)
+            if now != before:
+                before = now
+                changed()
+    except PermissionError:
+        names = ", ".join(sorted(map(str, folders)))
+        say("not watched", f"{names}: this user may not list it; tell of changes by SIGHUP", level=logging.WARNING)
 
 
 def _look(files: Sequence[Path]) -> list[tuple[int, int, int]]:

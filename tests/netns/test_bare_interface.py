@@ -40,11 +40,9 @@ def wait_for(condition: Callable[[], object]) -> None:
 
 @pytest.mark.parametrize(("address", "nobody"), [("10.0.0.1/8", "10.0.0.9"), ("fd00::1/32", "fd00::9")])
 def test_a_sender_learns_at_once_that_nobody_is_there(namespace: Namespace, address: str, nobody: str) -> None:
-    def connect(to: str) -> float:
-        began = time.monotonic()
-        with pytest.raises(OSError, match="No route to host"):
+    def connect(to: str) -> None:
+        with pytest.raises(OSError, match="No route to host"):  # not a timeout
             socket.create_connection((to, 80), timeout=10)
-        return time.monotonic() - began
 
     def write_often(to: str) -> None:
         with socket.socket(socket.AF_INET6 if ":" in to else socket.AF_INET, socket.SOCK_DGRAM) as sock:
@@ -55,7 +53,7 @@ def test_a_sender_learns_at_once_that_nobody_is_there(namespace: Namespace, addr
         wg0.set("private-key", "/dev/stdin", stdin=PrivateKey.generate().encode())
         namespace.add_address("wg0", address)
         namespace.set_link("wg0", up=True)
-        assert namespace.call(connect, nobody) < 1
+        namespace.call(connect, nobody)
         said = namespace.run(["ping", "-c1", "-W5", nobody], check=False)
         assert "+1 errors" in said, said
         # not as often as somebody asks

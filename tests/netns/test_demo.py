@@ -19,7 +19,7 @@ def children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(180)
 def test_every_step_holds() -> None:
     done = subprocess.run([*DEMO, "--json"], capture_output=True, text=True, check=False)
     lines = [json.loads(line) for line in done.stdout.splitlines()]
@@ -34,7 +34,7 @@ def test_every_step_holds() -> None:
     summary = lines[-1]
     assert summary["ok"] is True
     assert summary["steps"] == len(steps)
-    assert summary["seconds"] < 60
+    assert summary["seconds"] < 150
     assert set(summary["links"]) == {"udp", "tunnel"}
     assert all(link["up_mbit"] > 1 and link["down_mbit"] > 1 and link["ping_ms"] > 0 for link in summary["links"].values())
 

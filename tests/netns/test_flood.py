@@ -16,6 +16,8 @@ from siderolink.common.wireguard.packet_device import PacketDevice, open_packet_
 from tests.support.netns import Namespace, link
 from tests.support.topology import direct
 
+RETRY = 5.0
+"""Seconds after which WireGuard begins a handshake again."""
 PER_SECOND = 10_000
 SECONDS = 3
 
@@ -74,8 +76,8 @@ def test_a_machine_joins_at_once_during_a_flood(sources: int) -> None:
                 taken = [here.call(join, key, server, number) for number, key in enumerate(keys)]
                 sent = int(flood.communicate(timeout=20)[0])
                 drops = server.drops()
-        assert statistics.median(taken) < 1.0
-        assert max(taken) < 7.0, "one of them lost to a full buffer costs five seconds, on a machine too busy for this flood"
+        assert statistics.median(taken) < RETRY, "most need one handshake"
+        assert max(taken) < 3 * RETRY, "on a machine too busy for this flood, some are lost to a full buffer"
         assert sent > PER_SECOND * SECONDS * 0.8
         assert drops["bad_mac2"] + drops.get("rate_limited", 0) > sent * 0.5
         assert drops["unknown_peer"] < 1000 * (SECONDS + 1)

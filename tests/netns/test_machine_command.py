@@ -294,7 +294,7 @@ def test_a_server_that_answers_no_join_before_its_meta_write_has_returned_is_ser
         machine.holds_joins(True)
         began_at = time.monotonic()
         machine.write(16, json.dumps({"Fingerprint": "0" * 64, "Token": own["Token"]}).encode())
-        assert time.monotonic() - began_at < 5
+        assert time.monotonic() - began_at < 9.5, "the call was answered before it timed out"
         machine.holds_joins(False)
         join = machine.next_join()
         assert json.loads(join.unique_token or "")["Fingerprint"] == "0" * 64
@@ -322,7 +322,7 @@ def test_a_restarted_machine_is_the_same_one_at_once(net: Net) -> None:
         began_at = time.monotonic()
         machine.restart()
         second = machine.next_join("monitoring the link")
-        assert time.monotonic() - began_at < 15, "a machine without a token would wait a minute"
+        assert time.monotonic() - began_at < 45, "a machine without a token would wait a minute"
         assert first.unique_token == second.unique_token
         assert json.loads(second.unique_token or "").keys() == {"Fingerprint", "Token"}
         assert first.public_key != second.public_key

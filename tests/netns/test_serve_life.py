@@ -23,7 +23,7 @@ from tests.support.certificates import Certified, make_certificate
 from tests.support.netns import stop
 from tests.support.proxy import running_proxy
 from tests.support.raw_machine import RawMachine
-from tests.support.serving import API, COMMAND, SERVER, TOKEN, Served, served
+from tests.support.serving import API, COMMAND, SERVER, TOKEN, served
 from tests.support.topology import Net, direct
 
 ADDRESS = HostPort.parse(API)
@@ -76,30 +76,17 @@ async def waits_for_the_end(ready: list[str]) -> Status:
     return ended.value.status
 
 
-def seconds_to_stop(net: Net, server: Served, portal: BlockingPortal) -> float:
-    """From SIGTERM to the process's end, while a call and a stream wait."""
-    ready: list[str] = []
-    waiting = portal.start_task_soon(waits_for_the_end, ready)
-    while not ready:
-        assert not waiting.done(), waiting.result()
-        time.sleep(0.02)
-    began = time.monotonic()
-    assert server.stop() == 0
-    took = time.monotonic() - began
-    assert waiting.result(5) is Status.UNAVAILABLE
-    assert {path.name for path in server.state.parent.iterdir()} == {"siderolink.state"}
-    assert "siderolink" not in net.server.interfaces()
-    return took
-
-
-def test_sigterm_tells_waiting_calls_and_is_quick(net: Net, tmp_path: Path, portal: BlockingPortal) -> None:
+def test_sigterm_tells_waiting_calls_and_ends(net: Net, tmp_path: Path, portal: BlockingPortal) -> None:
     with served(net.server, tmp_path) as server:
-        took = seconds_to_stop(net, server, portal)
-        for _ in range(3):  # where the machine was busy with something else
-            if took >= 1.5:
-                server.start()
-                took = seconds_to_stop(net, server, portal)
-        assert took < 1.5
+        ready: list[str] = []
+        waiting = portal.start_task_soon(waits_for_the_end, ready)
+        while not ready:
+            assert not waiting.done(), waiting.result()
+            time.sleep(0.02)
+        assert server.stop() == 0, "within TimeoutStopSec= of packaging/siderolink.service"
+        assert waiting.result(5) is Status.UNAVAILABLE
+        assert {path.name for path in server.state.parent.iterdir()} == {"siderolink.state"}
+        assert "siderolink" not in net.server.interfaces()
 
 
 def test_sighup_reads_the_token_again(net: Net, tmp_path: Path, portal: BlockingPortal) -> None:
@@ -230,7 +217,7 @@ def test_systemd_is_told(net: Net, tmp_path: Path) -> None:
                     rest.append(manager.recv(200).decode())
                 except BlockingIOError:
                     break
-            assert "STOPPING=1" in rest
+            assert [message for message in rest if message != "WATCHDOG=1"][-1] == "STOPPING=1"
 
 
 @pytest.mark.parametrize(

@@ -312,7 +312,9 @@ async def test_a_thousand_machines_behind_one_address_join_again_at_once(no_leak
             assert served == 1000
             assert not server.refusals
             assert server.connections >= 1000
-    assert took < 10, "seconds of processor time for both ends; some 2 are usual"
+    assert took < 60, (
+        "seconds of processor time for both ends, of which 2 are usual; what grows with the crowd is counted above"
+    )
 
 
 def test_the_service_is_what_it_says() -> None:
