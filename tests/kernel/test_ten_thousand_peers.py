@@ -150,8 +150,9 @@ def test_ten_thousand(capsys: pytest.CaptureFixture[str]) -> None:
         sys.stdout.write("".join(f"\n{name}: calls, reads, writes {counts}" for name, counts in found.changes.items()))
         sys.stdout.write(f"\ndump: {sum(calls)} calls, {sum(reads)} reads; at most {calls[-1]} and {reads[-1]} in a turn\n")
     for change in ("addition", "removal"):
-        assert found.changes[f"{change} among 10,000"] == found.changes[f"{change} among 10"]
-        assert found.changes[f"{change} among 10,000"][2] >= 1, "it was told to the kernel"
+        many, few = (found.changes[f"{change} among {count}"] for count in ("10,000", "10"))
+        assert many[0] <= 1.1 * few[0]
+        assert many[1:] == few[1:] == (1, 1), "a request to the kernel, and its answer"
     assert sum(reads) > 10, "a part of a dump has a hundred peers or so"
     assert reads[-1] <= MOST_READS
     assert calls[-1] < LARGEST_SHARE * sum(calls)
