@@ -111,6 +111,9 @@ class Admission:
             wanted = replace(
                 row, unique_token_digest=request.digest, unique_fingerprint=request.fingerprint, assigned_token=None
             )
+        elif _is_contested(row, request.digest):
+            # Two callers name one key that nobody has proved, each with a token of its own: its handshake binds neither.
+            wanted = replace(row, unique_token_digest=None, unique_fingerprint="")
         is_living = link.unheard is not None and link.unheard < rules.ALIVE_SECONDS
         if not is_living or is_assigned or rules.same_token(row, request.digest):
             # Who only repeats what is public changes nothing in a living link.
@@ -177,7 +180,7 @@ class Admission:
         now = self._clock.time()
         for claim in claims:
             if claim.public_key == request.public_key and claim.expires_at > now:
-                return self._claimed(owner, request, claim, basis)
+                return self._claimed(owner, request, await self._claim_again(transaction, request, claim), basis)
         ended = await self._thin_claims(transaction, request, owner, claims, now)
         if isinstance(ended, Refusal):
             return ended
@@ -212,6 +215,14 @@ class Admission:
             await transaction.delete_claim(claim)
             return False
         return claim is not None
+
+    async def _claim_again(self, transaction: Transaction, request: JoinRequest, claim: Claim) -> Claim:
+        """The same claim for a repeated call; a machine that could not join by UDP may ask for the tunnel now."""
+        if not request.use_tunnel or claim.virtual_address is not None:
+            return claim
+        claim = replace(claim, virtual_address=self._rows.virtual_address())
+        await transaction.put_claim(claim)
+        return claim
 
     def _claimed(self, owner: Machine, request: JoinRequest, claim: Claim, basis: Basis) -> Grant:
         return Grant(machine=as_claimed(owner, claim), basis=basis, claim=claim)
@@ -291,7 +302,12 @@ class Admission:
     ) -> Grant | Refusal:
         """A pending machine calls again: accepted as soon as it brings what this server gave it and its UUID is free."""
         has_own_uuid = row.assigned_uuid == request.node_uuid or not row.has_uuid_conflict
-        is_ready = _is_assigned_token(row, request.digest) and has_own_uuid and owner is None
+        has_own_token = _is_assigned_token(row, request.digest)
+        if has_own_token and has_own_uuid and owner is not None:
+            # Of two machines with one UUID that were pending together, the other was accepted first.
+            row = replace(row, has_uuid_conflict=True, assigned_uuid=None)
+            row = await self._rows.write(transaction, row, False, False)
+        is_ready = has_own_token and has_own_uuid and owner is None
         if not is_ready or is_placeholder(request.node_uuid):
             return await self._answer_pending(transaction, request, row)
         accepted = replace(
@@ -331,6 +347,12 @@ def _is_assigned_token(row: Machine, digest: bytes | None) -> bool:
     if row.assigned_token is None or digest is None:
         return False
     return unique_token_digest(row.assigned_token) == digest
+
+
+def _is_contested(row: Machine, digest: bytes | None) -> bool:
+    """Whether a call names a key that was never proved with another unique token than the call before."""
+    is_named = row.unique_token_digest is not None and digest is not None
+    return is_named and not row.was_linked and not rules.same_token(row, digest)
 
 
 def _is_token_of(row: Machine, digest: bytes | None) -> bool:

@@ -8,7 +8,7 @@ from siderolink.server.admission.policy import JoinPolicy
 from siderolink.server.admission.request import Liveness
 from siderolink.server.admission.rules import Basis
 from siderolink.server.clock import Clock
-from siderolink.server.store import Claim, Machine, Transaction
+from siderolink.server.store import Ban, BanKind, Claim, Machine, MachineAdmission, Transaction
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +50,8 @@ class Proofs:
         await transaction.delete_claim(claim)
         if before is None or claim.expires_at <= now:
             return Proof(machine=None, claim=claim)
+        if before.admission is MachineAdmission.DENIED or await _is_banned(transaction, claim):
+            return Proof(machine=None, before=before, claim=claim)
         link = await self._liveness.of(before)
         trust = self._policy.trust_fingerprints
         basis = rules.still_stands(before, claim, link, now, trust_fingerprints=trust)
@@ -80,6 +82,14 @@ class Proofs:
         before = await transaction.update(before)
         now = self._clock.time()
         return await transaction.insert(replace(machine, linked_at=now, was_linked=True, joined_at=now)), before
+
+
+async def _is_banned(transaction: Transaction, claim: Claim) -> bool:
+    """Whether the claim's key or unique token was banned since; a ban of the UUID has deleted the row."""
+    bans = [Ban(kind=BanKind.KEY, value=claim.public_key.encode())]
+    if claim.unique_token_digest is not None:
+        bans.append(Ban(kind=BanKind.UNIQUE, value=claim.unique_token_digest.hex()))
+    return any([await transaction.is_banned(ban) for ban in bans])
 
 
 def as_claimed(row: Machine, claim: Claim) -> Machine:

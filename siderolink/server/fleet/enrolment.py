@@ -36,6 +36,8 @@ CALL_SECONDS = 10.0
 MAX_AT_ONCE = 32
 _MAX_LINKS = 1024
 _ETHER = 1
+_MAX_ADDRESS_BYTES = 32
+"""The kernel knows no longer hardware addresses."""
 
 
 class Enrolment:
@@ -86,7 +88,8 @@ class Enrolment:
                     async with self._limit:
                         with anyio.fail_after(CALL_SECONDS):
                             await self._write(link.machine)
-                    return
+                    if not self._lacks_something(machine_id):
+                        return
                 except (SideroLinkError, GRPCError, TimeoutError) as error:
                     reason = str(error) or "no answer in time"
                     log.info("machine %s could not be given its unique token yet: %s", uuid, reason, extra=fields)
@@ -95,6 +98,15 @@ class Enrolment:
                 await anyio.sleep(backoff.next())
         finally:
             self._busy.discard(machine_id)
+
+    def _lacks_something(self, machine_id: str) -> bool:
+        """Whether a value was not chosen yet: the machine may have joined again, into a conflict, before its write returned."""
+        link = self._directory.get(machine_id)
+        if link is None or not self._needs(link):
+            return False
+        machine = link.machine
+        needs_token = machine.bound_digest is None and machine.assigned_token is None
+        return needs_token or (_needs_uuid(machine) and machine.assigned_uuid is None)
 
     async def _write(self, machine: Machine) -> None:
         with translate_errors():
@@ -156,7 +168,7 @@ async def _fingerprint(channel: GrpcChannel) -> str:
             continue
         spec = LinkStatusSpec.parse(answer.resource.spec.proto_spec)
         if spec.type == _ETHER and not spec.kind:
-            addresses.append(spec.permanent_addr or spec.hardware_addr)
+            addresses.append((spec.permanent_addr or spec.hardware_addr)[:_MAX_ADDRESS_BYTES])
         if len(addresses) > _MAX_LINKS:
             raise SideroLinkError("the machine has too many links")
     return hashlib.sha256(b"".join(sorted(addresses))).hexdigest()

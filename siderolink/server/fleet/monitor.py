@@ -31,7 +31,7 @@ from siderolink.server.fleet.liveness import Liveness
 from siderolink.server.fleet.reconciler import Reconciler
 from siderolink.server.fleet.sessions import Sessions
 from siderolink.server.refusals import StreamRefusal
-from siderolink.server.store import LastSeen, Machine, Store
+from siderolink.server.store import LastSeen, Machine, MachineAdmission, Store
 
 log = logging.getLogger(__name__)
 
@@ -196,6 +196,8 @@ class Monitor:
             self._admission.pending.add(entry, source or "", link.claim)
         else:
             self._admission.pending.discard(entry)
+            if link.machine.admission is MachineAdmission.PENDING and entry not in self._deadlines:
+                self._set_deadline(entry, self._limits.down_after)
 
     def _dropped(self, link: Link) -> None:
         entry = link.machine.id if link.claim is None else link.claim.id
@@ -328,6 +330,16 @@ class Monitor:
             await self._expire(machine_id)
         elif link.state is LinkState.UP:
             await self._check_link(link)
+        elif link.machine.admission is MachineAdmission.PENDING:
+            await self._check_pending(link)
+
+    async def _check_pending(self, link: Link) -> None:
+        """A machine that was never accepted, and whose link is down: it said goodbye, or did not come back to this server."""
+        silence = await self._liveness.silence(link.machine)
+        if silence is not None and silence < self._limits.down_after:
+            self._set_deadline(link.machine.id, self._limits.down_after - silence)
+        else:
+            await self._forget_row(link.machine.id, LeaveReason.NEVER_ACCEPTED)
 
     async def _check_link(self, link: Link) -> None:
         silence = await self._liveness.silence(link.machine)

@@ -31,6 +31,8 @@ Ping = Callable[[IPv6Address], None]
 
 @dataclass(slots=True)
 class _Move:
+    link: Link
+    """Which has the key meanwhile."""
     machine: Machine
     ends_at: float
 
@@ -65,13 +67,11 @@ class Moves:
         link = None if key is None else self._directory.by_key(key)
         if key is None or link is None:
             return
-        self._end_old()
-        before = self._moves.pop(key, None)
-        if before is not None:
-            self._by_address.pop(before.machine.overlay_address, None)
+        if key in self._moves:
+            self._end(key)
         if len(self._moves) >= MAX_MOVES:
             return
-        self._moves[key] = _Move(machine, self._clock.monotonic() + MOVE_SECONDS)
+        self._moves[key] = _Move(link, machine, self._clock.monotonic() + MOVE_SECONDS)
         self._by_address[machine.overlay_address] = key
         if machine.virtual_address is not None and link.machine.virtual_address is None:
             self._directory.own_virtual_address(link, machine.virtual_address)
@@ -82,8 +82,15 @@ class Moves:
         now = self._clock.monotonic()
         ended = [key for key, move in self._moves.items() if move.ends_at <= now]
         for key in ended:
-            self._by_address.pop(self._moves.pop(key).machine.overlay_address, None)
+            self._end(key)
         return ended
+
+    def _end(self, key: PublicKey) -> None:
+        move = self._moves.pop(key)
+        self._by_address.pop(move.machine.overlay_address, None)
+        address = move.machine.virtual_address
+        if address is not None and move.link.machine.virtual_address != address:
+            self._directory.release_virtual_address(move.link, address)
 
     async def run(self, ping: Ping) -> None:
         """Ping each address that is waited for, for ever."""
@@ -111,11 +118,11 @@ class Moves:
 
     async def answered(self, address: IPv6Address) -> None:
         """An echo came from this address, inside the session of the key that waits for it: move the key to the new row."""
-        self._end_old()
-        key = self._by_address.pop(address, None)
-        move = None if key is None else self._moves.pop(key, None)
-        if move is None:
-            return
+        key = self._by_address.get(address)
+        move = None if key is None else self._moves[key]
+        if key is None or move is None or move.ends_at <= self._clock.monotonic():
+            return  # `run` ends the one that is too late, and takes its address back
+        del self._by_address[address], self._moves[key]
         machine = move.machine
         try:
             async with self._reconciler.locks.hold(machine.node_uuid, machine.public_key):

@@ -116,6 +116,8 @@ class Reconciler:
             link.is_quiet = False
             await self._device.set_peer(self._peer(machine, machine.public_key))
         link.is_applied = link.machine is machine
+        if old is not None and (old.has_uuid_conflict, old.bound_digest) != (machine.has_uuid_conflict, machine.bound_digest):
+            self._sessions.tell(link)  # it may need a UUID or a unique token now
         return link
 
     def _move_key(self, link: Link, old: Machine | None, state: LinkState) -> None:
@@ -187,9 +189,16 @@ class Reconciler:
 
     async def apply_claim(self, row: Machine, claim: Claim) -> None:
         """Let the claim's key shake hands: a peer without allowed IPs, and the claim's own virtual address."""
-        if self._directory.claim(claim.id) is not None or self._directory.by_key(claim.public_key) is not None:
+        claimed = replace(as_claimed(row, claim), virtual_address=claim.virtual_address)
+        known = self._directory.claim(claim.id)
+        if known is not None:
+            if claim.virtual_address is not None and known.machine.virtual_address is None:
+                known.claim, known.machine = claim, claimed
+                self._directory.own_virtual_address(known, claim.virtual_address)
             return
-        link = Link(replace(as_claimed(row, claim), virtual_address=claim.virtual_address), LinkState.PENDING, claim)
+        if self._directory.by_key(claim.public_key) is not None:
+            return
+        link = Link(claimed, LinkState.PENDING, claim)
         self._directory.add(link)
         self._directory.own_key(link, claim.public_key)
         if claim.virtual_address is not None:
@@ -291,7 +300,7 @@ class Reconciler:
             if row is not None and row.public_key == claim.public_key:
                 await self.apply_change(row)  # proved: the row takes its session over
             await self.drop_claim(claim.id)
-        elif link is not None and known is None and claim in await self._claims(claim.machine_id):
+        elif link is not None and (known is None or known.claim != claim) and claim in await self._claims(claim.machine_id):
             await self.apply_claim(link.machine, claim)
 
     async def _claims(self, machine_id: str) -> list[Claim]:

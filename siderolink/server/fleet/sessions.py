@@ -3,6 +3,7 @@
 Nothing here waits: it is called between packets.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -10,6 +11,7 @@ from siderolink.common.errors import ConfigurationError
 from siderolink.common.hostport import HostPort
 from siderolink.common.wireguard.device import Device, PathChanged
 from siderolink.common.wireguard.path import Path
+from siderolink.server.admission.rules import source_key
 from siderolink.server.clock import Clock
 from siderolink.server.fleet.directory import Directory, EndStream, Link, LinkState, Stream
 from siderolink.server.refusals import StreamRefusal
@@ -61,11 +63,15 @@ class Sessions:
             self._watchers.remove(watcher)
 
     def open_stream(self, link: Link, path: Path, end: EndStream, source: str = "") -> Stream:
-        """Let a new stream name the link's virtual address; the oldest unproven one gives way where there are too many."""
+        """Let a new stream name the link's virtual address. Where there are too many, the oldest unproven one gives way of the
+        source that has most: virtual addresses are no secrets, and one stranger must not crowd the machine out.
+        """
         unproven = [stream for stream in link.streams if not stream.is_proven]
         if len(unproven) >= self._max_unproven_streams:
-            unproven[0].end(StreamRefusal.CROWDED_OUT)
-            self.close_stream(unproven[0])
+            counts = Counter(source_key(one) or one for one in (source, *(stream.source for stream in unproven)))
+            gives_way = max(unproven, key=lambda stream: counts[source_key(stream.source) or stream.source])
+            gives_way.end(StreamRefusal.CROWDED_OUT)
+            self.close_stream(gives_way)
         stream = Stream(link, path, end, source, self._clock.monotonic())
         link.streams = (*link.streams, stream)
         if link.path is None or not link.path.is_open:

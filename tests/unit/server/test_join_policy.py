@@ -11,9 +11,11 @@ from grpclib import Status
 from hypothesis import given
 from hypothesis import strategies as st
 
+from siderolink.common.goodbye import Goodbye
 from siderolink.server import AdmissionChanged, MachineAdmission
 from siderolink.server.admission.policy import JoinTokensMode, supports_unique_tokens
 from siderolink.server.admission.tokens import JoinTokenCheck, JoinTokenState
+from siderolink.server.fleet.goodbyes import Goodbyes
 from siderolink.server.store import Machine, Transaction
 from tests.support.manager import TOKEN, FakeMachine, Manager, new_key
 
@@ -290,3 +292,60 @@ def test_what_is_signed_is_known_to_the_byte() -> None:
 @given(st.text(max_size=64) | st.binary(max_size=48).map(lambda data: "v1:" + base64.b64encode(data).decode()))
 def test_any_text_is_valid_wrong_or_malformed(token: str) -> None:
     assert JoinTokenCheck(TOKEN).check(token).state in tuple(JoinTokenState)
+
+
+async def test_of_two_pending_machines_with_one_uuid_the_second_gets_a_uuid_of_its_own() -> None:
+    manager, one = Manager(mode=ALLOWED), FakeMachine()
+    two = FakeMachine(node_uuid=one.node_uuid)
+    for machine, token in ((one, OWN), (two, OTHER)):
+        await manager.join(machine)
+        await manager.handshake(machine)
+        await assign(manager, machine, uuid=None, token=token)
+    told: list[Machine] = []
+    with manager.fleet.sessions.watching(lambda link: told.append(link.machine)):
+        await manager.join(replace(one, unique_token=OWN))
+        await manager.join(replace(two, unique_token=OTHER))
+    link = manager.links.by_key(two.key)
+    assert link is not None
+    assert (link.machine.admission, link.machine.has_uuid_conflict) == (MachineAdmission.PENDING, True)
+    assert link.machine in told, "so that it is given a UUID now"
+    new_uuid = "11111111-2222-4333-8444-555555555555"
+    await assign(manager, two, uuid=new_uuid, token=OTHER)
+    await manager.join(replace(two, unique_token=OTHER, node_uuid=new_uuid))
+    assert {row.public_key for row in (await manager.row(one), await manager.row(FakeMachine(node_uuid=new_uuid)))} == {
+        one.key,
+        two.key,
+    }
+
+
+@pytest.mark.parametrize("ending", ["goodbye", "restart of the server"])
+async def test_a_pending_machine_that_is_gone_is_forgotten(ending: str) -> None:
+    manager, machine = Manager(mode=ALLOWED), FakeMachine()
+    await manager.join(machine)
+    await manager.handshake(machine)
+    link = manager.links.by_key(machine.key)
+    assert link is not None
+    if ending == "goodbye":
+        goodbyes = Goodbyes(manager.links, manager.monitor, manager.machines.remove)
+        assert goodbyes.receive(Goodbye(public_key=machine.key).encode(), link.machine.overlay_address) is not None
+    else:
+        manager = Manager(mode=ALLOWED, store=manager.store, time=manager.time)
+        await manager.reconciler.load()
+    await manager.pass_time(200)
+    assert len(manager.links) == 1
+    await manager.pass_time(100)
+    await manager.pass_time(300)
+    assert len(manager.links) == 0
+    assert manager.device.configs == {}
+
+
+async def test_a_denied_machine_stays_denied_however_long_it_is_gone() -> None:
+    manager, machine = Manager(mode=ALLOWED), FakeMachine()
+    await manager.join(machine)
+    await manager.handshake(machine)
+    link = manager.links.by_key(machine.key)
+    assert link is not None
+    await manager.machines.deny(link.machine.id)
+    for _ in range(3):
+        await manager.pass_time(300)
+    assert (await manager.refuses(machine))[0] is DENIED

@@ -3,9 +3,11 @@
 from dataclasses import replace
 from ipaddress import IPv6Interface, IPv6Network
 
+import anyio
 import pytest
 from grpclib import Status
 
+from siderolink.common.addressing import parse_peer_addr_port
 from siderolink.common.errors import StoreError
 from siderolink.server import AdmissionChanged, LeaveReason, MachineLeft, MachineLimits
 from siderolink.server.fleet.reconciler import EVERYTHING
@@ -207,3 +209,35 @@ async def test_a_machine_that_is_long_gone_is_forgotten() -> None:
     assert await manager.machines.find(gone.node_uuid) is None
     assert await manager.machines.find(alive.node_uuid) is not None
     assert [event.reason for event in await manager.events() if isinstance(event, MachineLeft)] == [LeaveReason.LONG_GONE]
+
+
+async def test_moves_that_nobody_proves_leave_nothing_behind() -> None:
+    manager, machine = Manager(), FakeMachine()
+    first = await manager.join(machine)
+    await manager.handshake(machine)
+    addresses = []
+    for number in range(3):
+        answer = await manager.join(replace(machine, node_uuid=f"11111111-2222-4333-8444-{number:012}", tunnel=True))
+        addresses.append(parse_peer_addr_port(answer.grpc_peer_addr_port)[0])
+    found = [manager.links.by_virtual_address(address) is not None for address in addresses]
+    assert found == [False, False, True]
+    moves = manager.fleet.moves
+    with anyio.move_on_after(0.2):
+        manager.time.on_sleep = lambda: manager.time.advance(61)
+        await moves.run(lambda address: None)
+    assert all(manager.links.by_virtual_address(address) is None for address in addresses)
+    assert manager.device.configs[machine.key].allowed_ips == (network(first.node_address_prefix),)
+
+
+async def test_an_answer_that_comes_too_late_moves_nothing_and_the_address_is_taken_back() -> None:
+    manager, machine = Manager(), FakeMachine()
+    first = await manager.join(machine)
+    await manager.handshake(machine)
+    second = await manager.join(replace(machine, node_uuid=NEW_UUID))
+    manager.time.advance(61)
+    moves = manager.fleet.moves
+    await moves.answered(IPv6Interface(second.node_address_prefix).ip)
+    assert await manager.machines.find(NEW_UUID) is None
+    with anyio.move_on_after(0.2):
+        await moves.run(lambda address: None)
+    assert manager.device.configs[machine.key].allowed_ips == (network(first.node_address_prefix),)

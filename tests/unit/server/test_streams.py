@@ -137,3 +137,27 @@ async def test_a_machine_that_turns_to_udp_ends_its_stream() -> None:
     manager.device.hear(machine.key, stream.path, handshake=True)
     manager.device.hear(machine.key, FakePath())
     assert stream.ended == [StreamRefusal.REPLACED]
+
+
+async def test_a_stranger_does_not_crowd_out_the_machine() -> None:
+    """Who knows the virtual address opens streams all the time: its own give way, and the machine's stays."""
+    manager, machine = Manager(), FakeMachine(tunnel=True)
+    link = manager.link(await manager.join(machine))
+    ended = {"thief": 0, "machine": 0}
+
+    def open_one(who: str, source: str) -> FakePath:
+        def end(refusal: StreamRefusal) -> None:
+            ended[who] += 1
+
+        path = FakePath(machine.key)
+        manager.monitor.open_stream(link, path, end, source)
+        return path
+
+    for number in range(4):
+        open_one("thief", f"2001:db8::{number}")
+    path = open_one("machine", "192.0.2.7")
+    for number in range(20):
+        open_one("thief", f"2001:db8::1:{number}")
+    assert ended == {"thief": 21, "machine": 0}
+    manager.device.hear(machine.key, path, handshake=True)
+    assert link.path is path

@@ -12,8 +12,10 @@ from grpclib import GRPCError, Status
 
 from siderolink.common.goodbye import Goodbye
 from siderolink.server import ClaimRefused, JoinRefusal, JoinRefused, MachineRekeyed, UniqueTokenBound
+from siderolink.server.admission.tokens import unique_token_digest
 from siderolink.server.fleet.directory import Stream
 from siderolink.server.fleet.goodbyes import Goodbyes
+from siderolink.server.store import Ban, BanKind
 from tests.support.fake_device import FakePath
 from tests.support.manager import FakeMachine, Manager, new_key
 
@@ -394,3 +396,65 @@ async def test_a_machine_that_asks_to_be_forgotten_is() -> None:
     assert goodbye is not None
     await goodbyes.forget(goodbye)
     assert await scene.manager.machines.find(scene.machine.node_uuid) is None
+
+
+async def test_a_key_that_two_call_by_with_different_tokens_is_bound_to_neither() -> None:
+    """A server that lost its state: who read a machine's key calls before the machine does."""
+    manager, machine = Manager(), FakeMachine(unique_token=TOKEN)
+    await manager.join(replace(machine, unique_token="a thief's", source=ELSEWHERE))
+    await manager.join(machine)
+    await manager.join(replace(machine, unique_token="a thief's", source=ELSEWHERE))
+    await manager.handshake(machine)
+    assert (await manager.row(machine)).bound_digest is None
+    await manager.pass_time(61)
+    again = replace(machine, key=new_key())
+    await manager.join(again)
+    await manager.handshake(again)
+    assert (await manager.row(machine)).bound_digest is not None
+
+
+async def test_a_claim_made_without_the_tunnel_gets_an_address_for_it_when_the_machine_asks() -> None:
+    """A machine that restarted where UDP is blocked tries UDP first, and then the tunnel with the same key."""
+    scene = Scene(True, Link.KILLED)
+    await scene.set_up()
+    manager, again = scene.manager, machine_again(scene, HERE)
+    assert not (await manager.join(again)).grpc_peer_addr_port
+    answer = await manager.join(replace(again, tunnel=True))
+    assert answer == await manager.join(replace(again, tunnel=True))
+    path = FakePath(again.key)
+    link = manager.link(answer)
+    assert link.machine.public_key == again.key
+    manager.monitor.open_stream(link, path, lambda refusal: None, HERE)
+    manager.device.hear(again.key, path)
+    await manager.handshake(again)
+    row = await manager.row(again)
+    assert (row.public_key, row.tunnel, row.virtual_address) == (again.key, True, link.machine.virtual_address)
+    assert manager.link(answer).machine == row
+
+
+@pytest.mark.parametrize("kind", [BanKind.KEY, BanKind.UNIQUE])
+async def test_a_claim_that_is_banned_before_its_handshake_takes_nothing(kind: BanKind) -> None:
+    scene = Scene(False, Link.SILENT)
+    await scene.set_up()
+    manager, stranger = scene.manager, thief(scene, ELSEWHERE)
+    await manager.join(stranger)
+    digest = unique_token_digest("a thief's")
+    assert digest is not None
+    ban = Ban(kind=kind, value=stranger.key.encode() if kind is BanKind.KEY else digest.hex())
+    await manager.store.transact(lambda transaction: transaction.set_banned(ban, True))
+    await manager.handshake(stranger)
+    assert (await manager.row(scene.machine)).public_key == scene.machine.key
+    assert stranger.key not in manager.device.configs
+
+
+async def test_a_claim_to_a_row_that_is_denied_meanwhile_takes_nothing() -> None:
+    scene = Scene(False, Link.SILENT)
+    await scene.set_up()
+    manager, stranger = scene.manager, thief(scene, ELSEWHERE)
+    await manager.join(stranger)
+    row = await manager.machines.deny((await manager.row(scene.machine)).id)
+    await manager.handshake(stranger)
+    assert manager.device.configs == {}
+    link = manager.links.get(row.id)
+    assert link is not None
+    assert (link.machine.public_key, link.state.value) == (scene.machine.key, "down")
