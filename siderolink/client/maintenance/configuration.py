@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from difflib import unified_diff
 from pathlib import Path
@@ -33,6 +33,8 @@ ACTIVE, PERSISTENT = "v1alpha1", "persistent"
 """Ids of the active configuration and of the one for the next start."""
 DEFAULT_TRY = timedelta(minutes=1)
 LONGEST_TRY = timedelta(days=1)
+_BUSY_SECONDS = 0.5
+"""A trial that ends while another configuration is being applied waits for that."""
 _MAX_BYTES = 512 * 1024
 _LONGEST_TEXT = 2000
 """Longest text of a refusal, which is sent as a header."""
@@ -67,8 +69,13 @@ class ConfigurationKeeper:
         *,
         path: Path | None = None,
         on_refusal: Callable[[ConfigLoadErrorEvent], None] = lambda _: None,
+        revert_again: float = 30.0,
     ) -> None:
-        """`use` puts settings into force and returns the verdict. `path` is the file of the persistent configuration."""
+        """`use` puts settings into force and returns the verdict. `path` is the file of the persistent configuration.
+
+        `revert_again` is the pause in seconds after which a trial that could not be taken back is taken back again.
+        """
+        self._revert_again = revert_again
         self._resources = resources
         self._use = use
         self._path = path
@@ -181,16 +188,23 @@ class ConfigurationKeeper:
         return []
 
     async def _end_trial(self, trial: _Trial) -> None:
-        """Return to the configuration before a trial."""
+        """Return to the configuration before a trial; where that does not work now, it is tried again."""
+        if self._is_busy:
+            self._set_trial(replace(trial, ends_at=anyio.current_time() + _BUSY_SECONDS))
+            return
         self._set_trial(None)
         settings = MachineSettings() if trial.before is None else trial.before.settings
         log.info("the configuration on trial is taken back")
+        self._is_busy = True
         try:
             verdict = await self._use(settings)
         except ConfigurationError as error:
             verdict = Verdict(outcome="refused", reason=str(error))
+        finally:
+            self._is_busy = False
         if verdict.is_refused:
-            log.warning("the configuration before the trial cannot be put into force: %s", verdict.reason)
+            log.warning("the configuration before the trial cannot be put into force yet: %s", verdict.reason)
+            self._set_trial(replace(trial, ends_at=anyio.current_time() + self._revert_again))
             return
         self._active = trial.before
         self._show()

@@ -38,12 +38,16 @@ class Machine:
 
     def __init__(self, path: Path | None = None) -> None:
         self.used: list[MachineSettings] = []
+        self.tries = 0
         self.refusals: list[ConfigLoadErrorEvent] = []
         self.verdict = Verdict(outcome="applied")
         self.resources = ResourceStore()
-        self.keeper = ConfigurationKeeper(self.resources, self.use, path=path, on_refusal=self.refusals.append)
+        self.keeper = ConfigurationKeeper(
+            self.resources, self.use, path=path, on_refusal=self.refusals.append, revert_again=0.02
+        )
 
     async def use(self, settings: MachineSettings) -> Verdict:
+        self.tries += 1
         await anyio.sleep(0.01)
         if not self.verdict.is_refused:
             self.used.append(settings)
@@ -150,6 +154,22 @@ async def test_a_try_is_taken_back_after_its_timeout() -> None:
                 await anyio.sleep(0.01)
         assert machine.used[2] == machine.used[0]
         assert machine.shown("persistent") == SINK
+
+
+async def test_a_try_that_cannot_be_taken_back_at_once_is_taken_back_later() -> None:
+    """The server of before does not answer in the moment in which the trial ends."""
+    async with running(Machine()) as machine:
+        await machine.apply(SINK)
+        await machine.apply(OTHER, "try", try_timeout=timedelta(seconds=0.05))
+        machine.verdict = Verdict(outcome="refused", reason="no answer")
+        with anyio.fail_after(10):
+            while machine.tries < 4:
+                await anyio.sleep(0.01)
+            assert machine.shown("v1alpha1") == OTHER
+            machine.verdict = Verdict(outcome="applied")
+            while machine.shown("v1alpha1") != SINK:
+                await anyio.sleep(0.01)
+        assert machine.used[-1] == machine.used[0]
 
 
 async def test_a_try_of_a_first_configuration_goes_back_to_none() -> None:
