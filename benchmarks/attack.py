@@ -4,13 +4,15 @@
 
 Three namespaces: `siderolink serve`; a machine that joined, pings the server through the tunnel and provisions again and again
 on new connections; and an attacker on another address. Targets: a join within 1 s, a ping within 20 ms, memory grows by less
-than 64 MB and falls again. All share this host's processors, so the attacker's own hunger is in the figures.
+than 64 MB and falls again. All share this host's processors: the attacker runs at the lowest priority, and "server processor"
+and "host busy" tell what was the server's and what was the host's.
 """
 
 import argparse
 import asyncio
 import contextlib
 import json
+import os
 import re
 import struct
 import subprocess
@@ -243,7 +245,19 @@ async def joins(seconds: float) -> None:
     print(json.dumps({"took": took, "failed": failed}))
 
 
+def host_busy() -> float:
+    """Seconds that all processors together were not idle."""
+    fields = [int(field) for field in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
+    return (sum(fields) - fields[3] - fields[4]) / os.sysconf("SC_CLK_TCK")
+
+
 Beside = Callable[[], "subprocess.Popen[str] | None"]
+
+
+def processor(pid: int) -> float:
+    """Seconds of processor time that a process has used."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def resident(pid: int) -> float:
@@ -257,10 +271,12 @@ def measure(machine: Namespace, pid: int, seconds: float, beside: Beside) -> dic
     ours = [sys.executable, __file__, "--seconds", str(seconds)]
     joining = machine.popen([*ours, "--joins"], stdout=subprocess.PIPE)
     pinging = machine.popen(["ping", "-6", "-i", "0.05", "-w", str(int(seconds)), OVERLAY], stdout=subprocess.PIPE)
-    most = 0.0
+    most, used, busy, began = 0.0, processor(pid), host_busy(), time.monotonic()
     while joining.poll() is None:
         most = max(most, resident(pid))
         time.sleep(0.1)
+    lasted = time.monotonic() - began
+    used, busy = (processor(pid) - used) / lasted, (host_busy() - busy) / lasted / (os.cpu_count() or 1)
     joined = json.loads(joining.communicate()[0])
     text = pinging.communicate()[0]
     pings = sorted(float(value) for value in re.findall(r"time=([\d.]+) ms", text))
@@ -276,6 +292,8 @@ def measure(machine: Namespace, pid: int, seconds: float, beside: Beside) -> dic
         "ping slowest ms": pings[-1] if pings else None,
         "pings within 20 ms": round(sum(value <= PING_MS for value in pings) / max(sent, 1), 4),
         "memory most MB": round(most, 1),
+        "server processor": f"{used:.0%} of one",
+        "host busy": f"{busy:.0%}",
     }
     if other is not None:
         found["attack"] = json.loads(other.communicate()[0])
@@ -289,7 +307,7 @@ def run(kinds: list[str], connections: int, seconds: float, settle: float) -> di
         assert joined.stdout is not None
         while "connected" not in (line := joined.stdout.readline()):
             assert line, "the machine did not join"
-        attack = [sys.executable, __file__, "--attack", ",".join(kinds)]
+        attack = ["nice", "-n", "19", sys.executable, __file__, "--attack", ",".join(kinds)]
         attack += ["--connections", str(connections), "--seconds", str(seconds)]
         calm = measure(net.machine, server.pid, 5, lambda: None)
         before = resident(server.pid)
