@@ -163,9 +163,8 @@ class FrameScanner:
         Each piece must be dealt with before the next is asked for. A piece for the engine holds `PIECE_FRAMES` frames at most.
         All frames of such a run are counted before its first piece is yielded. Raises Refused.
         """
-        if self._partial:
-            data = self._partial + data
-            self._partial = b""
+        data = self._partial + data if self._partial else data
+        self._partial = b""
         view = memoryview(data)
         end = len(data)
         start, pos = 0, self._skip_preface(data)
@@ -180,6 +179,13 @@ class FrameScanner:
                 continue
             high, low, kind, flags, stream_id = _FRAME_HEADER.unpack_from(data, pos)
             length, stream_id = high << 8 | low, stream_id & 0x7FFF_FFFF
+            body = pos + FRAME_HEADER_BYTES
+            is_plain = kind == DATA and not flags and SMALL_BYTES <= length <= min(self._max_frame, end - body)
+            if is_plain and start == pos and stream_id in self.raw and not self._in_block:
+                # a whole frame of a tunnel, which is what comes most: nothing below would change for it
+                pos = start = body + length
+                yield stream_id, view[body:pos]
+                continue
             target = self._target_of(kind, flags, length, stream_id)
             if target == _HERE and end - pos < FRAME_HEADER_BYTES + length <= _LONGEST_HERE:
                 break
@@ -188,7 +194,7 @@ class FrameScanner:
                 start = pos
                 target = self._target_of(kind, flags, length, stream_id)
             self._check(kind, flags, length, stream_id)
-            pos += FRAME_HEADER_BYTES
+            pos = body
             self._begin(target, kind, length, stream_id, pos)
             if target == _HERE:
                 yield 0, self._handle(kind, flags, view[pos : pos + length])
