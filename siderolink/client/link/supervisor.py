@@ -80,6 +80,8 @@ class LinkSupervisor:
         self._change: _Change | None = None
         self._changed = anyio.Event()
         self._trial = anyio.CancelScope()
+        self._is_switching = False
+        """Until the link is up by new settings or back with the old ones; later settings wait for that."""
         self.refusal = ""
         """Why the settings that were wanted last are not in force; empty if they are."""
 
@@ -130,7 +132,8 @@ class LinkSupervisor:
         before, self._change = self._change, change
         if before is not None and not before.decided.is_set():
             before.decide(Verdict(outcome="refused", reason="later settings replaced them"))
-        self._trial.cancel()
+        if not self._is_switching:
+            self._trial.cancel()
         self._changed.set()
         self._changed = anyio.Event()
 
@@ -157,7 +160,11 @@ class LinkSupervisor:
             log.exception("trying new settings failed")
             self._fail(change, changes, f"internal error: {type(error).__name__}", is_final=False)
             return
-        await self._switch(change, changes, answer)
+        self._is_switching = True
+        try:
+            await self._switch(change, changes, answer)
+        finally:
+            self._is_switching = False
 
     async def prove(self, options: LinkOptions) -> Provisioned:
         """The server's answer to these settings, once a handshake has shown that it works. Raises SideroLinkError."""

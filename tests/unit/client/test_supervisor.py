@@ -161,6 +161,20 @@ async def test_settings_that_stop_working_in_the_moment_of_the_switch_give_way_t
         await bench.saw(events.Connected, 2)
 
 
+async def test_an_order_in_the_moment_of_the_switch_does_not_take_the_way_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("siderolink.client.link.supervisor._TAKEOVER", 0.2)
+    server, other = new_key(), new_key()
+    async with connected(server) as (bench, supervisor):
+        before = bench.runner.options
+        bench.service.answer = response(other, TWO)
+        assert (await supervisor.apply(with_token(bench))).outcome == "applied"
+        await bench.saw(events.SettingsApplied)
+        bench.service.answer = WRONG
+        second = await supervisor.apply(with_token(bench, "another"))
+        assert second.is_refused
+        assert bench.runner.options is before
+
+
 async def test_an_unforeseen_error_is_a_failed_try(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     async with connected(new_key()) as (bench, supervisor):
 
