@@ -426,6 +426,18 @@ def restore(
 
 
 @state_app.command()
+def migrate(
+    source: Annotated[str, typer.Argument(help="The state as it is: a file, or a postgresql:// URL.", metavar="SOURCE")],
+    target: Annotated[str, typer.Argument(help="Where it shall be: a new file, or an empty database.", metavar="TARGET")],
+    store_password_file: StorePasswordFile = None,
+) -> None:
+    """Copy the state of a stopped server from a file to Postgres, or back. Machines return without joining again."""
+    from siderolink.cli.state_migration import run_migrate
+
+    run_migrate(source, target, store_password_file)
+
+
+@state_app.command()
 def rotate_key(interface: ServerInterface = "siderolink") -> None:
     """Give the server a new WireGuard key; every machine has to join again."""
     from siderolink.cli.state import run_rotate_key

@@ -32,15 +32,15 @@ class StoreAddress:
         return self.url
 
     @asynccontextmanager
-    async def open(self) -> AsyncIterator[Store]:
-        """Raises ConfigurationError or StoreError."""
+    async def open(self, *, alone: bool = False) -> AsyncIterator[Store]:
+        """`alone`: while no server uses it. Raises ConfigurationError or StoreError."""
         try:
             from siderolink.server.store.sql.postgres import PostgresStore
         except ImportError as error:
             if error.name is None or not error.name.startswith("psycopg"):
                 raise
             raise ConfigurationError("a store on Postgres needs more packages: pip install 'siderolink[postgres]'") from None
-        async with PostgresStore.open(self.url, password=self.password) as store:
+        async with PostgresStore.open(self.url, password=self.password, alone=alone) as store:
             yield store
 
 

@@ -40,7 +40,9 @@ class Served:
     def start(self, *, until: str = "remembering") -> None:
         """Start and wait for a line."""
         arguments = ["serve", "--api-listen", "0.0.0.0:4000", "--wireguard-endpoint", f"{SERVER}:51820"]
-        arguments += ["--join-token-file", str(self._folder / "token"), "--state", str(self.state), *self._options]
+        arguments += ["--join-token-file", str(self._folder / "token"), *self._options]
+        if "--store" not in self._options:
+            arguments += ["--state", str(self.state)]
         self._process = self.namespace.popen(
             [*COMMAND, *arguments], env=self._environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )

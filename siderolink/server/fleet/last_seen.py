@@ -53,15 +53,21 @@ class LastSeenNotes:
             await self.write()
 
     async def write(self) -> None:
-        """Write what waits. What cannot be written is given up: it is not worth a link."""
+        """Write what waits. What cannot be written waits on: one note a machine, so that an outage costs no more than that."""
+        batch: dict[str, LastSeen] = {}
         try:
             while self._waiting:
                 ids = list(self._waiting)[:_AT_ONCE]
                 batch = {machine_id: self._waiting.pop(machine_id) for machine_id in ids}
                 # A note older than what is stored changes nothing (LastSeen.of): a late writer overwrites no newer one.
                 await self._store.transact(lambda transaction, batch=batch: transaction.note(batch))  # type: ignore[misc]
+                batch = {}
             await self._write_mark()
         except StoreError as error:
+            for machine_id, seen in batch.items():
+                newer = self._waiting.get(machine_id)
+                self._waiting[machine_id] = seen if newer is None else newer.after(seen)
+            self._wake.set()
             log.warning("where machines were last heard could not be remembered: %s", error)
 
     async def _write_mark(self) -> None:

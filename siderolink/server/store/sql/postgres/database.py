@@ -31,8 +31,9 @@ ANSWER_SECONDS = 5.0
 """How long the database may take for one transaction, and for letting go of one connection."""
 MIGRATE_SECONDS = 300.0
 _MIGRATION_LOCK = 0x53444C4B
+_SERVERS = "siderolink"
+"""What servers' connections are called in pg_stat_activity."""
 _QUERY = {
-    "application_name",
     "channel_binding",
     "gssencmode",
     "host",
@@ -46,6 +47,7 @@ _QUERY = {
     "sslrootcert",
     "target_session_attrs",
 }
+_OTHERS = text("SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND application_name = :name")
 _SERIALISATION, _DEADLOCK, _NOT_UNIQUE = "40001", "40P01", "23505"
 _RETRIED = {_SERIALISATION, _DEADLOCK, _NOT_UNIQUE}
 _NO_SPACE = "53100"
@@ -62,7 +64,7 @@ class ContendedError(Exception):
         """Whether a value was stored already."""
 
 
-def database_url(url: str, password: str | None = None) -> URL:
+def database_url(url: str, password: str | None = None, *, alone: bool = False) -> URL:
     """Where the database is, with TLS that proves its name unless it is on this host or the address says otherwise.
 
     Raises ConfigurationError, without the password.
@@ -82,7 +84,7 @@ def database_url(url: str, password: str | None = None) -> URL:
     if "sslmode" not in query and not _is_here(found):
         query["sslmode"] = "verify-full"
         query.setdefault("sslrootcert", "system")
-    query.setdefault("application_name", "siderolink")
+    query["application_name"] = f"{_SERVERS} state" if alone else _SERVERS
     found = found.set(drivername="postgresql+psycopg", query=query)
     return found if password is None else found.set(password=password)
 
@@ -198,11 +200,13 @@ class Database:
         with anyio.CancelScope(shield=True), anyio.move_on_after(ANSWER_SECONDS):
             await self._engine.dispose()
 
-    async def prepare(self) -> None:
-        """Bring the schema up to this program's, on one server at a time. Raises StoreError."""
+    async def prepare(self, *, alone: bool = False) -> None:
+        """Bring the schema up to this program's, on one server at a time; if `alone`, while none runs. Raises StoreError."""
         try:
             async with self.connect(MIGRATE_SECONDS) as connection:
                 await connection.run_sync(self._migrate)
+                if alone and (await connection.execute(_OTHERS, {"name": _SERVERS})).scalar():
+                    raise StoreError(f"a server uses {self.name}; stop it first")
                 await connection.commit()
         except ContendedError as error:
             raise StoreUnavailableError(f"{self.name} cannot be prepared now: {error}") from error

@@ -40,16 +40,18 @@ class PostgresStore:
         password: str | None = None,
         connections: int = CONNECTIONS,
         feed_limit: int = DEFAULT_FEED_LIMIT,
+        alone: bool = False,
     ) -> AsyncIterator["PostgresStore"]:
         """Connect to ``postgresql://USER@HOST:PORT/DATABASE`` and bring its schema up to this program's.
 
         The server's TLS certificate has to prove its name, unless it is on this host or the URL says otherwise (`sslmode`).
-        Raises ConfigurationError for another URL; StoreError, with one clear line, for a database that cannot be used.
+        `alone`: refuse a database that a server uses. Raises ConfigurationError for another URL;
+        StoreError, with one clear line, for a database that cannot be used.
         """
-        database = Database(database_url(url, password), connections=connections)
+        database = Database(database_url(url, password, alone=alone), connections=connections)
         try:
             store = cls(database, feed_limit)
-            await database.prepare()
+            await database.prepare(alone=alone)
             await store._feed.start()
             async with background_tasks() as tasks:
                 for part in (store._feed.read, store._feed.listen, store._feed.notify, store._feed.prune):

@@ -1,0 +1,98 @@
+"""The state moved between a file and a database, while no server runs on either."""
+
+from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager
+from pathlib import Path
+
+import anyio
+
+from siderolink.cli.serving import StoreAddress, store_address
+from siderolink.common.errors import ConfigurationError, StoreError
+from siderolink.server.store import Machine, ServerRecord, Store, Transaction
+from siderolink.server.store.sql import SqlStore
+
+_AT_ONCE = 256
+
+
+def run_migrate(source: str, target: str, password_file: Path | None) -> None:
+    """Copy a whole state to where none is yet. Raises SideroLinkError."""
+    places = [_place(name, password_file) for name in (source, target)]
+    if password_file is not None and not any(isinstance(place, StoreAddress) for place in places):
+        raise ConfigurationError("--store-password-file needs a postgresql:// URL")
+    if isinstance(places[0], Path) and not places[0].exists():
+        raise ConfigurationError(f"there is no state file {places[0]}")
+    if isinstance(places[1], Path) and places[1].exists():
+        raise ConfigurationError(f"{places[1]} exists; the state is moved to a new file only")
+    machines = anyio.run(_migrate, places[0], places[1])
+    print(f"{target} holds the server's key and {machines} machines now; {source} is as it was. Start one of them only")
+
+
+def _place(name: str, password_file: Path | None) -> Path | StoreAddress:
+    return store_address(name, password_file) if "://" in name else Path(name)
+
+
+def _opened(place: Path | StoreAddress) -> AbstractAsyncContextManager[Store]:
+    return place.open(alone=True) if isinstance(place, StoreAddress) else SqlStore.open(place)
+
+
+def _remove_file(path: Path) -> None:
+    for suffix in ("", "-wal", "-shm"):
+        Path(f"{path}{suffix}").unlink(missing_ok=True)
+
+
+async def _migrate(source: Path | StoreAddress, target: Path | StoreAddress) -> int:
+    async with _opened(source) as old:
+        record = await old.transact(lambda transaction: transaction.server())
+        if record is None:
+            raise StoreError(f"{source} holds no server")
+        try:
+            async with _opened(target) as new:
+                return await _copy(old, new, record, str(target))
+        except BaseException:
+            if isinstance(target, Path):
+                _remove_file(target)
+            raise
+
+
+async def _copy(old: Store, new: Store, record: ServerRecord, target: str) -> int:
+    """The server's record comes last: a state without one is no state, and what an interrupted copy left in it is removed."""
+    if await new.transact(lambda transaction: transaction.server()) is not None:
+        raise StoreError(f"{target} holds a server already; it was left as it is")
+    left = [machine.id async for machine in new.machines()]
+    for first in range(0, len(left), _AT_ONCE):
+        ids = left[first : first + _AT_ONCE]
+        await new.transact(lambda transaction, ids=ids: _remove(transaction, ids))  # type: ignore[misc]
+    count = 0
+    page: list[Machine] = []
+    async for machine in old.machines():
+        page.append(machine)
+        if len(page) == _AT_ONCE:
+            count += await _add_page(new, page)
+            page.clear()
+    count += await _add_page(new, page)
+    claims, bans = await old.all_claims(), await old.bans()
+
+    async def finish(transaction: Transaction) -> None:
+        for claim in claims:
+            await transaction.put_claim(claim)
+        for ban in bans:
+            await transaction.set_banned(ban, True)
+        await transaction.set_server(record)
+
+    await new.transact(finish)
+    return count
+
+
+async def _add_page(new: Store, machines: Sequence[Machine]) -> int:
+    return await new.transact(lambda transaction: _add(transaction, machines))
+
+
+async def _add(transaction: Transaction, machines: Sequence[Machine]) -> int:
+    for machine in machines:
+        await transaction.insert(machine)
+    return len(machines)
+
+
+async def _remove(transaction: Transaction, ids: Sequence[str]) -> None:
+    for machine_id in ids:
+        await transaction.delete(machine_id)
