@@ -24,7 +24,7 @@ from siderolink.server.reporting import Reports
 from siderolink.server.store import MachineAdmission
 from siderolink.server.store.measured import MeasuredStore, StoreCounters
 
-LINKS_AT_ONCE: Final = 1000
+LINKS_AT_ONCE: Final = 500
 """Machines looked at before other tasks run."""
 STORE_TIMEOUT: Final = 2.0
 """Seconds in which the store has to answer a health check."""
@@ -97,7 +97,7 @@ class HealthCheck:
 async def read_counters(parts: Parts, events: EventHub, store: MeasuredStore) -> ServerCounters:
     """For `Server.counters`."""
     directory = parts.fleet.directory
-    machines, streams, queued_bytes = await _count_links(directory)
+    machines, streams, queued_bytes = await count_links(directory)
     return ServerCounters(
         machines=machines,
         claims=directory.claim_count,
@@ -115,7 +115,8 @@ async def read_counters(parts: Parts, events: EventHub, store: MeasuredStore) ->
     )
 
 
-async def _count_links(directory: Directory) -> tuple[Mapping[MachineGroup, int], int, int]:
+async def count_links(directory: Directory) -> tuple[Mapping[MachineGroup, int], int, int]:
+    """Machines by group, open streams, and bytes that wait in these."""
     groups: Counter[MachineGroup] = Counter()
     streams = queued_bytes = 0
     for links in in_parts(directory, LINKS_AT_ONCE):
@@ -160,11 +161,11 @@ def drops(parts: Parts) -> dict[str, int]:
 
 async def check_health(parts: Parts, store: MeasuredStore) -> tuple[HealthCheck, ...]:
     """For `Server.health`."""
-    return await _check_device(parts), _check_listener(parts), await _check_store(store)
+    return _check_device(parts), _check_listener(parts), await _check_store(store)
 
 
-async def _check_device(parts: Parts) -> HealthCheck:
-    interface = (await parts.device.counters()).interface
+def _check_device(parts: Parts) -> HealthCheck:
+    interface = parts.device.read_interface()
     name = parts.device.name
     if interface is None:
         return HealthCheck(name="device", is_good=False, text=f"the interface {name} is gone")

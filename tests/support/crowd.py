@@ -89,7 +89,7 @@ class Crowd:
         self.members: list[Member] = []
         hub = EventHub()
         fleet = make_fleet(device, MemoryStore(), hub, prefix)
-        self.machines, self.monitor = fleet.machines, fleet.monitor
+        self.machines, self.monitor, self.directory = fleet.machines, fleet.monitor, fleet.directory
         events.append(self.monitor.on_device_event)
         self._service = ProvisionService(
             self.machines,

@@ -166,6 +166,9 @@ class FakeDevice:
     def drops(self) -> dict[str, int]:
         return {}
 
+    def read_interface(self) -> None:
+        return None
+
     async def counters(self) -> DeviceCounters:
         return DeviceCounters(peers=0, received_bytes=0, sent_bytes=0, session_ages=(), interface=None)
 

@@ -238,6 +238,9 @@ class Device(Protocol):
     async def counters(self) -> DeviceCounters:
         """What was counted; other tasks run in between. The kernel's peers are as of some seconds ago at most."""
 
+    def read_interface(self) -> "Link | None":
+        """The interface as it is; None without one, also once it is gone."""
+
     def offer_path(self, public_key: PublicKey, path: Path) -> None:
         """Use `path` for the peer if it has none that is open; without one, the peer is only reached after it was heard."""
 

@@ -130,15 +130,15 @@ class UserspaceDevice:
         return found
 
     async def counters(self) -> DeviceCounters:
-        engine, now = self.engine, boot_time()
-        # added up in one go, so that no peer is counted twice because it is removed meanwhile
-        received = engine.removed_received_bytes + sum(peer.received_bytes for peer in engine.peers.values())
-        sent = engine.removed_sent_bytes + sum(peer.sent_bytes for peer in engine.peers.values())
-        count = len(engine.peers)
+        now, count = boot_time(), len(self.engine.peers)
+        # of peers that are removed meanwhile, the objects keep their bytes
+        received, sent = self.engine.removed_received_bytes, self.engine.removed_sent_bytes
         ages: list[float] = []
-        for part in in_parts(engine.peers.values(), 1000):
-            await checkpoint()
+        for part in in_parts(self.engine.peers.values(), 500):
+            received += sum(peer.received_bytes for peer in part)
+            sent += sum(peer.sent_bytes for peer in part)
             ages += [now - peer.last_handshake_at for peer in part if peer.last_handshake_at is not None]
+            await checkpoint()
         return DeviceCounters(
             peers=count,
             received_bytes=received,

@@ -20,6 +20,7 @@ from siderolink.cli.metrics.http import Answer, serve_pages
 from siderolink.cli.metrics.options import MetricsOptions, metrics_options
 from siderolink.common.errors import AddressInUseError, ConfigurationError, StoreError, StoreFullError
 from siderolink.common.hostport import HostPort
+from siderolink.common.keys import PrivateKey
 from siderolink.server import MachineStatus, MemoryStore, Store
 from siderolink.server.counters import HealthCheck
 from siderolink.server.fleet.directory import LinkState
@@ -139,6 +140,8 @@ async def test_other_tasks_run_while_peers_are_listed() -> None:
             turns = 0
             assert len(await crowd.device.peers()) == 250
             assert turns >= 3
+            keys = [member.key.public_key() for member in crowd.members[:2]] + [PrivateKey.generate().public_key()]
+            assert {peer.public_key for peer in await crowd.device.peers(keys)} == set(keys[:2])
             tasks.cancel_scope.cancel()
 
 

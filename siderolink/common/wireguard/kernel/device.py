@@ -140,22 +140,25 @@ class KernelDevice:
         return await self._peers.table.statuses(None if keys is None else [bytes(key) for key in keys])
 
     async def counters(self) -> DeviceCounters:
-        table, now = self._peers.table, time.time()
-        # added up in one go, so that no peer is counted twice because it is removed meanwhile
-        received = table.removed_received_bytes + sum(entry.view.facts.received for entry in table.entries.values())
-        sent = table.removed_sent_bytes + sum(entry.view.facts.sent for entry in table.entries.values())
-        count = len(table.entries)
+        table, now, count = self._peers.table, time.time(), len(self._peers.table.entries)
+        # of peers that are removed meanwhile, the objects keep their bytes
+        received, sent = table.removed_received_bytes, table.removed_sent_bytes
         ages: list[float] = []
-        for part in in_parts(table.entries.values(), 1000):
-            await checkpoint()
+        for part in in_parts(table.entries.values(), 500):
+            received += sum(entry.view.facts.received for entry in part)
+            sent += sum(entry.view.facts.sent for entry in part)
             ages += [max(0.0, now - at / 1e9) for entry in part if (at := entry.view.facts.handshake_ns)]
+            await checkpoint()
         return DeviceCounters(
             peers=count,
             received_bytes=received,
             sent_bytes=sent,
             session_ages=tuple(ages),
-            interface=interface_counters(self._wireguard.read_interface()),
+            interface=interface_counters(self.read_interface()),
         )
+
+    def read_interface(self) -> Link | None:
+        return self._wireguard.read_interface()
 
     def offer_path(self, public_key: PublicKey, path: Path) -> None:
         self._peers.offer(bytes(public_key), path)
