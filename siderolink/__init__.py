@@ -1,11 +1,11 @@
-"""SideroLink, both ends: a point-to-point WireGuard management overlay between machines and their server.
+"""SideroLink client and server: a point-to-point WireGuard management overlay between machines and their server.
 
-The machine's side::
+Client (machine)::
 
     async with siderolink.connect("grpc://192.0.2.1:4000?jointoken=…") as link:
         async for event in link.events(): ...
 
-The server's side::
+Server (manager)::
 
     async with siderolink.Server(api_listen="0.0.0.0:4000", wireguard_endpoints=["192.0.2.1:51820"], join_token="…") as server:
         async for event in server.events(): ...

@@ -10,7 +10,7 @@ _EXTRA = frozenset(
 
 
 def main() -> None:
-    """Run the command line; what goes wrong is one line, and an exit status other than 0."""
+    """Run the command line. An error prints one line and gives a non-zero exit status."""
     from siderolink.cli.output import open_standard_descriptors
 
     open_standard_descriptors()

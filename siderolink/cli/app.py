@@ -68,34 +68,34 @@ from siderolink.common.errors import SideroLinkError
 
 app = typer.Typer(
     name="siderolink",
-    help="SideroLink, both ends: a point-to-point WireGuard management overlay.",
+    help="SideroLink client and server: a point-to-point WireGuard management overlay.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 
 
-state_app = typer.Typer(help="What a running server remembers.", no_args_is_help=True)
+state_app = typer.Typer(help="Back up, restore and change a server's state.", no_args_is_help=True)
 app.add_typer(state_app, name="state")
 
 app.add_typer(machine_app, name="machine")
 
-config_app = typer.Typer(help="Configuration documents and kernel arguments.", no_args_is_help=True)
+config_app = typer.Typer(help="Inspect configuration documents and kernel arguments.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
 
 
 @app.command()
 def serve(
-    api_listen: Annotated[str, typer.Option(help="Where the API listens.", metavar="HOST:PORT")],
+    api_listen: Annotated[str, typer.Option(help="Address for the API to listen on.", metavar="HOST:PORT")],
     wireguard_endpoint: WireguardEndpoints,
     join_token: JoinToken = None,
     join_token_file: TokenFile = None,
-    interface: Annotated[str, typer.Option(help="The interface's name.")] = "siderolink",
+    interface: Annotated[str, typer.Option(help="Interface name.")] = "siderolink",
     device: Device = DeviceChoice.AUTO,
     state: StateFile = None,
     store: StoreUrl = None,
     store_password_file: StorePasswordFile = None,
-    no_state: Annotated[bool, typer.Option("--no-state", help="Remember nothing beyond this process.")] = False,
+    no_state: Annotated[bool, typer.Option("--no-state", help="Keep the state in memory only.")] = False,
     no_dial: NoDial = False,
     keep_interface: KeepInterface = False,
     netns: NetNs = None,
@@ -115,7 +115,7 @@ def serve(
     log_format: LogFormatOption = LogFormat.TEXT,
     log_level: LogLevelOption = LogLevel.INFO,
 ) -> None:
-    """Serve machines, until stopped. Reads the join token's file and the certificate again when they change, and on SIGHUP."""
+    """Run a server until stopped. Reloads the join token file and the certificate when they change, and on SIGHUP."""
     from siderolink.cli.serve import ServeOptions, join_policy, run_serve
     from siderolink.cli.serving import chosen_state
 
@@ -161,7 +161,7 @@ def join(
     device: Device = DeviceChoice.AUTO,
     netns: NetNs = None,
     ca: CaFile = None,
-    fallback_tunnel: Annotated[bool, typer.Option("--fallback-tunnel", help="Use the tunnel while UDP does not pass.")] = False,
+    fallback_tunnel: Annotated[bool, typer.Option("--fallback-tunnel", help="Use the tunnel while UDP is blocked.")] = False,
     maintenance_api: MaintenanceApi = False,
     maintenance_port: MaintenancePort = 50000,
     meta: MetaFile = None,
@@ -170,10 +170,10 @@ def join(
     log_format: LogFormatOption = LogFormat.TEXT,
     log_level: LogLevelOption = LogLevel.INFO,
 ) -> None:
-    """Join a server as one machine, until stopped. Retries until the server accepts the join.
+    """Join a server as a machine and run until stopped. Retries until the server accepts the join.
 
     Settings come from the URL, or from --config, or else from /etc/siderolink.yaml, /etc/siderolink/ and the kernel command
-    line. When the files change, the new settings are tried beside the link and take over only if they work.
+    line. When the files change, the new settings are tested alongside the running link and adopted only if they work.
     """
     from siderolink.cli.join import JoinOptions, run_join
     from siderolink.cli.maintenance import MaintenanceOptions
@@ -218,9 +218,9 @@ def show(
     join_token_file: TokenFile = None,
     as_json: Json = False,
 ) -> None:
-    """Show the settings that `siderolink join` with the same options would use, and their sources; no secrets.
+    """Show the settings that `siderolink join` would use with the same options, and where each comes from. Hides secrets.
 
-    The exit status is 1 where something had to be ignored.
+    Exits with 1 if any input was ignored.
     """
     from siderolink.cli.config import run_show
     from siderolink.cli.settings import SettingsOptions
@@ -245,7 +245,7 @@ def kernel_args(
     log_port: LogPort = 8092,
     installation_id: InstallationId = "",
 ) -> None:
-    """Print the kernel arguments with which a machine joins a server; the join token is among them."""
+    """Print kernel arguments that make a machine join a server. They include the join token."""
     from siderolink.cli.config import ForMachinesOptions, run_kernel_args
 
     run_kernel_args(
@@ -267,10 +267,10 @@ def machine_config(
     log_port: LogPort = 8092,
     installation_id: InstallationId = "",
     ca_file: Annotated[
-        Path | None, typer.Option(help="Certificates that the machine shall trust besides its own.", metavar="FILE")
+        Path | None, typer.Option(help="Additional CA certificates for the machine to trust.", metavar="FILE")
     ] = None,
 ) -> None:
-    """Print the configuration documents with which a machine joins a server; the join token is among them."""
+    """Print configuration documents that make a machine join a server. They include the join token."""
     from siderolink.cli.config import ForMachinesOptions, run_machine_config
 
     run_machine_config(
@@ -287,16 +287,16 @@ def machine_config(
 
 @app.command()
 def wireguard(
-    name: Annotated[str, typer.Argument(help="The interface's name.", metavar="IFNAME")],
+    name: Annotated[str, typer.Argument(help="Interface name.", metavar="IFNAME")],
     background: Annotated[
         bool,
-        typer.Option("--background/--foreground", "-b/-f", help="Return when the interface is there, and go on by itself."),
+        typer.Option("--background/--foreground", "-b/-f", help="Continue in the background once the interface exists."),
     ] = False,
     metrics_listen: MetricsListen = None,
     log_format: LogFormatOption = LogFormat.TEXT,
     log_level: BareLogLevel = None,
 ) -> None:
-    """Run a bare WireGuard interface in userspace, to be set up with `wg` like any other."""
+    """Run a userspace WireGuard interface that `wg` can configure."""
     from siderolink.cli.wireguard import run_wireguard
 
     metrics = metrics_options(metrics_listen)
@@ -305,7 +305,7 @@ def wireguard(
 
 @app.command()
 def status(as_json: Json = False) -> None:
-    """Show the links and peers on this host. Exits with 1 where a running server or machine does not answer."""
+    """Show the links and peers on this host. Exits with 1 if a running server or machine does not respond."""
     from siderolink.cli.status import run_status
 
     raise typer.Exit(run_status(as_json=as_json))
@@ -345,10 +345,12 @@ def support_bundle(
 @app.command()
 def doctor(
     url: Url = None,
-    ca_file: Annotated[Path | None, typer.Option(help="Trust this certificate authority, PEM.", metavar="FILE")] = None,
+    ca_file: Annotated[
+        Path | None, typer.Option(help="CA certificates (PEM) to trust for an https URL.", metavar="FILE")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Check this host and, with a join URL, everything up to a handshake with the server: a trial machine joins it."""
+    """Check this host. With a join URL, also join the server as a test machine, up to a WireGuard handshake."""
     from siderolink.cli.doctor.run import run_doctor
 
     raise typer.Exit(run_doctor(url, ca_file=ca_file, as_json=as_json))
@@ -358,9 +360,9 @@ def doctor(
 def demo(
     as_json: Json = False,
     device: Device = DeviceChoice.AUTO,
-    seconds: Annotated[float, typer.Option(help="How long each of the four bulk transfers takes.", min=0.1, max=60)] = 2.0,
+    seconds: Annotated[float, typer.Option(help="Duration of each of the four bulk transfers.", min=0.1, max=60)] = 2.0,
 ) -> None:
-    """Show the whole thing, in network namespaces of its own."""
+    """Demonstrate a server and machines in temporary network namespaces."""
     from siderolink.cli.demo.run import run_demo
 
     raise typer.Exit(run_demo(as_json=as_json, device=device.value, seconds=seconds))
@@ -369,19 +371,23 @@ def demo(
 @app.command()
 def simulate(
     url: ServerUrl,
-    machines: Annotated[int, typer.Option(help="How many.", min=1, max=100_000)] = 100,
-    tunnel_share: Annotated[float, typer.Option(help="The part of them that use the tunnel.", min=0, max=1)] = 0.0,
-    at_once: Annotated[int, typer.Option(help="How many join or connect at a time.", min=1, max=4096)] = 32,
+    machines: Annotated[int, typer.Option(help="Number of machines.", min=1, max=100_000)] = 100,
+    tunnel_share: Annotated[float, typer.Option(help="Fraction of machines that use the gRPC tunnel.", min=0, max=1)] = 0.0,
+    at_once: Annotated[int, typer.Option(help="Maximum concurrent joins and connects.", min=1, max=4096)] = 32,
     sources: Sources = None,
-    churn: Annotated[float, typer.Option(help="Machines per second that leave, each for a new one.", min=0)] = 0.0,
-    reconnects: Annotated[int, typer.Option(help="How often all reconnect at once: at SIGUSR1, or after --hold.", min=0)] = 0,
-    hold: Annotated[float | None, typer.Option(help="Seconds to stay at the end.", min=0, show_default="until stopped")] = None,
-    timeout: Annotated[float, typer.Option(help="Seconds within which all must be connected.", min=1)] = 60.0,
+    churn: Annotated[float, typer.Option(help="Machines to replace with new ones per second.", min=0)] = 0.0,
+    reconnects: Annotated[
+        int, typer.Option(help="Times to reconnect all machines together, on SIGUSR1 or after --hold.", min=0)
+    ] = 0,
+    hold: Annotated[
+        float | None, typer.Option(help="Seconds to stay connected before exiting.", min=0, show_default="until stopped")
+    ] = None,
+    timeout: Annotated[float, typer.Option(help="Seconds for all machines to connect.", min=1)] = 60.0,
     as_json: Json = False,
     log_format: LogFormatOption = LogFormat.TEXT,
     log_level: LogLevelOption = LogLevel.INFO,
 ) -> None:
-    """Load a server with many machines: real calls and datagrams from this process, and no interface."""
+    """Load-test a server with many machines that make real calls and send real datagrams but need no interface."""
     from siderolink.cli.simulate.run import SimulateOptions, run_simulate
     from siderolink.cli.simulate.swarm import Load
 
@@ -401,10 +407,10 @@ def simulate(
 
 @state_app.command()
 def backup(
-    file: Annotated[Path, typer.Argument(help="A new file. It will hold the server's private key.")],
+    file: Annotated[Path, typer.Argument(help="File to create. It will contain the server's private key.")],
     interface: ServerInterface = "siderolink",
 ) -> None:
-    """Copy the state while the server runs."""
+    """Back up the state of a running server."""
     from siderolink.cli.state import run_backup
 
     run_backup(interface, file)
@@ -412,11 +418,11 @@ def backup(
 
 @state_app.command()
 def restore(
-    file: Annotated[Path, typer.Argument(help="What `backup` made.")],
+    file: Annotated[Path, typer.Argument(help="File created by `backup`.")],
     interface: ServerInterface = "siderolink",
-    state: Annotated[Path | None, typer.Option(help="The state file to replace while no server runs.")] = None,
+    state: Annotated[Path | None, typer.Option(help="State file to replace while no server is running.")] = None,
 ) -> None:
-    """Put a copy in the place of the state; links are back once the server has started again by itself."""
+    """Replace the state with a backup. A running server restarts itself, and links recover."""
     from siderolink.cli.state import run_restore, run_restore_offline
 
     if state is not None:
@@ -439,25 +445,25 @@ def migrate(
 
 @state_app.command()
 def rotate_key(interface: ServerInterface = "siderolink") -> None:
-    """Give the server a new WireGuard key; every machine has to join again."""
+    """Replace the server's WireGuard key. Every machine has to join again."""
     from siderolink.cli.state import run_rotate_key
 
     run_rotate_key(interface)
 
 
 def start_log(log_format: LogFormat, log_level: LogLevel, *, descriptor: int = 1) -> None:
-    """Log to a descriptor from now on; simulate's results alone go to standard output."""
+    """Log to a file descriptor. `simulate` reserves standard output for its results."""
     from siderolink.cli.logs import start_log
 
     start_log(log_level, as_json=log_format is LogFormat.JSON, descriptor=descriptor)
 
 
 def run() -> int:
-    """Read the command line and do it; returns the exit status."""
+    """Run the command line. Returns the exit status."""
     try:
         app()
     except SideroLinkError as error:
-        stop_log()  # what led to it comes first
+        stop_log()  # flush the log lines that precede the error
         return fail(str(error))
     except BrokenPipeError:
         return 1
@@ -467,6 +473,6 @@ def run() -> int:
 
 
 def stop_log() -> None:
-    """Write the last records, where the command has a log."""
+    """Flush the log, if the command started one."""
     if (logs := sys.modules.get("siderolink.cli.logs")) is not None:
         logs.stop_log()

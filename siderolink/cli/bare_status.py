@@ -11,7 +11,7 @@ __all__ = ["InterfaceSource"]
 
 
 class InterfaceSource:
-    """What `siderolink status` is told."""
+    """The status that `siderolink status` shows."""
 
     def __init__(self, device: UserspaceDevice) -> None:
         self._device = device
@@ -32,4 +32,4 @@ class InterfaceSource:
         )
 
     def events(self) -> AsyncIterator[Event]:
-        raise SideroLinkError("a bare interface has no stream of events: LOG_LEVEL=verbose prints them")
+        raise SideroLinkError("a bare interface has no event stream; set LOG_LEVEL=verbose to log events")

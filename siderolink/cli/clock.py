@@ -27,7 +27,7 @@ class _Timex(ctypes.Structure):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClockState:
-    """What a time service has told the kernel. Times are in seconds."""
+    """The clock state that a time service reported to the kernel. Times are in seconds."""
 
     is_plausible: bool
     """False where the clock shows a date before this program was written."""

@@ -1,4 +1,4 @@
-"""`siderolink config show`, `kernel-args` and `machine-config`: what a machine is told."""
+"""`siderolink config show`, `kernel-args` and `machine-config`: the settings of machines."""
 
 import json
 import sys
@@ -115,7 +115,7 @@ def _parameters(options: ForMachinesOptions) -> "JoinParameters":
     if token is not None and url.join_token is None:
         url = replace(url, join_token=token)
     elif options.join_token_file is not None:
-        raise ConfigurationError("give the join token either in the URL or by --join-token-file, not both")
+        raise ConfigurationError("give the join token either in the URL or with --join-token-file, not both")
     server = server_address(overlay_prefix(options.installation_id))
     roots = None if options.ca_file is None else _read_roots(options.ca_file)
     return on_overlay(url, server, options.event_sink_port, options.log_port, roots)

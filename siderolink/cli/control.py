@@ -30,7 +30,7 @@ _ANSWER_BYTES = 64 * 1024 * 1024
 
 
 class Source(Protocol):
-    """What is asked: a running server, or a machine's link."""
+    """The source of a status: a running server, or a machine's link."""
 
     async def status(self) -> StatusResponse: ...
 
@@ -38,7 +38,7 @@ class Source(Protocol):
 
 
 def data_plane(device_kind: str | None) -> str:
-    """What works on a device's packets; empty for the kernel's."""
+    """The data plane of the device; empty for the kernel's."""
     if device_kind != "userspace":
         return ""
     from siderolink.common.wireguard.packets import row_functions_in_use
@@ -47,7 +47,7 @@ def data_plane(device_kind: str | None) -> str:
 
 
 class ControlService(ControlBase):
-    """Answers on the socket for one source; what it cannot tell now is UNAVAILABLE, with the reason."""
+    """Serves the socket of one source. Replies UNAVAILABLE, with the reason, while the status cannot be read."""
 
     def __init__(self, source: Source) -> None:
         self._source = source
@@ -86,7 +86,7 @@ async def control_socket(interface: str, source: Source, *more: Servable) -> Asy
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigurationError(f"the folder {folder} of the control sockets cannot be made: {error.strerror}") from None
+        raise ConfigurationError(f"cannot create the control socket directory {folder}: {error.strerror}") from None
     services = [ControlService(source), *more]
     path = folder / f"{interface}.sock"
     async with AsyncExitStack() as stack:
@@ -101,7 +101,7 @@ async def control_socket(interface: str, source: Source, *more: Servable) -> Asy
 
 @dataclass(slots=True)
 class Asked:
-    """What the control sockets of this host say."""
+    """The responses of this host's control sockets."""
 
     answers: list[StatusResponse] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
@@ -139,11 +139,13 @@ def _sockets(folder: Path) -> list[Path]:
     try:
         return sorted(path for path in folder.iterdir() if path.suffix == ".sock") if folder.exists() else []
     except OSError as error:
-        raise ConfigurationError(f"{folder} cannot be read: {error.strerror}; ask as the user who runs siderolink") from None
+        raise ConfigurationError(
+            f"{folder} cannot be read: {error.strerror}; run this command as the user who runs siderolink"
+        ) from None
 
 
 def _remove(path: Path) -> str:
-    """Remove a socket on which nobody listens; returns a line about it."""
+    """Remove a socket without a listener. Returns a line that reports it."""
     try:
         # between binding a socket and listening on it there is a moment in which it is refused, too
         if time.time() - path.stat().st_mtime > _DEAD_AFTER:

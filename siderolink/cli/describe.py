@@ -127,7 +127,7 @@ def _refused(event: JoinRefused) -> Description:
 
 
 def _identity_event(event: MachineRekeyed | ClaimRefused | UniqueTokenBound | AdmissionChanged) -> Description:
-    """What concerns who a machine is."""
+    """The fields that identify a machine."""
     match event:
         case MachineRekeyed(machine=machine, basis=basis, old_source=old_source, source=source):
             text = f"{machine.overlay_address} goes to another key: {basis}; from {source}, before from {old_source}"

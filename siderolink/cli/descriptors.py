@@ -3,7 +3,7 @@
 import resource
 
 SPARE_DESCRIPTORS = 64
-"""What a process needs besides its connections."""
+"""File descriptors that a process needs besides its connections."""
 
 
 def allow_descriptors(count: int) -> int:

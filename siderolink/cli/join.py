@@ -44,7 +44,7 @@ class JoinOptions:
 
     settings: SettingsOptions
     talos_version: str = TALOS_VERSION
-    """The release's tag that the server is told."""
+    """Release tag to report to the server."""
     identity: Path | None = None
     """The folder for what the machine keeps between starts; None keeps nothing."""
     interface: str | None
@@ -113,7 +113,9 @@ class JoinedMachine:
     async def run(self) -> None:
         """Never returns. Raises SideroLinkError where there can be no interface."""
         if self._options.netns is not None and self._options.maintenance is not None:
-            raise ConfigurationError("--maintenance-api serves this network namespace: leave out --netns, or run it inside")
+            raise ConfigurationError(
+                "--maintenance-api serves the current network namespace: omit --netns, or run the command inside that namespace"
+            )
         if self._options.maintenance is not None:
             self._maintenance = Maintenance(self._settings, self._reporting, self._options.maintenance)
             await self._maintenance.load()
@@ -208,7 +210,7 @@ class JoinedMachine:
                     await self._settings.changed()
 
     async def _try_link(self, settings: MachineSettings, *, timeout: float, keep: bool) -> Verdict:
-        """What these settings would do to the link, tried; see `LinkSupervisor.apply`."""
+        """Test the settings and adopt them if they work; see `LinkSupervisor.apply`."""
         if _join_url(settings) is None:
             return Verdict(outcome="applied")
         options = await self._link_options(settings)
@@ -294,7 +296,7 @@ def run_join(options: JoinOptions) -> None:
     url = settings.current.url
     if url is None and options.maintenance is None:
         raise ConfigurationError(
-            "there is no join URL: give one, or --config, or siderolink.api= on the kernel command line; looked at "
+            "no join URL found: give one, or --config, or siderolink.api= on the kernel command line; looked in "
             + ", ".join(
                 map(str, (*(options.settings.config or HOST_DOCUMENTS), options.settings.kernel_cmdline or PROC_CMDLINE))
             )

@@ -91,7 +91,7 @@ class Log:
         self._before = logging.root.handlers[:]
         logging.root.handlers[:] = [self._handler]
         logging.root.setLevel(max(level, logging.WARNING))
-        # the library's own details are for those who ask for them; what happened is told by the command
+        # the command reports the events itself; the library's details need --log-level
         logging.getLogger("siderolink").setLevel(level if level == logging.DEBUG else max(level, logging.WARNING))
         _logger.setLevel(level)
         logging.captureWarnings(True)
@@ -121,7 +121,7 @@ def start_log(level: str, *, as_json: bool, descriptor: int = STDOUT) -> None:
 
 
 def stop_log() -> None:
-    """Write what is queued; returns within STOP_SECONDS also where nobody reads."""
+    """Flush the queue. Returns within STOP_SECONDS even if nobody reads the output."""
     global _log
     log, _log = _log, None
     if log is not None:

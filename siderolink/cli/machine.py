@@ -112,7 +112,9 @@ def _kind(text: str) -> BanKind | None:
     try:
         return BanKind(text) if text else None
     except ValueError:
-        raise SideroLinkError(f"a ban names a uuid, a key or a unique token (unique), not {one_line(text, limit=32)}") from None
+        raise SideroLinkError(
+            f"the kind of a ban is uuid, key or unique (a unique token), not {one_line(text, limit=32)}"
+        ) from None
 
 
 def _message(server: Server, status: MachineStatus) -> Machine:
@@ -198,7 +200,7 @@ def run_forget(interface: str, name: str) -> None:
             return await stub.forget(MachineRequest(name=name))
 
     machine = anyio.run(work)
-    print(f"{machine.node_uuid} is forgotten; it may join again as a new machine, which it does by itself{_token(machine)}")
+    print(f"{machine.node_uuid} is forgotten; it will join again as a new machine{_token(machine)}")
 
 
 def run_accept(interface: str, name: str, *, forget_token: bool) -> None:
@@ -221,7 +223,7 @@ def run_deny(interface: str, name: str) -> None:
             return await stub.deny(MachineRequest(name=name))
 
     machine = anyio.run(work)
-    print(f"{machine.node_uuid} is denied; its key {machine.public_key} is refused from now on{_token(machine)}")
+    print(f"{machine.node_uuid} is denied; joins with its key {machine.public_key} are refused{_token(machine)}")
 
 
 def run_ban(interface: str, name: str, kind: str, *, lift: bool) -> None:
@@ -238,7 +240,7 @@ def run_ban(interface: str, name: str, kind: str, *, lift: bool) -> None:
     if done.machine is not None:
         print(f"the machine is forgotten{_token(done.machine)}")
         if done.ban is not None and done.ban.kind == "uuid":
-            print("a machine may change its UUID; --kind key or --kind unique names it by what it cannot change as easily")
+            print("a machine can change its UUID; ban it with --kind key or --kind unique to make evasion harder")
 
 
 def run_bans(interface: str, *, as_json: bool) -> None:

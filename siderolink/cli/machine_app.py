@@ -7,7 +7,7 @@ import typer
 
 from siderolink.cli.options import Json, ServerInterface
 
-machine_app = typer.Typer(help="The machines of a running server.", no_args_is_help=True)
+machine_app = typer.Typer(help="Manage the machines of a running server.", no_args_is_help=True)
 
 
 class BanChoice(StrEnum):
@@ -19,7 +19,7 @@ class BanChoice(StrEnum):
 Name = Annotated[str, typer.Argument(help="The machine's id, UUID or public key.")]
 Kind = Annotated[
     BanChoice | None,
-    typer.Option(help="What the ban names: the UUID, the public key or the unique token.", show_default="uuid"),
+    typer.Option(help="What to ban: the UUID, the public key or the unique token.", show_default="uuid"),
 ]
 
 
@@ -33,7 +33,7 @@ def list_machines(interface: ServerInterface = "siderolink", as_json: Json = Fal
 
 @machine_app.command()
 def show(name: Name, interface: ServerInterface = "siderolink", as_json: Json = False) -> None:
-    """Show one machine, by which join token it came, and whether that token still admits machines."""
+    """Show one machine, the join token it used, and whether that token still admits machines."""
     from siderolink.cli.machine import run_show
 
     run_show(interface, name, as_json=as_json)
@@ -41,7 +41,7 @@ def show(name: Name, interface: ServerInterface = "siderolink", as_json: Json = 
 
 @machine_app.command()
 def forget(name: Name, interface: ServerInterface = "siderolink") -> None:
-    """Forget a machine: its row, its addresses and its unique token. It may join again, as a new machine."""
+    """Forget a machine, its addresses and its unique token. It may join again as a new machine."""
     from siderolink.cli.machine import run_forget
 
     run_forget(interface, name)
@@ -53,10 +53,10 @@ def accept(
     interface: ServerInterface = "siderolink",
     forget_token: Annotated[
         bool,
-        typer.Option("--forget-token", help="Unbind its unique token, for a machine that lost it."),
+        typer.Option("--forget-token", help="Also discard its unique token. Use this if the machine lost it."),
     ] = False,
 ) -> None:
-    """Accept a pending or denied machine as it is."""
+    """Accept a pending or denied machine."""
     from siderolink.cli.machine import run_accept
 
     run_accept(interface, name, forget_token=forget_token)
@@ -72,7 +72,7 @@ def deny(name: Name, interface: ServerInterface = "siderolink") -> None:
 
 @machine_app.command()
 def ban(name: Name, kind: Kind = None, interface: ServerInterface = "siderolink") -> None:
-    """Forget a machine and refuse it from now on; a UUID or a key may be banned before it is seen."""
+    """Forget a machine and refuse its future joins. A UUID or key can be banned before it is first seen."""
     from siderolink.cli.machine import run_ban
 
     run_ban(interface, name, "" if kind is None else kind.value, lift=False)
@@ -80,7 +80,7 @@ def ban(name: Name, kind: Kind = None, interface: ServerInterface = "siderolink"
 
 @machine_app.command()
 def unban(
-    name: Annotated[str, typer.Argument(help="The UUID, the key, or the unique token (or its digest, as `bans` shows it).")],
+    name: Annotated[str, typer.Argument(help="UUID, public key or unique token (or the token's digest, as `bans` shows it).")],
     kind: Kind = None,
     interface: ServerInterface = "siderolink",
 ) -> None:

@@ -1,4 +1,4 @@
-"""The machine's own API beside a `join`: what is applied by it counts like documents that were found."""
+"""The machine API of `join`. A configuration applied through it counts like a local document."""
 
 import uuid
 from collections.abc import AsyncIterator
@@ -76,7 +76,7 @@ class Maintenance:
 
     @asynccontextmanager
     async def serve(self, *, node_uuid: str) -> AsyncIterator[LinkFollower]:
-        """Serve while the body runs; what is yielded wants to know of the link."""
+        """Serve while the body runs. The yielded object has to receive the link's events."""
         place = Everywhere() if self._settings.current.url is None else Nowhere()
         hooks = MachineHooks(
             version=self._version,
@@ -115,7 +115,7 @@ class Maintenance:
         verdict = await self._take_identity(key)
         if verdict.is_refused:
             await (self._meta.delete(key) if before is None else self._meta.write(key, before))
-            raise GRPCError(Status.FAILED_PRECONDITION, f"META key {key} was not kept: {verdict.reason}")
+            raise GRPCError(Status.FAILED_PRECONDITION, f"META key {key} was not saved: {verdict.reason}")
 
     async def _delete_meta(self, key: int) -> bool:
         was_there = await self._meta.delete(key)
@@ -125,13 +125,13 @@ class Maintenance:
         return was_there
 
     async def _take_identity(self, key: int) -> Verdict:
-        """Join anew where the key is one by which a server gives a machine its identity."""
+        """Join again if the key carries an identity assigned by the server."""
         if key not in (UUID_KEY, UNIQUE_TOKEN_KEY):
             return Verdict(outcome="unchanged")
         return await self._settings.write_meta(self._identity())
 
     def _identity(self) -> MachineSettings:
-        """What META says of the machine. A value that no machine could join with is kept, and not joined with."""
+        """The machine's identity from META. Values that are unusable for joining are stored but not used."""
         values = self._meta.values
         node_uuid = _read_uuid(values.get(UUID_KEY, b""))
         token = _read_token(values.get(UNIQUE_TOKEN_KEY))

@@ -1,4 +1,4 @@
-"""What systemd is told (sd_notify(3)): that the service is ready, stops, reloads, and still lives."""
+"""Notifies systemd (sd_notify(3)) when the service is ready, reloads or stops, and feeds its watchdog."""
 
 import os
 import socket
@@ -7,7 +7,7 @@ import anyio
 
 
 def notify(state: str) -> None:
-    """Tell the service manager, where there is one; what cannot be told is no error."""
+    """Notify the service manager, if any. Ignores failures."""
     address = os.environ.get("NOTIFY_SOCKET", "")
     if not address.startswith(("/", "@")):
         return
@@ -28,7 +28,7 @@ def watchdog_seconds() -> float | None:
 
 
 async def feed_watchdog() -> None:
-    """Say from the event loop, for ever, that it turns; returns at once if nobody asks."""
+    """Feed the watchdog from the event loop. Returns immediately if systemd does not expect it."""
     interval = watchdog_seconds()
     while interval is not None:
         notify("WATCHDOG=1")

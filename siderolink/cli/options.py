@@ -1,4 +1,4 @@
-"""What the commands' options are called, and what is said of them."""
+"""The options that commands share, with their help texts."""
 
 import os
 from collections.abc import Sequence
@@ -36,33 +36,32 @@ class LogLevel(StrEnum):
     ERROR = "error"
 
 
-Interface = Annotated[
-    str | None, typer.Option(help="The interface's name.", show_default="siderolink; siderolinktun for the tunnel")
-]
-Device = Annotated[DeviceChoice, typer.Option(help="Who does WireGuard: the kernel, or this program.")]
+Interface = Annotated[str | None, typer.Option(help="Interface name.", show_default="siderolink; siderolinktun for the tunnel")]
+Device = Annotated[DeviceChoice, typer.Option(help="WireGuard implementation to use: the kernel module or the built-in one.")]
 NetNs = Annotated[
     str | None,
-    typer.Option(help="The network namespace for the interface: datagrams and calls travel by this one.", metavar="NAME"),
+    typer.Option(help="Network namespace for the interface; gRPC calls and UDP stay in the current one.", metavar="NAME"),
 ]
-TokenFile = Annotated[Path | None, typer.Option(help="A file that holds the join token.", metavar="FILE")]
+TokenFile = Annotated[Path | None, typer.Option(help="File that contains the join token.", metavar="FILE")]
 Url = Annotated[
     str | None,
     typer.Argument(
-        help="grpc://HOST:PORT?jointoken=…, https:// for TLS; &grpc_tunnel=true for the tunnel.", envvar="SIDEROLINK_URL"
+        help="Join URL: grpc://HOST:PORT?jointoken=…, or https:// for TLS; add &grpc_tunnel=true for the gRPC tunnel.",
+        envvar="SIDEROLINK_URL",
     ),
 ]
 UniqueToken = Annotated[
     str | None,
     typer.Option(
-        help="What tells machines of one UUID apart.",
+        help="Unique token, which distinguishes machines that share a UUID.",
         envvar="SIDEROLINK_UNIQUE_TOKEN",
-        show_default="one of its own for each server",
+        show_default="generated for each server",
     ),
 ]
 TalosVersion = Annotated[
     str | None,
     typer.Option(
-        help="The release to join as: servers refuse machines without one, and clients warn about old ones.",
+        help="Talos release to report to the server. Servers refuse machines that report none.",
         metavar="TAG",
         show_default="a recent one",
     ),
@@ -72,50 +71,56 @@ CaFile = Annotated[
     typer.Option(
         "--ca-file",
         "--ca",
-        help="Roots (PEM) for an https URL.",
-        show_default="the system's, and the documents'",
+        help="CA certificates (PEM) to trust for an https URL.",
+        show_default="the system's and those in the configuration",
         metavar="FILE",
     ),
 ]
 IdentityFolder = Annotated[
     Path | None,
     typer.Option(
-        help="Where the machine keeps its unique token for each server, and a UUID if it had to draw one.",
+        help="Directory for the machine's unique tokens and, if the firmware has none, its generated UUID.",
         show_default="under the system's state directory",
         metavar="DIR",
     ),
 ]
-UniqueTokenFile = Annotated[Path | None, typer.Option(help="A file that holds it.", metavar="FILE")]
+UniqueTokenFile = Annotated[Path | None, typer.Option(help="File that contains the unique token.", metavar="FILE")]
 JoinToken = Annotated[
     str | None,
-    typer.Option(help="What machines must know. An argument is seen by everyone on this host.", envvar="SIDEROLINK_JOIN_TOKEN"),
+    typer.Option(
+        help="Join token that machines must present. Other users of this host can see arguments.",
+        envvar="SIDEROLINK_JOIN_TOKEN",
+    ),
 ]
-TlsCert = Annotated[Path | None, typer.Option(help="The API's certificate chain, PEM.", metavar="FILE")]
+TlsCert = Annotated[Path | None, typer.Option(help="Certificate chain (PEM) of the API.", metavar="FILE")]
 ServedEventSinkPort = Annotated[
-    int | None, typer.Option(help="Receive machines' events on this port of the overlay.", min=1, max=65535)
+    int | None, typer.Option(help="TCP port on the overlay to receive machine events on.", min=1, max=65535)
 ]
 ServedLogPort = Annotated[
-    int | None, typer.Option(help="Receive machines' kernel logs on this port of the overlay.", min=1, max=65535)
+    int | None, typer.Option(help="TCP port on the overlay to receive machine kernel logs on.", min=1, max=65535)
 ]
-TlsKey = Annotated[Path | None, typer.Option(help="Its private key, PEM.", show_default="in the same file", metavar="FILE")]
+TlsKey = Annotated[
+    Path | None,
+    typer.Option(help="Private key (PEM) of the API.", show_default="read from the --tls-cert file", metavar="FILE"),
+]
 ConnectionsPerAddress = Annotated[
     int,
     typer.Option(
-        help="API connections from one address at a time, while more than half of all that are possible are in use.", min=1
+        help="Maximum API connections per client address. Enforced while more than half of all connections are in use.", min=1
     ),
 ]
 NoDial = Annotated[
-    bool, typer.Option("--no-dial", help="Do not dial remembered machines after a start: behind a load balancer.")
+    bool, typer.Option("--no-dial", help="Do not dial known machines after a start. Use this behind a load balancer.")
 ]
 KeepInterface = Annotated[
     bool,
-    typer.Option("--keep-interface", help="Leave the kernel's interface for the next start; machines notice no restart."),
+    typer.Option("--keep-interface", help="Keep the kernel interface when stopping, so that links survive a restart."),
 ]
 ProxyProtocolFrom = Annotated[
     list[str] | None,
     typer.Option(
-        help="Require the PROXY protocol (version 1 or 2) from proxies in this network, and refuse API connections from "
-        "elsewhere; may be given several times.",
+        help="Require the PROXY protocol (version 1 or 2) from proxies in this network and refuse API connections from "
+        "elsewhere. Repeatable.",
         show_default="no proxy",
         metavar="NETWORK",
     ),
@@ -123,8 +128,8 @@ ProxyProtocolFrom = Annotated[
 ForwardedFrom = Annotated[
     list[str] | None,
     typer.Option(
-        help="Believe X-Forwarded-For from proxies in this network: the rightmost address that is no proxy's counts; may be "
-        "given several times.",
+        help="Trust X-Forwarded-For from proxies in this network. The client is the rightmost address that is not a proxy. "
+        "Repeatable.",
         show_default="no proxy",
         metavar="NETWORK",
     ),
@@ -132,26 +137,25 @@ ForwardedFrom = Annotated[
 OverlayPorts = Annotated[
     list[str] | None,
     typer.Option(
-        help="Let machines dial this port of the overlay, such as 8080 or 53/udp, and no others but those for reports; may be "
-        "given several times, or once as: none.",
-        show_default="all are open",
+        help="Overlay port that machines may connect to, such as 8080 or 53/udp; all others except the event and log ports are "
+        "closed. Repeatable; `none` closes all.",
+        show_default="all open",
         metavar="PORT",
     ),
 ]
-Config = Annotated[
-    list[Path] | None, typer.Option(help="Configuration documents; may be given several times.", metavar="FILE|DIR")
-]
+Config = Annotated[list[Path] | None, typer.Option(help="Configuration documents. Repeatable.", metavar="FILE|DIR")]
 KernelCmdline = Annotated[
-    Path | None, typer.Option(help="The kernel command line, or a file of the same form.", metavar="[FILE]")
+    Path | None,
+    typer.Option(help="Read settings from the kernel command line, or from a file in the same format.", metavar="[FILE]"),
 ]
-ServerUrl = Annotated[str, typer.Argument(help="The server's join URL, as machines shall dial it.", envvar="SIDEROLINK_URL")]
-EventSinkPort = Annotated[int, typer.Option(help="Where the server takes events; 0 for nowhere.", min=0, max=65535)]
-LogPort = Annotated[int, typer.Option(help="Where the server takes kernel logs, by TCP; 0 for nowhere.", min=0, max=65535)]
-InstallationId = Annotated[str, typer.Option(help="The server's installation id, which its overlay addresses come from.")]
+ServerUrl = Annotated[str, typer.Argument(help="Join URL of the server, as machines reach it.", envvar="SIDEROLINK_URL")]
+EventSinkPort = Annotated[int, typer.Option(help="The server's port for events; 0 disables them.", min=0, max=65535)]
+LogPort = Annotated[int, typer.Option(help="The server's TCP port for kernel logs; 0 disables them.", min=0, max=65535)]
+InstallationId = Annotated[str, typer.Option(help="Installation ID that the server derives its overlay addresses from.")]
 StateFile = Annotated[
     Path | None,
     typer.Option(
-        help="Where the server remembers its key and its machines.",
+        help="File for the server's key and machines.",
         show_default="under the system's state directory",
         metavar="FILE",
     ),
@@ -167,41 +171,44 @@ StoreUrl = Annotated[
     ),
 ]
 StorePasswordFile = Annotated[Path | None, typer.Option(help="A file that holds the password of --store.", metavar="FILE")]
-ServerInterface = Annotated[str, typer.Option(help="The running server's interface.")]
+ServerInterface = Annotated[str, typer.Option(help="Interface of the running server.")]
 LogFormatOption = Annotated[
-    LogFormat, typer.Option("--log-format", help="How records are written to standard output.", envvar="SIDEROLINK_LOG_FORMAT")
+    LogFormat, typer.Option("--log-format", help="Format of log records.", envvar="SIDEROLINK_LOG_FORMAT")
 ]
 LogLevelOption = Annotated[
-    LogLevel, typer.Option("--log-level", help="The least severe records to write.", envvar="SIDEROLINK_LOG_LEVEL")
+    LogLevel, typer.Option("--log-level", help="Minimum severity to log.", envvar="SIDEROLINK_LOG_LEVEL")
 ]
 BareLogLevel = Annotated[
     LogLevel | None,
-    typer.Option("--log-level", help="The least severe records to write.", show_default="info, or what LOG_LEVEL says"),
+    typer.Option("--log-level", help="Minimum severity to log.", show_default="$LOG_LEVEL, or info"),
 ]
 WireguardEndpoints = Annotated[
     list[str],
-    typer.Option(help="Where machines dial, the preferred first; this host listens on its port.", metavar="HOST:PORT"),
+    typer.Option(
+        help="WireGuard endpoint to give to machines. Repeatable; the first is preferred, and its port is listened on.",
+        metavar="HOST:PORT",
+    ),
 ]
-Sources = Annotated[str | None, typer.Option(help="Local addresses to send datagrams from, in turn.", metavar="PREFIX")]
+Sources = Annotated[str | None, typer.Option(help="Local addresses to send datagrams from, round robin.", metavar="PREFIX")]
 PrintMachineLogs = Annotated[
-    bool, typer.Option("--print-machine-logs", help="Log the lines of machines' kernel logs, too; they come by --log-port.")
+    bool, typer.Option("--print-machine-logs", help="Also log the machines' kernel log lines. Needs --log-port.")
 ]
 MetricsListen = Annotated[
     str | None,
     typer.Option(
-        help="Serve Prometheus metrics, /healthz and /readyz there; a port alone is one on the loopback.",
+        help="Serve Prometheus metrics, /healthz and /readyz on this address; the host defaults to the loopback.",
         show_default="not served",
         metavar="[HOST:]PORT",
     ),
 ]
 MetricsMachines = Annotated[
-    int, typer.Option(help="How many machines have metrics of their own, at most.", min=0, max=10_000, metavar="COUNT")
+    int, typer.Option(help="Maximum number of machines with individual metrics.", min=0, max=10_000, metavar="COUNT")
 ]
-Json = Annotated[bool, typer.Option("--json", help="For programs.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 class KernelCmdlineCommand(TyperCommand):
-    """Takes --kernel-cmdline without a file for the host's own."""
+    """Reads the host's own command line when --kernel-cmdline has no file."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         given = [*args, "--"]
@@ -222,13 +229,14 @@ JoinTokensModeOption = Annotated[
     JoinTokensModeChoice | None,
     typer.Option(
         "--join-tokens-mode",
-        help="legacyAllowed, strict: a machine without a unique token stays pending until the server has written it one.",
-        show_default="the join token or a bound unique token admits a machine",
+        help="How machines without a unique token join. With legacyAllowed and strict, one that supports unique tokens stays "
+        "pending until the server has written one to it.",
+        show_default="a join token or a known unique token is enough",
     ),
 ]
 ForgetAfter = Annotated[
     float | None,
-    typer.Option(help="Forget machines that nobody has heard for so many days.", metavar="DAYS", show_default="never"),
+    typer.Option(help="Forget machines that have been silent for this many days.", metavar="DAYS", show_default="never"),
 ]
 
 
@@ -246,7 +254,7 @@ def default_state(interface: str) -> Path:
 
 
 def overlay_ports(given: Sequence[str] | None) -> tuple[str, ...] | None:
-    """The ports that are named; None for all. Raises ConfigurationError."""
+    """The open ports; None opens all. Raises ConfigurationError."""
     if not given:
         return None
     if "none" in given and len(given) > 1:
@@ -255,12 +263,10 @@ def overlay_ports(given: Sequence[str] | None) -> tuple[str, ...] | None:
 
 
 MaintenanceApi = Annotated[
-    bool, typer.Option("--maintenance-api", help="Serve the machine's own API; a configuration can come by it, too.")
+    bool, typer.Option("--maintenance-api", help="Serve the machine API, through which a configuration can also be applied.")
 ]
-MaintenancePort = Annotated[int, typer.Option(help="The TCP port of that API.", min=1, max=65535)]
-MetaFile = Annotated[
-    Path | None, typer.Option(help="Keep what the server writes to META here, across restarts.", metavar="FILE")
-]
+MaintenancePort = Annotated[int, typer.Option(help="TCP port of the machine API.", min=1, max=65535)]
+MetaFile = Annotated[Path | None, typer.Option(help="File that persists META values written by the server.", metavar="FILE")]
 KeptConfig = Annotated[
-    Path | None, typer.Option(help="Keep a configuration that came by that API here, across restarts.", metavar="FILE")
+    Path | None, typer.Option(help="File that persists a configuration applied through the machine API.", metavar="FILE")
 ]

@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 MAX_ITEMS = 8192
 MAX_BYTES = 8 * 1024 * 1024
-"""What waits for a slow reader; more is dropped and counted."""
+"""Maximum output queued for a slow reader; the excess is dropped and counted."""
 _AT_ONCE = 256
 _TICK_SECONDS = 1.0
 _GONE = (errno.EPIPE, errno.EBADF, errno.EIO, errno.ECONNRESET)

@@ -1,4 +1,4 @@
-"""What a machine reports: events to the event sink, the kernel's log to its destinations."""
+"""Reporting of a machine: events to the event sink, kernel logs to their destinations."""
 
 import logging
 import socket
@@ -23,7 +23,7 @@ from siderolink.common.tasks import background_tasks
 
 @dataclass(frozen=True, slots=True)
 class ReportPart:
-    """The settings that reporting goes by."""
+    """The settings of reporting."""
 
     sink: HostPort | None
     logs: tuple[LogURL, ...]

@@ -1,4 +1,4 @@
-"""What long-running commands share: the loop, and the signals that stop and reload them."""
+"""Shared by long-running commands: the event loop, and the signals that stop and reload them."""
 
 import logging
 import os
@@ -18,7 +18,7 @@ from siderolink.common.tasks import background_tasks
 
 
 def loop_options() -> dict[str, bool]:
-    """What anyio.run takes for the fastest loop there is."""
+    """Options that make anyio.run use the fastest available event loop."""
     has_uvloop = find_spec("uvloop") is not None
     if not has_uvloop:
         say_once("uvloop is not installed")

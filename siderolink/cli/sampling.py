@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 INTERVAL_SECONDS = 10.0
 MAX_KINDS = 4096
-"""Kinds that are told apart; beyond it, what is new shares one interval."""
+"""Maximum kinds of records tracked individually; further kinds share one interval."""
 _OTHERS = "others"
 
 
@@ -57,7 +57,7 @@ class Sampler:
             return True
 
     def expired(self, now: float) -> list[Suppressed]:
-        """What intervals that ended by `now` have suppressed; each is given once."""
+        """The suppressed counts of intervals that ended by `now`. Each is returned once."""
         with self._lock:
             self._end_before(now)
             ended, self._ended = self._ended, []

@@ -9,13 +9,13 @@ _LONGEST = 8192
 
 
 def read_secret(name: str, given: str | None, file: Path | None) -> str | None:
-    """The secret called `name` (such as ``join-token``), or None where there is none.
+    """The secret called `name` (such as ``join-token``), or None if it is not set.
 
-    As given by argument or environment, else the first line of `file`, else the systemd credential ``siderolink.<name>``.
+    Taken from the argument or environment, else the first line of `file`, else the systemd credential ``siderolink.<name>``.
     Raises ConfigurationError.
     """
     if given and file is not None:
-        raise ConfigurationError(f"give the {name} either by itself or by file, not both")
+        raise ConfigurationError(f"give the {name} either as a value or as a file, not both")
     if given:
         return given
     if file is None:
@@ -32,7 +32,7 @@ def read_secret(name: str, given: str | None, file: Path | None) -> str | None:
     try:
         text = data.decode("utf-8-sig").strip()
     except UnicodeDecodeError:
-        raise ConfigurationError(f"{file} holds no text") from None
+        raise ConfigurationError(f"{file} does not contain text") from None
     if not text or "\n" in text or len(data) > _LONGEST:
-        raise ConfigurationError(f"{file} must hold one line, of at most {_LONGEST} bytes")
+        raise ConfigurationError(f"{file} must contain one line of at most {_LONGEST} bytes")
     return text

@@ -48,7 +48,7 @@ class ServeOptions:
     interface: str
     device: DeviceKind
     state: Path | StoreAddress | None
-    """Where the server remembers; None for memory alone."""
+    """State file; None keeps the state in memory."""
     dial: bool
     keep_interface: bool
     netns: str | None
@@ -60,7 +60,7 @@ class ServeOptions:
     event_sink_port: int | None = None
     log_port: int | None = None
     overlay_ports: tuple[str, ...] | None = None
-    """The ports that machines may dial besides those for reports; None for all."""
+    """Ports that machines may connect to, besides the report ports; None opens all."""
     policy: JoinPolicy = JoinPolicy()
     metrics: MetricsOptions | None = None
     print_machine_logs: bool = False
@@ -158,7 +158,7 @@ class Serve:
             yield
 
     def reload(self) -> None:
-        """Read the join token's file and the certificate again; what cannot be used is said, and the old stays in use."""
+        """Reload the join token file and the certificate. Logs unusable ones and keeps the old ones in use."""
         notify(f"RELOADING=1\nMONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}")
         self._reload_token()
         if self._certificate is not None:
@@ -196,8 +196,8 @@ class Serve:
         token = read_secret("join-token", self._options.join_token, self._options.join_token_file)
         if token is None:
             raise ConfigurationError(
-                "a server needs a join token: by --join-token-file, by SIDEROLINK_JOIN_TOKEN, "
-                "or by the systemd credential siderolink.join-token"
+                "a server needs a join token: set --join-token-file, SIDEROLINK_JOIN_TOKEN "
+                "or the systemd credential siderolink.join-token"
             )
         hide(token)
         return token

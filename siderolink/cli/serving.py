@@ -96,7 +96,7 @@ class Serving:
     def server(self) -> Server:
         """Raises SideroLinkError in the moment between two servers."""
         if self._server is None:
-            raise SideroLinkError("the server is being started again")
+            raise SideroLinkError("the server is restarting")
         return self._server
 
     @property
@@ -138,7 +138,7 @@ class Serving:
         Raises SideroLinkError where `between` failed with an OSError; the next server runs all the same.
         """
         if self._scope is None:
-            raise SideroLinkError("the server is being started again")
+            raise SideroLinkError("the server is restarting")
         self._between, self._started = between, anyio.Event()
         say("starting again", "the server's state was changed")
         self._scope.cancel()

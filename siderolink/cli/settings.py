@@ -46,7 +46,7 @@ class SettingsReader:
         unique_token = read_secret("unique-token", options.unique_token, options.unique_token_file)
         url = None if options.url is None else JoinURL.parse(options.url)
         if url is not None and url.join_token is not None and options.join_token_file is not None:
-            raise ConfigurationError("give the join token either in the URL or by --join-token-file, not both")
+            raise ConfigurationError("give the join token either in the URL or with --join-token-file, not both")
         self._join_token = read_secret("join-token", None, options.join_token_file)
         from_kernel = options.kernel_cmdline
         self.sources = Sources(
@@ -89,7 +89,7 @@ class FollowedSettings:
         self._is_watched = False
         self._changed = anyio.Event()
         self.try_link: TryLink | None = None
-        """Who tries a change before it counts; None while there is nobody."""
+        """Tests a change before it is adopted; None adopts changes untested."""
         self.current = self._found
 
     @property
@@ -135,7 +135,7 @@ class FollowedSettings:
         return verdict
 
     async def watch(self) -> None:
-        """Never returns. Files that cannot be read or used are reported; what was in force stays in force."""
+        """Never returns. Reports unusable files and keeps the previous settings."""
         await self._reader.sources.watch(self._read_files_again)
 
     async def changed(self) -> None:
@@ -143,9 +143,9 @@ class FollowedSettings:
         await self._changed.wait()
 
     async def follow(self, part: Callable[[MachineSettings], T], use: Callable[[T], Coroutine[Any, Any, None]]) -> None:
-        """Run `use` with a part of the settings; whenever that part changes, cancel it and run it anew. Never returns.
+        """Run `use` with a part of the settings, and restart it whenever that part changes. Never returns.
 
-        What fails with the first value raises; later failures are reported and tried again, until the part changes or it works.
+        A failure with the first value is raised. Later failures are logged and retried until `use` works or the part changes.
         """
         backoff = Backoff(first=1.0, cap=60.0)
         is_first = True
@@ -172,7 +172,7 @@ class FollowedSettings:
                 say("settings failed", f"{error}; again in {delay:.0f} s")
             except Exception:
                 delay = backoff.next()
-                log.exception("using changed settings failed; it is tried again in %.0f s", delay)
+                log.exception("applying changed settings failed; retrying in %.0f s", delay)
             await anyio.sleep(delay)
 
     def _read_files_again(self) -> None:
@@ -199,7 +199,7 @@ class FollowedSettings:
         self._use(self._merge(self._applied, self._meta))
 
     def _merge(self, applied: MachineSettings, meta: MachineSettings) -> MachineSettings:
-        """What counts: META for the identity, then arguments, then what was applied, then what was found."""
+        """Merge by precedence: META (identity only), arguments, the applied configuration, the documents found."""
         explicit = self._reader.sources.explicit
         explicit = replace(
             explicit,

@@ -1,4 +1,4 @@
-"""`siderolink state`: what a running `serve` remembers, copied, replaced, or given a new key."""
+"""`siderolink state`: back up or restore the state of a server, or rotate its key."""
 
 import os
 import shutil
@@ -45,10 +45,10 @@ def run_restore_offline(file: Path, state: Path) -> None:
         refuse_in_use(state)
         put(copy, state)
     except OSError as error:
-        raise ConfigurationError(f"{file} cannot be put at {state}: {error.strerror}") from None
+        raise ConfigurationError(f"{file} cannot replace {state}: {error.strerror}") from None
     finally:
         copy.unlink(missing_ok=True)
-    print(f"{state} holds {machines} machines now; what it held before is beside it")
+    print(f"{state} holds {machines} machines now; the previous state is kept beside it")
 
 
 def _copy(file: Path, copy: Path) -> None:
@@ -86,7 +86,7 @@ async def _backup(interface: str, file: Path) -> None:
     try:
         descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     except OSError as error:
-        raise ConfigurationError(f"{file} cannot be made: {error.strerror}") from None
+        raise ConfigurationError(f"{file} cannot be created: {error.strerror}") from None
     try:
         async with await anyio.open_file(descriptor, "wb") as opened:
             async with _state(interface) as stub:

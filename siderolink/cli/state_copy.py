@@ -21,7 +21,7 @@ async def check(path: Path) -> int:
     try:
         async with SqlStore.open(path) as store:
             if await store.transact(lambda transaction: transaction.server()) is None:
-                raise StoreError("the copy holds no server")
+                raise StoreError("the copy contains no server")
             return len([machine.id async for machine in store.machines()])
     except StoreError as error:
         raise StoreError(str(error).replace(str(path), "that was given")) from None
@@ -43,11 +43,11 @@ def refuse_in_use(state: Path) -> None:
         try:
             fcntl.lockf(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise StoreError(f"{state} is in use by a server; without --state its copy is restored there") from None
+            raise StoreError(f"{state} is in use by a running server; omit --state to restore into it") from None
 
 
 def put(copy: Path, state: Path) -> None:
-    """Put the copy in the place of the state, which stays beside it under another name. Raises OSError."""
+    """Replace the state with the copy and keep the old state under another name. Raises OSError."""
     old = state.with_name(f"{state.name}.before-restore")
     old.unlink(missing_ok=True)
     _forget_companions(old)
@@ -63,9 +63,9 @@ def put(copy: Path, state: Path) -> None:
 
 
 def _fold_log(state: Path, old: Path) -> None:
-    """Bring what a server that did not stop in order left in SQLite's log into the state itself, before the log goes.
+    """Merge SQLite's write-ahead log, which a crashed server leaves behind, into the state before removing the log.
 
-    So at every moment the state, or the old state beside it, is whole. The log of a damaged state is kept beside the old one.
+    So the state, or the old state beside it, is complete at every moment. A damaged state keeps its log beside it.
     """
     log = Path(f"{state}-wal")
     if not log.exists():

@@ -57,7 +57,7 @@ async def _migrate(source: Path | StoreAddress, target: Path | StoreAddress) -> 
 async def _copy(old: Store, new: Store, record: ServerRecord, target: str) -> int:
     """The server's record comes last: a state without one is no state, and what an interrupted copy left in it is removed."""
     if await new.transact(lambda transaction: transaction.server()) is not None:
-        raise StoreError(f"{target} holds a server already; it was left as it is")
+        raise StoreError(f"{target} holds a server already; it was not changed")
     left = [machine.id async for machine in new.machines()]
     for first in range(0, len(left), _AT_ONCE):
         ids = left[first : first + _AT_ONCE]

@@ -77,7 +77,7 @@ class StateService(StateBase):
                 Status.FAILED_PRECONDITION, "this server's state is in Postgres; copy it by pg_dump (docs/postgres.md)"
             )
         if not isinstance(store, SqlStore) or state is None:
-            raise GRPCError(Status.FAILED_PRECONDITION, "this server keeps no state in a file, or is being started again")
+            raise GRPCError(Status.FAILED_PRECONDITION, "this server has no state file, or is restarting")
         return store, state
 
 

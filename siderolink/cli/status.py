@@ -1,4 +1,4 @@
-"""`siderolink status`: what runs on this host, as it says itself."""
+"""`siderolink status`: the servers, machines and interfaces running on this host."""
 
 import json
 import sys
@@ -30,7 +30,7 @@ def run_status(*, as_json: bool) -> int:
 
 def show_all(answers: Sequence[StatusResponse], *, nothing_runs: bool) -> None:
     if not answers and nothing_runs:
-        print("no `siderolink serve` or `siderolink join` runs on this host")
+        print("no `siderolink serve` or `siderolink join` is running on this host")
     # A pipe has no width of its own: nothing is cut or folded there.
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
     for answer in answers:
@@ -83,7 +83,7 @@ def _reports_to_json(reports: Reports) -> dict[str, Any]:
 
 
 def describe_reports(reports: Reports) -> str:
-    """In a line: what was taken, and what else there is to say."""
+    """One line: accepted reports, and any losses."""
     more = {
         "events waiting": reports.events_waiting,
         "log lines waiting": reports.lines_waiting,

@@ -1,11 +1,11 @@
-"""The machine's ingress firewall: who may reach this host, and where.
+"""The machine's ingress firewall.
 
 SideroLink's own interfaces and the loopback are always trusted, and packets of established connections pass; that includes
 WireGuard's UDP, because this host dials the server. There are two chains: *input* decides what reaches this host, and
 *prerouting* keeps new connections from being redirected before that.
 
-- Default ``block``: drops what no rule accepts. ICMP and ICMPv6 pass, five packets per second each.
-- Default ``accept``: each rule drops what comes to its ports from outside its subnets.
+- Default ``block``: drops packets that no rule accepts. ICMP and ICMPv6 pass, five packets per second each.
+- Default ``accept``: each rule drops packets to its ports from outside its subnets.
 """
 
 import socket
@@ -106,7 +106,7 @@ def _icmp() -> Iterator[Rule]:
 
 
 def _select(rule: IngressRule) -> Iterator[list[Match]]:
-    """What the rule is about; ICMP has no ports."""
+    """The protocol; ICMP has no ports."""
     number = _PROTOCOLS[rule.protocol]
     if number in (_ICMP, _ICMPV6):
         yield [protocol(number)]

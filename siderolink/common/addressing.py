@@ -68,12 +68,12 @@ def random_address(prefix: IPv6Network, entropy: Callable[[int], bytes] = os.ura
     when `entropy` gives nothing usable. The caller sees to it that no other machine has the address.
     """
     if prefix.prefixlen != _PREFIX_LENGTH:
-        raise ConfigurationError(f"machines are numbered in a /{_PREFIX_LENGTH}, not in {prefix}")
+        raise ConfigurationError(f"the overlay is a /{_PREFIX_LENGTH}, not {prefix}")
     for _ in range(_DRAWS):
         host = int.from_bytes(entropy(_HOST_BYTES)[:_HOST_BYTES], "big")
         if host > 1:
             return prefix.network_address + host
-    raise ConfigurationError("the source of random bytes gives only zeros and ones")
+    raise ConfigurationError("the random source returns only zeros and ones")
 
 
 def swap_endpoints(endpoints: Sequence[str]) -> list[str]:
@@ -96,11 +96,11 @@ def parse_peer_addr_port(text: str) -> tuple[IPv6Address, int]:
     """Read ``[address]:port``. Raises ConfigurationError for anything else, zones included."""
     match = _ADDR_PORT.fullmatch(text)
     if match is None:
-        raise ConfigurationError("a tunnel's address is written [IPv6 address]:port; this text is not")
+        raise ConfigurationError("a tunnel address has the form [IPv6 address]:port")
     try:
         address = IPv6Address(match[1])
     except AddressValueError:
-        raise ConfigurationError("a tunnel's address is written [IPv6 address]:port; this address is none") from None
+        raise ConfigurationError("a tunnel address has the form [IPv6 address]:port, with a valid address") from None
     port = int(match[2])
     if not 0 < port < 65536:
         raise ConfigurationError(f"a port is a number from 1 to 65535, not {port}")

@@ -28,7 +28,7 @@ class Backoff:
         self._failures = 0
 
     def reset(self) -> None:
-        """Begin anew: what was tried has worked."""
+        """Restart the backoff after a success."""
         self._failures = 0
 
     def next(self) -> float:

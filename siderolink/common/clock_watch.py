@@ -41,7 +41,7 @@ def boot_time() -> float:
 
 
 class BootTimer:
-    """One timer by `boot_time`: what was due while the host slept is due when it wakes.
+    """One timer on `boot_time`. Deadlines that pass while the host sleeps fire when it wakes.
 
     An event loop's own timers stand still meanwhile. They are used where the kernel has no other.
     """
@@ -59,7 +59,7 @@ class BootTimer:
         return self._descriptor
 
     def set(self, at: float) -> None:
-        """Call back once at this time, at once if it is past, in place of the time before."""
+        """Call back once at this time, immediately if it has passed. Replaces the previous time."""
         if self._descriptor >= 0:
             _set_timer(self._descriptor, _ABSOLUTE, max(at, 1e-6))  # zero would disarm it
             return
@@ -79,7 +79,7 @@ class BootTimer:
     def _read(self) -> None:
         try:
             os.read(self._descriptor, 8)
-        except BlockingIOError:  # it was set anew in the meantime
+        except BlockingIOError:  # it was set again in the meantime
             return
         self._on_due()
 

@@ -1,4 +1,4 @@
-"""What this host lacks, said once: everything works without it, only slower."""
+"""Warns once about missing host features without which everything works, only slower."""
 
 import logging
 from functools import cache
@@ -9,4 +9,4 @@ _logger = logging.getLogger("siderolink")
 @cache
 def say_once(lack: str) -> None:
     """Log that the data plane is slower here than it could be, and why."""
-    _logger.warning("the data plane is slower here: %s", lack)
+    _logger.warning("the data plane runs at reduced speed: %s", lack)

@@ -46,7 +46,7 @@ class ServerUnreachableError(JoinError):
 
 
 class JoinRefusedError(JoinError):
-    """Raised when the server answers a join with a refusal; `status` is the gRPC status's name."""
+    """Raised when the server refuses a join; `status` is the gRPC status name."""
 
     def __init__(self, status: str, message: str) -> None:
         super().__init__(f"the server refused the join: {status}: {message}")
@@ -71,4 +71,4 @@ class StoreUnavailableError(StoreError):
 
 
 class StoreFullError(StoreError):
-    """Raised when the server's record cannot grow: the disk is full. Nothing was changed; what is known stays known."""
+    """Raised when the store cannot grow because the disk is full. Nothing was changed."""

@@ -40,7 +40,7 @@ class Goodbye:
     public_key: PublicKey
     """The key of the session that ends."""
     forget: bool = False
-    """Delete the machine's row: it was a trial and will not come back."""
+    """Delete the machine's row, because it was a trial join."""
 
     def encode(self) -> bytes:
         """The datagram, GOODBYE_BYTES long."""

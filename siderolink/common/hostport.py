@@ -30,12 +30,12 @@ class HostPort:
             raise ConfigurationError(f"a host and port have at most {_LONGEST} characters, not {len(text)}")
         host, colon, digits = text.rpartition(":")
         if not colon or not host:
-            raise ConfigurationError(f"{text!r} is no host:port")
+            raise ConfigurationError(f"{text!r} is not host:port")
         bracketed = host.startswith("[") and host.endswith("]")
         if bracketed:
             host = host[1:-1]
         if not _is_host(host, ipv6=bracketed):
-            raise ConfigurationError(f"{text!r} names no host; an IPv6 address stands in brackets")
+            raise ConfigurationError(f"{text!r} has no host; write an IPv6 address in brackets")
         if not digits.isascii() or not digits.isdigit() or not (0 if port_zero else 1) <= int(digits) <= 65535:
             raise ConfigurationError(f"{text!r} has no port between 1 and 65535")
         return cls(host, int(digits))

@@ -54,7 +54,7 @@ class JoinURL:
     join_token: str | None = None
     """None when there is none; never empty."""
     tunnel: bool = False
-    """Whether the machine shall ask for the tunnel."""
+    """Whether the machine requests the tunnel."""
 
     def __post_init__(self) -> None:
         _check_host(self.host)

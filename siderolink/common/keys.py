@@ -31,7 +31,7 @@ class _Key:
         try:
             raw = base64.b64decode(text, validate=True)
         except (binascii.Error, ValueError):
-            raise KeyFormatError("a WireGuard key is standard base64; this text is not") from None
+            raise KeyFormatError("a WireGuard key must be standard base64") from None
         return cls(raw)
 
     def __bytes__(self) -> bytes:

@@ -126,7 +126,7 @@ def is_known_event(type_url: str) -> bool:
 
 
 def summarize_event(data: Any) -> str:
-    """What the event says in one line for people, without its type; a few words where it cannot be read."""
+    """A one-line summary of the event without its type; a short note if it cannot be decoded."""
     payload = unpack_event(data, SUMMARY_FIELDS)
     if payload is None:
         return "an unreadable event" if is_known_event(data.type_url) else f"an event of the unknown type {event_type(data)}"

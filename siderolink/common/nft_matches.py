@@ -1,4 +1,4 @@
-"""What a firewall rule can match, as nftables expressions. A rule acts on packets that fulfil all of its matches."""
+"""Matches of firewall rules, as nftables expressions. A rule acts on packets that satisfy all of its matches."""
 
 import struct
 import sys
@@ -91,7 +91,7 @@ def in_reply_direction() -> Match:
 
 
 def not_to_this_host() -> Match:
-    """Packets whose destination is none of this host's addresses."""
+    """Packets whose destination is not an address of this host."""
     # pyroute2 takes the kind of result for bits; these two make up the number 3, the type of the address.
     result = {"NFT_FIB_RESULT_UNSPEC", "NFT_FIB_RESULT_OIF"}
     destination = 2  # NFTA_FIB_F_DADDR
@@ -100,7 +100,7 @@ def not_to_this_host() -> Match:
 
 
 def at_most(per_second: int) -> Match:
-    """As many packets in a second, and no more than as many at once; the rule ends for the others."""
+    """Rate limit in packets per second, with a burst of the same size; excess packets do not match."""
     return [genex("limit", {"rate": per_second, "unit": _PER_SECOND, "burst": per_second, "type": 0, "flags": 0})]
 
 

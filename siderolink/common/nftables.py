@@ -58,7 +58,7 @@ _GET_TABLE = NFNL_SUBSYS_NFTABLES << 8 | 1
 _TABLE_NAME, _TABLE_FLAGS, _USERDATA = 1, 2, 6
 _NFGENMSG_BYTES = 4
 _COMMENT = b"made by siderolink\0"
-"""By which our tables are told from others of the same name; `nft` shows it."""
+"""Marks tables as ours; `nft` shows it."""
 _KEEPS_COMMENTS = tuple(map(int, re.findall(r"[0-9]+", os.uname().release)[:2])) >= (5, 10)
 _SO_SNDBUFFORCE = 32
 _SOL_NETLINK, _CAP_ACK = 270, 10
@@ -66,7 +66,7 @@ _SOL_NETLINK, _CAP_ACK = 270, 10
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """What is done with packets that match all of `matches`: a verdict, or the rules of the part named by `jump`."""
+    """The action for packets that match all of `matches`: a verdict, or a jump to the rules named by `jump`."""
 
     matches: Sequence[Match]
     action: Verdict | None = None
@@ -97,7 +97,7 @@ def is_our_table(name: str) -> bool:
 
 
 class Table:
-    """One table (family inet); while it has no rules, there is none in the kernel."""
+    """One table (family inet). It exists in the kernel only while it has rules."""
 
     def __init__(self, name: str, *, owned: bool = True) -> None:
         """In the calling thread's network namespace. Without an owner, it replaces one that an earlier process left."""
@@ -117,7 +117,7 @@ class Table:
     async def replace(self, chains: Sequence[Chain], parts: Sequence[Part] = ()) -> None:
         """Replace all that the table holds by these rules.
 
-        Raises SideroLinkError where the kernel refuses them; what was there before stays then.
+        Raises SideroLinkError if the kernel refuses them; the previous rules then stay.
         """
         # A transaction waits until no packet is in the old rules any more, so it runs outside the event loop.
         with anyio.CancelScope(shield=True):
@@ -147,13 +147,13 @@ class Table:
                 self._exists = self._exists or not problem
                 self._is_ours = self._is_ours or not problem
         if problem == errno.EPERM and os.geteuid() == 0:
-            raise SideroLinkError(f"another program on this host holds the firewall table {self._name!r}")
+            raise SideroLinkError(f"another program on this host owns the firewall table {self._name!r}")
         if problem:
             raise SideroLinkError(f"the firewall rules were refused: {os.strerror(problem)}")
 
     def _remove(self) -> int:
         if not self._may_replace():
-            return 0  # somebody else's, which is not in the way of no rules
+            return 0  # another program's table, which does not matter without rules
         problem = self._try([_delete(self._name)])
         return 0 if problem == errno.ENOENT else problem
 
@@ -164,7 +164,7 @@ class Table:
             problem = self._try([_delete(self._name), *fresh])
             if problem != errno.ENOENT:
                 return problem
-            # somebody has removed the table; make it anew
+            # another program removed the table; create it again
         problem = self._try(fresh)
         if problem == errno.EOPNOTSUPP:  # a kernel before 5.12: tables have no owners
             problem = self._try([_table(self._name, 0), *content])
@@ -176,7 +176,7 @@ class Table:
     def _check_may_replace(self) -> None:
         if not self._may_replace():
             raise SideroLinkError(
-                f"there is a firewall table {self._name!r} that this program did not make: "
+                f"the firewall table {self._name!r} was not created by this program: "
                 f"remove it (nft delete table inet {self._name})"
             )
 

@@ -1,4 +1,4 @@
-"""The UUID that a machine joins with: its one written form, and the values that firmware says when nobody gave it one."""
+"""The UUID that a machine joins with: its canonical form, and placeholder values of firmware."""
 
 import re
 import uuid
@@ -26,7 +26,7 @@ def _orders(text: str) -> set[str]:
 
 
 PLACEHOLDERS: frozenset[str] = frozenset(form for text in _VENDORS for form in _orders(text))
-"""What many machines of one vendor say alike, in whatever byte order: no identity of any of them."""
+"""Vendor placeholders that many machines share, in either byte order."""
 
 
 def parse_uuid(text: str) -> str:

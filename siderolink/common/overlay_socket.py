@@ -1,4 +1,4 @@
-"""Sockets that hear the overlay and nothing else: bound to an overlay address and to the interface that leads there.
+"""Sockets that only receive from the overlay: bound to an overlay address and its interface.
 
 An address alone would not do. Linux takes a packet for any of its addresses by any of its interfaces, so that a neighbour on
 the LAN could reach a socket on the overlay address, and with a forged source, too. What arrives by the WireGuard interface was

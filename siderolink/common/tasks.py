@@ -47,7 +47,7 @@ async def keep_running(what: str, work: Callable[[], Awaitable[object]]) -> None
             return
         except Exception:
             delay = backoff.next()
-            log.exception("%s failed and is started again in %.0f s", what, delay)
+            log.exception("%s failed; restarting it in %.0f s", what, delay)
             await anyio.sleep(delay)
 
 

@@ -1,4 +1,4 @@
-"""How much someone may send: a burst at once, and then a rate."""
+"""A token bucket: a burst, then a rate."""
 
 import time
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""The manager's side: a server that machines join."""
+"""The server (manager) that machines join."""
 
 from siderolink.common.wireguard.device import DeviceCounters, InterfaceCounters
 from siderolink.server.admission.limits import MachineLimits

@@ -43,7 +43,7 @@ class Deadlines(Generic[K]):
 
     @property
     def next_at(self) -> float | None:
-        """The earliest deadline; None if there is none."""
+        """The earliest deadline, or None."""
         self._drop_stale()
         return self._heap[0][0] if self._heap else None
 

@@ -1,4 +1,4 @@
-"""What runs while a server does, put together."""
+"""Assembles the parts of a running server."""
 
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
@@ -35,7 +35,7 @@ from siderolink.server.store.server_record import recall_server, resume_timestam
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parts:
-    """What runs while the server does."""
+    """The parts of a running server."""
 
     device: Device
     prefix: IPv6Network
@@ -152,7 +152,7 @@ class Composition:
             yield reports
 
     def _open_ports(self, reports: Reports | None) -> list[OverlayPort] | None:
-        """What machines may dial; None for everything. Without `reports`, the ports that they will have as far as is known."""
+        """The ports that machines may connect to; None opens all. Without `reports`, uses the configured report ports."""
         named, source = self._options.open_ports, reports or self._options.reports
         if named is None:
             return None
@@ -189,7 +189,7 @@ class Composition:
             limits=options.api_limits,
             proxies=options.proxies,
             has_tokens=True,
-            is_known=fleet.directory.is_source,
+            is_known=fleet.directory.sources.__contains__,
         ) as api:
             yield Parts(
                 device=device,

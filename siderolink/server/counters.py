@@ -1,6 +1,6 @@
-"""What a running server counts, and whether its parts work, for embedders and for `--metrics-listen`.
+"""The counters and health checks of a running server, for embedders and for `--metrics-listen`.
 
-Everything is read off counters that exist anyway, when somebody asks. Totals never fall while one server runs.
+Values are read on demand from counters that exist anyway. Totals never decrease while one server runs.
 """
 
 import time
@@ -40,7 +40,7 @@ class Transport(StrEnum):
 
 
 class MachineGroup(NamedTuple):
-    """What machines are counted by."""
+    """The groups that machines are counted in."""
 
     state: LinkState
     transport: Transport
@@ -49,7 +49,7 @@ class MachineGroup(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReportCounters:
-    """What machines reported."""
+    """Counters of the machines' reports."""
 
     events: int
     lines: int
@@ -77,7 +77,7 @@ class ServerCounters:
     streams: int
     """Open tunnel streams."""
     queued_bytes: int
-    """What waits for room in them."""
+    """Data waiting for room in them."""
     device: DeviceCounters
     store: StoreCounters
     reports: ReportCounters | None
@@ -91,7 +91,7 @@ class HealthCheck:
     name: str
     is_good: bool
     text: str
-    """For people: what was found."""
+    """The result as display text."""
 
 
 async def read_counters(parts: Parts, events: EventHub, store: MeasuredStore) -> ServerCounters:

@@ -1,4 +1,4 @@
-"""What happens on a server, for an embedder to iterate over."""
+"""The events of a server, for an embedder to iterate over."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ class LeaveReason(StrEnum):
     AT_ITS_WISH = "at its wish"
     """It asked to be forgotten, inside its session."""
     LONG_GONE = "long gone"
-    """Nobody heard it for as long as `forget_after` says."""
+    """It was silent for longer than `forget_after`."""
     REMOVED_ELSEWHERE = "removed elsewhere"
     """Another server with the same store removed or banned it."""
 
@@ -52,7 +52,7 @@ class HandshakeCompleted:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinkDown:
-    """Nothing authenticated has come from the machine for too long. The link may come up again by itself."""
+    """The machine was silent for too long. The link may come up again on its own."""
 
     machine: Machine
 
@@ -75,7 +75,7 @@ class JoinRefused:
     source: str
     """Where the call came from."""
     known_source: str | None = None
-    """Where the machine that stands in the way was last heard, if one does."""
+    """The last source of the conflicting machine, if any."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,20 +87,20 @@ class MachineRekeyed:
     basis: str
     """Why that was allowed (`siderolink.server.admission.rules.Basis`)."""
     old_source: str | None
-    """Where the old key was last heard."""
+    """The last source of the old key."""
     source: str | None
     """Where the new one shook hands."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClaimRefused:
-    """A key that had claimed a machine's row shook hands too late: the machine was heard meanwhile, or another came first."""
+    """A claim's handshake completed too late: the machine was heard meanwhile, or another claim was first."""
 
     machine: Machine
     source: str
     """Where the call came from."""
     known_source: str | None
-    """Where the machine was last heard."""
+    """The last source of the machine."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,7 +109,7 @@ class UniqueTokenBound:
 
     machine: Machine
     source: str | None
-    """Where the machine was heard."""
+    """The source of the machine."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,11 +141,11 @@ ServerEvent = (
 
 
 EventStream = Subscription[ServerEvent]
-"""The events published since it was made; a slow reader is told by EventsLost."""
+"""The events published since its creation. A slow reader receives EventsLost."""
 
 
 class EventHub(Broadcast[ServerEvent]):
-    """What happens on one server, for everyone who wants to know."""
+    """Publishes the events of one server to all subscribers."""
 
     def __init__(self) -> None:
         super().__init__(limit=DEFAULT_EVENT_LIMIT, lost=lambda count: EventsLost(count=count))

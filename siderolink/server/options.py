@@ -85,7 +85,7 @@ class ServerOptions:
 
     @property
     def device_listen_port(self) -> int | None:
-        """The UDP port of the device: as told, else the first endpoint's; None for no UDP."""
+        """The UDP port of the device: the configured one, else the first endpoint's; None disables UDP."""
         if self.wireguard_listen_port is not None:
             return self.wireguard_listen_port
         return self.endpoints[0].port if self.endpoints else None
@@ -100,7 +100,7 @@ def _check_listen(listen: str | tuple[str, int]) -> None:
 
 def _check_endpoints(endpoints: tuple[str, ...], force_tunnel: bool) -> None:
     if not endpoints and not force_tunnel:
-        raise ConfigurationError("machines need a wireguard_endpoint to dial; without one, set force_tunnel=True")
+        raise ConfigurationError("machines need a wireguard_endpoint to dial; give one, or set force_tunnel=True")
     if len(endpoints) > MAX_ENDPOINTS:
         raise ConfigurationError(f"at most {MAX_ENDPOINTS} wireguard_endpoints can be advertised, not {len(endpoints)}")
     for text in endpoints:

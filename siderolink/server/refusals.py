@@ -58,7 +58,7 @@ class StreamRefusal(StrEnum):
     REPLACED = "replaced"
     """The machine authenticated itself by another path, or was given another virtual address or key."""
     NEVER_AUTHENTICATED = "never authenticated"
-    """Nothing authenticated came by the stream in the time allowed."""
+    """No authenticated packet arrived by the stream in time."""
     CROWDED_OUT = "crowded out"
     """Newer unauthenticated streams claimed the same address."""
     LINK_DOWN = "link down"
@@ -75,4 +75,4 @@ class JoinRejectedError(Exception):
         self.reason = reason
         self.message = message
         self.known_source = known_source
-        """Where the machine that stands in the way was last heard, if one does."""
+        """The last source of the conflicting machine, if any."""

@@ -322,7 +322,7 @@ def test_without_the_right_it_says_so(net: Net) -> None:
     powerless = ["setpriv", "--bounding-set=-net_admin", "--inh-caps=-net_admin", sys.executable, "-c"]
     program = PROGRAM.replace('"kernel"', '"auto"')
     said = net.server.run([*powerless, program], check=False, env=os.environ | {"PYTHONPATH": "."}, timeout=60).splitlines()[-1]
-    kernel, userspace = said.split("In userspace: ")
+    kernel, userspace = said.split("Userspace: ")
     for part in (kernel, userspace):
         assert "run as root or with the capability CAP_NET_ADMIN" in part
 

@@ -165,7 +165,7 @@ def test_stopped_it_takes_the_interface_along(namespace: Namespace) -> None:
 def test_a_taken_name_is_one_clear_line(namespace: Namespace) -> None:
     with bare(namespace):
         second = Bare(namespace)
-        assert second.first_line.strip() == ("siderolink: there is an interface wg0 already: remove it, or choose another name")
+        assert second.first_line.strip() == ("siderolink: the interface wg0 already exists: remove it, or choose another name")
         assert second.process.wait(10) == 1
 
 
@@ -180,7 +180,7 @@ def test_a_stale_socket_is_taken_over_and_a_live_one_is_not(namespace: Namespace
         stale.listen()
         command = [sys.executable, "-m", "siderolink", "wireguard", name]
         refused = namespace.run(command, check=False)
-        assert "another process answers at" in refused
+        assert "another process is listening at" in refused
         assert len(refused.splitlines()) == 1
         stale.close()
         process = namespace.popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)

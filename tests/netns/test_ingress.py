@@ -235,7 +235,7 @@ def test_nothing_is_left_and_others_rules_stay() -> None:
 
 def test_a_second_firewall_on_a_host_is_refused_and_the_first_stays() -> None:
     with direct() as net, holding(net, BLOCK) as host:
-        with pytest.raises(SideroLinkError, match="another program on this host holds the firewall table 'siderolink'"):
+        with pytest.raises(SideroLinkError, match="another program on this host owns the firewall table 'siderolink'"):
             with holding(net, Ingress("block", (rule("80", "0.0.0.0/0"),))):
                 pass
         assert host.keeps_out(80)
@@ -323,7 +323,7 @@ def test_a_table_of_others_by_that_name_is_not_replaced() -> None:
             async with ingress_firewall(BLOCK):
                 raise AssertionError
 
-        with pytest.raises(SideroLinkError, match="did not make: remove it .nft delete table inet siderolink."):
+        with pytest.raises(SideroLinkError, match="not created by this program: remove it .nft delete table inet siderolink."):
             portal.call(hold)
         assert ruleset(namespace) == before
 
@@ -349,7 +349,7 @@ def test_a_table_that_a_killed_process_of_ours_left_is_replaced(owned: bool) -> 
             namespace.nft("add table inet siderolink-test")
             table = Table("siderolink-test", owned=False)
             await table.replace(())
-            with pytest.raises(SideroLinkError, match="did not make"):
+            with pytest.raises(SideroLinkError, match="not created by this program"):
                 await table.replace(chain)
             await table.close()
             assert "siderolink-test" in ruleset(namespace)

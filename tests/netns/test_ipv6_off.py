@@ -73,5 +73,5 @@ def test_an_mtu_that_ipv6_does_not_take_is_refused() -> None:
 
 
 def test_an_interface_that_is_gone() -> None:
-    with pytest.raises(DeviceError, match="deleted by someone else"):
+    with pytest.raises(DeviceError, match="deleted by another program"):
         anyio.run(lambda: configure_interface("nowhere0", (OVERLAY,), 1280, up=False))

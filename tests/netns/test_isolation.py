@@ -378,7 +378,7 @@ def test_two_servers_in_one_namespace_and_one_that_is_killed() -> None:
         assert first.stdout.readline() == "ready\n"
         before = ruleset(namespace)
         said = namespace.run([sys.executable, "-c", SERVER], check=False, timeout=30)
-        assert "InterfaceInUseError: there is an interface siderolink already" in said
+        assert "InterfaceInUseError: the interface siderolink already exists" in said
         assert ruleset(namespace) == before
         assert "dport 80" in before
         for pid in namespace.run(["ip", "netns", "pids", namespace.name]).split():
@@ -398,5 +398,5 @@ def test_two_servers_in_one_namespace_and_one_that_is_killed() -> None:
 
 @pytest.mark.parametrize("port", [0, 65536, -1, "80/sctp", "http", "80-90", "", "8" * 100])
 def test_ports_that_are_none(port: int | str) -> None:
-    with pytest.raises(ConfigurationError, match="is no port; write 8080, or 53/udp"):
+    with pytest.raises(ConfigurationError, match="is not a port; write 8080 or 53/udp"):
         Server(api_listen="127.0.0.1:0", force_tunnel=True, allow_any_token=True, overlay_ports=[port])

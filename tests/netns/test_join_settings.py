@@ -186,7 +186,7 @@ def test_a_change_joins_anew_at_once_and_nonsense_changes_nothing(net: Net, tmp_
         join.wait_for("settings refused")
         assert pings(net.machine, OVERLAY)
         file.write_text(BLOCK)
-        join.wait_for("there is no join URL")
+        join.wait_for("no join URL found")
         assert join.stop() == 0
     assert TOKEN not in "\n".join(join.said)
     assert sum("settings refused" in line for line in join.said) == 1
@@ -250,7 +250,7 @@ def test_in_a_container_a_bare_join_passes_the_kernel_command_line_over(tmp_path
     in_its_place = ["sh", "-c", f'mount --bind {line} /proc/cmdline && container=podman exec "$@"', "sh"]
     with direct() as net, command(net.machine, tmp_path, "join", before=in_its_place) as join:
         join.wait_for("passed over, since this is a container")
-        join.wait_for("there is no join URL")
+        join.wait_for("no join URL found")
 
 
 def test_a_bare_join_finds_what_the_host_has(net: Net, tmp_path: Path) -> None:

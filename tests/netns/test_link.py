@@ -148,7 +148,7 @@ def test_an_interface_that_is_there_already_is_not_touched() -> None:
     with direct() as net, serving(net), joined(net.machine) as machine:
         with pytest.raises(InterfaceInUseError, match="siderolink"), joined(net.machine):
             pass
-        with pytest.raises(OverlayInUseError, match="the interface siderolink has an address in the overlay fdae:"):
+        with pytest.raises(OverlayInUseError, match="the interface siderolink already has an address in the overlay fdae:"):
             with joined(net.machine, interface="siderolink2"):
                 pass
         assert ANSWERED in machine.ping()

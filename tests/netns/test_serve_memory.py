@@ -121,7 +121,7 @@ def test_the_state_on_a_live_server(net: Net, tmp_path: Path) -> None:
     with served(net.server, tmp_path) as server, joined(net.machine) as (link, _):
         assert "it holds the server's private key" in server.command(["state", "backup", str(copy)])
         assert copy.stat().st_mode & 0o777 == 0o600
-        assert "cannot be made" in server.command(["state", "backup", str(copy)], check=False)
+        assert "cannot be created" in server.command(["state", "backup", str(copy)], check=False)
         first = link.server_key
         assert str(first) not in server.command(["state", "rotate-key"])
         server.wait_for("remembering")
@@ -131,7 +131,7 @@ def test_the_state_on_a_live_server(net: Net, tmp_path: Path) -> None:
         assert pings(net.server, link.address, 15)
         text = tmp_path / "text"
         text.write_text("no state")
-        assert "is no state file" in server.command(["state", "restore", str(text)], check=False)
+        assert "is not a siderolink state file" in server.command(["state", "restore", str(text)], check=False)
         assert {path.name for path in server.state.parent.iterdir()} == {
             "siderolink.state",
             "siderolink.state-wal",
@@ -144,7 +144,7 @@ def test_a_copy_is_put_in_place_while_no_server_runs(net: Net, tmp_path: Path) -
     with served(net.server, tmp_path) as server, joined(net.machine) as (link, _):
         server.command(["state", "backup", str(copy)])
         restore = ["state", "restore", str(copy), "--state", str(server.state)]
-        assert "is in use by a server" in server.command(restore, check=False)
+        assert "is in use by a running server" in server.command(restore, check=False)
         server.kill()
         server.state.write_bytes(b"a disk that failed")
         Path(f"{server.state}-wal").unlink()  # with it SQLite might mend the state

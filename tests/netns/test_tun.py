@@ -94,11 +94,11 @@ def test_an_interface_that_someone_deletes() -> None:
     with inside() as (namespace, portal), namespace.call(Tun.open, NAME, 1280) as tun:
         portal.call(tun.configure, (ip_interface("fd00::1/64"),), 1280)
         namespace.run(["ip", "link", "delete", NAME])
-        with pytest.raises(DeviceError, match="deleted by someone else"):
+        with pytest.raises(DeviceError, match="deleted by another program"):
             portal.call(_read_until_error, tun)
         assert not tun.write([bytes(10), bytes(40)])
         assert tun.write_errors == 1
-        with pytest.raises(DeviceError, match="deleted by someone else"):
+        with pytest.raises(DeviceError, match="deleted by another program"):
             portal.call(tun.configure, (), 1280)
 
 

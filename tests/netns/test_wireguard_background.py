@@ -61,7 +61,7 @@ def test_it_returns_when_the_interface_is_there_and_ends_with_it(tmp_path: Path)
         )
         assert output.splitlines() == [
             "4242",
-            "siderolink: there is an interface wg0 already: remove it, or choose another name",
+            "siderolink: the interface wg0 already exists: remove it, or choose another name",
         ]
         eventually(lambda: not pids(namespace))
 

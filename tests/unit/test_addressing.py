@@ -44,7 +44,7 @@ def test_a_random_address_holds_the_64_bits_it_was_given(host: bytes) -> None:
 
 
 def test_a_source_of_nothing_but_zeros_is_an_error_and_not_a_loop() -> None:
-    with pytest.raises(ConfigurationError, match="random bytes"):
+    with pytest.raises(ConfigurationError, match="random source"):
         random_address(VIRTUAL_PREFIX, bytes)
 
 

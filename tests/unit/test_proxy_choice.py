@@ -78,6 +78,6 @@ def test_credentials_are_decoded_and_never_shown() -> None:
 )
 def test_what_is_no_proxy_is_one_line(value: str) -> None:
     value = value.replace("a%0d@", "a%0d%0a:secret@")
-    with pytest.raises(ConfigurationError, match="HTTPS_PROXY is no proxy's URL") as caught:
+    with pytest.raises(ConfigurationError, match="HTTPS_PROXY is not a proxy URL") as caught:
         proxy_for("a.example", 1, tls=True, environ={"HTTPS_PROXY": value})
     assert "secret" not in str(caught.value)

@@ -146,7 +146,7 @@ async def test_another_port_while_running() -> None:
 async def test_addresses_that_cannot_be_dialled() -> None:
     async with two() as (one, other):
         for port in (0, -1, 65536):
-            with pytest.raises(ConfigurationError, match="no UDP port"):
+            with pytest.raises(ConfigurationError, match="is not a UDP port"):
                 one.udp.path((LOCALS[0], port))
         with pytest.raises(ConfigurationError, match="nosuch0"):
             one.udp.path((IPv6Address("fe80::1%nosuch0"), 1))

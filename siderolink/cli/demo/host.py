@@ -39,7 +39,7 @@ class Host:
         self._ended = False
         self.ready = anyio.Event()
         self.namespace: int | None = None
-        """What identifies its network namespace."""
+        """Identifies its network namespace."""
 
     @property
     def is_running(self) -> bool:

@@ -38,7 +38,7 @@ def enter_network_namespace() -> None:
 
 
 def of_process(pid: int | str) -> int | None:
-    """What identifies a process's network namespace; None where there is no such process (any more)."""
+    """Identifies a process's network namespace; None if the process does not exist."""
     try:
         return Path(f"/proc/{pid}/ns/net").stat().st_ino
     except OSError:
@@ -102,7 +102,7 @@ def forward_ipv6() -> None:
     try:
         _FORWARDING.write_text("1")
     except OSError as error:
-        raise SideroLinkError(f"IPv6 forwarding cannot be switched on: {_FORWARDING}: {error.strerror}") from error
+        raise SideroLinkError(f"cannot enable IPv6 forwarding: {_FORWARDING}: {error.strerror}") from error
 
 
 async def _index(netlink: AsyncIPRoute, interface: str) -> int:

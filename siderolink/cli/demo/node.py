@@ -41,7 +41,7 @@ def say(fields: Fields) -> None:
 
 
 class Node:
-    """What a host of the demo can do. It runs the same public API as any embedder."""
+    """The operations of a demo host, built on the public API."""
 
     def __init__(self, stack: AsyncExitStack, tasks: TaskGroup) -> None:
         self._stack = stack

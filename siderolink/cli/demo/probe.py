@@ -114,5 +114,5 @@ async def transfer_source(address: IPv6Address, port: int, seconds: float) -> Pr
 
 
 async def _transfer(*arguments: str) -> Process:
-    # A process of its own: what moves the bytes must not share the interpreter with the engine that is measured.
+    # A separate process, because the traffic generator must not share the interpreter with the measured engine.
     return await anyio.open_process([sys.executable, "-m", "siderolink.cli.demo.transfer", *arguments])

@@ -28,13 +28,13 @@ def _prepare() -> None:
             namespace.enter_user_namespace()
         except OSError as error:
             raise SideroLinkError(
-                f"the demo needs root: run it with sudo (a user namespace of its own was refused: {error.strerror})"
+                f"the demo needs root: run it with sudo (creating a user namespace failed: {error.strerror})"
             ) from None
     try:
         os.close(os.open(_TUN, os.O_RDWR))
     except OSError as error:
         raise SideroLinkError(
-            f"the demo needs {_TUN}: {error.strerror}. Run it as root, and load the tun module where the file is missing"
+            f"the demo needs {_TUN}: {error.strerror}. Run it as root, and load the tun module if the file is missing"
         ) from None
 
 

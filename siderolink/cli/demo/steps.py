@@ -39,7 +39,7 @@ class _Machine:
     host: Host
     cable: int
     link: str
-    """What the machine's link is called in the summary."""
+    """Name of the machine's link in the summary."""
     address: str = ""
     result: Fields = field(default_factory=dict)
 
@@ -215,7 +215,7 @@ class Demo:
         await self._server.ask("isolate", on=False)
         answered = await self._ping_across()
         if answered != [3, 3]:
-            raise DemoError(f"only {answered} of 3 packets passed, so that their absence before proves nothing")
+            raise DemoError(f"only {answered} of 3 packets passed, so the earlier loss proves nothing")
         return "so it was the filter that stopped them", {}
 
     async def _leave(self) -> tuple[str, Fields]:

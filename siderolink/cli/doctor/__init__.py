@@ -1,1 +1,1 @@
-"""`siderolink doctor`: what works on this host and towards a server, and what to do where it does not."""
+"""`siderolink doctor`: checks this host and the way to a server, and suggests a remedy for each failure."""

@@ -1,4 +1,4 @@
-"""What a check found."""
+"""The result of a check."""
 
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ class Finding:
 
     check: str
     is_good: bool | None
-    """None for what is neither good nor bad by itself."""
+    """None if the finding is neither good nor bad."""
     text: str
     remedy: str = ""
 

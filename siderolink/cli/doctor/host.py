@@ -49,9 +49,9 @@ async def check_devices() -> AsyncIterator[Finding]:
             failures.append(Finding(check=f"{kind} device", is_good=None, text=str(error)))
     for failure in failures:
         if len(failures) == len(_KINDS):
-            yield bad(failure.check, failure.text, "without either, no link can be made on this host")
+            yield bad(failure.check, failure.text, "links need one of the two devices")
         else:
-            yield note(failure.check, failure.text, "not needed: the other one is used")
+            yield note(failure.check, failure.text, "not needed: the other device is used")
 
 
 async def _remove_leftovers() -> None:
@@ -63,12 +63,12 @@ async def _remove_leftovers() -> None:
 
 
 async def check_data_plane() -> AsyncIterator[Finding]:
-    """What works on the packets of a userspace device."""
+    """The data plane of a userspace device."""
     from siderolink.common.wireguard.packets import row_functions_in_use
 
     text = row_functions_in_use()
     if "cannot be loaded" in text or "seam" in text:
-        yield note("data plane", text, "links work, at a lower rate; install a siderolink-native that fits")
+        yield note("data plane", text, "links work but are slower; install a matching siderolink-native")
     else:
         yield good("data plane", text)
 
@@ -76,12 +76,14 @@ async def check_data_plane() -> AsyncIterator[Finding]:
 async def check_clock() -> AsyncIterator[Finding]:
     clock = read_clock()
     if not clock.is_plausible:
-        yield bad("clock", f"it shows {time.strftime('%Y-%m-%d')}", "set it: certificates and handshakes depend on it")
+        yield bad("clock", f"it shows {time.strftime('%Y-%m-%d')}", "set the clock: certificates and handshakes depend on it")
         return
     if not clock.is_synchronized:
-        yield note("clock", "no time service keeps it right", "run a time service, such as systemd-timesyncd or chrony")
+        yield note(
+            "clock", "no time synchronization service is running", "run a time service, such as systemd-timesyncd or chrony"
+        )
     else:
-        yield good("clock", "a time service keeps it right")
+        yield good("clock", "a time synchronization service is running")
 
 
 async def check_forwarding() -> AsyncIterator[Finding]:
@@ -90,7 +92,7 @@ async def check_forwarding() -> AsyncIterator[Finding]:
     if not on:
         yield good("forwarding", "off")
     else:
-        yield note("forwarding", f"on for {' and '.join(on)}; a server keeps its machines apart nevertheless")
+        yield note("forwarding", f"on for {' and '.join(on)}; a server still isolates its machines from each other")
 
 
 def _is_on(file: str) -> bool:
@@ -105,13 +107,13 @@ async def check_firewall() -> AsyncIterator[Finding]:
     try:
         table = Table(f"siderolink-doctor-{os.getpid()}")
     except OSError as error:
-        yield note("nf_tables", str(error.strerror), "a server then uses the userspace device, which needs none")
+        yield note("nf_tables", str(error.strerror), "a server then uses the userspace device, which does not need it")
         return
     try:
         await table.replace([Chain("input", [])])
         yield good("nf_tables", "works here")
     except SideroLinkError as error:
-        yield note("nf_tables", str(error), "a server then uses the userspace device, which needs none")
+        yield note("nf_tables", str(error), "a server then uses the userspace device, which does not need it")
     finally:
         await table.close()
     try:

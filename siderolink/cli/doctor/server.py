@@ -51,7 +51,7 @@ async def check_server(url: JoinURL, tls: ssl.SSLContext | None) -> AsyncIterato
     try:
         addresses = await api.resolve()
     except OSError as error:
-        yield bad("API", f"{url.host} cannot be resolved: {error.strerror or error}", "check the name, and this host's DNS")
+        yield bad("API", f"{url.host} cannot be resolved: {error.strerror or error}", "check the name and this host's DNS")
         return
     yield good("API", f"{url.host} is {', '.join(str(address) for address, _ in addresses)}")
     if url.tls and tls is not None:
@@ -67,7 +67,11 @@ async def check_server(url: JoinURL, tls: ssl.SSLContext | None) -> AsyncIterato
         yield bad("join", str(error), remedy)
         return
     except (ServerUnreachableError, InvalidAnswerError) as error:
-        yield bad("join", str(error), "check address and port, firewalls between, and whether the URL's scheme is the server's")
+        yield bad(
+            "join",
+            str(error),
+            "check the address, the port, any firewall between, and that the URL's scheme matches the server",
+        )
         return
     yield good("join", f"admitted as {answer.address.ip}")
     working = None
@@ -76,7 +80,7 @@ async def check_server(url: JoinURL, tls: ssl.SSLContext | None) -> AsyncIterato
             if finding.check == str(route) and finding.is_good:
                 working = route
             yield finding
-    if working is not None:  # a server forgets by itself what never shook hands
+    if working is not None:  # the server forgets machines that never completed a handshake
         yield await _leave(working, answer, key)
 
 
@@ -92,9 +96,11 @@ async def _check_tls(api: HostPort, tls: ssl.SSLContext) -> Finding:
         )
         return bad("TLS", error.verify_message, remedy)
     except (ssl.SSLError, anyio.EndOfStream, anyio.BrokenResourceError) as error:
-        return bad("TLS", str(error) or "the server ended the connection", "does the server speak TLS? grpc:// is without")
+        return bad(
+            "TLS", str(error) or "the server ended the connection", "check that the server uses TLS; grpc:// URLs do not"
+        )
     except (OSError, TimeoutError) as error:
-        return bad("TLS", str(error) or "no answer within 10 s", "check address and port, and firewalls between")
+        return bad("TLS", str(error) or "no answer within 10 s", "check the address, the port and any firewall between")
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +164,7 @@ async def _leave(route: Route, answer: Provisioned, key: PrivateKey) -> Finding:
             if goodbye in trial.replies:
                 return good("trial machine", "the server has forgotten it")
     remedy = f"remove the machine with the key {key.public_key()} there"
-    return note("trial machine", "the server keeps it, as a machine that is down", remedy)
+    return note("trial machine", "the server still lists it as a machine that is down", remedy)
 
 
 async def _check_sizes(route: Route, trial: _Trial, answer: Provisioned) -> AsyncIterator[Finding]:
@@ -173,9 +179,9 @@ async def _check_sizes(route: Route, trial: _Trial, answer: Provisioned) -> Asyn
         yield good(name, f"packets of {FULL} bytes pass both ways{_route_mtu(answer)}")
     elif SMALL in trial.echoes:
         remedy = f"the path must carry {FULL + 80} bytes: look for a tunnel or VPN between, and for dropped ICMP"
-        yield bad(name, f"small packets pass, and those of {FULL} bytes do not{_route_mtu(answer)}", remedy)
+        yield bad(name, f"small packets pass, but packets of {FULL} bytes do not{_route_mtu(answer)}", remedy)
     else:
-        yield note(name, "the server answers no pings", "links work without; its firewall may drop them")
+        yield note(name, "the server answers no pings", "links work without pings; its firewall may drop them")
 
 
 def _route_mtu(answer: Provisioned) -> str:

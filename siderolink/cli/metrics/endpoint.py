@@ -1,4 +1,4 @@
-"""The pages of `--metrics-listen`, whatever runs: what it counts, what this process is, and whether all of it works.
+"""The pages of `--metrics-listen`: counters, process information and health.
 
 The counters are read on the event loop, a thousand machines at a time; metric families are made of them, and rendered, in a
 thread. One scrape is under way at a time, and those that come within a second share its answer.

@@ -1,4 +1,4 @@
-"""What `serve`, `join` and `wireguard` have to tell."""
+"""The metrics of `serve`, `join` and `wireguard`."""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial

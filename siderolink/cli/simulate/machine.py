@@ -28,7 +28,7 @@ _CIPHERS = MatrixCiphers()
 
 
 class SocketPath:
-    """A UDP socket, and where it sends to. Not connected, so that closed ports are not heard of."""
+    """A UDP socket and its destination. Not connected, so that closed ports cause no errors."""
 
     headroom = 0
     batch_bytes = 1 << 16
@@ -50,7 +50,7 @@ class SimulatedMachine:
     """A machine and its link; `on_up` is called with the seconds that each connecting took."""
 
     def __init__(self, url: JoinURL, *, tunnel: bool, source: str | None, on_up: Callable[[float], None]) -> None:
-        """`source` is the local address to send datagrams from; None for the routing table's choice."""
+        """`source` is the local address to send datagrams from; None lets the routing table choose."""
         self._url = JoinURL(url.host, url.port, tls=url.tls, join_token=url.join_token, tunnel=tunnel)
         self._identity = Machine(uuid=str(uuid.uuid4()), unique_token=os.urandom(16).hex(), version="v1.13.0")
         self._source = source
@@ -120,7 +120,7 @@ class SimulatedMachine:
         return found[0][0], found[0][4]
 
     async def _carry(self) -> None:
-        """Keep a stream open, for ever."""
+        """Keep a stream open until cancelled."""
         assert self._answer.virtual_address is not None
         address, port = self._answer.virtual_address
         metadata = {ADDRESS_METADATA: f"[{address}]:{port}"}

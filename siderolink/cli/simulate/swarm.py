@@ -15,7 +15,7 @@ from siderolink.common.join_url import JoinURL
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Load:
-    """What to simulate."""
+    """The load to simulate."""
 
     machines: int
     tunnel_share: float = 0.0
@@ -23,7 +23,7 @@ class Load:
     at_once: int = 32
     """Calls, and connections, that are under way at a time."""
     sources: str | None = None
-    """A prefix of local addresses that machines send datagrams from, in turn; None for the host's own."""
+    """Prefix of local addresses for machines to send from, round robin; None uses the host's own."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -73,7 +73,7 @@ class Swarm:
 
     @property
     def phase(self) -> Phase:
-        """What is under way, or was last."""
+        """The current phase, or the last one."""
         return self._phase
 
     @property
@@ -102,7 +102,7 @@ class Swarm:
         return await self._until_up(phase, timeout)
 
     async def churn(self, rate: float) -> None:
-        """For ever: `rate` times a second one machine is gone, and another one joins in its place."""
+        """Replace `rate` machines per second with new ones, until cancelled."""
         while True:
             await asyncio.sleep(random.expovariate(rate))
             number = random.randrange(len(self.machines))
@@ -181,7 +181,7 @@ class Swarm:
 
 @asynccontextmanager
 async def open_swarm(url: JoinURL, load: Load) -> AsyncIterator[Swarm]:
-    """A swarm that has not joined yet; all of it is gone when the context is left."""
+    """A swarm that has not joined yet. Leaving the context removes all machines."""
     swarm = Swarm(url, load)
     try:
         yield swarm

@@ -1,4 +1,4 @@
-"""What a machine is told: by configuration documents and by the kernel command line.
+"""Machine settings from configuration documents and the kernel command line.
 
     settings = Sources(documents=(Path("machine.yaml"),)).read()
     async with connect(settings.url.value, tls=settings.tls()) as link: ...

@@ -48,7 +48,7 @@ class _Found:
 
 @dataclass(frozen=True, slots=True)
 class Documents:
-    """What documents say, and those that are not ours."""
+    """The settings from documents, and the documents of other programs."""
 
     settings: MachineSettings
     others: tuple[OtherDocument, ...] = ()
@@ -57,8 +57,8 @@ class Documents:
 def load_documents(*paths: Path, read: Callable[[Path, int], bytes] = read_up_to) -> Documents:
     """Read files, and of directories the ``.yaml`` and ``.yml`` files in the order of their names.
 
-    What cannot be used costs its own part and no other, and is one line in ``settings.problems``: an optional key
-    costs itself, any other its document. `read` reads a file up to so many bytes. Raises ConfigurationError for a path that
+    An unusable part is skipped and reported as one line in ``settings.problems``: an optional key
+    is skipped alone, any other with its document. `read` reads a file up to a limit. Raises ConfigurationError for a path that
     cannot be read.
     """
     collected = _Collected()
@@ -84,7 +84,7 @@ def salvage_documents(data: bytes, source: str) -> Documents:
 
 
 def list_files(path: Path, problems: list[str]) -> list[Path]:
-    """The files that `path` stands for; what keeps a file of a directory out is added to `problems`.
+    """The files that `path` denotes. Adds to `problems` why a file of a directory is skipped.
 
     Raises ConfigurationError for a directory that cannot be read.
     """
@@ -101,7 +101,7 @@ def list_files(path: Path, problems: list[str]) -> list[Path]:
         if file.is_file():
             usable.append(file)
         else:
-            problems.append(f"{file} is no regular file")
+            problems.append(f"{file} is not a regular file")
     return usable
 
 
@@ -136,7 +136,7 @@ class _Collected:
             self.others.append(OtherDocument("machine configuration", where, value))
             return
         if not isinstance(kind, str):
-            raise ConfigurationError(f"{where}: kind is missing or no text; SideroLink knows {', '.join(models.MODELS)}")
+            raise ConfigurationError(f"{where}: kind is missing or is not text; supported kinds are {', '.join(models.MODELS)}")
         model = models.MODELS.get(kind)
         if model is None:
             self.others.append(OtherDocument(one_line(kind, limit=100), where, value))
@@ -172,7 +172,7 @@ class _Collected:
         before = self.found.setdefault((read.model.KIND, name), read)
         if before is not read:
             called = f"a {read.model.KIND} named {one_line(name)!r}" if name else f"a {read.model.KIND}"
-            raise ConfigurationError(f"{read.source}: there is {called} already, at {before.source}; one is allowed")
+            raise ConfigurationError(f"{read.source}: {called} is already defined at {before.source}; only one is allowed")
 
     def _repair(self, document: YamlDocument, model: type[models.Document], value: dict[str, Any]) -> models.Document:
         """The document without the keys that cannot be used. Raises ConfigurationError where it needs one of them."""

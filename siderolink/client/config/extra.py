@@ -1,4 +1,4 @@
-"""What the `config` extra brings is imported when first needed."""
+"""Imports the packages of the `config` extra when they are first needed."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +10,7 @@ _BROUGHT = frozenset({"pydantic", "pydantic_core", "watchfiles", "yaml"})
 
 @contextmanager
 def needing_extra() -> Iterator[None]:
-    """Around an import: what is missing is one clear line."""
+    """Wraps an import and turns a missing package into a clear error."""
     try:
         yield
     except ModuleNotFoundError as error:

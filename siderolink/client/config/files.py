@@ -7,7 +7,7 @@ from siderolink.common.errors import ConfigurationError
 
 
 def read_up_to(path: Path, limit: int) -> bytes:
-    """At most so many bytes of a file. Raises ConfigurationError."""
+    """Read a file up to a limit. Raises ConfigurationError."""
     try:
         with path.open("rb") as file:
             return file.read(limit)

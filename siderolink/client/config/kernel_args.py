@@ -1,4 +1,4 @@
-"""The kernel command line: what a machine is told by the way it is booted."""
+"""Settings from the kernel command line."""
 
 import base64
 import binascii
@@ -22,7 +22,7 @@ INLINE_ARGUMENT = "talos.config.inline"
 
 PROC_CMDLINE = Path("/proc/cmdline")
 MAX_BYTES = 64 * 1024
-"""Kernels take a few KiB; a longer file is none of theirs."""
+"""Kernels accept a few KiB, so a longer file is not a kernel command line."""
 
 MAX_INLINE_BYTES = 512 * 1024
 """Of the documents in a command line, decompressed."""
@@ -38,7 +38,7 @@ _FIRST_PID_NAMESPACE = "pid:[4026531836]"  # the kernel gives its first one a fi
 
 
 def split_arguments(line: str) -> Iterator[tuple[str, str | None]]:
-    """Names and values, as the kernel takes a line apart; None where an argument has no ``=``.
+    """Names and values, split as the kernel does; the value is None if an argument has no ``=``.
 
     Quotes keep spaces together and vanish where they surround a value or a whole argument. What follows a lone ``--`` is for
     the first process and is left out.
@@ -100,7 +100,7 @@ def _decompress(data: bytes) -> bytes:
     try:
         import zstandard
     except ModuleNotFoundError:
-        raise ConfigurationError("is compressed by zstd, which needs zstandard: pip install 'siderolink[config]'") from None
+        raise ConfigurationError("is zstd-compressed, which needs zstandard: pip install 'siderolink[config]'") from None
     decompressor = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW).decompressobj()
     found = bytearray()
     try:
@@ -111,11 +111,11 @@ def _decompress(data: bytes) -> bytes:
                 return bytes(found)
     except zstandard.ZstdError:
         pass
-    raise ConfigurationError("is not compressed by zstd, or damaged")
+    raise ConfigurationError("is not zstd-compressed or is damaged")
 
 
 def parse_kernel_arguments(line: str, source: str = "the kernel command line") -> MachineSettings:
-    """What a line says. An empty value says nothing; one that cannot be used is a problem and costs no other argument.
+    """The settings in a line. Ignores empty values; an unusable value is a problem and does not affect other arguments.
 
     The documents of ``talos.config.inline`` are not part of this: see `inline_configuration`.
     """
@@ -156,9 +156,9 @@ def in_container(root: Path = Path("/"), environ: Mapping[str, str] = os.environ
 def read_kernel_line(
     file: Path | None = None, *, read: Callable[[Path, int], bytes] = read_up_to
 ) -> tuple[str, str, str | None]:
-    """The kernel command line, or a file of the same form; its name for people; and why it was passed over, if it was.
+    """The kernel command line, or a file of the same format; its display name; and why it was ignored, if it was.
 
-    In a container the host's own command line is passed over; a file that is given is read everywhere. `read` reads a file up
+    A container ignores the host's command line; a given file is always read. `read` reads a file up
     to so many bytes. Raises ConfigurationError for a file that was given and cannot be read.
     """
     path = file or PROC_CMDLINE
@@ -176,7 +176,7 @@ def read_kernel_line(
 
 
 def read_kernel_arguments(file: Path | None = None, *, read: Callable[[Path, int], bytes] = read_up_to) -> MachineSettings:
-    """What `read_kernel_line` finds, parsed. Raises ConfigurationError as that does."""
+    """Parse the result of `read_kernel_line`. Raises ConfigurationError as that does."""
     line, source, passed_over = read_kernel_line(file, read=read)
     if passed_over is not None:
         return MachineSettings(notes=(passed_over,))

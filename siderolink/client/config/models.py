@@ -44,14 +44,14 @@ def _certificates(text: str) -> str:
     except ValueError:
         raise ConfigurationError("must be certificates in PEM form") from None
     if len(found) > MAX_CERTIFICATES:
-        raise ConfigurationError(f"at most {MAX_CERTIFICATES} certificates stand in one document")
+        raise ConfigurationError(f"a document has at most {MAX_CERTIFICATES} certificates")
     # whatever stands between them is left out
     return "".join(certificate.public_bytes(Encoding.PEM).decode() for certificate in found)
 
 
 def _name(text: str) -> str:
     if not text.isprintable():
-        raise ConfigurationError("a name has printable characters only")
+        raise ConfigurationError("a name may contain only printable characters")
     return text
 
 
@@ -68,19 +68,19 @@ Name = Annotated[str, Field(min_length=1, max_length=253), AfterValidator(_name)
 
 
 class Part(BaseModel):
-    """What all documents and their parts have in common: unknown keys and wrong types are errors."""
+    """Base of all documents and their parts. Unknown keys and wrong types are errors."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, hide_input_in_errors=True)
 
 
 class Document(Part):
-    """A document; what is not named has one of its kind at most."""
+    """A document. A kind without names allows only one document."""
 
     KIND: ClassVar[str]
     ESSENTIAL: ClassVar[frozenset[str]]
     """Keys without which the document means nothing."""
     FALLBACKS: ClassVar[dict[str, str]] = {}
-    """What stands for a key that cannot be used, where leaving it out would be unsafe."""
+    """Replaces an unusable key whose omission would be unsafe."""
 
     @classmethod
     def without(cls, value: dict[str, Any], location: tuple[int | str, ...]) -> dict[str, Any]:
@@ -159,7 +159,7 @@ class NetworkRuleConfig(Document):
 
     @classmethod
     def without(cls, value: dict[str, Any], location: tuple[int | str, ...]) -> dict[str, Any]:
-        """A copy that lets nobody in whom the writer may have wanted out: an entry goes as a whole, or all of them do."""
+        """A copy that is never more permissive than intended: drops unusable entries entirely, or all entries."""
         found = {key: inner for key, inner in value.items() if key != location[0]}
         entries = value.get("ingress")
         if location[0] == "ingress" and len(location) > 1 and isinstance(entries, list):

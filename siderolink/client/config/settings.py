@@ -1,4 +1,4 @@
-"""What a machine is told, wherever it was told it: the join URL, and what goes with it."""
+"""The settings of a machine from any source: the join URL and its options."""
 
 import re
 import ssl
@@ -65,7 +65,7 @@ def read_subnet(value: object) -> IPv4Network | IPv6Network:
 
 @dataclass(frozen=True, slots=True)
 class IngressRule:
-    """Who may reach which ports; for ICMP, the ports mean nothing."""
+    """A rule that admits subnets to ports; ICMP ignores the ports."""
 
     name: str
     protocol: Protocol
@@ -77,7 +77,7 @@ class IngressRule:
 
 @dataclass(frozen=True, slots=True)
 class Ingress:
-    """The machine's firewall: what becomes of what no rule names, and the rules."""
+    """The machine's firewall: the default action and the rules."""
 
     default: Literal["accept", "block"] = "accept"
     rules: tuple[IngressRule, ...] = ()
@@ -90,7 +90,7 @@ class Ingress:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MachineSettings:
-    """All that was found, each with its source; what is None or empty was found nowhere."""
+    """All settings found, each with its source. Unset ones are None or empty."""
 
     url: Setting[JoinURL] | None = None
     unique_token: Setting[str] | None = field(default=None, repr=False)
@@ -104,9 +104,9 @@ class MachineSettings:
     default_action: Setting[Literal["accept", "block"]] | None = None
     ingress_rules: tuple[Setting[IngressRule], ...] = ()
     notes: tuple[str, ...] = ()
-    """What was passed over, and why."""
+    """What was ignored, and why."""
     problems: tuple[str, ...] = ()
-    """What is wrong and was left out, one line each; everything else counts."""
+    """Invalid parts that were skipped, one line each. The rest is used."""
 
     @property
     def ingress(self) -> Ingress:
@@ -147,7 +147,7 @@ class MachineSettings:
 
 
 def merge(*every: MachineSettings) -> MachineSettings:
-    """What counts where several places say something, the stronger first; kernel log destinations are united."""
+    """Merge settings, highest precedence first. Kernel log destinations are combined."""
     logs: dict[LogURL, Setting[LogURL]] = {}
     for settings in every:
         for log in settings.kernel_logs:

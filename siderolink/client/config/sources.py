@@ -36,9 +36,9 @@ class Sources:
     _reading: Reading = field(default_factory=Reading, init=False, repr=False, compare=False)
 
     def read(self) -> MachineSettings:
-        """All that was found, merged. What cannot be used is in `problems` and costs its own part only.
+        """All settings found, merged. Unusable parts are skipped and listed in `problems`.
 
-        Raises ConfigurationError where a file that was named cannot be read.
+        Raises ConfigurationError if a named file cannot be read.
         """
         present = [path for path in self._paths if self.documents or path.exists()]
         found = inline = kernel = MachineSettings()
@@ -53,9 +53,9 @@ class Sources:
         return merge(self.explicit, found, inline, kernel)
 
     async def watch(self, on_change: Callable[[], None]) -> None:
-        """Call `on_change` at first, and whenever something changed where the documents are: written, renamed, linked anew.
+        """Call `on_change` initially and whenever something changes where the documents are.
 
-        Never returns. What changed may be none of the documents: read, and compare. Raises ConfigurationError.
+        Never returns. The change may not concern the documents: read and compare them. Raises ConfigurationError.
         """
         if not self._paths and self.kernel_cmdline is None:
             await anyio.sleep_forever()
@@ -94,7 +94,7 @@ class Sources:
             async with background_tasks() as tasks:
                 tasks.start_soon(follow)
                 tasks.start_soon(_set_when_cancelled, stop)
-                # The watch stands after one turn of the loop; what changed before it is noticed by reading once more.
+                # The watch is active after one turn of the loop; an additional read catches earlier changes.
                 await anyio.lowlevel.checkpoint()
                 on_change()
                 await anyio.sleep_forever()

@@ -1,7 +1,7 @@
-"""A configuration as the machine's own decoder judges it: whole or not at all, and by the texts that clients know.
+"""Strict decoding of a configuration, all or nothing, with the error texts that clients know.
 
-Files on the machine are read leniently (`documents`), for a typo there must not keep a machine away. Whoever sends a
-configuration is there to read what is wrong with it.
+Files on the machine are read leniently (`documents`), because a typo must not keep a machine from joining. The sender of a
+configuration, in contrast, can read the error.
 """
 
 import json
@@ -126,7 +126,7 @@ def judge(data: bytes) -> Configuration:
 
 
 def _name_of(document: YamlDocument) -> tuple[str, str, str]:
-    """What names a document: version, kind and name."""
+    """The identity of a document: version, kind and name."""
     value = document.value
     if not isinstance(value, dict):
         raise ConfigurationError(f"expected a YAML document at line {document.line}")

@@ -1,4 +1,4 @@
-"""What a machine needs in order to join a given server, as kernel arguments and as documents."""
+"""Writes the kernel arguments and documents that make a machine join a given server."""
 
 from dataclasses import dataclass, field
 from ipaddress import IPv6Address

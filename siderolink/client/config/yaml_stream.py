@@ -47,7 +47,7 @@ class YamlDocument:
     source: str
     line: int
     lines: dict[Location, int] = field(repr=False)
-    """Where each value's key (or itself, in a list) stands; what comes by an alias stands where the alias does."""
+    """The position of each value's key, or of the value in a list. A value from an alias has the alias's position."""
 
     def line_of(self, location: Location) -> int:
         """The line of a value, or of the nearest one around it."""

@@ -1,4 +1,4 @@
-"""What happens to a machine's link: one frozen dataclass per event."""
+"""The events of a machine's link, one frozen dataclass each."""
 
 import time
 from dataclasses import dataclass, field
@@ -47,7 +47,7 @@ class Joined(LinkEvent):
     endpoints: tuple[str, ...]
     """Where the server may be dialled by UDP, in turn; empty for the tunnel."""
     virtual_address: str = ""
-    """What names this machine on the tunnel's stream, ``[address]:port``; empty for UDP."""
+    """This machine's address on the tunnel stream, ``[address]:port``; empty for UDP."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -176,4 +176,4 @@ class Reestablished(LinkEvent):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Left(LinkEvent):
-    """The link was left on purpose or has failed for good; its interface is gone."""
+    """The link was left on purpose or failed permanently, and its interface was removed."""

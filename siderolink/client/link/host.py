@@ -1,4 +1,4 @@
-"""What a link needs of the host it runs on: a device, notice of changes to network, interface and clock, and probes."""
+"""The host's services for a link: a device, notice of network, interface and clock changes, and probes."""
 
 import errno
 import socket
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 
 class Host(Protocol):
-    """What a link needs of its host; tests and simulations have others."""
+    """The host's services for a link. Tests and simulations substitute their own."""
 
     def open_device(
         self, kind: DeviceKind, config: DeviceConfig, on_event: OnDeviceEvent
@@ -47,7 +47,7 @@ class Host(Protocol):
         """Raises OverlayInUseError if another interface has an address in the overlay."""
 
     async def watch(self, device: Device, config: DeviceConfig, put: Put) -> None:
-        """Report changes of the network, the interface and the clock, for ever."""
+        """Report network, interface and clock changes until cancelled."""
 
     def way_out(self, remote: str) -> OutgoingRoute | None:
         """How packets to `remote` leave; None if there is no route."""
@@ -90,8 +90,8 @@ class ThisHost:
         holder = await overlay_holder(overlay, interface, self._namespace)
         if holder is not None:
             raise OverlayInUseError(
-                f"the interface {holder} has an address in the overlay {overlay} already, and two servers of one overlay "
-                "cannot be told apart: leave that link, or use another network namespace"
+                f"the interface {holder} already has an address in the overlay {overlay}, and two servers in one overlay "
+                "cannot be distinguished: stop that link, or use another network namespace"
             )
 
     async def watch(self, device: Device, config: DeviceConfig, put: Put) -> None:
@@ -198,7 +198,7 @@ class InterfaceGuard:
 
 
 async def overlay_holder(overlay: Network, own_name: str, namespace: str | None) -> str | None:
-    """The interface, other than our own, that has an address within the overlay; None where there is none."""
+    """Another interface that has an address within the overlay, or None."""
     return await run_netlink(partial(_find_holder, overlay, own_name), namespace)
 
 
@@ -214,7 +214,7 @@ async def _find_holder(overlay: Network, own_name: str) -> str | None:
 
 
 async def _repair(index: int, addresses: tuple[Interface, ...]) -> list[str] | None:
-    """Put back what is missing, and tell what that was; None where the interface itself is gone."""
+    """Restore what is missing and describe it. None if the interface itself is gone."""
     try:
         async with AsyncIPRoute() as ipr:
             [link] = await ipr.link("get", index=index)

@@ -33,7 +33,9 @@ def machine_identity(text: str) -> str:
     """A UUID that was given, in its one form. Raises ConfigurationError for anything else, and for a vendor's placeholder."""
     node_uuid = parse_uuid(text.strip())
     if is_placeholder(node_uuid):
-        raise ConfigurationError(f"{node_uuid} is a vendor's placeholder, the same on many machines: give one of its own")
+        raise ConfigurationError(
+            f"{node_uuid} is a vendor placeholder that many machines share: give this machine its own UUID"
+        )
     return node_uuid
 
 
@@ -128,7 +130,7 @@ def _kept(file: Path, made: str) -> str:
     except FileNotFoundError:
         pass
     except (OSError, ValueError) as error:
-        log.warning("%s cannot be read, so what it holds is made anew for this run: %s", file, error)
+        log.warning("%s cannot be read; using newly generated values for this run: %s", file, error)
         return made
     try:
         file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -145,7 +147,7 @@ def _kept(file: Path, made: str) -> str:
     except FileExistsError:
         return _first_line(file, _LARGEST_FILE) or made
     except OSError as error:
-        log.warning("%s cannot be written, so the next start will have another identity: %s", file, error.strerror or error)
+        log.warning("%s cannot be written; the identity will change at the next start: %s", file, error.strerror or error)
     return made
 
 

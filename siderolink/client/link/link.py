@@ -60,7 +60,7 @@ class LinkStatus:
 
 
 class Link:
-    """A running link. What may change when the link is re-established says so.
+    """A running link. Properties that can change when the link is re-established say so.
 
     Before the server's first answer (visible only with `connect(wait=False)`), properties taken from it raise SideroLinkError.
     """
@@ -106,7 +106,7 @@ class Link:
     def device(self) -> Device:
         """The WireGuard device. Raises DeviceError while it is replaced by another, or after the link was left."""
         if self._runner.device is None:
-            raise DeviceError("the link has no interface now")
+            raise DeviceError("the link has no interface at present")
         return self._runner.device
 
     @property
@@ -148,7 +148,7 @@ class Link:
         await self._runner.progress.connected.wait()
 
     async def wait_down(self) -> None:
-        """Return once the link is down; at once if it is."""
+        """Return once the link is down; immediately if it already is."""
         await self._runner.progress.down.wait()
 
     @property
@@ -203,19 +203,19 @@ async def connect(
     handshake_timeout: float | None = HANDSHAKE_TIMEOUT,
     on_event: Callable[[LinkEvent], None] | None = None,
 ) -> AsyncIterator[Link]:
-    """Join the server at `url` and hold the link; the body runs once traffic flows, and leaving it leaves nothing behind.
+    """Join the server at `url` and keep the link up. The body runs once traffic flows; leaving it removes everything.
 
     `uuid` is the firmware's by default. With `identity`, a folder, the machine makes and keeps a unique token for each server
     there, unless `unique_token` is given, so that only it can join by this UUID, also after a restart. `interface` is the
     transport's usual name, `namespace` where the interface lives while datagrams and calls use the caller's. `private_key` is a
     new one by default; with the same one, joining again is the same link to the server. An https URL's certificate is checked
     against the system's roots, `ca_file` (PEM), or as `tls` says, which is made to offer HTTP/2. `on_event` is called on the
-    event loop for each event from the first on; it must be quick. A link that dies is re-established without end, and `events`
+    event loop for each event from the first on; it must be quick. A link that dies is re-established indefinitely, and `events`
     tells; `Link.apply` changes its settings.
 
-    Raises JoinURLError or ConfigurationError for what cannot be used as given; ServerUnreachableError, JoinRefusedError or
+    Raises JoinURLError or ConfigurationError for unusable arguments; ServerUnreachableError, JoinRefusedError or
     InvalidAnswerError where the first join fails; HandshakeTimeoutError after `handshake_timeout` seconds without a handshake
-    (None waits for ever); a DeviceError where there can be no interface.
+    (None waits indefinitely); a DeviceError if no interface can be created.
     """
     if tls is not None and ca_file is not None:
         raise ConfigurationError("give either tls or ca_file, not both")
@@ -250,7 +250,7 @@ async def open_link(
     host: Host | None = None,
     keys: ServerKeys | None = None,
 ) -> AsyncIterator[Link]:
-    """Run a link by these options while the body runs. What fails for good is raised in the body, as by `connect`.
+    """Run a link with these options while the body runs. Permanent failures are raised in the body, as by `connect`.
 
     `keys` are the private keys per server, shared by links that follow each other.
     """
@@ -283,5 +283,5 @@ async def _first_handshake(link: Link, timeout: float | None) -> None:
         return
     raise HandshakeTimeoutError(
         f"no WireGuard handshake within {timeout:g} s; last tried: {(await link.status()).route}. "
-        "Does the server's endpoint answer, and does UDP pass? Where it does not, use the tunnel: grpc_tunnel=true"
+        "Check that the server's endpoint is reachable by UDP, or use the tunnel: grpc_tunnel=true"
     )

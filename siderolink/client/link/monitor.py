@@ -39,9 +39,9 @@ log = logging.getLogger("siderolink")
 _API_LOST = "the connection to the server's API broke"
 _SERVER_CHANGED = "the server is not the same as before"
 _REOPEN_AFTER = 2
-"""Handshakes that go unanswered before a stream is opened anew."""
+"""Unanswered handshakes before a stream is reopened."""
 _CHECK_AFTER = 3
-"""Handshakes that go unanswered before the API is asked whether the server is still the same."""
+"""Unanswered handshakes before the API is asked whether the server is still the same."""
 _SIZE_PROBE_AFTER = 1.0
 _SIZE_PROBE_AGAIN = 60.0
 _RETRY = (2.0, 4.0)
@@ -51,7 +51,7 @@ _RETRY_CAP = 15.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinkContext:
-    """What a monitor works with."""
+    """The dependencies of a `RouteMonitor`."""
 
     host: Host
     device: Device
@@ -61,7 +61,7 @@ class LinkContext:
     provisioner: Provisioner
     emit: Callable[[events.LinkEvent], None]
     says_goodbye: Callable[[], bool]
-    """Whether a link that is cancelled now takes leave of its server."""
+    """Whether a link that is cancelled now says goodbye to its server."""
     attempt_timeout: float
     down_after: float
     wants_tunnel: bool

@@ -1,4 +1,4 @@
-"""What a link finds out by trying: echo requests over it, handshakes beside it, and a connection to the server's API."""
+"""Probes of a link: echo requests over it, handshakes beside it, and a connection to the server's API."""
 
 import asyncio
 import logging
@@ -131,7 +131,7 @@ _ANSWER_TIMEOUT = 11.5
 """Seconds to wait for an authenticated answer to data: a WireGuard with nothing to say sends a keepalive after 10 s."""
 _ECHO_INTERVAL = 0.5
 _RESPONSE_BYTES = 92
-"""Of the message that ends a handshake; what comes beyond is data."""
+"""Size of the message that ends a handshake; larger messages are data."""
 _UDP_TIMEOUT = 6.0
 """Seconds a try by UDP takes: at least two initiations, with no route of its own to the API."""
 
@@ -150,7 +150,7 @@ async def shake_hands_beside(
 
     With `echo`, the overlay addresses of machine and server, data must be answered, too: by an echo reply, or else by the
     keepalive that every WireGuard sends 10 s after data. The server sends to this engine from then on: whoever else uses the
-    key must be silent meanwhile and shake hands afterwards.
+    key must stay silent meanwhile and shake hands afterwards.
     """
     # Imported only here: it needs the data plane, which a kernel device does without.
     from siderolink.common.wireguard.packet_device import open_packet_device
@@ -262,12 +262,12 @@ async def _until_api_ends(url: JoinURL, tls: ssl.SSLContext | bool | None, on_up
     except JoinError:
         pass
     except Exception:
-        log.exception("watching the server's API failed; it is tried again")
+        log.exception("watching the server's API failed; retrying")
     return anyio.current_time() - began_at[0] if began_at else 0.0
 
 
 async def watch_api(url: JoinURL, tls: ssl.SSLContext | None, put: Put, retry: RetryTrigger) -> None:
-    """Keep a health call to the server's API open for ever: its end tells within moments that the server has ended.
+    """Keep a health call to the server's API open until cancelled. The call ends within moments of the server.
 
     A server without that call is watched by an idle connection. A proxy that cuts idle connections would cost a dial and
     handshakes each time, for ever: three cuts at the same age, each followed by a successful dial, are taken for its habit, and

@@ -39,7 +39,7 @@ _UNREACHABLE = frozenset({Status.UNAVAILABLE, Status.DEADLINE_EXCEEDED})
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """What a machine says about itself when it joins."""
+    """The data that a machine sends when it joins."""
 
     uuid: str
     unique_token: str = field(default="", repr=False)
@@ -58,7 +58,7 @@ class Provisioned:
     endpoints: tuple[HostPort, ...]
     """Where to dial by UDP, the preferred first; empty for the tunnel."""
     virtual_address: tuple[IPv6Address, int] | None
-    """What names this machine on the tunnel's stream; None for UDP."""
+    """This machine's address on the tunnel stream; None for UDP."""
 
 
 def make_request(url: JoinURL, machine: Machine, public_key: PublicKey) -> ProvisionRequest:
@@ -107,24 +107,26 @@ def _read_addresses(response: ProvisionResponse) -> tuple[IPv6Interface, IPv6Add
     try:
         address = IPv6Interface(response.node_address_prefix)
     except ValueError:
-        raise InvalidAnswerError("the server's answer is invalid: node_address_prefix is no IPv6 address/64") from None
+        raise InvalidAnswerError("the server's answer is invalid: node_address_prefix is not an IPv6 address/64") from None
     network = address.network
     if network.prefixlen != 64 or address.scope_id is not None or not network.subnet_of(OVERLAYS):
-        raise InvalidAnswerError(f"the server's answer is invalid: node_address_prefix {address} is no /64 within {OVERLAYS}")
+        raise InvalidAnswerError(
+            f"the server's answer is invalid: node_address_prefix {address} is not a /64 within {OVERLAYS}"
+        )
     try:
         server_address = IPv6Address(response.server_address)
     except ValueError:
-        raise InvalidAnswerError("the server's answer is invalid: server_address is no IPv6 address") from None
+        raise InvalidAnswerError("the server's answer is invalid: server_address is not an IPv6 address") from None
     if server_address.scope_id is not None or server_address not in network or server_address == address.ip:
         raise InvalidAnswerError(
-            f"the server's answer is invalid: server_address {server_address} is no other address within {network}"
+            f"the server's answer is invalid: server_address {server_address} is not a different address within {network}"
         )
     return address, server_address
 
 
 def _read_endpoints(texts: list[str]) -> tuple[HostPort, ...]:
     if not 1 <= len(texts) <= MAX_ENDPOINTS:
-        raise InvalidAnswerError(f"the server's answer is invalid: {len(texts)} endpoints, not 1 to {MAX_ENDPOINTS}")
+        raise InvalidAnswerError(f"the server's answer is invalid: {len(texts)} endpoints; 1 to {MAX_ENDPOINTS} are allowed")
     try:
         return tuple(dict.fromkeys(HostPort.parse(text) for text in swap_endpoints(texts)))
     except ConfigurationError as error:

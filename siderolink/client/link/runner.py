@@ -51,19 +51,19 @@ ServerKeys = dict[tuple[str, int], PrivateKey]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinkOptions:
-    """What a link is made from."""
+    """The options of a link."""
 
     url: JoinURL
     machine: Machine
     interface: str | None = None
-    """The interface's name; None for the transport's usual one."""
+    """Interface name; None uses the transport's default."""
     device: DeviceKind = "auto"
     namespace: str | None = None
-    """The network namespace for the interface; None for the caller's own, where datagrams and calls travel in any case."""
+    """Network namespace for the interface; None uses the caller's. UDP and gRPC always use the caller's."""
     tls: ssl.SSLContext | None = None
     """Replaces the system's roots for an https URL."""
     private_key: PrivateKey | None = field(default=None, repr=False)
-    """The link's key at the server of the first URL; None for a new one. Another server always gets a new key."""
+    """Private key for the first URL's server; None generates one. Other servers always get a new key."""
     fallback_tunnel: bool = False
     """Use the tunnel while UDP does not pass."""
     retry_first: bool = False
@@ -157,7 +157,7 @@ class LinkRunner:
         """Keep the link.
 
         Raises a JoinError when the first Provision fails, unless it is to be retried, and a DeviceError when the first
-        interface cannot be made; afterwards it retries for ever.
+        interface cannot be created; later failures are retried indefinitely.
         """
         reason = "it was left"
         answer: Provisioned | None = None
@@ -263,7 +263,7 @@ class LinkRunner:
                     raise
                 reason = str(error)
             except Exception as error:
-                log.exception("the link failed and is made again")
+                log.exception("the link failed; restarting it")
                 reason = f"internal error: {type(error).__name__}"
                 backoff.next()
             self.progress.lost(str(self.route), reason)
@@ -396,13 +396,13 @@ class LinkRunner:
         def server_key() -> PublicKey:  # which may have changed since
             return (self.answer or udp).server_key
 
-        while True:  # the signal may come while the tunnel is being reopened, when nobody heeds it
+        while True:  # the signal may arrive, and be ignored, while the tunnel is being reopened
             await until_udp_passes(self.private_key, server_key, udp.endpoints, self.rising_timestamps(), tries, self._retry)
             signals.put(UdpPasses())
 
 
 def _interface_of(answer: Provisioned) -> tuple[object, ...]:
-    """What of an answer the interface is made from."""
+    """The parts of an answer that the interface depends on."""
     return answer.address, answer.virtual_address is None
 
 

@@ -1,4 +1,4 @@
-"""What the parts of a link tell its monitor, in order."""
+"""Signals from the parts of a link to its monitor, in order."""
 
 import time
 from collections.abc import Callable
@@ -22,7 +22,7 @@ class RouteLost:
 
 @dataclass(frozen=True, slots=True)
 class RouteInterrupted:
-    """The route is interrupted and recovers by itself."""
+    """The route is interrupted and will recover on its own."""
 
     reason: str
 

@@ -156,7 +156,7 @@ class Progress:
         self.down.set()
 
     def new_settings(self, route: str) -> None:
-        """The link is made anew by other settings; its next handshake is its first."""
+        """The link was recreated with other settings; its next handshake is its first."""
         self.has_new_settings = True
         self._started_at = time.monotonic()
         if self.machine.is_up:

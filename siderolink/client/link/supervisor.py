@@ -45,7 +45,7 @@ class Verdict:
     reason: str = ""
     """Why they were refused, or are still pending."""
     warnings: tuple[str, ...] = ()
-    """What the caller should know although the change was applied: connections that end, for instance."""
+    """Side effects of the applied change, such as connections that end."""
 
     @property
     def is_refused(self) -> bool:
@@ -86,7 +86,7 @@ class LinkSupervisor:
         """Why the settings that were wanted last are not in force; empty if they are."""
 
     async def apply(self, options: LinkOptions, *, timeout: float = VERDICT_TIMEOUT, keep: bool = False) -> Verdict:
-        """Run the link by these settings if they work, and answer within `timeout` seconds what became of them.
+        """Use these settings if they work. Returns the outcome within `timeout` seconds.
 
         Without `keep`, settings that fail or take longer are dropped. With it they are `pending` after the timeout and retried
         until they work; a refusal that comes sooner is reported and retried all the same. Later settings replace earlier ones
@@ -157,7 +157,7 @@ class LinkSupervisor:
             self._fail(change, changes, str(error), is_final=isinstance(error, JoinRefusedError))
             return
         except Exception as error:
-            log.exception("trying new settings failed")
+            log.exception("testing the new settings failed")
             self._fail(change, changes, f"internal error: {type(error).__name__}", is_final=False)
             return
         self._is_switching = True
@@ -266,7 +266,7 @@ class LinkSupervisor:
 async def try_first(options: LinkOptions, keys: ServerKeys, *, timeout: float = VERDICT_TIMEOUT) -> Verdict:
     """Try settings for a machine that has no link yet.
 
-    Only a refusal that does not pass by itself keeps them from being used: an unreachable server may come later.
+    Only a permanent refusal prevents their use, because an unreachable server may become reachable later.
     """
 
     def ignore(_: events.LinkEvent) -> None:
@@ -289,7 +289,7 @@ async def try_first(options: LinkOptions, keys: ServerKeys, *, timeout: float = 
 
 
 def describe_changes(old: LinkOptions, new: LinkOptions) -> str:
-    """What differs, for people and without secrets."""
+    """The differences as text, without secrets."""
     found = []
     if old.server != new.server:
         found.append(f"server {new.url.authority}")

@@ -113,7 +113,7 @@ class HandshakeWatch:
         self.suspect(now, "the host slept")
 
     def probe_now(self, now: float) -> None:
-        """A handshake is likely to succeed now: begin the next one at once, if any is due."""
+        """A handshake is likely to succeed now: start the next one immediately, if one is due."""
         if self._probe_at != float("inf"):
             self._probe_at = now
 
@@ -154,7 +154,7 @@ class RegularCuts:
     ENOUGH = 3
     TOLERANCE = 0.1
     SHORTEST = 5.0
-    """Seconds: what is cut sooner meets no timeout."""
+    """Seconds; shorter connections were not cut by an idle timeout."""
 
     def __init__(self) -> None:
         self._ages: list[float] = []

@@ -1,4 +1,4 @@
-"""The machine's own API: who it runs for, what it shows, and where it listens."""
+"""The machine API: its callers, its resources and its listeners."""
 
 from siderolink.client.maintenance.api import (
     API_PORT,

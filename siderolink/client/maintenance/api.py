@@ -1,7 +1,7 @@
-"""The machine's maintenance API: what it serves, and where it listens.
+"""The machine's maintenance API and its listeners.
 
-A machine without SideroLink is reached at any of its addresses. One that is told to use SideroLink is reached over it or not at
-all: at its overlay address, by the SideroLink interface (and by the machine's own processes), and nowhere while there is no
+Without SideroLink, a machine is reachable at any address. With SideroLink configured, it is reachable over the link or not at
+all: at its overlay address, through the SideroLink interface (and by local processes), and not while there is no
 such address.
 """
 
@@ -104,7 +104,7 @@ class MaintenanceApi:
 
     @property
     def port(self) -> int | None:
-        """The TCP port, or None while the API listens nowhere."""
+        """The TCP port, or None while the API is not listening."""
         return self._servers[0].port if self._servers else None
 
     def move(self, place: Place) -> None:
@@ -116,7 +116,7 @@ class MaintenanceApi:
         self._moved.set()
 
     async def wait_listening(self) -> None:
-        """Wait until the API listens at `place`, or until its sockets are closed if that is nowhere."""
+        """Wait until the API listens at `place`, or has closed its sockets if `place` is none."""
         await self._listening.wait()
 
     async def wait_tried(self) -> None:
@@ -150,7 +150,7 @@ class MaintenanceApi:
                     self._tried.set()
                     await anyio.sleep_forever()
             except SideroLinkError as error:
-                log.warning("the maintenance API cannot listen, and tries again: %s", error)
+                log.warning("the maintenance API cannot listen; retrying: %s", error)
             self._tried.set()
             await anyio.sleep(RETRY_SECONDS)
 

@@ -99,7 +99,7 @@ class ConfigurationKeeper:
         try:
             kept = await _judge(data)
         except ConfigurationError as error:
-            log.warning("the kept configuration %s is passed over: %s", self._path, one_line(str(error)))
+            log.warning("the saved configuration %s is ignored: %s", self._path, one_line(str(error)))
             return
         await self._use(kept.settings)
         self._active = self._persistent = kept
@@ -183,7 +183,7 @@ class ConfigurationKeeper:
         try:
             await anyio.to_thread.run_sync(write_private, self._path, found.data)
         except OSError as error:
-            log.warning("the configuration cannot be kept in %s: %s", self._path, error.strerror)
+            log.warning("the configuration cannot be saved to %s: %s", self._path, error.strerror)
             return [f"it is kept in memory alone: its file cannot be written: {error.strerror}"]
         return []
 
@@ -194,7 +194,7 @@ class ConfigurationKeeper:
             return
         self._set_trial(None)
         settings = MachineSettings() if trial.before is None else trial.before.settings
-        log.info("the configuration on trial is taken back")
+        log.info("the trial configuration was reverted")
         self._is_busy = True
         try:
             verdict = await self._use(settings)

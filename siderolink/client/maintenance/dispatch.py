@@ -147,7 +147,7 @@ class MethodTable:
             request = readable(await stream.recv_message())
             if self._streams >= MAX_STREAMS:
                 raise GRPCError(
-                    Status.RESOURCE_EXHAUSTED, f"{method.name}: too many streams run on this machine; end some first"
+                    Status.RESOURCE_EXHAUSTED, f"{method.name}: too many streams are open on this machine; close some first"
                 )
             answers: Any = found.function(request, role)
             self._streams += 1
@@ -175,7 +175,7 @@ async def closed_after(items: AsyncIterator[T]) -> AsyncIterator[AsyncIterator[T
 
 
 def readable(request: Any) -> Any:
-    """The request. Raises GRPCError where it is none, or has values of other kinds than declared."""
+    """The decoded request. Raises GRPCError if it is malformed or has values of undeclared kinds."""
     if request is None or not has_declared_types(request):
         raise GRPCError(Status.INVALID_ARGUMENT, "the message could not be read")
     return request

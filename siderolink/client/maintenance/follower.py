@@ -31,7 +31,7 @@ _KEEPALIVE = 25
 class LinkFollower:
     """Follows a machine's link on behalf of its API.
 
-    follower.configured(url)                        # SideroLink is configured: the API listens nowhere, for now
+    follower.configured(url)                        # SideroLink is configured: the API stops listening
     connect(url, on_event=follower.on_event)        # and on the overlay address once there is one
     follower.removed()                              # no SideroLink any more: everywhere
     """
@@ -46,7 +46,7 @@ class LinkFollower:
         self._connected = False
 
     def configured(self, url: JoinURL) -> None:
-        """The machine is told to join by this URL; a link that is there stays."""
+        """Handle the configuration of a join URL. An existing link stays."""
         is_new, self._url = self._url is None, url
         if is_new:
             self._forget_link()
@@ -55,7 +55,7 @@ class LinkFollower:
         self._show_status()
 
     def removed(self) -> None:
-        """The machine is told to use no SideroLink."""
+        """Handle the removal of SideroLink from the configuration."""
         self._forget_link()
         self._url = None
         self._api.resources.remove(SIDEROLINK_CONFIG, CONFIG_ID)
@@ -142,7 +142,7 @@ class LinkFollower:
 
 
 def _index(interface: str) -> int:
-    """The kernel's number of the interface; 0 where there is none now."""
+    """The kernel's index of the interface; 0 if it does not exist."""
     with contextlib.suppress(OSError):
         return socket.if_nametoindex(interface)
     return 0

@@ -16,7 +16,7 @@ from siderolink.common.text import one_line
 ApplyMode = Literal["reboot", "auto", "no-reboot", "staged", "try"]
 ServiceAction = Literal["start", "stop", "restart"]
 API_RELEASE = TALOS_VERSION
-"""The release whose API this machine has: what `Version` answers, and what servers are told by default."""
+"""The release whose API this machine implements. `Version` returns it, and it is the default to report to servers."""
 
 WipeMode = Literal["all", "system-disk", "user-disks"]
 
@@ -159,12 +159,12 @@ class LogRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MachineHooks:
-    """What is called for an API call that the caller may make.
+    """The functions that serve permitted API calls.
 
     What is None has the default that docs/machine.md names: a refusal, or for logs, services and the kernel's log what a plain
     Linux host can tell. A hook that raises ConfigurationError refuses the call (INVALID_ARGUMENT, with the error's text);
     GRPCError answers as it says; anything else is INTERNAL, and logged. The caller waits for the hook, so what takes long is
-    begun and not awaited.
+    started and not awaited.
     """
 
     version: MachineVersion = field(default_factory=MachineVersion)

@@ -83,14 +83,14 @@ def _load(path: Path) -> dict[int, bytes]:
     try:
         found = json.loads(data)
         if found["version"] != _FORMAT:
-            raise ConfigurationError(f"{path} was written by a newer release, and cannot be read by this one")
+            raise ConfigurationError(f"{path} was written by a newer release and cannot be read by this one")
         values = {int(key): base64.b64decode(value, validate=True) for key, value in found["values"].items()}
     except ConfigurationError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, binascii.Error):
-        raise ConfigurationError(f"{path} is no META file; give another, or remove it") from None
+        raise ConfigurationError(f"{path} is not a META file; use another, or remove it") from None
     if not all(0 <= key <= 255 for key in values) or sum(map(len, values.values())) > MAX_BYTES:
-        raise ConfigurationError(f"{path} has keys or values that META cannot have; give another, or remove it")
+        raise ConfigurationError(f"{path} has keys or values that META does not allow; use another file, or remove it")
     return values
 
 

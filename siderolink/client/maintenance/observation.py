@@ -125,7 +125,7 @@ class Observation:
         except TimeoutError:
             raise GRPCError(Status.DEADLINE_EXCEEDED, "the kernel did not answer in time") from None
         except OSError as error:
-            raise GRPCError(Status.UNAVAILABLE, f"the kernel cannot be asked: {error.strerror}") from None
+            raise GRPCError(Status.UNAVAILABLE, f"the kernel query failed: {error.strerror}") from None
 
     async def _cpu_info(self, _: Empty, role: Role) -> pb.CpuInfoResponse:
         return pb.CpuInfoResponse(messages=[pb.CpUsInfo(cpu_info=await self._ask(proc.cpu_info))])
@@ -185,7 +185,7 @@ class Observation:
     async def _kernel_log(self, role: Role, *, follow: bool, only_new: bool) -> AsyncIterator[bytes]:
         """Lines of the kernel's log. Each reader holds a descriptor, so their number is bounded, apart for each role."""
         if self._kernel_readers[role] >= _MAX_KERNEL_READERS:
-            raise GRPCError(Status.RESOURCE_EXHAUSTED, "too many callers read the kernel's log; end some first")
+            raise GRPCError(Status.RESOURCE_EXHAUSTED, "too many callers are reading the kernel log; stop some first")
         self._kernel_readers[role] += 1
         try:
             hook = self._hooks.dmesg
@@ -224,7 +224,7 @@ class Observation:
     async def _read(self, request: pb.ReadRequest, role: Role) -> AsyncIterator[Data]:
         if request.path not in _READABLE:
             allowed = ", ".join(_READABLE)
-            raise GRPCError(Status.PERMISSION_DENIED, f"this machine gives out no files but {allowed}")
+            raise GRPCError(Status.PERMISSION_DENIED, f"this machine only serves the files {allowed}")
         text = (await self._read_in_thread(partial(proc.read_text, Path(request.path), _MAX_FILE))).encode()
         if not text:
             raise GRPCError(Status.NOT_FOUND, f"{request.path} cannot be read on this machine")

@@ -40,7 +40,7 @@ class Pattern:
         try:
             import re2
         except ImportError:
-            raise NoPatternsError("patterns of ids need a package: pip install 'siderolink[patterns]'") from None
+            raise NoPatternsError("ID patterns need a package: pip install 'siderolink[patterns]'") from None
         if len(text) > LONGEST_PATTERN:
             raise PatternError(f"a pattern has at most {LONGEST_PATTERN} characters")
         options = re2.Options()

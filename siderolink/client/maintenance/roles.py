@@ -16,7 +16,7 @@ from siderolink.common.text import one_line
 
 
 class Role(StrEnum):
-    """What a caller may do."""
+    """The permissions of a caller."""
 
     READER = "reader"
     """Read what is not sensitive; and apply a configuration, while there is none."""
@@ -26,7 +26,7 @@ class Role(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Admittance:
-    """What the socket that took a connection says of its callers."""
+    """Properties of callers that follow from the accepting socket."""
 
     admin: IPv6Address | None = None
     """The source address that is the admin's; None where there can be none."""
@@ -52,9 +52,9 @@ class Method:
     role: Role
     """The least role that may call it."""
     refusal: tuple[Status, str] | None = None
-    """What callers with that role are told where nothing serves the method."""
+    """The error for callers with that role if nothing serves the method."""
     note: str = ""
-    """What this machine does, for the documentation."""
+    """This machine's behaviour, for the documentation."""
 
     @property
     def service(self) -> str:
@@ -186,7 +186,7 @@ def not_authorized() -> GRPCError:
 
 
 def unknown_method(path: str) -> GRPCError:
-    """What a caller who may call anything is told of a method that no machine has."""
+    """The error for an authorized caller of an unknown method."""
     service, _, name = path.removeprefix("/").partition("/")
     if any(method.service == service for method in METHODS.values()):
         return GRPCError(Status.UNIMPLEMENTED, f"unknown method {one_line(name, limit=100)} for service {service}")

@@ -77,7 +77,7 @@ class StateService:
         resource_type = self._permitted(stream, request)
         selection = _watched(request, options)
         if self._watches >= MAX_WATCHES:
-            raise GRPCError(Status.RESOURCE_EXHAUSTED, "too many watches run on this machine; end some first")
+            raise GRPCError(Status.RESOURCE_EXHAUSTED, "too many watches are open on this machine; close some first")
         self._watches += 1
         # no await between these two, so no change is missed
         watch = self._store.watch(resource_type, request.id, request.namespace)
@@ -143,7 +143,7 @@ def _watched(request: pb.WatchRequest, options: pb.WatchOptions) -> Selection:
         if options.label_query or (options.id_query is not None and options.id_query.regexp):
             raise GRPCError(Status.UNIMPLEMENTED, "queries are not implemented for resource watch")
     if sum((options.bootstrap_contents, options.tail_events > 0, options.start_from_bookmark is not None)) > 1:
-        raise GRPCError(Status.INVALID_ARGUMENT, "a watch begins with contents, past events or a bookmark; ask for one of them")
+        raise GRPCError(Status.INVALID_ARGUMENT, "a watch starts from contents, past events or a bookmark; choose one")
     return read_selection(options.label_query, options.id_query)
 
 
@@ -167,7 +167,7 @@ async def _send_changes(
         try:
             change = await watch.next()
         except WatchTooSlowError:
-            raise GRPCError(Status.RESOURCE_EXHAUSTED, "the watch did not take its events in time; watch anew") from None
+            raise GRPCError(Status.RESOURCE_EXHAUSTED, "the watch read its events too slowly; start a new watch") from None
         event = _changed(change, selection, history)
         if event is not None:
             await stream.send_message(pb.WatchResponse(event=[event]))

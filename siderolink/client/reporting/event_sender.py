@@ -26,7 +26,7 @@ MAX_ACTOR_ID = 128
 MAX_REFUSALS = 5
 """How often one event is sent to a sink that calls it invalid."""
 PUBLISH_TIMEOUT = 30.0
-"""Seconds for one call; then the connection is made anew."""
+"""Timeout of one call in seconds; then the sender reconnects."""
 
 
 class _Refused:
@@ -73,7 +73,7 @@ class EventSender:
         return len(self._queue)
 
     def publish(self, payload: MachineEventPayload, *, actor_id: str = "") -> str:
-        """Report an event, at once or when the sink can be reached; gives its id. Never waits.
+        """Queue an event for the sink and return its id. Never waits.
 
         Raises ConfigurationError for an event or an actor id longer than sinks take.
         """
@@ -92,14 +92,14 @@ class EventSender:
         self._trigger.fire()
 
     async def run(self, sink: HostPort) -> None:
-        """Deliver to the sink for ever; ends only by cancellation."""
+        """Deliver to the sink until cancelled."""
         while True:
             await self._queue.wait_beyond(self._queue.first)
             try:
                 with translate_errors(f"the event sink {sink}"):
                     await self._deliver(sink)
             except JoinError as error:
-                log.debug("events wait for the sink %s: %s", sink, error)
+                log.debug("events are queued for the sink %s: %s", sink, error)
             except GRPCError as error:
                 self._on_refusal(sink, error)
             except Exception:
@@ -114,7 +114,7 @@ class EventSender:
         if error.status is not Status.INVALID_ARGUMENT or not len(self._queue):
             return
         if self._refused.count(self._queue.first) >= MAX_REFUSALS:
-            log.warning("an event is given up: the sink %s refuses it: %s", sink, reason)
+            log.warning("an event was discarded because the sink %s refused it: %s", sink, reason)
             self.refused += 1
             self._queue.acknowledge(self._queue.first + 1)
 
@@ -134,5 +134,5 @@ class EventSender:
 
     def _report_lost(self) -> None:
         if self._queue.lost > self._lost_reported:
-            log.warning("%d events were lost, because too many waited for the sink", self._queue.lost - self._lost_reported)
+            log.warning("%d events were lost because the queue for the sink was full", self._queue.lost - self._lost_reported)
             self._lost_reported = self._queue.lost

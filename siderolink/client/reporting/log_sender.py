@@ -36,7 +36,7 @@ MAX_LINE_BYTES = 16 * 1024
 CONNECT_TIMEOUT = 10.0
 SEND_TIMEOUT = 5.0
 TAKE_TIMEOUT_MS = 15_000
-"""How long the other end may take to acknowledge what was sent, before the connection is made anew."""
+"""How long the receiver may take to acknowledge data before the sender reconnects."""
 KEEPALIVE_SECONDS = 30
 RETRY_SECONDS = 1.0
 RESOLVE_SECONDS = 60.0
@@ -89,7 +89,7 @@ class LogSender:
         return len(self._queue)
 
     def add(self, message: KernelMessage) -> None:
-        """Deliver a record, at once or when the receiver can be reached. Never waits."""
+        """Queue a record for the receiver. Never waits."""
         line = message.line() + b"\n"
         if len(line) > MAX_LINE_BYTES:
             line = _shortened(message).line() + b"\n"
@@ -100,14 +100,14 @@ class LogSender:
         self._trigger.fire()
 
     async def run(self) -> None:
-        """Deliver for ever; ends only by cancellation."""
+        """Deliver until cancelled."""
         deliver = self._deliver_tcp if self.destination.protocol == "tcp" else self._deliver_udp
         while True:
             await self._queue.wait_beyond(self._queue.first)
             try:
                 await deliver()
             except (OSError, TimeoutError) as error:
-                log.debug("log lines wait for %s: %s", self.destination, error)
+                log.debug("log lines are queued for %s: %s", self.destination, error)
             except Exception:  # such as a host name that cannot be encoded
                 log.exception("delivering log lines to %s failed", self.destination)
             self._report_lost()
@@ -156,7 +156,9 @@ class LogSender:
     def _report_lost(self) -> None:
         if self._queue.lost > self._lost_reported:
             log.warning(
-                "%d log lines for %s were lost: too many waited", self._queue.lost - self._lost_reported, self.destination
+                "%d log lines for %s were lost because the queue was full",
+                self._queue.lost - self._lost_reported,
+                self.destination,
             )
             self._lost_reported = self._queue.lost
 
@@ -223,7 +225,7 @@ class _TcpProgress:
         del self._ends[:count]
 
     def end(self) -> None:
-        """Give up what was taken; but not what was taken lately, where nobody may have read it."""
+        """Discard acknowledged lines, except recent ones that the receiver may not have read."""
         self.settle()
         if self.is_broken:
             self._queue.put_back(tuple(self._lately))
@@ -238,7 +240,7 @@ class _TcpProgress:
 async def forward_log(source: AsyncIterable[KernelMessage], senders: Sequence[LogSender]) -> None:
     """Give every record of the source to every sender, and deliver, until cancelled.
 
-    Raises what the source raises; where it ends, delivery goes on.
+    Raises what the source raises. Delivery continues after the source ends.
     """
     async with background_tasks() as tasks:
         for sender in senders:
@@ -272,7 +274,7 @@ async def _connect(address: HostPort) -> socket.socket:
 
 
 async def _watch_end(sock: socket.socket, scope: anyio.CancelScope, progress: _TcpProgress) -> None:
-    """Receivers say nothing: what can come is the end, and then `scope` is over."""
+    """Receivers send nothing, so any input is the end of the connection and ends `scope`."""
     try:
         while await asyncio.get_running_loop().sock_recv(sock, 4096):
             pass

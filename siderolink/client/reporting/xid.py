@@ -27,7 +27,7 @@ class IdMaker:
             counter = (self._counter + 1) % (1 << _COUNTER_BITS)
             now = max(int(self._clock()), self._last)
             if counter < self._counter and now == self._last:
-                now += 1  # the counter began anew within one second
+                now += 1  # the counter restarted within one second
             self._counter, self._last = counter, now
         packed = struct.pack(">I", now & 0xFFFFFFFF) + self._maker + counter.to_bytes(3)
         return _encode(packed)

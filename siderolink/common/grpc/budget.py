@@ -153,7 +153,7 @@ class ConnectionBudget:
         return held
 
     def leave(self, held: Held) -> None:
-        """The connection is gone; nothing happens where it does not count any more."""
+        """Release a closed connection. Does nothing if it is no longer counted."""
         for pool in (self._known, self._unproven, self._reserved):
             if held in pool:
                 pool.remove(held)

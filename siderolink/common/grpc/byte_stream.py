@@ -28,7 +28,7 @@ _HTTP_STATUS = {
     "503": Status.UNAVAILABLE,
     "504": Status.UNAVAILABLE,
 }
-"""What an answer of HTTP alone means (gRPC's http-grpc-status-mapping)."""
+"""The gRPC status of a plain HTTP response (gRPC's http-grpc-status-mapping)."""
 
 
 class ByteStream:
@@ -79,7 +79,7 @@ class ByteStream:
 
     @property
     def room(self) -> int:
-        """How many bytes `send` would take right now: what HTTP/2's windows and the socket leave."""
+        """How many bytes `send` would accept now, limited by HTTP/2's windows and the socket."""
         return self._connection.room(self._id) if self.is_open else 0
 
     def accept(self) -> None:
@@ -168,7 +168,7 @@ class ByteStream:
             self.refuse(Refusal.FLOW_CONTROL, "more than the stream's window", Status.RESOURCE_EXHAUSTED)
 
     def _judge_answer(self) -> None:
-        """Client: end the stream where the answer that begins is none of gRPC's."""
+        """Client: end the stream if the response is not gRPC."""
         self._is_grpc = True
         error = _not_grpc(dict(self._stream.headers or ()))
         if error is not None:
@@ -191,7 +191,7 @@ class ByteStream:
 
     def _give(self, pieces: Sequence[memoryview], flow: int) -> None:
         if self._outcome.done() or self._receiver is None:
-            # dropped; what other streams may send must not shrink by it
+            # dropped; this must not shrink the window of other streams
             self._connection.give_back(self._id, flow)
             return
         self._unacknowledged += flow
@@ -241,7 +241,7 @@ def trailers(status: Status, message: str | None, *, only: bool) -> Headers:
 
 
 def _error_of(headers: Headers | None) -> GRPCError | None:
-    """What a server's trailers, or its only headers, say."""
+    """Check a server's trailers, or its only headers."""
     fields = dict(headers or ())
     error = _not_grpc(fields)
     if error is not None:
@@ -257,11 +257,11 @@ def _error_of(headers: Headers | None) -> GRPCError | None:
 
 
 def _not_grpc(fields: Mapping[str, str]) -> GRPCError | None:
-    """What an answer's first headers, or its only ones, say that speak of HTTP alone."""
+    """Check the HTTP part of a response's headers."""
     http_status = fields.get(":status", "200")
     if http_status != "200":
         return GRPCError(_HTTP_STATUS.get(http_status, Status.UNKNOWN), f"HTTP status {http_status[:8]!r}")
     content_type = fields.get("content-type", CONTENT_TYPE)
     if not content_type.startswith(CONTENT_TYPE):
-        return GRPCError(Status.UNKNOWN, f"an answer of type {content_type[:64]!r}, which is not gRPC's")
+        return GRPCError(Status.UNKNOWN, f"a response of type {content_type[:64]!r}, which is not gRPC")
     return None

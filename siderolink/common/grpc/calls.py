@@ -31,10 +31,10 @@ from siderolink.common.grpc.sources import TrustedProxies, source_of
 log = logging.getLogger("siderolink")
 
 _CALL_BYTES = 16 * 1024
-"""What a call that runs takes of memory beside its message, about."""
+"""Approximate memory of a running call besides its message."""
 
 SHUTTING_DOWN = "the server is shutting down"
-"""What calls that run are told when the server stops."""
+"""Status message for calls that run when the server stops."""
 ANY_METHOD = "*"
 """The path by which a service offers what serves every method that no service has."""
 
@@ -72,7 +72,7 @@ def valid_token(call: object) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """What serves one path, and the bounds of its calls."""
+    """The handler of one path, and the limits of its calls."""
 
     handler: Handler
     limits: CallLimits
@@ -105,7 +105,7 @@ class _Bad(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Caller:
-    """Who is at the other end of a connection, and what of it is told."""
+    """The client of a connection."""
 
     address: object = None
     """Its socket address: of the client itself where a PROXY header named it. None for a local socket."""
@@ -169,7 +169,7 @@ class CallHandler(AbstractHandler):
         return self._tasks.values()
 
     def accept(self, stream: GrpclibH2Stream, headers: Headers, release_stream: Callable[[], None]) -> None:
-        """Start the call; what it may not be is answered before any task is made."""
+        """Start the call. Refusals are sent before a task is created."""
         assert isinstance(stream, H2Stream)
         check_fields(headers)
         connection = stream.connection
@@ -225,7 +225,7 @@ class CallHandler(AbstractHandler):
         self.cancel(stream)
 
     def close(self) -> None:
-        """The connection is gone, or the server stops: running calls are cancelled, and told so if they can be."""
+        """Cancel running calls because the connection closed or the server stops, and notify clients if possible."""
         for task in tuple(self._tasks.values()):
             task.cancel()
 
@@ -328,7 +328,7 @@ async def _lasting(seconds: float) -> AsyncIterator[None]:
             yield
     except TimeoutError:
         if scope.expired():
-            raise GRPCError(Status.UNAVAILABLE, f"the call lasted for {seconds:g} s, call again") from None
+            raise GRPCError(Status.UNAVAILABLE, f"the call reached its limit of {seconds:g} s; call again") from None
         raise
 
 

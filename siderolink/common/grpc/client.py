@@ -130,16 +130,16 @@ class GrpcChannel(Channel):
         await self.__connect__()
 
     async def wait_lost(self) -> None:
-        """Wait until the connection that stands now is gone; returns at once when none does."""
+        """Wait until the current connection closes. Returns immediately without one."""
         for protocol in tuple(self._connections):
             await protocol.lost.wait()
 
     async def watch_health(self, on_up: Callable[[], None]) -> None:
-        """Call `on_up` once the server answers, and return when it is gone; all by one call that is held open.
+        """Call `on_up` once the server answers, and return when it is gone. Uses one long-lived call.
 
         The call (``grpc.health.v1.Health/Watch``) keeps the connection open at reverse proxies, which close idle ones after a
         minute, and it ends with the server behind such a proxy, where the connection would stay. A server without that service
-        is watched by the connection alone. Raises what a call can raise while the server has not answered.
+        is watched by the connection alone. Raises the errors of a call until the server has answered.
         """
         protocol = await self.__connect__()
         answers = 0
@@ -264,8 +264,8 @@ async def open_byte_stream(
 def translate_errors(target: str = "the server's API") -> Iterator[None]:
     """Turn what a call can raise into this package's errors; GRPCError, the server's own status, passes unchanged.
 
-    An exception that nobody foresaw is logged with its traceback and becomes a ServerUnreachableError: it costs this try, and
-    not the task that makes it. Raises ServerUnreachableError or InvalidAnswerError.
+    An unexpected exception is logged with its traceback and becomes a ServerUnreachableError: it fails this attempt, but
+    not the calling task. Raises ServerUnreachableError or InvalidAnswerError.
     """
     try:
         yield
@@ -288,12 +288,12 @@ def _translated(error: Exception, target: str) -> InvalidAnswerError | ServerUnr
         case OSError():
             return ServerUnreachableError(f"{target} cannot be reached: {error.strerror or error}")
         case grpclib.exceptions.StreamTerminatedError():
-            return ServerUnreachableError(f"{target} broke the connection off: {error}")
+            return ServerUnreachableError(f"{target} aborted the connection: {error}")
         case H2Error():
-            return ServerUnreachableError(f"the connection to {target} broke: {type(error).__name__}")
+            return ServerUnreachableError(f"the connection to {target} was lost: {type(error).__name__}")
         case grpclib.exceptions.ProtocolError() | AssertionError() | binascii.Error() | UnicodeError():
             # the last two: binary metadata that is not base64
-            return InvalidAnswerError(f"{target} gave an answer that breaks gRPC")
+            return InvalidAnswerError(f"{target} sent an answer that violates gRPC")
         case _:
-            log.error("a call to %s failed in a way that nobody foresaw", target, exc_info=error)
+            log.error("a call to %s failed unexpectedly", target, exc_info=error)
             return ServerUnreachableError(f"the call to {target} failed: {type(error).__name__}: {one_line(str(error))}")

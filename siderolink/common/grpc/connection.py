@@ -76,7 +76,7 @@ def _settings(limits: Limits, *, server: bool) -> dict[SettingCodes, int]:
 
 @lru_cache(maxsize=8)
 def first_words(limits: Limits, *, server: bool) -> bytes:
-    """What either side says first (RFC 9113, 3.4), and how much more the peer may send than it knows."""
+    """The connection preface (RFC 9113, 3.4) of either side, with the initial connection window."""
     connection = H2Connection(h2_config(server=server))
     connection.local_settings = Settings(client=not server, initial_values=_settings(limits, server=server))
     connection.initiate_connection()
@@ -111,11 +111,11 @@ class Gate(asyncio.Event):
 
 
 CORK_BYTES = 64 * 1024
-"""What is joined into one send at most."""
+"""Maximum bytes joined into one send."""
 
 
 class CorkedTransport(asyncio.Transport):
-    """Joins what is written in one turn of the loop into one send. Drops what comes after the transport is gone."""
+    """Joins the writes of one turn of the loop into one send. Drops writes after the transport is gone."""
 
     def __init__(
         self, transport: asyncio.Transport, max_unsent: int = 1 << 30, on_overflow: Callable[[], None] | None = None
@@ -171,7 +171,7 @@ class CorkedTransport(asyncio.Transport):
 
 
 class Sink(Protocol):
-    """Who takes a stream's raw bytes."""
+    """The consumer of a stream's raw bytes."""
 
     def feed(self, pieces: Sequence[memoryview], *, flow: bool) -> None:
         """Take DATA; with `flow`, the sink gives the window back itself."""
@@ -210,9 +210,9 @@ class H2Stream(_GrpclibStream):
                 await super().send_data(data, end_stream)
         except TimeoutError:
             if scope.expired():
-                self.connection.refuse_call(Refusal.ANSWER_NOT_TAKEN, "the peer left no room for a message in time")
+                self.connection.refuse_call(Refusal.ANSWER_NOT_TAKEN, "the peer did not open its flow-control window in time")
                 self.abort(ErrorCodes.CANCEL)
-                raise StreamTerminatedError("the peer left no room for a message in time") from None
+                raise StreamTerminatedError("the peer did not open its flow-control window in time") from None
             raise
 
     def put_headers(self, headers: Headers, *, end_stream: bool = False) -> None:
@@ -249,7 +249,7 @@ class H2Stream(_GrpclibStream):
 
 
 class Connection(_GrpclibConnection):
-    """What all streams of a connection share. Nothing here reads what grpclib's close() deletes."""
+    """State shared by all streams of a connection. Does not read attributes that grpclib's close() deletes."""
 
     def __init__(
         self,
@@ -296,7 +296,7 @@ class Connection(_GrpclibConnection):
         self._stream_gate.close()
 
     def gone(self) -> None:
-        """The transport is gone: keep nothing that leads back to it."""
+        """Drop all references to the transport after it is gone."""
         self.close()
         self.transport.detach()
         self._on_flood = None
@@ -312,7 +312,7 @@ class Connection(_GrpclibConnection):
                 self._flood(refused)
 
     def feed(self, data: bytes) -> list[Event]:
-        """Give frames to the engine and send its answers. Raises Refused for what the peer may not do."""
+        """Feed frames to the engine and send its responses. Raises Refused if the peer breaks a rule."""
         try:
             events = private.receive(self.engine, data)
         except ProtocolError as error:
@@ -359,24 +359,24 @@ class Connection(_GrpclibConnection):
         self.scanner.raw.add(stream.id)
 
     def drop_sink(self, stream_id: int) -> None:
-        """Whatever still comes for this stream is the HTTP/2 engine's business again."""
+        """Pass further data of this stream to the HTTP/2 engine again."""
         self.sinks.pop(stream_id, None)
         self.scanner.raw.discard(stream_id)
 
     def received(self, size: int) -> None:
-        """DATA came past the engine. Raises Refused when it is more than the connection's window had left."""
+        """DATA came past the engine. Raises Refused when it is more data than the connection's window allows had left."""
         self._outstanding += size
         self._check_window()
 
     def _check_window(self) -> None:
-        """Raises Refused when the peer sent more than the connection's window, by the engine and past it together."""
+        """Raises Refused if the peer sent more data than the connection's window allows, by the engine and past it together."""
         if self._outstanding > self.engine.inbound_flow_control_window:
-            raise Refused(Refusal.FLOW_CONTROL, "more than the connection's window")
+            raise Refused(Refusal.FLOW_CONTROL, "more data than the connection's window allows")
 
     def give_back(self, stream_id: int, size: int) -> None:
-        """Tell the peer that it may send `size` more, of what came past the engine.
+        """Return `size` bytes of flow-control window for data that bypassed the engine.
 
-        On the stream, if it still runs, at once; on the connection by quarters of its window.
+        Immediately for the stream, if it is open; in quarters of the window for the connection.
         """
         if self.is_closing() or not size:
             return

@@ -98,7 +98,7 @@ def _naming(proxy: Proxy) -> Iterator[None]:
     except TimeoutError:
         raise
     except ServerUnreachableError as error:
-        raise ServerUnreachableError(f"the proxy {proxy} is of no use: {error}") from error
+        raise ServerUnreachableError(f"the proxy {proxy} failed: {error}") from error
     except ssl.SSLCertVerificationError as error:
         raise ServerUnreachableError(f"the certificate of the proxy {proxy} is not trusted: {error.verify_message}") from error
     except OSError as error:
@@ -130,7 +130,7 @@ class _ConnectAnswer(asyncio.Protocol):
             self.rest = rest
             self.head.set_result(head)
         elif len(self._data) > _LONGEST_ANSWER:
-            self._fail("its answer does not end")
+            self._fail("its response is too long")
 
     def eof_received(self) -> None:
         self._fail("it closed the connection")
@@ -198,7 +198,7 @@ async def adopt(
     """Hand a proxied connection to its protocol, inside TLS where `tls` is given. Raises what a TLS handshake can raise."""
     if tls is not None:
         if rest:
-            raise ServerUnreachableError("something spoke before the TLS handshake")
+            raise ServerUnreachableError("received data before the TLS handshake")
         transport.resume_reading()  # start_tls pauses it itself
         inner = await asyncio.get_running_loop().start_tls(transport, protocol, tls, server_hostname=host)
         assert inner is not None

@@ -9,7 +9,7 @@ from siderolink.common.grpc.limits import Limits
 from siderolink.common.grpc.refusals import Refusal, Refused
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-"""What a client says first (RFC 9113, 3.4)."""
+"""The client connection preface (RFC 9113, 3.4)."""
 FRAME_HEADER_BYTES = 9
 
 DATA, HEADERS, PRIORITY, RST_STREAM, SETTINGS, PUSH_PROMISE, PING, GOAWAY, WINDOW_UPDATE, CONTINUATION = range(10)
@@ -260,7 +260,7 @@ class FrameScanner:
             return 0
         length = min(len(self._preface), len(data))
         if data[:length] != self._preface[:length]:
-            raise Refused(Refusal.NOT_HTTP2, "the connection did not begin with HTTP/2's preface")
+            raise Refused(Refusal.NOT_HTTP2, "the connection did not start with the HTTP/2 preface")
         self._preface = self._preface[length:]
         return length
 

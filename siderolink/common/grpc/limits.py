@@ -36,7 +36,7 @@ class Limits:
     max_call_bytes: int = 32 * 1024 * 1024
     """Memory that ordinary calls of all peers may take together: 16 KiB each, and the bytes that wait for them."""
     max_call_bytes_per_address: int = 8 * 1024 * 1024
-    """What one address may take of it once more than half of it is in use."""
+    """The share of one address once more than half is in use."""
 
     max_connections: int = 16_384
     """Connections in all; never more than the process may have descriptors."""
@@ -60,7 +60,7 @@ class Limits:
     connection_idle_timeout: float = 300.0
     """How long a connection may be without any call."""
     stream_idle_timeout: float | None = 300.0
-    """How long a byte stream may go without receiving anything; WireGuard keeps a stream busy every 25 s. None for ever."""
+    """How long a byte stream may receive nothing (WireGuard keeps it busy every 25 s). None disables the limit."""
     shutdown_timeout: float = 1.0
     """How long running calls may take to end when the server stops."""
 
@@ -180,7 +180,7 @@ class CallBudget:
         return max(until - now - BURST_SECONDS, 0.0) if self._all_until > now + BURST_SECONDS else 0.0
 
     def take(self, source: str, size: int) -> bool:
-        """Take so many bytes for a source; False, and nothing taken, when it may not have them."""
+        """Reserve bytes for a source. Returns False, and reserves nothing, if that exceeds its share."""
         used = self.used + size
         if used > self._total or (used > self._total // 2 and self._taken[source] + size > self._share):
             return False
@@ -189,7 +189,7 @@ class CallBudget:
         return True
 
     def give_back(self, source: str, size: int) -> None:
-        """The source needs so many bytes no longer."""
+        """Release bytes of a source."""
         self.used -= size
         self._taken[source] -= size
         if self._taken[source] <= 0:
@@ -197,7 +197,7 @@ class CallBudget:
 
 
 class Account:
-    """What one connection takes of a budget. Without a budget, as on a client, only the connection's own bounds hold."""
+    """The use of a budget by one connection. Without a budget, as on a client, only the connection's own limits apply."""
 
     def __init__(self, limits: Limits, budget: CallBudget | None = None, source: str = "") -> None:
         self.taken = 0
@@ -225,7 +225,7 @@ class Account:
             self._budget.give_back(self._source, size)
 
     def receive(self, size: int) -> bool:
-        """Bytes came that nobody has taken yet; False when they are too many for the connection or for the budget."""
+        """Count received bytes that are not consumed yet. Returns False if they exceed the connection's limit or the budget."""
         if self._received + size > self._received_limit or not self.take(size):
             return False
         self._received += size
@@ -238,7 +238,7 @@ class Account:
             self.give_back(size)
 
     def close(self) -> None:
-        """The connection is gone: give everything back."""
+        """Release everything when the connection closes."""
         self._received = 0
         if self.taken:
             self.give_back(self.taken)

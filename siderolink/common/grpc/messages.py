@@ -21,9 +21,9 @@ OnRefusal = Callable[[Refusal, str], None]
 
 
 def check_prefix(compressed: int, length: int, max_bytes: int) -> None:
-    """Raises Refused when a message with this prefix may not be taken."""
+    """Raises Refused if a message with this prefix is not acceptable."""
     if compressed:
-        raise Refused(Refusal.MESSAGE_COMPRESSED, "the message is compressed, and no compression was agreed")
+        raise Refused(Refusal.MESSAGE_COMPRESSED, "the message is compressed, but no compression was negotiated")
     if length > max_bytes:
         raise Refused(Refusal.MESSAGE_TOO_LARGE, f"the message has {length} bytes, more than {max_bytes}")
 
@@ -83,7 +83,7 @@ class _Held:
 
 
 class MessageBuffer(Buffer):
-    """What a call has received and not read yet; never more than the caps allow, and never waited for beyond a deadline."""
+    """The unread messages of a call, bounded in size and by a deadline."""
 
     def __init__(self, acknowledge: Callable[[int], None], max_bytes: int, on_refusal: OnRefusal, account: Account) -> None:
         self._held = _Held(account, acknowledge)
@@ -104,7 +104,7 @@ class MessageBuffer(Buffer):
         self._guard = PrefixGuard(max_bytes)
 
     def expect_message(self, seconds: float) -> None:
-        """Refuse the call when its only message is not complete within `seconds`; what comes behind it is dropped."""
+        """Refuse the call unless its only message completes within `seconds`. Drops data after it."""
         self._single = True
         self._expect(seconds)
 
@@ -148,7 +148,11 @@ class MessageBuffer(Buffer):
             except Refused as refused:
                 self._fail(refused.refusal, Status.RESOURCE_EXHAUSTED, refused.message)
         if self._error is None and not self._account.receive(ack_size):
-            self._fail(Refusal.CALL_MEMORY, Status.RESOURCE_EXHAUSTED, "too much waits for calls of this connection or address")
+            self._fail(
+                Refusal.CALL_MEMORY,
+                Status.RESOURCE_EXHAUSTED,
+                "too much data is queued for this connection's or address's calls",
+            )
         if self._error is not None:
             self._acknowledge(ack_size)
             return
@@ -187,9 +191,7 @@ class MessageBuffer(Buffer):
 
     def _late(self, seconds: float) -> None:
         self._timer = None
-        self._fail(
-            Refusal.REQUEST_TIMEOUT, Status.DEADLINE_EXCEEDED, f"the request did not come to its end within {seconds:g} s"
-        )
+        self._fail(Refusal.REQUEST_TIMEOUT, Status.DEADLINE_EXCEEDED, f"the request did not end within {seconds:g} s")
 
     def _fail(self, refusal: Refusal, status: Status, message: str) -> None:
         if self._error is None:
@@ -242,7 +244,7 @@ def _varint(data: bytes, pos: int) -> tuple[int, int]:
 
 
 class ServerCodec(ProtoCodec):
-    """Protobuf as machines send it: what cannot be read is their fault and never ours.
+    """Decodes requests: unreadable ones are INVALID_ARGUMENT.
 
     A model may have a static method `read_plain`, which reads an ordinary message in one pass and has bounds of its own; it
     returns None for any other.
@@ -271,7 +273,7 @@ class ServerCodec(ProtoCodec):
 
 
 class ClientCodec(ProtoCodec):
-    """Protobuf as a server sends it: what cannot be read is an invalid answer."""
+    """Decodes responses: unreadable ones raise InvalidAnswerError."""
 
     def decode(self, data: bytes, message_type: Any) -> Any:
         try:

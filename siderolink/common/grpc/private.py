@@ -69,7 +69,7 @@ class Call(Stream[Any, Any]):
         if self._cardinality.server_streaming or self._send_initial_metadata_done:
             await super().send_message(message)
         elif self._send_message_done:
-            raise ProtocolError("the answer was given already")
+            raise ProtocolError("the call was already answered")
         else:
             self._answer, self._send_message_done = message, True
 

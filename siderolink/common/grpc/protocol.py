@@ -1,4 +1,4 @@
-"""One HTTP/2 connection of either side on asyncio: what comes, deadlines, and its end."""
+"""One HTTP/2 connection of either side on asyncio: input, deadlines and closing."""
 
 import asyncio
 import contextlib
@@ -22,12 +22,12 @@ log = logging.getLogger("siderolink")
 WRITE_BUFFER_BYTES = 64 * 1024
 """Above this, what waits in the transport makes streams wait."""
 NOTSENT_LOWAT_BYTES = 128 * 1024
-"""How much the kernel may hold that it has not sent yet; what waits longer waits here, where it can be dropped."""
+"""Limit for unsent data in the kernel; the rest is queued here, where it can be dropped."""
 _TIMER_GRAIN = 0.001
 _TURN_SECONDS = 0.004
 """How long one connection's input may take of the event loop's turn before the others have theirs."""
 _CALL_SECONDS = 0.0005
-"""What a call costs behind its frames, about: it is charged when it begins."""
+"""Approximate processor time of a call beyond its frames, charged when it starts."""
 _LONGEST_WAIT = 1.0
 _LOOK_EVERY = 64
 """Pieces of raw streams between two looks at the clock."""
@@ -36,7 +36,7 @@ CLOSE_SECONDS = 1.0
 
 
 def _nothing(*_: object) -> None:
-    """What a connection that is gone calls back. Without its owners it is freed at once, not by the collector of cycles."""
+    """Callback of a closed connection, which lets reference counting free it immediately."""
 
 
 class Processor(EventsProcessor):
@@ -102,8 +102,8 @@ class Processor(EventsProcessor):
 class Http2Protocol(H2Protocol):
     """The asyncio protocol of either side.
 
-    Nothing that a peer sends makes it raise. What is unforeseen is an error of ours: it is logged with its traceback, and ends
-    this connection at most.
+    Peer input never makes it raise. An unexpected exception is an internal error: it is logged with its traceback and ends
+    only this connection.
     """
 
     connection: Connection
@@ -196,7 +196,7 @@ class Http2Protocol(H2Protocol):
         self._schedule(is_over, self._charge())
 
     def _schedule(self, is_over: bool, wait: float) -> None:
-        """Read on at once, in the next turn, or when the source may take processor time again."""
+        """Continue reading now, in the next turn, or when the source may use processor time again."""
         assert self._transport is not None
         if is_over:
             self._input = None
@@ -228,7 +228,7 @@ class Http2Protocol(H2Protocol):
         if isinstance(error, Refused):
             self.refuse(error.refusal, error.message)
         else:
-            log.error("an API connection failed by an error of this program", exc_info=error)
+            log.error("an API connection failed because of an internal error", exc_info=error)
             self.refuse(Refusal.INTERNAL_ERROR, "an error of this program; see the log")
 
     def _guarded(self, callback: Callable[..., None], *args: object) -> None:
@@ -238,9 +238,9 @@ class Http2Protocol(H2Protocol):
             self._fail(error)
 
     def _scan(self, pieces: Iterator[tuple[int, memoryview]]) -> bool:
-        """Give each part to whom it belongs; False when the turn is over before the pieces are.
+        """Dispatch each piece to its stream or the engine. Returns False if the turn ends before the pieces.
 
-        What lies in successive frames of a byte stream is given at once.
+        Consecutive frames of a byte stream are delivered together.
         """
         now = self._loop.time()
         until = now + _TURN_SECONDS
@@ -289,7 +289,7 @@ class Http2Protocol(H2Protocol):
             account.consumed(self._waiting)
             self._waiting = 0
             if not account.receive(waiting):
-                raise Refused(Refusal.CALL_MEMORY, "unfinished frames take too much (max_call_bytes, max_received_bytes)")
+                raise Refused(Refusal.CALL_MEMORY, "unfinished frames use too much memory (max_call_bytes, max_received_bytes)")
             self._waiting = waiting
 
     def _feed_sink(self, stream_id: int, pieces: list[memoryview]) -> None:

@@ -58,7 +58,9 @@ def parse_proxy(value: str, name: str) -> Proxy:
             raise ValueError
         return _proxy(parts, cast("Scheme", scheme))
     except ValueError:
-        raise ConfigurationError(f"{name} is no proxy's URL: http, https or socks5, a host, a port") from None
+        raise ConfigurationError(
+            f"{name} is not a proxy URL: it needs the scheme http, https or socks5, a host and a port"
+        ) from None
 
 
 def _proxy(parts: SplitResult, scheme: Scheme) -> Proxy:

@@ -25,7 +25,7 @@ class Refusal(StrEnum):
     PREFACE_TIMEOUT = "preface_timeout"
     """The peer did not finish HTTP/2's preface and first SETTINGS in time."""
     NOT_HTTP2 = "not_http2"
-    """What came first was not HTTP/2's preface."""
+    """The connection did not start with the HTTP/2 preface."""
     PROTOCOL_ERROR = "protocol_error"
     """The peer broke HTTP/2."""
     FRAME_TOO_LARGE = "frame_too_large"
@@ -73,7 +73,7 @@ class Refusal(StrEnum):
     ANSWER_NOT_TAKEN = "answer_not_taken"
     """The peer left no room for an answer, or left what was sent unread, for too long or by too many bytes."""
     STREAM_IDLE = "stream_idle"
-    """Nothing came by a byte stream for too long."""
+    """A byte stream received nothing for too long."""
     INTERNAL_ERROR = "internal_error"
     """An error of ours while a connection was handled; it is in the log with its traceback."""
 

@@ -157,7 +157,7 @@ class GrpcServer:
             task.add_done_callback(self._handshakes.discard)
 
     def _first_refusal(self, address: object) -> Refusal | None:
-        """What is refused before a byte is read, where a PROXY header has to come first."""
+        """Refusals before any byte is read, where a PROXY header is required."""
         if not self._proxies.protocol_from:
             return None
         if not isinstance(address, tuple) or not contains(self._proxies.protocol_from, str(address[0])):
@@ -257,7 +257,7 @@ class GrpcServer:
     def _leave(self, accepted: "_Accepted") -> None:
         if accepted.held is not None:
             self._budget.leave(accepted.held)
-        accepted.held = accepted.protocol = accepted.task = None  # freed at once, not by the collector of cycles
+        accepted.held = accepted.protocol = accepted.task = None  # freed immediately, not by the cycle collector
         self._connections -= 1
         if not self._connections:
             self._all_closed.set()
@@ -280,7 +280,7 @@ class _Accepted:
         return plain(str(self.address[0])) if isinstance(self.address, tuple) else "a local process"
 
     def source(self, ipv6_bits: int) -> str:
-        """What counts as one address; empty for a local socket."""
+        """The key that identifies one source; empty for a local socket."""
         return source_of(str(self.address[0]), ipv6_bits) if isinstance(self.address, tuple) else ""
 
     def close(self, refusal: Refusal, message: str) -> None:

@@ -87,7 +87,7 @@ def plain(address: str) -> str:
 
 
 def source_of(address: str, ipv6_bits: int) -> str:
-    """What counts as one source: an IPv4 address, or so many bits of an IPv6 one."""
+    """The key of a source: an IPv4 address, or a prefix of an IPv6 one."""
     return _source_of(address, ipv6_bits)
 
 
@@ -153,7 +153,7 @@ def _parse_v1(header: bytes) -> SocketAddress | None:
         source, _ = (str(family(word.decode("ascii"))) for word in words[2:4])
         port, _ = (_port(word) for word in words[4:])
     except ValueError:
-        raise BadHeaderError("a PROXY header names an address or a port that is none") from None
+        raise BadHeaderError("a PROXY header has an invalid address or port") from None
     if "%" in source:
         raise BadHeaderError("a PROXY header names an address with a zone")
     return source, port
@@ -170,7 +170,7 @@ def _parse_v2(header: bytes) -> SocketAddress | None:
         raise BadHeaderError("a PROXY header is cut short")
     command, family, length = struct.unpack_from("!BBH", header, 12)
     if len(header) != 16 + length:
-        raise BadHeaderError("a PROXY header is not as long as it says")
+        raise BadHeaderError("a PROXY header whose length does not match its content")
     if command == _LOCAL:
         return None
     if command != _PROXY:
@@ -181,7 +181,7 @@ def _parse_v2(header: bytes) -> SocketAddress | None:
         return str(IPv6Address(header[16:32])), int.from_bytes(header[48:50])
     if family in (_UNIX_STREAM, _UNSPECIFIED):
         return None
-    raise BadHeaderError("a PROXY header of a family that is not TCP's, or cut short")
+    raise BadHeaderError("a PROXY header whose family is not TCP, or which is truncated")
 
 
 async def read_header(sock: socket.socket) -> SocketAddress | None:

@@ -3,7 +3,7 @@
 import grpclib
 
 GRPCError = grpclib.GRPCError
-"""What a handler raises to answer with a status, and what a call raises when the server did: `status`, `message`."""
+"""Raised by a handler to return a status, and by a call that received one: `status`, `message`."""
 GrpcError = GRPCError
 Status = grpclib.Status
 """gRPC's status codes."""

@@ -31,7 +31,7 @@ def client_tls(ca_file: str | Path | None = None, *, extra_roots: str | None = N
         try:
             context.load_verify_locations(cadata=extra_roots)
         except (TypeError, ValueError, ssl.SSLError):
-            raise ConfigurationError("the trusted roots are no certificates in PEM form") from None
+            raise ConfigurationError("the trusted roots are not certificates in PEM form") from None
     return _http2(context)
 
 

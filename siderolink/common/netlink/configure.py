@@ -48,7 +48,7 @@ async def configure_interface(
     """
     wanted = tuple(addresses)
     if mtu < SMALLEST_IPV6_MTU and any(address.version == 6 for address in wanted):
-        raise ConfigurationError(f"an MTU of {mtu} is not possible with IPv6 addresses: at least {SMALLEST_IPV6_MTU} bytes")
+        raise ConfigurationError(f"an MTU of {mtu} is too small for IPv6: it must be at least {SMALLEST_IPV6_MTU} bytes")
 
     async def work() -> None:
         with closing(RequestSocket()) as requests:

@@ -49,14 +49,14 @@ ROUTES: Final = 0x40 | 0x400
 """Groups of events (RTMGRP_*), for IPv4 and IPv6."""
 
 _GATHER_SECONDS: Final = 0.05
-"""Changes within so long are told together."""
+"""Changes within this interval are reported together."""
 _MAX_INTERFACES: Final = 4096
 _ADDRESS: Final = struct.Struct("=BBBBi")
 
 
 @dataclass(frozen=True, slots=True)
 class NetworkChange:
-    """What changed within one moment."""
+    """The changes of one interval."""
 
     interfaces: frozenset[int]
     """The indexes of the interfaces concerned; 0 for a route without one."""
@@ -131,7 +131,7 @@ class NetworkWatch:
 class InterfaceMonitor:
     """Calls `on_change` with one interface when it is set up or down or gets another MTU, and `on_gone` once when it is gone.
 
-    Gone means deleted, or moved to another network namespace. Where the kernel dropped events, it is asked anew.
+    Gone means deleted or moved to another network namespace. If the kernel dropped events, the state is read again.
     """
 
     _QUESTION: Final = 1
@@ -217,7 +217,7 @@ class NetworkUpdate:
 async def follow_network(
     on_update: Callable[[NetworkUpdate], None], namespace: str | None = None, *, routes: bool = True
 ) -> Never:
-    """Call `on_update` with the network as it is, and then after each change, for ever; cancelling ends it.
+    """Call `on_update` with the current network and after each change, until cancelled.
 
     The first update has everything in `added`. Each picture is a dump of its own, because the kernel removes routes of an
     interface or an address that goes without an event for each. So events are only a reason to read again, 50 ms later and

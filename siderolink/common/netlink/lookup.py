@@ -40,7 +40,7 @@ class RouteLookup:
     def find(self, destination: bytes, *, source: bytes = b"", mark: int = 0, interface: int = 0) -> OutgoingRoute | None:
         """The route to an address of 4 or 16 bytes; None if there is none. `interface`: look only for routes by that one.
 
-        Raises NetlinkRefusal where the kernel could not say.
+        Raises NetlinkRefusal if the kernel cannot tell.
         """
         family = socket.AF_INET if len(destination) == 4 else socket.AF_INET6
         bits = 8 * len(destination)

@@ -325,7 +325,7 @@ class _Reader:
         self.seconds = 0.0
 
     async def dump(self, kind: int, payload: bytes, parse: Callable[[Message], T | None]) -> list[T]:
-        """What a dump gives; once more where it changed meanwhile."""
+        """The result of a dump, repeated if it changed meanwhile."""
         for _ in range(_DUMP_ATTEMPTS):
             found, is_interrupted = await self._attempt(kind, payload, parse)
             if not is_interrupted:

@@ -1,4 +1,4 @@
-"""Netlink sockets: one for requests, which the kernel answers at once, and one for the events it sends.
+"""Netlink sockets: one for requests, which the kernel answers immediately, and one for events.
 
 The kernel carries out a request inside `send` and writes the next part of a dump inside each `recv`, so a request never waits
 and needs no event loop. Both sockets stay in the network namespace in which they were opened. Messages that do not come from
@@ -58,7 +58,7 @@ class DumpPart:
     messages: list[Message]
     is_last: bool
     is_interrupted: bool
-    """What is dumped changed meanwhile: something may be missing or stand twice."""
+    """The data changed during the dump: entries may be missing or duplicated."""
 
 
 class RequestSocket:
@@ -96,7 +96,7 @@ class RequestSocket:
         self._send(kind, payload, REQUEST | DUMP)
 
     def next_part(self) -> DumpPart:
-        """The next part of a dump, at once. Raises NetlinkRefusal."""
+        """Read the next part of a dump without waiting. Raises NetlinkRefusal."""
         try:
             data, _, flags, sender = self._socket.recvmsg(_RECEIVE_BYTES)
         except OSError as error:  # EAGAIN too: a kernel that answers at once leaves no reason to wait
@@ -234,10 +234,10 @@ def family_id(requests: RequestSocket, name: str) -> int:
 
 
 def explain(error: OSError, interface: str, doing: str) -> SideroLinkError:
-    """What the kernel refused, as an error of ours that says what to do. `doing`: "set the peer …"."""
+    """Map a kernel refusal to a SideroLinkError with a remedy. `doing`: "set the peer …"."""
     match error.errno:
         case errno.ENODEV | errno.ENXIO:
-            return DeviceError(f"cannot {doing}: the interface {interface} was deleted by someone else")
+            return DeviceError(f"cannot {doing}: the interface {interface} was deleted by another program")
         case errno.EPERM | errno.EACCES:
             return DeviceUnavailableError(f"cannot {doing}: run as root or with the capability CAP_NET_ADMIN")
         case errno.EADDRINUSE:
@@ -245,5 +245,5 @@ def explain(error: OSError, interface: str, doing: str) -> SideroLinkError:
         case errno.EINVAL | errno.ERANGE | errno.EAFNOSUPPORT | errno.EADDRNOTAVAIL:
             return ConfigurationError(f"cannot {doing} on {interface}: {error.strerror}")
         case errno.ENOBUFS | errno.ENOMEM:
-            return DeviceError(f"cannot {doing} on {interface}: the kernel has no memory for it now; try again")
+            return DeviceError(f"cannot {doing} on {interface}: the kernel is out of memory; try again")
     return DeviceError(f"cannot {doing} on {interface}: {error.strerror}")

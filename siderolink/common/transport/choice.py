@@ -1,4 +1,4 @@
-"""How a machine's WireGuard datagrams travel to its server: by UDP, or inside a gRPC stream. Chosen here and nowhere else."""
+"""Chooses the transport of a machine's WireGuard datagrams: UDP or a gRPC stream. No other module does."""
 
 import ssl
 from collections.abc import Callable, Sequence
@@ -24,18 +24,18 @@ if TYPE_CHECKING:
 __all__ = ["Answer", "OnInterrupted", "Route", "Transport", "TunnelTransport", "UdpTransport", "choose"]
 
 STABLE_AFTER = 10.0
-"""Seconds: a stream that lived this long is opened again at once."""
+"""Seconds; a stream that lived this long is reopened immediately."""
 STREAM_LIMITS = Limits(tcp_keepalive_idle=9, tcp_keepalive_interval=3)
 """A stream's connection is given up 18 s after its last sign of life. HTTP/2's own pings may not be sent as often: other
 servers end connections for it."""
 
 
 OnInterrupted = Callable[[str], None]
-"""Called with the reason each time a route is interrupted. It recovers by itself; the next handshake shows that it has."""
+"""Called with the reason when a route is interrupted. It recovers on its own, which the next handshake shows."""
 
 
 class Answer(Protocol):
-    """What the choice needs of a server's answer to Provision."""
+    """The part of a Provision answer that the choice needs."""
 
     @property
     def endpoints(self) -> tuple[HostPort, ...]: ...
@@ -58,7 +58,7 @@ class Route(Protocol):
         """
 
     async def shake_hands(self, device: Device, peer: PeerConfig) -> None:
-        """Begin a handshake on this route at once; nothing happens while it is interrupted."""
+        """Start a handshake on this route. Does nothing while the route is interrupted."""
 
     def reopen(self) -> None:
         """Replace whatever this route holds open, because it may be dead."""
@@ -166,7 +166,7 @@ class TunnelTransport:
 
 
 class TunnelRoute:
-    """The stream, opened again whenever it ends: at once, then after growing delays."""
+    """The stream, reopened whenever it ends: immediately, then with backoff."""
 
     def __init__(
         self, url: JoinURL, virtual_address: tuple[IPv6Address, int], tls: ssl.SSLContext | None, retry: RetryTrigger
@@ -223,7 +223,7 @@ class TunnelRoute:
             await _dial(device, peer, self._path)
 
     def reopen(self) -> None:
-        """Open the stream anew, at once."""
+        """Reopen the stream immediately."""
         self._backoff.reset()
         if self._attempt is not None:
             self._attempt.cancel()

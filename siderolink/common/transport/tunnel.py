@@ -27,7 +27,7 @@ class TunnelDrop(StrEnum):
 
 
 class TunnelPath:
-    """The path through one stream. What finds no room waits, up to a bound; then the oldest messages are dropped and counted.
+    """The path through one stream. Messages that do not fit are queued up to a limit; then the oldest are dropped and counted.
 
     Small batches are sent together at the end of the loop's turn; nothing waits for more to come.
     """
@@ -44,7 +44,7 @@ class TunnelPath:
         drops: Counter[TunnelDrop] | None = None,
     ) -> None:
         self.peer = peer
-        """The only public key (32 bytes) that may be heard here, None where any may."""
+        """The only public key (32 bytes) accepted here; None accepts any."""
         self.drops: Counter[TunnelDrop] = Counter() if drops is None else drops
         """How many datagrams were dropped, for want of room or because the stream had ended; several paths may share one."""
         self._stream = stream
@@ -83,7 +83,7 @@ class TunnelPath:
         return self._queued
 
     def send(self, datagrams: Datagrams) -> None:
-        """Send a batch that has 8 bytes of headroom; returns at once, and never raises."""
+        """Send a batch that has 8 bytes of headroom. Never blocks or raises."""
         if not self.is_open:
             self.drops[TunnelDrop.ENDED] += datagrams.count
             return
@@ -101,7 +101,7 @@ class TunnelPath:
             self._when_writable.append(callback)
 
     def close(self, status: Status = Status.OK, message: str | None = None) -> None:
-        """End the stream; a server's peer is told status and message exactly. What waits is sent as far as there is room."""
+        """End the stream. A server sends exactly this status and message. Queued data is sent as far as it fits."""
         if self.is_open:
             self._flush()
             self._stream.end(status, message)

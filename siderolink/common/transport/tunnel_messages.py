@@ -142,7 +142,7 @@ class TunnelReader:
 def _length(head: bytes, longest: int) -> int:
     """The length in a message's prefix. Raises Refused."""
     if head[0]:
-        raise Refused(Refusal.MESSAGE_COMPRESSED, "the message is compressed, and no compression was agreed")
+        raise Refused(Refusal.MESSAGE_COMPRESSED, "the message is compressed, but no compression was negotiated")
     length = int.from_bytes(head[1:_PREFIX])
     if length > longest:
         raise Refused(Refusal.MESSAGE_TOO_LARGE, f"the message has {length} bytes, more than {longest}")
@@ -185,5 +185,5 @@ def parse_peer_packet(message: memoryview) -> memoryview | None:
             if field == _FIELD and wire_type == BYTES:
                 found = message[start:pos]
     except MalformedWireError as error:
-        raise Refused(Refusal.MESSAGE_MALFORMED, f"the message is no PeerPacket: {error}") from None
+        raise Refused(Refusal.MESSAGE_MALFORMED, f"the message is not a PeerPacket: {error}") from None
     return found if found else None

@@ -75,7 +75,7 @@ class DataPlane:
         self._peer: Peer | None = None
         """The peer that the collected packets are for."""
         self._batch_bytes = 0
-        """How many bytes its path takes at once."""
+        """Maximum bytes of one send on its path."""
         self._pair = b""
         """The addresses of the last packet; most packets have those of the one before."""
         self._is_blocked = False
@@ -200,7 +200,7 @@ class DataPlane:
             self._interface.write((PLAIN_VNET_HEADER, error))
 
     def _leave_peer(self, now: float) -> None:
-        """Send what was collected for the current peer; there is none afterwards."""
+        """Send the batch collected for the current peer and clear it."""
         self._flush(now)
         self._peer, self._pair = None, b""
 

@@ -19,11 +19,11 @@ DeviceKind = Literal["auto", "kernel", "userspace"]
 Network = IPv4Network | IPv6Network
 Interface = IPv4Interface | IPv6Interface
 OpenPorts = frozenset[tuple[int, int]] | None
-"""Ports of this host that peers may dial: IP protocol (``socket.IPPROTO_TCP``, …) and number each. None for all."""
+"""Ports of this host that peers may connect to, as IP protocol (``socket.IPPROTO_TCP``, …) and number. None opens all."""
 DEFAULT_MTU = 1280
 
 _INTERFACE_NAME: Final = re.compile(r"[!-$&-.0-9;-~]{1,15}")
-"""What the kernel takes, except `%`, which would make it number the interface: visible ASCII without `/` and `:`."""
+"""Interface names that the kernel accepts (visible ASCII without `/` and `:`), except `%`, which makes it number interfaces."""
 _RESERVED_NAMES: Final = (".", "..", "all", "default")
 """In sysctls, the last two mean every interface; one of that name has no settings of its own, and the kernel no IPv6 for it."""
 
@@ -35,7 +35,7 @@ class DeviceConfig:
     name: str
     """The interface's name, 1 to 15 bytes."""
     private_key: PrivateKey | None
-    """None for a device that gets its key later; until then no handshake with it can succeed."""
+    """None for a device that gets its key later. Until then no handshake can succeed."""
     addresses: tuple[Interface, ...] = ()
     """Addresses for the interface, each with its prefix length."""
     mtu: int = DEFAULT_MTU
@@ -112,7 +112,7 @@ class PeerStatus:
     public_key: PublicKey
     allowed_ips: tuple[Network, ...]
     path: str | None
-    """Where it was last heard from, as text for people; None if never."""
+    """The endpoint it was last heard from, as display text; None if never."""
     last_handshake: float | None
     """Unix time in seconds of the last completed handshake; None if there was none."""
     last_received: float | None
@@ -139,7 +139,7 @@ class InterfaceCounters:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceCounters:
-    """What a device has counted since it was opened. Totals never fall: peers that were removed stay in them."""
+    """Counters of a device since it was opened. Totals never decrease, because they include removed peers."""
 
     peers: int
     received_bytes: int
@@ -148,7 +148,7 @@ class DeviceCounters:
     session_ages: tuple[float, ...]
     """Seconds since the last handshake of each peer that has had one."""
     interface: InterfaceCounters | None
-    """None without an interface, also once it is gone."""
+    """None without an interface, or once it is gone."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,7 +160,7 @@ class HandshakeCompleted:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PathChanged:
-    """An authenticated packet came by another path, and replies now go there."""
+    """An authenticated packet arrived by another path, which replies now use."""
 
     public_key: PublicKey
     old: Path | None
@@ -176,7 +176,7 @@ class HandshakeGaveUp:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PeerSilent:
-    """What was sent to the peer went unanswered: data for 15 s, or a handshake's first message for 5 s. One may be lost."""
+    """The peer did not answer data for 15 s, or a handshake initiation for 5 s. A single loss can cause this."""
 
     public_key: PublicKey
 
@@ -225,9 +225,9 @@ class Device(Protocol):
         """Forget the peer and its keys; no error if it is unknown."""
 
     async def settle(self) -> None:
-        """All peers that shall be there are set: forget those that a kept interface had before and nobody has set since.
+        """Finish setting peers: remove those of a kept interface that were not set again.
 
-        Sessions that live on from before are told as if they had just been made.
+        Existing sessions are reported as new ones.
         """
 
     async def peer(self, public_key: PublicKey) -> PeerStatus | None: ...
@@ -236,16 +236,16 @@ class Device(Protocol):
         """All peers, or those of `keys` that there are; other tasks run in between."""
 
     async def counters(self) -> DeviceCounters:
-        """What was counted; other tasks run in between. The kernel's peers are as of some seconds ago at most."""
+        """The counters; other tasks run meanwhile. Figures of the kernel's peers may be a few seconds old."""
 
     def read_interface(self) -> "Link | None":
         """The interface as it is; None without one, also once it is gone."""
 
     def offer_path(self, public_key: PublicKey, path: Path) -> None:
-        """Use `path` for the peer if it has none that is open; without one, the peer is only reached after it was heard."""
+        """Use `path` for the peer if it has no open one. A peer without a path is unreachable until it is heard."""
 
     def deliver(self, datagrams: Datagrams, path: Path) -> None:
-        """Take datagrams that came by `path` (a tunnel stream; a device reads its own UDP socket itself)."""
+        """Process datagrams from `path` (a tunnel stream; a device reads its own UDP socket itself)."""
 
     def drops(self) -> dict[str, int]:
         """How many datagrams and packets were dropped, by named reason (docs/drops.md)."""
@@ -256,7 +256,7 @@ class CanShakeHands(Protocol):
     """A device that can begin a handshake on request; the kernel's cannot."""
 
     async def handshake(self, public_key: PublicKey) -> None:
-        """Begin a handshake with the peer at once; its sessions stay good, and an unknown peer is no error."""
+        """Start a handshake with the peer. Its sessions stay valid. Ignores unknown peers."""
 
 
 DeviceContext = AbstractAsyncContextManager[Device]
@@ -284,4 +284,4 @@ def check_interface(name: str, mtu: int) -> None:
             "other than '.', '..', 'all' and 'default'"
         )
     if not 68 <= mtu <= 65_535:
-        raise ConfigurationError(f"an MTU of {mtu} is not possible: 68 to 65,535 bytes")
+        raise ConfigurationError(f"an MTU of {mtu} is invalid: it must be 68 to 65,535 bytes")

@@ -49,7 +49,7 @@ _CHAIN, _EXPRESSIONS, _NAME, _DATA, _PACKETS = 2, 4, 1, 2, 2
 
 
 class RuleDrop(StrEnum):
-    """What the rules dropped (docs/drops.md)."""
+    """Packets that the rules dropped (docs/drops.md)."""
 
     INNER_DESTINATION = "inner_destination"
     CLOSED_PORT = "closed_port"
@@ -73,7 +73,7 @@ class InterfaceRules:
     def __init__(
         self, interface: str, namespace: str | None, addresses: Sequence[Interface] = (), *, outlives_process: bool
     ) -> None:
-        """`outlives_process`: the interface does, and so the rules shall."""
+        """`outlives_process`: the interface does, so the rules must too."""
         self._interface = interface
         self._namespace = namespace
         self._addresses = [ip_network(address.ip) for address in addresses]
@@ -81,7 +81,7 @@ class InterfaceRules:
         self._table: Table | None = None
         self._requests: RequestSocket | None = None
         self._earlier: Counter[str] = Counter()
-        """What was counted by rules that others have replaced since."""
+        """Counts of rules that were replaced since."""
         self.isolate = False
         self.open_ports: OpenPorts = None
 
@@ -185,7 +185,7 @@ def _read_counters(requests: RequestSocket, table: str) -> list[tuple[str, int]]
 
 
 def _packets(expressions: bytes) -> int:
-    """What the counters of one rule have counted."""
+    """The counters of one rule."""
     total = 0
     for _, start, end in attributes(expressions):
         fields = values(expressions, start, end)
@@ -196,5 +196,5 @@ def _packets(expressions: bytes) -> int:
 
 def _unavailable(reason: str) -> DeviceUnavailableError:
     return DeviceUnavailableError(
-        f"peers cannot be kept from each other and from closed ports: {reason}; it takes nf_tables (modprobe nf_tables)"
+        f"peers cannot be isolated from each other and from closed ports: {reason}; this needs nf_tables (modprobe nf_tables)"
     )

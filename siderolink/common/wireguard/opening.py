@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["BareInterface", "open_device", "open_interface"]
 
 BARE_MTU = 1420
-"""What fits an Ethernet of 1,500 bytes with IPv6 outside."""
+"""The MTU that fits an Ethernet frame of 1,500 bytes with outer IPv6."""
 
 _logger = logging.getLogger("siderolink")
 
@@ -70,7 +70,7 @@ async def _open_either(config: DeviceConfig, on_event: OnDeviceEvent) -> AsyncIt
                 device = await stack.enter_async_context(_open_userspace(config, on_event))
             except DeviceUnavailableError as userspace_lacks:
                 raise DeviceUnavailableError(
-                    f"no WireGuard interface can be made here. By the kernel: {kernel_lacks}. In userspace: {userspace_lacks}"
+                    f"cannot create a WireGuard interface. Kernel: {kernel_lacks}. Userspace: {userspace_lacks}"
                 ) from kernel_lacks
         yield device
 

@@ -1,4 +1,4 @@
-"""Paths and batches of datagrams: what a device knows of how its datagrams travel.
+"""Paths and batches of datagrams: a device's view of its transports.
 
 WireGuard only needs "the place this peer was last heard from". That place is a *path*: a UDP address is one, an open tunnel
 stream is one, and roaming is replacing one path by another after an authenticated packet.
@@ -13,7 +13,7 @@ Endpoint = tuple[IPv4Address | IPv6Address, int]
 """A UDP address and port; a link-local address carries its zone in `scope_id`."""
 
 QUIET_INTERVAL: Final = 0.002
-"""Seconds. A packet that comes after so long a pause is passed on at once: latency matters more than batching then."""
+"""Seconds. A packet after a pause this long is sent immediately, because latency then matters more than batching."""
 
 _MAX_SHAPES: Final = 16
 _MAX_ROWS: Final = 256
@@ -102,7 +102,7 @@ class Path(Protocol):
         """False while more datagrams would only be queued; a device with a single peer then stops reading its interface."""
 
     def send(self, datagrams: Datagrams) -> None:
-        """Send a batch whose headroom is this path's. Never blocks or raises: what cannot be sent is dropped and counted.
+        """Send a batch whose headroom is this path's. Never blocks or raises. Drops and counts unsendable datagrams.
 
         The buffer belongs to the caller again when this returns.
         """

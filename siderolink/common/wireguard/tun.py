@@ -45,7 +45,7 @@ Buffer = bytes | bytearray | memoryview
 
 
 class TunDrop(StrEnum):
-    """What a TUN interface did not take or give, beside what the protocol drops (docs/drops.md)."""
+    """Drops at the TUN interface, besides those of the protocol (docs/drops.md)."""
 
     WRITE_FAILED = "write_failed"
     SUPER_PACKET_REFUSED = "super_packet_refused"
@@ -107,9 +107,9 @@ class Tun:
         return self._fd
 
     def read(self) -> memoryview | None:
-        """The next frame, good until the next read; None if there is none now.
+        """The next frame, valid until the next read; None if none is waiting.
 
-        Raises DeviceError once the interface was deleted by someone else; the descriptor is readable then.
+        Raises DeviceError once the interface was deleted by another program; the descriptor is readable then.
         """
         try:
             size = os.readv(self._fd, self._buffers)
@@ -117,7 +117,7 @@ class Tun:
             return None
         except OSError as error:
             if error.errno in _GONE:
-                raise DeviceError(f"the interface {self.name} was deleted by someone else") from error
+                raise DeviceError(f"the interface {self.name} was deleted by another program") from error
             raise DeviceError(f"the interface {self.name} cannot be read: {error.strerror}") from error
         return self._frame[:size]
 
@@ -175,7 +175,7 @@ class Tun:
     async def configure(
         self, addresses: Iterable[Interface], mtu: int, *, up: bool = True, namespace: str | None = None
     ) -> None:
-        """Give the interface its MTU and addresses (IPv6 at once, without duplicate detection) and bring it up.
+        """Set the interface's MTU and addresses (without IPv6 duplicate detection) and bring it up.
 
         `namespace` is the one it was made in, where that is not the caller's. Super-packets are capped so that they
         fill whole UDP sends. Raises ConfigurationError or DeviceError.
@@ -214,7 +214,7 @@ def _attach(fd: int, name: str) -> None:
     except OSError as error:
         # EINVAL: there is an interface of that name and another kind
         if error.errno in (errno.EBUSY, errno.EEXIST, errno.EINVAL):
-            raise InterfaceInUseError(f"there is an interface {name} already: remove it, or choose another name") from error
+            raise InterfaceInUseError(f"the interface {name} already exists: remove it, or choose another name") from error
         raise _unavailable(error) from error
 
 
@@ -228,7 +228,7 @@ def _set_offload(fd: int, offload: int) -> bool:
 
 def _unavailable(error: OSError) -> DeviceUnavailableError:
     if error.errno in (errno.EPERM, errno.EACCES):
-        return DeviceUnavailableError(f"{_DEVICE} is not allowed here: run as root or with the capability CAP_NET_ADMIN")
+        return DeviceUnavailableError(f"{_DEVICE} needs privileges: run as root or with the capability CAP_NET_ADMIN")
     if error.errno in (errno.ENOENT, errno.ENODEV, errno.ENXIO):
         return DeviceUnavailableError(
             f"this host has no {_DEVICE}: load the kernel module tun (modprobe tun), or give the container that device"

@@ -151,4 +151,4 @@ async def _show(stack: AsyncExitStack, device: TunDevice) -> None:
     try:
         await stack.enter_async_context(serve_uapi(device.name, device.report, device.apply))
     except (InterfaceInUseError, OSError) as error:
-        _logger.info("wg will not see %s: %s", device.name, error)
+        _logger.info("wg cannot manage %s: %s", device.name, error)

@@ -51,14 +51,14 @@ class TunMonitor:
         self._requests.close()
 
     def read(self) -> Link | None:
-        """The interface as it is, with its counters; None once it is gone."""
+        """The current interface with its counters; None once it is gone."""
         try:
             return read_link(self._requests, self._index)
         except OSError:
             return None
 
     def counters(self) -> tuple[int, ...]:
-        """The interface's struct rtnl_link_stats64; empty once it is gone."""
+        """struct rtnl_link_stats64 of the interface; empty once it is gone."""
         link = self.read()
         return () if link is None else link.counters
 
@@ -92,7 +92,7 @@ class TunMonitor:
 
 @dataclass(frozen=True, slots=True)
 class _Opened:
-    """What is open in the interface's namespace."""
+    """The sockets open in the interface's namespace."""
 
     events: socket.socket
     requests: RequestSocket

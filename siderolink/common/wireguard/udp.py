@@ -34,11 +34,11 @@ class UdpSockets:
         if isinstance(address, IPv6Address) and address.ipv4_mapped is not None:
             address = address.ipv4_mapped
         if not 1 <= port <= 65535:
-            raise ConfigurationError(f"{port} is no UDP port: 1 to 65,535")
+            raise ConfigurationError(f"{port} is not a UDP port: it must be 1 to 65,535")
         if isinstance(address, IPv4Address):
             return UdpPath(self._sockets[socket.AF_INET], (str(address), port), None)
         if socket.AF_INET6 not in self._sockets:
-            raise ConfigurationError(f"{address} cannot be dialled: this host has no IPv6")
+            raise ConfigurationError(f"{address} cannot be reached: this host has no IPv6")
         host, _, zone = str(address).partition("%")
         return UdpPath(self._sockets[socket.AF_INET6], (host, port, 0, _zone_index(zone)), None)
 
@@ -88,7 +88,7 @@ def open_udp(port: int, receive: Receive, *, gso: bool = True) -> UdpSockets:
 
 def _bind(port: int) -> list[socket.socket]:
     if not 0 <= port <= 65535:
-        raise ConfigurationError(f"{port} is no UDP port: 0 to 65,535")
+        raise ConfigurationError(f"{port} is not a UDP port: it must be 0 to 65,535")
     for _ in range(_PORT_ATTEMPTS):
         try:
             return _bind_both(port)
@@ -98,7 +98,7 @@ def _bind(port: int) -> list[socket.socket]:
                     continue
                 raise AddressInUseError(f"UDP port {port} is in use: choose another, or 0 for any") from error
             if error.errno in (errno.EACCES, errno.EPERM):
-                raise ConfigurationError(f"UDP port {port} is not allowed: it takes root or CAP_NET_BIND_SERVICE") from error
+                raise ConfigurationError(f"UDP port {port} needs root or CAP_NET_BIND_SERVICE") from error
             raise ConfigurationError(f"UDP port {port} cannot be opened: {error.strerror}") from error
     raise AddressInUseError("no UDP port is free for both IPv4 and IPv6")
 
@@ -137,4 +137,4 @@ def _zone_index(zone: str) -> int:
     try:
         return socket.if_nametoindex(zone)
     except OSError as error:
-        raise ConfigurationError(f"there is no interface {zone!r}, which the address names as its zone") from error
+        raise ConfigurationError(f"the address's zone {zone!r} is not an interface") from error

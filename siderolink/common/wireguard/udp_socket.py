@@ -44,10 +44,10 @@ _SEGMENT: Final = struct.Struct("=H").pack
 _INT: Final = struct.Struct("=i").unpack_from
 
 _UNPIN: Final = (errno.EINVAL, errno.EADDRNOTAVAIL, errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENODEV)
-"""What Linux says when packets cannot leave from the local address asked for, among others."""
+"""Errors that Linux returns, among other cases, if packets cannot leave from the requested local address."""
 
 _NO_GSO: Final = (errno.EINVAL, errno.EIO, errno.EMSGSIZE, errno.EOPNOTSUPP, errno.ENOPROTOOPT)
-"""What Linux says when it cannot segment: a route's MTU is below a row (EMSGSIZE; EINVAL before 6.8), its interface computes no
+"""Linux's errors for failed segmentation: a route's MTU is below a row (EMSGSIZE; EINVAL before 6.8), its interface computes no
 checksums (EIO), the socket has no GSO."""
 
 _CANNOT_SEGMENT: Final = "UDP sends cannot be segmented (UDP_SEGMENT) on some route of this host"

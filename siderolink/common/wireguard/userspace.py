@@ -69,7 +69,7 @@ class UserspaceDevice:
         self._local = frozenset(address.ip.packed for address in config.addresses)
         self.engine.allowed_ips.only_to = self._local if config.isolate else None
         self.read_interface: Callable[[], Link | None] = lambda: None
-        """The interface as it is, for a face that has one; None once it is gone."""
+        """The current interface, if the packet device has one; None once it is gone."""
         self._udp: UdpSockets | None = None
         if config.listen_port is not None:
             self._udp = open_udp(config.listen_port, self.deliver)
@@ -174,7 +174,7 @@ class UserspaceDevice:
         return counted | (self._udp.drops() if self._udp is not None else {})
 
     def start(self) -> None:
-        """Pass packets; peers with a persistent keepalive are dialled at once."""
+        """Start passing packets. Starts handshakes with peers that have a persistent keepalive."""
         self.is_passing = True
         now = boot_time()
         self.engine.start(now)

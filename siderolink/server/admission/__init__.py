@@ -1,1 +1,1 @@
-"""Who may join: one decision, inside one transaction of the store."""
+"""Admission: decides who may join, inside one transaction of the store."""

@@ -30,7 +30,7 @@ class Grant:
     """The answer to a call that is admitted."""
 
     machine: Machine
-    """What the answer tells: the row; or as it will be, once the claim or the new address is proved."""
+    """The row for the answer, or its future state once the claim or the new address is proved."""
     basis: Basis
     claim: Claim | None = None
     moves: bool = False
@@ -38,7 +38,7 @@ class Grant:
     changed: tuple[Machine, ...] = ()
     """Other rows that changed: the one that had the key before."""
     evicted: Machine | Claim | None = None
-    """What gave way."""
+    """Evicted entries."""
     ended: tuple[Claim, ...] = ()
     """Claims to the same row that are over."""
     has_bound: bool = False
@@ -86,7 +86,7 @@ class Admission:
         return await self._admit_other_key(transaction, request, new_id, owner, holder)
 
     def _check_tokens(self, request: JoinRequest, owner: Machine | None, holder: Machine | None) -> Verdict | Refusal:
-        """What the call's tokens and its UUID are worth, before it is asked whose row it wants."""
+        """The verdict on the call's tokens and UUID alone, before looking at the row."""
         if holder is not None and holder.admission is MachineAdmission.DENIED:
             return refusal(JoinRefusal.DENIED, holder)
         is_equal = any(_is_token_of(row, request.digest) for row in (owner, holder) if row is not None)
@@ -257,9 +257,9 @@ class Admission:
     async def _thin_claims(
         self, transaction: Transaction, request: JoinRequest, owner: Machine, claims: Sequence[Claim], now: float
     ) -> Refusal | list[Claim]:
-        """End expired claims; a refusal where too many are left, unless the oldest has had time for its handshake.
+        """Delete expired claims. Returns a refusal if too many remain, unless the oldest has had time for its handshake.
 
-        Who knows the bound token replaces the oldest at once.
+        A caller with the bound token replaces the oldest immediately.
         """
         living = [claim for claim in claims if claim.expires_at > now]
         ended = [claim for claim in claims if claim.expires_at <= now]

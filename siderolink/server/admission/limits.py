@@ -1,4 +1,4 @@
-"""Who gives way when many machines have joined and not shaken hands: no source keeps the others out.
+"""Limits on joins without a handshake, so that no source keeps the others out.
 
 A join that is never followed by a handshake costs a row and a peer. While more than half of `max_pending` is used, one source
 (an IPv4 address, or an IPv6 /64) may hold a quarter. When all is used, the oldest of the source that holds most gives way, once
@@ -52,7 +52,7 @@ class Waiting:
     id: str
     since: float
     claim: Claim | None = None
-    """None for a row."""
+    """None if the entry is a row."""
 
 
 class PendingBudget:
@@ -78,7 +78,7 @@ class PendingBudget:
         self._by_source.setdefault(key, OrderedDict())[entry_id] = self._in_order[entry_id] = waiting
 
     def discard(self, entry_id: str) -> None:
-        """An entry shook hands, or is gone."""
+        """Remove an entry that completed a handshake or is gone."""
         key = self._sources.pop(entry_id, None)
         if key is not None:
             entries = self._by_source[key]
@@ -95,7 +95,7 @@ class PendingBudget:
         return len(self._by_source.get(source_key(source) or source, ())) >= share
 
     def oldest(self, source: str | None = None, *, rows_only: bool = False) -> Waiting | None:
-        """What gives way: the oldest of this source, or of the one that holds most; None while it has time yet."""
+        """The entry to evict: the oldest of this source, or of the largest one; None while it still has time."""
         if source is not None:
             entries = self._by_source.get(source_key(source) or source)
         elif len(self._by_source) <= _COMPARED_SOURCES:
@@ -109,7 +109,7 @@ class PendingBudget:
 
 
 class NamedKeys:
-    """Keys that calls have named, and with which unique token first: nobody binds another token to a key that it only read."""
+    """Keys that calls have named, with each one's first unique token. Prevents binding a token to another machine's key."""
 
     def __init__(self) -> None:
         self._digests: OrderedDict[bytes, bytes | None] = OrderedDict()

@@ -15,11 +15,11 @@ _FIRST_WITH_TOKENS = (1, 6, 0)
 _MISSING_VERSION = "1.5.0"
 UNAUTHORIZED = "unauthorized"
 _UNSUPPORTED = "Talos version {} is not supported on this Omni instance as '--join-tokens-mode' is set to 'strict'"
-"""Word for word what machines' operators search for."""
+"""Exact text that operators search for."""
 
 
 class JoinTokensMode(StrEnum):
-    """Which machines need a unique token. None, the absence of a mode: nobody; a machine that has one is bound to it."""
+    """Which machines need a unique token. Without a mode (None) none do, but a machine that has one is bound to it."""
 
     LEGACY = "legacy"
     """The join token decides; a unique token does not help."""
@@ -31,19 +31,19 @@ class JoinTokensMode(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JoinPolicy:
-    """What an operator chooses about admission."""
+    """The operator's admission settings."""
 
     mode: JoinTokensMode | None = None
     trust_fingerprints: bool = False
-    """As other servers do: a machine with the hardware addresses of the bound unique token may replace the token, unless it is
-    installed. The addresses are no secret."""
+    """As in other servers, a machine with the hardware addresses of the bound unique token may replace the token, unless it is
+    installed. The addresses are not secret."""
     forget_after: float | None = None
-    """Seconds after which a machine that nobody has heard is forgotten; None for never."""
+    """Seconds of silence after which a machine is forgotten; None keeps it."""
 
     def __post_init__(self) -> None:
         """Raises ConfigurationError."""
         if self.forget_after is not None and not self.forget_after > 0:
-            raise ConfigurationError(f"forget_after is a time above 0 s, not {self.forget_after}")
+            raise ConfigurationError(f"forget_after must be above 0 s, not {self.forget_after}")
 
     @property
     def has_pending(self) -> bool:
@@ -51,18 +51,18 @@ class JoinPolicy:
 
 
 class Verdict(StrEnum):
-    """How a call may go on."""
+    """How a call may proceed."""
 
     ACCEPT = "accept"
     PENDING = "pending"
-    """It has no unique token: it gets a link of its own, and is given one."""
+    """It has no unique token: it gets its own link and is assigned one."""
     CONFLICT = "conflict"
-    """Its UUID is another machine's, or nobody's: it gets a link of its own, and is given a UUID."""
+    """Its UUID belongs to another machine or is a placeholder: it gets its own link and is assigned a UUID."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Known:
-    """What the store knows of the call's UUID and key."""
+    """The store's knowledge of the call's UUID and key."""
 
     owner: Machine | None = None
     """The accepted machine of the UUID."""

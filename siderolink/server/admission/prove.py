@@ -1,4 +1,4 @@
-"""What a handshake proves: the key of a row, or of a claim, which is then checked again; each inside one transaction."""
+"""Applies a handshake as proof of a row's or a claim's key. Claims are checked again, inside one transaction."""
 
 from dataclasses import dataclass, replace
 
@@ -13,7 +13,7 @@ from siderolink.server.store import Ban, BanKind, Claim, Machine, MachineAdmissi
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Proof:
-    """What the first handshake with a key changed."""
+    """The change made by the first handshake with a key."""
 
     machine: Machine | None
     """The row as it is now; None where the key proves nothing."""

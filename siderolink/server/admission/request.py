@@ -16,7 +16,7 @@ class Credentials:
     """By what a call asks to be admitted."""
 
     join: JoinTokenResult = JoinTokenResult(JoinTokenState.VALID)
-    """What the join token is worth."""
+    """The result of checking the join token."""
     unique: UniqueToken | None = None
     version: str | None = None
     """The machine's release, as it says; None if it says none."""
@@ -38,7 +38,7 @@ class JoinRequest:
     """The machine that is known by this UUID; the caller may still turn out not to be it."""
     credentials: Credentials = field(default=Credentials(), repr=False)
     was_probed: bool = False
-    """The machine that stands in the way was probed for this call, and answered."""
+    """The conflicting machine was probed for this call and answered."""
     use_tunnel: bool = False
     """Whether the answer tells the machine to use the tunnel."""
 
@@ -57,7 +57,7 @@ class JoinRequest:
         return "" if unique is None else unique.fingerprint
 
     def bans(self) -> list[Ban]:
-        """What would refuse it."""
+        """The mode's refusal, if any."""
         found = [Ban(value=self.node_uuid), Ban(kind=BanKind.KEY, value=self.public_key.encode())]
         return found if self.digest is None else [*found, Ban(kind=BanKind.UNIQUE, value=self.digest.hex())]
 
@@ -70,7 +70,7 @@ class Refusal:
     text: str
     """For the caller; it holds no secret."""
     machine: Machine | None = None
-    """The machine that stands in the way."""
+    """The conflicting machine."""
     may_probe: bool = False
     """Unanswered probes of that machine would admit the call."""
     known_source: str | None = None

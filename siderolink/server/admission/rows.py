@@ -109,7 +109,7 @@ class Rows:
                     machine = replace(machine, virtual_address=self.virtual_address())
                 else:
                     raise
-        raise StoreError("no free address was found; the source of random bytes may be broken")
+        raise StoreError("no free address was found; the random source may be broken")
 
     def _overlay_address(self) -> IPv6Address:
         return random_address(self._prefix, self._entropy)

@@ -1,4 +1,4 @@
-"""Who may speak for which machine: pure decisions, by the row, the call, and what is known of the row's link.
+"""Decides which call may act for which machine. Pure functions of the row, the call and the row's link.
 
 Nothing in a Provision call proves that the caller holds the private key; only a WireGuard handshake does. UUIDs and public keys
 are no secrets. So a call never changes a row that a handshake has proved: it makes a claim, and the rules are asked again when
@@ -21,12 +21,12 @@ STALE_SECONDS = 180.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinkFacts:
-    """What is known of a machine's link."""
+    """The state of a machine's link."""
 
     silence: float | None = None
-    """Seconds since this server heard an authenticated packet of it; None if it never did."""
+    """Seconds since this server received an authenticated packet from it; None if never."""
     unheard: float | None = None
-    """Seconds since any server may have heard it; None if its link was never proved."""
+    """Seconds since any server can have heard it; None if its link was never proved."""
     said_goodbye: bool = False
     """It said goodbye, and nothing came since."""
     source: str | None = None
@@ -59,7 +59,7 @@ def same_token(machine: Machine, digest: bytes | None) -> bool:
 def may_take(
     row: Machine, digest: bytes | None, fingerprint: str, source: str, link: LinkFacts, *, trust_fingerprints: bool = False
 ) -> Basis | None:
-    """May a call by another key than the row's have the row, once a handshake proves it? None where it may not."""
+    """Why a call with a different key may take the row once a handshake proves it; None if it may not."""
     if row.bound_digest is not None:
         if same_token(row, digest):
             return Basis.UNIQUE_TOKEN
@@ -102,7 +102,7 @@ def same_source(one: str | None, other: str | None) -> bool:
 
 
 def source_key(source: str | None) -> str | None:
-    """What limits count by: an IPv4 address, or an IPv6 /64, of an address or of host:port; None for a local socket."""
+    """The source that limits count: the IPv4 address or IPv6 /64 of an address or host:port; None for a local socket."""
     if not source:
         return None
     host, _, port = source.rpartition(":")
@@ -125,7 +125,7 @@ def _host_key(host: str) -> str | None:
 
 
 def still_stands(row: Machine, claim: Claim, link: LinkFacts, now: float, *, trust_fingerprints: bool = False) -> Basis | None:
-    """The same question again when the claim's key was proved: the machine may have been heard, or another come first."""
+    """Repeats the decision once the claim's key is proved; the machine may have been heard since, or lost to another claim."""
     basis = may_take(
         row,
         claim.unique_token_digest,
@@ -136,6 +136,6 @@ def still_stands(row: Machine, claim: Claim, link: LinkFacts, now: float, *, tru
     )
     if basis is not None or row.bound_digest is not None or claim.basis != Basis.PROBES.value:
         return basis
-    # Probes of the row's key stayed unanswered when the claim was made; only what was heard since disproves them.
+    # Probes of the row's key were unanswered when the claim was made; only later packets disprove them.
     is_same_key = row.linked_at is None or row.linked_at < claim.created_at
     return Basis.PROBES if is_same_key and (link.unheard is None or link.unheard > now - claim.created_at) else None

@@ -22,7 +22,7 @@ _ESCAPED = {"<", ">", "&", "\u2028", "\u2029"}
 
 
 class JoinTokenState(StrEnum):
-    """What a join token is worth."""
+    """The result of checking a join token."""
 
     VALID = "valid"
     WRONG = "wrong"
@@ -36,9 +36,9 @@ class JoinTokenResult:
 
     state: JoinTokenState
     error: str = ""
-    """What is wrong with a malformed one; it repeats nothing of the token."""
+    """Describes a malformed token, without repeating any part of it."""
     digest: bytes | None = field(default=None, repr=False)
-    """By which a row remembers the token; None for the empty one."""
+    """The digest under which rows store the token; None for the empty token."""
 
     @property
     def is_valid(self) -> bool:
@@ -90,28 +90,28 @@ def _is_signed_by(token: str, secret: bytes) -> bool:
     try:
         document = json.loads(base64.b64decode(token[3:].encode("ascii", "replace"), validate=True))
     except (binascii.Error, UnicodeDecodeError):
-        raise ValueError("the part after the version is no base64 of a JSON text") from None
+        raise ValueError("the part after the version is not base64-encoded JSON") from None
     except (ValueError, RecursionError):
-        raise ValueError("the signed part is no JSON") from None
+        raise ValueError("the signed part is not JSON") from None
     if not isinstance(document, dict):
-        raise ValueError("the signed part is no JSON object")
+        raise ValueError("the signed part is not a JSON object")
     fields = {name.lower(): value for name, value in document.items()}
     extra, signature = fields.get("extra_data"), fields.get("signature")
     if not (extra is None or isinstance(extra, dict) and all(isinstance(value, str) for value in extra.values())):
-        raise ValueError("extra_data maps something that is no text")
+        raise ValueError("extra_data contains something that is not text")
     if not (signature is None or isinstance(signature, str)):
-        raise ValueError("the signature is no text")
+        raise ValueError("the signature is not text")
     try:
         given = base64.b64decode((signature or "").encode("ascii", "replace"), validate=True)
     except binascii.Error:
-        raise ValueError("the signature is no base64") from None
+        raise ValueError("the signature is not base64") from None
     if version == "v2:" and extra and _PROVIDER in extra:
         return False  # signed by a provider's own token, and there are no providers here
     return hmac.compare_digest(given, hmac.digest(secret, _go_json(extra).encode("utf-8", "replace"), "sha256"))
 
 
 def _go_json(extra: dict[str, str] | None) -> str:
-    """What is signed: compact, sorted by the keys' bytes, and escaped like the programs that sign."""
+    """The signed bytes: compact JSON, sorted by the keys' bytes, with the signers' escapes."""
     if extra is None:
         return "null"
     names = sorted(extra, key=lambda name: name.encode("utf-8", "replace"))
@@ -132,7 +132,7 @@ def _go_character(character: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class UniqueToken:
-    """A unique token as a row keeps it: the digest alone, so that a copy of the store lets nobody pass for a machine."""
+    """The digest of a unique token, as rows store it, so that a copy of the store does not reveal the token."""
 
     digest: bytes = field(repr=False)
     fingerprint: str = ""
@@ -161,7 +161,7 @@ def parse_unique_token(token: str) -> UniqueToken | None:
 
 
 def unique_token_digest(token: str) -> bytes | None:
-    """What a unique token binds a row to; None for the empty token."""
+    """The value that a unique token binds a row to; None for the empty token."""
     parsed = parse_unique_token(token)
     return None if parsed is None else parsed.digest
 

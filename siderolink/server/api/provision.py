@@ -73,7 +73,7 @@ class ResponseBuilder:
         self._endpoints = swap_endpoints([str(endpoint) for endpoint in endpoints])
 
     def build(self, machine: Machine, *, tunnel: bool) -> ProvisionResponse:
-        """The answer for an admitted machine, which has a virtual address where it shall use the tunnel."""
+        """The answer for an admitted machine. It has a virtual address if the machine is to use the tunnel."""
         response = ProvisionResponse(
             server_endpoint=self._endpoints,
             server_public_key=self._public_key,
@@ -135,14 +135,14 @@ class ProvisionService:
     async def provision(
         self, request: ProvisionRequest, *, source: str, on_valid_token: Callable[[], None] = lambda: None
     ) -> ProvisionResponse:
-        """Answer one call. Raises GRPCError with the status and text that the caller shall see."""
+        """Answer one call. Raises GRPCError with the status and text for the caller."""
         try:
             return await self._admit(request, source, on_valid_token)
         except JoinRejectedError as rejection:
             error = rejection
         except StoreFullError as failure:
             log.error("a join from %s was refused: %s", source, failure)
-            error = JoinRejectedError(JoinRefusal.STORE_FULL, "the server cannot remember more machines now")
+            error = JoinRejectedError(JoinRefusal.STORE_FULL, "the server cannot store more machines at present")
         except StoreUnavailableError as failure:
             log.error("a join from %s was refused: %s", source, failure)
             error = JoinRejectedError(JoinRefusal.STORE_UNAVAILABLE, "the server's database does not answer; try again")
@@ -168,7 +168,7 @@ class ProvisionService:
         return self._responses.build(machine, tunnel=tunnel)
 
     def _check_tokens(self, request: ProvisionRequest) -> Credentials:
-        """Refuse at once, before anything that costs, a call whose tokens cannot admit it: JoinRejectedError."""
+        """Refuse a call whose tokens cannot admit it, before any costly step. Raises JoinRejectedError."""
         join = self._join_token.check(_text(request.join_token))
         token = _text(request.node_unique_token)
         unique = parse_unique_token(token) if len(token) <= MAX_UNIQUE_TOKEN_BYTES else None

@@ -1,8 +1,8 @@
-"""After a start: handshakes towards the UDP endpoints where machines were last heard, so that nobody waits for their timers.
+"""After a start, dials the last UDP endpoint of each machine, so that links recover before the machines' timers expire.
 
-Two things bound how fast. A pace, so that no burst fills anybody's buffers. And a window: so many dials may be unanswered.
-Where machines come back by themselves at the same moment, or the host is busy, answers wait to be read; dials that do not wait
-for them only make that queue longer, until both ends repeat what is in it.
+Two limits apply: a pace, so that bursts do not fill buffers, and a window of unanswered dials.
+If machines reconnect at the same moment, or the host is busy, answers queue up; further dials
+would only lengthen that queue until both ends retransmit.
 """
 
 import logging
@@ -23,17 +23,17 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pace:
-    """How fast machines are dialled: `count` at once, then `pause` seconds of nothing."""
+    """The pace of dialling: `count` machines, then a pause of `pause` seconds."""
 
     count: int = 20
     pause: float = 0.02
 
 
 class Window:
-    """How many dials may be unanswered: more with each prompt answer, fewer with each that was slow. `now` is seconds.
+    """The window of unanswered dials. A prompt answer widens it, a slow one narrows it. `now` is in seconds.
 
-    A dial counts for twice as long as the last answer took, and a second at least: then the machine is taken for gone. So those
-    that are gone hold nobody up for long, and those whose answers are late are not dialled over.
+    A dial counts for twice the last answer's time, but at least a second; then the machine is presumed gone. So machines
+    that are gone do not delay the others for long, and slow ones are not dialled twice.
     """
 
     LEAST, MOST = 100, 1000
@@ -49,7 +49,7 @@ class Window:
         self._counted[machine_id] = now
 
     def settled(self, machine_id: str, now: float) -> None:
-        """It answered, or came by itself; or nothing is to be expected of it any more."""
+        """Stop counting a dial that was answered, became unnecessary or is hopeless."""
         at = self._counted.pop(machine_id, None)
         if at is None:
             at = self._gone.pop(machine_id, None)
@@ -78,7 +78,7 @@ async def dial_remembered(
     pace: Pace | None = None,
     clock: Clock | None = None,
 ) -> None:
-    """Dial each machine that was last heard by UDP and has not come by itself meanwhile, the last seen first."""
+    """Dial each machine that was last heard by UDP and has not reconnected meanwhile, the most recent first."""
     pace, clock = pace or Pace(), clock or Clock()
     window, made = Window(), 0
     wake = anyio.Event()
@@ -101,7 +101,7 @@ async def dial_remembered(
                 await reconciler.dial(link, endpoint)
             except SideroLinkError as error:
                 window.settled(link.machine.id, now)
-                log.debug("a remembered endpoint could not be dialled: %s", error)
+                log.debug("a stored endpoint could not be dialled: %s", error)
             made += 1
             if made % pace.count == 0:
                 await anyio.sleep(pace.pause)

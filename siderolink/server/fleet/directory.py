@@ -1,6 +1,6 @@
-"""The directory: the machines and claims that this server knows of, each found by a key in a dictionary.
+"""The directory: the machines and claims that this server knows, indexed by id, key and address.
 
-What is not here is read through from the store. No method looks at all machines but those that list or load them.
+Unknown rows are read through from the store. Only methods that list or load machines visit all of them.
 """
 
 import os
@@ -22,18 +22,18 @@ from siderolink.server.store import Claim, Machine, Store
 EndStream = Callable[[StreamRefusal], None]
 
 _READS_PER_SECOND = 50.0
-"""Virtual addresses that are looked up in the store because this server does not know them."""
+"""Rate limit for store lookups of unknown virtual addresses."""
 _READS_AT_ONCE = 200.0
 
 
 class LinkState(StrEnum):
-    """What is known of a machine's link."""
+    """The state of a machine's link."""
 
     PENDING = "pending"
-    """Joined with this key, no handshake yet."""
+    """Joined with this key; no handshake yet."""
     UP = "up"
     DOWN = "down"
-    """Nothing authenticated for too long, a goodbye, or not heard yet since the server started."""
+    """Silent for too long, said goodbye, or not heard since the server started."""
 
 
 @dataclass(slots=True, eq=False)
@@ -48,7 +48,7 @@ class Stream:
     opened_at: float
     """By the monotonic clock."""
     is_proven: bool = False
-    """True once something authenticated came by it."""
+    """True once an authenticated packet arrived by it."""
 
 
 @dataclass(slots=True, eq=False)
@@ -61,23 +61,75 @@ class Link:
     claim: Claim | None = None
     streams: tuple[Stream, ...] = ()
     path: Path | None = None
-    """Where the device sends, as far as streams matter: the last path it took or was offered while it had none open."""
+    """The path the device sends by, as far as streams are concerned."""
     endpoint: str | None = None
-    """Where it was last heard by UDP, as host:port; None where that was the tunnel, or nowhere."""
+    """Last UDP endpoint, as host:port; None if it was last heard through the tunnel, or never."""
     source: str | None = None
     """The address that its last authenticated packet came from."""
     goodbye_at: float | None = None
     """When it said goodbye, by the monotonic clock."""
     is_quiet: bool = False
-    """True while no keepalives are sent, because nobody has answered them for long."""
+    """True while keepalives are off because they went unanswered for long."""
     is_applied: bool = False
     """False while the device does not have the peer yet."""
     abandoned: set[PublicKey] = field(default_factory=set)
-    """Keys that the machine had, and whose peers the device may still have."""
+    """Former keys whose peers the device may still have."""
+
+
+class UniqueTokens:
+    """Unique tokens that are bound or assigned to machines, as counts of short keyed hashes of their digests."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[bytes] = Counter()
+        self._key = os.urandom(16)
+
+    def __contains__(self, digest: bytes) -> bool:
+        return self._counts[self._hash(digest)] > 0
+
+    def add(self, machine: Machine) -> None:
+        for hashed in self._hashes(machine):
+            self._counts[hashed] += 1
+
+    def remove(self, machine: Machine) -> None:
+        for hashed in self._hashes(machine):
+            self._counts[hashed] -= 1
+            if not self._counts[hashed]:
+                del self._counts[hashed]
+
+    def _hashes(self, machine: Machine) -> Iterator[bytes]:
+        assigned = None if machine.assigned_token is None else unique_token_digest(machine.assigned_token)
+        return (self._hash(digest) for digest in (machine.bound_digest, assigned) if digest is not None)
+
+    def _hash(self, digest: bytes) -> bytes:
+        """Eight bytes for which no outsider can search a collision."""
+        return blake2b(digest, digest_size=8, key=self._key).digest()
+
+
+class Sources:
+    """The addresses that machines were last heard from."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[str] = Counter()
+
+    def __contains__(self, address: str) -> bool:
+        return address in self._counts or f"::ffff:{address}" in self._counts
+
+    def is_shared(self, source: str) -> bool:
+        """Whether several machines were last heard from this address, as behind a proxy or a router."""
+        return self._counts[source] > 1
+
+    def replace(self, old: str | None, new: str | None) -> None:
+        """Count a machine under its new address."""
+        if new is not None:
+            self._counts[new] += 1
+        if old is not None:
+            self._counts[old] -= 1
+            if not self._counts[old]:
+                del self._counts[old]
 
 
 class Directory:
-    """Who is known here, by id, key and address."""
+    """Known machines and claims, by id, key and address."""
 
     def __init__(self, store: Store, clock: Clock) -> None:
         self._store = store
@@ -87,9 +139,8 @@ class Directory:
         self._by_overlay: dict[IPv6Address, Link] = {}
         self._claims: dict[str, Link] = {}
         self._claims_of: dict[str, list[Link]] = {}
-        self._sources: Counter[str] = Counter()
-        self._tokens: Counter[bytes] = Counter()
-        self._token_key = os.urandom(16)
+        self.sources = Sources()
+        self._tokens = UniqueTokens()
         self._reads = TokenBucket(_READS_PER_SECOND, _READS_AT_ONCE, clock.monotonic)
         self.pending = 0
         """How many machines and claims are PENDING."""
@@ -130,21 +181,17 @@ class Directory:
         return list(self._claims_of.get(machine_id, ()))
 
     def knows_token(self, digest: bytes) -> bool:
-        """Whether a unique token may be bound to a machine, or was given to one: asked before anything that costs."""
-        return self._tokens[self._hash(digest)] > 0
-
-    def _hash(self, digest: bytes) -> bytes:
-        """Eight bytes that nobody outside can aim at."""
-        return blake2b(digest, digest_size=8, key=self._token_key).digest()
+        """Whether a unique token may belong to a machine. A cheap check before costly ones; it may err towards True."""
+        return digest in self._tokens
 
     async def row(self, machine_id: str) -> Machine | None:
         """The row as it is stored."""
         return await self._store.transact(lambda transaction: transaction.machine(machine_id))
 
     async def row_at_virtual_address(self, address: IPv6Address) -> Machine | None:
-        """The stored row of an address that this server does not know: another server may just have given it out.
+        """The stored row of an address that this server does not know; another server may just have assigned it.
 
-        None also where too many were looked up lately.
+        Also None when the lookup rate limit is reached.
         """
         if not self._reads.take(1):
             return None
@@ -156,7 +203,7 @@ class Directory:
         """Add a machine or a claim; the reconciler gives it its keys and addresses afterwards."""
         if link.claim is None:
             self._by_id[link.machine.id] = link
-            self._count_tokens(link.machine, 1)
+            self._tokens.add(link.machine)
             source, link.source = link.source, None
             self.set_source(link, source)
         else:
@@ -169,7 +216,7 @@ class Directory:
         machine = link.machine
         if link.claim is None:
             self._by_id.pop(machine.id, None)
-            self._count_tokens(machine, -1)
+            self._tokens.remove(machine)
             self.set_source(link, None)
             self.release_overlay_address(link, machine.overlay_address)
         elif self._claims.pop(link.claim.id, None) is not None:
@@ -185,18 +232,9 @@ class Directory:
 
     def set_row(self, link: Link, machine: Machine) -> None:
         """Replace the row of a machine's link."""
-        self._count_tokens(link.machine, -1)
+        self._tokens.remove(link.machine)
         link.machine = machine
-        self._count_tokens(machine, 1)
-
-    def _count_tokens(self, machine: Machine, change: int) -> None:
-        assigned = None if machine.assigned_token is None else unique_token_digest(machine.assigned_token)
-        for digest in (machine.bound_digest, assigned):
-            if digest is not None:
-                hashed = self._hash(digest)
-                self._tokens[hashed] += change
-                if not self._tokens[hashed]:
-                    del self._tokens[hashed]
+        self._tokens.add(machine)
 
     def set_state(self, link: Link, state: LinkState) -> None:
         self.pending += (state is LinkState.PENDING) - (link.state is LinkState.PENDING)
@@ -205,21 +243,8 @@ class Directory:
     def set_source(self, link: Link, source: str | None) -> None:
         """Note where the link's last authenticated packet came from."""
         if link.claim is None and source != link.source:
-            if source is not None:
-                self._sources[source] += 1
-            if link.source is not None:
-                self._sources[link.source] -= 1
-                if not self._sources[link.source]:
-                    del self._sources[link.source]
+            self.sources.replace(link.source, source)
         link.source = source
-
-    def is_source(self, address: str) -> bool:
-        """Whether some machine was last heard from this address."""
-        return address in self._sources or f"::ffff:{address}" in self._sources
-
-    def is_shared(self, source: str) -> bool:
-        """Whether several machines were last heard from this address: it is a proxy's or a router's, and names none of them."""
-        return self._sources[source] > 1
 
     def own_key(self, link: Link, key: PublicKey) -> None:
         self._by_key[key] = link

@@ -29,7 +29,7 @@ class Echoes:
         self._number = 0
 
     def send(self, machine: Machine) -> None:
-        """Ping a machine. What cannot be sent is lost."""
+        """Ping a machine. Ignores send errors."""
         self.ping(machine.overlay_address)
 
     def ping(self, address: IPv6Address) -> None:
@@ -55,7 +55,7 @@ class Echoes:
 async def open_echoes(
     interface: str, namespace: str | None, on_answer: Callable[[IPv6Address], None]
 ) -> AsyncIterator[Echoes | None]:
-    """Ping by the server's interface; None where this process may not."""
+    """Ping through the server's interface; None without the privilege."""
     try:
         sock = call_in(namespace, partial(_open, interface))
     except OSError:

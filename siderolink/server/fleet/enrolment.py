@@ -56,7 +56,7 @@ class Enrolment:
         self._limit = anyio.CapacityLimiter(MAX_AT_ONCE)
 
     async def run(self, namespace: str | None) -> None:
-        """Serve every machine whose link comes up, for ever. `namespace` is where the server's interface lives."""
+        """Serve every machine whose link comes up, until cancelled. `namespace` is where the server's interface lives."""
         self._namespace = namespace
         async with anyio.create_task_group() as tasks:
 
@@ -127,7 +127,7 @@ class Enrolment:
         async def work(transaction: Transaction) -> Machine:
             machine = await transaction.machine(machine_id)
             if machine is None:
-                raise SideroLinkError("it is not known any more")
+                raise SideroLinkError("the machine is no longer known")
             wanted = replace(machine, is_installed=machine.is_installed or is_installed)
             if _needs_uuid(machine) and machine.assigned_uuid is None:
                 wanted = replace(wanted, assigned_uuid=new_uuid)

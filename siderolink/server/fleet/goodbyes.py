@@ -25,7 +25,7 @@ Remove = Callable[[str, LeaveReason], Awaitable[bool]]
 
 
 class Goodbyes:
-    """Takes goodbyes. What WireGuard delivers came from the machine that has the source address."""
+    """Receives goodbyes. WireGuard guarantees that a packet comes from the machine with its source address."""
 
     def __init__(self, directory: Directory, monitor: Monitor, remove: Remove) -> None:
         self._directory = directory
@@ -33,11 +33,11 @@ class Goodbyes:
         self._remove = remove
 
     async def run(self, address: IPv6Address, interface: str, namespace: str | None) -> None:
-        """Listen for ever; where that is not possible, machines are missed by their silence as before."""
+        """Listen until cancelled. If that is impossible, machines are only detected as down by their silence."""
         try:
             sock = await bind_overlay(address, GOODBYE_PORT, interface, udp=True, namespace=namespace)
         except SideroLinkError as error:
-            log.warning("goodbyes of machines are not heard: %s", error)
+            log.warning("cannot receive goodbyes from machines: %s", error)
             return
         loop = asyncio.get_running_loop()
         with sock:
@@ -80,7 +80,7 @@ class Goodbyes:
         try:
             await self._remove(link.machine.id, LeaveReason.AT_ITS_WISH)
         except SideroLinkError as error:
-            log.warning("a machine that asked to be forgotten is still known: %s", error, extra=link.machine.log_fields)
+            log.warning("a machine that asked to be forgotten could not be removed: %s", error, extra=link.machine.log_fields)
 
 
 def _answer(sock: socket.socket, data: bytes, source: tuple[object, ...]) -> None:

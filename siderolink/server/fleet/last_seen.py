@@ -45,7 +45,7 @@ class LastSeenNotes:
         self._wake.set()
 
     async def run(self) -> None:
-        """Write what comes, for ever."""
+        """Write notes as they arrive, until cancelled."""
         while True:
             await self._wake.wait()
             await anyio.sleep(self._write_after)
@@ -68,7 +68,7 @@ class LastSeenNotes:
                 newer = self._waiting.get(machine_id)
                 self._waiting[machine_id] = seen if newer is None else newer.after(seen)
             self._wake.set()
-            log.warning("where machines were last heard could not be remembered: %s", error)
+            log.warning("last-seen times and endpoints could not be stored: %s", error)
 
     async def _write_mark(self) -> None:
         mark = b"" if self._stamps is None else self._stamps.high_water

@@ -1,6 +1,6 @@
-"""Liveness: how long ago anybody heard a machine, asked in one place, and probes where silence is not enough to tell.
+"""Liveness: how long each machine has been silent, and probes for when silence alone does not decide.
 
-Only clocks that never step count here. Other servers of the same fleet would be asked in `Liveness.of`, too.
+Uses monotonic clocks only. `Liveness.of` is the place to ask other servers of the same fleet.
 """
 
 from dataclasses import dataclass
@@ -26,10 +26,10 @@ PROBE_SECONDS = 1.0
 MAX_WAITING = 8
 """Calls that wait for one machine's probes."""
 _VALID_SECONDS = 30.0
-"""How long unanswered probes count, while nothing is heard after them."""
+"""How long unanswered probes stay valid while the machine is silent."""
 _CLOCK_SLACK = 0.001
 _LAST_PACKETS = 1.0
-"""What was under way when a machine said goodbye may still come for so long."""
+"""How long packets in flight may arrive after a goodbye."""
 
 
 class Echo(Protocol):
@@ -58,14 +58,14 @@ class Liveness:
         self._runs: dict[str, _Run] = {}
         self._unanswered: dict[str, tuple[PublicKey | None, float]] = {}
         self.redial: Callable[[Link], Awaitable[None]] | None = None
-        """Sends a handshake to where a machine that has no session was last heard."""
+        """Sends a handshake to the last endpoint of a machine without a session."""
 
     def set_echo(self, echo: Echo | None) -> None:
         """How to ping, once the interface is there for it."""
         self._echo = echo
 
     async def silence(self, machine: Machine) -> float | None:
-        """Seconds since this server last heard the row's key authenticate a packet; None if it never did."""
+        """Seconds since the last authenticated packet from the row's key; None if there was none."""
         if machine.public_key is None:
             return None
         status = await self._device.peer(machine.public_key)
@@ -76,7 +76,7 @@ class Liveness:
         return None if status.last_received is None else max(0.0, self._clock.host_time() - status.last_received)
 
     async def of(self, machine: Machine) -> LinkFacts:
-        """What is known of the machine's link, for a decision about its row."""
+        """The state of the machine's link, for a decision about its row."""
         link = self._directory.get(machine.id)
         silence = await self.silence(machine)
         unheard = silence if silence is not None else self._unheard(machine)
@@ -90,9 +90,9 @@ class Liveness:
         )
 
     def _unheard(self, machine: Machine) -> float | None:
-        """Seconds since some server may have heard a machine that this one did not; None if no link of it was ever proved.
+        """Seconds since another server can have heard a machine that this one did not; None if its link was never proved.
 
-        Since this server started, or since what the store says of it, whatever is later.
+        Counted from this server's start or the store's last-seen time, whichever is later.
         """
         if machine.linked_at is None:
             return None
@@ -115,9 +115,9 @@ class Liveness:
         return unheard is None or unheard >= since + PROBES * PROBE_SECONDS
 
     async def probe(self, machine: Machine) -> bool:
-        """Ask the machine for an answer by the path where it was last heard: True if it gave none in five seconds.
+        """Probe the machine on its last path. True if it does not answer within five seconds.
 
-        One run at a time for each machine; calls that come meanwhile share it. False where too many wait already.
+        Concurrent calls for one machine share one probe. False if too many are waiting already.
         """
         run = self._runs.get(machine.id)
         if run is not None:
@@ -144,12 +144,12 @@ class Liveness:
         return self._clock.monotonic() - at <= _VALID_SECONDS
 
     def _can_be_probed(self, link: Link) -> bool:
-        """A stream that was cut carries no probe. The seconds in which a living machine opens another one have to do then, and
+        """A closed stream carries no probe. Then the time in which a living machine opens another one must suffice, and
         only where its address names it alone: a proxy may have cut all streams at once.
         """
         if any(stream.path.is_open for stream in link.streams) or link.endpoint is not None:
             return True
-        return link.source is not None and not self._directory.is_shared(link.source)
+        return link.source is not None and not self._directory.sources.is_shared(link.source)
 
     async def _answers(self, link: Link) -> bool:
         began_at, before = self._clock.monotonic(), await self.silence(link.machine)

@@ -1,4 +1,4 @@
-"""Locks by name, which cost nothing but a dictionary entry while nobody has to wait."""
+"""Locks by name. An uncontended lock costs one dictionary entry."""
 
 import asyncio
 from collections.abc import Hashable
@@ -6,7 +6,7 @@ from types import TracebackType
 
 
 class KeyedLocks:
-    """One lock per key. Whoever takes several takes them in one agreed order of kinds (here: UUID before public key)."""
+    """One lock per key. Take several in a fixed order of kinds (here: UUID before public key)."""
 
     def __init__(self) -> None:
         self._held: dict[Hashable, asyncio.Event | None] = {}

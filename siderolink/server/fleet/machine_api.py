@@ -9,7 +9,7 @@ from siderolink.server.store import Machine
 
 MACHINE_API_PORT = 50000
 _ANSWER_BYTES = 4 * 1024 * 1024
-"""What such an API's other clients take at most."""
+"""The message limit of other clients of that API."""
 
 
 @asynccontextmanager

@@ -1,4 +1,4 @@
-"""What is done with machines: they join, and are removed, banned, accepted, denied.
+"""Operations on machines: join, remove, ban, accept and deny.
 
 A change is always made in the store first and then applied by the reconciler.
 """
@@ -162,11 +162,11 @@ class Machines:
                 try:
                     return Ban(kind=BanKind.KEY, value=(key or PublicKey.parse(name)).encode())
                 except KeyFormatError:
-                    raise ConfigurationError(f"{name!r} is neither a public key nor a machine that has one") from None
+                    raise ConfigurationError(f"{name!r} is neither a public key nor a machine with one") from None
             case BanKind.UNIQUE:
                 digest = None if known is None else known.unique_token_digest
                 if digest is None:
-                    raise ConfigurationError(f"{name!r} is no machine with a unique token") from None
+                    raise ConfigurationError(f"{name!r} is not a machine with a unique token") from None
                 return Ban(kind=BanKind.UNIQUE, value=digest.hex())
             case _:
                 return Ban(value=known.node_uuid if known is not None else parse_uuid(name))
@@ -174,7 +174,7 @@ class Machines:
     async def unban(self, name: str, *, kind: BanKind = BanKind.UUID) -> None:
         """Lift a ban of a UUID, of a public key, or of a unique token (itself, or its digest in hexadecimal digits).
 
-        Raises ConfigurationError where it is none.
+        Raises ConfigurationError if it is none of these.
         """
         match kind:
             case BanKind.UUID:
@@ -192,9 +192,9 @@ class Machines:
         await self._store.transact(lambda transaction: transaction.set_banned(ban, False))
 
     async def accept(self, machine_id: str, *, forget_token: bool = False) -> Machine:
-        """Accept a pending or denied machine as it is; of an accepted one, `forget_token` frees it of its bound unique token.
+        """Accept a pending or denied machine. `forget_token` unbinds the unique token of an accepted one.
 
-        Raises SideroLinkError where there is none, or another accepted machine has its UUID.
+        Raises SideroLinkError if there is no such machine, or another accepted machine has its UUID.
         """
 
         async def work(transaction: Transaction) -> Machine:
@@ -203,7 +203,7 @@ class Machines:
                 raise SideroLinkError("there is no such machine")
             owner = await transaction.machine_by_uuid(machine.node_uuid)
             if owner is not None and owner.id != machine.id:
-                raise SideroLinkError(f"another machine is accepted with the UUID {machine.node_uuid}; forget that one first")
+                raise SideroLinkError(f"another accepted machine has the UUID {machine.node_uuid}; forget that one first")
             wanted = replace(machine, admission=MachineAdmission.ACCEPTED, has_uuid_conflict=False, assigned_uuid=None)
             if forget_token:
                 wanted = replace(wanted, unique_token_digest=None, unique_fingerprint="", assigned_token=None)
@@ -212,7 +212,7 @@ class Machines:
         return await self._change(work)
 
     async def deny(self, machine_id: str) -> Machine:
-        """End a machine's link and refuse its key from now on. Raises SideroLinkError where there is none."""
+        """End a machine's link and refuse its key until it is accepted. Raises SideroLinkError if there is no such machine."""
 
         async def work(transaction: Transaction) -> Machine:
             machine = await transaction.machine(machine_id)
@@ -223,7 +223,7 @@ class Machines:
         return await self._change(work)
 
     async def forget_absent(self, forget_after: float) -> None:
-        """Forget machines that nobody has heard for so many seconds, for ever."""
+        """Forget machines that were silent for this many seconds, until cancelled."""
         pause = min(max(forget_after / 10, _LEAST_PAUSE), _MOST_PAUSE)
         while True:
             await self.forget_absent_now(forget_after)
@@ -244,7 +244,7 @@ class Machines:
             try:
                 await self.remove(machine.id, LeaveReason.LONG_GONE)
             except SideroLinkError as error:
-                log.warning("a machine that is long gone is still known: %s", error, extra=machine.log_fields)
+                log.warning("an expired machine could not be removed: %s", error, extra=machine.log_fields)
 
     async def _change(self, work: Callable[[Transaction], Awaitable[Machine]]) -> Machine:
         machine = await self._store.transact(work)

@@ -251,7 +251,7 @@ class Monitor:
         try:
             await check()
         except SideroLinkError as error:
-            log.warning("a check of a machine failed and is repeated: %s", error)
+            log.warning("checking a machine failed; retrying: %s", error)
             if isinstance(key, _Resync):
                 self._retry_resync(key.machine_id)
             elif key is not None:

@@ -1,6 +1,6 @@
-"""A known key that calls with another UUID: proved by an echo at an overlay address that only the answer to that call told.
+"""Moves a known key that joins with another UUID, once it answers an echo at an overlay address that only it was told.
 
-Public keys are no secrets, so the call alone moves nothing. Whoever holds the key takes the new address and answers an echo
+Public keys are not secret, so the call alone moves nothing. The key's holder takes the new address and answers an echo
 there inside the key's session; until then the old row stays as it is.
 """
 
@@ -93,7 +93,7 @@ class Moves:
             self._directory.release_virtual_address(move.link, address)
 
     async def run(self, ping: Ping) -> None:
-        """Ping each address that is waited for, for ever."""
+        """Ping each awaited address, until cancelled."""
         while True:
             await self._wake.wait()
             self._wake = anyio.Event()
@@ -110,7 +110,7 @@ class Moves:
             if link is not None:
                 await self._reconciler.also_reach(link, None)
         except SideroLinkError as error:
-            log.warning("a machine's peer keeps an address that it did not prove: %s", error)
+            log.warning("an unproven address could not be removed from a machine's peer: %s", error)
 
     def awaits(self, address: IPv6Address) -> bool:
         """Whether an echo of this address is waited for."""
@@ -133,7 +133,7 @@ class Moves:
                 link = await self._reconciler.apply(row)
                 await self._reconciler.apply(before)
         except SideroLinkError as error:
-            log.warning("a machine's move to another UUID failed; it has to join again: %s", error, extra=machine.log_fields)
+            log.warning("moving a machine to another UUID failed; it has to join again: %s", error, extra=machine.log_fields)
             return
         self.on_moved(link)
         self._events.publish(AdmissionChanged(machine=row))

@@ -29,12 +29,12 @@ class OverlayPort:
         """Read ``8080``, ``8080/tcp`` or ``53/udp``. Raises ConfigurationError."""
         match = _PORT.match(str(given))
         if match is None or not 0 < int(match[1]) < 65536:
-            raise ConfigurationError(f"{given!r} is no port; write 8080, or 53/udp")
+            raise ConfigurationError(f"{given!r} is not a port; write 8080 or 53/udp")
         return cls(int(match[1]), "udp" if match[2] == "udp" else "tcp")
 
 
 def device_ports(ports: Iterable[OverlayPort] | None) -> OpenPorts:
-    """The same for a device, with the port for goodbyes; None for all."""
+    """The same for a device, with the port for goodbyes; None opens all."""
     if ports is None:
         return None
     return frozenset({(socket.IPPROTO_UDP, GOODBYE_PORT), *((_NUMBERS[one.protocol], one.number) for one in ports)})
@@ -42,7 +42,7 @@ def device_ports(ports: Iterable[OverlayPort] | None) -> OpenPorts:
 
 @asynccontextmanager
 async def only_ports(device: Device, ports: Iterable[OverlayPort] | None) -> AsyncIterator[None]:
-    """Open these ports and no others from now on; None for all. Raises SideroLinkError."""
+    """Open only these ports from now on; None opens all. Raises SideroLinkError."""
     if ports is not None:
         await device.set_open_ports(device_ports(ports))
     yield

@@ -70,7 +70,7 @@ class Reconciler:
         self.on_applied: Callable[[Link, PublicKey | None], None] = lambda link, key_before: None
         """Told of each link whose row was applied, with the key that it had before; also where the device failed."""
         self.on_dropped: Callable[[Link], None] = lambda link: None
-        """Told of each link, of a machine or a claim, that is gone."""
+        """Called with each removed link of a machine or a claim."""
         self.on_failed: Callable[[str], None] = lambda machine_id: None
         """Told the id of a machine, or EVERYTHING, that could not be brought into step; `resync` has to be called again."""
 
@@ -121,7 +121,7 @@ class Reconciler:
         return link
 
     def _move_key(self, link: Link, old: Machine | None, state: LinkState) -> None:
-        """Give the link its row's key; one that nobody has any more is abandoned."""
+        """Set the link's key from its row. A key without an owner is abandoned."""
         denied = link.machine.admission is MachineAdmission.DENIED
         key, old_key = link.machine.public_key, old.public_key if old else None
         if denied:
@@ -224,7 +224,7 @@ class Reconciler:
         await self._device.set_peer(peer)
 
     async def redial(self, link: Link) -> None:
-        """Begin a handshake towards where the machine was last heard by UDP, if that is known."""
+        """Start a handshake towards the machine's last UDP endpoint, if known."""
         endpoint = remembered_endpoint(link)
         if endpoint is not None:
             await self.dial(link, endpoint)
@@ -259,23 +259,23 @@ class Reconciler:
                 await self.apply_claim(link.machine, claim)
 
     async def forget(self, machine: Machine, reason: LeaveReason) -> None:
-        """A row was deleted: its link goes, and that is told."""
+        """Remove the link of a deleted row and publish that."""
         async with self.locks.hold(machine.node_uuid):
             if await self.drop(machine.id) is not None:
                 self._events.publish(MachineLeft(machine=machine, reason=self.leaving.get(machine.id, reason)))
 
     async def follow(self, *, task_status: TaskStatus[None] = TASK_STATUS_IGNORED) -> None:
-        """Apply what happens in the store, for ever; what this server did itself it finds applied. Started once it reads."""
+        """Apply store changes until cancelled. Changes of this server are applied already. Signals started once it reads."""
         async with self._store.changes() as changes:
             task_status.started()
             async for change in changes:
                 try:
                     await self._follow_change(change)
                 except SideroLinkError as error:
-                    log.warning("a change in the store could not be applied and is tried again: %s", error)
+                    log.warning("a store change could not be applied; retrying: %s", error)
                     self.on_failed(_machine_id(change))
                 except Exception:
-                    log.exception("a change in the store could not be applied and is tried again")
+                    log.exception("a store change could not be applied; retrying")
                     self.on_failed(_machine_id(change))
 
     async def _follow_change(self, change: Change) -> None:
@@ -362,7 +362,7 @@ def _machine_id(change: Change) -> str:
 
 
 def remembered_endpoint(link: Link) -> Endpoint | None:
-    """The remembered address; None where it is none, or the machine is to use the tunnel."""
+    """The stored endpoint; None if it is invalid or the machine is to use the tunnel."""
     machine = link.machine
     if machine.last_endpoint is None or machine.public_key is None or machine.tunnel:
         return None

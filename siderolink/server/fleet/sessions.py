@@ -18,7 +18,7 @@ from siderolink.server.refusals import StreamRefusal
 
 
 def udp_endpoint(path: Path | None) -> str | None:
-    """Where a path leads by UDP, as host:port; None for a tunnel or for no path."""
+    """The UDP endpoint of a path, as host:port; None for a tunnel or no path."""
     text = str(path) if path is not None else ""
     try:
         return str(HostPort.parse(text))
@@ -27,7 +27,7 @@ def udp_endpoint(path: Path | None) -> str | None:
 
 
 def host_of(endpoint: str | None) -> str | None:
-    """The host of a host:port; None where it is none."""
+    """The host of a host:port; None if it is malformed."""
     try:
         return None if endpoint is None else HostPort.parse(endpoint, port_zero=True).host
     except ConfigurationError:
@@ -49,7 +49,7 @@ class Sessions:
         self.tell(link)
 
     def tell(self, link: Link) -> None:
-        """Tell those who watch that the link changed or is gone."""
+        """Notify watchers that the link changed or is gone."""
         for watcher in self._watchers:
             watcher(link)
 
@@ -91,7 +91,7 @@ class Sessions:
             stream.end(refusal)
 
     def path_changed(self, link: Link, event: PathChanged) -> None:
-        """The machine was heard by another path: that one is proven, and the stream before it ends."""
+        """Handle a packet by another path: it proves that path and ends the previous stream."""
         link.path, link.endpoint = event.new, udp_endpoint(event.new)
         source = host_of(link.endpoint)
         for stream in link.streams:
@@ -104,14 +104,14 @@ class Sessions:
         self._directory.set_source(link, source)
 
     def prove_current_stream(self, link: Link) -> None:
-        """Something authenticated came, and no PathChanged since: it came by the path in use."""
+        """Handle an authenticated packet without a PathChanged: it proves the current path."""
         for stream in link.streams:
             if stream.path is link.path:
                 stream.is_proven = True
                 self._directory.set_source(link, stream.source or link.source)
 
     async def prove_or_end(self, stream: Stream, silence: float | None) -> None:
-        """The stream's time is up: end it unless something authenticated has come by it, `silence` seconds ago at last."""
+        """End a stream whose time is up, unless an authenticated packet arrived by it; the last was `silence` seconds ago."""
         link = stream.link
         if stream not in link.streams or stream.is_proven:
             return

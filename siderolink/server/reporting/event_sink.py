@@ -1,7 +1,7 @@
-"""events.EventSinkService: each call brings one event, and OK says that it was accepted.
+"""events.EventSinkService: each call carries one event, and OK confirms it.
 
-A machine sends an event again until it is answered OK. So whatever can be kept is answered OK, be its type known or not; what
-is refused could be accepted later, or is no event at all.
+A machine resends an event until it is answered OK. So every event that can be kept is answered OK, of a known type or not; a
+refused one could be accepted later, or is not an event.
 """
 
 import time
@@ -52,7 +52,7 @@ class EventSink:
         address = stream.peer.addr()
         machine = self._ingest.find_machine(str(address[0])) if isinstance(address, tuple) else None
         if machine is None:
-            raise GRPCError(Status.PERMISSION_DENIED, "the call does not come from a machine's address")
+            raise GRPCError(Status.PERMISSION_DENIED, "the call does not come from a machine's overlay address")
         if not self._ingest.may_send_event(machine):
             await anyio.sleep(REFUSAL_DELAY)
             raise GRPCError(Status.RESOURCE_EXHAUSTED, "too many events; send it again later")

@@ -17,7 +17,7 @@ T = TypeVar("T")
 MachineAt = Callable[[IPv6Address], Machine | None]
 """The machine that has an overlay address; None when no machine has it."""
 ReportStream = Subscription[T | ReportsLost]
-"""What was published since it was made; a slow reader is told by ReportsLost."""
+"""The reports published since its creation. A slow reader receives ReportsLost."""
 
 ITEM_BYTES = 512
 """Memory that a kept report takes besides its own parts."""
@@ -81,7 +81,7 @@ class ReportIngest:
         self._sender(machine).drops[reason] += count
 
     def drop_lines(self, machine: Machine, reason: ReportDrop, count: int = 1) -> None:
-        """Count dropped lines; the readers are told before the machine's next line."""
+        """Count dropped lines. Readers receive the count before the machine's next line."""
         self.drop(machine, reason, count)
         self._sender(machine).untold[reason] += count
 
@@ -157,7 +157,7 @@ class ReportIngest:
 
 
 class _Sender:
-    """What one machine may still send, and what of it was dropped."""
+    """One machine's remaining allowance and its drops."""
 
     def __init__(self, machine: Machine, options: ReportOptions, clock: Callable[[], float]) -> None:
         self.machine = machine

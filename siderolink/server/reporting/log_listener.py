@@ -48,7 +48,7 @@ class LineSplitter:
         return lines
 
     def discard(self, data: bytes) -> int:
-        """Drop the lines that are complete now, and say how many; what follows the last newline begins a line as ever."""
+        """Drop all complete lines and return their number. Text after the last newline starts a new line."""
         ended, newline, rest = data.rpartition(b"\n")
         if newline:
             self._start_line()
@@ -75,7 +75,7 @@ class LineSplitter:
 
 
 class _TcpListener:
-    """A listening socket and the connections that came by it."""
+    """A listening socket and its accepted connections."""
 
     def __init__(self, ingest: ReportIngest, sock: socket.socket) -> None:
         self._ingest = ingest
@@ -98,7 +98,7 @@ class _TcpListener:
 
     async def end(self) -> None:
         """Accept no more, half-close each connection, read what still comes, and close those that stay."""
-        self._accept()  # connections that wait to be accepted are heard, too
+        self._accept()  # also read connections waiting to be accepted
         if self._pause is not None:
             self._pause.cancel()
         self._loop.remove_reader(self._sock)
@@ -223,7 +223,7 @@ class _Connection(asyncio.Protocol):
             self._counted_too_long = self._lines.too_long
 
     def _finish(self) -> None:
-        """The connection has ended, and all that came by it is read; a last line without its end counts if it is whole."""
+        """Handle the end of a connection after all input was read. A last line without a newline counts if it is complete."""
         if self._transport is not None:
             self._listener.discard(self._transport)
         rest = self._lines.partial().strip()
@@ -257,7 +257,7 @@ class _Datagrams(asyncio.DatagramProtocol):
 
 @asynccontextmanager
 async def listen_for_lines(ingest: ReportIngest, tcp: socket.socket, udp: socket.socket) -> AsyncIterator[None]:
-    """Accept lines from both sockets. They are closed with the context, and connections once what came by them is read."""
+    """Accept lines from both sockets. Leaving the context closes them, and connections once their input is read."""
     try:
         transport, _ = await asyncio.get_running_loop().create_datagram_endpoint(lambda: _Datagrams(ingest), sock=udp)
     except BaseException:

@@ -1,4 +1,4 @@
-"""What machines report, as values, and what the receivers of it may be told."""
+"""The values that machines report, and the options of the receivers."""
 
 import json
 import sys
@@ -35,19 +35,19 @@ class ReportOptions:
     line_bytes_per_second: int = 256 * 1024
     """How many bytes of log lines one machine may send on average; more is dropped and counted. 0 disables the limit."""
     line_burst_bytes: int = 4 * 1024 * 1024
-    """How many bytes at once: a machine that boots has its whole log to send."""
+    """Burst of bytes: a booting machine sends its whole log."""
     lines_per_second: int = 2000
     """How many log lines one machine may send on average; more is dropped and counted. 0 disables the limit."""
     line_burst: int = 20_000
-    """How many lines at once."""
+    """Burst of lines."""
     events_per_second: int = 100
     """How many events one machine may send on average; one too many is refused, and comes again. 0 disables the limit."""
     event_burst: int = 2000
-    """How many at once; existing machines begin with up to 990."""
+    """Burst of events; existing machines start with up to 990."""
     event_bytes_per_second: int = 256 * 1024
     """How many bytes of events one machine may send on average; beyond it events are refused. 0 disables the limit."""
     event_burst_bytes: int = 4 * 1024 * 1024
-    """How many bytes of them at once."""
+    """Burst of bytes of events."""
     max_event_bytes: int = 256 * 1024
     """The longest event."""
     max_connections_per_machine: int = 4
@@ -88,7 +88,7 @@ class ReportDrop(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MachineEvent:
-    """Something a machine says it does. It is kept as it came; what reads it decodes it."""
+    """An event of a machine, stored undecoded; readers decode it."""
 
     machine: Machine
     received_at: float
@@ -102,7 +102,7 @@ class MachineEvent:
 
     @property
     def payload(self) -> MachineEventPayload | None:
-        """The message, decoded anew on each access: its first 256 fields. None for an unknown type or malformed data."""
+        """The first 256 fields of the message, decoded on each access. None for an unknown type or malformed data."""
         return unpack_event(Any(type_url=self.type_url, value=self.data))
 
     @property
@@ -112,7 +112,7 @@ class MachineEvent:
 
     @property
     def summary(self) -> str:
-        """What the event says, in one line of printable text for people."""
+        """A one-line printable summary of the event."""
         return summarize_event(Any(type_url=self.type_url, value=self.data))
 
     @property
@@ -132,7 +132,7 @@ class LogLine:
     """The line as it came, without its end."""
 
     def fields(self) -> Mapping[str, object]:
-        """The line's JSON object: msg, talos-time, talos-level, facility, seq, clock, priority; empty where it is none."""
+        """The line's JSON object: msg, talos-time, talos-level, facility, seq, clock, priority; empty if it is not JSON."""
         try:
             found = json.loads(self.raw)
         except (ValueError, RecursionError):
@@ -141,7 +141,7 @@ class LogLine:
 
     @property
     def message(self) -> str:
-        """What the line says: its field ``msg``, or the whole line where there is none. It can be encoded as UTF-8."""
+        """The message: the field ``msg``, or the whole line without one. It can be encoded as UTF-8."""
         found = self.fields().get("msg")
         if isinstance(found, str):
             return found.encode(errors="replace").decode()  # JSON can escape half of a surrogate pair

@@ -18,7 +18,7 @@ _SINK_WINDOW_BYTES = 1024 * 1024
 
 
 class Reports:
-    """What machines report, as it comes and as far as it is kept."""
+    """The machines' reports: live streams, and the ring buffers."""
 
     def __init__(self, ingest: ReportIngest) -> None:
         self._ingest = ingest
@@ -27,20 +27,20 @@ class Reports:
 
     @property
     def event_sink_port(self) -> int | None:
-        """The event sink's TCP port on the overlay address; None where there is none."""
+        """The event sink's TCP port on the overlay address; None if disabled."""
         return None if self._sink is None else self._sink.port
 
     @property
     def log_port(self) -> int | None:
-        """The TCP and UDP port of the log listener on the overlay address; None where there is none."""
+        """The TCP and UDP port of the log listener on the overlay address; None if disabled."""
         return self._log_port
 
     def events(self) -> ReportStream[MachineEvent]:
-        """Machines' events from now on. A slow reader loses its oldest ones and is told so by ReportsLost."""
+        """Subscribe to machines' events from now on. A slow reader loses its oldest ones and receives ReportsLost."""
         return self._ingest.events.subscribe()
 
     def lines(self) -> ReportStream[LogLine | LinesDropped]:
-        """Machines' log lines from now on. A slow reader loses its oldest ones and is told so by ReportsLost."""
+        """Subscribe to machines' log lines from now on. A slow reader loses its oldest ones and receives ReportsLost."""
         return self._ingest.lines.subscribe()
 
     def recent_events(self, machine_id: str) -> list[MachineEvent]:

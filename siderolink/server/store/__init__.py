@@ -1,4 +1,4 @@
-"""What the server remembers about its machines, and where."""
+"""Stores: the persistent state of a server and its machines."""
 
 from siderolink.server.store.base import (
     Ban,

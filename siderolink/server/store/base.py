@@ -40,10 +40,10 @@ class Machine:
     overlay_address: IPv6Address
     """Kept for as long as the row lives. Unique."""
     virtual_address: IPv6Address | None = None
-    """What names the machine's tunnel streams; None if it never used the tunnel. Unique."""
+    """Address of the machine's tunnel streams; None if it never used the tunnel. Unique."""
     virtual_issued_at: float | None = None
     unique_token_digest: bytes | None = field(default=None, repr=False)
-    """What binds the row to one machine (tokens.UniqueToken.digest), as soon as `was_linked`; None while nothing is bound."""
+    """The digest that binds the row to one machine (tokens.UniqueToken.digest) once `was_linked`; None if unbound."""
     unique_fingerprint: str = ""
     """The fingerprint of the machine's hardware addresses that came with the unique token; empty without one."""
     admission: MachineAdmission = MachineAdmission.ACCEPTED
@@ -69,12 +69,12 @@ class Machine:
     was_linked: bool = False
     """Whether it ever proved any key. A machine that never did is forgotten after a while."""
     revision: int = 1
-    """1 when inserted, counted up by the store with every change of the row; a sighting is none."""
+    """1 when inserted; the store increments it with every change of the row, except last-seen notes."""
     last_endpoint: str | None = None
-    """Where it was last heard by UDP, as host:port; None where it last came by the tunnel, or never."""
+    """Last UDP endpoint, as host:port; None if it was last heard through the tunnel, or never."""
     last_handshake_at: float | None = None
     seen_at: float | None = None
-    """When it was last heard to change its path or to shake hands."""
+    """When it last changed its path or completed a handshake."""
     last_source: str | None = None
     """The address that its last authenticated packet came from, by UDP or by a stream."""
     goodbye_at: float | None = None
@@ -86,27 +86,27 @@ class Machine:
 
     @property
     def log_fields(self) -> dict[str, str]:
-        """What names the machine in a log record, as its `extra`."""
+        """The `extra` of a log record that identifies the machine."""
         return {"machine_id": self.id, "node_uuid": self.node_uuid}
 
     @property
     def bound_digest(self) -> bytes | None:
         """The digest of the unique token that decides who may take this row; None while there is none.
 
-        What came with a key that was never proved binds nobody.
+        A token that came with an unproved key is not binding.
         """
         return self.unique_token_digest if self.was_linked else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LastSeen:
-    """Where and when a machine was last heard. Noted lazily: after a crash the last seconds of it are missing."""
+    """Where and when a machine was last seen. Written lazily: a crash loses the last seconds."""
 
     endpoint: str | None
     """As Machine.last_endpoint."""
     seen_at: float
     handshake_at: float | None = None
-    """None where no handshake was seen; what is known of an earlier one stays."""
+    """None if no handshake was seen; an earlier one stays stored."""
     source: str | None = None
     """As Machine.last_source; None leaves what is known."""
     goodbye_at: float | None = None
@@ -163,7 +163,7 @@ class Claim:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerRecord:
-    """What a server remembers of itself."""
+    """The persistent record of a server itself."""
 
     private_key: PrivateKey
     installation_id: str
@@ -183,7 +183,7 @@ def unique_values(machine: Machine) -> Iterator[tuple[str, Hashable]]:
 
 
 class BanKind(StrEnum):
-    """What a ban names."""
+    """The kind of value that a ban names."""
 
     UUID = "uuid"
     KEY = "key"
@@ -208,7 +208,7 @@ class UniqueViolationError(StoreError):
 
 
 class Transaction(Protocol):
-    """One transaction: all of it happens, or nothing does. What it reads does not change under it."""
+    """One atomic transaction with a consistent view."""
 
     def expect(self, node_uuid: str, public_key: PublicKey, bans: Iterable[Ban] = ()) -> None:
         """Say what will soon be asked for: the bans, the machine of the UUID, and who has or claims the key."""
@@ -229,7 +229,7 @@ class Transaction(Protocol):
         """Replace the row of the same id; returns it as stored. Raises UniqueViolationError; StoreError without such a row."""
 
     async def delete(self, machine_id: str) -> Machine | None:
-        """Remove a row, and the claims to it, and return it; None if there is none."""
+        """Remove a row and its claims, and return it; None if it does not exist."""
 
     async def claims(self, machine_id: str) -> Sequence[Claim]:
         """All claims to a row, the oldest first."""
@@ -240,7 +240,7 @@ class Transaction(Protocol):
         """Add a claim, or replace the one of the same id."""
 
     async def delete_claim(self, claim: Claim) -> None:
-        """Remove a claim; no error if it is gone."""
+        """Remove a claim. Ignores a missing one."""
 
     async def is_banned(self, ban: Ban) -> bool: ...
 
@@ -250,7 +250,7 @@ class Transaction(Protocol):
         """Note when machines, by id, were last seen; passes over unknown ones. Changes no revision, tells the feed nothing."""
 
     async def server(self) -> ServerRecord | None:
-        """What the server remembers of itself; None before it first did."""
+        """The server's record; None before the first start."""
 
     async def set_server(self, record: ServerRecord) -> None: ...
 

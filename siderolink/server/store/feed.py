@@ -10,7 +10,7 @@ DEFAULT_FEED_LIMIT = 65_536
 
 
 class Feeds:
-    """Everyone who follows one store; a reader that falls `limit` changes behind is told ChangesLost and starts over."""
+    """The readers of one store's changes. A reader that falls `limit` changes behind receives ChangesLost and starts over."""
 
     def __init__(self, limit: int) -> None:
         self._changes: Broadcast[Change] = Broadcast(limit=limit, lost=lambda _: ChangesLost(), overflow=Overflow.DROP_ALL)

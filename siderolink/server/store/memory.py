@@ -84,7 +84,7 @@ class _Table:
 
 
 class _MemoryTransaction:
-    """Changes the table at once and remembers how to undo each change."""
+    """Changes the tables immediately and records how to undo each change."""
 
     def __init__(self, table: _Table) -> None:
         self._table = table
@@ -204,7 +204,7 @@ class MemoryStore:
     """Rows in dictionaries. Transactions run one after another; several servers of one process may share it."""
 
     def __init__(self, *, feed_limit: int = DEFAULT_FEED_LIMIT) -> None:
-        """A reader of `changes` that falls `feed_limit` behind is told ChangesLost."""
+        """A reader of `changes` that falls `feed_limit` behind receives ChangesLost."""
         self._table = _Table()
         self._feeds = Feeds(feed_limit)
         self._lock = asyncio.Lock()

@@ -1,4 +1,4 @@
-"""What a server remembers of itself: its key, its installation id, and how far its handshakes' timestamps have come."""
+"""The server's own record: its key, its installation id, and the latest handshake timestamp it may have used."""
 
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -16,9 +16,9 @@ WRITE_AFTER = 5.0
 
 
 async def recall_server(store: Store, private_key: PrivateKey | None, installation_id: str | None) -> ServerRecord:
-    """The server's record, brought up to what it was told now; made, with a new key if none was given, where there is none.
+    """Load or create the server's record and update it from the options. Generates a key if none is given or stored.
 
-    Raises StoreError where the store belongs to another installation.
+    Raises StoreError if the store belongs to another installation.
     """
     fresh_key = private_key or PrivateKey.generate()
 
@@ -29,7 +29,7 @@ async def recall_server(store: Store, private_key: PrivateKey | None, installati
         elif installation_id is not None and installation_id != stored.installation_id:
             raise StoreError(
                 f"the state belongs to the installation {stored.installation_id!r}, not {installation_id!r}; "
-                "its machines have addresses of that overlay"
+                "its machines have addresses in that overlay"
             )
         else:
             record = replace(stored, private_key=private_key or stored.private_key)
@@ -41,7 +41,7 @@ async def recall_server(store: Store, private_key: PrivateKey | None, installati
 
 
 def resume_timestamps(record: ServerRecord) -> "Timestamps":
-    """Timestamps above all that the server can have used before: those of its last seconds may not have been written."""
+    """A timestamp above any that the server can have used, because those of the last seconds may not have been written."""
     from siderolink.common.wireguard.noise.tai64n import Timestamps, later
 
     return Timestamps(later(record.timestamp_mark, WRITE_AFTER))

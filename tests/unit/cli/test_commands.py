@@ -115,7 +115,7 @@ def test_every_event_of_a_link_has_words() -> None:
         events.InterfaceRepaired(what="it was set down"),
         events.FallbackBegun(reason="no handshake"),
         events.FallbackEnded(),
-        events.StateChanged(old=LinkState.CONNECTED, new=LinkState.LEFT, reason="it was left"),
+        events.StateChanged(old=LinkState.CONNECTED, new=LinkState.LEFT, reason="it was not changed"),
         events.TransportChanged(old="udp", new="tunnel"),
         events.ConnectionsCut(what="the stream ends", age=60.0),
         events.SettingsTried(changes="UUID"),
@@ -131,7 +131,7 @@ def test_every_event_of_a_link_has_words() -> None:
 def test_status_for_people(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SIDEROLINK_RUNTIME_DIR", str(tmp_path / "none"))
     run_status(as_json=False)
-    assert capsys.readouterr().out == "no `siderolink serve` or `siderolink join` runs on this host\n"
+    assert capsys.readouterr().out == "no `siderolink serve` or `siderolink join` is running on this host\n"
     run_status(as_json=True)
     assert json.loads(capsys.readouterr().out) == []
 
@@ -209,7 +209,7 @@ def test_status_fails_where_a_running_process_does_not_answer(
         assert run_status(as_json=False) == 1
     out, err = capsys.readouterr()
     assert "stuck.sock does not answer: " in err
-    assert out.count("runs on this host") == 1, "only while nothing was there"
+    assert out.count("is running on this host") == 1, "only while nothing was there"
 
 
 @pytest.mark.anyio
@@ -252,7 +252,7 @@ async def test_a_part_that_fails_is_logged_and_started_again(
     await keep_running("a part", work)
     assert len(runs) == 3
     assert [record.exc_info is not None for record in caplog.records if record.levelname == "ERROR"] == [True, True]
-    assert "a part failed and is started again in " in caplog.messages[-1]
+    assert "a part failed; restarting it in " in caplog.messages[-1]
 
 
 # --- one line each
@@ -263,9 +263,9 @@ async def test_a_part_that_fails_is_logged_and_started_again(
     [
         (
             ["serve", "--api-listen", "nonsense", "--wireguard-endpoint", "a:1", "--join-token", "t"],
-            "'nonsense' is no host:port",
+            "'nonsense' is not host:port",
         ),
-        (["serve", "--api-listen", "[::]:4000", "--wireguard-endpoint", "a", "--join-token", "t"], "'a' is no host:port"),
+        (["serve", "--api-listen", "[::]:4000", "--wireguard-endpoint", "a", "--join-token", "t"], "'a' is not host:port"),
         (["serve", "--api-listen", "[::]:4000", "--wireguard-endpoint", "a:1"], "a server needs a join token: "),
         (
             ["serve", "--api-listen", "[::]:1", "--wireguard-endpoint", "a:1", "--join-token", "t", "--forwarded-from", "a"],

@@ -182,7 +182,7 @@ async def test_a_deleted_interface_is_another_device_with_the_same_key() -> None
     server = new_key()
     async with running(response(server, ONE)) as bench:
         await connect(bench, server)
-        bench.put(InterfaceLost(reason="the interface siderolink was deleted by someone else"))
+        bench.put(InterfaceLost(reason="the interface siderolink was deleted by another program"))
         await bench.saw(events.InterfaceConfigured, 2)
         await anyio.wait_all_tasks_blocked()
         assert bench.state() is LinkState.REESTABLISHING

@@ -88,7 +88,7 @@ def test_the_join_token_comes_by_file_and_the_prefix_by_the_installation_id(tmp_
         (["kernel-args", f"grpc://user:{TOKEN}@h"], "cannot use this join URL"),
         (["machine-config", "grpc://h", "--ca-file", "/dev/null"], "/dev/null holds no certificates"),
         (["machine-config", "grpc://h", "--ca-file", "/nonexistent"], "cannot be read from /nonexistent"),
-        (["kernel-args", URL, "--join-token-file", "/dev/null"], "must hold one line"),
+        (["kernel-args", URL, "--join-token-file", "/dev/null"], "must contain one line"),
     ],
 )
 def test_complaints(arguments: list[str], said: str) -> None:

@@ -157,14 +157,17 @@ def test_unknown_kinds_are_kept_apart_with_a_note() -> None:
         (JOIN + f"uniqueToken: {TOKEN * 1000}", "f0.yaml:4: uniqueToken: is too long; at most 8192 are allowed"),
         (JOIN + "apiUrl: https://h", "f0.yaml:4: the key 'apiUrl' stands here a second time, first in line 3"),
         (JOIN + "<<: {a: b}", "f0.yaml:4: <<: unknown key; allowed are apiVersion, kind, apiUrl, uniqueToken"),
-        (JOIN + "---\n" + JOIN, "f0.yaml:5: there is a SideroLinkConfig already, at f0.yaml:1; one is allowed"),
+        (JOIN + "---\n" + JOIN, "f0.yaml:5: a SideroLinkConfig is already defined at f0.yaml:1; only one is allowed"),
         (JOIN.replace("v1alpha1", "v1"), "f0.yaml:1: apiVersion: must be 'v1alpha1'"),
         (JOIN.replace("apiVersion: v1alpha1\n", ""), "f0.yaml:1: apiVersion: is missing; needed are apiVersion, kind, apiUrl"),
         (JOIN.replace("https", "http"), "f0.yaml:3: apiUrl: cannot use this join URL: in a document it begins with"),
         (JOIN.replace("https://", ""), "f0.yaml:3: apiUrl: cannot use this join URL: in a document it begins with"),
         (JOIN.replace("h?", "h/path?"), "f0.yaml:3: apiUrl: cannot use this join URL: its path"),
         ("- a", "f0.yaml:1: a document is a mapping with apiVersion and kind"),
-        ("a: b", "f0.yaml:1: kind is missing or no text; SideroLink knows SideroLinkConfig, EventSinkConfig, KmsgLogConfig"),
+        (
+            "a: b",
+            "f0.yaml:1: kind is missing or is not text; supported kinds are SideroLinkConfig, EventSinkConfig, KmsgLogConfig",
+        ),
         (RULE + PORTS.replace("tcp", "sctp"), "f0.yaml:4: portSelector.protocol: must be 'tcp', 'udp', 'icmp' or 'icmpv6'"),
         (RULE + PORTS.replace("[1]", "[]"), "f0.yaml:4: portSelector.ports: must not be empty"),
         (RULE + PORTS.replace("ports: [1], ", ""), "f0.yaml:4: portSelector.ports: is missing; needed are ports, protocol"),
@@ -180,10 +183,10 @@ def test_unknown_kinds_are_kept_apart_with_a_note() -> None:
             RULE + PORTS + "ingress:\n  - subnet: ::/0\n    x: 1",
             "f0.yaml:7: ingress[0].x: unknown key; allowed are subnet, except",
         ),
-        (RULE + PORTS + "---\n" + RULE + PORTS, "f0.yaml:6: there is a NetworkRuleConfig named 'r' already, at f0.yaml:1"),
+        (RULE + PORTS + "---\n" + RULE + PORTS, "f0.yaml:6: a NetworkRuleConfig named 'r' is already defined at f0.yaml:1"),
         (RULE.replace("r\n", '""\n') + PORTS, "f0.yaml:3: name: must not be empty"),
-        (RULE.replace("r\n", '"a\\nb"\n') + PORTS, "f0.yaml:3: name: a name has printable characters only"),
-        ("apiVersion: v1alpha1\nkind: EventSinkConfig\nendpoint: h", "f0.yaml:3: endpoint: 'h' is no host:port"),
+        (RULE.replace("r\n", '"a\\nb"\n') + PORTS, "f0.yaml:3: name: a name may contain only printable characters"),
+        ("apiVersion: v1alpha1\nkind: EventSinkConfig\nendpoint: h", "f0.yaml:3: endpoint: 'h' is not host:port"),
         ("apiVersion: v1alpha1\nkind: KmsgLogConfig\nname: a\nurl: http://h:1", "f0.yaml:4: url: a log's destination is"),
         ("apiVersion: v1alpha1\nkind: KmsgLogConfig\nname: a\nurl: tcp://h", "f0.yaml:4: url: "),
         ("apiVersion: v1alpha1\nkind: TrustedRootsConfig\nname: a\ncertificates: x", "f0.yaml:4: certificates: must be"),
@@ -209,14 +212,14 @@ def test_a_directory_is_read_in_the_order_of_names(tmp_path: Path) -> None:
     assert [rule.value.name for rule in settings.ingress_rules] == ["r", "s"]
     (tmp_path / "d.yaml").write_text(JOIN)
     (problem,) = load_documents(tmp_path).settings.problems
-    assert re.search("d.yaml:1: there is a SideroLinkConfig already, at .*b.yaml:1", problem)
+    assert re.search("d.yaml:1: a SideroLinkConfig is already defined at .*b.yaml:1", problem)
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="cannot be read: No such file"):
         load_documents(tmp_path / "none.yaml")
     (tmp_path / "x.yaml").mkdir()
-    assert "x.yaml is no regular file" in load_documents(tmp_path).settings.problems[0]
+    assert "x.yaml is not a regular file" in load_documents(tmp_path).settings.problems[0]
     (tmp_path / "x.yaml").rmdir()
     for number in range(MAX_FILES + 1):
         (tmp_path / f"{number}.yaml").touch()
@@ -262,7 +265,7 @@ def test_a_pipe_is_read_once_and_counts_for_good(tmp_path: Path) -> None:
     assert one.url is not None
     assert one == two
     os.mkfifo(tmp_path / "x.yaml")
-    assert "x.yaml is no regular file" in load_documents(tmp_path).settings.problems[0]
+    assert "x.yaml is not a regular file" in load_documents(tmp_path).settings.problems[0]
 
 
 hosts = st.from_regex(r"[a-z]{1,9}", fullmatch=True)

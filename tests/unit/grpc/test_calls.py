@@ -173,7 +173,7 @@ async def test_binary_metadata_that_is_none_is_an_invalid_answer(value: str) -> 
     [
         ({":status": "403", "content-type": "text/html"}, Status.PERMISSION_DENIED, "HTTP status '403'"),
         ({":status": "502"}, Status.UNAVAILABLE, "HTTP status '502'"),
-        ({":status": "200", "content-type": "text/html"}, Status.UNKNOWN, "an answer of type 'text/html', which is not gRPC's"),
+        ({":status": "200", "content-type": "text/html"}, Status.UNKNOWN, "a response of type 'text/html', which is not gRPC"),
     ],
 )
 async def test_a_page_in_place_of_a_stream_is_told_as_what_it_is(headers: dict[str, str], status: Status, says: str) -> None:

@@ -72,7 +72,7 @@ async def test_watches_are_bounded_in_number_and_end_with_their_callers(monkeypa
             next(client.stream(f"{STATE}Watch", request))
         assert status_of(caught.value) == (
             "RESOURCE_EXHAUSTED",
-            "too many watches run on this machine; end some first",
+            "too many watches are open on this machine; close some first",
         )
         for stream in held:
             stream.cancel()

@@ -132,7 +132,7 @@ def test_the_route_to_this_host_is_by_the_loopback() -> None:
 @pytest.mark.parametrize(
     ("code", "kind", "words"),
     [
-        (errno.ENODEV, DeviceError, "deleted by someone else"),
+        (errno.ENODEV, DeviceError, "deleted by another program"),
         (errno.EPERM, DeviceUnavailableError, "CAP_NET_ADMIN"),
         (errno.EADDRINUSE, AddressInUseError, "choose another"),
         (errno.EINVAL, ConfigurationError, "cannot set a peer on wg0"),

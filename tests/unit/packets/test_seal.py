@@ -137,5 +137,5 @@ def test_part_of_a_batch() -> None:
 
 
 def test_only_runs_can_be_opened() -> None:
-    with pytest.raises(ValueError, match="no transport messages"):
+    with pytest.raises(ValueError, match="not transport messages"):
         CIPHER.open(batch([bytes(31)]), 0, 1)

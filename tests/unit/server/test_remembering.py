@@ -144,7 +144,7 @@ async def test_a_store_that_fails_costs_only_the_sighting(caplog: pytest.LogCapt
     last_seen = LastSeenNotes(Full())
     last_seen.add("1", LastSeen(endpoint=None, seen_at=3.0))
     await last_seen.write()
-    assert "could not be remembered" in caplog.text
+    assert "could not be stored" in caplog.text
 
 
 # --- dialling

@@ -97,15 +97,15 @@ async def test_a_file_that_others_could_read_is_closed_to_them(tmp_path: Path) -
 async def test_what_is_no_state_file_is_left_alone(tmp_path: Path) -> None:
     text, other = tmp_path / "text", tmp_path / "other"
     text.write_text("my notes, not yours")
-    assert "is no state file" in await refusal(text)
+    assert "is not a siderolink state file" in await refusal(text)
     with closing(sqlite3.connect(other)) as database, database:
         database.execute("CREATE TABLE cats (name)")
-    assert "is no state file" in await refusal(other)
+    assert "is not a siderolink state file" in await refusal(other)
     link = tmp_path / "link"
     link.symlink_to(text)
     assert "cannot be opened" in await refusal(link)
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(StoreError, match="is no regular file"):
+    with pytest.raises(StoreError, match="is not a regular file"):
         async with SqlStore.open(tmp_path / "pipe"):
             pass
 

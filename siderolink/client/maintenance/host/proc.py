@@ -17,7 +17,7 @@ _MAX_TEXT = 4096
 _TICKS = os.sysconf("SC_CLK_TCK")
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 _REMOTE = frozenset({"nfs", "nfs4", "cifs", "smb3", "9p", "ceph", "afs", "fuse", "autofs"})
-"""File systems that may not answer: their sizes are not asked for."""
+"""File systems that may hang; their sizes are not queried."""
 _SOFT_IRQS = {
     "hi": "HI",
     "timer": "TIMER",
@@ -73,7 +73,7 @@ def read_text(path: Path, limit: int = _MAX_BYTES) -> str:
 
 
 def number(text: str) -> int:
-    """A whole number; 0 for what is none."""
+    """A whole number; 0 if the text is not a number."""
     return int(text) if text.isascii() and text.isdigit() and len(text) < 20 else 0
 
 

@@ -158,7 +158,7 @@ def _kernel_memory(proc: Path) -> dict[str, MemoryModuleSpec]:
 
 
 def system_information(node_uuid: str, folder: Path = DMI) -> SystemInformationSpec:
-    """What the firmware says of the machine; the UUID is the one it joins with."""
+    """The machine's description from the firmware; the UUID is the one it joins with."""
 
     def read(name: str) -> str:
         try:

@@ -1,4 +1,4 @@
-"""What a machine tells of itself: resources, by type, namespace and id."""
+"""The resources that describe a machine, by type, namespace and id."""
 
 from siderolink.client.maintenance.resources.definitions import ResourceType
 from siderolink.client.maintenance.resources.spec import ResourceSpec

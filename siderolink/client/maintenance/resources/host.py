@@ -1,6 +1,6 @@
 """Keeps the resources that describe the host up to date. The kernel reports changes; nothing is polled.
 
-Links, addresses and routes are told of by netlink, disks by the kernel's device events, the host's name by a change of
+Netlink reports links, addresses and routes; the kernel's device events report disks; the host name is a change of
 ``/proc/sys/kernel/hostname``, which poll(2) reports as an exceptional condition.
 """
 
@@ -100,9 +100,9 @@ async def _supervise(
         try:
             await keep(started)
         except (OSError, SideroLinkError) as error:
-            log.warning("the maintenance API cannot follow %s, and tries again: %s", name, error)
+            log.warning("the maintenance API cannot follow %s; retrying: %s", name, error)
         except Exception:
-            log.exception("the maintenance API cannot follow %s, and tries again", name)
+            log.exception("the maintenance API cannot follow %s; retrying", name)
         started()
         await anyio.sleep(_RETRY_SECONDS)
 
@@ -198,7 +198,7 @@ async def _device_events(changed: asyncio.Event) -> AsyncIterator[None]:
     try:
         messages = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK, _KOBJECT_UEVENT)
     except OSError as error:  # some sandboxes have none
-        log.debug("changes of the disks are not reported here: %s", error)
+        log.debug("disk changes are not reported on this host: %s", error)
         yield
         return
     with messages:

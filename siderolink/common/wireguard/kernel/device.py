@@ -58,7 +58,7 @@ class KernelDevice:
     @classmethod
     @asynccontextmanager
     async def open(cls, config: DeviceConfig, on_event: OnDeviceEvent) -> AsyncIterator["KernelDevice"]:
-        """Make or take up the interface; leaving removes it, unless it shall be kept.
+        """Create or adopt the interface. Leaving removes it, unless it is to be kept.
 
         Raises DeviceUnavailableError, InterfaceInUseError, AddressInUseError or ConfigurationError.
         """
@@ -167,7 +167,7 @@ class KernelDevice:
         self._peers.deliver(datagrams, path)
 
     def drops(self) -> dict[str, int]:
-        """What the relay, the interface and the firewall dropped; the kernel does not count all that its WireGuard drops."""
+        """Drops of the relay, the interface and the firewall. The kernel does not count all drops of its WireGuard."""
         counted = Counter(self._peers.streams.drops())
         counters = self._wireguard.counters()
         for name, place in _COUNTERS.items():

@@ -44,7 +44,7 @@ class KernelInterface:
 
 @asynccontextmanager
 async def open_interface(config: DeviceConfig, rules: InterfaceRules) -> AsyncIterator[KernelInterface]:
-    """Give an interface of the wanted name, down if it is new; leaving removes it and then its rules, unless it shall be kept.
+    """Yield an interface of this name, down if it is new. Leaving removes it and then its rules, unless it is to be kept.
 
     The caller holds the name (`hold_name`). One that a process of ours left behind is removed first, unless it shall be kept;
     then it is given as it is. Raises DeviceUnavailableError, InterfaceInUseError or DeviceError.
@@ -78,7 +78,7 @@ async def remove_leftovers(name: str, namespace: str | None) -> None:
 
 
 async def remove(interface: KernelInterface) -> None:
-    """Remove it, also when cancelled; no error if it is gone."""
+    """Remove it, even when cancelled. Ignores a missing interface."""
     with anyio.CancelScope(shield=True):
         try:
             # with thousands of peers it takes the kernel seconds
@@ -100,7 +100,7 @@ def hold_name(name: str, namespace: str | None) -> socket.socket:
         except OSError as error:
             held.close()
             raise InterfaceInUseError(
-                f"the interface {name} is held by {_holder(address)}: stop it, or choose another name"
+                f"the interface {name} is in use by {_holder(address)}: stop it, or choose another name"
             ) from error
         return held
 
@@ -124,7 +124,7 @@ async def _make(config: DeviceConfig) -> KernelInterface:
     if found is not None:
         index, is_ours = found
         if not is_ours:
-            raise InterfaceInUseError(f"there is an interface {name} already: remove it, or choose another name")
+            raise InterfaceInUseError(f"the interface {name} already exists: remove it, or choose another name")
         if config.keep:
             return KernelInterface(name, namespace, index, True)
         await run_netlink(partial(_delete, index), namespace, in_thread=True)
@@ -177,12 +177,12 @@ def _unavailable(error: NetlinkError, name: str) -> DeviceError:
     match error.code:
         case errno.EPERM | errno.EACCES:
             return DeviceUnavailableError(
-                "the kernel's WireGuard is not allowed here: run as root or with the capability CAP_NET_ADMIN"
+                "the kernel's WireGuard needs privileges: run as root or with the capability CAP_NET_ADMIN"
             )
         case errno.EOPNOTSUPP | errno.EAFNOSUPPORT | errno.ENODEV:
             return DeviceUnavailableError(
                 "this kernel has no WireGuard: load its module (modprobe wireguard), or use the userspace device"
             )
         case errno.EEXIST:
-            return InterfaceInUseError(f"there is an interface {name} already: remove it, or choose another name")
-    return DeviceUnavailableError(f"the kernel makes no WireGuard interface: {error.args[-1]}")
+            return InterfaceInUseError(f"the interface {name} already exists: remove it, or choose another name")
+    return DeviceUnavailableError(f"the kernel cannot create a WireGuard interface: {error.args[-1]}")

@@ -37,7 +37,7 @@ class PeerLooks:
         self.is_stopped = False
 
     def stop(self) -> None:
-        """The interface is gone: look no more."""
+        """Stop looking once the interface is gone."""
         self.is_stopped = True
 
     def expect(self, key: bytes) -> None:
@@ -55,7 +55,7 @@ class PeerLooks:
         self._schedule.settled(key)
 
     async def watch(self) -> None:
-        """Look whenever it is due, for ever."""
+        """Look whenever it is due, until cancelled."""
         while not self.is_stopped:
             now = time.monotonic()
             wait = self._schedule.next_at() - now if self._table.entries else None

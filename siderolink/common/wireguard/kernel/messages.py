@@ -45,9 +45,9 @@ class PeerFacts:
 
     key: bytes
     endpoint: bytes = b""
-    """A sockaddr_in or sockaddr_in6; empty if there is none."""
+    """A sockaddr_in or sockaddr_in6, or empty."""
     handshake_ns: int = 0
-    """Unix time of the last completed handshake; 0 for never."""
+    """Unix time of the last completed handshake; 0 if none."""
     received: int = 0
     sent: int = 0
     keepalive: int = 0
@@ -57,7 +57,7 @@ class PeerFacts:
 
 @dataclass(slots=True)
 class DeviceFacts:
-    """What one message of a dump holds; only the first one of a dump tells of the device itself."""
+    """The content of one message of a dump. Only the first message describes the device itself."""
 
     private_key: PrivateKey | None = None
     public_key: PublicKey | None = None

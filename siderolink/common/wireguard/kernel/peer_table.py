@@ -21,7 +21,7 @@ _AT_ONCE = 100
 
 
 def boot_time() -> float:
-    """Seconds on a clock that nobody sets and that also runs while the host sleeps."""
+    """Seconds on a monotonic clock that also runs while the host sleeps."""
     return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
@@ -51,7 +51,7 @@ class PeerTable:
         self.entries: dict[bytes, PeerEntry] = {}
         self.streams = streams
         self.removed_received_bytes = self.removed_sent_bytes = 0
-        """What peers had received and sent, at the last look, that were removed since."""
+        """Traffic of removed peers, as of the last look."""
         self._wireguard = wireguard
         self._removed: dict[bytes, float] = {}
         """When each was removed: a look that began before still finds them."""

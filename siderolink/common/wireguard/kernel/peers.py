@@ -36,7 +36,7 @@ class Peers:
         """Raises ConfigurationError for what cannot be a peer, DeviceError otherwise."""
         key = bytes(peer.public_key)
         if peer.public_key.is_low_order:
-            raise ConfigurationError(f"{peer.public_key} cannot be a peer's key: it is a point of low order")
+            raise ConfigurationError(f"{peer.public_key} cannot be a peer's key: it is a low-order point")
         known = self.table.entries.get(key)
         networks = frozenset(peer.allowed_ips)
         try:
@@ -47,7 +47,7 @@ class Peers:
             told = peer if has_endpoint else replace(peer, persistent_keepalive=0)
             payload = messages.set_peer(self._wireguard.index, told, replace_allowed_ips=replaces)
         except OSError as error:
-            raise ConfigurationError(f"{peer.endpoint} cannot be dialled: {error.strerror}") from error
+            raise ConfigurationError(f"{peer.endpoint} cannot be reached: {error.strerror}") from error
         self._wireguard.set(payload, f"set the peer {peer.public_key}")
         entry = self.table.add(key)
         entry.networks, entry.is_claimed, entry.changed_at = networks, True, time.monotonic()
@@ -63,7 +63,7 @@ class Peers:
         self.looks.forget(key)
 
     def settle(self) -> None:
-        """Remove the adopted peers that nobody has set since, and report the sessions of the others."""
+        """Remove adopted peers that were not set again, and report the sessions of the others."""
         for key, entry in list(self.table.entries.items()):
             if not entry.is_claimed:
                 self.remove_peer(key)

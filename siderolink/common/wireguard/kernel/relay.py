@@ -30,7 +30,7 @@ from siderolink.common.wireguard.path import Datagrams, Path
 __all__ = ["Relay", "Slot"]
 
 HEADROOM: Final = 8
-"""What a tunnel wants; another path's batches are copied."""
+"""The headroom of tunnel paths; batches for other paths are copied."""
 _SMALLEST: Final = 148
 _OVERHEAD: Final = 32
 _MAX_BYTES: Final = 65_507
@@ -92,7 +92,7 @@ class Relay:
         self._by_address.clear()
 
     def set_device_port(self, port: int) -> None:
-        """Receive from this port of the kernel's, and from nowhere else."""
+        """Receive only from this port of the kernel's."""
         self._device = (_LOCALHOST, port)
         _hear_only(self._socket, port)
 
@@ -114,7 +114,7 @@ class Relay:
         return slot
 
     def at(self, endpoint: bytes) -> Slot | None:
-        """The slot that a peer's endpoint stands for; None for an ordinary endpoint."""
+        """The slot of a peer's endpoint; None for an ordinary endpoint."""
         slot = self._by_address.get(endpoint[4:8])
         return slot if slot is not None and slot.endpoint == endpoint else None
 

@@ -53,7 +53,7 @@ class PeerView:
     last_received: float | None = None
     """Unix time of the look that found more received bytes, or of a later handshake; late by one interval at most."""
     received_at: float | None = None
-    """The same on the clock of `compare`, which nobody sets: what silence is measured by."""
+    """The same on the monotonic clock of `compare`, which measures silence."""
     sent_when_heard: int = 0
     heard_at: float = 0.0
     unanswered_at: float | None = None

@@ -76,7 +76,7 @@ class Streams:
         return self._relay
 
     def at(self, endpoint: bytes) -> Slot | None:
-        """The stream that an endpoint stands for; None for an ordinary one, or none."""
+        """The stream of an endpoint; None for an ordinary or missing one."""
         return self._relay.at(endpoint) if self._relay is not None else None
 
     def path(self, endpoint: bytes) -> Path | None:

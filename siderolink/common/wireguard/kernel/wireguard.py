@@ -1,4 +1,4 @@
-"""One interface's WireGuard, by netlink: requests that are answered at once, and dumps in parts."""
+"""One interface's WireGuard over netlink: immediate requests, and dumps in parts."""
 
 from contextlib import closing
 from functools import partial
@@ -90,7 +90,7 @@ class WireGuard:
             raise explain(error, self.name, "read the peers") from error
 
     def next_part(self) -> PeersPart:
-        """The next part, at once: a hundred peers or so."""
+        """The next part of about a hundred peers, without waiting."""
         try:
             return PeersPart(self._dumps.next_part())
         except NetlinkRefusal as error:
@@ -102,7 +102,7 @@ class WireGuard:
         self._dumps = call_in(self._namespace, partial(RequestSocket, GENERIC))
 
     def read_interface(self) -> Link | None:
-        """The interface as it is, with its counters; None once it is gone."""
+        """The current interface with its counters; None once it is gone."""
         try:
             return read_link(self._route, self.index)
         except NetlinkRefusal:

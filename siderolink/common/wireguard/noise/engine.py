@@ -51,11 +51,11 @@ class Engine:
         self.allowed_ips = CryptokeyRouting()
         self.mtu = mtu
         self.output = Output()
-        """What the last call gave; to be emptied after each."""
+        """The output of the last call; drain it after each call."""
         self.drop = self.output.drop
         """Count a drop that the owner decided on."""
         self.removed_received_bytes = self.removed_sent_bytes = 0
-        """What peers had received and sent that were removed since."""
+        """Traffic of removed peers."""
         self._deadlines = DeadlineQueue()
         self._exchange = Exchange(
             Identity.of(private_key),
@@ -126,7 +126,7 @@ class Engine:
         peer.preshared_key = key or NO_PRESHARED_KEY
 
     def set_persistent_keepalive(self, peer: Peer, seconds: int, now: float) -> None:
-        """Change the interval; turning it on sends a keepalive at once."""
+        """Change the interval. Turning it on sends a keepalive immediately."""
         was_off = not peer.timers.persistent_interval
         peer.timers.persistent_interval = seconds
         peer.timers.persistent_expired(now)
@@ -173,7 +173,7 @@ class Engine:
     # Time
 
     def next_deadline(self) -> float:
-        """When `handle_timers` is due, on the caller's clock; infinity for never."""
+        """When `handle_timers` is due, on the caller's clock; infinity without a deadline."""
         return self._deadlines.next_at()
 
     def earliest_deadline(self) -> float:
@@ -195,7 +195,7 @@ class Engine:
             peer.take_staged()
 
     def start(self, now: float) -> None:
-        """Resume; peers with a persistent keepalive are dialled at once."""
+        """Resume. Starts handshakes with peers that have a persistent keepalive."""
         self._exchange.is_stopped = False
         for peer in self.peers.values():
             if peer.timers.persistent_interval:

@@ -221,7 +221,7 @@ class Exchange:
         return session
 
     def _receive_response(self, datagram: bytes, path: Path, now: float) -> Session | None:
-        """Complete a handshake that we began; the session can be used at once."""
+        """Complete a handshake that we initiated. The session is usable immediately."""
         message = messages.parse_response(datagram)
         peer = self.indices.pending(message.receiver)
         if peer is None or peer.initiation is None:

@@ -31,7 +31,7 @@ class Identity:
 
 @dataclass(slots=True, repr=False)
 class SentInitiation:
-    """What an initiator remembers until the response comes."""
+    """The initiator's state until the response arrives."""
 
     index: int
     ephemeral: X25519PrivateKey
@@ -41,7 +41,7 @@ class SentInitiation:
 
 @dataclass(slots=True, repr=False)
 class ReceivedInitiation:
-    """What a responder knows of an initiation that decrypted."""
+    """The content of an initiation that decrypted."""
 
     sender: int
     ephemeral: bytes

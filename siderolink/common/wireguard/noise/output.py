@@ -1,6 +1,6 @@
-"""What an engine has to say: datagrams, events, peers with packets to release, and drops counted by reason.
+"""The output of an engine: datagrams, events, peers with packets to release, and drops counted by reason.
 
-WireGuard never answers what it refuses, so every drop has a name and a counter.
+WireGuard never answers refused packets, so every drop has a name and a counter.
 """
 
 from collections import Counter
@@ -44,7 +44,7 @@ class Drop(StrEnum):
     REPLAYED = "replayed"
     """A data message whose counter was seen before, or is too old to tell."""
     WRONG_PATH = "wrong_path"
-    """Authenticated as one peer, but come by a path that belongs to another."""
+    """Authenticated as one peer, but arrived by another peer's path."""
     INNER_MALFORMED = "inner_malformed"
     """Decrypted to something that is not one whole IP packet."""
     INNER_SOURCE = "inner_source"
@@ -68,7 +68,7 @@ class Drop(StrEnum):
     SEND_FAILED = "send_failed"
     """A datagram that the host's network did not take: no route, or larger than UDP can carry."""
     SEND_BUFFER_FULL = "send_buffer_full"
-    """A datagram that came while the socket's buffer, and the little kept beside it, were full."""
+    """A datagram that arrived while the socket's buffer and our queue were full."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +80,7 @@ class SessionEstablished:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PeerRoamed:
-    """An authenticated packet came by another path than the one before."""
+    """An authenticated packet arrived by another path than the previous one."""
 
     peer: "Peer"
     old: "Path | None"
@@ -96,7 +96,7 @@ class HandshakeTimedOut:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PeerUnresponsive:
-    """What was sent went unanswered: data for 15 s, or an initiation for 5 s. Another initiation is on its way."""
+    """Data went unanswered for 15 s, or an initiation for 5 s. Another initiation was sent."""
 
     peer: "Peer"
 

@@ -13,7 +13,7 @@ T = TypeVar("T")
 Network = IPv4Network | IPv6Network
 
 _LARGEST = 65_507 - TRANSPORT_OVERHEAD
-"""What one UDP datagram can carry over IPv4, too."""
+"""The payload limit of one UDP datagram, over IPv4 too."""
 
 
 def padded_length(length: int, mtu: int) -> int:
@@ -44,7 +44,7 @@ def inner_header(packet: bytes | memoryview) -> InnerHeader | None:
 
 
 Refuse = Callable[[bytes, bytes], Drop | None]
-"""Says why packets with this source and destination (4 or 16 bytes each) may not pass; None if they may."""
+"""Returns why packets with this source and destination (4 or 16 bytes each) are dropped; None if they may pass."""
 
 
 class InnerFilter:

@@ -37,7 +37,7 @@ class Packets:
 
 
 class Datagrams(Protocol):
-    """What the engine must know of a batch of datagrams: see the class of this name in `wireguard.path`."""
+    """The engine's view of a batch of datagrams: see the class of this name in `wireguard.path`."""
 
     @property
     def count(self) -> int: ...

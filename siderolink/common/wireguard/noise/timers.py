@@ -1,4 +1,4 @@
-"""When a peer must act by itself (whitepaper, section 6), and whose deadline is next among many peers.
+"""The timers of a peer (whitepaper, section 6), and the next deadline among many peers.
 
 Every timer is a deadline in seconds on the engine's clock, NEVER while it is not set. The rules read:
 
@@ -6,8 +6,8 @@ Every timer is a deadline in seconds on the engine's clock, NEVER while it is no
 timer              set when                                               what happens
 =================  =====================================================  ==========================================
 retransmit_at      an initiation was sent: 5 s and some jitter            it is sent again; after 90 s we give up
-keepalive_at       data came and we sent nothing: 10 s                    an empty data message is sent
-new_handshake_at   data was sent and nothing came: 15 s and some jitter   a new handshake begins
+keepalive_at       data was received and nothing sent: 10 s                    an empty data message is sent
+new_handshake_at   data was sent and nothing received: 15 s and some jitter   a new handshake begins
 zero_keys_at       a session was derived, or we gave up: 540 s            all keys are erased
 persistent_at      anything authenticated passed: the peer's interval     an empty data message is sent
 =================  =====================================================  ==========================================

@@ -39,7 +39,7 @@ class Traffic:
     # Out
 
     def find_peer(self, source: bytes, destination: bytes) -> Peer | None:
-        """The peer that a packet from the interface goes to; None, and counted, if there is none."""
+        """The peer of a packet from the interface. None, and counted as a drop, if there is none."""
         found = self._routing.outbound(source, destination)
         if isinstance(found, Drop):
             self._output.drop(found)
@@ -70,7 +70,7 @@ class Traffic:
         return path, session.sealer.seal(packets, session.remote_index, counter, path.headroom)
 
     def stage(self, peer: Peer, item: bytes, now: float) -> None:
-        """Keep an item until the peer is ready, and begin a handshake; dropped where there is nowhere to send one."""
+        """Queue an item until the peer is ready, and start a handshake. Drops the item if the peer has no endpoint."""
         if peer.reachable_path is None:
             self._output.drop(Drop.NO_PATH)
             return
@@ -186,7 +186,7 @@ class Traffic:
 
 
 def _session_refusal(session: Session | None, path: Path, now: float) -> Drop | None:
-    """Why data messages of this session that came by this path are not even opened, or None."""
+    """Why data messages of this session on this path are dropped unopened, or None."""
     if session is None:
         return Drop.UNKNOWN_RECEIVER
     if path.peer is not None and path.peer != session.peer.public_key:

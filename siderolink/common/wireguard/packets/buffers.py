@@ -19,9 +19,9 @@ def round_up(size: int) -> int:
 
 
 class Scratch:
-    """A buffer that is written anew for each batch and grows when it must.
+    """A buffer that each batch overwrites, and that grows on demand.
 
-    Slices and array views of it are made once for each shape and then kept, because making them is what costs.
+    Slices and array views are cached per shape, because creating them is expensive.
     """
 
     def __init__(self, size: int) -> None:

@@ -171,7 +171,7 @@ def text_lengths(datagrams: Datagrams, first: int, count: int) -> tuple[int, int
     if first + count == datagrams.count:
         last = len(datagrams.data) - (datagrams.count - 1) * datagrams.stride - datagrams.headroom - OVERHEAD
     if not 0 <= last <= length or count < 1:
-        raise ValueError("these rows are no transport messages")
+        raise ValueError("these rows are not transport messages")
     return length, last
 
 

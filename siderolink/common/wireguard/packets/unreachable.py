@@ -1,4 +1,4 @@
-"""Makes the ICMP error for a packet whose destination no peer has (RFC 792; RFC 4443, 3.1), so that its sender knows at once.
+"""Builds the ICMP error for a packet whose destination no peer has (RFC 792; RFC 4443, 3.1), so that its sender fails fast.
 
 As the kernel's WireGuard does: "host unreachable" over IPv4, "address unreachable" over IPv6. The error comes from the address
 that is not there, because a host believes no packet that comes in from one of its own.

@@ -41,7 +41,7 @@ class PeerReport:
     preshared_key: PresharedKey | None
     endpoint: str | None
     last_handshake_ns: int
-    """Unix time in nanoseconds, 0 for never."""
+    """Unix time in nanoseconds; 0 if none."""
     received_bytes: int
     sent_bytes: int
     persistent_keepalive: int
@@ -123,7 +123,7 @@ def _set_peer(peer: PeerChange, key: str, value: str) -> None:
             peer.allowed_ips.append((not value.startswith("-"), _network(value.removeprefix("-"))))
         case "protocol_version":
             if value != "1":
-                raise UapiError("only protocol version 1 is known", errno.EPROTONOSUPPORT)
+                raise UapiError("only protocol version 1 is supported", errno.EPROTONOSUPPORT)
         case _:
             raise UapiError(f"unknown peer key {key[:40]!r}")
 
@@ -161,7 +161,7 @@ def parse_endpoint(text: str) -> Endpoint:
     except ValueError:
         raise UapiError("an endpoint is an IP address and a port") from None
     if bracketed != (address.version == 6):
-        raise UapiError("in an endpoint, IPv6 addresses and only those have brackets")
+        raise UapiError("an endpoint has brackets around IPv6 addresses, and only around those")
     return address, _number(port, 65535)
 
 

@@ -42,7 +42,7 @@ Report = Callable[[], DeviceReport]
 
 @asynccontextmanager
 async def serve_uapi(name: str, report: Report, apply: Apply, *, folder: Path = SOCKET_FOLDER) -> AsyncIterator[Path]:
-    """Answer `wg` for the interface until the context is left; then the socket is gone.
+    """Serve `wg` for the interface; leaving the context removes the socket.
 
     Raises InterfaceInUseError when another process answers at the socket; one left behind by a crash is taken over.
     """
@@ -95,7 +95,7 @@ def _remove(path: Path, inode: int) -> None:
 
 
 def _claim_path(folder: Path, name: str) -> Path:
-    """The socket's path, after removing one at which nobody answers."""
+    """The socket's path, after removing a stale socket."""
     path = folder / f"{name}.sock"
     folder.mkdir(mode=0o755, parents=True, exist_ok=True)
     try:
@@ -110,7 +110,7 @@ def _claim_path(folder: Path, name: str) -> Path:
         except (ConnectionRefusedError, FileNotFoundError):
             path.unlink(missing_ok=True)
             return path
-    raise InterfaceInUseError(f"another process answers at {path}; stop it or choose another interface name")
+    raise InterfaceInUseError(f"another process is listening at {path}; stop it or choose another interface name")
 
 
 async def _serve_client(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, report: Report, apply: Apply) -> None:
@@ -160,7 +160,7 @@ async def _answer(request: bytes, report: Report, apply: Apply) -> str:
     if request.startswith(b"set=1\n") or request == b"set=1":
         await apply(await _run(request.count(b"\n"), _parse, request))
         return "errno=0"
-    raise UapiError("a request begins with get=1 or set=1", errno.EPROTO)
+    raise UapiError("a request must start with get=1 or set=1", errno.EPROTO)
 
 
 def _format(report: DeviceReport) -> str:

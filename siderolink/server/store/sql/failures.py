@@ -1,4 +1,4 @@
-"""What a database can raise, as this package's errors."""
+"""Maps database errors to this package's errors."""
 
 import sqlite3
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ def translated() -> Iterator[None]:
     except (DBAPIError, sqlite3.Error) as error:
         reason = one_line(str(error.orig if isinstance(error, DBAPIError) else error))
         if _FULL in reason:
-            raise StoreFullError("the state cannot grow: the disk is full") from error
+            raise StoreFullError("the state cannot be written: the disk is full") from error
         raise StoreError(f"the state cannot be read or written: {reason}") from error
     except SQLAlchemyError as error:
         raise StoreError(f"the state cannot be read or written: {type(error).__name__}") from error

@@ -24,7 +24,7 @@ from siderolink.server.store.sql.schema import HEAD, upgrade
 log = logging.getLogger(__name__)
 
 APPLICATION_ID = 0x53444C4B
-"""What marks a SQLite file as this program's (bytes 68 to 71 of its header)."""
+"""Application id that marks our SQLite files (bytes 68 to 71 of the header)."""
 _MAGIC = b"SQLite format 3\0"
 _HEADER_BYTES = 100
 CLOSE_SECONDS = 5.0
@@ -48,16 +48,14 @@ def prepare(path: Path) -> bool:
     try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
-            raise StoreError(f"the state file {path} is no regular file")
+            raise StoreError(f"the state file {path} is not a regular file")
         header = os.pread(descriptor, _HEADER_BYTES, 0)
         if not header:
-            raise StoreError(
-                f"the state file {path} is damaged: it is empty; put a backup in its place, or remove it to start anew"
-            )
+            raise StoreError(f"the state file {path} is damaged: it is empty; restore a backup, or remove it to start over")
         if header[:16] != _MAGIC or int.from_bytes(header[68:72]) != APPLICATION_ID:
-            raise StoreError(f"{path} is no state file of siderolink; it was left as it is")
+            raise StoreError(f"{path} is not a siderolink state file; it was not changed")
         if status.st_mode & 0o077:
-            log.warning("the state file %s could be read by others; now it cannot", path)
+            log.warning("the state file %s was readable by other users; its permissions were restricted", path)
             os.fchmod(descriptor, 0o600)
     finally:
         os.close(descriptor)
@@ -104,7 +102,7 @@ def _set_up(dbapi_connection: Any, _: object) -> None:
     try:
         _prepare_connection(dbapi_connection)
     except BaseException:
-        dbapi_connection.close()  # nobody else knows of it yet
+        dbapi_connection.close()  # not shared yet
         raise
 
 
@@ -130,7 +128,7 @@ def _check(connection: Connection, path: Path) -> None:
         connection.exec_driver_sql("BEGIN IMMEDIATE")
         faults = connection.exec_driver_sql("PRAGMA quick_check(1)").scalar()
         if faults != "ok":
-            raise StoreError(f"the state file {path} is damaged; it was left as it is: {one_line(str(faults))}")
+            raise StoreError(f"the state file {path} is damaged; it was not changed: {one_line(str(faults))}")
         tables = inspect(connection).get_table_names()
         version = connection.execute(text("SELECT version_num FROM alembic_version")).scalar() if tables else None
         if version != HEAD:
@@ -142,5 +140,5 @@ def _unusable(path: Path, error: DBAPIError) -> StoreError:
     if "locked" in reason:
         return StoreError(f"the state file {path} is in use by another siderolink")
     if "malformed" in reason or "not a database" in reason:
-        return StoreError(f"the state file {path} is damaged; it was left as it is: {reason}")
+        return StoreError(f"the state file {path} is damaged; it was not changed: {reason}")
     return StoreError(f"the state file {path} cannot be used: {reason}")

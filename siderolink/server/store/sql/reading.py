@@ -1,4 +1,4 @@
-"""What the works of one batch read: all that is asked for at the same time goes into one query."""
+"""Reads for the transactions of one batch: concurrent reads share one query."""
 
 import asyncio
 from collections.abc import Hashable, Iterable, Sequence
@@ -9,7 +9,7 @@ from siderolink.server.store.base import Ban, Claim, Machine, ServerRecord
 from siderolink.server.store.sql.failures import translated
 
 Key = tuple[str, Hashable]
-"""What was read or written: a column of the machines and its value; BAN and a Ban; CLAIMS_OF and a machine's id; CLAIM_KEY and
+"""A key that was read or written: a machine column and its value; BAN and a Ban; CLAIMS_OF and a machine's id; CLAIM_KEY and
 a public key; or SERVER."""
 
 BAN = "ban"

@@ -36,6 +36,6 @@ def upgrade(connection: Connection, version: str | None, where: str) -> None:
     if version is not None and version not in known:
         raise StoreError(
             f"{where} was written by a newer siderolink (its schema is {one_line(version, limit=32)}, "
-            f"this one knows {HEAD}); it was left as it is"
+            f"this one knows {HEAD}); it was not changed"
         )
     upgrade(config, "head")

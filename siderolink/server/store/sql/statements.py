@@ -57,7 +57,7 @@ _NOTE = Statement(tables.note())
 
 @lru_cache(maxsize=256)
 def _select(table: Table, shape: tuple[tuple[str, int], ...]) -> Statement:
-    """The rows that have one of so many values in one of the named columns. Of a UUID, only the accepted machine."""
+    """The rows with any of the given values in one of the named columns. For a UUID, only the accepted machine."""
     matches: list[ColumnElement[bool]] = []
     for name, count in shape:
         match: ColumnElement[bool] = table.c[name].in_([bindparam(f"{name}_{number}") for number in range(count)])
@@ -118,7 +118,7 @@ async def replace_machines(driver: aiosqlite.Connection, old: Iterable[str], new
 
 
 async def replace_claims(driver: aiosqlite.Connection, claims: Mapping[str, Claim | None]) -> None:
-    """Claims by id as they shall be; None for those to delete."""
+    """New values of claims by id; None deletes the claim."""
     await _DELETE_CLAIM.many(driver, [{"claim": claim_id} for claim_id in claims])
     await _INSERT_CLAIM.many(driver, [tables.cells(claim, tables.claims) for claim in claims.values() if claim is not None])
 

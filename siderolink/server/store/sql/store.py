@@ -39,9 +39,9 @@ class SqlStore:
     @classmethod
     @asynccontextmanager
     async def open(cls, path: str | os.PathLike[str], *, feed_limit: int = DEFAULT_FEED_LIMIT) -> AsyncIterator["SqlStore"]:
-        """Open or make the file, readable by its owner alone; what waits when this is left is still done.
+        """Open or create the file, readable only by its owner. Leaving completes queued transactions.
 
-        Raises StoreError, with one clear line, for a file that cannot be used; such a file is never changed.
+        Raises StoreError for an unusable file, and never changes one.
         """
         async with open_file(Path(path)) as connection:
             driver = (await connection.get_raw_connection()).driver_connection
@@ -55,7 +55,7 @@ class SqlStore:
                     await store._close()
 
     async def _run(self) -> None:
-        # A cancellation from outside is not the end: whoever is stopped by it may still have something to remember.
+        # An outside cancellation does not stop it, because cancelled tasks may still have something to write.
         with self._running:
             await self._batches.run()
 
@@ -120,7 +120,7 @@ class SqlStore:
         try:
             os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
         except OSError as error:
-            raise StoreError(f"the copy {path} cannot be made: {error.strerror}") from None
+            raise StoreError(f"the copy {path} cannot be created: {error.strerror}") from None
 
         async def copy() -> None:
             await self._driver.execute("VACUUM INTO ?", (str(path),))

@@ -159,7 +159,7 @@ def read_machine(row: Mapping[Any, Any]) -> Machine:
             **fields,
         )
     except (ValueError, TypeError):
-        raise StoreError("the state holds a machine that no server wrote") from None
+        raise StoreError("the state contains an invalid machine record") from None
 
 
 def read_claim(row: Mapping[Any, Any]) -> Claim:
@@ -173,7 +173,7 @@ def read_claim(row: Mapping[Any, Any]) -> Claim:
             **fields,
         )
     except (ValueError, TypeError):
-        raise StoreError("the state holds a claim that no server wrote") from None
+        raise StoreError("the state contains an invalid claim record") from None
 
 
 def read_ban(kind: str, value: str) -> Ban:
@@ -181,7 +181,7 @@ def read_ban(kind: str, value: str) -> Ban:
     try:
         return Ban(kind=BanKind(kind), value=value)
     except ValueError:
-        raise StoreError("the state holds a ban that no server wrote") from None
+        raise StoreError("the state contains an invalid ban record") from None
 
 
 def server_values(record: ServerRecord) -> dict[str, object]:
@@ -196,7 +196,7 @@ def server_values(record: ServerRecord) -> dict[str, object]:
 def read_server(row: Mapping[Any, Any]) -> ServerRecord:
     """Raises StoreError for a row that no server wrote."""
     if len(row["timestamp_mark"]) != 12 or len(row["private_key"]) != KEY_BYTES:
-        raise StoreError("the state holds a server's record that no server wrote")
+        raise StoreError("the state contains an invalid server record")
     return ServerRecord(
         private_key=PrivateKey(row["private_key"]),
         installation_id=row["installation_id"],

@@ -24,7 +24,7 @@ from siderolink.server.store.sql.reading import BAN, CLAIM_KEY, CLAIMS_OF, SERVE
 
 
 class SqlTransaction:
-    """See `Transaction`. What it read and what it wrote tell whether it met another work of its batch."""
+    """See `Transaction`. Its reads and writes show whether it conflicts with another transaction of its batch."""
 
     def __init__(self, reader: Reads, *, is_checked: bool) -> None:
         """Unless `is_checked`, what would repeat a stored value is left for the database to refuse."""
@@ -33,11 +33,11 @@ class SqlTransaction:
         self.reads: set[Key] = set()
         self.writes: set[Key] = set()
         self.rows: dict[str, Machine | None] = {}
-        """Rows by id as they shall be; None for those to delete."""
+        """New values of rows by id; None deletes the row."""
         self.stored: set[str] = set()
         """Ids of rows that were found in the database."""
         self.claimed: dict[str, Claim | None] = {}
-        """Claims by id as they shall be; None for those to delete."""
+        """New values of claims by id; None deletes the claim."""
         self.bans: dict[Ban, bool] = {}
         self.record: ServerRecord | None = None
         self.seen: dict[str, LastSeen] = {}

@@ -1,4 +1,4 @@
-"""What Alembic runs: the migrations on the connection that the store gives it."""
+"""Alembic's entry point: runs the migrations on the store's connection."""
 
 from alembic import context
 

@@ -215,7 +215,7 @@ class Database:
         connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": _MIGRATION_LOCK})
         names = inspect(connection).get_table_names()
         if names and "alembic_version" not in names:
-            raise StoreError(f"{self.name} holds something else; it was left as it is. Give siderolink a database of its own")
+            raise StoreError(f"{self.name} holds something else; it was not changed. Give siderolink a database of its own")
         version = connection.execute(text("SELECT version_num FROM alembic_version")).scalar() if names else None
         if is_next(version):
             log.warning("%s has the schema of the next release, which this one can use", self.name)
