@@ -364,7 +364,7 @@ class Connection(_GrpclibConnection):
         self.scanner.raw.discard(stream_id)
 
     def received(self, size: int) -> None:
-        """DATA came past the engine. Raises Refused when it is more data than the connection's window allows had left."""
+        """DATA came past the engine. Raises Refused if it exceeds the connection's window."""
         self._outstanding += size
         self._check_window()
 
