@@ -59,7 +59,7 @@ def test_links_outlive_the_database_and_joins_come_back_with_it(net: Net, tmp_pa
         assert "a server uses the database state" in server.command(
             ["state", "migrate", url, str(tmp_path / "moved")], check=False
         )
-        assert server.stop() == 0
+        assert server.stop(timeout=30) == 0
         moved = tmp_path / "again" / "state" / "siderolink.state"
         moved.parent.mkdir(parents=True)
         server.command(["state", "migrate", url, str(moved)])

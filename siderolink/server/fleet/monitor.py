@@ -40,6 +40,7 @@ CHECKS_TOGETHER = 256
 RETRY_SECONDS = 30.0
 """When a check could not be made (the store or the device failed), it is made again after so long."""
 _RESYNC_FIRST, _RESYNC_CAP = 1.0, 60.0
+_PROOF_RETRY = 1.0
 
 Check = Callable[[], Awaitable[None]]
 
@@ -51,8 +52,15 @@ class _Resync:
     machine_id: str
 
 
-Due = str | Stream | _Resync
-"""A machine's or a claim's id, a stream, or a machine to bring into step."""
+@dataclass(frozen=True, slots=True)
+class _Proof:
+    """The key whose first handshake could not be recorded."""
+
+    public_key: PublicKey
+
+
+Due = str | Stream | _Resync | _Proof
+"""A machine's or a claim's id, a stream, a machine to bring into step, or a key to record."""
 
 
 class Monitor:
@@ -233,7 +241,7 @@ class Monitor:
             await self._guarded(None, partial(self._reconciler.set_quiet, *self._keepalive_changes.popleft()))
         while self._proved:
             proved = [self._proved.popleft() for _ in range(min(CHECKS_TOGETHER, len(self._proved)))]
-            await self._together([(None, partial(self._record_proof, key)) for key in proved])
+            await self._together([(_Proof(key), partial(self._record_proof, key)) for key in proved])
         now = self._clock.monotonic()
         while due := self._deadlines.take_due(now, CHECKS_TOGETHER):
             await self._together([(key, partial(self._check, key)) for key in due])
@@ -255,11 +263,13 @@ class Monitor:
             if isinstance(key, _Resync):
                 self._retry_resync(key.machine_id)
             elif key is not None:
-                self._set_deadline(key, RETRY_SECONDS)
+                self._set_deadline(key, _PROOF_RETRY if isinstance(key, _Proof) else RETRY_SECONDS)
 
     async def _check(self, due: Due) -> None:
         if isinstance(due, Stream):
             await self._sessions.prove_or_end(due, await self._liveness.silence(due.link.machine))
+        elif isinstance(due, _Proof):
+            await self._record_proof(due.public_key)
         elif isinstance(due, _Resync):
             await self._reconciler.resync(due.machine_id)
             self._resync_delays.pop(due.machine_id, None)

@@ -147,6 +147,26 @@ async def test_a_store_that_fails_costs_only_the_sighting(caplog: pytest.LogCapt
     assert "could not be stored" in caplog.text
 
 
+async def test_a_first_handshake_while_the_store_is_away_is_recorded_when_it_is_back() -> None:
+    class Away(MemoryStore):
+        is_away = False
+
+        async def transact(self, work: Work[T]) -> T:
+            if self.is_away:
+                raise StoreError("the database does not answer")
+            return await super().transact(work)
+
+    store = Away()
+    manager, machine = Manager(store=store), FakeMachine()
+    await manager.join(machine)
+    store.is_away = True
+    await manager.handshake(machine)
+    store.is_away = False
+    assert (await manager.row(machine)).linked_at is None
+    await manager.pass_time(2)
+    assert (await manager.row(machine)).linked_at is not None
+
+
 # --- dialling
 
 
