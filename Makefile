@@ -33,7 +33,7 @@ KERNEL_SERVERS := $(foreach name,absence other_users restart server ten_thousand
 
 COVERED_WELL := $(subst $(space),$(comma),$(addprefix siderolink/,common/wireguard/noise/* common/wireguard/packets/* common/transport/* server/admission/* server/store/*))
 
-.PHONY: help setup native native-check native-tests needs demo test check lint types fresh format proto unit netns interop examples verify-systemd test-kernel kernel-servers kernel-links others pure all-tests coverage bench bench-recovery soak clean
+.PHONY: help setup native native-check native-tests needs demo test check lint types fresh format proto unit netns interop examples dist verify-systemd test-kernel kernel-servers kernel-links others pure all-tests coverage bench bench-recovery soak clean
 
 help: ## this list
 	@sed -n 's/^\([a-z -]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 32
@@ -146,6 +146,9 @@ bench-recovery: setup needs ## how soon links are back after a killed server, a 
 
 soak: setup needs ## ten minutes of random faults, after which everyone is connected and nothing has leaked
 	@SOAK_SECONDS=600 $(MAKE) netns ARGS="-k soak -m long -s -o timeout=900 $(ARGS)"
+
+dist: $(UV) ## wheel and sdist in dist/: reproducible, checked by twine, installed into a fresh environment
+	@scripts/make-dist $(abspath $(UV)) $(call interpreter,$(FIRST))
 
 verify-systemd: $(UV) ## the units of packaging/ under systemd, in a clean Debian in a container; three minutes, not part of `make test`
 	@$(SUDO) env UV=$(abspath $(UV)) scripts/systemd_trial
