@@ -10,6 +10,9 @@ from pathlib import Path
 from siderolink.common.errors import StoreError
 from siderolink.server.store.sql import SqlStore
 
+_MAGIC = b"SQLite format 3\0"
+"""How each file of SQLite begins (its file format, section 1.3)."""
+
 
 def beside(state: Path) -> Path:
     """A name for a copy on the state's own file system."""
@@ -72,9 +75,12 @@ def _fold_log(state: Path, old: Path) -> None:
         _forget_companions(state)
         return
     try:
+        with state.open("rb") as opened:
+            if opened.read(len(_MAGIC)) != _MAGIC:
+                raise sqlite3.DatabaseError  # SQLite would write the log's pages over it
         with closing(sqlite3.connect(state, timeout=0.0)) as database:
             database.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
             database.execute("PRAGMA journal_mode=DELETE").fetchall()
-    except sqlite3.Error:
+    except (sqlite3.Error, OSError):
         os.replace(log, f"{old}-wal")
     _forget_companions(state)
