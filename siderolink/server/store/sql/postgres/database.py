@@ -29,6 +29,8 @@ CONNECTIONS = 8
 CONNECT_SECONDS = 3
 ANSWER_SECONDS = 5.0
 """How long the database may take for one transaction, and for letting go of one connection."""
+WAIT_SECONDS = 15.0
+"""How long a transaction may wait for one of the connections: when many machines join at once."""
 MIGRATE_SECONDS = 300.0
 _MIGRATION_LOCK = 0x53444C4B
 _SERVERS = "siderolink"
@@ -161,7 +163,7 @@ class Database:
             isolation_level="READ COMMITTED",
             pool_size=connections,
             max_overflow=0,
-            pool_timeout=ANSWER_SECONDS,
+            pool_timeout=WAIT_SECONDS,
             pool_use_lifo=True,
             hide_parameters=True,
             connect_args=self._arguments,
@@ -171,12 +173,13 @@ class Database:
     async def connect(self, seconds: float = ANSWER_SECONDS) -> AsyncIterator[AsyncConnection]:
         """A connection for one transaction, which is undone where it was not committed. Raises as `told`.
 
-        The body has to end within the seconds.
+        The body has to end within the seconds; waiting for a connection has a limit of its own.
         """
-        with told(), anyio.fail_after(seconds):
+        with told():
             connection = await self._engine.connect()
             try:
-                yield connection
+                with anyio.fail_after(seconds):
+                    yield connection
             finally:
                 await _let_go(connection)
 
