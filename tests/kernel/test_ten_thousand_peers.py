@@ -153,7 +153,6 @@ def test_ten_thousand(capsys: pytest.CaptureFixture[str]) -> None:
         many, few = (found.changes[f"{change} among {count}"] for count in ("10,000", "10"))
         assert many[0] <= 1.1 * few[0]
         assert many[1:] == few[1:] == (1, 1), "a request to the kernel, and its answer"
-    assert sum(reads) > 10, "a part of a dump has a hundred peers or so"
     assert reads[-1] <= MOST_READS
     assert calls[-1] < LARGEST_SHARE * sum(calls)
     assert found.bytes_per_peer < 4096
