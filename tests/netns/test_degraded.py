@@ -159,4 +159,5 @@ def test_without_uvloop(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptu
     assert loop_options() == {"use_uvloop": True}
     monkeypatch.setattr("siderolink.cli.running.find_spec", lambda _: None)
     assert loop_options() == loop_options() == {"use_uvloop": False}
-    assert [record.getMessage() for record in caplog.records] == ["the data plane is slower here: uvloop is not installed"]
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said == "the data plane runs at reduced speed: uvloop is not installed"

@@ -186,7 +186,7 @@ def test_a_change_joins_anew_at_once_and_nonsense_changes_nothing(net: Net, tmp_
         join.wait_for("settings refused")
         assert pings(net.machine, OVERLAY)
         file.write_text(BLOCK)
-        join.wait_for("no join URL found")
+        join.wait_for("there is no join URL")
         assert join.stop() == 0
     assert TOKEN not in "\n".join(join.said)
     assert sum("settings refused" in line for line in join.said) == 1

@@ -23,7 +23,8 @@ TUNNEL = f"{URL}&grpc_tunnel=true"
 WITHOUT_A_TOKEN = """
 import sys, anyio, siderolink
 async def main():
-    async with siderolink.connect(sys.argv[1], uuid=sys.argv[2], device="userspace") as link:
+    async with siderolink.connect(sys.argv[1], uuid=sys.argv[2], device="userspace", wait=False) as link:
+        await link.wait_connected()
         print(link.address, flush=True)
         if len(sys.argv) > 3:
             return

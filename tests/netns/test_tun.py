@@ -283,7 +283,8 @@ def test_a_kernel_that_refuses_super_packets_gets_their_packets(
         assert 0 < refusing.refused < tunnel.merged / 4
         assert not any(tun.write_errors for tun in tunnel.tuns)
         assert [record.message for record in caplog.records if "super-packets" in record.message] == [
-            "the data plane is slower here: the TUN interface refuses super-packets (EINVAL), and gets their packets one by one"
+            "the data plane runs at reduced speed: "
+            "the TUN interface refuses super-packets (EINVAL), and gets their packets one by one"
         ]
 
 

@@ -275,10 +275,12 @@ async def test_room_is_made_of_connections_in_their_tls_handshake_too(tmp_path: 
         serve([Tokens()], host="127.0.0.1", limits=limits, has_tokens=True, tls=server_tls(tmp_path / "pem")) as server,
         contextlib.AsyncExitStack() as stack,
     ):
+        strangers = []  # kept, since a writer that is gone closes its connection
         for _ in range(5):
             _, writer = await asyncio.open_connection("127.0.0.1", server.port, local_addr=("127.0.0.2", 0))
+            strangers.append(writer)
             stack.callback(writer.transport.abort)
-        while server.connections < 5:
+        while server.connections < len(strangers):
             await asyncio.sleep(0)
         async with open_channel("127.0.0.1", server.port, trusting) as channel:
             assert (await method(channel)(Raw(b"valid"), timeout=5)).data == b"valid"
