@@ -211,12 +211,13 @@ def test_a_flood_of_connections_costs_the_same_for_each() -> None:
 
         import sys
 
+        before = sys.gettrace()  # coverage's, perhaps
         sys.settrace(trace)  # type: ignore[arg-type]
         try:
             for number in range(50):
                 door.enter(f"198.51.100.{number}")
         finally:
-            sys.settrace(None)
+            sys.settrace(before)
         return lines
 
     assert steps(4000) < 1.2 * steps(100)
