@@ -21,6 +21,7 @@ from siderolink.server.fleet.machines import Machines
 from siderolink.server.fleet.monitor import Monitor
 from siderolink.server.fleet.moves import Moves
 from siderolink.server.fleet.reconciler import Reconciler
+from siderolink.server.fleet.row_transitions import RowTransitions
 from siderolink.server.fleet.sessions import Sessions
 from siderolink.server.store import Store
 
@@ -64,7 +65,8 @@ def make_fleet(
     admission = Admission(liveness, rows, clock, policy)
     reconciler = Reconciler(device, directory, sessions, store, events, clock, persistent_keepalive=persistent_keepalive)
     proofs = Proofs(liveness, clock, admission.policy)
-    monitor = Monitor(directory, sessions, liveness, reconciler, admission, proofs, store, events, limits, clock, last_seen)
+    transitions = RowTransitions(directory, reconciler, proofs, store, events)
+    monitor = Monitor(directory, sessions, liveness, reconciler, admission, transitions, events, limits, clock, last_seen)
     moves = Moves(store, directory, reconciler, proofs, events, clock)
     moves.on_moved = monitor.moved
     liveness.redial = reconciler.redial

@@ -14,24 +14,16 @@ from siderolink.common.wireguard import device as device_events
 from siderolink.common.wireguard.path import Path
 from siderolink.server.admission.admit import Admission
 from siderolink.server.admission.limits import MachineLimits
-from siderolink.server.admission.prove import Proof, Proofs, expire
 from siderolink.server.clock import Clock, Deadlines
-from siderolink.server.events import (
-    ClaimRefused,
-    EventHub,
-    HandshakeCompleted,
-    LeaveReason,
-    LinkDown,
-    MachineRekeyed,
-    UniqueTokenBound,
-)
+from siderolink.server.events import EventHub, HandshakeCompleted, LeaveReason, LinkDown
 from siderolink.server.fleet.directory import Directory, EndStream, Link, LinkState, Stream
 from siderolink.server.fleet.last_seen import LastSeenNotes
 from siderolink.server.fleet.liveness import Liveness
 from siderolink.server.fleet.reconciler import Reconciler
+from siderolink.server.fleet.row_transitions import RowTransitions
 from siderolink.server.fleet.sessions import Sessions
 from siderolink.server.refusals import StreamRefusal
-from siderolink.server.store import LastSeen, Machine, MachineAdmission, Store
+from siderolink.server.store import LastSeen, MachineAdmission
 
 log = logging.getLogger(__name__)
 
@@ -73,8 +65,7 @@ class Monitor:
         liveness: Liveness,
         reconciler: Reconciler,
         admission: Admission,
-        proofs: Proofs,
-        store: Store,
+        transitions: RowTransitions,
         events: EventHub,
         limits: MachineLimits,
         clock: Clock,
@@ -85,8 +76,7 @@ class Monitor:
         self._liveness = liveness
         self._reconciler = reconciler
         self._admission = admission
-        self._proofs = proofs
-        self._store = store
+        self._transitions = transitions
         self._events = events
         self._limits = limits
         self._clock = clock
@@ -100,6 +90,7 @@ class Monitor:
         reconciler.on_applied = self._applied
         reconciler.on_dropped = self._dropped
         reconciler.on_failed = self._retry_resync
+        transitions.on_taken_over = self.moved
 
     @property
     def next_check_at(self) -> float | None:
@@ -180,7 +171,7 @@ class Monitor:
             self._take_down(link)
 
     def moved(self, link: Link) -> None:
-        """The link has taken over the key, and with it the session, of another machine's row."""
+        """The link goes on with the session of a proved claim, or of the row that had its key before."""
         self._note(link, handshake=True)
         self._bring_up(link)
 
@@ -241,7 +232,7 @@ class Monitor:
             await self._guarded(None, partial(self._reconciler.set_quiet, *self._keepalive_changes.popleft()))
         while self._proved:
             proved = [self._proved.popleft() for _ in range(min(CHECKS_TOGETHER, len(self._proved)))]
-            await self._together([(_Proof(key), partial(self._record_proof, key)) for key in proved])
+            await self._together([(_Proof(key), partial(self._transitions.record_proof, key)) for key in proved])
         now = self._clock.monotonic()
         while due := self._deadlines.take_due(now, CHECKS_TOGETHER):
             await self._together([(key, partial(self._check, key)) for key in due])
@@ -269,12 +260,12 @@ class Monitor:
         if isinstance(due, Stream):
             await self._sessions.prove_or_end(due, await self._liveness.silence(due.link.machine))
         elif isinstance(due, _Proof):
-            await self._record_proof(due.public_key)
+            await self._transitions.record_proof(due.public_key)
         elif isinstance(due, _Resync):
             await self._reconciler.resync(due.machine_id)
             self._resync_delays.pop(due.machine_id, None)
         elif self._directory.claim(due) is not None:
-            await self._expire_claim(due)
+            await self._transitions.expire_claim(due)
         else:
             await self._check_machine(due)
 
@@ -283,61 +274,10 @@ class Monitor:
         self._resync_delays[machine_id] = min(2 * delay, _RESYNC_CAP)
         self._set_deadline(_Resync(machine_id), delay)
 
-    async def _record_proof(self, public_key: PublicKey) -> None:
-        link = self._directory.by_key(public_key)
-        source_before = None if link is None else self._source(link.machine.id)
-        source = None if link is None else link.source
-        proof = await self._store.transact(lambda transaction: self._proofs.prove(transaction, public_key))
-        if proof.machine is None:
-            if proof.claim is not None:
-                await self._refuse_claim(proof)
-            return
-        await self._reconciler.apply_change(proof.machine)
-        if proof.claim is not None:
-            self._take_over(proof.machine, proof, source_before, source)
-        if proof.has_bound:
-            self._events.publish(UniqueTokenBound(machine=proof.machine, source=source))
-
-    def _take_over(self, machine: Machine, proof: Proof, source_before: str | None, source: str | None) -> None:
-        """A claim was proved: the link is up with the claim's session."""
-        assert proof.claim is not None
-        assert proof.basis is not None
-        link = self._directory.get(machine.id)
-        if link is not None and link.machine.public_key == proof.claim.public_key:
-            self._note(link, handshake=True)
-            self._bring_up(link)
-        rekeyed = MachineRekeyed(
-            machine=machine,
-            old_key=None if proof.before is None else proof.before.public_key,
-            basis=proof.basis.value,
-            old_source=source_before,
-            source=source or proof.claim.source,
-        )
-        self._events.publish(rekeyed)
-        self._events.publish(HandshakeCompleted(machine=machine, is_first=True))
-
-    async def _refuse_claim(self, proof: Proof) -> None:
-        assert proof.claim is not None
-        await self._reconciler.drop_claim(proof.claim.id)
-        if proof.before is not None:
-            known_source = self._source(proof.before.id)
-            self._events.publish(ClaimRefused(machine=proof.before, source=proof.claim.source, known_source=known_source))
-
-    def _source(self, machine_id: str) -> str | None:
-        link = self._directory.get(machine_id)
-        return None if link is None else link.source
-
-    async def _expire_claim(self, claim_id: str) -> None:
-        link = self._directory.claim(claim_id)
-        if link is not None and link.claim is not None:
-            claim = link.claim
-            await self._store.transact(lambda transaction: transaction.delete_claim(claim))
-            await self._reconciler.drop_claim(claim_id)
-
     async def _check_machine(self, machine_id: str) -> None:
         link = self._directory.get(machine_id)
         if link is None or link.state is LinkState.PENDING:
-            await self._expire(machine_id)
+            await self._transitions.expire(machine_id)
         elif link.state is LinkState.UP:
             await self._check_link(link)
         elif link.machine.admission is MachineAdmission.PENDING:
@@ -349,7 +289,7 @@ class Monitor:
         if silence is not None and silence < self._limits.down_after:
             self._set_deadline(link.machine.id, self._limits.down_after - silence)
         else:
-            await self._forget_row(link.machine.id, LeaveReason.NEVER_ACCEPTED)
+            await self._transitions.forget(link.machine.id, LeaveReason.NEVER_ACCEPTED)
 
     async def _check_link(self, link: Link) -> None:
         silence = await self._liveness.silence(link.machine)
@@ -358,24 +298,9 @@ class Monitor:
             return
         self._take_down(link)
         if not link.machine.is_accepted:
-            await self._forget_row(link.machine.id, LeaveReason.NEVER_ACCEPTED)
+            await self._transitions.forget(link.machine.id, LeaveReason.NEVER_ACCEPTED)
 
     def _take_down(self, link: Link) -> None:
         self._sessions.set_state(link, LinkState.DOWN)
         self._sessions.end_streams(link, StreamRefusal.LINK_DOWN)
         self._events.publish(LinkDown(machine=link.machine))
-
-    async def _expire(self, machine_id: str) -> None:
-        """No handshake in time: forget a machine that never had a link; of any other, give up the key it did not prove."""
-        machine = await self._store.transact(lambda transaction: expire(transaction, machine_id))
-        if machine is None:
-            return
-        if machine.was_linked:
-            await self._reconciler.apply_change(machine)
-        else:
-            await self._reconciler.forget(machine, LeaveReason.NO_HANDSHAKE)
-
-    async def _forget_row(self, machine_id: str, reason: LeaveReason) -> None:
-        machine = await self._store.transact(lambda transaction: transaction.delete(machine_id))
-        if machine is not None:
-            await self._reconciler.forget(machine, reason)
