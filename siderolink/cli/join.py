@@ -26,7 +26,7 @@ from siderolink.client.config import HOST_DOCUMENTS, PROC_CMDLINE, Ingress, Mach
 from siderolink.client.firewall import ingress_firewall
 from siderolink.client.link.identity import TALOS_VERSION, UniqueTokens, machine_uuid
 from siderolink.client.link.link import open_link
-from siderolink.client.link.provisioning import Machine
+from siderolink.client.link.provisioning import NodeInfo
 from siderolink.client.link.runner import LinkOptions, ServerKeys
 from siderolink.client.link.supervisor import Verdict, try_first
 from siderolink.client.maintenance import LinkFollower
@@ -228,7 +228,9 @@ class JoinedMachine:
         own_uuid = settings.uuid.value if settings.uuid is not None and settings.uuid.source == "argument" else self._node_uuid
         link_options = LinkOptions(
             url=url,
-            machine=Machine(uuid=settings.uuid.value if settings.uuid is not None else own_uuid, version=options.talos_version),
+            machine=NodeInfo(
+                uuid=settings.uuid.value if settings.uuid is not None else own_uuid, version=options.talos_version
+            ),
             interface=options.interface,
             device=options.device,
             namespace=options.netns,

@@ -23,7 +23,7 @@ from siderolink.cli.notify import feed_watchdog, notify
 from siderolink.cli.running import leave, run_until_stopped
 from siderolink.cli.secret import read_secret
 from siderolink.cli.serving import Serving, StoreAddress
-from siderolink.cli.state_service import StateService
+from siderolink.cli.state_service import StateCommands
 from siderolink.cli.watching import watch_files
 from siderolink.common.collector import calm_collector
 from siderolink.common.errors import ConfigurationError, SideroLinkError
@@ -132,7 +132,7 @@ class Serve:
         """Serve until cancelled. Raises SideroLinkError."""
         source = ServerSource(self._serving, self._options.interface, has_reports=self._options.reports is not None)
         async with (
-            control_socket(self._options.interface, source, StateService(self._serving), MachinesService(self._serving)),
+            control_socket(self._options.interface, source, StateCommands(self._serving), MachinesService(self._serving)),
             self._serve_metrics(),
             background_tasks() as tasks,
         ):

@@ -27,7 +27,7 @@ CHUNK_BYTES = 32 * 1024
 MAX_STATE_BYTES = 4 << 30
 
 
-class StateService(StateBase):
+class StateCommands(StateBase):
     """Answers for one `serve`."""
 
     def __init__(self, serving: Serving) -> None:

@@ -100,7 +100,7 @@ def _describe(event: "DeviceEvent") -> str:
     from siderolink.common.wireguard import device
 
     match event:
-        case device.HandshakeCompleted(public_key=key):
+        case device.PeerHandshake(public_key=key):
             return f"handshake with {key} completed"
         case device.PathChanged(public_key=key, new=path):
             return f"{key} is now at {path}"

@@ -33,7 +33,7 @@ from siderolink.server.counters import (
     stream_refusals,
 )
 from siderolink.server.events import EventHub, EventStream
-from siderolink.server.fleet.directory import Link, LinkState
+from siderolink.server.fleet.directory import LinkState, MachineLink
 from siderolink.server.options import ServerOptions
 from siderolink.server.reporting import ReportOptions, Reports
 from siderolink.server.store import Ban, BanKind, Machine, MemoryStore, Store
@@ -334,7 +334,7 @@ class Server(_Measured, AbstractAsyncContextManager["Server"]):
         return found
 
 
-async def _statuses(device: Device, links: Sequence[Link]) -> list[MachineStatus]:
+async def _statuses(device: Device, links: Sequence[MachineLink]) -> list[MachineStatus]:
     keys = [link.machine.public_key for link in links if link.machine.public_key is not None]
     peers: dict[PublicKey | None, PeerStatus] = {}
     for statuses in in_parts(await device.peers(keys), 1000):

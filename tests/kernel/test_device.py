@@ -27,10 +27,10 @@ from siderolink.common.keys import PresharedKey, PrivateKey
 from siderolink.common.netlink import configure_interface
 from siderolink.common.wireguard.device import (
     DeviceKind,
-    HandshakeCompleted,
     InterfaceLost,
     PathChanged,
     PeerConfig,
+    PeerHandshake,
 )
 from siderolink.common.wireguard.opening import open_device
 from tests.conftest import descriptor_kinds, opened_since
@@ -54,8 +54,8 @@ def test_a_peer_is_followed_and_told_of(net: Net) -> None:
         moved = ours.wait_for(PathChanged)
         assert isinstance(moved, PathChanged)
         assert (str(moved.new), moved.old) == (f"192.0.2.2:{THEIR_PORT}", None)
-        ours.wait_for(HandshakeCompleted)
-        assert [type(event) for event in ours.events] == [PathChanged, HandshakeCompleted]
+        ours.wait_for(PeerHandshake)
+        assert [type(event) for event in ours.events] == [PathChanged, PeerHandshake]
         [status] = ours.portal.call(ours.device.peers)
         assert abs((status.last_handshake or 0) - other.latest_handshake(ours.device.public_key)) < 5
         assert min(status.received_bytes, status.sent_bytes) > 3 * 128
@@ -103,7 +103,7 @@ def test_a_keepalive_waits_for_an_endpoint(net: Net) -> None:
         [status] = ours.portal.call(ours.device.peers)
         assert status.persistent_keepalive == 9
         ping(net.machine, OURS)
-        ours.wait_for(HandshakeCompleted)
+        ours.wait_for(PeerHandshake)
         assert net.server.run(shown).split() == [key.public_key().encode(), "9"]
 
 
@@ -240,7 +240,7 @@ def test_a_kept_interface_carries_on_without_losing_a_packet(net: Net) -> None:
             assert {peer.public_key for peer in call(device.peers)} == {key.public_key(), gone}
             call(device.set_peer, PeerConfig(public_key=key.public_key(), allowed_ips=(ip_network(THEIRS),)))
             call(device.settle)
-            assert [type(event) for event in again.events] == [PathChanged, HandshakeCompleted]
+            assert [type(event) for event in again.events] == [PathChanged, PeerHandshake]
             [peer] = call(device.peers)
             assert peer.path == f"192.0.2.2:{THEIR_PORT}"
             output, _ = pings.communicate(timeout=30)
@@ -313,7 +313,7 @@ def test_the_interface_may_live_in_another_namespace_than_its_socket(net: Net) -
             ping(net.machine, OURS)
             ping(inner, THEIRS)
             assert "siderolink-ours" in inner.run(["nft", "list", "tables"])
-            ours.wait_for(HandshakeCompleted)
+            ours.wait_for(PeerHandshake)
         inner.run(["ip", "link", "del", "ours"])
         ours.wait_for(InterfaceLost)
 

@@ -11,7 +11,7 @@ import anyio
 import pytest
 
 from siderolink.common.keys import PrivateKey
-from siderolink.common.wireguard.device import DeviceConfig, DeviceEvent, HandshakeCompleted, PeerConfig
+from siderolink.common.wireguard.device import DeviceConfig, DeviceEvent, PeerConfig, PeerHandshake
 from siderolink.common.wireguard.packet_device import PacketDevice, open_packet_device
 from tests.support.netns import Namespace, link
 from tests.support.topology import direct
@@ -32,7 +32,7 @@ async def join(key: PrivateKey, server: PacketDevice, number: int) -> float:
     done = anyio.Event()
 
     def on_event(event: DeviceEvent) -> None:
-        if isinstance(event, HandshakeCompleted):
+        if isinstance(event, PeerHandshake):
             done.set()
 
     config = DeviceConfig(name="machine", private_key=key, addresses=(ip_interface(f"fd00::{number + 2:x}/64"),))

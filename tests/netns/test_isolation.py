@@ -27,7 +27,7 @@ from siderolink.common.errors import ConfigurationError
 from siderolink.common.hostport import HostPort
 from siderolink.common.keys import PublicKey
 from siderolink.common.pb.sidero.link import ProvisionResponse
-from siderolink.common.wireguard.device import DeviceConfig, HandshakeCompleted, PeerConfig
+from siderolink.common.wireguard.device import DeviceConfig, PeerConfig, PeerHandshake
 from siderolink.common.wireguard.packet_device import PacketDevice, open_packet_device
 from siderolink.common.wireguard.tun import Tun
 from siderolink.server import Server
@@ -146,7 +146,7 @@ async def attack(
     """A device without an interface, whose own allowed IPs are everything there is."""
 
     def heard(event: object) -> None:
-        if isinstance(event, HandshakeCompleted):
+        if isinstance(event, PeerHandshake):
             connected.set()
 
     config = DeviceConfig(name="attacker", private_key=machine.key, listen_port=None if machine.tunnel else 0)

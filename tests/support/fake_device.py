@@ -10,11 +10,11 @@ import anyio
 from siderolink.common.keys import PrivateKey, PublicKey
 from siderolink.common.wireguard.device import (
     DeviceCounters,
-    HandshakeCompleted,
     OnDeviceEvent,
     OpenPorts,
     PathChanged,
     PeerConfig,
+    PeerHandshake,
     PeerStatus,
 )
 from siderolink.common.wireguard.path import Datagrams, Path
@@ -98,7 +98,7 @@ class FakeDevice:
             self._paths[key] = path
             self.on_event(PathChanged(public_key=key, old=old, new=path))
         if handshake:
-            self.on_event(HandshakeCompleted(public_key=key))
+            self.on_event(PeerHandshake(public_key=key))
 
     async def set_isolate(self, isolate: bool) -> None:
         raise AssertionError("a server never does that by itself")

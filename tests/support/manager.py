@@ -19,7 +19,7 @@ from siderolink.server.admission.request import Authorize, allow_all
 from siderolink.server.admission.tokens import JoinTokenCheck
 from siderolink.server.api.provision import ProvisionService, ResponseBuilder
 from siderolink.server.events import EventHub, EventsLost, EventStream, ServerEvent
-from siderolink.server.fleet.directory import Link
+from siderolink.server.fleet.directory import MachineLink
 from siderolink.server.fleet.fleet import make_fleet
 from siderolink.server.fleet.last_seen import LastSeenNotes
 from siderolink.server.store import Machine, MemoryStore
@@ -135,7 +135,7 @@ class Manager:
         self.time.advance(seconds)
         await self.monitor.check()
 
-    def link(self, answer: ProvisionResponse) -> Link:
+    def link(self, answer: ProvisionResponse) -> MachineLink:
         """The link that a tunnel stream with this answer's address finds."""
         link = self.links.by_virtual_address(parse_peer_addr_port(answer.grpc_peer_addr_port)[0])
         assert link is not None

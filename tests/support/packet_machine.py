@@ -10,7 +10,7 @@ from ipaddress import IPv6Address, IPv6Network
 
 import anyio
 
-from siderolink.client.link.provisioning import Machine
+from siderolink.client.link.provisioning import NodeInfo
 from siderolink.client.link.runner import LinkOptions, LinkRunner
 from siderolink.client.link.signals import Put
 from siderolink.common.join_url import JoinURL
@@ -61,7 +61,7 @@ class PacketMachine:
 
     def __init__(self, url: JoinURL) -> None:
         self.answers = Answers()
-        machine = Machine(uuid=str(uuid.uuid4()), unique_token=os.urandom(16).hex())
+        machine = NodeInfo(uuid=str(uuid.uuid4()), unique_token=os.urandom(16).hex())
         options = LinkOptions(url=url, machine=machine, retry_first=True)
         self.runner = LinkRunner(options, lambda event: None, self)
         self._device: PacketDevice | None = None

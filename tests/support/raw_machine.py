@@ -12,7 +12,7 @@ from siderolink.common.hostport import HostPort
 from siderolink.common.keys import PrivateKey, PublicKey
 from siderolink.common.pb.sidero.link import ProvisionRequest, ProvisionResponse, ProvisionServiceStub
 from siderolink.common.transport.tunnel import ADDRESS_METADATA, TunnelPath, carry
-from siderolink.common.wireguard.device import Device, DeviceConfig, HandshakeCompleted, PeerConfig
+from siderolink.common.wireguard.device import Device, DeviceConfig, PeerConfig, PeerHandshake
 from siderolink.common.wireguard.opening import open_device
 
 METHOD = "/sidero.link.WireGuardOverGRPCService/CreateStream"
@@ -79,7 +79,7 @@ class RawMachine:
         )
 
         def heard(event: object) -> None:
-            if isinstance(event, HandshakeCompleted):
+            if isinstance(event, PeerHandshake):
                 connected.set()
 
         async with open_device("userspace", config, heard) as device:

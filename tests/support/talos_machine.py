@@ -16,7 +16,7 @@ from ipaddress import IPv6Network
 import anyio
 from anyio.abc import TaskGroup
 
-from siderolink.client.link.provisioning import Machine, Provisioned, provision
+from siderolink.client.link.provisioning import NodeInfo, Provisioned, provision
 from siderolink.common.addressing import format_peer_addr_port
 from siderolink.common.errors import JoinError, ServerUnreachableError
 from siderolink.common.grpc import GRPCError, open_byte_stream, open_channel, translate_errors
@@ -106,7 +106,7 @@ class TalosMachine:
         """Whether it sends by itself, or is idle but for keepalives."""
         self.provisioned: Provisioned | None = None
         self._url = url
-        self._machine = Machine(uuid=str(uuid.uuid4()), unique_token=os.urandom(16).hex(), version="v1.13.0")
+        self._machine = NodeInfo(uuid=str(uuid.uuid4()), unique_token=os.urandom(16).hex(), version="v1.13.0")
         self._key = PrivateKey.generate()
         self._device: PacketDevice | None = None
         self._sequence = 0

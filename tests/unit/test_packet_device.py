@@ -11,7 +11,7 @@ import pytest
 from siderolink.common.clock_watch import BootTimer, boot_time
 from siderolink.common.errors import AddressInUseError
 from siderolink.common.keys import PresharedKey, PrivateKey
-from siderolink.common.wireguard.device import DeviceConfig, DeviceEvent, HandshakeCompleted, PathChanged, PeerConfig
+from siderolink.common.wireguard.device import DeviceConfig, DeviceEvent, PathChanged, PeerConfig, PeerHandshake
 from siderolink.common.wireguard.packet_device import open_packet_device
 from siderolink.common.wireguard.path import Datagrams
 from tests.support.fake_device import FakePath
@@ -63,7 +63,7 @@ async def test_every_inner_size(host: str, mtu: int) -> None:
                         assert await got_a[1].receive() == answer
             assert a.drops() == {}
             assert b.drops() == {}
-            assert {type(event) for event in events} == {HandshakeCompleted, PathChanged}
+            assert {type(event) for event in events} == {PeerHandshake, PathChanged}
             status = await b.peer(a.public_key)
             assert status is not None
             assert status.last_handshake is not None

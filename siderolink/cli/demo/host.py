@@ -25,7 +25,7 @@ class DemoError(SideroLinkError):
     """Raised when a step of the demo does not hold."""
 
 
-class Host:
+class DemoHost:
     """One host; made by `start_host`."""
 
     def __init__(self, name: str, process: Process, on_event: OnEvent) -> None:
@@ -107,12 +107,12 @@ async def _lines(stream: ByteReceiveStream | None) -> AsyncIterator[str]:
 
 
 @asynccontextmanager
-async def start_host(name: str, on_event: OnEvent) -> AsyncIterator[Host]:
+async def start_host(name: str, on_event: OnEvent) -> AsyncIterator[DemoHost]:
     """A host in a network namespace of its own; both are gone when the context is left."""
     # A session of its own: an interrupt from the terminal is for the demo, which then ends its hosts in order.
     command = [sys.executable, "-m", "siderolink.cli.demo.node"]
     async with await anyio.open_process(command, stdin=PIPE, stdout=PIPE, stderr=PIPE, start_new_session=True) as process:
-        host = Host(name, process, on_event)
+        host = DemoHost(name, process, on_event)
         try:
             async with background_tasks() as tasks:
                 tasks.start_soon(host.read_output)

@@ -14,7 +14,7 @@ from typing import Any
 import anyio
 
 from siderolink.cli.demo import namespace
-from siderolink.cli.demo.host import DemoError, Host, start_host
+from siderolink.cli.demo.host import DemoError, DemoHost, start_host
 from siderolink.cli.demo.report import Report
 from siderolink.common.errors import SideroLinkError
 
@@ -36,7 +36,7 @@ class StepFailed(DemoError):
 
 @dataclass
 class _Machine:
-    host: Host
+    host: DemoHost
     cable: int
     link: str
     """Name of the machine's link in the summary."""
@@ -70,7 +70,7 @@ class Demo:
         links = {machine.link: machine.result for machine in self._machines}
         return {"ok": True, "steps": self._steps, "seconds": round(time.monotonic() - began_at, 1), "links": links}
 
-    async def _run_steps(self, server: Host, one: Host, two: Host) -> None:
+    async def _run_steps(self, server: DemoHost, one: DemoHost, two: DemoHost) -> None:
         self._server = server
         self._machines = [_Machine(one, 0, "udp"), _Machine(two, 1, "tunnel")]
         first, second = self._machines
@@ -225,7 +225,7 @@ class Demo:
                 raise DemoError(f"{host.name} still has {', '.join(left)}")
         return "no overlay interface is left in any namespace", {}
 
-    async def _nothing_left(self, before: set[str], hosts: list[Host]) -> tuple[str, Fields]:
+    async def _nothing_left(self, before: set[str], hosts: list[DemoHost]) -> tuple[str, Fields]:
         processes = [host.name for host in hosts if host.is_running]
         namespaces = [host.name for host in hosts if namespace.is_in_use(host.namespace)]
         interfaces = sorted(_own_interfaces() - before)

@@ -17,7 +17,7 @@ import anyio
 from anyio.streams.tls import TLSAttribute
 
 from siderolink.cli.doctor.finding import Finding, bad, good, note
-from siderolink.client.link.provisioning import Machine, Provisioned, provision
+from siderolink.client.link.provisioning import NodeInfo, Provisioned, provision
 from siderolink.common.errors import InvalidAnswerError, JoinRefusedError, ServerUnreachableError
 from siderolink.common.goodbye import GOODBYE_PORT, Goodbye
 from siderolink.common.hostport import HostPort
@@ -25,7 +25,7 @@ from siderolink.common.join_url import JoinURL
 from siderolink.common.keys import PrivateKey
 from siderolink.common.tasks import background_tasks
 from siderolink.common.transport.choice import Route, choose
-from siderolink.common.wireguard.device import DeviceConfig, DeviceEvent, HandshakeCompleted, PeerConfig
+from siderolink.common.wireguard.device import DeviceConfig, DeviceEvent, PeerConfig, PeerHandshake
 from siderolink.common.wireguard.packet_device import PacketDevice, open_packet_device
 
 __all__ = ["check_server"]
@@ -61,7 +61,7 @@ async def check_server(url: JoinURL, tls: ssl.SSLContext | None) -> AsyncIterato
             return
     key = PrivateKey.generate()
     try:
-        answer = await provision(url, Machine(uuid=str(uuid.uuid4())), key.public_key(), tls=tls)
+        answer = await provision(url, NodeInfo(uuid=str(uuid.uuid4())), key.public_key(), tls=tls)
     except JoinRefusedError as error:
         remedy = "check the join token" if error.status == "PERMISSION_DENIED" else "see the server's log"
         yield bad("join", str(error), remedy)
@@ -132,7 +132,7 @@ async def _open_trial(route: Route, answer: Provisioned, key: PrivateKey) -> Asy
     shaken, echoes, replies = anyio.Event(), set[int](), set[bytes]()
 
     def hear(event: DeviceEvent) -> None:
-        if isinstance(event, HandshakeCompleted):
+        if isinstance(event, PeerHandshake):
             shaken.set()
 
     def receive(packet: bytes) -> None:

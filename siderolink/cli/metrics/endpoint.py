@@ -20,7 +20,7 @@ import anyio
 
 from siderolink.cli.clock import ClockState, read_clock
 from siderolink.cli.logs import lost_records, say
-from siderolink.cli.metrics.http import Answer, serve_pages
+from siderolink.cli.metrics.http import PageAnswer, serve_pages
 from siderolink.cli.metrics.options import MetricsOptions
 from siderolink.common.errors import ConfigurationError
 from siderolink.common.grpc import ServerCertificate
@@ -91,7 +91,7 @@ class Pages:
     async def run(self) -> None:
         await self._lag.watch()
 
-    async def metrics(self) -> Answer:
+    async def metrics(self) -> PageAnswer:
         async with self._lock:
             if time.monotonic() - self._rendered_at > FRESH_SECONDS:
                 began_at = time.perf_counter()
@@ -100,13 +100,13 @@ class Pages:
                 own = partial(self._own_families, checks, read_clock(), began_at)
                 self._rendered = await anyio.to_thread.run_sync(_render, (families, own, self._process.collect))
                 self._rendered_at = time.monotonic()
-            return Answer(self._rendered, CONTENT_TYPE_LATEST)
+            return PageAnswer(self._rendered, CONTENT_TYPE_LATEST)
 
-    async def live(self) -> Answer:
+    async def live(self) -> PageAnswer:
         """Whether this process can go on; where not, only a new one helps."""
         return _health_page([check for check in await self._source.health() if check.name == "device"])
 
-    async def ready(self) -> Answer:
+    async def ready(self) -> PageAnswer:
         """Whether machines can join and be reached now."""
         return _health_page(await self._checks())
 
@@ -155,21 +155,21 @@ def _render(parts: Sequence[Families]) -> bytes:
     return generate_latest(_Collected(parts))
 
 
-def _health_page(checks: Sequence[HealthCheck]) -> Answer:
+def _health_page(checks: Sequence[HealthCheck]) -> PageAnswer:
     is_good = all(check.is_good for check in checks)
     found = {
         "status": "ok" if is_good else "failing",
         "checks": {check.name: {"ok": check.is_good, "text": check.text} for check in checks},
     }
     status = HTTPStatus.OK if is_good else HTTPStatus.SERVICE_UNAVAILABLE
-    return Answer(json.dumps(found, indent=2).encode() + b"\n", "application/json", status)
+    return PageAnswer(json.dumps(found, indent=2).encode() + b"\n", "application/json", status)
 
 
 @asynccontextmanager
 async def serve_metrics(options: MetricsOptions, source: MetricsSource) -> AsyncIterator[None]:
     """Serve the pages until the context is left. Raises AddressInUseError or ConfigurationError."""
     pages = Pages(source)
-    paths: dict[str, Callable[[], Awaitable[Answer]]] = {
+    paths: dict[str, Callable[[], Awaitable[PageAnswer]]] = {
         "/metrics": pages.metrics,
         "/healthz": pages.live,
         "/readyz": pages.ready,

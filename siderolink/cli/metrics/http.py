@@ -25,7 +25,7 @@ _logger = logging.getLogger("siderolink.cli")
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class PageAnswer:
     """What a page says."""
 
     body: bytes
@@ -33,7 +33,7 @@ class Answer:
     status: HTTPStatus = HTTPStatus.OK
 
 
-Page = Callable[[], Awaitable[Answer]]
+Page = Callable[[], Awaitable[PageAnswer]]
 
 
 class PageServer:
@@ -71,7 +71,7 @@ class PageServer:
         finally:
             writer.transport.abort()
 
-    async def _answer(self, request: bytes | None) -> tuple[str, Answer]:
+    async def _answer(self, request: bytes | None) -> tuple[str, PageAnswer]:
         """The request's method, and the answer."""
         if request is None:
             return "", _error(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
@@ -119,11 +119,11 @@ async def _read_head(reader: asyncio.StreamReader) -> bytes | None:
         return None
 
 
-def _error(status: HTTPStatus, text: str = "") -> Answer:
-    return Answer(f"{status.phrase}{': ' if text else ''}{text}\n".encode(), status=status)
+def _error(status: HTTPStatus, text: str = "") -> PageAnswer:
+    return PageAnswer(f"{status.phrase}{': ' if text else ''}{text}\n".encode(), status=status)
 
 
-def _encode(answer: Answer, *, with_body: bool) -> bytes:
+def _encode(answer: PageAnswer, *, with_body: bool) -> bytes:
     head = (
         f"HTTP/1.1 {answer.status.value} {answer.status.phrase}\r\n"
         f"Content-Type: {answer.content_type}\r\nContent-Length: {len(answer.body)}\r\n"

@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Callable
 from ipaddress import IPv6Network
 
-from siderolink.client.link.provisioning import Machine, Provisioned, provision
+from siderolink.client.link.provisioning import NodeInfo, Provisioned, provision
 from siderolink.common.errors import SideroLinkError
 from siderolink.common.grpc import GRPCError, open_byte_stream, open_channel, translate_errors
 from siderolink.common.join_url import JoinURL
@@ -52,7 +52,7 @@ class SimulatedMachine:
     def __init__(self, url: JoinURL, *, tunnel: bool, source: str | None, on_up: Callable[[float], None]) -> None:
         """`source` is the local address to send datagrams from; None lets the routing table choose."""
         self._url = JoinURL(url.host, url.port, tls=url.tls, join_token=url.join_token, tunnel=tunnel)
-        self._identity = Machine(uuid=str(uuid.uuid4()), unique_token=os.urandom(16).hex(), version="v1.13.0")
+        self._identity = NodeInfo(uuid=str(uuid.uuid4()), unique_token=os.urandom(16).hex(), version="v1.13.0")
         self._source = source
         self._on_up = on_up
         self._loop = asyncio.get_running_loop()

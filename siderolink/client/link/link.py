@@ -14,7 +14,7 @@ import anyio
 from siderolink.client.link.events import LinkEvent
 from siderolink.client.link.host import Host
 from siderolink.client.link.identity import TALOS_VERSION, UniqueTokens, machine_identity, machine_uuid
-from siderolink.client.link.provisioning import Machine, Provisioned
+from siderolink.client.link.provisioning import NodeInfo, Provisioned
 from siderolink.client.link.runner import LinkOptions, LinkRunner, ServerKeys
 from siderolink.client.link.state import LinkState
 from siderolink.client.link.supervisor import VERDICT_TIMEOUT, LinkSupervisor, Verdict
@@ -224,7 +224,7 @@ async def connect(
     node_uuid = machine_identity(uuid) if uuid is not None else machine_uuid(folder=folder)
     options = LinkOptions(
         url=url,
-        machine=Machine(uuid=node_uuid, unique_token=unique_token, version=talos_version),
+        machine=NodeInfo(uuid=node_uuid, unique_token=unique_token, version=talos_version),
         interface=interface,
         device=device,
         namespace=namespace,

@@ -23,9 +23,9 @@ from siderolink.common.wireguard.device import (
     DEFAULT_MTU,
     CanShakeHands,
     Device,
-    HandshakeCompleted,
     HandshakeGaveUp,
     PeerConfig,
+    PeerHandshake,
     PeerSilent,
 )
 
@@ -196,7 +196,7 @@ class RouteMonitor:
     async def _handle(self, signal: signals.Signal, watch: HandshakeWatch) -> str | Provisioned | None:
         now = time.monotonic()
         match signal:
-            case HandshakeCompleted(public_key=key) if key == self._peer.public_key:
+            case PeerHandshake(public_key=key) if key == self._peer.public_key:
                 self._note_handshake(watch, now)
             case HandshakeGaveUp(public_key=key) if key == self._peer.public_key and watch.is_up:
                 return "handshakes go unanswered"
@@ -420,7 +420,7 @@ class RouteMonitor:
                         replacement = await self._handle_settings_signal(signal, None)
                         if replacement is not None:
                             return replacement
-                    case HandshakeCompleted(public_key=key) if key == self._peer.public_key:
+                    case PeerHandshake(public_key=key) if key == self._peer.public_key:
                         self._last_handshake = await self._last_known_handshake()
                         self._progress.handshake(str(self._route))
                         return None

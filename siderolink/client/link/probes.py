@@ -25,7 +25,7 @@ from siderolink.common.keys import PrivateKey, PublicKey
 from siderolink.common.netlink import call_in
 from siderolink.common.tasks import background_tasks
 from siderolink.common.transport.choice import Route, UdpRoute
-from siderolink.common.wireguard.device import DEFAULT_MTU, DeviceConfig, DeviceEvent, HandshakeCompleted, PeerConfig
+from siderolink.common.wireguard.device import DEFAULT_MTU, DeviceConfig, DeviceEvent, PeerConfig, PeerHandshake
 
 if TYPE_CHECKING:
     from siderolink.common.wireguard.noise import Timestamps
@@ -161,7 +161,7 @@ async def shake_hands_beside(
 
     def on_event(event: DeviceEvent) -> None:
         nonlocal handshakes
-        if isinstance(event, HandshakeCompleted):
+        if isinstance(event, PeerHandshake):
             handshakes += 1
             done.set()
 

@@ -38,7 +38,7 @@ _UNREACHABLE = frozenset({Status.UNAVAILABLE, Status.DEADLINE_EXCEEDED})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Machine:
+class NodeInfo:
     """The data that a machine sends when it joins."""
 
     uuid: str
@@ -61,7 +61,7 @@ class Provisioned:
     """This machine's address on the tunnel stream; None for UDP."""
 
 
-def make_request(url: JoinURL, machine: Machine, public_key: PublicKey) -> ProvisionRequest:
+def make_request(url: JoinURL, machine: NodeInfo, public_key: PublicKey) -> ProvisionRequest:
     """The call's message: optional fields only if they have a value, the unique token always."""
     return ProvisionRequest(
         node_uuid=machine.uuid,
@@ -135,7 +135,7 @@ def _read_endpoints(texts: list[str]) -> tuple[HostPort, ...]:
 
 async def provision(
     url: JoinURL,
-    machine: Machine,
+    machine: NodeInfo,
     public_key: PublicKey,
     *,
     tls: ssl.SSLContext | None = None,
@@ -157,7 +157,7 @@ async def provision(
     return read_response(response, public_key)
 
 
-def _refusal(error: GRPCError, url: JoinURL, machine: Machine) -> JoinError:
+def _refusal(error: GRPCError, url: JoinURL, machine: NodeInfo) -> JoinError:
     message = one_line(error.message or "no reason given", secrets=(url.join_token, machine.unique_token))
     if error.status in _UNREACHABLE:
         return ServerUnreachableError(f"{url.authority} cannot be reached: {message}")
@@ -178,7 +178,7 @@ class Provisioner:
     def __init__(
         self,
         url: JoinURL,
-        machine: Machine,
+        machine: NodeInfo,
         public_key: PublicKey,
         emit: Callable[[events.LinkEvent], None],
         retry: RetryTrigger,
@@ -192,7 +192,7 @@ class Provisioner:
         self._timeout = timeout
         self.use(url, machine, public_key, tls)
 
-    def use(self, url: JoinURL, machine: Machine, public_key: PublicKey, tls: ssl.SSLContext | None) -> None:
+    def use(self, url: JoinURL, machine: NodeInfo, public_key: PublicKey, tls: ssl.SSLContext | None) -> None:
         """Call by these settings from now on."""
         self._url = url
         self._machine = machine

@@ -24,7 +24,7 @@ from siderolink.client.link import events
 from siderolink.client.link.host import Host, ThisHost
 from siderolink.client.link.monitor import LinkContext, RouteMonitor
 from siderolink.client.link.probes import until_udp_passes, watch_api
-from siderolink.client.link.provisioning import PROVISION_TIMEOUT, Machine, Provisioned, Provisioner
+from siderolink.client.link.provisioning import PROVISION_TIMEOUT, NodeInfo, Provisioned, Provisioner
 from siderolink.client.link.signals import InterfaceGone, Pause, Replaced, Signal, Signals, UdpPasses
 from siderolink.client.link.state import LinkState, Progress
 from siderolink.client.link.watch import ATTEMPT_TIMEOUT, DOWN_AFTER
@@ -33,7 +33,7 @@ from siderolink.common.errors import SideroLinkError
 from siderolink.common.join_url import JoinURL
 from siderolink.common.keys import PrivateKey, PublicKey
 from siderolink.common.tasks import background_tasks, keep_running
-from siderolink.common.transport.choice import Route, Transport, choose
+from siderolink.common.transport.choice import LinkTransport, Route, choose
 from siderolink.common.wireguard.device import DEFAULT_MTU, Device, DeviceConfig, DeviceKind, PeerConfig
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class LinkOptions:
     """The options of a link."""
 
     url: JoinURL
-    machine: Machine
+    machine: NodeInfo
     interface: str | None = None
     """Interface name; None uses the transport's default."""
     device: DeviceKind = "auto"
@@ -113,7 +113,7 @@ class LinkRunner:
         self.progress = Progress(emit)
         self.answer: Provisioned | None = None
         self.device: Device | None = None
-        self.transport: Transport | None = None
+        self.transport: LinkTransport | None = None
         self.route: Route | None = None
         self.answered = anyio.Event()
         """Set once the server has answered a first time."""
@@ -338,7 +338,7 @@ class LinkRunner:
             self._timestamps = Timestamps()
         return self._timestamps
 
-    def _adopt(self, answer: Provisioned) -> Transport:
+    def _adopt(self, answer: Provisioned) -> LinkTransport:
         self.answer = answer
         before = self.transport
         self.transport = choose(self.options.url, answer, self.options.tls, retry=self._retry, turn=self._turn)

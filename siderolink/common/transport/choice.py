@@ -21,7 +21,7 @@ from siderolink.common.wireguard.device import CanShakeHands, Device, PeerConfig
 if TYPE_CHECKING:
     from siderolink.common.wireguard.path import Endpoint
 
-__all__ = ["Answer", "OnInterrupted", "Route", "Transport", "TunnelTransport", "UdpTransport", "choose"]
+__all__ = ["Answer", "LinkTransport", "OnInterrupted", "Route", "TunnelTransport", "UdpTransport", "choose"]
 
 STABLE_AFTER = 10.0
 """Seconds; a stream that lived this long is reopened immediately."""
@@ -67,7 +67,7 @@ class Route(Protocol):
         """The route, for people."""
 
 
-class Transport(Protocol):
+class LinkTransport(Protocol):
     """How datagrams travel, and what that needs of the device."""
 
     @property
@@ -93,7 +93,7 @@ def choose(
     *,
     retry: RetryTrigger | None = None,
     turn: int = 0,
-) -> Transport:
+) -> LinkTransport:
     """The tunnel where the server answered with a virtual address, asked for or not; else UDP.
 
     `retry` ends waits between attempts. Each `turn` uses another of the addresses that a name resolves to.

@@ -152,7 +152,7 @@ class DeviceCounters:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class HandshakeCompleted:
+class PeerHandshake:
     """A session with the peer was made or renewed, and the peer has proved that it holds it."""
 
     public_key: PublicKey
@@ -188,7 +188,7 @@ class InterfaceLost:
     reason: str
 
 
-DeviceEvent = HandshakeCompleted | PathChanged | HandshakeGaveUp | PeerSilent | InterfaceLost
+DeviceEvent = PeerHandshake | PathChanged | HandshakeGaveUp | PeerSilent | InterfaceLost
 OnDeviceEvent = Callable[[DeviceEvent], None]
 """Called on the event loop, between packets: it must be quick, must not raise, and may not call the device's `deliver`."""
 

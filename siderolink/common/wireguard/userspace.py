@@ -19,12 +19,12 @@ from siderolink.common.wireguard.device import (
     DeviceConfig,
     DeviceCounters,
     DeviceEvent,
-    HandshakeCompleted,
     HandshakeGaveUp,
     OnDeviceEvent,
     OpenPorts,
     PathChanged,
     PeerConfig,
+    PeerHandshake,
     PeerSilent,
     PeerStatus,
     interface_counters,
@@ -217,7 +217,7 @@ def _translate(event: Event) -> DeviceEvent:
     if isinstance(event, PeerRoamed):
         return PathChanged(public_key=key, old=event.old, new=event.new)  # type: ignore[arg-type] # ours, see DataPlane
     if isinstance(event, SessionEstablished):
-        return HandshakeCompleted(public_key=key)
+        return PeerHandshake(public_key=key)
     if isinstance(event, PeerUnresponsive):
         return PeerSilent(public_key=key)
     return HandshakeGaveUp(public_key=key)

@@ -8,11 +8,11 @@ from siderolink.common.keys import PublicKey
 from siderolink.common.node_uuid import is_placeholder
 from siderolink.server.admission import rules
 from siderolink.server.admission.limits import GRACE_SECONDS
-from siderolink.server.admission.policy import JoinPolicy, Known, Verdict, decide
+from siderolink.server.admission.policy import JoinPolicy, Known, TokenVerdict, decide
 from siderolink.server.admission.prove import as_claimed
-from siderolink.server.admission.request import JoinRequest, Liveness, Refusal
+from siderolink.server.admission.request import JoinRequest, LivenessSource, Rejection
 from siderolink.server.admission.rows import Rows, refusal
-from siderolink.server.admission.rules import Basis, LinkFacts
+from siderolink.server.admission.rules import Basis, LinkLiveness
 from siderolink.server.admission.tokens import unique_token_digest
 from siderolink.server.clock import Clock
 from siderolink.server.refusals import JoinRefusal
@@ -51,7 +51,7 @@ class Grant:
 class Admission:
     """Decides by `policy` and `rules`, and writes the rows."""
 
-    def __init__(self, liveness: Liveness, rows: Rows, clock: Clock, policy: JoinPolicy | None = None) -> None:
+    def __init__(self, liveness: LivenessSource, rows: Rows, clock: Clock, policy: JoinPolicy | None = None) -> None:
         self.policy = policy or JoinPolicy()
         self.pending = rows.pending
         self._liveness = liveness
@@ -60,7 +60,7 @@ class Admission:
 
     # --- a call
 
-    async def admit(self, transaction: Transaction, request: JoinRequest, new_id: str) -> Grant | Refusal:
+    async def admit(self, transaction: Transaction, request: JoinRequest, new_id: str) -> Grant | Rejection:
         """Decide about a call; a new row or claim gets `new_id`."""
         bans = request.bans()
         transaction.expect(request.node_uuid, request.public_key, bans)
@@ -70,12 +70,12 @@ class Admission:
         owner = await transaction.machine_by_uuid(request.node_uuid)
         holder = await transaction.machine_by_key(request.public_key)
         verdict = self._check_tokens(request, owner, holder)
-        if isinstance(verdict, Refusal):
+        if isinstance(verdict, Rejection):
             return verdict
         if holder is not None and holder.admission is MachineAdmission.PENDING:
             return await self._admit_pending(transaction, request, holder, owner)
         is_same = owner is not None and holder is not None and owner.id == holder.id
-        if verdict is not Verdict.ACCEPT and not is_same:
+        if verdict is not TokenVerdict.ACCEPT and not is_same:
             if holder is not None:
                 return refusal(JoinRefusal.KEY_IN_USE, holder)
             return await self._make_pending(transaction, request, new_id, owner, verdict)
@@ -85,20 +85,20 @@ class Admission:
             return await self._admit_again(transaction, request, owner)
         return await self._admit_other_key(transaction, request, new_id, owner, holder)
 
-    def _check_tokens(self, request: JoinRequest, owner: Machine | None, holder: Machine | None) -> Verdict | Refusal:
+    def _check_tokens(self, request: JoinRequest, owner: Machine | None, holder: Machine | None) -> TokenVerdict | Rejection:
         """The verdict on the call's tokens and UUID alone, before looking at the row."""
         if holder is not None and holder.admission is MachineAdmission.DENIED:
             return refusal(JoinRefusal.DENIED, holder)
         is_equal = any(_is_token_of(row, request.digest) for row in (owner, holder) if row is not None)
         known = Known(owner=owner, is_equal=is_equal)
         verdict = decide(self.policy, request.credentials, known)
-        if isinstance(verdict, Refusal):
+        if isinstance(verdict, Rejection):
             return replace(verdict, machine=owner)
         if is_placeholder(request.node_uuid):
-            return Verdict.CONFLICT if self.policy.has_pending else refusal(JoinRefusal.PLACEHOLDER_UUID)
+            return TokenVerdict.CONFLICT if self.policy.has_pending else refusal(JoinRefusal.PLACEHOLDER_UUID)
         return verdict
 
-    async def _admit_again(self, transaction: Transaction, request: JoinRequest, row: Machine) -> Grant | Refusal:
+    async def _admit_again(self, transaction: Transaction, request: JoinRequest, row: Machine) -> Grant | Rejection:
         """The UUID and the key of one row: the same answer again, with a fresh virtual address where the link has died."""
         is_assigned = _is_assigned_token(row, request.digest)
         if row.bound_digest is not None and not rules.same_token(row, request.digest) and not is_assigned:
@@ -125,7 +125,7 @@ class Admission:
 
     async def _admit_new(
         self, transaction: Transaction, request: JoinRequest, new_id: str, holder: Machine | None
-    ) -> Grant | Refusal:
+    ) -> Grant | Rejection:
         """A UUID that is not known."""
         if await self._is_claimed(transaction, request.public_key):
             return refusal(JoinRefusal.KEY_IN_USE)
@@ -146,7 +146,7 @@ class Admission:
             changed = (await transaction.update(replace(holder, public_key=None, linked_at=None)),)
             basis = Basis.UNIQUE_TOKEN
         evicted = await self._rows.make_room(transaction, request, is_row=True)
-        if isinstance(evicted, Refusal):
+        if isinstance(evicted, Rejection):
             return evicted
         row = await self._rows.write(transaction, self._rows.new_row(request, new_id), True, request.use_tunnel)
         return Grant(machine=row, basis=basis, changed=changed, evicted=evicted, is_new_machine=True, is_new_link=True)
@@ -161,7 +161,7 @@ class Admission:
 
     async def _admit_other_key(
         self, transaction: Transaction, request: JoinRequest, new_id: str, owner: Machine, holder: Machine | None
-    ) -> Grant | Refusal:
+    ) -> Grant | Rejection:
         """A known UUID with another key than its row's: at most a claim."""
         link = await self._liveness.of(owner)
         basis = rules.may_take(
@@ -182,12 +182,12 @@ class Admission:
             if claim.public_key == request.public_key and claim.expires_at > now:
                 return self._claimed(owner, request, await self._claim_again(transaction, request, claim), basis)
         ended = await self._thin_claims(transaction, request, owner, claims, now)
-        if isinstance(ended, Refusal):
+        if isinstance(ended, Rejection):
             return ended
         if await self._is_claimed(transaction, request.public_key):
             return refusal(JoinRefusal.KEY_IN_USE)
         evicted = await self._rows.make_room(transaction, request, is_row=False)
-        if isinstance(evicted, Refusal):
+        if isinstance(evicted, Rejection):
             return evicted
         digest = self._rows.named_keys.first_digest(bytes(request.public_key), request.digest)
         claim = Claim(
@@ -229,7 +229,7 @@ class Admission:
 
     async def _take_own_key(
         self, transaction: Transaction, request: JoinRequest, owner: Machine, holder: Machine
-    ) -> Grant | Refusal:
+    ) -> Grant | Rejection:
         """The key was proved by another row, and both rows are bound to the caller's unique token: one machine, two UUIDs."""
         if not (rules.same_token(holder, request.digest) and rules.same_token(owner, request.digest)):
             return refusal(JoinRefusal.KEY_IN_USE, holder)
@@ -246,17 +246,17 @@ class Admission:
         new_id: str,
         owner: Machine,
         holder: Machine | None,
-        link: LinkFacts,
-    ) -> Grant | Refusal:
+        link: LinkLiveness,
+    ) -> Grant | Rejection:
         may_probe = not request.was_probed and rules.may_probe(owner, request.source, link)
         if self.policy.has_pending and holder is None and not may_probe:
-            return await self._make_pending(transaction, request, new_id, owner, Verdict.CONFLICT)
+            return await self._make_pending(transaction, request, new_id, owner, TokenVerdict.CONFLICT)
         reason = JoinRefusal.LINK_ALIVE if owner.bound_digest is None else JoinRefusal.OTHER_UNIQUE_TOKEN
         return replace(refusal(reason, owner), may_probe=may_probe, known_source=link.source)
 
     async def _thin_claims(
         self, transaction: Transaction, request: JoinRequest, owner: Machine, claims: Sequence[Claim], now: float
-    ) -> Refusal | list[Claim]:
+    ) -> Rejection | list[Claim]:
         """Delete expired claims. Returns a refusal if too many remain, unless the oldest has had time for its handshake.
 
         A caller with the bound token replaces the oldest immediately.
@@ -278,15 +278,15 @@ class Admission:
     # --- pending machines
 
     async def _make_pending(
-        self, transaction: Transaction, request: JoinRequest, new_id: str, owner: Machine | None, verdict: Verdict
-    ) -> Grant | Refusal:
+        self, transaction: Transaction, request: JoinRequest, new_id: str, owner: Machine | None, verdict: TokenVerdict
+    ) -> Grant | Rejection:
         """A row of its own, with addresses of its own, for a machine that this server gives a unique token or a UUID."""
         if await self._is_claimed(transaction, request.public_key):
             return refusal(JoinRefusal.KEY_IN_USE)
         evicted = await self._rows.make_room(transaction, request, is_row=True)
-        if isinstance(evicted, Refusal):
+        if isinstance(evicted, Rejection):
             return evicted
-        has_conflict = verdict is Verdict.CONFLICT or owner is not None
+        has_conflict = verdict is TokenVerdict.CONFLICT or owner is not None
         row = replace(
             self._rows.new_row(request, new_id),
             admission=MachineAdmission.PENDING,
@@ -299,7 +299,7 @@ class Admission:
 
     async def _admit_pending(
         self, transaction: Transaction, request: JoinRequest, row: Machine, owner: Machine | None
-    ) -> Grant | Refusal:
+    ) -> Grant | Rejection:
         """A pending machine calls again: accepted as soon as it brings what this server gave it and its UUID is free."""
         has_own_uuid = row.assigned_uuid == request.node_uuid or not row.has_uuid_conflict
         has_own_token = _is_assigned_token(row, request.digest)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from siderolink.common.errors import ConfigurationError
-from siderolink.server.admission.request import Credentials, Refusal
+from siderolink.server.admission.request import Credentials, Rejection
 from siderolink.server.admission.tokens import JoinTokenState, UniqueToken
 from siderolink.server.refusals import JoinRefusal
 from siderolink.server.store import Machine
@@ -50,7 +50,7 @@ class JoinPolicy:
         return self.mode in (JoinTokensMode.LEGACY_ALLOWED, JoinTokensMode.STRICT)
 
 
-class Verdict(StrEnum):
+class TokenVerdict(StrEnum):
     """How a call may proceed."""
 
     ACCEPT = "accept"
@@ -79,50 +79,50 @@ def supports_unique_tokens(version: str | None) -> bool:
     return release > _FIRST_WITH_TOKENS or (release == _FIRST_WITH_TOKENS and match[4] is None)
 
 
-def decide(policy: JoinPolicy, given: Credentials, known: Known) -> Verdict | Refusal:
+def decide(policy: JoinPolicy, given: Credentials, known: Known) -> TokenVerdict | Rejection:
     """Whether the tokens of a call admit it. The order of the checks, and the texts, are those of other servers."""
     mode = policy.mode
     if mode is None:
         return _decide_either(given, known)
     if given.join.state is JoinTokenState.MALFORMED:
-        return Refusal(JoinRefusal.INVALID_JOIN_TOKEN, f"invalid join token {given.join.error}")
+        return Rejection(JoinRefusal.INVALID_JOIN_TOKEN, f"invalid join token {given.join.error}")
     if given.unique is not None and not given.unique.is_json:
-        return Refusal(JoinRefusal.UNREADABLE_UNIQUE_TOKEN, "the node unique token is not JSON")
+        return Rejection(JoinRefusal.UNREADABLE_UNIQUE_TOKEN, "the node unique token is not JSON")
     is_new_enough = supports_unique_tokens(given.version)
     if mode is JoinTokensMode.STRICT and not is_new_enough:
-        return Refusal(JoinRefusal.UNSUPPORTED_VERSION, _UNSUPPORTED.format(given.version or ""))
+        return Rejection(JoinRefusal.UNSUPPORTED_VERSION, _UNSUPPORTED.format(given.version or ""))
     if mode is JoinTokensMode.LEGACY or not is_new_enough:
         return _decide_legacy(mode, given, known)
     if not (given.join.is_valid or known.is_equal):
-        return Refusal(JoinRefusal.INVALID_JOIN_TOKEN, UNAUTHORIZED)
+        return Rejection(JoinRefusal.INVALID_JOIN_TOKEN, UNAUTHORIZED)
     if given.unique is None:
-        return Verdict.PENDING
+        return TokenVerdict.PENDING
     return _decide_bound(policy, given.unique, known)
 
 
-def _decide_bound(policy: JoinPolicy, unique: UniqueToken, known: Known) -> Verdict | Refusal:
+def _decide_bound(policy: JoinPolicy, unique: UniqueToken, known: Known) -> TokenVerdict | Rejection:
     """The call has a unique token: is another one bound to its UUID?"""
     owner = known.owner
     if owner is None or owner.bound_digest is None or known.is_equal:
-        return Verdict.ACCEPT
+        return TokenVerdict.ACCEPT
     if unique.fingerprint and unique.fingerprint == owner.unique_fingerprint:
         may_replace = policy.trust_fingerprints and not owner.is_installed
-        return Verdict.ACCEPT if may_replace else Refusal(JoinRefusal.OTHER_UNIQUE_TOKEN, UNAUTHORIZED)
-    return Verdict.CONFLICT
+        return TokenVerdict.ACCEPT if may_replace else Rejection(JoinRefusal.OTHER_UNIQUE_TOKEN, UNAUTHORIZED)
+    return TokenVerdict.CONFLICT
 
 
-def _decide_either(given: Credentials, known: Known) -> Verdict | Refusal:
+def _decide_either(given: Credentials, known: Known) -> TokenVerdict | Rejection:
     """Without a mode, either token admits."""
     if given.join.is_valid or known.is_equal:
-        return Verdict.ACCEPT
+        return TokenVerdict.ACCEPT
     error = f" {given.join.error}" if given.join.error else ""
-    return Refusal(JoinRefusal.INVALID_JOIN_TOKEN, f"invalid join token{error}")
+    return Rejection(JoinRefusal.INVALID_JOIN_TOKEN, f"invalid join token{error}")
 
 
-def _decide_legacy(mode: JoinTokensMode, given: Credentials, known: Known) -> Verdict | Refusal:
+def _decide_legacy(mode: JoinTokensMode, given: Credentials, known: Known) -> TokenVerdict | Rejection:
     is_secured = mode is JoinTokensMode.LEGACY_ALLOWED and known.owner is not None and known.owner.bound_digest is not None
     if not given.join.is_valid:
-        return Refusal(JoinRefusal.INVALID_JOIN_TOKEN, UNAUTHORIZED)
+        return Rejection(JoinRefusal.INVALID_JOIN_TOKEN, UNAUTHORIZED)
     if is_secured:
-        return Refusal(JoinRefusal.OTHER_UNIQUE_TOKEN, UNAUTHORIZED)
-    return Verdict.ACCEPT
+        return Rejection(JoinRefusal.OTHER_UNIQUE_TOKEN, UNAUTHORIZED)
+    return TokenVerdict.ACCEPT

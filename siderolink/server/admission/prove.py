@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from siderolink.common.keys import PublicKey
 from siderolink.server.admission import rules
 from siderolink.server.admission.policy import JoinPolicy
-from siderolink.server.admission.request import Liveness
+from siderolink.server.admission.request import LivenessSource
 from siderolink.server.admission.rules import Basis
 from siderolink.server.clock import Clock
 from siderolink.server.store import Ban, BanKind, Claim, Machine, MachineAdmission, Transaction
@@ -28,7 +28,7 @@ class Proof:
 class Proofs:
     """Moves rows to keys that were proved."""
 
-    def __init__(self, liveness: Liveness, clock: Clock, policy: JoinPolicy) -> None:
+    def __init__(self, liveness: LivenessSource, clock: Clock, policy: JoinPolicy) -> None:
         self._liveness = liveness
         self._clock = clock
         self._policy = policy

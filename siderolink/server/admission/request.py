@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from siderolink.common.keys import PublicKey
-from siderolink.server.admission.rules import LinkFacts
+from siderolink.server.admission.rules import LinkLiveness
 from siderolink.server.admission.tokens import JoinTokenResult, JoinTokenState, UniqueToken
 from siderolink.server.refusals import JoinRefusal
 from siderolink.server.store import Ban, BanKind, Machine
@@ -63,7 +63,7 @@ class JoinRequest:
 
 
 @dataclass(frozen=True, slots=True)
-class Refusal:
+class Rejection:
     """The answer to a call that is refused."""
 
     reason: JoinRefusal
@@ -101,7 +101,7 @@ async def allow_all(request: JoinRequest) -> Allow | Deny:
     return Allow()
 
 
-class Liveness(Protocol):
+class LivenessSource(Protocol):
     """Where the decision asks how alive a machine's link is."""
 
-    async def of(self, machine: Machine) -> LinkFacts: ...
+    async def of(self, machine: Machine) -> LinkLiveness: ...

@@ -8,7 +8,7 @@ from ipaddress import IPv6Address, IPv6Network
 from siderolink.common.addressing import VIRTUAL_PREFIX, random_address
 from siderolink.common.errors import StoreError
 from siderolink.server.admission.limits import MachineLimits, NamedKeys, PendingBudget, Waiting
-from siderolink.server.admission.request import JoinRequest, Refusal
+from siderolink.server.admission.request import JoinRequest, Rejection
 from siderolink.server.clock import Clock
 from siderolink.server.refusals import JoinRefusal
 from siderolink.server.store import Claim, Machine, Transaction, UniqueViolationError
@@ -28,9 +28,9 @@ _TEXTS = {
 }
 
 
-def refusal(reason: JoinRefusal, machine: Machine | None = None) -> Refusal:
+def refusal(reason: JoinRefusal, machine: Machine | None = None) -> Rejection:
     """A refusal in its known words."""
-    return Refusal(reason, _TEXTS[reason], machine)
+    return Rejection(reason, _TEXTS[reason], machine)
 
 
 class Rows:
@@ -55,7 +55,7 @@ class Rows:
 
     async def make_room(
         self, transaction: Transaction, request: JoinRequest, *, is_row: bool
-    ) -> Machine | Claim | None | Refusal:
+    ) -> Machine | Claim | None | Rejection:
         """Let something that never shook hands give way where there is no room for one more."""
         victim: Waiting | None = None
         if is_row and self._count_machines() >= self._limits.max_machines:

@@ -20,7 +20,7 @@ STALE_SECONDS = 180.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LinkFacts:
+class LinkLiveness:
     """The state of a machine's link."""
 
     silence: float | None = None
@@ -57,7 +57,7 @@ def same_token(machine: Machine, digest: bytes | None) -> bool:
 
 
 def may_take(
-    row: Machine, digest: bytes | None, fingerprint: str, source: str, link: LinkFacts, *, trust_fingerprints: bool = False
+    row: Machine, digest: bytes | None, fingerprint: str, source: str, link: LinkLiveness, *, trust_fingerprints: bool = False
 ) -> Basis | None:
     """Why a call with a different key may take the row once a handshake proves it; None if it may not."""
     if row.bound_digest is not None:
@@ -76,12 +76,12 @@ def may_take(
     return None
 
 
-def may_probe(row: Machine, source: str, link: LinkFacts) -> bool:
+def may_probe(row: Machine, source: str, link: LinkLiveness) -> bool:
     """Whether unanswered probes would let the call have the row: nothing is bound, and it comes from the link's own address."""
     return row.bound_digest is None and not link.is_unanswered and same_source(source, link.source)
 
 
-def needs_virtual_address(machine: Machine | None, has_new_key: bool, link: LinkFacts, now: float) -> bool:
+def needs_virtual_address(machine: Machine | None, has_new_key: bool, link: LinkLiveness, now: float) -> bool:
     """Does a tunnel answer carry a fresh virtual address?
 
     It does for a new key, and where the link that was there has died: existing machines restart a stuck tunnel only when the
@@ -124,7 +124,9 @@ def _host_key(host: str) -> str | None:
     return str(address)
 
 
-def still_stands(row: Machine, claim: Claim, link: LinkFacts, now: float, *, trust_fingerprints: bool = False) -> Basis | None:
+def still_stands(
+    row: Machine, claim: Claim, link: LinkLiveness, now: float, *, trust_fingerprints: bool = False
+) -> Basis | None:
     """Repeats the decision once the claim's key is proved; the machine may have been heard since, or lost to another claim."""
     basis = may_take(
         row,

@@ -22,7 +22,7 @@ from siderolink.common.node_uuid import parse_uuid
 from siderolink.common.pb.sidero.link import ProvisionRequest, ProvisionResponse
 from siderolink.common.text import one_line
 from siderolink.server.admission.policy import JoinPolicy, Known, decide
-from siderolink.server.admission.request import Allow, Authorize, Credentials, Deny, JoinRequest, Refusal, allow_all
+from siderolink.server.admission.request import Allow, Authorize, Credentials, Deny, JoinRequest, Rejection, allow_all
 from siderolink.server.admission.tokens import MAX_UNIQUE_TOKEN_BYTES, JoinTokenCheck, parse_unique_token
 from siderolink.server.api.provision_codec import PlainRequest, encode_response
 from siderolink.server.events import EventHub, JoinRefused
@@ -176,7 +176,7 @@ class ProvisionService:
         credentials = Credentials(join=join, unique=unique, version=version)
         if not join.is_valid and (unique is None or not self._directory.knows_token(unique.digest)):
             verdict = decide(self._policy, credentials, Known())
-            if isinstance(verdict, Refusal):
+            if isinstance(verdict, Rejection):
                 raise JoinRejectedError(verdict.reason, verdict.text)
         return credentials
 

@@ -11,7 +11,7 @@ from siderolink.common.grpc import ByteStream, ByteStreamService
 from siderolink.common.grpc.client import CREATE_STREAM
 from siderolink.common.transport.tunnel import ADDRESS_METADATA, TunnelDrop, TunnelPath, carry
 from siderolink.common.wireguard.device import Device
-from siderolink.server.fleet.directory import Directory, Link
+from siderolink.server.fleet.directory import Directory, MachineLink
 from siderolink.server.fleet.monitor import Monitor
 from siderolink.server.fleet.reconciler import Reconciler
 from siderolink.server.refusals import StreamRefusal
@@ -61,7 +61,7 @@ class TunnelService:
         finally:
             self._monitor.close_stream(opened)
 
-    async def _find_link(self, value: str) -> tuple[Link, str]:
+    async def _find_link(self, value: str) -> tuple[MachineLink, str]:
         """The link of the virtual address in the metadata, and its name for people. The port says nothing."""
         try:
             address, port = parse_peer_addr_port(value)
@@ -73,7 +73,7 @@ class TunnelService:
             raise self._refused(StreamRefusal.NOT_ALLOWED)
         return link, f"tunnel [{address}]:{port}"
 
-    async def _read_through(self, address: IPv6Address) -> Link | None:
+    async def _read_through(self, address: IPv6Address) -> MachineLink | None:
         """The link of an address that another server with the same store gave out a moment ago."""
         try:
             row = await self._directory.row_at_virtual_address(address)

@@ -14,7 +14,7 @@ import anyio
 
 from siderolink.common.errors import SideroLinkError
 from siderolink.server.clock import Clock
-from siderolink.server.fleet.directory import Directory, Link, LinkState
+from siderolink.server.fleet.directory import Directory, LinkState, MachineLink
 from siderolink.server.fleet.reconciler import Reconciler, remembered_endpoint
 from siderolink.server.fleet.sessions import Sessions
 
@@ -83,7 +83,7 @@ async def dial_remembered(
     window, made = Window(), 0
     wake = anyio.Event()
 
-    def settled(link: Link) -> None:
+    def settled(link: MachineLink) -> None:
         window.settled(link.machine.id, clock.monotonic())
         wake.set()
 
@@ -107,6 +107,6 @@ async def dial_remembered(
                 await anyio.sleep(pace.pause)
 
 
-def _newest_first(directory: Iterable[Link]) -> list[Link]:
+def _newest_first(directory: Iterable[MachineLink]) -> list[MachineLink]:
     remembered = [link for link in directory if link.machine.last_endpoint is not None and link.machine.public_key is not None]
     return sorted(remembered, key=lambda link: link.machine.seen_at or 0.0, reverse=True)

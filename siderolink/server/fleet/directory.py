@@ -40,7 +40,7 @@ class LinkState(StrEnum):
 class Stream:
     """An open tunnel stream that names a machine's virtual address."""
 
-    link: "Link"
+    link: "MachineLink"
     path: Path
     end: EndStream
     source: str
@@ -52,7 +52,7 @@ class Stream:
 
 
 @dataclass(slots=True, eq=False)
-class Link:
+class MachineLink:
     """One machine's row, or one claim to it, and the session that this server holds for it."""
 
     machine: Machine
@@ -76,7 +76,7 @@ class Link:
     """Former keys whose peers the device may still have."""
 
 
-class UniqueTokens:
+class KnownTokens:
     """Unique tokens that are bound or assigned to machines, as counts of short keyed hashes of their digests."""
 
     def __init__(self) -> None:
@@ -105,7 +105,7 @@ class UniqueTokens:
         return blake2b(digest, digest_size=8, key=self._key).digest()
 
 
-class Sources:
+class HeardSources:
     """The addresses that machines were last heard from."""
 
     def __init__(self) -> None:
@@ -133,14 +133,14 @@ class Directory:
 
     def __init__(self, store: Store, clock: Clock) -> None:
         self._store = store
-        self._by_id: dict[str, Link] = {}
-        self._by_key: dict[PublicKey, Link] = {}
-        self._by_virtual: dict[IPv6Address, Link] = {}
-        self._by_overlay: dict[IPv6Address, Link] = {}
-        self._claims: dict[str, Link] = {}
-        self._claims_of: dict[str, list[Link]] = {}
-        self.sources = Sources()
-        self._tokens = UniqueTokens()
+        self._by_id: dict[str, MachineLink] = {}
+        self._by_key: dict[PublicKey, MachineLink] = {}
+        self._by_virtual: dict[IPv6Address, MachineLink] = {}
+        self._by_overlay: dict[IPv6Address, MachineLink] = {}
+        self._claims: dict[str, MachineLink] = {}
+        self._claims_of: dict[str, list[MachineLink]] = {}
+        self.sources = HeardSources()
+        self._tokens = KnownTokens()
         self._reads = TokenBucket(_READS_PER_SECOND, _READS_AT_ONCE, clock.monotonic)
         self.pending = 0
         """How many machines and claims are PENDING."""
@@ -148,17 +148,17 @@ class Directory:
     def __len__(self) -> int:
         return len(self._by_id)
 
-    def __iter__(self) -> Iterator[Link]:
+    def __iter__(self) -> Iterator[MachineLink]:
         return iter(list(self._by_id.values()))
 
-    def get(self, machine_id: str) -> Link | None:
+    def get(self, machine_id: str) -> MachineLink | None:
         return self._by_id.get(machine_id)
 
-    def by_key(self, public_key: PublicKey) -> Link | None:
+    def by_key(self, public_key: PublicKey) -> MachineLink | None:
         """The machine, or the claim, that has this key."""
         return self._by_key.get(public_key)
 
-    def by_virtual_address(self, address: IPv6Address) -> Link | None:
+    def by_virtual_address(self, address: IPv6Address) -> MachineLink | None:
         return self._by_virtual.get(address)
 
     def machine_at(self, address: IPv6Address) -> Machine | None:
@@ -166,18 +166,18 @@ class Directory:
         link = self._by_overlay.get(address)
         return link.machine if link is not None and link.machine.is_accepted else None
 
-    def link_at(self, address: IPv6Address) -> Link | None:
+    def link_at(self, address: IPv6Address) -> MachineLink | None:
         """The machine that has this overlay address, accepted or pending."""
         return self._by_overlay.get(address)
 
-    def claim(self, claim_id: str) -> Link | None:
+    def claim(self, claim_id: str) -> MachineLink | None:
         return self._claims.get(claim_id)
 
     @property
     def claim_count(self) -> int:
         return len(self._claims)
 
-    def claims_of(self, machine_id: str) -> list[Link]:
+    def claims_of(self, machine_id: str) -> list[MachineLink]:
         return list(self._claims_of.get(machine_id, ()))
 
     def knows_token(self, digest: bytes) -> bool:
@@ -199,7 +199,7 @@ class Directory:
 
     # --- for the reconciler
 
-    def add(self, link: Link) -> None:
+    def add(self, link: MachineLink) -> None:
         """Add a machine or a claim; the reconciler gives it its keys and addresses afterwards."""
         if link.claim is None:
             self._by_id[link.machine.id] = link
@@ -211,7 +211,7 @@ class Directory:
             self._claims_of.setdefault(link.machine.id, []).append(link)
         self.pending += link.state is LinkState.PENDING
 
-    def remove(self, link: Link) -> None:
+    def remove(self, link: MachineLink) -> None:
         """Remove a machine or a claim with its key and addresses."""
         machine = link.machine
         if link.claim is None:
@@ -230,42 +230,42 @@ class Directory:
             self.release_key(link, machine.public_key)
         self.set_state(link, LinkState.DOWN)
 
-    def set_row(self, link: Link, machine: Machine) -> None:
+    def set_row(self, link: MachineLink, machine: Machine) -> None:
         """Replace the row of a machine's link."""
         self._tokens.remove(link.machine)
         link.machine = machine
         self._tokens.add(machine)
 
-    def set_state(self, link: Link, state: LinkState) -> None:
+    def set_state(self, link: MachineLink, state: LinkState) -> None:
         self.pending += (state is LinkState.PENDING) - (link.state is LinkState.PENDING)
         link.state = state
 
-    def set_source(self, link: Link, source: str | None) -> None:
+    def set_source(self, link: MachineLink, source: str | None) -> None:
         """Note where the link's last authenticated packet came from."""
         if link.claim is None and source != link.source:
             self.sources.replace(link.source, source)
         link.source = source
 
-    def own_key(self, link: Link, key: PublicKey) -> None:
+    def own_key(self, link: MachineLink, key: PublicKey) -> None:
         self._by_key[key] = link
 
-    def release_key(self, link: Link, key: PublicKey) -> bool:
+    def release_key(self, link: MachineLink, key: PublicKey) -> bool:
         """Whether the link had the key."""
         if self._by_key.get(key) is not link:
             return False
         del self._by_key[key]
         return True
 
-    def own_virtual_address(self, link: Link, address: IPv6Address) -> None:
+    def own_virtual_address(self, link: MachineLink, address: IPv6Address) -> None:
         self._by_virtual[address] = link
 
-    def release_virtual_address(self, link: Link, address: IPv6Address) -> None:
+    def release_virtual_address(self, link: MachineLink, address: IPv6Address) -> None:
         if self._by_virtual.get(address) is link:
             del self._by_virtual[address]
 
-    def own_overlay_address(self, link: Link, address: IPv6Address) -> None:
+    def own_overlay_address(self, link: MachineLink, address: IPv6Address) -> None:
         self._by_overlay[address] = link
 
-    def release_overlay_address(self, link: Link, address: IPv6Address) -> None:
+    def release_overlay_address(self, link: MachineLink, address: IPv6Address) -> None:
         if self._by_overlay.get(address) is link:
             del self._by_overlay[address]

@@ -22,7 +22,7 @@ from siderolink.common.pb.machine import MachineServiceStub, MetaWriteRequest
 from siderolink.common.pb.storage import StorageServiceStub
 from siderolink.common.pb.talos.resource.definitions.network import LinkStatusSpec
 from siderolink.server.admission.policy import JoinPolicy, supports_unique_tokens
-from siderolink.server.fleet.directory import Directory, Link, LinkState
+from siderolink.server.fleet.directory import Directory, LinkState, MachineLink
 from siderolink.server.fleet.machine_api import open_machine_api
 from siderolink.server.fleet.reconciler import Reconciler
 from siderolink.server.fleet.sessions import Sessions
@@ -60,7 +60,7 @@ class Enrolment:
         self._namespace = namespace
         async with anyio.create_task_group() as tasks:
 
-            def changed(link: Link) -> None:
+            def changed(link: MachineLink) -> None:
                 if self._needs(link) and link.machine.id not in self._busy:
                     self._busy.add(link.machine.id)
                     tasks.start_soon(self._enrol, link.machine.id)
@@ -70,7 +70,7 @@ class Enrolment:
                     changed(link)
                 await anyio.sleep_forever()
 
-    def _needs(self, link: Link) -> bool:
+    def _needs(self, link: MachineLink) -> bool:
         machine = link.machine
         if link.claim is not None or link.state is not LinkState.UP or not self._policy.has_pending:
             return False

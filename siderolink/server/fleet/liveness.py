@@ -10,9 +10,9 @@ import anyio
 
 from siderolink.common.errors import SideroLinkError
 from siderolink.common.wireguard.device import CanShakeHands, Device
-from siderolink.server.admission.rules import LinkFacts
+from siderolink.server.admission.rules import LinkLiveness
 from siderolink.server.clock import Clock
-from siderolink.server.fleet.directory import Directory, Link
+from siderolink.server.fleet.directory import Directory, MachineLink
 from siderolink.server.store import Machine
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class Liveness:
         self._began_at, self._began_unix = clock.monotonic(), clock.time()
         self._runs: dict[str, _Run] = {}
         self._unanswered: dict[str, tuple[PublicKey | None, float]] = {}
-        self.redial: Callable[[Link], Awaitable[None]] | None = None
+        self.redial: Callable[[MachineLink], Awaitable[None]] | None = None
         """Sends a handshake to the last endpoint of a machine without a session."""
 
     def set_echo(self, echo: Echo | None) -> None:
@@ -75,13 +75,13 @@ class Liveness:
             return status.silent_for
         return None if status.last_received is None else max(0.0, self._clock.host_time() - status.last_received)
 
-    async def of(self, machine: Machine) -> LinkFacts:
+    async def of(self, machine: Machine) -> LinkLiveness:
         """The state of the machine's link, for a decision about its row."""
         link = self._directory.get(machine.id)
         silence = await self.silence(machine)
         unheard = silence if silence is not None else self._unheard(machine)
         source = machine.last_source if link is None or link.source is None else link.source
-        return LinkFacts(
+        return LinkLiveness(
             silence=silence,
             unheard=unheard,
             said_goodbye=self._said_goodbye(machine, link, silence),
@@ -100,7 +100,7 @@ class Liveness:
         since_stored = self._clock.monotonic() - self._began_at - (stored - self._began_unix)
         return max(0.0, min(self._clock.monotonic() - self._began_at, since_stored))
 
-    def _said_goodbye(self, machine: Machine, link: Link | None, silence: float | None) -> bool:
+    def _said_goodbye(self, machine: Machine, link: MachineLink | None, silence: float | None) -> bool:
         if link is not None and link.goodbye_at is not None:
             since = self._clock.monotonic() - link.goodbye_at
             return silence is None or silence >= since - _LAST_PACKETS
@@ -143,7 +143,7 @@ class Liveness:
     def _is_recent(self, at: float) -> bool:
         return self._clock.monotonic() - at <= _VALID_SECONDS
 
-    def _can_be_probed(self, link: Link) -> bool:
+    def _can_be_probed(self, link: MachineLink) -> bool:
         """A closed stream carries no probe. Then the time in which a living machine opens another one must suffice, and
         only where its address names it alone: a proxy may have cut all streams at once.
         """
@@ -151,7 +151,7 @@ class Liveness:
             return True
         return link.source is not None and not self._directory.sources.is_shared(link.source)
 
-    async def _answers(self, link: Link) -> bool:
+    async def _answers(self, link: MachineLink) -> bool:
         began_at, before = self._clock.monotonic(), await self.silence(link.machine)
         for _ in range(PROBES):
             try:
@@ -165,7 +165,7 @@ class Liveness:
                 return True
         return False
 
-    async def _send(self, link: Link) -> None:
+    async def _send(self, link: MachineLink) -> None:
         machine = link.machine
         if machine.public_key is None:
             return

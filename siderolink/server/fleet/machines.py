@@ -13,7 +13,7 @@ from siderolink.common.errors import ConfigurationError, KeyFormatError, SideroL
 from siderolink.common.keys import PublicKey
 from siderolink.common.node_uuid import parse_uuid
 from siderolink.server.admission.admit import Admission, Grant, new_id
-from siderolink.server.admission.request import JoinRequest, Refusal
+from siderolink.server.admission.request import JoinRequest, Rejection
 from siderolink.server.admission.rules import Basis
 from siderolink.server.admission.tokens import parse_unique_token
 from siderolink.server.clock import Clock
@@ -62,21 +62,21 @@ class Machines:
         Raises JoinRejectedError. Waits for five seconds of probes where they may show that the machine's old link is dead.
         """
         verdict = await self._admit(request)
-        stands_in_the_way = verdict.machine if isinstance(verdict, Refusal) and verdict.may_probe else None
+        stands_in_the_way = verdict.machine if isinstance(verdict, Rejection) and verdict.may_probe else None
         if stands_in_the_way is not None:
             is_dead = await self._liveness.probe(stands_in_the_way)
             if is_dead or self._admission.policy.has_pending:
                 verdict = await self._admit(request if is_dead else replace(request, was_probed=True))
-        if isinstance(verdict, Refusal):
+        if isinstance(verdict, Rejection):
             raise JoinRejectedError(verdict.reason, verdict.text, verdict.known_source)
         return verdict.machine
 
-    async def _admit(self, request: JoinRequest) -> Grant | Refusal:
+    async def _admit(self, request: JoinRequest) -> Grant | Rejection:
         entry_id = new_id()
         async with self._reconciler.locks.hold(request.node_uuid, request.public_key):
             # A cancellation from here on leaves a stored row that is not applied; `follow` then does that.
             verdict = await self._store.transact(lambda transaction: self._admission.admit(transaction, request, entry_id))
-            if isinstance(verdict, Refusal):
+            if isinstance(verdict, Rejection):
                 return verdict
             await self._apply(verdict, request.source)
         for claim in verdict.ended:

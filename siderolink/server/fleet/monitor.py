@@ -16,7 +16,7 @@ from siderolink.server.admission.admit import Admission
 from siderolink.server.admission.limits import MachineLimits
 from siderolink.server.clock import Clock, Deadlines
 from siderolink.server.events import EventHub, HandshakeCompleted, LeaveReason, LinkDown
-from siderolink.server.fleet.directory import Directory, EndStream, Link, LinkState, Stream
+from siderolink.server.fleet.directory import Directory, EndStream, LinkState, MachineLink, Stream
 from siderolink.server.fleet.last_seen import LastSeenNotes
 from siderolink.server.fleet.liveness import Liveness
 from siderolink.server.fleet.reconciler import Reconciler
@@ -83,7 +83,7 @@ class Monitor:
         self._last_seen = last_seen
         self._deadlines: Deadlines[Due] = Deadlines()
         self._proved: deque[PublicKey] = deque()
-        self._keepalive_changes: deque[tuple[Link, bool]] = deque()
+        self._keepalive_changes: deque[tuple[MachineLink, bool]] = deque()
         self._resync_delays: dict[str, float] = {}
         self._interface_lost: str | None = None
         self._wake = anyio.Event()
@@ -99,7 +99,7 @@ class Monitor:
 
     # --- streams
 
-    def open_stream(self, link: Link, path: Path, end: EndStream, source: str = "") -> Stream:
+    def open_stream(self, link: MachineLink, path: Path, end: EndStream, source: str = "") -> Stream:
         stream = self._sessions.open_stream(link, path, end, source)
         self._set_quiet(link, False)
         self._set_deadline(stream, self._limits.stream_without_packet_timeout)
@@ -123,12 +123,12 @@ class Monitor:
         if isinstance(event, device_events.PathChanged):
             self._sessions.path_changed(link, event)
             self._note(link)
-        elif isinstance(event, device_events.HandshakeCompleted):
+        elif isinstance(event, device_events.PeerHandshake):
             self._handshake_completed(link, event.public_key)
         elif isinstance(event, device_events.HandshakeGaveUp) and link.state is LinkState.DOWN:
             self._set_quiet(link, True)
 
-    def _note(self, link: Link, *, handshake: bool = False, goodbye: bool = False) -> None:
+    def _note(self, link: MachineLink, *, handshake: bool = False, goodbye: bool = False) -> None:
         if link.claim is not None:
             return
         now = self._clock.time()
@@ -141,7 +141,7 @@ class Monitor:
         )
         self._last_seen.add(link.machine.id, seen)
 
-    def _handshake_completed(self, link: Link, public_key: PublicKey) -> None:
+    def _handshake_completed(self, link: MachineLink, public_key: PublicKey) -> None:
         self._sessions.prove_current_stream(link)
         if link.claim is not None:
             self._proved.append(public_key)
@@ -157,25 +157,25 @@ class Monitor:
             self._wake.set()
         self._events.publish(HandshakeCompleted(machine=link.machine, is_first=is_first))
 
-    def _bring_up(self, link: Link) -> None:
+    def _bring_up(self, link: MachineLink) -> None:
         self._set_quiet(link, False)
         self._admission.pending.discard(link.machine.id)
         self._sessions.set_state(link, LinkState.UP)
         self._set_deadline(link.machine.id, self._limits.down_after)
 
-    def said_goodbye(self, link: Link) -> None:
+    def said_goodbye(self, link: MachineLink) -> None:
         """The machine stops, and said so inside its session."""
         link.goodbye_at = self._clock.monotonic()
         self._note(link, goodbye=True)
         if link.state is LinkState.UP:
             self._take_down(link)
 
-    def moved(self, link: Link) -> None:
+    def moved(self, link: MachineLink) -> None:
         """The link goes on with the session of a proved claim, or of the row that had its key before."""
         self._note(link, handshake=True)
         self._bring_up(link)
 
-    def _set_quiet(self, link: Link, quiet: bool) -> None:
+    def _set_quiet(self, link: MachineLink, quiet: bool) -> None:
         """A machine that is gone costs no handshakes until it comes back."""
         if link.is_quiet != quiet and link.claim is None:
             self._keepalive_changes.append((link, quiet))
@@ -183,7 +183,7 @@ class Monitor:
 
     # --- watching
 
-    def _applied(self, link: Link, key_before: PublicKey | None) -> None:
+    def _applied(self, link: MachineLink, key_before: PublicKey | None) -> None:
         """Where a handshake has to follow, give it its time; a call repeated meanwhile gives no more of it."""
         entry = link.machine.id if link.claim is None else link.claim.id
         if link.state is LinkState.PENDING:
@@ -198,7 +198,7 @@ class Monitor:
             if link.machine.admission is MachineAdmission.PENDING and entry not in self._deadlines:
                 self._set_deadline(entry, self._limits.down_after)
 
-    def _dropped(self, link: Link) -> None:
+    def _dropped(self, link: MachineLink) -> None:
         entry = link.machine.id if link.claim is None else link.claim.id
         self._deadlines.discard(entry)
         self._admission.pending.discard(entry)
@@ -283,7 +283,7 @@ class Monitor:
         elif link.machine.admission is MachineAdmission.PENDING:
             await self._check_pending(link)
 
-    async def _check_pending(self, link: Link) -> None:
+    async def _check_pending(self, link: MachineLink) -> None:
         """A machine that was never accepted, and whose link is down: it said goodbye, or did not come back to this server."""
         silence = await self._liveness.silence(link.machine)
         if silence is not None and silence < self._limits.down_after:
@@ -291,7 +291,7 @@ class Monitor:
         else:
             await self._transitions.forget(link.machine.id, LeaveReason.NEVER_ACCEPTED)
 
-    async def _check_link(self, link: Link) -> None:
+    async def _check_link(self, link: MachineLink) -> None:
         silence = await self._liveness.silence(link.machine)
         if silence is not None and silence < self._limits.down_after:
             self._set_deadline(link.machine.id, self._limits.down_after - silence)
@@ -300,7 +300,7 @@ class Monitor:
         if not link.machine.is_accepted:
             await self._transitions.forget(link.machine.id, LeaveReason.NEVER_ACCEPTED)
 
-    def _take_down(self, link: Link) -> None:
+    def _take_down(self, link: MachineLink) -> None:
         self._sessions.set_state(link, LinkState.DOWN)
         self._sessions.end_streams(link, StreamRefusal.LINK_DOWN)
         self._events.publish(LinkDown(machine=link.machine))

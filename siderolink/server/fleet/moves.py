@@ -16,7 +16,7 @@ from siderolink.common.keys import PublicKey
 from siderolink.server.admission.prove import Proofs
 from siderolink.server.clock import Clock
 from siderolink.server.events import AdmissionChanged, EventHub
-from siderolink.server.fleet.directory import Directory, Link
+from siderolink.server.fleet.directory import Directory, MachineLink
 from siderolink.server.fleet.reconciler import Reconciler
 from siderolink.server.store import Machine, Store
 
@@ -31,7 +31,7 @@ Ping = Callable[[IPv6Address], None]
 
 @dataclass(slots=True)
 class _Move:
-    link: Link
+    link: MachineLink
     """Which has the key meanwhile."""
     machine: Machine
     ends_at: float
@@ -58,7 +58,7 @@ class Moves:
         self._moves: dict[PublicKey, _Move] = {}
         self._by_address: dict[IPv6Address, PublicKey] = {}
         self._wake = anyio.Event()
-        self.on_moved: Callable[[Link], None] = lambda link: None
+        self.on_moved: Callable[[MachineLink], None] = lambda link: None
         """Told of the link that has the key now."""
 
     async def begin(self, machine: Machine) -> None:

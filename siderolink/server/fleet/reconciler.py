@@ -16,7 +16,7 @@ from siderolink.common.wireguard.path import Endpoint
 from siderolink.server.admission.prove import as_claimed
 from siderolink.server.clock import Clock
 from siderolink.server.events import EventHub, LeaveReason, MachineLeft
-from siderolink.server.fleet.directory import Directory, Link, LinkState
+from siderolink.server.fleet.directory import Directory, LinkState, MachineLink
 from siderolink.server.fleet.locks import KeyedLocks
 from siderolink.server.fleet.sessions import Sessions
 from siderolink.server.refusals import StreamRefusal
@@ -67,9 +67,9 @@ class Reconciler:
         """By UUID and by public key, in that order: two changes of one machine are made one after the other."""
         self.leaving: dict[str, LeaveReason] = {}
         """Why machines that are being removed by this server leave, by id."""
-        self.on_applied: Callable[[Link, PublicKey | None], None] = lambda link, key_before: None
+        self.on_applied: Callable[[MachineLink, PublicKey | None], None] = lambda link, key_before: None
         """Told of each link whose row was applied, with the key that it had before; also where the device failed."""
-        self.on_dropped: Callable[[Link], None] = lambda link: None
+        self.on_dropped: Callable[[MachineLink], None] = lambda link: None
         """Called with each removed link of a machine or a claim."""
         self.on_failed: Callable[[str], None] = lambda machine_id: None
         """Told the id of a machine, or EVERYTHING, that could not be brought into step; `resync` has to be called again."""
@@ -80,7 +80,7 @@ class Reconciler:
         own = IPv6Network((int(machine.overlay_address), 128))
         return PeerConfig(public_key=public_key, allowed_ips=(own, *extra), persistent_keepalive=self._persistent_keepalive)
 
-    async def apply(self, machine: Machine, *, state: LinkState = LinkState.PENDING) -> Link:
+    async def apply(self, machine: Machine, *, state: LinkState = LinkState.PENDING) -> MachineLink:
         """Make device and addresses match the row, unless a newer revision is known. `state` is for a new key."""
         link = self._directory.get(machine.id)
         key_before = None if link is None else link.machine.public_key
@@ -92,10 +92,10 @@ class Reconciler:
                 self.on_applied(known, key_before)
         return link
 
-    async def _apply(self, machine: Machine, link: Link | None, state: LinkState) -> Link:
+    async def _apply(self, machine: Machine, link: MachineLink | None, state: LinkState) -> MachineLink:
         if link is None:
             state = LinkState.DOWN if machine.public_key is None else state
-            link = Link(machine, state, endpoint=machine.last_endpoint, source=machine.last_source)
+            link = MachineLink(machine, state, endpoint=machine.last_endpoint, source=machine.last_source)
             self._directory.add(link)
             old = None
         elif link.machine.revision > machine.revision or (link.is_applied and link.machine.revision == machine.revision):
@@ -120,7 +120,7 @@ class Reconciler:
             self._sessions.tell(link)  # it may need a UUID or a unique token now
         return link
 
-    def _move_key(self, link: Link, old: Machine | None, state: LinkState) -> None:
+    def _move_key(self, link: MachineLink, old: Machine | None, state: LinkState) -> None:
         """Set the link's key from its row. A key without an owner is abandoned."""
         denied = link.machine.admission is MachineAdmission.DENIED
         key, old_key = link.machine.public_key, old.public_key if old else None
@@ -150,7 +150,7 @@ class Reconciler:
         if old_key is not None and self._directory.release_key(link, old_key):
             link.abandoned.add(old_key)
 
-    def _move_virtual_address(self, link: Link, old: Machine | None) -> None:
+    def _move_virtual_address(self, link: MachineLink, old: Machine | None) -> None:
         address, old_address = link.machine.virtual_address, old.virtual_address if old else None
         if address is not None:
             self._directory.own_virtual_address(link, address)
@@ -159,14 +159,14 @@ class Reconciler:
             if old is not None and old.public_key == link.machine.public_key:
                 self._sessions.end_streams(link, StreamRefusal.REPLACED)
 
-    async def _remove_abandoned(self, link: Link) -> None:
+    async def _remove_abandoned(self, link: MachineLink) -> None:
         while link.abandoned:
             key = next(iter(link.abandoned))
             if self._directory.by_key(key) is None:  # or another machine has it by now
                 await self._device.remove_peer(key)
             link.abandoned.discard(key)
 
-    async def drop(self, machine_id: str) -> Link | None:
+    async def drop(self, machine_id: str) -> MachineLink | None:
         """Forget a machine: its peer, its addresses, its streams, and the claims to it. None if it is not known."""
         link = self._directory.get(machine_id)
         if link is None:
@@ -176,7 +176,7 @@ class Reconciler:
         await self._drop(link)
         return link
 
-    async def _drop(self, link: Link) -> None:
+    async def _drop(self, link: MachineLink) -> None:
         key = link.machine.public_key
         had_key = key is not None and self._directory.by_key(key) is link
         self._directory.remove(link)
@@ -198,7 +198,7 @@ class Reconciler:
             return
         if self._directory.by_key(claim.public_key) is not None:
             return
-        link = Link(claimed, LinkState.PENDING, claim)
+        link = MachineLink(claimed, LinkState.PENDING, claim)
         self._directory.add(link)
         self._directory.own_key(link, claim.public_key)
         if claim.virtual_address is not None:
@@ -213,7 +213,7 @@ class Reconciler:
         if link is not None:
             await self._drop(link)
 
-    async def dial(self, link: Link, endpoint: Endpoint) -> None:
+    async def dial(self, link: MachineLink, endpoint: Endpoint) -> None:
         """Begin a handshake towards a UDP address. Raises ConfigurationError for one that cannot be dialled from here."""
         if link.machine.public_key is None:
             return
@@ -223,13 +223,13 @@ class Reconciler:
         await self._device.set_peer(replace(peer, persistent_keepalive=0))
         await self._device.set_peer(peer)
 
-    async def redial(self, link: Link) -> None:
+    async def redial(self, link: MachineLink) -> None:
         """Start a handshake towards the machine's last UDP endpoint, if known."""
         endpoint = remembered_endpoint(link)
         if endpoint is not None:
             await self.dial(link, endpoint)
 
-    async def set_quiet(self, link: Link, quiet: bool) -> None:
+    async def set_quiet(self, link: MachineLink, quiet: bool) -> None:
         """Stop keepalives, and the handshakes that they bring on, or begin them again. The machine may always come itself."""
         if link.machine.public_key is None or link.is_quiet == quiet or self._directory.get(link.machine.id) is not link:
             return
@@ -237,7 +237,7 @@ class Reconciler:
         peer = self._peer(link.machine, link.machine.public_key)
         await self._device.set_peer(replace(peer, persistent_keepalive=0) if quiet else peer)
 
-    async def also_reach(self, link: Link, moved: Machine | None) -> None:
+    async def also_reach(self, link: MachineLink, moved: Machine | None) -> None:
         """Let the link's peer use the address of the row that it may move to, too; None takes that back."""
         key = link.machine.public_key
         if key is not None and self._directory.by_key(key) is link:
@@ -361,7 +361,7 @@ def _machine_id(change: Change) -> str:
             return EVERYTHING
 
 
-def remembered_endpoint(link: Link) -> Endpoint | None:
+def remembered_endpoint(link: MachineLink) -> Endpoint | None:
     """The stored endpoint; None if it is invalid or the machine is to use the tunnel."""
     machine = link.machine
     if machine.last_endpoint is None or machine.public_key is None or machine.tunnel:

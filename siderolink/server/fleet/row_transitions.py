@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from siderolink.common.keys import PublicKey
 from siderolink.server.admission.prove import Proof, Proofs, expire
 from siderolink.server.events import ClaimRefused, EventHub, HandshakeCompleted, LeaveReason, MachineRekeyed, UniqueTokenBound
-from siderolink.server.fleet.directory import Directory, Link
+from siderolink.server.fleet.directory import Directory, MachineLink
 from siderolink.server.fleet.reconciler import Reconciler
 from siderolink.server.store import Machine, Store
 
@@ -25,7 +25,7 @@ class RowTransitions:
         self._proofs = proofs
         self._store = store
         self._events = events
-        self.on_taken_over: Callable[[Link], None] = lambda link: None
+        self.on_taken_over: Callable[[MachineLink], None] = lambda link: None
         """Called with each link that goes on with the session of a proved claim."""
 
     async def record_proof(self, public_key: PublicKey) -> None:

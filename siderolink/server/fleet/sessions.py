@@ -13,7 +13,7 @@ from siderolink.common.wireguard.device import Device, PathChanged
 from siderolink.common.wireguard.path import Path
 from siderolink.server.admission.rules import source_key
 from siderolink.server.clock import Clock
-from siderolink.server.fleet.directory import Directory, EndStream, Link, LinkState, Stream
+from siderolink.server.fleet.directory import Directory, EndStream, LinkState, MachineLink, Stream
 from siderolink.server.refusals import StreamRefusal
 
 
@@ -42,19 +42,19 @@ class Sessions:
         self._directory = directory
         self._max_unproven_streams = max_unproven_streams
         self._clock = clock
-        self._watchers: list[Callable[[Link], None]] = []
+        self._watchers: list[Callable[[MachineLink], None]] = []
 
-    def set_state(self, link: Link, state: LinkState) -> None:
+    def set_state(self, link: MachineLink, state: LinkState) -> None:
         self._directory.set_state(link, state)
         self.tell(link)
 
-    def tell(self, link: Link) -> None:
+    def tell(self, link: MachineLink) -> None:
         """Notify watchers that the link changed or is gone."""
         for watcher in self._watchers:
             watcher(link)
 
     @contextmanager
-    def watching(self, watcher: Callable[[Link], None]) -> Iterator[None]:
+    def watching(self, watcher: Callable[[MachineLink], None]) -> Iterator[None]:
         """Call back whenever a link's state was set, or a link forgotten; between packets, so it must be quick."""
         self._watchers.append(watcher)
         try:
@@ -62,7 +62,7 @@ class Sessions:
         finally:
             self._watchers.remove(watcher)
 
-    def open_stream(self, link: Link, path: Path, end: EndStream, source: str = "") -> Stream:
+    def open_stream(self, link: MachineLink, path: Path, end: EndStream, source: str = "") -> Stream:
         """Let a new stream name the link's virtual address. Where there are too many, the oldest unproven one gives way of the
         source that has most: virtual addresses are no secrets, and one stranger must not crowd the machine out.
         """
@@ -85,12 +85,12 @@ class Sessions:
         link = stream.link
         link.streams = tuple(other for other in link.streams if other is not stream)
 
-    def end_streams(self, link: Link, refusal: StreamRefusal) -> None:
+    def end_streams(self, link: MachineLink, refusal: StreamRefusal) -> None:
         streams, link.streams = link.streams, ()
         for stream in streams:
             stream.end(refusal)
 
-    def path_changed(self, link: Link, event: PathChanged) -> None:
+    def path_changed(self, link: MachineLink, event: PathChanged) -> None:
         """Handle a packet by another path: it proves that path and ends the previous stream."""
         link.path, link.endpoint = event.new, udp_endpoint(event.new)
         source = host_of(link.endpoint)
@@ -103,7 +103,7 @@ class Sessions:
                 self.close_stream(stream)
         self._directory.set_source(link, source)
 
-    def prove_current_stream(self, link: Link) -> None:
+    def prove_current_stream(self, link: MachineLink) -> None:
         """Handle an authenticated packet without a PathChanged: it proves the current path."""
         for stream in link.streams:
             if stream.path is link.path:
@@ -122,7 +122,7 @@ class Sessions:
             stream.end(StreamRefusal.NEVER_AUTHENTICATED)
             self.close_stream(stream)
 
-    def adopt(self, link: Link, claimed: Link) -> None:
+    def adopt(self, link: MachineLink, claimed: MachineLink) -> None:
         """The claim was proved: the machine's link goes on with the claim's session, and its own streams end."""
         self.end_streams(link, StreamRefusal.REPLACED)
         for stream in claimed.streams:

@@ -16,7 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from siderolink.cli.metrics import http
 from siderolink.cli.metrics.endpoint import Families, Pages
 from siderolink.cli.metrics.families import DEVICE_DROPS, MachineSeries, device_families, machine_families
-from siderolink.cli.metrics.http import Answer, serve_pages
+from siderolink.cli.metrics.http import PageAnswer, serve_pages
 from siderolink.cli.metrics.options import MetricsOptions, metrics_options
 from siderolink.common.errors import AddressInUseError, ConfigurationError, StoreError, StoreFullError
 from siderolink.common.hostport import HostPort
@@ -33,8 +33,8 @@ pytestmark = pytest.mark.anyio
 LOOPBACK = HostPort("127.0.0.1", 0)
 
 
-async def hello() -> Answer:
-    return Answer(b"hello")
+async def hello() -> PageAnswer:
+    return PageAnswer(b"hello")
 
 
 async def ask(port: int, request: bytes) -> bytes:
@@ -47,7 +47,7 @@ async def ask(port: int, request: bytes) -> bytes:
 
 
 async def test_pages_answer_and_refuse() -> None:
-    async def broken() -> Answer:
+    async def broken() -> PageAnswer:
         raise ValueError("secret detail")
 
     async with serve_pages(LOOPBACK, {"/hello": hello, "/broken": broken}) as port:

@@ -16,7 +16,7 @@ import pytest
 
 from siderolink.cli import control
 from siderolink.client.link.probes import watch_api
-from siderolink.client.link.provisioning import Machine, provision
+from siderolink.client.link.provisioning import NodeInfo, provision
 from siderolink.client.reporting import event_sender
 from siderolink.client.reporting.event_sender import EventSender
 from siderolink.common.backoff import RetryTrigger
@@ -94,7 +94,7 @@ def test_provision(run: Run, moment: str) -> None:
             url = JoinURL("127.0.0.1", peer.port, tls=False)
             for _ in range(2):
                 with pytest.raises(JoinError) as caught:
-                    await provision(url, Machine(uuid=UUID), new_key(), timeout=HASTE)
+                    await provision(url, NodeInfo(uuid=UUID), new_key(), timeout=HASTE)
                 assert str(caught.value)
 
     run(test)

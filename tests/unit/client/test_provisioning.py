@@ -7,7 +7,7 @@ from grpclib import GRPCError, Status
 from hypothesis import given
 from hypothesis import strategies as st
 
-from siderolink.client.link.provisioning import Machine, make_request, provision, read_response
+from siderolink.client.link.provisioning import NodeInfo, make_request, provision, read_response
 from siderolink.common.errors import InvalidAnswerError, JoinRefusedError, ServerUnreachableError
 from siderolink.common.join_url import JoinURL
 from siderolink.common.pb.sidero.link import ProvisionRequest, ProvisionResponse
@@ -15,7 +15,7 @@ from tests.support.provision import new_key, provision_api, response
 
 SERVER, OWN = new_key(), new_key()
 URL = JoinURL("server.example", 443, join_token="s3cret-token")
-MACHINE = Machine(uuid="4c4c4544-0000-4000-8000-000000000001", unique_token="unique-s3cret", version="v1.13.0")
+MACHINE = NodeInfo(uuid="4c4c4544-0000-4000-8000-000000000001", unique_token="unique-s3cret", version="v1.13.0")
 VIRTUAL = "[fdae:41e4:649b:9304::5]:50888"
 
 
@@ -32,7 +32,7 @@ def test_a_request_says_all_there_is_to_say() -> None:
 
 
 def test_a_request_leaves_out_what_is_not_there_but_the_unique_token() -> None:
-    request = make_request(replace(URL, join_token=None), Machine(uuid="u"), OWN)
+    request = make_request(replace(URL, join_token=None), NodeInfo(uuid="u"), OWN)
     assert request.join_token is None
     assert request.node_unique_token == ""
     assert request.talos_version is None

@@ -11,7 +11,7 @@ import pytest
 from grpclib import GRPCError, Status
 
 from siderolink.client.link import events
-from siderolink.client.link.provisioning import Machine
+from siderolink.client.link.provisioning import NodeInfo
 from siderolink.client.link.runner import LinkOptions, LinkRunner
 from siderolink.client.link.signals import Put
 from siderolink.client.link.state import LinkState
@@ -113,7 +113,7 @@ async def running(
         bench = Bench(service)
         options = LinkOptions(
             url=url,
-            machine=Machine(uuid="a-uuid"),
+            machine=NodeInfo(uuid="a-uuid"),
             attempt_timeout=attempt_timeout,
             down_after=down_after,
             fallback_tunnel=fallback_tunnel,

@@ -9,7 +9,7 @@ import pytest
 from grpclib import GRPCError, Status
 
 from siderolink.client.link import events
-from siderolink.client.link.provisioning import Machine
+from siderolink.client.link.provisioning import NodeInfo
 from siderolink.client.link.runner import LinkOptions
 from siderolink.client.link.state import LinkState
 from siderolink.client.link.supervisor import LinkSupervisor, Verdict, describe_changes, try_first
@@ -201,7 +201,7 @@ async def test_a_link_that_never_was_is_not_kept_for_what_is_to_be_kept() -> Non
 
 async def test_a_first_configuration_is_only_refused_by_a_server_that_says_so() -> None:
     async with provision_api(WRONG) as (service, url):
-        options = LinkOptions(url=url, machine=Machine(uuid="a-uuid"))
+        options = LinkOptions(url=url, machine=NodeInfo(uuid="a-uuid"))
         assert (await try_first(options, {})).is_refused
         service.answer = GRPCError(Status.RESOURCE_EXHAUSTED, "no room now")
         verdict = await try_first(options, {})

@@ -7,7 +7,7 @@ import pytest
 
 from siderolink.client.config import MachineSettings, Setting, Sources
 from siderolink.client.config.write import JoinParameters, machine_documents
-from siderolink.client.link.provisioning import Machine, provision
+from siderolink.client.link.provisioning import NodeInfo, provision
 from siderolink.common.errors import ConfigurationError, ServerUnreachableError
 from siderolink.common.grpc import client_tls, serve, server_tls
 from siderolink.common.join_url import JoinURL
@@ -27,7 +27,7 @@ async def test_a_server_whose_root_the_documents_name(tmp_path: Path) -> None:
         documents = tmp_path / "machine.yaml"
         documents.write_text(machine_documents(JoinParameters(url=url, roots_pem=other.certificate_pem)))
         sources = Sources(documents=(documents,), host_kernel=False)
-        machine, key = Machine(uuid="3bd2a4b5-9a0a-4c5f-8a3c-e6b6f9a5d9a1"), new_key()
+        machine, key = NodeInfo(uuid="3bd2a4b5-9a0a-4c5f-8a3c-e6b6f9a5d9a1"), new_key()
         with pytest.raises(ServerUnreachableError, match="not trusted"):
             await provision(url, machine, key, tls=sources.read().tls())
         block = "".join(f"  {line}" for line in root.certificate_pem.splitlines(keepends=True))

@@ -11,7 +11,7 @@ from anyio.lowlevel import checkpoint
 
 from siderolink.common.errors import DeviceError
 from siderolink.common.keys import PublicKey
-from siderolink.common.wireguard.device import HandshakeCompleted, HandshakeGaveUp, OnDeviceEvent, PathChanged
+from siderolink.common.wireguard.device import HandshakeGaveUp, OnDeviceEvent, PathChanged, PeerHandshake
 from siderolink.common.wireguard.kernel import messages
 from siderolink.common.wireguard.kernel.messages import PeerFacts
 from siderolink.common.wireguard.kernel.peer_table import PeerEntry, PeerTable, boot_time
@@ -146,7 +146,7 @@ class PeerLooks:
                         self._on_event(PathChanged(public_key=public_key, old=old_path, new=new_path))
                 case HandshakeSeen():
                     self._schedule.settled(facts.key)
-                    self._on_event(HandshakeCompleted(public_key=public_key))
+                    self._on_event(PeerHandshake(public_key=public_key))
                 case GaveUp():
                     self._on_event(HandshakeGaveUp(public_key=public_key))
 

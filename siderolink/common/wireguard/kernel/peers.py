@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from siderolink.common.errors import ConfigurationError, SideroLinkError
 from siderolink.common.keys import PublicKey
-from siderolink.common.wireguard.device import HandshakeCompleted, OnDeviceEvent, PathChanged, PeerConfig
+from siderolink.common.wireguard.device import OnDeviceEvent, PathChanged, PeerConfig, PeerHandshake
 from siderolink.common.wireguard.kernel import messages
 from siderolink.common.wireguard.kernel.looks import PeerLooks
 from siderolink.common.wireguard.kernel.messages import PeerFacts
@@ -79,7 +79,7 @@ class Peers:
             return
         public_key = PublicKey(facts.key)
         self._on_event(PathChanged(public_key=public_key, old=None, new=KernelUdpPath(facts.endpoint)))
-        self._on_event(HandshakeCompleted(public_key=public_key))
+        self._on_event(PeerHandshake(public_key=public_key))
 
     def offer(self, key: bytes, path: Path) -> None:
         """Use the path for the peer if it has none that is open; see Device.offer_path."""
