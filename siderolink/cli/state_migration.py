@@ -8,7 +8,7 @@ import anyio
 
 from siderolink.cli.serving import StoreAddress, store_address
 from siderolink.common.errors import ConfigurationError, StoreError
-from siderolink.server.store import Machine, ServerRecord, Store, Transaction
+from siderolink.server.store import HistoryQuery, Machine, ServerRecord, Store, Transaction
 from siderolink.server.store.sql import SqlStore
 
 _AT_ONCE = 256
@@ -70,6 +70,7 @@ async def _copy(old: Store, new: Store, record: ServerRecord, target: str) -> in
             count += await _add_page(new, page)
             page.clear()
     count += await _add_page(new, page)
+    await _copy_history(old, new)
     claims, bans = await old.all_claims(), await old.bans()
 
     async def finish(transaction: Transaction) -> None:
@@ -81,6 +82,14 @@ async def _copy(old: Store, new: Store, record: ServerRecord, target: str) -> in
 
     await new.transact(finish)
     return count
+
+
+async def _copy_history(old: Store, new: Store) -> None:
+    await new.delete_history(HistoryQuery())
+    last = 0
+    while page := await old.history(HistoryQuery(after_seq=last)):
+        await new.transact(lambda transaction, page=page: transaction.add_history(page))  # type: ignore[misc]
+        last = page[-1].seq
 
 
 async def _add_page(new: Store, machines: Sequence[Machine]) -> int:

@@ -18,6 +18,7 @@ from siderolink.server.store.base import (
     Transaction,
     UniqueViolationError,
 )
+from siderolink.server.store.history import HistoryBounds, HistoryEntry, HistoryKind, HistoryQuery
 from siderolink.server.store.memory import MemoryStore
 
 __all__ = [
@@ -28,6 +29,10 @@ __all__ = [
     "ChangesLost",
     "Claim",
     "ClaimChanged",
+    "HistoryBounds",
+    "HistoryEntry",
+    "HistoryKind",
+    "HistoryQuery",
     "LastSeen",
     "Machine",
     "MachineAdmission",

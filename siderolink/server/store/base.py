@@ -13,6 +13,7 @@ from typing import NamedTuple, Protocol, TypeVar
 
 from siderolink.common.errors import StoreError
 from siderolink.common.keys import PrivateKey, PublicKey
+from siderolink.server.store.history import HistoryBounds, HistoryEntry, HistoryQuery
 
 T = TypeVar("T")
 
@@ -249,6 +250,9 @@ class Transaction(Protocol):
     async def note(self, seen: Mapping[str, LastSeen]) -> None:
         """Note when machines, by id, were last seen; passes over unknown ones. Changes no revision, tells the feed nothing."""
 
+    async def add_history(self, entries: Sequence[HistoryEntry]) -> None:
+        """Append to the history; the store numbers the entries. Tells the feed nothing."""
+
     async def server(self) -> ServerRecord | None:
         """The server's record; None before the first start."""
 
@@ -315,6 +319,15 @@ class Store(Protocol):
 
     async def all_claims(self) -> Sequence[Claim]:
         """Every claim; there are few at a time."""
+
+    async def history(self, query: HistoryQuery) -> Sequence[HistoryEntry]:
+        """What happened, the newest first."""
+
+    async def delete_history(self, query: HistoryQuery) -> int:
+        """Delete all entries that the query takes, whatever its limit; tells how many."""
+
+    async def prune_history(self, bounds: HistoryBounds) -> int:
+        """Delete a part of what is too much, so that no caller waits long for it; tells how many, 0 when nothing is left."""
 
     def changes(self) -> AbstractAsyncContextManager[AsyncIterator[Change]]:
         """All changes committed after entering, by whichever server, in order of commit."""

@@ -9,6 +9,7 @@ from typing import Final, TypeVar
 
 from siderolink.common.errors import StoreError, StoreFullError
 from siderolink.server.store.base import Ban, Change, Claim, Machine, Store, Work
+from siderolink.server.store.history import HistoryBounds, HistoryEntry, HistoryQuery
 
 T = TypeVar("T")
 
@@ -71,6 +72,15 @@ class MeasuredStore:
 
     async def all_claims(self) -> Sequence[Claim]:
         return await self._store.all_claims()
+
+    async def history(self, query: HistoryQuery) -> Sequence[HistoryEntry]:
+        return await self._store.history(query)
+
+    async def delete_history(self, query: HistoryQuery) -> int:
+        return await self._store.delete_history(query)
+
+    async def prune_history(self, bounds: HistoryBounds) -> int:
+        return await self._store.prune_history(bounds)
 
     def changes(self) -> AbstractAsyncContextManager[AsyncIterator[Change]]:
         return self._store.changes()

@@ -27,6 +27,7 @@ from siderolink.server.store.base import (
     unique_values,
 )
 from siderolink.server.store.feed import DEFAULT_FEED_LIMIT, Feeds
+from siderolink.server.store.history import HistoryBounds, HistoryEntry, HistoryQuery, MemoryHistory
 
 T = TypeVar("T")
 
@@ -93,6 +94,7 @@ class _MemoryTransaction:
         self._bans_before: list[tuple[Ban, bool]] = []
         self._server_before = table.server
         self.changes: list[Change] = []
+        self.happened: list[HistoryEntry] = []
 
     def expect(self, node_uuid: str, public_key: PublicKey, bans: Iterable[Ban] = ()) -> None:
         """Everything is in memory already."""
@@ -175,6 +177,9 @@ class _MemoryTransaction:
                 self._table.put(one.of(machine))
                 self._before.append((machine_id, machine))
 
+    async def add_history(self, entries: Sequence[HistoryEntry]) -> None:
+        self.happened += entries
+
     async def server(self) -> ServerRecord | None:
         return self._table.server
 
@@ -207,6 +212,7 @@ class MemoryStore:
         """A reader of `changes` that falls `feed_limit` behind receives ChangesLost."""
         self._table = _Table()
         self._feeds = Feeds(feed_limit)
+        self._history = MemoryHistory()
         self._lock = asyncio.Lock()
 
     def time(self) -> float:
@@ -220,6 +226,7 @@ class MemoryStore:
             except BaseException:
                 transaction.undo()
                 raise
+            self._history.add(transaction.happened)
             if transaction.changes:
                 self._feeds.publish(transaction.changes)
         return result
@@ -233,6 +240,15 @@ class MemoryStore:
 
     async def all_claims(self) -> Sequence[Claim]:
         return list(self._table.claims.values())
+
+    async def history(self, query: HistoryQuery) -> Sequence[HistoryEntry]:
+        return await self._history.find(query)
+
+    async def delete_history(self, query: HistoryQuery) -> int:
+        return await self._history.delete(query)
+
+    async def prune_history(self, bounds: HistoryBounds) -> int:
+        return self._history.prune(bounds)
 
     def changes(self) -> AbstractAsyncContextManager[AsyncIterator[Change]]:
         return self._feeds.follow()

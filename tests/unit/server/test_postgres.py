@@ -19,6 +19,9 @@ from siderolink.common.keys import PrivateKey
 from siderolink.server.store import (
     Ban,
     ChangesLost,
+    HistoryEntry,
+    HistoryKind,
+    HistoryQuery,
     LastSeen,
     Machine,
     MachineChanged,
@@ -321,6 +324,7 @@ def test_a_state_moves_from_a_file_to_postgres_and_back(tmp_path: Path, url: str
     record = ServerRecord(private_key=PrivateKey.generate(), installation_id="here", timestamp_mark=bytes(range(12)))
     rows = [replace(machine(n, n, key=n % 250, overlay=n, virtual=10_000 + n), seen_at=5.0) for n in range(240)]
     kept = claim(1)
+    happened = [HistoryEntry(at=float(n), machine_id="1", node_uuid="", kind=HistoryKind.UP) for n in range(1100)]
 
     async def fill(transaction: Transaction) -> None:
         for row in rows:
@@ -328,6 +332,7 @@ def test_a_state_moves_from_a_file_to_postgres_and_back(tmp_path: Path, url: str
         await transaction.put_claim(kept)
         await transaction.set_banned(Ban(value="uuid-9"), True)
         await transaction.set_server(record)
+        await transaction.add_history(happened)
 
     async def make() -> None:
         async with SqlStore.open(tmp_path / "state") as store:
@@ -338,6 +343,8 @@ def test_a_state_moves_from_a_file_to_postgres_and_back(tmp_path: Path, url: str
             assert {row.id: row async for row in store.machines()} == {row.id: row for row in rows}
             assert list(await store.all_claims()) == [kept]
             assert list(await store.bans()) == [Ban(value="uuid-9")]
+            found = await store.history(HistoryQuery(after_seq=0, limit=5000))
+            assert [replace(entry, seq=0) for entry in found] == happened
             assert await store.transact(lambda transaction: transaction.server()) == record
 
     anyio.run(make)

@@ -196,3 +196,5 @@ async def _write(driver: aiosqlite.Connection, transactions: Sequence[SqlTransac
             await statements.set_server(driver, transaction.record)
         if transaction.seen:
             await statements.note(driver, transaction.seen)
+        if transaction.happened:
+            await statements.add_history(driver, transaction.happened)

@@ -10,11 +10,12 @@ from siderolink.server.store.sql.failures import translated
 
 Key = tuple[str, Hashable]
 """A key that was read or written: a machine column and its value; BAN and a Ban; CLAIMS_OF and a machine's id; CLAIM_KEY and
-a public key; or SERVER."""
+a public key; HISTORY and a number of the writer's own, because appending conflicts with nothing; or SERVER."""
 
 BAN = "ban"
 CLAIMS_OF = "claims of"
 CLAIM_KEY = "claim key"
+HISTORY = "history"
 SERVER: Key = ("server", 1)
 
 Found = Machine | Claim | Sequence[Claim] | ServerRecord | bool | None

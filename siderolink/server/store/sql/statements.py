@@ -13,7 +13,8 @@ from sqlalchemy.dialects import sqlite
 from sqlalchemy.sql import ClauseElement, ColumnElement
 
 from siderolink.server.store.base import Ban, Claim, LastSeen, Machine, MachineAdmission, ServerRecord
-from siderolink.server.store.sql import tables
+from siderolink.server.store.history import HistoryEntry
+from siderolink.server.store.sql import history, tables
 from siderolink.server.store.sql.reading import Wanted
 
 Row = Sequence[Any]
@@ -53,6 +54,9 @@ _DELETE_SERVER = Statement(delete(tables.server))
 _SELECT_SERVER = Statement(select(tables.server))
 
 _NOTE = Statement(tables.note())
+_INSERT_HISTORY = Statement(
+    insert(tables.history).values({name: bindparam(name) for name in _names(tables.history) if name != "seq"})
+)
 
 
 @lru_cache(maxsize=256)
@@ -136,6 +140,10 @@ async def set_server(driver: aiosqlite.Connection, record: ServerRecord) -> None
 
 async def note(driver: aiosqlite.Connection, seen: Mapping[str, LastSeen]) -> None:
     await _NOTE.many(driver, tables.note_values(seen))
+
+
+async def add_history(driver: aiosqlite.Connection, entries: Sequence[HistoryEntry]) -> None:
+    await _INSERT_HISTORY.many(driver, history.values(entries))
 
 
 def _padded(values: list[Hashable]) -> list[Hashable]:

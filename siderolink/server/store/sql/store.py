@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import TypeVar
@@ -16,7 +16,8 @@ from siderolink.common.errors import StoreError
 from siderolink.common.tasks import background_tasks
 from siderolink.server.store.base import Ban, Change, Claim, Machine, Work
 from siderolink.server.store.feed import DEFAULT_FEED_LIMIT, Feeds
-from siderolink.server.store.sql import tables
+from siderolink.server.store.history import HistoryBounds, HistoryEntry, HistoryQuery
+from siderolink.server.store.sql import history, tables
 from siderolink.server.store.sql.batches import Batches
 from siderolink.server.store.sql.file import CLOSE_SECONDS, open_file
 
@@ -111,6 +112,34 @@ class SqlStore:
 
         await self._batches.alone(read)
         return found
+
+    async def history(self, query: HistoryQuery) -> Sequence[HistoryEntry]:
+        found: list[HistoryEntry] = []
+
+        async def read() -> None:
+            async with self._connection.begin():
+                rows = await self._connection.execute(history.find(query))
+                found.extend(history.read_entry(row) for row in rows.mappings())
+
+        await self._batches.alone(read)
+        return found
+
+    async def delete_history(self, query: HistoryQuery) -> int:
+        return await self._change_history(lambda: history.remove(self._connection, query))
+
+    async def prune_history(self, bounds: HistoryBounds) -> int:
+        return await self._change_history(lambda: history.prune(self._connection, bounds))
+
+    async def _change_history(self, change: Callable[[], Awaitable[int]]) -> int:
+        count = 0
+
+        async def work() -> None:
+            nonlocal count
+            async with self._connection.begin():
+                count = await change()
+
+        await self._batches.alone(work)
+        return count
 
     def changes(self) -> AbstractAsyncContextManager[AsyncIterator[Change]]:
         return self._feeds.follow()

@@ -5,6 +5,7 @@ from ipaddress import IPv6Address
 from typing import Any
 
 from sqlalchemy import (
+    BigInteger,
     Boolean,
     CheckConstraint,
     Column,
@@ -26,7 +27,7 @@ from siderolink.common.errors import StoreError
 from siderolink.common.keys import KEY_BYTES, PrivateKey, PublicKey
 from siderolink.server.store.base import Ban, BanKind, Claim, LastSeen, Machine, MachineAdmission, ServerRecord
 
-HEAD = "3"
+HEAD = "4"
 """The newest migration, which these tables are."""
 
 metadata = MetaData()
@@ -89,6 +90,26 @@ claims = Table(
 Index("claimed_machines", claims.c.machine_id)
 
 bans = Table("bans", metadata, Column("kind", Text, primary_key=True), Column("value", Text, primary_key=True))
+
+history = Table(
+    "history",
+    metadata,
+    Column("seq", BigInteger().with_variant(Integer, "sqlite"), primary_key=True),
+    Column("at", Float, nullable=False),
+    Column("machine_id", Text, nullable=False),
+    Column("node_uuid", Text, nullable=False),
+    Column("kind", Text, nullable=False),
+    Column("detail", Text, nullable=False),
+    Column("transport", Text, nullable=False),
+    Column("source", Text, nullable=False),
+    Column("version", Text, nullable=False),
+    Column("join_token", Text, nullable=False),
+    Column("count", Integer, nullable=False),
+    sqlite_autoincrement=True,
+)
+Index("history_of_machines", history.c.machine_id, history.c.seq)
+Index("history_of_uuids", history.c.node_uuid, history.c.seq)
+Index("history_by_time", history.c.at)
 
 server = Table(
     "server",

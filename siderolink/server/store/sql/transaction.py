@@ -20,7 +20,8 @@ from siderolink.server.store.base import (
     UniqueViolationError,
     unique_values,
 )
-from siderolink.server.store.sql.reading import BAN, CLAIM_KEY, CLAIMS_OF, SERVER, Key, Reads
+from siderolink.server.store.history import HistoryEntry
+from siderolink.server.store.sql.reading import BAN, CLAIM_KEY, CLAIMS_OF, HISTORY, SERVER, Key, Reads
 
 
 class SqlTransaction:
@@ -41,6 +42,7 @@ class SqlTransaction:
         self.bans: dict[Ban, bool] = {}
         self.record: ServerRecord | None = None
         self.seen: dict[str, LastSeen] = {}
+        self.happened: list[HistoryEntry] = []
         self.changes: list[Change] = []
 
     async def machine(self, machine_id: str) -> Machine | None:
@@ -169,6 +171,10 @@ class SqlTransaction:
     async def note(self, seen: Mapping[str, LastSeen]) -> None:
         self.writes |= {("id", machine_id) for machine_id in seen}
         self.seen |= seen
+
+    async def add_history(self, entries: Sequence[HistoryEntry]) -> None:
+        self.writes.add((HISTORY, id(self)))
+        self.happened += entries
 
     async def server(self) -> ServerRecord | None:
         if self.record is not None:

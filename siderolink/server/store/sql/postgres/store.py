@@ -1,18 +1,20 @@
 """A store on Postgres, which outlives the server and which several servers may share."""
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import TypeVar
 
 from sqlalchemy import select
 from sqlalchemy.engine import RowMapping
+from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.sql import Select
 
 from siderolink.common.errors import StoreError, StoreUnavailableError
 from siderolink.common.tasks import background_tasks
 from siderolink.server.store.base import Ban, Change, Claim, Machine, Work
 from siderolink.server.store.feed import DEFAULT_FEED_LIMIT, Feeds
-from siderolink.server.store.sql import tables
+from siderolink.server.store.history import HistoryBounds, HistoryEntry, HistoryQuery
+from siderolink.server.store.sql import history, tables
 from siderolink.server.store.sql.postgres.database import CONNECTIONS, ContendedError, Database, database_url
 from siderolink.server.store.sql.postgres.feed import FeedReader
 from siderolink.server.store.sql.postgres.transactions import run_work
@@ -103,6 +105,24 @@ class PostgresStore:
         try:
             async with self._database.connect() as connection:
                 return [read(row) for row in (await connection.execute(statement)).mappings()]
+        except ContendedError as error:
+            raise StoreUnavailableError(str(error)) from error
+
+    async def history(self, query: HistoryQuery) -> Sequence[HistoryEntry]:
+        return await self._read(history.find(query), history.read_entry)
+
+    async def delete_history(self, query: HistoryQuery) -> int:
+        return await self._change_history(lambda connection: history.remove(connection, query))
+
+    async def prune_history(self, bounds: HistoryBounds) -> int:
+        return await self._change_history(lambda connection: history.prune(connection, bounds))
+
+    async def _change_history(self, change: Callable[[AsyncConnection], Awaitable[int]]) -> int:
+        try:
+            async with self._database.connect() as connection:
+                count = await change(connection)
+                await connection.commit()
+                return count
         except ContendedError as error:
             raise StoreUnavailableError(str(error)) from error
 

@@ -20,7 +20,7 @@ from sqlalchemy.sql import ColumnElement
 
 from siderolink.common.errors import StoreError, StoreUnavailableError
 from siderolink.server.store.base import Ban, Change, Claim, Machine, MachineAdmission, ServerRecord, Work
-from siderolink.server.store.sql import tables
+from siderolink.server.store.sql import history, tables
 from siderolink.server.store.sql.postgres.database import ContendedError, Database
 from siderolink.server.store.sql.postgres.feed import write_changes
 from siderolink.server.store.sql.reading import Found, Key, Wanted, fetch
@@ -201,6 +201,8 @@ async def _write(connection: AsyncConnection, transaction: SqlTransaction) -> No
         )
     if transaction.seen:
         await connection.execute(_NOTE, tables.note_values(transaction.seen))
+    if transaction.happened:
+        await connection.execute(history.INSERT, history.values(transaction.happened))
     if transaction.changes:
         await write_changes(connection, transaction.changes)
 
