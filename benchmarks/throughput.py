@@ -60,14 +60,24 @@ def iperf(carried: Carried, seconds: float, *more: str) -> dict[str, Any]:
     """The end of iperf3's own report, of a flow from the machine (to it, with ``--reverse``)."""
     command = ["iperf3", "--client", carried.address, "--time", str(seconds), "--json", *more]
     for _ in range(20):
-        found = json.loads(carried.machine.run(command, check=False, timeout=seconds + 30))
-        if "busy" not in found.get("error", ""):
+        try:
+            found = json.loads(carried.machine.run(command, check=False, timeout=seconds + 30))
+        except subprocess.TimeoutExpired as error:
+            raise RuntimeError(f"{' '.join(command)} did not end\n{_state(carried)}") from error
+        if not any(sign in found.get("error", "") for sign in ("busy", "reset by peer")):
             break
         time.sleep(0.5)  # the server is still ending the flow before
     if "error" in found:
         raise RuntimeError(f"iperf3: {found['error']}")
     end: dict[str, Any] = found["end"]
     return end
+
+
+def _state(carried: Carried) -> str:
+    """Whether the link still carries packets, and what both ends' TCP waits for."""
+    pings = carried.machine.run(["ping", "-c", "3", "-i", "0.2", carried.address], check=False)
+    ends = [f"{end.name}:\n{end.run(['ss', '-tinmo'], check=False)}" for end in (carried.machine, carried.server)]
+    return "\n".join((pings, *ends))
 
 
 def tcp(carried: Carried, seconds: float) -> Values:
@@ -155,7 +165,9 @@ def carriers(wanted: Sequence[str], newest: str | None) -> dict[str, Carrier]:
     return found
 
 
-def measure(made: dict[str, Carrier], what: Sequence[str], seconds: float, rounds: int) -> Report:
+def measure(made: dict[str, Carrier], what: Sequence[str], seconds: float, rounds: int) -> tuple[Report, int]:
+    """The report, and how many measures failed; each is told at once, and the others go on."""
+    failed = 0
     report = Report(MEASURES, [NAMES[key] for key in made])
     kinds: dict[str, Callable[[Carried, float], Values]] = {"tcp": tcp, "udp": udp, "ping": ping}
     with ExitStack() as stack:
@@ -166,9 +178,13 @@ def measure(made: dict[str, Carrier], what: Sequence[str], seconds: float, round
             for kind in what:
                 for name, carried in links.items():
                     print(f"round {number + 1} of {rounds}: {kind}: {name}", file=sys.stderr)
-                    for label, value in kinds[kind](carried, seconds):
-                        report.add(label, name, value)
-    return report
+                    try:
+                        for label, value in kinds[kind](carried, seconds):
+                            report.add(label, name, value)
+                    except RuntimeError as error:
+                        failed += 1
+                        print(f"FAILED: {kind}: {name}: {error}", file=sys.stderr)
+    return report, failed
 
 
 def main() -> None:
@@ -182,7 +198,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
     options = parser.parse_args()
     made = carriers(options.carriers.split(","), options.wireguard_go)
-    report = measure(made, options.only.split(","), options.seconds, options.rounds)
+    report, failed = measure(made, options.only.split(","), options.seconds, options.rounds)
     against = NAMES["newest"] if "newest" in made else report.carriers[-1]
     text = report.as_json(shlex.join(["benchmarks/throughput.py", *sys.argv[1:]]))
     print(text if options.json else report.table(against))
@@ -190,6 +206,8 @@ def main() -> None:
         options.save.mkdir(parents=True, exist_ok=True)
         (options.save / "throughput.json").write_text(text + "\n")
         report.plot(options.save / "throughput.svg", against)
+    if failed:
+        sys.exit(f"{failed} measures failed, as told above; the medians are of the others")
 
 
 if __name__ == "__main__":
