@@ -20,6 +20,15 @@ from siderolink.server.store.base import (
 )
 from siderolink.server.store.history import HistoryBounds, HistoryEntry, HistoryKind, HistoryQuery
 from siderolink.server.store.memory import MemoryStore
+from siderolink.server.store.tokens import (
+    JoinToken,
+    TokenChanged,
+    TokenColumn,
+    TokenKind,
+    TokenState,
+    TokenUse,
+    TunnelSetting,
+)
 
 __all__ = [
     "Ban",
@@ -33,6 +42,7 @@ __all__ = [
     "HistoryEntry",
     "HistoryKind",
     "HistoryQuery",
+    "JoinToken",
     "LastSeen",
     "Machine",
     "MachineAdmission",
@@ -41,6 +51,12 @@ __all__ = [
     "MemoryStore",
     "ServerRecord",
     "Store",
+    "TokenChanged",
+    "TokenColumn",
+    "TokenKind",
+    "TokenState",
+    "TokenUse",
     "Transaction",
+    "TunnelSetting",
     "UniqueViolationError",
 ]

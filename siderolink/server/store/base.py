@@ -14,6 +14,7 @@ from typing import NamedTuple, Protocol, TypeVar
 from siderolink.common.errors import StoreError
 from siderolink.common.keys import PrivateKey, PublicKey
 from siderolink.server.store.history import HistoryBounds, HistoryEntry, HistoryQuery
+from siderolink.server.store.tokens import JoinToken, TokenChanged, TokenKey, TokenRepository
 
 T = TypeVar("T")
 
@@ -58,6 +59,10 @@ class Machine:
     """The unique token that this server chose for the machine (META 16), stored before it is sent; None once it was used."""
     join_token_digest: bytes | None = field(default=None, repr=False)
     """Of the join token that it last presented; None if it presented none."""
+    token_id: str | None = None
+    """The id of the stored token that last admitted it, or signed the one that did; None if that was none of them."""
+    has_reserved_use: bool = False
+    """A use of that token is reserved for the row; the handshake that proves its key spends it."""
     talos_version: str = ""
     """As the machine said it; empty if it did not."""
     tunnel: bool = False
@@ -153,6 +158,10 @@ class Claim:
     unique_token_digest: bytes | None = field(default=None, repr=False)
     unique_fingerprint: str = ""
     join_token_digest: bytes | None = field(default=None, repr=False)
+    token_id: str | None = None
+    """As Machine.token_id, once the claim is proved."""
+    has_reserved_use: bool = False
+    """A use of that token is reserved until the claim expires; its proof spends it."""
     talos_version: str = ""
     source: str = ""
     """Where the call came from, as text for people."""
@@ -203,16 +212,19 @@ class Ban(NamedTuple):
 class UniqueViolationError(StoreError):
     """Raised when a row would repeat what is unique; `column` is the field's name."""
 
-    def __init__(self, column: str) -> None:
-        super().__init__(f"another machine has the same {column}")
+    def __init__(self, column: str, row: str = "machine") -> None:
+        super().__init__(f"another {row} has the same {column}")
         self.column = column
 
 
 class Transaction(Protocol):
     """One atomic transaction with a consistent view."""
 
-    def expect(self, node_uuid: str, public_key: PublicKey, bans: Iterable[Ban] = ()) -> None:
-        """Say what will soon be asked for: the bans, the machine of the UUID, and who has or claims the key."""
+    @property
+    def tokens(self) -> TokenRepository: ...
+
+    def expect(self, node_uuid: str, public_key: PublicKey, bans: Iterable[Ban] = (), tokens: Iterable[TokenKey] = ()) -> None:
+        """Say what will soon be asked for: the bans, the tokens, the machine of the UUID, and who has or claims the key."""
 
     async def machine(self, machine_id: str) -> Machine | None: ...
 
@@ -230,7 +242,7 @@ class Transaction(Protocol):
         """Replace the row of the same id; returns it as stored. Raises UniqueViolationError; StoreError without such a row."""
 
     async def delete(self, machine_id: str) -> Machine | None:
-        """Remove a row and its claims, and return it; None if it does not exist."""
+        """Remove a row, its claims and the use of a token that is reserved for it, and return it; None if it does not exist."""
 
     async def claims(self, machine_id: str) -> Sequence[Claim]:
         """All claims to a row, the oldest first."""
@@ -294,7 +306,7 @@ class ChangesLost:
     """The reader was too slow and changes were dropped; only reading the rows again tells what happened."""
 
 
-Change = MachineChanged | MachineDeleted | ClaimChanged | BanChanged | ChangesLost
+Change = MachineChanged | MachineDeleted | ClaimChanged | BanChanged | TokenChanged | ChangesLost
 Work = Callable[[Transaction], Awaitable[T]]
 
 
@@ -328,6 +340,9 @@ class Store(Protocol):
 
     async def prune_history(self, bounds: HistoryBounds) -> int:
         """Delete a part of what is too much, so that no caller waits long for it; tells how many, 0 when nothing is left."""
+
+    async def tokens(self, after: str = "", limit: int = 1000) -> Sequence[JoinToken]:
+        """The first tokens by name whose names come after this one."""
 
     def changes(self) -> AbstractAsyncContextManager[AsyncIterator[Change]]:
         """All changes committed after entering, by whichever server, in order of commit."""

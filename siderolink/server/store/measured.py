@@ -10,6 +10,7 @@ from typing import Final, TypeVar
 from siderolink.common.errors import StoreError, StoreFullError
 from siderolink.server.store.base import Ban, Change, Claim, Machine, Store, Work
 from siderolink.server.store.history import HistoryBounds, HistoryEntry, HistoryQuery
+from siderolink.server.store.tokens import JoinToken
 
 T = TypeVar("T")
 
@@ -81,6 +82,9 @@ class MeasuredStore:
 
     async def prune_history(self, bounds: HistoryBounds) -> int:
         return await self._store.prune_history(bounds)
+
+    async def tokens(self, after: str = "", limit: int = 1000) -> Sequence[JoinToken]:
+        return await self._store.tokens(after, limit)
 
     def changes(self) -> AbstractAsyncContextManager[AsyncIterator[Change]]:
         return self._store.changes()

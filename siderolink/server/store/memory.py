@@ -28,6 +28,8 @@ from siderolink.server.store.base import (
 )
 from siderolink.server.store.feed import DEFAULT_FEED_LIMIT, Feeds
 from siderolink.server.store.history import HistoryBounds, HistoryEntry, HistoryQuery, MemoryHistory
+from siderolink.server.store.memory_tokens import MemoryTokens, TokenTable
+from siderolink.server.store.tokens import JoinToken, TokenKey
 
 T = TypeVar("T")
 
@@ -42,6 +44,7 @@ class _Table:
         self.claims_by_key: dict[PublicKey, Claim] = {}
         self.banned: set[Ban] = set()
         self.server: ServerRecord | None = None
+        self.tokens = TokenTable()
         self._indexes: dict[str, dict[Hashable, str]] = {column: {} for column in UNIQUE_COLUMNS}
 
     def find(self, column: str, value: Hashable) -> Machine | None:
@@ -95,8 +98,9 @@ class _MemoryTransaction:
         self._server_before = table.server
         self.changes: list[Change] = []
         self.happened: list[HistoryEntry] = []
+        self.tokens = MemoryTokens(table.tokens, self.changes)
 
-    def expect(self, node_uuid: str, public_key: PublicKey, bans: Iterable[Ban] = ()) -> None:
+    def expect(self, node_uuid: str, public_key: PublicKey, bans: Iterable[Ban] = (), tokens: Iterable[TokenKey] = ()) -> None:
         """Everything is in memory already."""
 
     async def machine(self, machine_id: str) -> Machine | None:
@@ -133,6 +137,8 @@ class _MemoryTransaction:
         if machine is not None:
             for claim in await self.claims(machine_id):
                 await self.delete_claim(claim)
+            if machine.has_reserved_use and machine.token_id is not None:
+                self.tokens.release(machine.token_id, machine_id)
             self._before.append((machine_id, machine))
             self.changes.append(MachineDeleted(machine=machine))
         return machine
@@ -188,6 +194,7 @@ class _MemoryTransaction:
 
     def undo(self) -> None:
         self._table.server = self._server_before
+        self.tokens.undo()
         # All out first, then back in: on the way no two rows may hold the same value.
         for machine_id, _ in self._before:
             self._table.remove(machine_id)
@@ -249,6 +256,9 @@ class MemoryStore:
 
     async def prune_history(self, bounds: HistoryBounds) -> int:
         return self._history.prune(bounds)
+
+    async def tokens(self, after: str = "", limit: int = 1000) -> Sequence[JoinToken]:
+        return self._table.tokens.page(after, limit)
 
     def changes(self) -> AbstractAsyncContextManager[AsyncIterator[Change]]:
         return self._feeds.follow()

@@ -192,6 +192,8 @@ async def _write(driver: aiosqlite.Connection, transactions: Sequence[SqlTransac
             await statements.replace_claims(driver, transaction.claimed)
         if transaction.bans:
             await statements.set_bans(driver, transaction.bans)
+        if transaction.tokens.has_changes:
+            await statements.set_tokens(driver, transaction.tokens)
         if transaction.record is not None:
             await statements.set_server(driver, transaction.record)
         if transaction.seen:

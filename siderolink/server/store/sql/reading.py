@@ -7,18 +7,27 @@ from typing import Protocol
 from siderolink.common.errors import StoreError
 from siderolink.server.store.base import Ban, Claim, Machine, ServerRecord
 from siderolink.server.store.sql.failures import translated
+from siderolink.server.store.tokens import JoinToken, TokenColumn, TokenUse
 
 Key = tuple[str, Hashable]
 """A key that was read or written: a machine column and its value; BAN and a Ban; CLAIMS_OF and a machine's id; CLAIM_KEY and
-a public key; HISTORY and a number of the writer's own, because appending conflicts with nothing; or SERVER."""
+a public key; TOKEN with a token's column, and its value; USES_OF and a token's id; HISTORY and a number of the writer's own,
+because appending conflicts with nothing; or SERVER."""
 
 BAN = "ban"
 CLAIMS_OF = "claims of"
 CLAIM_KEY = "claim key"
 HISTORY = "history"
+TOKEN = "token "
+USES_OF = "uses of"
 SERVER: Key = ("server", 1)
 
-Found = Machine | Claim | Sequence[Claim] | ServerRecord | bool | None
+Found = Machine | Claim | Sequence[Claim] | JoinToken | Sequence[TokenUse] | ServerRecord | bool | None
+
+
+def is_optimistic(key: Key) -> bool:
+    """Whether a work that only read it need not wait for others, nor run again where it changes meanwhile."""
+    return key[0].startswith(TOKEN)
 
 
 Wanted = dict[str, list[Hashable]]
@@ -36,6 +45,12 @@ class Finder(Protocol):
 
     async def bans(self, wanted: list[Hashable]) -> Iterable[Ban]:
         """Those of the wanted bans that there are."""
+
+    async def tokens(self, wanted: Wanted) -> Iterable[JoinToken]:
+        """As `machines`."""
+
+    async def uses(self, token_ids: list[Hashable]) -> Iterable[TokenUse]:
+        """All uses of these tokens."""
 
     async def server(self) -> ServerRecord | None: ...
 
@@ -110,6 +125,13 @@ async def fetch(find: Finder, wanted: Sequence[Key]) -> dict[Key, Found]:
         found |= {(BAN, ban): True for ban in await find.bans(banned)}
     if by_column.pop(SERVER[0], None) is not None:
         found[SERVER] = await find.server()
+    if uses_of := by_column.pop(USES_OF, None):
+        uses = list(await find.uses(uses_of))
+        found |= {(USES_OF, token): [use for use in uses if use.token_id == token] for token in uses_of}
+    tokens = {name.removeprefix(TOKEN): by_column.pop(name) for name in list(by_column) if name.startswith(TOKEN)}
+    if tokens:
+        for token in await find.tokens(tokens):
+            found |= {(TOKEN + name, getattr(token, TokenColumn(name).value)): token for name in tokens}
     found |= await _fetch_claims(find, by_column.pop(CLAIMS_OF, []), by_column.pop(CLAIM_KEY, []))
     if by_column:
         for machine in await find.machines(by_column):

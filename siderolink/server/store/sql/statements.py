@@ -16,6 +16,8 @@ from siderolink.server.store.base import Ban, Claim, LastSeen, Machine, MachineA
 from siderolink.server.store.history import HistoryEntry
 from siderolink.server.store.sql import history, tables
 from siderolink.server.store.sql.reading import Wanted
+from siderolink.server.store.sql.token_rows import SqlTokens
+from siderolink.server.store.tokens import JoinToken, TokenUse
 
 Row = Sequence[Any]
 
@@ -50,6 +52,10 @@ _DELETE_CLAIM = Statement(delete(tables.claims).where(tables.claims.c.id == bind
 _DELETE_BAN = Statement(
     delete(tables.bans).where(tables.bans.c.kind == bindparam("kind"), tables.bans.c.value == bindparam("value"))
 )
+_INSERT_TOKEN, _INSERT_USE = Statement(insert(tables.join_tokens)), Statement(insert(tables.token_uses))
+_DELETE_TOKEN = Statement(delete(tables.join_tokens).where(tables.join_tokens.c.id == bindparam("token")))
+_DELETE_USES = Statement(delete(tables.token_uses).where(tables.token_uses.c.token_id == bindparam("token")))
+_RELEASE_USE, _TAKE_SLOT = Statement(tables.release_use()), Statement(tables.take_slot())
 _DELETE_SERVER = Statement(delete(tables.server))
 _SELECT_SERVER = Statement(select(tables.server))
 
@@ -110,6 +116,12 @@ class SqliteFinder:
         rows = await self._driver.execute_fetchall(statement.text, statement.values(given))
         return [tables.read_ban(kind, value) for kind, value in rows]
 
+    async def tokens(self, wanted: Wanted) -> list[JoinToken]:
+        return [tables.read_token(row) for row in await _find(self._driver, tables.join_tokens, wanted)]
+
+    async def uses(self, token_ids: list[Hashable]) -> list[TokenUse]:
+        return [TokenUse(**row) for row in await _find(self._driver, tables.token_uses, {"token_id": token_ids})]
+
     async def server(self) -> ServerRecord | None:
         rows = list(await self._driver.execute_fetchall(_SELECT_SERVER.text))
         return tables.read_server(dict(zip(_names(tables.server), rows[0], strict=True))) if rows else None
@@ -131,6 +143,16 @@ async def set_bans(driver: aiosqlite.Connection, bans: Mapping[Ban, bool]) -> No
     rows = [{"kind": ban.kind.value, "value": ban.value} for ban in bans]
     await _DELETE_BAN.many(driver, rows)
     await _INSERT_BAN.many(driver, [row for row, banned in zip(rows, bans.values(), strict=True) if banned])
+
+
+async def set_tokens(driver: aiosqlite.Connection, changed: SqlTokens) -> None:
+    await _DELETE_TOKEN.many(driver, [{"token": token_id} for token_id in changed.tokens])
+    await _DELETE_USES.many(driver, [{"token": token_id} for token_id, token in changed.tokens.items() if token is None])
+    new = [tables.cells(token, tables.join_tokens) for token in changed.tokens.values() if token is not None]
+    await _INSERT_TOKEN.many(driver, new)
+    await _RELEASE_USE.many(driver, tables.released_uses(changed.released))
+    await _TAKE_SLOT.many(driver, tables.taken_slots(changed.put_uses.values()))
+    await _INSERT_USE.many(driver, [tables.cells(use, tables.token_uses) for use in changed.put_uses.values()])
 
 
 async def set_server(driver: aiosqlite.Connection, record: ServerRecord) -> None:

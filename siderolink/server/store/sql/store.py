@@ -20,6 +20,7 @@ from siderolink.server.store.history import HistoryBounds, HistoryEntry, History
 from siderolink.server.store.sql import history, tables
 from siderolink.server.store.sql.batches import Batches
 from siderolink.server.store.sql.file import CLOSE_SECONDS, open_file
+from siderolink.server.store.tokens import JoinToken
 
 T = TypeVar("T")
 
@@ -120,6 +121,17 @@ class SqlStore:
             async with self._connection.begin():
                 rows = await self._connection.execute(history.find(query))
                 found.extend(history.read_entry(row) for row in rows.mappings())
+
+        await self._batches.alone(read)
+        return found
+
+    async def tokens(self, after: str = "", limit: int = _PAGE) -> Sequence[JoinToken]:
+        found: list[JoinToken] = []
+
+        async def read() -> None:
+            async with self._connection.begin():
+                rows = await self._connection.execute(tables.token_page(after, limit))
+                found.extend(tables.read_token(row) for row in rows.mappings())
 
         await self._batches.alone(read)
         return found

@@ -1,6 +1,7 @@
 """The tables, and how a machine's row is written in them."""
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterable, Mapping
 from ipaddress import IPv6Address
 from typing import Any
 
@@ -9,25 +10,32 @@ from sqlalchemy import (
     Boolean,
     CheckConstraint,
     Column,
+    Delete,
     Float,
     Index,
     Integer,
     LargeBinary,
     MetaData,
+    Select,
     Table,
     Text,
     Update,
+    and_,
     bindparam,
+    delete,
+    false,
     func,
     or_,
+    select,
     update,
 )
 
 from siderolink.common.errors import StoreError
 from siderolink.common.keys import KEY_BYTES, PrivateKey, PublicKey
 from siderolink.server.store.base import Ban, BanKind, Claim, LastSeen, Machine, MachineAdmission, ServerRecord
+from siderolink.server.store.tokens import JoinToken, TokenKind, TokenUse, TunnelSetting
 
-HEAD = "4"
+HEAD = "5"
 """The newest migration, which these tables are."""
 
 metadata = MetaData()
@@ -61,6 +69,9 @@ machines = Table(
     Column("join_token_digest", LargeBinary),
     Column("last_source", Text),
     Column("goodbye_at", Float),
+    # what a server of the release before leaves out gets these values
+    Column("token_id", Text),
+    Column("has_reserved_use", Boolean, nullable=False, server_default=false()),
 )
 Index(
     "accepted_uuids",
@@ -86,6 +97,8 @@ claims = Table(
     Column("basis", Text, nullable=False),
     Column("created_at", Float, nullable=False),
     Column("expires_at", Float, nullable=False),
+    Column("token_id", Text),
+    Column("has_reserved_use", Boolean, nullable=False, server_default=false()),
 )
 Index("claimed_machines", claims.c.machine_id)
 
@@ -110,6 +123,45 @@ history = Table(
 Index("history_of_machines", history.c.machine_id, history.c.seq)
 Index("history_of_uuids", history.c.node_uuid, history.c.seq)
 Index("history_by_time", history.c.at)
+join_tokens = Table(
+    "join_tokens",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("name", Text, nullable=False, unique=True),
+    Column("digest", LargeBinary, nullable=False, unique=True),
+    Column("secret", LargeBinary, nullable=False),
+    Column("kind", Text, nullable=False),
+    Column("provider", Text, unique=True),
+    Column("note", Text, nullable=False),
+    Column("created_at", Float, nullable=False),
+    Column("created_by", Text, nullable=False),
+    Column("expires_at", Float),
+    Column("revoked_at", Float),
+    Column("max_uses", Integer),
+    Column("bound_uuid", Text),
+    Column("tunnel", Text, nullable=False),
+    Column("labels", Text, nullable=False),
+    Column("is_default", Boolean, nullable=False),
+)
+Index(
+    "default_token",
+    join_tokens.c.is_default,
+    unique=True,
+    sqlite_where=join_tokens.c.is_default,
+    postgresql_where=join_tokens.c.is_default,
+)
+
+token_uses = Table(
+    "token_uses",
+    metadata,
+    Column("token_id", Text, primary_key=True),
+    Column("slot", Integer, primary_key=True),
+    Column("machine_id", Text, nullable=False),
+    Column("reserved_at", Float, nullable=False),
+    Column("expires_at", Float),
+    Column("spent_at", Float),
+)
+Index("token_users", token_uses.c.token_id, token_uses.c.machine_id, unique=True)
 
 server = Table(
     "server",
@@ -127,10 +179,12 @@ def cell(value: object) -> object:
         return bytes(value)
     if isinstance(value, IPv6Address):
         return value.packed
+    if isinstance(value, Mapping):
+        return json.dumps(dict(value), sort_keys=True, separators=(",", ":"))
     return value
 
 
-def cells(row: Machine | Claim, table: Table) -> dict[str, object]:
+def cells(row: Machine | Claim | JoinToken | TokenUse, table: Table) -> dict[str, object]:
     """A row's fields as its table's columns hold them."""
     return {column.name: cell(getattr(row, column.name)) for column in table.columns}
 
@@ -166,11 +220,22 @@ def note_values(seen: Mapping[str, LastSeen]) -> list[dict[str, object]]:
     ]
 
 
+_MACHINE_FLAGS = ("tunnel", "was_linked", "has_uuid_conflict", "is_installed", "has_reserved_use")
+
+
+def read_labels(text: str) -> dict[str, str]:
+    """Raises ValueError for what no server wrote."""
+    found = json.loads(text)
+    if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
+        raise ValueError("labels are no text")
+    return found
+
+
 def read_machine(row: Mapping[Any, Any]) -> Machine:
-    """Raises StoreError for a row that no server wrote."""
+    """Raises StoreError for a row that no server wrote. Changes that a server of the release before wrote lack new columns."""
     fields = dict(row)
     key, virtual = fields.pop("public_key"), fields.pop("virtual_address")
-    fields |= {name: bool(fields[name]) for name in ("tunnel", "was_linked", "has_uuid_conflict", "is_installed")}
+    fields |= {name: bool(fields.get(name)) for name in _MACHINE_FLAGS}
     try:
         return Machine(
             public_key=None if key is None else PublicKey(key),
@@ -187,6 +252,7 @@ def read_claim(row: Mapping[Any, Any]) -> Claim:
     """Raises StoreError for a row that no server wrote."""
     fields = dict(row)
     virtual = fields.pop("virtual_address")
+    fields["has_reserved_use"] = bool(fields.get("has_reserved_use"))
     try:
         return Claim(
             public_key=PublicKey(fields.pop("public_key")),
@@ -203,6 +269,54 @@ def read_ban(kind: str, value: str) -> Ban:
         return Ban(kind=BanKind(kind), value=value)
     except ValueError:
         raise StoreError("the state contains an invalid ban record") from None
+
+
+def release_use() -> Delete:
+    """Ends the use `use_token`, `use_machine`, unless it is spent."""
+    use = token_uses.c
+    is_one = and_(use.token_id == bindparam("use_token"), use.machine_id == bindparam("use_machine"))
+    return delete(token_uses).where(is_one, use.spent_at.is_(None))
+
+
+def released_uses(released: Iterable[tuple[str, str]]) -> list[dict[str, object]]:
+    """What `release_use` takes, by token and machine."""
+    return [{"use_token": token_id, "use_machine": machine_id} for token_id, machine_id in released]
+
+
+def take_slot() -> Delete:
+    """Removes what a new use replaces: that of the same machine, and one of its slot that is free by now."""
+    use = token_uses.c
+    is_free = and_(use.slot == bindparam("use_slot"), use.spent_at.is_(None), use.expires_at <= bindparam("use_at"))
+    return delete(token_uses).where(
+        use.token_id == bindparam("use_token"), or_(use.machine_id == bindparam("use_machine"), is_free)
+    )
+
+
+def taken_slots(uses: Iterable[TokenUse]) -> list[dict[str, object]]:
+    """What `take_slot` takes."""
+    return [
+        {"use_token": use.token_id, "use_machine": use.machine_id, "use_slot": use.slot, "use_at": use.reserved_at}
+        for use in uses
+    ]
+
+
+def token_page(after: str, limit: int) -> Select[Any]:
+    return select(join_tokens).where(join_tokens.c.name > after).order_by(join_tokens.c.name).limit(limit)
+
+
+def read_token(row: Mapping[Any, Any]) -> JoinToken:
+    """Raises StoreError for a row that no server wrote."""
+    fields = dict(row)
+    try:
+        return JoinToken(
+            kind=TokenKind(fields.pop("kind")),
+            tunnel=TunnelSetting(fields.pop("tunnel")),
+            labels=read_labels(fields.pop("labels")),
+            is_default=bool(fields.pop("is_default")),
+            **fields,
+        )
+    except (ValueError, TypeError):
+        raise StoreError("the state contains an invalid token record") from None
 
 
 def server_values(record: ServerRecord) -> dict[str, object]:

@@ -21,7 +21,9 @@ from siderolink.server.store.base import (
     unique_values,
 )
 from siderolink.server.store.history import HistoryEntry
-from siderolink.server.store.sql.reading import BAN, CLAIM_KEY, CLAIMS_OF, HISTORY, SERVER, Key, Reads
+from siderolink.server.store.sql.reading import BAN, CLAIM_KEY, CLAIMS_OF, HISTORY, SERVER, TOKEN, Key, Reads
+from siderolink.server.store.sql.token_rows import SqlTokens
+from siderolink.server.store.tokens import TokenKey
 
 
 class SqlTransaction:
@@ -44,6 +46,7 @@ class SqlTransaction:
         self.seen: dict[str, LastSeen] = {}
         self.happened: list[HistoryEntry] = []
         self.changes: list[Change] = []
+        self.tokens = SqlTokens(reader, self.reads, self.writes, self.changes)
 
     async def machine(self, machine_id: str) -> Machine | None:
         if machine_id in self.rows:
@@ -68,9 +71,10 @@ class SqlTransaction:
         self.stored.add(found.id)
         return found
 
-    def expect(self, node_uuid: str, public_key: PublicKey, bans: Iterable[Ban] = ()) -> None:
-        wanted: tuple[Key, ...] = (("node_uuid", node_uuid), ("public_key", public_key), (CLAIM_KEY, public_key))
-        self._reader.want((*((BAN, ban) for ban in bans), *wanted))
+    def expect(self, node_uuid: str, public_key: PublicKey, bans: Iterable[Ban] = (), tokens: Iterable[TokenKey] = ()) -> None:
+        wanted: list[Key] = [("node_uuid", node_uuid), ("public_key", public_key), (CLAIM_KEY, public_key)]
+        wanted += [(BAN, ban) for ban in bans]
+        self._reader.want(wanted + [(TOKEN + column.value, value) for column, value in tokens])
 
     def _find_here(self, key: Key) -> Machine | None:
         """A row of that value which this transaction has written."""
@@ -114,6 +118,8 @@ class SqlTransaction:
         if machine is not None:
             for claim in await self.claims(machine_id):
                 await self.delete_claim(claim)
+            if machine.has_reserved_use and machine.token_id is not None:
+                self.tokens.release(machine.token_id, machine_id)
             self._write(machine_id, None, machine)
             self.changes.append(MachineDeleted(machine=machine))
         return machine
@@ -128,7 +134,8 @@ class SqlTransaction:
     async def claims(self, machine_id: str) -> Sequence[Claim]:
         self.reads.add((CLAIMS_OF, machine_id))
         stored = await self._reader.read((CLAIMS_OF, machine_id))
-        found = [claim for claim in stored if claim.id not in self.claimed] if isinstance(stored, Sequence) else []
+        claims = (claim for claim in stored if isinstance(claim, Claim)) if isinstance(stored, Sequence) else ()
+        found = [claim for claim in claims if claim.id not in self.claimed]
         return found + [claim for claim in self.claimed.values() if claim is not None and claim.machine_id == machine_id]
 
     async def claim_by_key(self, public_key: PublicKey) -> Claim | None:

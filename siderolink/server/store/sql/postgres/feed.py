@@ -34,6 +34,7 @@ from siderolink.server.store.base import (
 from siderolink.server.store.feed import Feeds
 from siderolink.server.store.sql import tables
 from siderolink.server.store.sql.postgres.database import ContendedError, Database
+from siderolink.server.store.tokens import JoinToken, TokenChanged
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +69,7 @@ _PRUNE = text(
 # --- how a change is written
 
 
-def _body(row: Machine | Claim) -> dict[str, Any]:
+def _body(row: Machine | Claim | JoinToken) -> dict[str, Any]:
     cells = ((one.name, tables.cell(getattr(row, one.name))) for one in fields(row))
     return {name: {"x": cell.hex()} if isinstance(cell, bytes) else cell for name, cell in cells}
 
@@ -89,6 +90,8 @@ def _written(change: Change) -> dict[str, str]:
             kind, name, body = "claim over" if is_over else "claim", claim.id, _body(claim)
         case BanChanged(ban=ban, banned=banned):
             kind, name, body = "ban" if banned else "ban lifted", ban.value, {"kind": ban.kind.value, "value": ban.value}
+        case TokenChanged(token=token, is_gone=is_gone):
+            kind, name, body = "token gone" if is_gone else "token", token.id, _body(token)
         case ChangesLost():
             raise ValueError("nobody writes that")
     return {"kind": kind, "id": name, "body": json.dumps(body)}
@@ -106,6 +109,8 @@ def _read_change(kind: str, body: str) -> Change | None:
                 return ClaimChanged(claim=tables.read_claim(_row(found, Claim)), is_over=kind == "claim over")
             case "ban" | "ban lifted":
                 return BanChanged(ban=Ban(kind=BanKind(found["kind"]), value=found["value"]), banned=kind == "ban")
+            case "token" | "token gone":
+                return TokenChanged(token=tables.read_token(_row(found, JoinToken)), is_gone=kind == "token gone")
     except (ValueError, TypeError, KeyError, AttributeError):
         raise StoreError("the feed holds a change that no server wrote") from None
     return None

@@ -18,6 +18,7 @@ from siderolink.server.store.sql import history, tables
 from siderolink.server.store.sql.postgres.database import CONNECTIONS, ContendedError, Database, database_url
 from siderolink.server.store.sql.postgres.feed import FeedReader
 from siderolink.server.store.sql.postgres.transactions import run_work
+from siderolink.server.store.tokens import JoinToken
 
 T = TypeVar("T")
 
@@ -100,6 +101,9 @@ class PostgresStore:
 
     async def all_claims(self) -> Sequence[Claim]:
         return await self._read(select(tables.claims).order_by(tables.claims.c.created_at), tables.read_claim)
+
+    async def tokens(self, after: str = "", limit: int = _PAGE) -> Sequence[JoinToken]:
+        return await self._read(tables.token_page(after, limit), tables.read_token)
 
     async def _read(self, statement: Select[tuple[object, ...]], read: Callable[[RowMapping], T]) -> list[T]:
         try:

@@ -23,8 +23,10 @@ from siderolink.server.store.base import Ban, Change, Claim, Machine, MachineAdm
 from siderolink.server.store.sql import history, tables
 from siderolink.server.store.sql.postgres.database import ContendedError, Database
 from siderolink.server.store.sql.postgres.feed import write_changes
-from siderolink.server.store.sql.reading import Found, Key, Wanted, fetch
+from siderolink.server.store.sql.reading import Found, Key, Wanted, fetch, is_optimistic
+from siderolink.server.store.sql.token_rows import SqlTokens
 from siderolink.server.store.sql.transaction import SqlTransaction
+from siderolink.server.store.tokens import JoinToken, TokenUse
 
 T = TypeVar("T")
 
@@ -47,6 +49,7 @@ _FREE_MACHINE = (
     )
 )
 _NOTE = tables.note()
+_RELEASE_USE, _TAKE_SLOT = tables.release_use(), tables.take_slot()
 
 
 def _number(key: Key) -> int:
@@ -96,6 +99,14 @@ class PostgresFinder:
         matches = (and_(columns.kind == ban.kind.value, columns.value == ban.value) for ban in bans)
         rows = await self._connection.execute(select(tables.bans).where(or_(*matches)))
         return [tables.read_ban(row.kind, row.value) for row in rows]
+
+    async def tokens(self, wanted: Wanted) -> list[JoinToken]:
+        statement = select(tables.join_tokens).where(or_(*_matches(tables.join_tokens, wanted)))
+        return [tables.read_token(row) for row in (await self._connection.execute(statement)).mappings()]
+
+    async def uses(self, token_ids: list[Hashable]) -> list[TokenUse]:
+        statement = select(tables.token_uses).where(tables.token_uses.c.token_id.in_(token_ids))
+        return [TokenUse(**row) for row in (await self._connection.execute(statement)).mappings()]
 
     async def server(self) -> ServerRecord | None:
         row = (await self._connection.execute(select(tables.server))).mappings().first()
@@ -148,12 +159,13 @@ class _Attempt:
         reads = PostgresReads(connection)
         transaction = SqlTransaction(reads, is_checked=self._is_checked)
         result = await work(transaction)
-        keys = transaction.reads | (transaction.writes - {("id", machine_id) for machine_id in transaction.seen})
+        read = {key for key in transaction.reads if key in transaction.writes or not is_optimistic(key)}
+        keys = read | (transaction.writes - {("id", machine_id) for machine_id in transaction.seen})
         if transaction.writes:
             self.locks |= keys
             await _lock(connection, keys)
         is_read_again = transaction.writes or reads.rounds > 1
-        if is_read_again and await reads.have_changed(transaction.reads, is_locking=bool(transaction.writes)):
+        if is_read_again and await reads.have_changed(read, is_locking=bool(transaction.writes)):
             raise ContendedError("what was read has changed")
         if transaction.writes:
             await _write(connection, transaction)
@@ -194,6 +206,8 @@ async def _write(connection: AsyncConnection, transaction: SqlTransaction) -> No
         if claims:
             await connection.execute(insert(tables.claims), claims)
     await _write_bans(connection, transaction.bans)
+    if transaction.tokens.has_changes:
+        await _write_tokens(connection, transaction.tokens)
     if transaction.record is not None:
         values = tables.server_values(transaction.record)
         await connection.execute(
@@ -232,3 +246,23 @@ async def _write_bans(connection: AsyncConnection, bans: Mapping[Ban, bool]) -> 
             await connection.execute(made.on_conflict_do_nothing())
         else:
             await connection.execute(delete(tables.bans).where(columns.kind == ban.kind.value, columns.value == ban.value))
+
+
+async def _write_tokens(connection: AsyncConnection, changed: SqlTokens) -> None:
+    """Raises ContendedError where another transaction has taken the slot of a use."""
+    rows, uses = tables.join_tokens, tables.token_uses
+    if changed.tokens:
+        await connection.execute(delete(rows).where(rows.c.id.in_(list(changed.tokens))))
+        gone = [token_id for token_id, token in changed.tokens.items() if token is None]
+        await connection.execute(delete(uses).where(uses.c.token_id.in_(gone)))
+        new = [tables.cells(token, rows) for token in changed.tokens.values() if token is not None]
+        if new:
+            await connection.execute(insert(rows), new)
+    if changed.released:
+        await connection.execute(_RELEASE_USE, tables.released_uses(changed.released))
+    if changed.put_uses:
+        await connection.execute(_TAKE_SLOT, tables.taken_slots(changed.put_uses.values()))
+        values = [tables.cells(use, uses) for use in changed.put_uses.values()]
+        made = await connection.execute(insert_or(uses).values(values).on_conflict_do_nothing())
+        if made.rowcount != len(values):
+            raise ContendedError("a use of a token was taken meanwhile")
