@@ -263,6 +263,6 @@ async def _write_tokens(connection: AsyncConnection, changed: SqlTokens) -> None
     if changed.put_uses:
         await connection.execute(_TAKE_SLOT, tables.taken_slots(changed.put_uses.values()))
         values = [tables.cells(use, uses) for use in changed.put_uses.values()]
-        made = await connection.execute(insert_or(uses).values(values).on_conflict_do_nothing())
-        if made.rowcount != len(values):
+        made = insert_or(uses).values(values).on_conflict_do_nothing().returning(uses.c.slot)
+        if len((await connection.execute(made)).all()) != len(values):
             raise ContendedError("a use of a token was taken meanwhile")
