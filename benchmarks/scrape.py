@@ -51,6 +51,7 @@ class CrowdMetrics:
             device=await self._crowd.device.counters(),
             store=self._store.counters(),
             reports=None,
+            history=None,
         )
         links = list(self._crowd.directory)[: self._with_series]
         keys = [link.machine.public_key for link in links if link.machine.public_key is not None]

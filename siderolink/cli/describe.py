@@ -10,6 +10,7 @@ from siderolink.client.link import events
 from siderolink.server import (
     AdmissionChanged,
     ClaimRefused,
+    DownReason,
     EventsLost,
     HandshakeCompleted,
     JoinRefused,
@@ -101,8 +102,10 @@ def server_event(event: ServerEvent) -> Description:
             return _of_machine(machine, "joined", f"{machine.overlay_address} by {way}", is_new=event.is_new)
         case HandshakeCompleted(machine=machine, is_first=is_first):
             return _of_machine(machine, "handshake", f"{machine.overlay_address}{' is up' if is_first else ''}")
-        case LinkDown(machine=machine):
-            return _of_machine(machine, "link down", str(machine.overlay_address), level=logging.WARNING)
+        case LinkDown(machine=machine, reason=reason):
+            text = f"{machine.overlay_address}: {reason}"
+            level = logging.INFO if reason is DownReason.GOODBYE else logging.WARNING
+            return _of_machine(machine, "link down", text, level=level, reason=str(reason))
         case MachineLeft(machine=machine, reason=reason):
             return _of_machine(machine, "left", f"{machine.overlay_address}: {reason}", reason=str(reason))
         case JoinRefused():

@@ -68,6 +68,16 @@ class Subscription(AsyncIterator[T]):
             self._make_room()
         self._ready.set()
 
+    def take_waiting(self) -> list[T]:
+        """All that waits now, without waiting for more."""
+        found: list[T] = []
+        if self._lost and self._lost_item is not None:
+            lost, self._lost = self._lost, 0
+            found.append(self._lost_item(lost))
+        while self._waiting:
+            found.append(self._pop())
+        return found
+
     def end(self) -> None:
         """Let the reader finish what waits, then stop."""
         self._ended = True

@@ -8,6 +8,7 @@ from siderolink.server.counters import HealthCheck, MachineGroup, ReportCounters
 from siderolink.server.events import (
     AdmissionChanged,
     ClaimRefused,
+    DownReason,
     EventsLost,
     EventStream,
     HandshakeCompleted,
@@ -22,6 +23,7 @@ from siderolink.server.events import (
 )
 from siderolink.server.fleet.directory import LinkState
 from siderolink.server.fleet.machine_api import open_machine_api
+from siderolink.server.history import History, HistoryCounters, HistoryOptions
 from siderolink.server.refusals import JoinRefusal, StreamRefusal
 from siderolink.server.reporting import (
     LinesDropped,
@@ -33,7 +35,7 @@ from siderolink.server.reporting import (
     ReportsLost,
 )
 from siderolink.server.server import MachineStatus, Server
-from siderolink.server.store import Ban, BanKind, Machine, MachineAdmission, MemoryStore, Store
+from siderolink.server.store import Ban, BanKind, HistoryEntry, HistoryKind, Machine, MachineAdmission, MemoryStore, Store
 from siderolink.server.store.measured import StoreCounters
 
 __all__ = [
@@ -45,10 +47,16 @@ __all__ = [
     "ClaimRefused",
     "Deny",
     "DeviceCounters",
+    "DownReason",
     "EventStream",
     "EventsLost",
     "HandshakeCompleted",
     "HealthCheck",
+    "History",
+    "HistoryCounters",
+    "HistoryEntry",
+    "HistoryKind",
+    "HistoryOptions",
     "InterfaceCounters",
     "JoinPolicy",
     "JoinRefusal",

@@ -1,7 +1,7 @@
 """Assembles the parts of a running server."""
 
 from collections.abc import AsyncIterator
-from contextlib import aclosing, asynccontextmanager
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from ipaddress import IPv6Address, IPv6Interface, IPv6Network
@@ -27,6 +27,7 @@ from siderolink.server.fleet.fleet import Fleet, make_fleet
 from siderolink.server.fleet.goodbyes import Goodbyes
 from siderolink.server.fleet.last_seen import LastSeenNotes
 from siderolink.server.fleet.overlay_ports import OverlayPort, device_ports, only_ports
+from siderolink.server.history import QUEUE_LIMIT, History
 from siderolink.server.options import ServerOptions
 from siderolink.server.reporting import Reports, receive_reports
 from siderolink.server.store import Store
@@ -45,6 +46,7 @@ class Parts:
     api: GrpcServer
     endpoints: tuple[HostPort, ...]
     reports: Reports | None
+    history: History | None
 
 
 class Composition:
@@ -95,16 +97,24 @@ class Composition:
                 clock=Clock(time=self._store.time),
                 last_seen=LastSeenNotes(self._store, stamps),
             )
-            async with aclosing(fleet.last_seen), background_tasks() as tasks, self._echoes(device, fleet, tasks) as echoes:
+            async with (
+                aclosing(fleet.last_seen),
+                self._open_history(fleet) as history,
+                background_tasks() as tasks,
+                self._echoes(device, fleet, tasks) as echoes,
+            ):
                 # Changes are followed before the rows are read, so that none falls between; and both before the API listens.
                 await tasks.start(fleet.reconciler.follow)
                 await fleet.reconciler.load()
                 await device.settle()
                 self._start_tasks(device, fleet, tasks, echoes)
+                if history is not None:
+                    await history.know(link.machine for link in fleet.directory)
+                    tasks.start_soon(keep_running, "noting the history", history.run)
                 async with (
                     self._receive_reports(device, fleet) as reports,
                     only_ports(device, self._open_ports(reports)),
-                    self._serve(device, fleet, reports) as parts,
+                    self._serve(device, fleet, reports, history) as parts,
                 ):
                     yield parts
 
@@ -162,7 +172,19 @@ class Composition:
         return [*named, *(OverlayPort.parse(f"{number}/{kind}") for number, kind in used if number)]
 
     @asynccontextmanager
-    async def _serve(self, device: Device, fleet: Fleet, reports: Reports | None) -> AsyncIterator[Parts]:
+    async def _open_history(self, fleet: Fleet) -> AsyncIterator[History | None]:
+        options = self._options.history
+        async with AsyncExitStack() as stack:
+            history = None
+            if options is not None:
+                history = History(self._store, fleet.machines.named, options, self._events.subscribe(QUEUE_LIMIT))
+                await stack.enter_async_context(aclosing(history))
+            yield history
+
+    @asynccontextmanager
+    async def _serve(
+        self, device: Device, fleet: Fleet, reports: Reports | None, history: History | None
+    ) -> AsyncIterator[Parts]:
         options = self._options
         endpoints = tuple(
             endpoint if endpoint.port else replace(endpoint, port=device.listen_port or 0) for endpoint in options.endpoints
@@ -200,4 +222,5 @@ class Composition:
                 api=api,
                 endpoints=endpoints,
                 reports=reports,
+                history=history,
             )

@@ -20,6 +20,7 @@ from siderolink.common.wireguard.device import DeviceCounters
 from siderolink.server.composition import Parts
 from siderolink.server.events import EventHub, ServerEvent
 from siderolink.server.fleet.directory import Directory, LinkState
+from siderolink.server.history import HistoryCounters
 from siderolink.server.reporting import Reports
 from siderolink.server.store import MachineAdmission
 from siderolink.server.store.measured import MeasuredStore, StoreCounters
@@ -82,6 +83,8 @@ class ServerCounters:
     store: StoreCounters
     reports: ReportCounters | None
     """None where the server receives no reports."""
+    history: HistoryCounters | None
+    """None where the server keeps none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,6 +115,7 @@ async def read_counters(parts: Parts, events: EventHub, store: MeasuredStore) ->
         device=await parts.device.counters(),
         store=store.counters(),
         reports=None if parts.reports is None else _count_reports(parts.reports),
+        history=None if parts.history is None else parts.history.counters(),
     )
 
 

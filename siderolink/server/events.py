@@ -32,6 +32,13 @@ class LeaveReason(StrEnum):
     """Another server with the same store removed or banned it."""
 
 
+class DownReason(StrEnum):
+    """Why a link is down."""
+
+    SILENT = "silent for too long"
+    GOODBYE = "said goodbye"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MachineJoined:
     """A Provision call was answered that made a new link; a repeated call within one link makes no event."""
@@ -48,13 +55,18 @@ class HandshakeCompleted:
     machine: Machine
     is_first: bool
     """True where it brings the link up: the first since the join or since LinkDown."""
+    source: str | None = None
+    """The address that it came from, where that is known."""
+    is_tunnel: bool = False
+    """Whether it came by a tunnel stream."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinkDown:
-    """The machine was silent for too long. The link may come up again on its own."""
+    """The machine was silent for too long, or said goodbye. The link may come up again on its own."""
 
     machine: Machine
+    reason: DownReason = DownReason.SILENT
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

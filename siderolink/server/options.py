@@ -12,6 +12,7 @@ from siderolink.server.admission.limits import MachineLimits
 from siderolink.server.admission.policy import JoinPolicy
 from siderolink.server.admission.request import Authorize, allow_all
 from siderolink.server.fleet.overlay_ports import MAX_PORTS, OverlayPort
+from siderolink.server.history import DEFAULT_HISTORY, HistoryOptions
 from siderolink.server.reporting import ReportOptions
 from siderolink.server.store import Store
 
@@ -40,6 +41,7 @@ class ServerOptions:
     api_limits: Limits = Limits()
     limits: MachineLimits = MachineLimits()
     reports: ReportOptions | None = None
+    history: HistoryOptions | None = DEFAULT_HISTORY
     dial: bool = True
     keep_interface: bool = False
     namespace: str | None = None

@@ -34,6 +34,7 @@ from siderolink.server.counters import (
 )
 from siderolink.server.events import EventHub, EventStream
 from siderolink.server.fleet.directory import LinkState, MachineLink
+from siderolink.server.history import DEFAULT_HISTORY, History, HistoryOptions
 from siderolink.server.options import ServerOptions
 from siderolink.server.reporting import ReportOptions, Reports
 from siderolink.server.store import Ban, BanKind, Machine, MemoryStore, Store
@@ -84,9 +85,10 @@ class _Lifetime:
 class _Measured:
     """Counters and health of a server."""
 
-    _store: MeasuredStore
-    _events: EventHub
-    _lifetime: _Lifetime
+    def __init__(self, store: Store) -> None:
+        self._store = MeasuredStore(store)
+        self._events = EventHub()
+        self._lifetime = _Lifetime()
 
     async def counters(self) -> ServerCounters:
         """All counters of this server. Other tasks run meanwhile, even with many machines."""
@@ -139,6 +141,7 @@ class Server(_Measured, AbstractAsyncContextManager["Server"]):
     namespace: network namespace of the interface and of listeners on the overlay; the API and UDP stay in the caller's
         namespace. A name known to ``ip netns``, or a path.
     reports: ports on the overlay address for machines' events and kernel log lines; None disables both.
+    history: how much of what happened to machines is kept in the store; None keeps nothing.
     dial: after a start, dial known machines at their last UDP endpoints.
     overlay_ports: the ports that machines may connect to at the overlay address (``8080``, ``"53/udp"``), besides those
         of `reports`; None opens all. Pings and replies to this host's connections always pass.
@@ -168,6 +171,7 @@ class Server(_Measured, AbstractAsyncContextManager["Server"]):
         api_limits: Limits | None = None,
         limits: MachineLimits | None = None,
         reports: ReportOptions | None = None,
+        history: HistoryOptions | None = DEFAULT_HISTORY,
         dial: bool = True,
         overlay_ports: Sequence[int | str] | None = None,
         keep_interface: bool = False,
@@ -195,6 +199,7 @@ class Server(_Measured, AbstractAsyncContextManager["Server"]):
             api_limits=api_limits or Limits(),
             limits=limits or MachineLimits(),
             reports=reports,
+            history=history,
             dial=dial,
             overlay_ports=None if overlay_ports is None else tuple(overlay_ports),
             keep_interface=keep_interface,
@@ -203,10 +208,8 @@ class Server(_Measured, AbstractAsyncContextManager["Server"]):
             forwarded_from=tuple(forwarded_from),
             policy=policy or JoinPolicy(),
         )
-        self._store = MeasuredStore(MemoryStore() if store is None else store)
-        self._events = EventHub()
+        super().__init__(MemoryStore() if store is None else store)
         self._join_token = JoinTokenCheck(join_token or None)
-        self._lifetime = _Lifetime()
 
     # --- life
 
@@ -324,6 +327,14 @@ class Server(_Measured, AbstractAsyncContextManager["Server"]):
     def events(self) -> EventStream:
         """Subscribe to events from now on. Bounded per reader: a slow one loses its oldest events and receives EventsLost."""
         return self._events.subscribe(self._options.limits.event_limit)
+
+    @property
+    def history(self) -> History:
+        """What happened to machines in the last days. Raises SideroLinkError without the option `history`."""
+        found = self._lifetime.live.history
+        if found is None:
+            raise SideroLinkError("this server keeps no history; create it with history=HistoryOptions()")
+        return found
 
     @property
     def reports(self) -> Reports:

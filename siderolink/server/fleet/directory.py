@@ -75,6 +75,11 @@ class MachineLink:
     abandoned: set[PublicKey] = field(default_factory=set)
     """Former keys whose peers the device may still have."""
 
+    @property
+    def is_tunnel(self) -> bool:
+        """Whether it was last heard by a tunnel stream."""
+        return self.endpoint is None and self.path is not None
+
 
 class KnownTokens:
     """Unique tokens that are bound or assigned to machines, as counts of short keyed hashes of their digests."""

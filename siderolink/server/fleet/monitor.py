@@ -15,7 +15,7 @@ from siderolink.common.wireguard.path import Path
 from siderolink.server.admission.admit import Admission
 from siderolink.server.admission.limits import MachineLimits
 from siderolink.server.clock import Clock, Deadlines
-from siderolink.server.events import EventHub, HandshakeCompleted, LeaveReason, LinkDown
+from siderolink.server.events import DownReason, EventHub, HandshakeCompleted, LeaveReason, LinkDown
 from siderolink.server.fleet.directory import Directory, EndStream, LinkState, MachineLink, Stream
 from siderolink.server.fleet.last_seen import LastSeenNotes
 from siderolink.server.fleet.liveness import Liveness
@@ -155,7 +155,9 @@ class Monitor:
         if link.machine.linked_at is None:
             self._proved.append(public_key)
             self._wake.set()
-        self._events.publish(HandshakeCompleted(machine=link.machine, is_first=is_first))
+        self._events.publish(
+            HandshakeCompleted(machine=link.machine, is_first=is_first, source=link.source, is_tunnel=link.is_tunnel)
+        )
 
     def _bring_up(self, link: MachineLink) -> None:
         self._set_quiet(link, False)
@@ -168,7 +170,7 @@ class Monitor:
         link.goodbye_at = self._clock.monotonic()
         self._note(link, goodbye=True)
         if link.state is LinkState.UP:
-            self._take_down(link)
+            self._take_down(link, DownReason.GOODBYE)
 
     def moved(self, link: MachineLink) -> None:
         """The link goes on with the session of a proved claim, or of the row that had its key before."""
@@ -296,11 +298,11 @@ class Monitor:
         if silence is not None and silence < self._limits.down_after:
             self._set_deadline(link.machine.id, self._limits.down_after - silence)
             return
-        self._take_down(link)
+        self._take_down(link, DownReason.SILENT)
         if not link.machine.is_accepted:
             await self._transitions.forget(link.machine.id, LeaveReason.NEVER_ACCEPTED)
 
-    def _take_down(self, link: MachineLink) -> None:
+    def _take_down(self, link: MachineLink, reason: DownReason) -> None:
         self._sessions.set_state(link, LinkState.DOWN)
         self._sessions.end_streams(link, StreamRefusal.LINK_DOWN)
-        self._events.publish(LinkDown(machine=link.machine))
+        self._events.publish(LinkDown(machine=link.machine, reason=reason))

@@ -59,7 +59,8 @@ class RowTransitions:
             source=source or proof.claim.source,
         )
         self._events.publish(rekeyed)
-        self._events.publish(HandshakeCompleted(machine=machine, is_first=True))
+        is_tunnel = link is not None and link.is_tunnel
+        self._events.publish(HandshakeCompleted(machine=machine, is_first=True, source=source, is_tunnel=is_tunnel))
 
     async def _refuse_claim(self, proof: Proof) -> None:
         assert proof.claim is not None

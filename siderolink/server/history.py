@@ -1,0 +1,363 @@
+"""The history: what happened to machines in the last days, kept in the store.
+
+publish()  ->  a queue: never blocks  ->  entries, like ones counted together  ->  the store, every few seconds
+
+So neither a join nor a packet waits for it. What the store does not take waits as far as there is room; the rest is counted.
+"""
+
+import logging
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import anyio
+from anyio.lowlevel import checkpoint
+
+from siderolink.common.errors import ConfigurationError, StoreError
+from siderolink.common.tasks import background_tasks, in_parts
+from siderolink.common.text import one_line
+from siderolink.server.events import (
+    AdmissionChanged,
+    ClaimRefused,
+    EventsLost,
+    EventStream,
+    HandshakeCompleted,
+    JoinRefused,
+    LinkDown,
+    MachineJoined,
+    MachineLeft,
+    MachineRekeyed,
+    ServerEvent,
+    UniqueTokenBound,
+)
+from siderolink.server.store import HistoryBounds, HistoryEntry, HistoryKind, HistoryQuery, Machine, Store
+from siderolink.server.store.history import NO_MACHINE
+
+log = logging.getLogger(__name__)
+
+QUEUE_LIMIT = 65_536
+"""Events that may wait to be noted; when every machine joins at once there are three of each."""
+_AT_ONCE = 500
+_CLOSE_SECONDS = 1.0
+_PRUNE_PAUSE = 0.1
+_DIGEST_DIGITS = 12
+_TEXT_LIMIT = 256
+
+FindMachine = Callable[[str], Awaitable[Machine | None]]
+"""The machine of a name, id, UUID or public key; None if none is known by it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HistoryOptions:
+    """How much is kept, in the store."""
+
+    max_age: float = 30 * 86_400.0
+    """Seconds."""
+    per_machine: int = 500
+    """Entries of one machine; the newest stay. Joins that were refused are bounded together, by ten times as many."""
+    total: int = 200_000
+    """Entries of all; one takes about 250 bytes."""
+    write_after: float = 2.0
+    """Seconds until an entry is written; what repeats itself meanwhile is one entry with a count."""
+    write_refusals_after: float = 60.0
+    """The same for refused joins, of which strangers can make many."""
+    max_waiting: int = 20_000
+    """Entries that wait while the store does not answer."""
+    max_refusals: int = 1000
+    """Different refused joins that are noted one by one within `write_refusals_after`; the rest is one number."""
+    prune_every: float = 60.0
+    """Seconds."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_age", "per_machine", "total", "max_waiting", "max_refusals"):
+            if getattr(self, name) < 1:
+                raise ConfigurationError(f"{name} of the history is at least 1, not {getattr(self, name)}")
+
+
+DEFAULT_HISTORY = HistoryOptions()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HistoryCounters:
+    """Entries since the server started."""
+
+    written: int
+    lost: int
+    """Entries for which there was no room while the store did not answer, and events that were not noted in time."""
+    waiting: int
+    failures: int
+    """Writes that the store did not take."""
+    pruned: int
+    """Old entries, or too many, that were deleted."""
+
+
+@dataclass(slots=True)
+class _Known:
+    """What the last handshake and the last join of a machine said; empty where it is not known."""
+
+    source: str = ""
+    transport: str = ""
+    version: str = ""
+
+
+class _Waiting:
+    """Entries on their way to the store; one that repeats another is counted with it."""
+
+    def __init__(self, limit: int) -> None:
+        self._entries: dict[HistoryEntry, tuple[float, int]] = {}
+        """The time of the first, and how many, by what they have in common."""
+        self._limit = limit
+        self.lost = 0
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def add(self, entry: HistoryEntry) -> bool:
+        """False where there is no room for another one."""
+        key = replace(entry, at=0.0, count=1)
+        found = self._entries.get(key)
+        if found is None and len(self._entries) >= self._limit:
+            return False
+        at, count = (entry.at, 0) if found is None else found
+        self._entries[key] = min(at, entry.at), count + entry.count
+        return True
+
+    def take(self, most: int | None = None) -> list[HistoryEntry]:
+        keys = list(self._entries)[:most]
+        found = [(key, *self._entries.pop(key)) for key in keys]
+        return [replace(key, at=at, count=count) for key, at, count in found]
+
+
+class History:
+    """Notes what happens, and answers what happened."""
+
+    def __init__(self, store: Store, find: FindMachine, options: HistoryOptions, events: EventStream) -> None:
+        self._store = store
+        self._events = events
+        self._find = find
+        self._options = options
+        self._known: dict[str, _Known] = {}
+        self._waiting = _Waiting(options.max_waiting)
+        self._refusals = _Waiting(options.max_refusals)
+        self._refusals_not_noted = 0
+        self._is_failing = False
+        self._wake = anyio.Event()
+        self._written = self._lost = self._failures = self._pruned = 0
+
+    # --- what is known
+
+    async def entries(
+        self,
+        machine: str | None = None,
+        *,
+        kinds: Sequence[HistoryKind] = (),
+        since: float | None = None,
+        until: float | None = None,
+        before_seq: int | None = None,
+        after_seq: int | None = None,
+        limit: int = 1000,
+    ) -> Sequence[HistoryEntry]:
+        """What happened to one machine or to all: the newest first, but with `after_seq` the oldest.
+
+        A machine is named by its id, UUID or public key; a machine that is gone by its id or UUID. Raises StoreError.
+        """
+        await self.write()
+        query = HistoryQuery(
+            kinds=kinds, since=since, until=until, before_seq=before_seq, after_seq=after_seq, limit=max(1, min(limit, 1000))
+        )
+        return await self._store.history(query if machine is None else await self._of(machine, query))
+
+    async def delete(self, machine: str) -> int:
+        """Delete what is kept of a machine, known or gone; tells how many entries. Raises StoreError."""
+        await self.write()
+        return await self._store.delete_history(await self._of(machine, HistoryQuery()))
+
+    async def _of(self, name: str, query: HistoryQuery) -> HistoryQuery:
+        """The query for one machine: its row's entries, and what was noted under its UUID."""
+        machine = await self._find(name)
+        if machine is not None:
+            return replace(query, machine_id=machine.id, node_uuid=machine.node_uuid)
+        return replace(query, machine_id=name or None, node_uuid=name.lower())
+
+    def counters(self) -> HistoryCounters:
+        return HistoryCounters(
+            written=self._written,
+            lost=self._lost,
+            waiting=len(self._waiting) + len(self._refusals),
+            failures=self._failures,
+            pruned=self._pruned,
+        )
+
+    # --- what happens
+
+    async def know(self, machines: Iterable[Machine]) -> None:
+        """The rows at the start: changes are told against them."""
+        for part in in_parts(machines, _AT_ONCE):
+            for machine in part:
+                transport = "udp" if machine.last_endpoint else "tunnel" if machine.last_source else ""
+                known = _Known(machine.last_source or "", transport, machine.talos_version)
+                self._known.setdefault(machine.id, known)
+            await checkpoint()
+
+    async def run(self) -> None:
+        """Note events and write them, until cancelled."""
+        async with background_tasks() as tasks:
+            tasks.start_soon(self._write_often)
+            tasks.start_soon(self._prune_often)
+            async for event in self._events:
+                for part in in_parts([event, *self._events.take_waiting()], _AT_ONCE):
+                    for one in part:
+                        self.note(one)
+                    await checkpoint()
+
+    def note(self, event: ServerEvent) -> None:
+        """Queue the entries that an event makes; most handshakes make none. Never blocks."""
+        match event:
+            case MachineJoined() | HandshakeCompleted():
+                self._note_link(event)
+            case LinkDown(machine=machine, reason=reason):
+                self._add(machine, HistoryKind.DOWN, str(reason))
+            case MachineLeft(machine=machine, reason=reason):
+                self._known.pop(machine.id, None)
+                self._add(machine, HistoryKind.LEFT, str(reason))
+            case JoinRefused():
+                self._refused(event)
+            case MachineRekeyed(machine=machine, basis=basis, source=source, old_source=old_source):
+                detail = f"{basis}; before from {old_source or 'nowhere'}"
+                self._add(machine, HistoryKind.TAKEN_OVER, detail, source=source or "")
+            case ClaimRefused(machine=machine, source=source, known_source=known_source):
+                self._add(
+                    machine, HistoryKind.CLAIM_REFUSED, f"the machine is at {known_source or 'no address'}", source=source
+                )
+            case UniqueTokenBound(machine=machine, source=source):
+                self._add(machine, HistoryKind.BOUND, source=source or "")
+            case AdmissionChanged(machine=machine):
+                self._add(machine, HistoryKind.ADMISSION, str(machine.admission))
+            case EventsLost(count=count):
+                self._lost += count
+                self._queue(self._entry(None, HistoryKind.LOST, f"{count} events were not noted"))
+
+    def _note_link(self, event: MachineJoined | HandshakeCompleted) -> None:
+        machine = event.machine
+        known = self._known.setdefault(machine.id, _Known())
+        if isinstance(event, MachineJoined):
+            if known.version and machine.talos_version != known.version:
+                self._add(machine, HistoryKind.VERSION, f"{machine.talos_version or 'none'}, before {known.version}")
+            known.version = machine.talos_version
+            detail = f"{'new' if event.is_new else 'known'} machine at {machine.overlay_address}"
+            self._add(machine, HistoryKind.JOINED, detail, transport="tunnel" if machine.tunnel else "udp")
+            return
+        transport, source = "tunnel" if event.is_tunnel else "udp", event.source or ""
+        if source and known.source and source != known.source:
+            detail = f"{source}, before {known.source}"
+            self._add(machine, HistoryKind.ADDRESS, detail, source=source, transport=transport)
+        if source and known.transport and transport != known.transport:
+            detail = f"{transport}, before {known.transport}"
+            self._add(machine, HistoryKind.TRANSPORT, detail, source=source, transport=transport)
+        if source:
+            known.source, known.transport = source, transport
+        if event.is_first:
+            self._add(machine, HistoryKind.UP, str(machine.overlay_address), source=source, transport=transport)
+
+    def _refused(self, event: JoinRefused) -> None:
+        known = f"; the machine is at {event.known_source}" if event.known_source else ""
+        entry = self._entry(None, HistoryKind.REFUSED, f"{event.reason}{known}", source=event.source)
+        if not self._refusals.add(replace(entry, node_uuid=event.node_uuid or "")):
+            self._refusals_not_noted += 1
+        self._wake.set()
+
+    def _add(self, machine: Machine, kind: HistoryKind, detail: str = "", *, source: str = "", transport: str = "") -> None:
+        self._queue(self._entry(machine, kind, detail, source=source, transport=transport))
+
+    def _entry(
+        self, machine: Machine | None, kind: HistoryKind, detail: str = "", *, source: str = "", transport: str = ""
+    ) -> HistoryEntry:
+        digest = None if machine is None else machine.join_token_digest
+        return HistoryEntry(
+            at=self._store.time(),
+            machine_id=NO_MACHINE if machine is None else machine.id,
+            node_uuid="" if machine is None else machine.node_uuid,
+            kind=kind,
+            detail=one_line(detail, limit=_TEXT_LIMIT),
+            transport=transport,
+            source=one_line(source, limit=_TEXT_LIMIT),
+            version="" if machine is None else one_line(machine.talos_version, limit=_TEXT_LIMIT),
+            join_token="" if digest is None else digest.hex()[:_DIGEST_DIGITS],
+        )
+
+    def _queue(self, entry: HistoryEntry) -> None:
+        if not self._waiting.add(entry):
+            self._lost += 1
+        self._wake.set()
+
+    # --- the store
+
+    async def _write_often(self) -> None:
+        refusals_at = anyio.current_time() + self._options.write_refusals_after
+        while True:
+            await self._wake.wait()
+            await anyio.sleep(self._options.write_after)
+            self._wake = anyio.Event()
+            if anyio.current_time() >= refusals_at:
+                self._move_refusals()
+                refusals_at = anyio.current_time() + self._options.write_refusals_after
+            await self._write_and_tell()
+            if len(self._waiting) or len(self._refusals):
+                self._wake.set()
+
+    async def _write_and_tell(self) -> None:
+        try:
+            await self._write_waiting()
+        except StoreError as error:
+            self._failures += 1
+            if not self._is_failing:
+                log.warning("the history could not be stored; it is tried again: %s", error)
+            self._is_failing = True
+        else:
+            self._is_failing = False
+
+    def _move_refusals(self) -> None:
+        for entry in self._refusals.take():
+            self._queue(entry)
+        count, self._refusals_not_noted = self._refusals_not_noted, 0
+        if count:
+            self._queue(replace(self._entry(None, HistoryKind.LOST, "more joins were refused; this counts them"), count=count))
+
+    async def write(self) -> None:
+        """Write what waits. Raises StoreError; what was not written waits on."""
+        self._move_refusals()
+        await self._write_waiting()
+
+    async def _write_waiting(self) -> None:
+        while batch := self._waiting.take(_AT_ONCE):
+            try:
+                await self._store.transact(lambda transaction, batch=batch: transaction.add_history(batch))  # type: ignore[misc]
+            except BaseException:
+                for entry in batch:
+                    self._queue(entry)
+                raise
+            self._written += len(batch)
+
+    async def _prune_often(self) -> None:
+        while True:
+            await anyio.sleep(self._options.prune_every)
+            try:
+                await self.prune()
+            except StoreError as error:
+                log.warning("old entries of the history could not be deleted; it is tried again: %s", error)
+
+    async def prune(self) -> None:
+        """Delete what is too old or too much, part by part. Raises StoreError."""
+        options = self._options
+        since = self._store.time() - options.max_age
+        bounds = HistoryBounds(since=since, per_machine=options.per_machine, total=options.total)
+        while count := await self._store.prune_history(bounds):
+            self._pruned += count
+            await anyio.sleep(_PRUNE_PAUSE)
+
+    async def aclose(self) -> None:
+        """Write what waits, within a second, also when this task was cancelled."""
+        for event in self._events.take_waiting():
+            self.note(event)
+        self._move_refusals()
+        with anyio.CancelScope(shield=True), anyio.move_on_after(_CLOSE_SECONDS):
+            await self._write_and_tell()
