@@ -8,7 +8,7 @@ import anyio
 
 from siderolink.cli.serving import StoreAddress, store_address
 from siderolink.common.errors import ConfigurationError, StoreError
-from siderolink.server.store import HistoryQuery, Machine, ServerRecord, Store, Transaction
+from siderolink.server.store import AuditEntry, AuditQuery, HistoryQuery, Machine, ServerRecord, Store, Transaction
 from siderolink.server.store.sql import SqlStore
 
 _AT_ONCE = 256
@@ -72,14 +72,18 @@ async def _copy(old: Store, new: Store, record: ServerRecord, target: str) -> in
     count += await _add_page(new, page)
     await _copy_history(old, new)
     claims, bans = await old.all_claims(), await old.bans()
+    principals = await old.transact(lambda transaction: transaction.principals())
 
     async def finish(transaction: Transaction) -> None:
         for claim in claims:
             await transaction.put_claim(claim)
-        for ban in bans:
-            await transaction.set_banned(ban, True)
+        for ban, grounds in bans.items():
+            await transaction.set_banned(ban, True, grounds)
+        for principal in principals:
+            await transaction.put_principal(principal)
         await transaction.set_server(record)
 
+    await _copy_audit(old, new)
     await new.transact(finish)
     return count
 
@@ -90,6 +94,19 @@ async def _copy_history(old: Store, new: Store) -> None:
     while page := await old.history(HistoryQuery(after_seq=last)):
         await new.transact(lambda transaction, page=page: transaction.add_history(page))  # type: ignore[misc]
         last = page[-1].seq
+
+
+async def _copy_audit(old: Store, new: Store) -> None:
+    """The entries are numbered anew, in the same order."""
+    last = 0
+    while page := await old.audit_entries(AuditQuery(after_seq=last, newest_first=False, limit=_AT_ONCE)):
+        await new.transact(lambda transaction, page=page: _add_audit(transaction, page))  # type: ignore[misc]
+        last = page[-1].seq
+
+
+async def _add_audit(transaction: Transaction, entries: Sequence[AuditEntry]) -> None:
+    for entry in entries:
+        await transaction.audit(entry)
 
 
 async def _add_page(new: Store, machines: Sequence[Machine]) -> int:

@@ -21,7 +21,6 @@ from siderolink.server.fleet.locks import KeyedLocks
 from siderolink.server.fleet.sessions import Sessions
 from siderolink.server.refusals import StreamRefusal
 from siderolink.server.store import (
-    BanChanged,
     Change,
     ChangesLost,
     Claim,
@@ -289,8 +288,8 @@ class Reconciler:
                 await self._follow_claim(claim, is_over)
             case ChangesLost():
                 await self.resync(EVERYTHING)
-            case BanChanged():
-                pass  # each join asks; the machine's own row is deleted with the ban
+            case _:
+                pass  # each join asks for bans, and a banned machine's row is deleted with the ban
 
     async def _follow_claim(self, claim: Claim, is_over: bool) -> None:
         link = self._directory.get(claim.machine_id)

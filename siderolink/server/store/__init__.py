@@ -1,8 +1,11 @@
 """Stores: the persistent state of a server and its machines."""
 
+from siderolink.server.store.audit import Actor, AuditEntry, AuditQuery, Principal, Role
 from siderolink.server.store.base import (
+    AuditAdded,
     Ban,
     BanChanged,
+    BanGrounds,
     BanKind,
     Change,
     ChangesLost,
@@ -13,6 +16,7 @@ from siderolink.server.store.base import (
     MachineAdmission,
     MachineChanged,
     MachineDeleted,
+    PrincipalChanged,
     ServerRecord,
     Store,
     Transaction,
@@ -31,8 +35,13 @@ from siderolink.server.store.tokens import (
 )
 
 __all__ = [
+    "Actor",
+    "AuditAdded",
+    "AuditEntry",
+    "AuditQuery",
     "Ban",
     "BanChanged",
+    "BanGrounds",
     "BanKind",
     "Change",
     "ChangesLost",
@@ -49,6 +58,9 @@ __all__ = [
     "MachineChanged",
     "MachineDeleted",
     "MemoryStore",
+    "Principal",
+    "PrincipalChanged",
+    "Role",
     "ServerRecord",
     "Store",
     "TokenChanged",

@@ -9,12 +9,14 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from ipaddress import IPv6Address
-from typing import NamedTuple, Protocol, TypeVar
+from types import MappingProxyType
+from typing import Final, NamedTuple, Protocol, TypeVar
 
 from siderolink.common.errors import StoreError
 from siderolink.common.keys import PrivateKey, PublicKey
+from siderolink.server.store.audit import AuditEntry, AuditQuery, Principal
 from siderolink.server.store.history import HistoryBounds, HistoryEntry, HistoryQuery
-from siderolink.server.store.tokens import JoinToken, TokenChanged, TokenKey, TokenRepository
+from siderolink.server.store.tokens import JoinToken, TokenChanged, TokenKey, TokenRepository, TunnelSetting
 
 T = TypeVar("T")
 
@@ -27,6 +29,9 @@ class MachineAdmission(StrEnum):
     """It has a link, and waits for a unique token, for a UUID of its own, or for an administrator."""
     DENIED = "denied"
     """An administrator refused it. It has no link, and its key is refused."""
+
+
+NO_LABELS: Final[Mapping[str, str]] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +90,17 @@ class Machine:
     """The address that its last authenticated packet came from, by UDP or by a stream."""
     goodbye_at: float | None = None
     """When it last said goodbye."""
+    name: str | None = None
+    """Given by an administrator, in lower case; None if none was. Unique."""
+    labels: Mapping[str, str] = field(default_factory=lambda: NO_LABELS, hash=False)
+    note: str = ""
+    tunnel_setting: TunnelSetting = TunnelSetting.INHERIT
+    """Decides its next Provision call."""
+
+    @property
+    def shown_name(self) -> str:
+        """What it is called for people."""
+        return self.name or self.node_uuid
 
     @property
     def is_accepted(self) -> bool:
@@ -181,7 +197,7 @@ class ServerRecord:
     """The highest TAI64N timestamp that its handshakes are known to have used; peers refuse lower ones."""
 
 
-UNIQUE_COLUMNS = ("node_uuid", "public_key", "overlay_address", "virtual_address")
+UNIQUE_COLUMNS = ("node_uuid", "public_key", "overlay_address", "virtual_address", "name")
 
 
 def unique_values(machine: Machine) -> Iterator[tuple[str, Hashable]]:
@@ -207,6 +223,15 @@ class Ban(NamedTuple):
 
     value: str
     kind: BanKind = BanKind.UUID
+
+
+class BanGrounds(NamedTuple):
+    """Why a ban was made."""
+
+    reason: str = ""
+    created_by: str = ""
+    created_at: float | None = None
+    """Unix time in seconds; None for bans older than this record."""
 
 
 class UniqueViolationError(StoreError):
@@ -235,6 +260,9 @@ class Transaction(Protocol):
 
     async def machine_by_virtual_address(self, address: IPv6Address) -> Machine | None: ...
 
+    async def machine_by_name(self, name: str) -> Machine | None:
+        """The machine that was given this name."""
+
     async def insert(self, machine: Machine) -> Machine:
         """Add a row and return it as stored. Raises UniqueViolationError; the transaction can go on after that."""
 
@@ -257,7 +285,20 @@ class Transaction(Protocol):
 
     async def is_banned(self, ban: Ban) -> bool: ...
 
-    async def set_banned(self, ban: Ban, banned: bool) -> None: ...
+    async def set_banned(self, ban: Ban, banned: bool, grounds: BanGrounds | None = None) -> None:
+        """Make or lift a ban; of one that stands already, the grounds stay as they are."""
+
+    async def audit(self, entry: AuditEntry) -> None:
+        """Record a change with it; the store numbers the entries when it commits."""
+
+    async def principals(self) -> Sequence[Principal]:
+        """All principals; there are few."""
+
+    async def put_principal(self, principal: Principal) -> None:
+        """Add a principal, or replace the one of the same id. Raises UniqueViolationError for a name that another one has."""
+
+    async def delete_principal(self, principal_id: str) -> None:
+        """Remove a principal. Ignores a missing one."""
 
     async def note(self, seen: Mapping[str, LastSeen]) -> None:
         """Note when machines, by id, were last seen; passes over unknown ones. Changes no revision, tells the feed nothing."""
@@ -302,11 +343,27 @@ class BanChanged:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AuditAdded:
+    """An entry was added to the audit."""
+
+    entry: AuditEntry
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrincipalChanged:
+    """A principal was added, changed or removed."""
+
+    principal_id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ChangesLost:
     """The reader was too slow and changes were dropped; only reading the rows again tells what happened."""
 
 
-Change = MachineChanged | MachineDeleted | ClaimChanged | BanChanged | TokenChanged | ChangesLost
+Change = (
+    MachineChanged | MachineDeleted | ClaimChanged | BanChanged | TokenChanged | AuditAdded | PrincipalChanged | ChangesLost
+)
 Work = Callable[[Transaction], Awaitable[T]]
 
 
@@ -326,7 +383,7 @@ class Store(Protocol):
     def machines(self) -> AsyncIterator[Machine]:
         """Every row, in no order. Rows that change meanwhile may be seen in either state."""
 
-    async def bans(self) -> Sequence[Ban]:
+    async def bans(self) -> Mapping[Ban, BanGrounds]:
         """Every ban."""
 
     async def all_claims(self) -> Sequence[Claim]:
@@ -343,6 +400,15 @@ class Store(Protocol):
 
     async def tokens(self, after: str = "", limit: int = 1000) -> Sequence[JoinToken]:
         """The first tokens by name whose names come after this one."""
+
+    async def audit_entries(self, query: AuditQuery) -> Sequence[AuditEntry]:
+        """The entries that the query selects, in its order."""
+
+    async def prune_audit(self, before: float, most: int) -> int:
+        """Remove the oldest entries, `most` at most, that are older than this time; returns how many."""
+
+    async def note_principals(self, used: Mapping[str, tuple[float, str]]) -> None:
+        """Note when principals, by id, last called, and from where; passes over unknown ones. Tells the feed nothing."""
 
     def changes(self) -> AbstractAsyncContextManager[AsyncIterator[Change]]:
         """All changes committed after entering, by whichever server, in order of commit."""

@@ -2,13 +2,14 @@
 
 import time
 from bisect import bisect_left
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Final, TypeVar
 
 from siderolink.common.errors import StoreError, StoreFullError
-from siderolink.server.store.base import Ban, Change, Claim, Machine, Store, Work
+from siderolink.server.store.audit import AuditEntry, AuditQuery
+from siderolink.server.store.base import Ban, BanGrounds, Change, Claim, Machine, Store, Work
 from siderolink.server.store.history import HistoryBounds, HistoryEntry, HistoryQuery
 from siderolink.server.store.tokens import JoinToken
 
@@ -68,7 +69,7 @@ class MeasuredStore:
     def machines(self) -> AsyncIterator[Machine]:
         return self._store.machines()
 
-    async def bans(self) -> Sequence[Ban]:
+    async def bans(self) -> Mapping[Ban, BanGrounds]:
         return await self._store.bans()
 
     async def all_claims(self) -> Sequence[Claim]:
@@ -85,6 +86,15 @@ class MeasuredStore:
 
     async def tokens(self, after: str = "", limit: int = 1000) -> Sequence[JoinToken]:
         return await self._store.tokens(after, limit)
+
+    async def audit_entries(self, query: AuditQuery) -> Sequence[AuditEntry]:
+        return await self._store.audit_entries(query)
+
+    async def prune_audit(self, before: float, most: int) -> int:
+        return await self._store.prune_audit(before, most)
+
+    async def note_principals(self, used: Mapping[str, tuple[float, str]]) -> None:
+        await self._store.note_principals(used)
 
     def changes(self) -> AbstractAsyncContextManager[AsyncIterator[Change]]:
         return self._store.changes()

@@ -2,18 +2,23 @@
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Hashable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
 from ipaddress import IPv6Address
+from itertools import islice
 from typing import TypeVar
 
 from siderolink.common.errors import StoreError
 from siderolink.common.keys import PublicKey
+from siderolink.server.store.audit import AuditEntry, AuditQuery, Principal
 from siderolink.server.store.base import (
     UNIQUE_COLUMNS,
+    AuditAdded,
     Ban,
     BanChanged,
+    BanGrounds,
     Change,
     Claim,
     ClaimChanged,
@@ -21,6 +26,7 @@ from siderolink.server.store.base import (
     Machine,
     MachineChanged,
     MachineDeleted,
+    PrincipalChanged,
     ServerRecord,
     UniqueViolationError,
     Work,
@@ -33,6 +39,9 @@ from siderolink.server.store.tokens import JoinToken, TokenKey
 
 T = TypeVar("T")
 
+MAX_AUDIT_ENTRIES = 10_000
+"""How many a store in memory keeps."""
+
 
 class _Table:
     """The rows and one index per unique column. Every change is checked whole before anything moves."""
@@ -42,7 +51,10 @@ class _Table:
         self.claims: dict[str, Claim] = {}
         self.claims_by_machine: dict[str, dict[str, Claim]] = {}
         self.claims_by_key: dict[PublicKey, Claim] = {}
-        self.banned: set[Ban] = set()
+        self.banned: dict[Ban, BanGrounds] = {}
+        self.principals: dict[str, Principal] = {}
+        self.audit: deque[AuditEntry] = deque(maxlen=MAX_AUDIT_ENTRIES)
+        self.audit_seq = 0
         self.server: ServerRecord | None = None
         self.tokens = TokenTable()
         self._indexes: dict[str, dict[Hashable, str]] = {column: {} for column in UNIQUE_COLUMNS}
@@ -94,7 +106,9 @@ class _MemoryTransaction:
         self._table = table
         self._before: list[tuple[str, Machine | None]] = []
         self._claims_before: list[tuple[str, Claim | None]] = []
-        self._bans_before: list[tuple[Ban, bool]] = []
+        self._bans_before: list[tuple[Ban, BanGrounds | None]] = []
+        self._principals_before = table.principals
+        self.audited: list[AuditEntry] = []
         self._server_before = table.server
         self.changes: list[Change] = []
         self.happened: list[HistoryEntry] = []
@@ -114,6 +128,9 @@ class _MemoryTransaction:
 
     async def machine_by_virtual_address(self, address: IPv6Address) -> Machine | None:
         return self._table.find("virtual_address", address)
+
+    async def machine_by_name(self, name: str) -> Machine | None:
+        return self._table.find("name", name)
 
     async def insert(self, machine: Machine) -> Machine:
         if machine.id in self._table.rows:
@@ -166,15 +183,36 @@ class _MemoryTransaction:
     async def is_banned(self, ban: Ban) -> bool:
         return ban in self._table.banned
 
-    async def set_banned(self, ban: Ban, banned: bool) -> None:
-        was = ban in self._table.banned
-        if was != banned:
+    async def set_banned(self, ban: Ban, banned: bool, grounds: BanGrounds | None = None) -> None:
+        was = self._table.banned.get(ban)
+        if (was is not None) != banned:
             self._bans_before.append((ban, was))
-            self._set_banned(ban, banned)
+            self._set_banned(ban, (grounds or BanGrounds()) if banned else None)
             self.changes.append(BanChanged(ban=ban, banned=banned))
 
-    def _set_banned(self, ban: Ban, banned: bool) -> None:
-        (self._table.banned.add if banned else self._table.banned.discard)(ban)
+    def _set_banned(self, ban: Ban, grounds: BanGrounds | None) -> None:
+        if grounds is None:
+            self._table.banned.pop(ban, None)
+        else:
+            self._table.banned[ban] = grounds
+
+    async def audit(self, entry: AuditEntry) -> None:
+        self.audited.append(entry)
+
+    async def principals(self) -> Sequence[Principal]:
+        return list(self._table.principals.values())
+
+    async def put_principal(self, principal: Principal) -> None:
+        if any(other.name == principal.name and other.id != principal.id for other in self._table.principals.values()):
+            raise UniqueViolationError("name")
+        self._table.principals = {**self._table.principals, principal.id: principal}
+        self.changes.append(PrincipalChanged(principal_id=principal.id))
+
+    async def delete_principal(self, principal_id: str) -> None:
+        if principal_id in self._table.principals:
+            others = (other for other in self._table.principals.values() if other.id != principal_id)
+            self._table.principals = {other.id: other for other in others}
+            self.changes.append(PrincipalChanged(principal_id=principal_id))
 
     async def note(self, seen: Mapping[str, LastSeen]) -> None:
         for machine_id, one in seen.items():
@@ -192,9 +230,18 @@ class _MemoryTransaction:
     async def set_server(self, record: ServerRecord) -> None:
         self._table.server = record
 
+    def number_audit(self) -> None:
+        """Number the entries, and keep them: the transaction has succeeded."""
+        for entry in self.audited:
+            self._table.audit_seq += 1
+            numbered = replace(entry, seq=self._table.audit_seq)
+            self._table.audit.append(numbered)
+            self.changes.append(AuditAdded(entry=numbered))
+
     def undo(self) -> None:
         self._table.server = self._server_before
         self.tokens.undo()
+        self._table.principals = self._principals_before
         # All out first, then back in: on the way no two rows may hold the same value.
         for machine_id, _ in self._before:
             self._table.remove(machine_id)
@@ -234,6 +281,7 @@ class MemoryStore:
                 transaction.undo()
                 raise
             self._history.add(transaction.happened)
+            transaction.number_audit()
             if transaction.changes:
                 self._feeds.publish(transaction.changes)
         return result
@@ -242,8 +290,8 @@ class MemoryStore:
         for machine in list(self._table.rows.values()):
             yield machine
 
-    async def bans(self) -> Sequence[Ban]:
-        return list(self._table.banned)
+    async def bans(self) -> Mapping[Ban, BanGrounds]:
+        return dict(self._table.banned)
 
     async def all_claims(self) -> Sequence[Claim]:
         return list(self._table.claims.values())
@@ -259,6 +307,24 @@ class MemoryStore:
 
     async def tokens(self, after: str = "", limit: int = 1000) -> Sequence[JoinToken]:
         return self._table.tokens.page(after, limit)
+
+    async def audit_entries(self, query: AuditQuery) -> Sequence[AuditEntry]:
+        entries = reversed(self._table.audit) if query.newest_first else iter(self._table.audit)
+        return list(islice((entry for entry in entries if query.matches(entry)), query.limit))
+
+    async def prune_audit(self, before: float, most: int) -> int:
+        count = 0
+        while count < most and self._table.audit and self._table.audit[0].at < before:
+            self._table.audit.popleft()
+            count += 1
+        return count
+
+    async def note_principals(self, used: Mapping[str, tuple[float, str]]) -> None:
+        async with self._lock:
+            for principal_id, (at, source) in used.items():
+                if (known := self._table.principals.get(principal_id)) is not None:
+                    noted = replace(known, last_used_at=at, last_source=source)
+                    self._table.principals = {**self._table.principals, principal_id: noted}
 
     def changes(self) -> AbstractAsyncContextManager[AsyncIterator[Change]]:
         return self._feeds.follow()

@@ -134,15 +134,15 @@ async def test_a_schema_of_the_next_release_is_used_and_a_newer_one_refused(url:
     async with PostgresStore.open(url) as store:
         await store.transact(work_of("insert", machine(1, 1, key=1, overlay=1)))
     # a migration only adds: what this release does not know has a default, and stays as it is
-    cluster().execute("ALTER TABLE machines ADD COLUMN labels text NOT NULL DEFAULT 'none'", database)
+    cluster().execute("ALTER TABLE machines ADD COLUMN later text NOT NULL DEFAULT 'none'", database)
     cluster().execute("CREATE TABLE sessions (machine_id text PRIMARY KEY)", database)
-    cluster().execute("UPDATE machines SET labels = 'kept'", database)
+    cluster().execute("UPDATE machines SET later = 'kept'", database)
     cluster().execute(f"UPDATE alembic_version SET version_num = '{int(tables.HEAD) + 1}'", database)
     async with PostgresStore.open(url) as store:
         await store.transact(work_of("insert", machine(2, 2, key=2, overlay=2)))
         await store.transact(work_of("update", machine(1, 1, key=3, overlay=1)))
         assert {row.id async for row in store.machines()} == {"1", "2"}
-    assert dict(cluster().execute("SELECT id, labels FROM machines", database)) == {"1": "kept", "2": "none"}  # type: ignore[arg-type]
+    assert dict(cluster().execute("SELECT id, later FROM machines", database)) == {"1": "kept", "2": "none"}  # type: ignore[arg-type]
     cluster().execute(f"UPDATE alembic_version SET version_num = '{int(tables.HEAD) + 2}'", database)
     with pytest.raises(StoreError, match="was written by a newer siderolink"):
         async with PostgresStore.open(url):

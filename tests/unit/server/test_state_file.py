@@ -274,7 +274,7 @@ async def test_a_file_of_the_first_schema_still_opens_with_all_that_it_holds(tmp
             assert [(row.id, row.node_uuid, row.revision) for row in rows] == [(f"m{n}", f"uuid-{n}", 7) for n in range(3)]
             assert all(row.is_accepted for row in rows)
             assert [row.bound_digest for row in rows] == [None, b"d" * 32, b"d" * 32], "what was never proved binds nobody"
-            assert await store.bans() == [Ban(value="uuid-9")]
+            assert list(await store.bans()) == [Ban(value="uuid-9")]
             assert await store.transact(lambda transaction: transaction.is_banned(Ban(value="uuid-9")))
             with pytest.raises(UniqueViolationError):
                 await store.transact(work_of("insert", replace(machine(9, 0, overlay=77), node_uuid="uuid-0")))

@@ -10,6 +10,7 @@ import asyncio
 import sqlite3
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
+from itertools import count
 from typing import Any
 
 import aiosqlite
@@ -38,7 +39,7 @@ class _Job:
 
     @property
     def is_read_only(self) -> bool:
-        return self.has_run and not self.transaction.writes
+        return self.has_run and not self.transaction.has_written
 
     async def run(self, reader: Reader, is_checked: bool) -> None:
         self.transaction, self.error = SqlTransaction(reader, is_checked=is_checked), None
@@ -146,7 +147,7 @@ class Batches:
         try:
             await _run_side_by_side(jobs, Reader(statements.SqliteFinder(self._driver)), is_checked)
             taken, put_off = _settle(jobs)
-            changed = [job.transaction for job in taken if job.error is None and job.transaction.writes]
+            changed = [job.transaction for job in taken if job.error is None and job.transaction.has_written]
             if changed:
                 await _write(self._driver, changed)
                 await self._driver.commit()
@@ -188,15 +189,27 @@ async def _write(driver: aiosqlite.Connection, transactions: Sequence[SqlTransac
     known = [machine_id for transaction in transactions for machine_id in transaction.stored.intersection(transaction.rows)]
     await statements.replace_machines(driver, known, [row for row in rows.values() if row is not None])
     for transaction in transactions:
-        if transaction.claimed:
-            await statements.replace_claims(driver, transaction.claimed)
-        if transaction.bans:
-            await statements.set_bans(driver, transaction.bans)
-        if transaction.tokens.has_changes:
-            await statements.set_tokens(driver, transaction.tokens)
-        if transaction.record is not None:
-            await statements.set_server(driver, transaction.record)
-        if transaction.seen:
-            await statements.note(driver, transaction.seen)
-        if transaction.happened:
-            await statements.add_history(driver, transaction.happened)
+        await _write_one(driver, transaction)
+    if any(transaction.audited for transaction in transactions):
+        numbers = count(await statements.last_audit(driver) + 1)
+        for transaction in transactions:
+            transaction.number_audit(numbers)
+        await statements.add_audit(driver, [entry for transaction in transactions for entry in transaction.audited])
+
+
+async def _write_one(driver: aiosqlite.Connection, transaction: SqlTransaction) -> None:
+    """What is not written for all transactions at once."""
+    if transaction.claimed:
+        await statements.replace_claims(driver, transaction.claimed)
+    if transaction.bans:
+        await statements.set_bans(driver, transaction.bans)
+    if transaction.tokens.has_changes:
+        await statements.set_tokens(driver, transaction.tokens)
+    if transaction.named:
+        await statements.set_principals(driver, transaction.named)
+    if transaction.record is not None:
+        await statements.set_server(driver, transaction.record)
+    if transaction.seen:
+        await statements.note(driver, transaction.seen)
+    if transaction.happened:
+        await statements.add_history(driver, transaction.happened)

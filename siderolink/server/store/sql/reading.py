@@ -5,6 +5,7 @@ from collections.abc import Hashable, Iterable, Sequence
 from typing import Protocol
 
 from siderolink.common.errors import StoreError
+from siderolink.server.store.audit import Principal
 from siderolink.server.store.base import Ban, Claim, Machine, ServerRecord
 from siderolink.server.store.sql.failures import translated
 from siderolink.server.store.tokens import JoinToken, TokenColumn, TokenUse
@@ -12,7 +13,7 @@ from siderolink.server.store.tokens import JoinToken, TokenColumn, TokenUse
 Key = tuple[str, Hashable]
 """A key that was read or written: a machine column and its value; BAN and a Ban; CLAIMS_OF and a machine's id; CLAIM_KEY and
 a public key; TOKEN with a token's column, and its value; USES_OF and a token's id; HISTORY and a number of the writer's own,
-because appending conflicts with nothing; or SERVER."""
+because appending conflicts with nothing; PRINCIPALS; or SERVER."""
 
 BAN = "ban"
 CLAIMS_OF = "claims of"
@@ -21,8 +22,9 @@ HISTORY = "history"
 TOKEN = "token "
 USES_OF = "uses of"
 SERVER: Key = ("server", 1)
+PRINCIPALS: Key = ("principals", 1)
 
-Found = Machine | Claim | Sequence[Claim] | JoinToken | Sequence[TokenUse] | ServerRecord | bool | None
+Found = Machine | Claim | Sequence[Claim] | JoinToken | Sequence[TokenUse] | Sequence[Principal] | ServerRecord | bool | None
 
 
 def is_optimistic(key: Key) -> bool:
@@ -51,6 +53,8 @@ class Finder(Protocol):
 
     async def uses(self, token_ids: list[Hashable]) -> Iterable[TokenUse]:
         """All uses of these tokens."""
+
+    async def principals(self) -> Sequence[Principal]: ...
 
     async def server(self) -> ServerRecord | None: ...
 
@@ -123,6 +127,8 @@ async def fetch(find: Finder, wanted: Sequence[Key]) -> dict[Key, Found]:
     banned = by_column.pop(BAN, None)
     if banned is not None:
         found |= {(BAN, ban): True for ban in await find.bans(banned)}
+    if by_column.pop(PRINCIPALS[0], None) is not None:
+        found[PRINCIPALS] = await find.principals()
     if by_column.pop(SERVER[0], None) is not None:
         found[SERVER] = await find.server()
     if uses_of := by_column.pop(USES_OF, None):

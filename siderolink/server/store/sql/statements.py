@@ -12,9 +12,10 @@ from sqlalchemy import Table, and_, bindparam, delete, insert, or_, select
 from sqlalchemy.dialects import sqlite
 from sqlalchemy.sql import ClauseElement, ColumnElement
 
-from siderolink.server.store.base import Ban, Claim, LastSeen, Machine, MachineAdmission, ServerRecord
+from siderolink.server.store.audit import AuditEntry, Principal
+from siderolink.server.store.base import Ban, BanGrounds, Claim, LastSeen, Machine, MachineAdmission, ServerRecord
 from siderolink.server.store.history import HistoryEntry
-from siderolink.server.store.sql import history, tables
+from siderolink.server.store.sql import audit, history, tables
 from siderolink.server.store.sql.reading import Wanted
 from siderolink.server.store.sql.token_rows import SqlTokens
 from siderolink.server.store.tokens import JoinToken, TokenUse
@@ -44,8 +45,9 @@ def _names(table: Table) -> list[str]:
     return [column.name for column in table.columns]
 
 
-_INSERT_MACHINE, _INSERT_CLAIM, _INSERT_BAN, _INSERT_SERVER = (
-    Statement(insert(table)) for table in (tables.machines, tables.claims, tables.bans, tables.server)
+_INSERT_MACHINE, _INSERT_CLAIM, _INSERT_BAN, _INSERT_SERVER, _INSERT_PRINCIPAL, _INSERT_AUDIT = (
+    Statement(insert(table))
+    for table in (tables.machines, tables.claims, tables.bans, tables.server, tables.principals, tables.audit)
 )
 _DELETE_MACHINE = Statement(delete(tables.machines).where(tables.machines.c.id == bindparam("machine")))
 _DELETE_CLAIM = Statement(delete(tables.claims).where(tables.claims.c.id == bindparam("claim")))
@@ -56,6 +58,9 @@ _INSERT_TOKEN, _INSERT_USE = Statement(insert(tables.join_tokens)), Statement(in
 _DELETE_TOKEN = Statement(delete(tables.join_tokens).where(tables.join_tokens.c.id == bindparam("token")))
 _DELETE_USES = Statement(delete(tables.token_uses).where(tables.token_uses.c.token_id == bindparam("token")))
 _RELEASE_USE, _TAKE_SLOT = Statement(tables.release_use()), Statement(tables.take_slot())
+_DELETE_PRINCIPAL = Statement(delete(tables.principals).where(tables.principals.c.id == bindparam("principal")))
+_SELECT_PRINCIPALS = Statement(select(tables.principals))
+_LAST_AUDIT = "SELECT coalesce(max(seq), 0) FROM sqlite_sequence WHERE name = 'audit'"
 _DELETE_SERVER = Statement(delete(tables.server))
 _SELECT_SERVER = Statement(select(tables.server))
 
@@ -93,7 +98,7 @@ def _select_bans(count: int) -> Statement:
         and_(columns.kind == bindparam(f"kind_{number}"), columns.value == bindparam(f"value_{number}"))
         for number in range(count)
     )
-    return Statement(select(tables.bans).where(or_(*matches)))
+    return Statement(select(columns.kind, columns.value).where(or_(*matches)))
 
 
 class SqliteFinder:
@@ -122,6 +127,11 @@ class SqliteFinder:
     async def uses(self, token_ids: list[Hashable]) -> list[TokenUse]:
         return [TokenUse(**row) for row in await _find(self._driver, tables.token_uses, {"token_id": token_ids})]
 
+    async def principals(self) -> list[Principal]:
+        rows = await self._driver.execute_fetchall(_SELECT_PRINCIPALS.text)
+        names = _names(tables.principals)
+        return [tables.read_principal(dict(zip(names, row, strict=True))) for row in rows]
+
     async def server(self) -> ServerRecord | None:
         rows = list(await self._driver.execute_fetchall(_SELECT_SERVER.text))
         return tables.read_server(dict(zip(_names(tables.server), rows[0], strict=True))) if rows else None
@@ -139,10 +149,29 @@ async def replace_claims(driver: aiosqlite.Connection, claims: Mapping[str, Clai
     await _INSERT_CLAIM.many(driver, [tables.cells(claim, tables.claims) for claim in claims.values() if claim is not None])
 
 
-async def set_bans(driver: aiosqlite.Connection, bans: Mapping[Ban, bool]) -> None:
-    rows = [{"kind": ban.kind.value, "value": ban.value} for ban in bans]
-    await _DELETE_BAN.many(driver, rows)
-    await _INSERT_BAN.many(driver, [row for row, banned in zip(rows, bans.values(), strict=True) if banned])
+async def set_bans(driver: aiosqlite.Connection, bans: Mapping[Ban, BanGrounds | None]) -> None:
+    """Bans that are made; None lifts the ban."""
+    await _DELETE_BAN.many(driver, [{"kind": ban.kind.value, "value": ban.value} for ban in bans])
+    made = [tables.ban_values(ban, grounds) for ban, grounds in bans.items() if grounds is not None]
+    await _INSERT_BAN.many(driver, made)
+
+
+async def set_principals(driver: aiosqlite.Connection, principals: Mapping[str, Principal | None]) -> None:
+    """New values of principals by id; None deletes the principal."""
+    await _DELETE_PRINCIPAL.many(driver, [{"principal": principal_id} for principal_id in principals])
+    rows = [tables.cells(one, tables.principals) for one in principals.values() if one is not None]
+    await _INSERT_PRINCIPAL.many(driver, rows)
+
+
+async def last_audit(driver: aiosqlite.Connection) -> int:
+    """The highest number that an audit entry ever had."""
+    (found,) = await driver.execute_fetchall(_LAST_AUDIT)
+    return int(found[0])
+
+
+async def add_audit(driver: aiosqlite.Connection, entries: Sequence[AuditEntry]) -> None:
+    """Add numbered entries."""
+    await _INSERT_AUDIT.many(driver, [{"seq": entry.seq} | audit.values(entry) for entry in entries])
 
 
 async def set_tokens(driver: aiosqlite.Connection, changed: SqlTokens) -> None:

@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import TypeVar
@@ -14,10 +14,11 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from siderolink.common.errors import StoreError
 from siderolink.common.tasks import background_tasks
-from siderolink.server.store.base import Ban, Change, Claim, Machine, Work
+from siderolink.server.store.audit import AuditEntry, AuditQuery
+from siderolink.server.store.base import Ban, BanGrounds, Change, Claim, Machine, Work
 from siderolink.server.store.feed import DEFAULT_FEED_LIMIT, Feeds
 from siderolink.server.store.history import HistoryBounds, HistoryEntry, HistoryQuery
-from siderolink.server.store.sql import history, tables
+from siderolink.server.store.sql import audit, history, tables
 from siderolink.server.store.sql.batches import Batches
 from siderolink.server.store.sql.file import CLOSE_SECONDS, open_file
 from siderolink.server.store.tokens import JoinToken
@@ -92,13 +93,13 @@ class SqlStore:
                 return
             last = page[-1].id
 
-    async def bans(self) -> Sequence[Ban]:
-        found: list[Ban] = []
+    async def bans(self) -> Mapping[Ban, BanGrounds]:
+        found: dict[Ban, BanGrounds] = {}
 
         async def read() -> None:
             async with self._connection.begin():
                 rows = await self._connection.execute(select(tables.bans))
-                found.extend(tables.read_ban(row.kind, row.value) for row in rows)
+                found.update((tables.read_ban(row["kind"], row["value"]), tables.read_grounds(row)) for row in rows.mappings())
 
         await self._batches.alone(read)
         return found
@@ -137,12 +138,30 @@ class SqlStore:
         return found
 
     async def delete_history(self, query: HistoryQuery) -> int:
-        return await self._change_history(lambda: history.remove(self._connection, query))
+        return await self._change(lambda: history.remove(self._connection, query))
 
     async def prune_history(self, bounds: HistoryBounds) -> int:
-        return await self._change_history(lambda: history.prune(self._connection, bounds))
+        return await self._change(lambda: history.prune(self._connection, bounds))
 
-    async def _change_history(self, change: Callable[[], Awaitable[int]]) -> int:
+    async def audit_entries(self, query: AuditQuery) -> Sequence[AuditEntry]:
+        found: list[AuditEntry] = []
+
+        async def read() -> None:
+            async with self._connection.begin():
+                rows = await self._connection.execute(audit.find(query))
+                found.extend(audit.read_entry(row) for row in rows.mappings())
+
+        await self._batches.alone(read)
+        return found
+
+    async def prune_audit(self, before: float, most: int) -> int:
+        return await self._change(lambda: audit.prune(self._connection, before, most))
+
+    async def note_principals(self, used: Mapping[str, tuple[float, str]]) -> None:
+        await self._change(lambda: audit.note_principals(self._connection, used))
+
+    async def _change(self, change: Callable[[], Awaitable[int]]) -> int:
+        """Run a statement in a transaction of its own; returns what it returns."""
         count = 0
 
         async def work() -> None:

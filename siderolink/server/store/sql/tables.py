@@ -32,10 +32,21 @@ from sqlalchemy import (
 
 from siderolink.common.errors import StoreError
 from siderolink.common.keys import KEY_BYTES, PrivateKey, PublicKey
-from siderolink.server.store.base import Ban, BanKind, Claim, LastSeen, Machine, MachineAdmission, ServerRecord
+from siderolink.server.store.audit import Principal, Role
+from siderolink.server.store.base import (
+    NO_LABELS,
+    Ban,
+    BanGrounds,
+    BanKind,
+    Claim,
+    LastSeen,
+    Machine,
+    MachineAdmission,
+    ServerRecord,
+)
 from siderolink.server.store.tokens import JoinToken, TokenKind, TokenUse, TunnelSetting
 
-HEAD = "5"
+HEAD = "6"
 """The newest migration, which these tables are."""
 
 metadata = MetaData()
@@ -72,7 +83,12 @@ machines = Table(
     # what a server of the release before leaves out gets these values
     Column("token_id", Text),
     Column("has_reserved_use", Boolean, nullable=False, server_default=false()),
+    Column("name", Text),
+    Column("labels", Text, nullable=False),
+    Column("note", Text, nullable=False),
+    Column("tunnel_setting", Text, nullable=False),
 )
+Index("machine_names", machines.c.name, unique=True)
 Index(
     "accepted_uuids",
     machines.c.node_uuid,
@@ -102,7 +118,48 @@ claims = Table(
 )
 Index("claimed_machines", claims.c.machine_id)
 
-bans = Table("bans", metadata, Column("kind", Text, primary_key=True), Column("value", Text, primary_key=True))
+bans = Table(
+    "bans",
+    metadata,
+    Column("kind", Text, primary_key=True),
+    Column("value", Text, primary_key=True),
+    Column("reason", Text, nullable=False),
+    Column("created_by", Text, nullable=False),
+    Column("created_at", Float),
+)
+
+principals = Table(
+    "principals",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("name", Text, nullable=False, unique=True),
+    Column("role", Text, nullable=False),
+    Column("key_digest", LargeBinary, nullable=False, unique=True),
+    Column("created_at", Float, nullable=False),
+    Column("created_by", Text, nullable=False),
+    Column("expires_at", Float),
+    Column("revoked_at", Float),
+    Column("last_used_at", Float),
+    Column("last_source", Text, nullable=False),
+)
+
+audit = Table(
+    "audit",
+    metadata,
+    Column("seq", BigInteger().with_variant(Integer, "sqlite"), primary_key=True),
+    Column("at", Float, nullable=False),
+    Column("actor", Text, nullable=False),
+    Column("role", Text, nullable=False),
+    Column("source", Text, nullable=False),
+    Column("action", Text, nullable=False),
+    Column("object_kind", Text, nullable=False),
+    Column("object_id", Text, nullable=False),
+    Column("object_name", Text, nullable=False),
+    Column("before", Text, nullable=False),
+    Column("after", Text, nullable=False),
+    sqlite_autoincrement=True,
+)
+Index("audit_times", audit.c.at)
 
 history = Table(
     "history",
@@ -180,11 +237,11 @@ def cell(value: object) -> object:
     if isinstance(value, IPv6Address):
         return value.packed
     if isinstance(value, Mapping):
-        return json.dumps(dict(value), sort_keys=True, separators=(",", ":"))
+        return "{}" if not value else json.dumps(dict(value), sort_keys=True, separators=(",", ":"))
     return value
 
 
-def cells(row: Machine | Claim | JoinToken | TokenUse, table: Table) -> dict[str, object]:
+def cells(row: Machine | Claim | JoinToken | TokenUse | Principal, table: Table) -> dict[str, object]:
     """A row's fields as its table's columns hold them."""
     return {column.name: cell(getattr(row, column.name)) for column in table.columns}
 
@@ -223,8 +280,10 @@ def note_values(seen: Mapping[str, LastSeen]) -> list[dict[str, object]]:
 _MACHINE_FLAGS = ("tunnel", "was_linked", "has_uuid_conflict", "is_installed", "has_reserved_use")
 
 
-def read_labels(text: str) -> dict[str, str]:
+def read_labels(text: str) -> Mapping[str, str]:
     """Raises ValueError for what no server wrote."""
+    if text == "{}":
+        return NO_LABELS
     found = json.loads(text)
     if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
         raise ValueError("labels are no text")
@@ -242,6 +301,8 @@ def read_machine(row: Mapping[Any, Any]) -> Machine:
             overlay_address=IPv6Address(fields.pop("overlay_address")),
             virtual_address=None if virtual is None else IPv6Address(virtual),
             admission=MachineAdmission(fields.pop("admission")),
+            labels=read_labels(fields.pop("labels", "{}")),
+            tunnel_setting=TunnelSetting(fields.pop("tunnel_setting", TunnelSetting.INHERIT.value)),
             **fields,
         )
     except (ValueError, TypeError):
@@ -317,6 +378,23 @@ def read_token(row: Mapping[Any, Any]) -> JoinToken:
         )
     except (ValueError, TypeError):
         raise StoreError("the state contains an invalid token record") from None
+
+
+def ban_values(ban: Ban, grounds: BanGrounds) -> dict[str, object]:
+    return {"kind": ban.kind.value, "value": ban.value, **grounds._asdict()}
+
+
+def read_grounds(row: Mapping[Any, Any]) -> BanGrounds:
+    return BanGrounds(reason=row["reason"], created_by=row["created_by"], created_at=row["created_at"])
+
+
+def read_principal(row: Mapping[Any, Any]) -> Principal:
+    """Raises StoreError for a row that no server wrote."""
+    fields = dict(row)
+    try:
+        return Principal(role=Role(fields.pop("role")), **fields)
+    except (ValueError, TypeError):
+        raise StoreError("the state contains an invalid principal record") from None
 
 
 def server_values(record: ServerRecord) -> dict[str, object]:

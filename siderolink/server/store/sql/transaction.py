@@ -1,14 +1,17 @@
 """One work's transaction within a batch: it reads the stored rows, and keeps what it wants changed until the batch commits."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from ipaddress import IPv6Address
 
 from siderolink.common.errors import StoreError
 from siderolink.common.keys import PublicKey
+from siderolink.server.store.audit import AuditEntry, Principal
 from siderolink.server.store.base import (
+    AuditAdded,
     Ban,
     BanChanged,
+    BanGrounds,
     Change,
     Claim,
     ClaimChanged,
@@ -16,12 +19,13 @@ from siderolink.server.store.base import (
     Machine,
     MachineChanged,
     MachineDeleted,
+    PrincipalChanged,
     ServerRecord,
     UniqueViolationError,
     unique_values,
 )
 from siderolink.server.store.history import HistoryEntry
-from siderolink.server.store.sql.reading import BAN, CLAIM_KEY, CLAIMS_OF, HISTORY, SERVER, TOKEN, Key, Reads
+from siderolink.server.store.sql.reading import BAN, CLAIM_KEY, CLAIMS_OF, HISTORY, PRINCIPALS, SERVER, TOKEN, Key, Reads
 from siderolink.server.store.sql.token_rows import SqlTokens
 from siderolink.server.store.tokens import TokenKey
 
@@ -41,7 +45,11 @@ class SqlTransaction:
         """Ids of rows that were found in the database."""
         self.claimed: dict[str, Claim | None] = {}
         """New values of claims by id; None deletes the claim."""
-        self.bans: dict[Ban, bool] = {}
+        self.bans: dict[Ban, BanGrounds | None] = {}
+        """Bans that are made, or lifted (None)."""
+        self.named: dict[str, Principal | None] = {}
+        """New values of principals by id; None deletes the principal."""
+        self.audited: list[AuditEntry] = []
         self.record: ServerRecord | None = None
         self.seen: dict[str, LastSeen] = {}
         self.happened: list[HistoryEntry] = []
@@ -86,6 +94,9 @@ class SqlTransaction:
 
     async def machine_by_virtual_address(self, address: IPv6Address) -> Machine | None:
         return await self._find(("virtual_address", address))
+
+    async def machine_by_name(self, name: str) -> Machine | None:
+        return await self._find(("name", name))
 
     async def insert(self, machine: Machine) -> Machine:
         if self._is_checked:
@@ -136,6 +147,8 @@ class SqlTransaction:
         stored = await self._reader.read((CLAIMS_OF, machine_id))
         claims = (claim for claim in stored if isinstance(claim, Claim)) if isinstance(stored, Sequence) else ()
         found = [claim for claim in claims if claim.id not in self.claimed]
+        known = [one for one in stored if isinstance(one, Claim)] if isinstance(stored, Sequence) else []
+        found = [claim for claim in known if claim.id not in self.claimed]
         return found + [claim for claim in self.claimed.values() if claim is not None and claim.machine_id == machine_id]
 
     async def claim_by_key(self, public_key: PublicKey) -> Claim | None:
@@ -165,15 +178,48 @@ class SqlTransaction:
 
     async def is_banned(self, ban: Ban) -> bool:
         if ban in self.bans:
-            return self.bans[ban]
+            return self.bans[ban] is not None
         self.reads.add((BAN, ban))
         return await self._reader.read((BAN, ban)) is True
 
-    async def set_banned(self, ban: Ban, banned: bool) -> None:
+    async def set_banned(self, ban: Ban, banned: bool, grounds: BanGrounds | None = None) -> None:
         if await self.is_banned(ban) != banned:
             self.writes.add((BAN, ban))
-            self.bans[ban] = banned
+            self.bans[ban] = (grounds or BanGrounds()) if banned else None
             self.changes.append(BanChanged(ban=ban, banned=banned))
+
+    async def audit(self, entry: AuditEntry) -> None:
+        self.audited.append(entry)
+
+    def number_audit(self, numbers: Iterator[int]) -> None:
+        """Give the entries their numbers, in order; the feed tells of them."""
+        self.audited = [replace(entry, seq=seq) for entry, seq in zip(self.audited, numbers, strict=False)]
+        self.changes += [AuditAdded(entry=entry) for entry in self.audited]
+
+    @property
+    def has_written(self) -> bool:
+        """Whether there is something to commit."""
+        return bool(self.writes or self.audited)
+
+    async def principals(self) -> Sequence[Principal]:
+        self.reads.add(PRINCIPALS)
+        found = await self._reader.read(PRINCIPALS)
+        known = {one.id: one for one in found if isinstance(one, Principal)} if isinstance(found, Sequence) else {}
+        return [one for one in (known | self.named).values() if one is not None]
+
+    async def put_principal(self, principal: Principal) -> None:
+        if any(other.name == principal.name and other.id != principal.id for other in await self.principals()):
+            raise UniqueViolationError("name")
+        self._write_principal(principal.id, principal)
+
+    async def delete_principal(self, principal_id: str) -> None:
+        if any(other.id == principal_id for other in await self.principals()):
+            self._write_principal(principal_id, None)
+
+    def _write_principal(self, principal_id: str, principal: Principal | None) -> None:
+        self.writes.add(PRINCIPALS)
+        self.named[principal_id] = principal
+        self.changes.append(PrincipalChanged(principal_id=principal_id))
 
     async def note(self, seen: Mapping[str, LastSeen]) -> None:
         self.writes |= {("id", machine_id) for machine_id in seen}

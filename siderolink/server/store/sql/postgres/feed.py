@@ -20,6 +20,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from siderolink.common.errors import StoreError, StoreUnavailableError
 from siderolink.server.store.base import (
+    AuditAdded,
     Ban,
     BanChanged,
     BanKind,
@@ -30,9 +31,10 @@ from siderolink.server.store.base import (
     Machine,
     MachineChanged,
     MachineDeleted,
+    PrincipalChanged,
 )
 from siderolink.server.store.feed import Feeds
-from siderolink.server.store.sql import tables
+from siderolink.server.store.sql import audit, tables
 from siderolink.server.store.sql.postgres.database import ContendedError, Database
 from siderolink.server.store.tokens import JoinToken, TokenChanged
 
@@ -92,6 +94,10 @@ def _written(change: Change) -> dict[str, str]:
             kind, name, body = "ban" if banned else "ban lifted", ban.value, {"kind": ban.kind.value, "value": ban.value}
         case TokenChanged(token=token, is_gone=is_gone):
             kind, name, body = "token gone" if is_gone else "token", token.id, _body(token)
+        case AuditAdded(entry=entry):
+            kind, name, body = "audit", str(entry.seq), audit.values(entry) | {"seq": entry.seq}
+        case PrincipalChanged(principal_id=name):
+            kind, body = "principal", {"id": name}
         case ChangesLost():
             raise ValueError("nobody writes that")
     return {"kind": kind, "id": name, "body": json.dumps(body)}
@@ -107,6 +113,10 @@ def _read_change(kind: str, body: str) -> Change | None:
                 return MachineChanged(machine=machine) if kind == "machine" else MachineDeleted(machine=machine)
             case "claim" | "claim over":
                 return ClaimChanged(claim=tables.read_claim(_row(found, Claim)), is_over=kind == "claim over")
+            case "audit":
+                return AuditAdded(entry=audit.read_entry(found))
+            case "principal":
+                return PrincipalChanged(principal_id=found["id"])
             case "ban" | "ban lifted":
                 return BanChanged(ban=Ban(kind=BanKind(found["kind"]), value=found["value"]), banned=kind == "ban")
             case "token" | "token gone":

@@ -1,6 +1,6 @@
 """A store on Postgres, which outlives the server and which several servers may share."""
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import TypeVar
 
@@ -11,10 +11,11 @@ from sqlalchemy.sql import Select
 
 from siderolink.common.errors import StoreError, StoreUnavailableError
 from siderolink.common.tasks import background_tasks
-from siderolink.server.store.base import Ban, Change, Claim, Machine, Work
+from siderolink.server.store.audit import AuditEntry, AuditQuery
+from siderolink.server.store.base import Ban, BanGrounds, Change, Claim, Machine, Work
 from siderolink.server.store.feed import DEFAULT_FEED_LIMIT, Feeds
 from siderolink.server.store.history import HistoryBounds, HistoryEntry, HistoryQuery
-from siderolink.server.store.sql import history, tables
+from siderolink.server.store.sql import audit, history, tables
 from siderolink.server.store.sql.postgres.database import CONNECTIONS, ContendedError, Database, database_url
 from siderolink.server.store.sql.postgres.feed import FeedReader
 from siderolink.server.store.sql.postgres.transactions import run_work
@@ -96,8 +97,11 @@ class PostgresStore:
                 return
             last = page[-1].id
 
-    async def bans(self) -> Sequence[Ban]:
-        return await self._read(select(tables.bans), lambda row: tables.read_ban(row["kind"], row["value"]))
+    async def bans(self) -> Mapping[Ban, BanGrounds]:
+        def read(row: RowMapping) -> tuple[Ban, BanGrounds]:
+            return tables.read_ban(row["kind"], row["value"]), tables.read_grounds(row)
+
+        return dict(await self._read(select(tables.bans), read))
 
     async def all_claims(self) -> Sequence[Claim]:
         return await self._read(select(tables.claims).order_by(tables.claims.c.created_at), tables.read_claim)
@@ -116,12 +120,21 @@ class PostgresStore:
         return await self._read(history.find(query), history.read_entry)
 
     async def delete_history(self, query: HistoryQuery) -> int:
-        return await self._change_history(lambda connection: history.remove(connection, query))
+        return await self._change(lambda connection: history.remove(connection, query))
 
     async def prune_history(self, bounds: HistoryBounds) -> int:
-        return await self._change_history(lambda connection: history.prune(connection, bounds))
+        return await self._change(lambda connection: history.prune(connection, bounds))
 
-    async def _change_history(self, change: Callable[[AsyncConnection], Awaitable[int]]) -> int:
+    async def audit_entries(self, query: AuditQuery) -> Sequence[AuditEntry]:
+        return await self._read(audit.find(query), audit.read_entry)
+
+    async def prune_audit(self, before: float, most: int) -> int:
+        return await self._change(lambda connection: audit.prune(connection, before, most))
+
+    async def note_principals(self, used: Mapping[str, tuple[float, str]]) -> None:
+        await self._change(lambda connection: audit.note_principals(connection, used))
+
+    async def _change(self, change: Callable[[AsyncConnection], Awaitable[int]]) -> int:
         try:
             async with self._database.connect() as connection:
                 count = await change(connection)

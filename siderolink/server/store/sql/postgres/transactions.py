@@ -19,8 +19,18 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.sql import ColumnElement
 
 from siderolink.common.errors import StoreError, StoreUnavailableError
-from siderolink.server.store.base import Ban, Change, Claim, Machine, MachineAdmission, ServerRecord, Work
-from siderolink.server.store.sql import history, tables
+from siderolink.server.store.audit import Principal
+from siderolink.server.store.base import (
+    Ban,
+    BanGrounds,
+    Change,
+    Claim,
+    Machine,
+    MachineAdmission,
+    ServerRecord,
+    Work,
+)
+from siderolink.server.store.sql import audit, history, tables
 from siderolink.server.store.sql.postgres.database import ContendedError, Database
 from siderolink.server.store.sql.postgres.feed import write_changes
 from siderolink.server.store.sql.reading import Found, Key, Wanted, fetch, is_optimistic
@@ -44,6 +54,7 @@ _FREE_MACHINE = (
     .values(
         public_key=None,
         virtual_address=None,
+        name=None,
         admission=MachineAdmission.PENDING.value,
         overlay_address=func.sha256(func.convert_to(tables.machines.c.id, "UTF8")),
     )
@@ -97,7 +108,7 @@ class PostgresFinder:
     async def bans(self, wanted: list[Hashable]) -> list[Ban]:
         columns, bans = tables.bans.c, [ban for ban in wanted if isinstance(ban, Ban)]
         matches = (and_(columns.kind == ban.kind.value, columns.value == ban.value) for ban in bans)
-        rows = await self._connection.execute(select(tables.bans).where(or_(*matches)))
+        rows = await self._connection.execute(select(columns.kind, columns.value).where(or_(*matches)))
         return [tables.read_ban(row.kind, row.value) for row in rows]
 
     async def tokens(self, wanted: Wanted) -> list[JoinToken]:
@@ -107,6 +118,10 @@ class PostgresFinder:
     async def uses(self, token_ids: list[Hashable]) -> list[TokenUse]:
         statement = select(tables.token_uses).where(tables.token_uses.c.token_id.in_(token_ids))
         return [TokenUse(**row) for row in (await self._connection.execute(statement)).mappings()]
+
+    async def principals(self) -> list[Principal]:
+        rows = await self._connection.execute(select(tables.principals))
+        return [tables.read_principal(row) for row in rows.mappings()]
 
     async def server(self) -> ServerRecord | None:
         row = (await self._connection.execute(select(tables.server))).mappings().first()
@@ -161,13 +176,13 @@ class _Attempt:
         result = await work(transaction)
         read = {key for key in transaction.reads if key in transaction.writes or not is_optimistic(key)}
         keys = read | (transaction.writes - {("id", machine_id) for machine_id in transaction.seen})
-        if transaction.writes:
+        if transaction.has_written:
             self.locks |= keys
             await _lock(connection, keys)
-        is_read_again = transaction.writes or reads.rounds > 1
-        if is_read_again and await reads.have_changed(read, is_locking=bool(transaction.writes)):
+        is_read_again = transaction.has_written or reads.rounds > 1
+        if is_read_again and await reads.have_changed(read, is_locking=transaction.has_written):
             raise ContendedError("what was read has changed")
-        if transaction.writes:
+        if transaction.has_written:
             await _write(connection, transaction)
             self.is_committing = True
             await connection.commit()
@@ -213,6 +228,10 @@ async def _write(connection: AsyncConnection, transaction: SqlTransaction) -> No
         await connection.execute(
             insert_or(tables.server).values(values).on_conflict_do_update(index_elements=["id"], set_=values)
         )
+    if transaction.named:
+        await _write_principals(connection, transaction.named)
+    if transaction.audited:
+        await _write_audit(connection, transaction)
     if transaction.seen:
         await connection.execute(_NOTE, tables.note_values(transaction.seen))
     if transaction.happened:
@@ -238,11 +257,11 @@ async def _write_machines(connection: AsyncConnection, rows: Mapping[str, Machin
         await connection.execute(insert(tables.machines), [tables.cells(row, tables.machines) for row in new])
 
 
-async def _write_bans(connection: AsyncConnection, bans: Mapping[Ban, bool]) -> None:
+async def _write_bans(connection: AsyncConnection, bans: Mapping[Ban, BanGrounds | None]) -> None:
     columns = tables.bans.c
-    for ban, banned in bans.items():
-        if banned:
-            made = insert_or(tables.bans).values(kind=ban.kind.value, value=ban.value)
+    for ban, grounds in bans.items():
+        if grounds is not None:
+            made = insert_or(tables.bans).values(tables.ban_values(ban, grounds))
             await connection.execute(made.on_conflict_do_nothing())
         else:
             await connection.execute(delete(tables.bans).where(columns.kind == ban.kind.value, columns.value == ban.value))
@@ -266,3 +285,16 @@ async def _write_tokens(connection: AsyncConnection, changed: SqlTokens) -> None
         made = insert_or(uses).values(values).on_conflict_do_nothing().returning(uses.c.slot)
         if len((await connection.execute(made)).all()) != len(values):
             raise ContendedError("a use of a token was taken meanwhile")
+
+
+async def _write_principals(connection: AsyncConnection, principals: Mapping[str, Principal | None]) -> None:
+    await connection.execute(delete(tables.principals).where(tables.principals.c.id.in_(list(principals))))
+    rows = [tables.cells(one, tables.principals) for one in principals.values() if one is not None]
+    if rows:
+        await connection.execute(insert(tables.principals), rows)
+
+
+async def _write_audit(connection: AsyncConnection, transaction: SqlTransaction) -> None:
+    add = insert(tables.audit).returning(tables.audit.c.seq)
+    numbers = [(await connection.execute(add.values(audit.values(entry)))).scalar_one() for entry in transaction.audited]
+    transaction.number_audit(iter(numbers))

@@ -1,0 +1,129 @@
+"""Who administers the server, and the record of what was changed by whom."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Final
+
+
+class Role(StrEnum):
+    """What somebody may do. Each role includes the ones before it."""
+
+    VIEWER = "viewer"
+    """Sees everything but secrets and the audit."""
+    OPERATOR = "operator"
+    """Changes machines, tokens and bans."""
+    ADMIN = "admin"
+    """Everything, API keys and the audit included."""
+
+    def includes(self, other: "Role") -> bool:
+        return _RANKS[self] >= _RANKS[other]
+
+
+_RANKS: Final = {role: rank for rank, role in enumerate(Role)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Actor:
+    """Who does something."""
+
+    name: str
+    """Of an API key or a user of this host; for what needs no role, "machine" or "server"."""
+    role: Role | None = None
+    """None for machines, and for what the server does by itself."""
+    source: str = ""
+    """Where the call came from: an address, or the user id on the local socket."""
+
+
+SERVER: Final = Actor(name="server")
+"""What the server does by itself."""
+EMBEDDER: Final = Actor(name="embedder", role=Role.ADMIN)
+"""The program that runs the server."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AuditEntry:
+    """One change, or one call that is recorded though it changed nothing. Holds no secret."""
+
+    at: float
+    """Unix time in seconds."""
+    actor: Actor
+    action: str
+    """Such as "machine.rename"."""
+    object_kind: str
+    """Such as "machine"."""
+    object_id: str = ""
+    object_name: str = ""
+    before: Mapping[str, object] = field(default_factory=dict, hash=False)
+    """The fields that changed, as JSON has them."""
+    after: Mapping[str, object] = field(default_factory=dict, hash=False)
+    seq: int = 0
+    """Given by the store: rises with each entry; some numbers may be missing."""
+
+    def to_json(self) -> str:
+        """The entry as one line of JSON."""
+        shown = {
+            "seq": self.seq,
+            "at": self.at,
+            "actor": self.actor.name,
+            "role": str(self.actor.role or ""),
+            "source": self.actor.source,
+            "action": self.action,
+            "object_kind": self.object_kind,
+            "object_id": self.object_id,
+            "object_name": self.object_name,
+            "before": self.before,
+            "after": self.after,
+        }
+        return json.dumps(shown, separators=(",", ":"), sort_keys=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AuditQuery:
+    """Selects entries; what is empty or None selects all."""
+
+    actor: str = ""
+    action: str = ""
+    """An action, or the beginning of some."""
+    object: str = ""
+    """An id or a name."""
+    since: float | None = None
+    until: float | None = None
+    after_seq: int = 0
+    before_seq: int | None = None
+    newest_first: bool = True
+    limit: int = 100
+
+    def matches(self, entry: AuditEntry) -> bool:
+        return (
+            (not self.actor or entry.actor.name == self.actor)
+            and entry.action.startswith(self.action)
+            and (not self.object or self.object in (entry.object_id, entry.object_name))
+            and (self.since is None or entry.at >= self.since)
+            and (self.until is None or entry.at < self.until)
+            and entry.seq > self.after_seq
+            and (self.before_seq is None or entry.seq < self.before_seq)
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Principal:
+    """Somebody who may call the admin API with a key. Times are Unix times in seconds."""
+
+    id: str
+    name: str
+    """Unique."""
+    role: Role
+    key_digest: bytes = field(repr=False)
+    """SHA-256 of the key."""
+    created_at: float
+    created_by: str = ""
+    expires_at: float | None = None
+    revoked_at: float | None = None
+    last_used_at: float | None = None
+    """Written with a delay."""
+    last_source: str = ""
+
+    def is_active(self, now: float) -> bool:
+        return self.revoked_at is None and (self.expires_at is None or now < self.expires_at)
