@@ -99,8 +99,8 @@ class _Table:
         return claim
 
 
-class _MemoryTransaction:
-    """Changes the tables immediately and records how to undo each change."""
+class _RowChanges:
+    """A transaction's machines' rows and claims. Changes the tables immediately and records how to undo each change."""
 
     def __init__(self, table: _Table) -> None:
         self._table = table
@@ -179,6 +179,10 @@ class _MemoryTransaction:
         if found is not None:
             self._claims_before.append((found.id, found))
             self.changes.append(ClaimChanged(claim=found, is_over=True))
+
+
+class _MemoryTransaction(_RowChanges):
+    """See `Transaction`."""
 
     async def is_banned(self, ban: Ban) -> bool:
         return ban in self._table.banned

@@ -30,8 +30,8 @@ from siderolink.server.store.sql.token_rows import SqlTokens
 from siderolink.server.store.tokens import TokenKey
 
 
-class SqlTransaction:
-    """See `Transaction`. Its reads and writes show whether it conflicts with another transaction of its batch."""
+class _RowChanges:
+    """A transaction's machines' rows and claims. Its reads and writes show whether it conflicts with another of its batch."""
 
     def __init__(self, reader: Reads, *, is_checked: bool) -> None:
         """Unless `is_checked`, what would repeat a stored value is left for the database to refuse."""
@@ -175,6 +175,10 @@ class SqlTransaction:
     def _write_claim(self, claim: Claim, new: Claim | None) -> None:
         self.writes |= {(CLAIMS_OF, claim.machine_id), (CLAIM_KEY, claim.public_key)}
         self.claimed[claim.id] = new
+
+
+class SqlTransaction(_RowChanges):
+    """See `Transaction`."""
 
     async def is_banned(self, ban: Ban) -> bool:
         if ban in self.bans:
