@@ -3,6 +3,7 @@
 For tests of what a server decides, in virtual time. What a device does with packets is tested on real devices.
 """
 
+from collections import Counter
 from typing import TYPE_CHECKING, Literal
 
 import anyio
@@ -31,6 +32,8 @@ class VirtualClock:
         self.now = 0.0
         self.on_sleep: Callable[[], None] = lambda: None
         """Called after each sleep."""
+        self.turns = 1
+        """How many turns of the event loop a sleep lets other tasks have."""
 
     def advance(self, seconds: float) -> None:
         self.now += seconds
@@ -43,7 +46,8 @@ class VirtualClock:
     async def sleep(self, seconds: float) -> None:
         self.advance(seconds)
         self.on_sleep()
-        await anyio.lowlevel.checkpoint()
+        for _ in range(self.turns):
+            await anyio.lowlevel.checkpoint()
 
 
 class FakePath:
@@ -84,6 +88,9 @@ class FakeDevice:
         self._clock = clock
         self._heard: dict[PublicKey, float] = {}
         self._heard_at: dict[PublicKey, float] = {}
+        self._received: Counter[PublicKey] = Counter()
+        self.look_seconds = 0.0
+        """How long the host is busy with other things whenever somebody asks for a peer's status."""
         self.answering: set[PublicKey] = set()
         """Peers that answer a handshake or a ping at once."""
         self._paths: dict[PublicKey, Path] = {}
@@ -93,6 +100,7 @@ class FakeDevice:
         assert key in self.configs
         self._heard[key] = self._clock.clock.time()
         self._heard_at[key] = self._clock.clock.monotonic()
+        self._received[key] += 32
         old = self._paths.get(key)
         if path is not None and path is not old:
             self._paths[key] = path
@@ -120,6 +128,7 @@ class FakeDevice:
         self.configs.pop(public_key, None)
         self._heard.pop(public_key, None)
         self._heard_at.pop(public_key, None)
+        self._received.pop(public_key, None)
         self._paths.pop(public_key, None)
 
     async def settle(self) -> None:
@@ -132,7 +141,9 @@ class FakeDevice:
 
     async def peer(self, public_key: PublicKey) -> PeerStatus | None:
         config = self.configs.get(public_key)
-        return None if config is None else self._status(config)
+        status = None if config is None else self._status(config)
+        self._clock.now += self.look_seconds
+        return status
 
     async def peers(self, keys: "Iterable[PublicKey] | None" = None) -> list[PeerStatus]:
         assert keys is None
@@ -145,7 +156,7 @@ class FakeDevice:
             path=None,
             last_handshake=None,
             last_received=self._heard.get(config.public_key),
-            received_bytes=0,
+            received_bytes=self._received[config.public_key],
             sent_bytes=0,
             persistent_keepalive=config.persistent_keepalive,
             silent_for=self._silent_for(config.public_key),

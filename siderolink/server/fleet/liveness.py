@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Protocol
 import anyio
 
 from siderolink.common.errors import SideroLinkError
-from siderolink.common.wireguard.device import CanShakeHands, Device
+from siderolink.common.keys import PublicKey
+from siderolink.common.wireguard.device import CanShakeHands, Device, PeerStatus
 from siderolink.server.admission.rules import LinkLiveness
 from siderolink.server.clock import Clock
 from siderolink.server.fleet.directory import Directory, MachineLink
@@ -18,8 +19,6 @@ from siderolink.server.store import Machine
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from siderolink.common.keys import PublicKey
-
 PROBES = 5
 PROBE_SECONDS = 1.0
 """A living machine answers an echo, or a handshake, well within a second; five of them are not lost one after the other."""
@@ -27,7 +26,6 @@ MAX_WAITING = 8
 """Calls that wait for one machine's probes."""
 _VALID_SECONDS = 30.0
 """How long unanswered probes stay valid while the machine is silent."""
-_CLOCK_SLACK = 0.001
 _LAST_PACKETS = 1.0
 """How long packets in flight may arrive after a goodbye."""
 
@@ -44,6 +42,16 @@ class _Run:
 
     done: anyio.Event
     waiting: int = 0
+    is_unanswered: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Unanswered:
+    """The last run of probes that a machine did not answer. A byte more from its key disproves it."""
+
+    public_key: PublicKey | None
+    at: float
+    received: int
 
 
 class Liveness:
@@ -56,7 +64,7 @@ class Liveness:
         self._echo = echo
         self._began_at, self._began_unix = clock.monotonic(), clock.time()
         self._runs: dict[str, _Run] = {}
-        self._unanswered: dict[str, tuple[PublicKey | None, float]] = {}
+        self._unanswered: dict[str, _Unanswered] = {}
         self.redial: Callable[[MachineLink], Awaitable[None]] | None = None
         """Sends a handshake to the last endpoint of a machine without a session."""
 
@@ -66,9 +74,12 @@ class Liveness:
 
     async def silence(self, machine: Machine) -> float | None:
         """Seconds since the last authenticated packet from the row's key; None if there was none."""
-        if machine.public_key is None:
-            return None
-        status = await self._device.peer(machine.public_key)
+        return self._silence(await self._status(machine))
+
+    async def _status(self, machine: Machine) -> PeerStatus | None:
+        return None if machine.public_key is None else await self._device.peer(machine.public_key)
+
+    def _silence(self, status: PeerStatus | None) -> float | None:
         if status is None:
             return None
         if status.silent_for is not None:
@@ -78,15 +89,15 @@ class Liveness:
     async def of(self, machine: Machine) -> LinkLiveness:
         """The state of the machine's link, for a decision about its row."""
         link = self._directory.get(machine.id)
-        silence = await self.silence(machine)
-        unheard = silence if silence is not None else self._unheard(machine)
+        status = await self._status(machine)
+        silence = self._silence(status)
         source = machine.last_source if link is None or link.source is None else link.source
         return LinkLiveness(
             silence=silence,
-            unheard=unheard,
+            unheard=silence if silence is not None else self._unheard(machine),
             said_goodbye=self._said_goodbye(machine, link, silence),
             source=source,
-            is_unanswered=self._is_unanswered(machine, unheard),
+            is_unanswered=self._is_unanswered(machine, status),
         )
 
     def _unheard(self, machine: Machine) -> float | None:
@@ -107,12 +118,11 @@ class Liveness:
         stored = machine.goodbye_at is not None and machine.goodbye_at >= (machine.seen_at or 0.0)
         return stored and silence is None
 
-    def _is_unanswered(self, machine: Machine, unheard: float | None) -> bool:
-        key, at = self._unanswered.get(machine.id, (None, -_VALID_SECONDS))
-        since = self._clock.monotonic() - at
-        if key is None or key != machine.public_key or since > _VALID_SECONDS:
+    def _is_unanswered(self, machine: Machine, status: PeerStatus | None) -> bool:
+        found = self._unanswered.get(machine.id)
+        if found is None or found.public_key != machine.public_key or not self._is_recent(found):
             return False
-        return unheard is None or unheard >= since + PROBES * PROBE_SECONDS
+        return _received(status) <= found.received
 
     async def probe(self, machine: Machine) -> bool:
         """Probe the machine on its last path. True if it does not answer within five seconds.
@@ -125,23 +135,33 @@ class Liveness:
                 return False
             run.waiting += 1
             await run.done.wait()
-            return self._is_unanswered(machine, None)
+            if run.is_unanswered:
+                return True
+            # The answer may have come before this call did, and the machine may have been killed since.
+            run = self._runs.get(machine.id)
+            if run is not None:
+                await run.done.wait()
+                return run.is_unanswered
+        return await self._probe(machine)
+
+    async def _probe(self, machine: Machine) -> bool:
         link = self._directory.get(machine.id)
         if link is None or not self._can_be_probed(link):
             return False
         run = self._runs[machine.id] = _Run(anyio.Event())
         try:
-            is_unanswered = not await self._answers(link)
-            if is_unanswered:
-                self._unanswered = {key: found for key, found in self._unanswered.items() if self._is_recent(found[1])}
-                self._unanswered[machine.id] = machine.public_key, self._clock.monotonic()
-            return is_unanswered
+            received = await self._unanswered_since(link)
+            if received is not None:
+                self._unanswered = {key: found for key, found in self._unanswered.items() if self._is_recent(found)}
+                self._unanswered[machine.id] = _Unanswered(machine.public_key, self._clock.monotonic(), received)
+                run.is_unanswered = True
         finally:
             del self._runs[machine.id]
             run.done.set()
+        return run.is_unanswered
 
-    def _is_recent(self, at: float) -> bool:
-        return self._clock.monotonic() - at <= _VALID_SECONDS
+    def _is_recent(self, found: _Unanswered) -> bool:
+        return self._clock.monotonic() - found.at <= _VALID_SECONDS
 
     def _can_be_probed(self, link: MachineLink) -> bool:
         """A closed stream carries no probe. Then the time in which a living machine opens another one must suffice, and
@@ -151,19 +171,21 @@ class Liveness:
             return True
         return link.source is not None and not self._directory.sources.is_shared(link.source)
 
-    async def _answers(self, link: MachineLink) -> bool:
-        began_at, before = self._clock.monotonic(), await self.silence(link.machine)
+    async def _unanswered_since(self, link: MachineLink) -> int | None:
+        """Send the probes. Returns how many bytes had come from the key before and after them; None if more came.
+
+        Bytes are counted because times are not exact enough: on a busy host, the clock moves on between two looks at it.
+        """
+        received = _received(await self._status(link.machine))
         for _ in range(PROBES):
             try:
                 await self._send(link)
             except SideroLinkError:
                 pass  # as if it had been lost
             await self._clock.sleep(PROBE_SECONDS)
-            silence = await self.silence(link.machine)
-            elapsed = self._clock.monotonic() - began_at
-            if silence is not None and (before is None or silence < before + elapsed - _CLOCK_SLACK):
-                return True
-        return False
+            if _received(await self._status(link.machine)) > received:
+                return None
+        return received
 
     async def _send(self, link: MachineLink) -> None:
         machine = link.machine
@@ -175,3 +197,8 @@ class Liveness:
             await self._device.handshake(machine.public_key)
         if self._echo is not None:
             self._echo.send(machine)
+
+
+def _received(status: PeerStatus | None) -> int:
+    """Bytes of authenticated packets from the peer."""
+    return 0 if status is None else status.received_bytes
