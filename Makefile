@@ -33,7 +33,7 @@ KERNEL_SERVERS := $(foreach name,absence other_users restart server ten_thousand
 
 COVERED_WELL := $(subst $(space),$(comma),$(addprefix siderolink/,common/wireguard/noise/* common/wireguard/packets/* common/transport/* server/admission/* server/store/*))
 
-.PHONY: help setup native native-check native-tests needs demo test check lint types fresh format proto unit netns interop examples dist verify-systemd test-kernel kernel-servers kernel-links others pure all-tests coverage bench bench-recovery soak clean
+.PHONY: help setup native native-check native-tests needs demo test check lint types fresh format proto docs unit netns interop examples dist verify-systemd test-kernel kernel-servers kernel-links others pure all-tests coverage bench bench-recovery soak clean
 
 help: ## this list
 	@sed -n 's/^\([a-z -]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 32
@@ -82,9 +82,10 @@ types: setup ## mypy, strict
 	@echo "types"
 	@$(PYTHON) -m mypy
 
-fresh: setup ## whether the generated code is what the sources give
+fresh: setup ## whether the generated code and pages are what the sources give
 	@echo "fresh"
 	@$(PYTHON) scripts/generate_pb.py --check
+	@$(PYTHON) scripts/generate_docs.py --check
 
 format: setup ## write the code as `make lint` wants it
 	@$(PYTHON) -m ruff format .
@@ -92,6 +93,9 @@ format: setup ## write the code as `make lint` wants it
 
 proto: setup ## generate siderolink/common/pb from siderolink/common/proto
 	@$(PYTHON) scripts/generate_pb.py
+
+docs: setup ## generate the reference pages of docs/
+	@$(PYTHON) scripts/generate_docs.py
 
 unit: setup ## tests that need nothing
 	@$(PYTHON) -m pytest tests/unit $(ARGS)

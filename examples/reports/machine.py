@@ -39,7 +39,7 @@ async def main(options: argparse.Namespace) -> None:
             print(f"{link.address} reports to {link.server_address}, and is asked on port {api.port}", flush=True)
             logs = LogSender(LogDestination("tcp", HostPort(str(link.server_address), 8092)))
             async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(events.run(HostPort(str(link.server_address), 8090)))
+                tasks.create_task(events.run(HostPort(str(link.server_address), 8091)))
                 tasks.create_task(forward_log(heartbeats(), [logs]))
 
 

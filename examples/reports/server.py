@@ -48,12 +48,12 @@ async def main(options: argparse.Namespace) -> None:
         api_listen=options.api,
         wireguard_endpoints=[options.endpoint],
         join_token=options.token,
-        reports=ReportOptions(event_sink_port=8090, log_port=8092),
+        reports=ReportOptions(event_sink_port=8091, log_port=8092),
     ) as server:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(print_events(server.reports))
             tasks.create_task(print_lines(server.reports))
-            print(f"[{server.address}] takes events on port 8090 and log lines on port 8092", flush=True)
+            print(f"[{server.address}] takes events on port 8091 and log lines on port 8092", flush=True)
             async for event in server.events():
                 if isinstance(event, HandshakeCompleted) and event.is_first:
                     tasks.create_task(ask_version(event.machine))

@@ -5,7 +5,10 @@ import sys
 __all__ = ["main", "wireguard"]
 
 _EXTRA = frozenset(
-    {"aiosqlite", "alembic", "platformdirs", "prometheus_client", "rich", "sqlalchemy", "structlog", "typer", "watchfiles"}
+    {
+        *("aiosqlite", "alembic", "platformdirs", "prometheus_client", "pydantic", "rich", "sqlalchemy", "structlog", "typer"),
+        *("watchfiles", "yaml"),
+    }
 )
 
 

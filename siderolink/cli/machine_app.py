@@ -7,7 +7,7 @@ import typer
 
 from siderolink.cli.options import Json, ServerInterface
 
-machine_app = typer.Typer(help="Manage the machines of a running server.", no_args_is_help=True)
+app = typer.Typer(help="Manage the machines of a running server.", no_args_is_help=True)
 
 
 class BanChoice(StrEnum):
@@ -23,7 +23,7 @@ Kind = Annotated[
 ]
 
 
-@machine_app.command("list")
+@app.command("list")
 def list_machines(interface: ServerInterface = "siderolink", as_json: Json = False) -> None:
     """List all machines: accepted, pending and denied ones."""
     from siderolink.cli.machine import run_list
@@ -31,7 +31,7 @@ def list_machines(interface: ServerInterface = "siderolink", as_json: Json = Fal
     run_list(interface, as_json=as_json)
 
 
-@machine_app.command()
+@app.command()
 def show(name: Name, interface: ServerInterface = "siderolink", as_json: Json = False) -> None:
     """Show one machine, the join token it used, and whether that token still admits machines."""
     from siderolink.cli.machine import run_show
@@ -39,7 +39,7 @@ def show(name: Name, interface: ServerInterface = "siderolink", as_json: Json = 
     run_show(interface, name, as_json=as_json)
 
 
-@machine_app.command()
+@app.command()
 def forget(name: Name, interface: ServerInterface = "siderolink") -> None:
     """Forget a machine, its addresses and its unique token. It may join again as a new machine."""
     from siderolink.cli.machine import run_forget
@@ -47,7 +47,7 @@ def forget(name: Name, interface: ServerInterface = "siderolink") -> None:
     run_forget(interface, name)
 
 
-@machine_app.command()
+@app.command()
 def accept(
     name: Name,
     interface: ServerInterface = "siderolink",
@@ -62,7 +62,7 @@ def accept(
     run_accept(interface, name, forget_token=forget_token)
 
 
-@machine_app.command()
+@app.command()
 def deny(name: Name, interface: ServerInterface = "siderolink") -> None:
     """End a machine's link and refuse its key until it is accepted."""
     from siderolink.cli.machine import run_deny
@@ -70,7 +70,7 @@ def deny(name: Name, interface: ServerInterface = "siderolink") -> None:
     run_deny(interface, name)
 
 
-@machine_app.command()
+@app.command()
 def ban(name: Name, kind: Kind = None, interface: ServerInterface = "siderolink") -> None:
     """Forget a machine and refuse its future joins. A UUID or key can be banned before it is first seen."""
     from siderolink.cli.machine import run_ban
@@ -78,7 +78,7 @@ def ban(name: Name, kind: Kind = None, interface: ServerInterface = "siderolink"
     run_ban(interface, name, "" if kind is None else kind.value, lift=False)
 
 
-@machine_app.command()
+@app.command()
 def unban(
     name: Annotated[str, typer.Argument(help="UUID, public key or unique token (or the token's digest, as `bans` shows it).")],
     kind: Kind = None,
@@ -90,7 +90,7 @@ def unban(
     run_ban(interface, name, "" if kind is None else kind.value, lift=True)
 
 
-@machine_app.command()
+@app.command()
 def bans(interface: ServerInterface = "siderolink", as_json: Json = False) -> None:
     """List all bans."""
     from siderolink.cli.machine import run_bans

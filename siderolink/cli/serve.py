@@ -4,9 +4,7 @@ import logging
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 
 from siderolink.cli.control import (
     control_socket,
@@ -18,60 +16,25 @@ from siderolink.cli.descriptors import allow_descriptors
 from siderolink.cli.logs import hide, lost_records, say
 from siderolink.cli.machine import MachinesService
 from siderolink.cli.machine_reports import log_reports, report_counts
-from siderolink.cli.metrics.options import MetricsOptions
+from siderolink.cli.metrics.options import metrics_options
 from siderolink.cli.notify import feed_watchdog, notify
 from siderolink.cli.running import leave, run_until_stopped
 from siderolink.cli.secret import read_secret
-from siderolink.cli.serving import Serving, StoreAddress
+from siderolink.cli.serve_config import ServeConfig
+from siderolink.cli.serve_layers import Layer, describe_settings
+from siderolink.cli.serving import Serving, chosen_state
 from siderolink.cli.state_service import StateCommands
 from siderolink.cli.watching import watch_files
 from siderolink.common.collector import calm_collector
 from siderolink.common.errors import ConfigurationError, SideroLinkError
-from siderolink.common.grpc import Limits, ServerCertificate
+from siderolink.common.grpc import ServerCertificate
 from siderolink.common.pb.siderolink.control import Event, Peer, StatusResponse
 from siderolink.common.tasks import background_tasks, keep_running
-from siderolink.common.wireguard.device import DeviceKind, PeerStatus
-from siderolink.server import EventStream, JoinPolicy, JoinTokensMode, ReportOptions, Server, Store
+from siderolink.common.wireguard.device import PeerStatus
+from siderolink.server import EventStream, JoinPolicy, JoinTokensMode, Server, Store
 
 _DAY = 86_400.0
 _MOST_DESCRIPTORS = 1 << 20
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ServeOptions:
-    """As given on the command line."""
-
-    api_listen: str
-    wireguard_endpoints: tuple[str, ...]
-    join_token: str | None = field(repr=False)
-    join_token_file: Path | None
-    interface: str
-    device: DeviceKind
-    state: Path | StoreAddress | None
-    """State file; None keeps the state in memory."""
-    dial: bool
-    keep_interface: bool
-    netns: str | None
-    tls_cert: Path | None
-    tls_key: Path | None
-    connections_per_address: int
-    proxy_protocol_from: tuple[str, ...] = ()
-    forwarded_from: tuple[str, ...] = ()
-    event_sink_port: int | None = None
-    log_port: int | None = None
-    overlay_ports: tuple[str, ...] | None = None
-    """Ports that machines may connect to, besides the report ports; None opens all."""
-    policy: JoinPolicy = JoinPolicy()
-    metrics: MetricsOptions | None = None
-    print_machine_logs: bool = False
-    """Log the lines that the log listener accepts, too."""
-
-    @property
-    def reports(self) -> ReportOptions | None:
-        """Where machines deliver reports; None disables both."""
-        if self.event_sink_port is None and self.log_port is None:
-            return None
-        return ReportOptions(event_sink_port=self.event_sink_port, log_port=self.log_port)
 
 
 class ServerSource:
@@ -120,17 +83,22 @@ class ServerSource:
 class Serve:
     """One `serve`: its options, and what a reload reads again."""
 
-    def __init__(self, options: ServeOptions) -> None:
+    def __init__(self, options: ServeConfig) -> None:
         """Raises ConfigurationError."""
         self._options = options
+        self._reports = options.reports
+        self._metrics = metrics_options(options.metrics_listen, options.metrics_machines)
+        self._state = chosen_state(
+            options.interface, options.state, options.no_state, options.store, options.store_password_file
+        )
         self._token = self._read_token()
-        self._certificate = _certificate(options)
+        self._certificate = None if options.tls_cert is None else ServerCertificate(options.tls_cert, options.tls_key)
         self._make(None)  # checks the options before anything is opened
-        self._serving = Serving(self._make, options.state, self._run_beside)
+        self._serving = Serving(self._make, self._state, self._run_beside)
 
     async def run(self) -> None:
         """Serve until cancelled. Raises SideroLinkError."""
-        source = ServerSource(self._serving, self._options.interface, has_reports=self._options.reports is not None)
+        source = ServerSource(self._serving, self._options.interface, has_reports=self._reports is not None)
         async with (
             control_socket(self._options.interface, source, StateCommands(self._serving), MachinesService(self._serving)),
             self._serve_metrics(),
@@ -148,7 +116,7 @@ class Serve:
     @asynccontextmanager
     async def _serve_metrics(self) -> AsyncIterator[None]:
         """Where they were asked for."""
-        if (options := self._options.metrics) is None:
+        if (options := self._metrics) is None:
             yield
             return
         from siderolink.cli.metrics import endpoint, sources
@@ -206,56 +174,63 @@ class Serve:
         options = self._options
         return Server(
             api_listen=options.api_listen,
-            wireguard_endpoints=options.wireguard_endpoints,
+            wireguard_endpoints=options.wireguard_endpoint,
+            wireguard_listen_port=options.wireguard_listen_port,
+            force_tunnel=options.force_tunnel or options.tunnel_only,
+            persistent_keepalive=options.persistent_keepalive,
+            installation_id=options.installation_id,
             join_token=self._token,
             interface=options.interface,
-            device=options.device,
+            device=options.device.value,
             tls=None if self._certificate is None else self._certificate.context,
             store=store,
-            dial=options.dial,
+            dial=not options.no_dial,
             keep_interface=options.keep_interface,
             namespace=options.netns,
-            api_limits=Limits(max_connections_per_address=options.connections_per_address),
-            reports=options.reports,
+            api_limits=options.api_limits,
+            limits=options.machine_limits,
+            reports=self._reports,
             overlay_ports=options.overlay_ports,
-            policy=options.policy,
+            policy=_join_policy(options),
             proxy_protocol_from=options.proxy_protocol_from,
             forwarded_from=options.forwarded_from,
         )
 
     async def _run_beside(self, server: Server, events: EventStream) -> None:
         tls = ", TLS" if self._certificate is not None else ""
-        say("serving", f"API on {self._options.api_listen}{tls}, WireGuard on UDP port {server.wireguard_port}")
+        carrier = f"UDP port {server.wireguard_port}" if server.wireguard_port is not None else "the tunnel alone"
+        say("serving", f"API on {self._options.api_listen}{tls}, WireGuard on {carrier}")
         say("overlay", f"{server.address} on {server.device.name} ({server.device.kind} device), key {server.public_key}")
-        if self._options.state is not None:
-            say("remembering", f"{len(await server.machines())} machines, in {self._options.state}")
+        if self._state is not None:
+            say("remembering", f"{len(await server.machines())} machines, in {self._state}")
         calm_collector()
         notify("READY=1")
         async with background_tasks() as tasks:
-            if self._options.reports is not None:
+            if self._reports is not None:
                 show = partial(log_reports, server.reports, with_lines=self._options.print_machine_logs)
                 tasks.start_soon(keep_running, "showing machines' reports", show)
             async for event in events:
                 server_event(event).log()
 
 
-def join_policy(mode: str | None, forget_after_days: float | None) -> JoinPolicy:
-    """The policy of the command's options. Raises ConfigurationError."""
-    seconds = None if forget_after_days is None else forget_after_days * _DAY
-    return JoinPolicy(mode=None if mode is None else JoinTokensMode(mode), forget_after=seconds)
+def _join_policy(options: ServeConfig) -> JoinPolicy:
+    """Raises ConfigurationError."""
+    mode, days = options.join_tokens_mode, options.forget_after
+    return JoinPolicy(
+        mode=None if mode is None else JoinTokensMode(mode.value), forget_after=None if days is None else days * _DAY
+    )
 
 
-def _certificate(options: ServeOptions) -> ServerCertificate | None:
-    if options.tls_cert is None:
-        if options.tls_key is not None:
-            raise ConfigurationError("--tls-key needs --tls-cert")
-        return None
-    return ServerCertificate(options.tls_cert, options.tls_key)
-
-
-def run_serve(options: ServeOptions) -> None:
+def run_serve(options: ServeConfig) -> None:
     """Serve until stopped. Raises SideroLinkError."""
     allow_descriptors(_MOST_DESCRIPTORS)
     serve = Serve(options)
     run_until_stopped(serve.run, serve.reload)
     leave()
+
+
+def check_serve(options: ServeConfig, layers: tuple[Layer, ...]) -> None:
+    """Check the settings and the files that they name as far as it goes without serving; print them. Raises SideroLinkError."""
+    Serve(options)
+    for line in describe_settings(options, layers):
+        print(line)

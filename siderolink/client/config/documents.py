@@ -240,6 +240,16 @@ _TYPES = {
     "model_type": "a mapping",
     "dict_type": "a mapping",
     "model_attributes_type": "a mapping",
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "path_type": "text",
+}
+_BOUNDS = {
+    "greater_than_equal": ("at least", "ge"),
+    "less_than_equal": ("at most", "le"),
+    "greater_than": ("above", "gt"),
+    "less_than": ("below", "lt"),
 }
 _FOUND = {str: "text", bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "a mapping"}
 
@@ -248,17 +258,21 @@ def explain(document: YamlDocument, model: type[BaseModel], error: ErrorDetails)
     location: Location = tuple(error["loc"])
     line = document.line_of(location)
     key = one_line(_dotted(location), limit=120)
-    return f"{document.source}:{line}: {key}: {_problem(model, location, error)}"
+    return f"{document.source}:{line}: {key}: {describe_problem(model, location, error)}"
 
 
-def _problem(model: type[BaseModel], location: Location, error: ErrorDetails) -> str:
+def describe_problem(model: type[BaseModel], location: Location, error: ErrorDetails) -> str:
+    """What is wrong at a location, without the location itself, and what would be right."""
     kind, context = error["type"], error.get("ctx", {})
     if kind == "extra_forbidden":
         return f"unknown key; allowed are {', '.join(_keys(model, location[:-1]))}"
     if kind == "missing":
         return f"is missing; needed are {', '.join(_keys(model, location[:-1], needed=True))}"
-    if kind == "literal_error":
+    if kind in ("literal_error", "enum"):
         return f"must be {context['expected']}"
+    if kind in _BOUNDS:
+        words, name = _BOUNDS[kind]
+        return f"must be {words} {context[name]}"
     if kind == "value_error":
         return str(context["error"])
     if kind in _TYPES:

@@ -10,8 +10,6 @@ from siderolink.client.config.log_url import LogURL
 from siderolink.common.hostport import HostPort
 from siderolink.common.join_url import JoinURL
 
-DEFAULT_EVENT_SINK_PORT = 8090
-DEFAULT_LOG_PORT = 8092
 KERNEL_LOG_NAME = "siderolink-kmsg"
 TRUSTED_ROOTS_NAME = "siderolink-roots"
 

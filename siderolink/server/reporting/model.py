@@ -19,7 +19,7 @@ class ReportOptions:
     """Ports on the server's overlay address, and how much one machine may send and leave behind. Port 0 takes a free one."""
 
     event_sink_port: int | None = None
-    """Where machines deliver events; None disables it. Usual ports are 8080 and 8090."""
+    """Where machines deliver events; None disables it. Usual ports are 8080 and 8091."""
     log_port: int | None = None
     """Where machines deliver kernel log lines, by TCP and by UDP; None disables it. Usual ports are 4001 and 8092."""
     recent_events: int = 256

@@ -33,7 +33,7 @@ def test_what_is_written_for_machines_is_read_back_and_shown_without_secrets(tmp
     overlay = "[fdae:41e4:649b:9303::1]"
     assert line.read_text() == (
         f"siderolink.api=https://siderolink.other:443?jointoken={TOKEN} "
-        f"talos.events.sink={overlay}:8090 talos.logging.kernel=tcp://{overlay}:4001\n"
+        f"talos.events.sink={overlay}:8091 talos.logging.kernel=tcp://{overlay}:4001\n"
     )
     arguments = ["config", "show", "--config", str(documents), "--kernel-cmdline", str(line)]
     text = run(*arguments, SIDEROLINK_UNIQUE_TOKEN=TOKEN)
@@ -42,7 +42,7 @@ def test_what_is_written_for_machines_is_read_back_and_shown_without_secrets(tmp
     assert [(each["name"], each["value"], each["source"]) for each in shown["settings"]] == [
         ("join URL", "https://siderolink.example:443?jointoken=…", f"{documents}:1 SideroLinkConfig"),
         ("unique token", "…", "argument"),
-        ("event sink", f"{overlay}:8090", f"{documents}:5 EventSinkConfig"),
+        ("event sink", f"{overlay}:8091", f"{documents}:5 EventSinkConfig"),
         ("kernel log", f"tcp://{overlay}:8092", f"{documents}:9 KmsgLogConfig"),
         ("kernel log", f"tcp://{overlay}:4001", f"{line}: talos.logging.kernel"),
     ]

@@ -1,0 +1,185 @@
+"""The commands of machines: `join`, `config show`, `kernel-args` and `machine-config`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from siderolink.cli.metrics.options import metrics_options
+from siderolink.cli.options import (
+    DEFAULT_EVENT_SINK_PORT,
+    DEFAULT_LOG_PORT,
+    CaFile,
+    Config,
+    Device,
+    DeviceChoice,
+    EventSinkPort,
+    IdentityFolder,
+    InstallationId,
+    Interface,
+    Json,
+    KeptConfig,
+    KernelCmdline,
+    KernelCmdlineCommand,
+    LogFormat,
+    LogFormatOption,
+    LogLevel,
+    LogLevelOption,
+    LogPort,
+    MaintenanceApi,
+    MaintenancePort,
+    MetaFile,
+    MetricsListen,
+    NetNs,
+    ServerUrl,
+    TalosVersion,
+    TokenFile,
+    UniqueToken,
+    UniqueTokenFile,
+    Url,
+    begin_log,
+    state_folder,
+)
+
+app = typer.Typer()
+config_app = typer.Typer(help="Inspect configuration documents and kernel arguments.", no_args_is_help=True)
+app.add_typer(config_app, name="config")
+
+
+@app.command(cls=KernelCmdlineCommand)
+def join(
+    url: Url = None,
+    config: Config = None,
+    kernel_cmdline: KernelCmdline = None,
+    uuid: Annotated[str | None, typer.Option(help="The machine's UUID.", show_default="the firmware's")] = None,
+    talos_version: TalosVersion = None,
+    unique_token: UniqueToken = None,
+    unique_token_file: UniqueTokenFile = None,
+    identity: IdentityFolder = None,
+    join_token_file: TokenFile = None,
+    interface: Interface = None,
+    device: Device = DeviceChoice.AUTO,
+    netns: NetNs = None,
+    ca: CaFile = None,
+    fallback_tunnel: Annotated[bool, typer.Option("--fallback-tunnel", help="Use the tunnel while UDP is blocked.")] = False,
+    maintenance_api: MaintenanceApi = False,
+    maintenance_port: MaintenancePort = 50000,
+    meta: MetaFile = None,
+    keep_config: KeptConfig = None,
+    metrics_listen: MetricsListen = None,
+    log_format: LogFormatOption = LogFormat.TEXT,
+    log_level: LogLevelOption = LogLevel.INFO,
+) -> None:
+    """Join a server as a machine and run until stopped. Retries until the server accepts the join.
+
+    Settings come from the URL, or from --config, or else from /etc/siderolink.yaml, /etc/siderolink/ and the kernel command
+    line. When the files change, the new settings are tested alongside the running link and adopted only if they work.
+    """
+    from siderolink.cli.join import JoinOptions, run_join
+    from siderolink.cli.maintenance import MaintenanceOptions
+    from siderolink.cli.settings import SettingsOptions
+    from siderolink.client.link.identity import TALOS_VERSION
+
+    begin_log(log_format, log_level)
+    release = TALOS_VERSION if talos_version is None else talos_version
+    maintenance = MaintenanceOptions(port=maintenance_port, version=release, meta=meta, configuration=keep_config)
+    settings = SettingsOptions(
+        url=url,
+        config=tuple(config or ()),
+        kernel_cmdline=kernel_cmdline,
+        uuid=uuid,
+        unique_token=unique_token,
+        unique_token_file=unique_token_file,
+        join_token_file=join_token_file,
+    )
+    run_join(
+        JoinOptions(
+            settings=settings,
+            talos_version=release,
+            identity=identity or state_folder() / "machine",
+            interface=interface,
+            device=device.value,
+            netns=netns,
+            ca=ca,
+            fallback_tunnel=fallback_tunnel,
+            maintenance=maintenance if maintenance_api else None,
+            metrics=metrics_options(metrics_listen),
+        )
+    )
+
+
+@config_app.command(cls=KernelCmdlineCommand)
+def show(
+    url: Url = None,
+    config: Config = None,
+    kernel_cmdline: KernelCmdline = None,
+    unique_token: UniqueToken = None,
+    unique_token_file: UniqueTokenFile = None,
+    join_token_file: TokenFile = None,
+    as_json: Json = False,
+) -> None:
+    """Show the settings that `siderolink join` would use with the same options, and where each comes from. Hides secrets.
+
+    Exits with 1 if any input was ignored.
+    """
+    from siderolink.cli.config import run_show
+    from siderolink.cli.settings import SettingsOptions
+
+    settings = SettingsOptions(
+        url=url,
+        config=tuple(config or ()),
+        kernel_cmdline=kernel_cmdline,
+        unique_token=unique_token,
+        unique_token_file=unique_token_file,
+        join_token_file=join_token_file,
+    )
+    if not run_show(settings, as_json=as_json):
+        raise typer.Exit(1)
+
+
+@app.command()
+def kernel_args(
+    url: ServerUrl,
+    join_token_file: TokenFile = None,
+    event_sink_port: EventSinkPort = DEFAULT_EVENT_SINK_PORT,
+    log_port: LogPort = DEFAULT_LOG_PORT,
+    installation_id: InstallationId = "",
+) -> None:
+    """Print kernel arguments that make a machine join a server. They include the join token."""
+    from siderolink.cli.config import ForMachinesOptions, run_kernel_args
+
+    run_kernel_args(
+        ForMachinesOptions(
+            url=url,
+            join_token_file=join_token_file,
+            event_sink_port=event_sink_port,
+            log_port=log_port,
+            installation_id=installation_id,
+        )
+    )
+
+
+@app.command()
+def machine_config(
+    url: ServerUrl,
+    join_token_file: TokenFile = None,
+    event_sink_port: EventSinkPort = DEFAULT_EVENT_SINK_PORT,
+    log_port: LogPort = DEFAULT_LOG_PORT,
+    installation_id: InstallationId = "",
+    ca_file: Annotated[
+        Path | None, typer.Option(help="Additional CA certificates for the machine to trust.", metavar="FILE")
+    ] = None,
+) -> None:
+    """Print configuration documents that make a machine join a server. They include the join token."""
+    from siderolink.cli.config import ForMachinesOptions, run_machine_config
+
+    run_machine_config(
+        ForMachinesOptions(
+            url=url,
+            join_token_file=join_token_file,
+            event_sink_port=event_sink_port,
+            log_port=log_port,
+            installation_id=installation_id,
+            ca_file=ca_file,
+        )
+    )

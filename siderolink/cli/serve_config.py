@@ -1,0 +1,396 @@
+"""The settings of `siderolink serve`: one model, from which the file's keys, the options, the help and the reference follow.
+
+The key ``api-listen`` of the file is the option ``--api-listen`` and the variable ``SIDEROLINK_API_LISTEN``.
+"""
+
+from dataclasses import MISSING, fields
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, create_model, model_validator
+
+from siderolink.cli.options import (
+    DEFAULT_API_PORT,
+    DEFAULT_EVENT_SINK_PORT,
+    DEFAULT_LOG_PORT,
+    DeviceChoice,
+    JoinTokensModeChoice,
+    LogFormat,
+    LogLevel,
+)
+from siderolink.common.errors import ConfigurationError
+from siderolink.common.grpc import Limits, parse_networks
+from siderolink.common.hostport import HostPort
+from siderolink.server import MachineLimits, ReportOptions
+
+_OWN_OPTION = {"max_connections_per_address"}
+_CLIENTS_OWN = {"client_ping_interval", "connect_timeout", "ipv6_source_bits"}
+
+
+def kebab(name: str) -> str:
+    """The key of a field: ``api-listen``."""
+    return name.replace("_", "-")
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, hide_input_in_errors=True, alias_generator=kebab, populate_by_name=True
+    )
+
+
+def _bounds(default: Any, name: str) -> dict[str, Any]:
+    if name.endswith("_per_second"):
+        return {"ge": 0}
+    if isinstance(default, int):
+        return {"ge": 1}
+    return {"ge": 0, "le": 1} if name == "crowded_from" else {"gt": 0}
+
+
+def _of_dataclass(kind: type, name: str, *, without: set[str]) -> type[_Part]:
+    """A model of a dataclass whose fields are all numbers; what is not given stays at its default."""
+    found: dict[str, Any] = {}
+    for field in fields(kind):
+        if field.name not in without and field.default is not MISSING and field.default is not None:
+            number = int if isinstance(field.default, int) else float
+            found[field.name] = (number | None, Field(None, **_bounds(field.default, field.name)))
+    return create_model(name, __base__=_Part, **found)
+
+
+LimitKeys = _of_dataclass(MachineLimits, "LimitKeys", without=set())
+ApiLimitKeys = _of_dataclass(Limits, "ApiLimitKeys", without=_OWN_OPTION | _CLIENTS_OWN)
+ReportLimitKeys = _of_dataclass(ReportOptions, "ReportLimitKeys", without={"event_sink_port", "log_port"})
+
+
+def _listed(value: object) -> object:
+    """One text is a list of one."""
+    return [value] if isinstance(value, str) else value
+
+
+def _is_host_port(text: str, *, port_zero: bool) -> str:
+    HostPort.parse(text, port_zero=port_zero)
+    return text
+
+
+def _is_listen(text: str) -> str:
+    """``HOST:PORT``, or ``PORT`` on the loopback."""
+    digits = text.removeprefix(":")
+    HostPort.parse(f"127.0.0.1:{digits}" if digits.isascii() and digits.isdigit() else text, port_zero=True)
+    return text
+
+
+def _are_networks(texts: list[str], option: str) -> list[str]:
+    parse_networks(texts, option)
+    return texts
+
+
+def _are_ports(texts: list[str]) -> list[str]:
+    from siderolink.server.fleet.overlay_ports import OverlayPort
+
+    if "none" in texts and len(texts) > 1:
+        raise ConfigurationError("name the overlay ports, or none, not both")
+    for text in texts:
+        if text != "none":
+            OverlayPort.parse(text)
+    return texts
+
+
+def _written_as_text(value: object) -> object:
+    """Ports may be written as numbers."""
+    return [str(item) if type(item) is int else item for item in value] if isinstance(value, list) else value
+
+
+def _number_as_text(value: object) -> object:
+    return str(value) if type(value) is int else value
+
+
+HostAndPort = Annotated[str, AfterValidator(partial(_is_host_port, port_zero=True))]
+Listen = Annotated[str, BeforeValidator(_number_as_text), AfterValidator(_is_listen)]
+_Lax = Field(strict=False)
+"""A file has no paths or choices of its own: they are text there."""
+FilePath = Annotated[Path, _Lax]
+Port = Annotated[int, Field(ge=1, le=65535)]
+PortOrNone = Annotated[int, Field(ge=0, le=65535)]
+
+
+def _networks(option: str) -> Any:
+    return Annotated[list[str], BeforeValidator(_listed), AfterValidator(partial(_are_networks, option=option))]
+
+
+def _option(default: Any, text: str, panel: str, **more: Any) -> Any:
+    """A field: its default, its help text, its place in the help, and what else the option needs to know.
+
+    ``metavar`` is the value's placeholder, ``shown`` describes a default that is found at run time, ``only_on`` marks a switch
+    without an opposite option, ``secret`` a value that is never shown.
+    """
+    return Field(default, description=text, repr="secret" not in more, json_schema_extra={"panel": panel, **more})
+
+
+_API, _WIREGUARD, _OVERLAY = "API for machines", "WireGuard", "Overlay"
+_JOIN, _STATE, _SEEN, _LIMITS = "Who may join", "State", "Metrics and logs", "Limits"
+
+ALTERNATIVES = (
+    ("state", "no_state", "store"),
+    ("join_token", "join_token_file"),
+    ("wireguard_endpoint", "tunnel_only"),
+)
+"""Fields of which one replaces the others, where it is given at a place of higher precedence."""
+
+
+class ServeConfig(_Part):
+    """All settings of `serve`."""
+
+    api_listen: HostAndPort = _option(
+        f"[::]:{DEFAULT_API_PORT}", "Address for the API to listen on.", _API, metavar="HOST:PORT"
+    )
+    tls_cert: FilePath | None = _option(None, "Certificate chain (PEM) of the API.", _API, metavar="FILE", shown="no TLS")
+    tls_key: FilePath | None = _option(
+        None, "Private key (PEM) of the API.", _API, metavar="FILE", shown="read from the --tls-cert file"
+    )
+    connections_per_address: int = _option(
+        1024,
+        "Maximum API connections per client address. Enforced while more than half of all connections are in use.",
+        _API,
+        ge=1,
+    )
+    proxy_protocol_from: _networks("proxy_protocol_from") = _option(  # type: ignore[valid-type]
+        [],
+        "Require the PROXY protocol (version 1 or 2) from proxies in this network and refuse API connections from elsewhere. "
+        "Repeatable.",
+        _API,
+        metavar="NETWORK",
+        shown="no proxy",
+    )
+    forwarded_from: _networks("forwarded_from") = _option(  # type: ignore[valid-type]
+        [],
+        "Trust X-Forwarded-For from proxies in this network. The client is the rightmost address that is not a proxy. "
+        "Repeatable.",
+        _API,
+        metavar="NETWORK",
+        shown="no proxy",
+    )
+
+    wireguard_endpoint: Annotated[list[HostAndPort], BeforeValidator(_listed)] = _option(
+        [],
+        "WireGuard endpoint to give to machines. Repeatable; the first is preferred. Required without --tunnel-only.",
+        _WIREGUARD,
+        metavar="HOST:PORT",
+        shown="none",
+    )
+    wireguard_listen_port: PortOrNone | None = _option(
+        None,
+        "UDP port to listen on, where it differs from the first endpoint's, as behind port forwarding; 0 selects a free one.",
+        _WIREGUARD,
+        metavar="PORT",
+        shown="the first endpoint's",
+    )
+    force_tunnel: bool = _option(
+        False, "Make every machine use the gRPC tunnel, whatever it asks for.", _WIREGUARD, only_on=True
+    )
+    tunnel_only: bool = _option(
+        False, "Serve the gRPC tunnel alone: open no UDP port, and need no endpoint.", _WIREGUARD, only_on=True
+    )
+    persistent_keepalive: Annotated[int, Field(ge=0, le=65535)] = _option(
+        25, "Seconds between keepalives to each machine; 0 disables them.", _WIREGUARD, metavar="SECONDS"
+    )
+    interface: str = _option("siderolink", "Interface name.", _WIREGUARD)
+    device: Annotated[DeviceChoice, _Lax] = _option(
+        DeviceChoice.AUTO, "WireGuard implementation to use: the kernel module or the built-in one.", _WIREGUARD, choice=True
+    )
+    keep_interface: bool = _option(
+        False,
+        "Keep the kernel interface when stopping, so that links survive a restart.",
+        _WIREGUARD,
+        only_on=True,
+    )
+    netns: str | None = _option(
+        None,
+        "Network namespace for the interface; gRPC calls and UDP stay in the current one.",
+        _WIREGUARD,
+        metavar="NAME",
+        shown="the current one",
+    )
+    no_dial: bool = _option(
+        False, "Do not dial known machines after a start. Use this behind a load balancer.", _WIREGUARD, only_on=True
+    )
+
+    installation_id: str | None = _option(
+        None,
+        "Installation ID that the overlay's addresses are derived from. Fixed once the state exists.",
+        _OVERLAY,
+        metavar="TEXT",
+        shown="the stored one, or empty",
+    )
+    event_sink_port: PortOrNone = _option(
+        DEFAULT_EVENT_SINK_PORT,
+        "TCP port on the overlay to receive machine events on; 0 receives none.",
+        _OVERLAY,
+        metavar="PORT",
+    )
+    log_port: PortOrNone = _option(
+        DEFAULT_LOG_PORT,
+        "TCP and UDP port on the overlay to receive machine kernel logs on; 0 receives none.",
+        _OVERLAY,
+        metavar="PORT",
+    )
+    print_machine_logs: bool = _option(False, "Also log the machines' kernel log lines.", _OVERLAY, only_on=True)
+    overlay_port: Annotated[
+        list[str], BeforeValidator(_written_as_text), BeforeValidator(_listed), AfterValidator(_are_ports)
+    ] = _option(
+        [],
+        "Overlay port that machines may connect to, such as 8080 or 53/udp; all others except the event and log ports are "
+        "closed. Repeatable; `none` closes all.",
+        _OVERLAY,
+        metavar="PORT",
+        shown="all open",
+    )
+
+    join_token: str | None = _option(
+        None,
+        "Join token that machines may present. Other users of this host can see arguments.",
+        _JOIN,
+        metavar="TEXT",
+        secret=True,
+        shown="none",
+    )
+    join_token_file: FilePath | None = _option(None, "File that contains the join token.", _JOIN, metavar="FILE", shown="none")
+    join_tokens_mode: Annotated[JoinTokensModeChoice, _Lax] | None = _option(
+        None,
+        "How machines without a unique token join. With legacyAllowed and strict, one that supports unique tokens stays "
+        "pending until the server has written one to it.",
+        _JOIN,
+        choice=True,
+        shown="a join token or a known unique token is enough",
+    )
+    forget_after: Annotated[float, Field(gt=0)] | None = _option(
+        None, "Forget machines that have been silent for this many days.", _JOIN, metavar="DAYS", shown="never"
+    )
+
+    state: FilePath | None = _option(
+        None,
+        "File for the server's key and machines.",
+        _STATE,
+        metavar="FILE",
+        shown="under the system's state directory",
+    )
+    no_state: bool = _option(False, "Keep the state in memory only.", _STATE, only_on=True)
+    store: str | None = _option(
+        None,
+        "Remember in Postgres instead of a file: postgresql://USER@HOST:PORT/DATABASE. The password comes by "
+        "--store-password-file, by SIDEROLINK_STORE_PASSWORD, or by the systemd credential siderolink.store-password.",
+        _STATE,
+        metavar="URL",
+        shown="a file",
+    )
+    store_password_file: FilePath | None = _option(
+        None, "A file that holds the password of --store.", _STATE, metavar="FILE", shown="none"
+    )
+
+    metrics_listen: Listen | None = _option(
+        None,
+        "Serve Prometheus metrics, /healthz and /readyz on this address; the host defaults to the loopback.",
+        _SEEN,
+        metavar="[HOST:]PORT",
+        shown="not served",
+    )
+    metrics_machines: Annotated[int, Field(ge=0, le=10_000)] = _option(
+        0, "Maximum number of machines with individual metrics.", _SEEN, metavar="COUNT"
+    )
+    log_format: Annotated[LogFormat, _Lax] = _option(LogFormat.TEXT, "Format of log records.", _SEEN, choice=True)
+    log_level: Annotated[LogLevel, _Lax] = _option(LogLevel.INFO, "Minimum severity to log.", _SEEN, choice=True)
+
+    limit: LimitKeys | None = _option(  # type: ignore[valid-type]
+        None,
+        "A limit on machines, such as max-machines=1000. Repeatable; docs/serve.md names all.",
+        _LIMITS,
+        metavar="NAME=NUMBER",
+        shown="see docs/serve.md",
+    )
+    api_limit: ApiLimitKeys | None = _option(  # type: ignore[valid-type]
+        None,
+        "A limit of the API, such as max-connections=4096. Repeatable; docs/serve.md names all.",
+        _LIMITS,
+        metavar="NAME=NUMBER",
+        shown="see docs/serve.md",
+    )
+    report_limit: ReportLimitKeys | None = _option(  # type: ignore[valid-type]
+        None,
+        "A limit on what machines report, such as lines-per-second=100. Repeatable; docs/serve.md names all.",
+        _LIMITS,
+        metavar="NAME=NUMBER",
+        shown="see docs/serve.md",
+    )
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        checks: tuple[tuple[bool, str], ...] = (
+            (self.tls_key is not None and self.tls_cert is None, "--tls-key needs --tls-cert"),
+            (
+                self.tunnel_only and bool(self.wireguard_endpoint),
+                "give either --tunnel-only or a --wireguard-endpoint, not both",
+            ),
+            (
+                self.tunnel_only and self.wireguard_listen_port is not None,
+                "--tunnel-only opens no UDP port: leave out --wireguard-listen-port",
+            ),
+            (
+                not (self.wireguard_endpoint or self.tunnel_only),
+                "machines need a WireGuard endpoint to dial: set --wireguard-endpoint HOST:PORT, or --tunnel-only",
+            ),
+            (
+                bool(self.print_machine_logs and not self.log_port),
+                "--print-machine-logs needs a --log-port",
+            ),
+            (
+                bool(self.log_port and self.log_port == self.event_sink_port),
+                f"events and kernel logs cannot both come to port {self.log_port}: change --event-sink-port or --log-port",
+            ),
+        )
+        for is_wrong, text in checks:
+            if is_wrong:
+                raise ConfigurationError(text)
+        self._check_ports()
+        return self
+
+    def _check_ports(self) -> None:
+        """The API, listening on all addresses, takes its port on the overlay's, too."""
+        api = HostPort.parse(self.api_listen, port_zero=True)
+        if api.host != "::" or self.netns is not None or not api.port:
+            return
+        for option, port in (("--event-sink-port", self.event_sink_port), ("--log-port", self.log_port)):
+            if port == api.port:
+                raise ConfigurationError(
+                    f"the API on {self.api_listen} takes port {port} on the overlay, too: change {option} or --api-listen"
+                )
+
+    @property
+    def machine_limits(self) -> MachineLimits:
+        return MachineLimits(**self._given(self.limit))
+
+    @property
+    def api_limits(self) -> Limits:
+        """Raises ConfigurationError for what HTTP/2 cannot express."""
+        return Limits(max_connections_per_address=self.connections_per_address, **self._given(self.api_limit))
+
+    @property
+    def reports(self) -> ReportOptions | None:
+        """Where machines deliver reports, and how much; None receives none."""
+        sink, log = self.event_sink_port or None, self.log_port or None
+        if sink is None and log is None:
+            return None
+        return ReportOptions(event_sink_port=sink, log_port=log, **self._given(self.report_limit))
+
+    @staticmethod
+    def _given(limits: BaseModel | None) -> dict[str, Any]:
+        return {} if limits is None else limits.model_dump(exclude_none=True)
+
+    @property
+    def overlay_ports(self) -> tuple[str, ...] | None:
+        """The ports that machines may connect to, besides the report ports; None opens all."""
+        return tuple(port for port in self.overlay_port if port != "none") if self.overlay_port else None
+
+
+def extra_of(name: str) -> dict[str, Any]:
+    """What `_option` noted besides default and text."""
+    found = ServeConfig.model_fields[name].json_schema_extra
+    return found if isinstance(found, dict) else {}
