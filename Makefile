@@ -52,7 +52,7 @@ demo: setup ## the main job, shown in network namespaces of its own
 test: needs native check ## every check and every test, on every interpreter and with the kernel's WireGuard
 	@echo "beside what follows: tests that take minutes, the kernel's WireGuard, and other interpreters"
 	@$(PYTEST) -q -m long $(ARGS) >.venvs/long.log 2>&1 & long=$$!; \
-	{ status=0; $(MAKE) test-kernel || status=$$?; $(MAKE) others || status=$$?; \
+	{ status=0; $(MAKE) docs || status=$$?; $(MAKE) test-kernel || status=$$?; $(MAKE) others || status=$$?; \
 	[ -z "$(SIDEROLINK_NATIVE)" ] || $(MAKE) pure || status=$$?; exit $$status; } >.venvs/beside.log 2>&1 & beside=$$!; \
 	status=0; $(MAKE) all-tests || status=$$?; \
 	wait $$long || status=$$?; wait $$beside || status=$$?; cat .venvs/long.log .venvs/beside.log; exit $$status
@@ -93,9 +93,6 @@ format: setup ## write the code as `make lint` wants it
 
 proto: setup ## generate siderolink/common/pb from siderolink/common/proto
 	@$(PYTHON) scripts/generate_pb.py
-
-docs: setup ## generate the reference pages of docs/
-	@$(PYTHON) scripts/generate_docs.py
 
 unit: setup ## tests that need nothing
 	@$(PYTHON) -m pytest tests/unit $(ARGS)
@@ -150,6 +147,10 @@ bench-recovery: setup needs ## how soon links are back after a killed server, a 
 
 soak: setup needs ## ten minutes of random faults, after which everyone is connected and nothing has leaked
 	@SOAK_SECONDS=600 $(MAKE) netns ARGS="-k soak -m long -s -o timeout=900 $(ARGS)"
+
+docs: setup ## the documentation site, in .venvs/site: reference pages from the code, links checked, nothing loaded from elsewhere
+	@$(PYTHON) scripts/generate_docs.py
+	@scripts/make-docs $(UV) $(call interpreter,$(FIRST))
 
 dist: $(UV) ## wheel and sdist in dist/: reproducible, checked by twine, installed into a fresh environment
 	@scripts/make-dist $(abspath $(UV)) $(call interpreter,$(FIRST))
