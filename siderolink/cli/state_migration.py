@@ -8,7 +8,18 @@ import anyio
 
 from siderolink.cli.serving import StoreAddress, store_address
 from siderolink.common.errors import ConfigurationError, StoreError
-from siderolink.server.store import AuditEntry, AuditQuery, HistoryQuery, Machine, ServerRecord, Store, Transaction
+from siderolink.server.store import (
+    AuditEntry,
+    AuditQuery,
+    HistoryQuery,
+    JoinToken,
+    Machine,
+    ServerRecord,
+    Store,
+    TokenUse,
+    Transaction,
+)
+from siderolink.server.store.rekeying import reseal_machine, reseal_record, reseal_token
 from siderolink.server.store.sql import SqlStore
 
 _AT_ONCE = 256
@@ -36,7 +47,7 @@ def _opened(place: Path | StoreAddress) -> AbstractAsyncContextManager[Store]:
 
 
 def _remove_file(path: Path) -> None:
-    for suffix in ("", "-wal", "-shm"):
+    for suffix in ("", "-wal", "-shm", ".key"):
         Path(f"{path}{suffix}").unlink(missing_ok=True)
 
 
@@ -65,11 +76,12 @@ async def _copy(old: Store, new: Store, record: ServerRecord, target: str) -> in
     count = 0
     page: list[Machine] = []
     async for machine in old.machines():
-        page.append(machine)
+        page.append(reseal_machine(machine, old.sealer, new.sealer))
         if len(page) == _AT_ONCE:
             count += await _add_page(new, page)
             page.clear()
     count += await _add_page(new, page)
+    await _copy_tokens(old, new)
     await _copy_history(old, new)
     claims, bans = await old.all_claims(), await old.bans()
     principals = await old.transact(lambda transaction: transaction.principals())
@@ -81,11 +93,34 @@ async def _copy(old: Store, new: Store, record: ServerRecord, target: str) -> in
             await transaction.set_banned(ban, True, grounds)
         for principal in principals:
             await transaction.put_principal(principal)
-        await transaction.set_server(record)
+        await transaction.set_server(reseal_record(record, old.sealer, new.sealer))
 
     await _copy_audit(old, new)
     await new.transact(finish)
     return count
+
+
+async def _copy_tokens(old: Store, new: Store) -> None:
+    """With their uses."""
+
+    async def remove(transaction: Transaction, tokens: Sequence[JoinToken]) -> None:
+        for token in tokens:
+            await transaction.tokens.delete(token.id)
+
+    async def put(transaction: Transaction, token: JoinToken, uses: Sequence[TokenUse]) -> None:
+        await transaction.tokens.put(token)
+        for use in uses:
+            await transaction.tokens.put_use(use)
+
+    while left := await new.tokens(limit=_AT_ONCE):
+        await new.transact(lambda transaction, left=left: remove(transaction, left))  # type: ignore[misc]
+    after = ""
+    while page := await old.tokens(after, _AT_ONCE):
+        after = page[-1].name
+        for token in page:
+            uses = await old.transact(lambda transaction, token=token: transaction.tokens.uses(token.id))  # type: ignore[misc]
+            sealed = reseal_token(token, old.sealer, new.sealer)
+            await new.transact(lambda transaction, sealed=sealed, uses=uses: put(transaction, sealed, uses))  # type: ignore[misc]
 
 
 async def _copy_history(old: Store, new: Store) -> None:

@@ -15,7 +15,7 @@ from siderolink.common.hostport import HostPort
 from siderolink.common.tasks import background_tasks, keep_running
 from siderolink.common.wireguard.device import Device, DeviceConfig, DeviceEvent
 from siderolink.common.wireguard.opening import open_device
-from siderolink.server.admission.tokens import JoinTokenCheck
+from siderolink.server.admission.tokens import JoinTokenCheck, unique_token_digest
 from siderolink.server.api.provision import ProvisionService, ResponseBuilder
 from siderolink.server.api.standard import HealthService, ReflectionService
 from siderolink.server.api.tunnel import TunnelService
@@ -31,6 +31,7 @@ from siderolink.server.history import QUEUE_LIMIT, History
 from siderolink.server.options import ServerOptions
 from siderolink.server.reporting import Reports, receive_reports
 from siderolink.server.store import Store
+from siderolink.server.store.rekeying import seal_what_is_not
 from siderolink.server.store.server_record import recall_server, resume_timestamps
 
 
@@ -66,6 +67,8 @@ class Composition:
         options = self._options
         fleet: Fleet | None = None
         record = await recall_server(self._store, options.private_key, options.installation_id)
+        if record.was_open:
+            await seal_what_is_not(self._store, unique_token_digest)
         self._prefix = overlay_prefix(record.installation_id)
         self._address = server_address(self._prefix)
         stamps = resume_timestamps(record)

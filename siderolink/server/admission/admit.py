@@ -13,7 +13,7 @@ from siderolink.server.admission.prove import as_claimed
 from siderolink.server.admission.request import JoinRequest, LivenessSource, Rejection
 from siderolink.server.admission.rows import Rows, refusal
 from siderolink.server.admission.rules import Basis, LinkLiveness
-from siderolink.server.admission.tokens import unique_token_digest
+from siderolink.server.admission.tokens import assigned_digest
 from siderolink.server.clock import Clock
 from siderolink.server.refusals import JoinRefusal
 from siderolink.server.store import Claim, Machine, MachineAdmission, Transaction
@@ -109,7 +109,11 @@ class Admission:
         wanted = row
         if is_assigned:
             wanted = replace(
-                row, unique_token_digest=request.digest, unique_fingerprint=request.fingerprint, assigned_token=None
+                row,
+                unique_token_digest=request.digest,
+                unique_fingerprint=request.fingerprint,
+                assigned_token=None,
+                assigned_digest=None,
             )
         elif _is_contested(row, request.digest):
             # Two callers name one key that nobody has proved, each with a token of its own: its handshake binds neither.
@@ -317,6 +321,7 @@ class Admission:
             has_uuid_conflict=False,
             assigned_uuid=None,
             assigned_token=None,
+            assigned_digest=None,
             unique_token_digest=request.digest,
             unique_fingerprint=request.fingerprint,
             join_token_digest=request.credentials.join.digest,
@@ -344,9 +349,7 @@ def new_id() -> str:
 
 def _is_assigned_token(row: Machine, digest: bytes | None) -> bool:
     """Whether the digest is of the unique token that this server wrote to the machine (META 16)."""
-    if row.assigned_token is None or digest is None:
-        return False
-    return unique_token_digest(row.assigned_token) == digest
+    return digest is not None and assigned_digest(row) == digest
 
 
 def _is_contested(row: Machine, digest: bytes | None) -> bool:

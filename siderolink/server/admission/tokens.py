@@ -8,6 +8,9 @@ import json
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from siderolink.server.store import Machine
+from siderolink.server.store.sealing import is_sealed
+
 MAX_JOIN_TOKEN_BYTES = 4096
 """A plain token has 43 characters; a signed one carries a little JSON."""
 MAX_UNIQUE_TOKEN_BYTES = 1024
@@ -164,6 +167,13 @@ def unique_token_digest(token: str) -> bytes | None:
     """The value that a unique token binds a row to; None for the empty token."""
     parsed = parse_unique_token(token)
     return None if parsed is None else parsed.digest
+
+
+def assigned_digest(machine: Machine) -> bytes | None:
+    """The digest of the unique token that this server chose for the machine; None if it chose none."""
+    if machine.assigned_digest is not None or machine.assigned_token is None or is_sealed(machine.assigned_token):
+        return machine.assigned_digest
+    return unique_token_digest(machine.assigned_token)
 
 
 def _digest(text: str) -> bytes:

@@ -14,7 +14,7 @@ from ipaddress import IPv6Address
 from siderolink.common.keys import PublicKey
 from siderolink.common.token_bucket import TokenBucket
 from siderolink.common.wireguard.path import Path
-from siderolink.server.admission.tokens import unique_token_digest
+from siderolink.server.admission.tokens import assigned_digest
 from siderolink.server.clock import Clock
 from siderolink.server.refusals import StreamRefusal
 from siderolink.server.store import Claim, Machine, Store
@@ -102,8 +102,7 @@ class KnownTokens:
                 del self._counts[hashed]
 
     def _hashes(self, machine: Machine) -> Iterator[bytes]:
-        assigned = None if machine.assigned_token is None else unique_token_digest(machine.assigned_token)
-        return (self._hash(digest) for digest in (machine.bound_digest, assigned) if digest is not None)
+        return (self._hash(digest) for digest in (machine.bound_digest, assigned_digest(machine)) if digest is not None)
 
     def _hash(self, digest: bytes) -> bytes:
         """Eight bytes for which no outsider can search a collision."""

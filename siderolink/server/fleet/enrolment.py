@@ -22,11 +22,13 @@ from siderolink.common.pb.machine import MachineServiceStub, MetaWriteRequest
 from siderolink.common.pb.storage import StorageServiceStub
 from siderolink.common.pb.talos.resource.definitions.network import LinkStatusSpec
 from siderolink.server.admission.policy import JoinPolicy, supports_unique_tokens
+from siderolink.server.admission.tokens import unique_token_digest
 from siderolink.server.fleet.directory import Directory, LinkState, MachineLink
 from siderolink.server.fleet.machine_api import open_machine_api
 from siderolink.server.fleet.reconciler import Reconciler
 from siderolink.server.fleet.sessions import Sessions
 from siderolink.server.store import Machine, Store, Transaction
+from siderolink.server.store.sealing import place_of_assigned
 
 log = logging.getLogger(__name__)
 
@@ -118,11 +120,13 @@ class Enrolment:
                 if machine.assigned_uuid is not None:
                     await service.meta_write(MetaWriteRequest(key=META_UUID, value=machine.assigned_uuid.encode()))
                 if machine.assigned_token is not None:
-                    await service.meta_write(MetaWriteRequest(key=META_UNIQUE_TOKEN, value=machine.assigned_token.encode()))
+                    token = self._store.sealer.open_text(machine.assigned_token, place_of_assigned(machine.id))
+                    await service.meta_write(MetaWriteRequest(key=META_UNIQUE_TOKEN, value=token.encode()))
 
     async def _choose(self, machine_id: str, fingerprint: str, is_installed: bool) -> Machine:
         """Store what the machine is given, once and for all its tries."""
         new_uuid, new_token = str(uuid.uuid4()), _token(fingerprint)
+        sealed = self._store.sealer.seal_text(new_token, place_of_assigned(machine_id))
 
         async def work(transaction: Transaction) -> Machine:
             machine = await transaction.machine(machine_id)
@@ -132,7 +136,7 @@ class Enrolment:
             if _needs_uuid(machine) and machine.assigned_uuid is None:
                 wanted = replace(wanted, assigned_uuid=new_uuid)
             if machine.bound_digest is None and machine.assigned_token is None:
-                wanted = replace(wanted, assigned_token=new_token)
+                wanted = replace(wanted, assigned_token=sealed, assigned_digest=unique_token_digest(new_token))
             return machine if wanted == machine else await transaction.update(wanted)
 
         machine = await self._store.transact(work)

@@ -207,6 +207,7 @@ class Machines:
             wanted = replace(machine, admission=MachineAdmission.ACCEPTED, has_uuid_conflict=False, assigned_uuid=None)
             if forget_token:
                 wanted = replace(wanted, unique_token_digest=None, unique_fingerprint="", assigned_token=None)
+                wanted = replace(wanted, assigned_digest=None)
             return machine if wanted == machine else await transaction.update(wanted)
 
         return await self._change(work)

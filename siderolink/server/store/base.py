@@ -13,9 +13,10 @@ from types import MappingProxyType
 from typing import Final, NamedTuple, Protocol, TypeVar
 
 from siderolink.common.errors import StoreError
-from siderolink.common.keys import PrivateKey, PublicKey
+from siderolink.common.keys import PublicKey
 from siderolink.server.store.audit import AuditEntry, AuditQuery, Principal
 from siderolink.server.store.history import HistoryBounds, HistoryEntry, HistoryQuery
+from siderolink.server.store.sealing import Sealer
 from siderolink.server.store.tokens import JoinToken, TokenChanged, TokenKey, TokenRepository, TunnelSetting
 
 T = TypeVar("T")
@@ -61,7 +62,10 @@ class Machine:
     assigned_uuid: str | None = None
     """The UUID that this server chose for the machine (META 15), stored before it is sent."""
     assigned_token: str | None = field(default=None, repr=False)
-    """The unique token that this server chose for the machine (META 16), stored before it is sent; None once it was used."""
+    """The unique token that this server chose for the machine (META 16), sealed, stored before it is sent; None once it was
+    used."""
+    assigned_digest: bytes | None = field(default=None, repr=False)
+    """Of that token, as unique_token_digest; None for one that an earlier version chose."""
     join_token_digest: bytes | None = field(default=None, repr=False)
     """Of the join token that it last presented; None if it presented none."""
     token_id: str | None = None
@@ -191,7 +195,8 @@ class Claim:
 class ServerRecord:
     """The persistent record of a server itself."""
 
-    private_key: PrivateKey
+    private_key: bytes = field(repr=False)
+    """Sealed (sealing.Sealer)."""
     installation_id: str
     timestamp_mark: bytes = bytes(12)
     """The highest TAI64N timestamp that its handshakes are known to have used; peers refuse lower ones."""
@@ -369,6 +374,10 @@ Work = Callable[[Transaction], Awaitable[T]]
 
 class Store(Protocol):
     """Where machines are remembered. Every method may raise StoreError."""
+
+    @property
+    def sealer(self) -> Sealer:
+        """Seals and opens the secrets that it holds."""
 
     def time(self) -> float:
         """Unix time, in seconds, by the clock that all stored times are of."""

@@ -11,6 +11,7 @@ from siderolink.common.errors import StoreError, StoreFullError
 from siderolink.server.store.audit import AuditEntry, AuditQuery
 from siderolink.server.store.base import Ban, BanGrounds, Change, Claim, Machine, Store, Work
 from siderolink.server.store.history import HistoryBounds, HistoryEntry, HistoryQuery
+from siderolink.server.store.sealing import Sealer
 from siderolink.server.store.tokens import JoinToken
 
 T = TypeVar("T")
@@ -48,6 +49,10 @@ class MeasuredStore:
 
     def counters(self) -> StoreCounters:
         return StoreCounters(seconds=self._seconds, buckets=tuple(self._buckets), failures=self._failures)
+
+    @property
+    def sealer(self) -> Sealer:
+        return self._store.sealer
 
     def time(self) -> float:
         return self._store.time()

@@ -1,6 +1,7 @@
 """A store that lives as long as its process: the default for embedding."""
 
 import asyncio
+import os
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Hashable, Iterable, Mapping, Sequence
@@ -35,6 +36,7 @@ from siderolink.server.store.base import (
 from siderolink.server.store.feed import DEFAULT_FEED_LIMIT, Feeds
 from siderolink.server.store.history import HistoryBounds, HistoryEntry, HistoryQuery, MemoryHistory
 from siderolink.server.store.memory_tokens import MemoryTokens, TokenTable
+from siderolink.server.store.sealing import KEY_BYTES, GivenKey, Sealer
 from siderolink.server.store.tokens import JoinToken, TokenKey
 
 T = TypeVar("T")
@@ -272,6 +274,7 @@ class MemoryStore:
         self._feeds = Feeds(feed_limit)
         self._history = MemoryHistory()
         self._lock = asyncio.Lock()
+        self.sealer = Sealer(GivenKey(os.urandom(KEY_BYTES)))
 
     def time(self) -> float:
         return time.time()

@@ -1,11 +1,12 @@
 """The server's own record: its key, its installation id, and the latest handshake timestamp it may have used."""
 
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from siderolink.common.errors import StoreError
 from siderolink.common.keys import PrivateKey
 from siderolink.server.store import ServerRecord, Store, Transaction
+from siderolink.server.store.sealing import SERVER_KEY, is_sealed
 
 if TYPE_CHECKING:
     from siderolink.common.wireguard.noise.tai64n import Timestamps
@@ -15,32 +16,55 @@ WRITE_AFTER = 5.0
 """Seconds from a change of what is noted lazily to its writing."""
 
 
-async def recall_server(store: Store, private_key: PrivateKey | None, installation_id: str | None) -> ServerRecord:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recalled:
+    """The server's record with its key opened."""
+
+    private_key: PrivateKey
+    installation_id: str
+    timestamp_mark: bytes
+    was_open: bool = field(default=False, compare=False)
+    """The secrets of the state were not sealed before, and the key is now: the others have to be, too."""
+
+
+async def recall_server(store: Store, private_key: PrivateKey | None, installation_id: str | None) -> Recalled:
     """Load or create the server's record and update it from the options. Generates a key if none is given or stored.
 
-    Raises StoreError if the store belongs to another installation.
+    Raises SealError for a state that is sealed with another key; StoreError if the store belongs to another installation.
     """
     fresh_key = private_key or PrivateKey.generate()
+    sealer = store.sealer
 
-    async def work(transaction: Transaction) -> ServerRecord:
+    async def work(transaction: Transaction) -> Recalled:
         stored = await transaction.server()
+        was_open = False
         if stored is None:
-            record = ServerRecord(private_key=fresh_key, installation_id=installation_id or "")
+            key = fresh_key
+            record = ServerRecord(private_key=sealer.seal(bytes(key), SERVER_KEY), installation_id=installation_id or "")
         elif installation_id is not None and installation_id != stored.installation_id:
             raise StoreError(
                 f"the state belongs to the installation {stored.installation_id!r}, not {installation_id!r}; "
                 "its machines have addresses in that overlay"
             )
         else:
-            record = replace(stored, private_key=private_key or stored.private_key)
+            known = PrivateKey(sealer.open(stored.private_key, SERVER_KEY))
+            key = private_key or known
+            record = replace(stored, private_key=sealer.seal(bytes(key), SERVER_KEY))
+            was_open = is_sealed(record.private_key) and not is_sealed(stored.private_key)
+            record = record if was_open or key != known else stored
         if record != stored:
             await transaction.set_server(record)
-        return record
+        return Recalled(
+            private_key=key,
+            installation_id=record.installation_id,
+            timestamp_mark=record.timestamp_mark,
+            was_open=was_open,
+        )
 
     return await store.transact(work)
 
 
-def resume_timestamps(record: ServerRecord) -> "Timestamps":
+def resume_timestamps(record: ServerRecord | Recalled) -> "Timestamps":
     """A timestamp above any that the server can have used, because those of the last seconds may not have been written."""
     from siderolink.common.wireguard.noise.tai64n import Timestamps, later
 
@@ -55,7 +79,8 @@ async def rotate_key(store: Store) -> PrivateKey:
         stored = await transaction.server()
         if stored is None:
             raise StoreError("the state has no server yet")
-        await transaction.set_server(replace(stored, private_key=new))
+        store.sealer.open(stored.private_key, SERVER_KEY)  # the key of the state has to be the right one
+        await transaction.set_server(replace(stored, private_key=store.sealer.seal(bytes(new), SERVER_KEY)))
 
     await store.transact(work)
     return new

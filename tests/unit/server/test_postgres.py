@@ -30,6 +30,7 @@ from siderolink.server.store import (
     Transaction,
     UniqueViolationError,
 )
+from siderolink.server.store.sealing import SERVER_KEY
 from siderolink.server.store.sql import SqlStore, tables
 from siderolink.server.store.sql.postgres import PostgresStore
 from siderolink.server.store.sql.postgres.database import database_url, describe
@@ -321,7 +322,7 @@ async def test_a_silent_database_is_given_up_and_comes_back(own_cluster: Cluster
 
 
 def test_a_state_moves_from_a_file_to_postgres_and_back(tmp_path: Path, url: str) -> None:
-    record = ServerRecord(private_key=PrivateKey.generate(), installation_id="here", timestamp_mark=bytes(range(12)))
+    record = ServerRecord(private_key=bytes(PrivateKey.generate()), installation_id="here", timestamp_mark=bytes(range(12)))
     rows = [replace(machine(n, n, key=n % 250, overlay=n, virtual=10_000 + n), seen_at=5.0) for n in range(240)]
     kept = claim(1)
     happened = [HistoryEntry(at=float(n), machine_id="1", node_uuid="", kind=HistoryKind.UP) for n in range(1100)]
@@ -345,7 +346,10 @@ def test_a_state_moves_from_a_file_to_postgres_and_back(tmp_path: Path, url: str
             assert list(await store.bans()) == [Ban(value="uuid-9")]
             found = await store.history(HistoryQuery(after_seq=0, limit=5000))
             assert [replace(entry, seq=0) for entry in found] == happened
-            assert await store.transact(lambda transaction: transaction.server()) == record
+            found_record = await store.transact(lambda transaction: transaction.server())
+            assert found_record is not None
+            opened_key = store.sealer.open(found_record.private_key, SERVER_KEY)
+            assert replace(found_record, private_key=opened_key) == record
 
     anyio.run(make)
     run_migrate(str(tmp_path / "state"), url, None)

@@ -71,7 +71,9 @@ def test_timestamps_rise_over_a_crash_though_the_clock_goes_back() -> None:
     before = Timestamps()
     written = before.next(NOW)
     unwritten = [before.next(NOW + seconds * 10**9) for seconds in range(5)]
-    after = resume_timestamps(ServerRecord(private_key=PrivateKey.generate(), installation_id="", timestamp_mark=written))
+    after = resume_timestamps(
+        ServerRecord(private_key=bytes(PrivateKey.generate()), installation_id="", timestamp_mark=written)
+    )
     assert after.next(NOW - 3600 * 10**9) > max(unwritten)
 
 

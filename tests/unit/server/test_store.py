@@ -314,7 +314,7 @@ async def test_a_note_of_when_it_was_seen_changes_no_revision_and_is_told_to_nob
 
 
 async def test_an_undone_note_and_record_are_undone(store: Store) -> None:
-    record = ServerRecord(private_key=PrivateKey.generate(), installation_id="here", timestamp_mark=bytes(range(12)))
+    record = ServerRecord(private_key=bytes(PrivateKey.generate()), installation_id="here", timestamp_mark=bytes(range(12)))
 
     async def work(transaction: Transaction) -> None:
         await transaction.set_server(record)

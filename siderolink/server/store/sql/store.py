@@ -18,6 +18,7 @@ from siderolink.server.store.audit import AuditEntry, AuditQuery
 from siderolink.server.store.base import Ban, BanGrounds, Change, Claim, Machine, Work
 from siderolink.server.store.feed import DEFAULT_FEED_LIMIT, Feeds
 from siderolink.server.store.history import HistoryBounds, HistoryEntry, HistoryQuery
+from siderolink.server.store.sealing import KeyFile, Sealer, StateKey, key_file_beside
 from siderolink.server.store.sql import audit, history, tables
 from siderolink.server.store.sql.batches import Batches
 from siderolink.server.store.sql.file import CLOSE_SECONDS, open_file
@@ -31,8 +32,9 @@ _PAGE = 1024
 class SqlStore:
     """See `Store`. One server at a time has the file open."""
 
-    def __init__(self, connection: AsyncConnection, driver: aiosqlite.Connection, feed_limit: int) -> None:
+    def __init__(self, connection: AsyncConnection, driver: aiosqlite.Connection, feed_limit: int, key: StateKey) -> None:
         """For `open`."""
+        self.sealer = Sealer(key)
         self._connection = connection
         self._driver = driver
         self._feeds = Feeds(feed_limit)
@@ -41,15 +43,19 @@ class SqlStore:
 
     @classmethod
     @asynccontextmanager
-    async def open(cls, path: str | os.PathLike[str], *, feed_limit: int = DEFAULT_FEED_LIMIT) -> AsyncIterator["SqlStore"]:
+    async def open(
+        cls, path: str | os.PathLike[str], *, feed_limit: int = DEFAULT_FEED_LIMIT, key: StateKey | None = None
+    ) -> AsyncIterator["SqlStore"]:
         """Open or create the file, readable only by its owner. Leaving completes queued transactions.
+
+        `key` seals the secrets in it; by default it is in a file beside it, PATH.key, which is made at a server's first start.
 
         Raises StoreError for an unusable file, and never changes one.
         """
         async with open_file(Path(path)) as connection:
             driver = (await connection.get_raw_connection()).driver_connection
             assert isinstance(driver, aiosqlite.Connection)
-            store = cls(connection, driver, feed_limit)
+            store = cls(connection, driver, feed_limit, key or KeyFile(key_file_beside(Path(path))))
             async with background_tasks() as tasks:
                 tasks.start_soon(store._run, name="siderolink store")
                 try:

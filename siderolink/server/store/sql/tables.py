@@ -31,7 +31,7 @@ from sqlalchemy import (
 )
 
 from siderolink.common.errors import StoreError
-from siderolink.common.keys import KEY_BYTES, PrivateKey, PublicKey
+from siderolink.common.keys import KEY_BYTES, PublicKey
 from siderolink.server.store.audit import Principal, Role
 from siderolink.server.store.base import (
     NO_LABELS,
@@ -44,6 +44,7 @@ from siderolink.server.store.base import (
     MachineAdmission,
     ServerRecord,
 )
+from siderolink.server.store.sealing import is_sealed
 from siderolink.server.store.tokens import JoinToken, TokenKind, TokenUse, TunnelSetting
 
 HEAD = "6"
@@ -83,6 +84,7 @@ machines = Table(
     # what a server of the release before leaves out gets these values
     Column("token_id", Text),
     Column("has_reserved_use", Boolean, nullable=False, server_default=false()),
+    Column("assigned_digest", LargeBinary),
     Column("name", Text),
     Column("labels", Text, nullable=False),
     Column("note", Text, nullable=False),
@@ -400,7 +402,7 @@ def read_principal(row: Mapping[Any, Any]) -> Principal:
 def server_values(record: ServerRecord) -> dict[str, object]:
     return {
         "id": 1,
-        "private_key": bytes(record.private_key),
+        "private_key": record.private_key,
         "installation_id": record.installation_id,
         "timestamp_mark": record.timestamp_mark,
     }
@@ -408,10 +410,11 @@ def server_values(record: ServerRecord) -> dict[str, object]:
 
 def read_server(row: Mapping[Any, Any]) -> ServerRecord:
     """Raises StoreError for a row that no server wrote."""
-    if len(row["timestamp_mark"]) != 12 or len(row["private_key"]) != KEY_BYTES:
+    key = row["private_key"]
+    if len(row["timestamp_mark"]) != 12 or not (is_sealed(key) or len(key) == KEY_BYTES):
         raise StoreError("the state contains an invalid server record")
     return ServerRecord(
-        private_key=PrivateKey(row["private_key"]),
+        private_key=key,
         installation_id=row["installation_id"],
         timestamp_mark=row["timestamp_mark"],
     )

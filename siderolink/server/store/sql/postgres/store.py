@@ -15,6 +15,7 @@ from siderolink.server.store.audit import AuditEntry, AuditQuery
 from siderolink.server.store.base import Ban, BanGrounds, Change, Claim, Machine, Work
 from siderolink.server.store.feed import DEFAULT_FEED_LIMIT, Feeds
 from siderolink.server.store.history import HistoryBounds, HistoryEntry, HistoryQuery
+from siderolink.server.store.sealing import GivenKey, Sealer, StateKey
 from siderolink.server.store.sql import audit, history, tables
 from siderolink.server.store.sql.postgres.database import CONNECTIONS, ContendedError, Database, database_url
 from siderolink.server.store.sql.postgres.feed import FeedReader
@@ -29,8 +30,9 @@ _PAGE = 1024
 class PostgresStore:
     """See `Store`."""
 
-    def __init__(self, database: Database, feed_limit: int) -> None:
+    def __init__(self, database: Database, feed_limit: int, key: StateKey) -> None:
         """For `open`."""
+        self.sealer = Sealer(key)
         self._database = database
         self._feed = FeedReader(database, Feeds(feed_limit))
         self._is_open = True
@@ -45,16 +47,18 @@ class PostgresStore:
         connections: int = CONNECTIONS,
         feed_limit: int = DEFAULT_FEED_LIMIT,
         alone: bool = False,
+        key: StateKey | None = None,
     ) -> AsyncIterator["PostgresStore"]:
         """Connect to ``postgresql://USER@HOST:PORT/DATABASE`` and bring its schema up to this program's.
 
         The server's TLS certificate has to prove its name, unless it is on this host or the URL says otherwise (`sslmode`).
-        `alone`: refuse a database that a server uses. Raises ConfigurationError for another URL;
+        `alone`: refuse a database that a server uses. `key` seals the secrets in it and has to be the same for all its servers;
+        without one they stay as they are. Raises ConfigurationError for another URL;
         StoreError, with one clear line, for a database that cannot be used.
         """
         database = Database(database_url(url, password, alone=alone), connections=connections)
         try:
-            store = cls(database, feed_limit)
+            store = cls(database, feed_limit, key or GivenKey(None, "no state key was given"))
             await database.prepare(alone=alone)
             await store._feed.start()
             async with background_tasks() as tasks:

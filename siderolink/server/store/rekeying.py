@@ -1,0 +1,90 @@
+"""All secrets of a state, opened with one key and sealed with another: when the key is changed, or the state moves."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from siderolink.common.errors import StoreError
+from siderolink.server.store.base import Machine, ServerRecord, Store, Transaction
+from siderolink.server.store.sealing import SERVER_KEY, Sealer, is_sealed, place_of_assigned, place_of_token
+from siderolink.server.store.tokens import JoinToken, TokenColumn
+
+_AT_ONCE = 256
+
+
+def reseal_record(record: ServerRecord, old: Sealer, new: Sealer) -> ServerRecord:
+    """Raises SealError."""
+    return replace(record, private_key=new.seal(old.open(record.private_key, SERVER_KEY), SERVER_KEY))
+
+
+def reseal_machine(machine: Machine, old: Sealer, new: Sealer) -> Machine:
+    """Raises SealError."""
+    if machine.assigned_token is None:
+        return machine
+    place = place_of_assigned(machine.id)
+    return replace(machine, assigned_token=new.seal_text(old.open_text(machine.assigned_token, place), place))
+
+
+def reseal_token(token: JoinToken, old: Sealer, new: Sealer) -> JoinToken:
+    """Raises SealError."""
+    place = place_of_token(token.id)
+    return replace(token, secret=new.seal(old.open(token.secret, place), place))
+
+
+async def reseal_all(store: Store, new: Sealer) -> int:
+    """Seal everything that `store.sealer` opens with another key, in one transaction; tells how many secrets there were.
+
+    For a state that no server uses. Raises SealError, with nothing changed; StoreError where the state has no server yet.
+    """
+    old = store.sealer
+    machines = [machine.id async for machine in store.machines() if machine.assigned_token is not None]
+    tokens: list[JoinToken] = []
+    while page := await store.tokens(tokens[-1].name if tokens else "", _AT_ONCE):
+        tokens += page
+
+    async def work(transaction: Transaction) -> int:
+        record = await transaction.server()
+        if record is None:
+            raise StoreError("the state holds no server")
+        await transaction.set_server(reseal_record(record, old, new))
+        for machine_id in machines:
+            machine = await transaction.machine(machine_id)
+            if machine is not None:
+                await transaction.update(reseal_machine(machine, old, new))
+        for token in tokens:
+            current = await transaction.tokens.find(TokenColumn.ID, token.id)
+            if current is not None:
+                await transaction.tokens.put(reseal_token(current, old, new))
+        return 1 + len(machines) + len(tokens)
+
+    return await store.transact(work)
+
+
+async def seal_what_is_not(store: Store, digest_of: Callable[[str], bytes | None]) -> None:
+    """Seal the secrets that a program before this one, or a server without a key, has left as they were. Raises StoreError.
+
+    `digest_of` gives the digest of an assigned unique token, which cannot be read off the sealed one.
+    """
+    sealer = store.sealer
+    open_machines = [machine.id async for machine in store.machines() if _is_open(machine)]
+
+    async def work(transaction: Transaction, ids: Sequence[str]) -> None:
+        for machine_id in ids:
+            machine = await transaction.machine(machine_id)
+            if machine is not None and _is_open(machine):
+                digest = digest_of(machine.assigned_token or "")
+                await transaction.update(replace(reseal_machine(machine, sealer, sealer), assigned_digest=digest))
+
+    for first in range(0, len(open_machines), _AT_ONCE):
+        ids = open_machines[first : first + _AT_ONCE]
+        await store.transact(lambda transaction, ids=ids: work(transaction, ids))  # type: ignore[misc]
+    after = ""
+    while page := await store.tokens(after, _AT_ONCE):
+        after = page[-1].name
+        for token in page:
+            if not is_sealed(token.secret):
+                sealed = reseal_token(token, sealer, sealer)
+                await store.transact(lambda transaction, sealed=sealed: transaction.tokens.put(sealed))  # type: ignore[misc]
+
+
+def _is_open(machine: Machine) -> bool:
+    return machine.assigned_token is not None and not is_sealed(machine.assigned_token)

@@ -1,0 +1,232 @@
+"""Secrets at rest: sealed with a key that is kept beside the state, so that a copy of the state alone reveals none.
+
+What is sealed: the server's private key, join tokens, and the unique tokens that the server gave to machines. A sealed value is
+MAGIC, the key's id (8 bytes), a nonce (12) and ChaCha20-Poly1305's output (RFC 8439); the associated data name table, row and
+column, so that a value moved elsewhere does not open. Values without MAGIC are those of a state from before, or without a key.
+"""
+
+import base64
+import binascii
+import os
+from hashlib import blake2b
+from pathlib import Path
+from typing import Final, Protocol
+
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
+
+from siderolink.common.errors import StoreError
+
+KEY_BYTES: Final = 32
+MAGIC: Final = b"\0sl1\0"
+_ID_BYTES, _NONCE_BYTES, _TAG_BYTES = 8, 12, 16
+_HEADER_BYTES = len(MAGIC) + _ID_BYTES + _NONCE_BYTES
+_TEXT = "sealed:"
+
+Place = tuple[str, str, str]
+"""Table, row and column of a value."""
+
+
+class SealError(StoreError):
+    """Raised when a sealed secret cannot be opened: the state's key is missing, or is another one, or the value is damaged."""
+
+
+class StateKey(Protocol):
+    """Where the key comes from. Both methods raise StoreError."""
+
+    @property
+    def where(self) -> str:
+        """For people, such as "/var/lib/siderolink/state.key"."""
+
+    def read(self, key_id: bytes | None = None) -> bytes | None:
+        """The key; None if there is none. Of several, the one that has this id, if any has."""
+
+    def make(self) -> bytes | None:
+        """The key for a state that has sealed nothing yet: made, if there is none; None if secrets are to stay unsealed."""
+
+
+class GivenKey:
+    """A key that was given, or none."""
+
+    def __init__(self, key: bytes | None, where: str = "the key that was given") -> None:
+        if key is not None and len(key) != KEY_BYTES:
+            raise StoreError(f"a state key has {KEY_BYTES} bytes, not {len(key)}")
+        self._key = key
+        self.where = where
+
+    def read(self, key_id: bytes | None = None) -> bytes | None:
+        return self._key
+
+    make = read
+
+
+class KeyFile:
+    """A file with one line, the key in base64, that is made when it is first needed.
+
+    While a key is exchanged, the new one is in a second file beside it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.new_path = path.with_name(f"{path.name}.new")
+        self.where = str(path)
+
+    def read(self, key_id: bytes | None = None) -> bytes | None:
+        key = read_key(self.path)
+        if key_id is not None and (key is None or id_of(key) != key_id):
+            new = read_key(self.new_path)
+            if new is not None and id_of(new) == key_id:  # the exchange was interrupted after its commit
+                os.replace(self.new_path, self.path)
+                return new
+        return key
+
+    def make(self) -> bytes:
+        key = read_key(self.path)
+        if key is None:
+            key = os.urandom(KEY_BYTES)
+            write_key(self.path, key)
+        return key
+
+
+def key_file_beside(state: Path) -> Path:
+    """Where the key of a state file is unless another file is named."""
+    return state.with_name(f"{state.name}.key")
+
+
+def read_key(path: Path) -> bytes | None:
+    """None if there is no such file. Raises StoreError for a file that holds no key."""
+    try:
+        with path.open("rb") as opened:
+            return parse_key(opened.read(1024).decode("ascii", "replace"), str(path))
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise StoreError(f"the state key {path} cannot be read: {error.strerror}") from None
+
+
+def parse_key(text: str, where: str) -> bytes:
+    """A key's text form. Raises StoreError, which does not repeat it."""
+    try:
+        key = base64.b64decode(text.strip(), validate=True)
+    except (binascii.Error, ValueError):
+        key = b""
+    if len(key) != KEY_BYTES:
+        raise StoreError(f"{where} holds no state key: that is one line with {KEY_BYTES} bytes in base64")
+    return key
+
+
+def write_key(path: Path, key: bytes) -> None:
+    """Write a new file that only its owner can read, whole or not at all. Raises StoreError; also where it exists."""
+    draft = path.with_name(f".{path.name}.{os.urandom(4).hex()}")
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            with open(descriptor, "wb") as opened:
+                opened.write(base64.b64encode(key) + b"\n")
+                opened.flush()
+                os.fsync(descriptor)
+            os.link(draft, path)
+        finally:
+            os.unlink(draft)
+    except OSError as error:
+        raise StoreError(f"the state key {path} cannot be written: {error.strerror}") from None
+
+
+def id_of(key: bytes) -> bytes:
+    """What a sealed value names its key by; it tells nothing of the key."""
+    return blake2b(key, digest_size=_ID_BYTES, person=b"siderolink key").digest()
+
+
+def is_sealed(value: bytes | str) -> bool:
+    return value.startswith(_TEXT) if isinstance(value, str) else value.startswith(MAGIC)
+
+
+class Sealer:
+    """Seals and opens the secrets of one state."""
+
+    def __init__(self, key: StateKey) -> None:
+        self._source = key
+        self._ciphers: dict[bytes, ChaCha20Poly1305] = {}
+        self._current: bytes | None = None
+
+    def seal(self, secret: bytes, place: Place) -> bytes:
+        """Where there is no key, and none is to be made, the secret as it is. Raises StoreError."""
+        if self._current is None:
+            key = self._source.make()
+            if key is None:
+                return secret
+            self._current = self._add(key)
+        nonce = os.urandom(_NONCE_BYTES)
+        return MAGIC + self._current + nonce + self._ciphers[self._current].encrypt(nonce, secret, _name(place))
+
+    def open(self, value: bytes, place: Place) -> bytes:
+        """Raises SealError."""
+        if not is_sealed(value):
+            return value
+        if len(value) < _HEADER_BYTES + _TAG_BYTES:
+            raise SealError(_damaged(place))
+        key_id, nonce = value[len(MAGIC) : len(MAGIC) + _ID_BYTES], value[len(MAGIC) + _ID_BYTES : _HEADER_BYTES]
+        if key_id not in self._ciphers:
+            self._find(key_id)
+        try:
+            return self._ciphers[key_id].decrypt(nonce, value[_HEADER_BYTES:], _name(place))
+        except InvalidTag:
+            raise SealError(_damaged(place)) from None
+
+    def seal_text(self, secret: str, place: Place) -> str:
+        """As `seal`, for a column of text."""
+        sealed = self.seal(secret.encode(), place)
+        return _TEXT + base64.b64encode(sealed).decode() if is_sealed(sealed) else secret
+
+    def open_text(self, value: str, place: Place) -> str:
+        """Raises SealError."""
+        if not is_sealed(value):
+            return value
+        try:
+            return self.open(base64.b64decode(value.removeprefix(_TEXT), validate=True), place).decode()
+        except ValueError:
+            raise SealError(_damaged(place)) from None
+
+    def _find(self, key_id: bytes) -> None:
+        key = self._source.read(key_id)
+        if key is None:
+            raise SealError(
+                f"the secrets of the state are sealed with the key {key_id.hex()}, and there is no key: {self._source.where}; "
+                "put the key of this state there, or restore a copy whose key you have"
+            )
+        if self._add(key) != key_id:
+            raise SealError(
+                f"the secrets of the state are sealed with the key {key_id.hex()}, and {self._source.where} is the key "
+                f"{id_of(key).hex()}; give the key of this state, or restore the copy that belongs to that key"
+            )
+        self._current = key_id
+
+    def _add(self, key: bytes) -> bytes:
+        key_id = id_of(key)
+        self._ciphers[key_id] = ChaCha20Poly1305(key)
+        return key_id
+
+
+def _name(place: Place) -> bytes:
+    return b"\0".join(part.encode() for part in place)
+
+
+def _damaged(place: Place) -> str:
+    table, _, column = place
+    return f"a secret of the state ({table}.{column}) is damaged, or was moved from another row"
+
+
+# --- where secrets are
+
+SERVER_KEY: Final[Place] = ("server", "1", "private_key")
+
+
+def place_of_token(token_id: str) -> Place:
+    """Where a join token's text is."""
+    return "join_tokens", token_id, "secret"
+
+
+def place_of_assigned(machine_id: str) -> Place:
+    """Where the unique token is that the server gave to a machine."""
+    return "machines", machine_id, "assigned_token"
