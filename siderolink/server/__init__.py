@@ -26,11 +26,15 @@ from siderolink.server.fleet.machine_api import open_machine_api
 from siderolink.server.history import History, HistoryCounters, HistoryOptions
 from siderolink.server.refusals import JoinRefusal, StreamRefusal
 from siderolink.server.reporting import (
+    KeepOptions,
+    KernelLine,
     LinesDropped,
     LogLine,
     MachineEvent,
     ReportDrop,
+    ReportedEvent,
     ReportOptions,
+    ReportQuery,
     Reports,
     ReportsLost,
 )
@@ -63,6 +67,8 @@ __all__ = [
     "JoinRefused",
     "JoinRequest",
     "JoinTokensMode",
+    "KeepOptions",
+    "KernelLine",
     "LeaveReason",
     "LinesDropped",
     "LinkDown",
@@ -81,6 +87,8 @@ __all__ = [
     "ReportCounters",
     "ReportDrop",
     "ReportOptions",
+    "ReportQuery",
+    "ReportedEvent",
     "Reports",
     "ReportsLost",
     "Server",

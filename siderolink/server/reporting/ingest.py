@@ -40,6 +40,8 @@ class ReportIngest:
         self.recent_lines: RingBuffers[LogLine] = RingBuffers(
             count=options.recent_lines, machine_bytes=options.recent_bytes, total_bytes=options.total_recent_bytes
         )
+        self.keep: Callable[[LogLine | MachineEvent], None] = lambda report: None
+        """Called with each report that is accepted; never blocks."""
         self.drops: Counter[ReportDrop] = Counter()
         self.taken_events = self.taken_lines = 0
         self._machine_at = machine_at
@@ -102,6 +104,7 @@ class ReportIngest:
         self.taken_lines += 1
         line = LogLine(machine=machine, received_at=time.time(), raw=raw)
         self.recent_lines.add(machine.id, line, line.size)
+        self.keep(line)
         self.lines.publish(line, line.size)
 
     def may_send_event(self, machine: Machine) -> bool:
@@ -126,6 +129,7 @@ class ReportIngest:
             return
         self.taken_events += 1
         self.recent_events.add(machine_id, event, event.size)
+        self.keep(event)
         self.events.publish(event, event.size)
 
     def drops_of(self, machine_id: str) -> dict[str, int]:

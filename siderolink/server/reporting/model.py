@@ -5,6 +5,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 
 from siderolink.common.errors import ConfigurationError
 from siderolink.common.machine_events import MachineEventPayload, event_type, summarize_event, unpack_event
@@ -12,6 +13,28 @@ from siderolink.common.pb.google.protobuf import Any
 from siderolink.server.store import Machine
 
 SMALLEST_LINE_CAP = 4096
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeepOptions:
+    """Where and how much of what machines report is kept in files, which outlive the server."""
+
+    folder: Path
+    """Made with mode 0700 if it is not there. One server at a time uses it."""
+    max_age: float = 7 * 86_400.0
+    """Seconds."""
+    machine_bytes: int = 8 * 1024 * 1024
+    """Lines and events of one machine; the oldest go first. At least 65,536."""
+    total_bytes: int = 1024 * 1024 * 1024
+    """Of all; those of the machines that have been silent longest go first. At least as many."""
+    write_after: float = 1.0
+    """Seconds until what was received is written."""
+
+    def __post_init__(self) -> None:
+        if not 65_536 <= self.machine_bytes <= self.total_bytes:
+            raise ConfigurationError("what is kept of one machine is at least 65,536 bytes, and at most what is kept of all")
+        if self.max_age <= 0:
+            raise ConfigurationError("reports are kept for more than 0 seconds")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +79,8 @@ class ReportOptions:
     """Events or lines that wait for one slow reader before the oldest are dropped."""
     reader_bytes: int = 16 * 1024 * 1024
     """How many bytes of them."""
+    keep: KeepOptions | None = None
+    """Where they are kept in files; None keeps only the recent ones, in memory."""
 
     def __post_init__(self) -> None:
         for port in (self.event_sink_port, self.log_port):
@@ -87,10 +112,9 @@ class ReportDrop(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MachineEvent:
-    """An event of a machine, stored undecoded; readers decode it."""
+class ReportedEvent:
+    """An event as a machine sent it, stored undecoded; readers decode it."""
 
-    machine: Machine
     received_at: float
     """Unix time in seconds."""
     id: str
@@ -122,10 +146,16 @@ class MachineEvent:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LogLine:
-    """One line of a machine's kernel log."""
+class MachineEvent(ReportedEvent):
+    """An event, and the machine that sent it."""
 
     machine: Machine
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KernelLine:
+    """One line of a kernel log, as a machine sent it."""
+
     received_at: float
     """Unix time in seconds."""
     raw: bytes
@@ -139,18 +169,31 @@ class LogLine:
             return {}
         return found if isinstance(found, dict) else {}
 
+    def text(self, field: str) -> str:
+        """A field of the line's JSON object; empty if it is not there, or no text. It can be encoded as UTF-8."""
+        found = self.fields().get(field)
+        # JSON can escape half of a surrogate pair
+        return found.encode(errors="replace").decode() if isinstance(found, str) else ""
+
     @property
     def message(self) -> str:
         """The message: the field ``msg``, or the whole line without one. It can be encoded as UTF-8."""
         found = self.fields().get("msg")
         if isinstance(found, str):
-            return found.encode(errors="replace").decode()  # JSON can escape half of a surrogate pair
+            return found.encode(errors="replace").decode()
         return self.raw.decode(errors="replace")
 
     @property
     def size(self) -> int:
         """Bytes of memory that its own parts take."""
         return sys.getsizeof(self.raw)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogLine(KernelLine):
+    """One line of a machine's kernel log, and the machine."""
+
+    machine: Machine
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

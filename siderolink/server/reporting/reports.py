@@ -5,23 +5,37 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from ipaddress import IPv6Address
 
+import anyio
+
 from siderolink.common.grpc import GrpcServer, Limits, serve
 from siderolink.common.overlay_socket import bind_overlay
 from siderolink.common.tasks import background_tasks
 from siderolink.server.events import EventsLost, EventStream, MachineLeft
+from siderolink.server.reporting.archive import Archive
 from siderolink.server.reporting.event_sink import EventSink
 from siderolink.server.reporting.ingest import MachineAt, ReportIngest, ReportStream
 from siderolink.server.reporting.log_listener import listen_for_lines
-from siderolink.server.reporting.model import LinesDropped, LogLine, MachineEvent, ReportOptions
+from siderolink.server.reporting.model import (
+    KeepOptions,
+    KernelLine,
+    LinesDropped,
+    LogLine,
+    MachineEvent,
+    ReportedEvent,
+    ReportOptions,
+)
+from siderolink.server.reporting.search import EVERYTHING, ReportQuery, ReportSearch
 
 _SINK_WINDOW_BYTES = 1024 * 1024
 
 
 class Reports:
-    """The machines' reports: live streams, and the ring buffers."""
+    """The machines' reports: live streams, the ring buffers, and what is kept in files."""
 
-    def __init__(self, ingest: ReportIngest) -> None:
+    def __init__(self, ingest: ReportIngest, archive: Archive | None = None) -> None:
         self._ingest = ingest
+        self._archive = archive
+        self._search = ReportSearch(ingest, archive)
         self._sink: GrpcServer | None = None
         self._log_port: int | None = None
 
@@ -50,6 +64,34 @@ class Reports:
     def recent_lines(self, machine_id: str) -> list[LogLine]:
         """The last log lines of one machine, the oldest first."""
         return self._ingest.recent_lines.of(machine_id)
+
+    def find_lines(self, machine: str, query: ReportQuery = EVERYTHING, *, follow: bool = False) -> AsyncIterator[KernelLine]:
+        """A machine's log lines, the oldest first: from the files, or without `ReportOptions.keep` the recent ones.
+
+        A machine, also one that is gone, is named by its id or UUID. With `follow` it goes on with what comes.
+        """
+        return self._search.lines(machine, query, follow=follow)
+
+    def find_events(
+        self, machine: str, query: ReportQuery = EVERYTHING, *, follow: bool = False
+    ) -> AsyncIterator[ReportedEvent]:
+        """A machine's events; as `find_lines`."""
+        return self._search.events(machine, query, follow=follow)
+
+    async def delete(self, machine: str) -> int:
+        """Delete the kept lines and events of a machine, by its id or UUID; tells how many bytes of files."""
+        self._ingest.recent_events.forget(machine)
+        self._ingest.recent_lines.forget(machine)
+        return 0 if self._archive is None else await anyio.to_thread.run_sync(self._archive.delete, machine)
+
+    @property
+    def file_bytes(self) -> int:
+        """How much is kept in files."""
+        return 0 if self._archive is None else self._archive.size
+
+    def not_kept(self) -> dict[str, int]:
+        """Reports that were accepted and not kept in files, by reason: "queue full" or "disk"."""
+        return {} if self._archive is None else dict(self._archive.lost)
 
     @property
     def taken_events(self) -> int:
@@ -104,14 +146,30 @@ async def receive_reports(
 ) -> AsyncIterator[Reports]:
     """Receive at the server's overlay address. Raises AddressInUseError or ConfigurationError where that cannot be."""
     ingest = ReportIngest(options, machine_at)
-    reports = Reports(ingest)
     try:
-        async with background_tasks() as tasks:
+        async with _open_archive(options.keep) as archive, background_tasks() as tasks:
+            reports = Reports(ingest, archive)
+            if archive is not None:
+                ingest.keep = archive.add
             tasks.start_soon(_forget_departed, ingest, departures)
             async with reports.serve(address, interface, namespace):
                 yield reports
     finally:
         ingest.end()
+
+
+@asynccontextmanager
+async def _open_archive(options: KeepOptions | None) -> AsyncIterator[Archive | None]:
+    if options is None:
+        yield None
+        return
+    archive = Archive(options)
+    await anyio.to_thread.run_sync(archive.open)
+    try:
+        yield archive
+    finally:
+        with anyio.CancelScope(shield=True):
+            await anyio.to_thread.run_sync(archive.close)
 
 
 async def _forget_departed(ingest: ReportIngest, departures: EventStream) -> None:

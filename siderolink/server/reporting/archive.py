@@ -1,0 +1,461 @@
+"""Kernel log lines and events of machines, kept in files.
+
+add()  ->  LineQueue: never blocks  ->  a thread, every second  ->  FOLDER/HASH/lines-START, events-START
+
+A machine's folder is named by a hash of its id, and tells in its file `machine` whose it is: nothing that a machine sends
+becomes a path. Each record is one line, `TIME PAYLOAD`; files are only appended to and removed whole. What a crash left of a
+last line is cut off before the file is continued, and readers pass over what is no record. Writes are not synced: a power cut
+costs the last seconds.
+"""
+
+import fcntl
+import json
+import logging
+import os
+import re
+import shutil
+import stat
+import threading
+import time
+from base64 import b64decode, b64encode
+from collections import Counter, OrderedDict, deque
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from enum import StrEnum
+from hashlib import blake2b
+from typing import Final
+
+from siderolink.common.errors import ConfigurationError
+from siderolink.common.queues import LineQueue
+from siderolink.server.reporting.model import KeepOptions, KernelLine, LogLine, MachineEvent, ReportedEvent
+from siderolink.server.store import Machine
+
+log = logging.getLogger(__name__)
+
+QUEUE_ITEMS: Final = 65_536
+QUEUE_BYTES: Final = 32 * 1024 * 1024
+"""What may wait to be written."""
+SEGMENTS: Final = 4
+"""A machine's bytes are spread over about so many files, the oldest of which is removed when there are too many."""
+SEGMENT_SECONDS: Final = 86_400.0
+"""A file is continued for so long, so that old records go by the day."""
+TIDY_SECONDS: Final = 60.0
+CLOSE_SECONDS: Final = 3.0
+_AT_ONCE: Final = 4096
+_OPEN: Final = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+_FOLDER: Final = re.compile(r"[0-9a-f]{32}")
+_SEGMENT: Final = re.compile(r"(lines|events)-([0-9]{13})")
+_ESCAPED: Final = re.compile(rb"\x1a(.)", re.DOTALL)
+
+
+class Kept(StrEnum):
+    """What a file holds."""
+
+    LINES = "lines"
+    EVENTS = "events"
+
+
+@dataclass(slots=True)
+class Segment:
+    """One file."""
+
+    kind: Kept
+    begun_at: float
+    """Unix time; the first of its records is not older."""
+    last_at: float
+    """The last of its records is not younger."""
+    size: int = 0
+    is_sound: bool = True
+    """False where an earlier process wrote it, which may have been killed within a line."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind}-{int(self.begun_at * 1000):013}"
+
+
+@dataclass(slots=True)
+class _MachineFiles:
+    machine_id: str
+    node_uuid: str
+    segments: deque[Segment] = field(default_factory=deque)
+
+    @property
+    def size(self) -> int:
+        return sum(segment.size for segment in self.segments)
+
+    @property
+    def last_at(self) -> float:
+        return max((segment.last_at for segment in self.segments), default=0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class _Item:
+    machine: Machine
+    kind: Kept
+    report: LogLine | MachineEvent
+
+
+def encode_line(line: KernelLine) -> bytes:
+    """One record; a newline within the line is escaped."""
+    raw = line.raw.replace(b"\x1a", b"\x1a\x1a").replace(b"\n", b"\x1an")
+    return b"%.7f %b\n" % (line.received_at, raw)
+
+
+def decode_line(record: bytes) -> KernelLine | None:
+    """None for what is no record."""
+    found = _split(record)
+    if found is None:
+        return None
+    at, raw = found
+    if b"\x1a" in raw:
+        raw = _ESCAPED.sub(lambda match: b"\n" if match[1] == b"n" else match[1], raw)
+    return KernelLine(received_at=at, raw=raw)
+
+
+def encode_event(event: ReportedEvent) -> bytes:
+    fields = [event.id, event.actor_id, event.type_url, b64encode(event.data).decode()]
+    return b"%.7f %b\n" % (event.received_at, json.dumps(fields).encode())
+
+
+def decode_event(record: bytes) -> ReportedEvent | None:
+    """None for what is no record."""
+    found = _split(record)
+    try:
+        at, payload = found or (0.0, b"")
+        names = json.loads(payload)
+        if not (isinstance(names, list) and len(names) == 4 and all(isinstance(name, str) for name in names)):
+            return None
+        return ReportedEvent(received_at=at, id=names[0], actor_id=names[1], type_url=names[2], data=b64decode(names[3]))
+    except (ValueError, RecursionError):
+        return None
+
+
+def encode_report(report: LogLine | MachineEvent) -> bytes:
+    return encode_line(report) if isinstance(report, LogLine) else encode_event(report)
+
+
+def _split(record: bytes) -> tuple[float, bytes] | None:
+    at, space, payload = record.partition(b" ")
+    try:
+        return (float(at), payload) if space else None
+    except ValueError:
+        return None
+
+
+class Archive:
+    """The files of one folder. `add` is called on the loop; everything else that touches the disk is for threads."""
+
+    def __init__(self, options: KeepOptions) -> None:
+        self._options = options
+        self._segment_bytes = options.machine_bytes // SEGMENTS
+        self._queue: LineQueue[_Item] = LineQueue(max_items=QUEUE_ITEMS, max_bytes=QUEUE_BYTES)
+        self._machines: OrderedDict[str, _MachineFiles] = OrderedDict()
+        """By folder; the longest silent first."""
+        self._lock = threading.Lock()
+        """Held while files or the index are changed."""
+        self._wake, self._hurry = threading.Event(), threading.Event()
+        self._folder = -1
+        self._failure = ""
+        self._untold = 0
+        self._thread = threading.Thread(target=self._run, name="siderolink kept reports", daemon=True)
+        self.size = 0
+        """Bytes of all files."""
+        self.lost: Counter[str] = Counter()
+        """Reports that could not be kept: "queue full", "disk"."""
+
+    # --- life
+
+    def open(self) -> None:
+        """Take the folder, and look at what is in it. Raises ConfigurationError."""
+        path = self._options.folder
+        try:
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            if os.fstat(self._folder).st_mode & 0o077:
+                log.warning("the folder %s was open to other users; its permissions were restricted", path)
+                os.fchmod(self._folder, 0o700)
+            fcntl.flock(self._folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._let_go()
+            raise ConfigurationError(f"the folder {path} of kept reports is in use by another server") from None
+        except OSError as error:
+            self._let_go()
+            raise ConfigurationError(f"reports cannot be kept in {path}: {error.strerror}") from None
+        self._load()
+        self._tidy(time.time())
+        self._thread.start()
+
+    def close(self) -> None:
+        """Write what waits, within CLOSE_SECONDS."""
+        self._queue.end()
+        self._hurry.set()
+        self._wake.set()
+        self._thread.join(CLOSE_SECONDS)
+        if not self._thread.is_alive():
+            self._let_go()
+
+    def _let_go(self) -> None:
+        folder, self._folder = self._folder, -1
+        if folder >= 0:
+            os.close(folder)
+
+    def _load(self) -> None:
+        folders = [folder for folder in os.listdir(self._folder) if _FOLDER.fullmatch(folder)]
+        found = [(folder, files) for folder in folders if (files := _load_machine(self._folder, folder)) is not None]
+        for folder, files in sorted(found, key=lambda one: one[1].last_at):
+            self._machines[folder] = files
+            self.size += files.size
+
+    # --- what comes
+
+    def add(self, report: LogLine | MachineEvent) -> None:
+        """Queue a report. Never blocks; what there is no room for is counted."""
+        kind = Kept.LINES if isinstance(report, LogLine) else Kept.EVENTS
+        if not self._queue.put(_Item(report.machine, kind, report), report.size):
+            self.lost["queue full"] += 1
+            self._untold += 1
+        if len(self._queue) > QUEUE_ITEMS // 2:
+            self._hurry.set()
+        if not self._wake.is_set():
+            self._wake.set()
+
+    def _run(self) -> None:
+        tidied_at = time.monotonic()
+        while True:
+            is_due = self._wake.wait(TIDY_SECONDS)
+            if is_due:
+                self._hurry.wait(self._options.write_after)
+            self._wake.clear()
+            self._hurry.clear()
+            is_open = True
+            try:
+                with self._lock:
+                    is_open = self._drain()
+                    if time.monotonic() - tidied_at >= TIDY_SECONDS:
+                        tidied_at = time.monotonic()
+                        self._tidy(time.time())
+            except Exception:  # one faulty report shall not end the keeping of all
+                log.exception("keeping reports failed; it goes on with the next ones")
+            if not is_open:
+                return
+
+    def _drain(self) -> bool:
+        """Write what waits; False once the queue has ended."""
+        while items := self._queue.take(_AT_ONCE, timeout=0):
+            self._write(items)
+        return items is not None
+
+    def _write(self, items: Iterable[_Item]) -> None:
+        by_file: dict[tuple[str, Kept], tuple[Machine, list[LogLine | MachineEvent]]] = {}
+        for item in items:
+            by_file.setdefault((item.machine.id, item.kind), (item.machine, []))[1].append(item.report)
+        for (_, kind), (machine, reports) in by_file.items():
+            self._append(machine, kind, [encode_report(report) for report in reports], [one.received_at for one in reports])
+
+    def _failed(self, count: int, error: OSError) -> None:
+        self.lost["disk"] += count
+        self._untold += count
+        reason = error.strerror or type(error).__name__
+        if reason != self._failure:
+            log.warning("reports of machines cannot be kept; it is tried again with the next ones: %s", reason)
+        self._failure = reason
+
+    def _recovered(self) -> None:
+        count, self._untold = self._untold, 0
+        self._failure = ""
+        if count:
+            log.warning("%d reports of machines were not kept; now they are again", count)
+
+    def _append(self, machine: Machine, kind: Kept, records: list[bytes], times: list[float]) -> None:
+        """Keep as many as there is room for, whole ones alone."""
+        folder = _folder_of(machine.id)
+        first = 0
+        try:
+            files = self._files_of(folder, machine)
+            while first < len(records):
+                segment = self._segment(files, kind, times[first])
+                last, size = first + 1, segment.size + len(records[first])
+                while last < len(records) and size + len(records[last]) <= self._segment_bytes:
+                    size += len(records[last])
+                    last += 1
+                self._append_to(folder, segment, b"".join(records[first:last]))
+                segment.last_at = max(segment.last_at, times[last - 1])
+                first = last
+                self._bound(folder, files)
+        except OSError as error:
+            self._failed(len(records) - first, error)
+        else:
+            self._recovered()
+
+    def _files_of(self, folder: str, machine: Machine) -> _MachineFiles:
+        files = self._machines.get(folder)
+        if files is None or files.node_uuid != machine.node_uuid:
+            with suppress(FileExistsError):
+                os.mkdir(folder, 0o700, dir_fd=self._folder)
+            _write_owner(self._folder, folder, machine)
+            files = self._machines.setdefault(folder, _MachineFiles(machine.id, machine.node_uuid))
+            files.node_uuid = machine.node_uuid
+        self._machines.move_to_end(folder)
+        return files
+
+    def _segment(self, files: _MachineFiles, kind: Kept, at: float) -> Segment:
+        """The file to continue, or a new one."""
+        for segment in reversed(files.segments):
+            if segment.kind is kind:
+                if segment.size < self._segment_bytes and at - segment.begun_at < SEGMENT_SECONDS:
+                    return segment
+                at = max(at, segment.begun_at + 0.002)  # names are unique, and in order
+                break
+        segment = Segment(kind, at, at)
+        files.segments.append(segment)
+        return segment
+
+    def _append_to(self, folder: str, segment: Segment, data: bytes) -> None:
+        flags = os.O_RDWR | os.O_CREAT | _OPEN
+        descriptor = os.open(f"{folder}/{segment.name}", flags, 0o600, dir_fd=self._folder)
+        try:
+            if not segment.is_sound:
+                self._resize(segment, _cut_torn_line(descriptor))
+                segment.is_sound = True
+            try:
+                written = 0
+                while written < len(data):
+                    written += os.pwrite(descriptor, data[written:], segment.size + written)
+            except OSError:
+                os.ftruncate(descriptor, segment.size)
+                raise
+            self._resize(segment, segment.size + len(data))
+        finally:
+            os.close(descriptor)
+
+    def _resize(self, segment: Segment, size: int) -> None:
+        self.size += size - segment.size
+        segment.size = size
+
+    # --- what goes
+
+    def _bound(self, folder: str, files: _MachineFiles) -> None:
+        while len(files.segments) > 1 and files.size > self._options.machine_bytes:
+            self._remove_oldest(folder, files)
+        while self.size > self._options.total_bytes:
+            silent, found = next(iter(self._machines.items()))
+            if found is files and len(files.segments) == 1:
+                break
+            self._remove_oldest(silent, found)
+
+    def _tidy(self, now: float) -> None:
+        """Remove what is too old, and what is too much if the bounds have become narrower."""
+        for folder, files in list(self._machines.items()):
+            while files.segments and files.segments[0].last_at < now - self._options.max_age:
+                self._remove_oldest(folder, files)
+            if files.segments:
+                self._bound(folder, files)
+            else:
+                self._forget(folder)
+
+    def _remove_oldest(self, folder: str, files: _MachineFiles) -> None:
+        segment = files.segments.popleft()
+        self._resize(segment, 0)
+        try:
+            os.unlink(f"{folder}/{segment.name}", dir_fd=self._folder)
+        except OSError as error:
+            if not isinstance(error, FileNotFoundError):
+                log.warning("an old file of kept reports cannot be removed: %s", error.strerror)
+        if not files.segments:
+            self._forget(folder)
+
+    def _forget(self, folder: str) -> None:
+        self._machines.pop(folder, None)
+        shutil.rmtree(folder, ignore_errors=True, dir_fd=self._folder)
+
+    def delete(self, machine: str) -> int:
+        """Delete all that is kept of a machine, by its id or UUID; tells how many bytes."""
+        with self._lock:
+            self._drain()
+            before = self.size
+            for folder, files in self._named(machine):
+                for segment in files.segments:
+                    self._resize(segment, 0)
+                self._forget(folder)
+            return before - self.size
+
+    # --- what is there
+
+    def _named(self, machine: str) -> list[tuple[str, _MachineFiles]]:
+        folder = _folder_of(machine)
+        if folder in self._machines:
+            return [(folder, self._machines[folder])]
+        return [(name, files) for name, files in self._machines.items() if files.node_uuid == machine.lower()]
+
+    def segments(self, machine: str, kind: Kept) -> list[tuple[str, Segment]]:
+        """The paths of a machine's files and what is known of them, the oldest first; what waits is written before."""
+        with self._lock:
+            self._drain()
+            found = [(f"{folder}/{one.name}", one) for folder, files in self._named(machine) for one in files.segments]
+        return sorted((one for one in found if one[1].kind is kind), key=lambda one: one[1].begun_at)
+
+    def open_segment(self, path: str) -> int | None:
+        """A descriptor to read one of `segments`; None where it was removed meanwhile."""
+        try:
+            return os.open(path, os.O_RDONLY | _OPEN, dir_fd=self._folder)
+        except OSError:
+            return None
+
+
+def _load_machine(parent: int, folder: str) -> _MachineFiles | None:
+    try:
+        inner = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | _OPEN, dir_fd=parent)
+    except OSError:
+        return None
+    try:
+        files = _MachineFiles(*_read_owner(inner))
+        if _folder_of(files.machine_id) != folder:
+            return None
+        for name in sorted(os.listdir(inner), key=lambda name: name.partition("-")[2]):
+            match = _SEGMENT.fullmatch(name)
+            status = os.stat(name, dir_fd=inner, follow_symlinks=False)
+            if match is not None and stat.S_ISREG(status.st_mode):
+                begun_at = int(match[2]) / 1000
+                last_at = max(begun_at, status.st_mtime)
+                files.segments.append(Segment(Kept(match[1]), begun_at, last_at, status.st_size, is_sound=False))
+        return files
+    except (OSError, ValueError, RecursionError):
+        return None  # it is no folder of ours; it stays as it is
+    finally:
+        os.close(inner)
+
+
+def _read_owner(inner: int) -> tuple[str, str]:
+    with open(os.open("machine", os.O_RDONLY | _OPEN, dir_fd=inner), "rb") as file:
+        found = json.loads(file.read(4096))
+    if not isinstance(found, list) or len(found) != 2 or not all(isinstance(name, str) for name in found):
+        raise ValueError
+    return found[0], found[1]
+
+
+def _write_owner(parent: int, folder: str, machine: Machine) -> None:
+    descriptor = os.open(f"{folder}/.machine", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | _OPEN, 0o600, dir_fd=parent)
+    with open(descriptor, "wb") as file:
+        file.write(json.dumps([machine.id, machine.node_uuid]).encode())
+    os.replace(f"{folder}/.machine", f"{folder}/machine", src_dir_fd=parent, dst_dir_fd=parent)
+
+
+def _folder_of(machine_id: str) -> str:
+    return blake2b(machine_id.encode(errors="surrogatepass"), digest_size=16).hexdigest()
+
+
+def _cut_torn_line(descriptor: int) -> int:
+    """Cut off what follows the last newline; tells the size."""
+    size = os.fstat(descriptor).st_size
+    end = size
+    while end > 0:
+        start = max(0, end - 65_536)
+        found = os.pread(descriptor, end - start, start).rfind(b"\n")
+        if found >= 0:
+            end = start + found + 1
+            break
+        end = start
+    if end != size:
+        os.ftruncate(descriptor, end)
+    return end

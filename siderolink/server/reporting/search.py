@@ -1,0 +1,217 @@
+"""What machines reported, found again: in the archive's files, or among the recent reports in memory; and then followed.
+
+Files are read in a thread, 64 KiB at a time, so that the loop goes on in between. A text is looked for as it is, never as a
+pattern: no text takes longer than another.
+"""
+
+import os
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Final, TypeVar
+
+import anyio
+from anyio.lowlevel import checkpoint
+
+from siderolink.common.errors import ConfigurationError
+from siderolink.common.tasks import in_parts
+from siderolink.server.reporting.archive import Archive, Kept, Segment, decode_event, decode_line
+from siderolink.server.reporting.ingest import ReportIngest
+from siderolink.server.reporting.model import KernelLine, LogLine, MachineEvent, ReportedEvent
+from siderolink.server.store import Machine
+
+R = TypeVar("R", KernelLine, ReportedEvent)
+Report = KernelLine | ReportedEvent
+Decode = Callable[[bytes], Report | None]
+"""Reads a record; None for what is none."""
+
+CHUNK: Final = 65_536
+MAX_TEXT: Final = 1000
+"""Characters that may be looked for."""
+MAX_TAIL: Final = 100_000
+SEARCHES: Final = 2
+"""Searches that read files at the same time; others wait."""
+_PART: Final = 200
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReportQuery:
+    """Which reports of one machine are wanted, the oldest first."""
+
+    since: float | None = None
+    """Unix time."""
+    until: float | None = None
+    """Before this time."""
+    tail: int = 0
+    """Only the last ones of what is kept; 0: all."""
+    text: str = ""
+    """Lines whose message holds this, and events whose summary does."""
+    ignore_case: bool = False
+    kinds: Sequence[str] = ()
+    """Short names of events' types; empty: all."""
+
+    def __post_init__(self) -> None:
+        if len(self.text) > MAX_TEXT:
+            raise ConfigurationError(f"a text of at most {MAX_TEXT} characters can be looked for")
+        if not 0 <= self.tail <= MAX_TAIL:
+            raise ConfigurationError(f"the last {MAX_TAIL} reports can be asked for, not {self.tail}")
+
+    def takes(self, report: KernelLine | ReportedEvent) -> bool:
+        """Whether it is wanted."""
+        if self.since is not None and report.received_at < self.since:
+            return False
+        if self.until is not None and report.received_at >= self.until:
+            return False
+        if isinstance(report, ReportedEvent) and self.kinds and report.kind not in self.kinds:
+            return False
+        return not self.text or self._holds(report)
+
+    def _holds(self, report: KernelLine | ReportedEvent) -> bool:
+        text = report.message if isinstance(report, KernelLine) else f"{report.kind} {report.summary}"
+        return self.text.lower() in text.lower() if self.ignore_case else self.text in text
+
+
+EVERYTHING = ReportQuery()
+
+
+class _Filter:
+    """Passes over blocks of a file in which no line can hold the text."""
+
+    def __init__(self, query: ReportQuery) -> None:
+        # what JSON may write in another way is looked for in each line, decoded; as are escapes
+        is_plain = query.text.isascii() and all(
+            character.isalnum() or character in " .:=,;-_+()[]@#" for character in query.text
+        )
+        self._ignore_case = query.ignore_case
+        self._text = (query.text.lower() if query.ignore_case else query.text).encode() if is_plain else b""
+
+    def may_hold(self, block: bytes) -> bool:
+        if not self._text or b"\\u" in block:
+            return True
+        return self._text in (block.lower() if self._ignore_case else block)
+
+
+class _Reader:
+    """Reads one machine's files, for a thread."""
+
+    def __init__(self, archive: Archive, machine: str, query: ReportQuery, kind: Kept) -> None:
+        self._archive = archive
+        self._machine = machine
+        self._query = query
+        self._kind = kind
+        self._decode: Decode = decode_line if kind is Kept.LINES else decode_event
+        self._filter = _Filter(query if kind is Kept.LINES else EVERYTHING)
+
+    def read(self) -> Generator[list[Report]]:
+        """What is found, often nothing, after each chunk."""
+        query = self._query
+        segments = [one for one in self._archive.segments(self._machine, self._kind) if self._may_hold(one[1])]
+        if not query.tail:
+            for path, _ in segments:
+                yield from self._read_segment(path)
+            return
+        found: deque[Report] = deque()
+        for path, _ in reversed(segments):
+            last: deque[Report] = deque(maxlen=query.tail - len(found))
+            for part in self._read_segment(path):
+                last.extend(part)
+                yield []
+            found.extendleft(reversed(last))
+            if len(found) >= query.tail:
+                break
+        yield from in_parts(found, _PART)
+
+    def _may_hold(self, segment: Segment) -> bool:
+        query = self._query
+        is_too_old = query.since is not None and segment.last_at < query.since
+        return not is_too_old and (query.until is None or segment.begun_at < query.until)
+
+    def _read_segment(self, path: str) -> Iterator[list[Report]]:
+        descriptor = self._archive.open_segment(path)
+        if descriptor is None:
+            return
+        try:
+            rest = b""
+            while chunk := os.read(descriptor, CHUNK):
+                block, newline, rest = (rest + chunk).rpartition(b"\n")
+                yield list(self._found(block)) if newline else []
+        finally:
+            os.close(descriptor)
+
+    def _found(self, block: bytes) -> Iterator[Report]:
+        if not self._filter.may_hold(block):
+            return
+        for record in block.split(b"\n"):
+            report = self._decode(record)
+            if report is not None and self._query.takes(report):
+                yield report
+
+
+class ReportSearch:
+    """Finds reports of one server."""
+
+    def __init__(self, ingest: ReportIngest, archive: Archive | None) -> None:
+        self._ingest = ingest
+        self._archive = archive
+        self._limiter = anyio.CapacityLimiter(SEARCHES)
+
+    async def lines(self, machine: str, query: ReportQuery, *, follow: bool = False) -> AsyncIterator[KernelLine]:
+        """A machine's lines, by its id or UUID; with `follow` also those that come, until the caller stops."""
+        live = self._ingest.lines.subscribe() if follow else None
+        began_at = time.time()
+        if self._archive is not None:
+            async for found in self._read(_Reader(self._archive, machine, query, Kept.LINES), began_at):
+                if isinstance(found, KernelLine):
+                    yield found
+        else:
+            async for line in _recent(self._ingest.recent_lines.of(machine), query):
+                yield line
+        if live is not None:
+            async for item in live:
+                if isinstance(item, LogLine) and _is_of(item.machine, machine) and query.takes(item):
+                    yield item
+
+    async def events(self, machine: str, query: ReportQuery, *, follow: bool = False) -> AsyncIterator[ReportedEvent]:
+        """As `lines`."""
+        live = self._ingest.events.subscribe() if follow else None
+        began_at = time.time()
+        if self._archive is not None:
+            async for found in self._read(_Reader(self._archive, machine, query, Kept.EVENTS), began_at):
+                if isinstance(found, ReportedEvent):
+                    yield found
+        else:
+            async for event in _recent(self._ingest.recent_events.of(machine), query):
+                yield event
+        if live is not None:
+            async for item in live:
+                if isinstance(item, MachineEvent) and _is_of(item.machine, machine) and query.takes(item):
+                    yield item
+
+    async def _read(self, reader: _Reader, before: float) -> AsyncIterator[Report]:
+        """What was received after that time is followed instead."""
+        parts = reader.read()
+        try:
+            while True:
+                found = await anyio.to_thread.run_sync(partial(next, parts, None), limiter=self._limiter)
+                if found is None:
+                    return
+                for report in found:
+                    if report.received_at <= before:
+                        yield report
+        finally:
+            parts.close()
+
+
+def _is_of(machine: Machine, name: str) -> bool:
+    return name in (machine.id, machine.node_uuid)
+
+
+async def _recent(kept: Sequence[R], query: ReportQuery) -> AsyncIterator[R]:
+    found: deque[R] = deque(maxlen=query.tail or None)
+    for part in in_parts(kept, _PART):
+        found.extend(report for report in part if query.takes(report))
+        await checkpoint()
+    for report in found:
+        yield report
