@@ -3,7 +3,7 @@
 import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import anyio
@@ -21,6 +21,7 @@ from siderolink.cli.notify import feed_watchdog, notify
 from siderolink.cli.reporting import Reporting, report_part
 from siderolink.cli.running import run_until_stopped
 from siderolink.cli.settings import FollowedSettings, SettingsOptions, SettingsReader
+from siderolink.cli.trial import JoinSettings, SettingsTrial
 from siderolink.client import Link, LinkEvent, SettingsApplied, StateChanged
 from siderolink.client.config import HOST_DOCUMENTS, PROC_CMDLINE, Ingress, MachineSettings
 from siderolink.client.firewall import ingress_firewall
@@ -36,6 +37,9 @@ from siderolink.common.join_url import JoinURL
 from siderolink.common.pb.siderolink.control import Event, StatusResponse
 from siderolink.common.tasks import background_tasks, keep_running
 from siderolink.common.wireguard.device import DeviceKind
+
+_RETURN_SECONDS = 10.0
+"""How long the settings from before an interrupted trial have the server to themselves before the new ones are tried again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,13 +106,17 @@ class JoinedMachine:
         self._settings = settings
         self._node_uuid = machine_uuid(folder=options.identity)
         self._unique_tokens = UniqueTokens(options.identity)
+        self._trial = SettingsTrial(options.identity)
         self._keys: ServerKeys = {}
-        self._roots: tuple[str | None, ssl.SSLContext] | None = None
+        self._roots: dict[str | None, ssl.SSLContext] = {}
         self._reporting = Reporting()
         self._follower: LinkFollower | None = None
         self._maintenance: Maintenance | None = None
         self._link: Link | None = None
         self._in_force = anyio.Event()
+        self._wanted: LinkOptions | None = None
+        self._proved: LinkOptions | None = None
+        self._link_changed = anyio.Event()
 
     async def run(self) -> None:
         """Never returns. Raises SideroLinkError where there can be no interface."""
@@ -137,7 +145,7 @@ class JoinedMachine:
             tasks.start_soon(self._settings.follow, lambda settings: settings.ingress, hold_firewall)
             tasks.start_soon(self._settings.follow, report_part, self._reporting.collect)
             async with self._serve_metrics(), self._serve_maintenance() as self._follower:
-                self._settings.try_link = self._try_link
+                self._settings.link = self
                 notify("READY=1\nSTATUS=not linked yet")
                 await self._keep_linked()
 
@@ -176,10 +184,8 @@ class JoinedMachine:
                     self._follower.removed()
                 await self._settings.changed()
                 continue
-            if self._follower is not None:
-                self._follower.configured(url)
             try:
-                options = await self._link_options(self._settings.current)
+                options, is_interrupted = await self._first_options(self._settings.current)
             except ConfigurationError as error:
                 if not has_joined:
                     raise
@@ -187,71 +193,128 @@ class JoinedMachine:
                 await self._settings.changed()
                 continue
             has_joined = True
+            self._show_settings(options)
             async with open_link(options, self._on_event, keys=self._keys) as self._link:
                 try:
-                    await self._follow_settings(self._link)
+                    await self._follow_settings(self._link, is_interrupted)
                 finally:
                     self._link = None
 
-    async def _follow_settings(self, link: Link) -> None:
+    async def _first_options(self, settings: MachineSettings) -> tuple[LinkOptions, bool]:
+        """What a new link begins with, and whether these are the settings from before an interrupted trial.
+
+        Raises ConfigurationError.
+        """
+        join = await self._join_settings(settings)
+        before = await self._trial.interrupted(join)
+        if before is not None:
+            try:
+                options = self._link_options(before)
+            except ConfigurationError as error:
+                say("settings refused", f"those from before an interrupted trial: {error}")
+            else:
+                say("settings", "a trial of new ones was interrupted: the link begins with those that worked before")
+                return options, True
+        return self._link_options(join), False
+
+    async def _follow_settings(self, link: Link, is_interrupted: bool) -> None:
         """Until there is no join URL any more."""
         async with background_tasks() as tasks:
             tasks.start_soon(self._serve_control, link)
             tasks.start_soon(self._report, link)
+            tasks.start_soon(self._end_trials, link)
+            if is_interrupted:
+                with anyio.move_on_after(_RETURN_SECONDS):
+                    await link.wait_connected()
             while True:
                 settings = self._settings.current
                 if _join_url(settings) is None:
                     return
                 try:
-                    await link.apply(await self._link_options(settings), timeout=0.0, keep=True)
+                    options = await self._note_options(settings)
+                    await link.apply(options, timeout=0.0, keep=True, prove_first=is_interrupted)
                 except ConfigurationError as error:
                     say("settings refused", f"{error}; what was in force stays")
                 if self._settings.current == settings:
                     await self._settings.changed()
 
-    async def _try_link(self, settings: MachineSettings, *, timeout: float, keep: bool) -> Verdict:
+    async def try_settings(self, settings: MachineSettings, *, timeout: float, keep: bool) -> Verdict:
         """Test the settings and adopt them if they work; see `LinkSupervisor.apply`."""
         if _join_url(settings) is None:
             return Verdict(outcome="applied")
-        options = await self._link_options(settings)
+        if self._link is not None and keep:
+            return await self._link.apply(await self._note_options(settings), timeout=timeout, keep=True)
+        options = self._link_options(await self._join_settings(settings))
         if self._link is not None:
-            return await self._link.apply(options, timeout=timeout, keep=keep)
+            verdict = await self._link.apply(options, timeout=timeout)
+            self._proved = None if verdict.is_refused else options
+            return verdict
         if keep:
             return Verdict(outcome="pending", reason="there is no link yet")
         return await try_first(options, self._keys, timeout=timeout)
 
-    async def _link_options(self, settings: MachineSettings) -> LinkOptions:
-        """Raises ConfigurationError."""
-        options = self._options
+    async def note_trial(self, settings: MachineSettings) -> None:
+        """Make a crash from now on come back with the present settings, not with these; see `SettingsTrial`."""
+        if self._link is not None and _join_url(settings) is not None:
+            await self._note_options(settings)
+
+    async def _note_options(self, settings: MachineSettings) -> LinkOptions:
+        """The options of these settings, which are wanted from now on. Raises ConfigurationError."""
+        join = await self._join_settings(settings)
+        options = self._link_options(join)
+        self._wanted, link = options, self._link
+        if link is None or link.runs_by(options):
+            await self._trial.end()
+        elif link.has_worked and options != self._proved:
+            await self._trial.begin(join, self._joined_by(link.options))
+        return options
+
+    async def _end_trials(self, link: Link) -> None:
+        """End the note of a trial once the link is up by what is wanted. Never returns."""
+        while True:
+            changed = self._link_changed
+            if self._wanted is not None and link.runs_by(self._wanted):
+                await self._trial.end()
+            await changed.wait()
+
+    async def _join_settings(self, settings: MachineSettings) -> JoinSettings:
+        """What the settings mean for the link; the machine's own UUID and unique token fill what they leave open."""
         url = _join_url(settings)
         assert url is not None
         own_uuid = settings.uuid.value if settings.uuid is not None and settings.uuid.source == "argument" else self._node_uuid
-        link_options = LinkOptions(
-            url=url,
-            machine=NodeInfo(
-                uuid=settings.uuid.value if settings.uuid is not None else own_uuid, version=options.talos_version
-            ),
-            interface=options.interface,
-            device=options.device,
-            namespace=options.netns,
-            tls=self._tls(settings) if url.tls else None,
-            fallback_tunnel=options.fallback_tunnel,
-            retry_first=True,
-        )
         if settings.unique_token is not None:
             token = settings.unique_token.value
         else:
-            token = await self._unique_tokens.token(link_options.server, own_uuid)
-        hide(url.join_token)
-        hide(token)
-        name_machine(link_options.machine.uuid)
-        return replace(link_options, machine=replace(link_options.machine, unique_token=token))
+            token = await self._unique_tokens.token((url.host.lower(), url.port), own_uuid)
+        node_uuid = settings.uuid.value if settings.uuid is not None else own_uuid
+        return JoinSettings(url=url, uuid=node_uuid, unique_token=token, roots=settings.roots_pem if url.tls else None)
 
-    def _tls(self, settings: MachineSettings) -> ssl.SSLContext:
+    def _link_options(self, join: JoinSettings) -> LinkOptions:
+        """Raises ConfigurationError for roots that cannot be used."""
+        hide(join.url.join_token)
+        hide(join.unique_token)
+        options = self._options
+        return LinkOptions(
+            url=join.url,
+            machine=NodeInfo(uuid=join.uuid, unique_token=join.unique_token, version=options.talos_version),
+            interface=options.interface,
+            device=options.device,
+            namespace=options.netns,
+            tls=self._tls(join.roots) if join.url.tls else None,
+            fallback_tunnel=options.fallback_tunnel,
+            retry_first=True,
+        )
+
+    def _joined_by(self, options: LinkOptions) -> JoinSettings:
+        roots = next((roots for roots, tls in self._roots.items() if tls is options.tls), None)
+        machine = options.machine
+        return JoinSettings(url=options.url, uuid=machine.uuid, unique_token=machine.unique_token, roots=roots)
+
+    def _tls(self, roots: str | None) -> ssl.SSLContext:
         """The same context for the same roots, so that settings can be compared."""
-        if self._roots is None or self._roots[0] != settings.roots_pem:
-            self._roots = settings.roots_pem, client_tls(self._options.ca, extra_roots=settings.roots_pem)
-        return self._roots[1]
+        if roots not in self._roots:
+            self._roots[roots] = client_tls(self._options.ca, extra_roots=roots)
+        return self._roots[roots]
 
     # What goes with a link
 
@@ -274,15 +337,23 @@ class JoinedMachine:
         if isinstance(event, StateChanged):
             notify(f"STATUS={link_event(event)[1]}")
         self._reporting.on_link_event(event)
-        if self._follower is not None and self._link is not None:
-            self._follower.private_key = self._link.private_key
+        link = self._link
+        if self._follower is not None and link is not None:
+            self._follower.private_key = link.private_key
         if self._follower is not None:
             self._follower.on_event(event)
-        if isinstance(event, SettingsApplied):
-            if self._follower is not None and self._link is not None:
-                self._follower.configured(self._link.options.url)
+        if isinstance(event, SettingsApplied) and link is not None:
+            self._show_settings(link.options)
             self._in_force.set()
             self._in_force = anyio.Event()
+        self._link_changed.set()
+        self._link_changed = anyio.Event()
+
+    def _show_settings(self, options: LinkOptions) -> None:
+        """Show in the log and in the machine's API what the link runs by."""
+        name_machine(options.machine.uuid)
+        if self._follower is not None:
+            self._follower.configured(options.url, unique_token=options.machine.unique_token)
 
 
 def _join_url(settings: MachineSettings) -> JoinURL | None:

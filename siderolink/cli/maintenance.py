@@ -1,18 +1,18 @@
 """The machine API of `join`. A configuration applied through it counts like a local document."""
 
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import anyio
 from grpclib import GRPCError, Status
 
 from siderolink.cli.logs import say
 from siderolink.cli.reporting import Reporting
 from siderolink.cli.settings import FollowedSettings
 from siderolink.client.config import MachineSettings, Setting
-from siderolink.client.link.supervisor import Verdict
 from siderolink.client.maintenance import (
     API_PORT,
     ApplyAnswer,
@@ -64,6 +64,7 @@ class Maintenance:
         self._version = MachineVersion(tag=options.version) if options.version else MachineVersion()
         self._resources = ResourceStore()
         self._meta = MetaStore(self._resources, options.meta)
+        self._changing_meta = anyio.Lock()
         self._configuration = ConfigurationKeeper(
             self._resources, settings.apply, path=options.configuration, on_refusal=self._on_refusal
         )
@@ -72,7 +73,7 @@ class Maintenance:
         """Put into force what was kept, before there is a link. Raises ConfigurationError."""
         await self._configuration.load()
         if self._meta.values:
-            await self._settings.write_meta(self._identity())
+            await self._settings.write_meta(_identity(self._meta.values))
 
     @asynccontextmanager
     async def serve(self, *, node_uuid: str) -> AsyncIterator[LinkFollower]:
@@ -109,36 +110,48 @@ class Maintenance:
         return ApplyAnswer(warnings=warnings, mode=answer.mode, details=answer.details)
 
     async def _write_meta(self, key: int, value: bytes) -> None:
-        before = self._meta.values.get(key)
-        await self._meta.write(key, value)
+        async with self._changing_meta:
+            await self._change_meta(key, value)
         say("META", f"key {key} was written by the maintenance API")
-        verdict = await self._take_identity(key)
-        if verdict.is_refused:
-            await (self._meta.delete(key) if before is None else self._meta.write(key, before))
-            raise GRPCError(Status.FAILED_PRECONDITION, f"META key {key} was not saved: {verdict.reason}")
 
     async def _delete_meta(self, key: int) -> bool:
-        was_there = await self._meta.delete(key)
-        if was_there:
-            say("META", f"key {key} was deleted by the maintenance API")
-            await self._take_identity(key)
-        return was_there
+        async with self._changing_meta:
+            if key not in self._meta.values:
+                return False
+            await self._change_meta(key, None)
+        say("META", f"key {key} was deleted by the maintenance API")
+        return True
 
-    async def _take_identity(self, key: int) -> Verdict:
-        """Join again if the key carries an identity assigned by the server."""
+    async def _change_meta(self, key: int, value: bytes | None) -> None:
+        """Set or remove a key. Raises GRPCError; then nothing has changed.
+
+        The two keys of the machine's identity are tried beside the link, and kept if they are not refused.
+        """
         if key not in (UUID_KEY, UNIQUE_TOKEN_KEY):
-            return Verdict(outcome="unchanged")
-        return await self._settings.write_meta(self._identity())
+            await self._meta.set(key, value)
+            return
+        values, identity = dict(self._meta.values), self._settings.meta
+        wanted = _identity(values | {key: value})
+        await self._settings.announce_meta(wanted)
+        try:
+            await self._meta.set(key, value)
+            verdict = await self._settings.write_meta(wanted)
+            if verdict.is_refused:
+                await self._meta.set(key, values.get(key))
+                raise GRPCError(Status.FAILED_PRECONDITION, f"META key {key} was not changed: {verdict.reason}")
+        except GRPCError:
+            await self._settings.write_meta(identity)
+            raise
 
-    def _identity(self) -> MachineSettings:
-        """The machine's identity from META. Values that are unusable for joining are stored but not used."""
-        values = self._meta.values
-        node_uuid = _read_uuid(values.get(UUID_KEY, b""))
-        token = _read_token(values.get(UNIQUE_TOKEN_KEY))
-        return MachineSettings(
-            uuid=None if node_uuid is None else Setting(node_uuid, "META"),
-            unique_token=None if token is None else Setting(token, "META"),
-        )
+
+def _identity(values: Mapping[int, bytes | None]) -> MachineSettings:
+    """The machine's identity from META. Values that are unusable for joining are stored but not used."""
+    node_uuid = _read_uuid(values.get(UUID_KEY) or b"")
+    token = _read_token(values.get(UNIQUE_TOKEN_KEY))
+    return MachineSettings(
+        uuid=None if node_uuid is None else Setting(node_uuid, "META"),
+        unique_token=None if token is None else Setting(token, "META"),
+    )
 
 
 def _in_maintenance() -> MachineEventPayload:

@@ -69,10 +69,14 @@ class SettingsReader:
         return replace(settings, url=replace(settings.url, value=replace(settings.url.value, join_token=self._join_token)))
 
 
-class TryLink(Protocol):
-    """Tries what settings mean for the link; see `LinkSupervisor.apply`."""
+class LinkOfSettings(Protocol):
+    """The link that settings lead to."""
 
-    async def __call__(self, settings: MachineSettings, *, timeout: float, keep: bool) -> Verdict: ...
+    async def try_settings(self, settings: MachineSettings, *, timeout: float, keep: bool) -> Verdict:
+        """Test what they mean for the link and adopt them if they work; see `LinkSupervisor.apply`."""
+
+    async def note_trial(self, settings: MachineSettings) -> None:
+        """Make a crash from now on come back with the present settings, not with these; see `SettingsTrial`."""
 
 
 class FollowedSettings:
@@ -88,7 +92,7 @@ class FollowedSettings:
         self._told: tuple[str, ...] = ()
         self._is_watched = False
         self._changed = anyio.Event()
-        self.try_link: TryLink | None = None
+        self.link: LinkOfSettings | None = None
         """Tests a change before it is adopted; None adopts changes untested."""
         self.current = self._found
 
@@ -104,8 +108,8 @@ class FollowedSettings:
         """
         candidate = self._merge(documents, self._meta)
         verdict = Verdict(outcome="applied")
-        if self.try_link is not None:
-            verdict = await self.try_link(candidate, timeout=VERDICT_TIMEOUT, keep=False)
+        if self.link is not None:
+            verdict = await self.link.try_settings(candidate, timeout=VERDICT_TIMEOUT, keep=False)
         if not verdict.is_refused:
             self._applied = documents
             self._use(self._merge(self._applied, self._meta))
@@ -116,22 +120,24 @@ class FollowedSettings:
         """The UUID and the unique token that the server has given this machine; they override all others."""
         return self._meta
 
+    async def announce_meta(self, meta: MachineSettings) -> None:
+        """Call before META's file has a new UUID or unique token, which `write_meta` then tries."""
+        if self.link is not None:
+            await self.link.note_trial(self._merge(self._applied, meta))
+
     async def write_meta(self, meta: MachineSettings) -> Verdict:
         """Use this UUID and unique token from now on; None gives way to the machine's own.
 
         Answers within `PROMPT_TIMEOUT` seconds: a server may hold the new Provision call until its META write has returned. A
-        change that is refused by then is dropped; one that is pending is kept and retried.
+        change that is pending by then is kept and retried. One that is refused is to be taken back by another call.
         """
-        before, self._meta = self._meta, meta
+        self._meta = meta
+        candidate = self._merge(self._applied, meta)
         verdict = Verdict(outcome="applied")
-        if self.try_link is not None:
-            candidate = self._merge(self._applied, meta)
-            verdict = await self.try_link(candidate, timeout=PROMPT_TIMEOUT, keep=True)
-        if verdict.is_refused and self._meta is meta:
-            self._meta = before
-            if self.try_link is not None:
-                await self.try_link(self._merge(self._applied, before), timeout=0.0, keep=True)
-        self._use(self._merge(self._applied, self._meta))
+        if self.link is not None:
+            verdict = await self.link.try_settings(candidate, timeout=PROMPT_TIMEOUT, keep=True)
+        if not verdict.is_refused:
+            self._use(candidate)
         return verdict
 
     async def watch(self) -> None:

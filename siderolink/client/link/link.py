@@ -124,12 +124,25 @@ class Link:
         """The key at the present server; another server gets another."""
         return self._runner.private_key
 
-    async def apply(self, options: LinkOptions, *, timeout: float = VERDICT_TIMEOUT, keep: bool = False) -> Verdict:
+    @property
+    def has_worked(self) -> bool:
+        """Whether the link has been up by the settings in force."""
+        progress = self._runner.progress
+        return progress.machine.was_up and not progress.has_new_settings
+
+    def runs_by(self, options: LinkOptions) -> bool:
+        """Whether the link is up by these settings."""
+        runner = self._runner
+        return runner.options == options and runner.is_up and not runner.progress.has_new_settings
+
+    async def apply(
+        self, options: LinkOptions, *, timeout: float = VERDICT_TIMEOUT, keep: bool = False, prove_first: bool = False
+    ) -> Verdict:
         """Try other settings beside the link and switch to them only if they work; see `LinkSupervisor.apply`.
 
         `dataclasses.replace(link.options, ...)` makes them.
         """
-        return await self._supervisor.apply(options, timeout=timeout, keep=keep)
+        return await self._supervisor.apply(options, timeout=timeout, keep=keep, prove_first=prove_first)
 
     async def status(self) -> LinkStatus:
         """How the link stands now."""

@@ -7,7 +7,7 @@ answer has the same address and kind of transport as before, the running interfa
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from typing import Literal
@@ -28,7 +28,7 @@ VERDICT_TIMEOUT = 20.0
 PROMPT_TIMEOUT = 1.0
 """Seconds for callers for whose return the server itself waits before it answers the new Provision (META writes)."""
 _ANSWER_GRACE = 1.0
-"""Seconds between an answer and what may end the old interface or address: the caller may be waiting for its answer there."""
+"""Seconds between an answer and what silences or ends the old link: the caller may be waiting for its answer there."""
 _TAKEOVER = 20.0
 """Seconds that settings which worked in the trial have to bring the link up; then the old ones return."""
 _SHORTEST_TRY = 2.0
@@ -59,8 +59,8 @@ class _Change:
     options: LinkOptions
     is_kept: bool
     """Retry until they work, instead of dropping them after a failure."""
-    starts_in: float = 0.0
-    """Seconds before the first try."""
+    is_proved_first: bool = False
+    """Try them beside the link even where there has been none yet, since its present settings are known to have worked."""
     backoff: Backoff = field(default_factory=lambda: Backoff(first=30.0, floor=10.0, cap=300.0))
     verdict: Verdict | None = None
     decided: anyio.Event = field(default_factory=anyio.Event)
@@ -85,22 +85,23 @@ class LinkSupervisor:
         self.refusal = ""
         """Why the settings that were wanted last are not in force; empty if they are."""
 
-    async def apply(self, options: LinkOptions, *, timeout: float = VERDICT_TIMEOUT, keep: bool = False) -> Verdict:
+    async def apply(
+        self, options: LinkOptions, *, timeout: float = VERDICT_TIMEOUT, keep: bool = False, prove_first: bool = False
+    ) -> Verdict:
         """Use these settings if they work. Returns the outcome within `timeout` seconds.
 
         Without `keep`, settings that fail or take longer are dropped. With it they are `pending` after the timeout and retried
         until they work; a refusal that comes sooner is reported and retried all the same. Later settings replace earlier ones
         that are not in force yet.
 
-        Another UUID at the same server may end the present address as soon as it is tried, and with it the caller's connection:
-        with `keep` the answer is `pending` at once then, and the try begins a second later.
+        With `keep`, settings that the server accepts with another answer than before are `pending` before their handshake: it
+        silences the link for a moment, and the caller may be at its other end. Where there has been no link yet, they replace
+        the present ones untested, unless `prove_first` is set.
         """
-        present = self._runner.options
-        may_end_address = keep and options.server == present.server and options.machine.uuid != present.machine.uuid
-        change = _Change(options, keep, starts_in=_ANSWER_GRACE if may_end_address else 0.0)
-        self._put(change)
-        if may_end_address:
-            return Verdict(outcome="pending", reason="another UUID is tried after this answer")
+        change = self._change
+        if change is None or not (keep and change.is_kept and change.options == options):
+            change = _Change(options, keep, prove_first)
+            self._put(change)
         with anyio.move_on_after(timeout):
             await change.decided.wait()
         if change.verdict is not None:  # also when it came in the last moment
@@ -122,7 +123,6 @@ class LinkSupervisor:
                 await changed.wait()
                 continue
             with anyio.CancelScope() as self._trial:
-                await anyio.sleep(change.starts_in)
                 await self._try(change)
                 if self._change is change:
                     with anyio.move_on_after(change.backoff.next()):
@@ -144,7 +144,7 @@ class LinkSupervisor:
         if options == runner.options:
             self._settle(change, Verdict(outcome="unchanged"))
             return
-        if not runner.progress.connected.is_set() and change.is_kept:
+        if not runner.progress.connected.is_set() and change.is_kept and not change.is_proved_first:
             # There is no working link to lose.
             runner.replace_settings(options, None)
             self._emit(events.SettingsApplied(changes=changes))
@@ -152,7 +152,7 @@ class LinkSupervisor:
             return
         self._emit(events.SettingsTried(changes=changes))
         try:
-            answer = await self.prove(options)
+            answer = await self.prove(options, lambda: self._answer_before_handshake(change))
         except SideroLinkError as error:
             self._fail(change, changes, str(error), is_final=isinstance(error, JoinRefusedError))
             return
@@ -166,14 +166,24 @@ class LinkSupervisor:
         finally:
             self._is_switching = False
 
-    async def prove(self, options: LinkOptions) -> Provisioned:
-        """The server's answer to these settings, once a handshake has shown that it works. Raises SideroLinkError."""
+    async def _answer_before_handshake(self, change: _Change) -> None:
+        if change.is_kept and not change.decided.is_set():
+            change.decide(Verdict(outcome="pending", reason="the server accepted them; the link by them is being tried"))
+            await anyio.sleep(_ANSWER_GRACE)
+
+    async def prove(self, options: LinkOptions, on_accepted: Callable[[], Awaitable[None]] | None = None) -> Provisioned:
+        """The server's answer to these settings, once a handshake has shown that it works. Raises SideroLinkError.
+
+        `on_accepted` is awaited between an answer and the handshake that it needs.
+        """
         runner = self._runner
         provisioner = runner.provisioner(options, lambda event: None)
         tunnel = runner.is_fallback and options.server == runner.options.server
         answer = await provisioner.request(tunnel=tunnel)
         if runner.is_up and runner.fits(options, answer) and answer == runner.answer:
             return answer
+        if on_accepted is not None:
+            await on_accepted()
         try:
             await self._shake_hands(options, answer)
         except HandshakeTimeoutError:

@@ -11,12 +11,14 @@ from siderolink.client.maintenance.resources.definitions import (
     SIDEROLINK_CONFIG,
     SIDEROLINK_STATUS,
     SIDEROLINK_TUNNEL,
+    UNIQUE_TOKEN,
 )
 from siderolink.client.maintenance.resources.specs import (
     link_spec,
     siderolink_config,
     siderolink_status,
     siderolink_tunnel,
+    unique_token_spec,
 )
 from siderolink.common.addressing import parse_peer_addr_port
 from siderolink.common.join_url import JoinURL
@@ -25,6 +27,7 @@ from siderolink.common.keys import PrivateKey
 CONFIG_ID = "siderolink"
 STATUS_ID = "siderolink-status"
 TUNNEL_ID = "siderolink-tunnel"
+UNIQUE_TOKEN_ID = "unique-machine-token"
 _KEEPALIVE = 25
 
 
@@ -44,20 +47,23 @@ class LinkFollower:
         self._joined: Joined | None = None
         self._interface: InterfaceConfigured | None = None
         self._connected = False
+        self._show_token("")
 
-    def configured(self, url: JoinURL) -> None:
-        """Handle the configuration of a join URL. An existing link stays."""
+    def configured(self, url: JoinURL, *, unique_token: str = "") -> None:
+        """Handle the configuration of a join URL, and show the unique token in use. An existing link stays."""
         is_new, self._url = self._url is None, url
         if is_new:
             self._forget_link()
             self._api.move(Nowhere())
         self._api.resources.put(SIDEROLINK_CONFIG, CONFIG_ID, siderolink_config(url))
+        self._show_token(unique_token)
         self._show_status()
 
     def removed(self) -> None:
         """Handle the removal of SideroLink from the configuration."""
         self._forget_link()
         self._url = None
+        self._show_token("")
         self._api.resources.remove(SIDEROLINK_CONFIG, CONFIG_ID)
         self._api.resources.remove(SIDEROLINK_STATUS, STATUS_ID)
         self._api.move(Everywhere())
@@ -133,6 +139,9 @@ class LinkFollower:
         tunnel = self._joined is not None and self._joined.transport == "tunnel"
         status = siderolink_status(self._url, connected=self._connected, link=interface, tunnel=tunnel)
         self._api.resources.put(SIDEROLINK_STATUS, STATUS_ID, status)
+
+    def _show_token(self, unique_token: str) -> None:
+        self._api.resources.put(UNIQUE_TOKEN, UNIQUE_TOKEN_ID, unique_token_spec(unique_token))
 
     def _forget_link(self) -> None:
         self._joined = self._interface = None

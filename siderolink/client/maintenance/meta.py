@@ -13,7 +13,7 @@ import anyio.to_thread
 from grpclib import GRPCError, Status
 
 from siderolink.client.maintenance.resources import specs
-from siderolink.client.maintenance.resources.definitions import META_KEY, UNIQUE_TOKEN
+from siderolink.client.maintenance.resources.definitions import META_KEY
 from siderolink.client.maintenance.resources.store import ResourceStore
 from siderolink.common.errors import ConfigurationError
 
@@ -57,6 +57,10 @@ class MetaStore:
             await self._replace({other: value for other, value in self._values.items() if other != key})
             return True
 
+    async def set(self, key: int, value: bytes | None) -> None:
+        """Set a key, or remove it. Raises GRPCError like `write`."""
+        await (self.delete(key) if value is None else self.write(key, value))
+
     async def _replace(self, values: dict[int, bytes]) -> None:
         if self._path is not None:
             encoded = {str(key): base64.b64encode(value).decode() for key, value in sorted(values.items())}
@@ -72,8 +76,6 @@ class MetaStore:
     def _show(self) -> None:
         shown = {f"0x{key:02x}": specs.meta_key(value) for key, value in self._values.items()}
         self._resources.replace(META_KEY, shown)
-        token = self._values.get(UNIQUE_TOKEN_KEY, b"").decode(errors="replace")
-        self._resources.put(UNIQUE_TOKEN, "unique-machine-token", specs.unique_token(token))
 
 
 def _load(path: Path) -> dict[int, bytes]:

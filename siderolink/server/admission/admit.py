@@ -135,6 +135,7 @@ class Admission:
             return refusal(JoinRefusal.KEY_IN_USE)
         changed: tuple[Machine, ...] = ()
         basis = Basis.NEW
+        new_row = self._rows.new_row(request, new_id)
         if holder is not None:
             if holder.assigned_uuid == request.node_uuid:
                 return await self._rename(transaction, request, holder)
@@ -142,18 +143,28 @@ class Admission:
                 if holder.bound_digest is not None:
                     return refusal(JoinRefusal.KEY_IN_USE, holder)
                 # Whoever has the key may have another UUID now: it has to answer at an address that only this answer tells.
-                row = replace(self._rows.new_row(request, new_id), virtual_address=holder.virtual_address)
+                row = replace(new_row, virtual_address=holder.virtual_address)
                 row = replace(row, unique_token_digest=request.digest, unique_fingerprint=request.fingerprint)
                 needs_virtual = request.use_tunnel and holder.virtual_address is None
                 row = replace(row, virtual_address=self._rows.virtual_address()) if needs_virtual else row
                 return Grant(machine=row, basis=Basis.ECHO, moves=True)
-            changed = (await transaction.update(replace(holder, public_key=None, linked_at=None)),)
             basis = Basis.UNIQUE_TOKEN
+            changed, new_row = await self._take_key(transaction, holder, new_row)
         evicted = await self._rows.make_room(transaction, request, is_row=True)
         if isinstance(evicted, Rejection):
             return evicted
-        row = await self._rows.write(transaction, self._rows.new_row(request, new_id), True, request.use_tunnel)
+        needs_virtual = request.use_tunnel and new_row.virtual_address is None
+        row = await self._rows.write(transaction, new_row, True, needs_virtual)
         return Grant(machine=row, basis=basis, changed=changed, evicted=evicted, is_new_machine=True, is_new_link=True)
+
+    async def _take_key(self, transaction: Transaction, holder: Machine, row: Machine) -> tuple[tuple[Machine, ...], Machine]:
+        """Move a key away from its holder's row, and a working tunnel with it. Returns the rows that changed, and the key's."""
+        before = replace(holder, public_key=None, linked_at=None)
+        link = await self._liveness.of(holder)
+        if row.tunnel and not rules.needs_virtual_address(holder, False, link, self._clock.time()):
+            before = replace(before, virtual_address=None, virtual_issued_at=None)
+            row = replace(row, virtual_address=holder.virtual_address, virtual_issued_at=holder.virtual_issued_at)
+        return (await transaction.update(before),), row
 
     async def _rename(self, transaction: Transaction, request: JoinRequest, holder: Machine) -> Grant:
         """The machine came back with the UUID that this server gave it: the row and its address stay."""
@@ -237,11 +248,12 @@ class Admission:
         """The key was proved by another row, and both rows are bound to the caller's unique token: one machine, two UUIDs."""
         if not (rules.same_token(holder, request.digest) and rules.same_token(owner, request.digest)):
             return refusal(JoinRefusal.KEY_IN_USE, holder)
-        before = await transaction.update(replace(holder, public_key=None, linked_at=None))
-        row = replace(owner, public_key=request.public_key, linked_at=None, tunnel=request.use_tunnel)
-        row = replace(row, talos_version=request.talos_version, joined_at=self._clock.time())
-        row = await self._rows.write(transaction, row, False, request.use_tunnel)
-        return Grant(machine=row, basis=Basis.UNIQUE_TOKEN, changed=(before,), is_new_link=True)
+        virtual_address = None if request.use_tunnel else owner.virtual_address
+        row = replace(owner, public_key=request.public_key, linked_at=None, virtual_address=virtual_address)
+        row = replace(row, tunnel=request.use_tunnel, talos_version=request.talos_version, joined_at=self._clock.time())
+        changed, row = await self._take_key(transaction, holder, row)
+        row = await self._rows.write(transaction, row, False, request.use_tunnel and row.virtual_address is None)
+        return Grant(machine=row, basis=Basis.UNIQUE_TOKEN, changed=changed, is_new_link=True)
 
     async def _refuse_taking(
         self,

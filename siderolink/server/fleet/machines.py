@@ -108,6 +108,7 @@ class Machines:
         await self._reconciler.apply(grant.machine)
         for machine in grant.changed:
             await self._reconciler.apply(machine)
+            await self._moves.linger(grant.machine, machine)
 
     async def _evict(self, evicted: Machine | Claim) -> None:
         if isinstance(evicted, Claim):

@@ -25,6 +25,8 @@ log = logging.getLogger(__name__)
 MAX_MOVES = 256
 MOVE_SECONDS = 60.0
 ECHO_SECONDS = 1.0
+LINGER_SECONDS = 10.0
+"""How long a key that was moved at once may still use the address that it had: answers may be under way from there."""
 
 Ping = Callable[[IPv6Address], None]
 
@@ -57,6 +59,8 @@ class Moves:
         self._clock = clock
         self._moves: dict[PublicKey, _Move] = {}
         self._by_address: dict[IPv6Address, PublicKey] = {}
+        self._lingering: dict[PublicKey, float] = {}
+        """When keys that were moved lose the address that they had."""
         self._wake = anyio.Event()
         self.on_moved: Callable[[MachineLink], None] = lambda link: None
         """Told of the link that has the key now."""
@@ -71,6 +75,7 @@ class Moves:
             self._end(key)
         if len(self._moves) >= MAX_MOVES:
             return
+        self._lingering.pop(key, None)
         self._moves[key] = _Move(link, machine, self._clock.monotonic() + MOVE_SECONDS)
         self._by_address[machine.overlay_address] = key
         if machine.virtual_address is not None and link.machine.virtual_address is None:
@@ -78,12 +83,25 @@ class Moves:
         await self._reconciler.also_reach(link, machine)
         self._wake.set()
 
+    async def linger(self, machine: Machine, before: Machine) -> None:
+        """The row has the key of another one now: let its peer use the other row's address, too, for a moment."""
+        key = machine.public_key
+        link = None if key is None else self._directory.by_key(key)
+        if key is None or link is None or key in self._moves or len(self._lingering) >= MAX_MOVES:
+            return
+        self._lingering[key] = self._clock.monotonic() + LINGER_SECONDS
+        await self._reconciler.also_reach(link, before)
+        self._wake.set()
+
     def _end_old(self) -> list[PublicKey]:
         now = self._clock.monotonic()
         ended = [key for key, move in self._moves.items() if move.ends_at <= now]
         for key in ended:
             self._end(key)
-        return ended
+        left = [key for key, ends_at in self._lingering.items() if ends_at <= now]
+        for key in left:
+            del self._lingering[key]
+        return ended + left
 
     def _end(self, key: PublicKey) -> None:
         move = self._moves.pop(key)
@@ -97,7 +115,7 @@ class Moves:
         while True:
             await self._wake.wait()
             self._wake = anyio.Event()
-            while self._by_address:
+            while self._by_address or self._lingering:
                 for address in self._by_address:
                     ping(address)
                 await self._clock.sleep(ECHO_SECONDS)

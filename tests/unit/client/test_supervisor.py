@@ -131,15 +131,35 @@ async def test_a_verdict_comes_in_time_and_later_settings_replace_slow_ones() ->
         assert bench.runner.options.machine.unique_token == "second"
 
 
-async def test_another_uuid_is_tried_after_its_order_was_answered() -> None:
-    async with connected(new_key()) as (bench, supervisor):
-        asked = len(bench.service.requests)
-        options = bench.runner.options
-        options = replace(options, machine=replace(options.machine, uuid="another"))
-        assert (await supervisor.apply(options, keep=True)).outcome == "pending"
-        assert len(bench.service.requests) == asked
+async def test_whoever_orders_another_uuid_is_answered_before_its_handshake_and_told_of_a_refusal() -> None:
+    server = new_key()
+    async with connected(server) as (bench, supervisor):
+        assert bench.device is not None
+        before = bench.runner.options
+        options = replace(before, machine=replace(before.machine, uuid="another"))
+        bench.service.answer = WRONG
+        assert (await supervisor.apply(options, keep=True)).is_refused
+        assert await supervisor.apply(before, keep=True) == Verdict(outcome="unchanged")
+        bench.service.answer = response(server, TWO)
+        bench.device.calls.clear()
+        verdict = await supervisor.apply(options, keep=True)
+        assert (verdict.outcome, "accepted" in verdict.reason) == ("pending", True)
+        assert bench.device.calls == [], "the link carries the answer"
         await bench.saw(events.SettingsApplied)
         assert bench.service.requests[-1].node_uuid == "another"
+
+
+async def test_settings_that_worked_before_a_crash_are_not_replaced_by_untested_ones() -> None:
+    """Neither link has been up in this process yet."""
+    async with running(response(new_key(), ONE)) as bench, background_tasks() as tasks:
+        supervisor = LinkSupervisor(bench.runner, bench.emit)
+        tasks.start_soon(supervisor.run)
+        await bench.saw(events.Connecting)
+        before = bench.runner.options
+        bench.service.answer = WRONG
+        assert (await supervisor.apply(with_token(bench), keep=True, prove_first=True)).is_refused
+        assert bench.runner.options is before
+        assert "invalid join token" in supervisor.refusal
 
 
 async def test_settings_that_stop_working_in_the_moment_of_the_switch_give_way_to_the_old_ones(
@@ -178,7 +198,7 @@ async def test_an_order_in_the_moment_of_the_switch_does_not_take_the_way_back(m
 async def test_an_unforeseen_error_is_a_failed_try(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     async with connected(new_key()) as (bench, supervisor):
 
-        async def prove(_: object) -> object:
+        async def prove(*_: object) -> object:
             raise AttributeError("nobody foresaw it")
 
         monkeypatch.setattr(supervisor, "prove", prove)

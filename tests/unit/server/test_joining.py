@@ -202,7 +202,10 @@ async def test_a_key_goes_to_another_uuid_only_with_its_token_or_before_it_is_pr
     assert (status, text) == (Status.ALREADY_EXISTS, "another machine has joined with this public key")
     renamed = FakeMachine(key=machine.key, unique_token="u")
     moved = await manager.join(renamed)
-    assert manager.device.configs[machine.key].allowed_ips == (IPv6Network(IPv6Interface(moved.node_address_prefix).ip),)
+    # the old address lingers for the answers that are under way; test_moves.py shows its end
+    assert manager.device.configs[machine.key].allowed_ips == tuple(
+        IPv6Network(IPv6Interface(found.node_address_prefix).ip) for found in (moved, answer)
+    )
     assert ("remove", machine.key) not in manager.device.calls
     assert (await manager.row(machine)).public_key is None
     assert manager.link(answer).machine.public_key is None

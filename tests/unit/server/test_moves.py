@@ -55,6 +55,29 @@ async def test_a_key_moves_to_another_uuid_once_its_holder_answers_at_the_new_ad
     assert (await manager.join(renamed)).node_address_prefix == second.node_address_prefix
 
 
+async def test_with_its_token_a_key_moves_at_once_and_what_is_under_way_still_arrives() -> None:
+    """An order that came by the old address (META 15) is answered by it; a tunnel's stream goes on."""
+    manager, machine = Manager(), FakeMachine(tunnel=True, unique_token="its own")
+    first = await manager.join(machine)
+    path, ended = FakePath(machine.key), list[object]()
+    manager.monitor.open_stream(manager.link(first), path, ended.append)
+    manager.device.hear(machine.key, path)
+    await manager.handshake(machine)
+    for node_uuid in (NEW_UUID, machine.node_uuid):
+        before = manager.device.configs[machine.key].allowed_ips[0]
+        answer = await manager.join(replace(machine, node_uuid=node_uuid))
+        new = network(answer.node_address_prefix)
+        assert manager.device.configs[machine.key].allowed_ips == (new, before)
+        assert answer.grpc_peer_addr_port == first.grpc_peer_addr_port
+        assert manager.link(answer).machine.node_uuid == node_uuid
+        with anyio.move_on_after(0.2):
+            manager.time.on_sleep = lambda: manager.time.advance(11)
+            await manager.fleet.moves.run(lambda address: None)
+        assert manager.device.configs[machine.key].allowed_ips == (new,)
+        await manager.handshake(replace(machine, node_uuid=node_uuid))
+        assert ended == [] or node_uuid == machine.node_uuid, "back to its own row, it opens a stream again"
+
+
 async def test_who_only_read_the_key_moves_nothing() -> None:
     manager, machine = Manager(), FakeMachine()
     first = await manager.join(machine)

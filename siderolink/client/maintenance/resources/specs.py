@@ -222,7 +222,7 @@ def meta_key(value: bytes) -> ResourceSpec:
     return ResourceSpec(bytes(MetaKeySpec(value=text)), {"value": text})
 
 
-def unique_token(token: str) -> ResourceSpec:
+def unique_token_spec(token: str) -> ResourceSpec:
     return ResourceSpec(bytes(UniqueMachineTokenSpec(token=token)), {"token": token})
 
 
