@@ -281,7 +281,7 @@ class JoinedMachine:
         """What the settings mean for the link; the machine's own UUID and unique token fill what they leave open."""
         url = _join_url(settings)
         assert url is not None
-        own_uuid = settings.uuid.value if settings.uuid is not None and settings.uuid.source == "argument" else self._node_uuid
+        own_uuid = self._settings.uuid_argument or self._node_uuid
         if settings.unique_token is not None:
             token = settings.unique_token.value
         else:

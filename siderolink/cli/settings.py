@@ -101,6 +101,12 @@ class FollowedSettings:
         """Whether a join URL was given as an argument, which overrides all that is found or applied."""
         return self._reader.sources.explicit.url is not None
 
+    @property
+    def uuid_argument(self) -> str | None:
+        """The UUID that was given as an argument. Only META overrides it."""
+        explicit = self._reader.sources.explicit.uuid
+        return None if explicit is None else explicit.value
+
     async def apply(self, documents: MachineSettings) -> Verdict:
         """Use these documents from now on: they override what was found, and arguments override them.
 
