@@ -1,7 +1,7 @@
-"""A machine that is killed while new settings are tried comes back with those that worked, and tries the new ones beside them."""
+"""A machine killed while new settings are tried comes back with those that worked, and tries the new ones beside them."""
 
 import queue
-import subprocess
+import subprocess  # noqa: TC003
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -64,8 +64,8 @@ class Bench:
 
     def start(self, *arguments: str) -> JoinRequest:
         """The first join of the process."""
-        self._arguments = ("join", *arguments, "--uuid", UUID, "--identity", str(self.folder / "identity"))
-        options = ("--maintenance-api", "--device", "userspace", "--meta", str(self.folder / "meta"))
+        self._arguments: tuple[str, ...] = ("join", *arguments, "--uuid", UUID, "--identity", str(self.folder / "identity"))
+        options: tuple[str, ...] = ("--maintenance-api", "--device", "userspace", "--meta", str(self.folder / "meta"))
         options += ("--keep-config", str(self.folder / "kept"))
         self.machine = start(self.net.machine, *self._arguments, *options)
         return self.joins.get(timeout=15)
@@ -123,7 +123,7 @@ def notes(bench: Bench) -> list[str]:
 @pytest.mark.timeout(90)
 @pytest.mark.parametrize(("key", "value"), [(15, OTHER), (16, GIVEN)], ids=["uuid", "unique-token"])
 def test_meta_that_is_still_tried(bench: Bench, key: int, value: str) -> None:
-    """The server answers the new Provision only after the write has returned, so the file has the value when the machine dies."""
+    """The server answers the new Provision only after the write has returned: the file has the value when the machine dies."""
     bench.is_held = lambda request: request.node_uuid == OTHER or request.unique_token == GIVEN
     first = bench.start(URL)
     bench.said("monitoring the link")
