@@ -1,5 +1,7 @@
 """gRPC as this package uses it: the one place that touches grpclib's insides (its version is pinned for it)."""
 
+import grpclib
+
 from siderolink.common.grpc.byte_stream import ByteStream
 from siderolink.common.grpc.calls import ANY_METHOD, ByteStreamService, Servable, valid_token
 from siderolink.common.grpc.client import GrpcChannel, open_byte_stream, open_channel, translate_errors
@@ -7,8 +9,13 @@ from siderolink.common.grpc.limits import CallLimits, Limits
 from siderolink.common.grpc.refusals import Refusal, Refused
 from siderolink.common.grpc.server import GrpcServer, serve
 from siderolink.common.grpc.sources import TrustedProxies, parse_networks
-from siderolink.common.grpc.status import GRPCError, GrpcError, Status
 from siderolink.common.grpc.tls import ServerCertificate, client_tls, server_tls
+
+GRPCError = grpclib.GRPCError
+"""Raised by a handler to return a status, and by a call that received one: `status`, `message`."""
+GrpcError = GRPCError
+Status = grpclib.Status
+"""gRPC's status codes."""
 
 __all__ = [
     "ANY_METHOD",

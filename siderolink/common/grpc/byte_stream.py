@@ -45,6 +45,7 @@ class ByteStream:
         self._stream = stream
         self._id: int = stream.id
         self._connection = stream.connection
+        self._raw = stream.connection.raw_streams
         self._server = server
         self._is_grpc = server
         """Whether the other end speaks gRPC, which a proxy's page of HTML does not."""
@@ -80,7 +81,7 @@ class ByteStream:
     @property
     def room(self) -> int:
         """How many bytes `send` would accept now, limited by HTTP/2's windows and the socket."""
-        return self._connection.room(self._id) if self.is_open else 0
+        return self._raw.room(self._id) if self.is_open else 0
 
     def accept(self) -> None:
         """Server: send the initial metadata, once. Implied by the first `send`."""
@@ -102,7 +103,7 @@ class ByteStream:
         taken = min(self.room, len(data))
         if taken:
             self.accept()
-            self._connection.put_data(self._id, data[:taken])
+            self._raw.send(self._id, data[:taken])
         return taken
 
     def when_room(self, callback: Callable[[], None]) -> None:
@@ -192,7 +193,7 @@ class ByteStream:
     def _give(self, pieces: Sequence[memoryview], flow: int) -> None:
         if self._outcome.done() or self._receiver is None:
             # dropped; this must not shrink the window of other streams
-            self._connection.give_back(self._id, flow)
+            self._raw.give_back(self._id, flow)
             return
         self._unacknowledged += flow
         try:
@@ -204,7 +205,7 @@ class ByteStream:
             self.end(Status.INTERNAL)
         else:
             if self._unacknowledged >= self._window // 4:
-                self._connection.give_back(self._id, self._unacknowledged)
+                self._raw.give_back(self._id, self._unacknowledged)
                 self._unacknowledged = 0
 
     def _finish(self, error: Exception | None) -> None:
@@ -213,7 +214,8 @@ class ByteStream:
             self._idle_timer = None
         if not self._outcome.done():
             self._outcome.set_result(error)
-            self._connection.give_back(self._id, self._unacknowledged + self._early_flow)
+            self._receiver = None  # most lead back here
+            self._raw.give_back(self._id, self._unacknowledged + self._early_flow)
             self._unacknowledged = self._early_flow = 0
             self._release_early()
 

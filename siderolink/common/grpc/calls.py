@@ -4,7 +4,7 @@ import asyncio
 import logging
 import re
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +20,7 @@ from h2.errors import ErrorCodes
 from h2.exceptions import H2Error
 
 from siderolink.common.grpc import private
+from siderolink.common.grpc.accounts import Account
 from siderolink.common.grpc.budget import ConnectionBudget, Held
 from siderolink.common.grpc.byte_stream import CONTENT_TYPE, ByteStream, trailers
 from siderolink.common.grpc.connection import H2Stream, Headers
@@ -27,6 +28,7 @@ from siderolink.common.grpc.limits import CallLimits, Limits
 from siderolink.common.grpc.messages import ServerCodec
 from siderolink.common.grpc.refusals import Refusal, Refused
 from siderolink.common.grpc.sources import TrustedProxies, source_of
+from siderolink.common.grpc.turns import CALL_SECONDS, Metered
 
 log = logging.getLogger("siderolink")
 
@@ -197,7 +199,7 @@ class CallHandler(AbstractHandler):
             release_stream()
             connection.refuse_call(bad.refusal, bad.message)
             return
-        task = asyncio.get_running_loop().create_task(run)
+        task = asyncio.get_running_loop().create_task(_metered(run, connection.account))
         self._tasks[stream] = task
         self._running[path] += 1
 
@@ -207,8 +209,12 @@ class CallHandler(AbstractHandler):
             self._caller.leave_call(held)
             connection.account.give_back(size)
             release_stream()
-            if not task.cancelled() and task.exception() is not None:
-                log.error("an API call failed outside its handler", exc_info=task.exception())
+            try:
+                task.result()  # which lets go of a cancellation's traceback, and with it of all that the call had
+            except asyncio.CancelledError:
+                run.close()
+            except Exception:
+                log.exception("an API call failed outside its handler")
 
         task.add_done_callback(done)
 
@@ -271,6 +277,7 @@ class CallHandler(AbstractHandler):
             call.peer = private.CallPeer(call.peer, origin.address)
         call.on_valid_token = origin.on_valid_token
         call.path = fields.get(":path", "")
+        call.wait_turn = stream.connection.account.wait_turn
         return self._run_call(stream, call, method, deadline)
 
     def _bound(self, stream: H2Stream, method: Method) -> None:
@@ -317,6 +324,25 @@ class CallHandler(AbstractHandler):
     ) -> None:
         await _run(handler, byte_stream, deadline, byte_stream.end)
         stream.abort()
+
+
+async def _metered(run: Coroutine[Any, Any, None], account: Account) -> None:
+    """Run a call, and charge its caller's account for what it takes of the loop beyond what was charged when it began."""
+    if not account.takes_turns:
+        await run
+        return
+    clock = asyncio.get_running_loop().time
+    left = CALL_SECONDS
+
+    def spend(seconds: float) -> None:
+        nonlocal left
+        left -= seconds
+        if left < 0:
+            account.ran(-left)
+            account.charge(-left, clock())
+            left = 0.0
+
+    await Metered(run, spend)
 
 
 @asynccontextmanager

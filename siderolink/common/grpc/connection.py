@@ -1,9 +1,8 @@
 """What the streams of one HTTP/2 connection share: h2's engine, grpclib's classes with bounds, and bytes past both."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import lru_cache
-from typing import Any, Literal, Protocol
 
 from grpclib.config import Configuration
 from grpclib.exceptions import StreamTerminatedError
@@ -19,8 +18,11 @@ from h2.exceptions import DenialOfServiceError, FlowControlError, ProtocolError,
 from h2.settings import SettingCodes, Settings
 
 from siderolink.common.grpc import frames, private
-from siderolink.common.grpc.limits import DEFAULT_WINDOW, Account, Limits
+from siderolink.common.grpc.accounts import Account
+from siderolink.common.grpc.limits import DEFAULT_WINDOW, Limits
 from siderolink.common.grpc.messages import MessageBuffer, OnRefusal
+from siderolink.common.grpc.outbound import CorkedTransport, Gate
+from siderolink.common.grpc.raw_streams import RawStreams, Sink
 from siderolink.common.grpc.refusals import PEER_FAULTS, Refusal, Refused
 
 Headers = list[tuple[str, str]]
@@ -87,103 +89,6 @@ def first_words(limits: Limits, *, server: bool) -> bytes:
 @lru_cache(maxsize=8)
 def grpclib_config(limits: Limits, *, server: bool) -> Configuration:
     return private.grpclib_config(limits.connection_window_bytes, server=server)
-
-
-class Gate(asyncio.Event):
-    """An event that ends every wait with StreamTerminatedError once the connection is closed."""
-
-    is_closed = False
-
-    def clear(self) -> None:
-        if not self.is_closed:
-            super().clear()
-
-    def close(self) -> None:
-        """Let everyone go who waits."""
-        self.is_closed = True
-        self.set()
-
-    async def wait(self) -> Literal[True]:
-        await super().wait()
-        if self.is_closed:
-            raise StreamTerminatedError("the connection is closed")
-        return True
-
-
-CORK_BYTES = 64 * 1024
-"""Maximum bytes joined into one send."""
-
-
-class CorkedTransport(asyncio.Transport):
-    """Joins the writes of one turn of the loop into one send. Drops writes after the transport is gone."""
-
-    def __init__(
-        self, transport: asyncio.Transport, max_unsent: int = 1 << 30, on_overflow: Callable[[], None] | None = None
-    ) -> None:
-        super().__init__()
-        self._transport: asyncio.Transport | None = transport
-        self._parts: list[bytes] = []
-        self._size = 0
-        self._max_unsent = max_unsent
-        self._on_overflow = on_overflow
-
-    def write(self, data: bytes | bytearray | memoryview) -> None:
-        if not self._parts:
-            asyncio.get_running_loop().call_soon(self.flush)
-        self._parts.append(bytes(data))
-        self._size += len(data)
-        if self._size >= CORK_BYTES:
-            self.flush()  # the transport has to see what comes, or it cannot ask for a pause
-
-    def write_now(self, data: bytes) -> None:
-        """Send what waits, and this behind it."""
-        self._parts.append(data)
-        self.flush()
-
-    def flush(self) -> None:
-        data = b"".join(self._parts)
-        self._parts.clear()
-        self._size = 0
-        transport = self._transport
-        if not data or transport is None or transport.is_closing():
-            return
-        try:
-            transport.write(data)
-        except RuntimeError:
-            return  # uvloop's, which is closed without saying so when connecting was cancelled at the last moment
-        if self._on_overflow is not None and transport.get_write_buffer_size() > self._max_unsent:
-            self._on_overflow()
-
-    def is_closing(self) -> bool:
-        return self._transport is None or self._transport.is_closing()
-
-    def close(self) -> None:
-        self.flush()
-        if self._transport is not None:
-            self._transport.close()
-
-    def detach(self) -> None:
-        """The transport below is gone."""
-        self._transport = self._on_overflow = None
-
-    def get_extra_info(self, name: str, default: object = None) -> Any:
-        return default if self._transport is None else self._transport.get_extra_info(name, default)
-
-
-class Sink(Protocol):
-    """The consumer of a stream's raw bytes."""
-
-    def feed(self, pieces: Sequence[memoryview], *, flow: bool) -> None:
-        """Take DATA; with `flow`, the sink gives the window back itself."""
-
-    def ended(self) -> None:
-        """The peer has sent all, or its trailers."""
-
-    def terminated(self, reason: str) -> None:
-        """The stream was reset or its connection is gone."""
-
-    def wake(self) -> None:
-        """There may be room to send again."""
 
 
 class H2Stream(_GrpclibStream):
@@ -270,13 +175,11 @@ class Connection(_GrpclibConnection):
         self.on_refusal = on_refusal
         self.guard = frames.FloodGuard(limits, asyncio.get_running_loop().time)
         self.scanner = frames.FrameScanner(limits, self.guard, server=server)
-        self.sinks: dict[int, Sink] = {}
         self.write_ready = self._write_gate = Gate()
         self.write_ready.set()
+        self.raw_streams = RawStreams(engine, self.transport, self._write_gate, self.scanner, limits)
         self.stream_close_waiter = self._stream_gate = Gate()
         self._on_flood: Callable[[Refused], None] | None = on_flood
-        self._unacknowledged = 0
-        self._outstanding = 0
         self._first_words = first_words(limits, server=server)
 
     def create_stream(self, *, stream_id: int | None = None, wrapper: Wrapper | None = None) -> H2Stream:
@@ -322,8 +225,7 @@ class Connection(_GrpclibConnection):
             self.transport.write(answer)
             for _ in range(frames.count_resets(answer)):
                 self.guard.count(Refusal.RESET_FLOOD)
-        if self._outstanding:
-            self._check_window()
+        self.raw_streams.check_window()
         return events
 
     def ack(self, stream_id: int, size: int) -> None:
@@ -344,84 +246,18 @@ class Connection(_GrpclibConnection):
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        self.wake_sinks()
-
-    def wake_sinks(self) -> None:
-        for sink in tuple(self.sinks.values()):
-            sink.wake()
+        self.raw_streams.wake()
 
     def add_sink(self, stream: H2Stream, sink: Sink) -> None:
         """From now on the bytes of `stream` go to `sink`."""
         assert stream.id is not None
         stream.sink = sink
         stream.buffer.settle()
-        self.sinks[stream.id] = sink
-        self.scanner.raw.add(stream.id)
-
-    def drop_sink(self, stream_id: int) -> None:
-        """Pass further data of this stream to the HTTP/2 engine again."""
-        self.sinks.pop(stream_id, None)
-        self.scanner.raw.discard(stream_id)
-
-    def received(self, size: int) -> None:
-        """DATA came past the engine. Raises Refused if it exceeds the connection's window."""
-        self._outstanding += size
-        self._check_window()
-
-    def _check_window(self) -> None:
-        """Raises Refused if the peer sent more data than the connection's window allows, by the engine and past it together."""
-        if self._outstanding > self.engine.inbound_flow_control_window:
-            raise Refused(Refusal.FLOW_CONTROL, "more data than the connection's window allows")
-
-    def give_back(self, stream_id: int, size: int) -> None:
-        """Return `size` bytes of flow-control window for data that bypassed the engine.
-
-        Immediately for the stream, if it is open; in quarters of the window for the connection.
-        """
-        if self.is_closing() or not size:
-            return
-        self._unacknowledged += size
-        updates = frames.window_update(stream_id, size) if stream_id in self.sinks else b""
-        if self._unacknowledged >= self.limits.connection_window_bytes // 4:
-            updates += frames.window_update(0, self._unacknowledged)
-            self._outstanding -= self._unacknowledged
-            self._unacknowledged = 0
-        if updates:
-            self.transport.write(updates)
-
-    def room(self, stream_id: int) -> int:
-        """How many bytes of DATA may be sent on the stream right now."""
-        if self.is_closing() or not self.write_ready.is_set():
-            return 0
-        try:
-            return max(0, self.engine.local_flow_control_window(stream_id))
-        except ProtocolError:
-            return 0
-
-    def put_data(self, stream_id: int, data: memoryview) -> None:
-        """Send DATA that fits into `room`, in frames as long as the peer takes."""
-        size = len(data)
-        longest = min(self.engine.max_outbound_frame_size, self.limits.max_frame_bytes)
-        pieces = [data[start : start + longest] for start in range(0, size, longest)]
-        if private.spend_window(self.engine, stream_id, size):
-            parts: list[bytes | memoryview] = []
-            for piece in pieces:
-                parts.append(frames.frame_header(len(piece), frames.DATA, 0, stream_id))
-                parts.append(piece)
-            sent = b"".join(parts)
-        else:
-            try:
-                for piece in pieces:
-                    self.engine.send_data(stream_id, bytes(piece))
-            except ProtocolError:
-                pass  # the stream was reset; its end is the next event
-            sent = self.engine.data_to_send()
-        self.guard.sent_data(len(pieces))
-        self.transport.write_now(sent)
+        self.raw_streams.add(stream.id, sink)
 
     def put_answer(self, stream_id: int, message: bytes) -> bool:
         """Send a call's only message, headers and OK trailers in one write; False, and nothing sent, where that cannot be."""
-        if len(message) > min(self.room(stream_id), self.engine.max_outbound_frame_size):
+        if len(message) > min(self.raw_streams.room(stream_id), self.engine.max_outbound_frame_size):
             return False
         answer = private.short_answer(self.engine, stream_id, message)
         if answer is None:

@@ -126,13 +126,13 @@ class FrameScanner:
         """Acknowledgements to send."""
         self.has_settings = False
         """Whether the peer's first SETTINGS have come."""
+        self.guard = guard
         self.dropped = 0
         """Bytes of DATA that were dropped and are not given back to the connection's window yet."""
         self._reset: OrderedDict[int, int] = OrderedDict()
         self._max_frame = limits.max_frame_bytes
         self._max_block = limits.max_header_bytes
         self._window = limits.stream_window_bytes
-        self._guard = guard
         self._is_server = server
         self._preface = PREFACE if server else b""
         self._partial = b""
@@ -270,21 +270,21 @@ class FrameScanner:
         if kind == DATA:
             if length < SMALL_BYTES and not flags & END_STREAM:
                 if length:
-                    self._guard.spend(Refusal.SMALL_FRAME_FLOOD)
+                    self.guard.spend(Refusal.SMALL_FRAME_FLOOD)
                 else:
-                    self._guard.count(Refusal.EMPTY_FRAME_FLOOD)
+                    self.guard.count(Refusal.EMPTY_FRAME_FLOOD)
         elif kind in (HEADERS, CONTINUATION):
             self._check_headers(kind, flags, length, stream_id)
         elif kind == WINDOW_UPDATE:
-            self._guard.spend(Refusal.WINDOW_UPDATE_FLOOD)
+            self.guard.spend(Refusal.WINDOW_UPDATE_FLOOD)
         elif kind == PING:
-            self._guard.spend(Refusal.PING_FLOOD)
+            self.guard.spend(Refusal.PING_FLOOD)
         elif kind == RST_STREAM:
-            self._guard.count(Refusal.RESET_FLOOD)
+            self.guard.count(Refusal.RESET_FLOOD)
         elif kind == SETTINGS:
             self._check_settings(length)
         else:
-            self._guard.count(Refusal.OTHER_FRAME_FLOOD)
+            self.guard.count(Refusal.OTHER_FRAME_FLOOD)
 
     def _check_headers(self, kind: int, flags: int, length: int, stream_id: int) -> None:
         self._block = length if kind == HEADERS else self._block + length
@@ -292,15 +292,15 @@ class FrameScanner:
         if self._block > self._max_block:
             raise Refused(Refusal.HEADERS_TOO_LARGE, f"a header block of more than {self._max_block} bytes")
         if not length:
-            self._guard.count(Refusal.EMPTY_FRAME_FLOOD)
+            self.guard.count(Refusal.EMPTY_FRAME_FLOOD)
         elif kind == CONTINUATION or (self._is_server and stream_id <= self._highest_stream):
-            self._guard.count(Refusal.OTHER_FRAME_FLOOD)
+            self.guard.count(Refusal.OTHER_FRAME_FLOOD)
         self._highest_stream = max(self._highest_stream, stream_id)
 
     def _check_settings(self, length: int) -> None:
         entries = length // 6
         if entries > MAX_SETTINGS_ENTRIES:
             raise Refused(Refusal.SETTINGS_FLOOD, f"a SETTINGS frame of {entries} entries, more than {MAX_SETTINGS_ENTRIES}")
-        self._guard.count(Refusal.SETTINGS_FLOOD)
+        self.guard.count(Refusal.SETTINGS_FLOOD)
         if entries:
-            self._guard.count(Refusal.SETTINGS_FLOOD, entries, kind=_SETTINGS_ENTRIES)
+            self.guard.count(Refusal.SETTINGS_FLOOD, entries, kind=_SETTINGS_ENTRIES)

@@ -1,6 +1,5 @@
 """How much one peer of the API may ask for, before it is refused."""
 
-from collections import Counter
 from dataclasses import dataclass
 from typing import Self
 
@@ -37,6 +36,8 @@ class Limits:
     """Memory that ordinary calls of all peers may take together: 16 KiB each, and the bytes that wait for them."""
     max_call_bytes_per_address: int = 8 * 1024 * 1024
     """The share of one address once more than half is in use."""
+    max_unproven_call_bytes: int = 8 * 1024 * 1024
+    """The part of it for addresses from which no call with a valid token has come yet; a quarter of that for each address."""
 
     max_connections: int = 16_384
     """Connections in all; never more than the process may have descriptors."""
@@ -52,6 +53,8 @@ class Limits:
     """How much of an IPv6 address tells callers apart: a /64 is one host's; on an overlay each address is a machine's."""
     max_streams: int = 128
     """Calls at the same time on one connection."""
+    max_unproven_streams: int = 32
+    """Calls at the same time on one connection from an address from which no call with a valid token has come yet."""
 
     preface_timeout: float = 10.0
     """From accepting a connection to the end of the TLS handshake, and from there to the peer's first SETTINGS frame."""
@@ -132,113 +135,3 @@ class CallLimits:
     """How long a call that streams requests may wait for its next one."""
     call_timeout: float | None = None
     """How long the whole call may last."""
-
-
-_HALF, _QUARTER = 2, 4
-BURST_SECONDS = 0.05
-"""Processor time below these shares may come in bursts that are so long at the shares' rates."""
-_MAX_SOURCES = 4096
-_MAX_KNOWN = 65_536
-
-
-class CallBudget:
-    """Memory and processor time that the ordinary calls of all peers take, and who takes them.
-
-    A source's share counts only while more than half of the whole is in use: many machines may share one address.
-    """
-
-    def __init__(self, limits: Limits) -> None:
-        self._total = limits.max_call_bytes
-        self._share = limits.max_call_bytes_per_address
-        self._taken: Counter[str] = Counter()
-        self.used = 0
-        """Bytes taken by all."""
-        self._all_until = 0.0
-        self._until: dict[str, float] = {}
-        self._known: dict[str, None] = {}
-
-    def know(self, source: str) -> None:
-        """A call from the source carried a valid token: its processor time is not limited any more."""
-        self._known.pop(source, None)
-        self._known[source] = None
-        if len(self._known) > _MAX_KNOWN:
-            del self._known[next(iter(self._known))]
-
-    def charge(self, source: str, seconds: float, now: float) -> float:
-        """Charge a source for processor time; returns how many seconds its input has to wait.
-
-        That is 0 for known sources, and while all others together use less than half of one processor. Beyond, each of these
-        may have a quarter.
-        """
-        if source in self._known:
-            return 0.0
-        self._all_until = max(self._all_until, now) + _HALF * seconds
-        until = max(self._until.get(source, now), now) + _QUARTER * seconds
-        if len(self._until) >= _MAX_SOURCES:
-            self._until = {name: at for name, at in self._until.items() if at > now}
-        self._until[source] = until
-        return max(until - now - BURST_SECONDS, 0.0) if self._all_until > now + BURST_SECONDS else 0.0
-
-    def take(self, source: str, size: int) -> bool:
-        """Reserve bytes for a source. Returns False, and reserves nothing, if that exceeds its share."""
-        used = self.used + size
-        if used > self._total or (used > self._total // 2 and self._taken[source] + size > self._share):
-            return False
-        self.used = used
-        self._taken[source] += size
-        return True
-
-    def give_back(self, source: str, size: int) -> None:
-        """Release bytes of a source."""
-        self.used -= size
-        self._taken[source] -= size
-        if self._taken[source] <= 0:
-            del self._taken[source]
-
-
-class Account:
-    """The use of a budget by one connection. Without a budget, as on a client, only the connection's own limits apply."""
-
-    def __init__(self, limits: Limits, budget: CallBudget | None = None, source: str = "") -> None:
-        self.taken = 0
-        """Bytes taken now."""
-        self._budget = budget
-        self._source = source
-        self._received = 0
-        self._received_limit = limits.received_bytes
-
-    def charge(self, seconds: float, now: float) -> float:
-        """Charge processor time; returns how long this connection's input has to wait. Local processes never wait."""
-        return self._budget.charge(self._source, seconds, now) if self._budget is not None and self._source else 0.0
-
-    def take(self, size: int) -> bool:
-        """Take memory; False when the budget has none left for this source."""
-        if self._budget is not None and not self._budget.take(self._source, size):
-            return False
-        self.taken += size
-        return True
-
-    def give_back(self, size: int) -> None:
-        """Give memory back."""
-        self.taken -= size
-        if self._budget is not None:
-            self._budget.give_back(self._source, size)
-
-    def receive(self, size: int) -> bool:
-        """Count received bytes that are not consumed yet. Returns False if they exceed the connection's limit or the budget."""
-        if self._received + size > self._received_limit or not self.take(size):
-            return False
-        self._received += size
-        return True
-
-    def consumed(self, size: int) -> None:
-        """Bytes that were received are needed no longer."""
-        if size:
-            self._received -= size
-            self.give_back(size)
-
-    def close(self) -> None:
-        """Release everything when the connection closes."""
-        self._received = 0
-        if self.taken:
-            self.give_back(self.taken)

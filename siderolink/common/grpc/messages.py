@@ -9,7 +9,7 @@ from grpclib.encoding.proto import ProtoCodec
 from grpclib.protocol import Buffer
 
 from siderolink.common.errors import InvalidAnswerError
-from siderolink.common.grpc.limits import Account
+from siderolink.common.grpc.accounts import Account
 from siderolink.common.grpc.refusals import Refusal, Refused
 from siderolink.common.protobuf_wire import refuse_strings_as_numbers
 
@@ -92,7 +92,7 @@ class MessageBuffer(Buffer):
         self._guard = PrefixGuard(max_bytes)
         self._on_refusal = on_refusal
         self._account = account
-        self._error: GRPCError | None = None
+        self._error: tuple[Status, str] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._message_seconds: float | None = None
         self._single = False
@@ -180,7 +180,7 @@ class MessageBuffer(Buffer):
                 self._fail(Refusal.MESSAGE_MALFORMED, Status.INVALID_ARGUMENT, "the message was cut short")
             data = b""
         if self._error is not None:
-            raise self._error
+            raise GRPCError(*self._error)  # a new one each time: a kept one would lead back here by its traceback
         return data
 
     def _pass_on(self) -> None:
@@ -197,7 +197,7 @@ class MessageBuffer(Buffer):
         if self._error is None:
             if refusal is Refusal.MESSAGE_COMPRESSED:
                 status = Status.UNIMPLEMENTED
-            self._error = GRPCError(status, message)
+            self._error = status, message
             self._on_refusal(refusal, message)
             super().eof()
 

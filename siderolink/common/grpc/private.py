@@ -5,7 +5,7 @@ it is tried out once per process against h2's own judgement, and where it is mis
 used for everything. Together the short ways are worth 1.2 times the joins per second, measured by turns.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple, cast
 
@@ -61,9 +61,16 @@ class Call(Stream[Any, Any]):
     """
 
     on_valid_token: Callable[[], None]
+    wait_turn: Callable[[], Awaitable[None]]
+    """Waited for between two messages: a handler that never waits otherwise leaves others their turn."""
     path: str = ""
     """The method that was asked for, as the caller wrote it."""
     _answer: object = None
+
+    async def recv_message(self) -> Any:
+        if self._messages_received:
+            await self.wait_turn()
+        return await super().recv_message()
 
     async def send_message(self, message: Any) -> None:
         if self._cardinality.server_streaming or self._send_initial_metadata_done:

@@ -17,9 +17,10 @@ from pathlib import Path
 import anyio
 
 from siderolink.common.grpc import frames
+from siderolink.common.grpc.accounts import Account, CallBudget
 from siderolink.common.grpc.budget import ConnectionBudget, Held
 from siderolink.common.grpc.calls import Caller, CallHandler, Method, Servable, methods_of
-from siderolink.common.grpc.limits import Account, CallBudget, Limits
+from siderolink.common.grpc.limits import Limits
 from siderolink.common.grpc.listeners import listen_tcp, listen_unix
 from siderolink.common.grpc.protocol import Http2Protocol, tune
 from siderolink.common.grpc.refusals import ERROR_CODES, Refusal
@@ -54,7 +55,8 @@ class GrpcServer:
         self._sockets = sockets
         self._tls = tls
         self._limits = limits
-        self._calls = CallBudget(limits)
+        self._calls = CallBudget(limits, has_tokens=has_tokens)
+        self._is_known = is_known
         self._callback = on_refusal
         self._proxies = proxies
         reserved = frozenset(source_of(address, limits.ipv6_source_bits) for address in reserved_for)
@@ -216,6 +218,8 @@ class GrpcServer:
                 self._budget.know(source)
                 self._calls.know(source)
 
+        if source and self._is_known(accepted.name):
+            self._calls.know(source)
         caller = Caller(
             address=accepted.address,
             proxies=self._proxies,

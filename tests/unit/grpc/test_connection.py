@@ -6,7 +6,7 @@ from typing import cast
 import anyio
 import pytest
 
-from siderolink.common.grpc.connection import CorkedTransport
+from siderolink.common.grpc.outbound import CorkedTransport
 
 
 class Greeter(asyncio.Protocol):

@@ -14,7 +14,7 @@ from h2.errors import ErrorCodes
 from hyperframe.frame import GoAwayFrame, RstStreamFrame, SettingsFrame, WindowUpdateFrame
 
 from siderolink.common.grpc import Limits, Refusal, open_channel
-from siderolink.common.grpc.protocol import Processor
+from siderolink.common.grpc.processor import Processor
 from tests.support.api import CALL, ECHO, Raw, Service, method, serving
 from tests.support.http2 import PREFACE, RawPeer, data, message
 
@@ -168,9 +168,9 @@ async def test_a_call_on_a_connection_that_has_just_gone_says_so() -> None:
         with pytest.raises(StreamTerminatedError):
             await connection.create_stream().send_request([(":method", "POST")], _processor=protocol.processor)
         connection.ping()
-        connection.give_back(1, 1_000_000)
+        connection.raw_streams.give_back(1, 1_000_000)
         connection.ack(1, 1)
         connection.flush()
-        assert connection.room(1) == 0
+        assert connection.raw_streams.room(1) == 0
         await protocol.lost.wait()
         assert connection.get_peer().addr() is None

@@ -22,8 +22,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from siderolink.common.grpc import ByteStream, ByteStreamService, CallLimits, Limits, Refusal, Servable, serve
+from siderolink.common.grpc.accounts import Account, CallBudget
 from siderolink.common.grpc.frames import frame_header
-from siderolink.common.grpc.limits import Account, CallBudget
 from siderolink.common.grpc.messages import count_fields
 from siderolink.common.pb.grpc.health.v1 import HealthCheckRequest
 from siderolink.common.pb.sidero.link import ProvisionRequest
@@ -313,7 +313,7 @@ def test_each_method_for_strangers_has_its_bounds(service: Any, name: str, ordin
 
 async def test_a_long_read_is_dealt_with_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a turn of no time, each piece has its own: the loop runs other callbacks between them."""
-    monkeypatch.setattr("siderolink.common.grpc.protocol._TURN_SECONDS", -1.0)
+    monkeypatch.setattr("siderolink.common.grpc.turns.TURN_SECONDS", -1.0)
     turns = [0]
 
     def answer(_: bytes) -> bytes:

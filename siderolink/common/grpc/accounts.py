@@ -1,0 +1,177 @@
+"""What the calls of a server take, by source: memory, and processor time with its turns."""
+
+import asyncio
+from collections import Counter
+
+from siderolink.common.grpc.limits import Limits
+from siderolink.common.grpc.turns import Turns, Work
+
+_HALF, _QUARTER = 2, 4
+BURST_SECONDS = 0.05
+"""Processor time below these shares may come in bursts that are so long at the shares' rates."""
+_MAX_SOURCES = 4096
+_MAX_KNOWN = 65_536
+_LONGEST_WAIT = 1.0
+
+
+class CallBudget:
+    """Memory and processor time that the ordinary calls of all peers take, and who takes them.
+
+    A source's share counts only while more than half of the whole is in use: many machines may share one address. With
+    `has_tokens`, sources that are not known share a part of the whole, and each may have a quarter of that part.
+    """
+
+    def __init__(self, limits: Limits, *, has_tokens: bool = False) -> None:
+        self.turns = Turns()
+        self.used = 0
+        """Bytes taken by all."""
+        self.used_unproven = 0
+        """Bytes of these that sources took that are not known."""
+        self._has_tokens = has_tokens
+        self._total = limits.max_call_bytes
+        self._share = limits.max_call_bytes_per_address
+        self._unproven = limits.max_unproven_call_bytes
+        self._taken: Counter[str] = Counter()
+        self._taken_unproven: Counter[str] = Counter()
+        self._all_until = 0.0
+        self._until: dict[str, float] = {}
+        self._known: dict[str, None] = {}
+
+    def know(self, source: str) -> None:
+        """A call from the source carried a valid token: its processor time is not limited any more."""
+        self._known.pop(source, None)
+        self._known[source] = None
+        self.used_unproven -= self._taken_unproven.pop(source, 0)
+        if len(self._known) > _MAX_KNOWN:
+            del self._known[next(iter(self._known))]
+
+    def is_known(self, source: str) -> bool:
+        """Whether a call from the source carried a valid token; true for local processes."""
+        return not source or source in self._known
+
+    def is_stranger(self, source: str) -> bool:
+        """Whether the source has the smaller allowance: it could have shown a token, and did not."""
+        return self._has_tokens and not self.is_known(source)
+
+    def charge(self, source: str, seconds: float, now: float) -> float:
+        """Charge a source for processor time; returns how many seconds its input has to wait.
+
+        That is 0 for known sources, and while all others together use less than half of one processor. Beyond, each of these
+        may have a quarter.
+        """
+        if source in self._known:
+            return 0.0
+        self._all_until = max(self._all_until, now) + _HALF * seconds
+        until = max(self._until.get(source, now), now) + _QUARTER * seconds
+        if len(self._until) >= _MAX_SOURCES:
+            self._until = {name: at for name, at in self._until.items() if at > now}
+        self._until[source] = until
+        return max(until - now - BURST_SECONDS, 0.0) if self._all_until > now + BURST_SECONDS else 0.0
+
+    def take(self, source: str, size: int) -> bool:
+        """Reserve bytes for a source. Returns False, and reserves nothing, if that exceeds its share."""
+        used = self.used + size
+        if used > self._total or (used > self._total // 2 and self._taken[source] + size > self._share):
+            return False
+        if self.is_stranger(source):
+            unproven, of_source = self.used_unproven + size, self._taken_unproven[source] + size
+            if unproven > self._unproven or of_source > self._unproven // _QUARTER:
+                return False
+            self.used_unproven, self._taken_unproven[source] = unproven, of_source
+        self.used = used
+        self._taken[source] += size
+        return True
+
+    def give_back(self, source: str, size: int) -> None:
+        """Release bytes of a source."""
+        self.used -= size
+        self._taken[source] -= size
+        if self._taken[source] <= 0:
+            del self._taken[source]
+        unproven = min(size, self._taken_unproven[source]) if source in self._taken_unproven else 0
+        if unproven:
+            self.used_unproven -= unproven
+            self._taken_unproven[source] -= unproven
+            if not self._taken_unproven[source]:
+                del self._taken_unproven[source]
+
+
+class Account:
+    """The use of a budget by one connection. Without a budget, as on a client, only the connection's own limits apply."""
+
+    def __init__(self, limits: Limits, budget: CallBudget | None = None, source: str = "") -> None:
+        self.taken = 0
+        """Bytes taken now."""
+        self.takes_turns = budget is not None and bool(source)
+        """Whether processor time is shared with others: on a server, for all but local processes."""
+        self._budget = budget
+        self._source = source
+        self._received = 0
+        self._limits = limits
+
+    @property
+    def is_known(self) -> bool:
+        """Whether this is no stranger: a call from its source carried a valid token."""
+        return self._budget is None or self._budget.is_known(self._source)
+
+    @property
+    def max_streams(self) -> int:
+        """Calls at a time on this connection."""
+        is_stranger = self._budget is not None and self._budget.is_stranger(self._source)
+        return min(self._limits.max_streams, self._limits.max_unproven_streams) if is_stranger else self._limits.max_streams
+
+    def charge(self, seconds: float, now: float) -> float:
+        """Charge processor time; returns how long this connection's input has to wait. Local processes never wait."""
+        return self._budget.charge(self._source, seconds, now) if self._budget is not None and self._source else 0.0
+
+    def ran(self, seconds: float) -> None:
+        """A call of this connection held the loop for so long."""
+        if self._budget is not None and self._source:
+            self._budget.turns.spend(seconds, is_known=self.is_known)
+
+    def ask_turn(self, work: Work) -> None:
+        """Do the work in the source's turn; said only by one that `takes_turns`."""
+        assert self._budget is not None
+        self._budget.turns.ask(self._source, work, is_known=self.is_known)
+
+    async def wait_turn(self) -> None:
+        """Let others have their turn of the loop; a call that does much waits until its source may go on."""
+        if self._budget is None or not self._source:
+            await asyncio.sleep(0)
+            return
+        wait = self.charge(0.0, asyncio.get_running_loop().time())
+        if wait:
+            await asyncio.sleep(min(wait, _LONGEST_WAIT))
+        await self._budget.turns.wait(self._source, is_known=self.is_known)
+
+    def take(self, size: int) -> bool:
+        """Take memory; False when the budget has none left for this source."""
+        if self._budget is not None and not self._budget.take(self._source, size):
+            return False
+        self.taken += size
+        return True
+
+    def give_back(self, size: int) -> None:
+        """Give memory back."""
+        self.taken -= size
+        if self._budget is not None:
+            self._budget.give_back(self._source, size)
+
+    def receive(self, size: int) -> bool:
+        """Count received bytes that are not consumed yet. Returns False if they exceed the connection's limit or the budget."""
+        if self._received + size > self._limits.received_bytes or not self.take(size):
+            return False
+        self._received += size
+        return True
+
+    def consumed(self, size: int) -> None:
+        """Bytes that were received are needed no longer."""
+        if size:
+            self._received -= size
+            self.give_back(size)
+
+    def close(self) -> None:
+        """Release everything when the connection closes."""
+        self._received = 0
+        if self.taken:
+            self.give_back(self.taken)

@@ -1,0 +1,203 @@
+"""What comes on a connection, on its way to the HTTP/2 engine and to raw streams."""
+
+import asyncio
+from collections.abc import Callable, Iterator
+
+from siderolink.common.grpc import turns
+from siderolink.common.grpc.connection import Connection
+from siderolink.common.grpc.processor import Processor
+from siderolink.common.grpc.refusals import Refusal, Refused
+from siderolink.common.grpc.timers import Timers
+
+_LONGEST_WAIT = 1.0
+_LOOK_EVERY = 64
+"""Pieces of raw streams between two looks at the clock."""
+_FREE_BYTES = 4096
+"""What a read may have without being counted while it waits for its turn."""
+
+
+class Input:
+    """The input of one connection.
+
+    On a server, input is dealt with in the turns of its source. Raw streams of known sources do not wait, and nothing does on a
+    client or from a local process; but that, too, takes `TURN_SECONDS` of one turn of the loop at most.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        processor: Processor,
+        transport: asyncio.Transport,
+        timers: Timers,
+        fail: Callable[[Exception], None],
+    ) -> None:
+        self.flooded: Refused | None = None
+        """Why this connection is about to end; nothing more is taken from it."""
+        self._connection = connection
+        self._processor = processor
+        self._transport = transport
+        self._timers = timers
+        self._fail = fail
+        self._account = connection.account
+        self._loop = asyncio.get_running_loop()
+        self._pieces: Iterator[tuple[int, memoryview]] | None = None
+        self._backlog: list[bytes] = []
+        self._queued = 0
+        self._is_paused = False
+        self._engine_seconds = 0.0
+        self._calls_charged = 0
+        self._waiting = 0
+
+    def feed(self, data: bytes) -> None:
+        """Take what came. Failures are told to `fail`."""
+        if self._pieces is None:
+            self._pieces = self._connection.scanner.feed(data)
+            if self._is_urgent():
+                self._read(self._loop.time() + turns.TURN_SECONDS)
+                return
+            self._ask()
+        else:
+            self._backlog.append(data)
+            self._pause()
+        if len(data) > _FREE_BYTES:
+            if not self._account.take(len(data)):
+                self._fail(Refused(Refusal.CALL_MEMORY, "too much input waits for its turn (max_call_bytes)"))
+            else:
+                self._queued += len(data)
+
+    def stop(self) -> None:
+        """The connection is gone."""
+        self._pieces = None
+        self._backlog.clear()
+        self.flooded = None
+        self._fail = _ignore
+
+    def _is_urgent(self) -> bool:
+        return not self._account.takes_turns or (self._account.is_known and bool(self._connection.scanner.raw))
+
+    def _ask(self) -> None:
+        if self._account.takes_turns:
+            self._account.ask_turn(self._read)
+        else:
+            self._loop.call_soon(self._read_alone)
+
+    def _read_alone(self) -> None:
+        self._read(self._loop.time() + turns.TURN_SECONDS)
+
+    def _read(self, until: float) -> float:
+        """Deal with what came, until then. Returns how many seconds the calls that began will take."""
+        pieces = self._pieces
+        if pieces is None or self._transport.is_closing():
+            return 0.0
+        is_over = True
+        try:
+            is_over = self._scan(pieces, until)
+            if is_over:
+                self._after_scan()
+        except Exception as error:
+            self._fail(error)
+        if self._transport.is_closing():
+            self._backlog.clear()
+            return 0.0
+        calls = self._connection.streams_started - self._calls_charged
+        self._calls_charged += calls
+        self._go_on(is_over, self._charge(calls))
+        return calls * turns.CALL_SECONDS
+
+    def _charge(self, calls: int) -> float:
+        """Charge the source for what its frames and calls took; returns how long its input has to wait. Raw bytes are free."""
+        seconds, self._engine_seconds = self._engine_seconds + calls * turns.CALL_SECONDS, 0.0
+        return self._account.charge(seconds, self._loop.time()) if seconds else 0.0
+
+    def _go_on(self, is_over: bool, wait: float) -> None:
+        """Continue in another turn, or when the source may use processor time again."""
+        if is_over:
+            self._pieces = None
+            data = b"".join(self._backlog)
+            self._backlog.clear()
+            if data or wait:
+                self._pieces = self._connection.scanner.feed(data)
+            done = max(self._queued - len(data), 0)
+            if done:
+                self._account.give_back(done)
+                self._queued -= done
+        if self._pieces is None:
+            if self._is_paused:
+                self._is_paused = False
+                self._transport.resume_reading()
+            return
+        if wait:
+            self._pause()
+            self._timers.after("read", min(wait, _LONGEST_WAIT), self._ask)
+        else:
+            self._ask()
+
+    def _pause(self) -> None:
+        if not self._is_paused and not self._transport.is_closing():
+            self._is_paused = True
+            self._transport.pause_reading()
+
+    def _scan(self, pieces: Iterator[tuple[int, memoryview]], until: float) -> bool:
+        """Dispatch each piece to its stream or the engine. Returns False if the turn ends before the pieces.
+
+        Consecutive frames of a byte stream are delivered together.
+        """
+        raw = self._connection.raw_streams
+        now = self._loop.time()
+        sink_id = 0
+        parts: list[memoryview] = []
+        for stream_id, piece in pieces:
+            if parts and (stream_id != sink_id or len(parts) >= _LOOK_EVERY):
+                raw.feed(sink_id, parts)
+                parts = []
+                now = self._loop.time()
+                if stream_id and now > until:
+                    raw.feed(stream_id, [piece])
+                    return False
+            if stream_id:
+                sink_id = stream_id
+                parts.append(piece)
+                continue
+            if piece:
+                self._feed(bytes(piece))
+                if self._transport.is_closing():
+                    return True
+            started, now = now, self._loop.time()
+            self._engine_seconds += now - started
+            if now > until:
+                return False
+        if parts:
+            raw.feed(sink_id, parts)
+        return True
+
+    def _feed(self, piece: bytes) -> None:
+        for event in self._connection.feed(piece):
+            self._processor.process(event)
+            if self.flooded is not None:
+                raise self.flooded
+        self._connection.flush()
+
+    def _after_scan(self) -> None:
+        """Answer, and count what the scanner has dropped and what the engine keeps."""
+        connection, scanner = self._connection, self._connection.scanner
+        if scanner.replies:
+            connection.flush()
+            connection.transport.write(bytes(scanner.replies))
+            scanner.replies.clear()
+        if scanner.has_settings:
+            self._timers.stop("preface")
+        if scanner.dropped:
+            dropped, scanner.dropped = scanner.dropped, 0
+            connection.raw_streams.received(dropped)
+            connection.raw_streams.give_back(0, dropped)
+        waiting = scanner.waiting
+        if waiting != self._waiting:
+            self._account.consumed(self._waiting)
+            self._waiting = 0
+            if not self._account.receive(waiting):
+                raise Refused(Refusal.CALL_MEMORY, "unfinished frames use too much memory (max_call_bytes, max_received_bytes)")
+            self._waiting = waiting
+
+
+def _ignore(_: Exception) -> None:
+    """What is unforeseen on a connection that is gone concerns nobody."""

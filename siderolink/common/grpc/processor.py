@@ -1,0 +1,77 @@
+"""grpclib's dispatch of a connection's HTTP/2 events to its streams, with bounds, and with raw streams past it."""
+
+from collections.abc import Callable
+from typing import cast
+
+import h2.events
+from grpclib.protocol import AbstractHandler, EventsProcessor
+from grpclib.protocol import Stream as _GrpclibStream
+from h2.errors import ErrorCodes
+
+from siderolink.common.grpc.connection import Connection, H2Stream
+from siderolink.common.grpc.refusals import Refusal
+
+
+def nothing(*_: object) -> None:
+    """Callback of a closed connection, which lets reference counting free it immediately."""
+
+
+class Processor(EventsProcessor):
+    """grpclib's dispatch of HTTP/2 events, which ignores what HTTP/2 says to ignore."""
+
+    connection: Connection
+
+    def __init__(self, handler: AbstractHandler, connection: Connection, on_streams: Callable[[int], None]) -> None:
+        super().__init__(handler, connection)
+        self._on_streams = on_streams
+
+    def forget_owner(self) -> None:
+        self._on_streams = nothing
+
+    def process(self, event: h2.events.Event) -> None:
+        if event.__class__ in getattr(self, "processors", ()):
+            super().process(event)
+
+    def register(self, stream: _GrpclibStream) -> Callable[[], None]:
+        release = super().register(stream)
+        self._on_streams(len(self.streams))
+
+        def release_stream() -> None:
+            assert stream.id is not None
+            self.connection.raw_streams.drop(stream.id)
+            release()
+            released = cast("H2Stream", stream)
+            released.sink = None  # it leads back to the stream
+            released.buffer.release()
+            self._on_streams(len(self.streams))
+
+        return release_stream
+
+    def process_request_received(self, event: h2.events.RequestReceived) -> None:
+        most = self.connection.account.max_streams
+        if len(self.streams) < most:
+            super().process_request_received(event)
+            return
+        message = f"more than {most} calls at a time (max_streams, max_unproven_streams)"
+        self.connection.create_stream(stream_id=event.stream_id).abort(ErrorCodes.REFUSED_STREAM)
+        self.connection.refuse_call(Refusal.TOO_MANY_STREAMS, message)
+
+    def process_data_received(self, event: h2.events.DataReceived) -> None:
+        assert event.stream_id is not None
+        sink = self.connection.raw_streams.sinks.get(event.stream_id)
+        if sink is None:
+            super().process_data_received(event)
+            return
+        sink.feed([memoryview(event.data or b"")], flow=False)
+        self.connection.ack(event.stream_id, event.flow_controlled_length or 0)
+
+    def process_window_updated(self, event: h2.events.WindowUpdated) -> None:
+        super().process_window_updated(event)
+        if event.stream_id == 0:
+            self.connection.raw_streams.wake()
+        elif event.stream_id in self.connection.raw_streams.sinks:
+            self.connection.raw_streams.sinks[event.stream_id].wake()
+
+    def process_remote_settings_changed(self, event: h2.events.RemoteSettingsChanged) -> None:
+        super().process_remote_settings_changed(event)
+        self.connection.raw_streams.wake()

@@ -1,0 +1,127 @@
+"""Streams whose bytes travel past HTTP/2's engine: their windows, and DATA frames of their own."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from h2.connection import H2Connection
+from h2.exceptions import ProtocolError
+
+from siderolink.common.grpc import frames, private
+from siderolink.common.grpc.limits import Limits
+from siderolink.common.grpc.outbound import CorkedTransport, Gate
+from siderolink.common.grpc.refusals import Refusal, Refused
+
+
+class Sink(Protocol):
+    """The consumer of a stream's raw bytes."""
+
+    def feed(self, pieces: Sequence[memoryview], *, flow: bool) -> None:
+        """Take DATA; with `flow`, the sink gives the window back itself."""
+
+    def ended(self) -> None:
+        """The peer has sent all, or its trailers."""
+
+    def terminated(self, reason: str) -> None:
+        """The stream was reset or its connection is gone."""
+
+    def wake(self) -> None:
+        """There may be room to send again."""
+
+
+class RawStreams:
+    """The raw streams of one connection, by their ids."""
+
+    def __init__(
+        self, engine: H2Connection, transport: CorkedTransport, write_gate: Gate, scanner: frames.FrameScanner, limits: Limits
+    ) -> None:
+        self.sinks: dict[int, Sink] = {}
+        self._ids = scanner.raw
+        self._engine = engine
+        self._transport = transport
+        self._write_gate = write_gate
+        self._guard = scanner.guard
+        self._longest = limits.max_frame_bytes
+        self._update_from = limits.connection_window_bytes // 4
+        self._unacknowledged = 0
+        self._outstanding = 0
+
+    def add(self, stream_id: int, sink: Sink) -> None:
+        """From now on the bytes of the stream go to `sink`."""
+        self.sinks[stream_id] = sink
+        self._ids.add(stream_id)
+
+    def drop(self, stream_id: int) -> None:
+        """Pass further data of this stream to the HTTP/2 engine again."""
+        self.sinks.pop(stream_id, None)
+        self._ids.discard(stream_id)
+
+    def wake(self) -> None:
+        """There may be room again, on all of them."""
+        for sink in tuple(self.sinks.values()):
+            sink.wake()
+
+    def feed(self, stream_id: int, pieces: list[memoryview]) -> None:
+        """DATA came past the engine. Raises Refused if it exceeds the connection's window."""
+        size = sum(map(len, pieces))
+        self.received(size)
+        sink = self.sinks.get(stream_id)
+        if sink is not None:
+            sink.feed(pieces, flow=True)
+        else:  # this side ended the stream in the middle of the frame
+            self.give_back(stream_id, size)
+
+    def received(self, size: int) -> None:
+        """Count DATA that came past the engine. Raises Refused if it exceeds the connection's window."""
+        self._outstanding += size
+        self.check_window()
+
+    def check_window(self) -> None:
+        """Raises Refused if the peer sent more data than the connection's window allows, by the engine and past it together."""
+        if self._outstanding and self._outstanding > self._engine.inbound_flow_control_window:
+            raise Refused(Refusal.FLOW_CONTROL, "more data than the connection's window allows")
+
+    def give_back(self, stream_id: int, size: int) -> None:
+        """Return `size` bytes of flow-control window for data that bypassed the engine.
+
+        Immediately for the stream, if it is open; in quarters of the window for the connection.
+        """
+        if self._transport.is_closing() or not size:
+            return
+        self._unacknowledged += size
+        updates = frames.window_update(stream_id, size) if stream_id in self.sinks else b""
+        if self._unacknowledged >= self._update_from:
+            updates += frames.window_update(0, self._unacknowledged)
+            self._outstanding -= self._unacknowledged
+            self._unacknowledged = 0
+        if updates:
+            self._transport.write(updates)
+
+    def room(self, stream_id: int) -> int:
+        """How many bytes of DATA may be sent on the stream right now."""
+        if self._transport.is_closing() or not self._write_gate.is_set():
+            return 0
+        try:
+            return max(0, self._engine.local_flow_control_window(stream_id))
+        except ProtocolError:
+            return 0
+
+    def send(self, stream_id: int, data: memoryview) -> None:
+        """Send DATA that fits into `room`, in frames as long as the peer takes."""
+        size = len(data)
+        longest = min(self._engine.max_outbound_frame_size, self._longest)
+        pieces = [data[start : start + longest] for start in range(0, size, longest)]
+        if private.spend_window(self._engine, stream_id, size):
+            parts: list[bytes | memoryview] = []
+            for piece in pieces:
+                parts.append(frames.frame_header(len(piece), frames.DATA, 0, stream_id))
+                parts.append(piece)
+            sent = b"".join(parts)
+        else:
+            try:
+                for piece in pieces:
+                    self._engine.send_data(stream_id, bytes(piece))
+            except ProtocolError:
+                pass  # the stream was reset; its end is the next event
+            sent = self._engine.data_to_send()
+        self._guard.sent_data(len(pieces))
+        self._transport.write_now(sent)

@@ -1,0 +1,116 @@
+"""Turns of the event loop: input and calls that cost processor time share it by source, known sources first.
+
+In one turn of the loop, strangers together get `TURN_SECONDS`, and known sources twice as much. What does not fit waits for the
+next turn, in which everything else, such as the streams of proven machines, is served between. Each source has a slice in
+its turn, whatever number of connections it has.
+"""
+
+import asyncio
+from collections import OrderedDict, deque
+from collections.abc import Callable, Coroutine, Generator
+from typing import Any
+
+TURN_SECONDS = 0.004
+SLICE_SECONDS = 0.001
+"""What one connection or call of a source takes before the next source has its slice."""
+CALL_SECONDS = 0.0005
+"""Processor time of an ordinary call beyond its frames, charged when it starts."""
+
+Work = Callable[[float], float]
+"""Works until the loop's time that it is given; returns the seconds that calls begun by it are going to take."""
+
+
+class _Class:
+    """What waits of one class of sources, by source."""
+
+    def __init__(self, share: int) -> None:
+        self.spent = 0.0
+        """Seconds used since the last turn outside of it, by calls that took longer than they were said to."""
+        self._share = share
+        self._waiting: OrderedDict[str, deque[Work]] = OrderedDict()
+
+    def __bool__(self) -> bool:
+        return bool(self._waiting)
+
+    def add(self, source: str, work: Work) -> None:
+        self._waiting.setdefault(source, deque()).append(work)
+
+    def run(self, clock: Callable[[], float]) -> None:
+        spent, self.spent = self.spent, 0.0
+        now = clock()
+        until = now + self._share * TURN_SECONDS - spent
+        is_first = not spent  # whatever a turn's length is, something is done in every other turn
+        while self._waiting and (is_first or now < until):
+            is_first = False
+            source, works = self._waiting.popitem(last=False)
+            work = works.popleft()
+            if works:
+                self._waiting[source] = works
+            until -= work(min(now + SLICE_SECONDS, until))
+            now = clock()
+
+
+class Turns:
+    """The turns of one server."""
+
+    def __init__(self) -> None:
+        self._known = _Class(2)
+        self._strangers = _Class(1)
+        self._is_scheduled = False
+
+    def ask(self, source: str, work: Work, *, is_known: bool) -> None:
+        """Do the work when it is the source's turn."""
+        (self._known if is_known else self._strangers).add(source, work)
+        if not self._is_scheduled:
+            self._is_scheduled = True
+            asyncio.get_running_loop().call_soon(self._run)
+
+    async def wait(self, source: str, *, is_known: bool) -> None:
+        """Wait until it is the source's turn."""
+        turn = asyncio.get_running_loop().create_future()
+
+        def come(_: float) -> float:
+            if turn.done():
+                return 0.0
+            turn.set_result(None)
+            return CALL_SECONDS
+
+        self.ask(source, come, is_known=is_known)
+        await turn
+
+    def spend(self, seconds: float, *, is_known: bool) -> None:
+        """A call ran for so long outside of a turn."""
+        (self._known if is_known else self._strangers).spent += seconds
+
+    def _run(self) -> None:
+        clock = asyncio.get_running_loop().time
+        self._known.run(clock)
+        self._strangers.run(clock)
+        self._is_scheduled = bool(self._known or self._strangers)
+        if self._is_scheduled:
+            asyncio.get_running_loop().call_soon(self._run)
+
+
+class Metered:
+    """Awaits a coroutine and reports how long each of its steps held the loop."""
+
+    def __init__(self, coroutine: Coroutine[Any, Any, None], spend: Callable[[float], object]) -> None:
+        self._coroutine = coroutine
+        self._spend = spend
+
+    def __await__(self) -> Generator[Any, Any, None]:
+        clock = asyncio.get_running_loop().time
+        error: BaseException | None = None
+        while True:
+            began = clock()
+            try:
+                awaited = self._coroutine.send(None) if error is None else self._coroutine.throw(error)
+            except StopIteration:
+                return
+            finally:
+                error = None  # its traceback leads back here
+                self._spend(clock() - began)
+            try:
+                yield awaited
+            except BaseException as thrown:
+                error = thrown
