@@ -37,7 +37,7 @@ class Limits:
     max_call_bytes_per_address: int = 8 * 1024 * 1024
     """The share of one address once more than half is in use."""
     max_unproven_call_bytes: int = 8 * 1024 * 1024
-    """The part of it for addresses from which no call with a valid token has come yet; a quarter of that for each address."""
+    """The part of `max_call_bytes` for addresses without a call with a valid token so far; each may have a quarter of it."""
 
     max_connections: int = 16_384
     """Connections in all; never more than the process may have descriptors."""
