@@ -108,11 +108,15 @@ class Cluster:
 
     def signal(self, what: signal.Signals) -> None:
         """Send a signal to the server and its children: SIGSTOP and SIGCONT make it silent for a while."""
-        assert self._process is not None
-        children = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children").read_text().split()
-        for pid in (self._process.pid, *map(int, children)):
+        for pid in self.pids():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, what)
+
+    def pids(self) -> list[int]:
+        """The server and its children."""
+        assert self._process is not None
+        children = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children").read_text().split()
+        return [self._process.pid, *map(int, children)]
 
     def url(self, database: str) -> str:
         return f"postgresql://siderolink@/{database}?host={self.folder}&port={self.port}"

@@ -1,14 +1,14 @@
 """Reads for the transactions of one batch: concurrent reads share one query."""
 
 import asyncio
-from collections.abc import Hashable, Iterable, Sequence
-from typing import Protocol
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from typing import Any, Protocol
 
 from siderolink.common.errors import StoreError
 from siderolink.server.store.audit import Principal
-from siderolink.server.store.base import Ban, Claim, Machine, ServerRecord
+from siderolink.server.store.base import UNIQUE_COLUMNS, Ban, Claim, Machine, ServerRecord
 from siderolink.server.store.sql.failures import translated
-from siderolink.server.store.tokens import JoinToken, TokenColumn, TokenUse
+from siderolink.server.store.tokens import JoinToken, TokenUse
 
 Key = tuple[str, Hashable]
 """A key that was read or written: a machine column and its value; BAN and a Ban; CLAIMS_OF and a machine's id; CLAIM_KEY and
@@ -23,8 +23,17 @@ TOKEN = "token "
 USES_OF = "uses of"
 SERVER: Key = ("server", 1)
 PRINCIPALS: Key = ("principals", 1)
+_COLUMNS = {"id", *UNIQUE_COLUMNS}
+"""The keys that are columns of machines."""
+_PLACES = {
+    CLAIMS_OF: ("claims", "machine_id"),
+    CLAIM_KEY: ("claims", "public_key"),
+    USES_OF: ("token_uses", "token_id"),
+    SERVER[0]: ("server", "id"),
+}
+"""The table and the column of other keys."""
 
-Found = Machine | Claim | Sequence[Claim] | JoinToken | Sequence[TokenUse] | Sequence[Principal] | ServerRecord | bool | None
+Found = Ban | Machine | Claim | Sequence[Claim] | JoinToken | Sequence[TokenUse] | Sequence[Principal] | ServerRecord | None
 
 
 def is_optimistic(key: Key) -> bool:
@@ -32,31 +41,15 @@ def is_optimistic(key: Key) -> bool:
     return key[0].startswith(TOKEN)
 
 
-Wanted = dict[str, list[Hashable]]
-"""Values by the column in which they are looked for."""
+Sought = dict[str, dict[str, list[Hashable]]]
+"""Values by the table, and by the column in which they are looked for; no column means all rows of the table."""
 
 
 class Finder(Protocol):
     """The queries of one database."""
 
-    async def machines(self, wanted: Wanted) -> Iterable[Machine]:
-        """All machines that have one of the wanted values in the column that it is wanted in; of a UUID, the accepted one."""
-
-    async def claims(self, wanted: Wanted) -> Iterable[Claim]:
-        """As `machines`."""
-
-    async def bans(self, wanted: list[Hashable]) -> Iterable[Ban]:
-        """Those of the wanted bans that there are."""
-
-    async def tokens(self, wanted: Wanted) -> Iterable[JoinToken]:
-        """As `machines`."""
-
-    async def uses(self, token_ids: list[Hashable]) -> Iterable[TokenUse]:
-        """All uses of these tokens."""
-
-    async def principals(self) -> Sequence[Principal]: ...
-
-    async def server(self) -> ServerRecord | None: ...
+    async def rows(self, sought: Sought) -> Mapping[str, Sequence[Any]]:
+        """The rows of each table that have one of the values in the column that it is sought in (queries.matches)."""
 
 
 class Reads(Protocol):
@@ -119,41 +112,47 @@ class Reader:
 
 
 async def fetch(find: Finder, wanted: Sequence[Key]) -> dict[Key, Found]:
-    """What is stored under the keys; a key of nothing is absent, but for the claims of a machine."""
-    found: dict[Key, Found] = {}
-    by_column: Wanted = {}
-    for column, value in wanted:
-        by_column.setdefault(column, []).append(value)
-    banned = by_column.pop(BAN, None)
-    if banned is not None:
-        found |= {(BAN, ban): True for ban in await find.bans(banned)}
-    if by_column.pop(PRINCIPALS[0], None) is not None:
-        found[PRINCIPALS] = await find.principals()
-    if by_column.pop(SERVER[0], None) is not None:
-        found[SERVER] = await find.server()
-    if uses_of := by_column.pop(USES_OF, None):
-        uses = list(await find.uses(uses_of))
-        found |= {(USES_OF, token): [use for use in uses if use.token_id == token] for token in uses_of}
-    tokens = {name.removeprefix(TOKEN): by_column.pop(name) for name in list(by_column) if name.startswith(TOKEN)}
-    if tokens:
-        for token in await find.tokens(tokens):
-            found |= {(TOKEN + name, getattr(token, TokenColumn(name).value)): token for name in tokens}
-    found |= await _fetch_claims(find, by_column.pop(CLAIMS_OF, []), by_column.pop(CLAIM_KEY, []))
-    if by_column:
-        for machine in await find.machines(by_column):
-            names = (name for name in by_column if name != "node_uuid" or machine.is_accepted)
-            found |= {(name, getattr(machine, name)): machine for name in names}
+    """What is stored under the keys; a key of nothing is absent, but for those of sets."""
+    return answers(wanted, await find.rows(seek(wanted)))
+
+
+def seek(wanted: Iterable[Key]) -> Sought:
+    """Where the keys' rows are."""
+    sought: Sought = {}
+    for name, value in wanted:
+        if isinstance(value, Ban):
+            bans = sought.setdefault("bans", {"kind": [], "value": []})
+            bans["value"].append(value.value)
+            if value.kind.value not in bans["kind"]:
+                bans["kind"].append(value.kind.value)
+        elif name == PRINCIPALS[0]:
+            sought["principals"] = {}
+        elif name.startswith(TOKEN):
+            sought.setdefault("join_tokens", {}).setdefault(name.removeprefix(TOKEN), []).append(value)
+        else:
+            table, column = _PLACES.get(name, ("machines", name))
+            sought.setdefault(table, {}).setdefault(column, []).append(value)
+    return sought
+
+
+def answers(wanted: Sequence[Key], rows: Mapping[str, Sequence[Any]]) -> dict[Key, Found]:
+    """What the rows of the tables say under the keys."""
+    names = {name for name, _ in wanted}
+    found: dict[Key, Found] = {(BAN, ban): ban for ban in rows.get("bans", ())}
+    if PRINCIPALS[0] in names:
+        found[PRINCIPALS] = list(rows.get("principals", ()))
+    for record in rows.get("server", ()):
+        found[SERVER] = record
+    claims = sorted(rows.get("claims", ()), key=lambda claim: claim.created_at)
+    found |= {(CLAIM_KEY, claim.public_key): claim for claim in claims}
+    for name, of, column in ((CLAIMS_OF, claims, "machine_id"), (USES_OF, rows.get("token_uses", ()), "token_id")):
+        if name in names:
+            sets = (value for other, value in wanted if other == name)
+            found |= {(name, value): [row for row in of if getattr(row, column) == value] for value in sets}
+    for machine in rows.get("machines", ()):
+        columns = (name for name in names if name in _COLUMNS and (name != "node_uuid" or machine.is_accepted))
+        found |= {(name, getattr(machine, name)): machine for name in columns}
+    for token in rows.get("join_tokens", ()):
+        columns = (name for name in names if name.startswith(TOKEN))
+        found |= {(name, getattr(token, name.removeprefix(TOKEN))): token for name in columns}
     return found
-
-
-async def _fetch_claims(find: Finder, machine_ids: list[Hashable], keys: list[Hashable]) -> dict[Key, Found]:
-    wanted = {name: values for name, values in (("machine_id", machine_ids), ("public_key", keys)) if values}
-    if not wanted:
-        return {}
-    of_machine: dict[Hashable, list[Claim]] = {machine_id: [] for machine_id in machine_ids}
-    found: dict[Key, Found] = {}
-    for claim in sorted(await find.claims(wanted), key=lambda claim: claim.created_at):
-        found[CLAIM_KEY, claim.public_key] = claim
-        if claim.machine_id in of_machine:
-            of_machine[claim.machine_id].append(claim)
-    return found | {(CLAIMS_OF, machine_id): claims for machine_id, claims in of_machine.items()}

@@ -184,7 +184,7 @@ class SqlTransaction(_RowChanges):
         if ban in self.bans:
             return self.bans[ban] is not None
         self.reads.add((BAN, ban))
-        return await self._reader.read((BAN, ban)) is True
+        return await self._reader.read((BAN, ban)) is not None
 
     async def set_banned(self, ban: Ban, banned: bool, grounds: BanGrounds | None = None) -> None:
         if await self.is_banned(ban) != banned:

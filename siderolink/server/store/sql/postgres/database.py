@@ -1,11 +1,12 @@
 """The way to the database: its address, what its connections ask for, and its schema.
 
-Nothing rests on a session: no prepared statements, no settings, no session locks. So a pooler that gives each transaction
-another session may stand between. What is slow is given up by the client.
+Nothing rests on a session: no settings, no session locks, and prepared statements only where nothing stands between. So a
+pooler that gives each transaction another session may. What is slow is given up by the client.
 """
 
 import ipaddress
 import logging
+import select
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any
@@ -13,11 +14,13 @@ from typing import Any
 import anyio
 from psycopg import AsyncConnection as Driver
 from psycopg import Error as DriverError
+from psycopg.pq import TransactionStatus
 from psycopg.sql import SQL, Identifier
 from sqlalchemy import URL, Connection, inspect, make_url, text
 from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+from sqlalchemy.pool import NullPool
 
 from siderolink.common.errors import ConfigurationError, StoreError, StoreFullError, StoreUnavailableError
 from siderolink.common.text import one_line
@@ -28,10 +31,11 @@ log = logging.getLogger(__name__)
 CONNECTIONS = 8
 CONNECT_SECONDS = 3
 ANSWER_SECONDS = 5.0
-"""How long the database may take for one transaction, and for letting go of one connection."""
+"""How long the database may take for one answer."""
 WAIT_SECONDS = 15.0
 """How long a transaction may wait for one of the connections: when many machines join at once."""
 MIGRATE_SECONDS = 300.0
+_LOOKED_AT = "was looked at"
 _MIGRATION_LOCK = 0x53444C4B
 _SERVERS = "siderolink"
 """What servers' connections are called in pg_stat_activity."""
@@ -50,8 +54,11 @@ _QUERY = {
     "target_session_attrs",
 }
 _OTHERS = text("SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND application_name = :name")
-_SERIALISATION, _DEADLOCK, _NOT_UNIQUE = "40001", "40P01", "23505"
-_RETRIED = {_SERIALISATION, _DEADLOCK, _NOT_UNIQUE}
+_NOT_UNIQUE = "23505"
+# a serialisation failure, a deadlock, a value that is there already, and queries.check
+_RETRIED = {"40001", "40P01", _NOT_UNIQUE, "22012"}
+_PREPARE_AFTER = 2
+"""How often a connection runs a statement before it has Postgres keep the plan."""
 _NO_SPACE = "53100"
 # too many connections, not in a state to be used, cancelled, going down, a standby, and a pooler's own errors
 _AWAY = ("08", "53300", "55", "57", "25006")
@@ -145,7 +152,7 @@ def _translate(error: Exception) -> Exception:
 
 
 class Database:
-    """Connections to one database."""
+    """Connections to one database, each in autocommit mode."""
 
     def __init__(self, url: URL, *, connections: int = CONNECTIONS) -> None:
         self.name = describe(url)
@@ -160,28 +167,53 @@ class Database:
         }
         self._engine: AsyncEngine = create_async_engine(
             url,
-            isolation_level="READ COMMITTED",
+            isolation_level="AUTOCOMMIT",
             pool_size=connections,
             max_overflow=0,
             pool_timeout=WAIT_SECONDS,
             pool_use_lifo=True,
+            pool_reset_on_return=None,
             hide_parameters=True,
             connect_args=self._arguments,
         )
 
     @asynccontextmanager
     async def connect(self, seconds: float = ANSWER_SECONDS) -> AsyncIterator[AsyncConnection]:
-        """A connection for one transaction, which is undone where it was not committed. Raises as `told`.
+        """A connection for one statement after the other. Raises as `told`.
 
         The body has to end within the seconds; waiting for a connection has a limit of its own.
         """
         with told():
-            connection = await self._engine.connect()
+            connection = await self._living()
             try:
                 with anyio.fail_after(seconds):
                     yield connection
             finally:
                 await _let_go(connection)
+
+    @asynccontextmanager
+    async def driver(self, seconds: float = ANSWER_SECONDS) -> AsyncIterator[Driver]:
+        """As `connect`, for statements that are run on the driver itself. A transaction that is still open is undone."""
+        async with self.connect(seconds) as connection:
+            driver, info = _driver_of(connection), connection.sync_connection.info  # type: ignore[union-attr]
+            if _LOOKED_AT not in info:
+                await _look(driver)
+                info[_LOOKED_AT] = True
+            try:
+                yield driver
+            except DriverError:
+                info.pop(_LOOKED_AT, None)
+                raise
+
+    async def _living(self) -> AsyncConnection:
+        """A connection, none of those that ended while nobody used them."""
+        while True:
+            connection = await self._engine.connect()
+            if not _has_ended(_driver_of(connection)):
+                return connection
+            with anyio.CancelScope(shield=True):
+                await connection.invalidate()
+                await connection.close()
 
     @asynccontextmanager
     async def listen(self, channel: str) -> AsyncIterator[AsyncIterator[object]]:
@@ -205,12 +237,19 @@ class Database:
 
     async def prepare(self, *, alone: bool = False) -> None:
         """Bring the schema up to this program's, on one server at a time; if `alone`, while none runs. Raises StoreError."""
+        engine = create_async_engine(
+            self._url,
+            isolation_level="READ COMMITTED",
+            poolclass=NullPool,
+            hide_parameters=True,
+            connect_args=self._arguments,
+        )
         try:
-            async with self.connect(MIGRATE_SECONDS) as connection:
-                await connection.run_sync(self._migrate)
-                if alone and (await connection.execute(_OTHERS, {"name": _SERVERS})).scalar():
-                    raise StoreError(f"a server uses {self.name}; stop it first")
-                await connection.commit()
+            with told(), anyio.fail_after(MIGRATE_SECONDS):
+                async with engine.begin() as connection:
+                    await connection.run_sync(self._migrate)
+                    if alone and (await connection.execute(_OTHERS, {"name": _SERVERS})).scalar():
+                        raise StoreError(f"a server uses {self.name}; stop it first")
         except ContendedError as error:
             raise StoreUnavailableError(f"{self.name} cannot be prepared now: {error}") from error
 
@@ -229,11 +268,58 @@ class Database:
         connection.execute(text("UPDATE feed SET pruned = '0' WHERE pruned >= pg_snapshot_xmax(pg_current_snapshot())"))
 
 
+def _driver_of(connection: AsyncConnection) -> Driver:
+    found = connection.sync_connection.connection.driver_connection  # type: ignore[union-attr]
+    assert isinstance(found, Driver)
+    return found
+
+
+def _is_idle(driver: Driver) -> bool:
+    return driver.info.transaction_status is TransactionStatus.IDLE
+
+
+def _has_ended(driver: Driver) -> bool:
+    """Whether the database has ended a connection that nobody uses: it has nothing else to say to one."""
+    if driver.closed:
+        return True
+    poll = select.poll()
+    poll.register(driver.fileno(), select.POLLIN)
+    return bool(poll.poll(0))
+
+
+async def _look(driver: Driver) -> None:
+    """Prepare statements if the session is the database's own; a pooler makes up the number by which one is cancelled."""
+    if driver.prepare_threshold is not None:
+        # After an error the driver counts statements as prepared that the database skipped; it forgets them with a rollback.
+        await driver.execute("BEGIN")
+        await driver.rollback()
+        return
+    found = await (await driver.execute("SELECT pg_backend_pid(), current_setting('transaction_isolation')")).fetchone()
+    assert found is not None
+    pid, isolation = found
+    if isolation != "read committed":
+        raise StoreError(
+            f"the database's default_transaction_isolation is {isolation}; siderolink needs read committed: "
+            "ALTER ROLE ... SET default_transaction_isolation = 'read committed'"
+        )
+    if pid == driver.info.backend_pid:
+        driver.prepare_threshold = _PREPARE_AFTER
+
+
 async def _let_go(connection: AsyncConnection) -> None:
-    """Give the connection back, or end it where that takes long."""
+    """Give the connection back; end it where it was left in the middle of something."""
+    driver = None if connection.invalidated else _driver_of(connection)
     with anyio.CancelScope(shield=True):
-        with anyio.move_on_after(1.0) as scope:
-            await connection.close()
-        if scope.cancelled_caught:
+        if driver is not None and not _is_idle(driver):
             with anyio.move_on_after(1.0):
+                await _undo(driver)
+            if not _is_idle(driver):
                 await connection.invalidate()
+        await connection.close()
+
+
+async def _undo(driver: Driver) -> None:
+    try:
+        await driver.rollback()
+    except DriverError as error:
+        log.debug("a transaction was ended with its connection: %s", error)

@@ -9,14 +9,13 @@ other. A notification says only that there is something; who misses it finds out
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import fields
 from typing import Any
 
 import anyio
-from sqlalchemy import column, insert, table, text
-from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlalchemy import text
 
 from siderolink.common.errors import StoreError, StoreUnavailableError
 from siderolink.server.store.base import (
@@ -52,7 +51,6 @@ MOST_AT_ONCE = 4096
 _CHANNEL = "siderolink_changes"
 _PRUNE_LOCK = 0x53444C4C
 
-_CHANGES = table("changes", column("kind"), column("id"), column("body"))
 _READ = text(
     "SELECT now.top::text AS top, feed.pruned::text AS pruned, pg_postmaster_start_time()::text AS postmaster,"
     " CAST(extract(epoch FROM clock_timestamp()) AS float8) AS now,"
@@ -62,9 +60,10 @@ _READ = text(
     " ORDER BY changes.xid, changes.seq LIMIT :most"
 )
 _PRUNE = text(
-    "WITH gone AS (DELETE FROM changes WHERE at < clock_timestamp() - make_interval(secs => :kept)"
+    "WITH turn AS MATERIALIZED (SELECT pg_try_advisory_xact_lock(:lock) AS is_mine), gone AS ("
+    "DELETE FROM changes WHERE (SELECT is_mine FROM turn) AND at < clock_timestamp() - make_interval(secs => :kept)"
     " AND xid < pg_snapshot_xmin(pg_current_snapshot()) RETURNING xid)"
-    " UPDATE feed SET pruned = greatest(pruned, (SELECT xid FROM gone ORDER BY xid DESC LIMIT 1))"
+    " UPDATE feed SET pruned = greatest(pruned, (SELECT xid FROM gone ORDER BY xid DESC LIMIT 1)) FROM turn WHERE is_mine"
 )
 
 
@@ -82,7 +81,8 @@ def _row(body: Mapping[str, Any], known: Any) -> dict[str, Any]:
     return {name: bytes.fromhex(cell["x"]) if isinstance(cell, dict) else cell for name, cell in body.items() if name in names}
 
 
-def _written(change: Change) -> dict[str, str]:
+def written(change: Change) -> tuple[str, str, str]:
+    """The kind, the name and the body by which other servers know it."""
     match change:
         case MachineChanged(machine=machine):
             kind, name, body = "machine", machine.id, _body(machine)
@@ -94,13 +94,11 @@ def _written(change: Change) -> dict[str, str]:
             kind, name, body = "ban" if banned else "ban lifted", ban.value, {"kind": ban.kind.value, "value": ban.value}
         case TokenChanged(token=token, is_gone=is_gone):
             kind, name, body = "token gone" if is_gone else "token", token.id, _body(token)
-        case AuditAdded(entry=entry):
-            kind, name, body = "audit", str(entry.seq), audit.values(entry) | {"seq": entry.seq}
         case PrincipalChanged(principal_id=name):
             kind, body = "principal", {"id": name}
-        case ChangesLost():
-            raise ValueError("nobody writes that")
-    return {"kind": kind, "id": name, "body": json.dumps(body)}
+        case AuditAdded() | ChangesLost():
+            raise ValueError("the first is written with its row, and nobody writes the other")
+    return kind, name, json.dumps(body)
 
 
 def _read_change(kind: str, body: str) -> Change | None:
@@ -124,11 +122,6 @@ def _read_change(kind: str, body: str) -> Change | None:
     except (ValueError, TypeError, KeyError, AttributeError):
         raise StoreError("the feed holds a change that no server wrote") from None
     return None
-
-
-async def write_changes(connection: AsyncConnection, changes: Sequence[Change]) -> None:
-    """Write what a transaction changes, in order, within it."""
-    await connection.execute(insert(_CHANGES), [_written(change) for change in changes])
 
 
 # --- reading
@@ -234,7 +227,6 @@ class FeedReader:
             try:
                 async with self._database.connect() as connection:
                     await connection.execute(text(f"NOTIFY {_CHANNEL}"))
-                    await connection.commit()
             except (StoreError, ContendedError) as error:
                 log.debug("a notification was not sent: %s", error)
             await anyio.sleep(NOTIFY_SECONDS)
@@ -251,7 +243,4 @@ class FeedReader:
     async def prune_now(self, kept_seconds: float) -> None:
         """Remove what is older. Raises StoreError."""
         async with self._database.connect() as connection:
-            lock = await connection.execute(text("SELECT pg_try_advisory_xact_lock(:lock)"), {"lock": _PRUNE_LOCK})
-            if lock.scalar():
-                await connection.execute(_PRUNE, {"kept": kept_seconds})
-                await connection.commit()
+            await connection.execute(_PRUNE, {"lock": _PRUNE_LOCK, "kept": kept_seconds})

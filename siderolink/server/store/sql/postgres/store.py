@@ -83,8 +83,8 @@ class PostgresStore:
     async def transact(self, work: Work[T]) -> T:
         if not self._is_open:
             raise StoreError("the store is closed")
-        result, changes = await run_work(self._database, work)
-        if changes:
+        result, has_changed = await run_work(self._database, work)
+        if has_changed:
             self._feed.tell()
         return result
 
@@ -141,9 +141,7 @@ class PostgresStore:
     async def _change(self, change: Callable[[AsyncConnection], Awaitable[int]]) -> int:
         try:
             async with self._database.connect() as connection:
-                count = await change(connection)
-                await connection.commit()
-                return count
+                return await change(connection)
         except ContendedError as error:
             raise StoreUnavailableError(str(error)) from error
 
