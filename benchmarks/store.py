@@ -82,11 +82,13 @@ async def join_all(store: Store, joins: int, at_once: int) -> tuple[float, float
     admission = Admission(NobodyLives(), rows, clock)
     waiting = [JoinRequest(node_uuid=str(uuid.uuid4()), public_key=PublicKey(os.urandom(32))) for _ in range(joins)]
 
+    async def join(request: JoinRequest, entry: str) -> None:
+        verdict = await store.transact(lambda transaction: admission.admit(transaction, request, entry))
+        assert isinstance(verdict, Grant), verdict
+
     async def worker() -> None:
         while waiting:
-            request, entry = waiting.pop(), new_id()
-            verdict = await store.transact(lambda transaction: admission.admit(transaction, request, entry))
-            assert isinstance(verdict, Grant), verdict
+            await join(waiting.pop(), new_id())
 
     began, used = time.perf_counter(), cpu()
     async with asyncio.TaskGroup() as tasks:
