@@ -72,3 +72,11 @@ class StoreUnavailableError(StoreError):
 
 class StoreFullError(StoreError):
     """Raised when the store cannot grow because the disk is full. Nothing was changed."""
+
+
+class NotFoundError(SideroLinkError):
+    """Raised when what an administrator names is not there."""
+
+
+class AlreadyExistsError(SideroLinkError):
+    """Raised when a name is another one's already."""

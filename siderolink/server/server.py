@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
+from functools import cached_property
 from ipaddress import IPv6Address
 from types import TracebackType
 from typing import Self
@@ -17,6 +18,7 @@ from siderolink.common.grpc import Limits
 from siderolink.common.keys import PrivateKey, PublicKey
 from siderolink.common.tasks import in_parts
 from siderolink.common.wireguard.device import Device, DeviceKind, PeerStatus
+from siderolink.server.admin.tokens import Tokens
 from siderolink.server.admission.limits import MachineLimits
 from siderolink.server.admission.policy import JoinPolicy
 from siderolink.server.admission.request import Authorize, allow_all
@@ -256,6 +258,11 @@ class Server(_Measured, AbstractAsyncContextManager["Server"]):
     @property
     def device(self) -> Device:
         return self._lifetime.live.device
+
+    @cached_property
+    def tokens(self) -> Tokens:
+        """The join tokens: made, shown, revoked, and so on, also while the server does not run."""
+        return Tokens(self._store, self._join_token)
 
     # --- machines
 

@@ -1,14 +1,14 @@
 """Join tokens, which admit a machine, and unique tokens, which tell machines of one UUID apart."""
 
-import base64
-import binascii
 import hashlib
 import hmac
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from siderolink.server.store import Machine
+from siderolink.server.admission.signed_tokens import SignedToken, is_signed, parse
+from siderolink.server.store import JoinToken, Machine
 from siderolink.server.store.sealing import is_sealed
 
 MAX_JOIN_TOKEN_BYTES = 4096
@@ -16,12 +16,8 @@ MAX_JOIN_TOKEN_BYTES = 4096
 MAX_UNIQUE_TOKEN_BYTES = 1024
 """The JSON form has about 140 characters."""
 
-_SIGNED = ("v1:", "v2:")
-_PROVIDER = "omni.sidero.dev/infra-provider-id"
 _NO_HARDWARE = hashlib.sha256().hexdigest()
 """The fingerprint of every machine that has no physical link: it tells no two of them apart."""
-_SHORT_ESCAPES = {'"': '\\"', "\\": "\\\\", "\b": "\\b", "\f": "\\f", "\n": "\\n", "\r": "\\r", "\t": "\\t"}
-_ESCAPED = {"<", ">", "&", "\u2028", "\u2029"}
 
 
 class JoinTokenState(StrEnum):
@@ -29,6 +25,7 @@ class JoinTokenState(StrEnum):
 
     VALID = "valid"
     WRONG = "wrong"
+    """Of a stored token that is not known yet: see TokenRules."""
     MALFORMED = "malformed"
     """It says that it is signed, and cannot be read."""
 
@@ -42,25 +39,48 @@ class JoinTokenResult:
     """Describes a malformed token, without repeating any part of it."""
     digest: bytes | None = field(default=None, repr=False)
     """The digest under which rows store the token; None for the empty token."""
+    signed: SignedToken | None = None
+    """A signed token, as it was read."""
+    token: JoinToken | None = None
+    """The stored token whose limits and settings are those of the call; None if it is the given one, or not valid."""
 
     @property
     def is_valid(self) -> bool:
         return self.state is JoinTokenState.VALID
 
+    @property
+    def token_id(self) -> str | None:
+        return None if self.token is None else self.token.id
+
+    @property
+    def labels(self) -> Mapping[str, str]:
+        """What the token gives to the machine's labels."""
+        signed = {} if self.signed is None or not self.is_valid else self.signed.extra or {}
+        return {**({} if self.token is None else self.token.labels), **signed}
+
 
 class JoinTokenCheck:
-    """Accepts one token, plain or as the key of signed ones, or any at all."""
+    """The token that was given to the server, plain or as the key of signed ones; or any at all, or none."""
 
-    def __init__(self, expected: str | None) -> None:
-        """`expected` None accepts every machine, with whatever token."""
-        self._secret: bytes | None = None
+    def __init__(self, expected: str | None, *, admits_any: bool = True) -> None:
+        """`expected` None accepts every machine, with whatever token; if not `admits_any`, none by a token of its own."""
+        self._secret: str | None = None
         self._digest: bytes | None = None
+        self._admits_any = admits_any
         self.expect(expected)
 
     def expect(self, expected: str | None) -> None:
         """Accept this token from now on, and no other."""
-        self._secret = None if expected is None else expected.encode("utf-8", "surrogatepass")
-        self._digest = None if expected is None else _digest(expected)
+        self._secret = expected
+        self._digest = None if expected is None else token_digest(expected)
+
+    @property
+    def admits_any(self) -> bool:
+        return self._secret is None and self._admits_any
+
+    @property
+    def secret(self) -> str | None:
+        return self._secret
 
     def accepts(self, token: str | None) -> bool:
         """Whether the token is right."""
@@ -68,69 +88,26 @@ class JoinTokenCheck:
 
     def admits(self, digest: bytes | None) -> bool:
         """Whether the token that has this digest would be right now; of signed tokens that is not known, and False."""
-        return self._digest is None or (digest is not None and hmac.compare_digest(digest, self._digest))
+        if self._digest is None:
+            return self._admits_any
+        return digest is not None and hmac.compare_digest(digest, self._digest)
 
     def check(self, token: str | None) -> JoinTokenResult:
         """Look at a token, in a time that does not depend on how far it is from right. Overlong tokens are never right."""
         text = token or ""
         if len(text) > MAX_JOIN_TOKEN_BYTES:
             return JoinTokenResult(JoinTokenState.WRONG)
-        digest = _digest(text)
-        if self._secret is None or self._digest is None or hmac.compare_digest(digest, self._digest):
+        digest = token_digest(text)
+        if self.admits_any or self._digest is not None and hmac.compare_digest(digest, self._digest):
             return JoinTokenResult(JoinTokenState.VALID, digest=digest if text else None)
-        if not text.startswith(_SIGNED):
+        if not is_signed(text):
             return JoinTokenResult(JoinTokenState.WRONG, digest=digest if text else None)
         try:
-            is_right = _is_signed_by(text, self._secret)
+            signed = parse(text)
         except ValueError as error:
             return JoinTokenResult(JoinTokenState.MALFORMED, str(error))
-        return JoinTokenResult(JoinTokenState.VALID if is_right else JoinTokenState.WRONG, digest=digest)
-
-
-def _is_signed_by(token: str, secret: bytes) -> bool:
-    """Whether the plain token signed this one. Raises ValueError where it cannot be read."""
-    version = token[:3]
-    try:
-        document = json.loads(base64.b64decode(token[3:].encode("ascii", "replace"), validate=True))
-    except (binascii.Error, UnicodeDecodeError):
-        raise ValueError("the part after the version is not base64-encoded JSON") from None
-    except (ValueError, RecursionError):
-        raise ValueError("the signed part is not JSON") from None
-    if not isinstance(document, dict):
-        raise ValueError("the signed part is not a JSON object")
-    fields = {name.lower(): value for name, value in document.items()}
-    extra, signature = fields.get("extra_data"), fields.get("signature")
-    if not (extra is None or isinstance(extra, dict) and all(isinstance(value, str) for value in extra.values())):
-        raise ValueError("extra_data contains something that is not text")
-    if not (signature is None or isinstance(signature, str)):
-        raise ValueError("the signature is not text")
-    try:
-        given = base64.b64decode((signature or "").encode("ascii", "replace"), validate=True)
-    except binascii.Error:
-        raise ValueError("the signature is not base64") from None
-    if version == "v2:" and extra and _PROVIDER in extra:
-        return False  # signed by a provider's own token, and there are no providers here
-    return hmac.compare_digest(given, hmac.digest(secret, _go_json(extra).encode("utf-8", "replace"), "sha256"))
-
-
-def _go_json(extra: dict[str, str] | None) -> str:
-    """The signed bytes: compact JSON, sorted by the keys' bytes, with the signers' escapes."""
-    if extra is None:
-        return "null"
-    names = sorted(extra, key=lambda name: name.encode("utf-8", "replace"))
-    return "{" + ",".join(f"{_go_text(name)}:{_go_text(extra[name])}" for name in names) + "}"
-
-
-def _go_text(text: str) -> str:
-    return '"' + "".join(map(_go_character, text)) + '"'
-
-
-def _go_character(character: str) -> str:
-    if character in _SHORT_ESCAPES:
-        return _SHORT_ESCAPES[character]
-    if character in _ESCAPED or ord(character) < 0x20:
-        return f"\\u{ord(character):04x}"
-    return "\\ufffd" if 0xD800 <= ord(character) < 0xE000 else character
+        is_right = self._secret is not None and signed.signing_provider is None and signed.is_signed_by(self._secret)
+        return JoinTokenResult(JoinTokenState.VALID if is_right else JoinTokenState.WRONG, digest=digest, signed=signed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,16 +128,16 @@ def parse_unique_token(token: str) -> UniqueToken | None:
     if not token:
         return None
     if not token.lstrip().startswith("{"):
-        return UniqueToken(_digest("text:" + token))
+        return UniqueToken(token_digest("text:" + token))
     try:
         document = json.loads(token)
     except (ValueError, RecursionError):
-        return UniqueToken(_digest("text:" + token))
+        return UniqueToken(token_digest("text:" + token))
     if not isinstance(document, dict) or not isinstance(document.get("Token"), str) or not document["Token"]:
-        return UniqueToken(_digest("text:" + token), is_json=isinstance(document, dict))
+        return UniqueToken(token_digest("text:" + token), is_json=isinstance(document, dict))
     given = document.get("Fingerprint")
     fingerprint = given if isinstance(given, str) and len(given) <= 128 and given != _NO_HARDWARE else ""
-    return UniqueToken(_digest("token:" + document["Token"]), fingerprint, is_json=True)
+    return UniqueToken(token_digest("token:" + document["Token"]), fingerprint, is_json=True)
 
 
 def unique_token_digest(token: str) -> bytes | None:
@@ -176,5 +153,5 @@ def assigned_digest(machine: Machine) -> bytes | None:
     return unique_token_digest(machine.assigned_token)
 
 
-def _digest(text: str) -> bytes:
+def token_digest(text: str) -> bytes:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()

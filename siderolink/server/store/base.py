@@ -4,7 +4,7 @@ A store is asked per machine, when that machine is spoken of; nothing assumes th
 (and between servers that share a store) are decided by its unique constraints and by nothing else.
 """
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -409,6 +409,9 @@ class Store(Protocol):
 
     async def tokens(self, after: str = "", limit: int = 1000) -> Sequence[JoinToken]:
         """The first tokens by name whose names come after this one."""
+
+    async def use_counts(self, token_ids: Collection[str], now: float) -> Mapping[str, int]:
+        """How many slots of these tokens are taken; those of which none is may be left out."""
 
     async def audit_entries(self, query: AuditQuery) -> Sequence[AuditEntry]:
         """The entries that the query selects, in its order."""

@@ -2,7 +2,7 @@
 
 import time
 from bisect import bisect_left
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Final, TypeVar
@@ -91,6 +91,9 @@ class MeasuredStore:
 
     async def tokens(self, after: str = "", limit: int = 1000) -> Sequence[JoinToken]:
         return await self._store.tokens(after, limit)
+
+    async def use_counts(self, token_ids: Collection[str], now: float) -> Mapping[str, int]:
+        return await self._store.use_counts(token_ids, now)
 
     async def audit_entries(self, query: AuditQuery) -> Sequence[AuditEntry]:
         return await self._store.audit_entries(query)

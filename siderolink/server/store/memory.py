@@ -4,7 +4,7 @@ import asyncio
 import os
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Hashable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Hashable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
 from ipaddress import IPv6Address
@@ -314,6 +314,9 @@ class MemoryStore:
 
     async def tokens(self, after: str = "", limit: int = 1000) -> Sequence[JoinToken]:
         return self._table.tokens.page(after, limit)
+
+    async def use_counts(self, token_ids: Collection[str], now: float) -> Mapping[str, int]:
+        return self._table.tokens.count(token_ids, now)
 
     async def audit_entries(self, query: AuditQuery) -> Sequence[AuditEntry]:
         entries = reversed(self._table.audit) if query.newest_first else iter(self._table.audit)

@@ -1,7 +1,7 @@
 """Join tokens and their uses in dictionaries."""
 
 import heapq
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 
 from siderolink.server.store.base import Change, UniqueViolationError
 from siderolink.server.store.tokens import JoinToken, TokenChanged, TokenColumn, TokenKey, TokenUse, unique_token_values
@@ -20,6 +20,10 @@ class TokenTable:
     def page(self, after: str, limit: int) -> list[JoinToken]:
         found = (token for (column, name), token in self.index.items() if column is TokenColumn.NAME and token.name > after)
         return heapq.nsmallest(limit, found, key=lambda token: token.name)
+
+    def count(self, token_ids: Collection[str], now: float) -> dict[str, int]:
+        uses = {token_id: self.uses.get(token_id, {}).values() for token_id in token_ids}
+        return {token_id: sum(not use.is_free(now) for use in found) for token_id, found in uses.items()}
 
 
 class MemoryTokens:

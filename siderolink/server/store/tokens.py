@@ -3,7 +3,7 @@
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Protocol
+from typing import Final, Protocol
 
 
 class TunnelSetting(StrEnum):
@@ -32,6 +32,14 @@ class TokenState(StrEnum):
     ACTIVE = "active"
     REVOKED = "revoked"
     EXPIRED = "expired"
+    USED_UP = "used up"
+    """It admits only machines that have used it already."""
+
+
+GIVEN_TOKEN: Final = "given"
+"""The id and the name of the token that is given to a server as an option, which is not stored."""
+MAX_USES: Final = 10_000
+"""The largest limit: each use of a limited token reads all of them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +74,7 @@ class JoinToken:
     """It has signed the tokens `v1:…`, and those `v2:…` that name no provider. Of at most one token."""
 
     def state(self, now: float) -> TokenState:
+        """Whatever its uses are."""
         if self.revoked_at is not None:
             return TokenState.REVOKED
         if self.expires_at is not None and self.expires_at <= now:

@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import TypeVar
@@ -139,6 +139,17 @@ class SqlStore:
             async with self._connection.begin():
                 rows = await self._connection.execute(tables.token_page(after, limit))
                 found.extend(tables.read_token(row) for row in rows.mappings())
+
+        await self._batches.alone(read)
+        return found
+
+    async def use_counts(self, token_ids: Collection[str], now: float) -> Mapping[str, int]:
+        found: dict[str, int] = {}
+
+        async def read() -> None:
+            async with self._connection.begin():
+                rows = await self._connection.execute(tables.use_counts(token_ids, now))
+                found.update((token_id, count) for token_id, count in rows)
 
         await self._batches.alone(read)
         return found

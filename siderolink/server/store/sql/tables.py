@@ -1,7 +1,7 @@
 """The tables, and how a machine's row is written in them."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from ipaddress import IPv6Address
 from typing import Any
 
@@ -365,6 +365,13 @@ def taken_slots(uses: Iterable[TokenUse]) -> list[dict[str, object]]:
 
 def token_page(after: str, limit: int) -> Select[Any]:
     return select(join_tokens).where(join_tokens.c.name > after).order_by(join_tokens.c.name).limit(limit)
+
+
+def use_counts(token_ids: Collection[str], now: float) -> Select[Any]:
+    """Token ids, and how many of their slots are taken."""
+    use = token_uses.c
+    is_taken = or_(use.spent_at.is_not(None), use.expires_at.is_(None), use.expires_at > now)
+    return select(use.token_id, func.count().label("count")).where(use.token_id.in_(token_ids), is_taken).group_by(use.token_id)
 
 
 def read_token(row: Mapping[Any, Any]) -> JoinToken:

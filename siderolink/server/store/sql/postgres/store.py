@@ -1,6 +1,6 @@
 """A store on Postgres, which outlives the server and which several servers may share."""
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import TypeVar
 
@@ -112,6 +112,10 @@ class PostgresStore:
 
     async def tokens(self, after: str = "", limit: int = _PAGE) -> Sequence[JoinToken]:
         return await self._read(tables.token_page(after, limit), tables.read_token)
+
+    async def use_counts(self, token_ids: Collection[str], now: float) -> Mapping[str, int]:
+        rows = await self._read(tables.use_counts(token_ids, now), lambda row: (row["token_id"], row["count"]))
+        return dict(rows)
 
     async def _read(self, statement: Select[tuple[object, ...]], read: Callable[[RowMapping], T]) -> list[T]:
         try:

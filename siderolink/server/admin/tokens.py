@@ -1,0 +1,479 @@
+"""The administration of join tokens. Every change is audited in the transaction that makes it; secrets are in no entry."""
+
+import secrets
+import string
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Final
+
+from siderolink.common.errors import AlreadyExistsError, ConfigurationError, NotFoundError, SideroLinkError
+from siderolink.common.node_uuid import parse_uuid
+from siderolink.common.text import one_line
+from siderolink.server.admission.signed_tokens import PROVIDER, is_signed, sign
+from siderolink.server.admission.tokens import MAX_JOIN_TOKEN_BYTES, JoinTokenCheck, token_digest
+from siderolink.server.store import (
+    Actor,
+    AuditEntry,
+    JoinToken,
+    Store,
+    TokenColumn,
+    TokenKind,
+    TokenState,
+    Transaction,
+    TunnelSetting,
+    UniqueViolationError,
+)
+from siderolink.server.store.audit import EMBEDDER
+from siderolink.server.store.sealing import place_of_token
+from siderolink.server.store.tokens import DEFAULT_TOKEN, GIVEN_TOKEN, MAX_USES
+
+MAX_NAME_BYTES: Final = 64
+MAX_NOTE_BYTES: Final = 4096
+MAX_PROVIDER_LENGTH: Final = 253
+_ALPHABET: Final = string.digits + string.ascii_letters
+_RANDOM_CHARACTERS: Final = 43
+"""256 bits."""
+_SHOWN: Final = (
+    "name",
+    "kind",
+    "provider",
+    "note",
+    "expires_at",
+    "revoked_at",
+    "max_uses",
+    "bound_uuid",
+    "tunnel",
+    "labels",
+    "is_default",
+)
+"""What the audit tells of a token."""
+
+Change = Callable[[Transaction, JoinToken], Awaitable[JoinToken]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenStatus:
+    """One join token as it is now."""
+
+    token: JoinToken
+    """Its `secret` is sealed; `Tokens.show` tells it."""
+    state: TokenState
+    uses: int
+    """Of a token with a limit, the uses that are reserved or spent; of others, the machines that it last admitted."""
+    is_given: bool = False
+    """It is the server's `join_token`: always there, and changed only there."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CreatedToken:
+    """A new token, with its text: it is not shown again unless it is asked for."""
+
+    status: TokenStatus
+    secret: str = field(repr=False)
+
+
+class Tokens:
+    """The join tokens of a server, those of all servers that share its store. `server.tokens` is one.
+
+    Tokens are named by their name or id. Methods raise NotFoundError for a name that no token has, AlreadyExistsError for one
+    that another has, ConfigurationError for a value that cannot be, SideroLinkError for what the state forbids, and StoreError.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        given: JoinTokenCheck,
+        *,
+        on_changed: Callable[[JoinToken, bool], None] = lambda token, is_gone: None,
+        count_machines: Callable[[str], int] = lambda token_id: 0,
+    ) -> None:
+        """`on_changed` is told each token that was changed here, and whether it is gone, before the caller goes on.
+
+        `count_machines` tells how many machines a token's id last admitted.
+        """
+        self._store = store
+        self._given = given
+        self._on_changed = on_changed
+        self._count_machines = count_machines
+
+    # --- reading
+
+    async def list(self, *, after: str = "", limit: int = 100, states: Iterable[TokenState] = ()) -> Sequence[TokenStatus]:
+        """The first tokens by name whose names come after this one. Of `states`, if any are named."""
+        wanted = set(states)
+        found: list[TokenStatus] = []
+        given = await self._given_status() if after < GIVEN_TOKEN else None
+        while len(found) < limit:
+            page = await self._store.tokens(after, limit)
+            statuses = await self._statuses(page)
+            if given is not None and (len(page) < limit or page[-1].name > GIVEN_TOKEN):
+                statuses, given = sorted([*statuses, given], key=lambda status: status.token.name), None
+            found += [status for status in statuses if not wanted or status.state in wanted]
+            if len(page) < limit:
+                break
+            after = page[-1].name
+        return found[:limit]
+
+    async def get(self, name: str) -> TokenStatus:
+        given = await self._given_status() if name == GIVEN_TOKEN else None
+        return given or (await self._statuses([await self._find(name)]))[0]
+
+    async def show(self, name: str, *, actor: Actor = EMBEDDER) -> str:
+        """The token's text. Audited."""
+        if name == GIVEN_TOKEN and self._given.secret is not None:
+            given = self._given.secret
+            await self._store.transact(
+                lambda transaction: transaction.audit(self._entry(actor, "token.show", _given(), {}, {}))
+            )
+            return given
+
+        async def work(transaction: Transaction) -> str:
+            token = await _named(transaction, name)
+            await transaction.audit(self._entry(actor, "token.show", token, {}, {}))
+            return self._open(token)
+
+        return await self._store.transact(work)
+
+    async def signed(
+        self, name: str, extra: Mapping[str, str] | None = None, *, version: TokenKind = TokenKind.V2, actor: Actor = EMBEDDER
+    ) -> str:
+        """A signed token for the machines of a provider: of a token of kind V2 by itself, else by the default one. Audited."""
+        status = await self.get(name)
+        token = status.token
+        if token.kind is TokenKind.V1 or version is TokenKind.V1:
+            signer = await self._store.transact(lambda transaction: transaction.tokens.find(*DEFAULT_TOKEN))
+            secret = self._given.secret if signer is None else self._open(signer)
+            if secret is None:
+                raise SideroLinkError("there is no default token that could sign")
+            kind = TokenKind.V1
+        else:
+            secret, kind = await self.show(name, actor=actor), TokenKind.V2
+        provider = {} if token.provider is None else {PROVIDER: token.provider}
+        if kind is TokenKind.V1:
+            entry = self._entry(actor, "token.sign", token, {}, {})
+            await self._store.transact(lambda transaction: transaction.audit(entry))
+        return sign(kind.value, secret, {**(extra or {}), **provider})
+
+    # --- changing
+
+    async def create(
+        self,
+        name: str,
+        *,
+        token: str | None = None,
+        note: str = "",
+        kind: TokenKind = TokenKind.PLAIN,
+        provider: str | None = None,
+        expires_at: float | None = None,
+        expires_in: float | None = None,
+        max_uses: int | None = None,
+        one_time: bool = False,
+        bound_uuid: str | None = None,
+        labels: Mapping[str, str] | None = None,
+        tunnel: TunnelSetting = TunnelSetting.INHERIT,
+        make_default: bool = False,
+        actor: Actor = EMBEDDER,
+    ) -> CreatedToken:
+        """Add a token: random, or with the text `token`. Expires never, at a Unix time, or in so many seconds from now.
+
+        `max_uses`, 1 to MAX_USES: how many machines may join by it; `one_time` means 1. `bound_uuid`: the only UUID that may.
+        `labels` and `tunnel` are for its machines. `kind` V1 and V2: for the machines of an infrastructure `provider`.
+        """
+        if one_time and max_uses not in (None, 1):
+            raise ConfigurationError("a one-time token has max_uses 1")
+        now, secret = self._store.time(), _check_secret(token) if token is not None else _random_secret()
+        token_id = secrets.token_hex(8)
+        made = JoinToken(
+            id=token_id,
+            name=_check_name(name),
+            digest=token_digest(secret),
+            secret=self._store.sealer.seal(secret.encode(), place_of_token(token_id)),
+            kind=TokenKind(kind),
+            provider=_check_provider(TokenKind(kind), provider),
+            note=_check_note(note),
+            created_at=now,
+            created_by=actor.name,
+            expires_at=_expiry(now, expires_at, expires_in),
+            max_uses=_check_uses(1 if one_time else max_uses),
+            bound_uuid=None if bound_uuid is None else parse_uuid(bound_uuid),
+            tunnel=TunnelSetting(tunnel),
+            labels=dict(labels or {}),
+        )
+
+        async def work(transaction: Transaction) -> JoinToken:
+            added = replace(made, is_default=True) if make_default else made
+            if make_default:
+                await _take_default(transaction)
+            await transaction.tokens.put(added)
+            await transaction.audit(self._entry(actor, "token.create", added, {}, _shown(added)))
+            return added
+
+        with _told(made):
+            added = await self._store.transact(work)
+        self._on_changed(added, False)
+        return CreatedToken(status=(await self._statuses([added]))[0], secret=secret)
+
+    async def update(
+        self,
+        name: str,
+        *,
+        new_name: str | None = None,
+        note: str | None = None,
+        tunnel: TunnelSetting | None = None,
+        bound_uuid: str | None = None,
+        max_uses: int | None = None,
+        labels: Mapping[str, str] | None = None,
+        actor: Actor = EMBEDDER,
+    ) -> TokenStatus:
+        """Change what is not None; `bound_uuid` "" unbinds it, `max_uses` 0 lifts its limit, `labels` replaces them.
+
+        A token that was made without a limit gets none: its machines were not counted.
+        """
+
+        async def change(transaction: Transaction, token: JoinToken) -> JoinToken:
+            if max_uses and token.max_uses is None:
+                raise SideroLinkError("the machines of a token without a limit are not counted; make a new token with max_uses")
+            fields: dict[str, object] = {
+                "name": None if new_name is None else _check_name(new_name),
+                "note": None if note is None else _check_note(note),
+                "tunnel": None if tunnel is None else TunnelSetting(tunnel),
+                "bound_uuid": parse_uuid(bound_uuid) if bound_uuid else None,
+                "max_uses": _check_uses(max_uses) if max_uses else None,
+                "labels": None if labels is None else dict(labels),
+            }
+            changed = replace(token, **{key: value for key, value in fields.items() if value is not None})  # type: ignore[arg-type]
+            changed = replace(changed, bound_uuid=None) if bound_uuid == "" else changed
+            return replace(changed, max_uses=None) if max_uses == 0 else changed
+
+        return await self._change(name, "token.update", actor, change)
+
+    async def revoke(self, name: str, *, actor: Actor = EMBEDDER) -> TokenStatus:
+        """Admit no more machines by it; links stay. A machine with a bound unique token still gets in."""
+        now = self._store.time()
+
+        async def change(transaction: Transaction, token: JoinToken) -> JoinToken:
+            return token if token.revoked_at is not None else replace(token, revoked_at=now)
+
+        return await self._change(name, "token.revoke", actor, change)
+
+    async def reinstate(self, name: str, *, actor: Actor = EMBEDDER) -> TokenStatus:
+        """Take a revocation back; an expiry stays."""
+
+        async def change(transaction: Transaction, token: JoinToken) -> JoinToken:
+            return replace(token, revoked_at=None)
+
+        return await self._change(name, "token.reinstate", actor, change)
+
+    async def renew(
+        self, name: str, *, expires_at: float | None = None, expires_in: float | None = None, actor: Actor = EMBEDDER
+    ) -> TokenStatus:
+        """Let it expire at another time, or never. Lifts no revocation."""
+        expiry = _expiry(self._store.time(), expires_at, expires_in)
+
+        async def change(transaction: Transaction, token: JoinToken) -> JoinToken:
+            return replace(token, expires_at=expiry)
+
+        return await self._change(name, "token.renew", actor, change)
+
+    async def make_default(self, name: str, *, actor: Actor = EMBEDDER) -> TokenStatus:
+        """Let it be the token that signs ``v1:`` tokens, and those ``v2:`` that name no provider. A revoked one may be, too."""
+
+        async def change(transaction: Transaction, token: JoinToken) -> JoinToken:
+            if token.kind is not TokenKind.PLAIN:
+                raise SideroLinkError("the token of a provider cannot be the default one")
+            if not token.is_default:
+                await _take_default(transaction)
+            return replace(token, is_default=True)
+
+        return await self._change(name, "token.default", actor, change)
+
+    async def delete(self, name: str, *, actor: Actor = EMBEDDER) -> JoinToken:
+        """Remove a token and what is known of its uses; links stay. Not the default one."""
+        _refuse_given(name)
+
+        async def work(transaction: Transaction) -> JoinToken:
+            token = await _named(transaction, name)
+            if token.is_default:
+                raise SideroLinkError("deleting default join token is not possible; make another one the default first")
+            await transaction.tokens.delete(token.id)
+            await transaction.audit(self._entry(actor, "token.delete", token, _shown(token), {}))
+            return token
+
+        token = await self._store.transact(work)
+        self._on_changed(token, True)
+        return token
+
+    # --- how
+
+    async def _change(self, name: str, action: str, actor: Actor, change: Change) -> TokenStatus:
+        _refuse_given(name)
+
+        async def work(transaction: Transaction) -> JoinToken:
+            old = await _named(transaction, name)
+            new = await change(transaction, old)
+            if new != old:
+                await transaction.tokens.put(new)
+                before, after = _shown(old), _shown(new)
+                changed = [key for key in after if before[key] != after[key]]
+                before, after = {key: before[key] for key in changed}, {key: after[key] for key in changed}
+                await transaction.audit(self._entry(actor, action, new, before, after))
+            return new
+
+        with _told(None):
+            token = await self._store.transact(work)
+        self._on_changed(token, False)
+        return (await self._statuses([token]))[0]
+
+    def _entry(
+        self, actor: Actor, action: str, token: JoinToken, before: Mapping[str, object], after: Mapping[str, object]
+    ) -> AuditEntry:
+        return AuditEntry(
+            at=self._store.time(),
+            actor=actor,
+            action=action,
+            object_kind="token",
+            object_id=token.id,
+            object_name=token.name,
+            before=before,
+            after=after,
+        )
+
+    def _open(self, token: JoinToken) -> str:
+        return self._store.sealer.open(token.secret, place_of_token(token.id)).decode()
+
+    async def _find(self, name: str) -> JoinToken:
+        return await self._store.transact(lambda transaction: _named(transaction, name))
+
+    async def _statuses(self, tokens: Sequence[JoinToken]) -> Sequence[TokenStatus]:
+        now = self._store.time()
+        limited = [token.id for token in tokens if token.max_uses is not None]
+        counts = await self._store.use_counts(limited, now) if limited else {}
+        found: list[TokenStatus] = []
+        for token in tokens:
+            uses = self._count_machines(token.id) if token.max_uses is None else counts.get(token.id, 0)
+            state = token.state(now)
+            is_used_up = token.max_uses is not None and uses >= token.max_uses and state is TokenState.ACTIVE
+            found.append(TokenStatus(token=token, state=TokenState.USED_UP if is_used_up else state, uses=uses))
+        return found
+
+    async def _given_status(self) -> TokenStatus | None:
+        """The server's own token, as if it were stored."""
+        if self._given.secret is None:
+            return None
+        default = await self._store.transact(lambda transaction: transaction.tokens.find(*DEFAULT_TOKEN))
+        token = replace(_given(), digest=token_digest(self._given.secret), is_default=default is None)
+        uses = self._count_machines(GIVEN_TOKEN)
+        return TokenStatus(token=token, state=TokenState.ACTIVE, uses=uses, is_given=True)
+
+
+def _given() -> JoinToken:
+    return JoinToken(id=GIVEN_TOKEN, name=GIVEN_TOKEN, digest=b"", secret=b"", created_at=0.0, note="the server's join_token")
+
+
+def _refuse_given(name: str) -> None:
+    if name == GIVEN_TOKEN:
+        raise SideroLinkError(
+            "the token that was given to the server can be changed only there: --join-token-file, or join_token"
+        )
+
+
+class _told:
+    """Tells what may not be repeated in the words of the administration."""
+
+    def __init__(self, made: JoinToken | None) -> None:
+        self._made = made
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if not isinstance(error, UniqueViolationError):
+            return
+        match error.column:
+            case TokenColumn.NAME:
+                raise AlreadyExistsError("another token has this name") from None
+            case TokenColumn.PROVIDER:
+                raise AlreadyExistsError("another token is this provider's") from None
+            case TokenColumn.DIGEST:
+                raise AlreadyExistsError("another token has this text") from None
+
+
+async def _named(transaction: Transaction, name: str) -> JoinToken:
+    token = await transaction.tokens.find(TokenColumn.NAME, name) or await transaction.tokens.find(TokenColumn.ID, name)
+    if token is None:
+        raise NotFoundError(f'no token with id "{one_line(name, limit=64)}" exists')
+    return token
+
+
+async def _take_default(transaction: Transaction) -> None:
+    """The token that was the default one is so no more."""
+    old = await transaction.tokens.find(*DEFAULT_TOKEN)
+    if old is not None:
+        await transaction.tokens.put(replace(old, is_default=False))
+
+
+def _shown(token: JoinToken) -> dict[str, object]:
+    found = {name: getattr(token, name) for name in _SHOWN}
+    return {name: dict(value) if isinstance(value, Mapping) else value for name, value in found.items()}
+
+
+def _random_secret() -> str:
+    return "".join(secrets.choice(_ALPHABET) for _ in range(_RANDOM_CHARACTERS))
+
+
+def _check_secret(text: str) -> str:
+    """Raises ConfigurationError, which does not repeat it."""
+    if not 0 < len(text.encode("utf-8", "surrogatepass")) <= MAX_JOIN_TOKEN_BYTES:
+        raise ConfigurationError(f"a join token has 1 to {MAX_JOIN_TOKEN_BYTES} bytes")
+    if not text.isprintable() or " " in text:
+        raise ConfigurationError("a join token may not contain control characters or blanks")
+    if is_signed(text):
+        raise ConfigurationError("a token that begins with v1: or v2: is a signed one; give the token that signs")
+    return text
+
+
+def _check_name(text: str) -> str:
+    if not text:
+        raise ConfigurationError("the join token name cannot be empty")
+    if len(text.encode("utf-8", "surrogatepass")) > MAX_NAME_BYTES:
+        raise ConfigurationError(f"the join token name cannot be longer than {MAX_NAME_BYTES} bytes")
+    if not text.isprintable():
+        raise ConfigurationError("the join token name must not contain control characters")
+    if text == GIVEN_TOKEN:
+        raise AlreadyExistsError(f"{GIVEN_TOKEN} is the name of the token that is given to the server")
+    return text
+
+
+def _check_note(text: str) -> str:
+    if len(text.encode("utf-8", "surrogatepass")) > MAX_NOTE_BYTES:
+        raise ConfigurationError(f"a note has at most {MAX_NOTE_BYTES} bytes")
+    if any(not (character.isprintable() or character == "\n") for character in text):
+        raise ConfigurationError("a note may not contain control characters")
+    return text
+
+
+def _check_provider(kind: TokenKind, provider: str | None) -> str | None:
+    if kind is TokenKind.PLAIN:
+        if provider:
+            raise ConfigurationError("only a token of the kinds v1 and v2 has a provider")
+        return None
+    if not provider or len(provider) > MAX_PROVIDER_LENGTH or not provider.isprintable():
+        raise ConfigurationError(
+            f"a token of kind {kind} is for one provider: name it, in at most {MAX_PROVIDER_LENGTH} characters"
+        )
+    return provider
+
+
+def _check_uses(count: int | None) -> int | None:
+    if count is not None and not 1 <= count <= MAX_USES:
+        raise ConfigurationError(f"max_uses is 1 to {MAX_USES}, not {count}")
+    return count
+
+
+def _expiry(now: float, at: float | None, seconds: float | None) -> float | None:
+    if at is not None and seconds is not None:
+        raise ConfigurationError("give expires_at or expires_in, not both")
+    if seconds is not None and not 0 < seconds < 1e11:
+        raise ConfigurationError(f"expires_in is above 0 s, not {seconds:g}")
+    if at is not None and not now < at < 1e12:
+        raise ConfigurationError("expires_at is a Unix time in the future")
+    return at if seconds is None else now + seconds
