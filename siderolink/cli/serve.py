@@ -20,7 +20,7 @@ from siderolink.cli.metrics.options import metrics_options
 from siderolink.cli.notify import feed_watchdog, notify
 from siderolink.cli.running import leave, run_until_stopped
 from siderolink.cli.secret import read_secret
-from siderolink.cli.serve_config import ServeConfig
+from siderolink.cli.serve_config import DAY, ServeConfig
 from siderolink.cli.serve_layers import Layer, describe_settings
 from siderolink.cli.serving import Serving, chosen_state
 from siderolink.cli.state_service import StateCommands
@@ -33,7 +33,6 @@ from siderolink.common.tasks import background_tasks, keep_running
 from siderolink.common.wireguard.device import PeerStatus
 from siderolink.server import EventStream, JoinPolicy, JoinTokensMode, Server, Store
 
-_DAY = 86_400.0
 _MOST_DESCRIPTORS = 1 << 20
 
 
@@ -190,6 +189,7 @@ class Serve:
             api_limits=options.api_limits,
             limits=options.machine_limits,
             reports=self._reports,
+            history=options.history,
             overlay_ports=options.overlay_ports,
             policy=_join_policy(options),
             proxy_protocol_from=options.proxy_protocol_from,
@@ -203,6 +203,8 @@ class Serve:
         say("overlay", f"{server.address} on {server.device.name} ({server.device.kind} device), key {server.public_key}")
         if self._state is not None:
             say("remembering", f"{len(await server.machines())} machines, in {self._state}")
+        if self._reports is not None and (keep := self._reports.keep) is not None:
+            say("keeping reports", f"for {keep.max_age / DAY:g} days, in {keep.folder}")
         calm_collector()
         notify("READY=1")
         async with background_tasks() as tasks:
@@ -217,7 +219,7 @@ def _join_policy(options: ServeConfig) -> JoinPolicy:
     """Raises ConfigurationError."""
     mode, days = options.join_tokens_mode, options.forget_after
     return JoinPolicy(
-        mode=None if mode is None else JoinTokensMode(mode.value), forget_after=None if days is None else days * _DAY
+        mode=None if mode is None else JoinTokensMode(mode.value), forget_after=None if days is None else days * DAY
     )
 
 

@@ -3,6 +3,7 @@
 The key ``api-listen`` of the file is the option ``--api-listen`` and the variable ``SIDEROLINK_API_LISTEN``.
 """
 
+import os
 from dataclasses import MISSING, fields
 from functools import partial
 from pathlib import Path
@@ -18,12 +19,15 @@ from siderolink.cli.options import (
     JoinTokensModeChoice,
     LogFormat,
     LogLevel,
+    state_folder,
 )
 from siderolink.common.errors import ConfigurationError
 from siderolink.common.grpc import Limits, parse_networks
 from siderolink.common.hostport import HostPort
-from siderolink.server import MachineLimits, ReportOptions
+from siderolink.server import HistoryOptions, KeepOptions, MachineLimits, ReportOptions
 
+DAY = 86_400.0
+_MIB = 1024 * 1024
 _OWN_OPTION = {"max_connections_per_address"}
 _CLIENTS_OWN = {"client_ping_interval", "connect_timeout", "ipv6_source_bits"}
 
@@ -127,12 +131,13 @@ def _option(default: Any, text: str, panel: str, **more: Any) -> Any:
 
 
 _API, _WIREGUARD, _OVERLAY = "API for machines", "WireGuard", "Overlay"
-_JOIN, _STATE, _SEEN, _LIMITS = "Who may join", "State", "Metrics and logs", "Limits"
+_JOIN, _STATE, _KEPT, _SEEN, _LIMITS = "Who may join", "State", "History", "Metrics and logs", "Limits"
 
 ALTERNATIVES = (
     ("state", "no_state", "store"),
     ("join_token", "join_token_file"),
     ("wireguard_endpoint", "tunnel_only"),
+    ("reports_folder", "no_kept_reports"),
 )
 """Fields of which one replaces the others, where it is given at a place of higher precedence."""
 
@@ -286,6 +291,33 @@ class ServeConfig(_Part):
         None, "A file that holds the password of --store.", _STATE, metavar="FILE", shown="none"
     )
 
+    history_days: Annotated[float, Field(gt=0)] = _option(
+        30.0, "Keep what happened to machines for this many days, in the state.", _KEPT, metavar="DAYS"
+    )
+    history_entries: Annotated[int, Field(ge=1)] = _option(
+        500, "Maximum entries of one machine's history.", _KEPT, metavar="COUNT"
+    )
+    no_history: bool = _option(False, "Keep no history.", _KEPT, only_on=True)
+    reports_folder: FilePath | None = _option(
+        None,
+        "Directory for the kernel log lines and events that machines send.",
+        _KEPT,
+        metavar="DIR",
+        shown="under the service's log directory, or beside the state file",
+    )
+    no_kept_reports: bool = _option(
+        False, "Keep machines' lines and events in memory only, the last ones of each.", _KEPT, only_on=True
+    )
+    reports_days: Annotated[float, Field(gt=0)] = _option(
+        7.0, "Keep machines' lines and events for this many days.", _KEPT, metavar="DAYS"
+    )
+    reports_machine_size: Annotated[int, Field(ge=1)] = _option(
+        8, "Maximum size of one machine's lines and events, in MiB; the oldest go first.", _KEPT, metavar="MIB"
+    )
+    reports_total_size: Annotated[int, Field(ge=1)] = _option(
+        1024, "Maximum size of all machines' lines and events, in MiB.", _KEPT, metavar="MIB"
+    )
+
     metrics_listen: Listen | None = _option(
         None,
         "Serve Prometheus metrics, /healthz and /readyz on this address; the host defaults to the loopback.",
@@ -342,6 +374,14 @@ class ServeConfig(_Part):
                 "--print-machine-logs needs a --log-port",
             ),
             (
+                self.no_kept_reports and self.reports_folder is not None,
+                "give either --reports-folder or --no-kept-reports, not both",
+            ),
+            (
+                self.reports_machine_size > self.reports_total_size,
+                "--reports-machine-size is more than --reports-total-size",
+            ),
+            (
                 bool(self.log_port and self.log_port == self.event_sink_port),
                 f"events and kernel logs cannot both come to port {self.log_port}: change --event-sink-port or --log-port",
             ),
@@ -378,7 +418,31 @@ class ServeConfig(_Part):
         sink, log = self.event_sink_port or None, self.log_port or None
         if sink is None and log is None:
             return None
-        return ReportOptions(event_sink_port=sink, log_port=log, **self._given(self.report_limit))
+        return ReportOptions(event_sink_port=sink, log_port=log, keep=self._keep, **self._given(self.report_limit))
+
+    @property
+    def _keep(self) -> KeepOptions | None:
+        """Where an option or systemd says, or beside the state file; None where there is none of these."""
+        if self.no_kept_reports:
+            return None
+        folder, name = self.reports_folder, f"{self.interface}.reports"
+        if folder is None and (logs := os.environ.get("LOGS_DIRECTORY")):
+            folder = Path(logs.split(":")[0]) / name
+        if folder is None and not self.no_state and self.store is None:
+            folder = (state_folder() if self.state is None else self.state.parent) / name
+        if folder is None:
+            return None
+        return KeepOptions(
+            folder=folder,
+            max_age=self.reports_days * DAY,
+            machine_bytes=self.reports_machine_size * _MIB,
+            total_bytes=self.reports_total_size * _MIB,
+        )
+
+    @property
+    def history(self) -> HistoryOptions | None:
+        """How much of what happened is kept; None keeps nothing."""
+        return None if self.no_history else HistoryOptions(max_age=self.history_days * DAY, per_machine=self.history_entries)
 
     @staticmethod
     def _given(limits: BaseModel | None) -> dict[str, Any]:
