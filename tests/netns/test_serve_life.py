@@ -85,7 +85,8 @@ def test_sigterm_tells_waiting_calls_and_ends(net: Net, tmp_path: Path, portal: 
             time.sleep(0.02)
         assert server.stop() == 0, "within TimeoutStopSec= of packaging/siderolink.service"
         assert waiting.result(5) is Status.UNAVAILABLE
-        assert {path.name for path in server.state.parent.iterdir()} == {"siderolink.state"}
+        kept = {"siderolink.state", "siderolink.state.key", "siderolink.reports"}
+        assert {path.name for path in server.state.parent.iterdir()} == kept
         assert "siderolink" not in net.server.interfaces()
 
 
