@@ -31,6 +31,21 @@ async def main():
         await anyio.sleep_forever()
 anyio.run(main)
 """
+CHANGES_ITS_UUID = """
+import sys, anyio, siderolink
+from dataclasses import replace
+async def main():
+    async with siderolink.connect(sys.argv[1], uuid=sys.argv[2], device="userspace") as link:
+        before = link.address
+        print(before, link.public_key, flush=True)
+        machine = replace(link.options.machine, uuid=sys.argv[3])
+        await link.apply(replace(link.options, machine=machine))
+        while link.address == before or link.state != "connected":
+            await anyio.sleep(0.05)
+        print(link.address, link.public_key, flush=True)
+        await anyio.sleep_forever()
+anyio.run(main)
+"""
 
 
 @pytest.fixture
@@ -188,3 +203,23 @@ def _give_what_is_missing(net: Net, server: Served, join: list[str], tmp_path: P
     assert node_uuid in {machine["node_uuid"] for machine in found}, "the original keeps its UUID"
     for machine in machines:
         stop(machine)
+
+
+@pytest.mark.parametrize("url", [URL, TUNNEL], ids=["udp", "tunnel"])
+@pytest.mark.timeout(120)
+def test_a_running_machine_without_a_token_changes_its_uuid_by_an_echo(net: Net, tmp_path: Path, url: str) -> None:
+    """As META 15 does to a machine: the same key under another UUID, proved at an address that only the answer tells."""
+    before, after = str(uuid.uuid4()), str(uuid.uuid4())
+    with served(net.server, tmp_path, "--device", "userspace") as server:
+        process = net.machine.popen([sys.executable, "-c", CHANGES_ITS_UUID, url, before, after], stdout=subprocess.PIPE)
+        assert process.stdout is not None
+        old_address, old_key = str(process.stdout.readline()).split()
+        server.wait_for(f"accepted: {after}")
+        new_address, new_key = str(process.stdout.readline()).split()
+        assert (new_key == old_key, new_address == old_address) == (True, False)
+        net.server.run(["ping", "-c1", "-W2", new_address])
+        found = {row["node_uuid"]: row for row in json.loads(command(tmp_path, "list", "--json").stdout)}
+        assert (found[after]["overlay_address"], found[after]["link"]) == (new_address, "up")
+        assert (found[before]["public_key"], found[before]["link"]) == ("", "down")
+        assert not [line for line in server.lines if "refused" in line], "no call was in vain"
+        stop(process)
