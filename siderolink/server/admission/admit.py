@@ -140,14 +140,7 @@ class Admission:
             if holder.assigned_uuid == request.node_uuid:
                 return await self._rename(transaction, request, holder)
             if not rules.same_token(holder, request.digest):
-                if holder.bound_digest is not None:
-                    return refusal(JoinRefusal.KEY_IN_USE, holder)
-                # Whoever has the key may have another UUID now: it has to answer at an address that only this answer tells.
-                row = replace(new_row, virtual_address=holder.virtual_address)
-                row = replace(row, unique_token_digest=request.digest, unique_fingerprint=request.fingerprint)
-                needs_virtual = request.use_tunnel and holder.virtual_address is None
-                row = replace(row, virtual_address=self._rows.virtual_address()) if needs_virtual else row
-                return Grant(machine=row, basis=Basis.ECHO, moves=True)
+                return self._move_by_echo(request, new_row, holder)
             basis = Basis.UNIQUE_TOKEN
             changed, new_row = await self._take_key(transaction, holder, new_row)
         evicted = await self._rows.make_room(transaction, request, is_row=True)
@@ -190,7 +183,9 @@ class Admission:
         if basis is None:
             return await self._refuse_taking(transaction, request, new_id, owner, holder, link)
         if holder is not None:
-            return await self._take_own_key(transaction, request, owner, holder)
+            if rules.same_token(holder, request.digest) and rules.same_token(owner, request.digest):
+                return await self._take_own_key(transaction, request, owner, holder)
+            return self._move_by_echo(request, owner, holder)
         claims = await transaction.claims(owner.id)
         now = self._clock.time()
         for claim in claims:
@@ -242,18 +237,35 @@ class Admission:
     def _claimed(self, owner: Machine, request: JoinRequest, claim: Claim, basis: Basis) -> Grant:
         return Grant(machine=as_claimed(owner, claim), basis=basis, claim=claim)
 
-    async def _take_own_key(
-        self, transaction: Transaction, request: JoinRequest, owner: Machine, holder: Machine
-    ) -> Grant | Rejection:
+    async def _take_own_key(self, transaction: Transaction, request: JoinRequest, owner: Machine, holder: Machine) -> Grant:
         """The key was proved by another row, and both rows are bound to the caller's unique token: one machine, two UUIDs."""
-        if not (rules.same_token(holder, request.digest) and rules.same_token(owner, request.digest)):
-            return refusal(JoinRefusal.KEY_IN_USE, holder)
         virtual_address = None if request.use_tunnel else owner.virtual_address
         row = replace(owner, public_key=request.public_key, linked_at=None, virtual_address=virtual_address)
         row = replace(row, tunnel=request.use_tunnel, talos_version=request.talos_version, joined_at=self._clock.time())
         changed, row = await self._take_key(transaction, holder, row)
         row = await self._rows.write(transaction, row, False, request.use_tunnel and row.virtual_address is None)
         return Grant(machine=row, basis=Basis.UNIQUE_TOKEN, changed=changed, is_new_link=True)
+
+    def _move_by_echo(self, request: JoinRequest, row: Machine, holder: Machine) -> Grant:
+        """The holder of a known key may have another UUID now: it has to answer at an address that only this answer tells.
+
+        Public keys are no secrets, so nothing changes until then. The session goes on, and with it the tunnel's address.
+        """
+        virtual_address = holder.virtual_address
+        if request.use_tunnel and virtual_address is None:
+            virtual_address = self._rows.virtual_address()
+        moved = replace(
+            row,
+            public_key=request.public_key,
+            overlay_address=self._rows.overlay_address(),
+            virtual_address=virtual_address,
+            unique_token_digest=request.digest or row.bound_digest,
+            unique_fingerprint=request.fingerprint if request.digest is not None else row.unique_fingerprint,
+            join_token_digest=request.credentials.join.digest,
+            talos_version=request.talos_version,
+            tunnel=request.use_tunnel,
+        )
+        return Grant(machine=moved, basis=Basis.ECHO, moves=True)
 
     async def _refuse_taking(
         self,

@@ -10,6 +10,12 @@ from siderolink.server.admission.rules import Basis
 from siderolink.server.clock import Clock
 from siderolink.server.store import Ban, BanKind, Claim, Machine, MachineAdmission, Transaction
 
+_MOVED = (
+    *("public_key", "overlay_address", "virtual_address", "unique_token_digest", "unique_fingerprint", "join_token_digest"),
+    *("talos_version", "tunnel", "linked_at", "was_linked", "joined_at", "goodbye_at"),
+)
+"""What a row takes over from a call that was proved by an echo."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Proof:
@@ -50,7 +56,9 @@ class Proofs:
         await transaction.delete_claim(claim)
         if before is None or claim.expires_at <= now:
             return Proof(machine=None, claim=claim)
-        if before.admission is MachineAdmission.DENIED or await _is_banned(transaction, claim):
+        if before.admission is MachineAdmission.DENIED or await _is_banned(
+            transaction, claim.public_key, claim.unique_token_digest
+        ):  # a ban of the UUID has deleted the row
             return Proof(machine=None, before=before, claim=claim)
         link = await self._liveness.of(before)
         trust = self._policy.trust_fingerprints
@@ -64,31 +72,47 @@ class Proofs:
         has_bound = row.unique_token_digest is not None and row.unique_token_digest != before.bound_digest
         return Proof(machine=row, before=before, claim=claim, basis=basis, has_bound=has_bound)
 
-    async def move(self, transaction: Transaction, machine: Machine) -> tuple[Machine, Machine] | None:
-        """The holder of a key answered at the address of this new row: the key goes there. None where it is too late for that.
+    async def move(self, transaction: Transaction, machine: Machine, source: str) -> tuple[Machine, Machine] | None:
+        """The holder of a key answered at the address of this row: the key goes there. None where it is too late for that.
 
-        Returns the new row, and the one that had the key before.
+        `source` is where the call came from. Returns the row, and the one that had the key before.
         """
         assert machine.public_key is not None
         holder = await transaction.machine_by_key(machine.public_key)
-        if holder is None or holder.bound_digest is not None or not holder.is_accepted:
+        if holder is None or not holder.is_accepted or holder.node_uuid == machine.node_uuid:
             return None
-        if await transaction.machine_by_uuid(machine.node_uuid) is not None:
+        digest = machine.unique_token_digest
+        if await _is_banned(transaction, machine.public_key, digest, machine.node_uuid):
             return None
+        owner = await transaction.machine_by_uuid(machine.node_uuid)
+        if owner is not None:
+            link = await self._liveness.of(owner)
+            trust = self._policy.trust_fingerprints
+            may_take = rules.may_take(owner, digest, machine.unique_fingerprint, source, link, trust_fingerprints=trust)
+            if owner.id != machine.id or may_take is None:
+                return None
         keeps_virtual = holder.virtual_address == machine.virtual_address
         before = replace(holder, public_key=None, linked_at=None)
         if keeps_virtual:
             before = replace(before, virtual_address=None, virtual_issued_at=None)
         before = await transaction.update(before)
         now = self._clock.time()
-        return await transaction.insert(replace(machine, linked_at=now, was_linked=True, joined_at=now)), before
+        proved = replace(machine, linked_at=now, was_linked=True, joined_at=now, goodbye_at=None)
+        if owner is None:
+            return await transaction.insert(proved), before
+        changes = {name: getattr(proved, name) for name in _MOVED}
+        return await transaction.update(replace(owner, **changes)), before
 
 
-async def _is_banned(transaction: Transaction, claim: Claim) -> bool:
-    """Whether the claim's key or unique token was banned since; a ban of the UUID has deleted the row."""
-    bans = [Ban(kind=BanKind.KEY, value=claim.public_key.encode())]
-    if claim.unique_token_digest is not None:
-        bans.append(Ban(kind=BanKind.UNIQUE, value=claim.unique_token_digest.hex()))
+async def _is_banned(
+    transaction: Transaction, public_key: PublicKey, digest: bytes | None, node_uuid: str | None = None
+) -> bool:
+    """Whether something by which a call was admitted was banned since."""
+    bans = [Ban(kind=BanKind.KEY, value=public_key.encode())]
+    if node_uuid is not None:
+        bans.append(Ban(value=node_uuid))
+    if digest is not None:
+        bans.append(Ban(kind=BanKind.UNIQUE, value=digest.hex()))
     return any([await transaction.is_banned(ban) for ban in bans])
 
 

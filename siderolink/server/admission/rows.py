@@ -85,7 +85,7 @@ class Rows:
             id=new_id,
             node_uuid=request.node_uuid,
             public_key=request.public_key,
-            overlay_address=self._overlay_address(),
+            overlay_address=self.overlay_address(),
             unique_token_digest=digest,
             unique_fingerprint=request.fingerprint if digest is not None else "",
             join_token_digest=request.credentials.join.digest,
@@ -104,14 +104,14 @@ class Rows:
                 return await (transaction.insert(machine) if is_new else transaction.update(machine))
             except UniqueViolationError as error:
                 if error.column == "overlay_address" and is_new:
-                    machine = replace(machine, overlay_address=self._overlay_address())
+                    machine = replace(machine, overlay_address=self.overlay_address())
                 elif error.column == "virtual_address" and needs_virtual:
                     machine = replace(machine, virtual_address=self.virtual_address())
                 else:
                     raise
         raise StoreError("no free address was found; the random source may be broken")
 
-    def _overlay_address(self) -> IPv6Address:
+    def overlay_address(self) -> IPv6Address:
         return random_address(self._prefix, self._entropy)
 
     def virtual_address(self) -> IPv6Address:

@@ -14,6 +14,7 @@ from siderolink.common.keys import PublicKey
 from siderolink.common.node_uuid import parse_uuid
 from siderolink.server.admission.admit import Admission, Grant, new_id
 from siderolink.server.admission.request import JoinRequest, Rejection
+from siderolink.server.admission.rows import refusal
 from siderolink.server.admission.rules import Basis
 from siderolink.server.admission.tokens import parse_unique_token
 from siderolink.server.clock import Clock
@@ -22,7 +23,7 @@ from siderolink.server.fleet.directory import Directory, LinkState
 from siderolink.server.fleet.liveness import Liveness
 from siderolink.server.fleet.moves import Moves
 from siderolink.server.fleet.reconciler import Reconciler
-from siderolink.server.refusals import JoinRejectedError
+from siderolink.server.refusals import JoinRefusal, JoinRejectedError
 from siderolink.server.store import Ban, BanKind, Claim, Machine, MachineAdmission, Store, Transaction
 
 log = logging.getLogger(__name__)
@@ -78,7 +79,8 @@ class Machines:
             verdict = await self._store.transact(lambda transaction: self._admission.admit(transaction, request, entry_id))
             if isinstance(verdict, Rejection):
                 return verdict
-            await self._apply(verdict, request.source)
+            if not await self._apply(verdict, request.source):
+                return refusal(JoinRefusal.TOO_MANY_CLAIMS)
         for claim in verdict.ended:
             await self._reconciler.drop_claim(claim.id)
         if verdict.evicted is not None:
@@ -91,10 +93,10 @@ class Machines:
             self._events.publish(UniqueTokenBound(machine=verdict.machine, source=request.source))
         return verdict
 
-    async def _apply(self, grant: Grant, source: str) -> None:
+    async def _apply(self, grant: Grant, source: str) -> bool:
+        """False where too many calls want the same."""
         if grant.moves:
-            await self._moves.begin(grant.machine)
-            return
+            return await self._moves.begin(grant.machine, source)
         if grant.claim is not None:
             self._admission.pending.add(grant.claim.id, source, grant.claim)
             link = self._directory.get(grant.machine.id)
@@ -102,13 +104,14 @@ class Machines:
             known = link.machine if link is not None else row
             if known is not None:
                 await self._reconciler.apply_claim(known, grant.claim)
-            return
+            return True
         if not grant.machine.was_linked:
             self._admission.pending.add(grant.machine.id, source)
         await self._reconciler.apply(grant.machine)
         for machine in grant.changed:
             await self._reconciler.apply(machine)
             await self._moves.linger(grant.machine, machine)
+        return True
 
     async def _evict(self, evicted: Machine | Claim) -> None:
         if isinstance(evicted, Claim):

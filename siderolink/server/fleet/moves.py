@@ -13,7 +13,9 @@ import anyio
 
 from siderolink.common.errors import SideroLinkError
 from siderolink.common.keys import PublicKey
+from siderolink.server.admission.limits import GRACE_SECONDS
 from siderolink.server.admission.prove import Proofs
+from siderolink.server.admission.rules import same_source
 from siderolink.server.clock import Clock
 from siderolink.server.events import AdmissionChanged, EventHub
 from siderolink.server.fleet.directory import Directory, MachineLink
@@ -23,6 +25,8 @@ from siderolink.server.store import Machine, Store
 log = logging.getLogger(__name__)
 
 MAX_MOVES = 256
+MAX_MOVES_OF_A_KEY = 4
+"""A stranger may name a key, too, so one call does not end another's move."""
 MOVE_SECONDS = 60.0
 ECHO_SECONDS = 1.0
 LINGER_SECONDS = 10.0
@@ -36,11 +40,14 @@ class _Move:
     link: MachineLink
     """Which has the key meanwhile."""
     machine: Machine
-    ends_at: float
+    """The row as it will be."""
+    source: str
+    """Where the call came from."""
+    began_at: float
 
 
 class Moves:
-    """The moves that wait for their echo, one for each key."""
+    """The moves that wait for their echo, by the address that is to answer: at most one for each key and source."""
 
     def __init__(
         self,
@@ -57,55 +64,74 @@ class Moves:
         self._proofs = proofs
         self._events = events
         self._clock = clock
-        self._moves: dict[PublicKey, _Move] = {}
-        self._by_address: dict[IPv6Address, PublicKey] = {}
-        self._lingering: dict[PublicKey, float] = {}
-        """When keys that were moved lose the address that they had."""
+        self._moves: dict[IPv6Address, _Move] = {}
+        self._lingering: dict[PublicKey, tuple[IPv6Address, float]] = {}
+        """The addresses that keys had before they were moved at once, and when they lose them."""
         self._wake = anyio.Event()
         self.on_moved: Callable[[MachineLink], None] = lambda link: None
         """Told of the link that has the key now."""
 
-    async def begin(self, machine: Machine) -> None:
-        """Wait for an echo of the new row's address; a later call by the same key replaces an earlier one's address."""
+    async def begin(self, machine: Machine, source: str) -> bool:
+        """Wait for an echo of the row's new address. False where too many moves wait already."""
         key = machine.public_key
         link = None if key is None else self._directory.by_key(key)
-        if key is None or link is None:
-            return
-        if key in self._moves:
-            self._end(key)
-        if len(self._moves) >= MAX_MOVES:
-            return
-        self._lingering.pop(key, None)
-        self._moves[key] = _Move(link, machine, self._clock.monotonic() + MOVE_SECONDS)
-        self._by_address[machine.overlay_address] = key
+        if key is None or link is None or not self._make_room(key, source):
+            return False
+        self._moves[machine.overlay_address] = _Move(link, machine, source, self._clock.monotonic())
         if machine.virtual_address is not None and link.machine.virtual_address is None:
             self._directory.own_virtual_address(link, machine.virtual_address)
-        await self._reconciler.also_reach(link, machine)
+        await self._reconciler.also_reach(link, self._addresses(key))
         self._wake.set()
+        return True
 
     async def linger(self, machine: Machine, before: Machine) -> None:
         """The row has the key of another one now: let its peer use the other row's address, too, for a moment."""
         key = machine.public_key
         link = None if key is None else self._directory.by_key(key)
-        if key is None or link is None or key in self._moves or len(self._lingering) >= MAX_MOVES:
+        if key is None or link is None or len(self._lingering) >= MAX_MOVES:
             return
-        self._lingering[key] = self._clock.monotonic() + LINGER_SECONDS
-        await self._reconciler.also_reach(link, before)
+        for move in self._of_key(key):
+            self._end(move)
+        self._lingering[key] = before.overlay_address, self._clock.monotonic() + LINGER_SECONDS
+        await self._reconciler.also_reach(link, self._addresses(key))
         self._wake.set()
 
-    def _end_old(self) -> list[PublicKey]:
+    def _make_room(self, key: PublicKey, source: str) -> bool:
+        """End the source's earlier move of the key; where there are too many, the oldest, if it has had its time."""
+        of_key = self._of_key(key)
+        for move in of_key:
+            if same_source(move.source, source) or move.source == source:
+                self._end(move)
+                return True
+        full = of_key if len(of_key) >= MAX_MOVES_OF_A_KEY else list(self._moves.values())
+        if len(of_key) < MAX_MOVES_OF_A_KEY and len(full) < MAX_MOVES:
+            return True
+        oldest = full[0]
+        if self._clock.monotonic() - oldest.began_at < GRACE_SECONDS:
+            return False
+        self._end(oldest)
+        return True
+
+    def _addresses(self, key: PublicKey | None) -> list[IPv6Address]:
+        """The addresses that the key may use besides its row's."""
+        lingering = [address for other, (address, _) in self._lingering.items() if other == key]
+        return [move.machine.overlay_address for move in self._of_key(key)] + lingering
+
+    def _of_key(self, key: PublicKey | None) -> list[_Move]:
+        return [move for move in self._moves.values() if move.machine.public_key == key]
+
+    def _end_old(self) -> set[PublicKey]:
         now = self._clock.monotonic()
-        ended = [key for key, move in self._moves.items() if move.ends_at <= now]
-        for key in ended:
-            self._end(key)
-        left = [key for key, ends_at in self._lingering.items() if ends_at <= now]
+        ended = [move for move in self._moves.values() if now - move.began_at >= MOVE_SECONDS]
+        for move in ended:
+            self._end(move)
+        left = {key for key, (_, ends_at) in self._lingering.items() if ends_at <= now}
         for key in left:
             del self._lingering[key]
-        return ended + left
+        return left | {move.machine.public_key for move in ended if move.machine.public_key is not None}
 
-    def _end(self, key: PublicKey) -> None:
-        move = self._moves.pop(key)
-        self._by_address.pop(move.machine.overlay_address, None)
+    def _end(self, move: _Move) -> None:
+        del self._moves[move.machine.overlay_address]
         address = move.machine.virtual_address
         if address is not None and move.link.machine.virtual_address != address:
             self._directory.release_virtual_address(move.link, address)
@@ -115,43 +141,44 @@ class Moves:
         while True:
             await self._wake.wait()
             self._wake = anyio.Event()
-            while self._by_address or self._lingering:
-                for address in self._by_address:
+            while self._moves or self._lingering:
+                for address in self._moves:
                     ping(address)
                 await self._clock.sleep(ECHO_SECONDS)
                 for key in self._end_old():
                     await self._take_back(key)
 
-    async def _take_back(self, key: PublicKey) -> None:
-        link = self._directory.by_key(key)
+    async def _take_back(self, key: PublicKey | None) -> None:
+        link = None if key is None else self._directory.by_key(key)
         try:
             if link is not None:
-                await self._reconciler.also_reach(link, None)
+                await self._reconciler.also_reach(link, self._addresses(key))
         except SideroLinkError as error:
             log.warning("an unproven address could not be removed from a machine's peer: %s", error)
 
     def awaits(self, address: IPv6Address) -> bool:
         """Whether an echo of this address is waited for."""
-        return address in self._by_address
+        return address in self._moves
 
     async def answered(self, address: IPv6Address) -> None:
         """An echo came from this address, inside the session of the key that waits for it: move the key to the new row."""
-        key = self._by_address.get(address)
-        move = None if key is None else self._moves[key]
-        if key is None or move is None or move.ends_at <= self._clock.monotonic():
+        move = self._moves.get(address)
+        if move is None or self._clock.monotonic() - move.began_at >= MOVE_SECONDS:
             return  # `run` ends the one that is too late, and takes its address back
-        del self._by_address[address], self._moves[key]
         machine = move.machine
+        for other in self._of_key(machine.public_key):
+            self._end(other)
         try:
             async with self._reconciler.locks.hold(machine.node_uuid, machine.public_key):
-                moved = await self._store.transact(lambda transaction: self._proofs.move(transaction, machine))
-                if moved is None:
-                    return
-                row, before = moved
-                link = await self._reconciler.apply(row)
-                await self._reconciler.apply(before)
+                moved = await self._store.transact(lambda transaction: self._proofs.move(transaction, machine, move.source))
+                if moved is not None:
+                    link = await self._reconciler.apply(moved[0])
+                    await self._reconciler.apply(moved[1])
         except SideroLinkError as error:
             log.warning("moving a machine to another UUID failed; it has to join again: %s", error, extra=machine.log_fields)
             return
+        if moved is None:
+            await self._take_back(machine.public_key)
+            return
         self.on_moved(link)
-        self._events.publish(AdmissionChanged(machine=row))
+        self._events.publish(AdmissionChanged(machine=moved[0]))

@@ -1,8 +1,9 @@
 """The reconciler: makes the device and the directory match the store's rows and claims, and follows the store's changes."""
 
 import logging
+from collections.abc import Iterable
 from dataclasses import replace
-from ipaddress import IPv6Network, ip_address
+from ipaddress import IPv6Address, IPv6Network, ip_address
 from typing import TYPE_CHECKING
 
 from anyio import TASK_STATUS_IGNORED
@@ -121,33 +122,36 @@ class Reconciler:
 
     def _move_key(self, link: MachineLink, old: Machine | None, state: LinkState) -> None:
         """Set the link's key from its row. A key without an owner is abandoned."""
-        denied = link.machine.admission is MachineAdmission.DENIED
         key, old_key = link.machine.public_key, old.public_key if old else None
-        if denied:
-            for gone in {key, old_key} - {None}:
-                if gone is not None and (self._directory.release_key(link, gone) or old is None):
-                    link.abandoned.add(gone)
-            self._directory.set_state(link, LinkState.DOWN)
-            self._sessions.end_streams(link, StreamRefusal.MACHINE_GONE)
+        if link.machine.admission is MachineAdmission.DENIED:
+            self._abandon_keys(link, {key, old_key}, is_new=old is None)
             return
-        claimed = None if key is None else self._directory.by_key(key)
+        before = None if key is None else self._directory.by_key(key)
         if key is not None:
             self._directory.own_key(link, key)
-        if old is None and claimed is not None and claimed.machine.virtual_address == link.machine.virtual_address:
-            self._sessions.adopt(link, claimed)  # the same machine under another UUID
-        if old is None or key == old_key:
+        if old is not None and key == old_key:
             return
-        self._sessions.set_state(link, LinkState.DOWN if key is None else state)
-        if claimed is not None and claimed.claim is not None and claimed.machine.id == link.machine.id:
-            self._sessions.adopt(link, claimed)
-            self._directory.remove(claimed)
-            self.on_dropped(claimed)
-            self._directory.own_key(link, claimed.claim.public_key)
-        else:
+        if old is not None:
+            self._sessions.set_state(link, LinkState.DOWN if key is None else state)
+        if before is not None and before is not link and _goes_on(before, link):
+            self._sessions.adopt(link, before)
+            if before.claim is not None:
+                self._directory.remove(before)
+                self.on_dropped(before)
+                self._directory.own_key(link, before.claim.public_key)
+        elif old is not None:
             self._sessions.end_streams(link, StreamRefusal.MACHINE_GONE if key is None else StreamRefusal.REPLACED)
             link.path = None
         if old_key is not None and self._directory.release_key(link, old_key):
             link.abandoned.add(old_key)
+
+    def _abandon_keys(self, link: MachineLink, keys: set[PublicKey | None], *, is_new: bool) -> None:
+        """The machine is denied."""
+        for gone in keys:
+            if gone is not None and (self._directory.release_key(link, gone) or is_new):
+                link.abandoned.add(gone)
+        self._directory.set_state(link, LinkState.DOWN)
+        self._sessions.end_streams(link, StreamRefusal.MACHINE_GONE)
 
     def _move_virtual_address(self, link: MachineLink, old: Machine | None) -> None:
         address, old_address = link.machine.virtual_address, old.virtual_address if old else None
@@ -236,11 +240,11 @@ class Reconciler:
         peer = self._peer(link.machine, link.machine.public_key)
         await self._device.set_peer(replace(peer, persistent_keepalive=0) if quiet else peer)
 
-    async def also_reach(self, link: MachineLink, moved: Machine | None) -> None:
-        """Let the link's peer use the address of the row that it may move to, too; None takes that back."""
+    async def also_reach(self, link: MachineLink, addresses: Iterable[IPv6Address]) -> None:
+        """Let the link's peer use these addresses of rows that its key may move to, too, and no others."""
         key = link.machine.public_key
         if key is not None and self._directory.by_key(key) is link:
-            extra = () if moved is None else (IPv6Network((int(moved.overlay_address), 128)),)
+            extra = [IPv6Network((int(address), 128)) for address in addresses]
             await self._device.set_peer(self._peer(link.machine, key, *extra))
 
     # --- the store
@@ -299,11 +303,11 @@ class Reconciler:
             if row is not None and row.public_key == claim.public_key:
                 await self.apply_change(row)  # proved: the row takes its session over
             await self.drop_claim(claim.id)
-        elif link is not None and (known is None or known.claim != claim) and claim in await self._claims(claim.machine_id):
+            return
+        if link is None or (known is not None and known.claim == claim):
+            return
+        if claim in await self._store.transact(lambda transaction: transaction.claims(claim.machine_id)):
             await self.apply_claim(link.machine, claim)
-
-    async def _claims(self, machine_id: str) -> list[Claim]:
-        return list(await self._store.transact(lambda transaction: transaction.claims(machine_id)))
 
     async def apply_change(self, machine: Machine) -> None:
         """Apply a row that was changed by somebody, unless it is applied or gone."""
@@ -358,6 +362,13 @@ def _machine_id(change: Change) -> str:
             return claim.machine_id
         case _:
             return EVERYTHING
+
+
+def _goes_on(before: MachineLink, link: MachineLink) -> bool:
+    """Whether the session of a key goes on under another row: its claim was proved, or the machine has another UUID now."""
+    if before.claim is not None:
+        return before.machine.id == link.machine.id
+    return before.machine.virtual_address == link.machine.virtual_address
 
 
 def remembered_endpoint(link: MachineLink) -> Endpoint | None:

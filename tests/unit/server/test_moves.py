@@ -1,5 +1,6 @@
 """A known key that calls with another UUID, and what gives way when rows that never shook hands fill the table."""
 
+import uuid
 from dataclasses import replace
 from ipaddress import IPv6Interface, IPv6Network
 
@@ -9,7 +10,8 @@ from grpclib import Status
 
 from siderolink.common.addressing import parse_peer_addr_port
 from siderolink.common.errors import StoreError
-from siderolink.server import AdmissionChanged, LeaveReason, MachineLeft, MachineLimits
+from siderolink.server import AdmissionChanged, LeaveReason, LinkState, MachineLeft, MachineLimits
+from siderolink.server.admission.tokens import unique_token_digest
 from siderolink.server.fleet.reconciler import EVERYTHING
 from siderolink.server.store import MemoryStore
 from siderolink.server.store.base import T, Work
@@ -90,12 +92,76 @@ async def test_who_only_read_the_key_moves_nothing() -> None:
     assert await manager.machines.find(NEW_UUID) is None
 
 
-async def test_a_bound_key_moves_only_with_its_token() -> None:
+async def test_a_bound_key_moves_with_its_token_at_once_and_else_by_an_echo() -> None:
+    """A machine that lost META while it runs has neither its UUID nor its token, but its key."""
     manager, machine = Manager(), FakeMachine(unique_token="u")
     await manager.join(machine)
     await manager.handshake(machine)
-    refused = await manager.refuses(replace(machine, node_uuid=NEW_UUID, unique_token=None))
-    assert refused == (Status.ALREADY_EXISTS, "another machine has joined with this public key")
+    without = replace(machine, node_uuid=NEW_UUID, unique_token=None)
+    address = IPv6Interface((await manager.join(without)).node_address_prefix).ip
+    assert (await manager.row(machine)).public_key == machine.key, "nothing changes until then"
+    await manager.fleet.moves.answered(address)
+    moved = await manager.row(without)
+    assert (moved.public_key, moved.bound_digest) == (machine.key, None)
+    left = await manager.row(machine)
+    assert (left.public_key, left.bound_digest) == (None, unique_token_digest("u")), "the UUID stays bound"
+    assert (await manager.refuses(replace(without, node_uuid=machine.node_uuid)))[0] is Status.PERMISSION_DENIED
+    back = await manager.join(machine)
+    await manager.fleet.moves.answered(IPv6Interface(back.node_address_prefix).ip)
+    assert (await manager.row(machine)).public_key == machine.key
+
+
+@pytest.mark.parametrize("tunnel", [False, True])
+async def test_a_machine_without_a_token_gets_its_first_uuid_back_by_an_echo(tunnel: bool) -> None:
+    """META 15 is written, and erased again."""
+    manager, machine = Manager(), FakeMachine(tunnel=tunnel)
+    first = await manager.join(machine)
+    path, ended = FakePath(machine.key), list[object]()
+    if tunnel:
+        manager.monitor.open_stream(manager.link(first), path, ended.append)
+    manager.device.hear(machine.key, path)
+    await manager.handshake(machine)
+    renamed = replace(machine, node_uuid=NEW_UUID)
+    for actor in (renamed, machine, renamed, machine):
+        manager.device.hear(machine.key)
+        answer = await manager.join(actor)
+        assert ended == []
+        await manager.fleet.moves.answered(IPv6Interface(answer.node_address_prefix).ip)
+        row = await manager.row(actor)
+        assert (row.public_key, row.overlay_address) == (machine.key, IPv6Interface(answer.node_address_prefix).ip)
+        link = manager.links.by_key(machine.key)
+        assert link is not None
+        assert (link.machine.id, link.state, link.path) == (row.id, LinkState.UP, path)
+        assert manager.device.configs[machine.key].allowed_ips == (network(answer.node_address_prefix),)
+        assert ended == [], "the stream goes on"
+    assert len(manager.links) == 2
+
+
+async def test_no_echo_moves_a_key_to_the_row_of_a_living_machine() -> None:
+    manager, machine, victim = Manager(), FakeMachine(), FakeMachine()
+    for one in (machine, victim):
+        await manager.join(one)
+        await manager.handshake(one)
+    await manager.pass_time(61)
+    address = IPv6Interface((await manager.join(replace(machine, node_uuid=victim.node_uuid))).node_address_prefix).ip
+    manager.device.hear(victim.key)
+    await manager.fleet.moves.answered(address)
+    assert (await manager.row(victim)).public_key == victim.key, "it was heard again meanwhile"
+    assert (await manager.row(machine)).public_key == machine.key
+
+
+async def test_a_stranger_that_names_the_key_does_not_end_the_machines_move() -> None:
+    manager, machine = Manager(), FakeMachine(source="198.51.100.7")
+    await manager.join(machine)
+    await manager.handshake(machine)
+    address = IPv6Interface((await manager.join(replace(machine, node_uuid=NEW_UUID))).node_address_prefix).ip
+    strangers = [replace(machine, node_uuid=str(uuid.uuid4()), source=f"203.0.113.{number}") for number in range(8)]
+    for stranger in strangers[:3]:
+        await manager.join(stranger)
+    assert (await manager.refuses(strangers[3]))[0] is Status.RESOURCE_EXHAUSTED
+    await manager.fleet.moves.answered(address)
+    assert (await manager.row(replace(machine, node_uuid=NEW_UUID))).public_key == machine.key
+    assert manager.device.configs[machine.key].allowed_ips == (IPv6Network(address),)
 
 
 # --- who gives way
