@@ -12,12 +12,14 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import grpc
 import pytest
 
+from siderolink.client.maintenance.resources.kernel_network import connector
 from tests.netns.test_machine_command import UUID, Membership
 from tests.support.machine_api import MACHINE, STATE, MachineClient, status_of
 from tests.support.machine_stubs import Stubs, message
@@ -94,6 +96,13 @@ def pending_round(stubs: Stubs, own: dict[str, str]) -> str:
     return token
 
 
+def used_token(stubs: Stubs) -> str:
+    """What the machine says that it joins with."""
+    found = stubs.resources("UniqueMachineTokens.runtime.talos.dev", "runtime", f"{RUNTIME}.UniqueMachineTokenSpec")
+    token: str = found["unique-machine-token"].token
+    return token
+
+
 def inventory(stubs: Stubs) -> None:
     """What the server reads of an accepted machine: definitions, watches, then a poll of each type."""
     definitions = stubs.resources("ResourceDefinitions.meta.cosi.dev", "meta", "cosi.resource.meta.ResourceDefinitionSpec")
@@ -143,10 +152,12 @@ def accepted(net: Net, *options: str) -> "Iterator[tuple[Membership, JoinRequest
         # our server has bound the token that the machine made for itself: what names it stays the same
         own = json.loads(join.unique_token or "")
         began = time.monotonic()
+        assert machine.ask(by_stubs(used_token)) == join.unique_token
         token = machine.ask(by_stubs(lambda stubs: pending_round(stubs, own)))
         join = machine.next_join()
         assert (join.node_uuid, join.unique_token) == (UUID, token)
         assert join.join_token  # without it, a server knows no token to push settings by
+        assert machine.ask(by_stubs(used_token)) == token
         assert time.monotonic() - began < 30, "a machine that has to be asked again waits longer"
         yield machine, join
 
@@ -244,6 +255,12 @@ def await_event(stream: Any, event_type: int, name: str) -> None:
         if any((event.event_type, event.resource.metadata.id) == (event_type, name) for event in answer.event):
             return
     raise AssertionError(f"the stream ended before {name}")
+
+
+def test_the_kind_of_connector_is_asked_of_the_driver(net: Net) -> None:
+    assert net.machine.call(partial(connector, "eth0")) == 0, "twisted pair, as this driver says"
+    assert net.machine.call(partial(connector, "lo")) == 255
+    assert net.machine.call(partial(connector, "none")) == 255
 
 
 DISK_PROGRAM = """

@@ -7,7 +7,7 @@ configuration, in contrast, can read the error.
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from pydantic import ValidationError
@@ -18,6 +18,9 @@ from siderolink.client.config.settings import MachineSettings
 from siderolink.client.config.yaml_stream import YamlDocument, read_stream
 from siderolink.common.errors import ConfigurationError
 from siderolink.common.text import one_line
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
 SOURCE = "the configuration"
 VERSION = "v1alpha1"
@@ -158,20 +161,21 @@ def _judge_document(document: YamlDocument, name: tuple[str, str, str]) -> None:
         raise ConfigurationError(f"error decoding document {'/'.join(name)} (line {document.line}): {problem}")
     model = models.MODELS.get(name[1])
     if model is not None:
-        try:
-            model.model_validate(without_nulls(value))
-        except ValidationError as error:
-            raise ConfigurationError(_problems(document, model, error)) from None
+        unknown = [tuple(found["loc"]) for found in _errors(model, value) if found["type"] == "extra_forbidden"]
+        if unknown:
+            lines = "".join(f"{line}\n" for line in _yaml(_picked(value, unknown)))
+            raise ConfigurationError(f"unknown keys found during decoding:\n{lines}")
+        found = _errors(model, without_nulls(value))
+        if found:
+            raise ConfigurationError("\n".join(explain(document, model, one) for one in found))
 
 
-def _problems(document: YamlDocument, model: type[models.Document], error: ValidationError) -> str:
-    details = error.errors(include_url=False)
-    unknown = [tuple(found["loc"]) for found in details if found["type"] == "extra_forbidden"]
-    if unknown:
-        return "unknown keys found during decoding:\n" + "".join(
-            f"{line}\n" for line in _yaml(_picked(document.value, unknown))
-        )
-    return "\n".join(explain(document, model, found) for found in details)
+def _errors(model: type[models.Document], value: object) -> "list[ErrorDetails]":
+    try:
+        model.model_validate(value)
+    except ValidationError as error:
+        return error.errors(include_url=False)
+    return []
 
 
 def _picked(value: Any, places: list[tuple[int | str, ...]]) -> Any:

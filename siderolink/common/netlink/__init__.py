@@ -11,6 +11,7 @@ from siderolink.common.netlink.follow import (
     NetworkWatch,
     follow_network,
 )
+from siderolink.common.netlink.kinds import Bond, Bridge, KindFacts, Vlan, Vrf
 from siderolink.common.netlink.lookup import OutgoingRoute, RouteLookup, route_to
 from siderolink.common.netlink.namespaces import call_in, namespace_path, run_netlink
 from siderolink.common.netlink.rtnl import (
@@ -26,9 +27,12 @@ from siderolink.common.netlink.sockets import EventSocket, NetlinkRefusal, Reque
 
 __all__ = [
     "Address",
+    "Bond",
+    "Bridge",
     "EventSocket",
     "HostNetwork",
     "InterfaceMonitor",
+    "KindFacts",
     "Link",
     "NetlinkRefusal",
     "NetworkChange",
@@ -39,6 +43,8 @@ __all__ = [
     "RequestSocket",
     "Route",
     "RouteLookup",
+    "Vlan",
+    "Vrf",
     "call_in",
     "configure_interface",
     "enable_ipv6",

@@ -15,6 +15,7 @@ from typing import Final, TypeVar
 
 from anyio.lowlevel import checkpoint
 
+from siderolink.common.netlink.kinds import KindFacts, parse_kind
 from siderolink.common.netlink.messages import Message, attribute, attributes, number, text, values
 from siderolink.common.netlink.namespaces import call_in
 from siderolink.common.netlink.sockets import NetlinkRefusal, RequestSocket
@@ -78,6 +79,8 @@ class Link:
     """2 for down, 6 for up; a TUN interface has 0, unknown."""
     kind: str = ""
     """The driver's kind, such as ``wireguard`` or ``tun``; empty for hardware."""
+    of_kind: KindFacts | None = None
+    """What only links of this kind have; None for most."""
     slave_kind: str = ""
     alias: str = ""
     alternative_names: tuple[str, ...] = ()
@@ -172,7 +175,7 @@ def parse_link(message: Message) -> Link | None:
     _, kind, index, flags, _ = fixed
     found = message.values(_IFINFO.size)
     info = values(found.get(18, b""))
-    statistics = found.get(23, b"")
+    statistics, name = found.get(23, b""), text(info.get(1, b""))
     return Link(
         index=index,
         name=text(found.get(3, b"")),
@@ -180,7 +183,8 @@ def parse_link(message: Message) -> Link | None:
         flags=flags,
         mtu=number(found.get(4, b"")),
         operational_state=number(found.get(16, b"")),
-        kind=text(info.get(1, b"")),
+        kind=name,
+        of_kind=parse_kind(name, info.get(2, b"")),
         slave_kind=text(info.get(4, b"")),
         alias=text(found.get(20, b"")),
         alternative_names=tuple(text(found[52][start:end]) for _, start, end in attributes(found.get(52, b""))),

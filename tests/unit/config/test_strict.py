@@ -111,6 +111,19 @@ def test_null_is_absent_and_a_byte_order_mark_is_skipped() -> None:
     assert found.settings.unique_token is None
 
 
+@pytest.mark.parametrize(
+    ("text", "unknown"),
+    [
+        (f"{JOIN}extra: null\n", "extra: null\n"),
+        (f"{JOIN}uniqueToken: ~\nextra:\n    inner: ~\n", "extra:\n    inner: null\n"),
+    ],
+)
+def test_an_unknown_key_is_named_although_it_says_nothing(text: str, unknown: str) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        judge(text.encode())
+    assert str(caught.value) == f"unknown keys found during decoding:\n{unknown}"
+
+
 def test_the_join_of_another_configuration_can_be_kept() -> None:
     before = judge(f'{JOIN}uniqueToken: "a: \\"b\\""\n'.encode())
     after = judge(SINK.encode()).with_join_of(before)

@@ -36,7 +36,7 @@ def table_of_resources() -> str:
 NOTES = {
     "ResourceDefinition": "what types there are",
     "Namespace": "what namespaces there are",
-    "LinkStatus": "interfaces",
+    "LinkStatus": "interfaces, with what VLANs, bridges, bonds and VRFs have of their own",
     "AddressStatus": "their addresses",
     "RouteStatus": "routes, 2,048 at most, the default ones first",
     "NodeAddress": "`current`, `routed`, `accumulative`, `default`: addresses by which others reach the host",
@@ -46,7 +46,7 @@ NOTES = {
     "MemoryModule": "by the firmware's table, else one for all memory",
     "PlatformMetadata": "`platformmetadata`: `metal`",
     "MetaKey": "META, by keys such as `0x0a`",
-    "UniqueMachineToken": "META key 16",
+    "UniqueMachineToken": "the unique token in use",
     "MachineStatus": "`machine`: in maintenance, ready",
     "Version": "`version`: the release that this API is compatible with",
     "SecurityState": "`securitystate`: secure boot, SELinux, FIPS, signed modules",

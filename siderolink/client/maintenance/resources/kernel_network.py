@@ -1,6 +1,11 @@
 """Reads links, addresses and routes from the kernel's answers and from /sys into resources."""
 
+import ctypes
+import fcntl
 import os
+import socket
+import struct
+import sys
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -9,6 +14,7 @@ from typing import Final
 from siderolink.client.maintenance.host.proc import number, read_text
 from siderolink.client.maintenance.resources.network import (
     MAIN_TABLE,
+    OTHER_PORT,
     UNKNOWN_DUPLEX,
     AddressFacts,
     LinkFacts,
@@ -24,6 +30,8 @@ from siderolink.common.netlink import Address, HostNetwork, Link, Route
 NET: Final = Path("/sys/class/net")
 _MAX_ITEMS: Final = 2048
 """Links, addresses or routes that are shown at most."""
+_ETHTOOL, _GET_SETTINGS, _SETTINGS_BYTES, _PORT_AT = 0x8946, 0x1, 44, 15
+"""The ioctl, its command, and struct ethtool_cmd, of which the byte at 15 is the port."""
 _DUPLEX = {"half": 0, "full": 1}
 
 
@@ -56,9 +64,11 @@ def describe(network: HostNetwork) -> NetworkResources:
 
 def _link(found: Link) -> LinkFacts:
     bus_path = pci_id = driver = speed = duplex = ""
+    port = OTHER_PORT
     if not found.kind and found.name and "/" not in found.name:  # others have no device, and a host may have thousands
         folder = NET / found.name
         bus_path, pci_id, driver = _device(folder / "device")
+        port = connector(found.name)
         speed, duplex = read_text(folder / "speed", 32).strip(), read_text(folder / "duplex", 32).strip()
     return LinkFacts(
         index=found.index,
@@ -82,7 +92,21 @@ def _link(found: Link) -> LinkFacts:
         driver=driver,
         speed=number(speed) if len(speed) < 8 else 0,
         duplex=_DUPLEX.get(duplex, UNKNOWN_DUPLEX),
+        port=port,
+        of_kind=found.of_kind,
     )
+
+
+def connector(name: str) -> int:
+    """An interface's kind of connector (linux/ethtool.h: 0 for twisted pair, 3 for fibre); other if the driver does not say."""
+    answer = ctypes.create_string_buffer(_GET_SETTINGS.to_bytes(4, sys.byteorder), _SETTINGS_BYTES)
+    request = bytearray(struct.pack("16sP16x", name.encode()[:15], ctypes.addressof(answer)))
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
+            fcntl.ioctl(control, _ETHTOOL, request)
+    except OSError:
+        return OTHER_PORT
+    return answer.raw[_PORT_AT]
 
 
 def _device(device: Path) -> tuple[str, str, str]:

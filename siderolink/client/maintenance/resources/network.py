@@ -6,7 +6,9 @@ from functools import lru_cache
 from ipaddress import IPv4Address, IPv6Address, ip_interface, ip_network
 from typing import Final
 
+from siderolink.client.maintenance.resources.link_kinds import TABLES, kind_fields
 from siderolink.client.maintenance.resources.spec import ResourceSpec
+from siderolink.common.netlink import KindFacts
 from siderolink.common.pb.common import NetIp, NetIpPrefix
 from siderolink.common.pb.talos.resource.definitions.network import (
     AddressStatusSpec,
@@ -55,7 +57,6 @@ _ADDRESS_FLAGS = (
 )
 _ROUTE_FLAGS = {8: "notify", 9: "cloned", 10: "equalize", 11: "prefix", 12: "lookup_table", 13: "fib_match", 14: "offload"}
 _SCOPES = {0: "global", 200: "site", 253: "link", 254: "host", 255: "nowhere"}
-_TABLES = {0: "unspec", 253: "default", 254: "main", 255: "local"}
 _ROUTE_TYPES = (
     *(
         "unspec",
@@ -85,7 +86,8 @@ _PROTOCOLS = {
     188: "ospf",
     189: "rip",
 }
-_UNKNOWN_PORT, UNKNOWN_DUPLEX = 255, 255
+OTHER_PORT, UNKNOWN_DUPLEX = 255, 255
+_PORT_NAMES = {0: "TwistedPair", 1: "AUI", 2: "MII", 3: "Fibre", 4: "BNC", 5: "DirectAttach", 0xEF: "None"}
 _DUPLEX_NAMES = {0: "Half", 1: "Full"}
 MAIN_TABLE: Final = 254
 _LINK_SCOPE: Final = 253
@@ -119,6 +121,8 @@ class LinkFacts:
     speed: int = 0
     """Mbit/s, 0 if unknown."""
     duplex: int = UNKNOWN_DUPLEX
+    port: int = OTHER_PORT
+    of_kind: KindFacts | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,7 +162,7 @@ class RouteFacts:
     @property
     def id(self) -> str:
         """The id as existing machines form it."""
-        table = "" if self.table == MAIN_TABLE else f"{_name(_TABLES, self.table)}/"
+        table = "" if self.table == MAIN_TABLE else f"{_name(TABLES, self.table)}/"
         link = f"{self.link}/" if self.family == 10 else ""
         family = _name(_FAMILIES, self.family)
         return f"{table}{link}{family}/{self.gateway}/{self.destination}/{self.priority}"
@@ -166,7 +170,9 @@ class RouteFacts:
 
 @lru_cache(_MAX_CACHED)
 def link_status(link: LinkFacts) -> ResourceSpec:
+    of_kind, shown_of_kind = kind_fields(link.of_kind)
     message = LinkStatusSpec(
+        **of_kind,
         index=link.index,
         type=link.type,
         link_index=link.parent,
@@ -184,7 +190,7 @@ def link_status(link: LinkFacts) -> ResourceSpec:
         driver=link.driver,
         link_state=link.carrier,
         speed_megabits=link.speed,
-        port=_UNKNOWN_PORT,
+        port=link.port,
         duplex=link.duplex,
         permanent_addr=link.permanent,
         alias=link.alias,
@@ -213,9 +219,10 @@ def link_status(link: LinkFacts) -> ResourceSpec:
         "kind": link.kind,
         "slaveKind": link.slave_kind,
         "linkState": link.carrier,
-        "port": "Other",
+        "port": _PORT_NAMES.get(link.port, "Other"),
         "duplex": _DUPLEX_NAMES.get(link.duplex, "Unknown"),
         **{name: value for name, value in where_known.items() if value},
+        **shown_of_kind,
     }
     return ResourceSpec(bytes(message), fields)
 
@@ -269,7 +276,7 @@ def route_status(route: RouteFacts) -> ResourceSpec:
         "gateway": route.gateway,
         "outLinkIndex": route.link_index,
         "outLinkName": route.link,
-        "table": _name(_TABLES, route.table),
+        "table": _name(TABLES, route.table),
         "priority": route.priority,
         "scope": _name(_SCOPES, route.scope),
         "type": _ROUTE_TYPES[route.type] if route.type < len(_ROUTE_TYPES) else str(route.type),

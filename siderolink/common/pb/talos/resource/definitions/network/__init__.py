@@ -5,11 +5,17 @@
 
 __all__ = (
     "AddressStatusSpec",
+    "BondMasterSpec",
+    "BridgeMasterSpec",
+    "BridgeVlanSpec",
     "HostnameStatusSpec",
     "LinkSpecSpec",
     "LinkStatusSpec",
     "NodeAddressSpec",
     "RouteStatusSpec",
+    "StpSpec",
+    "VlanSpec",
+    "VrfMasterSpec",
     "WireguardPeer",
     "WireguardSpec",
 )
@@ -64,6 +70,100 @@ class AddressStatusSpec(betterproto2.Message):
 
 default_message_pool.register_message(
     "talos.resource.definitions.network", "AddressStatusSpec", AddressStatusSpec
+)
+
+
+@dataclass(eq=False, repr=False)
+class BondMasterSpec(betterproto2.Message):
+    mode: "int" = betterproto2.field(1, betterproto2.TYPE_UINT32)
+
+    hash_policy: "int" = betterproto2.field(2, betterproto2.TYPE_UINT32)
+
+    lacp_rate: "int" = betterproto2.field(3, betterproto2.TYPE_UINT32)
+
+    arp_validate: "int" = betterproto2.field(4, betterproto2.TYPE_UINT32)
+
+    arp_all_targets: "int" = betterproto2.field(5, betterproto2.TYPE_UINT32)
+
+    primary_index: "int" = betterproto2.field(6, betterproto2.TYPE_UINT32)
+
+    primary_reselect: "int" = betterproto2.field(7, betterproto2.TYPE_UINT32)
+
+    fail_over_mac: "int" = betterproto2.field(8, betterproto2.TYPE_UINT32)
+
+    ad_select: "int" = betterproto2.field(9, betterproto2.TYPE_UINT32)
+
+    mii_mon: "int" = betterproto2.field(10, betterproto2.TYPE_UINT32)
+
+    up_delay: "int" = betterproto2.field(11, betterproto2.TYPE_UINT32)
+
+    down_delay: "int" = betterproto2.field(12, betterproto2.TYPE_UINT32)
+
+    arp_interval: "int" = betterproto2.field(13, betterproto2.TYPE_UINT32)
+
+    resend_igmp: "int" = betterproto2.field(14, betterproto2.TYPE_UINT32)
+
+    min_links: "int" = betterproto2.field(15, betterproto2.TYPE_UINT32)
+
+    lp_interval: "int" = betterproto2.field(16, betterproto2.TYPE_UINT32)
+
+    packets_per_slave: "int" = betterproto2.field(17, betterproto2.TYPE_UINT32)
+
+    num_peer_notif: "int" = betterproto2.field(18, betterproto2.TYPE_UINT32)
+
+    tlb_dynamic_lb: "int" = betterproto2.field(19, betterproto2.TYPE_UINT32)
+
+    all_slaves_active: "int" = betterproto2.field(20, betterproto2.TYPE_UINT32)
+
+    use_carrier: "bool" = betterproto2.field(21, betterproto2.TYPE_BOOL)
+
+    ad_actor_sys_prio: "int" = betterproto2.field(22, betterproto2.TYPE_UINT32)
+
+    ad_user_port_key: "int" = betterproto2.field(23, betterproto2.TYPE_UINT32)
+
+    peer_notify_delay: "int" = betterproto2.field(24, betterproto2.TYPE_UINT32)
+
+    arpip_targets: "list[____common__.NetIp]" = betterproto2.field(
+        25, betterproto2.TYPE_MESSAGE, repeated=True
+    )
+
+    nsip6_targets: "list[____common__.NetIp]" = betterproto2.field(
+        26, betterproto2.TYPE_MESSAGE, repeated=True
+    )
+
+    adlacp_active: "int" = betterproto2.field(27, betterproto2.TYPE_UINT32)
+
+    missed_max: "int" = betterproto2.field(28, betterproto2.TYPE_UINT32)
+
+
+default_message_pool.register_message(
+    "talos.resource.definitions.network", "BondMasterSpec", BondMasterSpec
+)
+
+
+@dataclass(eq=False, repr=False)
+class BridgeMasterSpec(betterproto2.Message):
+    stp: "StpSpec | None" = betterproto2.field(
+        1, betterproto2.TYPE_MESSAGE, optional=True
+    )
+
+    vlan: "BridgeVlanSpec | None" = betterproto2.field(
+        2, betterproto2.TYPE_MESSAGE, optional=True
+    )
+
+
+default_message_pool.register_message(
+    "talos.resource.definitions.network", "BridgeMasterSpec", BridgeMasterSpec
+)
+
+
+@dataclass(eq=False, repr=False)
+class BridgeVlanSpec(betterproto2.Message):
+    filtering_enabled: "bool" = betterproto2.field(1, betterproto2.TYPE_BOOL)
+
+
+default_message_pool.register_message(
+    "talos.resource.definitions.network", "BridgeVLANSpec", BridgeVlanSpec
 )
 
 
@@ -160,6 +260,18 @@ class LinkStatusSpec(betterproto2.Message):
 
     duplex: "int" = betterproto2.field(25, betterproto2.TYPE_UINT32)
 
+    vlan: "VlanSpec | None" = betterproto2.field(
+        26, betterproto2.TYPE_MESSAGE, optional=True
+    )
+
+    bridge_master: "BridgeMasterSpec | None" = betterproto2.field(
+        27, betterproto2.TYPE_MESSAGE, optional=True
+    )
+
+    bond_master: "BondMasterSpec | None" = betterproto2.field(
+        28, betterproto2.TYPE_MESSAGE, optional=True
+    )
+
     wireguard: "WireguardSpec | None" = betterproto2.field(
         29, betterproto2.TYPE_MESSAGE, optional=True
     )
@@ -170,6 +282,10 @@ class LinkStatusSpec(betterproto2.Message):
 
     alt_names: "list[str]" = betterproto2.field(
         32, betterproto2.TYPE_STRING, repeated=True
+    )
+
+    vrf_master: "VrfMasterSpec | None" = betterproto2.field(
+        33, betterproto2.TYPE_MESSAGE, optional=True
     )
 
 
@@ -235,6 +351,38 @@ class RouteStatusSpec(betterproto2.Message):
 
 default_message_pool.register_message(
     "talos.resource.definitions.network", "RouteStatusSpec", RouteStatusSpec
+)
+
+
+@dataclass(eq=False, repr=False)
+class StpSpec(betterproto2.Message):
+    enabled: "bool" = betterproto2.field(1, betterproto2.TYPE_BOOL)
+
+
+default_message_pool.register_message(
+    "talos.resource.definitions.network", "STPSpec", StpSpec
+)
+
+
+@dataclass(eq=False, repr=False)
+class VlanSpec(betterproto2.Message):
+    vid: "int" = betterproto2.field(1, betterproto2.TYPE_UINT32)
+
+    protocol: "int" = betterproto2.field(2, betterproto2.TYPE_UINT32)
+
+
+default_message_pool.register_message(
+    "talos.resource.definitions.network", "VLANSpec", VlanSpec
+)
+
+
+@dataclass(eq=False, repr=False)
+class VrfMasterSpec(betterproto2.Message):
+    table: "int" = betterproto2.field(1, betterproto2.TYPE_UINT32)
+
+
+default_message_pool.register_message(
+    "talos.resource.definitions.network", "VRFMasterSpec", VrfMasterSpec
 )
 
 
