@@ -1,9 +1,12 @@
 """The house rules, read off the source: who imports whom, what a package offers, how long things get."""
 
 import ast
+import importlib
+import inspect
 import re
 import subprocess
 import sys
+import textwrap
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -67,6 +70,14 @@ PARTS = {
 }
 # what grpclib stands on; only the room that reaches into grpclib may use it
 GRPCLIB_INSIDES = {"h2", "hpack", "hyperframe", "multidict"}
+FOREIGN = GRPCLIB_INSIDES | {"grpclib"}
+# the module for what is not the public API of these
+PRIVATE_NAMES = PACKAGE / "common" / "grpc" / "private.py"
+# names with a meaning outside of their owner: Python's, and what generated services have
+MEANT_FOR_OTHERS = {
+    f"__{name}__"
+    for name in ["aenter", "aexit", "aiter", "anext", "await", "enter", "exit", "iter", "next", "dataclass_fields", "mapping"]
+}
 INPUT_AND_OUTPUT = {"anyio", "asyncio", "random", "secrets", "selectors", "socket", "threading", "time"}
 
 
@@ -306,3 +317,62 @@ def test_tests_read_no_private_attributes() -> None:
                         yield path, f"line {node.lineno}: {name}"
 
     offences(wrong())
+
+
+def is_private(name: str) -> bool:
+    """Whether a name is its owner's alone. Names that Python itself gives a meaning are not."""
+    return name.startswith("_") and not (name.startswith("__") and (hasattr(type, name) or name in MEANT_FOR_OTHERS))
+
+
+def names_within(node: ast.AST) -> Iterator[tuple[int, str, str]]:
+    """Attributes, methods and keyword arguments in a piece of code: line, what they are taken from, name."""
+    for part in ast.walk(node):
+        match part:
+            case ast.Attribute(value=owner, attr=name, lineno=line):
+                yield line, ast.unparse(owner), name
+            case ast.FunctionDef(name=name, lineno=line) | ast.AsyncFunctionDef(name=name, lineno=line):
+                yield line, "self", name
+            case ast.keyword(arg=str(name), value=ast.expr(lineno=line)):
+                yield line, "keyword", name
+
+
+def private_names_of_bases(module: str, name: str) -> set[str]:
+    """What the foreign bases of a class keep to themselves."""
+    found: set[str] = set()
+    kind = getattr(importlib.import_module(module), name, None)
+    for base in kind.__mro__ if isinstance(kind, type) else ():
+        if base.__module__.partition(".")[0] in FOREIGN:
+            tree = ast.parse(textwrap.dedent(inspect.getsource(base)))
+            found |= {name for _, owner, name in names_within(tree) if owner == "self" and is_private(name)}
+    return found
+
+
+def foreign_private_names(path: Path, module: str) -> Iterator[str]:
+    """Where a module uses private names of grpclib or h2: by import, from a base class, or of another object."""
+    tree = parsed(path)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] in FOREIGN:
+            yield from (f"line {node.lineno}: {alias.name}" for alias in node.names if is_private(alias.name))
+        elif isinstance(node, ast.ClassDef):
+            private = private_names_of_bases(module, node.name)
+            for line, owner, name in names_within(node):
+                if owner in ("self", "super()") and name in private:
+                    yield f"line {line}: {owner}.{name}"
+    if any(name.partition(".")[0] in FOREIGN for name in imported(path)):
+        for line, owner, name in names_within(tree):
+            if is_private(name) and owner not in ("self", "cls", "super()"):
+                yield f"line {line}: {owner}.{name}"
+
+
+def test_private_names_of_grpclib_and_h2_are_used_in_one_module() -> None:
+    def wrong() -> Iterator[tuple[Path, str]]:
+        for path in SOURCES:
+            names = imported(path)
+            is_near = any(name.partition(".")[0] in FOREIGN or within(name, "siderolink.common.grpc") for name in names)
+            if is_near and path != PRIVATE_NAMES:
+                for what in foreign_private_names(path, module_name(path)):
+                    yield path, what
+
+    offences(wrong())
+    found = " ".join(foreign_private_names(PRIVATE_NAMES, module_name(PRIVATE_NAMES)))
+    assert all(f".{name}" in found for name in ("_transport", "__connect__", "_cardinality", "_receive_data_frame"))

@@ -9,14 +9,17 @@ import socket
 import ssl
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
+from typing import cast
 
 import grpclib
 import grpclib.exceptions
-from grpclib.client import Channel, Handler
+from grpclib.client import Handler
 from grpclib.metadata import USER_AGENT, encode_metadata
+from grpclib.protocol import H2Protocol
 from h2.exceptions import H2Error
 
 from siderolink.common.errors import InvalidAnswerError, ServerUnreachableError, SideroLinkError
+from siderolink.common.grpc import private
 from siderolink.common.grpc.byte_stream import CONTENT_TYPE, ByteStream
 from siderolink.common.grpc.calls import SHUTTING_DOWN
 from siderolink.common.grpc.connection import H2Stream, Headers
@@ -37,7 +40,7 @@ _EMPTY_MESSAGE = bytes(5)
 _CLOSE_SECONDS = 0.5
 
 
-class GrpcChannel(Channel):
+class GrpcChannel(private.ConnectingChannel):
     """A connection to one server, made when the first call needs it and again after it was lost; for the generated stubs."""
 
     def __init__(
@@ -52,8 +55,8 @@ class GrpcChannel(Channel):
         namespace: str | None = None,
     ) -> None:
         host = None if host is None else check_host(host)
-        super().__init__(host, port, path=path, ssl=tls, codec=ClientCodec())
-        self._authority = "localhost" if path is not None else authority(self._host, self._port)
+        super().__init__(host, port, path=path, tls=tls, codec=ClientCodec())
+        self.authority = "localhost" if path is not None else authority(self.host, self.port)
         self._limits = limits
         self._is_direct = direct
         self._namespace = namespace
@@ -62,24 +65,22 @@ class GrpcChannel(Channel):
     @property
     def target(self) -> str:
         """Where the server is, for people."""
-        return self._path if self._path is not None else self._authority
+        return self.path if self.path is not None else self.authority
 
-    def _protocol_factory(self) -> Http2Protocol:
+    def _new_protocol(self) -> Http2Protocol:
         def lost() -> None:
             self._connections.discard(protocol)
 
         protocol = Http2Protocol(Handler(), self._limits, server=False, on_refusal=self._refused, on_lost=lost)
         return protocol
 
-    async def __connect__(self) -> Http2Protocol:
-        protocol = await super().__connect__()
+    def check_connection(self, protocol: H2Protocol) -> None:
         assert isinstance(protocol, Http2Protocol)
         if protocol.lost.is_set() or protocol.connection.is_closing():
             # It may have been closed in the turn of the loop in which it was made, before anyone could use it.
             raise ServerUnreachableError(f"{self.target} closed the connection before the call could begin")
-        return protocol
 
-    async def _create_connection(self) -> Http2Protocol:
+    async def open_connection(self) -> Http2Protocol:
         try:
             async with asyncio.timeout(self._limits.connect_timeout):
                 protocol = await self._connect()
@@ -89,35 +90,39 @@ class GrpcChannel(Channel):
         return protocol
 
     async def _connect(self) -> Http2Protocol:
-        if self._path is not None:
-            return (await self._loop.create_unix_connection(self._protocol_factory, self._path))[1]
+        if self.path is not None:
+            loop = asyncio.get_running_loop()
+            return (await loop.create_unix_connection(self._new_protocol, self.path))[1]
         if self._namespace is not None:
-            return await self._begin(await connect_in(self._namespace, self._host, self._port))
+            return await self._begin(await connect_in(self._namespace, self.host, self.port))
         environ = {} if self._is_direct else os.environ
-        dialled = await dial(self._host, self._port, environ, tls=self._ssl is not None)
+        dialled = await dial(self.host, self.port, environ, tls=self.tls is not None)
         if isinstance(dialled, socket.socket):
             return await self._begin(dialled)
         connected, rest = dialled
-        protocol = self._protocol_factory()
+        protocol = self._new_protocol()
         try:
-            return self._checked(await adopt(connected, rest, protocol, self._ssl, self._host), protocol)
+            return self._checked(await adopt(connected, rest, protocol, self.tls, self.host), protocol)
         except BaseException:
             connected.abort()
             raise
 
     async def _begin(self, sock: socket.socket) -> Http2Protocol:
         try:
-            transport, protocol = await self._loop.create_connection(
-                self._protocol_factory, sock=sock, ssl=self._ssl, server_hostname=self._host if self._ssl else None
+            transport, protocol = await asyncio.get_running_loop().create_connection(
+                self._new_protocol, sock=sock, ssl=self.tls, server_hostname=self.host if self.tls else None
             )
         except BaseException:
             sock.close()
             raise
         return self._checked(transport, protocol)
 
+    async def _connection(self) -> Http2Protocol:
+        return cast("Http2Protocol", await self.connected())
+
     def _checked(self, transport: asyncio.Transport, protocol: Http2Protocol) -> Http2Protocol:
         tls = transport.get_extra_info("ssl_object")
-        if self._ssl is not None and tls is not None and tls.selected_alpn_protocol() != "h2":
+        if self.tls is not None and tls is not None and tls.selected_alpn_protocol() != "h2":
             transport.abort()
             raise ServerUnreachableError(f"{self.target} does not offer HTTP/2 over TLS, which gRPC needs")
         return protocol
@@ -127,7 +132,7 @@ class GrpcChannel(Channel):
 
     async def connect(self) -> None:
         """Dial now, where the first call would do it otherwise."""
-        await self.__connect__()
+        await self._connection()
 
     async def wait_lost(self) -> None:
         """Wait until the current connection closes. Returns immediately without one."""
@@ -141,7 +146,7 @@ class GrpcChannel(Channel):
         minute, and it ends with the server behind such a proxy, where the connection would stay. A server without that service
         is watched by the connection alone. Raises the errors of a call until the server has answered.
         """
-        protocol = await self.__connect__()
+        protocol = await self._connection()
         answers = 0
 
         def heard(_: object) -> None:
@@ -201,12 +206,12 @@ class GrpcChannel(Channel):
 
         Raises TimeoutError when the peer takes no request for `connect_timeout`.
         """
-        protocol = await self.__connect__()
+        protocol = await self._connection()
         headers: Headers = [
             (":method", "POST"),
-            (":scheme", self._scheme),
+            (":scheme", self.scheme),
             (":path", path),
-            (":authority", self._authority),
+            (":authority", self.authority),
             ("te", "trailers"),
             ("content-type", CONTENT_TYPE),
             ("user-agent", USER_AGENT),
@@ -214,7 +219,7 @@ class GrpcChannel(Channel):
         ]
         stream = protocol.processor.connection.create_stream()
         async with asyncio.timeout(self._limits.connect_timeout):
-            release = await stream.send_request(headers, _processor=protocol.processor)
+            release = await private.send_request(stream, headers, protocol.processor)
         assert isinstance(stream, H2Stream)
         return ByteStream(stream, {}, server=False), release
 

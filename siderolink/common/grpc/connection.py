@@ -8,7 +8,6 @@ from grpclib.config import Configuration
 from grpclib.exceptions import StreamTerminatedError
 from grpclib.protocol import Connection as _GrpclibConnection
 from grpclib.protocol import Peer
-from grpclib.protocol import Stream as _GrpclibStream
 from grpclib.utils import Wrapper
 from h2.config import H2Configuration
 from h2.connection import H2Connection
@@ -91,7 +90,7 @@ def grpclib_config(limits: Limits, *, server: bool) -> Configuration:
     return private.grpclib_config(limits.connection_window_bytes, server=server)
 
 
-class H2Stream(_GrpclibStream):
+class H2Stream(private.ToldStream):
     """One stream; `sink` takes its bytes once it is raw."""
 
     sink: Sink | None = None
@@ -140,13 +139,11 @@ class H2Stream(_GrpclibStream):
             self.connection.flush()
             self.connection.scanner.was_reset(self.id)
 
-    def __ended__(self) -> None:
-        super().__ended__()
+    def on_ended(self) -> None:
         if self.sink is not None:
             self.sink.ended()
 
-    def __terminated__(self, reason: str) -> None:
-        super().__terminated__(reason)
+    def on_terminated(self, reason: str) -> None:
         self.buffer.settle()
         self.window_updated.set()  # whoever waits for room finds the connection or the stream closed
         if self.sink is not None:

@@ -5,14 +5,18 @@ it is tried out once per process against h2's own judgement, and where it is mis
 used for everything. Together the short ways are worth 1.2 times the joins per second, measured by turns.
 """
 
+import ssl
 from collections.abc import Awaitable, Callable, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple, cast
 
+from grpclib.client import Channel
 from grpclib.config import Configuration
+from grpclib.encoding.base import CodecBase
 from grpclib.events import _DispatchServerEvents
 from grpclib.exceptions import ProtocolError
-from grpclib.protocol import Peer
+from grpclib.protocol import EventsProcessor, H2Protocol, Peer
+from grpclib.protocol import Stream as GrpclibH2Stream
 from grpclib.server import Stream
 from h2.config import H2Configuration
 from h2.connection import ConnectionInputs, ConnectionState, H2Connection
@@ -41,6 +45,71 @@ def grpclib_config(connection_window: int, *, server: bool) -> Configuration:
     """grpclib's configuration without its own pings: it counts an answer only, where any byte shows that the peer lives."""
     config = Configuration(_keepalive_time=None, http2_connection_window_size=connection_window)
     return config.__for_server__() if server else config.__for_client__()
+
+
+class ConnectingChannel(Channel):
+    """grpclib's client, whose connections a subclass opens and judges."""
+
+    def __init__(
+        self, host: str | None, port: int | None, *, path: str | None, tls: ssl.SSLContext | None, codec: CodecBase
+    ) -> None:
+        super().__init__(host, port, path=path, ssl=tls, codec=codec)
+        self.host, self.port, self.path = self._host, self._port, path
+        self.tls = tls
+        self.scheme = self._scheme
+
+    @property
+    def authority(self) -> str:
+        """What requests name as their host."""
+        return self._authority
+
+    @authority.setter
+    def authority(self, authority: str) -> None:
+        self._authority = authority
+
+    async def open_connection(self) -> H2Protocol:
+        """Make a new connection."""
+        raise NotImplementedError
+
+    def check_connection(self, protocol: H2Protocol) -> None:
+        """Raises for a connection that no call can use."""
+
+    async def connected(self) -> H2Protocol:
+        """The connection that stands, or a new one."""
+        return await self.__connect__()
+
+    async def _create_connection(self) -> H2Protocol:
+        return await self.open_connection()
+
+    async def __connect__(self) -> H2Protocol:
+        protocol = await super().__connect__()
+        self.check_connection(protocol)
+        return protocol
+
+
+class ToldStream(GrpclibH2Stream):
+    """grpclib's stream, which is told of its end."""
+
+    def on_ended(self) -> None:
+        """The peer has sent all."""
+
+    def on_terminated(self, reason: str) -> None:
+        """The stream was reset, or its connection is gone."""
+
+    def __ended__(self) -> None:
+        super().__ended__()
+        self.on_ended()
+
+    def __terminated__(self, reason: str) -> None:
+        super().__terminated__(reason)
+        self.on_terminated(reason)
+
+
+async def send_request(
+    stream: GrpclibH2Stream, headers: list[tuple[str, str]], processor: EventsProcessor
+) -> Callable[[], None]:
+    """Begin a call; returns what to call when its stream is not needed any more."""
+    return await stream.send_request(headers, _processor=processor)
 
 
 class CallPeer(Peer):

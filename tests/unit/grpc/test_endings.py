@@ -15,6 +15,7 @@ from hyperframe.frame import GoAwayFrame, RstStreamFrame, SettingsFrame, WindowU
 
 from siderolink.common.grpc import Limits, Refusal, open_channel
 from siderolink.common.grpc.processor import Processor
+from siderolink.common.grpc.protocol import Http2Protocol
 from tests.support.api import CALL, ECHO, Raw, Service, method, serving
 from tests.support.http2 import PREFACE, RawPeer, data, message
 
@@ -162,7 +163,8 @@ async def test_an_error_of_ours_is_logged_and_ends_one_connection(
 async def test_a_call_on_a_connection_that_has_just_gone_says_so() -> None:
     """grpclib's close() deletes what its own create_stream reads."""
     async with serving() as server, open_channel("127.0.0.1", server.port) as channel:
-        protocol = await channel.__connect__()
+        protocol = await channel.connected()
+        assert isinstance(protocol, Http2Protocol)
         connection = protocol.connection
         protocol.processor.close("gone")
         with pytest.raises(StreamTerminatedError):
