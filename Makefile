@@ -33,10 +33,10 @@ KERNEL_SERVERS := $(foreach name,absence other_users restart server ten_thousand
 
 COVERED_WELL := $(subst $(space),$(comma),$(addprefix siderolink/,common/wireguard/noise/* common/wireguard/packets/* common/transport/* server/admission/* server/store/*))
 
-.PHONY: help setup native native-check native-tests needs demo test check lint types fresh format proto docs unit netns interop examples dist verify-systemd test-kernel kernel-servers kernel-links others pure all-tests coverage bench bench-recovery soak clean
+.PHONY: help setup native native-check native-tests needs demo test check lint types fresh format proto docs unit netns interop examples dist verify-systemd test-kernel kernel-servers kernel-links others h2-range pure all-tests coverage bench bench-recovery soak clean
 
 help: ## this list
-	@sed -n 's/^\([a-z -]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 32
+	@sed -n 's/^\([a-z0-9 -]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 32
 
 setup: $(VENV)/.ready ## a virtual environment with the package and the developer's tools
 
@@ -52,7 +52,7 @@ demo: setup ## the main job, shown in network namespaces of its own
 test: needs native check ## every check and every test, on every interpreter and with the kernel's WireGuard
 	@echo "beside what follows: tests that take minutes, the kernel's WireGuard, and other interpreters"
 	@$(PYTEST) -q -m long $(ARGS) >.venvs/long.log 2>&1 & long=$$!; \
-	{ status=0; $(MAKE) docs || status=$$?; $(MAKE) test-kernel || status=$$?; $(MAKE) others || status=$$?; \
+	{ status=0; $(MAKE) docs || status=$$?; $(MAKE) test-kernel || status=$$?; $(MAKE) others || status=$$?; $(MAKE) h2-range || status=$$?; \
 	[ -z "$(SIDEROLINK_NATIVE)" ] || $(MAKE) pure || status=$$?; exit $$status; } >.venvs/beside.log 2>&1 & beside=$$!; \
 	status=0; $(MAKE) all-tests || status=$$?; \
 	wait $$long || status=$$?; wait $$beside || status=$$?; cat .venvs/long.log .venvs/beside.log; exit $$status
@@ -114,6 +114,9 @@ kernel-servers:
 
 kernel-links:
 	@$(IN_THE_VM) tests/kernel $(KERNEL_SERVERS:%=--ignore=%) $(ARGS) || [ $$? -eq 5 ]
+
+h2-range: setup ## tests of the gRPC layer with the lowest and the newest h2 that grpclib allows
+	@scripts/h2-range $(UV) $(VENV)
 
 others: $(OTHERS:%=others-%)
 
