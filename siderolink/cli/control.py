@@ -8,6 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+import anyio.lowlevel
+from grpclib.const import Cardinality, Handler
+from grpclib.server import Stream
+
 from siderolink.common.errors import AddressInUseError, ConfigurationError, JoinError, SideroLinkError
 from siderolink.common.grpc import GRPCError, Limits, Servable, Status, open_channel, serve, translate_errors
 from siderolink.common.pb.siderolink.control import (
@@ -19,6 +23,7 @@ from siderolink.common.pb.siderolink.control import (
     StatusRequest,
     StatusResponse,
 )
+from siderolink.common.protobuf_wire import encode_in_parts
 from siderolink.common.text import one_line
 from siderolink.common.wireguard.device import DEFAULT_MTU, PeerStatus, check_interface
 
@@ -27,6 +32,9 @@ _DEAD_AFTER = 5.0
 """Seconds after which a socket that refuses connections is no longer one that is about to listen."""
 _ANSWER_BYTES = 64 * 1024 * 1024
 """A status tells of every peer, in some 200 bytes each."""
+
+_STATUS = "/siderolink.control.Control/Status"
+_PEERS_AT_ONCE = 50
 
 
 class Source(Protocol):
@@ -51,6 +59,19 @@ class ControlService(ControlBase):
 
     def __init__(self, source: Source) -> None:
         self._source = source
+
+    def __mapping__(self) -> dict[str, Handler]:
+        mapping: dict[str, Handler] = super().__mapping__()
+        return mapping | {_STATUS: Handler(self._serve_status, Cardinality.UNARY_UNARY, StatusRequest, StatusResponse)}
+
+    async def _serve_status(self, stream: Stream[StatusRequest, bytes]) -> None:
+        """Answer in pieces: ten thousand peers take a good part of a second to encode."""
+        answer = await self.status(await stream.recv_message() or StatusRequest())
+        parts: list[bytes] = []
+        for part in encode_in_parts(answer, "peers", _PEERS_AT_ONCE):
+            parts.append(part)
+            await anyio.lowlevel.checkpoint()
+        await stream.send_message(b"".join(parts))
 
     async def status(self, message: StatusRequest) -> StatusResponse:
         try:

@@ -6,6 +6,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
 
+import anyio.lowlevel
+
 from siderolink.cli.control import (
     control_socket,
     data_plane,
@@ -29,11 +31,12 @@ from siderolink.common.collector import calm_collector
 from siderolink.common.errors import ConfigurationError, SideroLinkError
 from siderolink.common.grpc import ServerCertificate
 from siderolink.common.pb.siderolink.control import Event, Peer, StatusResponse
-from siderolink.common.tasks import background_tasks, keep_running
+from siderolink.common.tasks import background_tasks, in_parts, keep_running
 from siderolink.common.wireguard.device import PeerStatus
 from siderolink.server import EventStream, JoinPolicy, JoinTokensMode, Server, Store
 
 _MOST_DESCRIPTORS = 1 << 20
+_PEERS_AT_ONCE = 100
 
 
 class ServerSource:
@@ -57,6 +60,10 @@ class ServerSource:
                 return peer_message(peer)
             return peer_message(peer, machine.node_uuid, {} if reports is None else reports.drops(machine.id))
 
+        peers: list[Peer] = []
+        for part in in_parts(await server.device.peers(), _PEERS_AT_ONCE):
+            peers += map(describe_peer, part)
+            await anyio.lowlevel.checkpoint()
         return StatusResponse(
             role="server",
             interface=server.device.name,
@@ -66,7 +73,7 @@ class ServerSource:
             addresses=[f"{server.address}/64"],
             public_key=str(server.public_key),
             listen_port=server.wireguard_port or 0,
-            peers=[describe_peer(peer) for peer in await server.device.peers()],
+            peers=peers,
             drops=server.drops() | lost_records(),
             refusals=server.refusals(),
             state="serving",

@@ -1,7 +1,7 @@
 """Protobuf's wire format, where the generated models do not help: varints, undecoded fields, values of the wrong kind."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import TYPE_CHECKING, Any, cast
 
@@ -53,6 +53,16 @@ def read_varint(data: bytes | memoryview, pos: int, max_bytes: int = MAX_VARINT_
             return value, index + 1
         shift += 7
     raise MalformedWireError("a number is cut short or too long")
+
+
+def encode_in_parts(message: betterproto2.Message, field: str, size: int) -> Iterator[bytes]:
+    """Encode a message in pieces, each with at most `size` items of its repeated field; joined, they are the message."""
+    model = type(message)
+    items = list(getattr(message, field))
+    names = [found.name for found in dataclasses.fields(cast("type[DataclassInstance]", model)) if found.name != field]
+    yield bytes(model(**{name: getattr(message, name) for name in names}))
+    for start in range(0, len(items), size):
+        yield bytes(model(**{field: items[start : start + size]}))
 
 
 def read_key(data: bytes | memoryview, pos: int) -> tuple[int, int, int]:

@@ -1,5 +1,6 @@
 """The commands as far as they go without an interface: options, secrets, the control socket, what is printed."""
 
+import asyncio
 import json
 import os
 import socket
@@ -235,6 +236,50 @@ async def test_a_server_that_is_starting_says_so_and_logs_nothing(
     assert not [record for record in caplog.records if record.levelname != "DEBUG"]
     show_all([answer], nothing_runs=False)
     assert capsys.readouterr().out == "siderolink: server, starting\n"
+
+
+class Crowd:
+    """A source of two thousand peers."""
+
+    def __init__(self) -> None:
+        peers = [Peer(public_key=f"key {number}", allowed_ips=["fd00::1/128"]) for number in range(2000)]
+        self.answer = StatusResponse(role="server", peers=peers, state="serving", drops={"a": 1})
+
+    async def status(self) -> StatusResponse:
+        return self.answer
+
+    async def events(self) -> AsyncIterator[Event]:
+        for event in list[Event]():
+            yield event
+
+
+@pytest.mark.anyio
+async def test_a_status_of_many_peers_is_encoded_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SIDEROLINK_RUNTIME_DIR", str(tmp_path))
+    encoded: list[int] = []
+    crowd, turns, at = Crowd(), 0, list[int]()
+    real = StatusResponse.__bytes__
+
+    def count(answer: StatusResponse) -> bytes:
+        encoded.append(len(answer.peers))
+        at.append(turns)
+        return real(answer)
+
+    async def turn() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    monkeypatch.setattr(StatusResponse, "__bytes__", count)
+    async with control_socket("siderolink", crowd):
+        turning = asyncio.create_task(turn())
+        (answer,) = (await ask_all()).answers
+        turning.cancel()
+    assert answer == crowd.answer
+    assert sum(encoded) == 2000
+    assert max(encoded) <= 50
+    assert len(set(at)) == len(at), "no two parts are encoded in one turn of the loop"
 
 
 @pytest.mark.anyio
