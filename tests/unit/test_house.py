@@ -321,7 +321,7 @@ def test_tests_read_no_private_attributes() -> None:
 
 def is_private(name: str) -> bool:
     """Whether a name is its owner's alone. Names that Python itself gives a meaning are not."""
-    return name.startswith("_") and not (name.startswith("__") and (hasattr(type, name) or name in MEANT_FOR_OTHERS))
+    return name.startswith("_") and name not in MEANT_FOR_OTHERS and name not in {*dir(type), *dir(BaseException)}
 
 
 def names_within(node: ast.AST) -> Iterator[tuple[int, str, str]]:
