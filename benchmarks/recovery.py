@@ -26,7 +26,7 @@ from anyio.abc import TaskStatus
 from anyio.from_thread import BlockingPortal
 
 from siderolink import Link, LinkEvent, connect
-from siderolink.client import Connected, LinkState, StateChanged
+from siderolink.client import Connected, ConnectionState, StateChanged
 from siderolink.common.join_url import JoinURL
 from siderolink.common.tasks import background_tasks
 from tests.support.go_machines import GoMachine, go_machines
@@ -248,7 +248,7 @@ def cut(net: Net, folder: Path, options: argparse.Namespace) -> list[Figure]:
         deadline = time.monotonic() + 30
         while time.monotonic() < deadline:
             found = [e for e in machine.events if isinstance(e, StateChanged) and e.time >= began_at - 0.5]
-            if found and found[-1].new is LinkState.CONNECTED:
+            if found and found[-1].new is ConnectionState.CONNECTED:
                 return [one("tunnel's connection reset", found[-1].time - min(e.time for e in found), 1)]
             time.sleep(0.01)
     return [one("tunnel's connection reset", float("inf"), 1)]

@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from siderolink.cli.secret import read_secret
 from siderolink.cli.settings import SettingsOptions, SettingsReader
 from siderolink.client.config import Ingress, IngressRule, MachineSettings
-from siderolink.client.config.extra import needing_extra
+from siderolink.client.config.sources import needing_extra
 from siderolink.common.addressing import overlay_prefix, server_address
 from siderolink.common.errors import ConfigurationError
 from siderolink.common.join_url import JoinURL

@@ -4,6 +4,7 @@ from siderolink.client.link.events import (
     Connected,
     Connecting,
     ConnectionsCut,
+    Disconnected,
     FallbackBegun,
     FallbackEnded,
     Handshake,
@@ -12,7 +13,6 @@ from siderolink.client.link.events import (
     Joined,
     KeyCreated,
     Left,
-    LinkDown,
     LinkEvent,
     ProvisionFailed,
     Reestablished,
@@ -24,12 +24,14 @@ from siderolink.client.link.events import (
     TransportChanged,
 )
 from siderolink.client.link.link import Link, LinkStatus, connect
-from siderolink.client.link.state import LinkState
+from siderolink.client.link.state import ConnectionState
 
 __all__ = [
     "Connected",
     "Connecting",
+    "ConnectionState",
     "ConnectionsCut",
+    "Disconnected",
     "FallbackBegun",
     "FallbackEnded",
     "Handshake",
@@ -39,9 +41,7 @@ __all__ = [
     "KeyCreated",
     "Left",
     "Link",
-    "LinkDown",
     "LinkEvent",
-    "LinkState",
     "LinkStatus",
     "ProvisionFailed",
     "Reestablished",

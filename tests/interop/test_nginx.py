@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from siderolink import connect
-from siderolink.client import Connected, LinkDown, LinkEvent
+from siderolink.client import Connected, Disconnected, LinkEvent
 from tests.support.certificates import make_certificate
 from tests.support.netns import Namespace, stop
 from tests.support.serving import SERVER, TOKEN, served
@@ -62,7 +62,7 @@ def test_a_tunnel_behind_nginx(tmp_path: Path) -> None:
             stop(iperf)
             time.sleep(IDLE_SECONDS)
             net.machine.run(["ping", "-c1", "-W5", str(link.server_address)])
-            assert not [event for event in events if isinstance(event, LinkDown)]
+            assert not [event for event in events if isinstance(event, Disconnected)]
             assert len([event for event in events if isinstance(event, Connected)]) == 1
             calls = (tmp_path / "access.log").read_text().splitlines()
             assert [call.split('"')[1].split()[1].rpartition("/")[2] for call in calls] == ["Provision"]

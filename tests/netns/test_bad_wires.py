@@ -13,7 +13,7 @@ import pytest
 from dnslib import QTYPE, RR, A
 from dnslib.server import BaseResolver, DNSServer
 
-from siderolink.client import LinkState, StateChanged
+from siderolink.client import ConnectionState, StateChanged
 from siderolink.common.join_url import JoinURL
 from tests.netns.test_healing import URL, joined, serving
 from tests.support.bad_wire import Faults, bad_wire
@@ -43,7 +43,7 @@ def test_a_bad_wire_is_no_reason_to_give_a_link_up(faults: Faults) -> None:
     ):
         output = net.machine.run(["ping", "-q", "-c30", "-i0.2", "-W2", str(machine.link.server_address)], check=False)
         assert int(output.split(" received")[0].split()[-1]) >= 5, output
-        assert LinkState.REESTABLISHING not in [e.new for e in machine.events if isinstance(e, StateChanged)]
+        assert ConnectionState.REESTABLISHING not in [e.new for e in machine.events if isinstance(e, StateChanged)]
 
 
 class Names(BaseResolver):  # type: ignore[misc] # the library has no types

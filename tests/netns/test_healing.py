@@ -11,11 +11,11 @@ from anyio.from_thread import BlockingPortal
 
 from siderolink import Link, Server, connect
 from siderolink.client import (
+    ConnectionState,
     FallbackBegun,
     FallbackEnded,
     InterfaceRepaired,
     LinkEvent,
-    LinkState,
     ProvisionFailed,
     StateChanged,
 )
@@ -37,7 +37,7 @@ class Machine:
     def __init__(self, namespace: Namespace, portal: BlockingPortal, link: Link, events: list[LinkEvent]) -> None:
         self.namespace, self.portal, self.link, self.events = namespace, portal, link, events
 
-    def states(self) -> list[LinkState]:
+    def states(self) -> list[ConnectionState]:
         return [event.new for event in self.events if isinstance(event, StateChanged)]
 
     def wait(self, condition: Callable[[], object], within: float = 60.0) -> float:
@@ -88,9 +88,9 @@ def test_a_link_without_a_server_waits_for_it_and_shows_itself() -> None:
     with direct() as net, joined(net, wait=False) as machine:
         machine.wait(lambda: machine.saw(ProvisionFailed))
         status = machine.portal.call(machine.link.status)
-        assert (status.state, status.interface) == (LinkState.PROVISIONING, None)
+        assert (status.state, status.interface) == (ConnectionState.PROVISIONING, None)
         with serving(net):
-            machine.wait(lambda: machine.link.state is LinkState.CONNECTED)
+            machine.wait(lambda: machine.link.state is ConnectionState.CONNECTED)
             machine.ping()
 
 
@@ -98,19 +98,19 @@ def test_a_reset_stream_is_opened_again_at_once() -> None:
     with direct() as net, serving(net), joined(net, TUNNEL_URL) as machine:
         net.server.nft(RULES.format("tcp dport 4000 reject with tcp reset"))
         machine.namespace.run(["ping", "-c2", "-i0.2", "-W1", str(machine.link.server_address)], check=False)
-        machine.wait(lambda: LinkState.DEGRADED in machine.states())
+        machine.wait(lambda: ConnectionState.DEGRADED in machine.states())
         net.server.nft("delete table inet hole")
-        machine.wait(lambda: machine.link.state is LinkState.CONNECTED)
+        machine.wait(lambda: machine.link.state is ConnectionState.CONNECTED)
         machine.ping()
-        assert LinkState.REESTABLISHING not in machine.states()
+        assert ConnectionState.REESTABLISHING not in machine.states()
 
 
 def test_a_network_that_goes_and_comes_back_is_used_at_once() -> None:
     with direct() as net, serving(net), joined(net) as machine:
         net.machine.set_link("eth0", up=False)
-        machine.wait(lambda: machine.link.state is LinkState.DEGRADED)
+        machine.wait(lambda: machine.link.state is ConnectionState.DEGRADED)
         net.machine.set_link("eth0", up=True)
-        machine.wait(lambda: machine.link.state is LinkState.CONNECTED, 10)
+        machine.wait(lambda: machine.link.state is ConnectionState.CONNECTED, 10)
         machine.ping()
 
 
@@ -124,15 +124,15 @@ def test_what_somebody_else_takes_from_the_interface_is_put_back(what: str) -> N
         else:
             net.machine.run(["ip", "-6", "route", "flush", "dev", "siderolink", "proto", "kernel"])
         machine.wait(lambda: machine.saw(InterfaceRepaired))
-        machine.wait(lambda: machine.link.state is LinkState.CONNECTED)
+        machine.wait(lambda: machine.link.state is ConnectionState.CONNECTED)
         machine.ping()
 
 
 def test_a_deleted_interface_is_made_again() -> None:
     with direct() as net, serving(net), joined(net) as machine:
         net.machine.run(["ip", "link", "del", "siderolink"])
-        machine.wait(lambda: LinkState.REESTABLISHING in machine.states())
-        machine.wait(lambda: machine.link.state is LinkState.CONNECTED)
+        machine.wait(lambda: ConnectionState.REESTABLISHING in machine.states())
+        machine.wait(lambda: machine.link.state is ConnectionState.CONNECTED)
         assert "siderolink" in net.machine.interfaces()
         machine.ping()
 
@@ -154,14 +154,16 @@ def test_a_server_without_memory_is_taken_up_again_with_its_new_key(ends: str) -
     with direct() as net, ExitStack() as stack:
         with joined(net, wait=False) as machine:
             with serving(net, reports=ReportOptions(log_port=8092)) as server:
-                machine.wait(lambda: machine.link.state is LinkState.CONNECTED)
+                machine.wait(lambda: machine.link.state is ConnectionState.CONNECTED)
                 assert machine.link.server_key == server.public_key
                 wait_kept(net, 1.0)
                 if ends == "slowly":  # a second for connections that bring log lines
                     lines = (str(machine.link.server_address), 8092)
                     stack.enter_context(net.machine.call(socket.create_connection, lines, 5))
             with serving(net) as server:
-                machine.wait(lambda: machine.link.state is LinkState.CONNECTED and machine.link.server_key == server.public_key)
+                machine.wait(
+                    lambda: machine.link.state is ConnectionState.CONNECTED and machine.link.server_key == server.public_key
+                )
                 machine.ping()
 
 
@@ -176,7 +178,7 @@ def test_blocked_udp_falls_back_to_the_tunnel_and_goes_back() -> None:
             machine.ping()
             net.machine.allow_udp()
             machine.wait(lambda: machine.saw(FallbackEnded), 60)
-            machine.wait(lambda: machine.link.state is LinkState.CONNECTED and machine.link.transport == "udp")
+            machine.wait(lambda: machine.link.state is ConnectionState.CONNECTED and machine.link.transport == "udp")
             machine.ping()
 
 
@@ -186,7 +188,7 @@ def test_a_path_that_loses_large_packets_is_told_and_forgiven() -> None:
     with direct() as net, serving(net):
         net.server.nft(RULES.format("udp length > 1300 drop"))
         with joined(net) as machine:
-            machine.wait(lambda: machine.link.state is LinkState.DEGRADED, 20)
+            machine.wait(lambda: machine.link.state is ConnectionState.DEGRADED, 20)
             assert "packets of 1280 bytes do not pass" in machine.portal.call(machine.link.status).reason
 
 
@@ -196,8 +198,8 @@ def test_a_blackholed_stream_is_left_by_itself() -> None:
     with direct() as net, serving(net), joined(net, TUNNEL_URL) as machine:
         net.server.nft(RULES.format("tcp dport 4000 drop"))
         load = net.machine.popen(["ping", "-q", "-i0.2", "-w40", str(machine.link.server_address)])
-        machine.wait(lambda: LinkState.DEGRADED in machine.states(), 30)
+        machine.wait(lambda: ConnectionState.DEGRADED in machine.states(), 30)
         net.server.nft("delete table inet hole")
-        machine.wait(lambda: machine.link.state is LinkState.CONNECTED, 30)
+        machine.wait(lambda: machine.link.state is ConnectionState.CONNECTED, 30)
         load.terminate()
         machine.ping()

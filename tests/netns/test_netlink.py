@@ -12,8 +12,8 @@ from siderolink.common.netlink import (
     Address,
     HostNetwork,
     InterfaceMonitor,
-    Link,
     NetworkChange,
+    NetworkLink,
     NetworkUpdate,
     NetworkWatch,
     Route,
@@ -103,7 +103,7 @@ def test_links_addresses_and_routes_are_followed(inside: bool) -> None:
                 await heard.until(lambda now: names(now) == {"lo"})
                 assert link.index not in {found.interface for found in heard.updates[-1].network.addresses}
                 kinds = {type(item) for update in heard.updates for item in update.removed}
-                assert kinds == {Link, Address, Route}
+                assert kinds == {NetworkLink, Address, Route}
 
         with (namespace if inside else elsewhere).portal() as portal:
             portal.call(work)

@@ -15,11 +15,11 @@ from anyio.from_thread import BlockingPortal
 
 from siderolink import ConfigurationError, JoinRefusedError, JoinURL, Link, Server, connect
 from siderolink.client import (
+    ConnectionState,
+    Disconnected,
     Handshake,
     Left,
-    LinkDown,
     LinkEvent,
-    LinkState,
     SettingsApplied,
     SettingsRefused,
     StateChanged,
@@ -67,7 +67,7 @@ class Machine:
     def count(self, kind: type[LinkEvent]) -> int:
         return sum(isinstance(event, kind) for event in self.events)
 
-    def states(self) -> list[LinkState]:
+    def states(self) -> list[ConnectionState]:
         return [event.new for event in self.events if isinstance(event, StateChanged)]
 
     def ping(self) -> None:
@@ -124,7 +124,7 @@ def test_a_wrong_token_keeps_the_link_and_says_so(query: str) -> None:
         assert machine.interface_index() == index
         assert machine.count(Handshake) == handshakes, "a refused Provision touches no session"
         assert machine.count(SettingsRefused) == 1
-        assert machine.count(LinkDown) == 0
+        assert machine.count(Disconnected) == 0
 
 
 @TRANSPORTS
@@ -137,7 +137,7 @@ def test_another_token_at_the_same_server_keeps_key_interface_and_connections(qu
             lives()
             assert (machine.link.public_key, machine.interface_index()) == (key, index)
         assert machine.apply(url=URL.replace(TOKEN, "next") + query).outcome == "unchanged"
-        assert machine.count(LinkDown) == machine.count(Left) == 0
+        assert machine.count(Disconnected) == machine.count(Left) == 0
 
 
 def test_a_flip_of_transport_is_tried_takes_over_and_is_said() -> None:
@@ -146,7 +146,7 @@ def test_a_flip_of_transport_is_tried_takes_over_and_is_said() -> None:
         verdict = machine.apply(url=URL + "&grpc_tunnel=true")
         assert verdict.outcome == "applied"
         assert len(verdict.warnings) == 1
-        machine.wait(lambda: machine.count(TransportChanged) == 1 and machine.link.state == LinkState.CONNECTED)
+        machine.wait(lambda: machine.count(TransportChanged) == 1 and machine.link.state == ConnectionState.CONNECTED)
         machine.ping()
         assert machine.link.interface == "siderolinktun"
         assert (machine.link.public_key, machine.link.address) == (key, address)
@@ -166,7 +166,7 @@ def test_where_the_new_transport_does_not_pass_the_old_link_carries_on() -> None
             assert machine.interface_index() == index
         machine.ping()
         assert machine.link.transport == "tunnel"
-        assert machine.count(LinkDown) == 0
+        assert machine.count(Disconnected) == 0
 
 
 def test_another_server_gets_another_key_and_is_tried_without_a_break() -> None:
@@ -179,13 +179,13 @@ def test_another_server_gets_another_key_and_is_tried_without_a_break() -> None:
         assert packets.lost() == 0, "while another server is tried, nothing is lost"
         assert machine.apply(url=OTHER_URL).outcome == "applied"
         machine.wait(lambda: machine.count(SettingsApplied) == 1)
-        machine.wait(lambda: machine.link.state == LinkState.CONNECTED)
+        machine.wait(lambda: machine.link.state == ConnectionState.CONNECTED)
         assert machine.link.server_address != server
         machine.ping()
         assert machine.link.public_key != key, "B must not know the key that A knows"
         assert machine.apply(url=URL).outcome == "applied"
         machine.wait(lambda: machine.count(SettingsApplied) == 2)
-        machine.wait(lambda: machine.link.state == LinkState.CONNECTED)
+        machine.wait(lambda: machine.link.state == ConnectionState.CONNECTED)
         assert machine.link.public_key == key, "a key belongs to its server for as long as the program runs"
 
 
@@ -196,7 +196,7 @@ def test_two_servers_of_one_overlay_are_switched_in_one_step_which_is_said() -> 
             assert verdict.outcome == "applied"
             assert "same overlay prefix" in verdict.warnings[0]
             machine.wait(lambda: machine.count(SettingsApplied) == 1)
-            machine.wait(lambda: machine.link.state == LinkState.CONNECTED)
+            machine.wait(lambda: machine.link.state == ConnectionState.CONNECTED)
             machine.ping()
 
 
@@ -249,7 +249,7 @@ def test_another_uuid_is_the_same_machine_under_another_name() -> None:
         other, key = str(uuid.uuid4()), machine.link.public_key
         assert machine.apply(uuid=other).outcome == "applied"
         machine.wait(lambda: machine.count(SettingsApplied) == 1)
-        machine.wait(lambda: machine.link.state == LinkState.CONNECTED)
+        machine.wait(lambda: machine.link.state == ConnectionState.CONNECTED)
         machine.ping()
         assert machine.link.public_key == key
         assert other in [status.machine.node_uuid for status in portal.call(server.machines)]

@@ -15,7 +15,7 @@ import pytest
 from anyio.from_thread import BlockingPortal
 
 from siderolink import Link, connect
-from siderolink.client import LinkState
+from siderolink.client import ConnectionState
 from tests.conftest import descriptor_kinds
 from tests.support.netns import Namespace
 from tests.support.serving import API, TOKEN, Served, served
@@ -105,7 +105,7 @@ def joined(namespace: Namespace, url: str) -> Iterator[tuple[BlockingPortal, Lin
 
 def wait_connected(links: list[tuple[BlockingPortal, Link]], within: float) -> None:
     deadline = time.monotonic() + within
-    while any(link.state is not LinkState.CONNECTED for _, link in links):
+    while any(link.state is not ConnectionState.CONNECTED for _, link in links):
         assert time.monotonic() < deadline, [portal.call(link.status) for portal, link in links]
         time.sleep(0.1)
 

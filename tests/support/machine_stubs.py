@@ -15,7 +15,7 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from grpc_tools import protoc
 
 from siderolink.client.maintenance import MachineHooks, MaintenanceApi, serve_maintenance
-from siderolink.client.maintenance.roles import Admittance, Role
+from siderolink.client.maintenance.roles import Admittance, CallerRole
 from tests.support.machine_api import MACHINE, TIMEOUT, machine_client, status_of
 
 PROTO = Path(__file__).resolve().parents[2] / "siderolink" / "common" / "proto"
@@ -103,7 +103,7 @@ class Stubs:
 
 @asynccontextmanager
 async def serving(
-    monkeypatch: pytest.MonkeyPatch, role: Role, hooks: MachineHooks | None = None
+    monkeypatch: pytest.MonkeyPatch, role: CallerRole, hooks: MachineHooks | None = None
 ) -> AsyncIterator[MaintenanceApi]:
     """An API on the loopback, all of whose callers have the role."""
     monkeypatch.setattr(Admittance, "role", lambda *_: role)

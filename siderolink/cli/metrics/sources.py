@@ -21,7 +21,7 @@ from siderolink.cli.metrics.families import (
 from siderolink.cli.serving import Serving
 from siderolink.client import Link
 from siderolink.client.link.link import LinkStatus
-from siderolink.client.link.state import LinkState
+from siderolink.client.link.state import ConnectionState
 from siderolink.common.errors import SideroLinkError
 from siderolink.common.grpc import ServerCertificate
 from siderolink.common.pb.siderolink.control import Reports
@@ -109,13 +109,13 @@ class LinkMetrics:
             return [HealthCheck(name="link", is_good=False, text="there is no join URL")]
         status = await link.status()
         text = f"{status.state}: {status.reason}" if status.reason else str(status.state)
-        return [HealthCheck(name="link", is_good=status.state is LinkState.CONNECTED, text=text)]
+        return [HealthCheck(name="link", is_good=status.state is ConnectionState.CONNECTED, text=text)]
 
 
 def _link_families(status: LinkStatus | None, reports: Reports | None) -> Iterator[Metric]:
     state = None if status is None else status.state
     text = "The link's state: 1 for the one that it is in."
-    yield gauges("link_state", text, ["state"], [([str(known)], known is state) for known in LinkState])
+    yield gauges("link_state", text, ["state"], [([str(known)], known is state) for known in ConnectionState])
     if status is not None:
         yield gauge("link_state_since_timestamp_seconds", "Unix time of the last change of that state.", status.since)
         yield by("drops", "Datagrams and packets that were dropped, by reason (docs/drops.md).", "reason", status.drops)

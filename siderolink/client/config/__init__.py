@@ -7,8 +7,7 @@ Documents need the extra ``siderolink[config]``; the kernel command line does no
 """
 
 from siderolink.client.config.kernel_args import PROC_CMDLINE, parse_kernel_arguments, read_kernel_arguments
-from siderolink.client.config.log_url import LogURL
-from siderolink.client.config.settings import Ingress, IngressRule, MachineSettings, PortRange, Setting, merge
+from siderolink.client.config.settings import Ingress, IngressRule, LogURL, MachineSettings, PortRange, Setting, merge
 from siderolink.client.config.sources import HOST_DOCUMENTS, Sources
 
 __all__ = [

@@ -11,8 +11,7 @@ from pydantic_core import ErrorDetails
 
 from siderolink.client.config import models
 from siderolink.client.config.files import read_up_to
-from siderolink.client.config.log_url import LogURL
-from siderolink.client.config.settings import IngressRule, MachineSettings, Setting
+from siderolink.client.config.settings import IngressRule, LogURL, MachineSettings, Setting
 from siderolink.client.config.yaml_stream import MAX_BYTES, Location, Value, YamlDocument, read_documents, read_stream
 from siderolink.common.errors import ConfigurationError
 from siderolink.common.hostport import HostPort

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from siderolink.client.config.files import read_up_to
-from siderolink.client.config.log_url import LogURL
-from siderolink.client.config.settings import MachineSettings, Setting
+from siderolink.client.config.settings import LogURL, MachineSettings, Setting
 from siderolink.common.errors import ConfigurationError
 from siderolink.common.hostport import HostPort
 from siderolink.common.join_url import JoinURL

@@ -7,8 +7,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator
 
-from siderolink.client.config.log_url import LogURL
-from siderolink.client.config.settings import PortRange, read_ports, read_subnet
+from siderolink.client.config.settings import LogURL, PortRange, read_ports, read_subnet
 from siderolink.common.errors import ConfigurationError
 from siderolink.common.hostport import HostPort
 from siderolink.common.join_url import JoinURL
@@ -67,13 +66,13 @@ Text = Annotated[str, Field(max_length=MAX_TEXT)]
 Name = Annotated[str, Field(min_length=1, max_length=253), AfterValidator(_name)]
 
 
-class Part(BaseModel):
+class Section(BaseModel):
     """Base of all documents and their parts. Unknown keys and wrong types are errors."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, hide_input_in_errors=True)
 
 
-class Document(Part):
+class Document(Section):
     """A document. A kind without names allows only one document."""
 
     KIND: ClassVar[str]
@@ -134,7 +133,7 @@ class NetworkDefaultActionConfig(Document):
     ingress: Literal["accept", "block"] = "accept"
 
 
-class PortSelector(Part):
+class PortSelector(Section):
     ports: Annotated[
         list[Annotated[PortRange, PlainValidator(read_ports)]],
         Field(min_length=1, max_length=MAX_PORTS),
@@ -143,7 +142,7 @@ class PortSelector(Part):
     protocol: Literal["tcp", "udp", "icmp", "icmpv6"]
 
 
-class IngressRule(Part):
+class IngressEntry(Section):
     subnet: Annotated[Subnet, PlainValidator(read_subnet)]
     except_: Annotated[Subnet, PlainValidator(read_subnet)] | None = Field(default=None, alias="except")
 
@@ -155,7 +154,7 @@ class NetworkRuleConfig(Document):
     kind: Literal["NetworkRuleConfig"]
     name: Name
     port_selector: PortSelector = Field(alias="portSelector")
-    ingress: Annotated[list[IngressRule], Field(max_length=MAX_SUBNETS)] = []
+    ingress: Annotated[list[IngressEntry], Field(max_length=MAX_SUBNETS)] = []
 
     @classmethod
     def without(cls, value: dict[str, Any], location: tuple[int | str, ...]) -> dict[str, Any]:

@@ -4,9 +4,8 @@ import re
 import ssl
 from dataclasses import dataclass, field, replace
 from ipaddress import IPv4Network, IPv6Network, ip_network
-from typing import Generic, Literal, Self, TypeVar
+from typing import Generic, Literal, Self, TypeVar, get_args
 
-from siderolink.client.config.log_url import LogURL
 from siderolink.common.errors import ConfigurationError
 from siderolink.common.grpc import client_tls
 from siderolink.common.hostport import HostPort
@@ -15,7 +14,10 @@ from siderolink.common.join_url import JoinURL
 T = TypeVar("T")
 
 Protocol = Literal["tcp", "udp", "icmp", "icmpv6"]
+Scheme = Literal["tcp", "udp"]
 
+_REST = re.compile(r"[/?#]")
+_QUERY = re.compile(r"[?#]")
 _PORTS = re.compile(r"([0-9]{1,5})(?:-([0-9]{1,5}))?\Z")
 
 
@@ -25,6 +27,33 @@ class Setting(Generic[T]):
 
     value: T
     source: str
+
+
+@dataclass(frozen=True, slots=True)
+class LogURL:
+    """A kernel log's destination."""
+
+    scheme: Scheme
+    target: HostPort
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read ``scheme://host:port``. The port is required, the path empty or ``/``; query and fragment have no meaning here.
+
+        Raises ConfigurationError.
+        """
+        found, separator, rest = text.partition("://")
+        for scheme in get_args(Scheme):
+            if separator and found.lower() == scheme:
+                authority = _REST.split(rest, maxsplit=1)[0]
+                path = _QUERY.split(rest[len(authority) :], maxsplit=1)[0]
+                if path not in ("", "/"):
+                    raise ConfigurationError("a log destination has no path: write tcp://host:port or udp://host:port")
+                return cls(scheme, HostPort.parse(authority))
+        raise ConfigurationError("a log's destination is written tcp://host:port or udp://host:port")
+
+    def __str__(self) -> str:
+        return f"{self.scheme}://{self.target}"
 
 
 @dataclass(frozen=True, slots=True, order=True)

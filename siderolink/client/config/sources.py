@@ -1,14 +1,13 @@
 """Where a machine's settings are looked for, and how a change of them is noticed."""
 
-from collections.abc import Callable
-from contextlib import aclosing
+from collections.abc import Callable, Iterator
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import anyio
 import anyio.lowlevel
 
-from siderolink.client.config.extra import needing_extra
 from siderolink.client.config.files import Reading
 from siderolink.client.config.kernel_args import INLINE_ARGUMENT, inline_configuration, parse_kernel_arguments, read_kernel_line
 from siderolink.client.config.settings import MachineSettings, merge
@@ -17,6 +16,18 @@ from siderolink.common.tasks import background_tasks
 
 HOST_DOCUMENTS = (Path("/etc/siderolink.yaml"), Path("/etc/siderolink"))
 """Where documents lie when none are named: a file, a directory."""
+_EXTRA = frozenset({"pydantic", "pydantic_core", "watchfiles", "yaml"})
+
+
+@contextmanager
+def needing_extra() -> Iterator[None]:
+    """Wrap an import of a package of the extra `config`; a missing one is a ConfigurationError that says what to install."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name not in _EXTRA:
+            raise
+        raise ConfigurationError(f"configuration documents need {error.name}: pip install 'siderolink[config]'") from None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,7 +6,7 @@ from ipaddress import IPv6Address
 import yaml
 
 from siderolink.client.config.kernel_args import EVENT_SINK_ARGUMENT, KERNEL_LOG_ARGUMENT, URL_ARGUMENT
-from siderolink.client.config.log_url import LogURL
+from siderolink.client.config.settings import LogURL
 from siderolink.common.hostport import HostPort
 from siderolink.common.join_url import JoinURL
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from siderolink.common.keys import PublicKey
 
 if TYPE_CHECKING:
-    from siderolink.client.link.state import LinkState
+    from siderolink.client.link.state import ConnectionState
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,8 +23,8 @@ class LinkEvent:
 class StateChanged(LinkEvent):
     """The link went from one state to another; see docs/link.md."""
 
-    old: "LinkState"
-    new: "LinkState"
+    old: "ConnectionState"
+    new: "ConnectionState"
     reason: str
 
 
@@ -90,7 +90,7 @@ class RouteFailed(LinkEvent):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LinkDown(LinkEvent):
+class Disconnected(LinkEvent):
     """The link is dead and being re-established."""
 
     reason: str

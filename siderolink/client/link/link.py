@@ -16,7 +16,7 @@ from siderolink.client.link.host import Host
 from siderolink.client.link.identity import TALOS_VERSION, UniqueTokens, machine_identity, machine_uuid
 from siderolink.client.link.provisioning import NodeInfo, Provisioned
 from siderolink.client.link.runner import LinkOptions, LinkRunner, ServerKeys
-from siderolink.client.link.state import LinkState
+from siderolink.client.link.state import ConnectionState
 from siderolink.client.link.supervisor import VERDICT_TIMEOUT, LinkSupervisor, Verdict
 from siderolink.common.errors import ConfigurationError, DeviceError, HandshakeTimeoutError, SideroLinkError
 from siderolink.common.grpc import client_tls
@@ -36,7 +36,7 @@ HANDSHAKE_TIMEOUT = 60.0
 class LinkStatus:
     """A link as it is."""
 
-    state: LinkState
+    state: ConnectionState
     reason: str
     """Why it is in this state."""
     since: float
@@ -91,7 +91,7 @@ class Link:
         return self._runner.public_key
 
     @property
-    def state(self) -> LinkState:
+    def state(self) -> ConnectionState:
         return self._runner.state
 
     @property

@@ -26,7 +26,7 @@ from siderolink.client.link.monitor import LinkContext, RouteMonitor
 from siderolink.client.link.probes import until_udp_passes, watch_api
 from siderolink.client.link.provisioning import PROVISION_TIMEOUT, NodeInfo, Provisioned, Provisioner
 from siderolink.client.link.signals import InterfaceGone, Pause, Replaced, Signal, Signals, UdpPasses
-from siderolink.client.link.state import LinkState, Progress
+from siderolink.client.link.state import ConnectionState, Progress
 from siderolink.client.link.watch import ATTEMPT_TIMEOUT, DOWN_AFTER
 from siderolink.common.backoff import Backoff, RetryTrigger
 from siderolink.common.errors import SideroLinkError
@@ -128,7 +128,7 @@ class LinkRunner:
         return self.private_key.public_key()
 
     @property
-    def state(self) -> LinkState:
+    def state(self) -> ConnectionState:
         return self.progress.state
 
     @property

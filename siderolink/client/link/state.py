@@ -9,7 +9,7 @@ import anyio
 from siderolink.client.link import events
 
 
-class LinkState(StrEnum):
+class ConnectionState(StrEnum):
     """Where a link is in its life."""
 
     PROVISIONING = "provisioning"
@@ -26,8 +26,8 @@ class LinkState(StrEnum):
     """It was left on purpose, or failed for good."""
 
 
-_S = LinkState
-TRANSITIONS: Mapping[LinkState, frozenset[LinkState]] = {
+_S = ConnectionState
+TRANSITIONS: Mapping[ConnectionState, frozenset[ConnectionState]] = {
     _S.PROVISIONING: frozenset({_S.CONNECTING, _S.CONNECTED, _S.LEFT}),
     _S.CONNECTING: frozenset({_S.CONNECTED, _S.PROVISIONING, _S.LEFT}),
     _S.CONNECTED: frozenset({_S.DEGRADED, _S.REESTABLISHING, _S.LEFT}),
@@ -41,10 +41,12 @@ TRANSITIONS: Mapping[LinkState, frozenset[LinkState]] = {
 class StateMachine:
     """The state, its reason, and since when. `on_change` gets old state, new state and reason of each transition."""
 
-    def __init__(self, on_change: Callable[[LinkState, LinkState, str], None], clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self, on_change: Callable[[ConnectionState, ConnectionState, str], None], clock: Callable[[], float] = time.time
+    ) -> None:
         self._on_change = on_change
         self._clock = clock
-        self.state = LinkState.PROVISIONING
+        self.state = ConnectionState.PROVISIONING
         self.reason = "the link was asked for"
         self.since = clock()
         """Unix time in seconds."""
@@ -52,14 +54,14 @@ class StateMachine:
     @property
     def was_up(self) -> bool:
         """Whether there has been a handshake, and the link was not left since."""
-        return self.state in (LinkState.CONNECTED, LinkState.DEGRADED, LinkState.REESTABLISHING)
+        return self.state in (ConnectionState.CONNECTED, ConnectionState.DEGRADED, ConnectionState.REESTABLISHING)
 
     @property
     def is_up(self) -> bool:
         """Whether packets pass, as far as is known."""
-        return self.state in (LinkState.CONNECTED, LinkState.DEGRADED)
+        return self.state in (ConnectionState.CONNECTED, ConnectionState.DEGRADED)
 
-    def go(self, state: LinkState, reason: str) -> None:
+    def go(self, state: ConnectionState, reason: str) -> None:
         """Make a transition; in the state already, only the reason changes."""
         old, self.reason = self.state, reason
         if state is old:
@@ -94,19 +96,19 @@ class Progress:
         """Set, and replaced by another, when a handshake has completed."""
 
     @property
-    def state(self) -> LinkState:
+    def state(self) -> ConnectionState:
         return self.machine.state
 
     def provisioning(self, reason: str) -> None:
         """The API is asked; a link that was up before stays re-establishing meanwhile."""
         if not self.machine.was_up:
-            self.machine.go(LinkState.PROVISIONING, reason)
+            self.machine.go(ConnectionState.PROVISIONING, reason)
 
     def connecting(self, route: str) -> None:
         """A route is tried."""
         self._emit(events.Connecting(route=route))
         if not self.machine.was_up:
-            self.machine.go(LinkState.CONNECTING, f"trying {route}")
+            self.machine.go(ConnectionState.CONNECTING, f"trying {route}")
 
     def handshake(self, route: str) -> None:
         """A handshake completed by this route."""
@@ -124,10 +126,10 @@ class Progress:
             self._settle("a handshake completed")
             return
         self._troubles.clear()
-        self.machine.go(LinkState.CONNECTED, f"a handshake completed by {route}")
-        if state is LinkState.REESTABLISHING:
+        self.machine.go(ConnectionState.CONNECTED, f"a handshake completed by {route}")
+        if state is ConnectionState.REESTABLISHING:
             self.down = anyio.Event()
-        if state is LinkState.REESTABLISHING and not self.has_new_settings:
+        if state is ConnectionState.REESTABLISHING and not self.has_new_settings:
             self._emit(events.Reestablished(route=route, down_for=now - self._down_at))
         else:
             self.has_new_settings = False
@@ -138,7 +140,7 @@ class Progress:
         """Something is wrong with a link that is up."""
         if self.machine.is_up:
             self._troubles[kind] = reason
-            self.machine.go(LinkState.DEGRADED, reason)
+            self.machine.go(ConnectionState.DEGRADED, reason)
 
     def trouble_ended(self, kind: str, reason: str) -> None:
         if self._troubles.pop(kind, None) is not None:
@@ -151,8 +153,8 @@ class Progress:
             return
         self._troubles.clear()
         self._down_at = time.monotonic()
-        self.machine.go(LinkState.REESTABLISHING, reason)
-        self._emit(events.LinkDown(reason=reason))
+        self.machine.go(ConnectionState.REESTABLISHING, reason)
+        self._emit(events.Disconnected(reason=reason))
         self.down.set()
 
     def new_settings(self, route: str) -> None:
@@ -163,16 +165,16 @@ class Progress:
             self.lost(route, "new settings take over")
 
     def left(self, reason: str) -> None:
-        self.machine.go(LinkState.LEFT, reason)
+        self.machine.go(ConnectionState.LEFT, reason)
         self._emit(events.Left())
 
     def _settle(self, reason: str) -> None:
         if not self.machine.is_up:
             return
         if self._troubles:
-            self.machine.go(LinkState.DEGRADED, next(iter(self._troubles.values())))
+            self.machine.go(ConnectionState.DEGRADED, next(iter(self._troubles.values())))
         else:
-            self.machine.go(LinkState.CONNECTED, reason)
+            self.machine.go(ConnectionState.CONNECTED, reason)
 
-    def _changed(self, old: LinkState, new: LinkState, reason: str) -> None:
+    def _changed(self, old: ConnectionState, new: ConnectionState, reason: str) -> None:
         self._emit(events.StateChanged(old=old, new=new, reason=reason))

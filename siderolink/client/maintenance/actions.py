@@ -9,7 +9,7 @@ from grpclib import GRPCError, Status
 from siderolink.client.maintenance import hooks
 from siderolink.client.maintenance.dispatch import Answer, Implementation, closed_after
 from siderolink.client.maintenance.hooks import MachineHooks
-from siderolink.client.maintenance.roles import INSTALL_REFUSAL, Role
+from siderolink.client.maintenance.roles import INSTALL_REFUSAL, CallerRole
 from siderolink.common.errors import ConfigurationError
 from siderolink.common.pb import machine as pb
 from siderolink.common.pb.google.protobuf import Empty
@@ -33,7 +33,7 @@ class MachineActions:
     def implementations(self) -> dict[str, Implementation]:
         """By the paths of their methods."""
         machine, lifecycle = "/machine.MachineService/", "/machine.LifecycleService/"
-        unary: dict[str, tuple[Callable[[Any, Role], Answer], type[Any], type[Any]]] = {
+        unary: dict[str, tuple[Callable[[Any, CallerRole], Answer], type[Any], type[Any]]] = {
             "ApplyConfiguration": (self._apply, pb.ApplyConfigurationRequest, pb.ApplyConfigurationResponse),
             "MetaDelete": (self._meta_delete, pb.MetaDeleteRequest, pb.MetaDeleteResponse),
             "MetaWrite": (self._meta_write, pb.MetaWriteRequest, pb.MetaWriteResponse),
@@ -62,13 +62,13 @@ class MachineActions:
             for name, (function, request, answer) in unary.items()
         }
 
-    async def _version(self, _: Empty, role: Role) -> pb.VersionResponse:
+    async def _version(self, _: Empty, role: CallerRole) -> pb.VersionResponse:
         found = self._hooks.version
         information = pb.VersionInfo(tag=found.tag, sha=found.sha, built=found.built, os=found.os, arch=found.arch)
         platform = pb.PlatformInfo(name=found.platform, mode=found.mode)
         return pb.VersionResponse(messages=[pb.Version(version=information, platform=platform)])
 
-    async def _apply(self, request: pb.ApplyConfigurationRequest, role: Role) -> pb.ApplyConfigurationResponse:
+    async def _apply(self, request: pb.ApplyConfigurationRequest, role: CallerRole) -> pb.ApplyConfigurationResponse:
         hook = _needed(self._hooks.apply_configuration, "ApplyConfiguration")
         mode = _MODES.get(int(request.mode))
         if mode is None:
@@ -79,7 +79,7 @@ class MachineActions:
                 mode=mode,
                 dry_run=request.dry_run,
                 try_timeout=request.try_mode_timeout,
-                by_admin=role is Role.ADMIN,
+                by_admin=role is CallerRole.ADMIN,
             )
         )
         applied = pb.ApplyConfiguration(
@@ -89,18 +89,18 @@ class MachineActions:
         )
         return pb.ApplyConfigurationResponse(messages=[applied])
 
-    async def _reboot(self, request: pb.RebootRequest, role: Role) -> pb.RebootResponse:
+    async def _reboot(self, request: pb.RebootRequest, role: CallerRole) -> pb.RebootResponse:
         hook, actor = _needed(self._hooks.reboot, "Reboot"), str(uuid.uuid4())
         power_cycle = request.mode == pb.RebootRequestMode.POWERCYCLE
         await hook(hooks.RebootRequest(power_cycle=power_cycle, actor_id=actor))
         return pb.RebootResponse(messages=[pb.Reboot(actor_id=actor)])
 
-    async def _shutdown(self, request: pb.ShutdownRequest, role: Role) -> pb.ShutdownResponse:
+    async def _shutdown(self, request: pb.ShutdownRequest, role: CallerRole) -> pb.ShutdownResponse:
         hook, actor = _needed(self._hooks.shutdown, "Shutdown"), str(uuid.uuid4())
         await hook(hooks.ShutdownRequest(force=request.force, actor_id=actor))
         return pb.ShutdownResponse(messages=[pb.Shutdown(actor_id=actor)])
 
-    async def _reset(self, request: pb.ResetRequest, role: Role) -> pb.ResetResponse:
+    async def _reset(self, request: pb.ResetRequest, role: CallerRole) -> pb.ResetResponse:
         hook, actor = _needed(self._hooks.reset, "Reset"), str(uuid.uuid4())
         mode = _WIPE_MODES.get(int(request.mode))
         if mode is None:
@@ -118,12 +118,12 @@ class MachineActions:
         )
         return pb.ResetResponse(messages=[pb.Reset(actor_id=actor)])
 
-    async def _meta_write(self, request: pb.MetaWriteRequest, role: Role) -> pb.MetaWriteResponse:
+    async def _meta_write(self, request: pb.MetaWriteRequest, role: CallerRole) -> pb.MetaWriteResponse:
         hook = _needed(self._hooks.meta_write, "MetaWrite")
         await hook(_key(request.key), request.value)
         return pb.MetaWriteResponse(messages=[pb.MetaWrite()])
 
-    async def _meta_delete(self, request: pb.MetaDeleteRequest, role: Role) -> pb.MetaDeleteResponse:
+    async def _meta_delete(self, request: pb.MetaDeleteRequest, role: CallerRole) -> pb.MetaDeleteResponse:
         hook = _needed(self._hooks.meta_delete, "MetaDelete")
         if not await hook(_key(request.key)):
             raise GRPCError(Status.NOT_FOUND, "meta key not found")
@@ -133,16 +133,16 @@ class MachineActions:
         hook = _needed(self._hooks.control_service, f"Service{action.capitalize()}")
         return await hook(action, one_line(service, limit=_LONGEST_NAME))
 
-    async def _service_start(self, request: pb.ServiceStartRequest, role: Role) -> pb.ServiceStartResponse:
+    async def _service_start(self, request: pb.ServiceStartRequest, role: CallerRole) -> pb.ServiceStartResponse:
         return pb.ServiceStartResponse(messages=[pb.ServiceStart(resp=await self._control("start", request.id))])
 
-    async def _service_stop(self, request: pb.ServiceStopRequest, role: Role) -> pb.ServiceStopResponse:
+    async def _service_stop(self, request: pb.ServiceStopRequest, role: CallerRole) -> pb.ServiceStopResponse:
         return pb.ServiceStopResponse(messages=[pb.ServiceStop(resp=await self._control("stop", request.id))])
 
-    async def _service_restart(self, request: pb.ServiceRestartRequest, role: Role) -> pb.ServiceRestartResponse:
+    async def _service_restart(self, request: pb.ServiceRestartRequest, role: CallerRole) -> pb.ServiceRestartResponse:
         return pb.ServiceRestartResponse(messages=[pb.ServiceRestart(resp=await self._control("restart", request.id))])
 
-    async def _upgrade(self, request: pb.UpgradeRequest, role: Role) -> pb.UpgradeResponse:
+    async def _upgrade(self, request: pb.UpgradeRequest, role: CallerRole) -> pb.UpgradeResponse:
         hook = self._hooks.install
         if hook is None:
             raise GRPCError(Status.FAILED_PRECONDITION, f"Talos is not installed: {INSTALL_REFUSAL}")
@@ -152,7 +152,7 @@ class MachineActions:
                 pass
         return pb.UpgradeResponse(messages=[pb.Upgrade(ack="Upgrade request received", actor_id=actor)])
 
-    async def _pull(self, request: pb.ImageServicePullRequest, role: Role) -> AsyncIterator[pb.ImageServicePullResponse]:
+    async def _pull(self, request: pb.ImageServicePullRequest, role: CallerRole) -> AsyncIterator[pb.ImageServicePullResponse]:
         if self._hooks.pull_image is None:
             _refuse_install("ImageService/Pull")
         if not 0 < len(request.image_ref) <= _LONGEST_NAME:
@@ -160,7 +160,7 @@ class MachineActions:
         yield pb.ImageServicePullResponse(name=await self._hooks.pull_image(request.image_ref))
 
     async def _install(
-        self, request: pb.LifecycleServiceInstallRequest, role: Role
+        self, request: pb.LifecycleServiceInstallRequest, role: CallerRole
     ) -> AsyncIterator[pb.LifecycleServiceInstallResponse]:
         image = request.source.image_name if request.source is not None else ""
         disk = request.destination.disk if request.destination is not None else ""
@@ -168,7 +168,7 @@ class MachineActions:
             yield pb.LifecycleServiceInstallResponse(progress=progress)
 
     async def _install_upgrade(
-        self, request: pb.LifecycleServiceUpgradeRequest, role: Role
+        self, request: pb.LifecycleServiceUpgradeRequest, role: CallerRole
     ) -> AsyncIterator[pb.LifecycleServiceUpgradeResponse]:
         image = request.source.image_name if request.source is not None else ""
         async for progress in self._progress("Upgrade", hooks.InstallRequest(image=image, is_upgrade=True)):

@@ -13,7 +13,7 @@ import anyio.to_thread
 from grpclib import GRPCError, Status
 
 from siderolink.client.config import MachineSettings
-from siderolink.client.config.extra import needing_extra
+from siderolink.client.config.sources import needing_extra
 from siderolink.client.link.supervisor import Verdict
 from siderolink.client.maintenance.hooks import ApplyAnswer, ApplyMode, ApplyRequest
 from siderolink.client.maintenance.meta import read_private, write_private

@@ -11,7 +11,15 @@ from grpclib import GRPCError, Status
 from grpclib.const import Cardinality, Handler
 from grpclib.server import Stream
 
-from siderolink.client.maintenance.roles import APPLY, METHODS, Admittance, Method, Role, not_authorized, unknown_method
+from siderolink.client.maintenance.roles import (
+    APPLY,
+    METHODS,
+    Admittance,
+    CallerRole,
+    MethodRule,
+    not_authorized,
+    unknown_method,
+)
 from siderolink.common.errors import ConfigurationError
 from siderolink.common.grpc import ANY_METHOD
 from siderolink.common.pb.google.protobuf import Empty
@@ -30,7 +38,7 @@ Answer: TypeAlias = Awaitable[betterproto2.Message] | AsyncIterator[betterproto2
 class Implementation:
     """The implementation of one method. It is called with the request and the caller's role."""
 
-    function: Callable[[Any, Role], Answer]
+    function: Callable[[Any, CallerRole], Answer]
     request: type[betterproto2.Message]
     answer: type[betterproto2.Message]
     is_stream: bool = False
@@ -72,7 +80,7 @@ class MethodTable:
                 handlers[path] = self._handler(method)
         return handlers | {ANY_METHOD: Handler(self._refuse_unknown, Cardinality.UNARY_STREAM, Empty, Empty)}
 
-    def _handler(self, method: Method) -> Handler:
+    def _handler(self, method: MethodRule) -> Handler:
         found = self._implementations.get(method.path)
         if found is None:
             return Handler(self._refusing(method), Cardinality.UNARY_STREAM, Empty, Empty)
@@ -80,15 +88,15 @@ class MethodTable:
         serve = self._streaming(method, found) if found.is_stream else self._answering(method, found)
         return Handler(serve, cardinality, found.request, found.answer)
 
-    def _check(self, method: Method, stream: Stream[Any, Any]) -> Role:
+    def _check(self, method: MethodRule, stream: Stream[Any, Any]) -> CallerRole:
         """The caller's role. Raises GRPCError where that is not enough."""
         role = self._admittance.role(stream.peer.addr())
-        needs_admin = method.role is Role.ADMIN or (method.path == APPLY and not self._admittance.readers_apply)
-        if needs_admin and role is not Role.ADMIN:
+        needs_admin = method.role is CallerRole.ADMIN or (method.path == APPLY and not self._admittance.readers_apply)
+        if needs_admin and role is not CallerRole.ADMIN:
             raise not_authorized()
         return role
 
-    def _refusing(self, method: Method) -> Callable[[Stream[Any, Any]], Awaitable[None]]:
+    def _refusing(self, method: MethodRule) -> Callable[[Stream[Any, Any]], Awaitable[None]]:
         status, text = method.refusal or (Status.UNIMPLEMENTED, f"{method.name} is not implemented on this machine")
 
         async def refuse(stream: Stream[Any, Any]) -> None:
@@ -98,11 +106,11 @@ class MethodTable:
         return refuse
 
     async def _refuse_unknown(self, stream: Stream[Any, Any]) -> None:
-        if self._admittance.role(stream.peer.addr()) is not Role.ADMIN:
+        if self._admittance.role(stream.peer.addr()) is not CallerRole.ADMIN:
             raise not_authorized()
         raise unknown_method(getattr(stream, "path", ""))
 
-    def _answering(self, method: Method, found: Implementation) -> Callable[[Stream[Any, Any]], Awaitable[None]]:
+    def _answering(self, method: MethodRule, found: Implementation) -> Callable[[Stream[Any, Any]], Awaitable[None]]:
         async def serve(stream: Stream[Any, Any]) -> None:
             role = self._check(method, stream)
             request = readable(await stream.recv_message())
@@ -141,7 +149,7 @@ class MethodTable:
             task.cancel()
         await asyncio.gather(*self._actions, return_exceptions=True)
 
-    def _streaming(self, method: Method, found: Implementation) -> Callable[[Stream[Any, Any]], Awaitable[None]]:
+    def _streaming(self, method: MethodRule, found: Implementation) -> Callable[[Stream[Any, Any]], Awaitable[None]]:
         async def serve(stream: Stream[Any, Any]) -> None:
             role = self._check(method, stream)
             request = readable(await stream.recv_message())

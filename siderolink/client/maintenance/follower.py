@@ -4,7 +4,7 @@ import contextlib
 import socket
 from ipaddress import IPv6Address
 
-from siderolink.client.link.events import Connected, InterfaceConfigured, Joined, Left, LinkDown, LinkEvent, Reestablished
+from siderolink.client.link.events import Connected, Disconnected, InterfaceConfigured, Joined, Left, LinkEvent, Reestablished
 from siderolink.client.maintenance.api import Everywhere, MaintenanceApi, Nowhere, OnOverlay
 from siderolink.client.maintenance.resources.definitions import (
     LINK_SPEC,
@@ -85,7 +85,7 @@ class LinkFollower:
                 self._update_place()
             case Connected() | Reestablished():
                 self._connected = True
-            case LinkDown():
+            case Disconnected():
                 self._connected = False
             case Left():
                 self._forget_link()

@@ -11,7 +11,7 @@ from typing import Generic, TypeVar
 import anyio
 
 from siderolink.client.maintenance.host.proc import masked
-from siderolink.client.reporting.xid import IdMaker
+from siderolink.client.reporting.event_sender import IdMaker
 from siderolink.common.machine_events import MachineEventPayload, pack_event
 from siderolink.common.pb.machine import Event, EventsRequest
 

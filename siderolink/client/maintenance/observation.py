@@ -17,7 +17,7 @@ from siderolink.client.maintenance.history import EventHistory, LogBuffer
 from siderolink.client.maintenance.hooks import LogRequest, MachineHooks
 from siderolink.client.maintenance.host import disks, proc
 from siderolink.client.maintenance.host.kernel_log import kernel_log
-from siderolink.client.maintenance.roles import Role
+from siderolink.client.maintenance.roles import CallerRole
 from siderolink.common.pb import machine as pb
 from siderolink.common.pb import storage
 from siderolink.common.pb import time as pb_time
@@ -59,14 +59,14 @@ class Observation:
         self._log = log
         self._started = datetime.now(UTC)
         self._threads = anyio.CapacityLimiter(4)
-        self._kernel_readers: Counter[Role] = Counter()
+        self._kernel_readers: Counter[CallerRole] = Counter()
         self._locks: defaultdict[object, anyio.Lock] = defaultdict(anyio.Lock)
         self._results: dict[object, tuple[float, Any]] = {}
 
     def implementations(self) -> dict[str, Implementation]:
         """By the paths of their methods."""
         machine = "/machine.MachineService/"
-        unary: dict[str, tuple[Callable[[Any, Role], Answer], type[Any], type[Any]]] = {
+        unary: dict[str, tuple[Callable[[Any, CallerRole], Answer], type[Any], type[Any]]] = {
             "Containers": (_containers, pb.ContainersRequest, pb.ContainersResponse),
             "CPUFreqStats": (self._cpu_frequencies, Empty, pb.CpuFreqStatsResponse),
             "CPUInfo": (self._cpu_info, Empty, pb.CpuInfoResponse),
@@ -82,7 +82,7 @@ class Observation:
             "Stats": (_stats, pb.StatsRequest, pb.StatsResponse),
             "SystemStat": (self._system_stat, Empty, pb.SystemStatResponse),
         }
-        streams: dict[str, tuple[Callable[[Any, Role], Answer], type[Any], type[Any]]] = {
+        streams: dict[str, tuple[Callable[[Any, CallerRole], Answer], type[Any], type[Any]]] = {
             f"{machine}Dmesg": (self._dmesg, pb.DmesgRequest, Data),
             f"{machine}Events": (self._follow_events, pb.EventsRequest, pb.Event),
             f"{machine}ImageList": (_nothing, pb.ImageListRequest, pb.ImageListResponse),
@@ -127,46 +127,46 @@ class Observation:
         except OSError as error:
             raise GRPCError(Status.UNAVAILABLE, f"the kernel query failed: {error.strerror}") from None
 
-    async def _cpu_info(self, _: Empty, role: Role) -> pb.CpuInfoResponse:
+    async def _cpu_info(self, _: Empty, role: CallerRole) -> pb.CpuInfoResponse:
         return pb.CpuInfoResponse(messages=[pb.CpUsInfo(cpu_info=await self._ask(proc.cpu_info))])
 
-    async def _cpu_frequencies(self, _: Empty, role: Role) -> pb.CpuFreqStatsResponse:
+    async def _cpu_frequencies(self, _: Empty, role: CallerRole) -> pb.CpuFreqStatsResponse:
         found = await self._ask(proc.cpu_frequencies)
         return pb.CpuFreqStatsResponse(messages=[pb.CpUsFreqStats(cpu_freq_stats=found)])
 
-    async def _disk_stats(self, _: Empty, role: Role) -> pb.DiskStatsResponse:
+    async def _disk_stats(self, _: Empty, role: CallerRole) -> pb.DiskStatsResponse:
         return pb.DiskStatsResponse(messages=[await self._ask(proc.disk_stats)])
 
-    async def _load_average(self, _: Empty, role: Role) -> pb.LoadAvgResponse:
+    async def _load_average(self, _: Empty, role: CallerRole) -> pb.LoadAvgResponse:
         return pb.LoadAvgResponse(messages=[await self._ask(proc.load_average)])
 
-    async def _memory(self, _: Empty, role: Role) -> pb.MemoryResponse:
+    async def _memory(self, _: Empty, role: CallerRole) -> pb.MemoryResponse:
         return pb.MemoryResponse(messages=[pb.Memory(meminfo=await self._ask(proc.memory_info))])
 
-    async def _mounts(self, _: Empty, role: Role) -> pb.MountsResponse:
+    async def _mounts(self, _: Empty, role: CallerRole) -> pb.MountsResponse:
         return pb.MountsResponse(messages=[pb.Mounts(stats=await self._ask(proc.mounts))])
 
-    async def _network_devices(self, _: Empty, role: Role) -> pb.NetworkDeviceStatsResponse:
+    async def _network_devices(self, _: Empty, role: CallerRole) -> pb.NetworkDeviceStatsResponse:
         return pb.NetworkDeviceStatsResponse(messages=[await self._ask(proc.network_devices)])
 
-    async def _processes(self, _: Empty, role: Role) -> pb.ProcessesResponse:
-        found = await self._ask(_all_of_processes if role is Role.ADMIN else _processes)
+    async def _processes(self, _: Empty, role: CallerRole) -> pb.ProcessesResponse:
+        found = await self._ask(_all_of_processes if role is CallerRole.ADMIN else _processes)
         return pb.ProcessesResponse(messages=[pb.Process(processes=found)])
 
-    async def _system_stat(self, _: Empty, role: Role) -> pb.SystemStatResponse:
+    async def _system_stat(self, _: Empty, role: CallerRole) -> pb.SystemStatResponse:
         return pb.SystemStatResponse(messages=[await self._ask(proc.system_stat)])
 
-    async def _disks(self, _: Empty, role: Role) -> storage.DisksResponse:
+    async def _disks(self, _: Empty, role: CallerRole) -> storage.DisksResponse:
         found = await self._ask(disks.read_disks)
         return storage.DisksResponse(messages=[storage.Disks(disks=disks.legacy_disks(found))])
 
-    async def _statfs(self, request: pb.StorageServiceStatfsRequest, role: Role) -> pb.StorageServiceStatfsResponse:
+    async def _statfs(self, request: pb.StorageServiceStatfsRequest, role: CallerRole) -> pb.StorageServiceStatfsResponse:
         found = await self._read_in_thread(partial(proc.file_system, request.path))
         if found is None:
             raise GRPCError(Status.NOT_FOUND, f"no file system is mounted at {one_line(request.path, limit=200)!r}")
         return found
 
-    async def _services(self, _: Empty, role: Role) -> pb.ServiceListResponse:
+    async def _services(self, _: Empty, role: CallerRole) -> pb.ServiceListResponse:
         if self._hooks.services is not None:
             return pb.ServiceListResponse(messages=[pb.ServiceList(services=await self._hooks.services())])
         event = pb.ServiceEvent(msg="Started", state="Running", ts=self._started)
@@ -178,11 +178,11 @@ class Observation:
         )
         return pb.ServiceListResponse(messages=[pb.ServiceList(services=[own])])
 
-    async def _log_names(self, _: Empty, role: Role) -> pb.LogsContainersResponse:
+    async def _log_names(self, _: Empty, role: CallerRole) -> pb.LogsContainersResponse:
         names = self._hooks.log_names if self._hooks.logs is not None else (OWN_LOG, KERNEL_LOG)
         return pb.LogsContainersResponse(messages=[pb.LogsContainer(ids=list(names))])
 
-    async def _kernel_log(self, role: Role, *, follow: bool, only_new: bool) -> AsyncIterator[bytes]:
+    async def _kernel_log(self, role: CallerRole, *, follow: bool, only_new: bool) -> AsyncIterator[bytes]:
         """Lines of the kernel's log. Each reader holds a descriptor, so their number is bounded, apart for each role."""
         if self._kernel_readers[role] >= _MAX_KERNEL_READERS:
             raise GRPCError(Status.RESOURCE_EXHAUSTED, "too many callers are reading the kernel log; stop some first")
@@ -196,11 +196,11 @@ class Observation:
         finally:
             self._kernel_readers[role] -= 1
 
-    async def _dmesg(self, request: pb.DmesgRequest, role: Role) -> AsyncIterator[Data]:
+    async def _dmesg(self, request: pb.DmesgRequest, role: CallerRole) -> AsyncIterator[Data]:
         async for part in _parts(self._kernel_log(role, follow=request.follow, only_new=request.follow and request.tail)):
             yield part
 
-    async def _logs(self, request: pb.LogsRequest, role: Role) -> AsyncIterator[Data]:
+    async def _logs(self, request: pb.LogsRequest, role: CallerRole) -> AsyncIterator[Data]:
         name = request.id
         lines: AsyncIterator[bytes]
         if self._hooks.logs is not None and name in self._hooks.log_names:
@@ -214,14 +214,14 @@ class Observation:
         async for part in _parts(lines):
             yield part
 
-    async def _follow_events(self, request: pb.EventsRequest, role: Role) -> AsyncIterator[pb.Event]:
+    async def _follow_events(self, request: pb.EventsRequest, role: CallerRole) -> AsyncIterator[pb.Event]:
         if request.tail_seconds < 0:
             raise GRPCError(Status.INVALID_ARGUMENT, "tail_seconds must not be negative")
         async with closed_after(self._events.follow(request)) as events:
             async for event in events:
                 yield event
 
-    async def _read(self, request: pb.ReadRequest, role: Role) -> AsyncIterator[Data]:
+    async def _read(self, request: pb.ReadRequest, role: CallerRole) -> AsyncIterator[Data]:
         if request.path not in _READABLE:
             allowed = ", ".join(_READABLE)
             raise GRPCError(Status.PERMISSION_DENIED, f"this machine only serves the files {allowed}")
@@ -239,24 +239,24 @@ async def _parts(lines: AsyncIterator[bytes]) -> AsyncIterator[Data]:
             yield Data(bytes=line)
 
 
-async def _hostname(_: Empty, role: Role) -> pb.HostnameResponse:
+async def _hostname(_: Empty, role: CallerRole) -> pb.HostnameResponse:
     return pb.HostnameResponse(messages=[pb.Hostname(hostname=socket.gethostname())])
 
 
-async def _containers(_: pb.ContainersRequest, role: Role) -> pb.ContainersResponse:
+async def _containers(_: pb.ContainersRequest, role: CallerRole) -> pb.ContainersResponse:
     return pb.ContainersResponse(messages=[pb.Container()])
 
 
-async def _stats(_: pb.StatsRequest, role: Role) -> pb.StatsResponse:
+async def _stats(_: pb.StatsRequest, role: CallerRole) -> pb.StatsResponse:
     return pb.StatsResponse(messages=[pb.Stats()])
 
 
-async def _time(_: Empty, role: Role) -> pb_time.TimeResponse:
+async def _time(_: Empty, role: CallerRole) -> pb_time.TimeResponse:
     now = datetime.now(UTC)
     return pb_time.TimeResponse(messages=[pb_time.Time(localtime=now, remotetime=now)])
 
 
-async def _nothing(_: object, role: Role) -> AsyncIterator[Any]:
+async def _nothing(_: object, role: CallerRole) -> AsyncIterator[Any]:
     nothing: tuple[Any, ...] = ()
     for one in nothing:
         yield one

@@ -15,7 +15,7 @@ from grpclib import GRPCError, Status
 from siderolink.common.text import one_line
 
 
-class Role(StrEnum):
+class CallerRole(StrEnum):
     """The permissions of a caller."""
 
     READER = "reader"
@@ -33,23 +33,23 @@ class Admittance:
     readers_apply: bool = False
     """Whether readers may apply a configuration: where there is none yet, since nobody else could."""
 
-    def role(self, source: object) -> Role:
+    def role(self, source: object) -> CallerRole:
         """The role of a caller at a socket address."""
         if self.admin is None or not isinstance(source, tuple) or not source:
-            return Role.READER
+            return CallerRole.READER
         try:
             address = IPv6Address(str(source[0]))
         except AddressValueError:
-            return Role.READER
-        return Role.ADMIN if address == self.admin else Role.READER
+            return CallerRole.READER
+        return CallerRole.ADMIN if address == self.admin else CallerRole.READER
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Method:
+class MethodRule:
     """One method of the API."""
 
     path: str
-    role: Role
+    role: CallerRole
     """The least role that may call it."""
     refusal: tuple[Status, str] | None = None
     """The error for callers with that role if nothing serves the method."""
@@ -70,7 +70,7 @@ INSTALL_REFUSAL = (
     "this machine runs SideroLink on an operating system of its own and cannot be installed or upgraded by its server: "
     "it stays in maintenance; install the operating system itself, or remove the machine"
 )
-_READER, _ADMIN = Role.READER, Role.ADMIN
+_READER, _ADMIN = CallerRole.READER, CallerRole.ADMIN
 _NEVER_INSTALLED = "FAILED_PRECONDITION: this machine is never installed or upgraded by its server"
 _NO_FILES = "the files of this host are not for readers"
 _NO_DISKS = "this machine never changes the disks of its host"
@@ -81,7 +81,7 @@ _INSTALL = "an embedder's hook; without one FAILED_PRECONDITION, since the machi
 _KERNEL = "the kernel's figures (/proc, /sys)"
 _NO_WRITING = "write access is not allowed"
 
-_SERVED: dict[str, tuple[Role, str]] = {
+_SERVED: dict[str, tuple[CallerRole, str]] = {
     "machine.MachineService/ApplyConfiguration": (
         _READER,
         "judged as the machine's own decoder would; open to readers while no SideroLink is configured",
@@ -126,7 +126,7 @@ _SERVED: dict[str, tuple[Role, str]] = {
     "cosi.resource.State/List": (_READER, "sensitive types for admins alone"),
     "cosi.resource.State/Watch": (_READER, "sensitive types for admins alone"),
 }
-_REFUSED: dict[str, tuple[Role, Status, str]] = {
+_REFUSED: dict[str, tuple[CallerRole, Status, str]] = {
     "machine.MachineService/Bootstrap": (_ADMIN, Status.FAILED_PRECONDITION, "bootstrap is not available yet"),
     "machine.MachineService/Copy": (_ADMIN, Status.UNIMPLEMENTED, "the files of this host are not copied"),
     "machine.MachineService/DiskUsage": (_READER, Status.UNIMPLEMENTED, _NO_FILES),
@@ -158,7 +158,7 @@ _REFUSED: dict[str, tuple[Role, Status, str]] = {
     "cosi.resource.State/TeardownAndDestroy": (_READER, Status.PERMISSION_DENIED, _NO_WRITING),
     "cosi.resource.State/Update": (_READER, Status.PERMISSION_DENIED, _NO_WRITING),
 }
-_CONTROL_PLANE: dict[str, tuple[Role, str]] = {
+_CONTROL_PLANE: dict[str, tuple[CallerRole, str]] = {
     "machine.MachineService/EtcdAlarmDisarm": (_ADMIN, "etcd alarm disarm"),
     "machine.MachineService/EtcdAlarmList": (_READER, "etcd alarm list"),
     "machine.MachineService/EtcdDefragment": (_ADMIN, "etcd defragment"),
@@ -193,16 +193,16 @@ def unknown_method(path: str) -> GRPCError:
     return GRPCError(Status.UNIMPLEMENTED, f"unknown service {one_line(service, limit=100)}")
 
 
-def _methods() -> Iterator[Method]:
+def _methods() -> Iterator[MethodRule]:
     for name, (role, note) in _SERVED.items():
-        yield Method(path=f"/{name}", role=role, note=note)
+        yield MethodRule(path=f"/{name}", role=role, note=note)
     for name, (role, status, text) in _REFUSED.items():
         words = text if text in _EXACT else f"{name.rpartition('.')[2]}: {text}"
         note = _NEVER_INSTALLED if text is INSTALL_REFUSAL else f"{status.name}: {text}"
-        yield Method(path=f"/{name}", role=role, refusal=(status, words), note=note)
+        yield MethodRule(path=f"/{name}", role=role, refusal=(status, words), note=note)
     for name, (role, api) in _CONTROL_PLANE.items():
         text = f"{api} is only available on control plane nodes"
-        yield Method(path=f"/{name}", role=role, refusal=(Status.UNIMPLEMENTED, text), note=f"UNIMPLEMENTED: {text}")
+        yield MethodRule(path=f"/{name}", role=role, refusal=(Status.UNIMPLEMENTED, text), note=f"UNIMPLEMENTED: {text}")
 
 
 METHODS = {method.path: method for method in _methods()}

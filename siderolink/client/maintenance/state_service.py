@@ -14,13 +14,13 @@ from siderolink.client.maintenance.resources.store import (
     BookmarkError,
     Change,
     ChangeKind,
-    History,
+    RecentChanges,
     Resource,
     ResourceStore,
     Watch,
     WatchTooSlowError,
 )
-from siderolink.client.maintenance.roles import Admittance, Role, not_authorized
+from siderolink.client.maintenance.roles import Admittance, CallerRole, not_authorized
 from siderolink.common.pb.cosi import resource as pb
 from siderolink.common.text import one_line
 
@@ -127,7 +127,7 @@ class StateService:
         if found is None:
             text = f'resource type "{one_line(request.type, limit=128)}" is not supported'
             raise GRPCError(Status.PERMISSION_DENIED, text)
-        if found.is_sensitive and self._admittance.role(stream.peer.addr()) is not Role.ADMIN:
+        if found.is_sensitive and self._admittance.role(stream.peer.addr()) is not CallerRole.ADMIN:
             raise not_authorized()
         if request.namespace and not self._store.has_namespace(request.namespace):
             text = f'namespace "{one_line(request.namespace, limit=128)}" is not supported'
@@ -147,7 +147,7 @@ def _watched(request: pb.WatchRequest, options: pb.WatchOptions) -> Selection:
     return read_selection(options.label_query, options.id_query)
 
 
-def _past(request: pb.WatchRequest, options: pb.WatchOptions, history: History) -> list[Change] | None:
+def _past(request: pb.WatchRequest, options: pb.WatchOptions, history: RecentChanges) -> list[Change] | None:
     """The requested past changes, or None if none were requested. Raises GRPCError."""
     if options.tail_events > 0:
         return history.last(options.tail_events, request.id)
@@ -161,7 +161,7 @@ def _past(request: pb.WatchRequest, options: pb.WatchOptions, history: History) 
 
 
 async def _send_changes(
-    stream: Stream[pb.WatchRequest, pb.WatchResponse], watch: Watch, selection: Selection, history: History
+    stream: Stream[pb.WatchRequest, pb.WatchResponse], watch: Watch, selection: Selection, history: RecentChanges
 ) -> None:
     while True:
         try:
@@ -195,7 +195,7 @@ def _created(found: Resource) -> pb.Event:
     return _event(pb.EventType.CREATED, message_of(found))
 
 
-def _changed(change: Change, selection: Selection, history: History) -> pb.Event | None:
+def _changed(change: Change, selection: Selection, history: RecentChanges) -> pb.Event | None:
     """A change as an event for a watcher of a selection, or None if it does not concern the watcher."""
     kind = selection.kind_of(change)
     if kind is None:

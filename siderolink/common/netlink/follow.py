@@ -29,7 +29,7 @@ from siderolink.common.netlink.rtnl import (
     NEWROUTE,
     Address,
     HostNetwork,
-    Link,
+    NetworkLink,
     Route,
     link_request,
     parse_link,
@@ -139,7 +139,7 @@ class InterfaceMonitor:
     _RETRY_SECONDS: Final = 1.0
 
     def __init__(
-        self, opened: socket.socket, index: int, on_change: Callable[[Link], None], on_gone: Callable[[], None]
+        self, opened: socket.socket, index: int, on_change: Callable[[NetworkLink], None], on_gone: Callable[[], None]
     ) -> None:
         """`opened` comes from ``open_events(LINKS)`` in the interface's namespace and is closed with the monitor."""
         self._index = index
@@ -193,7 +193,7 @@ class InterfaceMonitor:
         elif code:
             self._ask_later()
 
-    def _tell(self, link: Link, *, is_here: bool) -> None:
+    def _tell(self, link: NetworkLink, *, is_here: bool) -> None:
         if not is_here:
             self._lose()
         elif (link.is_up, link.mtu) != self._last:
@@ -210,8 +210,8 @@ class NetworkUpdate:
     """One picture and how it differs from the one before; a changed item is among both the removed and the added ones."""
 
     network: HostNetwork
-    added: frozenset[Link | Address | Route]
-    removed: frozenset[Link | Address | Route]
+    added: frozenset[NetworkLink | Address | Route]
+    removed: frozenset[NetworkLink | Address | Route]
 
 
 async def follow_network(
@@ -246,6 +246,6 @@ async def follow_network(
 
 
 def _compare(before: HostNetwork, now: HostNetwork) -> NetworkUpdate:
-    old: set[Link | Address | Route] = {*before.links.values(), *before.addresses, *before.routes}
-    new: set[Link | Address | Route] = {*now.links.values(), *now.addresses, *now.routes}
+    old: set[NetworkLink | Address | Route] = {*before.links.values(), *before.addresses, *before.routes}
+    new: set[NetworkLink | Address | Route] = {*now.links.values(), *now.addresses, *now.routes}
     return NetworkUpdate(now, frozenset(new - old), frozenset(old - new))

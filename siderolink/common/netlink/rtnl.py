@@ -31,7 +31,7 @@ __all__ = [
         "HostNetwork",
         "IPAddress",
         "RTMSG",
-        "Link",
+        "NetworkLink",
         "NEWADDR",
     ),
     *("NEWLINK", "NEWROUTE", "RTMSG", "NextHop", "Route", "find_link", "link_request"),
@@ -66,7 +66,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Link:
+class NetworkLink:
     """An interface. Numbers are the kernel's (linux/if_link.h, linux/if_arp.h)."""
 
     index: int
@@ -156,7 +156,7 @@ class Route:
 class HostNetwork:
     """All links, addresses and routes of a network namespace at one time."""
 
-    links: dict[int, Link]
+    links: dict[int, NetworkLink]
     addresses: frozenset[Address] = frozenset()
     routes: frozenset[Route] = frozenset()
     is_complete: bool = True
@@ -168,7 +168,7 @@ class HostNetwork:
 # --- parsing
 
 
-def parse_link(message: Message) -> Link | None:
+def parse_link(message: Message) -> NetworkLink | None:
     fixed = message.fixed(_IFINFO)
     if fixed is None:
         return None
@@ -176,7 +176,7 @@ def parse_link(message: Message) -> Link | None:
     found = message.values(_IFINFO.size)
     info = values(found.get(18, b""))
     statistics, name = found.get(23, b""), text(info.get(1, b""))
-    return Link(
+    return NetworkLink(
         index=index,
         name=text(found.get(3, b"")),
         type=kind,
@@ -279,7 +279,7 @@ def link_request(index: int, *attributes: bytes, flags: int = 0) -> bytes:
     return _IFINFO.pack(0, 0, index, flags, flags) + b"".join(attributes)
 
 
-def read_link(requests: RequestSocket, index: int) -> Link:
+def read_link(requests: RequestSocket, index: int) -> NetworkLink:
     """One interface as it is now, with its counters. Raises NetlinkRefusal, with ENODEV where there is none."""
     for message in requests.request(GETLINK, link_request(index)):
         link = parse_link(message)
@@ -288,7 +288,7 @@ def read_link(requests: RequestSocket, index: int) -> Link:
     raise NetlinkRefusal(errno.ENODEV, "no such interface")
 
 
-def find_link(requests: RequestSocket, name: str) -> Link:
+def find_link(requests: RequestSocket, name: str) -> NetworkLink:
     """The interface of that name, as `read_link` gives it."""
     for message in requests.request(GETLINK, link_request(0, attribute(3, name.encode() + b"\0"))):
         link = parse_link(message)

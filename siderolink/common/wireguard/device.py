@@ -12,7 +12,7 @@ from siderolink.common.keys import PresharedKey, PrivateKey, PublicKey
 from siderolink.common.wireguard.path import Datagrams, Endpoint, Path
 
 if TYPE_CHECKING:
-    from siderolink.common.netlink import Link
+    from siderolink.common.netlink import NetworkLink
     from siderolink.common.wireguard.noise.tai64n import Timestamps
 
 DeviceKind = Literal["auto", "kernel", "userspace"]
@@ -238,7 +238,7 @@ class Device(Protocol):
     async def counters(self) -> DeviceCounters:
         """The counters; other tasks run meanwhile. Figures of the kernel's peers may be a few seconds old."""
 
-    def read_interface(self) -> "Link | None":
+    def read_interface(self) -> "NetworkLink | None":
         """The interface as it is; None without one, also once it is gone."""
 
     def offer_path(self, public_key: PublicKey, path: Path) -> None:
@@ -262,7 +262,7 @@ class CanShakeHands(Protocol):
 DeviceContext = AbstractAsyncContextManager[Device]
 
 
-def interface_counters(link: "Link | None") -> InterfaceCounters | None:
+def interface_counters(link: "NetworkLink | None") -> InterfaceCounters | None:
     """Of an interface as netlink shows it; None for one that is gone."""
     if link is None or len(link.counters) < 4:
         return None

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Final
 
 from siderolink.common.errors import DeviceError, InterfaceInUseError
-from siderolink.common.netlink import Link, call_in
+from siderolink.common.netlink import NetworkLink, call_in
 from siderolink.common.wireguard.device import DeviceConfig, InterfaceLost, OnDeviceEvent, OpenPorts
 from siderolink.common.wireguard.interface_rules import InterfaceRules
 from siderolink.common.wireguard.path import Path
@@ -91,7 +91,7 @@ class TunDevice(UserspaceDevice):
         }
         return super().drops() | self._rules.drops() | {str(name): count for name, count in found.items() if count}
 
-    def _read_interface(self) -> Link | None:
+    def _read_interface(self) -> NetworkLink | None:
         return self._monitor.read() if self._monitor is not None else None
 
     def pause_reading(self, path: Path) -> bool:
@@ -133,7 +133,7 @@ class TunDevice(UserspaceDevice):
             self._stop_reading()
             self.on_event(InterfaceLost(reason=str(error)))
 
-    def _link_changed(self, link: Link) -> None:
+    def _link_changed(self, link: NetworkLink) -> None:
         if link.mtu != self.engine.mtu:
             self.plane.change_mtu(link.mtu)
             if self._tun.tso and self._monitor is not None:

@@ -17,7 +17,7 @@ from typing import Final
 
 from pyroute2 import netns
 
-from siderolink.common.netlink import InterfaceMonitor, Link, RequestSocket, call_in, open_events, read_link
+from siderolink.common.netlink import InterfaceMonitor, NetworkLink, RequestSocket, call_in, open_events, read_link
 from siderolink.common.netlink.follow import LINKS
 from siderolink.common.netlink.messages import attribute
 
@@ -34,7 +34,7 @@ _MOVES: Final = 10
 class TunMonitor:
     """Calls `on_change` when the interface is set up or down or gets another MTU. Its end shows when it is read."""
 
-    def __init__(self, tun_fd: int, on_change: Callable[[Link], None], namespace: str | None = None) -> None:
+    def __init__(self, tun_fd: int, on_change: Callable[[NetworkLink], None], namespace: str | None = None) -> None:
         """`namespace` is where the interface is, if not in the calling thread's. Raises OSError or ConfigurationError."""
         self._tun_fd = tun_fd
         self._on_change = on_change
@@ -50,7 +50,7 @@ class TunMonitor:
         self._monitor.close()
         self._requests.close()
 
-    def read(self) -> Link | None:
+    def read(self) -> NetworkLink | None:
         """The current interface with its counters; None once it is gone."""
         try:
             return read_link(self._requests, self._index)
@@ -66,7 +66,7 @@ class TunMonitor:
         """Cap the size of the interface's super-packets; Linux before 5.19 has no such setting and ignores it."""
         self._monitor.set(attribute(_GSO_MAX_SIZE, size.to_bytes(4, "little")))
 
-    def _changed(self, link: Link) -> None:
+    def _changed(self, link: NetworkLink) -> None:
         if (link.is_up, link.mtu) != self._last:
             self._last = (link.is_up, link.mtu)
             self._on_change(link)

@@ -38,7 +38,7 @@ from siderolink.common.wireguard.udp import UdpSockets, open_udp
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from siderolink.common.netlink import Link
+    from siderolink.common.netlink import NetworkLink
 
 
 class UserspaceDevice:
@@ -68,7 +68,7 @@ class UserspaceDevice:
         """Whether packets pass: between `start` and `stop`."""
         self._local = frozenset(address.ip.packed for address in config.addresses)
         self.engine.allowed_ips.only_to = self._local if config.isolate else None
-        self.read_interface: Callable[[], Link | None] = lambda: None
+        self.read_interface: Callable[[], NetworkLink | None] = lambda: None
         """The current interface, if the packet device has one; None once it is gone."""
         self._udp: UdpSockets | None = None
         if config.listen_port is not None:

@@ -20,7 +20,7 @@ from siderolink.cli.secret import read_secret
 from siderolink.cli.serve import ServerSource
 from siderolink.cli.serving import Serving
 from siderolink.cli.status import describe_reports, run_status, show_all, to_json
-from siderolink.client import LinkState
+from siderolink.client import ConnectionState
 from siderolink.client.link import events
 from siderolink.common.errors import ConfigurationError
 from siderolink.common.grpc import GRPCError, Status, open_channel
@@ -110,13 +110,13 @@ def test_every_event_of_a_link_has_words() -> None:
         events.Handshake(),
         events.Connected(route="udp a:1", seconds=0.5),
         events.RouteFailed(route="udp a:1", reason="no handshake"),
-        events.LinkDown(reason="no handshake for 275 s"),
+        events.Disconnected(reason="no handshake for 275 s"),
         events.ProvisionFailed(reason="away", retry_in=3.0),
         events.Reestablished(route="udp a:1", down_for=2.0),
         events.InterfaceRepaired(what="it was set down"),
         events.FallbackBegun(reason="no handshake"),
         events.FallbackEnded(),
-        events.StateChanged(old=LinkState.CONNECTED, new=LinkState.LEFT, reason="it was not changed"),
+        events.StateChanged(old=ConnectionState.CONNECTED, new=ConnectionState.LEFT, reason="it was not changed"),
         events.TransportChanged(old="udp", new="tunnel"),
         events.ConnectionsCut(what="the stream ends", age=60.0),
         events.SettingsTried(changes="UUID"),

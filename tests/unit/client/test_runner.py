@@ -14,7 +14,7 @@ from siderolink.client.link import events
 from siderolink.client.link.provisioning import NodeInfo
 from siderolink.client.link.runner import LinkOptions, LinkRunner
 from siderolink.client.link.signals import Put
-from siderolink.client.link.state import LinkState
+from siderolink.client.link.state import ConnectionState
 from siderolink.common.errors import JoinRefusedError
 from siderolink.common.keys import PublicKey
 from siderolink.common.netlink import OutgoingRoute
@@ -93,7 +93,7 @@ class Bench:
     async def say_goodbye(self, device: Device, source: IPv6Address, server: IPv6Address) -> None:
         """Nobody listens."""
 
-    def state(self) -> LinkState:
+    def state(self) -> ConnectionState:
         return self.runner.state
 
     def shake_hands(self, key: PublicKey) -> None:
@@ -128,7 +128,7 @@ async def test_from_the_key_to_the_first_handshake() -> None:
     server = new_key()
     async with running(response(server, ONE)) as bench:
         await bench.saw(events.Connecting)
-        assert bench.state() is LinkState.CONNECTING
+        assert bench.state() is ConnectionState.CONNECTING
         await anyio.wait_all_tasks_blocked()
         bench.shake_hands(server)
         connected = await bench.saw(events.Connected)
@@ -143,7 +143,7 @@ async def test_from_the_key_to_the_first_handshake() -> None:
             "StateChanged",
             "Connected",
         ]
-        assert bench.state() is LinkState.CONNECTED
+        assert bench.state() is ConnectionState.CONNECTED
         [config] = bench.configs
         assert (config.name, config.mtu, config.listen_port, config.isolate) == ("siderolink", 1280, 0, False)
         assert config.addresses == (IPv6Interface(f"{ADDRESS}/64"),)
@@ -153,7 +153,7 @@ async def test_from_the_key_to_the_first_handshake() -> None:
         assert peer.persistent_keepalive == 25
         assert peer.endpoint == (IPv4Address("192.0.2.1"), 51820)
     assert isinstance(bench.events[-1], events.Left)
-    assert bench.state() is LinkState.LEFT
+    assert bench.state() is ConnectionState.LEFT
 
 
 async def test_each_link_has_a_key_of_its_own() -> None:
@@ -179,8 +179,8 @@ async def test_a_dead_link_is_re_established_by_the_next_endpoint() -> None:
         await bench.saw(events.Connecting)
         await anyio.wait_all_tasks_blocked()
         bench.shake_hands(server)
-        await bench.saw(events.LinkDown)
-        assert bench.state() is LinkState.REESTABLISHING
+        await bench.saw(events.Disconnected)
+        assert bench.state() is ConnectionState.REESTABLISHING
         assert bench.runner.progress.down.is_set()
         await bench.saw(events.Connecting, 2)
         await anyio.wait_all_tasks_blocked()
@@ -201,9 +201,9 @@ async def test_a_device_that_gives_up_means_the_link_is_down() -> None:
         assert bench.device is not None
         bench.device.on_event(HandshakeGaveUp(public_key=new_key()))
         await anyio.wait_all_tasks_blocked()
-        assert bench.state() is LinkState.CONNECTED, "that was another peer"
+        assert bench.state() is ConnectionState.CONNECTED, "that was another peer"
         bench.device.on_event(HandshakeGaveUp(public_key=server))
-        assert (await bench.saw(events.LinkDown)).reason == "handshakes go unanswered"
+        assert (await bench.saw(events.Disconnected)).reason == "handshakes go unanswered"
 
 
 async def test_a_handshake_ends_the_asking_while_the_api_is_away() -> None:
@@ -219,7 +219,7 @@ async def test_a_handshake_ends_the_asking_while_the_api_is_away() -> None:
         assert 0 <= failed.retry_in <= 2
         bench.shake_hands(server)
         await bench.saw(events.Reestablished)
-        assert bench.state() is LinkState.CONNECTED
+        assert bench.state() is ConnectionState.CONNECTED
         assert len([event for event in bench.events if isinstance(event, events.Joined)]) == 1
 
 

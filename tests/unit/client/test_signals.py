@@ -7,7 +7,7 @@ import anyio
 import pytest
 
 from siderolink.client.link import events, signals
-from siderolink.client.link.state import LinkState
+from siderolink.client.link.state import ConnectionState
 from siderolink.common.keys import PublicKey
 from siderolink.common.netlink import OutgoingRoute
 from siderolink.common.wireguard.device import InterfaceLost, PeerConfig
@@ -45,8 +45,8 @@ async def test_a_lost_api_is_answered_by_a_handshake_and_by_no_transition() -> N
         await begun(bench, before)
         bench.shake_hands(server)
         await bench.saw(events.Handshake, 2)
-        assert bench.state() is LinkState.CONNECTED
-        assert not any(isinstance(event, events.LinkDown) for event in bench.events)
+        assert bench.state() is ConnectionState.CONNECTED
+        assert not any(isinstance(event, events.Disconnected) for event in bench.events)
 
 
 async def test_no_route_is_trouble_and_its_return_a_handshake() -> None:
@@ -55,15 +55,15 @@ async def test_no_route_is_trouble_and_its_return_a_handshake() -> None:
         await connect(bench, server)
         bench.out = None
         bench.put(signals.NetworkChanged())
-        trouble = await bench.saw(events.StateChanged, condition=lambda event: event.new is LinkState.DEGRADED)
+        trouble = await bench.saw(events.StateChanged, condition=lambda event: event.new is ConnectionState.DEGRADED)
         assert trouble.reason == "this host has no route to 192.0.2.1"
         before = handshakes_begun(bench)
         bench.out = OutgoingRoute(b"there", 2)
         bench.put(signals.NetworkChanged())
         await begun(bench, before)
         bench.shake_hands(server)
-        await bench.saw(events.StateChanged, condition=lambda event: event.old is LinkState.DEGRADED)
-        assert bench.state() is LinkState.CONNECTED
+        await bench.saw(events.StateChanged, condition=lambda event: event.old is ConnectionState.DEGRADED)
+        assert bench.state() is ConnectionState.CONNECTED
 
 
 async def test_a_network_change_that_leaves_the_way_as_it_was_is_no_news() -> None:
@@ -97,7 +97,7 @@ async def test_a_doubt_costs_a_session_of_the_kernel_only_where_the_server_does_
         with anyio.fail_after(5):
             while ("remove", server) not in bench.device.calls:
                 await anyio.sleep(0.01)
-        assert bench.state() is LinkState.CONNECTED
+        assert bench.state() is ConnectionState.CONNECTED
 
 
 async def test_a_server_of_another_key_is_taken_up_while_the_link_is_in_doubt() -> None:
@@ -108,7 +108,7 @@ async def test_a_server_of_another_key_is_taken_up_while_the_link_is_in_doubt() 
         answer = bench.runner.answer
         assert answer is not None
         bench.put(signals.Answered(replace(answer, server_key=new)))
-        await bench.saw(events.LinkDown)
+        await bench.saw(events.Disconnected)
         await anyio.wait_all_tasks_blocked()
         bench.shake_hands(new)
         await bench.saw(events.Reestablished)
@@ -130,7 +130,7 @@ async def test_a_stream_that_was_cut_and_brings_no_handshake_is_a_reason_to_ask(
         monkeypatch.setattr("siderolink.client.link.monitor.anyio.sleep", sleep)
         bench.put(signals.RouteInterrupted("the server ended it"))
         bench.put(signals.RouteInterrupted("the server ended it"))
-        await bench.saw(events.LinkDown)
+        await bench.saw(events.Disconnected)
         await anyio.wait_all_tasks_blocked()
         bench.shake_hands(new)
         await bench.saw(events.Reestablished)
@@ -146,7 +146,7 @@ async def test_the_same_answer_and_other_endpoints_change_nothing_on_a_good_link
         bench.put(signals.Answered(answer))
         bench.put(signals.Answered(replace(answer, endpoints=answer.endpoints[:1])))
         await anyio.wait_all_tasks_blocked()
-        assert bench.state() is LinkState.CONNECTED
+        assert bench.state() is ConnectionState.CONNECTED
 
 
 async def test_lost_large_packets_are_said_and_forgotten() -> None:
@@ -154,14 +154,14 @@ async def test_lost_large_packets_are_said_and_forgotten() -> None:
     async with running(response(server, ONE)) as bench:
         await connect(bench, server)
         bench.put(signals.LargePackets(False))
-        trouble = await bench.saw(events.StateChanged, condition=lambda event: event.new is LinkState.DEGRADED)
+        trouble = await bench.saw(events.StateChanged, condition=lambda event: event.new is ConnectionState.DEGRADED)
         assert "packets of 1280 bytes do not pass by udp" in trouble.reason
         bench.shake_hands(server)
         await anyio.wait_all_tasks_blocked()
-        assert bench.state() is LinkState.DEGRADED, "a handshake says nothing about large packets"
+        assert bench.state() is ConnectionState.DEGRADED, "a handshake says nothing about large packets"
         bench.put(signals.LargePackets(True))
-        await bench.saw(events.StateChanged, condition=lambda event: event.old is LinkState.DEGRADED)
-        assert bench.state() is LinkState.CONNECTED
+        await bench.saw(events.StateChanged, condition=lambda event: event.old is ConnectionState.DEGRADED)
+        assert bench.state() is ConnectionState.CONNECTED
 
 
 async def test_a_repaired_interface_is_told_and_tried() -> None:
@@ -172,10 +172,10 @@ async def test_a_repaired_interface_is_told_and_tried() -> None:
         bench.put(signals.Repaired("it was set down"))
         assert (await bench.saw(events.InterfaceRepaired)).what == "it was set down"
         await begun(bench, before)
-        assert bench.state() is LinkState.DEGRADED
+        assert bench.state() is ConnectionState.DEGRADED
         bench.shake_hands(server)
         await anyio.wait_all_tasks_blocked()
-        assert bench.state() is LinkState.CONNECTED
+        assert bench.state() is ConnectionState.CONNECTED
 
 
 async def test_a_deleted_interface_is_another_device_with_the_same_key() -> None:
@@ -185,7 +185,7 @@ async def test_a_deleted_interface_is_another_device_with_the_same_key() -> None
         bench.put(InterfaceLost(reason="the interface siderolink was deleted by another program"))
         await bench.saw(events.InterfaceConfigured, 2)
         await anyio.wait_all_tasks_blocked()
-        assert bench.state() is LinkState.REESTABLISHING
+        assert bench.state() is ConnectionState.REESTABLISHING
         bench.shake_hands(server)
         await bench.saw(events.Reestablished)
         assert bench.configs[0].private_key == bench.configs[1].private_key

@@ -5,22 +5,22 @@ from pathlib import Path
 
 import pytest
 
-from siderolink.client.link.state import TRANSITIONS, LinkState, StateMachine
+from siderolink.client.link.state import TRANSITIONS, ConnectionState, StateMachine
 
 DOCS = Path(__file__).resolve().parents[3] / "docs"
 
 
 def test_each_transition_has_a_reason_and_a_time() -> None:
-    told: list[tuple[LinkState, LinkState, str]] = []
+    told: list[tuple[ConnectionState, ConnectionState, str]] = []
     now = 100.0
     machine = StateMachine(lambda old, new, reason: told.append((old, new, reason)), lambda: now)
-    assert (machine.state, machine.since) == (LinkState.PROVISIONING, 100.0)
+    assert (machine.state, machine.since) == (ConnectionState.PROVISIONING, 100.0)
     now = 103.0
-    machine.go(LinkState.CONNECTING, "one")
-    machine.go(LinkState.CONNECTING, "two")
-    assert told == [(LinkState.PROVISIONING, LinkState.CONNECTING, "one")]
+    machine.go(ConnectionState.CONNECTING, "one")
+    machine.go(ConnectionState.CONNECTING, "two")
+    assert told == [(ConnectionState.PROVISIONING, ConnectionState.CONNECTING, "one")]
     assert (machine.reason, machine.since) == ("two", 103.0)
-    machine.go(LinkState.CONNECTED, "a handshake completed")
+    machine.go(ConnectionState.CONNECTED, "a handshake completed")
     assert machine.was_up
     assert machine.is_up
 
@@ -28,16 +28,16 @@ def test_each_transition_has_a_reason_and_a_time() -> None:
 def test_what_is_not_in_the_table_is_a_mistake() -> None:
     machine = StateMachine(lambda *_: None)
     with pytest.raises(AssertionError, match="provisioning is not followed by degraded"):
-        machine.go(LinkState.DEGRADED, "")
+        machine.go(ConnectionState.DEGRADED, "")
 
 
 def test_every_state_can_be_left_and_leads_to_the_end() -> None:
-    assert set(TRANSITIONS) == set(LinkState)
-    assert all(LinkState.LEFT in after or state is LinkState.LEFT for state, after in TRANSITIONS.items())
+    assert set(TRANSITIONS) == set(ConnectionState)
+    assert all(ConnectionState.LEFT in after or state is ConnectionState.LEFT for state, after in TRANSITIONS.items())
 
 
 def test_the_picture_and_the_table_of_the_documentation_are_the_machine() -> None:
-    expected = {(old, new) for old, after in TRANSITIONS.items() for new in after if new is not LinkState.LEFT}
+    expected = {(old, new) for old, after in TRANSITIONS.items() for new in after if new is not ConnectionState.LEFT}
     arrow = re.findall(r'data-from="([a-z-]+)" data-to="([a-z-]+)"', (DOCS / "pictures" / "link.svg").read_text())
     assert {(old, new) for old, new in arrow if new != "left"} == expected
     row = re.findall(r"^\| `([a-z-]+)` \| `([a-z-]+)` \|", (DOCS / "link.md").read_text(), re.MULTILINE)

@@ -11,7 +11,7 @@ from grpclib import GRPCError, Status
 from siderolink.client.link import events
 from siderolink.client.link.provisioning import NodeInfo
 from siderolink.client.link.runner import LinkOptions
-from siderolink.client.link.state import LinkState
+from siderolink.client.link.state import ConnectionState
 from siderolink.client.link.supervisor import LinkSupervisor, Verdict, describe_changes, try_first
 from siderolink.common.keys import PublicKey
 from siderolink.common.tasks import background_tasks
@@ -50,7 +50,7 @@ async def test_a_change_that_the_answer_does_not_show_touches_no_session() -> No
         assert bench.service.requests[-1].node_unique_token == "of META"
         assert await supervisor.apply(with_token(bench)) == Verdict(outcome="unchanged")
         assert bench.device.calls == calls
-        assert bench.state() is LinkState.CONNECTED
+        assert bench.state() is ConnectionState.CONNECTED
 
 
 async def test_another_server_key_is_taken_up_on_the_same_interface() -> None:
@@ -81,9 +81,9 @@ async def test_a_failed_handshake_silences_the_link_and_brings_it_back() -> None
         assert ("handshake", server) in bench.device.calls[removed:]
         bench.shake_hands(server)
         await anyio.wait_all_tasks_blocked()
-        assert bench.state() is LinkState.CONNECTED
+        assert bench.state() is ConnectionState.CONNECTED
         assert bench.runner.options.machine.unique_token == ""
-        assert not any(isinstance(event, events.LinkDown) for event in bench.events)
+        assert not any(isinstance(event, events.Disconnected) for event in bench.events)
 
 
 async def test_a_refusal_is_told_and_the_settings_are_dropped_unless_they_are_to_be_kept() -> None:
@@ -204,7 +204,7 @@ async def test_an_unforeseen_error_is_a_failed_try(monkeypatch: pytest.MonkeyPat
         monkeypatch.setattr(supervisor, "prove", prove)
         assert (await supervisor.apply(with_token(bench))).is_refused
         assert "nobody foresaw it" in caplog.text
-        assert bench.state() is LinkState.CONNECTED
+        assert bench.state() is ConnectionState.CONNECTED
         monkeypatch.undo()
         assert (await supervisor.apply(with_token(bench))).outcome == "applied"
 

@@ -33,7 +33,7 @@ from siderolink.client.maintenance import (
     serve_maintenance,
 )
 from siderolink.client.maintenance.certificate import MaintenanceCertificates
-from siderolink.client.maintenance.roles import Admittance, Role
+from siderolink.client.maintenance.roles import Admittance, CallerRole
 from siderolink.common.errors import ConfigurationError
 from siderolink.common.keys import PrivateKey
 from siderolink.common.pb.cosi import resource as cosi
@@ -310,17 +310,17 @@ async def test_a_taken_port_is_said_and_tried_again(caplog: pytest.LogCaptureFix
 @pytest.mark.parametrize(
     ("admin", "source", "role"),
     [
-        (SERVER, (SERVER, 1, 0, 0), Role.ADMIN),
-        (SERVER, ("fdae:41e4:649b:9303::2", 1, 0, 0), Role.READER),
-        (SERVER, ("192.0.2.1", 1), Role.READER),
-        (SERVER, "/a/local/socket", Role.READER),
-        (SERVER, None, Role.READER),
-        (SERVER, (), Role.READER),
-        (SERVER, (f"{SERVER}%eth0", 1, 0, 4), Role.READER),
-        (None, (SERVER, 1, 0, 0), Role.READER),
+        (SERVER, (SERVER, 1, 0, 0), CallerRole.ADMIN),
+        (SERVER, ("fdae:41e4:649b:9303::2", 1, 0, 0), CallerRole.READER),
+        (SERVER, ("192.0.2.1", 1), CallerRole.READER),
+        (SERVER, "/a/local/socket", CallerRole.READER),
+        (SERVER, None, CallerRole.READER),
+        (SERVER, (), CallerRole.READER),
+        (SERVER, (f"{SERVER}%eth0", 1, 0, 4), CallerRole.READER),
+        (None, (SERVER, 1, 0, 0), CallerRole.READER),
     ],
 )
-def test_only_the_servers_own_address_by_its_own_socket_is_admin(admin: str | None, source: object, role: Role) -> None:
+def test_only_the_servers_own_address_by_its_own_socket_is_admin(admin: str | None, source: object, role: CallerRole) -> None:
     assert Admittance(admin=None if admin is None else IPv6Address(admin)).role(source) is role
 
 

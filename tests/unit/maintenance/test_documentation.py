@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from siderolink.client.maintenance.resources.definitions import EMPTY_TYPES, MACHINE_TYPES, NAMESPACE, RESOURCE_DEFINITION
-from siderolink.client.maintenance.roles import METHODS, Role
+from siderolink.client.maintenance.roles import METHODS, CallerRole
 
 DOCUMENT = Path(__file__).resolve().parents[3] / "docs" / "machine.md"
 
@@ -26,7 +26,7 @@ def table_of_resources() -> str:
     empty = "registered; this machine never has one"
     rows = ["| type | namespace | who reads it | |", "| --- | --- | --- | --- |"]
     for kind in (RESOURCE_DEFINITION, NAMESPACE, *MACHINE_TYPES):
-        reader = Role.ADMIN if kind.is_sensitive else Role.READER
+        reader = CallerRole.ADMIN if kind.is_sensitive else CallerRole.READER
         rows.append(
             f"| `{kind.name}` | {kind.namespace} | {reader} | {empty if kind in EMPTY_TYPES else NOTES[kind.singular]} |"
         )

@@ -8,7 +8,7 @@ import pytest
 
 from siderolink.client.maintenance import InstallRequest, LogRequest, MachineHooks, ShutdownRequest
 from siderolink.client.maintenance.hooks import ServiceAction
-from siderolink.client.maintenance.roles import Role
+from siderolink.client.maintenance.roles import CallerRole
 from siderolink.common.errors import ConfigurationError
 from siderolink.common.pb.machine import ServiceInfo
 from tests.support.machine_api import MACHINE
@@ -87,7 +87,7 @@ def call_all(stubs: Stubs) -> None:
 
 async def test_embedders_hooks_are_called_with_what_was_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     embedder = Embedder()
-    async with serving(monkeypatch, Role.ADMIN, embedder.hooks()) as api:
+    async with serving(monkeypatch, CallerRole.ADMIN, embedder.hooks()) as api:
         await ask(api, call_all)
     calls = embedder.calls
     assert [found for found in calls if isinstance(found, ShutdownRequest)][0].force
@@ -109,7 +109,7 @@ async def test_an_action_is_finished_although_its_caller_disconnects(monkeypatch
         anyio.from_thread.run(begun.wait)
         future.cancel()
 
-    async with serving(monkeypatch, Role.ADMIN, MachineHooks(meta_write=write)) as api:
+    async with serving(monkeypatch, CallerRole.ADMIN, MachineHooks(meta_write=write)) as api:
         await ask(api, call_and_leave)
         await ask(api, lambda stubs: stubs.call(f"{MACHINE}Version"))
         go_on.set()
@@ -132,7 +132,7 @@ async def test_an_action_that_does_not_end_is_cancelled_with_the_api(monkeypatch
         anyio.from_thread.run(begun.wait)
         future.cancel()
 
-    async with serving(monkeypatch, Role.ADMIN, MachineHooks(reboot=hang)) as api:
+    async with serving(monkeypatch, CallerRole.ADMIN, MachineHooks(reboot=hang)) as api:
         await ask(api, call_and_leave)
         assert not ended.is_set()
     assert ended.is_set()

@@ -7,7 +7,7 @@ import yaml
 from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
 
 from siderolink.client.maintenance.resources.kernel_network import describe
-from siderolink.common.netlink import HostNetwork, Link
+from siderolink.common.netlink import HostNetwork, NetworkLink
 from siderolink.common.netlink.messages import parse
 from siderolink.common.netlink.rtnl import parse_link
 from tests.support.machine_stubs import message
@@ -15,7 +15,7 @@ from tests.support.machine_stubs import message
 SPEC = "talos.resource.definitions.network.LinkStatusSpec"
 
 
-def read(kind: str, *attributes: tuple[str, object]) -> Link:
+def read(kind: str, *attributes: tuple[str, object]) -> NetworkLink:
     """A link of this kind, as the kernel describes it."""
     told = ifinfmsg()
     told["index"], told["ifi_type"], told["header"]["type"] = 5, 1, 16
@@ -29,7 +29,7 @@ def read(kind: str, *attributes: tuple[str, object]) -> Link:
     return link
 
 
-def shown(link: Link) -> tuple[Any, Any]:
+def shown(link: NetworkLink) -> tuple[Any, Any]:
     """The message as Google's library decodes it, and the YAML."""
     spec = describe(HostNetwork({5: link})).links["x"]
     return message(SPEC).FromString(spec.proto), yaml.safe_load(spec.yaml())

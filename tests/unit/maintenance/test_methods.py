@@ -14,7 +14,7 @@ import grpc
 import pytest
 
 from siderolink.client.maintenance.dispatch import CallCounter, MethodTable
-from siderolink.client.maintenance.roles import APPLY, METHODS, Admittance, Role
+from siderolink.client.maintenance.roles import APPLY, METHODS, Admittance, CallerRole
 from siderolink.common.pb.machine import AddressEvent
 from tests.support.machine_api import MACHINE, status_of
 from tests.support.machine_stubs import Stubs, ask, methods, outcome, refusal, serving
@@ -117,7 +117,7 @@ async def test_readers_get_as_far_as_existing_machines_let_them(monkeypatch: pyt
         for path in (f"{MACHINE}Nothing", "/no.Service/Method", "/", "/*", "/machine.MachineService/"):
             assert outcome(stubs, path) == DENIED, path
 
-    async with serving(monkeypatch, Role.READER) as api:
+    async with serving(monkeypatch, CallerRole.READER) as api:
         await ask(api, look)
 
 
@@ -148,7 +148,7 @@ async def test_admins_get_through_to_every_method_and_are_told_which_one_is_not_
         assert outcome(stubs, f"{MACHINE}EtcdMemberList")[1] == "member list is only available on control plane nodes"
         assert outcome(stubs, f"{MACHINE}Bootstrap") == ("FAILED_PRECONDITION", "bootstrap is not available yet")
 
-    async with serving(monkeypatch, Role.ADMIN) as api:
+    async with serving(monkeypatch, CallerRole.ADMIN) as api:
         await ask(api, look)
 
 
@@ -165,7 +165,7 @@ async def test_an_installation_is_refused_politely_at_its_first_call_and_at_all_
         assert status == "FAILED_PRECONDITION"
         assert text.startswith("Talos is not installed")
 
-    async with serving(monkeypatch, Role.ADMIN) as api:
+    async with serving(monkeypatch, CallerRole.ADMIN) as api:
         before = sorted(resource.id for kind in api.resources for resource in api.resources.list(kind))
         await ask(api, look)
         assert sorted(resource.id for kind in api.resources for resource in api.resources.list(kind)) == before
@@ -211,7 +211,7 @@ async def test_the_hosts_figures_are_those_of_its_kernel(monkeypatch: pytest.Mon
             ("siderolink", "Running", True)
         ]
 
-    async with serving(monkeypatch, Role.ADMIN) as api:
+    async with serving(monkeypatch, CallerRole.ADMIN) as api:
         await ask(api, look)
 
 
@@ -225,7 +225,7 @@ async def test_disks_have_none_that_is_a_system_disk(monkeypatch: pytest.MonkeyP
         assert version.version.tag == "v1.14.0"
         assert (version.platform.name, version.platform.mode, version.HasField("features")) == ("metal", "metal", False)
 
-    async with serving(monkeypatch, Role.READER) as api:
+    async with serving(monkeypatch, CallerRole.READER) as api:
         await ask(api, look)
 
 
@@ -235,12 +235,12 @@ async def test_readers_are_shown_no_arguments_of_processes(monkeypatch: pytest.M
         assert answer.processes
         assert not any(found.args or found.executable for found in answer.processes)
 
-    async with serving(monkeypatch, Role.READER) as api:
+    async with serving(monkeypatch, CallerRole.READER) as api:
         await ask(api, look)
 
 
 async def test_events_are_remembered_and_followed(monkeypatch: pytest.MonkeyPatch) -> None:
-    async with serving(monkeypatch, Role.READER) as api:
+    async with serving(monkeypatch, CallerRole.READER) as api:
         for number in range(300):
             api.events.publish(AddressEvent(hostname=f"host-{number}"), actor_id="one" if number % 2 else "two")
 
@@ -279,7 +279,7 @@ async def test_logs_are_this_programs_and_the_kernels(
             written = b"".join(part.bytes for part in stubs.call(f"{MACHINE}Dmesg"))
             assert written.count(b"\n") > 0
 
-    async with serving(monkeypatch, Role.READER) as api:
+    async with serving(monkeypatch, CallerRole.READER) as api:
         for text in ("one", "two", "three"):
             logging.getLogger("siderolink").error("%s", text)
         await anyio.lowlevel.checkpoint()
@@ -290,8 +290,8 @@ def test_every_method_of_the_proto_files_is_in_the_table() -> None:
     assert {path for path, _ in methods()} <= METHODS.keys()
     table = MethodTable({}, Admittance(), CallCounter(lambda: None)).__mapping__()
     assert METHODS.keys() - table.keys() == {f"/cosi.resource.State/{name}" for name in ("Get", "List", "Watch")}
-    assert METHODS[APPLY].role is Role.READER
-    assert Admittance(admin=IPv6Address("fd00::1")).role(("fd00::1", 1, 0, 0)) is Role.ADMIN
+    assert METHODS[APPLY].role is CallerRole.READER
+    assert Admittance(admin=IPv6Address("fd00::1")).role(("fd00::1", 1, 0, 0)) is CallerRole.ADMIN
 
 
 @pytest.mark.skipif(not os.access("/dev/kmsg", os.R_OK), reason="the kernel's log cannot be read here")
@@ -306,7 +306,7 @@ async def test_readers_of_the_kernels_log_are_bounded_and_give_their_descriptors
         for stream in held:
             stream.cancel()
 
-    async with serving(monkeypatch, Role.READER) as api:
+    async with serving(monkeypatch, CallerRole.READER) as api:
         await ask(api, follow)
         with anyio.fail_after(10):
             while kernel_logs():

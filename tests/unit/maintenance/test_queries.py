@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from siderolink.client.maintenance.queries import LONGEST_PATTERN, MAX_TERMS, Pattern, PatternError, Selection, read_selection
 from siderolink.client.maintenance.resources import Resource, ResourceSpec
 from siderolink.client.maintenance.resources.definitions import LINK_STATUS
-from siderolink.client.maintenance.resources.store import BookmarkError, Change, ChangeKind, History
+from siderolink.client.maintenance.resources.store import BookmarkError, Change, ChangeKind, RecentChanges
 from siderolink.common.pb.cosi.resource import IdQuery, LabelQuery, LabelTerm, LabelTermOperation
 
 Operation = LabelTermOperation
@@ -157,7 +157,7 @@ def test_a_change_is_seen_as_by_someone_who_sees_a_part() -> None:
 
 
 def test_a_history_is_bounded_and_knows_its_own_bookmarks() -> None:
-    history, other = History(limit=3), History(limit=3)
+    history, other = RecentChanges(limit=3), RecentChanges(limit=3)
     start = history.bookmark()
     assert history.after(start) == []
     changes = [history.add(ChangeKind.CREATED, resource({})) for _ in range(3)]
@@ -172,7 +172,7 @@ def test_a_history_is_bounded_and_knows_its_own_bookmarks() -> None:
 
 
 def test_a_history_of_long_resources_is_bounded_too() -> None:
-    now, history = datetime.now(UTC), History()
+    now, history = datetime.now(UTC), RecentChanges()
     long = ResourceSpec(bytes(100_000), {}, "x" * 100_000)
     for number in range(100):
         fields = {"namespace": "network", "id": str(number), "version": 1, "created": now, "updated": now}

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from siderolink.client.reporting.event_sender import IdMaker
 from siderolink.client.reporting.kernel_log import FACILITIES, PRIORITIES, KernelMessage, parse_record, rfc3339
-from siderolink.client.reporting.xid import IdMaker
 from siderolink.common.errors import ConfigurationError
 from siderolink.common.machine_events import is_known_event, pack_event, unpack_event
 from siderolink.common.pb.google.protobuf import Any

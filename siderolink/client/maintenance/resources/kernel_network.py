@@ -25,7 +25,7 @@ from siderolink.client.maintenance.resources.network import (
     route_status,
 )
 from siderolink.client.maintenance.resources.spec import ResourceSpec
-from siderolink.common.netlink import Address, HostNetwork, Link, Route
+from siderolink.common.netlink import Address, HostNetwork, NetworkLink, Route
 
 NET: Final = Path("/sys/class/net")
 _MAX_ITEMS: Final = 2048
@@ -62,7 +62,7 @@ def describe(network: HostNetwork) -> NetworkResources:
     )
 
 
-def _link(found: Link) -> LinkFacts:
+def _link(found: NetworkLink) -> LinkFacts:
     bus_path = pci_id = driver = speed = duplex = ""
     port = OTHER_PORT
     if not found.kind and found.name and "/" not in found.name:  # others have no device, and a host may have thousands

@@ -73,7 +73,7 @@ class BookmarkError(ValueError):
     """Raised when a bookmark is foreign or older than the history."""
 
 
-class History:
+class RecentChanges:
     """The last changes of one resource type, each with a bookmark."""
 
     def __init__(self, limit: int = HISTORY_LIMIT, max_bytes: int = HISTORY_BYTES) -> None:
@@ -145,7 +145,7 @@ class ResourceStore:
     def __init__(self) -> None:
         self._types: dict[str, ResourceType] = {}
         self._resources: dict[tuple[str, str], dict[str, Resource]] = {}
-        self._histories: dict[tuple[str, str], History] = {}
+        self._histories: dict[tuple[str, str], RecentChanges] = {}
         self._watches: set[Watch] = set()
         for resource_type in (RESOURCE_DEFINITION, NAMESPACE, *MACHINE_TYPES):
             self.define(resource_type)
@@ -153,7 +153,7 @@ class ResourceStore:
     def define(self, resource_type: ResourceType) -> None:
         """Register a type."""
         self._types[resource_type.name] = resource_type
-        self._histories.setdefault((resource_type.name, resource_type.namespace), History())
+        self._histories.setdefault((resource_type.name, resource_type.namespace), RecentChanges())
         self.put(RESOURCE_DEFINITION, resource_type.id, resource_type.definition())
         self.put(NAMESPACE, resource_type.namespace, namespace_spec(f"The resources of {resource_type.namespace}."))
         self._resources.setdefault((resource_type.name, resource_type.namespace), {})
@@ -218,9 +218,9 @@ class ResourceStore:
         self._watches.add(watch)
         return watch
 
-    def history(self, resource_type: ResourceType, namespace: str = "") -> History:
+    def history(self, resource_type: ResourceType, namespace: str = "") -> RecentChanges:
         """The last changes of a type."""
-        return self._histories.get((resource_type.name, namespace or resource_type.namespace)) or History()
+        return self._histories.get((resource_type.name, namespace or resource_type.namespace)) or RecentChanges()
 
     @property
     def watches(self) -> int:
@@ -241,7 +241,7 @@ class ResourceStore:
         return self._resources.get((resource_type.name, namespace or resource_type.namespace), {})
 
     def _tell(self, kind: ChangeKind, resource: Resource, old: Resource | None = None) -> None:
-        history = self._histories.setdefault((resource.type.name, resource.namespace), History())
+        history = self._histories.setdefault((resource.type.name, resource.namespace), RecentChanges())
         change = history.add(kind, resource, old)
         for watch in self._watches:
             watch.offer(change)

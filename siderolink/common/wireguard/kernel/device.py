@@ -11,7 +11,7 @@ from anyio.lowlevel import checkpoint
 
 from siderolink.common.errors import ConfigurationError, DeviceError
 from siderolink.common.keys import PublicKey
-from siderolink.common.netlink import InterfaceMonitor, Link, call_in, configure_interface, open_events
+from siderolink.common.netlink import InterfaceMonitor, NetworkLink, call_in, configure_interface, open_events
 from siderolink.common.netlink.follow import LINKS
 from siderolink.common.tasks import background_tasks, in_parts
 from siderolink.common.wireguard.device import (
@@ -84,7 +84,7 @@ class KernelDevice:
                 yield device
 
     def _follow_link(self, interface: KernelInterface, stack: AsyncExitStack, on_event: OnDeviceEvent) -> None:
-        def change(link: Link) -> None:
+        def change(link: NetworkLink) -> None:
             self._peers.streams.set_mtu(link.mtu)
             if link.is_up:
                 self._port_may_have_changed()
@@ -157,7 +157,7 @@ class KernelDevice:
             interface=interface_counters(self.read_interface()),
         )
 
-    def read_interface(self) -> Link | None:
+    def read_interface(self) -> NetworkLink | None:
         return self._wireguard.read_interface()
 
     def offer_path(self, public_key: PublicKey, path: Path) -> None:

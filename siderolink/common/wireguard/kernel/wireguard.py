@@ -6,7 +6,7 @@ from typing import Final
 
 from siderolink.common.errors import DeviceUnavailableError
 from siderolink.common.keys import PrivateKey, PublicKey
-from siderolink.common.netlink import Link, NetlinkRefusal, RequestSocket, call_in, read_link
+from siderolink.common.netlink import NetlinkRefusal, NetworkLink, RequestSocket, call_in, read_link
 from siderolink.common.netlink.sockets import GENERIC, ROUTE, DumpPart, explain, family_id, generic
 from siderolink.common.wireguard.device import DeviceConfig
 from siderolink.common.wireguard.kernel import messages
@@ -101,7 +101,7 @@ class WireGuard:
         self._dumps.close()
         self._dumps = call_in(self._namespace, partial(RequestSocket, GENERIC))
 
-    def read_interface(self) -> Link | None:
+    def read_interface(self) -> NetworkLink | None:
         """The current interface with its counters; None once it is gone."""
         try:
             return read_link(self._route, self.index)
