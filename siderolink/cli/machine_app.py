@@ -64,7 +64,7 @@ def accept(
 
 @app.command()
 def deny(name: Name, interface: ServerInterface = "siderolink") -> None:
-    """End a machine's link and refuse its key until it is accepted."""
+    """End a machine's link and refuse its key, UUID and unique token until it is accepted."""
     from siderolink.cli.machine import run_deny
 
     run_deny(interface, name)

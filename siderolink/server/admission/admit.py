@@ -1,7 +1,7 @@
 """The decision about a Provision call, and about a claim whose key was proved: each inside one transaction of the store."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from siderolink.common.keys import PublicKey
@@ -51,12 +51,21 @@ class Grant:
 class Admission:
     """Decides by `policy` and `rules`, and writes the rows."""
 
-    def __init__(self, liveness: LivenessSource, rows: Rows, clock: Clock, policy: JoinPolicy | None = None) -> None:
+    def __init__(
+        self,
+        liveness: LivenessSource,
+        rows: Rows,
+        clock: Clock,
+        policy: JoinPolicy | None = None,
+        find_denied: Callable[[str, bytes | None], Iterable[str]] = lambda node_uuid, digest: (),
+    ) -> None:
+        """`find_denied` tells the ids of rows that may be denied, by UUID and unique token."""
         self.policy = policy or JoinPolicy()
         self.pending = rows.pending
         self._liveness = liveness
         self._rows = rows
         self._clock = clock
+        self._find_denied = find_denied
 
     # --- a call
 
@@ -75,6 +84,8 @@ class Admission:
         if holder is not None and holder.admission is MachineAdmission.PENDING:
             return await self._admit_pending(transaction, request, holder, owner)
         is_same = owner is not None and holder is not None and owner.id == holder.id
+        if not is_same and (denied := await self._denied(transaction, request, owner, verdict)) is not None:
+            return refusal(JoinRefusal.DENIED, denied)
         if verdict is not TokenVerdict.ACCEPT and not is_same:
             if holder is not None:
                 return refusal(JoinRefusal.KEY_IN_USE, holder)
@@ -94,9 +105,23 @@ class Admission:
         verdict = decide(self.policy, request.credentials, known)
         if isinstance(verdict, Rejection):
             return replace(verdict, machine=owner)
-        if is_placeholder(request.node_uuid):
+        is_same = owner is not None and holder is not None and owner.id == holder.id
+        if is_placeholder(request.node_uuid) and not is_same:  # a row of an earlier version is known by its key
             return TokenVerdict.CONFLICT if self.policy.has_pending else refusal(JoinRefusal.PLACEHOLDER_UUID)
         return verdict
+
+    async def _denied(
+        self, transaction: Transaction, request: JoinRequest, owner: Machine | None, verdict: TokenVerdict
+    ) -> Machine | None:
+        """A denied machine with a new key: it has the unique token of one, or the UUID and no accepted row for it."""
+        for machine_id in self._find_denied(request.node_uuid, request.digest):
+            row = await transaction.machine(machine_id)
+            if row is None or row.admission is not MachineAdmission.DENIED:
+                continue
+            has_its_uuid = row.node_uuid == request.node_uuid and (owner is None or verdict is not TokenVerdict.ACCEPT)
+            if has_its_uuid or _is_token_of(row, request.digest):
+                return row
+        return None
 
     async def _admit_again(self, transaction: Transaction, request: JoinRequest, row: Machine) -> Grant | Rejection:
         """The UUID and the key of one row: the same answer again, with a fresh virtual address where the link has died."""

@@ -86,8 +86,8 @@ def decide(policy: JoinPolicy, given: Credentials, known: Known) -> TokenVerdict
         return _decide_either(given, known)
     if given.join.state is JoinTokenState.MALFORMED:
         return Rejection(JoinRefusal.INVALID_JOIN_TOKEN, f"invalid join token {given.join.error}")
-    if given.unique is not None and not given.unique.is_json:
-        return Rejection(JoinRefusal.UNREADABLE_UNIQUE_TOKEN, "the node unique token is not JSON")
+    if given.unique is not None and given.unique.error:
+        return Rejection(JoinRefusal.UNREADABLE_UNIQUE_TOKEN, given.unique.error)
     is_new_enough = supports_unique_tokens(given.version)
     if mode is JoinTokensMode.STRICT and not is_new_enough:
         return Rejection(JoinRefusal.UNSUPPORTED_VERSION, _UNSUPPORTED.format(given.version or ""))

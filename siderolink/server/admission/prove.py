@@ -39,8 +39,11 @@ class Proofs:
         self._clock = clock
         self._policy = policy
 
-    async def prove(self, transaction: Transaction, public_key: PublicKey) -> Proof:
-        """The first handshake with a key: note that the row's own key is proved, or check its claim again and move the row."""
+    async def prove(self, transaction: Transaction, public_key: PublicKey, *, by_udp: bool = False) -> Proof:
+        """The first handshake with a key: note that the row's own key is proved, or check its claim again and move the row.
+
+        `by_udp` says that the handshake came by UDP: a machine that asked for the tunnel first may have changed its mind.
+        """
         now = self._clock.time()
         row = await transaction.machine_by_key(public_key)
         if row is not None:
@@ -67,7 +70,7 @@ class Proofs:
             return Proof(machine=None, before=before, claim=claim)
         row = replace(as_claimed(before, claim), linked_at=now, was_linked=True, joined_at=now, goodbye_at=None)
         if claim.virtual_address is not None:
-            row = replace(row, virtual_issued_at=claim.created_at)
+            row = replace(row, virtual_issued_at=claim.created_at, tunnel=not by_udp)
         row = await transaction.update(row)
         has_bound = row.unique_token_digest is not None and row.unique_token_digest != before.bound_digest
         return Proof(machine=row, before=before, claim=claim, basis=basis, has_bound=has_bound)

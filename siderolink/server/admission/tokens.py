@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from siderolink.server.admission.json_errors import unique_token_error
 from siderolink.server.admission.signed_tokens import SignedToken, is_signed, parse
 from siderolink.server.store import JoinToken, Machine
 from siderolink.server.store.sealing import is_sealed
@@ -116,8 +117,8 @@ class UniqueToken:
 
     digest: bytes = field(repr=False)
     fingerprint: str = ""
-    is_json: bool = False
-    """Whether it has the JSON form `{"Fingerprint": …, "Token": …}`."""
+    error: str = ""
+    """Why it has not the JSON form `{"Fingerprint": …, "Token": …}`; empty if it has."""
 
 
 def parse_unique_token(token: str) -> UniqueToken | None:
@@ -127,17 +128,17 @@ def parse_unique_token(token: str) -> UniqueToken | None:
     """
     if not token:
         return None
-    if not token.lstrip().startswith("{"):
-        return UniqueToken(token_digest("text:" + token))
-    try:
-        document = json.loads(token)
-    except (ValueError, RecursionError):
-        return UniqueToken(token_digest("text:" + token))
+    document: object = None
+    if token.lstrip().startswith("{"):
+        try:
+            document = json.loads(token)
+        except (ValueError, RecursionError):
+            pass
     if not isinstance(document, dict) or not isinstance(document.get("Token"), str) or not document["Token"]:
-        return UniqueToken(token_digest("text:" + token), is_json=isinstance(document, dict))
+        return UniqueToken(token_digest("text:" + token), error=unique_token_error(token))
     given = document.get("Fingerprint")
     fingerprint = given if isinstance(given, str) and len(given) <= 128 and given != _NO_HARDWARE else ""
-    return UniqueToken(token_digest("token:" + document["Token"]), fingerprint, is_json=True)
+    return UniqueToken(token_digest("token:" + document["Token"]), fingerprint)
 
 
 def unique_token_digest(token: str) -> bytes | None:

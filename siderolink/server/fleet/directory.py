@@ -17,7 +17,7 @@ from siderolink.common.wireguard.path import Path
 from siderolink.server.admission.tokens import assigned_digest
 from siderolink.server.clock import Clock
 from siderolink.server.refusals import StreamRefusal
-from siderolink.server.store import Claim, Machine, Store
+from siderolink.server.store import Claim, Machine, MachineAdmission, Store
 
 EndStream = Callable[[StreamRefusal], None]
 
@@ -109,6 +109,34 @@ class KnownTokens:
         return blake2b(digest, digest_size=8, key=self._key).digest()
 
 
+class DeniedMachines:
+    """Denied machines by their UUIDs and unique tokens, so that one of them stays denied when it comes with a new key."""
+
+    def __init__(self) -> None:
+        self._ids: dict[str | bytes, set[str]] = {}
+
+    def find(self, node_uuid: str, digest: bytes | None) -> set[str]:
+        """The ids of denied machines that have this UUID or this unique token."""
+        return self._ids.get(node_uuid, set()) | self._ids.get(digest or b"", set())
+
+    def add(self, machine: Machine) -> None:
+        for name in self._names(machine):
+            self._ids.setdefault(name, set()).add(machine.id)
+
+    def remove(self, machine: Machine) -> None:
+        for name in self._names(machine):
+            ids = self._ids[name]
+            ids.discard(machine.id)
+            if not ids:
+                del self._ids[name]
+
+    def _names(self, machine: Machine) -> list[str | bytes]:
+        if machine.admission is not MachineAdmission.DENIED:
+            return []
+        digests = {digest for digest in (machine.bound_digest, assigned_digest(machine)) if digest is not None}
+        return [machine.node_uuid, *digests]
+
+
 class HeardSources:
     """The addresses that machines were last heard from."""
 
@@ -145,6 +173,7 @@ class Directory:
         self._claims_of: dict[str, list[MachineLink]] = {}
         self.sources = HeardSources()
         self._tokens = KnownTokens()
+        self.denied = DeniedMachines()
         self._reads = TokenBucket(_READS_PER_SECOND, _READS_AT_ONCE, clock.monotonic)
         self.pending = 0
         """How many machines and claims are PENDING."""
@@ -208,6 +237,7 @@ class Directory:
         if link.claim is None:
             self._by_id[link.machine.id] = link
             self._tokens.add(link.machine)
+            self.denied.add(link.machine)
             source, link.source = link.source, None
             self.set_source(link, source)
         else:
@@ -221,6 +251,7 @@ class Directory:
         if link.claim is None:
             self._by_id.pop(machine.id, None)
             self._tokens.remove(machine)
+            self.denied.remove(machine)
             self.set_source(link, None)
             self.release_overlay_address(link, machine.overlay_address)
         elif self._claims.pop(link.claim.id, None) is not None:
@@ -236,9 +267,10 @@ class Directory:
 
     def set_row(self, link: MachineLink, machine: Machine) -> None:
         """Replace the row of a machine's link."""
-        self._tokens.remove(link.machine)
+        for index in (self._tokens, self.denied):
+            index.remove(link.machine)
+            index.add(machine)
         link.machine = machine
-        self._tokens.add(machine)
 
     def set_state(self, link: MachineLink, state: LinkState) -> None:
         self.pending += (state is LinkState.PENDING) - (link.state is LinkState.PENDING)

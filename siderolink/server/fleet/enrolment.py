@@ -33,9 +33,15 @@ from siderolink.server.store.sealing import place_of_assigned
 log = logging.getLogger(__name__)
 
 META_UUID, META_UNIQUE_TOKEN = 15, 16
+FIRST_SECONDS = 3.0
+"""For all calls of a machine's first try. It is short, so that machines that do not answer keep few others waiting."""
 CALL_SECONDS = 10.0
-"""For all calls of one try."""
-MAX_AT_ONCE = 32
+"""The same, for each later try."""
+FIRST_AT_ONCE = 64
+LATER_AT_ONCE = 32
+"""Later tries wait for each other, and no first one waits for them."""
+_ANSWER_BYTES = 1024 * 1024
+"""Every message of these calls is far shorter, and a machine may be hostile."""
 _MAX_LINKS = 1024
 _ETHER = 1
 _MAX_ADDRESS_BYTES = 32
@@ -55,7 +61,8 @@ class Enrolment:
         self._policy = policy
         self._namespace: str | None = None
         self._busy: set[str] = set()
-        self._limit = anyio.CapacityLimiter(MAX_AT_ONCE)
+        self._first = anyio.CapacityLimiter(FIRST_AT_ONCE)
+        self._later = anyio.CapacityLimiter(LATER_AT_ONCE)
 
     async def run(self, namespace: str | None) -> None:
         """Serve every machine whose link comes up, until cancelled. `namespace` is where the server's interface lives."""
@@ -83,12 +90,13 @@ class Enrolment:
     async def _enrol(self, machine_id: str) -> None:
         """Try until the machine has what it needs, or its link is down."""
         backoff = Backoff(first=0.5, cap=60.0, factor=1.5, floor=0.25)
+        limit, seconds = self._first, FIRST_SECONDS
         try:
             while (link := self._directory.get(machine_id)) is not None and self._needs(link):
                 uuid, fields = link.machine.node_uuid, link.machine.log_fields
                 try:
-                    async with self._limit:
-                        with anyio.fail_after(CALL_SECONDS):
+                    async with limit:
+                        with anyio.fail_after(seconds):
                             await self._write(link.machine)
                     if not self._lacks_something(machine_id):
                         return
@@ -97,6 +105,7 @@ class Enrolment:
                     log.info("machine %s could not be given its unique token yet: %s", uuid, reason, extra=fields)
                 except Exception:
                     log.exception("machine %s could not be given its unique token yet", uuid, extra=fields)
+                limit, seconds = self._later, CALL_SECONDS
                 await anyio.sleep(backoff.next())
         finally:
             self._busy.discard(machine_id)
@@ -112,7 +121,7 @@ class Enrolment:
 
     async def _write(self, machine: Machine) -> None:
         with translate_errors():
-            async with open_machine_api(machine, namespace=self._namespace) as channel:
+            async with open_machine_api(machine, namespace=self._namespace, answer_bytes=_ANSWER_BYTES) as channel:
                 is_installed = await _is_installed(channel)
                 fingerprint = await _fingerprint(channel) if machine.bound_digest is None else ""
                 machine = await self._choose(machine.id, fingerprint, is_installed)

@@ -62,7 +62,7 @@ def make_fleet(
     sessions = Sessions(device, directory, max_unproven_streams=limits.max_unproven_streams, clock=clock)
     liveness = Liveness(device, directory, clock)
     rows = Rows(prefix, limits, clock, entropy, count_machines=directory.__len__)
-    admission = Admission(liveness, rows, clock, policy)
+    admission = Admission(liveness, rows, clock, policy, directory.denied.find)
     reconciler = Reconciler(device, directory, sessions, store, events, clock, persistent_keepalive=persistent_keepalive)
     proofs = Proofs(liveness, clock, admission.policy)
     transitions = RowTransitions(directory, reconciler, proofs, store, events)

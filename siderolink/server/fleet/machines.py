@@ -217,7 +217,10 @@ class Machines:
         return await self._change(work)
 
     async def deny(self, machine_id: str) -> Machine:
-        """End a machine's link and refuse its key until it is accepted. Raises SideroLinkError if there is no such machine."""
+        """End a machine's link and refuse its key, its UUID and its unique token until it is accepted or forgotten.
+
+        Raises SideroLinkError if there is no such machine.
+        """
 
         async def work(transaction: Transaction) -> Machine:
             machine = await transaction.machine(machine_id)

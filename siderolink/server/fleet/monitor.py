@@ -10,6 +10,7 @@ import anyio
 
 from siderolink.common.errors import DeviceError, SideroLinkError
 from siderolink.common.keys import PublicKey
+from siderolink.common.node_uuid import is_placeholder
 from siderolink.common.wireguard import device as device_events
 from siderolink.common.wireguard.path import Path
 from siderolink.server.admission.admit import Admission
@@ -23,7 +24,7 @@ from siderolink.server.fleet.reconciler import Reconciler
 from siderolink.server.fleet.row_transitions import RowTransitions
 from siderolink.server.fleet.sessions import Sessions
 from siderolink.server.refusals import StreamRefusal
-from siderolink.server.store import LastSeen, MachineAdmission
+from siderolink.server.store import LastSeen, Machine, MachineAdmission
 
 log = logging.getLogger(__name__)
 
@@ -197,7 +198,7 @@ class Monitor:
             self._admission.pending.add(entry, source or "", link.claim)
         else:
             self._admission.pending.discard(entry)
-            if link.machine.admission is MachineAdmission.PENDING and entry not in self._deadlines:
+            if _is_passing(link.machine) and entry not in self._deadlines:
                 self._set_deadline(entry, self._limits.down_after)
 
     def _dropped(self, link: MachineLink) -> None:
@@ -282,11 +283,11 @@ class Monitor:
             await self._transitions.expire(machine_id)
         elif link.state is LinkState.UP:
             await self._check_link(link)
-        elif link.machine.admission is MachineAdmission.PENDING:
-            await self._check_pending(link)
+        elif _is_passing(link.machine):
+            await self._check_passing(link)
 
-    async def _check_pending(self, link: MachineLink) -> None:
-        """A machine that was never accepted, and whose link is down: it said goodbye, or did not come back to this server."""
+    async def _check_passing(self, link: MachineLink) -> None:
+        """Such a row, and its link is down: the machine said goodbye, or did not come back to this server."""
         silence = await self._liveness.silence(link.machine)
         if silence is not None and silence < self._limits.down_after:
             self._set_deadline(link.machine.id, self._limits.down_after - silence)
@@ -299,10 +300,15 @@ class Monitor:
             self._set_deadline(link.machine.id, self._limits.down_after - silence)
             return
         self._take_down(link, DownReason.SILENT)
-        if not link.machine.is_accepted:
+        if _is_passing(link.machine):
             await self._transitions.forget(link.machine.id, LeaveReason.NEVER_ACCEPTED)
 
     def _take_down(self, link: MachineLink, reason: DownReason) -> None:
         self._sessions.set_state(link, LinkState.DOWN)
         self._sessions.end_streams(link, StreamRefusal.LINK_DOWN)
         self._events.publish(LinkDown(machine=link.machine, reason=reason))
+
+
+def _is_passing(machine: Machine) -> bool:
+    """Whether a row is kept for its session alone: never accepted, or under a vendor's placeholder by an earlier version."""
+    return machine.admission is MachineAdmission.PENDING or is_placeholder(machine.node_uuid)

@@ -33,7 +33,8 @@ class RowTransitions:
         link = self._directory.by_key(public_key)
         source_before = None if link is None else self._source(link.machine.id)
         source = None if link is None else link.source
-        proof = await self._store.transact(lambda transaction: self._proofs.prove(transaction, public_key))
+        by_udp = link is not None and link.endpoint is not None
+        proof = await self._store.transact(lambda transaction: self._proofs.prove(transaction, public_key, by_udp=by_udp))
         if proof.machine is None:
             if proof.claim is not None:
                 await self._refuse_claim(proof)

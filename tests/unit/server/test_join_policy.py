@@ -4,8 +4,12 @@ import base64
 import hashlib
 import hmac
 import json
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import replace
 
+import anyio
 import pytest
 from grpclib import Status
 from hypothesis import given
@@ -13,8 +17,10 @@ from hypothesis import strategies as st
 
 from siderolink.common.goodbye import Goodbye
 from siderolink.server import AdmissionChanged, MachineAdmission
+from siderolink.server.admission.json_errors import unique_token_error
 from siderolink.server.admission.policy import JoinTokensMode, supports_unique_tokens
 from siderolink.server.admission.tokens import JoinTokenCheck, JoinTokenState
+from siderolink.server.fleet import enrolment
 from siderolink.server.fleet.goodbyes import Goodbyes
 from siderolink.server.store import Machine, Transaction
 from tests.support.manager import TOKEN, FakeMachine, Manager, new_key
@@ -41,8 +47,8 @@ TABLE: list[tuple[JoinTokensMode | None, bool, str, str | None, str | None, obje
     (STRICT, True, MALFORMED, OWN, "v1.5.9", (DENIED, "invalid join token")),
     (LEGACY, False, MALFORMED, None, "v1.13.0", (DENIED, "invalid join token")),
     # then a unique token that is no JSON
-    (ALLOWED, False, TOKEN, "text", "v1.13.0", (DENIED, "the node unique token is not JSON")),
-    (STRICT, False, TOKEN, "text", "v1.5.9", (DENIED, "the node unique token is not JSON")),
+    (ALLOWED, False, TOKEN, "text", "v1.13.0", (DENIED, "invalid character 'e' in literal true (expecting 'r')")),
+    (STRICT, False, TOKEN, "a token", "v1.5.9", (DENIED, "invalid character 'a' looking for beginning of value")),
     # strict adds only the version
     (STRICT, False, TOKEN, None, "v1.5.9", OLD),
     (STRICT, True, "wrong", OWN, "v1.5.9", OLD),
@@ -208,6 +214,46 @@ async def test_a_linked_machine_without_a_token_is_bound_to_the_one_that_it_was_
     assert (await manager.row(machine)).bound_digest is not None
 
 
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ('{"Fingerprint":"","Token":"x"}', ""),
+        ("null", ""),
+        ('{"token":null,"other":[1,2]}', ""),
+        (" ", "unexpected end of JSON input"),
+        ("nul", "invalid character ' ' in literal null (expecting 'l')"),
+        ("1.x", "invalid character 'x' after decimal point in numeric literal"),
+        ("1e", "invalid character ' ' in exponent of numeric literal"),
+        ('"\\', "invalid character ' ' in string escape code"),
+        ('{"Token":"x', "unexpected end of JSON input"),
+        ("{", "unexpected end of JSON input"),
+        ("c0ffee00-1111-4222-8333-444444444444", "invalid character 'c' looking for beginning of value"),
+        ("NaN", "invalid character 'N' looking for beginning of value"),
+        ("11111111-2222", "invalid character '-' after top-level value"),
+        ("fax", "invalid character 'x' in literal false (expecting 'l')"),
+        ("-x", "invalid character 'x' in numeric literal"),
+        ("é", "invalid character 'Ã' looking for beginning of value"),
+        ("'", "invalid character '\\'' looking for beginning of value"),
+        ("{}}", "invalid character '}' after top-level value"),
+        ("{1}", "invalid character '1' looking for beginning of object key string"),
+        ('{"Token":"x",}', "invalid character '}' looking for beginning of object key string"),
+        ('{"Token" "x"}', "invalid character '\"' after object key"),
+        ('{"Token":"x" "y"}', "invalid character '\"' after object key:value pair"),
+        ('{"Token":["a" "b"]}', "invalid character '\"' after array element"),
+        ('{"Token":"a\nb"}', "invalid character '\\n' in string literal"),
+        ('{"Token":"\\q"}', "invalid character 'q' in string escape code"),
+        ('{"Token":"\\u12g4"}', "invalid character 'g' in \\u hexadecimal character escape"),
+        ('"text"', "json: cannot unmarshal string into Go value of type jointoken.NodeUniqueToken"),
+        ("[1]", "json: cannot unmarshal array into Go value of type jointoken.NodeUniqueToken"),
+        ('{"Token":5}', "json: cannot unmarshal number into Go struct field NodeUniqueToken.Token of type string"),
+        ('{"fingerprint":true}', "json: cannot unmarshal bool into Go struct field NodeUniqueToken.Fingerprint of type string"),
+        ("[" * 1000, "unexpected end of JSON input"),
+    ],
+)
+def test_an_unreadable_unique_token_is_refused_in_the_parsers_words(text: str, error: str) -> None:
+    assert unique_token_error(text) == error
+
+
 @pytest.mark.parametrize("node_uuid", ["03000200-0400-0500-0006-000700080009", "ffffffff-ffff-ffff-ffff-ffffffffffff"])
 async def test_a_placeholder_is_no_identity(node_uuid: str) -> None:
     status, text = await Manager().refuses(FakeMachine(node_uuid=node_uuid))
@@ -235,6 +281,59 @@ async def test_a_denied_machine_is_out_until_it_is_accepted() -> None:
     await manager.join(machine)
     changed = [event.machine.admission for event in await manager.events() if isinstance(event, AdmissionChanged)]
     assert changed == [MachineAdmission.DENIED, MachineAdmission.ACCEPTED]
+
+
+@pytest.mark.parametrize("unique_token", [None, OWN])
+async def test_a_denied_machine_stays_denied_with_a_new_key(unique_token: str | None) -> None:
+    manager, machine = Manager(), FakeMachine(unique_token=unique_token)
+    await manager.join(machine)
+    await manager.handshake(machine)
+    row = await manager.machines.deny((await manager.row(machine)).id)
+    restarted = replace(machine, key=new_key())
+    assert await manager.refuses(restarted) == (DENIED, "this machine was denied by an administrator")
+    renamed = replace(restarted, node_uuid=str(uuid.uuid4()))
+    if unique_token is not None:
+        assert (await manager.refuses(renamed))[0] is DENIED, "its unique token is known"
+    again = Manager(store=manager.store, time=manager.time)
+    await again.reconciler.load()
+    assert (await again.refuses(restarted))[0] is DENIED, "also after a restart of the server"
+    await manager.machines.accept(row.id)
+    await manager.pass_time(61)
+    await manager.join(restarted)
+    await manager.machines.deny(row.id)
+    await manager.machines.remove(row.id)
+    await manager.join(replace(restarted, key=new_key()))
+
+
+async def test_a_denied_clone_does_not_keep_the_original_out() -> None:
+    manager, original = await known(ALLOWED)
+    clone = replace(original, unique_token=OTHER)
+    await manager.join(clone)
+    await manager.handshake(clone)
+    link = manager.links.by_key(clone.key)
+    assert link is not None
+    await manager.machines.deny(link.machine.id)
+    assert (await manager.refuses(replace(clone, key=new_key())))[0] is DENIED
+    await manager.join(replace(original, key=new_key()))
+
+
+async def test_a_row_of_an_earlier_version_under_a_placeholder_lives_as_long_as_its_link() -> None:
+    before, machine = Manager(), FakeMachine()
+    await before.join(machine)
+    await before.handshake(machine)
+    row = replace(await before.row(machine), node_uuid="ffffffff-ffff-ffff-ffff-ffffffffffff")
+    await before.store.transact(lambda transaction: transaction.update(row))
+    manager, machine = Manager(store=before.store, time=before.time), replace(machine, node_uuid=row.node_uuid)
+    await manager.reconciler.load()
+    answer = await manager.join(machine)
+    assert answer.node_address_prefix.startswith(str(row.overlay_address)), "its key tells it apart"
+    assert (await manager.refuses(replace(machine, key=new_key())))[0] is Status.INVALID_ARGUMENT
+    await manager.handshake(machine)
+    await manager.pass_time(200)
+    assert manager.links.get(row.id) is not None
+    await manager.pass_time(400)
+    await manager.pass_time(400)
+    assert manager.links.get(row.id) is None, "no machine can come back to it"
 
 
 async def test_a_machine_that_lost_its_token_is_freed_and_keeps_its_address() -> None:
@@ -349,3 +448,30 @@ async def test_a_denied_machine_stays_denied_however_long_it_is_gone() -> None:
     for _ in range(3):
         await manager.pass_time(300)
     assert (await manager.refuses(machine))[0] is DENIED
+
+
+async def test_machines_whose_api_hangs_do_not_keep_another_from_being_enrolled(monkeypatch: pytest.MonkeyPatch) -> None:
+    manager, tried, enrolled = Manager(mode=ALLOWED), list[str](), anyio.Event()
+    machines = [FakeMachine() for _ in range(300)]
+    for machine in machines:
+        await manager.join(machine)
+        await manager.handshake(machine)
+    honest = machines[-1]
+
+    @asynccontextmanager
+    async def api(machine: Machine, **options: object) -> AsyncIterator[None]:
+        tried.append(machine.node_uuid)
+        if machine.node_uuid == honest.node_uuid:
+            enrolled.set()
+        await anyio.sleep_forever()
+        yield
+
+    monkeypatch.setattr(enrolment, "open_machine_api", api)
+    monkeypatch.setattr(enrolment, "FIRST_SECONDS", 0.02)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(manager.fleet.enrolment.run, None)
+        with anyio.fail_after(10):
+            await enrolled.wait()
+        tasks.cancel_scope.cancel()
+    assert len(tried) - len(set(tried)) <= enrolment.LATER_AT_ONCE, "later tries have places of their own"
+    assert len(set(tried)) == len(machines)
