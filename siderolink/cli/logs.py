@@ -8,6 +8,7 @@ closed pipe ends the log and not the program. docs/logs.md is the operator's pag
 
 import atexit
 import logging
+import os
 import re
 import sys
 import threading
@@ -19,6 +20,7 @@ from typing import Any
 
 import structlog
 
+from siderolink.cli.journal import SOCKET, Journal, encode, is_journal
 from siderolink.cli.output import LineWriter
 from siderolink.cli.sampling import Sampler, Suppressed
 from siderolink.common.text import one_line
@@ -79,13 +81,16 @@ class LogHandler(logging.Handler):
 class Log:
     """The log of this process, from `start_log` to `stop_log`."""
 
-    def __init__(self, level: int, *, as_json: bool, descriptor: int) -> None:
+    def __init__(self, level: int, *, as_json: bool, descriptor: int, journal: Journal | None = None) -> None:
+        """With a `journal`, records go there, and the descriptor is left alone."""
         self._sampler = Sampler()
+        self._journal = journal
         self.writer: LineWriter[logging.LogRecord] = LineWriter(
             descriptor,
-            _renderer(as_json),
+            _renderer(as_json) if journal is None else _journal_renderer(),
             notice=_notice,
             tick=lambda: [_suppressed(found) for found in self._sampler.expired(time.monotonic())],
+            send=None if journal is None else journal.send,
         )
         self._handler = LogHandler(self.writer, self._sampler)
         self._before = logging.root.handlers[:]
@@ -102,6 +107,8 @@ class Log:
         """Write what is queued, as far as the reader takes it within STOP_SECONDS."""
         logging.root.handlers[:] = self._before
         self.writer.stop(STOP_SECONDS, last=[_suppressed(found) for found in self._sampler.expired(float("inf"))])
+        if self._journal is not None:
+            self._journal.close()
 
 
 _log: Log | None = None
@@ -112,11 +119,14 @@ _own_fields: dict[str, object] = {}
 def start_log(level: str, *, as_json: bool, descriptor: int = STDOUT) -> None:
     """Send every log record of this process to the descriptor, from `level` (``debug`` to ``error``) up.
 
+    Where that is systemd's journal, it gets the fields, too, unless they are wanted as JSON.
+
     The writer's thread begins with the first record: a process that is to fork may do so after this.
     """
     global _log
     if _log is None:
-        _log = Log(logging.getLevelNamesMapping()[level.upper()], as_json=as_json, descriptor=descriptor)
+        journal = Journal() if not as_json and SOCKET.exists() and is_journal(descriptor, os.environ) else None
+        _log = Log(logging.getLevelNamesMapping()[level.upper()], as_json=as_json, descriptor=descriptor, journal=journal)
         atexit.register(stop_log)
 
 
@@ -151,13 +161,24 @@ _JOIN_TOKEN = re.compile(r"(jointoken=)[^&\s]+")
 _HIDDEN_FIELDS = ("token", "secret", "password", "private_key")
 
 
+Render = Callable[[object, str, MutableMapping[str, Any]], Any]
+
+
 def _renderer(as_json: bool) -> Callable[[logging.LogRecord], bytes]:
-    render = structlog.processors.JSONRenderer(ensure_ascii=False) if as_json else _render_text
-    formatter = structlog.stdlib.ProcessorFormatter(
+    formatter = _formatter(structlog.processors.JSONRenderer(ensure_ascii=False) if as_json else _render_text)
+    return lambda record: formatter.format(record).encode(errors="replace") + b"\n"
+
+
+def _journal_renderer() -> Callable[[logging.LogRecord], bytes]:
+    formatter = _formatter(_render_fields)
+    return lambda record: formatter.format(record).encode(errors="surrogateescape")
+
+
+def _formatter(render: Render) -> structlog.stdlib.ProcessorFormatter:
+    return structlog.stdlib.ProcessorFormatter(
         foreign_pre_chain=[_describe, structlog.stdlib.add_log_level],
         processors=[_arrange, _mask, structlog.stdlib.ProcessorFormatter.remove_processors_meta, render],
     )
-    return lambda record: formatter.format(record).encode(errors="replace") + b"\n"
 
 
 def _describe(_: object, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
@@ -218,6 +239,16 @@ def _render_text(_: object, __: str, event: MutableMapping[str, Any]) -> str:
         name, fields = level, [*fields, f"logger={logger}"]
     line = " ".join([f"{moment} {name}: {message}".rstrip(), f"level={level}", *fields])
     return line + "".join(f"\n    {part}" for part in failure.splitlines())
+
+
+def _render_fields(_: object, __: str, event: MutableMapping[str, Any]) -> str:
+    """A record of the journal; as text, because the formatter makes no bytes."""
+    level, logger, name, message = (event.pop(key) for key in ("level", "logger", "event", "message"))
+    failure = event.pop("traceback", "")
+    del event["time"]  # the journal has its own
+    text = message if name == "log" else f"{name}: {message}".rstrip()
+    fields = {"event": name, "logger": logger, **event}
+    return encode("\n".join(filter(None, (text, failure))), level, fields).decode(errors="surrogateescape")
 
 
 def _quoted(value: object) -> str:

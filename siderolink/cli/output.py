@@ -32,8 +32,13 @@ class LineWriter(Generic[T]):
         *,
         notice: Callable[[str], T] | None = None,
         tick: Callable[[], Sequence[T]] = tuple,
+        send: Callable[[Sequence[bytes]], None] | None = None,
     ) -> None:
-        """`notice` makes an item of a text about the output itself; `tick` is asked for items once a second."""
+        """`notice` makes an item of a text about the output itself; `tick` is asked for items once a second.
+
+        `send` takes the rendered items in the place of the descriptor, and may raise OSError.
+        """
+        self._send = send or self._write
         self._descriptor = descriptor
         self._render = render
         self._notice = notice
@@ -92,7 +97,7 @@ class LineWriter(Generic[T]):
         if not lines:
             return
         try:
-            self._write(b"".join(lines))
+            self._send(lines)
         except OSError as error:
             self._unwritten += len(items)
             self._told_lost = told_lost
@@ -114,8 +119,8 @@ class LineWriter(Generic[T]):
         self._told_lost += lost
         return [self._rendered(self._notice(f"{lost} log records were lost: standard output did not take them"))]
 
-    def _write(self, data: bytes) -> None:
-        rest = memoryview(data)
+    def _write(self, lines: Sequence[bytes]) -> None:
+        rest = memoryview(b"".join(lines))
         while rest:
             try:
                 rest = rest[os.write(self._descriptor, rest) :]

@@ -141,16 +141,16 @@ class ProvisionService:
         except JoinRejectedError as rejection:
             error = rejection
         except StoreFullError as failure:
-            log.error("a join from %s was refused: %s", source, failure)
+            log.error("a join from %s was refused: %s", source, failure, extra={"node_uuid": request.node_uuid})
             error = JoinRejectedError(JoinRefusal.STORE_FULL, "the server cannot store more machines at present")
         except StoreUnavailableError as failure:
-            log.error("a join from %s was refused: %s", source, failure)
+            log.error("a join from %s was refused: %s", source, failure, extra={"node_uuid": request.node_uuid})
             error = JoinRejectedError(JoinRefusal.STORE_UNAVAILABLE, "the server's database does not answer; try again")
         except SideroLinkError as failure:
-            log.error("a join from %s failed: %s", source, failure)
+            log.error("a join from %s failed: %s", source, failure, extra={"node_uuid": request.node_uuid})
             error = JoinRejectedError(JoinRefusal.INTERNAL_ERROR, INTERNAL_TEXT)
         except Exception:
-            log.exception("a join from %s failed", source)
+            log.exception("a join from %s failed", source, extra={"node_uuid": request.node_uuid})
             error = JoinRejectedError(JoinRefusal.INTERNAL_ERROR, INTERNAL_TEXT)
         self.refusals[error.reason] += 1
         node_uuid = _uuid_or_none(_text(request.node_uuid))
@@ -226,10 +226,11 @@ class ProvisionService:
             with anyio.fail_after(self._authorize_timeout):
                 verdict = await self._authorize(request.about(known))
         except TimeoutError:
-            log.error("the authorize hook took longer than %g s", self._authorize_timeout)
+            fields = {"node_uuid": request.node_uuid} if known is None else known.log_fields
+            log.error("the authorize hook took longer than %g s", self._authorize_timeout, extra=fields)
             raise JoinRejectedError(JoinRefusal.AUTHORIZE_FAILED, INTERNAL_TEXT) from None
         except Exception:
-            log.exception("the authorize hook failed")
+            log.exception("the authorize hook failed", extra={"node_uuid": request.node_uuid})
             raise JoinRejectedError(JoinRefusal.AUTHORIZE_FAILED, INTERNAL_TEXT) from None
         if isinstance(verdict, Deny):
             raise JoinRejectedError(JoinRefusal.DENIED, one_line(verdict.reason))

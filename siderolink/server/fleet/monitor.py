@@ -253,7 +253,8 @@ class Monitor:
         try:
             await check()
         except SideroLinkError as error:
-            log.warning("checking a machine failed; retrying: %s", error)
+            fields = self._directory.log_fields(key if isinstance(key, str) else getattr(key, "machine_id", None))
+            log.warning("checking a machine failed; retrying: %s", error, extra=fields)
             if isinstance(key, _Resync):
                 self._retry_resync(key.machine_id)
             elif key is not None:

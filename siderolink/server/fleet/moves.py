@@ -154,7 +154,8 @@ class Moves:
             if link is not None:
                 await self._reconciler.also_reach(link, self._addresses(key))
         except SideroLinkError as error:
-            log.warning("an unproven address could not be removed from a machine's peer: %s", error)
+            fields = link.machine.log_fields if link is not None else {}
+            log.warning("an unproven address could not be removed from a machine's peer: %s", error, extra=fields)
 
     def awaits(self, address: IPv6Address) -> bool:
         """Whether an echo of this address is waited for."""

@@ -275,10 +275,12 @@ class Reconciler:
                 try:
                     await self._follow_change(change)
                 except SideroLinkError as error:
-                    log.warning("a store change could not be applied; retrying: %s", error)
+                    fields = self._directory.log_fields(_machine_id(change))
+                    log.warning("a store change of a machine could not be applied; retrying: %s", error, extra=fields)
                     self.on_failed(_machine_id(change))
                 except Exception:
-                    log.exception("a store change could not be applied; retrying")
+                    fields = self._directory.log_fields(_machine_id(change))
+                    log.exception("a store change of a machine could not be applied; retrying", extra=fields)
                     self.on_failed(_machine_id(change))
 
     async def _follow_change(self, change: Change) -> None:

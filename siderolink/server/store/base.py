@@ -113,7 +113,7 @@ class Machine:
     @property
     def log_fields(self) -> dict[str, str]:
         """The `extra` of a log record that identifies the machine."""
-        return {"machine_id": self.id, "node_uuid": self.node_uuid}
+        return {"machine_id": self.id, "node_uuid": self.node_uuid, "machine_name": self.shown_name}
 
     @property
     def bound_digest(self) -> bytes | None:
