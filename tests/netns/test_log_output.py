@@ -25,6 +25,8 @@ COMMAND = [sys.executable, "-m", "siderolink"]
 TOKEN = "s3cret-token"
 API = "127.0.0.1:4000"
 SERVE = ["serve", "--api-listen", API, "--wireguard-endpoint", "127.0.0.1:51820", "--no-state", "--device", "userspace"]
+NO_REPORTS = ["--event-sink-port", "0", "--log-port", "0"]
+BOTH = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
 SMALL_PIPE = 4096
 UUID = "a1b2c3d4-0000-4000-8000-000000000001"
 
@@ -145,7 +147,7 @@ def test_closed_descriptors_stop_nothing_and_are_taken_by_no_file(host: Namespac
 
 
 def test_records_as_json_have_times_levels_and_the_machine(host: Namespace, tmp_path: Path) -> None:
-    with running(host, tmp_path, *SERVE, "--log-format", "json", stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+    with running(host, tmp_path, *SERVE, *NO_REPORTS, "--log-format", "json", **BOTH) as process:
         lines = lines_of(process, "overlay")
         host.call(provision, 1, TOKEN)
         lines += lines_of(process, "joined")
@@ -154,6 +156,7 @@ def test_records_as_json_have_times_levels_and_the_machine(host: Namespace, tmp_
         assert all(record["level"] == "info" and record["time"].endswith("Z") for record in records)
         assert records[-1]["node_uuid"] == UUID
         assert records[-1]["machine_id"]
+        assert records[-1]["machine_name"] == UUID
 
 
 def test_repeated_refusals_are_sampled_and_counted(host: Namespace, tmp_path: Path) -> None:

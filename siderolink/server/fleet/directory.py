@@ -184,11 +184,6 @@ class Directory:
     def __iter__(self) -> Iterator[MachineLink]:
         return iter(list(self._by_id.values()))
 
-    def log_fields(self, machine_id: str | None) -> dict[str, str]:
-        """The `extra` of a log record about a machine or claim, as far as it is known."""
-        link = None if machine_id is None else self.get(machine_id) or self.claim(machine_id)
-        return link.machine.log_fields if link is not None else {"machine_id": machine_id} if machine_id else {}
-
     def get(self, machine_id: str) -> MachineLink | None:
         return self._by_id.get(machine_id)
 
@@ -310,3 +305,9 @@ class Directory:
     def release_overlay_address(self, link: MachineLink, address: IPv6Address) -> None:
         if self._by_overlay.get(address) is link:
             del self._by_overlay[address]
+
+
+def log_fields(directory: Directory, machine_id: str | None) -> dict[str, str]:
+    """The `extra` of a log record about a machine or a claim, as far as it is known."""
+    link = None if machine_id is None else directory.get(machine_id) or directory.claim(machine_id)
+    return link.machine.log_fields if link is not None else {"machine_id": machine_id} if machine_id else {}

@@ -17,7 +17,7 @@ from siderolink.server.admission.admit import Admission
 from siderolink.server.admission.limits import MachineLimits
 from siderolink.server.clock import Clock, Deadlines
 from siderolink.server.events import DownReason, EventHub, HandshakeCompleted, LeaveReason, LinkDown
-from siderolink.server.fleet.directory import Directory, EndStream, LinkState, MachineLink, Stream
+from siderolink.server.fleet.directory import Directory, EndStream, LinkState, MachineLink, Stream, log_fields
 from siderolink.server.fleet.last_seen import LastSeenNotes
 from siderolink.server.fleet.liveness import Liveness
 from siderolink.server.fleet.reconciler import Reconciler
@@ -253,7 +253,7 @@ class Monitor:
         try:
             await check()
         except SideroLinkError as error:
-            fields = self._directory.log_fields(key if isinstance(key, str) else getattr(key, "machine_id", None))
+            fields = log_fields(self._directory, key if isinstance(key, str) else getattr(key, "machine_id", None))
             log.warning("checking a machine failed; retrying: %s", error, extra=fields)
             if isinstance(key, _Resync):
                 self._retry_resync(key.machine_id)

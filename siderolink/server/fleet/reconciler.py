@@ -17,7 +17,7 @@ from siderolink.common.wireguard.path import Endpoint
 from siderolink.server.admission.prove import as_claimed
 from siderolink.server.clock import Clock
 from siderolink.server.events import EventHub, LeaveReason, MachineLeft
-from siderolink.server.fleet.directory import Directory, LinkState, MachineLink
+from siderolink.server.fleet.directory import Directory, LinkState, MachineLink, log_fields
 from siderolink.server.fleet.locks import KeyedLocks
 from siderolink.server.fleet.sessions import Sessions
 from siderolink.server.refusals import StreamRefusal
@@ -275,11 +275,11 @@ class Reconciler:
                 try:
                     await self._follow_change(change)
                 except SideroLinkError as error:
-                    fields = self._directory.log_fields(_machine_id(change))
+                    fields = log_fields(self._directory, _machine_id(change))
                     log.warning("a store change of a machine could not be applied; retrying: %s", error, extra=fields)
                     self.on_failed(_machine_id(change))
                 except Exception:
-                    fields = self._directory.log_fields(_machine_id(change))
+                    fields = log_fields(self._directory, _machine_id(change))
                     log.exception("a store change of a machine could not be applied; retrying", extra=fields)
                     self.on_failed(_machine_id(change))
 

@@ -2,6 +2,7 @@
 
 import array
 import contextlib
+import logging
 import os
 import socket
 import threading
@@ -70,7 +71,7 @@ def test_records_have_their_level_their_fields_and_no_secret(journal: socket.soc
             raise ValueError(SECRET)
         except ValueError:
             logs.say("failed", "a part", level=40)
-            logs._logger.exception("it failed")
+            logging.getLogger("siderolink.cli").exception("it failed")
     found = [fields_of(journal.recv(65_536)) for _ in range(3)]
     assert found[0] == {
         "MESSAGE": "joined: with … [31m".encode(),
