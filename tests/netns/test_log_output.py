@@ -26,7 +26,7 @@ TOKEN = "s3cret-token"
 API = "127.0.0.1:4000"
 SERVE = ["serve", "--api-listen", API, "--wireguard-endpoint", "127.0.0.1:51820", "--no-state", "--device", "userspace"]
 NO_REPORTS = ["--event-sink-port", "0", "--log-port", "0"]
-BOTH = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+BOTH: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
 SMALL_PIPE = 4096
 UUID = "a1b2c3d4-0000-4000-8000-000000000001"
 
