@@ -1,8 +1,9 @@
 """The local socket of a running `serve` or `join`, by which `status` asks it."""
 
+import contextlib
 import os
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -97,8 +98,10 @@ def directory() -> Path:
 
 
 @asynccontextmanager
-async def control_socket(interface: str, source: Source, *more: Servable) -> AsyncIterator[Path]:
-    """Serve `source`, and `more` services, on a socket named after the interface, for this user alone.
+async def control_socket(
+    interface: str, services: Sequence[Servable], *, group: int | None = None, limits: Limits | None = None
+) -> AsyncIterator[Path]:
+    """Serve on a socket named after the interface, for this user alone, or for the members of a group, too.
 
     Raises ConfigurationError, also for a name that no interface can have.
     """
@@ -108,15 +111,18 @@ async def control_socket(interface: str, source: Source, *more: Servable) -> Asy
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigurationError(f"cannot create the control socket directory {folder}: {error.strerror}") from None
-    services = [ControlService(source), *more]
+    if group is not None:
+        with contextlib.suppress(OSError):  # of another user, who decides
+            os.chown(folder, -1, group)
+            folder.chmod(0o750)
     path = folder / f"{interface}.sock"
     async with AsyncExitStack() as stack:
         try:
-            await stack.enter_async_context(serve(services, path=path))
+            await stack.enter_async_context(serve(services, path=path, group=group, limits=limits))
         except AddressInUseError:
             # The same name is used in another network namespace.
             path = folder / f"{interface}.{os.getpid()}.sock"
-            await stack.enter_async_context(serve(services, path=path))
+            await stack.enter_async_context(serve(services, path=path, group=group, limits=limits))
         yield path
 
 

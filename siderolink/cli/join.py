@@ -9,6 +9,7 @@ from pathlib import Path
 import anyio
 
 from siderolink.cli.control import (
+    ControlService,
     control_socket,
     data_plane,
     peer_message,
@@ -322,7 +323,7 @@ class JoinedMachine:
         """Serve the control socket under the name of the interface that the settings call for."""
         while True:
             name = self._options.interface or ("siderolinktun" if link.options.url.tunnel else "siderolink")
-            async with control_socket(name, LinkSource(link, name, self._reporting)):
+            async with control_socket(name, [ControlService(LinkSource(link, name, self._reporting))]):
                 while name == (self._options.interface or ("siderolinktun" if link.options.url.tunnel else "siderolink")):
                     await self._in_force.wait()
 

@@ -9,11 +9,12 @@ from functools import partial
 import anyio.lowlevel
 
 from siderolink.cli.control import (
+    ControlService,
     control_socket,
     data_plane,
     peer_message,
 )
-from siderolink.cli.describe import server_event
+from siderolink.cli.describe import log_server_event
 from siderolink.cli.descriptors import allow_descriptors
 from siderolink.cli.logs import hide, lost_records, say
 from siderolink.cli.machine import MachinesService
@@ -29,11 +30,14 @@ from siderolink.cli.state_service import StateCommands
 from siderolink.cli.watching import watch_files
 from siderolink.common.collector import calm_collector
 from siderolink.common.errors import ConfigurationError, SideroLinkError
-from siderolink.common.grpc import ServerCertificate
+from siderolink.common.grpc import GRPCError, Servable, ServerCertificate, Status
 from siderolink.common.pb.siderolink.control import Event, Peer, StatusResponse
 from siderolink.common.tasks import background_tasks, in_parts, keep_running
 from siderolink.common.wireguard.device import PeerStatus
 from siderolink.server import EventStream, JoinPolicy, JoinTokensMode, Server, Store
+from siderolink.server.admin.faces import ADMIN_LIMITS, GROUP, LocalAccess, admin_services, group_id, guarded
+from siderolink.server.events import describe_event
+from siderolink.server.store import Role
 
 _MOST_DESCRIPTORS = 1 << 20
 _PEERS_AT_ONCE = 100
@@ -82,7 +86,7 @@ class ServerSource:
 
     async def events(self) -> AsyncIterator[Event]:
         async for event in self._serving.server.events():
-            found = server_event(event)
+            found = describe_event(event)
             yield Event(time=time.time(), kind=found.name, subject=found.subject, detail=found.text)
 
 
@@ -106,7 +110,7 @@ class Serve:
         """Serve until cancelled. Raises SideroLinkError."""
         source = ServerSource(self._serving, self._options.interface, has_reports=self._reports is not None)
         async with (
-            control_socket(self._options.interface, source, StateCommands(self._serving), MachinesService(self._serving)),
+            control_socket(self._options.interface, self._services(source), group=group_id(GROUP), limits=ADMIN_LIMITS),
             self._serve_metrics(),
             background_tasks() as tasks,
         ):
@@ -118,6 +122,20 @@ class Serve:
                 watch = partial(watch_files, [self._options.join_token_file], self._reload_token)
                 tasks.start_soon(keep_running, "watching the join token's file", watch)
             await self._serving.run()
+
+    def _services(self, source: ServerSource) -> list[Servable]:
+        """What the control socket has for whom."""
+
+        def server() -> Server:
+            try:
+                return self._serving.server
+            except SideroLinkError as error:
+                raise GRPCError(Status.UNAVAILABLE, str(error)) from None
+
+        access = LocalAccess()
+        administration = admin_services(lambda: server().administration, lambda: server().facts)
+        for_admins: list[Servable] = [StateCommands(self._serving), MachinesService(self._serving)]
+        return guarded([ControlService(source), *administration], access) + guarded(for_admins, access, Role.ADMIN)
 
     @asynccontextmanager
     async def _serve_metrics(self) -> AsyncIterator[None]:
@@ -219,7 +237,7 @@ class Serve:
                 show = partial(log_reports, server.reports, with_lines=self._options.print_machine_logs)
                 tasks.start_soon(keep_running, "showing machines' reports", show)
             async for event in events:
-                server_event(event).log()
+                log_server_event(event)
 
 
 def _join_policy(options: ServeConfig) -> JoinPolicy:

@@ -47,7 +47,7 @@ def run_wireguard(
 def _run(name: str, ready: Callable[[], None], metrics: MetricsOptions | None) -> None:
     # not before the process has its place: numpy may start threads, and a process with threads is not divided
     from siderolink.cli.bare_status import InterfaceSource
-    from siderolink.cli.control import control_socket
+    from siderolink.cli.control import ControlService, control_socket
     from siderolink.common.wireguard.opening import open_interface
 
     def on_event(event: "DeviceEvent") -> None:
@@ -56,7 +56,7 @@ def _run(name: str, ready: Callable[[], None], metrics: MetricsOptions | None) -
     async def work() -> None:
         async with open_interface(name, on_event) as interface, AsyncExitStack() as stack:
             try:
-                await stack.enter_async_context(control_socket(name, InterfaceSource(interface.device)))
+                await stack.enter_async_context(control_socket(name, [ControlService(InterfaceSource(interface.device))]))
             except SideroLinkError as error:  # the interface works without
                 say(name, f"`siderolink status` will not show this interface: {error}", level=logging.WARNING)
             if metrics is not None:

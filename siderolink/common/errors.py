@@ -80,3 +80,11 @@ class NotFoundError(SideroLinkError):
 
 class AlreadyExistsError(SideroLinkError):
     """Raised when a name is another one's already."""
+
+
+class ForbiddenError(SideroLinkError):
+    """Raised when a role does not include what is asked for."""
+
+
+class UnauthenticatedError(SideroLinkError):
+    """Raised when a caller of the admin API does not prove who it is."""

@@ -1,6 +1,15 @@
 """The server (manager) that machines join."""
 
 from siderolink.common.wireguard.device import DeviceCounters, InterfaceCounters
+from siderolink.server.admin import (
+    Administration,
+    ApiKeys,
+    AuditLog,
+    MachineAdministration,
+    MachineQuery,
+    MachineStatus,
+    Page,
+)
 from siderolink.server.admission.limits import MachineLimits
 from siderolink.server.admission.policy import JoinPolicy, JoinTokensMode
 from siderolink.server.admission.request import Allow, Authorize, Deny, JoinRequest
@@ -24,6 +33,7 @@ from siderolink.server.events import (
 from siderolink.server.fleet.directory import LinkState
 from siderolink.server.fleet.machine_api import open_machine_api
 from siderolink.server.history import History, HistoryCounters, HistoryOptions
+from siderolink.server.options import AdminOptions
 from siderolink.server.refusals import JoinRefusal, StreamRefusal
 from siderolink.server.reporting import (
     KeepOptions,
@@ -38,13 +48,35 @@ from siderolink.server.reporting import (
     Reports,
     ReportsLost,
 )
-from siderolink.server.server import MachineStatus, Server
-from siderolink.server.store import Ban, BanKind, HistoryEntry, HistoryKind, Machine, MachineAdmission, MemoryStore, Store
+from siderolink.server.server import Server
+from siderolink.server.store import (
+    Actor,
+    AuditEntry,
+    AuditQuery,
+    Ban,
+    BanKind,
+    HistoryEntry,
+    HistoryKind,
+    Machine,
+    MachineAdmission,
+    MemoryStore,
+    Principal,
+    Role,
+    Store,
+    TunnelSetting,
+)
 from siderolink.server.store.measured import StoreCounters
 
 __all__ = [
+    "Actor",
+    "AdminOptions",
+    "Administration",
     "AdmissionChanged",
     "Allow",
+    "ApiKeys",
+    "AuditEntry",
+    "AuditLog",
+    "AuditQuery",
     "Authorize",
     "Ban",
     "BanKind",
@@ -75,15 +107,19 @@ __all__ = [
     "LinkState",
     "LogLine",
     "Machine",
+    "MachineAdministration",
     "MachineAdmission",
     "MachineEvent",
     "MachineGroup",
     "MachineJoined",
     "MachineLeft",
     "MachineLimits",
+    "MachineQuery",
     "MachineRekeyed",
     "MachineStatus",
     "MemoryStore",
+    "Page",
+    "Principal",
     "ReportCounters",
     "ReportDrop",
     "ReportOptions",
@@ -91,6 +127,7 @@ __all__ = [
     "ReportedEvent",
     "Reports",
     "ReportsLost",
+    "Role",
     "Server",
     "ServerCounters",
     "ServerEvent",
@@ -98,6 +135,7 @@ __all__ = [
     "StoreCounters",
     "StreamRefusal",
     "Transport",
+    "TunnelSetting",
     "UniqueTokenBound",
     "open_machine_api",
 ]

@@ -1,6 +1,6 @@
 """Assembles the parts of a running server."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -10,11 +10,13 @@ from anyio.abc import TaskGroup
 
 from siderolink.common.addressing import overlay_prefix, server_address
 from siderolink.common.goodbye import GOODBYE_PORT
-from siderolink.common.grpc import GrpcServer, serve
+from siderolink.common.grpc import GrpcServer, Servable, serve
 from siderolink.common.hostport import HostPort
 from siderolink.common.tasks import background_tasks, keep_running
 from siderolink.common.wireguard.device import Device, DeviceConfig, DeviceEvent
 from siderolink.common.wireguard.opening import open_device
+from siderolink.server.admin.administration import Administration
+from siderolink.server.admin.faces import ADMIN_LIMITS, RemoteAccess, guarded
 from siderolink.server.admission.tokens import JoinTokenCheck, unique_token_digest
 from siderolink.server.api.provision import ProvisionService, ResponseBuilder
 from siderolink.server.api.standard import HealthService, ReflectionService
@@ -30,7 +32,7 @@ from siderolink.server.fleet.overlay_ports import OverlayPort, device_ports, onl
 from siderolink.server.history import QUEUE_LIMIT, History
 from siderolink.server.options import ServerOptions
 from siderolink.server.reporting import Reports, receive_reports
-from siderolink.server.store import Store
+from siderolink.server.store import Machine, Store
 from siderolink.server.store.rekeying import seal_what_is_not
 from siderolink.server.store.server_record import recall_server, resume_timestamps
 
@@ -41,6 +43,7 @@ class Parts:
 
     device: Device
     prefix: IPv6Network
+    installation_id: str
     fleet: Fleet
     provisioning: ProvisionService
     tunnel: TunnelService
@@ -48,6 +51,8 @@ class Parts:
     endpoints: tuple[HostPort, ...]
     reports: Reports | None
     history: History | None
+    administration: Administration
+    admin_api: GrpcServer | None
 
 
 class Composition:
@@ -55,12 +60,21 @@ class Composition:
 
     _prefix: IPv6Network
     _address: IPv6Address
+    _installation_id: str
 
-    def __init__(self, options: ServerOptions, store: Store, events: EventHub, join_token: JoinTokenCheck) -> None:
+    def __init__(
+        self,
+        options: ServerOptions,
+        store: Store,
+        events: EventHub,
+        join_token: JoinTokenCheck,
+        admin_services: Sequence[Servable] = (),
+    ) -> None:
         self._options = options
         self._store = store
         self._events = events
         self._join_token = join_token
+        self._admin_services = admin_services
 
     @asynccontextmanager
     async def run(self) -> AsyncIterator[Parts]:
@@ -69,6 +83,7 @@ class Composition:
         record = await recall_server(self._store, options.private_key, options.installation_id)
         if record.was_open:
             await seal_what_is_not(self._store, unique_token_digest)
+        self._installation_id = record.installation_id
         self._prefix = overlay_prefix(record.installation_id)
         self._address = server_address(self._prefix)
         stamps = resume_timestamps(record)
@@ -206,19 +221,23 @@ class Composition:
         )
         tunnel = TunnelService(fleet.directory, fleet.reconciler, fleet.monitor, device)
         listen = options.api_address
-        async with serve(
-            [provisioning, tunnel.service(), HealthService(), ReflectionService()],
-            host=listen.host,
-            port=listen.port,
-            tls=options.tls,
-            limits=options.api_limits,
-            proxies=options.proxies,
-            has_tokens=True,
-            is_known=fleet.directory.sources.__contains__,
-        ) as api:
+        async with (
+            serve(
+                [provisioning, tunnel.service(), HealthService(), ReflectionService()],
+                host=listen.host,
+                port=listen.port,
+                tls=options.tls,
+                limits=options.api_limits,
+                proxies=options.proxies,
+                has_tokens=True,
+                is_known=fleet.directory.sources.__contains__,
+            ) as api,
+            self._administer(device, fleet) as (administration, admin_api),
+        ):
             yield Parts(
                 device=device,
                 prefix=self._prefix,
+                installation_id=self._installation_id,
                 fleet=fleet,
                 provisioning=provisioning,
                 tunnel=tunnel,
@@ -226,4 +245,30 @@ class Composition:
                 endpoints=endpoints,
                 reports=reports,
                 history=history,
+                administration=administration,
+                admin_api=admin_api,
             )
+
+    @asynccontextmanager
+    async def _administer(self, device: Device, fleet: Fleet) -> AsyncIterator[tuple[Administration, GrpcServer | None]]:
+        options = self._options.admin
+
+        def admits(machine: Machine) -> bool | None:
+            return None if machine.join_token_digest is None else self._join_token.admits(machine.join_token_digest)
+
+        clock = Clock(time=self._store.time)
+        administration = Administration(self._store, fleet.directory, fleet.machines, device, self._events, clock, admits)
+        async with administration.run(options.audit_retention), AsyncExitStack() as stack:
+            api = None
+            if (listen := options.address) is not None:
+                services = guarded(self._admin_services, RemoteAccess(lambda: administration))
+                server = serve(
+                    services,
+                    host=listen.host,
+                    port=listen.port,
+                    tls=options.tls,
+                    limits=ADMIN_LIMITS,
+                    has_tokens=True,
+                )
+                api = await stack.enter_async_context(server)
+            yield administration, api

@@ -2,6 +2,7 @@
 
 import ssl
 from dataclasses import dataclass, field
+from ipaddress import ip_address
 
 from siderolink.common.errors import ConfigurationError
 from siderolink.common.grpc import Limits, TrustedProxies, parse_networks
@@ -18,6 +19,31 @@ from siderolink.server.store import Store
 
 MAX_ENDPOINTS = 32
 MAX_INSTALLATION_ID_BYTES = 1024
+MAX_AUDIT_RETENTION = 1e10
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdminOptions:
+    """The admin API beside the local socket of `serve`, and the audit."""
+
+    listen: str | tuple[str, int] | None = None
+    """host:port for callers with API keys; port 0 selects a free one; None listens nowhere."""
+    tls: ssl.SSLContext | None = None
+    """The server's certificate; needed unless `listen` is a loopback address."""
+    audit_retention: float | None = 365 * 86_400.0
+    """Seconds for which the audit is kept; None keeps it for ever."""
+
+    def __post_init__(self) -> None:
+        if self.listen is not None:
+            _check_listen(self.listen)
+            if self.tls is None and not _is_loopback(_address(self.listen).host):
+                raise ConfigurationError("the admin API needs TLS, unless it listens on a loopback address: keys travel there")
+        if self.audit_retention is not None and not 0 < self.audit_retention <= MAX_AUDIT_RETENTION:
+            raise ConfigurationError("the audit is kept for a number of seconds above 0, or for ever (None)")
+
+    @property
+    def address(self) -> HostPort | None:
+        return None if self.listen is None else _address(self.listen)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +75,7 @@ class ServerOptions:
     proxy_protocol_from: tuple[str, ...] = ()
     forwarded_from: tuple[str, ...] = ()
     policy: JoinPolicy = JoinPolicy()
+    admin: AdminOptions = AdminOptions()
 
     def __post_init__(self) -> None:
         _check_listen(self.api_listen)
@@ -66,9 +93,7 @@ class ServerOptions:
 
     @property
     def api_address(self) -> HostPort:
-        if isinstance(self.api_listen, str):
-            return HostPort.parse(self.api_listen, port_zero=True)
-        return HostPort(*self.api_listen)
+        return _address(self.api_listen)
 
     @property
     def endpoints(self) -> tuple[HostPort, ...]:
@@ -91,6 +116,17 @@ class ServerOptions:
         if self.wireguard_listen_port is not None:
             return self.wireguard_listen_port
         return self.endpoints[0].port if self.endpoints else None
+
+
+def _address(listen: str | tuple[str, int]) -> HostPort:
+    return HostPort.parse(listen, port_zero=True) if isinstance(listen, str) else HostPort(*listen)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _check_listen(listen: str | tuple[str, int]) -> None:

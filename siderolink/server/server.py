@@ -1,23 +1,23 @@
 """The server: one device, one store, two gRPC services, put together."""
 
+import contextlib
 import ssl
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
 from functools import cached_property
 from ipaddress import IPv6Address
 from types import TracebackType
 from typing import Self
 
-from anyio.lowlevel import checkpoint
-
 from siderolink.common.addressing import overlay_prefix, server_address
-from siderolink.common.errors import ConfigurationError, SideroLinkError
+from siderolink.common.errors import ConfigurationError, NotFoundError, SideroLinkError
 from siderolink.common.grpc import Limits
 from siderolink.common.keys import PrivateKey, PublicKey
-from siderolink.common.tasks import in_parts
-from siderolink.common.wireguard.device import Device, DeviceKind, PeerStatus
+from siderolink.common.wireguard.device import Device, DeviceKind
+from siderolink.server.admin import Administration, ApiKeys, AuditLog, MachineStatus
+from siderolink.server.admin.faces import admin_services
+from siderolink.server.admin.machines import statuses
 from siderolink.server.admin.tokens import Tokens
 from siderolink.server.admission.limits import MachineLimits
 from siderolink.server.admission.policy import JoinPolicy
@@ -35,22 +35,13 @@ from siderolink.server.counters import (
     stream_refusals,
 )
 from siderolink.server.events import EventHub, EventStream
-from siderolink.server.fleet.directory import LinkState, MachineLink
+from siderolink.server.facts import Facts
 from siderolink.server.history import DEFAULT_HISTORY, History, HistoryOptions
-from siderolink.server.options import ServerOptions
+from siderolink.server.options import AdminOptions, ServerOptions
 from siderolink.server.reporting import ReportOptions, Reports
 from siderolink.server.store import Ban, BanKind, Machine, MemoryStore, Store
+from siderolink.server.store.audit import EMBEDDER
 from siderolink.server.store.measured import MeasuredStore
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MachineStatus:
-    """One machine as it is now."""
-
-    machine: Machine
-    state: LinkState
-    peer: PeerStatus | None
-    """The device's status of its peer; None without a peer."""
 
 
 class _Lifetime:
@@ -87,10 +78,13 @@ class _Lifetime:
 class _Measured:
     """Counters and health of a server."""
 
-    def __init__(self, store: Store) -> None:
-        self._store = MeasuredStore(store)
+    def __init__(self, options: ServerOptions) -> None:
+        self._options = options
+        self._store = MeasuredStore(MemoryStore() if options.store is None else options.store)
+        self._join_token = JoinTokenCheck(options.join_token or None)
         self._events = EventHub()
         self._lifetime = _Lifetime()
+        self._facts = Facts(lambda: self._lifetime.live, options, self._store, self._events)
 
     async def counters(self) -> ServerCounters:
         """All counters of this server. Other tasks run meanwhile, even with many machines."""
@@ -116,15 +110,97 @@ class _Measured:
         return drops(self._lifetime.live)
 
 
-class Server(_Measured, AbstractAsyncContextManager["Server"]):
+class _Administered(_Measured):
+    """Machines, and the administration of a server."""
+
+    @property
+    def administration(self) -> Administration:
+        """All that administrators do, with roles: machines, bans, API keys, the audit."""
+        return self._lifetime.live.administration
+
+    @property
+    def api_keys(self) -> ApiKeys:
+        """The keys of the admin API."""
+        return self.administration.api_keys
+
+    @property
+    def audit(self) -> AuditLog:
+        """What was changed by whom."""
+        return self.administration.audit
+
+    @cached_property
+    def tokens(self) -> Tokens:
+        """The join tokens: made, shown, revoked, and so on, also while the server does not run."""
+        return Tokens(self._store, self._join_token)
+
+    @property
+    def facts(self) -> Facts:
+        """What the server tells of itself by the admin API."""
+        return self._facts
+
+    @property
+    def admin_port(self) -> int | None:
+        """The TCP port of the admin API; None where it does not listen."""
+        api = self._lifetime.live.admin_api
+        return None if api is None else api.port
+
+    async def machines(self, limit: int | None = None) -> list[MachineStatus]:
+        """All accepted machines, or up to `limit` of them. Other tasks run meanwhile."""
+        live = self._lifetime.live
+        return await statuses(live.device, [link for link in live.fleet.directory if link.machine.is_accepted][:limit])
+
+    async def unaccepted_machines(self) -> list[MachineStatus]:
+        """The machines that are pending or denied."""
+        live = self._lifetime.live
+        return await statuses(live.device, [link for link in live.fleet.directory if not link.machine.is_accepted])
+
+    async def find(self, name: str) -> Machine | None:
+        """The machine that has this id, UUID, public key or name."""
+        return await self._lifetime.live.fleet.machines.named(name)
+
+    async def remove(self, machine_id: str) -> bool:
+        """Forget a machine and end its link. It may join again, as a new one. False if it is not known."""
+        return await self._lifetime.live.fleet.machines.remove(machine_id, actor=EMBEDDER)
+
+    async def ban(self, machine: str, *, kind: BanKind | None = None) -> bool:
+        """Ban a machine, named by its UUID, id or public key, and end its link. Returns False if no such machine was known.
+
+        `kind` selects what is banned, the UUID by default. Raises ConfigurationError if the text names nothing
+        that can be banned.
+        """
+        return (await self.administration.bans.add(machine, kind=kind)).machine is not None
+
+    async def unban(self, name: str, *, kind: BanKind = BanKind.UUID) -> None:
+        """Lift the ban of a UUID, key or unique token. Ignores what is not banned."""
+        with contextlib.suppress(NotFoundError):
+            await self.administration.bans.lift(name, kind=kind)
+
+    async def accept(self, machine_id: str, *, forget_token: bool = False) -> Machine:
+        """Accept a pending or denied machine. `forget_token` unbinds an accepted machine's token, so that a new one is bound.
+
+        Raises SideroLinkError if there is no such machine, or another accepted machine has its UUID.
+        """
+        return await self.administration.machines.accept(machine_id, forget_token=forget_token)
+
+    async def deny(self, machine_id: str) -> Machine:
+        """End a machine's link and refuse its key, UUID and unique token until it is accepted. Raises NotFoundError."""
+        return await self.administration.machines.deny(machine_id)
+
+    async def bans(self) -> list[Ban]:
+        """All bans."""
+        return list(await self._store.bans())
+
+
+class Server(_Administered, AbstractAsyncContextManager["Server"]):
     """A SideroLink server. Machines join through its API, and this host reaches them at their overlay addresses.
 
         async with Server(api_listen="[::]:4000", wireguard_endpoints=["192.0.2.1:50180"], join_token="…") as server:
             async for event in server.events():
                 ...
 
-    Entering raises DeviceUnavailableError, InterfaceInUseError, AddressInUseError or StoreError; leaving, even by an error or a
-    cancellation, ends every stream and removes the interface.
+    Creating one checks the options, raises ConfigurationError, and opens nothing. Entering raises DeviceUnavailableError,
+    InterfaceInUseError, AddressInUseError or StoreError; leaving, even by an error or a cancellation, ends every stream and
+    removes the interface.
 
     Options:
 
@@ -151,6 +227,7 @@ class Server(_Measured, AbstractAsyncContextManager["Server"]):
         Connections from elsewhere, and those without the header, are refused.
     forwarded_from: networks of proxies whose X-Forwarded-For is trusted: the client is the rightmost address outside them.
     policy: which machines need a unique token, and when a silent machine is forgotten.
+    admin: the admin API for callers with API keys, and how long the audit is kept (docs/administration.md).
     """
 
     def __init__(
@@ -181,9 +258,9 @@ class Server(_Measured, AbstractAsyncContextManager["Server"]):
         proxy_protocol_from: Sequence[str] = (),
         forwarded_from: Sequence[str] = (),
         policy: JoinPolicy | None = None,
+        admin: AdminOptions | None = None,
     ) -> None:
-        """Check the options; nothing is opened yet. Raises ConfigurationError."""
-        self._options = ServerOptions(
+        options = ServerOptions(
             api_listen=api_listen,
             wireguard_endpoints=tuple(wireguard_endpoints),
             wireguard_listen_port=wireguard_listen_port,
@@ -209,14 +286,15 @@ class Server(_Measured, AbstractAsyncContextManager["Server"]):
             proxy_protocol_from=tuple(proxy_protocol_from),
             forwarded_from=tuple(forwarded_from),
             policy=policy or JoinPolicy(),
+            admin=admin or AdminOptions(),
         )
-        super().__init__(MemoryStore() if store is None else store)
-        self._join_token = JoinTokenCheck(join_token or None)
+        super().__init__(options)
 
     # --- life
 
     async def __aenter__(self) -> Self:
-        await self._lifetime.start(Composition(self._options, self._store, self._events, self._join_token))
+        services = admin_services(lambda: self.administration, lambda: self.facts)
+        await self._lifetime.start(Composition(self._options, self._store, self._events, self._join_token, services))
         return self
 
     async def __aexit__(
@@ -259,59 +337,6 @@ class Server(_Measured, AbstractAsyncContextManager["Server"]):
     def device(self) -> Device:
         return self._lifetime.live.device
 
-    @cached_property
-    def tokens(self) -> Tokens:
-        """The join tokens: made, shown, revoked, and so on, also while the server does not run."""
-        return Tokens(self._store, self._join_token)
-
-    # --- machines
-
-    async def machines(self, limit: int | None = None) -> list[MachineStatus]:
-        """All accepted machines, or up to `limit` of them. Other tasks run meanwhile."""
-        links = [link for link in self._lifetime.live.fleet.directory if link.machine.is_accepted]
-        return await _statuses(self.device, links[:limit])
-
-    async def unaccepted_machines(self) -> list[MachineStatus]:
-        """The machines that are pending or denied."""
-        return await _statuses(
-            self.device, [link for link in self._lifetime.live.fleet.directory if not link.machine.is_accepted]
-        )
-
-    async def find(self, name: str) -> Machine | None:
-        """The machine that has this id, UUID or public key."""
-        return await self._lifetime.live.fleet.machines.named(name)
-
-    async def remove(self, machine_id: str) -> bool:
-        """Forget a machine and end its link. It may join again, as a new one. False if it is not known."""
-        return await self._lifetime.live.fleet.machines.remove(machine_id)
-
-    async def ban(self, machine: str, *, kind: BanKind | None = None) -> bool:
-        """Ban a machine, named by its UUID, id or public key, and end its link. Returns False if no such machine was known.
-
-        `kind` selects what is banned, the UUID by default. Raises ConfigurationError if the text names nothing
-        that can be banned.
-        """
-        return await self._lifetime.live.fleet.machines.ban(machine, kind=kind)
-
-    async def unban(self, name: str, *, kind: BanKind = BanKind.UUID) -> None:
-        """Lift the ban of a UUID, key or unique token."""
-        await self._lifetime.live.fleet.machines.unban(name, kind=kind)
-
-    async def accept(self, machine_id: str, *, forget_token: bool = False) -> Machine:
-        """Accept a pending or denied machine. `forget_token` unbinds an accepted machine's token, so that a new one is bound.
-
-        Raises SideroLinkError if there is no such machine, or another accepted machine has its UUID.
-        """
-        return await self._lifetime.live.fleet.machines.accept(machine_id, forget_token=forget_token)
-
-    async def deny(self, machine_id: str) -> Machine:
-        """End a machine's link and refuse its key until it is accepted. Raises SideroLinkError if there is no such machine."""
-        return await self._lifetime.live.fleet.machines.deny(machine_id)
-
-    async def bans(self) -> list[Ban]:
-        """All bans."""
-        return list(await self._store.bans())
-
     def still_admits(self, machine: Machine) -> bool | None:
         """Whether the join token that the machine last presented would still admit it; None if it presented none."""
         if machine.join_token_digest is None:
@@ -350,18 +375,3 @@ class Server(_Measured, AbstractAsyncContextManager["Server"]):
         if found is None:
             raise SideroLinkError("this server receives no reports; create it with reports=ReportOptions(...)")
         return found
-
-
-async def _statuses(device: Device, links: Sequence[MachineLink]) -> list[MachineStatus]:
-    keys = [link.machine.public_key for link in links if link.machine.public_key is not None]
-    peers: dict[PublicKey | None, PeerStatus] = {}
-    for statuses in in_parts(await device.peers(keys), 1000):
-        peers.update((status.public_key, status) for status in statuses)
-        await checkpoint()
-    found: list[MachineStatus] = []
-    for part in in_parts(links, 500):
-        found += [
-            MachineStatus(machine=link.machine, state=link.state, peer=peers.get(link.machine.public_key)) for link in part
-        ]
-        await checkpoint()
-    return found

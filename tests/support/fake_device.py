@@ -146,8 +146,8 @@ class FakeDevice:
         return status
 
     async def peers(self, keys: "Iterable[PublicKey] | None" = None) -> list[PeerStatus]:
-        assert keys is None
-        return [self._status(config) for config in self.configs.values()]
+        wanted = None if keys is None else set(keys)
+        return [self._status(one) for key, one in self.configs.items() if wanted is None or key in wanted]
 
     def _status(self, config: PeerConfig) -> PeerStatus:
         return PeerStatus(

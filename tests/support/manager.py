@@ -13,6 +13,8 @@ from siderolink.common.addressing import overlay_prefix, parse_peer_addr_port
 from siderolink.common.hostport import HostPort
 from siderolink.common.keys import PrivateKey, PublicKey
 from siderolink.common.pb.sidero.link import ProvisionRequest, ProvisionResponse
+from siderolink.server.admin.bans import Bans
+from siderolink.server.admin.machines import MachineAdministration
 from siderolink.server.admission.limits import MachineLimits
 from siderolink.server.admission.policy import JoinPolicy, JoinTokensMode
 from siderolink.server.admission.request import Authorize, allow_all
@@ -95,6 +97,9 @@ class Manager:
         )
         self.links = self.fleet.directory
         self.machines = self.fleet.machines
+        clock = self.time.clock
+        self.admin = MachineAdministration(self.store, self.links, self.machines, self.device, self.hub, clock)
+        self.bans = Bans(self.store, self.machines, self.admin, clock)
         self.monitor = self.fleet.monitor
         self.reconciler = self.fleet.reconciler
         self.device.on_event = self.monitor.on_device_event

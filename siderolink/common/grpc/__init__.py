@@ -8,7 +8,7 @@ from siderolink.common.grpc.client import GrpcChannel, open_byte_stream, open_ch
 from siderolink.common.grpc.limits import CallLimits, Limits
 from siderolink.common.grpc.refusals import Refusal, Refused
 from siderolink.common.grpc.server import GrpcServer, serve
-from siderolink.common.grpc.sources import TrustedProxies, parse_networks
+from siderolink.common.grpc.sources import LocalPeer, TrustedProxies, parse_networks, source_of
 from siderolink.common.grpc.tls import ServerCertificate, client_tls, server_tls
 
 GRPCError = grpclib.GRPCError
@@ -27,6 +27,7 @@ __all__ = [
     "GrpcError",
     "GrpcServer",
     "Limits",
+    "LocalPeer",
     "Refusal",
     "Refused",
     "Servable",
@@ -39,6 +40,7 @@ __all__ = [
     "parse_networks",
     "serve",
     "server_tls",
+    "source_of",
     "translate_errors",
     "valid_token",
 ]

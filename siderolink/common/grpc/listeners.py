@@ -1,5 +1,6 @@
 """Listening sockets of the API, and the errors of a port or path that cannot be had."""
 
+import contextlib
 import errno
 import os
 import socket
@@ -33,8 +34,8 @@ def listen_tcp(hosts: Sequence[str], port: int) -> list[socket.socket]:
     return sockets
 
 
-def listen_unix(path: str | Path) -> socket.socket:
-    """Listen on a local socket that only this user may use; one left over by a dead process is replaced."""
+def listen_unix(path: str | Path, group: int | None = None) -> socket.socket:
+    """Listen on a local socket that only this user may use, and a group; one left over by a dead process is replaced."""
     path = Path(path)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     try:
@@ -42,6 +43,8 @@ def listen_unix(path: str | Path) -> socket.socket:
             path.unlink()
         os.fchmod(sock.fileno(), 0o600)  # Linux gives the path this mode
         sock.bind(str(path))
+        if group is not None:
+            _share(path, group)
         sock.listen(BACKLOG)
     except OSError as error:
         sock.close()
@@ -49,6 +52,13 @@ def listen_unix(path: str | Path) -> socket.socket:
             raise AddressInUseError(f"the socket {str(path)!r} is in use by another process") from error
         raise ConfigurationError(f"cannot listen on the socket {str(path)!r}: {error.strerror or error}") from error
     return sock
+
+
+def _share(path: Path, group: int) -> None:
+    """Let a group connect, where this process may give it away."""
+    with contextlib.suppress(PermissionError):
+        os.chown(path, -1, group)
+        path.chmod(0o660)
 
 
 def _families(hosts: Sequence[str]) -> set[int]:

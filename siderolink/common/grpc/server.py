@@ -24,7 +24,7 @@ from siderolink.common.grpc.limits import Limits
 from siderolink.common.grpc.listeners import listen_tcp, listen_unix
 from siderolink.common.grpc.protocol import Http2Protocol, tune
 from siderolink.common.grpc.refusals import ERROR_CODES, Refusal
-from siderolink.common.grpc.sources import BadHeaderError, TrustedProxies, contains, plain, read_header, source_of
+from siderolink.common.grpc.sources import BadHeaderError, TrustedProxies, contains, local_peer, plain, read_header, source_of
 
 log = logging.getLogger("siderolink")
 
@@ -149,7 +149,7 @@ class GrpcServer:
             if refusal is not None:
                 self._turn_away(connection, refusal, str(address))
                 continue
-            accepted = _Accepted(connection, address)
+            accepted = _Accepted(connection, local_peer(connection) or address)
             if not self._proxies.protocol_from and not self._enter(accepted):
                 continue
             self._connections += 1
@@ -304,6 +304,7 @@ async def serve(
     host: str | Sequence[str] | None = None,
     port: int = 0,
     path: str | Path | None = None,
+    group: int | None = None,
     listening: Sequence[socket.socket] | None = None,
     tls: ssl.SSLContext | None = None,
     limits: Limits | None = None,
@@ -315,7 +316,7 @@ async def serve(
 ) -> AsyncIterator[GrpcServer]:
     """Serve gRPC on a TCP port of one or several hosts (None: all) or on a local socket at `path`, until the context is left.
 
-    Or on sockets that are `listening` already; they are closed with the server.
+    Or on sockets that are `listening` already; they are closed with the server. A local socket is for this user and a `group`.
 
     `on_refusal` is called on the loop for whatever is refused, with one line about it; it must be quick and not raise.
     `proxies` are believed where they say whom a connection or call comes from. With `has_tokens`, handlers tell of calls that
@@ -328,7 +329,7 @@ async def serve(
     if listening is not None:
         sockets = listening
     elif path is not None:
-        sockets = [listen_unix(path)]
+        sockets = [listen_unix(path, group)]
     else:
         hosts = [""] if host is None else [host] if isinstance(host, str) else list(host)
         sockets = await asyncio.to_thread(listen_tcp, hosts, port)

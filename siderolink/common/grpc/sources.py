@@ -28,6 +28,8 @@ _LONGEST_V1 = 107
 _SHORTEST = 15
 """``PROXY UNKNOWN`` and its line's end. No header is shorter."""
 _V1_FAMILIES: dict[bytes, type[IPv4Address] | type[IPv6Address]] = {b"TCP4": IPv4Address, b"TCP6": IPv6Address}
+_SO_PEERGROUPS = 59
+_MAX_GROUPS = 256
 _LOCAL, _PROXY = 0x20, 0x21
 _TCP4, _TCP6, _UNIX_STREAM, _UNSPECIFIED = 0x11, 0x21, 0x31, 0x00
 
@@ -84,6 +86,29 @@ def contains(networks: Iterable[Network], address: str) -> bool:
 def plain(address: str) -> str:
     """The address without a zone, and as IPv4 where it is mapped into IPv6."""
     return str(_parsed(address) or address)
+
+
+@dataclass(frozen=True, slots=True)
+class LocalPeer:
+    """The process at the other end of a local socket, as it was when it connected (unix(7), SO_PEERCRED)."""
+
+    pid: int
+    uid: int
+    gid: int
+    groups: tuple[int, ...] = ()
+    """Its supplementary groups."""
+
+
+def local_peer(connection: socket.socket) -> LocalPeer | None:
+    """Who is at the other end of a local socket; None for any other socket."""
+    if connection.family != socket.AF_UNIX:
+        return None
+    pid, uid, gid = struct.unpack("iII", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    try:
+        raw = connection.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, 4 * _MAX_GROUPS)
+    except OSError:  # older kernels
+        raw = b""
+    return LocalPeer(pid, uid, gid, struct.unpack(f"{len(raw) // 4}I", raw))
 
 
 def source_of(address: str, ipv6_bits: int) -> str:

@@ -1,4 +1,4 @@
-"""Operations on machines: join, remove, ban, accept and deny.
+"""Operations on machines: join, change and remove.
 
 A change is always made in the store first and then applied by the reconciler.
 """
@@ -9,14 +9,13 @@ from dataclasses import replace
 
 import anyio
 
-from siderolink.common.errors import ConfigurationError, KeyFormatError, SideroLinkError
+from siderolink.common.errors import KeyFormatError, SideroLinkError
 from siderolink.common.keys import PublicKey
-from siderolink.common.node_uuid import parse_uuid
 from siderolink.server.admission.admit import Admission, Grant, new_id
+from siderolink.server.admission.audit import machine_entry
 from siderolink.server.admission.request import JoinRequest, Rejection
 from siderolink.server.admission.rows import refusal
 from siderolink.server.admission.rules import Basis
-from siderolink.server.admission.tokens import parse_unique_token
 from siderolink.server.clock import Clock
 from siderolink.server.events import AdmissionChanged, EventHub, LeaveReason, MachineJoined, UniqueTokenBound
 from siderolink.server.fleet.directory import Directory, LinkState
@@ -24,7 +23,8 @@ from siderolink.server.fleet.liveness import Liveness
 from siderolink.server.fleet.moves import Moves
 from siderolink.server.fleet.reconciler import Reconciler
 from siderolink.server.refusals import JoinRefusal, JoinRejectedError
-from siderolink.server.store import Ban, BanKind, Claim, Machine, MachineAdmission, Store, Transaction
+from siderolink.server.store import Actor, Claim, Machine, Store, Transaction
+from siderolink.server.store.audit import SERVER
 
 log = logging.getLogger(__name__)
 
@@ -124,111 +124,20 @@ class Machines:
         return await self._store.transact(lambda transaction: transaction.machine_by_uuid(node_uuid))
 
     async def named(self, name: str) -> Machine | None:
-        """The machine that has this id, this UUID or this public key."""
+        """The machine that has this id, UUID, public key or name."""
+        return await self._store.transact(lambda transaction: find_named(transaction, name))
+
+    async def remove(self, machine_id: str, reason: LeaveReason = LeaveReason.REMOVED, actor: Actor = SERVER) -> bool:
+        """Forget a machine; it may join again, as a new one. False if it is not known."""
 
         async def work(transaction: Transaction) -> Machine | None:
-            found = await transaction.machine(name) or await transaction.machine_by_uuid(name.lower())
-            if found is None:
-                try:
-                    found = await transaction.machine_by_key(PublicKey.parse(name))
-                except KeyFormatError:
-                    return None
-            return found
+            machine = await transaction.delete(machine_id)
+            if machine is not None:
+                entry = machine_entry(self._clock.time(), actor, "machine.remove", machine, None)
+                await transaction.audit(replace(entry, after={"reason": str(reason)}))
+            return machine
 
-        return await self._store.transact(work)
-
-    async def remove(self, machine_id: str, reason: LeaveReason = LeaveReason.REMOVED) -> bool:
-        """Forget a machine; it may join again, as a new one. False if it is not known."""
-        return await self._delete(machine_id, reason, lambda transaction: transaction.delete(machine_id))
-
-    async def ban(self, name: str, *, kind: BanKind | None = None) -> bool:
-        """Refuse a machine from now on, and forget it. False if none was known by that name.
-
-        `name` is a UUID, an id or a public key; with `kind` KEY or UNIQUE, what is banned is the named machine's key or unique
-        token instead of its UUID. Raises ConfigurationError where it names nothing that can be banned.
-        """
-        known = await self.named(name)
-        ban = self._ban_of(name, kind, known)
-
-        async def ban_and_delete(transaction: Transaction) -> Machine | None:
-            await transaction.set_banned(ban, True)
-            machine = None if known is None else await transaction.machine(known.id)
-            if machine is None and ban.kind is BanKind.UUID:
-                machine = await transaction.machine_by_uuid(ban.value)
-            return None if machine is None else await transaction.delete(machine.id)
-
-        return await self._delete(known.id if known else "", LeaveReason.BANNED, ban_and_delete)
-
-    def _ban_of(self, name: str, kind: BanKind | None, known: Machine | None) -> Ban:
-        match kind:
-            case BanKind.KEY:
-                key = known.public_key if known is not None else None
-                try:
-                    return Ban(kind=BanKind.KEY, value=(key or PublicKey.parse(name)).encode())
-                except KeyFormatError:
-                    raise ConfigurationError(f"{name!r} is neither a public key nor a machine with one") from None
-            case BanKind.UNIQUE:
-                digest = None if known is None else known.unique_token_digest
-                if digest is None:
-                    raise ConfigurationError(f"{name!r} is not a machine with a unique token") from None
-                return Ban(kind=BanKind.UNIQUE, value=digest.hex())
-            case _:
-                return Ban(value=known.node_uuid if known is not None else parse_uuid(name))
-
-    async def unban(self, name: str, *, kind: BanKind = BanKind.UUID) -> None:
-        """Lift a ban of a UUID, of a public key, or of a unique token (itself, or its digest in hexadecimal digits).
-
-        Raises ConfigurationError if it is none of these.
-        """
-        match kind:
-            case BanKind.UUID:
-                value = parse_uuid(name)
-            case BanKind.KEY:
-                try:
-                    value = PublicKey.parse(name).encode()
-                except KeyFormatError as error:
-                    raise ConfigurationError(str(error)) from None
-            case BanKind.UNIQUE:
-                token = parse_unique_token(name)
-                is_digest = len(name) == 64 and all(digit in "0123456789abcdef" for digit in name)
-                value = name if is_digest or token is None else token.digest.hex()
-        ban = Ban(kind=kind, value=value)
-        await self._store.transact(lambda transaction: transaction.set_banned(ban, False))
-
-    async def accept(self, machine_id: str, *, forget_token: bool = False) -> Machine:
-        """Accept a pending or denied machine. `forget_token` unbinds the unique token of an accepted one.
-
-        Raises SideroLinkError if there is no such machine, or another accepted machine has its UUID.
-        """
-
-        async def work(transaction: Transaction) -> Machine:
-            machine = await transaction.machine(machine_id)
-            if machine is None:
-                raise SideroLinkError("there is no such machine")
-            owner = await transaction.machine_by_uuid(machine.node_uuid)
-            if owner is not None and owner.id != machine.id:
-                raise SideroLinkError(f"another accepted machine has the UUID {machine.node_uuid}; forget that one first")
-            wanted = replace(machine, admission=MachineAdmission.ACCEPTED, has_uuid_conflict=False, assigned_uuid=None)
-            if forget_token:
-                wanted = replace(wanted, unique_token_digest=None, unique_fingerprint="", assigned_token=None)
-                wanted = replace(wanted, assigned_digest=None)
-            return machine if wanted == machine else await transaction.update(wanted)
-
-        return await self._change(work)
-
-    async def deny(self, machine_id: str) -> Machine:
-        """End a machine's link and refuse its key, its UUID and its unique token until it is accepted or forgotten.
-
-        Raises SideroLinkError if there is no such machine.
-        """
-
-        async def work(transaction: Transaction) -> Machine:
-            machine = await transaction.machine(machine_id)
-            if machine is None:
-                raise SideroLinkError("there is no such machine")
-            return await transaction.update(replace(machine, admission=MachineAdmission.DENIED))
-
-        return await self._change(work)
+        return await self.delete(machine_id, reason, work) is not None
 
     async def forget_absent(self, forget_after: float) -> None:
         """Forget machines that were silent for this many seconds, until cancelled."""
@@ -254,13 +163,14 @@ class Machines:
             except SideroLinkError as error:
                 log.warning("an expired machine could not be removed: %s", error, extra=machine.log_fields)
 
-    async def _change(self, work: Callable[[Transaction], Awaitable[Machine]]) -> Machine:
+    async def change(self, work: Callable[[Transaction], Awaitable[Machine]]) -> Machine:
+        """Change a row by a transaction, and the link with it."""
         machine = await self._store.transact(work)
         await self._reconciler.apply_change(machine)
-        self._events.publish(AdmissionChanged(machine=machine))
         return machine
 
-    async def _delete(self, machine_id: str, reason: LeaveReason, work: Work) -> bool:
+    async def delete(self, machine_id: str, reason: LeaveReason, work: Work) -> Machine | None:
+        """Delete a row by a transaction, and end the link with it; returns the row as it was."""
         leaving = self._reconciler.leaving
         leaving[machine_id] = reason
         try:
@@ -269,4 +179,15 @@ class Machines:
                 await self._reconciler.forget(machine, reason)
         finally:
             leaving.pop(machine_id, None)
-        return machine is not None
+        return machine
+
+
+async def find_named(transaction: Transaction, name: str) -> Machine | None:
+    """The machine that has this id, UUID, public key or name."""
+    found = await transaction.machine(name) or await transaction.machine_by_uuid(name.lower())
+    if found is None:
+        try:
+            found = await transaction.machine_by_key(PublicKey.parse(name))
+        except KeyFormatError:
+            found = await transaction.machine_by_name(name.lower())
+    return found

@@ -90,7 +90,7 @@ class AuditQuery:
     """An id or a name."""
     since: float | None = None
     until: float | None = None
-    after_seq: int = 0
+    after_seq: int | None = None
     before_seq: int | None = None
     newest_first: bool = True
     limit: int = 100
@@ -102,7 +102,7 @@ class AuditQuery:
             and (not self.object or self.object in (entry.object_id, entry.object_name))
             and (self.since is None or entry.at >= self.since)
             and (self.until is None or entry.at < self.until)
-            and entry.seq > self.after_seq
+            and (self.after_seq is None or entry.seq > self.after_seq)
             and (self.before_seq is None or entry.seq < self.before_seq)
         )
 

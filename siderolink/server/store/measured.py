@@ -47,6 +47,11 @@ class MeasuredStore:
         self.full_at: float | None = None
         """When it last had no room left, by the monotonic clock."""
 
+    @property
+    def kind(self) -> str:
+        """What keeps the rows: "memory", "sqlite", "postgres" or "other"."""
+        return str(getattr(self._store, "kind", "other"))
+
     def counters(self) -> StoreCounters:
         return StoreCounters(seconds=self._seconds, buckets=tuple(self._buckets), failures=self._failures)
 

@@ -268,6 +268,8 @@ class _MemoryTransaction(_RowChanges):
 class MemoryStore:
     """Rows in dictionaries. Transactions run one after another; several servers of one process may share it."""
 
+    kind = "memory"
+
     def __init__(self, *, feed_limit: int = DEFAULT_FEED_LIMIT) -> None:
         """A reader of `changes` that falls `feed_limit` behind receives ChangesLost."""
         self._table = _Table()

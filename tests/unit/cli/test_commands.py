@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from anyio.lowlevel import checkpoint
 
-from siderolink.cli.control import ask_all, control_socket
+from siderolink.cli.control import ControlService, ask_all, control_socket
 from siderolink.cli.describe import link_event
 from siderolink.cli.secret import read_secret
 from siderolink.cli.serve import ServerSource
@@ -160,7 +160,7 @@ async def test_the_status_of_ten_thousand_peers_comes_whole(tmp_path: Path, monk
             return StatusResponse(role="server", peers=STATUS.peers * 10_000)
 
     monkeypatch.setenv("SIDEROLINK_RUNTIME_DIR", str(tmp_path))
-    async with control_socket("siderolink", Crowd()):
+    async with control_socket("siderolink", [ControlService(Crowd())]):
         asked = await ask_all()
     assert not asked.failures
     assert [len(answer.peers) for answer in asked.answers] == [10_000]
@@ -169,7 +169,10 @@ async def test_the_status_of_ten_thousand_peers_comes_whole(tmp_path: Path, monk
 @pytest.mark.anyio
 async def test_the_control_socket_is_for_its_owner_and_vanishes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SIDEROLINK_RUNTIME_DIR", str(tmp_path / "run"))
-    async with control_socket("siderolink", Source()) as one, control_socket("siderolink", Source()) as two:
+    async with (
+        control_socket("siderolink", [ControlService(Source())]) as one,
+        control_socket("siderolink", [ControlService(Source())]) as two,
+    ):
         assert one.name == "siderolink.sock"
         assert two.name != one.name, "the same name in another namespace"
         for path, mode in ((one, 0o600), (two, 0o600), (one.parent, 0o700)):
@@ -225,7 +228,7 @@ async def test_a_server_that_is_starting_says_so_and_logs_nothing(
 
     monkeypatch.setenv("SIDEROLINK_RUNTIME_DIR", str(tmp_path))
     source = ServerSource(Serving(make, None, nothing), "siderolink", has_reports=False)
-    async with control_socket("siderolink", source) as path:
+    async with control_socket("siderolink", [ControlService(source)]) as path:
         (answer,) = (await ask_all()).answers
         assert (answer.role, answer.interface, answer.state) == ("server", "siderolink", "starting")
         async with open_channel(path=str(path)) as channel:

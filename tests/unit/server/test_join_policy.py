@@ -272,11 +272,11 @@ async def test_a_denied_machine_is_out_until_it_is_accepted() -> None:
     await manager.join(machine)
     await manager.handshake(machine)
     row = await manager.row(machine)
-    await manager.machines.deny(row.id)
+    await manager.admin.deny(row.id)
     assert machine.key not in manager.device.configs
     assert await manager.refuses(machine) == (DENIED, "this machine was denied by an administrator")
     assert manager.links.machine_at(row.overlay_address) is None
-    await manager.machines.accept(row.id)
+    await manager.admin.accept(row.id)
     assert machine.key in manager.device.configs
     await manager.join(machine)
     changed = [event.machine.admission for event in await manager.events() if isinstance(event, AdmissionChanged)]
@@ -342,7 +342,7 @@ async def test_a_machine_that_lost_its_token_is_freed_and_keeps_its_address() ->
     lost = replace(machine, unique_token=OTHER)
     assert (await manager.refuses(lost))[0] is DENIED
     row = await manager.row(machine)
-    await manager.machines.accept(row.id, forget_token=True)
+    await manager.admin.accept(row.id, forget_token=True)
     answer = await manager.join(lost)
     await manager.handshake(lost)
     assert answer.node_address_prefix == f"{row.overlay_address}/64"
@@ -444,7 +444,7 @@ async def test_a_denied_machine_stays_denied_however_long_it_is_gone() -> None:
     await manager.handshake(machine)
     link = manager.links.by_key(machine.key)
     assert link is not None
-    await manager.machines.deny(link.machine.id)
+    await manager.admin.deny(link.machine.id)
     for _ in range(3):
         await manager.pass_time(300)
     assert (await manager.refuses(machine))[0] is DENIED

@@ -106,7 +106,7 @@ async def test_a_stream_ends_with_what_it_stands_for(how: str) -> None:
             await manager.machines.remove(row.id)
             expected = StreamRefusal.MACHINE_GONE
         case "banned":
-            await manager.machines.ban(machine.node_uuid)
+            await manager.bans.add(machine.node_uuid)
             expected = StreamRefusal.MACHINE_GONE
         case "never linked":
             await manager.pass_time(10)

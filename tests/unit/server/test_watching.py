@@ -141,20 +141,20 @@ async def test_a_banned_machine_is_gone_and_refused_until_it_is_unbanned(by: str
     await manager.join(machine)
     row = await manager.row(machine)
     name = {"uuid": machine.node_uuid, "UUID": machine.node_uuid.upper(), "id": row.id}[by]
-    assert await manager.machines.ban(name)
+    assert (await manager.bans.add(name)).machine is not None
     assert manager.device.configs == {}
     assert (await manager.events())[-1] == MachineLeft(machine=row, reason=LeaveReason.BANNED)
     assert await manager.refuses(machine) == (Status.PERMISSION_DENIED, "this machine is banned")
-    await manager.machines.unban(machine.node_uuid)
+    await manager.bans.lift(machine.node_uuid)
     await manager.join(machine)
 
 
 async def test_a_uuid_can_be_banned_before_it_is_seen() -> None:
     manager, machine = Manager(), FakeMachine()
-    assert not await manager.machines.ban(machine.node_uuid)
+    assert (await manager.bans.add(machine.node_uuid)).machine is None
     assert (await manager.refuses(machine))[1] == "this machine is banned"
     with pytest.raises(ConfigurationError):
-        await manager.machines.ban("no such machine")
+        await manager.bans.add("no such machine")
 
 
 async def test_a_check_that_fails_is_made_again() -> None:

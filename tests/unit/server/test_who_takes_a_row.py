@@ -435,7 +435,7 @@ async def test_a_claim_to_a_row_that_is_denied_meanwhile_takes_nothing() -> None
     await scene.set_up()
     manager, stranger = scene.manager, thief(scene, ELSEWHERE)
     await manager.join(stranger)
-    row = await manager.machines.deny((await manager.row(scene.machine)).id)
+    row = await manager.admin.deny((await manager.row(scene.machine)).id)
     await manager.handshake(stranger)
     assert manager.device.configs == {}
     link = manager.links.get(row.id)

@@ -49,7 +49,7 @@ def read_entry(row: Mapping[Any, Any]) -> AuditEntry:
 def find(query: AuditQuery) -> Select[Any]:
     """The rows that a query selects, in its order."""
     row = audit.c
-    wanted = [row.seq > query.after_seq]
+    wanted = [row.seq > (query.after_seq or 0)]
     if query.actor:
         wanted.append(row.actor == query.actor)
     if query.action:

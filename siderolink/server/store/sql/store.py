@@ -32,6 +32,8 @@ _PAGE = 1024
 class SqlStore:
     """See `Store`. One server at a time has the file open."""
 
+    kind = "sqlite"
+
     def __init__(self, connection: AsyncConnection, driver: aiosqlite.Connection, feed_limit: int, key: StateKey) -> None:
         """For `open`."""
         self.sealer = Sealer(key)

@@ -30,6 +30,8 @@ _PAGE = 1024
 class PostgresStore:
     """See `Store`."""
 
+    kind = "postgres"
+
     def __init__(self, database: Database, feed_limit: int, key: StateKey) -> None:
         """For `open`."""
         self.sealer = Sealer(key)

@@ -1,0 +1,116 @@
+"""All of a server's administration, put together."""
+
+import logging
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Final
+
+import anyio
+
+from siderolink.common.errors import SideroLinkError
+from siderolink.common.tasks import background_tasks, keep_running
+from siderolink.common.wireguard.device import Device
+from siderolink.server.admin.api_keys import ApiKeys
+from siderolink.server.admin.audit_log import AuditLog
+from siderolink.server.admin.bans import Bans
+from siderolink.server.admin.machines import MachineAdministration
+from siderolink.server.clock import Clock
+from siderolink.server.events import EventHub
+from siderolink.server.fleet.directory import Directory
+from siderolink.server.fleet.machines import Machines
+from siderolink.server.store import (
+    Change,
+    ChangesLost,
+    Machine,
+    PrincipalChanged,
+    Store,
+    TokenChanged,
+    TokenColumn,
+    Transaction,
+)
+
+log = logging.getLogger(__name__)
+
+_KEPT_NAMES: Final = 4096
+
+
+class Administration:
+    """What may be looked at and changed, each with a role; see its parts."""
+
+    def __init__(
+        self,
+        store: Store,
+        directory: Directory,
+        machines: Machines,
+        device: Device,
+        events: EventHub,
+        clock: Clock,
+        admits: Callable[[Machine], bool | None],
+    ) -> None:
+        """`admits` tells whether the join token that a machine presented would still let it in."""
+        self._store = store
+        self.machines = MachineAdministration(store, directory, machines, device, events, clock)
+        self.bans = Bans(store, machines, self.machines, clock)
+        self.api_keys = ApiKeys(store, clock)
+        self.audit = AuditLog(store, clock)
+        self.admits = admits
+        self._token_names: dict[str, str] = {}
+
+    def changes(self) -> AbstractAsyncContextManager[AsyncIterator[Change]]:
+        """What changes in the store from now on. Raises StoreError."""
+        return self._store.changes()
+
+    async def token_names(self, token_ids: Iterable[str]) -> dict[str, str]:
+        """The names of join tokens by id. Unknown tokens are left out."""
+        wanted = {token_id for token_id in token_ids if token_id not in self._token_names}
+        if wanted:
+            if len(self._token_names) + len(wanted) > _KEPT_NAMES:
+                self._token_names.clear()
+
+            async def work(transaction: Transaction) -> None:
+                for token_id in wanted:
+                    found = await transaction.tokens.find(TokenColumn.ID, token_id)
+                    if found is not None:
+                        self._token_names[token_id] = found.name
+
+            await self._store.transact(work)
+        return self._token_names
+
+    @asynccontextmanager
+    async def run(self, audit_kept: float | None) -> AsyncIterator[None]:
+        """Follow the store, and keep the audit for this many seconds, while the context lasts."""
+        async with background_tasks() as tasks:
+            started = anyio.Event()
+            tasks.start_soon(keep_running, "following the API keys", lambda: self._follow(started))
+            tasks.start_soon(keep_running, "noting the use of API keys", self.api_keys.note_uses)
+            if audit_kept is not None:
+                tasks.start_soon(keep_running, "pruning the audit", lambda: self.audit.keep(audit_kept))
+            await started.wait()
+            try:
+                yield
+            finally:
+                with anyio.CancelScope(shield=True), anyio.move_on_after(1.0):
+                    await self.api_keys.write_uses()
+
+    async def _follow(self, started: anyio.Event) -> None:
+        async with self._store.changes() as changes:
+            await self.api_keys.refresh()
+            started.set()
+            async for change in changes:
+                match change:
+                    case PrincipalChanged():
+                        await self._refresh_keys()
+                    case TokenChanged(token=token):
+                        self._token_names.pop(token.id, None)
+                    case ChangesLost():
+                        self._token_names.clear()
+                        await self._refresh_keys()
+                    case _:
+                        pass
+
+    async def _refresh_keys(self) -> None:
+        try:
+            await self.api_keys.refresh()
+        except SideroLinkError as error:
+            log.warning("the API keys cannot be read, and none is taken meanwhile: %s", error)
+            raise

@@ -1,0 +1,240 @@
+"""API keys: made, listed, taken back, and recognised by their digests."""
+
+import hashlib
+import logging
+import secrets
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Final
+
+import anyio
+
+from siderolink.common.errors import (
+    AlreadyExistsError,
+    ConfigurationError,
+    NotFoundError,
+    SideroLinkError,
+    UnauthenticatedError,
+)
+from siderolink.common.text import one_line
+from siderolink.server.admin.lists import Page, page_of
+from siderolink.server.admin.words import check_name, require
+from siderolink.server.admission.admit import new_id
+from siderolink.server.clock import Clock
+from siderolink.server.store import (
+    Actor,
+    AuditEntry,
+    Principal,
+    Role,
+    Store,
+    Transaction,
+    UniqueViolationError,
+)
+from siderolink.server.store.audit import EMBEDDER
+
+log = logging.getLogger(__name__)
+
+PREFIX: Final = "slk_"
+"""How each key begins, so that scanners for leaked secrets find it."""
+KEY_BYTES: Final = 32
+MAX_KEYS: Final = 1000
+_MAX_KEY_LENGTH: Final = 128
+_NOTE_EVERY: Final = 60.0
+
+
+class ApiKeys:
+    """All methods need the role admin, and raise ForbiddenError for others."""
+
+    def __init__(self, store: Store, clock: Clock) -> None:
+        self._store = store
+        self._clock = clock
+        self._by_digest: dict[bytes, Principal] = {}
+        self._used: dict[str, tuple[float, str]] = {}
+        self._held: dict[str, set[anyio.CancelScope]] = {}
+
+    def now(self) -> float:
+        """By which expiries count."""
+        return self._clock.time()
+
+    # --- administration
+
+    async def create(
+        self,
+        name: str,
+        role: Role,
+        *,
+        expires_at: float | None = None,
+        ttl: float | None = None,
+        actor: Actor = EMBEDDER,
+    ) -> tuple[Principal, str]:
+        """A new key, and its secret, which is kept nowhere. `ttl` is in seconds from now.
+
+        Raises ConfigurationError, or AlreadyExistsError for a name that another key has.
+        """
+        require(actor, Role.ADMIN)
+        now = self._clock.time()
+        secret = PREFIX + secrets.token_urlsafe(KEY_BYTES)
+        principal = Principal(
+            id=new_id(),
+            name=check_name(name),
+            role=role,
+            key_digest=_digest(secret),
+            created_at=now,
+            created_by=actor.name,
+            expires_at=expiry(now, expires_at, ttl),
+        )
+
+        async def work(transaction: Transaction) -> None:
+            if len(await transaction.principals()) >= MAX_KEYS:
+                raise ConfigurationError(f"there are {MAX_KEYS} keys already; delete some")
+            await transaction.put_principal(principal)
+            await transaction.audit(self._entry(actor, "apikey.create", None, principal))
+
+        try:
+            await self._store.transact(work)
+        except UniqueViolationError:
+            raise AlreadyExistsError(f"another key has the name {principal.name}") from None
+        self._by_digest[principal.key_digest] = principal
+        return principal, secret
+
+    async def page(self, page_size: int = 0, page_token: str = "", *, actor: Actor = EMBEDDER) -> Page[Principal]:
+        """The keys by name."""
+        require(actor, Role.ADMIN)
+        found = sorted(await self._all(), key=_sort_key)
+        return page_of([self._with_use(one) for one in found], _sort_key, page_size, page_token)
+
+    async def revoke(self, name: str, *, actor: Actor = EMBEDDER) -> Principal:
+        """End a key and the calls that it makes; it stays in the list."""
+        now = self._clock.time()
+        return await self._end(name, "apikey.revoke", actor, lambda one: replace(one, revoked_at=one.revoked_at or now))
+
+    async def delete(self, name: str, *, actor: Actor = EMBEDDER) -> Principal:
+        """End a key and the calls that it makes, and forget it."""
+        return await self._end(name, "apikey.delete", actor, lambda one: None)
+
+    async def _end(self, name: str, action: str, actor: Actor, change: Callable[[Principal], Principal | None]) -> Principal:
+        require(actor, Role.ADMIN)
+
+        async def work(transaction: Transaction) -> Principal:
+            known = await transaction.principals()
+            found = next((one for one in known if name == one.id or name.lower() == one.name), None)
+            if found is None:
+                raise NotFoundError(f"no API key has the name or id {one_line(name, limit=64)!r}")
+            changed = change(found)
+            if changed == found:
+                return found
+            if changed is None:
+                await transaction.delete_principal(found.id)
+            else:
+                await transaction.put_principal(changed)
+            await transaction.audit(self._entry(actor, action, found, changed))
+            return changed or found
+
+        ended = await self._store.transact(work)
+        await self.refresh()
+        return self._with_use(ended)
+
+    def _entry(self, actor: Actor, action: str, before: Principal | None, after: Principal | None) -> AuditEntry:
+        shown = after or before
+        assert shown is not None
+        return AuditEntry(
+            at=self._clock.time(),
+            actor=actor,
+            action=action,
+            object_kind="api_key",
+            object_id=shown.id,
+            object_name=shown.name,
+            before=_shown(before),
+            after=_shown(after),
+        )
+
+    async def _all(self) -> Sequence[Principal]:
+        return await self._store.transact(lambda transaction: transaction.principals())
+
+    def _with_use(self, principal: Principal) -> Principal:
+        """With its last use, which may not be written yet."""
+        if (used := self._used.get(principal.id)) is None:
+            return principal
+        return replace(principal, last_used_at=used[0], last_source=used[1])
+
+    # --- recognising
+
+    def authenticate(self, secret: str, source: str) -> tuple[Actor, Principal]:
+        """Who has this key. Costs no query. Raises UnauthenticatedError, which does not say whether a key was ever right."""
+        principal = self._by_digest.get(_digest(secret)) if len(secret) <= _MAX_KEY_LENGTH else None
+        now = self._clock.time()
+        if principal is None:
+            raise UnauthenticatedError("the API key is not valid")
+        if not principal.is_active(now):
+            raise UnauthenticatedError("the API key is revoked or has expired")
+        self._used[principal.id] = (now, source)
+        return Actor(name=principal.name, role=principal.role, source=source), principal
+
+    @contextmanager
+    def holding(self, principal: Principal) -> Iterator[anyio.CancelScope]:
+        """A scope that is cancelled when the key ends."""
+        scope = anyio.CancelScope()
+        if principal.expires_at is not None:
+            scope.deadline = anyio.current_time() + principal.expires_at - self._clock.time()
+        scopes = self._held.setdefault(principal.id, set())
+        scopes.add(scope)
+        try:
+            with scope:
+                yield scope
+        finally:
+            scopes.discard(scope)
+            if not scopes:
+                self._held.pop(principal.id, None)
+
+    async def refresh(self) -> None:
+        """Read the keys again, and end the calls of those that are gone. None is taken where they cannot be read."""
+        self._by_digest = {}
+        known = {one.key_digest: one for one in await self._all()}
+        self._by_digest = known
+        active = {one.id for one in known.values() if one.revoked_at is None}
+        for principal_id, scopes in list(self._held.items()):
+            if principal_id not in active:
+                for scope in list(scopes):
+                    scope.cancel()
+
+    async def note_uses(self) -> None:
+        """Write when keys were last used, now and then, until cancelled."""
+        while True:
+            await self._clock.sleep(_NOTE_EVERY)
+            await self.write_uses()
+
+    async def write_uses(self) -> None:
+        """Write when keys were last used."""
+        used, self._used = self._used, {}
+        try:
+            if used:
+                await self._store.note_principals(used)
+        except SideroLinkError as error:
+            self._used = used | self._used
+            log.warning("the last uses of API keys could not be written: %s", error)
+
+
+def expiry(now: float, expires_at: float | None, ttl: float | None) -> float | None:
+    """When something expires. Raises ConfigurationError."""
+    if expires_at is not None and ttl is not None:
+        raise ConfigurationError("give an expiry or a time to live, not both")
+    if ttl is not None:
+        expires_at = now + ttl
+    if expires_at is not None and not now < expires_at < now + 1e10:
+        raise ConfigurationError("an expiry lies in the future")
+    return expires_at
+
+
+def _digest(secret: str) -> bytes:
+    return hashlib.sha256(secret.encode("utf-8", "surrogatepass")).digest()
+
+
+def _sort_key(principal: Principal) -> tuple[str, str]:
+    return principal.name, principal.id
+
+
+def _shown(principal: Principal | None) -> dict[str, object]:
+    if principal is None:
+        return {}
+    return {"role": str(principal.role), "expires_at": principal.expires_at, "revoked_at": principal.revoked_at}

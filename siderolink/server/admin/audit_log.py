@@ -1,0 +1,138 @@
+"""The audit: listed, followed, exported, kept for a time; and samples of logins that failed."""
+
+import time
+from collections import OrderedDict
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, replace
+from typing import Final
+
+from siderolink.common.errors import ConfigurationError
+from siderolink.common.token_bucket import TokenBucket
+from siderolink.server.admin.lists import Page, page_size
+from siderolink.server.admin.words import require
+from siderolink.server.clock import Clock
+from siderolink.server.store import Actor, AuditAdded, AuditEntry, AuditQuery, ChangesLost, Role, Store
+from siderolink.server.store.audit import EMBEDDER
+
+EVERYTHING: Final = AuditQuery()
+_AT_ONCE: Final = 500
+_PRUNE_EVERY: Final = 3600.0
+_SAMPLE_EVERY: Final = 60.0
+"""Seconds between two entries of failed logins from one source."""
+_MAX_SOURCES: Final = 1024
+_SAMPLES_PER_MINUTE: Final = 10
+
+
+@dataclass(slots=True)
+class _Failures:
+    count: int
+    written_at: float
+
+
+class AuditLog:
+    """What was changed by whom. Reading it needs the role admin; each method raises ForbiddenError for others."""
+
+    def __init__(self, store: Store, clock: Clock) -> None:
+        self._store = store
+        self._clock = clock
+        self._failures: OrderedDict[str, _Failures] = OrderedDict()
+        self._samples = TokenBucket(_SAMPLES_PER_MINUTE / 60, _SAMPLES_PER_MINUTE)
+
+    # --- reading
+
+    async def page(self, query: AuditQuery = EVERYTHING, page_token: str = "", *, actor: Actor = EMBEDDER) -> Page[AuditEntry]:
+        """Entries, the newest first. The query's limit is the page's size, 0 for the usual one. Raises ConfigurationError."""
+        require(actor, Role.ADMIN)
+        size = page_size(query.limit)
+        before = query.before_seq
+        if page_token:
+            before = _seq(page_token)
+        entries = await self._store.audit_entries(replace(query, newest_first=True, before_seq=before, limit=size + 1))
+        part = entries[:size]
+        return Page(items=part, next_page_token=str(part[-1].seq) if len(entries) > size else "", total=len(part))
+
+    async def follow(self, query: AuditQuery = EVERYTHING, *, actor: Actor = EMBEDDER) -> AsyncIterator[AuditEntry]:
+        """Entries from now on, the oldest first, for as long as they are read; with the query's `after_seq`, from there on."""
+        require(actor, Role.ADMIN)
+        async with self._store.changes() as changes:
+            last = query.after_seq
+            if last is None:
+                newest = await self._store.audit_entries(AuditQuery(limit=1))
+                last = newest[0].seq if newest else 0
+            async for entry in self._after(query, last):
+                last = max(last, entry.seq)
+                yield entry
+            known = last
+            async for change in changes:
+                if isinstance(change, AuditAdded):
+                    # of a database that several servers write, a lower number may come later
+                    if change.entry.seq > known and query.matches(change.entry):
+                        last = max(last, change.entry.seq)
+                        yield change.entry
+                elif isinstance(change, ChangesLost):
+                    async for entry in self._after(query, last):
+                        last = max(last, entry.seq)
+                        yield entry
+                    known = last
+
+    async def export(self, query: AuditQuery = EVERYTHING, *, actor: Actor = EMBEDDER) -> AsyncIterator[AuditEntry]:
+        """All entries that the query selects, the oldest first."""
+        require(actor, Role.ADMIN)
+        async for entry in self._after(query, query.after_seq or 0):
+            yield entry
+
+    async def _after(self, query: AuditQuery, last: int) -> AsyncIterator[AuditEntry]:
+        while True:
+            wanted = replace(query, newest_first=False, after_seq=last, limit=_AT_ONCE)
+            entries = await self._store.audit_entries(wanted)
+            for entry in entries:
+                yield entry
+            if len(entries) < _AT_ONCE:
+                return
+            last = entries[-1].seq
+
+    # --- writing
+
+    async def add(self, entry: AuditEntry) -> None:
+        """Record what changes no row, in a transaction of its own."""
+        await self._store.transact(lambda transaction: transaction.audit(entry))
+
+    async def login_failed(self, source: str, reason: str) -> None:
+        """Record a login that failed: of one source once a minute, with how many there were since; of all, some a minute."""
+        now = time.monotonic()
+        known = self._failures.setdefault(source, _Failures(0, -_SAMPLE_EVERY))
+        self._failures.move_to_end(source)
+        known.count += 1
+        if len(self._failures) > _MAX_SOURCES:
+            self._failures.popitem(last=False)
+        if now - known.written_at < _SAMPLE_EVERY or not self._samples.take(1):
+            return
+        count, known.count, known.written_at = known.count, 0, now
+        await self.add(
+            AuditEntry(
+                at=self._clock.time(),
+                actor=Actor(name="unknown", source=source),
+                action="login.failed",
+                object_kind="api_key",
+                after={"reason": reason, "attempts": count},
+            )
+        )
+
+    async def keep(self, seconds: float) -> None:
+        """Remove entries that are older than this, until cancelled."""
+        while True:
+            await self.prune(seconds)
+            await self._clock.sleep(_PRUNE_EVERY)
+
+    async def prune(self, seconds: float) -> int:
+        """Remove entries that are older than this, some at a time; returns how many."""
+        total, before = 0, self._clock.time() - seconds
+        while (removed := await self._store.prune_audit(before, _AT_ONCE)) > 0:
+            total += removed
+        return total
+
+
+def _seq(page_token: str) -> int:
+    if len(page_token) > 19 or not page_token.isdecimal():
+        raise ConfigurationError("the page_token is not one of the audit; begin without one")
+    return min(int(page_token), 2**63 - 1)

@@ -1,0 +1,153 @@
+"""Bans: UUIDs, keys and unique tokens by which machines are refused."""
+
+from dataclasses import dataclass, replace
+
+from siderolink.common.errors import ConfigurationError, KeyFormatError, NotFoundError
+from siderolink.common.keys import PublicKey
+from siderolink.common.node_uuid import parse_uuid
+from siderolink.common.text import one_line
+from siderolink.server.admin.lists import Page, page_of
+from siderolink.server.admin.machines import MachineAdministration, MachineStatus
+from siderolink.server.admin.words import check_note, require
+from siderolink.server.admission.audit import machine_entry
+from siderolink.server.admission.tokens import parse_unique_token
+from siderolink.server.clock import Clock
+from siderolink.server.events import LeaveReason
+from siderolink.server.fleet.machines import Machines
+from siderolink.server.store import Actor, AuditEntry, Ban, BanGrounds, BanKind, Machine, Role, Store, Transaction
+from siderolink.server.store.audit import EMBEDDER
+
+_HEX = frozenset("0123456789abcdef")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StandingBan:
+    """A ban and its grounds."""
+
+    ban: Ban
+    grounds: BanGrounds
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BanOutcome:
+    """What a call of `Bans.add` did."""
+
+    ban: Ban
+    is_new: bool
+    """False where it was banned already."""
+    machine: MachineStatus | None
+    """The machine that was removed, as it was."""
+
+
+class Bans:
+    """Each method that changes something is audited, and raises ForbiddenError where the actor's role is too low."""
+
+    def __init__(self, store: Store, machines: Machines, administration: MachineAdministration, clock: Clock) -> None:
+        self._store = store
+        self._machines = machines
+        self._administration = administration
+        self._clock = clock
+
+    async def page(self, page_size: int = 0, page_token: str = "") -> Page[StandingBan]:
+        """The bans, by kind and value."""
+        found = [StandingBan(ban=ban, grounds=grounds) for ban, grounds in (await self._store.bans()).items()]
+        found.sort(key=_sort_key)
+        return page_of(found, _sort_key, page_size, page_token)
+
+    async def add(self, name: str, *, kind: BanKind | None = None, reason: str = "", actor: Actor = EMBEDDER) -> BanOutcome:
+        """Refuse a machine from now on, and end its link at once.
+
+        `name` is a UUID, an id, a name or a public key; with `kind` KEY or UNIQUE, what is banned is the named machine's key or
+        unique token instead of its UUID. Raises ConfigurationError where it names nothing that can be banned.
+        """
+        require(actor, Role.OPERATOR)
+        check_note(reason)
+        known = await self._machines.named(name)
+        status = None if known is None else await self._administration.status(known)
+        ban = _ban_of(name, kind, known)
+        is_new = False
+
+        async def ban_and_delete(transaction: Transaction) -> Machine | None:
+            nonlocal is_new
+            now = self._clock.time()
+            is_new = not await transaction.is_banned(ban)
+            if is_new:
+                await transaction.set_banned(ban, True, BanGrounds(reason, actor.name, now))
+                await transaction.audit(self._entry(actor, "ban.add", ban, {}, {"reason": reason}))
+            machine = None if known is None else await transaction.machine(known.id)
+            if machine is None and ban.kind is BanKind.UUID:
+                machine = await transaction.machine_by_uuid(ban.value)
+            if machine is None:
+                return None
+            entry = machine_entry(now, actor, "machine.remove", machine, None)
+            await transaction.audit(replace(entry, after={"reason": str(LeaveReason.BANNED)}))
+            return await transaction.delete(machine.id)
+
+        machine = await self._machines.delete(known.id if known else "", LeaveReason.BANNED, ban_and_delete)
+        if machine is not None and status is None:
+            status = await self._administration.status(machine)
+        return BanOutcome(ban=ban, is_new=is_new, machine=status if machine is not None else None)
+
+    async def lift(self, value: str, *, kind: BanKind = BanKind.UUID, actor: Actor = EMBEDDER) -> Ban:
+        """Lift a ban of a UUID, of a public key, or of a unique token (itself, or its digest in hexadecimal digits).
+
+        Raises ConfigurationError for what is none of these, NotFoundError where it is not banned.
+        """
+        require(actor, Role.OPERATOR)
+        ban = Ban(kind=kind, value=_banned_value(value, kind))
+
+        async def work(transaction: Transaction) -> None:
+            if not await transaction.is_banned(ban):
+                raise NotFoundError(f"the {kind} {one_line(ban.value, limit=64)} is not banned")
+            await transaction.set_banned(ban, False)
+            await transaction.audit(self._entry(actor, "ban.lift", ban, {"kind": str(ban.kind)}, {}))
+
+        await self._store.transact(work)
+        return ban
+
+    def _entry(self, actor: Actor, action: str, ban: Ban, before: dict[str, object], after: dict[str, object]) -> AuditEntry:
+        return AuditEntry(
+            at=self._clock.time(),
+            actor=actor,
+            action=action,
+            object_kind="ban",
+            object_id=ban.value,
+            object_name=str(ban.kind),
+            before=before,
+            after=after,
+        )
+
+
+def _sort_key(standing: StandingBan) -> tuple[str, str]:
+    return str(standing.ban.kind), standing.ban.value
+
+
+def _ban_of(name: str, kind: BanKind | None, known: Machine | None) -> Ban:
+    match kind:
+        case BanKind.KEY:
+            key = known.public_key if known is not None else None
+            try:
+                return Ban(kind=BanKind.KEY, value=(key or PublicKey.parse(name)).encode())
+            except KeyFormatError:
+                raise ConfigurationError(
+                    f"{one_line(name, limit=64)!r} is neither a public key nor a machine with one"
+                ) from None
+        case BanKind.UNIQUE:
+            digest = None if known is None else known.unique_token_digest
+            if digest is None:
+                raise ConfigurationError(f"{one_line(name, limit=64)!r} is not a machine with a unique token")
+            return Ban(kind=BanKind.UNIQUE, value=digest.hex())
+        case _:
+            return Ban(value=known.node_uuid if known is not None else parse_uuid(name))
+
+
+def _banned_value(text: str, kind: BanKind) -> str:
+    match kind:
+        case BanKind.UUID:
+            return parse_uuid(text)
+        case BanKind.KEY:
+            return PublicKey.parse(text).encode()
+        case BanKind.UNIQUE:
+            token = parse_unique_token(text[:1024])
+            is_digest = len(text) == 64 and _HEX.issuperset(text)
+            return text if is_digest or token is None else token.digest.hex()

@@ -1,0 +1,213 @@
+"""Who calls: by the credentials of a local socket's other end, or by an API key."""
+
+import grp
+import os
+import pwd
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
+from functools import partial
+from typing import Any, Final, Protocol
+
+import anyio
+import anyio.to_thread
+from grpclib.const import Handler
+
+from siderolink.common.errors import (
+    AlreadyExistsError,
+    ConfigurationError,
+    ForbiddenError,
+    NotFoundError,
+    SideroLinkError,
+    StoreError,
+    UnauthenticatedError,
+)
+from siderolink.common.grpc import CallLimits, GRPCError, Limits, LocalPeer, Servable, Status, source_of, valid_token
+from siderolink.common.text import one_line
+from siderolink.server.admin.administration import Administration
+from siderolink.server.store import Actor, Role
+
+GROUP: Final = "siderolink"
+"""Whose members may look at what the local socket tells."""
+ADMIN_LIMITS: Final = Limits(
+    max_connections=512,
+    max_connections_per_address=64,
+    max_unproven_connections=64,
+    max_unsent_bytes=8 * 1024 * 1024,
+    max_streams=64,
+)
+"""People and programs are fewer than machines, and their answers longer."""
+_FIRST_DELAY, _LONGEST_DELAY, _LONGEST_QUEUE = 0.25, 5.0, 30.0
+_FORGIVEN_AFTER: Final = 300.0
+_MAX_SOURCES: Final = 4096
+_NO_SCOPE: Final = nullcontext(None)
+
+_ACTOR: ContextVar[Actor] = ContextVar("actor")
+GetAdministration = Callable[[], Administration]
+
+
+def actor() -> Actor:
+    """Who makes the present call."""
+    return _ACTOR.get()
+
+
+class Access(Protocol):
+    """How callers are recognised."""
+
+    async def of(self, call: Any) -> tuple[Actor, AbstractContextManager[anyio.CancelScope | None]]:
+        """Who calls, and the scope of the call. Raises UnauthenticatedError or ForbiddenError."""
+
+
+class LocalAccess:
+    """Root and this process's own user are admin, the members of a group are viewers, others are refused."""
+
+    def __init__(self, group: str = GROUP) -> None:
+        self._group = group
+        self._names: dict[int, str] = {}
+
+    async def of(self, call: Any) -> tuple[Actor, AbstractContextManager[anyio.CancelScope | None]]:
+        peer = call.peer.addr()
+        if not isinstance(peer, LocalPeer):
+            raise UnauthenticatedError("the caller is no local process")
+        if peer.uid in (0, os.geteuid()):
+            role = Role.ADMIN
+        elif await anyio.to_thread.run_sync(self._is_member, peer):
+            role = Role.VIEWER
+        else:
+            raise ForbiddenError(f"root, the server's own user and the group {self._group} may call, not uid {peer.uid}")
+        name = await self._name(peer.uid)
+        return Actor(name=name, role=role, source=f"uid {peer.uid}"), _NO_SCOPE
+
+    def _is_member(self, peer: LocalPeer) -> bool:
+        gid = group_id(self._group)
+        return gid is not None and (peer.gid == gid or gid in peer.groups)
+
+    async def _name(self, uid: int) -> str:
+        if uid not in self._names:
+            if len(self._names) >= _MAX_SOURCES:
+                self._names.clear()
+            self._names[uid] = await anyio.to_thread.run_sync(_user_name, uid)
+        return self._names[uid]
+
+
+def _user_name(uid: int) -> str:
+    try:
+        return one_line(pwd.getpwuid(uid).pw_name, limit=64)
+    except KeyError:
+        return f"uid {uid}"
+
+
+def group_id(name: str) -> int | None:
+    """None where this host has no such group."""
+    try:
+        return grp.getgrnam(name).gr_gid
+    except KeyError:
+        return None
+
+
+class Penalties:
+    """How long the next refusal of a source waits: longer with each, whichever key was tried. Valid keys never wait."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._known: OrderedDict[str, tuple[float, float]] = OrderedDict()
+
+    def next_delay(self, source: str) -> float:
+        """Seconds until this source's refusal is answered; refusals of one source queue up."""
+        now = self._clock()
+        delay, free_at = self._known.pop(source, (0.0, 0.0))
+        if now - free_at > _FORGIVEN_AFTER:
+            delay = 0.0
+        delay = min(2 * delay, _LONGEST_DELAY) if delay else _FIRST_DELAY
+        answered_at = min(max(now, free_at) + delay, now + _LONGEST_QUEUE)
+        self._known[source] = (delay, answered_at)
+        if len(self._known) > _MAX_SOURCES:
+            self._known.popitem(last=False)
+        return answered_at - now
+
+
+class RemoteAccess:
+    """API keys, as ``authorization: Bearer KEY``."""
+
+    def __init__(self, administration: GetAdministration, sleep: Callable[[float], Any] = anyio.sleep) -> None:
+        self._administration = administration
+        self._sleep = sleep
+        self._penalties = Penalties()
+
+    async def of(self, call: Any) -> tuple[Actor, AbstractContextManager[anyio.CancelScope | None]]:
+        administration = self._administration()
+        address = call.peer.addr()
+        host = one_line(str(address[0]), limit=64) if isinstance(address, tuple) else "unknown"
+        try:
+            found, principal = administration.api_keys.authenticate(_bearer(call.metadata), host)
+        except UnauthenticatedError as error:
+            source = source_of(host, 64) or host
+            delay = self._penalties.next_delay(source)
+            await administration.audit.login_failed(source, str(error))
+            await self._sleep(delay)
+            raise
+        valid_token(call)
+        return found, administration.api_keys.holding(principal)
+
+
+def _bearer(metadata: Mapping[str, object]) -> str:
+    value = metadata.get("authorization", "")
+    scheme, _, secret = (value if isinstance(value, str) else "").partition(" ")
+    if scheme.lower() != "bearer" or not secret.strip():
+        raise UnauthenticatedError("give an API key as the metadata `authorization: Bearer KEY`")
+    return secret.strip()
+
+
+class _Guarded:
+    """A service whose callers are recognised, and have at least a role."""
+
+    def __init__(self, service: Servable, access: Access, least: Role) -> None:
+        self._service = service
+        self._access = access
+        self._least = least
+        self.call_limits: Mapping[str, CallLimits] = getattr(service, "call_limits", {})
+
+    def __mapping__(self) -> dict[str, Handler]:
+        return {
+            path: Handler(partial(self._run, handler.func), handler.cardinality, handler.request_type, handler.reply_type)
+            for path, handler in self._service.__mapping__().items()
+        }
+
+    async def _run(self, func: Callable[[Any], Any], call: Any) -> None:
+        with told():
+            found, hold = await self._access.of(call)
+            if found.role is None or not found.role.includes(self._least):
+                raise ForbiddenError(f"this needs the role {self._least}; {found.name} has {found.role or 'none'}")
+            _ACTOR.set(found)
+            with hold as scope:
+                await func(call)
+            if scope is not None and scope.cancelled_caught:
+                raise UnauthenticatedError("the API key was revoked or has expired")
+
+
+def guarded(services: Iterable[Servable], access: Access, least: Role = Role.VIEWER) -> list[Servable]:
+    """The services for those who have at least this role."""
+    return [_Guarded(service, access, least) for service in services]
+
+
+_STATUSES: Final = (
+    (NotFoundError, Status.NOT_FOUND),
+    (AlreadyExistsError, Status.ALREADY_EXISTS),
+    (ForbiddenError, Status.PERMISSION_DENIED),
+    (UnauthenticatedError, Status.UNAUTHENTICATED),
+    (ConfigurationError, Status.INVALID_ARGUMENT),
+    (StoreError, Status.UNAVAILABLE),
+    (SideroLinkError, Status.FAILED_PRECONDITION),
+)
+
+
+@contextmanager
+def told() -> Iterator[None]:
+    """Tell the caller what went wrong, by a status and one line."""
+    try:
+        yield
+    except SideroLinkError as error:
+        status = next(status for kind, status in _STATUSES if isinstance(error, kind))
+        raise GRPCError(status, one_line(str(error))) from None

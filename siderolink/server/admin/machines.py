@@ -1,0 +1,378 @@
+"""The administration of machines: listed, named, labelled, let in and removed."""
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from operator import itemgetter
+from typing import Final, TypeVar
+
+from anyio.lowlevel import checkpoint
+
+from siderolink.common.errors import AlreadyExistsError, ConfigurationError, NotFoundError, SideroLinkError
+from siderolink.common.keys import PublicKey
+from siderolink.common.tasks import in_parts
+from siderolink.common.text import one_line
+from siderolink.common.wireguard.device import Device, PeerStatus
+from siderolink.server.admin.lists import Page, SortKey, page_of
+from siderolink.server.admin.words import Selector, changed_labels, check_name, check_note, require
+from siderolink.server.admission.audit import machine_entry
+from siderolink.server.clock import Clock
+from siderolink.server.events import AdmissionChanged, EventHub, LeaveReason
+from siderolink.server.fleet.directory import Directory, LinkState, MachineLink
+from siderolink.server.fleet.machines import Machines, find_named
+from siderolink.server.store import (
+    Actor,
+    Machine,
+    MachineAdmission,
+    Role,
+    Store,
+    TokenColumn,
+    Transaction,
+    TunnelSetting,
+    UniqueViolationError,
+)
+from siderolink.server.store.audit import EMBEDDER
+
+T = TypeVar("T")
+
+_AT_ONCE: Final = 500
+_DIGEST_DIGITS: Final = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MachineStatus:
+    """One machine as it is now."""
+
+    machine: Machine
+    state: LinkState
+    peer: PeerStatus | None
+    """The device's status of its peer; None without a peer."""
+
+    @property
+    def last_seen_at(self) -> float | None:
+        """When it was last heard, as a Unix time in seconds; None if never."""
+        heard = None if self.peer is None else self.peer.last_received
+        return max(filter(None, (heard, self.machine.seen_at)), default=None)
+
+
+async def statuses(device: Device, links: Sequence[MachineLink]) -> list[MachineStatus]:
+    """The status of each link's machine. Other tasks run meanwhile."""
+    keys = [link.machine.public_key for link in links if link.machine.public_key is not None]
+    peers = dict[PublicKey | None, PeerStatus]()
+    for found in in_parts(await device.peers(keys), 1000):
+        peers.update((status.public_key, status) for status in found)
+        await checkpoint()
+    result: list[MachineStatus] = []
+    for part in in_parts(links, _AT_ONCE):
+        result += [
+            MachineStatus(machine=link.machine, state=link.state, peer=peers.get(link.machine.public_key)) for link in part
+        ]
+        await checkpoint()
+    return result
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MachineQuery:
+    """Selects and sorts machines; what is empty selects all."""
+
+    states: Collection[str] = ()
+    """Admissions (accepted, pending, denied) and states of links (up, down); several of one kind: any of them."""
+    text: str = ""
+    """A part of the name or the UUID."""
+    selector: str = ""
+    """See `words.Selector`."""
+    version: str = ""
+    """A version, or the beginning of one."""
+    token: str = ""
+    """A join token's id, name, or the first digits of its digest."""
+    transport: str = ""
+    """udp or tunnel."""
+    sort: str = ""
+    """One of SORTS, the name if empty; with a leading "-" the other way."""
+    page_size: int = 0
+    page_token: str = ""
+
+
+def _version(text: str) -> str:
+    """Fit for sorting: 1.9 comes before 1.10."""
+    return ".".join(part.zfill(6) if part.isdigit() else part for part in text.lstrip("v").split("."))
+
+
+_OF_ROW: Final[Mapping[str, Callable[[MachineLink], float | str]]] = {
+    "name": lambda link: link.machine.shown_name,
+    "uuid": lambda link: link.machine.node_uuid,
+    "state": lambda link: f"{link.machine.admission} {link.state}",
+    "version": lambda link: _version(link.machine.talos_version),
+    "address": lambda link: str(link.machine.overlay_address),
+    "created": lambda link: link.machine.created_at,
+    "joined": lambda link: link.machine.joined_at,
+}
+_OF_STATUS: Final[Mapping[str, Callable[[MachineStatus], float]]] = {
+    "seen": lambda status: status.last_seen_at or 0.0,
+    "received": lambda status: 0.0 if status.peer is None else float(status.peer.received_bytes),
+    "sent": lambda status: 0.0 if status.peer is None else float(status.peer.sent_bytes),
+}
+SORTS: Final = (*_OF_ROW, *_OF_STATUS)
+
+
+class _Filter:
+    """A query's conditions, checked once."""
+
+    def __init__(self, query: MachineQuery, token_id: str, token_digest: bytes) -> None:
+        admissions, links = {str(one) for one in MachineAdmission}, {str(LinkState.UP), str(LinkState.DOWN)}
+        unknown = sorted(set(query.states) - admissions - links)
+        if unknown:
+            raise ConfigurationError(
+                f"a state is one of {', '.join(sorted(admissions | links))}, not {one_line(unknown[0], limit=32)}"
+            )
+        if query.transport not in ("", "udp", "tunnel"):
+            raise ConfigurationError(f"a transport is udp or tunnel, not {one_line(query.transport, limit=32)}")
+        self._admissions = admissions.intersection(query.states)
+        self._links = links.intersection(query.states)
+        self._text = query.text.lower()
+        self._selector = Selector(query.selector) if query.selector else None
+        self._version = query.version.lstrip("v")
+        self._tunnel = None if not query.transport else query.transport == "tunnel"
+        self._token = query.token.lower()
+        self._token_id, self._token_digest = token_id, token_digest
+
+    def takes(self, link: MachineLink) -> bool:
+        machine = link.machine
+        return (
+            (not self._admissions or machine.admission in self._admissions)
+            and (not self._links or link.state in self._links)
+            and (self._tunnel is None or machine.tunnel == self._tunnel)
+            and (not self._text or self._text in machine.shown_name or self._text in machine.node_uuid)
+            and (not self._version or self._has_version(machine))
+            and (self._selector is None or self._selector.matches(machine.labels))
+            and (not self._token or self._came_by(machine))
+        )
+
+    def _has_version(self, machine: Machine) -> bool:
+        version = machine.talos_version.lstrip("v")
+        return version == self._version or version.startswith((f"{self._version}.", f"{self._version}-"))
+
+    def _came_by(self, machine: Machine) -> bool:
+        digest = machine.join_token_digest
+        if self._token_id and (machine.token_id == self._token_id or digest == self._token_digest):
+            return True
+        return digest is not None and len(self._token) >= _DIGEST_DIGITS and digest.hex().startswith(self._token)
+
+
+class MachineAdministration:
+    """Each method that changes something is audited, and raises ForbiddenError where the actor's role is too low.
+
+    `name` is a machine's name, id, UUID or public key; NotFoundError is raised where there is none.
+    """
+
+    def __init__(
+        self, store: Store, directory: Directory, machines: Machines, device: Device, events: EventHub, clock: Clock
+    ) -> None:
+        self._store = store
+        self._directory = directory
+        self._machines = machines
+        self._device = device
+        self._events = events
+        self._clock = clock
+
+    # --- looking
+
+    async def get(self, name: str) -> MachineStatus:
+        """One machine."""
+        machine = await self._store.transact(lambda transaction: _named(transaction, name))
+        return await self.status(machine)
+
+    async def status(self, machine: Machine) -> MachineStatus:
+        """The status of a row's link."""
+        link = self._directory.get(machine.id)
+        if link is None:
+            return MachineStatus(machine=machine, state=LinkState.DOWN, peer=None)
+        (found,) = await statuses(self._device, [link])
+        return replace(found, machine=machine)
+
+    async def page(self, query: MachineQuery) -> Page[MachineStatus]:
+        """One page of the machines that a query selects. Raises ConfigurationError."""
+        name, descending = query.sort.removeprefix("-") or "name", query.sort.startswith("-")
+        links = await self._selected(query)
+        if name in _OF_STATUS:
+            of_status = _OF_STATUS[name]
+            found = await statuses(self._device, links)
+            keyed: list[tuple[SortKey, MachineStatus]] = [((of_status(one), one.machine.id), one) for one in found]
+            return await _sorted_page(keyed, lambda status: status.machine, query, descending)
+        if name not in _OF_ROW:
+            raise ConfigurationError(f"machines are sorted by {', '.join(SORTS)}, not by {one_line(name, limit=32)}")
+        of_row = _OF_ROW[name]
+        rows = list[tuple[SortKey, MachineLink]]()
+        for part in in_parts(links, _AT_ONCE):
+            rows += [((of_row(link), link.machine.id), link) for link in part]
+            await checkpoint()
+        page = await _sorted_page(rows, lambda link: link.machine, query, descending)
+        found = await statuses(self._device, page.items)
+        return Page(items=found, next_page_token=page.next_page_token, total=page.total)
+
+    async def all(self, query: MachineQuery) -> AsyncIterator[MachineStatus]:
+        """Every machine that a query selects, in its order, page by page."""
+        token = ""
+        while True:
+            page = await self.page(replace(query, page_size=1000, page_token=token))
+            for status in page.items:
+                yield status
+            token = page.next_page_token
+            if not token:
+                return
+
+    async def selects(self, query: MachineQuery) -> Callable[[Machine], bool]:
+        """A query's condition, for machines one by one. Raises ConfigurationError."""
+        taken = await self._filter(query)
+
+        def is_taken(machine: Machine) -> bool:
+            link = self._directory.get(machine.id) or MachineLink(machine, LinkState.DOWN)
+            return taken.takes(link)
+
+        return is_taken
+
+    async def _selected(self, query: MachineQuery) -> list[MachineLink]:
+        taken = await self._filter(query)
+        found: list[MachineLink] = []
+        for part in in_parts(list(self._directory), _AT_ONCE):
+            found += [link for link in part if taken.takes(link)]
+            await checkpoint()
+        return found
+
+    async def _filter(self, query: MachineQuery) -> _Filter:
+        token = None
+        if query.token:
+
+            async def work(transaction: Transaction) -> tuple[str, bytes] | None:
+                for column in (TokenColumn.ID, TokenColumn.NAME):
+                    if (found := await transaction.tokens.find(column, query.token)) is not None:
+                        return found.id, found.digest
+                return None
+
+            token = await self._store.transact(work)
+        return _Filter(query, *(token or ("", b"")))
+
+    # --- changing
+
+    async def rename(self, name: str, new_name: str, *, actor: Actor = EMBEDDER) -> Machine:
+        """Give a machine a name of its own; the empty one takes it back. Raises AlreadyExistsError."""
+        wanted = check_name(new_name) if new_name else None
+        try:
+            return await self._change(name, actor, "machine.rename", lambda machine: replace(machine, name=wanted))
+        except UniqueViolationError:
+            raise AlreadyExistsError(f"another machine has the name {wanted}") from None
+
+    async def label(
+        self, name: str, set_labels: Mapping[str, str], remove: Iterable[str] = (), *, actor: Actor = EMBEDDER
+    ) -> Machine:
+        """Set and remove labels."""
+        gone = frozenset(remove)
+
+        def change(machine: Machine) -> Machine:
+            return replace(machine, labels=changed_labels(machine.labels, set_labels, gone))
+
+        return await self._change(name, actor, "machine.label", change)
+
+    async def annotate(self, name: str, note: str, *, actor: Actor = EMBEDDER) -> Machine:
+        """Replace the note."""
+        wanted = check_note(note)
+        return await self._change(name, actor, "machine.note", lambda machine: replace(machine, note=wanted))
+
+    async def set_tunnel(self, name: str, setting: TunnelSetting, *, actor: Actor = EMBEDDER) -> Machine:
+        """Decide whether the machine's next Provision call is answered with the tunnel."""
+        return await self._change(name, actor, "machine.tunnel", lambda machine: replace(machine, tunnel_setting=setting))
+
+    async def accept(self, name: str, *, forget_token: bool = False, actor: Actor = EMBEDDER) -> Machine:
+        """Accept a pending or denied machine. `forget_token` unbinds an accepted machine's unique token.
+
+        Raises SideroLinkError where another accepted machine has its UUID.
+        """
+
+        async def change(transaction: Transaction, machine: Machine) -> Machine:
+            owner = await transaction.machine_by_uuid(machine.node_uuid)
+            if owner is not None and owner.id != machine.id:
+                raise SideroLinkError(f"another accepted machine has the UUID {machine.node_uuid}; forget that one first")
+            wanted = replace(machine, admission=MachineAdmission.ACCEPTED, has_uuid_conflict=False, assigned_uuid=None)
+            return _unbound(wanted) if forget_token else wanted
+
+        machine = await self._change_by(name, actor, "machine.accept", change)
+        self._events.publish(AdmissionChanged(machine=machine))
+        return machine
+
+    async def forget_unique_token(self, name: str, *, actor: Actor = EMBEDDER) -> Machine:
+        """Free a machine of its unique token; the next one that it brings is bound."""
+        return await self._change(name, actor, "machine.forget_unique_token", _unbound)
+
+    async def deny(self, name: str, *, actor: Actor = EMBEDDER) -> Machine:
+        """End a machine's link and refuse its key, its UUID and its unique token until it is accepted or forgotten."""
+        machine = await self._change(
+            name, actor, "machine.deny", lambda machine: replace(machine, admission=MachineAdmission.DENIED)
+        )
+        self._events.publish(AdmissionChanged(machine=machine))
+        return machine
+
+    async def remove(self, name: str, *, actor: Actor = EMBEDDER) -> MachineStatus:
+        """Forget a machine and end its link; returns what it was. It may join again, as a new one."""
+        require(actor, Role.OPERATOR)
+        status = await self.get(name)
+        if not await self._machines.remove(status.machine.id, LeaveReason.REMOVED, actor):
+            raise _unknown(name)
+        return status
+
+    async def _change(self, name: str, actor: Actor, action: str, change: Callable[[Machine], Machine]) -> Machine:
+        async def with_transaction(_: Transaction, machine: Machine) -> Machine:
+            return change(machine)
+
+        return await self._change_by(name, actor, action, with_transaction)
+
+    async def _change_by(
+        self, name: str, actor: Actor, action: str, change: Callable[[Transaction, Machine], Awaitable[Machine]]
+    ) -> Machine:
+        require(actor, Role.OPERATOR)
+
+        async def work(transaction: Transaction) -> Machine:
+            machine = await _named(transaction, name)
+            wanted = await change(transaction, machine)
+            if wanted == machine:
+                return machine
+            changed = await transaction.update(wanted)
+            await transaction.audit(machine_entry(self._clock.time(), actor, action, machine, changed))
+            return changed
+
+        return await self._machines.change(work)
+
+
+def _unbound(machine: Machine) -> Machine:
+    return replace(machine, unique_token_digest=None, unique_fingerprint="", assigned_token=None, assigned_digest=None)
+
+
+def _weight(machine: Machine) -> int:
+    """About how long the machine's message is."""
+    return 600 + 4 * len(machine.note) + sum(len(key) + len(value) + 8 for key, value in machine.labels.items())
+
+
+async def _sorted_page(
+    keyed: Sequence[tuple[SortKey, T]], machine: Callable[[T], Machine], query: MachineQuery, descending: bool
+) -> Page[T]:
+    ordered = sorted(keyed, key=itemgetter(0), reverse=descending)
+    await checkpoint()
+    page = page_of(
+        ordered,
+        itemgetter(0),
+        query.page_size,
+        query.page_token,
+        sort=query.sort,
+        descending=descending,
+        weight=lambda pair: _weight(machine(pair[1])),
+    )
+    return Page(items=[item for _, item in page.items], next_page_token=page.next_page_token, total=page.total)
+
+
+async def _named(transaction: Transaction, name: str) -> Machine:
+    machine = await find_named(transaction, name)
+    if machine is None:
+        raise _unknown(name)
+    return machine
+
+
+def _unknown(name: str) -> NotFoundError:
+    return NotFoundError(f"no machine has the name, id, UUID or public key {one_line(name, limit=64)!r}")

@@ -1,0 +1,81 @@
+"""What a server tells of itself by the admin API."""
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from importlib.metadata import version
+
+from siderolink.common.addressing import server_address
+from siderolink.common.pb.siderolink.admin.v1 import Check, ServerInfo, ServerStatus
+from siderolink.server.composition import Parts
+from siderolink.server.counters import check_health, drops, read_counters
+from siderolink.server.events import EventHub, EventStream
+from siderolink.server.fleet.directory import LinkState
+from siderolink.server.options import ServerOptions
+from siderolink.server.store import MachineAdmission
+from siderolink.server.store.measured import MeasuredStore
+
+
+class Facts:
+    """See `admin.faces.ServerFacts`. Each call raises SideroLinkError while the server is not running."""
+
+    def __init__(self, parts: Callable[[], Parts], options: ServerOptions, store: MeasuredStore, events: EventHub) -> None:
+        self._parts = parts
+        self._options = options
+        self._store = store
+        self._events = events
+        self._started_at = time.time()
+
+    def events(self) -> EventStream:
+        """What happens from now on."""
+        return self._events.subscribe(self._options.limits.event_limit)
+
+    def info(self) -> ServerInfo:
+        """What does not change while the server runs."""
+        parts, options = self._parts(), self._options
+        reports = parts.reports
+        return ServerInfo(
+            version=version("siderolink"),
+            interface=parts.device.name,
+            device_kind=parts.device.kind,
+            public_key=str(parts.device.public_key),
+            overlay_address=str(server_address(parts.prefix)),
+            overlay_prefix=str(parts.prefix),
+            wireguard_endpoints=[str(endpoint) for endpoint in parts.endpoints],
+            listen_port=parts.device.listen_port or 0,
+            api_port=parts.api.port,
+            has_tls=options.tls is not None,
+            forces_tunnel=options.force_tunnel,
+            store=self._store.kind,
+            installation_id=parts.installation_id,
+            event_sink_port=0 if reports is None else reports.event_sink_port or 0,
+            log_port=0 if reports is None else reports.log_port or 0,
+            join_tokens_mode=str(options.policy.mode or ""),
+            started_at=self._started_at,
+        )
+
+    async def figures(self) -> ServerStatus:
+        """What the server does now, in figures. Other tasks run meanwhile."""
+        parts = self._parts()
+        counters = await read_counters(parts, self._events, self._store)
+        machines, links, transports = Counter[str](), Counter[str](), Counter[str]()
+        for group, count in counters.machines.items():
+            machines[str(group.admission)] += count
+            if group.admission is MachineAdmission.ACCEPTED:
+                links[str(group.state)] += count
+            if group.state is LinkState.UP:
+                transports[str(group.transport)] += count
+        refusals = Counter(counters.join_refusals)
+        refusals.update(counters.stream_refusals)
+        refusals.update(counters.api_refusals)
+        checks = await check_health(parts, self._store)
+        return ServerStatus(
+            machines=dict(machines),
+            links=dict(links),
+            transports=dict(transports),
+            received_bytes=counters.device.received_bytes,
+            sent_bytes=counters.device.sent_bytes,
+            drops=drops(parts),
+            refusals=dict(refusals),
+            checks=[Check(name=check.name, is_healthy=check.is_good, detail=check.text) for check in checks],
+        )

@@ -1,0 +1,67 @@
+"""The administration of a server without a device, served on a local socket and by TCP with API keys."""
+
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from siderolink.common.grpc import GrpcChannel, Servable, open_channel, serve
+from siderolink.common.pb.siderolink.admin.v1 import ServerInfo, ServerStatus
+from siderolink.server.admin import Administration
+from siderolink.server.admin.faces import ADMIN_LIMITS, LocalAccess, RemoteAccess, admin_services, guarded
+from siderolink.server.events import EventHub, EventStream
+from siderolink.server.store import MemoryStore, Store
+from tests.support.manager import Manager
+
+
+class Facts:
+    def __init__(self, hub: EventHub) -> None:
+        self._hub = hub
+
+    def events(self) -> EventStream:
+        return self._hub.subscribe()
+
+    def info(self) -> ServerInfo:
+        return ServerInfo(interface="fake")
+
+    async def figures(self) -> ServerStatus:
+        return ServerStatus()
+
+
+@dataclass
+class Office:
+    """See the module."""
+
+    manager: Manager
+    administration: Administration
+    path: Path
+    port: int
+
+    @asynccontextmanager
+    async def local(self) -> AsyncIterator[GrpcChannel]:
+        async with open_channel(path=str(self.path)) as channel:
+            yield channel
+
+    @asynccontextmanager
+    async def remote(self) -> AsyncIterator[GrpcChannel]:
+        async with open_channel("127.0.0.1", self.port) as channel:
+            yield channel
+
+
+@asynccontextmanager
+async def open_office(folder: Path, store: Store | None = None, *, group: str = "siderolink") -> AsyncIterator[Office]:
+    """Everything but the device is real."""
+    manager = Manager(store=store if isinstance(store, MemoryStore) else None)
+    administration = Administration(
+        manager.store, manager.links, manager.machines, manager.device, manager.hub, manager.time.clock, lambda machine: None
+    )
+    services: list[Servable] = admin_services(lambda: administration, lambda: facts)
+    facts = Facts(manager.hub)
+    path = folder / "admin.sock"
+    async with AsyncExitStack() as stack:
+        await stack.enter_async_context(administration.run(None))
+        local = guarded(services, LocalAccess(group))
+        await stack.enter_async_context(serve(local, path=path, limits=ADMIN_LIMITS))
+        remote = guarded(services, RemoteAccess(lambda: administration, manager.time.clock.sleep))
+        server = await stack.enter_async_context(serve(remote, host="127.0.0.1", limits=ADMIN_LIMITS, has_tokens=True))
+        yield Office(manager, administration, path, server.port)

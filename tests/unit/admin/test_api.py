@@ -1,0 +1,101 @@
+"""The admin API as its callers see it: roles, keys, statuses; what is changed is audited."""
+
+import json
+import os
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from siderolink.common.grpc import GRPCError, Status
+from siderolink.common.pb.siderolink.admin import v1 as pb
+from siderolink.server.store import AuditQuery, Role
+from tests.support.manager import FakeMachine
+from tests.support.office import Office, open_office
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+async def office(tmp_path: Path) -> AsyncIterator[Office]:
+    async with open_office(tmp_path) as office:
+        yield office
+
+
+def bearer(secret: str) -> dict[str, str]:
+    return {"authorization": f"Bearer {secret}"}
+
+
+async def status_of(call: object) -> Status:
+    try:
+        await call  # type: ignore[misc]
+    except GRPCError as error:
+        return error.status
+    return Status.OK
+
+
+async def test_the_first_key_is_made_on_the_local_socket_and_works_until_it_is_revoked(office: Office) -> None:
+    async with office.local() as local, office.remote() as remote:
+        made = await pb.ApiKeyServiceStub(local).create_api_key(pb.CreateApiKeyRequest(name="CI", role="viewer"))
+        assert made.key is not None
+        assert (made.key.name, made.key.role, made.key.state) == ("ci", "viewer", "active")
+        assert made.secret.startswith("slk_")
+        told = await pb.ServerServiceStub(remote).get_version(pb.GetVersionRequest(), metadata=bearer(made.secret))
+        assert (told.actor, told.role) == ("ci", "viewer")
+        listed = await pb.ApiKeyServiceStub(local).list_api_keys(pb.ListApiKeysRequest())
+        assert listed.keys[0].last_source == "127.0.0.1"
+        assert listed.keys[0].last_used_at is not None
+        await pb.ApiKeyServiceStub(local).revoke_api_key(pb.ApiKeyRequest(name="ci"))
+        call = pb.ServerServiceStub(remote).get_version(pb.GetVersionRequest(), metadata=bearer(made.secret))
+        assert await status_of(call) is Status.UNAUTHENTICATED
+    entries = await office.administration.audit.page()
+    assert [entry.action for entry in entries.items] == ["login.failed", "apikey.revoke", "apikey.create"]
+    assert made.secret not in repr(entries) + "".join(entry.to_json() for entry in entries.items)
+
+
+async def test_a_stream_ends_with_its_key(office: Office) -> None:
+    _, secret = await office.administration.api_keys.create("ops", Role.VIEWER)
+    async with office.remote() as remote:
+        with pytest.raises(GRPCError) as caught:
+            async for change in pb.MachineServiceStub(remote).watch_machines(
+                pb.WatchMachinesRequest(follow=True), metadata=bearer(secret)
+            ):
+                assert change.kind == "synced"
+                await office.administration.api_keys.delete("ops")
+        assert caught.value.status is Status.UNAUTHENTICATED
+
+
+async def test_a_machine_is_renamed_labelled_found_and_removed(office: Office) -> None:
+    machine = FakeMachine()
+    await office.manager.join(machine)
+    row = await office.manager.row(machine)
+    async with office.local() as local:
+        machines = pb.MachineServiceStub(local)
+        renamed = await machines.rename_machine(pb.RenameMachineRequest(name=row.id, new_name="Edge-1"))
+        assert (renamed.name, renamed.given_name) == ("edge-1", "edge-1")
+        await machines.label_machine(pb.LabelMachineRequest(name="edge-1", set={"rack": "7", "site": "north"}))
+        await machines.note_machine(pb.NoteMachineRequest(name="edge-1", note="by the door"))
+        changed = await machines.set_machine_tunnel(pb.SetMachineTunnelRequest(name="edge-1", tunnel="force"))
+        assert (changed.labels, changed.note, changed.tunnel) == ({"rack": "7", "site": "north"}, "by the door", "force")
+        wanted = pb.MachineFilter(selector="rack in (6,7),site!=south", states=["accepted"], text="edge")
+        found = await machines.list_machines(pb.ListMachinesRequest(filter=wanted))
+        assert [one.id for one in found.machines] == [row.id]
+        assert found.total == 1
+        none = await machines.list_machines(pb.ListMachinesRequest(filter=pb.MachineFilter(selector="!rack")))
+        assert none.machines == []
+        gone = await machines.remove_machine(pb.MachineRequest(name="edge-1"))
+        assert gone.id == row.id
+        assert await status_of(machines.get_machine(pb.MachineRequest(name="edge-1"))) is Status.NOT_FOUND
+    assert office.manager.links.get(row.id) is None
+    entries = await office.administration.audit.page(AuditQuery(action="machine.", object=row.id))
+    assert [entry.action for entry in entries.items] == [
+        "machine.remove",
+        "machine.tunnel",
+        "machine.note",
+        "machine.label",
+        "machine.rename",
+    ]
+    rename = entries.items[-1]
+    assert (rename.before, rename.after) == ({"name": None}, {"name": "edge-1"})
+    assert (rename.actor.role, rename.actor.source) == (Role.ADMIN, f"uid {os.geteuid()}")
+    assert json.loads(rename.to_json())["after"] == {"name": "edge-1"}
