@@ -288,7 +288,7 @@ async def test_a_denied_machine_stays_denied_with_a_new_key(unique_token: str | 
     manager, machine = Manager(), FakeMachine(unique_token=unique_token)
     await manager.join(machine)
     await manager.handshake(machine)
-    row = await manager.machines.deny((await manager.row(machine)).id)
+    row = await manager.admin.deny((await manager.row(machine)).id)
     restarted = replace(machine, key=new_key())
     assert await manager.refuses(restarted) == (DENIED, "this machine was denied by an administrator")
     renamed = replace(restarted, node_uuid=str(uuid.uuid4()))
@@ -297,10 +297,10 @@ async def test_a_denied_machine_stays_denied_with_a_new_key(unique_token: str | 
     again = Manager(store=manager.store, time=manager.time)
     await again.reconciler.load()
     assert (await again.refuses(restarted))[0] is DENIED, "also after a restart of the server"
-    await manager.machines.accept(row.id)
+    await manager.admin.accept(row.id)
     await manager.pass_time(61)
     await manager.join(restarted)
-    await manager.machines.deny(row.id)
+    await manager.admin.deny(row.id)
     await manager.machines.remove(row.id)
     await manager.join(replace(restarted, key=new_key()))
 
@@ -312,7 +312,7 @@ async def test_a_denied_clone_does_not_keep_the_original_out() -> None:
     await manager.handshake(clone)
     link = manager.links.by_key(clone.key)
     assert link is not None
-    await manager.machines.deny(link.machine.id)
+    await manager.admin.deny(link.machine.id)
     assert (await manager.refuses(replace(clone, key=new_key())))[0] is DENIED
     await manager.join(replace(original, key=new_key()))
 
