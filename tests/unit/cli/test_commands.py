@@ -275,7 +275,7 @@ async def test_a_status_of_many_peers_is_encoded_in_parts(tmp_path: Path, monkey
             await asyncio.sleep(0)
 
     monkeypatch.setattr(StatusResponse, "__bytes__", count)
-    async with control_socket("siderolink", crowd):
+    async with control_socket("siderolink", [ControlService(crowd)]):
         turning = asyncio.create_task(turn())
         (answer,) = (await ask_all()).answers
         turning.cancel()
