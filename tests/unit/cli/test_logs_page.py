@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from ipaddress import IPv6Address
 from pathlib import Path
 
-from siderolink.cli.describe import server_event
 from siderolink.server import (
     AdmissionChanged,
     ClaimRefused,
@@ -19,6 +18,7 @@ from siderolink.server import (
     MachineRekeyed,
     UniqueTokenBound,
 )
+from siderolink.server.events import describe_event
 
 ROOT = Path(__file__).resolve().parents[3]
 PAGE = (ROOT / "docs" / "logs.md").read_text()
@@ -29,7 +29,7 @@ HAS_MACHINE = re.compile(r"\b(?:a|an expired|of a) machine\b|machine %s|a join f
 
 
 def logged() -> Iterator[str]:
-    """The names in `say("name", …)`, and those that describe.py gives to events."""
+    """The names in `say("name", …)`, and those that describe.py and the server give to events."""
     for path in COMMANDS.rglob("*.py"):
         if "demo" in path.parts:
             continue
@@ -37,7 +37,7 @@ def logged() -> Iterator[str]:
             match node:
                 case ast.Call(func=ast.Name(id="say"), args=[ast.Constant(value=str(name)), *_]):
                     yield name
-    described = (COMMANDS / "describe.py").read_text()
+    described = (COMMANDS / "describe.py").read_text() + (ROOT / "siderolink" / "server" / "events.py").read_text()
     yield from re.findall(r'\b_of_machine\(\s*machine, "([^"]+)"', described)
     yield from re.findall(r'name="([^"]+)"', described)
     yield from re.findall(r'events\.\w+: \(\s*"([^"]+)"', described)
@@ -94,7 +94,7 @@ def test_events_of_machines_have_their_fields() -> None:
         UniqueTokenBound(machine=row, source=None),
         AdmissionChanged(machine=row),
     ):
-        fields = server_event(event).fields
+        fields = describe_event(event).fields
         assert (fields["machine_id"], fields["node_uuid"], fields["machine_name"]) == ("m-1", "u-1", "berlin-7")
 
 
