@@ -36,9 +36,11 @@ class CrowdMetrics:
         self._store = MeasuredStore(MemoryStore())
 
     async def read(self) -> Families:
-        machines, streams, queued_bytes = await count_links(self._crowd.directory)
+        found = await count_links(self._crowd.directory)
         counters = ServerCounters(
-            machines=machines,
+            machines=found.machines,
+            token_joins={},
+            token_machines=found.tokens,
             claims=0,
             events={},
             join_refusals={},
@@ -46,8 +48,8 @@ class CrowdMetrics:
             api_refusals={},
             drops=self._crowd.device.drops(),
             connections=0,
-            streams=streams,
-            queued_bytes=queued_bytes,
+            streams=found.streams,
+            queued_bytes=found.queued_bytes,
             device=await self._crowd.device.counters(),
             store=self._store.counters(),
             reports=None,

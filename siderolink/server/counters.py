@@ -6,7 +6,7 @@ Values are read on demand from counters that exist anyway. Totals never decrease
 import time
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Final, NamedTuple
 
@@ -58,6 +58,10 @@ class ReportCounters:
     """Memory that the kept events and lines take."""
     drops: Mapping[str, int]
     """By `ReportDrop`, and by what the event sink refused."""
+    file_bytes: int = 0
+    """Size of the files in which they are kept."""
+    not_kept: Mapping[str, int] = field(default_factory=dict)
+    """Reports that were accepted and could not be kept in files, by reason."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +73,10 @@ class ServerCounters:
     """Provision calls for known machines by other keys, which no handshake has proved yet."""
     events: Mapping[tuple[type[ServerEvent], str], int]
     """Events by type; the second part tells apart: new and known joins, first and renewed handshakes, reasons, bases."""
+    token_joins: Mapping[str, int]
+    """Joins by the id of the token (`Machine.join_token_id`)."""
+    token_machines: Mapping[str, int]
+    """Machines by the id of the token that last admitted them."""
     join_refusals: Mapping[str, int]
     stream_refusals: Mapping[str, int]
     api_refusals: Mapping[str, int]
@@ -100,18 +108,20 @@ class HealthCheck:
 async def read_counters(parts: Parts, events: EventHub, store: MeasuredStore) -> ServerCounters:
     """For `Server.counters`."""
     directory = parts.fleet.directory
-    machines, streams, queued_bytes = await count_links(directory)
+    links = await count_links(directory)
     return ServerCounters(
-        machines=machines,
+        machines=links.machines,
         claims=directory.claim_count,
         events=dict(events.counts),
+        token_joins=dict(events.joins_by_token),
+        token_machines=links.tokens,
         join_refusals=join_refusals(parts),
         stream_refusals=stream_refusals(parts),
         api_refusals=api_refusals(parts),
         drops=drops(parts),
         connections=parts.api.connections,
-        streams=streams,
-        queued_bytes=queued_bytes,
+        streams=links.streams,
+        queued_bytes=links.queued_bytes,
         device=await parts.device.counters(),
         store=store.counters(),
         reports=None if parts.reports is None else _count_reports(parts.reports),
@@ -119,27 +129,43 @@ async def read_counters(parts: Parts, events: EventHub, store: MeasuredStore) ->
     )
 
 
-async def count_links(directory: Directory) -> tuple[Mapping[MachineGroup, int], int, int]:
-    """Machines by group, open streams, and bytes that wait in these."""
-    groups: Counter[MachineGroup] = Counter()
-    streams = queued_bytes = 0
+@dataclass(slots=True)
+class LinkCounts:
+    """What the links of a directory add up to."""
+
+    machines: Counter[MachineGroup] = field(default_factory=Counter)
+    tokens: Counter[str] = field(default_factory=Counter)
+    streams: int = 0
+    queued_bytes: int = 0
+
+
+async def count_links(directory: Directory) -> LinkCounts:
+    """Add up, while other tasks run in between."""
+    found = LinkCounts()
     for links in in_parts(directory, LINKS_AT_ONCE):
         await checkpoint()
         for link in links:
             machine = link.machine
-            groups[MachineGroup(link.state, Transport.TUNNEL if machine.tunnel else Transport.UDP, machine.admission)] += 1
+            transport = Transport.TUNNEL if machine.tunnel else Transport.UDP
+            found.machines[MachineGroup(link.state, transport, machine.admission)] += 1
+            found.tokens[machine.join_token_id] += 1
             for stream in link.streams:
-                streams += 1
+                found.streams += 1
                 if isinstance(stream.path, TunnelPath):
-                    queued_bytes += stream.path.queued_bytes
-    return groups, streams, queued_bytes
+                    found.queued_bytes += stream.path.queued_bytes
+    return found
 
 
 def _count_reports(reports: Reports) -> ReportCounters:
     found = Counter(reports.drops())
     found.update(reports.refusals())
     return ReportCounters(
-        events=reports.taken_events, lines=reports.taken_lines, kept_bytes=reports.kept_bytes, drops=dict(found)
+        events=reports.taken_events,
+        lines=reports.taken_lines,
+        kept_bytes=reports.kept_bytes,
+        drops=dict(found),
+        file_bytes=reports.file_bytes,
+        not_kept=reports.not_kept(),
     )
 
 

@@ -165,9 +165,13 @@ class EventHub(Broadcast[ServerEvent]):
         super().__init__(limit=DEFAULT_EVENT_LIMIT, lost=lambda count: EventsLost(count=count))
         self.counts: Counter[tuple[type[ServerEvent], str]] = Counter()
         """How often each event happened; a second part tells reasons and bases apart, else it is empty."""
+        self.joins_by_token: Counter[str] = Counter()
+        """MachineJoined by the id of the join token that admitted the machine."""
 
     def publish(self, item: ServerEvent, size: int = 0) -> None:
         self.counts[type(item), _kind(item)] += 1
+        if isinstance(item, MachineJoined):
+            self.joins_by_token[item.machine.join_token_id] += 1
         super().publish(item, size)
 
 

@@ -250,6 +250,12 @@ TRIGGERS: dict[str, dict[str, str]] = {
     "SiderolinkCertificateExpires": {"siderolink_certificate_expiry_timestamp_seconds": "1000000x90"},
     "SiderolinkClockNotKept": {"siderolink_clock_synchronized": "0x90"},
     "SiderolinkReportsDropped": {'siderolink_report_drops_total{reason="line rate limited"}': "0+600x60"},
+    "SiderolinkReportsNotKept": {'siderolink_reports_not_kept_total{reason="disk"}': GROWING},
+    "SiderolinkHistoryLost": {'siderolink_history_entries_total{outcome="lost"}': GROWING},
+    "SiderolinkTokenExpires": {
+        'siderolink_token_expiry_timestamp_seconds{token="spring"}': "500000x90",
+        'siderolink_token_admits{token="spring"}': "1x90",
+    },
     "SiderolinkFewDescriptors": {
         'process_open_fds{job="siderolink"}': "90x60",
         'process_max_fds{job="siderolink"}': "100x60",

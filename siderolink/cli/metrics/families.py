@@ -4,7 +4,7 @@ A reason that has not come up is a series of zero, so that a rate over it is kno
 """
 
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, product
 
@@ -25,6 +25,7 @@ from siderolink.common.wireguard.tun import TunDrop
 from siderolink.server import (
     ClaimRefused,
     HandshakeCompleted,
+    HistoryCounters,
     JoinRefusal,
     LeaveReason,
     LinkDown,
@@ -43,11 +44,15 @@ from siderolink.server import (
     StreamRefusal,
     Transport,
 )
+from siderolink.server.admin.tokens import TokenStatus
 from siderolink.server.admission.rules import Basis
 from siderolink.server.store.measured import LATENCY_BOUNDS
+from siderolink.server.store.tokens import TokenState
 
 AGE_BOUNDS = (15.0, 60.0, 120.0, 180.0, 275.0, 600.0, 3600.0, 86400.0)
 """Seconds since the last handshake. A session in use is renewed after 120 s and ends after 180; a link is down after 275 s."""
+TOKENS = 100
+"""Join tokens that have series of their own."""
 DEVICE_DROPS = tuple(
     dict.fromkeys(str(reason) for reason in (*Drop, *TunDrop, *RuleDrop, *TunnelDrop, "send_failed", "send_buffer_full"))
 )
@@ -137,6 +142,8 @@ def server_families(counters: ServerCounters) -> Iterator[Metric]:
     yield by("stream_refusals", text, "reason", counters.stream_refusals, StreamRefusal)
     if counters.reports is not None:
         yield from _report_families(counters.reports)
+    if counters.history is not None:
+        yield from _history_families(counters.history)
     yield from _store_families(counters.store)
 
 
@@ -162,11 +169,48 @@ def _report_families(reports: ReportCounters) -> Iterator[Metric]:
     yield gauge("report_kept_bytes", "Memory that kept events and lines take.", reports.kept_bytes)
     yield by("report_drops", "Reports that were not accepted, by reason.", "reason", reports.drops, ReportDrop)
 
+    yield gauge("report_file_bytes", "Size of the files in which events and lines are kept.", reports.file_bytes)
+    text = "Reports that were accepted and could not be kept in files, by reason."
+    yield by("reports_not_kept", text, "reason", reports.not_kept, ("queue full", "disk"))
+
+
+def _history_families(history: HistoryCounters) -> Iterator[Metric]:
+    outcomes = {"written": history.written, "lost": history.lost, "pruned": history.pruned}
+    yield by("history_entries", "Entries of the machines' history, by what became of them.", "outcome", outcomes)
+    yield gauge("history_waiting", "Entries that wait to be written.", history.waiting)
+    yield counter("history_failures", "Writes of the history that the store did not take.", history.failures)
+
 
 def _store_families(store: StoreCounters) -> Iterator[Metric]:
     text = "Transactions of the store, until they are durable."
     yield histogram("store_transaction_seconds", text, LATENCY_BOUNDS, store.buckets, store.seconds)
     yield counter("store_failures", "Transactions that the store could not do.", store.failures)
+
+
+def token_families(tokens: Sequence[TokenStatus], counters: ServerCounters) -> Iterator[Metric]:
+    """Of the first TOKENS tokens by name."""
+    shown = tokens[:TOKENS]
+    joins = CounterMetricFamily("siderolink_token_joins", "Joins by each join token that made a new link.", labels=["token"])
+    for status in shown:
+        joins.add_metric([status.token.name], counters.token_joins.get(status.token.id, 0))
+    yield joins
+
+    def of(value: Callable[[TokenStatus], float | None]) -> list[tuple[Labels, float]]:
+        return [([status.token.name], found) for status in shown if (found := value(status)) is not None]
+
+    text = "Machines that each join token last admitted."
+    yield gauges("token_machines", text, ["token"], of(lambda status: counters.token_machines.get(status.token.id, 0)))
+    text = "Whether each join token admits machines now."
+    yield gauges("token_admits", text, ["token"], of(lambda status: status.state is TokenState.ACTIVE))
+    text = "Machines that may still join by each join token with a limit."
+    yield gauges("token_uses_left", text, ["token"], of(_uses_left))
+    text = "When each join token that expires does so; Unix time."
+    yield gauges("token_expiry_timestamp_seconds", text, ["token"], of(lambda status: status.token.expires_at))
+    yield gauge("tokens_omitted", f"1 if there are more than {TOKENS} join tokens, else 0.", len(tokens) > TOKENS)
+
+
+def _uses_left(status: TokenStatus) -> float | None:
+    return None if status.token.max_uses is None else max(0, status.token.max_uses - status.uses)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from prometheus_client.core import Metric
 from siderolink.cli.control import data_plane
 from siderolink.cli.metrics.endpoint import Families
 from siderolink.cli.metrics.families import (
+    TOKENS,
     MachineSeries,
     by,
     counter,
@@ -17,12 +18,13 @@ from siderolink.cli.metrics.families import (
     gauges,
     machine_families,
     server_families,
+    token_families,
 )
 from siderolink.cli.serving import Serving
 from siderolink.client import Link
 from siderolink.client.link.link import LinkStatus
 from siderolink.client.link.state import ConnectionState
-from siderolink.common.errors import SideroLinkError
+from siderolink.common.errors import SideroLinkError, StoreError
 from siderolink.common.grpc import ServerCertificate
 from siderolink.common.pb.siderolink.control import Reports
 from siderolink.common.wireguard.userspace import UserspaceDevice
@@ -57,6 +59,10 @@ class ServerMetrics:
             lambda: [serving, info],
             partial(server_families, counters),
         ]
+        try:
+            parts.append(partial(token_families, await server.tokens.list(limit=TOKENS + 1), counters))
+        except StoreError:
+            pass  # the counters say so; what does not need the store is served
         if self._machines:
             count = sum(found for group, found in counters.machines.items() if group.admission is MachineAdmission.ACCEPTED)
             machines = await server.machines(self._machines)

@@ -17,7 +17,7 @@ from siderolink.common.keys import PublicKey
 from siderolink.server.store.audit import AuditEntry, AuditQuery, Principal
 from siderolink.server.store.history import HistoryBounds, HistoryEntry, HistoryQuery
 from siderolink.server.store.sealing import Sealer
-from siderolink.server.store.tokens import JoinToken, TokenChanged, TokenKey, TokenRepository, TunnelSetting
+from siderolink.server.store.tokens import GIVEN_TOKEN, JoinToken, TokenChanged, TokenKey, TokenRepository, TunnelSetting
 
 T = TypeVar("T")
 
@@ -114,6 +114,11 @@ class Machine:
     def log_fields(self) -> dict[str, str]:
         """The `extra` of a log record that identifies the machine."""
         return {"machine_id": self.id, "node_uuid": self.node_uuid, "machine_name": self.shown_name}
+
+    @property
+    def join_token_id(self) -> str:
+        """The id of the join token that last admitted it; the given one's where it was not a stored one; empty without any."""
+        return self.token_id or (GIVEN_TOKEN if self.join_token_digest is not None else "")
 
     @property
     def bound_digest(self) -> bytes | None:
