@@ -75,6 +75,12 @@ def cluster_cpu(cluster: Cluster) -> float:
     return used
 
 
+def syncs(cluster: Cluster) -> int:
+    """How often Postgres waited for the disk."""
+    time.sleep(1.1)  # it counts with a delay
+    return int(str(cluster.execute("SELECT wal_sync FROM pg_stat_wal")[0][0]))
+
+
 async def join_all(store: Store, joins: int, at_once: int) -> tuple[float, float]:
     """Joins a second, and this process's processor time for one in milliseconds."""
     clock = Clock(time=store.time)
@@ -103,11 +109,14 @@ async def measure_joins(options: argparse.Namespace, cluster: Cluster) -> None:
         for kind in options.kinds:
             async with opened(kind, cluster) as store:
                 await join_all(store, options.joins // 10, options.at_once)
-                used = cluster_cpu(cluster)
+                used, synced = cluster_cpu(cluster), syncs(cluster)
                 rate, cost = await join_all(store, options.joins, options.at_once)
                 theirs = (cluster_cpu(cluster) - used) / options.joins * 1000
                 rates[kind].append(rate)
-                said = f" and {theirs:.2f} ms of Postgres" if kind == "postgres" else ""
+                said = ""
+                if kind == "postgres":
+                    each = options.joins / max(1, syncs(cluster) - synced)
+                    said = f" and {theirs:.2f} ms of Postgres; {each:.1f} joins for each write to the disk"
                 print(f"{kind:9} {rate:7.0f} joins/s; processor time of each: {cost:.2f} ms of this process{said}", flush=True)
     print({kind: round(median(values)) for kind, values in rates.items()})
 

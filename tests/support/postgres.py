@@ -34,6 +34,13 @@ def program(name: str) -> str:
     return path
 
 
+def _faketime() -> str:
+    """The library that gives a program another clock."""
+    program("faketime")
+    (found,) = Path("/usr/lib").glob("*/faketime/libfaketime.so.1")
+    return str(found)
+
+
 def free_port() -> int:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
@@ -43,7 +50,8 @@ def free_port() -> int:
 class Cluster:
     """One running Postgres."""
 
-    def __init__(self, *, is_durable: bool = False) -> None:
+    def __init__(self, *, is_durable: bool = False, clock_ahead: int = 0, copy_of: "Cluster | None" = None) -> None:
+        """`clock_ahead`: seconds by which its clock differs from this host's. `copy_of`: it follows that one as a replica."""
         self.folder = Path(tempfile.mkdtemp(prefix="siderolink-postgres-"))
         self.port = free_port()
         self._settings = {
@@ -59,9 +67,24 @@ class Cluster:
         if os.geteuid() == 0:
             shutil.chown(self.folder, _USER)
             self._as_user = {"user": _USER}
+        self._environment = dict(os.environ)
+        if clock_ahead:
+            self._environment |= {
+                "LD_PRELOAD": _faketime(),
+                "FAKETIME": f"{clock_ahead:+}s",
+                "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+            }
         self._process: subprocess.Popen[bytes] | None = None
-        self.run("initdb", "-D", str(self.folder / "data"), "-U", "siderolink", "-A", "trust", "-E", "UTF8", "--no-sync")
+        data = str(self.folder / "data")
+        if copy_of is None:
+            self.run("initdb", "-D", data, "-U", "siderolink", "-A", "trust", "-E", "UTF8", "--no-sync")
+        else:
+            copy_of.run("pg_basebackup", "-D", data, "--write-recovery-conf", "--checkpoint=fast", "--no-sync")
         self.start()
+
+    @property
+    def data(self) -> Path:
+        return self.folder / "data"
 
     def run(self, name: str, *arguments: str) -> bytes:
         """One of Postgres's own tools, against this server."""
@@ -86,6 +109,7 @@ class Cluster:
                 stdout=log,
                 stderr=log,
                 cwd=self.folder,
+                env=self._environment,
                 **self._as_user,  # type: ignore[call-overload]
             )
         deadline = time.monotonic() + 60

@@ -232,8 +232,13 @@ server = Table(
 )
 
 
+_PLAIN = {str, bytes, float, int, bool, type(None)}
+
+
 def cell(value: object) -> object:
     """A field's value as its column holds it."""
+    if type(value) in _PLAIN:
+        return value
     if isinstance(value, PublicKey):
         return bytes(value)
     if isinstance(value, IPv6Address):

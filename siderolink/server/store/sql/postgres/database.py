@@ -104,10 +104,13 @@ def _is_here(url: URL) -> bool:
     hosts = given.split(",") if isinstance(given, str) else given
 
     def is_loopback(host: str) -> bool:
+        if host in ("", "localhost") or host.startswith("/"):
+            return True
+        name, _, port = host.rpartition(":")  # of several hosts each may have a port
         try:
-            return ipaddress.ip_address(host).is_loopback
+            return ipaddress.ip_address(name.strip("[]") if name and port.isdigit() and ":" not in name else host).is_loopback
         except ValueError:
-            return host in ("", "localhost") or host.startswith("/")
+            return name == "localhost"
 
     return all(is_loopback(host) for host in hosts)
 
