@@ -100,6 +100,25 @@ def is_whole(data: bytes) -> bool:
     return True
 
 
+def count_fields(data: bytes | memoryview, most: int, kind: type | None = None) -> int:
+    """Fields of a message, counted up to `most` + 1 without decoding any; with its model, those of messages within, too.
+
+    Raises MalformedWireError.
+    """
+    is_model = kind is not None and issubclass(kind, betterproto2.Message)
+    messages = _numbers_and_messages(kind)[1] if is_model and kind is not None else {}
+    pos = count = 0
+    while pos < len(data) and count <= most:
+        count += 1
+        number, wire_type, pos = read_key(data, pos)
+        if wire_type in _GROUPS:
+            continue
+        start, pos = value_bounds(data, pos, wire_type)
+        if wire_type == BYTES and number in messages:
+            count += count_fields(data[start:pos], most - count, messages[number])
+    return count
+
+
 _SMALL_BYTES = 512
 """Messages up to this length cost little whatever is in them."""
 

@@ -21,7 +21,7 @@ from siderolink.client.maintenance.roles import (
     unknown_method,
 )
 from siderolink.common.errors import ConfigurationError
-from siderolink.common.grpc import ANY_METHOD
+from siderolink.common.grpc import ANY_METHOD, CallLimits
 from siderolink.common.pb.google.protobuf import Empty
 from siderolink.common.protobuf_wire import has_declared_types
 from siderolink.common.text import one_line
@@ -30,6 +30,9 @@ T = TypeVar("T")
 
 _FINISH_SECONDS = 1.0
 MAX_STREAMS = 256
+CALL_LIMITS = CallLimits(max_message_bytes=64 * 1024, max_fields=256)
+"""Bounds of a request, so that decoding one, of whomever, takes the loop a few milliseconds at most."""
+LARGE_CALLS = dict.fromkeys(("ApplyConfiguration", "MetaWrite"), CallLimits(max_fields=CALL_LIMITS.max_fields))
 """Concurrent streams of answers per socket, beside watches."""
 Answer: TypeAlias = Awaitable[betterproto2.Message] | AsyncIterator[betterproto2.Message]
 
@@ -79,6 +82,11 @@ class MethodTable:
             if path.startswith("/cosi.") and method.refusal is not None:
                 handlers[path] = self._handler(method)
         return handlers | {ANY_METHOD: Handler(self._refuse_unknown, Cardinality.UNARY_STREAM, Empty, Empty)}
+
+    @property
+    def call_limits(self) -> dict[str, CallLimits]:
+        names = {path.rpartition("/")[2] for path in (*METHODS, ANY_METHOD)}
+        return dict.fromkeys(names, CALL_LIMITS) | LARGE_CALLS
 
     def _handler(self, method: MethodRule) -> Handler:
         found = self._implementations.get(method.path)

@@ -21,6 +21,7 @@ from siderolink.client.maintenance.resources.store import (
     WatchTooSlowError,
 )
 from siderolink.client.maintenance.roles import Admittance, CallerRole, not_authorized
+from siderolink.common.grpc import CallLimits
 from siderolink.common.pb.cosi import resource as pb
 from siderolink.common.text import one_line
 
@@ -39,6 +40,9 @@ _EVENT_TYPES = {
 
 class StateService:
     """Serves a store to the callers of one socket."""
+
+    call_limits = dict.fromkeys(("Get", "List", "Watch"), CallLimits(max_message_bytes=64 * 1024, max_fields=1024))
+    """Room for as many label terms as are allowed."""
 
     def __init__(self, store: ResourceStore, admittance: Admittance) -> None:
         self._store = store

@@ -11,7 +11,7 @@ from grpclib.protocol import Buffer
 from siderolink.common.errors import InvalidAnswerError
 from siderolink.common.grpc.accounts import Account
 from siderolink.common.grpc.refusals import Refusal, Refused
-from siderolink.common.protobuf_wire import refuse_strings_as_numbers
+from siderolink.common.protobuf_wire import count_fields, refuse_strings_as_numbers
 
 PREFIX_BYTES = 5
 """One byte that says whether the message is compressed, four of length."""
@@ -202,47 +202,6 @@ class MessageBuffer(Buffer):
             super().eof()
 
 
-_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
-_GROUPS = (3, 4)
-
-
-def count_fields(data: bytes, most: int) -> int:
-    """Protobuf fields at the top level of a message, counted up to `most` + 1, without decoding any.
-
-    Raises ValueError for a message that is cut short.
-    """
-    pos, end, count = 0, len(data), 0
-    while pos < end and count <= most:
-        count += 1
-        key, pos = _varint(data, pos)
-        kind = key & 7
-        if kind == _VARINT:
-            _, pos = _varint(data, pos)
-        elif kind == _BYTES:
-            length, pos = _varint(data, pos)
-            pos += length
-        elif kind in (_FIXED64, _FIXED32):
-            pos += 8 if kind == _FIXED64 else 4
-        elif kind not in _GROUPS:
-            raise ValueError("a field of an unknown wire type")
-        if pos > end:
-            raise ValueError("the message is cut short")
-    return count
-
-
-def _varint(data: bytes, pos: int) -> tuple[int, int]:
-    value = 0
-    for shift in range(0, 70, 7):
-        if pos >= len(data):
-            break
-        byte = data[pos]
-        pos += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value, pos
-    raise ValueError("a number that is cut short or too long")
-
-
 class ServerCodec(ProtoCodec):
     """Decodes requests: unreadable ones are INVALID_ARGUMENT.
 
@@ -263,7 +222,7 @@ class ServerCodec(ProtoCodec):
             read_plain = getattr(message_type, "read_plain", None)
             if read_plain is not None and (plain := read_plain(data)) is not None:
                 return plain
-            if self._max_fields is not None and count_fields(data, self._max_fields) > self._max_fields:
+            if self._max_fields is not None and count_fields(data, self._max_fields, message_type) > self._max_fields:
                 raise ValueError(f"more than {self._max_fields} fields")
             refuse_strings_as_numbers(message_type, data)
             return super().decode(data, message_type)

@@ -24,9 +24,9 @@ from hypothesis import strategies as st
 from siderolink.common.grpc import ByteStream, ByteStreamService, CallLimits, Limits, Refusal, Servable, serve
 from siderolink.common.grpc.accounts import Account, CallBudget
 from siderolink.common.grpc.frames import frame_header
-from siderolink.common.grpc.messages import count_fields
 from siderolink.common.pb.grpc.health.v1 import HealthCheckRequest
 from siderolink.common.pb.sidero.link import ProvisionRequest
+from siderolink.common.protobuf_wire import count_fields
 from siderolink.server.api.provision import ProvisionService
 from siderolink.server.api.standard import MAX_CALLS, HealthService, ReflectionService
 from tests.support.api import CALL, ECHO, Raw, Service, serving

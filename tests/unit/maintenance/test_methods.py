@@ -12,11 +12,14 @@ import anyio.lowlevel
 import anyio.to_thread
 import grpc
 import pytest
+from grpclib.encoding.proto import ProtoCodec
 
 from siderolink.client.maintenance.dispatch import CallCounter, MethodTable
 from siderolink.client.maintenance.roles import APPLY, METHODS, Admittance, CallerRole
 from siderolink.common.pb.machine import AddressEvent
-from tests.support.machine_api import MACHINE, status_of
+from siderolink.common.protobuf_wire import count_fields
+from siderolink.common.protobuf_wire import encode_varint as varint
+from tests.support.machine_api import MACHINE, STATE, status_of
 from tests.support.machine_stubs import Stubs, ask, methods, outcome, refusal, serving
 
 pytestmark = pytest.mark.anyio
@@ -284,6 +287,33 @@ async def test_logs_are_this_programs_and_the_kernels(
             logging.getLogger("siderolink").error("%s", text)
         await anyio.lowlevel.checkpoint()
         await ask(api, look)
+
+
+async def test_a_message_of_very_many_fields_is_never_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decoding it would hold the event loop, and with it the link, for seconds; readers may call, too."""
+    decoded: list[int] = []
+    decode = ProtoCodec.decode
+
+    def count(codec: ProtoCodec, data: bytes, message_type: Any) -> Any:
+        decoded.append(count_fields(data, 2000, message_type))
+        return decode(codec, data, message_type)
+
+    monkeypatch.setattr(ProtoCodec, "decode", count)
+    empty = b"\x0a\x00" * 10_000
+    terms = b"\x1a" + varint(len(empty) + 4) + b"\x0a" + varint(len(empty)) + empty  # of a label query, in the options
+
+    def call(stubs: Stubs) -> None:
+        for path in (*METHODS, f"{STATE}Get", f"{STATE}List", f"{STATE}Watch"):
+            for data in (empty, terms):
+                stream = stubs.channel.unary_stream(path)(data, timeout=10)
+                with suppress(grpc.RpcError):
+                    next(stream, None)
+                stream.cancel()
+
+    async with serving(monkeypatch, CallerRole.ADMIN) as api:
+        await ask(api, call)
+    assert decoded, "those that have one unknown field of many bytes"
+    assert max(decoded) <= 1024
 
 
 def test_every_method_of_the_proto_files_is_in_the_table() -> None:
