@@ -17,6 +17,7 @@ from siderolink.common.wireguard.device import Device, DeviceConfig, DeviceEvent
 from siderolink.common.wireguard.opening import open_device
 from siderolink.server.admin.administration import Administration
 from siderolink.server.admin.faces import ADMIN_LIMITS, RemoteAccess, guarded
+from siderolink.server.admin.tokens import Tokens
 from siderolink.server.admission.tokens import JoinTokenCheck, unique_token_digest
 from siderolink.server.api.provision import ProvisionService, ResponseBuilder
 from siderolink.server.api.standard import HealthService, ReflectionService
@@ -68,12 +69,14 @@ class Composition:
         store: Store,
         events: EventHub,
         join_token: JoinTokenCheck,
-        admin_services: Sequence[Servable] = (),
+        tokens: Tokens,
+        admin_services: Sequence[Servable],
     ) -> None:
         self._options = options
         self._store = store
         self._events = events
         self._join_token = join_token
+        self._tokens = tokens
         self._admin_services = admin_services
 
     @asynccontextmanager
@@ -257,7 +260,9 @@ class Composition:
             return None if machine.join_token_digest is None else self._join_token.admits(machine.join_token_digest)
 
         clock = Clock(time=self._store.time)
-        administration = Administration(self._store, fleet.directory, fleet.machines, device, self._events, clock, admits)
+        administration = Administration(
+            self._store, fleet.directory, fleet.machines, device, self._events, clock, self._tokens, admits
+        )
         async with administration.run(options.audit_retention), AsyncExitStack() as stack:
             api = None
             if (listen := options.address) is not None:

@@ -294,7 +294,9 @@ class Server(_Administered, AbstractAsyncContextManager["Server"]):
 
     async def __aenter__(self) -> Self:
         services = admin_services(lambda: self.administration, lambda: self.facts)
-        await self._lifetime.start(Composition(self._options, self._store, self._events, self._join_token, services))
+        await self._lifetime.start(
+            Composition(self._options, self._store, self._events, self._join_token, self.tokens, services)
+        )
         return self
 
     async def __aexit__(

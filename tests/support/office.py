@@ -9,6 +9,7 @@ from siderolink.common.grpc import GrpcChannel, Servable, open_channel, serve
 from siderolink.common.pb.siderolink.admin.v1 import ServerInfo, ServerStatus
 from siderolink.server.admin import Administration
 from siderolink.server.admin.faces import ADMIN_LIMITS, LocalAccess, RemoteAccess, admin_services, guarded
+from siderolink.server.admin.tokens import Tokens
 from siderolink.server.events import EventHub, EventStream
 from siderolink.server.store import MemoryStore, Store
 from tests.support.manager import Manager
@@ -53,7 +54,14 @@ async def open_office(folder: Path, store: Store | None = None, *, group: str = 
     """Everything but the device is real."""
     manager = Manager(store=store if isinstance(store, MemoryStore) else None)
     administration = Administration(
-        manager.store, manager.links, manager.machines, manager.device, manager.hub, manager.time.clock, lambda machine: None
+        manager.store,
+        manager.links,
+        manager.machines,
+        manager.device,
+        manager.hub,
+        manager.time.clock,
+        Tokens(manager.store, manager.join_token),
+        lambda machine: None,
     )
     services: list[Servable] = admin_services(lambda: administration, lambda: facts)
     facts = Facts(manager.hub)

@@ -14,6 +14,7 @@ from siderolink.server.admin.api_keys import ApiKeys
 from siderolink.server.admin.audit_log import AuditLog
 from siderolink.server.admin.bans import Bans
 from siderolink.server.admin.machines import MachineAdministration
+from siderolink.server.admin.tokens import Tokens
 from siderolink.server.clock import Clock
 from siderolink.server.events import EventHub
 from siderolink.server.fleet.directory import Directory
@@ -45,10 +46,12 @@ class Administration:
         device: Device,
         events: EventHub,
         clock: Clock,
+        tokens: Tokens,
         admits: Callable[[Machine], bool | None],
     ) -> None:
         """`admits` tells whether the join token that a machine presented would still let it in."""
         self._store = store
+        self.tokens = tokens
         self.machines = MachineAdministration(store, directory, machines, device, events, clock)
         self.bans = Bans(store, machines, self.machines, clock)
         self.api_keys = ApiKeys(store, clock)

@@ -9,12 +9,14 @@ from typing import Final
 from siderolink.common.errors import AlreadyExistsError, ConfigurationError, NotFoundError, SideroLinkError
 from siderolink.common.node_uuid import parse_uuid
 from siderolink.common.text import one_line
+from siderolink.server.admin.words import changed_labels, require
 from siderolink.server.admission.signed_tokens import PROVIDER, is_signed, sign
 from siderolink.server.admission.tokens import MAX_JOIN_TOKEN_BYTES, JoinTokenCheck, token_digest
 from siderolink.server.store import (
     Actor,
     AuditEntry,
     JoinToken,
+    Role,
     Store,
     TokenColumn,
     TokenKind,
@@ -76,7 +78,8 @@ class Tokens:
     """The join tokens of a server, those of all servers that share its store. `server.tokens` is one.
 
     Tokens are named by their name or id. Methods raise NotFoundError for a name that no token has, AlreadyExistsError for one
-    that another has, ConfigurationError for a value that cannot be, SideroLinkError for what the state forbids, and StoreError.
+    that another has, ConfigurationError for a value that cannot be, ForbiddenError for too low a role, SideroLinkError for what
+    the state forbids, and StoreError.
     """
 
     def __init__(
@@ -120,6 +123,7 @@ class Tokens:
 
     async def show(self, name: str, *, actor: Actor = EMBEDDER) -> str:
         """The token's text. Audited."""
+        require(actor, Role.OPERATOR)
         if name == GIVEN_TOKEN and self._given.secret is not None:
             given = self._given.secret
             await self._store.transact(
@@ -138,6 +142,7 @@ class Tokens:
         self, name: str, extra: Mapping[str, str] | None = None, *, version: TokenKind = TokenKind.V2, actor: Actor = EMBEDDER
     ) -> str:
         """A signed token for the machines of a provider: of a token of kind V2 by itself, else by the default one. Audited."""
+        require(actor, Role.OPERATOR)
         status = await self.get(name)
         token = status.token
         if token.kind is TokenKind.V1 or version is TokenKind.V1:
@@ -179,6 +184,7 @@ class Tokens:
         `max_uses`, 1 to MAX_USES: how many machines may join by it; `one_time` means 1. `bound_uuid`: the only UUID that may.
         `labels` and `tunnel` are for its machines. `kind` V1 and V2: for the machines of an infrastructure `provider`.
         """
+        require(actor, Role.OPERATOR)
         if one_time and max_uses not in (None, 1):
             raise ConfigurationError("a one-time token has max_uses 1")
         now, secret = self._store.time(), _check_secret(token) if token is not None else _random_secret()
@@ -197,7 +203,7 @@ class Tokens:
             max_uses=_check_uses(1 if one_time else max_uses),
             bound_uuid=None if bound_uuid is None else parse_uuid(bound_uuid),
             tunnel=TunnelSetting(tunnel),
-            labels=dict(labels or {}),
+            labels=changed_labels({}, labels or {}, ()),
         )
 
         async def work(transaction: Transaction) -> JoinToken:
@@ -239,7 +245,7 @@ class Tokens:
                 "tunnel": None if tunnel is None else TunnelSetting(tunnel),
                 "bound_uuid": parse_uuid(bound_uuid) if bound_uuid else None,
                 "max_uses": _check_uses(max_uses) if max_uses else None,
-                "labels": None if labels is None else dict(labels),
+                "labels": None if labels is None else changed_labels({}, labels, ()),
             }
             changed = replace(token, **{key: value for key, value in fields.items() if value is not None})  # type: ignore[arg-type]
             changed = replace(changed, bound_uuid=None) if bound_uuid == "" else changed
@@ -289,6 +295,7 @@ class Tokens:
 
     async def delete(self, name: str, *, actor: Actor = EMBEDDER) -> JoinToken:
         """Remove a token and what is known of its uses; links stay. Not the default one."""
+        require(actor, Role.OPERATOR)
         _refuse_given(name)
 
         async def work(transaction: Transaction) -> JoinToken:
@@ -306,6 +313,7 @@ class Tokens:
     # --- how
 
     async def _change(self, name: str, action: str, actor: Actor, change: Change) -> TokenStatus:
+        require(actor, Role.OPERATOR)
         _refuse_given(name)
 
         async def work(transaction: Transaction) -> JoinToken:

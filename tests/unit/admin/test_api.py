@@ -99,3 +99,27 @@ async def test_a_machine_is_renamed_labelled_found_and_removed(office: Office) -
     assert (rename.before, rename.after) == ({"name": None}, {"name": "edge-1"})
     assert (rename.actor.role, rename.actor.source) == (Role.ADMIN, f"uid {os.geteuid()}")
     assert json.loads(rename.to_json())["after"] == {"name": "edge-1"}
+
+
+async def test_a_token_is_made_listed_shown_and_revoked(office: Office) -> None:
+    async with office.local() as local:
+        tokens = pb.TokenServiceStub(local)
+        made = await tokens.create_token(pb.CreateTokenRequest(name="racks", is_one_time=True, labels={"rack": "7"}, ttl=60.0))
+        assert made.token is not None
+        assert (made.token.state, made.token.max_uses, made.token.uses) == ("active", 1, 0)
+        assert len(made.secret) == 43
+        await tokens.create_token(pb.CreateTokenRequest(name="other"))
+        found = await tokens.list_tokens(pb.ListTokensRequest(selector="rack=7"))
+        assert ([token.name for token in found.tokens], found.total) == (["racks"], 1)
+        first = await tokens.list_tokens(pb.ListTokensRequest(page_size=1))
+        rest = await tokens.list_tokens(pb.ListTokensRequest(page_token=first.next_page_token))
+        names = [token.name for token in (*first.tokens, *rest.tokens)]
+        assert names == sorted(names)
+        assert {"other", "racks"} < set(names), "and the server's own"
+        assert (await tokens.show_token_secret(pb.TokenRequest(name="racks"))).secret == made.secret
+        assert (await tokens.revoke_token(pb.TokenRequest(name="racks"))).state == "revoked"
+        assert await status_of(tokens.get_token(pb.TokenRequest(name="none"))) is Status.NOT_FOUND
+        assert await status_of(tokens.create_token(pb.CreateTokenRequest(name="racks"))) is Status.ALREADY_EXISTS
+    entries = await office.administration.audit.page(AuditQuery(action="token.", object="racks"))
+    assert [entry.action for entry in entries.items] == ["token.revoke", "token.show", "token.create"]
+    assert made.secret not in "".join(entry.to_json() for entry in entries.items)
