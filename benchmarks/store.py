@@ -31,6 +31,7 @@ from siderolink.server.admission.limits import MachineLimits
 from siderolink.server.admission.request import JoinRequest
 from siderolink.server.admission.rows import Rows
 from siderolink.server.admission.rules import LinkLiveness
+from siderolink.server.admission.token_rules import TokenRules
 from siderolink.server.clock import Clock
 from siderolink.server.store import Machine, Store
 from siderolink.server.store.sql import SqlStore
@@ -85,7 +86,7 @@ async def join_all(store: Store, joins: int, at_once: int) -> tuple[float, float
     """Joins a second, and this process's processor time for one in milliseconds."""
     clock = Clock(time=store.time)
     rows = Rows(overlay_prefix(), MachineLimits(max_machines=10**9, max_pending=10**9), clock)
-    admission = Admission(NobodyLives(), rows, clock)
+    admission = Admission(NobodyLives(), rows, clock, TokenRules(store.sealer, clock))
     waiting = [JoinRequest(node_uuid=str(uuid.uuid4()), public_key=PublicKey(os.urandom(32))) for _ in range(joins)]
 
     async def join(request: JoinRequest, entry: str) -> None:

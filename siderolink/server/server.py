@@ -39,7 +39,7 @@ from siderolink.server.facts import Facts
 from siderolink.server.history import DEFAULT_HISTORY, History, HistoryOptions
 from siderolink.server.options import AdminOptions, ServerOptions
 from siderolink.server.reporting import ReportOptions, Reports
-from siderolink.server.store import Ban, BanKind, Machine, MemoryStore, Store
+from siderolink.server.store import Ban, BanKind, JoinToken, Machine, MemoryStore, Store
 from siderolink.server.store.audit import EMBEDDER
 from siderolink.server.store.measured import MeasuredStore
 
@@ -131,7 +131,15 @@ class _Administered(_Measured):
     @cached_property
     def tokens(self) -> Tokens:
         """The join tokens: made, shown, revoked, and so on, also while the server does not run."""
-        return Tokens(self._store, self._join_token)
+
+        def on_changed(token: JoinToken, is_gone: bool) -> None:
+            if self._lifetime.parts is not None:
+                self._lifetime.parts.fleet.directory.known.set_token(token, is_gone)
+
+        def count_machines(token_id: str) -> int:
+            return 0 if self._lifetime.parts is None else self._lifetime.parts.fleet.directory.token_users[token_id]
+
+        return Tokens(self._store, self._join_token, on_changed=on_changed, count_machines=count_machines)
 
     @property
     def facts(self) -> Facts:

@@ -114,6 +114,7 @@ class Manager:
             force_tunnel=force_tunnel,
             authorize=authorize,
             authorize_timeout=limits.authorize_timeout,
+            clock=self.time.clock,
         )
         self._events = self.hub.subscribe()
 

@@ -11,12 +11,14 @@ from siderolink.server.admission.limits import GRACE_SECONDS
 from siderolink.server.admission.policy import JoinPolicy, Known, TokenVerdict, decide
 from siderolink.server.admission.prove import as_claimed
 from siderolink.server.admission.request import JoinRequest, LivenessSource, Rejection
-from siderolink.server.admission.rows import Rows, refusal
+from siderolink.server.admission.rows import Rows, refusal, with_token
 from siderolink.server.admission.rules import Basis, LinkLiveness
+from siderolink.server.admission.token_rules import TokenRules
 from siderolink.server.admission.tokens import assigned_digest
 from siderolink.server.clock import Clock
 from siderolink.server.refusals import JoinRefusal
-from siderolink.server.store import Claim, Machine, MachineAdmission, Transaction
+from siderolink.server.store import Claim, Machine, MachineAdmission, Transaction, TunnelSetting
+from siderolink.server.store.base import NO_LABELS
 
 MAX_CLAIMS = 4
 """Claims to one row at a time."""
@@ -46,6 +48,8 @@ class Grant:
     is_new_machine: bool = False
     is_new_link: bool = False
     """A handshake has to follow."""
+    use_tunnel: bool = False
+    """Whether the answer tells the machine to use the tunnel."""
 
 
 class Admission:
@@ -56,6 +60,7 @@ class Admission:
         liveness: LivenessSource,
         rows: Rows,
         clock: Clock,
+        tokens: TokenRules,
         policy: JoinPolicy | None = None,
         find_denied: Callable[[str, bytes | None], Iterable[str]] = lambda node_uuid, digest: (),
     ) -> None:
@@ -65,6 +70,7 @@ class Admission:
         self._liveness = liveness
         self._rows = rows
         self._clock = clock
+        self._tokens = tokens
         self._find_denied = find_denied
 
     # --- a call
@@ -72,12 +78,68 @@ class Admission:
     async def admit(self, transaction: Transaction, request: JoinRequest, new_id: str) -> Grant | Rejection:
         """Decide about a call; a new row or claim gets `new_id`."""
         bans = request.bans()
-        transaction.expect(request.node_uuid, request.public_key, bans)
+        transaction.expect(request.node_uuid, request.public_key, bans, self._tokens.wanted(request.credentials.join))
         for ban in bans:
             if await transaction.is_banned(ban):
                 return refusal(JoinRefusal.BANNED)
         owner = await transaction.machine_by_uuid(request.node_uuid)
         holder = await transaction.machine_by_key(request.public_key)
+        request = await self._judge_token(transaction, request, owner, holder)
+        grant = await self._decide(transaction, request, new_id, owner, holder)
+        if isinstance(grant, Rejection):
+            return grant
+        grant = replace(grant, use_tunnel=request.use_tunnel)
+        if request.credentials.join.token is None and not grant.machine.has_reserved_use:
+            return grant
+        return await self._settle_use(transaction, request, grant, owner, holder)
+
+    async def _judge_token(
+        self, transaction: Transaction, request: JoinRequest, owner: Machine | None, holder: Machine | None
+    ) -> JoinRequest:
+        """The call with its token looked up, and with what that and the row say of the tunnel."""
+        rows = [row for row in (owner, holder) if row is not None]
+        join = await self._tokens.judge(transaction, request.credentials.join, request.node_uuid, rows)
+        row = holder if holder is not None and holder.admission is MachineAdmission.PENDING else owner
+        setting = TunnelSetting.INHERIT if row is None else row.tunnel_setting
+        if setting is TunnelSetting.INHERIT and join.token is not None:
+            setting = join.token.tunnel
+        asked = request.wants_tunnel if setting is TunnelSetting.INHERIT else setting is TunnelSetting.FORCE
+        credentials = replace(request.credentials, join=join)
+        return replace(request, credentials=credentials, use_tunnel=request.force_tunnel or asked)
+
+    async def _settle_use(
+        self,
+        transaction: Transaction,
+        request: JoinRequest,
+        grant: Grant,
+        owner: Machine | None,
+        holder: Machine | None,
+    ) -> Grant:
+        """Reserve or spend a use of the token that admitted the call; one that another token reserved for the row ends."""
+        token, row, claim = request.credentials.join.token, grant.machine, grant.claim
+        before = next((known for known in (owner, holder) if known is not None and known.id == row.id), None)
+        is_stored = claim is None and not grant.moves
+        if is_stored and row.has_reserved_use and before is not None and before.token_id != row.token_id:
+            transaction.tokens.release(before.token_id or "", row.id)
+            row = await transaction.update(replace(row, has_reserved_use=False))
+        is_user = row.token_id if claim is None else claim.token_id
+        is_limited = token is not None and token.max_uses is not None and is_user == token.id
+        if token is None or not is_limited or _is_known(request, owner, holder):
+            return replace(grant, machine=row)
+        until = claim.expires_at if claim is not None else self._clock.time() + CLAIM_SECONDS if grant.moves else None
+        is_proved = is_stored and row.linked_at is not None
+        is_reserved = await self._tokens.take_use(transaction, token, row.id, until=until, is_proved=is_proved)
+        if claim is not None and claim.has_reserved_use != is_reserved:
+            claim = replace(claim, has_reserved_use=is_reserved)
+            await transaction.put_claim(claim)
+        elif claim is None and row.has_reserved_use != is_reserved:
+            row = replace(row, has_reserved_use=is_reserved)
+            row = await transaction.update(row) if is_stored else row
+        return replace(grant, machine=row, claim=claim)
+
+    async def _decide(
+        self, transaction: Transaction, request: JoinRequest, new_id: str, owner: Machine | None, holder: Machine | None
+    ) -> Grant | Rejection:
         verdict = self._check_tokens(request, owner, holder)
         if isinstance(verdict, Rejection):
             return verdict
@@ -100,11 +162,12 @@ class Admission:
         """The verdict on the call's tokens and UUID alone, before looking at the row."""
         if holder is not None and holder.admission is MachineAdmission.DENIED:
             return refusal(JoinRefusal.DENIED, holder)
-        is_equal = any(_is_token_of(row, request.digest) for row in (owner, holder) if row is not None)
-        known = Known(owner=owner, is_equal=is_equal)
+        known = Known(owner=owner, is_equal=_is_known(request, owner, holder))
         verdict = decide(self.policy, request.credentials, known)
         if isinstance(verdict, Rejection):
             return replace(verdict, machine=owner)
+        if request.credentials.join.is_provider_gone:
+            return refusal(JoinRefusal.PROVIDER_GONE, owner)
         is_same = owner is not None and holder is not None and owner.id == holder.id
         if is_placeholder(request.node_uuid) and not is_same:  # a row of an earlier version is known by its key
             return TokenVerdict.CONFLICT if self.policy.has_pending else refusal(JoinRefusal.PLACEHOLDER_UUID)
@@ -147,7 +210,7 @@ class Admission:
         if not is_living or is_assigned or rules.same_token(row, request.digest):
             # Who only repeats what is public changes nothing in a living link.
             wanted = replace(wanted, tunnel=request.use_tunnel, talos_version=request.talos_version)
-            wanted = replace(wanted, join_token_digest=request.credentials.join.digest)
+            wanted = with_token(wanted, request.credentials.join)
         if wanted != row or needs_virtual:
             wanted = await self._rows.write(transaction, replace(wanted, joined_at=now), False, needs_virtual)
         return Grant(machine=wanted, basis=Basis.SAME_KEY, has_bound=is_assigned, is_new_link=needs_virtual)
@@ -225,6 +288,7 @@ class Admission:
         if isinstance(evicted, Rejection):
             return evicted
         digest = self._rows.named_keys.first_digest(bytes(request.public_key), request.digest)
+        join = request.credentials.join
         claim = Claim(
             id=new_id,
             machine_id=owner.id,
@@ -232,7 +296,9 @@ class Admission:
             virtual_address=self._rows.virtual_address() if request.use_tunnel else None,
             unique_token_digest=digest,
             unique_fingerprint=request.fingerprint if digest is not None else "",
-            join_token_digest=request.credentials.join.digest,
+            join_token_digest=join.digest,
+            token_id=join.token_id or owner.token_id,
+            labels=join.labels if join.is_valid and join.token_id != owner.token_id else NO_LABELS,
             talos_version=request.talos_version,
             source=request.source,
             basis=basis.value,
@@ -286,11 +352,10 @@ class Admission:
             virtual_address=virtual_address,
             unique_token_digest=request.digest or row.bound_digest,
             unique_fingerprint=request.fingerprint if request.digest is not None else row.unique_fingerprint,
-            join_token_digest=request.credentials.join.digest,
             talos_version=request.talos_version,
             tunnel=request.use_tunnel,
         )
-        return Grant(machine=moved, basis=Basis.ECHO, moves=True)
+        return Grant(machine=with_token(moved, request.credentials.join), basis=Basis.ECHO, moves=True)
 
     async def _refuse_taking(
         self,
@@ -373,12 +438,12 @@ class Admission:
             assigned_digest=None,
             unique_token_digest=request.digest,
             unique_fingerprint=request.fingerprint,
-            join_token_digest=request.credentials.join.digest,
             talos_version=request.talos_version,
             tunnel=request.use_tunnel,
             joined_at=self._clock.time(),
         )
         needs_virtual = request.use_tunnel and row.virtual_address is None
+        accepted = with_token(accepted, request.credentials.join)
         accepted = await self._rows.write(transaction, accepted, False, needs_virtual)
         return Grant(machine=accepted, basis=Basis.ASSIGNED, has_bound=True, is_new_link=needs_virtual)
 
@@ -405,6 +470,11 @@ def _is_contested(row: Machine, digest: bytes | None) -> bool:
     """Whether a call names a key that was never proved with another unique token than the call before."""
     is_named = row.unique_token_digest is not None and digest is not None
     return is_named and not row.was_linked and not rules.same_token(row, digest)
+
+
+def _is_known(request: JoinRequest, owner: Machine | None, holder: Machine | None) -> bool:
+    """Whether the call's unique token admits it, whatever its join token is."""
+    return any(_is_token_of(row, request.digest) for row in (owner, holder) if row is not None)
 
 
 def _is_token_of(row: Machine, digest: bytes | None) -> bool:

@@ -7,12 +7,23 @@ from siderolink.server.admission import rules
 from siderolink.server.admission.policy import JoinPolicy
 from siderolink.server.admission.request import LivenessSource
 from siderolink.server.admission.rules import Basis
+from siderolink.server.admission.token_rules import spend_use
 from siderolink.server.clock import Clock
 from siderolink.server.store import Ban, BanKind, Claim, Machine, MachineAdmission, Transaction
 
 _MOVED = (
     *("public_key", "overlay_address", "virtual_address", "unique_token_digest", "unique_fingerprint", "join_token_digest"),
-    *("talos_version", "tunnel", "linked_at", "was_linked", "joined_at", "goodbye_at"),
+    *(
+        "token_id",
+        "has_reserved_use",
+        "labels",
+        "talos_version",
+        "tunnel",
+        "linked_at",
+        "was_linked",
+        "joined_at",
+        "goodbye_at",
+    ),
 )
 """What a row takes over from a call that was proved by an echo."""
 
@@ -50,7 +61,9 @@ class Proofs:
             if row.linked_at is not None:
                 return Proof(machine=None)
             has_bound = not row.was_linked and row.unique_token_digest is not None
-            row = await transaction.update(replace(row, linked_at=now, was_linked=True))
+            if row.has_reserved_use:
+                await spend_use(transaction, row.token_id or "", row.id, now)  # it stays reserved as long as the row
+            row = await transaction.update(replace(row, linked_at=now, was_linked=True, has_reserved_use=False))
             return Proof(machine=row, has_bound=has_bound)
         claim = await transaction.claim_by_key(public_key)
         before = None if claim is None else await transaction.machine(claim.machine_id)
@@ -66,9 +79,10 @@ class Proofs:
         link = await self._liveness.of(before)
         trust = self._policy.trust_fingerprints
         basis = rules.still_stands(before, claim, link, now, trust_fingerprints=trust)
-        if basis is None:
+        if basis is None or not await _settle_uses(transaction, before, claim, now):
             return Proof(machine=None, before=before, claim=claim)
         row = replace(as_claimed(before, claim), linked_at=now, was_linked=True, joined_at=now, goodbye_at=None)
+        row = replace(row, has_reserved_use=False)
         if claim.virtual_address is not None:
             row = replace(row, virtual_issued_at=claim.created_at, tunnel=not by_udp)
         row = await transaction.update(row)
@@ -94,17 +108,26 @@ class Proofs:
             may_take = rules.may_take(owner, digest, machine.unique_fingerprint, source, link, trust_fingerprints=trust)
             if owner.id != machine.id or may_take is None:
                 return None
+        now = self._clock.time()
+        if machine.has_reserved_use and not await spend_use(transaction, machine.token_id or "", machine.id, now):
+            return None
         keeps_virtual = holder.virtual_address == machine.virtual_address
         before = replace(holder, public_key=None, linked_at=None)
         if keeps_virtual:
             before = replace(before, virtual_address=None, virtual_issued_at=None)
         before = await transaction.update(before)
-        now = self._clock.time()
-        proved = replace(machine, linked_at=now, was_linked=True, joined_at=now, goodbye_at=None)
+        proved = replace(machine, linked_at=now, was_linked=True, joined_at=now, goodbye_at=None, has_reserved_use=False)
         if owner is None:
             return await transaction.insert(proved), before
         changes = {name: getattr(proved, name) for name in _MOVED}
         return await transaction.update(replace(owner, **changes)), before
+
+
+async def _settle_uses(transaction: Transaction, row: Machine, claim: Claim, now: float) -> bool:
+    """Spend what is reserved for a claim, and end what another token reserved for its row; False if the claim's has ended."""
+    if row.has_reserved_use and row.token_id is not None and (row.token_id != claim.token_id or not claim.has_reserved_use):
+        transaction.tokens.release(row.token_id, row.id)
+    return not claim.has_reserved_use or await spend_use(transaction, claim.token_id or "", row.id, now)
 
 
 async def _is_banned(
@@ -130,6 +153,9 @@ def as_claimed(row: Machine, claim: Claim) -> Machine:
         unique_token_digest=row.unique_token_digest if is_bound else claim.unique_token_digest or row.bound_digest,
         unique_fingerprint=row.unique_fingerprint if is_bound else claim.unique_fingerprint or row.unique_fingerprint,
         join_token_digest=claim.join_token_digest,
+        token_id=claim.token_id,
+        has_reserved_use=claim.has_reserved_use,
+        labels={**row.labels, **claim.labels} if claim.labels else row.labels,
         talos_version=claim.talos_version,
         tunnel=claim.virtual_address is not None,
     )

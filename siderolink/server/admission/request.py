@@ -39,6 +39,8 @@ class JoinRequest:
     credentials: Credentials = field(default=Credentials(), repr=False)
     was_probed: bool = False
     """The conflicting machine was probed for this call and answered."""
+    force_tunnel: bool = False
+    """The server or the authorize hook makes it use the tunnel."""
     use_tunnel: bool = False
     """Whether the answer tells the machine to use the tunnel."""
 

@@ -9,6 +9,7 @@ from siderolink.common.addressing import VIRTUAL_PREFIX, random_address
 from siderolink.common.errors import StoreError
 from siderolink.server.admission.limits import MachineLimits, NamedKeys, PendingBudget, Waiting
 from siderolink.server.admission.request import JoinRequest, Rejection
+from siderolink.server.admission.tokens import JoinTokenResult
 from siderolink.server.clock import Clock
 from siderolink.server.refusals import JoinRefusal
 from siderolink.server.store import Claim, Machine, Transaction, UniqueViolationError
@@ -24,6 +25,7 @@ _TEXTS = {
     JoinRefusal.TOO_MANY_MACHINES: "the server knows as many machines as it may",
     JoinRefusal.TOO_MANY_PENDING: "too many machines have joined without a handshake; try again later",
     JoinRefusal.TOO_MANY_CLAIMS: "too many calls claim this machine; try again in a minute",
+    JoinRefusal.PROVIDER_GONE: "the infra provider is being deleted or doesn't exist",
     JoinRefusal.PLACEHOLDER_UUID: "node_uuid is a vendor's placeholder, shared by many machines; the machine needs its own",
 }
 
@@ -81,19 +83,19 @@ class Rows:
     def new_row(self, request: JoinRequest, new_id: str) -> Machine:
         now = self._clock.time()
         digest = self.named_keys.first_digest(bytes(request.public_key), request.digest)
-        return Machine(
+        row = Machine(
             id=new_id,
             node_uuid=request.node_uuid,
             public_key=request.public_key,
             overlay_address=self.overlay_address(),
             unique_token_digest=digest,
             unique_fingerprint=request.fingerprint if digest is not None else "",
-            join_token_digest=request.credentials.join.digest,
             talos_version=request.talos_version,
             tunnel=request.use_tunnel,
             created_at=now,
             joined_at=now,
         )
+        return with_token(row, request.credentials.join)
 
     async def write(self, transaction: Transaction, machine: Machine, is_new: bool, needs_virtual: bool) -> Machine:
         """Store the row, drawing its addresses again while another machine has them."""
@@ -116,3 +118,11 @@ class Rows:
 
     def virtual_address(self) -> IPv6Address:
         return random_address(VIRTUAL_PREFIX, self._entropy)
+
+
+def with_token(row: Machine, join: JoinTokenResult) -> Machine:
+    """The row after a call with this token. A token that did not come with the call before gives it its labels."""
+    row = replace(row, join_token_digest=join.digest)
+    if not join.is_valid or join.token_id == row.token_id:
+        return row
+    return replace(row, token_id=join.token_id, labels={**row.labels, **join.labels} if join.labels else row.labels)

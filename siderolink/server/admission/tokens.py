@@ -10,13 +10,17 @@ from enum import StrEnum
 from siderolink.server.admission.json_errors import unique_token_error
 from siderolink.server.admission.signed_tokens import SignedToken, is_signed, parse
 from siderolink.server.store import JoinToken, Machine
+from siderolink.server.store.base import NO_LABELS
 from siderolink.server.store.sealing import is_sealed
+from siderolink.server.store.tokens import GIVEN_TOKEN
 
 MAX_JOIN_TOKEN_BYTES = 4096
 """A plain token has 43 characters; a signed one carries a little JSON."""
 MAX_UNIQUE_TOKEN_BYTES = 1024
 """The JSON form has about 140 characters."""
 
+_MOST_SIGNED_LABELS = 64
+_LONGEST_LABEL = 253
 _NO_HARDWARE = hashlib.sha256().hexdigest()
 """The fingerprint of every machine that has no physical link: it tells no two of them apart."""
 
@@ -42,6 +46,8 @@ class JoinTokenResult:
     """The digest under which rows store the token; None for the empty token."""
     signed: SignedToken | None = None
     """A signed token, as it was read."""
+    is_provider_gone: bool = False
+    """It is signed rightly, and names an infrastructure provider that there is not."""
     token: JoinToken | None = None
     """The stored token whose limits and settings are those of the call; None if it is the given one, or not valid."""
 
@@ -51,13 +57,21 @@ class JoinTokenResult:
 
     @property
     def token_id(self) -> str | None:
-        return None if self.token is None else self.token.id
+        """Of a valid token."""
+        return None if not self.is_valid else GIVEN_TOKEN if self.token is None else self.token.id
 
     @property
     def labels(self) -> Mapping[str, str]:
-        """What the token gives to the machine's labels."""
-        signed = {} if self.signed is None or not self.is_valid else self.signed.extra or {}
-        return {**({} if self.token is None else self.token.labels), **signed}
+        """What a valid token gives to the machine's labels."""
+        own = NO_LABELS if self.token is None else self.token.labels
+        if self.signed is None or not self.is_valid or not self.signed.extra:
+            return own
+        signed = {name: value for name, value in self.signed.extra.items() if _fits(name) and _fits(value)}
+        return {**own, **dict(list(signed.items())[:_MOST_SIGNED_LABELS])}
+
+
+def _fits(text: str) -> bool:
+    return len(text) <= _LONGEST_LABEL and text.isprintable()
 
 
 class JoinTokenCheck:

@@ -25,8 +25,10 @@ from siderolink.server.admission.policy import JoinPolicy, Known, decide
 from siderolink.server.admission.request import Allow, Authorize, Credentials, Deny, JoinRequest, Rejection, allow_all
 from siderolink.server.admission.tokens import MAX_UNIQUE_TOKEN_BYTES, JoinTokenCheck, parse_unique_token
 from siderolink.server.api.provision_codec import PlainRequest, encode_response
+from siderolink.server.clock import Clock
 from siderolink.server.events import EventHub, JoinRefused
 from siderolink.server.fleet.directory import Directory
+from siderolink.server.fleet.known import QueryBudget
 from siderolink.server.fleet.machines import Machines
 from siderolink.server.refusals import JoinRefusal, JoinRejectedError
 from siderolink.server.store import Machine
@@ -44,6 +46,8 @@ STATUSES = {
     JoinRefusal.UNREADABLE_UNIQUE_TOKEN: Status.PERMISSION_DENIED,
     JoinRefusal.UNSUPPORTED_VERSION: Status.FAILED_PRECONDITION,
     JoinRefusal.INVALID_JOIN_TOKEN: Status.PERMISSION_DENIED,
+    JoinRefusal.PROVIDER_GONE: Status.NOT_FOUND,
+    JoinRefusal.TOO_MANY_REFUSALS: Status.RESOURCE_EXHAUSTED,
     JoinRefusal.DENIED: Status.PERMISSION_DENIED,
     JoinRefusal.AUTHORIZE_FAILED: Status.INTERNAL,
     JoinRefusal.BANNED: Status.PERMISSION_DENIED,
@@ -60,6 +64,7 @@ STATUSES = {
 }
 """The gRPC status of each refusal."""
 
+_BY_TOKENS = {JoinRefusal.INVALID_JOIN_TOKEN, JoinRefusal.PROVIDER_GONE, JoinRefusal.OTHER_UNIQUE_TOKEN}
 INTERNAL_TEXT = "internal server error"
 
 
@@ -104,6 +109,7 @@ class ProvisionService:
         force_tunnel: bool,
         authorize: Authorize,
         authorize_timeout: float,
+        clock: Clock | None = None,
     ) -> None:
         self._machines = machines
         self._directory = directory
@@ -115,6 +121,7 @@ class ProvisionService:
         self._force_tunnel = force_tunnel
         self._authorize = authorize
         self._authorize_timeout = authorize_timeout
+        self._budget = QueryBudget(clock or Clock())
         self.refusals: Counter[JoinRefusal] = Counter()
 
     def __mapping__(self) -> dict[str, Handler]:
@@ -160,12 +167,23 @@ class ProvisionService:
 
     async def _admit(self, request: ProvisionRequest, source: str, on_valid_token: Callable[[], None]) -> ProvisionResponse:
         credentials = self._check_tokens(request)
-        on_valid_token()
+        is_given = credentials.join.is_valid
+        if not is_given and not self._budget.allows(source):
+            raise JoinRejectedError(
+                JoinRefusal.TOO_MANY_REFUSALS, "too many calls from this address were refused; try again later"
+            )
+        if is_given:
+            on_valid_token()
         join_request = self._parse(request, credentials, source)
         verdict = await self._ask(join_request)
-        tunnel = self._force_tunnel or verdict.force_tunnel or join_request.wants_tunnel
-        machine = await self._machines.join(replace(join_request, use_tunnel=True) if tunnel else join_request)
-        return self._responses.build(machine, tunnel=tunnel)
+        try:
+            grant = await self._machines.join(replace(join_request, force_tunnel=self._force_tunnel or verdict.force_tunnel))
+        except JoinRejectedError as rejection:
+            if not is_given and rejection.reason in _BY_TOKENS:
+                self._budget.charge(source)
+            raise
+        on_valid_token()
+        return self._responses.build(grant.machine, tunnel=grant.use_tunnel)
 
     def _check_tokens(self, request: ProvisionRequest) -> Credentials:
         """Refuse a call whose tokens cannot admit it, before any costly step. Raises JoinRejectedError."""
@@ -174,7 +192,9 @@ class ProvisionService:
         unique = parse_unique_token(token) if len(token) <= MAX_UNIQUE_TOKEN_BYTES else None
         version = request.talos_version if isinstance(request.talos_version, str) else None
         credentials = Credentials(join=join, unique=unique, version=version)
-        if not join.is_valid and (unique is None or not self._directory.knows_token(unique.digest)):
+        known = self._directory.known
+        may_be_known = known.may_admit(join) or unique is not None and known.has_unique_token(unique.digest)
+        if not join.is_valid and not may_be_known:
             verdict = decide(self._policy, credentials, Known())
             if isinstance(verdict, Rejection):
                 raise JoinRejectedError(verdict.reason, verdict.text)

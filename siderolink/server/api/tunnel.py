@@ -1,12 +1,12 @@
 """The WireGuardOverGRPCService: a machine's datagrams inside one stream, as one more path of the device."""
 
 from collections import Counter
-from ipaddress import AddressValueError, IPv4Address, IPv6Address
+from ipaddress import AddressValueError, IPv4Address
 
 from grpclib import GRPCError, Status
 
 from siderolink.common.addressing import parse_peer_addr_port
-from siderolink.common.errors import ConfigurationError, SideroLinkError
+from siderolink.common.errors import ConfigurationError
 from siderolink.common.grpc import ByteStream, ByteStreamService
 from siderolink.common.grpc.client import CREATE_STREAM
 from siderolink.common.transport.tunnel import ADDRESS_METADATA, TunnelDrop, TunnelPath, carry
@@ -68,20 +68,10 @@ class TunnelService:
         except ConfigurationError:
             refusal = StreamRefusal.NOT_ALLOWED if is_other_address(value) else StreamRefusal.MALFORMED_ADDRESS
             raise self._refused(refusal) from None
-        link = self._directory.by_virtual_address(address) or await self._read_through(address)
+        link = self._directory.by_virtual_address(address) or await self._directory.await_virtual_address(address)
         if link is None:
             raise self._refused(StreamRefusal.NOT_ALLOWED)
         return link, f"tunnel [{address}]:{port}"
-
-    async def _read_through(self, address: IPv6Address) -> MachineLink | None:
-        """The link of an address that another server with the same store gave out a moment ago."""
-        try:
-            row = await self._directory.row_at_virtual_address(address)
-            if row is not None:
-                await self._reconciler.apply_change(row)
-        except SideroLinkError:
-            return None
-        return self._directory.by_virtual_address(address)
 
     def _refused(self, refusal: StreamRefusal) -> GRPCError:
         self.refusals[refusal] += 1

@@ -3,27 +3,27 @@
 Unknown rows are read through from the store. Only methods that list or load machines visit all of them.
 """
 
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
-from hashlib import blake2b
 from ipaddress import IPv6Address
 
+import anyio
+
 from siderolink.common.keys import PublicKey
-from siderolink.common.token_bucket import TokenBucket
 from siderolink.common.wireguard.path import Path
 from siderolink.server.admission.tokens import assigned_digest
 from siderolink.server.clock import Clock
+from siderolink.server.fleet.known import Known
 from siderolink.server.refusals import StreamRefusal
 from siderolink.server.store import Claim, Machine, MachineAdmission, Store
 
 EndStream = Callable[[StreamRefusal], None]
 
-_READS_PER_SECOND = 50.0
-"""Rate limit for store lookups of unknown virtual addresses."""
-_READS_AT_ONCE = 200.0
+_FEED_SECONDS = 1.5
+"""How long a change that another server made may take to come: the feed looks each second."""
+_MOST_AWAITED = 256
 
 
 class LinkState(StrEnum):
@@ -79,34 +79,6 @@ class MachineLink:
     def is_tunnel(self) -> bool:
         """Whether it was last heard by a tunnel stream."""
         return self.endpoint is None and self.path is not None
-
-
-class KnownTokens:
-    """Unique tokens that are bound or assigned to machines, as counts of short keyed hashes of their digests."""
-
-    def __init__(self) -> None:
-        self._counts: Counter[bytes] = Counter()
-        self._key = os.urandom(16)
-
-    def __contains__(self, digest: bytes) -> bool:
-        return self._counts[self._hash(digest)] > 0
-
-    def add(self, machine: Machine) -> None:
-        for hashed in self._hashes(machine):
-            self._counts[hashed] += 1
-
-    def remove(self, machine: Machine) -> None:
-        for hashed in self._hashes(machine):
-            self._counts[hashed] -= 1
-            if not self._counts[hashed]:
-                del self._counts[hashed]
-
-    def _hashes(self, machine: Machine) -> Iterator[bytes]:
-        return (self._hash(digest) for digest in (machine.bound_digest, assigned_digest(machine)) if digest is not None)
-
-    def _hash(self, digest: bytes) -> bytes:
-        """Eight bytes for which no outsider can search a collision."""
-        return blake2b(digest, digest_size=8, key=self._key).digest()
 
 
 class DeniedMachines:
@@ -172,9 +144,11 @@ class Directory:
         self._claims: dict[str, MachineLink] = {}
         self._claims_of: dict[str, list[MachineLink]] = {}
         self.sources = HeardSources()
-        self._tokens = KnownTokens()
+        self.known = Known(clock)
         self.denied = DeniedMachines()
-        self._reads = TokenBucket(_READS_PER_SECOND, _READS_AT_ONCE, clock.monotonic)
+        self.token_users: Counter[str] = Counter()
+        """How many machines each token, by id, last admitted."""
+        self._awaited: dict[IPv6Address, anyio.Event] = {}
         self.pending = 0
         """How many machines and claims are PENDING."""
 
@@ -213,22 +187,25 @@ class Directory:
     def claims_of(self, machine_id: str) -> list[MachineLink]:
         return list(self._claims_of.get(machine_id, ()))
 
-    def knows_token(self, digest: bytes) -> bool:
-        """Whether a unique token may belong to a machine. A cheap check before costly ones; it may err towards True."""
-        return digest in self._tokens
-
     async def row(self, machine_id: str) -> Machine | None:
         """The row as it is stored."""
         return await self._store.transact(lambda transaction: transaction.machine(machine_id))
 
-    async def row_at_virtual_address(self, address: IPv6Address) -> Machine | None:
-        """The stored row of an address that this server does not know; another server may just have assigned it.
+    async def await_virtual_address(self, address: IPv6Address) -> MachineLink | None:
+        """The link of an address that another server with the same store may have given out a moment ago.
 
-        Also None when the lookup rate limit is reached.
+        It comes by the store's changes: waiting for it costs no query. None when it does not, or when too many wait already.
         """
-        if not self._reads.take(1):
+        if address not in self._awaited and len(self._awaited) >= _MOST_AWAITED:
             return None
-        return await self._store.transact(lambda transaction: transaction.machine_by_virtual_address(address))
+        event = self._awaited.setdefault(address, anyio.Event())
+        try:
+            with anyio.move_on_after(_FEED_SECONDS):
+                await event.wait()
+        finally:
+            if self._awaited.get(address) is event:
+                del self._awaited[address]
+        return self._by_virtual.get(address)
 
     # --- for the reconciler
 
@@ -236,8 +213,7 @@ class Directory:
         """Add a machine or a claim; the reconciler gives it its keys and addresses afterwards."""
         if link.claim is None:
             self._by_id[link.machine.id] = link
-            self._tokens.add(link.machine)
-            self.denied.add(link.machine)
+            self._count(link.machine, 1)
             source, link.source = link.source, None
             self.set_source(link, source)
         else:
@@ -250,8 +226,7 @@ class Directory:
         machine = link.machine
         if link.claim is None:
             self._by_id.pop(machine.id, None)
-            self._tokens.remove(machine)
-            self.denied.remove(machine)
+            self._count(machine, -1)
             self.set_source(link, None)
             self.release_overlay_address(link, machine.overlay_address)
         elif self._claims.pop(link.claim.id, None) is not None:
@@ -267,10 +242,18 @@ class Directory:
 
     def set_row(self, link: MachineLink, machine: Machine) -> None:
         """Replace the row of a machine's link."""
-        for index in (self._tokens, self.denied):
-            index.remove(link.machine)
-            index.add(machine)
+        self._count(link.machine, -1)
         link.machine = machine
+        self._count(machine, 1)
+
+    def _count(self, machine: Machine, by: int) -> None:
+        """A row is there, or is gone."""
+        (self.known.add_row if by > 0 else self.known.remove_row)(machine)
+        (self.denied.add if by > 0 else self.denied.remove)(machine)
+        if machine.token_id is not None:
+            self.token_users[machine.token_id] += by
+            if not self.token_users[machine.token_id]:
+                del self.token_users[machine.token_id]
 
     def set_state(self, link: MachineLink, state: LinkState) -> None:
         self.pending += (state is LinkState.PENDING) - (link.state is LinkState.PENDING)
@@ -283,6 +266,8 @@ class Directory:
         link.source = source
 
     def own_key(self, link: MachineLink, key: PublicKey) -> None:
+        if key not in self._by_key:
+            self.known.add_key(bytes(key))
         self._by_key[key] = link
 
     def release_key(self, link: MachineLink, key: PublicKey) -> bool:
@@ -290,14 +275,20 @@ class Directory:
         if self._by_key.get(key) is not link:
             return False
         del self._by_key[key]
+        self.known.remove_key(bytes(key))
         return True
 
     def own_virtual_address(self, link: MachineLink, address: IPv6Address) -> None:
+        if address not in self._by_virtual:
+            self.known.add_virtual_address(address.packed)
         self._by_virtual[address] = link
+        if address in self._awaited:
+            self._awaited[address].set()
 
     def release_virtual_address(self, link: MachineLink, address: IPv6Address) -> None:
         if self._by_virtual.get(address) is link:
             del self._by_virtual[address]
+            self.known.remove_virtual_address(address.packed)
 
     def own_overlay_address(self, link: MachineLink, address: IPv6Address) -> None:
         self._by_overlay[address] = link

@@ -11,6 +11,7 @@ from siderolink.server.admission.limits import MachineLimits
 from siderolink.server.admission.policy import JoinPolicy
 from siderolink.server.admission.prove import Proofs
 from siderolink.server.admission.rows import Rows
+from siderolink.server.admission.token_rules import TokenRules
 from siderolink.server.clock import Clock
 from siderolink.server.events import EventHub
 from siderolink.server.fleet.directory import Directory
@@ -62,7 +63,8 @@ def make_fleet(
     sessions = Sessions(device, directory, max_unproven_streams=limits.max_unproven_streams, clock=clock)
     liveness = Liveness(device, directory, clock)
     rows = Rows(prefix, limits, clock, entropy, count_machines=directory.__len__)
-    admission = Admission(liveness, rows, clock, policy, directory.denied.find)
+    tokens = TokenRules(store.sealer, clock)
+    admission = Admission(liveness, rows, clock, tokens, policy, directory.denied.find)
     reconciler = Reconciler(device, directory, sessions, store, events, clock, persistent_keepalive=persistent_keepalive)
     proofs = Proofs(liveness, clock, admission.policy)
     transitions = RowTransitions(directory, reconciler, proofs, store, events)

@@ -57,7 +57,7 @@ class Machines:
         self._events = events
         self._clock = clock
 
-    async def join(self, request: JoinRequest) -> Machine:
+    async def join(self, request: JoinRequest) -> Grant:
         """Admit a machine: its row or claim stored, its peer on the device, its virtual address known.
 
         Raises JoinRejectedError. Waits for five seconds of probes where they may show that the machine's old link is dead.
@@ -70,7 +70,7 @@ class Machines:
                 verdict = await self._admit(request if is_dead else replace(request, was_probed=True))
         if isinstance(verdict, Rejection):
             raise JoinRejectedError(verdict.reason, verdict.text, verdict.known_source)
-        return verdict.machine
+        return verdict
 
     async def _admit(self, request: JoinRequest) -> Grant | Rejection:
         entry_id = new_id()

@@ -31,6 +31,7 @@ from siderolink.server.store import (
     MachineChanged,
     MachineDeleted,
     Store,
+    TokenChanged,
 )
 
 if TYPE_CHECKING:
@@ -253,6 +254,7 @@ class Reconciler:
         """Make links of all rows and claims in the store, before the API listens."""
         async for machine in self._store.machines():
             await self.apply(machine, state=LinkState.DOWN if machine.linked_at else LinkState.PENDING)
+        await self._directory.known.load_tokens(self._store)
         now = self._clock.time()
         for claim in await self._store.all_claims():
             link = self._directory.get(claim.machine_id)
@@ -294,6 +296,8 @@ class Reconciler:
                 await self._follow_claim(claim, is_over)
             case ChangesLost():
                 await self.resync(EVERYTHING)
+            case TokenChanged(token=token, is_gone=is_gone):
+                self._directory.known.set_token(token, is_gone)
             case _:
                 pass  # each join asks for bans, and a banned machine's row is deleted with the ban
 
@@ -340,6 +344,7 @@ class Reconciler:
             await self.forget(link.machine, LeaveReason.REMOVED_ELSEWHERE)
 
     async def _reread(self) -> None:
+        await self._directory.known.load_tokens(self._store)
         seen = set()
         async for machine in self._store.machines():
             seen.add(machine.id)

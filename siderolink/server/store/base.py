@@ -187,6 +187,8 @@ class Claim:
     """As Machine.token_id, once the claim is proved."""
     has_reserved_use: bool = False
     """A use of that token is reserved until the claim expires; its proof spends it."""
+    labels: Mapping[str, str] = field(default_factory=lambda: NO_LABELS, hash=False)
+    """What the token gives to the row."""
     talos_version: str = ""
     source: str = ""
     """Where the call came from, as text for people."""

@@ -79,7 +79,6 @@ class MemoryTokens:
         uses[use.machine_id] = use
 
     def release(self, token_id: str, machine_id: str) -> None:
-        """The row goes: so does its use, unless that is spent."""
         use = self._table.uses.get(token_id, {}).get(machine_id)
         if use is not None and use.spent_at is None:
             del self._keep_uses(token_id)[machine_id]

@@ -151,6 +151,9 @@ class TokenRepository(Protocol):
         A slot that is taken by then is refused no later than at the commit; the work then runs again.
         """
 
+    def release(self, token_id: str, machine_id: str) -> None:
+        """End a machine's use, unless it is spent."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenChanged:

@@ -2,7 +2,7 @@
 
 import uuid
 from dataclasses import replace
-from ipaddress import IPv6Interface, IPv6Network
+from ipaddress import IPv6Address, IPv6Interface, IPv6Network
 
 import anyio
 import pytest
@@ -271,19 +271,43 @@ async def test_a_machine_that_joined_while_all_rows_are_read_again_is_kept() -> 
     assert not [event for event in await manager.events() if isinstance(event, MachineLeft)]
 
 
-async def test_a_stream_that_names_an_address_of_another_server_is_found_in_the_store() -> None:
+async def test_a_stream_that_names_an_address_of_another_server_waits_for_the_feed() -> None:
     store = MemoryStore()
-    here, there, machine = Manager(store=store), Manager(store=store), FakeMachine(tunnel=True)
+    here, machine = Manager(store=store), FakeMachine(tunnel=True)
+    there = Manager(store=store)
     await here.join(machine)
     address = (await here.row(machine)).virtual_address
     assert address is not None
-    row = await there.links.row_at_virtual_address(address)
-    assert row is not None
-    await there.reconciler.apply_change(row)
-    assert there.links.by_virtual_address(address) is not None
-    for _ in range(1000):
-        await there.links.row_at_virtual_address(address + 1)
-    assert await there.links.row_at_virtual_address(address) is None, "a stranger's guesses cost few queries"
+    found: list[IPv6Address | None] = []
+
+    async def look() -> None:
+        link = await there.links.await_virtual_address(address)
+        found.append(None if link is None else link.machine.virtual_address)
+
+    with anyio.fail_after(10):
+        async with anyio.create_task_group() as tasks:
+            for _ in range(3):
+                tasks.start_soon(look)
+            await anyio.lowlevel.checkpoint()
+            await there.reconciler.apply_change(await here.row(machine))
+    assert found == [address] * 3
+
+
+async def test_a_strangers_guesses_of_addresses_cost_no_query() -> None:
+    class Counting(MemoryStore):
+        asked = 0
+
+        async def transact(self, work: Work[T]) -> T:
+            self.asked += 1
+            return await super().transact(work)
+
+    store = Counting()
+    manager = Manager(store=store)
+    with anyio.fail_after(30):
+        async with anyio.create_task_group() as tasks:
+            for number in range(1000):
+                tasks.start_soon(manager.links.await_virtual_address, IPv6Address(number))
+    assert store.asked == 0
 
 
 async def test_a_machine_that_is_long_gone_is_forgotten() -> None:

@@ -117,6 +117,7 @@ claims = Table(
     Column("expires_at", Float, nullable=False),
     Column("token_id", Text),
     Column("has_reserved_use", Boolean, nullable=False, server_default=false()),
+    Column("labels", Text, nullable=False, server_default="{}"),
 )
 Index("claimed_machines", claims.c.machine_id)
 
@@ -323,6 +324,7 @@ def read_claim(row: Mapping[Any, Any]) -> Claim:
     fields["has_reserved_use"] = bool(fields.get("has_reserved_use"))
     try:
         return Claim(
+            labels=read_labels(fields.pop("labels", "{}")),
             public_key=PublicKey(fields.pop("public_key")),
             virtual_address=None if virtual is None else IPv6Address(virtual),
             **fields,

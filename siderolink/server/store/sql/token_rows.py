@@ -86,7 +86,6 @@ class SqlTokens:
         self.released.discard((use.token_id, use.machine_id))
 
     def release(self, token_id: str, machine_id: str) -> None:
-        """The row goes: so does its use, unless that is spent."""
         key = (token_id, machine_id)
         self._writes.add((_USER, key))
         use = self.put_uses.get(key)

@@ -38,6 +38,7 @@ def upgrade() -> None:
         sa.Column("expires_at", sa.Float),
         sa.Column("spent_at", sa.Float),
     )
+    op.add_column("claims", sa.Column("labels", sa.Text, nullable=False, server_default="{}"))
     op.add_column("machines", sa.Column("assigned_digest", sa.LargeBinary))
     op.create_index("token_users", "token_uses", ["token_id", "machine_id"], unique=True)
     for table in ("machines", "claims"):

@@ -1,0 +1,124 @@
+"""Which stored token a call presents, and the uses of tokens that have a limit: inside the transaction of `admit`.
+
+A use is a pair of a token and a row. It is reserved with the call and spent once a handshake proves the call's key; that row
+may present the token again. Tokens without a limit have no uses: they take no lock, and cost no write.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+
+from siderolink.server.admission.tokens import JoinTokenResult, JoinTokenState
+from siderolink.server.clock import Clock
+from siderolink.server.refusals import JoinRefusal, JoinRejectedError
+from siderolink.server.store import JoinToken, Machine, TokenColumn, TokenKind, TokenState, TokenUse, Transaction
+from siderolink.server.store.sealing import Sealer, place_of_token
+from siderolink.server.store.tokens import DEFAULT_TOKEN, TokenKey
+
+USED_UP_TEXT = "invalid join token: it has been used as often as it may"
+
+
+class TokenRules:
+    """Judges the tokens of calls."""
+
+    def __init__(self, sealer: Sealer, clock: Clock) -> None:
+        self._sealer = sealer
+        self._clock = clock
+
+    def wanted(self, join: JoinTokenResult) -> Sequence[TokenKey]:
+        """What of the stored tokens has to be looked at to judge this one."""
+        if join.signed is not None:
+            wanted: list[TokenKey] = [] if join.signed.signing_provider is not None else [DEFAULT_TOKEN]
+            provider = join.signed.provider
+            return wanted if provider is None else [*wanted, (TokenColumn.PROVIDER, provider)]
+        is_judged = join.is_valid or join.digest is None or join.state is JoinTokenState.MALFORMED
+        return [] if is_judged else [(TokenColumn.DIGEST, join.digest)]
+
+    async def judge(
+        self, transaction: Transaction, join: JoinTokenResult, node_uuid: str, rows: Sequence[Machine]
+    ) -> JoinTokenResult:
+        """The token of a call for this UUID, looked up. `rows` are those that it may be about: they may have used it before."""
+        if not self.wanted(join):
+            return join
+        found = await (self._find_plain(transaction, join) if join.signed is None else self._find_signed(transaction, join))
+        token = found.token
+        if token is None:
+            return found
+        is_right = token.state(self._clock.time()) is TokenState.ACTIVE and token.bound_uuid in (None, node_uuid)
+        if is_right and token.max_uses is not None:
+            is_right = self._has_room(token, await transaction.tokens.uses(token.id), rows)
+        return found if is_right else replace(join, state=JoinTokenState.WRONG)
+
+    async def _find_plain(self, transaction: Transaction, join: JoinTokenResult) -> JoinTokenResult:
+        assert join.digest is not None
+        token = await transaction.tokens.find(TokenColumn.DIGEST, join.digest)
+        if token is None or token.kind is not TokenKind.PLAIN:
+            return join
+        return replace(join, state=JoinTokenState.VALID, token=token)
+
+    async def _find_signed(self, transaction: Transaction, join: JoinTokenResult) -> JoinTokenResult:
+        """The token that signed it; of a provider's machines that join by the default token, the provider's own entry."""
+        assert join.signed is not None
+        tokens, name = transaction.tokens, join.signed.provider
+        provider = None if name is None else await tokens.find(TokenColumn.PROVIDER, name)
+        is_valid, signer = join.is_valid, provider
+        if join.signed.signing_provider is None:
+            default = await tokens.find(*DEFAULT_TOKEN)
+            is_valid = join.is_valid if default is None else self._has_signed(default, join)
+            signer = provider if provider is not None and provider.kind is TokenKind.V1 else default
+        else:
+            is_valid = provider is not None and provider.kind is TokenKind.V2 and self._has_signed(provider, join)
+        if not is_valid:
+            return replace(join, state=JoinTokenState.WRONG)
+        is_gone = name is not None and (provider is None or provider.state(self._clock.time()) is not TokenState.ACTIVE)
+        return replace(join, state=JoinTokenState.VALID, token=None if is_gone else signer, is_provider_gone=is_gone)
+
+    def _has_signed(self, token: JoinToken, join: JoinTokenResult) -> bool:
+        assert join.signed is not None
+        secret = self._sealer.open(token.secret, place_of_token(token.id)).decode()
+        return join.signed.is_signed_by(secret) and token.state(self._clock.time()) is TokenState.ACTIVE
+
+    def _has_room(self, token: JoinToken, uses: Sequence[TokenUse], rows: Sequence[Machine]) -> bool:
+        now = self._clock.time()
+        is_user = any(use.machine_id == row.id and not use.is_free(now) for use in uses for row in rows)
+        return is_user or bool(_free_slots(token, uses, now))
+
+    async def take_use(
+        self, transaction: Transaction, token: JoinToken, machine_id: str, *, until: float | None, is_proved: bool
+    ) -> bool:
+        """Reserve a use for a row, or spend it if the row's key is proved; True if it has to be spent later.
+
+        `until`: when the reservation ends; None for as long as the row is there. Raises JoinRejectedError where there is none.
+        """
+        now = self._clock.time()
+        uses = await transaction.tokens.uses(token.id)
+        own = next((use for use in uses if use.machine_id == machine_id and not use.is_free(now)), None)
+        if own is not None and own.spent_at is not None:
+            return False
+        if own is None:
+            free = _free_slots(token, uses, now)
+            if not free:
+                raise JoinRejectedError(JoinRefusal.INVALID_JOIN_TOKEN, USED_UP_TEXT)
+            own = TokenUse(
+                token_id=token.id, slot=random.choice(free), machine_id=machine_id, reserved_at=now, expires_at=until
+            )
+        elif own.expires_at is None and not is_proved:
+            return True
+        ends = None if until is None or own.expires_at is None else max(until, own.expires_at)
+        use = replace(own, reserved_at=now, expires_at=ends)
+        await transaction.tokens.put_use(replace(use, expires_at=None, spent_at=now) if is_proved else use)
+        return not is_proved
+
+
+def _free_slots(token: JoinToken, uses: Sequence[TokenUse], now: float) -> list[int]:
+    taken = {use.slot for use in uses if not use.is_free(now)}
+    return [slot for slot in range(token.max_uses or 0) if slot not in taken]
+
+
+async def spend_use(transaction: Transaction, token_id: str, machine_id: str, now: float) -> bool:
+    """A handshake has proved the key for which a use was reserved. False if that reservation has ended."""
+    for use in await transaction.tokens.uses(token_id):
+        if use.machine_id == machine_id:
+            await transaction.tokens.put_use(replace(use, reserved_at=now, expires_at=None, spent_at=use.spent_at or now))
+            return True
+    return await transaction.tokens.find(TokenColumn.ID, token_id) is None  # deleted: it has no uses, and cuts no links

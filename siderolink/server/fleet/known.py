@@ -1,0 +1,237 @@
+"""What a server knows, as short keyed hashes: a call that hits none of them is refused without a query.
+
+In it are the stored join tokens that are not revoked, the keys and virtual addresses of rows and claims, and the unique tokens
+that are bound or assigned. Each takes eight bytes in a table that is at most three quarters full. The key is the process's own,
+so that nobody can search for a value that looks known.
+"""
+
+import os
+from array import array
+from collections import OrderedDict
+from hashlib import blake2b
+from typing import Final
+
+from siderolink.common.token_bucket import TokenBucket
+from siderolink.server.admission.rules import source_key
+from siderolink.server.admission.tokens import JoinTokenResult, JoinTokenState, assigned_digest
+from siderolink.server.clock import Clock
+from siderolink.server.store import JoinToken, Machine, Store, TokenKind, TokenState
+
+_SHARDS: Final = 256
+"""A table that grows is copied as a whole: so it is many small ones."""
+_LEAST_SLOTS: Final = 4
+_REFUSED_PER_SECOND, _REFUSED_AT_ONCE = 200.0, 1000.0
+_REFUSED_PER_SOURCE, _REFUSED_PER_SOURCE_AT_ONCE = 5.0, 100.0
+_MOST_SOURCES: Final = 4096
+_KEY, _ADDRESS, _UNIQUE, _JOIN, _SIGNER = b"k", b"a", b"u", b"j", b"s"
+
+
+class HashTable:
+    """Numbers of 64 bits, as many of each as were added: open addressing in flat arrays."""
+
+    def __init__(self) -> None:
+        self._shards = [_empty(_LEAST_SLOTS) for _ in range(_SHARDS)]
+        self._counts = [0] * _SHARDS
+
+    def __len__(self) -> int:
+        return sum(self._counts)
+
+    def __contains__(self, number: int) -> bool:
+        slots = self._shards[number % _SHARDS]
+        return slots[_find(slots, number or 1)] != 0
+
+    @property
+    def size(self) -> int:
+        """Bytes of all slots."""
+        return sum(len(slots) * slots.itemsize for slots in self._shards)
+
+    def add(self, number: int) -> None:
+        at = number % _SHARDS
+        slots = self._shards[at]
+        if 4 * (self._counts[at] + 1) > 3 * len(slots):
+            grown = _empty(2 * len(slots))
+            for other in slots:
+                if other:
+                    _put(grown, other)
+            slots = self._shards[at] = grown
+        _put(slots, number or 1)
+        self._counts[at] += 1
+
+    def discard(self, number: int) -> None:
+        """Remove one of these numbers, if there is one."""
+        shard = number % _SHARDS
+        slots, mask = self._shards[shard], len(self._shards[shard]) - 1
+        at = _find(slots, number or 1)
+        if not slots[at]:
+            return
+        self._counts[shard] -= 1
+        following = at
+        while True:  # those behind move up, so that no search ends at the gap
+            following = (following + 1) & mask
+            other = slots[following]
+            if not other:
+                break
+            home = _home(other, mask)
+            if (following - home) & mask >= (following - at) & mask:
+                slots[at], at = other, following
+        slots[at] = 0
+
+
+def _empty(count: int) -> "array[int]":
+    return array("Q", bytes(8 * count))
+
+
+def _home(number: int, mask: int) -> int:
+    return number >> 8 & mask
+
+
+def _find(slots: "array[int]", number: int) -> int:
+    """Where the number is, or where its search ends."""
+    mask = len(slots) - 1
+    at = _home(number, mask)
+    while slots[at] and slots[at] != number:
+        at = (at + 1) & mask
+    return at
+
+
+def _put(slots: "array[int]", number: int) -> None:
+    mask = len(slots) - 1
+    at = _home(number, mask)
+    while slots[at]:
+        at = (at + 1) & mask
+    slots[at] = number
+
+
+class Known:
+    """The hashes of one server. What it says may err towards True, and once in 2^64 times does."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._table = HashTable()
+        self._key = os.urandom(16)
+        self._tokens: dict[str, tuple[int, ...]] = {}
+        """Hashes of the stored tokens, by id."""
+        self._expires: dict[int, float] = {}
+        """When those of tokens that expire do so."""
+
+    @property
+    def size(self) -> int:
+        """Bytes of the table."""
+        return self._table.size
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    # --- asked
+
+    def may_admit(self, join: JoinTokenResult) -> bool:
+        """Whether a join token that was looked at may be a stored one, or may be signed by one."""
+        if join.state is JoinTokenState.MALFORMED or join.digest is None:
+            return False
+        if join.signed is None:
+            return self._is_active(self._hash(_JOIN, join.digest))
+        provider = join.signed.signing_provider
+        return self._is_active(self._hash(_SIGNER, b"" if provider is None else b"p" + provider.encode("utf-8", "replace")))
+
+    def has_unique_token(self, digest: bytes) -> bool:
+        return self._hash(_UNIQUE, digest) in self._table
+
+    def has_key(self, key: bytes) -> bool:
+        return self._hash(_KEY, key) in self._table
+
+    def has_virtual_address(self, address: bytes) -> bool:
+        return self._hash(_ADDRESS, address) in self._table
+
+    def _is_active(self, number: int) -> bool:
+        if number not in self._table:
+            return False
+        expires_at = self._expires.get(number)
+        return expires_at is None or self._clock.time() < expires_at
+
+    # --- told
+
+    def add_row(self, machine: Machine) -> None:
+        for digest in (machine.bound_digest, assigned_digest(machine)):
+            if digest is not None:
+                self._table.add(self._hash(_UNIQUE, digest))
+
+    def remove_row(self, machine: Machine) -> None:
+        for digest in (machine.bound_digest, assigned_digest(machine)):
+            if digest is not None:
+                self._table.discard(self._hash(_UNIQUE, digest))
+
+    def add_key(self, key: bytes) -> None:
+        self._table.add(self._hash(_KEY, key))
+
+    def remove_key(self, key: bytes) -> None:
+        self._table.discard(self._hash(_KEY, key))
+
+    def add_virtual_address(self, address: bytes) -> None:
+        self._table.add(self._hash(_ADDRESS, address))
+
+    def remove_virtual_address(self, address: bytes) -> None:
+        self._table.discard(self._hash(_ADDRESS, address))
+
+    def set_token(self, token: JoinToken, is_gone: bool = False) -> None:
+        """A token was added, changed or removed; the same may be told again."""
+        self.forget_token(token.id)
+        if is_gone or token.state(self._clock.time()) is not TokenState.ACTIVE:
+            return
+        self._tokens[token.id] = tuple(self._token_hashes(token))
+        for number in self._tokens[token.id]:
+            self._table.add(number)
+            if token.expires_at is not None:
+                self._expires[number] = token.expires_at
+
+    async def load_tokens(self, store: Store) -> None:
+        """Know the stored tokens. Changes may be told meanwhile. Raises StoreError."""
+        before, after = set(self._tokens), ""
+        while page := await store.tokens(after):
+            after = page[-1].name
+            for token in page:
+                before.discard(token.id)
+                self.set_token(token)
+        for token_id in before:
+            self.forget_token(token_id)
+
+    def forget_token(self, token_id: str) -> None:
+        for number in self._tokens.pop(token_id, ()):
+            self._table.discard(number)
+            self._expires.pop(number, None)
+
+    def _token_hashes(self, token: JoinToken) -> list[int]:
+        found = [self._hash(_JOIN, token.digest)] if token.kind is TokenKind.PLAIN else []
+        if token.is_default:
+            found.append(self._hash(_SIGNER, b""))
+        if token.kind is TokenKind.V2:
+            found.append(self._hash(_SIGNER, b"p" + (token.provider or "").encode("utf-8", "replace")))
+        return found
+
+    def _hash(self, kind: bytes, value: bytes) -> int:
+        return int.from_bytes(blake2b(value, digest_size=8, key=self._key, person=kind).digest())
+
+
+class QueryBudget:
+    """How many calls that hit what is known, and are refused all the same, may be looked up: for each source, and in all."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._all = TokenBucket(_REFUSED_PER_SECOND, _REFUSED_AT_ONCE, clock.monotonic)
+        self._sources: OrderedDict[str, TokenBucket] = OrderedDict()
+
+    def allows(self, source: str) -> bool:
+        """Whether a call from there may be looked up now."""
+        known = self._sources.get(source_key(source) or source)
+        return not self._all.is_empty and (known is None or not known.is_empty)
+
+    def charge(self, source: str) -> None:
+        """A call from there was looked up in vain."""
+        key = source_key(source) or source
+        bucket = self._sources.pop(key, None)
+        if bucket is None:
+            bucket = TokenBucket(_REFUSED_PER_SOURCE, _REFUSED_PER_SOURCE_AT_ONCE, self._clock.monotonic)
+        bucket.charge(1)
+        self._all.charge(1)
+        self._sources[key] = bucket
+        if len(self._sources) > _MOST_SOURCES:
+            self._sources.popitem(last=False)

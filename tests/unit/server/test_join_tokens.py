@@ -1,0 +1,590 @@
+"""Join tokens from the administration to the decision: a table of rules, limits under a crowd, secrets kept out of sight."""
+
+import itertools
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
+
+import anyio
+import pytest
+from grpclib import GRPCError, Status
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from siderolink.common.errors import AlreadyExistsError, ConfigurationError, NotFoundError, SideroLinkError, StoreError
+from siderolink.server.admin.tokens import Tokens
+from siderolink.server.admission.policy import JoinTokensMode
+from siderolink.server.admission.signed_tokens import PROVIDER, sign
+from siderolink.server.store import (
+    Actor,
+    AuditQuery,
+    MemoryStore,
+    Role,
+    Store,
+    TokenKind,
+    TokenState,
+    Transaction,
+    TunnelSetting,
+)
+from tests.support.manager import TOKEN, FakeMachine, Manager, following, new_key
+from tests.unit.server.test_store import KINDS, opened
+
+pytestmark = pytest.mark.anyio
+
+DENIED = Status.PERMISSION_DENIED
+ALLOWED = JoinTokensMode.LEGACY_ALLOWED
+ADMIN = Actor(name="ada", role=Role.ADMIN, source="192.0.2.9")
+
+
+def tokens_of(manager: Manager) -> Tokens:
+    return Tokens(
+        manager.store,
+        manager.join_token,
+        on_changed=manager.links.known.set_token,
+        count_machines=lambda token_id: manager.links.token_users[token_id],
+    )
+
+
+def managed(mode: JoinTokensMode | None = None) -> tuple[Manager, Tokens]:
+    manager = Manager(mode=mode)
+    manager.store.time = manager.time.clock.time  # type: ignore[method-assign]
+    return manager, tokens_of(manager)
+
+
+# --- the table: how a token is made and what becomes of it -> what a new machine that presents it hears
+
+ADMITTED, INVALID, GONE = "admitted", (DENIED, "invalid join token"), Status.NOT_FOUND
+
+PLAIN_RULES = [
+    ({}, [], ADMITTED),
+    ({"expires_in": 60.0}, [], ADMITTED),
+    ({"expires_in": 60.0}, ["pass 60"], INVALID),
+    ({"expires_in": 60.0}, ["pass 59"], ADMITTED),
+    ({}, ["revoke"], INVALID),
+    ({}, ["revoke", "reinstate"], ADMITTED),
+    ({}, ["revoke", "renew"], INVALID),  # renewing lifts no revocation
+    ({"expires_in": 60.0}, ["pass 61", "renew"], ADMITTED),
+    ({"expires_in": 60.0}, ["pass 61", "reinstate"], INVALID),  # and reinstating no expiry
+    ({"expires_in": 60.0}, ["revoke", "pass 61", "renew", "reinstate"], ADMITTED),
+    ({}, ["delete"], INVALID),
+    ({}, ["default"], ADMITTED),
+    ({}, ["default", "revoke"], INVALID),  # revoking the default one is allowed
+    ({}, ["revoke", "default", "reinstate"], ADMITTED),  # so is making a revoked one the default
+    ({"one_time": True}, [], ADMITTED),
+    ({"one_time": True}, ["use"], INVALID),
+    ({"max_uses": 2}, ["use"], ADMITTED),
+    ({"max_uses": 2}, ["use", "use"], INVALID),
+    ({"bound_uuid": "OWN"}, [], ADMITTED),
+    ({"bound_uuid": "9ad4bdb0-0000-4000-8000-000000000009"}, [], INVALID),
+    ({"kind": TokenKind.V2, "provider": "p"}, [], INVALID),  # a provider's token signs; nobody joins by itself
+]
+
+
+async def follow(manager: Manager, tokens: Tokens, text: str, steps: list[str]) -> None:
+    for step in steps:
+        match step.split():
+            case ["pass", seconds]:
+                manager.time.advance(float(seconds))
+            case ["revoke"]:
+                await tokens.revoke("one")
+            case ["reinstate"]:
+                await tokens.reinstate("one")
+            case ["renew"]:
+                await tokens.renew("one", expires_in=600)
+            case ["delete"]:
+                await tokens.delete("one")
+            case ["default"]:
+                await tokens.make_default("one")
+            case ["use"]:
+                other = FakeMachine()
+                await manager.join(other, join_token=text)
+                await manager.handshake(other)
+
+
+@pytest.mark.parametrize(("made", "steps", "verdict"), PLAIN_RULES)
+async def test_what_a_token_is_worth(made: dict[str, object], steps: list[str], verdict: object) -> None:
+    manager, tokens = managed()
+    machine = FakeMachine(unique_token='{"Fingerprint":"aa","Token":"own"}')
+    made = {key: machine.node_uuid if value == "OWN" else value for key, value in made.items()}
+    text = (await tokens.create("one", **made)).secret  # type: ignore[arg-type]
+    await follow(manager, tokens, text, steps)
+    if verdict == ADMITTED:
+        await manager.join(machine, join_token=text)
+        assert (await manager.row(machine)).token_id == (await tokens.get("one")).token.id
+    else:
+        status, said = await manager.refuses(machine, join_token=text)
+        assert (status, said[:18]) == verdict
+        assert text not in said
+
+
+# what is stored: default token and provider p's; the version, signer and provider in the signed token -> the verdict
+DEFAULT, OWN, NOBODY = "default", "the provider's own", "nobody"
+SIGNED_RULES = [
+    ("v1", DEFAULT, None, ADMITTED),
+    ("v1", DEFAULT, "p1", ADMITTED),  # v1, with a provider or without: the default token
+    ("v1", DEFAULT, "p2", ADMITTED),
+    ("v1", OWN, "p2", INVALID),
+    ("v1", DEFAULT, "unknown", GONE),
+    ("v1", NOBODY, None, INVALID),
+    ("v2", DEFAULT, None, ADMITTED),
+    ("v2", OWN, None, INVALID),
+    ("v2", OWN, "p2", ADMITTED),
+    ("v2", DEFAULT, "p2", INVALID),
+    ("v2", DEFAULT, "unknown", INVALID),  # an unknown provider is no token that cannot be read
+    ("v2", OWN, "p1", INVALID),  # p1's machines join by the default token
+]
+
+
+@pytest.mark.parametrize("is_stored", [True, False], ids=["a stored default", "the given one is the default"])
+@pytest.mark.parametrize("mode", [None, ALLOWED])
+@pytest.mark.parametrize(("version", "signer", "provider", "verdict"), SIGNED_RULES)
+async def test_who_has_to_have_signed(
+    version: str, signer: str, provider: str | None, verdict: object, mode: JoinTokensMode | None, is_stored: bool
+) -> None:
+    manager, tokens = managed(mode)
+    await tokens.create("p1", kind=TokenKind.V1, provider="p1")
+    secrets = {OWN: (await tokens.create("p2", kind=TokenKind.V2, provider="p2")).secret, DEFAULT: TOKEN, NOBODY: "nobody's"}
+    if is_stored:
+        secrets[DEFAULT] = (await tokens.create("d", make_default=True)).secret
+    text = sign(version, secrets[signer], {"rack": "7"} | ({} if provider is None else {PROVIDER: provider}))
+    machine = FakeMachine(unique_token='{"Fingerprint":"aa","Token":"own"}')
+    if verdict == ADMITTED:
+        await manager.join(machine, join_token=text)
+        assert (await manager.row(machine)).labels == {"rack": "7"} | ({} if provider is None else {PROVIDER: provider})
+    elif verdict is GONE:
+        said = "the infra provider is being deleted or doesn't exist"
+        assert await manager.refuses(machine, join_token=text) == (Status.NOT_FOUND, said)
+    else:
+        refused = await manager.refuses(machine, join_token=text)
+        assert refused == ((DENIED, "unauthorized") if mode else (DENIED, "invalid join token"))
+
+
+@pytest.mark.parametrize("step", ["revoke", "pass 61"])
+async def test_a_default_that_is_not_active_fails_all_that_it_has_signed(step: str) -> None:
+    manager, tokens = managed()
+    secret = (await tokens.create("one", expires_in=60, make_default=True)).secret
+    own = (await tokens.create("p", kind=TokenKind.V2, provider="p")).secret
+    await follow(manager, tokens, secret, [step])
+    for version in ("v1", "v2"):
+        assert (await manager.refuses(FakeMachine(), join_token=sign(version, secret, {"a": "b"})))[0] is DENIED
+    await manager.join(FakeMachine(), join_token=sign("v2", own, {PROVIDER: "p"}))
+    await tokens.revoke("p")
+    assert (await manager.refuses(FakeMachine(), join_token=sign("v2", own, {PROVIDER: "p"})))[0] is DENIED
+
+
+@pytest.mark.parametrize("mode", [None, ALLOWED])
+@pytest.mark.parametrize("step", ["revoke", "delete", "pass 61"])
+async def test_a_machine_with_a_bound_unique_token_needs_its_join_token_no_more(step: str, mode: JoinTokensMode | None) -> None:
+    manager, tokens = managed(mode)
+    text = (await tokens.create("one", expires_in=60)).secret
+    machine = FakeMachine(unique_token='{"Fingerprint":"aa","Token":"own"}')
+    await manager.join(machine, join_token=text)
+    await manager.handshake(machine)
+    other = FakeMachine()
+    await manager.join(other, join_token=text, talos_version="v1.5.0")
+    await manager.handshake(other)
+    await follow(manager, tokens, text, [step])
+    assert machine.key in manager.device.configs, "living links are not cut"
+    again = replace(machine, key=new_key())
+    await manager.join(again, join_token=text)
+    assert (await manager.refuses(replace(other, key=new_key()), join_token=text, talos_version="v1.5.0"))[0] is DENIED
+
+
+# --- uses
+
+
+async def test_a_use_is_reserved_with_the_call_and_spent_by_its_handshake() -> None:
+    manager, tokens = managed()
+    text = (await tokens.create("one", one_time=True)).secret
+    machine, other = FakeMachine(), FakeMachine()
+    await manager.join(machine, join_token=text)
+    await manager.join(machine, join_token=text)  # existing machines call twice
+    assert (await tokens.get("one")).state is TokenState.USED_UP
+    assert (await manager.refuses(other, join_token=text))[0] is DENIED
+    await manager.pass_time(601)  # no handshake: the row goes, and its use with it
+    assert (await tokens.get("one")).uses == 0
+    await manager.join(other, join_token=text)
+    await manager.handshake(other)
+    await manager.pass_time(400)
+    again = replace(other, key=new_key())
+    await manager.join(again, join_token=text)  # a new key after a restart: the same row may present it again
+    await manager.handshake(again)
+    assert (await manager.refuses(machine, join_token=text))[0] is DENIED
+    row = await manager.row(again)
+    assert not row.has_reserved_use
+    await manager.machines.remove(row.id)
+    assert (await manager.refuses(machine, join_token=text))[0] is DENIED, "spent is spent"
+
+
+async def test_a_claim_reserves_a_use_until_it_expires() -> None:
+    manager, tokens = managed()
+    machine = FakeMachine()
+    await manager.join(machine)
+    await manager.handshake(machine)
+    text = (await tokens.create("one", one_time=True)).secret
+    await manager.pass_time(300)
+    await manager.join(replace(machine, key=new_key()), join_token=text)
+    assert (await tokens.get("one")).uses == 1
+    other = FakeMachine()
+    assert (await manager.refuses(other, join_token=text))[0] is DENIED
+    await manager.pass_time(61)
+    assert (await tokens.get("one")).uses == 0
+    await manager.join(other, join_token=text)
+    proved = replace(machine, key=new_key())
+    await manager.join(proved, join_token=TOKEN)
+    await manager.handshake(proved)
+    assert (await manager.row(proved)).token_id == "given"
+    assert (await tokens.get("one")).uses == 1
+
+
+async def test_a_unique_token_that_admits_takes_no_use() -> None:
+    manager, tokens = managed()
+    machine = FakeMachine(unique_token='{"Fingerprint":"aa","Token":"own"}')
+    await manager.join(machine)
+    await manager.handshake(machine)
+    text = (await tokens.create("one", one_time=True)).secret
+    again = replace(machine, key=new_key())
+    await manager.join(again, join_token=text)
+    await manager.handshake(again)
+    await manager.join(FakeMachine(), join_token=text)
+
+
+async def test_a_row_that_comes_with_another_token_gives_the_first_one_its_use_back() -> None:
+    manager, tokens = managed()
+    texts = [(await tokens.create(name, one_time=True)).secret for name in ("one", "two")]
+    machine = FakeMachine()
+    for text in texts:
+        await manager.join(machine, join_token=text)
+    assert [(await tokens.get(name)).uses for name in ("one", "two")] == [0, 1]
+    await manager.handshake(machine)
+    await manager.join(FakeMachine(), join_token=texts[0])
+    assert (await manager.refuses(FakeMachine(), join_token=texts[1]))[0] is DENIED
+
+
+@asynccontextmanager
+async def managers(kind: str, count: int) -> AsyncIterator[list[Manager]]:
+    """Servers that share a store, as far as its kind allows."""
+    async with opened(kind) as store:
+        shared: list[Manager] = []
+        for _ in range(1 if kind == "sql" else count):
+            manager = Manager(store=store)  # type: ignore[arg-type]
+            await manager.reconciler.load()
+            shared.append(manager)
+        yield shared
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("limit", "crowd"), [(1, 100), (7, 40)])
+async def test_a_crowd_with_a_limited_token_is_as_many_machines_as_it_allows(kind: str, limit: int, crowd: int) -> None:
+    async with managers(kind, 2) as shared:
+        tokens = tokens_of(shared[0])
+        text = (await tokens.create("one", max_uses=limit)).secret
+        for manager in shared:
+            await manager.links.known.load_tokens(manager.store)
+        admitted, refused = list[FakeMachine](), list[Status]()
+
+        async def join(machine: FakeMachine, manager: Manager) -> None:
+            try:
+                await manager.join(machine, join_token=text)
+                admitted.append(machine)
+            except GRPCError as error:
+                refused.append(error.status)
+
+        async with anyio.create_task_group() as tasks:
+            for machine, manager in zip((FakeMachine() for _ in range(crowd)), itertools.cycle(shared), strict=False):
+                tasks.start_soon(join, machine, manager)
+        assert len(admitted) == limit
+        assert refused == [DENIED] * (crowd - limit)
+        assert len([row async for row in shared[0].store.machines()]) == limit
+        assert (await tokens.get("one")).uses == limit
+
+
+async def test_a_token_without_a_limit_costs_no_write() -> None:
+    manager, tokens = managed()
+    text = (await tokens.create("many")).secret
+    machine = FakeMachine()
+    await manager.join(machine, join_token=text)
+    before = (await manager.row(machine)).revision
+    await manager.join(machine, join_token=text)
+    assert (await manager.row(machine)).revision == before == 1
+    assert await manager.store.transact(lambda transaction: transaction.tokens.uses("many")) == []
+    assert (await tokens.get("many")).uses == 1
+
+
+class Crowd:
+    """Four machines and a token for two of them."""
+
+    def __init__(self) -> None:
+        self.manager, self.tokens = managed()
+        self.machines = {number: FakeMachine() for number in range(4)}
+        self.proved: set[str] = set()
+        self.text = ""
+
+    async def take(self, number: int, step: str) -> None:
+        machine = self.machines[number]
+        row = await self.manager.machines.find(machine.node_uuid)
+        if step == "wait":
+            await self.manager.pass_time(300)
+        elif step == "remove" and row is not None:
+            await self.manager.machines.remove(row.id)
+        elif step == "prove" and self.manager.links.by_key(machine.key) is not None:
+            await self.manager.handshake(machine)
+            row = await self.manager.machines.find(machine.node_uuid)
+            self.proved |= set() if row is None or row.linked_at is None else {row.id}
+        elif step in ("join", "rekey"):
+            if step == "rekey":
+                machine = self.machines[number] = replace(machine, key=new_key())
+            with suppress(GRPCError):
+                await self.manager.join(machine, join_token=self.text)
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.sampled_from(["join", "prove", "rekey", "remove", "wait"])), max_size=25))
+@settings(max_examples=60, deadline=None)
+def test_a_limit_holds_whatever_happens(steps: list[tuple[int, str]]) -> None:
+    """No more rows than the limit ever prove a key with it, and no more hold a use at a time."""
+
+    async def run() -> None:
+        crowd = Crowd()
+        crowd.text = (await crowd.tokens.create("two", max_uses=2)).secret
+        for number, step in steps:
+            await crowd.take(number, step)
+            assert len(crowd.proved) <= 2
+            assert (await crowd.tokens.get("two")).uses <= 2
+
+    anyio.run(run)
+
+
+# --- what a token gives to its machines
+
+
+async def test_labels_and_the_tunnel_of_a_token_are_its_machines() -> None:
+    manager, tokens = managed()
+    force = await tokens.create("force", labels={"site": "a", "rack": "1"}, tunnel=TunnelSetting.FORCE)
+    forbid = await tokens.create("forbid", labels={"site": "b"}, tunnel=TunnelSetting.FORBID)
+    machine = FakeMachine()
+    assert (await manager.join(machine, join_token=force.secret)).grpc_peer_addr_port
+    row = await manager.row(machine)
+    assert (row.labels, row.tunnel) == ({"site": "a", "rack": "1"}, True)
+    await manager.handshake(machine)
+    await manager.store.transact(lambda transaction: transaction.update(replace(row, labels={"rack": "9"}, linked_at=1.0)))
+    await manager.reconciler.load()
+    await manager.join(machine, join_token=force.secret)
+    assert (await manager.row(machine)).labels == {"rack": "9"}, "what an administrator changed is not brought back"
+    await manager.pass_time(300)
+    other = replace(machine, key=new_key(), tunnel=True)
+    assert not (await manager.join(other, join_token=forbid.secret)).grpc_peer_addr_port
+    await manager.handshake(other)
+    assert (await manager.row(other)).labels == {"rack": "9", "site": "b"}
+
+
+async def test_a_machines_own_setting_comes_before_its_tokens() -> None:
+    manager, tokens = managed()
+    text = (await tokens.create("force", tunnel=TunnelSetting.FORCE)).secret
+    machine = FakeMachine()
+    await manager.join(machine, join_token=text)
+    row = await manager.row(machine)
+    changed = replace(row, tunnel_setting=TunnelSetting.FORBID)
+    await manager.store.transact(lambda transaction: transaction.update(changed))
+    assert not (await manager.join(machine, join_token=text)).grpc_peer_addr_port
+
+
+# --- cheap refusals
+
+
+class Counting(MemoryStore):
+    asked = 0
+
+    async def transact(self, work):  # type: ignore[no-untyped-def]
+        self.asked += 1
+        return await super().transact(work)
+
+
+async def test_what_is_not_known_is_refused_without_a_query() -> None:
+    store = Counting()
+    manager = Manager(store=store)
+    store.time = manager.time.clock.time  # type: ignore[method-assign]
+    tokens = tokens_of(manager)
+    for name in ("revoked", "expired"):
+        await tokens.create(name, token=f"{name}-token", expires_in=60)
+    await tokens.revoke("revoked")
+    manager.time.advance(61)
+    store.asked = 0
+    for text in ("wrong", "revoked-token", "expired-token", sign("v2", "x", {PROVIDER: "p"}), "v1:%%%", ""):
+        for unique in ("", "stranger", '{"Fingerprint":"aa","Token":"x"}'):
+            assert (await manager.refuses(FakeMachine(unique_token=unique), join_token=text))[0] is DENIED
+    assert store.asked == 0
+
+
+async def test_hits_that_lead_to_refusals_have_a_budget_per_source() -> None:
+    store = Counting()
+    manager = Manager(store=store)
+    text = (await tokens_of(manager).create("one", one_time=True)).secret
+    machine = FakeMachine()
+    await manager.join(machine, join_token=text)
+    store.asked = 0
+    statuses = [(await manager.refuses(FakeMachine(source="203.0.113.9"), join_token=text))[0] for _ in range(300)]
+    assert store.asked <= 110
+    assert set(statuses) == {DENIED, Status.RESOURCE_EXHAUSTED}
+    assert (await manager.refuses(FakeMachine(source="203.0.113.10"), join_token=text))[0] is DENIED
+    await manager.join(replace(machine, source="203.0.113.10"), join_token=text)
+    await manager.join(FakeMachine(source="203.0.113.9"))
+    manager.time.advance(60)
+    assert (await manager.refuses(FakeMachine(source="203.0.113.9"), join_token=text))[0] is DENIED
+
+
+async def test_tokens_of_another_server_are_known_by_the_feed() -> None:
+    store = MemoryStore()
+    tokens = tokens_of(Manager(store=store))
+    async with following(Manager(store=store)) as here:
+        text = (await tokens.create("one")).secret
+        for wanted in (True, False):
+            with anyio.fail_after(10):
+                while bool(len(here.links.known)) != wanted:
+                    await anyio.lowlevel.checkpoint()
+            if wanted:
+                await here.join(FakeMachine(), join_token=text)
+                await here.machines.remove([row async for row in store.machines()][0].id)
+                await tokens.revoke("one")
+        assert (await here.refuses(FakeMachine(), join_token=text))[0] is DENIED
+
+
+# --- the administration
+
+
+async def test_tokens_are_listed_in_pages_with_the_given_one_among_them() -> None:
+    manager, tokens = managed()
+    for name in ("a", "f", "h", "z"):
+        await tokens.create(name)
+    await tokens.revoke("h")
+    assert [one.token.name for one in await tokens.list()] == ["a", "f", "given", "h", "z"]
+    assert [one.token.name for one in await tokens.list(limit=2)] == ["a", "f"]
+    assert [one.token.name for one in await tokens.list(after="f", limit=2)] == ["given", "h"]
+    assert [one.token.name for one in await tokens.list(after="given", limit=2)] == ["h", "z"]
+    assert [one.token.name for one in await tokens.list(states=[TokenState.REVOKED])] == ["h"]
+    given = await tokens.get("given")
+    assert given.is_given
+    assert given.token.is_default
+    await tokens.make_default("a")
+    assert not (await tokens.get("given")).token.is_default
+    await manager.join(FakeMachine())
+    assert (await tokens.get("given")).uses == 1
+    assert await tokens.show("given") == TOKEN
+    for change in (tokens.revoke, tokens.delete, tokens.renew, tokens.make_default):
+        with pytest.raises(SideroLinkError, match="changed only there"):
+            await change("given")
+
+
+@pytest.mark.parametrize(
+    ("made", "error"),
+    [
+        ({"name": ""}, "name cannot be empty"),
+        ({"name": "x" * 65}, "cannot be longer"),
+        ({"name": "a\tb"}, "must not contain control characters"),
+        ({"name": "n", "expires_in": 0}, "expires_in"),
+        ({"name": "n", "expires_at": 1.0}, "in the future"),
+        ({"name": "n", "expires_at": 9e9, "expires_in": 5.0}, "not both"),
+        ({"name": "n", "max_uses": 0}, "max_uses is 1"),
+        ({"name": "n", "max_uses": 10**6}, "max_uses is 1"),
+        ({"name": "n", "max_uses": 2, "one_time": True}, "one-time"),
+        ({"name": "n", "bound_uuid": "x"}, "UUID"),
+        ({"name": "n", "token": "v1:x"}, "signed"),
+        ({"name": "n", "token": ""}, "1 to 4096"),
+        ({"name": "n", "token": "a b"}, "blanks"),
+        ({"name": "n", "provider": "p"}, "kinds v1 and v2"),
+        ({"name": "n", "kind": "v2"}, "for one provider"),
+        ({"name": "n", "note": "\x1b[2J"}, "control characters"),
+    ],
+)
+async def test_what_cannot_be_is_refused_with_what_is_wrong(made: dict[str, object], error: str) -> None:
+    _, tokens = managed()
+    with pytest.raises(ConfigurationError, match=error):
+        await tokens.create(**made)  # type: ignore[arg-type]
+    assert [one.is_given for one in await tokens.list()] == [True]
+
+
+async def test_names_texts_and_the_default_are_kept_unique_and_there() -> None:
+    _, tokens = managed()
+    await tokens.create("one", token="some-text", make_default=True)
+    with pytest.raises(AlreadyExistsError, match="this name"):
+        await tokens.create("one")
+    with pytest.raises(AlreadyExistsError, match="this text"):
+        await tokens.create("two", token="some-text")
+    with pytest.raises(AlreadyExistsError):
+        await tokens.create("given")
+    with pytest.raises(SideroLinkError, match="deleting default join token is not possible"):
+        await tokens.delete("one")
+    with pytest.raises(NotFoundError, match='no token with id "x" exists'):
+        await tokens.make_default("x")
+    await tokens.create("two", make_default=True)
+    assert not (await tokens.get("one")).token.is_default
+    await tokens.delete("one")
+    await tokens.update("two", new_name="one", note="n", labels={"a": "b"}, bound_uuid="9AD4BDB0-0000-4000-8000-000000000009")
+    changed = (await tokens.get("one")).token
+    assert (changed.note, changed.labels, changed.bound_uuid) == ("n", {"a": "b"}, "9ad4bdb0-0000-4000-8000-000000000009")
+    assert (await tokens.update("one", bound_uuid="")).token.bound_uuid is None
+
+
+# --- secrets
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_no_secret_is_seen_where_it_was_not_asked_for(kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    seen: list[str] = []
+    async with opened(kind) as store:
+        await _use_everything(store, seen)
+    secrets = seen[:3]
+    assert all(len(secret) >= 10 for secret in secrets)
+    for text in (*seen[3:], caplog.text, *(repr(record.__dict__) for record in caplog.records)):
+        assert not any(secret in text for secret in secrets)
+
+
+async def _use_everything(store: Store, seen: list[str]) -> None:
+    """Appends the secrets first, and then all that may be shown."""
+    manager = Manager(store=store)  # type: ignore[arg-type]
+    tokens = tokens_of(manager)
+    made = await tokens.create("one", one_time=True, actor=ADMIN)
+    own = await tokens.create("two", token="a-given-secret-text", kind=TokenKind.V2, provider="p", actor=ADMIN)
+    signed = sign("v2", own.secret, {PROVIDER: "p"})
+    seen += [made.secret, own.secret, signed]
+    machine = FakeMachine()
+    async with store.changes() as changes:
+        await manager.join(machine, join_token=made.secret)
+        await manager.join(FakeMachine(), join_token=signed)
+        seen.append(repr(await anext(changes)))
+    for text in (made.secret, signed[:-1], own.secret):
+        seen.append(str(await manager.refuses(FakeMachine(), join_token=text)))
+    assert await tokens.show("one", actor=ADMIN) == made.secret
+    for name in ("one", "two"):
+        await tokens.update(name, note="noted", actor=ADMIN)
+        await tokens.revoke(name, actor=ADMIN)
+    with pytest.raises(SideroLinkError) as caught:
+        await tokens.create("three", token=own.secret)
+    entries = await store.audit_entries(AuditQuery(limit=100))
+    assert {entry.action for entry in entries} >= {"token.create", "token.show", "token.update", "token.revoke"}
+    assert {entry.actor for entry in entries} == {ADMIN}
+    seen += [entry.to_json() for entry in entries] + [repr(entry) for entry in entries]
+    seen += [repr(made), repr(await tokens.list()), str(caught.value), repr(caught.value), repr(await store.tokens())]
+    seen += [repr([row async for row in store.machines()]), repr(manager.store.sealer), repr(await manager.events())]
+    seen.append(repr(await store.transact(_everything)))
+
+
+async def _everything(transaction: Transaction) -> object:
+    return await transaction.server()
+
+
+async def test_a_failed_audit_undoes_the_change() -> None:
+    class Broken(MemoryStore):
+        async def transact(self, work):  # type: ignore[no-untyped-def]
+            async def fails(transaction: Transaction) -> object:
+                await work(transaction)
+                raise StoreError("the disk is full")
+
+            return await super().transact(fails)
+
+    manager = Manager(store=Broken())
+    with pytest.raises(StoreError):
+        await tokens_of(manager).create("one")
+    assert not len(manager.links.known)
+    assert await manager.store.tokens() == []
