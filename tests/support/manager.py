@@ -15,6 +15,7 @@ from siderolink.common.keys import PrivateKey, PublicKey
 from siderolink.common.pb.sidero.link import ProvisionRequest, ProvisionResponse
 from siderolink.server.admin.bans import Bans
 from siderolink.server.admin.machines import MachineAdministration
+from siderolink.server.admin.tokens import Tokens
 from siderolink.server.admission.limits import MachineLimits
 from siderolink.server.admission.policy import JoinPolicy, JoinTokensMode
 from siderolink.server.admission.request import Authorize, allow_all
@@ -172,3 +173,18 @@ async def following(manager: Manager) -> AsyncIterator[Manager]:
     async with background_tasks() as tasks:
         await tasks.start(manager.reconciler.follow)
         yield manager
+
+
+def tokens_of(manager: Manager) -> Tokens:
+    return Tokens(
+        manager.store,
+        manager.join_token,
+        on_changed=manager.links.known.set_token,
+        count_machines=lambda token_id: manager.links.token_users[token_id],
+    )
+
+
+def managed(mode: JoinTokensMode | None = None) -> tuple[Manager, Tokens]:
+    manager = Manager(mode=mode)
+    manager.store.time = manager.time.clock.time  # type: ignore[method-assign]
+    return manager, tokens_of(manager)
