@@ -71,7 +71,7 @@ def own_cluster() -> Iterator[Cluster]:
         ("postgresql://u@/x?host=/run/postgresql&host=db.example.com", "verify-full"),
         ("postgresql://db.example.com/x?sslmode=require", "require"),
         ("postgresql://127.0.0.1/x", None),
-        ("postgresql://u@/x?host=127.0.0.1:5433&host=[::1]:5434&host=localhost:1", None),
+        ("postgresql://u@/x?host=127.0.0.1:5433&host=/run/x:5434&host=localhost:1", None),
         ("postgresql://u@/x?host=127.0.0.1:5433&host=192.0.2.1:5434", "verify-full"),
         ("postgresql://u@/x?host=/run/postgresql", None),
     ],

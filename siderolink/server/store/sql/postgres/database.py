@@ -106,9 +106,9 @@ def _is_here(url: URL) -> bool:
     def is_loopback(host: str) -> bool:
         if host in ("", "localhost") or host.startswith("/"):
             return True
-        name, _, port = host.rpartition(":")  # of several hosts each may have a port
+        name = host.partition(":")[0] if host.count(":") == 1 else host  # of several hosts each may have a port
         try:
-            return ipaddress.ip_address(name.strip("[]") if name and port.isdigit() and ":" not in name else host).is_loopback
+            return ipaddress.ip_address(name).is_loopback
         except ValueError:
             return name == "localhost"
 
