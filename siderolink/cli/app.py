@@ -1,21 +1,30 @@
 """The command line: each command is imported when it is used."""
 
+import os
 import sys
 from importlib import import_module
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from siderolink.cli.output import fail
+from siderolink.cli.output import fail, own_version, show
 from siderolink.common.errors import SideroLinkError
 
+COMPLETION_VARIABLE = "_SIDEROLINK_COMPLETE"
+"""In which a shell asks for completions."""
 _PLACES = {
     "serve": "serve_app",
     "join": "join_app",
     "status": "host_app",
     "top": "host_app",
-    "machine": "machine_app",
+    "machine": "admin.machines",
+    "token": "admin.tokens",
+    "ban": "admin.bans",
+    "apikey": "admin.api_keys",
+    "audit": "admin.audit",
+    "events": "admin.audit",
+    "context": "admin.context_app",
     "state": "state_app",
     "config": "join_app",
     "kernel-args": "join_app",
@@ -25,6 +34,8 @@ _PLACES = {
     "wireguard": "host_app",
     "demo": "host_app",
     "simulate": "host_app",
+    "completion": "admin.completion",
+    "version": "admin.audit",
 }
 """Each command's module, which has a Typer called ``app``: one of that name, or with a command of that name."""
 
@@ -55,19 +66,37 @@ app = typer.Typer(
 )
 
 
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        show(f"siderolink {own_version()}")
+        raise typer.Exit()
+
+
 @app.callback()
-def root() -> None:
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
     """SideroLink client and server: a point-to-point WireGuard management overlay."""
 
 
 def run() -> int:
     """Run the command line. Returns the exit status."""
+    if COMPLETION_VARIABLE in os.environ:
+        from siderolink.cli.admin.completion import use_completion
+
+        use_completion()
     try:
-        app()
+        try:
+            app(prog_name="siderolink")
+        finally:
+            sys.stdout.flush()
     except SideroLinkError as error:
         stop_log()  # flush the log lines that precede the error
-        return fail(str(error))
-    except BrokenPipeError:
+        return fail(str(error), getattr(error, "status", 1))
+    except BrokenPipeError:  # of `head`, which has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1
     finally:
         stop_log()

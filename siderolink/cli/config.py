@@ -1,7 +1,5 @@
 """`siderolink config show`, `kernel-args` and `machine-config`: the settings of machines."""
 
-import json
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,6 +7,7 @@ from typing import TYPE_CHECKING
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
+from siderolink.cli.output import show, tell, to_json
 from siderolink.cli.secret import read_secret
 from siderolink.cli.settings import SettingsOptions, SettingsReader
 from siderolink.client.config import Ingress, IngressRule, MachineSettings
@@ -41,16 +40,16 @@ def run_show(options: SettingsOptions, *, as_json: bool) -> bool:
     if as_json:
         found = {"settings": [{"name": line.name, "value": line.value, "source": line.source} for line in lines]}
         found_too = {"notes": list(settings.notes), "problems": list(settings.problems)}
-        print(json.dumps(found | found_too, indent=2, ensure_ascii=False))
+        show(to_json(found | found_too))
         return not settings.problems
     for line in lines:
-        print(f"{line.name:16} {one_line(line.value)}  ({one_line(line.source)})")
+        show(f"{line.name:16} {one_line(line.value)}  ({one_line(line.source)})")
     if not lines:
-        print("nothing is set")
+        show("nothing is set")
     for note in settings.notes:
-        print(f"note: {one_line(note)}", file=sys.stderr)
+        tell(f"note: {one_line(note)}")
     for problem in settings.problems:
-        print(f"problem: {one_line(problem)}", file=sys.stderr)
+        tell(f"problem: {one_line(problem)}")
     return not settings.problems
 
 
@@ -97,14 +96,14 @@ def run_kernel_args(options: ForMachinesOptions) -> None:
     """Print one line of kernel arguments. Raises SideroLinkError."""
     with needing_extra():
         from siderolink.client.config.write import kernel_arguments
-    print(kernel_arguments(_parameters(options)))
+    show(kernel_arguments(_parameters(options)))
 
 
 def run_machine_config(options: ForMachinesOptions) -> None:
     """Print a stream of documents. Raises SideroLinkError."""
     with needing_extra():
         from siderolink.client.config.write import machine_documents
-    print(machine_documents(_parameters(options)), end="")
+    show(machine_documents(_parameters(options)), end="")
 
 
 def _parameters(options: ForMachinesOptions) -> "JoinParameters":

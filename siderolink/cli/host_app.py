@@ -23,7 +23,7 @@ from siderolink.cli.options import (
     begin_log,
 )
 
-app = typer.Typer()
+app = typer.Typer(add_completion=False)
 
 
 @app.command()

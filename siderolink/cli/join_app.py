@@ -41,7 +41,7 @@ from siderolink.cli.options import (
     state_folder,
 )
 
-app = typer.Typer()
+app = typer.Typer(add_completion=False)
 config_app = typer.Typer(help="Inspect configuration documents and kernel arguments.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
 

@@ -1,15 +1,20 @@
-"""Lines on their way to a descriptor, written by a thread of their own: a stuck reader stops that thread and nothing else."""
+"""All that commands write: results and errors, without what could steer a terminal, and the log's lines, on their own thread.
+
+A stuck reader of the log stops that thread and nothing else.
+"""
 
 import errno
+import json
 import os
 import select
 import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from siderolink.common.queues import LineQueue
+from siderolink.common.text import printable
 
 T = TypeVar("T")
 
@@ -152,13 +157,36 @@ class TextWriter:
         self._writer.stop(timeout)
 
 
-def fail(text: str) -> int:
+def show(text: str = "", *, end: str = "\n", flush: bool = False) -> None:
+    """Print on standard output, without characters that could steer a terminal. All results of commands go this way."""
+    print(printable(text), end=end, flush=flush)
+
+
+def to_json(value: Any, *, indent: int | None = 2) -> str:
+    """JSON, in which characters that are not printable are escaped, and come back when it is read."""
+    text = json.dumps(value, indent=indent, ensure_ascii=False)
+    return text if printable(text) == text else json.dumps(value, indent=indent)
+
+
+def tell(text: str) -> None:
+    """The same on standard error, for what is not the result."""
+    print(printable(text), file=sys.stderr, flush=True)
+
+
+def fail(text: str, status: int = 1) -> int:
     """Say on standard error why the command ends, if that takes it; returns the exit status."""
     try:
-        print(f"siderolink: {text}", file=sys.stderr, flush=True)
+        tell(f"siderolink: {text}")
     except OSError:
         pass
-    return 1
+    return status
+
+
+def own_version() -> str:
+    """The version of this program."""
+    from importlib.metadata import version
+
+    return version("siderolink")
 
 
 def open_standard_descriptors() -> None:

@@ -2,9 +2,10 @@
 
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from functools import partial
+from pathlib import Path
 
 import anyio.lowlevel
 
@@ -17,10 +18,10 @@ from siderolink.cli.control import (
 from siderolink.cli.describe import log_server_event
 from siderolink.cli.descriptors import allow_descriptors
 from siderolink.cli.logs import hide, lost_records, say
-from siderolink.cli.machine import MachinesService
 from siderolink.cli.machine_reports import log_reports, report_counts
 from siderolink.cli.metrics.options import metrics_options
 from siderolink.cli.notify import feed_watchdog, notify
+from siderolink.cli.output import show
 from siderolink.cli.running import leave, run_until_stopped
 from siderolink.cli.secret import read_secret
 from siderolink.cli.serve_config import DAY, ServeConfig
@@ -34,7 +35,7 @@ from siderolink.common.grpc import GRPCError, Servable, ServerCertificate, Statu
 from siderolink.common.pb.siderolink.control import Event, Peer, StatusResponse
 from siderolink.common.tasks import background_tasks, in_parts, keep_running
 from siderolink.common.wireguard.device import PeerStatus
-from siderolink.server import EventStream, JoinPolicy, JoinTokensMode, Server, Store
+from siderolink.server import AdminOptions, EventStream, JoinPolicy, JoinTokensMode, Server, Store
 from siderolink.server.admin.faces import ADMIN_LIMITS, GROUP, LocalAccess, admin_services, group_id, guarded
 from siderolink.server.events import describe_event
 from siderolink.server.store import Role
@@ -102,7 +103,8 @@ class Serve:
             options.interface, options.state, options.no_state, options.store, options.store_password_file
         )
         self._token = self._read_token()
-        self._certificate = None if options.tls_cert is None else ServerCertificate(options.tls_cert, options.tls_key)
+        self._certificate = _certificate(options.tls_cert, options.tls_key)
+        self._admin_certificate = _certificate(options.admin_tls_cert, options.admin_tls_key)
         self._make(None)  # checks the options before anything is opened
         self._serving = Serving(self._make, self._state, self._run_beside)
 
@@ -115,9 +117,10 @@ class Serve:
             background_tasks() as tasks,
         ):
             tasks.start_soon(keep_running, "feeding the watchdog", feed_watchdog)
-            if self._certificate is not None:
-                watch = partial(watch_files, self._certificate.files, self._reload_certificate)
-                tasks.start_soon(keep_running, "watching the certificate's files", watch)
+            for certificate, reload in self._certificates():
+                tasks.start_soon(
+                    keep_running, "watching the certificate's files", partial(watch_files, certificate.files, reload)
+                )
             if self._options.join_token_file is not None:
                 watch = partial(watch_files, [self._options.join_token_file], self._reload_token)
                 tasks.start_soon(keep_running, "watching the join token's file", watch)
@@ -134,8 +137,8 @@ class Serve:
 
         access = LocalAccess()
         administration = admin_services(lambda: server().administration, lambda: server().facts)
-        for_admins: list[Servable] = [StateCommands(self._serving), MachinesService(self._serving)]
-        return guarded([ControlService(source), *administration], access) + guarded(for_admins, access, Role.ADMIN)
+        for_viewers = guarded([ControlService(source), *administration], access)
+        return for_viewers + guarded([StateCommands(self._serving)], access, Role.ADMIN)
 
     @asynccontextmanager
     async def _serve_metrics(self) -> AsyncIterator[None]:
@@ -153,8 +156,8 @@ class Serve:
         """Reload the join token file and the certificate. Logs unusable ones and keeps the old ones in use."""
         notify(f"RELOADING=1\nMONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}")
         self._reload_token()
-        if self._certificate is not None:
-            self._reload_certificate()
+        for _, reload in self._certificates():
+            reload()
         notify("READY=1")
 
     def _reload_token(self) -> None:
@@ -176,13 +179,14 @@ class Serve:
             return ": systemd copies a credential only when the service starts"
         return ""
 
-    def _reload_certificate(self) -> None:
-        assert self._certificate is not None
-        try:
-            if self._certificate.reload():
-                say("reloaded", "the TLS certificate")
-        except SideroLinkError as error:
-            say("not reloaded", str(error), level=logging.WARNING)
+    def _certificates(self) -> Iterator[tuple[ServerCertificate, Callable[[], None]]]:
+        """Those in use, each with what reads it again."""
+        for certificate, name in (
+            (self._certificate, "the TLS certificate"),
+            (self._admin_certificate, "the administration's TLS certificate"),
+        ):
+            if certificate is not None:
+                yield certificate, partial(_reload_certificate, certificate, name)
 
     def _read_token(self) -> str:
         token = read_secret("join-token", self._options.join_token, self._options.join_token_file)
@@ -196,6 +200,7 @@ class Serve:
 
     def _make(self, store: Store | None) -> Server:
         options = self._options
+        certificate = self._admin_certificate or self._certificate
         return Server(
             api_listen=options.api_listen,
             wireguard_endpoints=options.wireguard_endpoint,
@@ -207,6 +212,11 @@ class Serve:
             interface=options.interface,
             device=options.device.value,
             tls=None if self._certificate is None else self._certificate.context,
+            admin=AdminOptions(
+                listen=options.admin_listen,
+                tls=None if certificate is None or options.admin_listen is None else certificate.context,
+                audit_retention=options.audit_days * DAY,
+            ),
             store=store,
             dial=not options.no_dial,
             keep_interface=options.keep_interface,
@@ -225,6 +235,8 @@ class Serve:
         tls = ", TLS" if self._certificate is not None else ""
         carrier = f"UDP port {server.wireguard_port}" if server.wireguard_port is not None else "the tunnel alone"
         say("serving", f"API on {self._options.api_listen}{tls}, WireGuard on {carrier}")
+        if self._options.admin_listen is not None:
+            say("administration", f"on TCP port {server.admin_port}, by API keys")
         say("overlay", f"{server.address} on {server.device.name} ({server.device.kind} device), key {server.public_key}")
         if self._state is not None:
             say("remembering", f"{len(await server.machines())} machines, in {self._state}")
@@ -238,6 +250,18 @@ class Serve:
                 tasks.start_soon(keep_running, "showing machines' reports", show)
             async for event in events:
                 log_server_event(event)
+
+
+def _certificate(file: Path | None, key: Path | None) -> ServerCertificate | None:
+    return None if file is None else ServerCertificate(file, key)
+
+
+def _reload_certificate(certificate: ServerCertificate, name: str) -> None:
+    try:
+        if certificate.reload():
+            say("reloaded", name)
+    except SideroLinkError as error:
+        say("not reloaded", str(error), level=logging.WARNING)
 
 
 def _join_policy(options: ServeConfig) -> JoinPolicy:
@@ -260,4 +284,4 @@ def check_serve(options: ServeConfig, layers: tuple[Layer, ...]) -> None:
     """Check the settings and the files that they name as far as it goes without serving; print them. Raises SideroLinkError."""
     Serve(options)
     for line in describe_settings(options, layers):
-        print(line)
+        show(line)

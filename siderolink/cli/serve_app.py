@@ -2,7 +2,7 @@
 
 import inspect
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
 from types import NoneType
@@ -11,8 +11,10 @@ from typing import Annotated, Any, get_args, get_origin
 import typer
 from pydantic.fields import FieldInfo
 
-from siderolink.cli.serve_config import ServeConfig, extra_of, kebab
+from siderolink.cli.options import with_parameters
+from siderolink.cli.serve_config import ServeConfig, extra_of
 from siderolink.cli.serve_layers import LIMIT_FIELDS, read_serve_config, variable
+from siderolink.cli.serve_values import kebab
 
 app = typer.Typer(add_completion=False)
 
@@ -107,14 +109,5 @@ def _shown(field: FieldInfo, extra: dict[str, Any]) -> str | bool:
     return False if isinstance(field.default, bool) or field.default in (None, []) else str(field.default)
 
 
-def _with_options(command: Callable[..., None]) -> Callable[..., None]:
-    signature = inspect.signature(command)
-    own = [one for one in signature.parameters.values() if one.kind is not inspect.Parameter.VAR_KEYWORD]
-    positional = [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in own]
-    made = list(_parameters())
-    command.__signature__ = signature.replace(parameters=[*positional, *made])  # type: ignore[attr-defined]
-    command.__annotations__ = {one.name: one.annotation for one in (*own, *made)} | {"return": None}
-    return command
-
-
-app.command("serve")(_with_options(_serve))
+_own = [one for one in inspect.signature(_serve).parameters.values() if one.kind is not inspect.Parameter.VAR_KEYWORD]
+app.command("serve")(with_parameters(_serve, [*_own, *_parameters()]))

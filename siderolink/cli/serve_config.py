@@ -4,12 +4,10 @@ The key ``api-listen`` of the file is the option ``--api-listen`` and the variab
 """
 
 import os
-from dataclasses import MISSING, fields
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, create_model, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, model_validator
 
 from siderolink.cli.options import (
     DEFAULT_API_PORT,
@@ -21,104 +19,29 @@ from siderolink.cli.options import (
     LogLevel,
     state_folder,
 )
+from siderolink.cli.serve_values import (
+    LAX,
+    ApiLimitKeys,
+    FilePath,
+    HostAndPort,
+    LimitKeys,
+    Listen,
+    PortOrNone,
+    ReportLimitKeys,
+    SettingsPart,
+    are_ports,
+    is_loopback,
+    listed,
+    networks,
+    written_as_text,
+)
 from siderolink.common.errors import ConfigurationError
-from siderolink.common.grpc import Limits, parse_networks
+from siderolink.common.grpc import Limits
 from siderolink.common.hostport import HostPort
 from siderolink.server import HistoryOptions, KeepOptions, MachineLimits, ReportOptions
 
 DAY = 86_400.0
 _MIB = 1024 * 1024
-_OWN_OPTION = {"max_connections_per_address"}
-_CLIENTS_OWN = {"client_ping_interval", "connect_timeout", "ipv6_source_bits"}
-
-
-def kebab(name: str) -> str:
-    """The key of a field: ``api-listen``."""
-    return name.replace("_", "-")
-
-
-class _Part(BaseModel):
-    model_config = ConfigDict(
-        extra="forbid", strict=True, frozen=True, hide_input_in_errors=True, alias_generator=kebab, populate_by_name=True
-    )
-
-
-def _bounds(default: Any, name: str) -> dict[str, Any]:
-    if name.endswith("_per_second"):
-        return {"ge": 0}
-    if isinstance(default, int):
-        return {"ge": 1}
-    return {"ge": 0, "le": 1} if name == "crowded_from" else {"gt": 0}
-
-
-def _of_dataclass(kind: type, name: str, *, without: set[str]) -> type[_Part]:
-    """A model of a dataclass whose fields are all numbers; what is not given stays at its default."""
-    found: dict[str, Any] = {}
-    for field in fields(kind):
-        if field.name not in without and field.default is not MISSING and field.default is not None:
-            number = int if isinstance(field.default, int) else float
-            found[field.name] = (number | None, Field(None, **_bounds(field.default, field.name)))
-    return create_model(name, __base__=_Part, **found)
-
-
-LimitKeys = _of_dataclass(MachineLimits, "LimitKeys", without=set())
-ApiLimitKeys = _of_dataclass(Limits, "ApiLimitKeys", without=_OWN_OPTION | _CLIENTS_OWN)
-ReportLimitKeys = _of_dataclass(ReportOptions, "ReportLimitKeys", without={"event_sink_port", "log_port"})
-
-
-def _listed(value: object) -> object:
-    """One text is a list of one."""
-    return [value] if isinstance(value, str) else value
-
-
-def _is_host_port(text: str, *, port_zero: bool) -> str:
-    HostPort.parse(text, port_zero=port_zero)
-    return text
-
-
-def _is_listen(text: str) -> str:
-    """``HOST:PORT``, or ``PORT`` on the loopback."""
-    digits = text.removeprefix(":")
-    HostPort.parse(f"127.0.0.1:{digits}" if digits.isascii() and digits.isdigit() else text, port_zero=True)
-    return text
-
-
-def _are_networks(texts: list[str], option: str) -> list[str]:
-    parse_networks(texts, option)
-    return texts
-
-
-def _are_ports(texts: list[str]) -> list[str]:
-    from siderolink.server.fleet.overlay_ports import OverlayPort
-
-    if "none" in texts and len(texts) > 1:
-        raise ConfigurationError("name the overlay ports, or none, not both")
-    for text in texts:
-        if text != "none":
-            OverlayPort.parse(text)
-    return texts
-
-
-def _written_as_text(value: object) -> object:
-    """Ports may be written as numbers."""
-    return [str(item) if type(item) is int else item for item in value] if isinstance(value, list) else value
-
-
-def _number_as_text(value: object) -> object:
-    return str(value) if type(value) is int else value
-
-
-HostAndPort = Annotated[str, AfterValidator(partial(_is_host_port, port_zero=True))]
-Listen = Annotated[str, BeforeValidator(_number_as_text), AfterValidator(_is_listen)]
-_Lax = Field(strict=False)
-"""A file has no paths or choices of its own: they are text there."""
-FilePath = Annotated[Path, _Lax]
-Port = Annotated[int, Field(ge=1, le=65535)]
-PortOrNone = Annotated[int, Field(ge=0, le=65535)]
-
-
-def _networks(option: str) -> Any:
-    return Annotated[list[str], BeforeValidator(_listed), AfterValidator(partial(_are_networks, option=option))]
 
 
 def _option(default: Any, text: str, panel: str, **more: Any) -> Any:
@@ -130,7 +53,7 @@ def _option(default: Any, text: str, panel: str, **more: Any) -> Any:
     return Field(default, description=text, repr="secret" not in more, json_schema_extra={"panel": panel, **more})
 
 
-_API, _WIREGUARD, _OVERLAY = "API for machines", "WireGuard", "Overlay"
+_API, _ADMIN, _WIREGUARD, _OVERLAY = "API for machines", "Administration", "WireGuard", "Overlay"
 _JOIN, _STATE, _KEPT, _SEEN, _LIMITS = "Who may join", "State", "History", "Metrics and logs", "Limits"
 
 ALTERNATIVES = (
@@ -142,7 +65,7 @@ ALTERNATIVES = (
 """Fields of which one replaces the others, where it is given at a place of higher precedence."""
 
 
-class ServeConfig(_Part):
+class ServeConfig(SettingsPart):
     """All settings of `serve`."""
 
     api_listen: HostAndPort = _option(
@@ -158,7 +81,7 @@ class ServeConfig(_Part):
         _API,
         ge=1,
     )
-    proxy_protocol_from: _networks("proxy_protocol_from") = _option(  # type: ignore[valid-type]
+    proxy_protocol_from: networks("proxy_protocol_from") = _option(  # type: ignore[valid-type]
         [],
         "Require the PROXY protocol (version 1 or 2) from proxies in this network and refuse API connections from elsewhere. "
         "Repeatable.",
@@ -166,7 +89,7 @@ class ServeConfig(_Part):
         metavar="NETWORK",
         shown="no proxy",
     )
-    forwarded_from: _networks("forwarded_from") = _option(  # type: ignore[valid-type]
+    forwarded_from: networks("forwarded_from") = _option(  # type: ignore[valid-type]
         [],
         "Trust X-Forwarded-For from proxies in this network. The client is the rightmost address that is not a proxy. "
         "Repeatable.",
@@ -175,7 +98,24 @@ class ServeConfig(_Part):
         shown="no proxy",
     )
 
-    wireguard_endpoint: Annotated[list[HostAndPort], BeforeValidator(_listed)] = _option(
+    admin_listen: HostAndPort | None = _option(
+        None,
+        "Address for management from elsewhere to listen on, by API keys. TLS is needed but on the loopback.",
+        _ADMIN,
+        metavar="HOST:PORT",
+        shown="not served",
+    )
+    admin_tls_cert: FilePath | None = _option(
+        None, "Certificate chain (PEM) of --admin-listen.", _ADMIN, metavar="FILE", shown="that of --tls-cert"
+    )
+    admin_tls_key: FilePath | None = _option(
+        None, "Private key (PEM) of it.", _ADMIN, metavar="FILE", shown="read from the --admin-tls-cert file"
+    )
+    audit_days: Annotated[float, Field(gt=0)] = _option(
+        365.0, "Keep what people changed for this many days.", _ADMIN, metavar="DAYS"
+    )
+
+    wireguard_endpoint: Annotated[list[HostAndPort], BeforeValidator(listed)] = _option(
         [],
         "WireGuard endpoint to give to machines. Repeatable; the first is preferred. Required without --tunnel-only.",
         _WIREGUARD,
@@ -199,7 +139,7 @@ class ServeConfig(_Part):
         25, "Seconds between keepalives to each machine; 0 disables them.", _WIREGUARD, metavar="SECONDS"
     )
     interface: str = _option("siderolink", "Interface name.", _WIREGUARD)
-    device: Annotated[DeviceChoice, _Lax] = _option(
+    device: Annotated[DeviceChoice, LAX] = _option(
         DeviceChoice.AUTO, "WireGuard implementation to use: the kernel module or the built-in one.", _WIREGUARD, choice=True
     )
     keep_interface: bool = _option(
@@ -239,15 +179,15 @@ class ServeConfig(_Part):
         metavar="PORT",
     )
     print_machine_logs: bool = _option(False, "Also log the machines' kernel log lines.", _OVERLAY, only_on=True)
-    overlay_port: Annotated[
-        list[str], BeforeValidator(_written_as_text), BeforeValidator(_listed), AfterValidator(_are_ports)
-    ] = _option(
-        [],
-        "Overlay port that machines may connect to, such as 8080 or 53/udp; all others except the event and log ports are "
-        "closed. Repeatable; `none` closes all.",
-        _OVERLAY,
-        metavar="PORT",
-        shown="all open",
+    overlay_port: Annotated[list[str], BeforeValidator(written_as_text), BeforeValidator(listed), AfterValidator(are_ports)] = (
+        _option(
+            [],
+            "Overlay port that machines may connect to, such as 8080 or 53/udp; all others except the event and log ports are "
+            "closed. Repeatable; `none` closes all.",
+            _OVERLAY,
+            metavar="PORT",
+            shown="all open",
+        )
     )
 
     join_token: str | None = _option(
@@ -259,7 +199,7 @@ class ServeConfig(_Part):
         shown="none",
     )
     join_token_file: FilePath | None = _option(None, "File that contains the join token.", _JOIN, metavar="FILE", shown="none")
-    join_tokens_mode: Annotated[JoinTokensModeChoice, _Lax] | None = _option(
+    join_tokens_mode: Annotated[JoinTokensModeChoice, LAX] | None = _option(
         None,
         "How machines without a unique token join. With legacyAllowed and strict, one that supports unique tokens stays "
         "pending until the server has written one to it.",
@@ -328,8 +268,8 @@ class ServeConfig(_Part):
     metrics_machines: Annotated[int, Field(ge=0, le=10_000)] = _option(
         0, "Maximum number of machines with individual metrics.", _SEEN, metavar="COUNT"
     )
-    log_format: Annotated[LogFormat, _Lax] = _option(LogFormat.TEXT, "Format of log records.", _SEEN, choice=True)
-    log_level: Annotated[LogLevel, _Lax] = _option(LogLevel.INFO, "Minimum severity to log.", _SEEN, choice=True)
+    log_format: Annotated[LogFormat, LAX] = _option(LogFormat.TEXT, "Format of log records.", _SEEN, choice=True)
+    log_level: Annotated[LogLevel, LAX] = _option(LogLevel.INFO, "Minimum severity to log.", _SEEN, choice=True)
 
     limit: LimitKeys | None = _option(  # type: ignore[valid-type]
         None,
@@ -357,6 +297,15 @@ class ServeConfig(_Part):
     def _fits_together(self) -> Self:
         checks: tuple[tuple[bool, str], ...] = (
             (self.tls_key is not None and self.tls_cert is None, "--tls-key needs --tls-cert"),
+            (self.admin_tls_key is not None and self.admin_tls_cert is None, "--admin-tls-key needs --admin-tls-cert"),
+            (self.admin_tls_cert is not None and self.admin_listen is None, "--admin-tls-cert needs --admin-listen"),
+            (
+                self.admin_listen is not None
+                and not is_loopback(self.admin_listen)
+                and self.tls_cert is None
+                and self.admin_tls_cert is None,
+                f"API keys travel to {self.admin_listen}, which takes TLS: set --admin-tls-cert or --tls-cert",
+            ),
             (
                 self.tunnel_only and bool(self.wireguard_endpoint),
                 "give either --tunnel-only or a --wireguard-endpoint, not both",

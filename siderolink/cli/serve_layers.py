@@ -9,7 +9,8 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from siderolink.cli.serve_config import ALTERNATIVES, ServeConfig, extra_of, kebab
+from siderolink.cli.serve_config import ALTERNATIVES, ServeConfig, extra_of
+from siderolink.cli.serve_values import kebab
 from siderolink.client.config.documents import describe_problem, explain, without_nulls
 from siderolink.client.config.yaml_stream import MAX_BYTES, YamlDocument, read_stream
 from siderolink.common.errors import ConfigurationError

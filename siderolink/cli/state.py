@@ -10,6 +10,7 @@ import anyio
 from grpclib.exceptions import GRPCError
 
 from siderolink.cli.control import directory
+from siderolink.cli.output import show
 from siderolink.cli.state_copy import beside, check, put, refuse_in_use
 from siderolink.common.errors import ConfigurationError, SideroLinkError
 from siderolink.common.grpc import open_channel, translate_errors
@@ -22,7 +23,7 @@ _CHUNK_BYTES = 32 * 1024
 def run_backup(interface: str, file: Path) -> None:
     """Copy the state to a new file. Raises SideroLinkError."""
     anyio.run(_backup, interface, file)
-    print(f"the state is in {file}; it holds the server's private key")
+    show(f"the state is in {file}; it holds the server's private key")
 
 
 def run_restore(interface: str, file: Path) -> None:
@@ -33,7 +34,7 @@ def run_restore(interface: str, file: Path) -> None:
             done = await stub.restore(_chunks(file))
         return f"the server runs with {done.machines} machines and the key {done.public_key}"
 
-    print(anyio.run(work))
+    show(anyio.run(work))
 
 
 def run_restore_offline(file: Path, state: Path) -> None:
@@ -48,7 +49,7 @@ def run_restore_offline(file: Path, state: Path) -> None:
         raise ConfigurationError(f"{file} cannot replace {state}: {error.strerror}") from None
     finally:
         copy.unlink(missing_ok=True)
-    print(f"{state} holds {machines} machines now; the previous state is kept beside it")
+    show(f"{state} holds {machines} machines now; the previous state is kept beside it")
 
 
 def _copy(file: Path, copy: Path) -> None:
@@ -68,7 +69,7 @@ def run_rotate_key(interface: str) -> None:
             done = await stub.rotate_key(RotateKeyRequest())
         return f"the server's key is {done.public_key} now; machines have to join again, which they do by themselves"
 
-    print(anyio.run(work))
+    show(anyio.run(work))
 
 
 @asynccontextmanager

@@ -10,7 +10,7 @@ from siderolink.cli.options import (
     StorePasswordFile,
 )
 
-app = typer.Typer(help="Back up, restore and change a server's state.", no_args_is_help=True)
+app = typer.Typer(help="Back up, restore and change a server's state.", no_args_is_help=True, add_completion=False)
 
 
 @app.command()

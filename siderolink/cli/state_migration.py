@@ -6,6 +6,7 @@ from pathlib import Path
 
 import anyio
 
+from siderolink.cli.output import show
 from siderolink.cli.serving import StoreAddress, store_address
 from siderolink.common.errors import ConfigurationError, StoreError
 from siderolink.server.store import (
@@ -35,7 +36,7 @@ def run_migrate(source: str, target: str, password_file: Path | None) -> None:
     if isinstance(places[1], Path) and places[1].exists():
         raise ConfigurationError(f"{places[1]} exists; the state is moved to a new file only")
     machines = anyio.run(_migrate, places[0], places[1])
-    print(f"{target} holds the server's key and {machines} machines now; {source} is as it was. Start one of them only")
+    show(f"{target} holds the server's key and {machines} machines now; {source} is as it was. Start one of them only")
 
 
 def _place(name: str, password_file: Path | None) -> Path | StoreAddress:

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from siderolink.cli.control import ask_all
+from siderolink.cli.output import show, tell
 from siderolink.cli.running import loop_options
 from siderolink.common.pb.siderolink.control import Peer, Reports, StatusResponse
 from siderolink.common.text import one_line
@@ -20,9 +21,9 @@ def run_status(*, as_json: bool) -> int:
     """Print the status of every running `serve` and `join`; 1 where one of them does not answer. Raises SideroLinkError."""
     asked = anyio.run(ask_all, backend_options=loop_options())
     for line in (*asked.notes, *asked.failures):
-        print(f"siderolink: {one_line(line)}", file=sys.stderr)
+        tell(f"siderolink: {one_line(line)}")
     if as_json:
-        print(json.dumps([to_json(answer) for answer in asked.answers], indent=2))
+        show(json.dumps([to_json(answer) for answer in asked.answers], indent=2))
     else:
         show_all(asked.answers, nothing_runs=not asked.failures)
     return 1 if asked.failures else 0
@@ -30,9 +31,9 @@ def run_status(*, as_json: bool) -> int:
 
 def show_all(answers: Sequence[StatusResponse], *, nothing_runs: bool) -> None:
     if not answers and nothing_runs:
-        print("no `siderolink serve` or `siderolink join` is running on this host")
+        show("no `siderolink serve` or `siderolink join` is running on this host")
     # A pipe has no width of its own: nothing is cut or folded there.
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
+    console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 200)
     for answer in answers:
         _show(console, answer)
 
@@ -98,19 +99,19 @@ def describe_reports(reports: Reports) -> str:
 def _show(console: Console, answer: StatusResponse) -> None:
     port = f", UDP port {answer.listen_port}" if answer.listen_port else ""
     device = f", {answer.device_kind} device, {answer.transport}{port}" if answer.device_kind else ""
-    print(f"{answer.interface}: {answer.role}, {answer.state}{device}")
+    show(f"{answer.interface}: {answer.role}, {answer.state}{device}")
     if answer.data_plane:
-        print(f"  packets by {one_line(answer.data_plane)}")
+        show(f"  packets by {one_line(answer.data_plane)}")
     if answer.reason:
-        print(f"  for {max(0.0, time.time() - answer.since):.0f} s: {one_line(answer.reason)}")
+        show(f"  for {max(0.0, time.time() - answer.since):.0f} s: {one_line(answer.reason)}")
     if answer.public_key:
         address = f"address {', '.join(answer.addresses)}  " if answer.addresses else ""
-        print(f"  {address}key {answer.public_key}")
+        show(f"  {address}key {answer.public_key}")
     counts = {**answer.drops, **answer.refusals}
     if any(counts.values()):
-        print("  dropped or refused: " + ", ".join(f"{count} {name}" for name, count in counts.items() if count))
+        show("  dropped or refused: " + ", ".join(f"{count} {name}" for name, count in counts.items() if count))
     if answer.reports is not None:
-        print(f"  reports: {describe_reports(answer.reports)}")
+        show(f"  reports: {describe_reports(answer.reports)}")
     if not answer.peers:
         return
     table = Table(box=None, pad_edge=False)

@@ -28,9 +28,11 @@ import anyio
 
 from siderolink.cli.control import ask_all
 from siderolink.cli.doctor.run import check_all
+from siderolink.cli.output import show
 from siderolink.cli.running import loop_options
 from siderolink.cli.status import to_json
 from siderolink.common.errors import ConfigurationError, SideroLinkError
+from siderolink.common.text import printable
 
 MASK: Final = "…"
 SHORTEST: Final = 6
@@ -68,7 +70,7 @@ class Redactor:
             text = text.replace(secret, MASK)
         for pattern in _PATTERNS:
             text = pattern.sub(rf"\1{MASK}", text)
-        return "".join(character if character.isprintable() or character in "\n\t" else " " for character in text)
+        return printable(text)
 
     def holds_secret(self, text: str) -> bool:
         return any(secret in text for secret in self._secrets)
@@ -198,7 +200,7 @@ def run_support_bundle(
         write(output, texts)
     except OSError as error:
         raise ConfigurationError(f"{output} cannot be written: {error.strerror}") from None
-    print(f"{output} holds {', '.join(texts)}; tokens and private keys are masked. Look through it before you send it.")
+    show(f"{output} holds {', '.join(texts)}; tokens and private keys are masked. Look through it before you send it.")
 
 
 def _make(name: str, part: Part) -> str:

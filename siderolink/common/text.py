@@ -11,3 +11,11 @@ def one_line(text: str, *, secrets: Iterable[str | None] = (), limit: int = LONG
         if secret:
             text = text.replace(secret, "…")
     return "".join(c if c.isprintable() else " " for c in text[:limit])
+
+
+def printable(text: str) -> str:
+    """The text with its line ends and tabs, and a space for every other character that could steer a terminal.
+
+    Those are controls, escapes, and characters that change the direction of writing.
+    """
+    return "".join(c if c.isprintable() or c in "\n\t" else " " for c in text)

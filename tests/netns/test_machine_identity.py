@@ -161,7 +161,7 @@ def test_the_machine_commands(net: Net, tmp_path: Path) -> None:
         server.wait_for("denied")
         accepted = command(tmp_path, "accept", listed["id"])
         assert "is accepted" in accepted.stdout
-        banned = command(tmp_path, "ban", listed["id"])
+        banned = command(tmp_path, "ban", listed["id"], "--yes")
         assert f"banned: uuid {node_uuid}" in banned.stdout
         assert "still admits machines" in banned.stdout
         machine.kill()
@@ -169,9 +169,9 @@ def test_the_machine_commands(net: Net, tmp_path: Path) -> None:
         assert command(tmp_path, "bans").stdout.split() == ["uuid", node_uuid]
         assert command(tmp_path, "unban", node_uuid).returncode == 0
         assert thief(net, node_uuid) is None
-        assert "is forgotten" in command(tmp_path, "forget", node_uuid).stdout
+        assert "is forgotten" in command(tmp_path, "forget", node_uuid, "--yes").stdout
         unknown = command(tmp_path, "show", node_uuid)
-        assert unknown.returncode == 1
+        assert unknown.returncode == 3
         assert "no machine has the id, UUID or public key" in unknown.stderr
         assert "Traceback" not in unknown.stderr
 

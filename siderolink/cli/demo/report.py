@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 from rich.console import Console
 from rich.markup import escape
 
+from siderolink.cli.output import show
+
 if TYPE_CHECKING:
     from rich.status import Status
 
@@ -56,7 +58,7 @@ class PlainReport:
             self._say(line)
 
     def _say(self, text: str) -> None:
-        print(text, flush=True)
+        show(text, flush=True)
 
 
 class RichReport:

@@ -18,6 +18,7 @@ from siderolink.cli.doctor.host import (
     check_forwarding,
     check_loopback,
 )
+from siderolink.cli.output import show
 from siderolink.cli.running import loop_options, stop_on_signal
 from siderolink.common.grpc import client_tls
 from siderolink.common.join_url import JoinURL
@@ -42,7 +43,7 @@ def run_doctor(url: str | None, *, ca_file: Path | None, as_json: bool) -> int:
             if not as_json:
                 _say(finding)
         if as_json:
-            print(json.dumps([asdict(finding) for finding in findings], indent=2))
+            show(json.dumps([asdict(finding) for finding in findings], indent=2))
         return 0 if all(finding.is_good is not False for finding in findings) else 1
 
     async def work_until_stopped() -> int:
@@ -69,7 +70,7 @@ async def check_all(url: JoinURL | None, tls: ssl.SSLContext | None) -> AsyncIte
 
 
 def _say(finding: Finding) -> None:
-    print(f"{_MARKS[finding.is_good]:5}{one_line(finding.check)}: {one_line(finding.text)}")
+    show(f"{_MARKS[finding.is_good]:5}{one_line(finding.check)}: {one_line(finding.text)}")
     if finding.remedy:
-        print(f"     -> {one_line(finding.remedy)}")
+        show(f"     -> {one_line(finding.remedy)}")
     sys.stdout.flush()

@@ -297,7 +297,8 @@ def _keys(model: type[BaseModel], location: Location, *, needed: bool = False) -
     for part in location:
         if isinstance(part, str):
             fields = {field.alias or name: field for name, field in model.model_fields.items()}
-            model = _model_in(fields[part].annotation) or model
+            if part in fields:  # else a key of a mapping of models, which is any
+                model = _model_in(fields[part].annotation) or model
     return [field.alias or name for name, field in model.model_fields.items() if field.is_required() or not needed]
 
 

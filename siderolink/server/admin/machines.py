@@ -375,4 +375,4 @@ async def _named(transaction: Transaction, name: str) -> Machine:
 
 
 def _unknown(name: str) -> NotFoundError:
-    return NotFoundError(f"no machine has the name, id, UUID or public key {one_line(name, limit=64)!r}")
+    return NotFoundError(f"no machine has the id, UUID or public key {one_line(name, limit=64)!r}, nor that name")

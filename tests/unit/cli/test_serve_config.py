@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from siderolink.cli.serve_config import ServeConfig, extra_of, kebab
+from siderolink.cli.serve_config import ServeConfig, extra_of
 from siderolink.cli.serve_layers import describe_settings, read_serve_config
+from siderolink.cli.serve_values import kebab
 from siderolink.client.config.yaml_stream import MAX_BYTES
 from siderolink.common.errors import ConfigurationError
 
@@ -157,7 +158,7 @@ def test_the_example_is_valid_and_shows_every_key_with_its_default() -> None:
     for line in lines:  # each alone, beside what is needed
         given = yaml.safe_load(line)
         needed: dict[str, object] = {} if given.keys() & {"tunnel-only", "wireguard-endpoint"} else {"tunnel-only": True}
-        needed |= {"tls-cert": "/c"} if "tls-key" in given else {}
+        needed |= {"tls-cert": "/c", "admin-tls-cert": "/c", "admin-listen": "[::1]:1"}
         if given not in ({"wireguard-listen-port": 50180}, {"tunnel-only": False}):
             ServeConfig.model_validate(needed | given)
 
@@ -172,7 +173,7 @@ def test_what_machines_are_told_is_where_the_server_listens() -> None:
     for page in ("README.md", "docs/service.md", "packaging/siderolink.service", "packaging/serve.yaml"):
         text = (ROOT / page).read_text()
         assert not re.search(r"event-sink-port[ :]+(?!8091)\d", text), page
-        assert {"8090", "50180", "5432"} >= set(
+        assert {"8090", "8095", "50180", "5432"} >= set(
             re.findall(r"(?:grpc://|\[::\]:|example\.com:|192\.0\.2\.1:)(\d+)\b(?!\.)", text)
         ), page
 

@@ -1,0 +1,265 @@
+"""`siderolink audit`, `events` and `version`: what people did, what happens, and who answers."""
+
+import codecs
+import os
+import sys
+from collections.abc import AsyncIterator, Sequence
+from typing import Annotated, TypeVar
+
+import typer
+
+from siderolink.cli.admin.commands import PAGE_SIZE, Call, all_pages, command
+from siderolink.cli.admin.completion import complete_machines
+from siderolink.cli.admin.connection import CommandError, Connection
+from siderolink.cli.admin.formats import (
+    Column,
+    OutputFormat,
+    TableWriter,
+    View,
+    print_fields,
+    print_list,
+    print_stream,
+    read_time,
+    timestamp,
+    to_yaml,
+)
+from siderolink.cli.output import own_version, show, tell, to_json
+from siderolink.common.errors import ConfigurationError
+from siderolink.common.pb.siderolink.admin.v1 import (
+    AuditEntry,
+    AuditFilter,
+    AuditServiceStub,
+    Event,
+    EventServiceStub,
+    ExportAuditRequest,
+    FollowAuditRequest,
+    FollowEventsRequest,
+    GetVersionRequest,
+    GetVersionResponse,
+    HistoryEntry,
+    HistoryServiceStub,
+    ListAuditRequest,
+    ListHistoryRequest,
+    ServerServiceStub,
+)
+
+T = TypeVar("T")
+
+app = typer.Typer(add_completion=False)
+
+Follow = Annotated[bool, typer.Option("--follow", "-f", help="Print what comes, until stopped.")]
+Since = Annotated[
+    str | None, typer.Option(help="From then on: 24h ago, or a time such as 2026-12-31T12:00:00Z.", metavar="WHEN")
+]
+Until = Annotated[str | None, typer.Option(help="Up to then.", metavar="WHEN")]
+Limit = Annotated[int, typer.Option("--limit", "-n", help="At most so many, the newest.", min=1, metavar="COUNT")]
+
+_AUDIT = View(
+    columns=(
+        Column[AuditEntry]("TIME", lambda entry: timestamp(entry.at)),
+        Column[AuditEntry]("WHO", lambda entry: entry.actor),
+        Column[AuditEntry]("ACTION", lambda entry: entry.action),
+        Column[AuditEntry]("WHAT", lambda entry: entry.object_name or entry.object_id),
+        Column[AuditEntry]("BEFORE", lambda entry: entry.before),
+        Column[AuditEntry]("AFTER", lambda entry: entry.after),
+        Column[AuditEntry]("FROM", lambda entry: entry.source, is_wide=True),
+        Column[AuditEntry]("ROLE", lambda entry: entry.role, is_wide=True),
+        Column[AuditEntry]("ID", lambda entry: entry.object_id, is_wide=True),
+    ),
+    name=lambda entry: str(entry.seq),
+)
+_EVENTS = View(
+    columns=(
+        Column[Event]("TIME", lambda event: timestamp(event.at)),
+        Column[Event]("EVENT", lambda event: event.kind),
+        Column[Event]("MACHINE", lambda event: event.machine_name or event.subject),
+        Column[Event]("DETAIL", lambda event: event.detail),
+        Column[Event]("UUID", lambda event: event.node_uuid, is_wide=True),
+        Column[Event]("ID", lambda event: event.machine_id, is_wide=True),
+    ),
+    name=lambda event: event.machine_id,
+)
+_HISTORY = View(
+    columns=(
+        Column[HistoryEntry]("TIME", lambda entry: timestamp(entry.at)),
+        Column[HistoryEntry]("EVENT", lambda entry: entry.kind),
+        Column[HistoryEntry]("MACHINE", lambda entry: entry.machine_name or entry.node_uuid),
+        Column[HistoryEntry]("DETAIL", lambda entry: entry.detail),
+        Column[HistoryEntry]("UUID", lambda entry: entry.node_uuid, is_wide=True),
+        Column[HistoryEntry]("TRANSPORT", lambda entry: entry.transport, is_wide=True),
+        Column[HistoryEntry]("FROM", lambda entry: entry.source, is_wide=True),
+        Column[HistoryEntry]("ID", lambda entry: entry.machine_id, is_wide=True),
+    ),
+    name=lambda entry: entry.machine_id,
+)
+
+
+@command(app, "audit", prints=True)
+def audit(
+    call: Call,
+    follow: Follow = False,
+    since: Since = None,
+    until: Until = None,
+    who: Annotated[str, typer.Option(help="Only what this key or user did.", metavar="NAME")] = "",
+    action: Annotated[
+        str, typer.Option(help="Only this action, or those that begin with it: 'machine.' takes all.", metavar="ACTION")
+    ] = "",
+    what: Annotated[
+        str, typer.Option("--object", help="Only changes of this machine, token or key, by name or id.", metavar="NAME")
+    ] = "",
+    limit: Limit = 100,
+    export: Annotated[
+        str | None,
+        typer.Option(help="Write all that match as JSON lines to a new file; - is standard output.", metavar="FILE"),
+    ] = None,
+) -> None:
+    """Show what people did and how identities changed, the oldest first."""
+    if follow and export is not None:
+        raise ConfigurationError("give --follow or --export, not both")
+    wanted = AuditFilter(
+        actor=who,
+        action=action,
+        object=what,
+        since=None if since is None else read_time(since),
+        until=None if until is None else read_time(until),
+    )
+    if export is not None:
+        _export(call, wanted, export)
+        return
+
+    async def work(connection: Connection) -> list[AuditEntry]:
+        stub = connection.stub(AuditServiceStub)
+        found = await all_pages(
+            lambda page: stub.list_audit(ListAuditRequest(page_size=min(limit, PAGE_SIZE), page_token=page, filter=wanted)),
+            lambda answer: answer.entries,
+            limit,
+        )
+        if not follow:
+            return found[::-1]
+        after = max((entry.seq for entry in found), default=0)
+        live = connection.stub(AuditServiceStub, timeout=None)
+        await _print_all(
+            live.follow_audit(FollowAuditRequest(filter=wanted, after_seq=after)), _AUDIT, call.output, found[::-1]
+        )
+        return []
+
+    found = call.run(work)
+    if not follow:
+        print_list(found, _AUDIT, call.output)
+
+
+def _export(call: Call, wanted: AuditFilter, file: str) -> None:
+    async def work(connection: Connection) -> None:
+        chunks = connection.stub(AuditServiceStub, timeout=None).export_audit(ExportAuditRequest(filter=wanted))
+        if file == "-":
+            decoder = codecs.getincrementaldecoder("utf-8")("replace")
+            async for chunk in chunks:
+                show(decoder.decode(chunk.data), end="")
+            return
+        try:
+            descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise CommandError(f"{file} cannot be created: {error.strerror} (--export)") from None
+        size = 0
+        try:
+            with os.fdopen(descriptor, "wb") as opened:
+                async for chunk in chunks:
+                    size += opened.write(chunk.data)
+        except BaseException:
+            os.unlink(file)
+            raise
+        tell(f"{file}: {size} bytes")
+
+    call.run(work)
+
+
+@command(app, "events", prints=True)
+def events(
+    call: Call,
+    follow: Follow = False,
+    machine: Annotated[
+        str, typer.Option(help="Only those of this machine.", metavar="MACHINE", autocompletion=complete_machines)
+    ] = "",
+    kind: Annotated[
+        list[str] | None, typer.Option(help="Only this event, such as joined. Repeatable.", metavar="EVENT")
+    ] = None,
+    since: Since = None,
+    until: Until = None,
+    limit: Limit = 100,
+) -> None:
+    """Show what happened to machines, the oldest first; with -f what happens from now on."""
+    if follow:
+        if since is not None or until is not None:
+            raise ConfigurationError("--follow shows what happens from now on: leave out --since and --until")
+        request = FollowEventsRequest(machine=machine, kinds=list(kind or ()))
+        call.run(
+            lambda connection: _print_all(
+                connection.stub(EventServiceStub, timeout=None).follow_events(request), _EVENTS, call.output
+            )
+        )
+        return
+
+    async def work(connection: Connection) -> list[HistoryEntry]:
+        stub = connection.stub(HistoryServiceStub)
+        return await all_pages(
+            lambda page: stub.list_history(
+                ListHistoryRequest(
+                    page_size=min(limit, PAGE_SIZE),
+                    page_token=page,
+                    machine=machine,
+                    kinds=list(kind or ()),
+                    since=None if since is None else read_time(since),
+                    until=None if until is None else read_time(until),
+                )
+            ),
+            lambda answer: answer.entries,
+            limit,
+        )
+
+    print_list(call.run(work)[::-1], _HISTORY, call.output)
+
+
+async def _print_all(items: AsyncIterator[T], view: View[T], output: OutputFormat, known: Sequence[T] = ()) -> None:
+    """One after the other, as they come."""
+    table = TableWriter(view, output)
+    if output in (OutputFormat.TABLE, OutputFormat.WIDE):
+        table.write(known)
+    else:
+        for item in known:
+            print_stream(item, view, output, table)
+    sys.stdout.flush()
+    async for item in items:
+        print_stream(item, view, output, table)
+        sys.stdout.flush()
+
+
+@command(app, "version", prints=True)
+def version(
+    call: Call,
+    client: Annotated[bool, typer.Option("--client", help="Show this program's version alone; ask no server.")] = False,
+) -> None:
+    """Show the version of this program and of the server, and who this is to the server."""
+    found: dict[str, object] = {"client": own_version()}
+    failure: CommandError | None = None
+    if not client:
+        try:
+            answer = call.run(_ask_version)
+        except CommandError as error:
+            failure = error
+        else:
+            found |= {"server": answer.version, "api": answer.api, "actor": answer.actor, "role": answer.role}
+    match call.output:
+        case OutputFormat.JSON:
+            show(to_json(found))
+        case OutputFormat.YAML:
+            show(to_yaml(found))
+        case OutputFormat.NAME:
+            show(own_version())
+        case _:
+            print_fields(found)
+    if failure is not None:
+        raise failure
+
+
+async def _ask_version(connection: Connection) -> GetVersionResponse:
+    return await connection.stub(ServerServiceStub).get_version(GetVersionRequest())

@@ -1,0 +1,208 @@
+"""The way to a server's administration: which server, by which key, and what its refusals mean for a command."""
+
+import os
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
+from dataclasses import dataclass, field, replace
+from enum import IntEnum
+from pathlib import Path
+from typing import TypeVar
+
+from betterproto2.grpclib import ServiceStub
+
+from siderolink.cli.admin.contexts import Context, ServerAddress, contexts_path, read_contexts
+from siderolink.cli.control import directory
+from siderolink.cli.secret import read_secret
+from siderolink.common.errors import ConfigurationError, ServerUnreachableError, SideroLinkError
+from siderolink.common.grpc import GrpcChannel, GRPCError, Limits, Status, client_tls, open_channel, translate_errors
+from siderolink.common.text import one_line
+
+S = TypeVar("S", bound=ServiceStub)
+
+ANSWER_BYTES = 16 * 1024 * 1024
+CALL_TIMEOUT = 30.0
+DEFAULT_INTERFACE = "siderolink"
+
+
+class ExitStatus(IntEnum):
+    """How the commands that manage a server end; scripts rely on the numbers (docs/commands.md)."""
+
+    OK = 0
+    ERROR = 1
+    USAGE = 2
+    NOT_FOUND = 3
+    DENIED = 4
+    UNAVAILABLE = 5
+    CONFLICT = 6
+
+
+_STATUSES = {
+    Status.NOT_FOUND: ExitStatus.NOT_FOUND,
+    Status.PERMISSION_DENIED: ExitStatus.DENIED,
+    Status.UNAUTHENTICATED: ExitStatus.DENIED,
+    Status.UNAVAILABLE: ExitStatus.UNAVAILABLE,
+    Status.DEADLINE_EXCEEDED: ExitStatus.UNAVAILABLE,
+    Status.RESOURCE_EXHAUSTED: ExitStatus.UNAVAILABLE,
+    Status.INVALID_ARGUMENT: ExitStatus.USAGE,
+    Status.ALREADY_EXISTS: ExitStatus.CONFLICT,
+    Status.FAILED_PRECONDITION: ExitStatus.CONFLICT,
+    Status.ABORTED: ExitStatus.CONFLICT,
+}
+
+
+class CommandError(SideroLinkError):
+    """Raised when a command that manages a server fails; knows the exit status."""
+
+    def __init__(self, text: str, status: ExitStatus = ExitStatus.ERROR) -> None:
+        super().__init__(text)
+        self.status = status
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """A server, and how to show who calls."""
+
+    address: ServerAddress
+    api_key: str | None = field(default=None, repr=False)
+    ca_file: Path | None = None
+
+    def __str__(self) -> str:
+        return str(self.address)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TargetOptions:
+    """As given on the command line."""
+
+    server: str | None = None
+    context: str | None = None
+    interface: str | None = None
+    api_key_file: Path | None = None
+    ca_file: Path | None = None
+
+
+def admin_socket(interface: str) -> Path:
+    """The local socket of the server that has this interface."""
+    return directory() / f"{interface}.sock"
+
+
+def find_target(options: TargetOptions) -> Target:
+    """The server that is meant: --server, else --context, else --interface, else the current context, else the local server.
+
+    Raises ConfigurationError.
+    """
+    given = [
+        name
+        for name, value in (
+            ("--server", options.server),
+            ("--context", options.context),
+            ("--interface", options.interface),
+        )
+        if value is not None
+    ]
+    if len(given) > 1:
+        raise ConfigurationError(f"give one of {' and '.join(given)}")
+    if options.interface is not None:
+        return _local(options, options.interface)
+    context = None
+    if options.server is not None:
+        context = Context(server=str(ServerAddress.parse(options.server)))
+    else:
+        contexts = read_contexts(contexts_path())
+        name = options.context or contexts.current
+        if name is not None:
+            context = contexts.named(name)
+    return _local(options, DEFAULT_INTERFACE) if context is None else _remote(options, context)
+
+
+def _local(options: TargetOptions, interface: str) -> Target:
+    for name, value in (("--api-key-file", options.api_key_file), ("--ca-file", options.ca_file)):
+        if value is not None:
+            raise ConfigurationError(f"{name} is for a server at a URL: add --server https://HOST:PORT")
+    return Target(address=ServerAddress(path=admin_socket(interface)))
+
+
+def _remote(options: TargetOptions, context: Context) -> Target:
+    address = ServerAddress.parse(context.server)
+    if address.path is not None:
+        return Target(address=address)
+    file = options.api_key_file or (None if context.api_key_file is None else Path(context.api_key_file).expanduser())
+    given = os.environ.get("SIDEROLINK_API_KEY") if options.api_key_file is None else None
+    key = given or (context.api_key if options.api_key_file is None else None) or read_secret("api-key", None, file)
+    if key is None:
+        raise CommandError(
+            f"{address} needs an API key: set --api-key-file or SIDEROLINK_API_KEY, or add it to the context",
+            ExitStatus.DENIED,
+        )
+    if not (key.isascii() and key.isprintable() and " " not in key):
+        raise ConfigurationError("the API key is not one: a key is one line of letters, digits and signs")
+    ca_file = options.ca_file or (None if context.ca_file is None else Path(context.ca_file).expanduser())
+    return Target(address=address, api_key=key, ca_file=ca_file)
+
+
+@dataclass(frozen=True, slots=True)
+class Connection:
+    """A channel to a server, and what each call on it carries."""
+
+    channel: GrpcChannel
+    target: Target
+    metadata: dict[str, str] = field(repr=False)
+
+    def stub(self, kind: type[S], *, timeout: float | None = CALL_TIMEOUT) -> S:
+        """A service's calls; without a timeout for those that go on for ever."""
+        return kind(self.channel, timeout=timeout, metadata=self.metadata)
+
+    def explained(self) -> AbstractContextManager[None]:
+        """See `explained`."""
+        return explained(self.target)
+
+
+@asynccontextmanager
+async def connect(target: Target, *, connect_timeout: float = 10.0) -> AsyncIterator[Connection]:
+    """A connection to the server; nothing is dialled before the first call. Raises CommandError for what calls raise, too."""
+    limits = replace(Limits.for_answers(ANSWER_BYTES), connect_timeout=connect_timeout)
+    metadata = {} if target.api_key is None else {"authorization": f"Bearer {target.api_key}"}
+    with explained(target):
+        if target.address.path is not None:
+            async with open_channel(path=str(target.address.path), limits=limits) as channel:
+                yield Connection(channel, target, metadata)
+        else:
+            tls = None if target.address.is_plain else client_tls(target.ca_file)
+            async with open_channel(target.address.host, target.address.port, tls, limits=limits) as channel:
+                yield Connection(channel, target, metadata)
+
+
+@contextmanager
+def explained(target: Target) -> Iterator[None]:
+    """Turn what calls raise into CommandError: what went wrong, and what to do."""
+    try:
+        with translate_errors(str(target)):
+            yield
+    except CommandError:
+        raise
+    except GRPCError as error:
+        raise CommandError(_explain(error, target), _STATUSES.get(error.status, ExitStatus.ERROR)) from None
+    except ServerUnreachableError as error:
+        raise CommandError(f"{error}{_remedy(error, target)}", ExitStatus.UNAVAILABLE) from None
+
+
+def _explain(error: GRPCError, target: Target) -> str:
+    text = one_line(error.message or error.status.name.lower().replace("_", " "))
+    if error.status is Status.UNAUTHENTICATED:
+        return f"{target} does not take the API key: {text}; set --api-key-file or SIDEROLINK_API_KEY"
+    if error.status is Status.PERMISSION_DENIED and target.api_key is not None:
+        return f"{text}; the role of this API key does not allow it"
+    if error.status is Status.UNIMPLEMENTED:
+        return f"{target} does not know this call; its version is older, or it is not the address of the administration"
+    return text
+
+
+def _remedy(error: ServerUnreachableError, target: Target) -> str:
+    if target.address.path is None:
+        return ""
+    match error.__cause__:
+        case FileNotFoundError():
+            return "; is `siderolink serve` running? --interface names another one, --server one elsewhere"
+        case PermissionError():
+            return "; run this as root, as the server's user, or as a member of the group siderolink"
+    return ""

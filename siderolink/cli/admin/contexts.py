@@ -1,0 +1,191 @@
+"""Servers by name, in one private file: where each is, what to trust, and the API key or the file that holds it."""
+
+import os
+import stat
+import tempfile
+from dataclasses import dataclass
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Annotated, Any, Self
+from urllib.parse import urlsplit
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from siderolink.common.errors import ConfigurationError
+from siderolink.common.hostport import HostPort
+from siderolink.common.text import one_line
+
+_NAME_LENGTH = 64
+_MAX_BYTES = 512 * 1024
+"""As read_stream takes."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServerAddress:
+    """Where a server is administered: a TLS address, or a local socket."""
+
+    host: str | None = None
+    port: int | None = None
+    path: Path | None = None
+    is_plain: bool = False
+    """Without TLS, on the loopback alone."""
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read ``https://HOST[:PORT]``, ``HOST:PORT`` or ``unix:///PATH``; ``http://`` for the loopback alone.
+
+        Raises ConfigurationError.
+        """
+        what = f"{one_line(text, limit=200)!r} is not the address of a server"
+        try:
+            parts = urlsplit(text if "://" in text else f"https://{text}")
+            port = parts.port
+        except ValueError:
+            raise ConfigurationError(f"{what}; write https://HOST:PORT or unix:///PATH") from None
+        if parts.scheme == "unix" and not parts.netloc and parts.path.startswith("/"):
+            return cls(path=Path(parts.path))
+        if parts.username is not None or parts.password is not None:
+            raise ConfigurationError("an address holds no secret; give the API key by SIDEROLINK_API_KEY or --api-key-file")
+        is_plain = parts.scheme == "http" and _is_loopback(parts.hostname or "")
+        if parts.scheme != "https" and not is_plain:
+            raise ConfigurationError(f"{what}: an API key travels by TLS only; write https://HOST:PORT or unix:///PATH")
+        if not parts.hostname or parts.path not in ("", "/") or parts.query or parts.fragment:
+            raise ConfigurationError(f"{what}; write https://HOST:PORT or unix:///PATH")
+        host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
+        checked = HostPort.parse(f"{host}:{(80 if is_plain else 443) if port is None else port}")
+        return cls(host=checked.host, port=checked.port, is_plain=is_plain)
+
+    def __str__(self) -> str:
+        if self.path is not None:
+            return f"unix://{self.path}"
+        return f"http{'' if self.is_plain else 's'}://{HostPort(self.host or '', self.port or 0)}"
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def check_name(text: str) -> str:
+    """Raises ConfigurationError."""
+    if not 0 < len(text) <= _NAME_LENGTH or not all(c.isascii() and (c.isalnum() or c in "._-") for c in text):
+        raise ConfigurationError(
+            f"{one_line(text, limit=_NAME_LENGTH)!r} cannot name a context: use letters, digits, '.', '_' and '-', at most "
+            f"{_NAME_LENGTH}"
+        )
+    return text
+
+
+def _is_address(text: str) -> str:
+    ServerAddress.parse(text)
+    return text
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid",
+        strict=True,
+        frozen=True,
+        hide_input_in_errors=True,
+        alias_generator=lambda name: name.replace("_", "-"),
+        populate_by_name=True,
+    )
+
+
+class Context(_Part):
+    """One server."""
+
+    server: Annotated[str, AfterValidator(_is_address)]
+    ca_file: str | None = None
+    """Certificates (PEM) to trust; None for the system's."""
+    api_key_file: str | None = None
+    api_key: str | None = Field(default=None, repr=False)
+
+
+class Contexts(_Part):
+    """The file."""
+
+    current: str | None = None
+    contexts: dict[Annotated[str, AfterValidator(check_name)], Context] = {}
+
+    def named(self, name: str) -> Context:
+        """Raises ConfigurationError."""
+        try:
+            return self.contexts[name]
+        except KeyError:
+            known = ", ".join(sorted(self.contexts)) or "none"
+            raise ConfigurationError(
+                f"there is no context {one_line(name, limit=_NAME_LENGTH)!r}; known: {known} (siderolink context list)"
+            ) from None
+
+    def with_context(self, name: str, context: Context | None) -> Self:
+        """A copy with this context, or without it."""
+        kept = {other: found for other, found in self.contexts.items() if other != name}
+        if context is not None:
+            return self.model_copy(update={"contexts": kept | {name: context}})
+        return self.model_copy(update={"contexts": kept, "current": None if self.current == name else self.current})
+
+
+def contexts_path() -> Path:
+    """`SIDEROLINK_CONTEXTS`, or ``~/.config/siderolink/config.yaml``."""
+    if given := os.environ.get("SIDEROLINK_CONTEXTS"):
+        return Path(given)
+    from platformdirs import user_config_path
+
+    return user_config_path("siderolink") / "config.yaml"
+
+
+def read_contexts(path: Path) -> Contexts:
+    """The file's contexts; none where there is no file. Raises ConfigurationError, also for a file that others can read."""
+    try:
+        with path.open("rb") as opened:
+            _check_private(path, os.fstat(opened.fileno()))
+            data = opened.read(_MAX_BYTES + 1)
+    except FileNotFoundError:
+        return Contexts()
+    except OSError as error:
+        raise ConfigurationError(f"{path} cannot be read: {error.strerror}") from None
+    # imported where there is a file: they bring the machine's side with them
+    from siderolink.client.config.documents import explain
+    from siderolink.client.config.yaml_stream import read_stream
+
+    documents = list(read_stream(data, str(path)))
+    if len(documents) > 1:
+        raise ConfigurationError(f"{path}:{documents[1].line}: a second document; one is expected")
+    if not documents:
+        return Contexts()
+    try:
+        return Contexts.model_validate(documents[0].value)
+    except ValidationError as error:
+        problems = [explain(documents[0], Contexts, details) for details in error.errors(include_url=False)]
+        raise ConfigurationError("\n".join(problems)) from None
+
+
+def _check_private(path: Path, found: os.stat_result) -> None:
+    if found.st_uid not in (os.geteuid(), 0):
+        raise ConfigurationError(f"{path} belongs to another user: it could lead API keys elsewhere")
+    if stat.S_IMODE(found.st_mode) & 0o077:
+        raise ConfigurationError(f"{path} can be read or changed by others, and may hold API keys: chmod 600 {path}")
+
+
+def write_contexts(path: Path, contexts: Contexts) -> None:
+    """Replace the file, in one step and readable by its owner alone. Raises ConfigurationError."""
+    body: dict[str, Any] = contexts.model_dump(by_alias=True, exclude_none=True)
+    text = yaml.safe_dump(body, sort_keys=False)
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=".config-")
+        try:
+            with os.fdopen(descriptor, "w") as opened:
+                opened.write(text)
+                opened.flush()
+                os.fsync(descriptor)
+            os.replace(name, path)
+        except BaseException:
+            os.unlink(name)
+            raise
+    except OSError as error:
+        raise ConfigurationError(f"{path} cannot be written: {error.strerror}") from None

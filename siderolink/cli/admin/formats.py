@@ -1,0 +1,273 @@
+"""What commands print: tables for people, JSON, YAML and names for programs. No character of it can steer a terminal."""
+
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from enum import StrEnum
+from typing import Any, Generic, TypeVar
+
+import yaml
+
+from siderolink.cli.output import show, to_json
+from siderolink.common.errors import ConfigurationError
+from siderolink.common.text import one_line, printable
+
+T = TypeVar("T")
+
+_GAP = "   "
+_LONGEST_FIELD = 4096
+_UNITS = (("d", 86_400), ("h", 3_600), ("m", 60), ("s", 1))
+_SECONDS = {"s": 1, "m": 60, "h": 3_600, "d": 86_400, "w": 604_800}
+_LONGEST_SECONDS = 100 * 366 * 86_400
+
+
+class OutputFormat(StrEnum):
+    TABLE = "table"
+    WIDE = "wide"
+    JSON = "json"
+    YAML = "yaml"
+    NAME = "name"
+
+
+@dataclass(frozen=True)
+class Column(Generic[T]):
+    """One column of a table."""
+
+    heading: str
+    cell: Callable[[T], str]
+    is_wide: bool = False
+    """Shown with ``-o wide`` only."""
+
+
+@dataclass(frozen=True)
+class View(Generic[T]):
+    """How one kind of thing is shown."""
+
+    columns: Sequence[Column[T]]
+    name: Callable[[T], str]
+    """What ``-o name`` prints: a name that the commands take."""
+    details: Callable[[T], dict[str, Any]] = field(default=lambda item: fields_of(item))
+
+
+def fields_of(message: Any) -> dict[str, Any]:
+    """The fields of a message, by name; what is absent is left out. Times are Unix times in seconds, as in the API."""
+    found: dict[str, Any] = {}
+    for name in message.__dataclass_fields__:
+        value = getattr(message, name)
+        if name.startswith("_") or value is None:
+            continue
+        if hasattr(value, "__dataclass_fields__"):
+            value = fields_of(value)
+        elif isinstance(value, list):
+            value = [fields_of(item) if hasattr(item, "__dataclass_fields__") else item for item in value]
+        elif isinstance(value, dict):
+            value = {key: fields_of(item) if hasattr(item, "__dataclass_fields__") else item for key, item in value.items()}
+        elif isinstance(value, bytes):
+            value = value.decode(errors="replace")
+        found[name] = value
+    return found
+
+
+# --- printing
+
+
+def print_list(items: Sequence[T], view: View[T], output: OutputFormat) -> None:
+    """All of them: a table, a JSON or YAML list, or a name on each line."""
+    match output:
+        case OutputFormat.JSON:
+            show(to_json([view.details(item) for item in items]))
+        case OutputFormat.YAML:
+            show(to_yaml([view.details(item) for item in items]))
+        case OutputFormat.NAME:
+            for item in items:
+                show(view.name(item))
+        case _:
+            TableWriter(view, output).write(items)
+
+
+def print_one(item: T, view: View[T], output: OutputFormat) -> None:
+    """One of them: its fields line by line, an object of JSON or YAML, a table of one row (wide), or its name."""
+    match output:
+        case OutputFormat.JSON:
+            show(to_json(view.details(item)))
+        case OutputFormat.YAML:
+            show(to_yaml(view.details(item)))
+        case OutputFormat.NAME:
+            show(view.name(item))
+        case OutputFormat.WIDE:
+            TableWriter(view, output).write([item])
+        case _:
+            print_fields(view.details(item))
+
+
+def print_fields(found: dict[str, Any]) -> None:
+    """Line by line; what is empty or false is left out."""
+    for name, value in found.items():
+        if value in ("", False, None, [], {}):
+            continue
+        if name.endswith("_at") and isinstance(value, float):
+            value = (
+                f"{timestamp(value)} ({age(value)} ago)" if value <= time.time() else f"{timestamp(value)} (in {until(value)})"
+            )
+        elif isinstance(value, dict):
+            value = labels(value)
+        elif isinstance(value, bool):
+            value = "yes"
+        show(f"{name.replace('_', ' '):20} {one_line(str(value), limit=_LONGEST_FIELD)}")
+
+
+def print_stream(item: T, view: View[T], output: OutputFormat, table: "TableWriter[T]") -> None:
+    """The next of a sequence without end: a row, a line of JSON, a document of YAML, or a name."""
+    match output:
+        case OutputFormat.JSON:
+            show(to_json(view.details(item), indent=None))
+        case OutputFormat.YAML:
+            show("---\n" + to_yaml(view.details(item)))
+        case OutputFormat.NAME:
+            show(view.name(item))
+        case _:
+            table.write([item])
+
+
+class TableWriter(Generic[T]):
+    """Rows under headings. Later rows keep to the widths of the first ones as far as they fit."""
+
+    def __init__(self, view: View[T], output: OutputFormat, *, has_headings: bool = True) -> None:
+        self._columns = [column for column in view.columns if output is OutputFormat.WIDE or not column.is_wide]
+        self._widths = [_width(column.heading) for column in self._columns]
+        self._has_headings = has_headings
+
+    def write(self, items: Iterable[T]) -> None:
+        rows = [[one_line(column.cell(item)) or "-" for column in self._columns] for item in items]
+        if self._has_headings:
+            rows.insert(0, [column.heading for column in self._columns])
+            self._has_headings = False
+        for row in rows:
+            self._widths = [max(width, _width(cell)) for width, cell in zip(self._widths, row, strict=True)]
+        for row in rows:
+            cells = [cell + " " * (width - _width(cell)) for cell, width in zip(row, self._widths, strict=True)]
+            show(_GAP.join(cells).rstrip())
+
+
+def _width(text: str) -> int:
+    """How many columns of a terminal the text takes."""
+    if text.isascii():
+        return len(text)
+    from rich.cells import cell_len
+
+    return cell_len(text)
+
+
+def to_yaml(value: Any) -> str:
+    """YAML, in which characters that are not printable are escaped."""
+    text = str(yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10**6))
+    if printable(text) != text:
+        text = str(yaml.dump(value, Dumper=_Dumper, sort_keys=False, width=10**6))
+    return text.rstrip("\n")
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes each value in full, without aliases."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+# --- times and labels
+
+
+def timestamp(at: float | None) -> str:
+    """UTC, to the second."""
+    if at is None or not math.isfinite(at):
+        return ""
+    try:
+        return datetime.fromtimestamp(at, UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+    except (OverflowError, ValueError):
+        return ""
+
+
+def age(at: float | None) -> str:
+    """How long ago, in its largest unit: ``5m``; empty for never."""
+    return "" if at is None else _span(time.time() - at)
+
+
+def until(at: float | None) -> str:
+    """How long until then; empty for never."""
+    return "" if at is None else _span(at - time.time())
+
+
+def _span(seconds: float) -> str:
+    seconds = max(0.0, seconds)
+    for unit, size in _UNITS:
+        if seconds >= 2 * size or size == 1:
+            return f"{seconds // size:.0f}{unit}"
+    raise AssertionError
+
+
+def read_duration(text: str) -> float:
+    """Seconds of ``90s``, ``30m``, ``24h``, ``7d`` or ``2w``. Raises ConfigurationError."""
+    number, unit = text[:-1], text[-1:]
+    if not (number.isascii() and number.isdigit() and len(number) < 10 and unit in _SECONDS and int(number)):
+        raise ConfigurationError(f"{one_line(text, limit=40)!r} is not a duration; write 90s, 30m, 24h, 7d or 2w")
+    if (seconds := int(number) * _SECONDS[unit]) > _LONGEST_SECONDS:
+        raise ConfigurationError(f"{one_line(text, limit=40)!r} is longer than a century")
+    return float(seconds)
+
+
+def read_time(text: str) -> float:
+    """Unix time of ``2026-12-31``, ``2026-12-31T12:00:00Z`` (UTC unless it names an offset), or of a duration ago.
+
+    Raises ConfigurationError.
+    """
+    try:
+        found = datetime.fromisoformat(text)
+    except ValueError:
+        try:
+            return time.time() - read_duration(text)
+        except ConfigurationError:
+            raise ConfigurationError(
+                f"{one_line(text, limit=40)!r} is not a time; write 2026-12-31, 2026-12-31T12:00:00Z, or 24h for so long ago"
+            ) from None
+    return (found if found.tzinfo is not None else found.replace(tzinfo=UTC)).timestamp()
+
+
+def read_expiry(text: str) -> tuple[float | None, float | None]:
+    """When something ends, as a time or as seconds from now: one of the two. Raises ConfigurationError."""
+    try:
+        return None, read_duration(text)
+    except ConfigurationError:
+        pass
+    try:
+        at = datetime.fromisoformat(text)
+    except ValueError:
+        raise ConfigurationError(
+            f"{one_line(text, limit=40)!r} is neither a duration such as 7d nor a time such as 2026-12-31T12:00:00Z"
+        ) from None
+    at = at if at.tzinfo is not None else at.replace(tzinfo=UTC)
+    if at <= datetime.now(UTC):
+        raise ConfigurationError(f"{timestamp(at.timestamp())} is in the past")
+    return at.timestamp(), None
+
+
+def labels(found: dict[str, str]) -> str:
+    """``a=b,c=d``, sorted."""
+    return ",".join(f"{key}={value}" if value else key for key, value in sorted(found.items()))
+
+
+def read_labels(texts: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """What ``key=value`` sets and ``key-`` removes. Raises ConfigurationError."""
+    setting: dict[str, str] = {}
+    removing: list[str] = []
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if equals and key:
+            setting[key] = value
+        elif not equals and len(text) > 1 and text.endswith("-"):
+            removing.append(text[:-1])
+        else:
+            raise ConfigurationError(
+                f"{one_line(text, limit=80)!r} is no label; write key=value to set one, key- to remove one"
+            )
+    return setting, removing
