@@ -230,6 +230,7 @@ class JoinedMachine:
             while True:
                 settings = self._settings.current
                 if _join_url(settings) is None:
+                    await self._trial.end()
                     return
                 try:
                     options = await self._note_options(settings)

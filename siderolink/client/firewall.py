@@ -37,7 +37,7 @@ _TRANSPORTS = (socket.IPPROTO_TCP, socket.IPPROTO_UDP)
 _PROTOCOLS = {"tcp": socket.IPPROTO_TCP, "udp": socket.IPPROTO_UDP, "icmp": _ICMP, "icmpv6": _ICMPV6}
 # timestamp and address mask, requests and replies: they only tell strangers about the host (CVE-1999-0524)
 _TELLTALES = (13, 14, 17, 18)
-# router and neighbour discovery: without them there is no IPv6 at all, however many pings come
+# router and neighbour discovery: IPv6 does not work without them, so they are not rate-limited with pings
 _DISCOVERY = (133, 134, 135, 136, 137)
 
 
@@ -61,7 +61,7 @@ class IngressFirewall:
         self._trusted = trusted
 
     async def replace(self, ingress: Ingress) -> None:
-        """Replace it in one step. Raises SideroLinkError; the rules of before stay in force then."""
+        """Replace the rules in one step. Raises SideroLinkError; then the previous rules stay in force."""
         await self._table.replace(*compose(ingress, self._trusted))
 
 

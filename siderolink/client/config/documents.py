@@ -22,9 +22,9 @@ MAX_FILES = 64
 MAX_RULES = 4096
 """Ports and subnets of all firewall rules together."""
 MAX_REPAIRS = 16
-"""Keys that are left out of one document before the document is."""
+"""A document with more unusable keys than this is skipped as a whole."""
 MAIN_KEYS = frozenset({"version", "machine", "cluster", "debug", "persist"})
-"""Any of these makes a document without a kind a machine's main configuration."""
+"""A document without a kind that has one of these keys is a machine's main configuration."""
 SUFFIXES = (".yaml", ".yml")
 
 M = TypeVar("M", bound=models.Document)
@@ -32,7 +32,7 @@ M = TypeVar("M", bound=models.Document)
 
 @dataclass(frozen=True, slots=True)
 class OtherDocument:
-    """A document of a kind that is not SideroLink's: read, and kept apart."""
+    """A document of a kind that is not SideroLink's. It is kept, and has no effect here."""
 
     kind: str
     source: str
@@ -154,7 +154,7 @@ class _Collected:
                 self.add_what_can_be_used(document)
 
     def add_what_can_be_used(self, document: YamlDocument) -> None:
-        """Like `add`, but what cannot be used is left out and told in `problems`."""
+        """Like `add`, but skips what cannot be used and reports it in `problems`."""
         value = document.value
         kind = value.get("kind") if isinstance(value, dict) else None
         model = models.MODELS.get(kind) if isinstance(kind, str) else None

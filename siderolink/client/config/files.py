@@ -17,7 +17,7 @@ def read_up_to(path: Path, limit: int) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """Reads files again and again, and those that give what they hold only once (pipes) once."""
+    """Reads files. The contents of pipes, which can be read only once, are remembered."""
 
     _kept: dict[Path, bytes] = field(default_factory=dict)
 

@@ -103,7 +103,7 @@ def _decompress(data: bytes) -> bytes:
     decompressor = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW).decompressobj()
     found = bytearray()
     try:
-        # a few bytes at a time: they are all that a bomb can blow up before it is noticed
+        # decompress a few bytes at a time, so that a decompression bomb is noticed early
         for position in range(0, len(data), _ZSTD_STEP):
             found += decompressor.decompress(data[position : position + _ZSTD_STEP])
             if decompressor.eof or len(found) > MAX_INLINE_BYTES:

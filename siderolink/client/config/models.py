@@ -44,7 +44,7 @@ def _certificates(text: str) -> str:
         raise ConfigurationError("must be certificates in PEM form") from None
     if len(found) > MAX_CERTIFICATES:
         raise ConfigurationError(f"a document has at most {MAX_CERTIFICATES} certificates")
-    # whatever stands between them is left out
+    # text between the certificates is dropped
     return "".join(certificate.public_bytes(Encoding.PEM).decode() for certificate in found)
 
 

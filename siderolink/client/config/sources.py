@@ -35,7 +35,7 @@ class Sources:
     """Where to look for settings."""
 
     explicit: MachineSettings = field(default_factory=MachineSettings)
-    """Stronger than all that is found."""
+    """Overrides everything that is found."""
     documents: tuple[Path, ...] = ()
     """Files and directories; each must exist."""
     kernel_cmdline: Path | None = None
@@ -87,7 +87,7 @@ class Sources:
         return {folder for folder in folders if folder.is_dir()}
 
     async def _watch_folders(self, folders: list[Path], on_change: Callable[[], None]) -> None:
-        """Returns once other folders than these have to be watched."""
+        """Returns when the set of folders to watch has changed."""
         with needing_extra():
             from watchfiles import awatch
         stop = anyio.Event()
@@ -127,7 +127,7 @@ def _read_inline(line: str, source: str) -> MachineSettings:
 
 
 async def _set_when_cancelled(stop: anyio.Event) -> None:
-    """A thread waits for changes; it ends by this event alone."""
+    """Stop the thread that waits for changes: it ends only when this event is set."""
     try:
         await anyio.sleep_forever()
     finally:

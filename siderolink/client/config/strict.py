@@ -83,7 +83,7 @@ OTHER_KINDS = frozenset(
         "WorkloadResourceConfig",
     )
 )
-"""Kinds that existing machines know and that mean nothing here: taken, kept, and without effect."""
+"""Kinds that existing machines know. They are accepted and kept, and have no effect here."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -61,7 +61,7 @@ def machine_documents(parameters: JoinParameters) -> str:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Text of several lines stands as a block."""
+    """Represent text of several lines as a block."""
 
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:

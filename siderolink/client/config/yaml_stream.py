@@ -87,7 +87,7 @@ def read_documents(data: bytes, source: str) -> list[YamlDocument | Configuratio
         if reader.nodes <= MAX_NODES:
             nodes = reader.nodes
             continue
-        too_large += 1  # what it used up is not held against the next, but it is not worth doing often
+        too_large += 1  # the next document gets a budget of its own, but only a few times
         if too_large == MAX_TOO_LARGE:
             break
     if not any(isinstance(item, ConfigurationError) for item in found):

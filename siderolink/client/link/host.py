@@ -227,7 +227,7 @@ async def _repair(index: int, addresses: tuple[Interface, ...]) -> list[str] | N
     except NetlinkError as error:
         if error.code in (errno.ENODEV, errno.ENXIO):
             return None
-        return []  # it changes while we look; the next change tells
+        return []  # it changed while it was read; the next event reports it
 
 
 async def _repair_addresses(ipr: AsyncIPRoute, index: int, addresses: tuple[Interface, ...]) -> list[str]:

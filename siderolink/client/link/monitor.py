@@ -144,7 +144,7 @@ class RouteMonitor:
                 reason = f"internal error: {type(error).__name__}"
             put(signals.RouteLost(reason))
 
-    # While the route may be good
+    # While the route may work
 
     async def _until_down(self) -> str | Provisioned:
         """Why the route is dead; or an answer by which the server is not the same as before."""
@@ -236,7 +236,7 @@ class RouteMonitor:
             case signals.ApiBack():
                 self._context.retry.fire()
                 watch.probe_now(now)
-                # A server that remembers us answers the handshake; it has enough to do to spare it the question.
+                # A server that remembers us answers the handshake, so a starting server is spared the call.
                 self._server_checked = False
                 self._check_at = watch.unanswered + _CHECK_AFTER
             case signals.ApiCutRegularly(age=age):
@@ -311,7 +311,7 @@ class RouteMonitor:
         now, wall = time.monotonic(), time.time()
         if status is None:
             return
-        # The wall clock may have been set meanwhile: nothing that is seen now is older than the last look.
+        # The wall clock may have been set back: a handshake seen now cannot be older than the last look.
         since = now - self._polled_at
         self._polled_at = now
         if status.silent_for is not None:

@@ -109,7 +109,7 @@ class _Probe:
         packet = bytes((_ECHO_REQUEST, 0, 0, 0)) + name + sequence.to_bytes(2, "big") + self._mark
         try:
             self._socket.sendto(packet.ljust(8 + size, b"\0"), (str(server), 0))
-        except OSError:  # the interface is down or gone, which its guard reports
+        except OSError:  # the interface is down or gone, which the host watch reports
             pass
 
     def _receive_replies(self) -> None:
@@ -175,7 +175,7 @@ async def shake_hands_beside(
                 done.set()
 
             async def retry() -> None:
-                # Not after the first: another response would take the place of the keepalive that answers data.
+                # Stop after the first handshake: another response would replace the keepalive that answers data.
                 await anyio.sleep(_HANDSHAKE_INTERVAL)
                 while not done.is_set():
                     await route.shake_hands(device, peer)
@@ -273,7 +273,7 @@ async def watch_api(url: JoinURL, tls: ssl.SSLContext | None, put: Put, retry: R
     handshakes each time, for ever: three cuts at the same age, each followed by a successful dial, are taken for its habit, and
     no connection is kept any more.
     """
-    # Handshakes find a server that remembers us; it has enough to do in its first seconds.
+    # Handshakes find a server that remembers us, so a starting server is spared the call.
     backoff = Backoff(first=4.0, cap=30.0, factor=1.5)
     context = (tls or True) if url.tls else None
     is_lost = ends_soon = False

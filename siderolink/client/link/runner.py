@@ -98,7 +98,7 @@ class LinkRunner:
         self._timestamps: Timestamps | None = None
         self._retry = RetryTrigger()
         self._provisioner = self.provisioner(options, emit)
-        # Answers that led to no handshake are followed by calls at growing intervals.
+        # The pause before the next Provision call grows while answers lead to no handshake.
         self._fruitless = Backoff(first=2.0, cap=60.0, at_once=True)
         self._turn = 0
         self._handshakes = 0
@@ -166,7 +166,7 @@ class LinkRunner:
             while True:
                 with anyio.CancelScope() as self._settings_scope:
                     await self._run_settings(answer)
-                # Only `replace_settings` cancels it, and leaves the answer to begin with, if there is one.
+                # Only `replace_settings` cancels this scope; it has set the answer to continue with, if any.
                 self._says_goodbye = None
                 answer = self.answer
         except Exception as error:
@@ -390,7 +390,7 @@ class LinkRunner:
         """While the tunnel stands in for UDP, notice when UDP passes again."""
         udp = self._udp_answer
         assert udp is not None
-        # Handshakes passed by UDP before and large packets did not: another handshake is no reason to go back soon.
+        # UDP passed handshakes but no large packets, so another handshake is no reason to go back soon.
         tries = Backoff(first=900.0, cap=3600.0, floor=600.0) if self._udp_is_small else self._udp_tries
 
         def server_key() -> PublicKey:  # which may have changed since

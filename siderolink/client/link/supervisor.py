@@ -104,7 +104,7 @@ class LinkSupervisor:
             self._put(change)
         with anyio.move_on_after(timeout):
             await change.decided.wait()
-        if change.verdict is not None:  # also when it came in the last moment
+        if change.verdict is not None:  # it may have come at the last moment
             return change.verdict
         if keep:
             return Verdict(outcome="pending", reason="the new settings are still being tried")
@@ -233,7 +233,7 @@ class LinkSupervisor:
         if (keeps_interface and answer == before[1]) or await self._comes_up(answer):
             self._settle(change, verdict)
             return
-        # It worked a moment ago, and now it does not: an interface that cannot be made, for instance.
+        # The trial worked and the switch did not: the interface cannot be created, for instance.
         reason = f"the link did not come up within {_TAKEOVER:.0f} s: {runner.progress.machine.reason}"
         runner.replace_settings(*before)
         self._fail(change, changes, reason, is_final=False)

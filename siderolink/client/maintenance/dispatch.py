@@ -147,7 +147,7 @@ class MethodTable:
     def _forget(self, task: asyncio.Task[betterproto2.Message]) -> None:
         self._actions.discard(task)
         if not task.cancelled():
-            task.exception()  # its caller has been told, or has gone
+            task.exception()  # the caller has got the error, or is gone
 
     async def finish(self) -> None:
         """Let actions whose callers have gone end, for a second at most; then cancel them."""

@@ -108,7 +108,7 @@ class LogBuffer(logging.Handler):
             time = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
             text = masked(record.getMessage().replace("\n", " ")[:_LONGEST_LINE])
             line = f"{time} {record.levelname.lower()} {text}\n".encode(errors="replace")
-            with contextlib.suppress(RuntimeError):  # the loop has ended, and with it whoever could ask
+            with contextlib.suppress(RuntimeError):  # the loop has ended, so nobody reads the log any more
                 self._loop.call_soon_threadsafe(self._lines.append, line, len(line))
         except Exception:
             self.handleError(record)

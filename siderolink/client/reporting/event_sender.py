@@ -45,7 +45,7 @@ class _Refused:
         self._number = self._times = -1
 
     def count(self, number: int) -> int:
-        """Count one more refusal of the event of this number; gives how many there were."""
+        """Count a refusal of this event and return how many there were."""
         self._times = self._times + 1 if number == self._number else 1
         self._number = number
         return self._times
@@ -97,7 +97,7 @@ class EventSender:
         return request.id
 
     def kick(self) -> None:
-        """Try again now, for the link is back."""
+        """Retry now, because the link is back."""
         self._trigger.fire()
 
     async def run(self, sink: HostPort) -> None:
@@ -117,7 +117,7 @@ class EventSender:
             await self._trigger.sleep(self._backoff.next())
 
     def _on_refusal(self, sink: HostPort, error: GRPCError) -> None:
-        """Give up an event that no retry can get through, for nothing behind it is delivered before."""
+        """Drop an event that no retry can deliver, because it blocks all later ones."""
         reason = one_line(error.message or "")
         log.debug("the sink %s refused an event: %s: %s", sink, error.status.name, reason)
         if error.status is not Status.INVALID_ARGUMENT or not len(self._queue):
@@ -161,7 +161,7 @@ class IdMaker:
         self._lock = threading.Lock()
 
     def next(self) -> str:
-        """One more id; it sorts behind all before it, also where the clock was set back."""
+        """The next id. It sorts after all previous ones, even if the clock was set back."""
         with self._lock:
             counter = (self._counter + 1) % (1 << _COUNTER_BITS)
             now = max(int(self._clock()), self._last)

@@ -92,7 +92,7 @@ async def read_kernel_log(path: Path = KMSG) -> AsyncIterator[KernelMessage]:
                 except ConfigurationError:
                     log.debug("a record of the kernel log could not be read")
             await ready.wait()
-            await asyncio.sleep(0)  # a kernel that never stops logging leaves the others their turn
+            await asyncio.sleep(0)  # let other tasks run, even if the kernel never stops logging
     finally:
         loop.remove_reader(fd)
         os.close(fd)
@@ -121,7 +121,7 @@ def parse_record(record: bytes, boot_time_ns: int) -> KernelMessage:
     if not semicolon or len(fields) < 3 or not all(field.isdigit() and len(field) < 20 for field in fields[:3]):
         raise ConfigurationError("a record of the kernel log begins with priority,sequence,clock")
     number, seq, clock = (int(field) for field in fields[:3])
-    text = rest.partition(b"\n")[0]  # lines behind the first are the record's dictionary
+    text = rest.partition(b"\n")[0]  # the lines after the first are the record's dictionary
     return KernelMessage(
         message=text.decode(errors="replace"),
         priority=number & 7,

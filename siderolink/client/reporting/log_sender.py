@@ -96,7 +96,7 @@ class LogSender:
         self._queue.put(line, len(line))
 
     def kick(self) -> None:
-        """Try again now, for the link is back."""
+        """Retry now, because the link is back."""
         self._trigger.fire()
 
     async def run(self) -> None:
@@ -146,7 +146,7 @@ class LogSender:
                 if loop.time() >= resolve_at:
                     return
                 number = self._queue.first
-                # an error says that an earlier datagram was refused: this line has not been sent
+                # the error is about an earlier datagram; this line has not been sent
                 with anyio.fail_after(SEND_TIMEOUT):
                     await loop.sock_sendall(sock, self._queue.get(number).rstrip(b"\n"))
                 self._queue.acknowledge(number + 1)
@@ -200,7 +200,7 @@ class _TcpProgress:
         return lines
 
     async def write(self, data: bytes) -> None:
-        """Send all of it; where that is broken off, what was not written is known."""
+        """Send everything. If it is interrupted, the unwritten rest is known."""
         rest = memoryview(data)
         while rest:
             try:

@@ -53,7 +53,7 @@ def _read(fd: int) -> list[bytes]:
         except BlockingIOError:
             break
         except BrokenPipeError:
-            continue  # records were overwritten before they were read; the next is the oldest that is there
+            continue  # records were overwritten before they were read; the next read returns the oldest one left
     return records
 
 

@@ -165,7 +165,7 @@ async def _keep_network(store: ResourceStore, started: Callable[[], None]) -> No
             await _replace(store, types.ROUTE_STATUS, found.routes)
             store.replace(types.NODE_ADDRESS, found.node_addresses)
             started()
-            # describing many routes takes time from all other threads of this process
+            # describing many routes holds the interpreter's lock, so other threads wait
             await anyio.sleep(min(_PAUSE_FACTOR * (anyio.current_time() - began_at), _LONGEST_PAUSE))
 
 
