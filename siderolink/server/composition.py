@@ -235,7 +235,7 @@ class Composition:
                 has_tokens=True,
                 is_known=fleet.directory.sources.__contains__,
             ) as api,
-            self._administer(device, fleet) as (administration, admin_api),
+            self._administer(device, fleet, reports, history) as (administration, admin_api),
         ):
             yield Parts(
                 device=device,
@@ -253,7 +253,9 @@ class Composition:
             )
 
     @asynccontextmanager
-    async def _administer(self, device: Device, fleet: Fleet) -> AsyncIterator[tuple[Administration, GrpcServer | None]]:
+    async def _administer(
+        self, device: Device, fleet: Fleet, reports: Reports | None, history: History | None
+    ) -> AsyncIterator[tuple[Administration, GrpcServer | None]]:
         options = self._options.admin
 
         def admits(machine: Machine) -> bool | None:
@@ -261,7 +263,16 @@ class Composition:
 
         clock = Clock(time=self._store.time)
         administration = Administration(
-            self._store, fleet.directory, fleet.machines, device, self._events, clock, self._tokens, admits
+            self._store,
+            fleet.directory,
+            fleet.machines,
+            device,
+            self._events,
+            clock,
+            self._tokens,
+            admits,
+            history,
+            reports,
         )
         async with administration.run(options.audit_retention), AsyncExitStack() as stack:
             api = None

@@ -324,6 +324,8 @@ class History:
 
     async def write(self) -> None:
         """Write what waits. Raises StoreError; what was not written waits on."""
+        for event in self._events.take_waiting():
+            self.note(event)
         self._move_refusals()
         await self._write_waiting()
 

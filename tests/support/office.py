@@ -7,10 +7,13 @@ from pathlib import Path
 
 from siderolink.common.grpc import GrpcChannel, Servable, open_channel, serve
 from siderolink.common.pb.siderolink.admin.v1 import ServerInfo, ServerStatus
+from siderolink.common.tasks import background_tasks
 from siderolink.server.admin import Administration
 from siderolink.server.admin.faces import ADMIN_LIMITS, LocalAccess, RemoteAccess, admin_services, guarded
 from siderolink.server.admin.tokens import Tokens
 from siderolink.server.events import EventHub, EventStream
+from siderolink.server.history import DEFAULT_HISTORY, History
+from siderolink.server.reporting import Reports
 from siderolink.server.store import MemoryStore, Store
 from tests.support.manager import Manager
 
@@ -50,9 +53,12 @@ class Office:
 
 
 @asynccontextmanager
-async def open_office(folder: Path, store: Store | None = None, *, group: str = "siderolink") -> AsyncIterator[Office]:
+async def open_office(
+    folder: Path, store: Store | None = None, *, group: str = "siderolink", reports: Reports | None = None
+) -> AsyncIterator[Office]:
     """Everything but the device is real."""
     manager = Manager(store=store if isinstance(store, MemoryStore) else None)
+    history = History(manager.store, manager.machines.named, DEFAULT_HISTORY, manager.hub.subscribe())
     administration = Administration(
         manager.store,
         manager.links,
@@ -62,12 +68,16 @@ async def open_office(folder: Path, store: Store | None = None, *, group: str = 
         manager.time.clock,
         Tokens(manager.store, manager.join_token),
         lambda machine: None,
+        history,
+        reports,
     )
     services: list[Servable] = admin_services(lambda: administration, lambda: facts)
     facts = Facts(manager.hub)
     path = folder / "admin.sock"
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(administration.run(None))
+        tasks = await stack.enter_async_context(background_tasks())
+        tasks.start_soon(history.run)
         local = guarded(services, LocalAccess(group))
         await stack.enter_async_context(serve(local, path=path, limits=ADMIN_LIMITS))
         remote = guarded(services, RemoteAccess(lambda: administration, manager.time.clock.sleep))

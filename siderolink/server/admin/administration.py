@@ -14,11 +14,14 @@ from siderolink.server.admin.api_keys import ApiKeys
 from siderolink.server.admin.audit_log import AuditLog
 from siderolink.server.admin.bans import Bans
 from siderolink.server.admin.machines import MachineAdministration
+from siderolink.server.admin.records import Records
 from siderolink.server.admin.tokens import Tokens
 from siderolink.server.clock import Clock
 from siderolink.server.events import EventHub
 from siderolink.server.fleet.directory import Directory
 from siderolink.server.fleet.machines import Machines
+from siderolink.server.history import History
+from siderolink.server.reporting import Reports
 from siderolink.server.store import (
     Change,
     ChangesLost,
@@ -48,6 +51,8 @@ class Administration:
         clock: Clock,
         tokens: Tokens,
         admits: Callable[[Machine], bool | None],
+        history: History | None = None,
+        reports: Reports | None = None,
     ) -> None:
         """`admits` tells whether the join token that a machine presented would still let it in."""
         self._store = store
@@ -56,6 +61,7 @@ class Administration:
         self.bans = Bans(store, machines, self.machines, clock)
         self.api_keys = ApiKeys(store, clock)
         self.audit = AuditLog(store, clock)
+        self.records = Records(history, reports, self.machines, self.audit, clock)
         self.admits = admits
         self._token_names: dict[str, str] = {}
 

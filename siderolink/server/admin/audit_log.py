@@ -6,9 +6,8 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
 from typing import Final
 
-from siderolink.common.errors import ConfigurationError
 from siderolink.common.token_bucket import TokenBucket
-from siderolink.server.admin.lists import Page, page_size
+from siderolink.server.admin.lists import Page, page_size, seq_of
 from siderolink.server.admin.words import require
 from siderolink.server.clock import Clock
 from siderolink.server.store import Actor, AuditAdded, AuditEntry, AuditQuery, ChangesLost, Role, Store
@@ -46,7 +45,7 @@ class AuditLog:
         size = page_size(query.limit)
         before = query.before_seq
         if page_token:
-            before = _seq(page_token)
+            before = seq_of(page_token)
         entries = await self._store.audit_entries(replace(query, newest_first=True, before_seq=before, limit=size + 1))
         part = entries[:size]
         return Page(items=part, next_page_token=str(part[-1].seq) if len(entries) > size else "", total=len(part))
@@ -130,9 +129,3 @@ class AuditLog:
         while (removed := await self._store.prune_audit(before, _AT_ONCE)) > 0:
             total += removed
         return total
-
-
-def _seq(page_token: str) -> int:
-    if len(page_token) > 19 or not page_token.isdecimal():
-        raise ConfigurationError("the page_token is not one of the audit; begin without one")
-    return min(int(page_token), 2**63 - 1)

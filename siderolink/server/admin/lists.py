@@ -95,5 +95,12 @@ def _read(token: str, sort: str) -> SortKey:
     raise _not_ours()
 
 
+def seq_of(page_token: str) -> int:
+    """The number before which the next page begins, of a list of numbered entries. Raises ConfigurationError."""
+    if len(page_token) > 19 or not (page_token.isascii() and page_token.isdecimal()):
+        raise _not_ours()
+    return min(int(page_token), 2**63 - 1)
+
+
 def _not_ours() -> ConfigurationError:
     return ConfigurationError("the page_token is not one of this list; begin without one")

@@ -176,6 +176,11 @@ class MachineAdministration:
 
     # --- looking
 
+    def shown_name(self, machine_id: str) -> str:
+        """The name that is shown of a machine; empty if it is not known."""
+        link = self._directory.get(machine_id)
+        return "" if link is None else link.machine.shown_name
+
     async def get(self, name: str) -> MachineStatus:
         """One machine."""
         machine = await self._store.transact(lambda transaction: _named(transaction, name))

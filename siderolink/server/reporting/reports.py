@@ -1,7 +1,7 @@
 """The event sink and the log listener on the server's overlay address, and what an embedder sees of them."""
 
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from ipaddress import IPv6Address
 
@@ -65,7 +65,9 @@ class Reports:
         """The last log lines of one machine, the oldest first."""
         return self._ingest.recent_lines.of(machine_id)
 
-    def find_lines(self, machine: str, query: ReportQuery = EVERYTHING, *, follow: bool = False) -> AsyncIterator[KernelLine]:
+    def find_lines(
+        self, machine: str, query: ReportQuery = EVERYTHING, *, follow: bool = False
+    ) -> AsyncGenerator[KernelLine, None]:
         """A machine's log lines, the oldest first: from the files, or without `ReportOptions.keep` the recent ones.
 
         A machine, also one that is gone, is named by its id or UUID. With `follow` it goes on with what comes.
@@ -74,7 +76,7 @@ class Reports:
 
     def find_events(
         self, machine: str, query: ReportQuery = EVERYTHING, *, follow: bool = False
-    ) -> AsyncIterator[ReportedEvent]:
+    ) -> AsyncGenerator[ReportedEvent, None]:
         """A machine's events; as `find_lines`."""
         return self._search.events(machine, query, follow=follow)
 

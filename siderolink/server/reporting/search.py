@@ -7,7 +7,7 @@ pattern: no text takes longer than another.
 import os
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Final, TypeVar
@@ -157,7 +157,7 @@ class ReportSearch:
         self._archive = archive
         self._limiter = anyio.CapacityLimiter(SEARCHES)
 
-    async def lines(self, machine: str, query: ReportQuery, *, follow: bool = False) -> AsyncIterator[KernelLine]:
+    async def lines(self, machine: str, query: ReportQuery, *, follow: bool = False) -> AsyncGenerator[KernelLine, None]:
         """A machine's lines, by its id or UUID; with `follow` also those that come, until the caller stops."""
         live = self._ingest.lines.subscribe() if follow else None
         began_at = time.time()
@@ -173,7 +173,7 @@ class ReportSearch:
                 if isinstance(item, LogLine) and _is_of(item.machine, machine) and query.takes(item):
                     yield item
 
-    async def events(self, machine: str, query: ReportQuery, *, follow: bool = False) -> AsyncIterator[ReportedEvent]:
+    async def events(self, machine: str, query: ReportQuery, *, follow: bool = False) -> AsyncGenerator[ReportedEvent, None]:
         """As `lines`."""
         live = self._ingest.events.subscribe() if follow else None
         began_at = time.time()

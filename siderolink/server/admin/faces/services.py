@@ -12,6 +12,7 @@ from siderolink.common.pb.siderolink.admin import v1 as pb
 from siderolink.common.text import one_line
 from siderolink.server.admin.faces.access import GetAdministration, actor
 from siderolink.server.admin.faces.machines import BanFace, MachineFace
+from siderolink.server.admin.faces.records import HistoryFace
 from siderolink.server.admin.faces.tokens import TokenFace
 from siderolink.server.events import EventStream, describe_event
 from siderolink.server.store import AuditEntry, AuditQuery, Principal, Role
@@ -206,5 +207,5 @@ def admin_services(administration: GetAdministration, facts: GetFacts) -> list[S
         EventFace(administration, facts),
         ServerFace(facts),
         TokenFace(administration),
-        pb.HistoryServiceBase(),
+        HistoryFace(administration),
     ]
