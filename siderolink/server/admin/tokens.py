@@ -229,12 +229,17 @@ class Tokens:
         bound_uuid: str | None = None,
         max_uses: int | None = None,
         labels: Mapping[str, str] | None = None,
+        set_labels: Mapping[str, str] | None = None,
+        remove_labels: Iterable[str] = (),
         actor: Actor = EMBEDDER,
     ) -> TokenStatus:
-        """Change what is not None; `bound_uuid` "" unbinds it, `max_uses` 0 lifts its limit, `labels` replaces them.
+        """Change what is not None; `bound_uuid` "" unbinds it, `max_uses` 0 lifts its limit, `labels` replaces them,
+        `set_labels` and `remove_labels` change some.
 
         A token that was made without a limit gets none: its machines were not counted.
         """
+
+        gone = frozenset(remove_labels)
 
         async def change(transaction: Transaction, token: JoinToken) -> JoinToken:
             if max_uses and token.max_uses is None:
@@ -245,7 +250,7 @@ class Tokens:
                 "tunnel": None if tunnel is None else TunnelSetting(tunnel),
                 "bound_uuid": parse_uuid(bound_uuid) if bound_uuid else None,
                 "max_uses": _check_uses(max_uses) if max_uses else None,
-                "labels": None if labels is None else changed_labels({}, labels, ()),
+                "labels": changed_labels(token.labels if labels is None else labels, set_labels or {}, gone),
             }
             changed = replace(token, **{key: value for key, value in fields.items() if value is not None})  # type: ignore[arg-type]
             changed = replace(changed, bound_uuid=None) if bound_uuid == "" else changed
@@ -293,9 +298,10 @@ class Tokens:
 
         return await self._change(name, "token.default", actor, change)
 
-    async def delete(self, name: str, *, actor: Actor = EMBEDDER) -> JoinToken:
-        """Remove a token and what is known of its uses; links stay. Not the default one."""
+    async def delete(self, name: str, *, actor: Actor = EMBEDDER) -> TokenStatus:
+        """Remove a token and what is known of its uses; links stay. Not the default one. Returns what it was."""
         require(actor, Role.OPERATOR)
+        status = await self.get(name)
         _refuse_given(name)
 
         async def work(transaction: Transaction) -> JoinToken:
@@ -308,7 +314,7 @@ class Tokens:
 
         token = await self._store.transact(work)
         self._on_changed(token, True)
-        return token
+        return replace(status, token=token)
 
     # --- how
 

@@ -8,7 +8,7 @@ from siderolink.server.admin.faces.machines import DIGEST_DIGITS, machine_messag
 from siderolink.server.admin.lists import MAX_PAGE, page_of
 from siderolink.server.admin.machines import MachineQuery
 from siderolink.server.admin.tokens import Tokens, TokenStatus
-from siderolink.server.admin.words import Selector, changed_labels
+from siderolink.server.admin.words import Selector
 from siderolink.server.admission.policy import supports_unique_tokens
 from siderolink.server.store import Machine, TokenKind, TokenState
 
@@ -62,10 +62,6 @@ class TokenFace(pb.TokenServiceBase):
         return pb.TokenSecret(token=_message(await self._tokens.get(message.name)), secret=secret)
 
     async def update_token(self, message: pb.UpdateTokenRequest) -> pb.Token:
-        labels = None
-        if message.set_labels or message.remove_labels:
-            known = (await self._tokens.get(message.name)).token.labels
-            labels = changed_labels(known, message.set_labels, message.remove_labels)
         changed = await self._tokens.update(
             message.name,
             new_name=message.new_name,
@@ -73,7 +69,8 @@ class TokenFace(pb.TokenServiceBase):
             tunnel=None if message.tunnel is None else tunnel_setting(message.tunnel),
             bound_uuid=message.bound_uuid,
             max_uses=message.max_uses,
-            labels=labels,
+            set_labels=message.set_labels,
+            remove_labels=message.remove_labels,
             actor=actor(),
         )
         return _message(changed)
@@ -89,9 +86,7 @@ class TokenFace(pb.TokenServiceBase):
         return _message(renewed)
 
     async def delete_token(self, message: pb.TokenRequest) -> pb.Token:
-        before = await self._tokens.get(message.name)
-        await self._tokens.delete(message.name, actor=actor())
-        return _message(before)
+        return _message(await self._tokens.delete(message.name, actor=actor()))
 
     async def set_default_token(self, message: pb.TokenRequest) -> pb.Token:
         return _message(await self._tokens.make_default(message.name, actor=actor()))
