@@ -3,9 +3,10 @@
     sudo python benchmarks/attack.py [--seconds 20] [--only settings,reset,…] [--connections 2] [--json FILE]
 
 Three namespaces: `siderolink serve`; a machine that joined, pings the server through the tunnel and provisions again and again
-on new connections; and an attacker on another address. Targets: a join within 1 s, a ping within 20 ms, memory grows by less
-than 64 MB and falls again. All share this host's processors: the attacker runs at the lowest priority, and "server processor"
-and "host busy" tell what was the server's and what was the host's.
+on new connections; and an attacker on another address, who attacks twice. Targets: a join within 1 s, a ping within 20 ms;
+memory grows by less than 64 MB and is free again: Python's allocator keeps freed memory for later, so the second attack must
+need no more. All share this host's processors: the attacker runs at the lowest priority, and "server processor" and "host busy"
+tell what was the server's and what was the host's.
 """
 
 import argparse
@@ -39,6 +40,8 @@ from tests.support.topology import routed
 OVERLAY = "fdae:41e4:649b:9303::1"
 PORT = 4000
 JOIN_SECONDS, PING_MS, MEMORY_MB = 1.0, 20.0, 64.0
+KEPT_MB = 4.0
+"""How much the second attack may add to what the allocator has kept from the first."""
 SETTLE_SECONDS = 35.0
 """Until what waits for an attacker that went away has met its time limit."""
 
@@ -311,19 +314,31 @@ def run(kinds: list[str], connections: int, seconds: float, settle: float) -> di
         attack += ["--connections", str(connections), "--seconds", str(seconds)]
         calm = measure(net.machine, server.pid, 5, lambda: None)
         before = resident(server.pid)
-        attacked = measure(net.machine, server.pid, seconds, lambda: net.machines[1].popen(attack, stdout=subprocess.PIPE))
-        time.sleep(settle)
-        after = resident(server.pid)
-    grown = attacked["memory most MB"] - before
+        rounds, after = [], []
+        for _ in range(2):
+            rounds.append(
+                measure(net.machine, server.pid, seconds, lambda: net.machines[1].popen(attack, stdout=subprocess.PIPE))
+            )
+            time.sleep(settle)
+            after.append(resident(server.pid))
+    grown = max(found["memory most MB"] for found in rounds) - before
     return {
         "calm": calm,
-        "attacked": attacked,
-        "memory MB": {"before": round(before, 1), "grown by": round(grown, 1), "after": round(after, 1)},
+        "attacked": rounds[0],
+        "attacked again": rounds[1],
+        "memory MB": {
+            "before": round(before, 1),
+            "grown by": round(grown, 1),
+            "after": round(after[0], 1),
+            "after the second attack": round(after[1], 1),
+        },
         "reached": {
-            "join within 1 s": not attacked["joins failed"] and (attacked["join slowest s"] or 99) <= JOIN_SECONDS,
-            "ping within 20 ms": (attacked["ping 99 % ms"] or 99) <= PING_MS,
+            "join within 1 s": all(
+                not found["joins failed"] and (found["join slowest s"] or 99) <= JOIN_SECONDS for found in rounds
+            ),
+            "ping within 20 ms": all((found["ping 99 % ms"] or 99) <= PING_MS for found in rounds),
             "memory grows by less than 64 MB": grown < MEMORY_MB,
-            "memory falls again": after <= max(before + 8, attacked["memory most MB"] - grown / 2),
+            "memory is free again": after[1] <= after[0] + KEPT_MB,
         },
     }
 

@@ -4,7 +4,7 @@ import asyncio
 from collections import Counter
 
 from siderolink.common.grpc.limits import Limits
-from siderolink.common.grpc.turns import Turns, Work
+from siderolink.common.grpc.turns import CALL_SECONDS, Turns, Work
 
 _HALF, _QUARTER = 2, 4
 BURST_SECONDS = 0.05
@@ -134,15 +134,15 @@ class Account:
         assert self._budget is not None
         self._budget.turns.ask(self._source, work, is_known=self.is_known)
 
-    async def wait_turn(self) -> None:
-        """Let others have their turn of the loop; a call that does much waits until its source may go on."""
+    async def wait_turn(self, seconds: float = CALL_SECONDS) -> None:
+        """Let others have their turn of the loop, and wait for that of the source, for what takes so many seconds."""
         if self._budget is None or not self._source:
             await asyncio.sleep(0)
             return
         wait = self.charge(0.0, asyncio.get_running_loop().time())
         if wait:
             await asyncio.sleep(min(wait, _LONGEST_WAIT))
-        await self._budget.turns.wait(self._source, is_known=self.is_known)
+        await self._budget.turns.wait(self._source, seconds, is_known=self.is_known)
 
     def take(self, size: int) -> bool:
         """Take memory; False when the budget has none left for this source."""

@@ -4,6 +4,10 @@ import struct
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from itertools import pairwise
+from typing import Any
+
+from hpack import Decoder
+from hpack.exceptions import HPACKDecodingError
 
 from siderolink.common.grpc.limits import Limits
 from siderolink.common.grpc.refusals import Refusal, Refused
@@ -15,6 +19,7 @@ FRAME_HEADER_BYTES = 9
 DATA, HEADERS, PRIORITY, RST_STREAM, SETTINGS, PUSH_PROMISE, PING, GOAWAY, WINDOW_UPDATE, CONTINUATION = range(10)
 END_HEADERS = 0x4
 END_STREAM = 0x1
+PADDED = 0x8
 ACK = 0x1
 
 _FRAME_HEADER = struct.Struct(">HBBBL")
@@ -31,6 +36,7 @@ MAX_SETTINGS_ENTRIES = 64
 _HEADER_TABLE_SIZE = 1
 _KNOWN_SETTINGS = range(_HEADER_TABLE_SIZE, 7)
 _HEADER_TABLE_BYTES = 4096
+_MAX_SIZE_CHANGES = 2
 _SETTINGS_ENTRIES = "settings entries"
 _SETTING = struct.Struct(">HL")
 _MAX_ENDED = 256
@@ -66,6 +72,26 @@ def count_resets(data: bytes) -> int:
         count += kind == RST_STREAM
         pos += FRAME_HEADER_BYTES + length
     return count
+
+
+class HeaderDecoder(Decoder):
+    """hpack's decoder, which refuses more changes of the table's size than a block may begin with (RFC 7541, 4.2).
+
+    Each costs hpack microseconds, and a block has room for 16,000.
+    """
+
+    def decode(self, data: bytes, raw: bool = False) -> Any:
+        pos = changes = 0
+        while pos < len(data) and data[pos] >> 5 == 1:
+            changes += 1
+            if changes > _MAX_SIZE_CHANGES:
+                raise HPACKDecodingError(f"more than {_MAX_SIZE_CHANGES} changes of the header table's size in one block")
+            is_long = data[pos] & 0x1F == 0x1F
+            pos += 1
+            while is_long and pos < len(data):
+                is_long = data[pos] >= 0x80
+                pos += 1
+        return super().decode(data, raw)
 
 
 class FloodGuard:
@@ -268,11 +294,7 @@ class FrameScanner:
         if length > self._max_frame:
             raise Refused(Refusal.FRAME_TOO_LARGE, f"a frame of {length} bytes, more than {self._max_frame}")
         if kind == DATA:
-            if length < SMALL_BYTES and not flags & END_STREAM:
-                if length:
-                    self.guard.spend(Refusal.SMALL_FRAME_FLOOD)
-                else:
-                    self.guard.count(Refusal.EMPTY_FRAME_FLOOD)
+            self._check_data(flags, length)
         elif kind in (HEADERS, CONTINUATION):
             self._check_headers(kind, flags, length, stream_id)
         elif kind == WINDOW_UPDATE:
@@ -286,6 +308,15 @@ class FrameScanner:
         else:
             self.guard.count(Refusal.OTHER_FRAME_FLOOD)
 
+    def _check_data(self, flags: int, length: int) -> None:
+        if flags & PADDED:  # what is in it besides cannot be seen from its length
+            self.guard.spend(Refusal.SMALL_FRAME_FLOOD)
+        elif length < SMALL_BYTES and not flags & END_STREAM:
+            if length:
+                self.guard.spend(Refusal.SMALL_FRAME_FLOOD)
+            else:
+                self.guard.count(Refusal.EMPTY_FRAME_FLOOD)
+
     def _check_headers(self, kind: int, flags: int, length: int, stream_id: int) -> None:
         self._block = length if kind == HEADERS else self._block + length
         self._in_block = not flags & END_HEADERS
@@ -295,6 +326,8 @@ class FrameScanner:
             self.guard.count(Refusal.EMPTY_FRAME_FLOOD)
         elif kind == CONTINUATION or (self._is_server and stream_id <= self._highest_stream):
             self.guard.count(Refusal.OTHER_FRAME_FLOOD)
+        elif not self._is_server:  # a call of ours leads to two at most; there may be any number of interim responses
+            self.guard.spend(Refusal.OTHER_FRAME_FLOOD)
         self._highest_stream = max(self._highest_stream, stream_id)
 
     def _check_settings(self, length: int) -> None:

@@ -273,7 +273,7 @@ _beginnings: list[_Beginning] = []
 """The latest used first."""
 
 
-class RequestDecoder(Decoder):
+class RequestDecoder(frames.HeaderDecoder):
     """hpack's decoder. What many connections begin with alike is decoded once, and the table filled as it was then."""
 
     _is_new = True

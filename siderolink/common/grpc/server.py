@@ -25,12 +25,15 @@ from siderolink.common.grpc.listeners import listen_tcp, listen_unix
 from siderolink.common.grpc.protocol import Http2Protocol, tune
 from siderolink.common.grpc.refusals import ERROR_CODES, Refusal
 from siderolink.common.grpc.sources import BadHeaderError, TrustedProxies, contains, local_peer, plain, read_header, source_of
+from siderolink.common.grpc.tls import wait_for_hello
 
 log = logging.getLogger("siderolink")
 
 _SPARE_DESCRIPTORS = 64
 _ACCEPT_PAUSE = 0.1
 _ACCEPTS_PER_TURN = 8
+_TLS_SECONDS = 0.001
+"""Approximate processor time of a TLS handshake's first step, in which a server signs."""
 
 
 class GrpcServer:
@@ -233,17 +236,13 @@ class GrpcServer:
             self._open.pop(protocol, None)
             self._leave(accepted)
 
-        protocol = Http2Protocol(
-            handler,
-            self._limits,
-            server=True,
-            on_refusal=self._refuse,
-            on_lost=lost,
-            account=Account(self._limits, self._calls, source),
-        )
+        account = Account(self._limits, self._calls, source)
+        protocol = Http2Protocol(handler, self._limits, server=True, on_refusal=self._refuse, on_lost=lost, account=account)
         self._open[protocol] = handler
         accepted.protocol = protocol
         try:
+            if self._tls is not None:
+                await self._wait_to_shake_hands(accepted.connection, account)
             await self._loop.connect_accepted_socket(
                 lambda: protocol,
                 accepted.connection,
@@ -257,6 +256,13 @@ class GrpcServer:
             if not isinstance(error, Exception):
                 raise
             self._refuse(Refusal.TLS_HANDSHAKE_FAILED, f"from {accepted.name}: {type(error).__name__}")
+
+    async def _wait_to_shake_hands(self, connection: socket.socket, account: Account) -> None:
+        """Wait for a ClientHello, and for the source's turn: a burst of handshakes must not hold the loop."""
+        async with asyncio.timeout(self._limits.preface_timeout):
+            await wait_for_hello(connection)
+        account.charge(_TLS_SECONDS, self._loop.time())
+        await account.wait_turn(_TLS_SECONDS)
 
     def _leave(self, accepted: "_Accepted") -> None:
         if accepted.held is not None:

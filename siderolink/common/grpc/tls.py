@@ -1,7 +1,9 @@
 """TLS contexts for gRPC: HTTP/2 by ALPN, TLS 1.2 or newer (RFC 9113, 9.2), and a server's certificate that can be replaced."""
 
+import asyncio
 import contextlib
 import os
+import socket
 import ssl
 import time
 from collections.abc import Iterator
@@ -142,3 +144,61 @@ def _http2(context: ssl.SSLContext) -> ssl.SSLContext:
     context.set_ciphers("ECDHE+AESGCM:ECDHE+CHACHA20")
     context.set_alpn_protocols(["h2"])
     return context
+
+
+_HANDSHAKE, _CLIENT_HELLO = 22, 1
+_RECORD_HEADER, _MESSAGE_HEADER = 5, 4
+_LONGEST_RECORD = 16 * 1024 + 256
+_LONGEST_HELLO = 20 * 1024
+
+
+def hello_bytes(data: bytes) -> int:
+    """How many bytes a connection's first TLS message takes, as far as its beginning tells (RFC 8446, 4 and 5.1).
+
+    What does not begin a ClientHello is taken to be whole: TLS refuses it at no cost.
+    """
+    pos, message = 0, b""
+    while pos < _LONGEST_HELLO:
+        body = pos + _RECORD_HEADER
+        if len(data) < body:
+            return body
+        length = int.from_bytes(data[body - 2 : body])
+        if data[pos] != _HANDSHAKE or not 0 < length <= _LONGEST_RECORD:
+            break
+        if len(data) < body + length:
+            return body + length
+        message, pos = message + data[body : body + length], body + length
+        is_known = len(message) >= _MESSAGE_HEADER
+        if message[0] != _CLIENT_HELLO or (is_known and len(message) >= _MESSAGE_HEADER + int.from_bytes(message[1:4])):
+            break
+    return pos
+
+
+async def wait_for_hello(sock: socket.socket) -> None:
+    """Wait until a client's first TLS message is there, without taking it. Until then its handshake costs nothing.
+
+    Raises OSError.
+    """
+    loop = asyncio.get_running_loop()
+    wanted = _RECORD_HEADER
+    try:
+        while True:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, wanted)
+            await _readable(loop, sock)
+            data = sock.recv(_LONGEST_HELLO + _LONGEST_RECORD, socket.MSG_PEEK)
+            needed = hello_bytes(data)
+            if len(data) < wanted or needed <= len(data):  # it ended, or it is whole
+                return
+            wanted = needed
+    finally:
+        with contextlib.suppress(OSError):
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
+
+
+async def _readable(loop: asyncio.AbstractEventLoop, sock: socket.socket) -> None:
+    ready = asyncio.Event()
+    loop.add_reader(sock, ready.set)
+    try:
+        await ready.wait()
+    finally:
+        loop.remove_reader(sock)

@@ -65,15 +65,15 @@ class Turns:
             self._is_scheduled = True
             asyncio.get_running_loop().call_soon(self._run)
 
-    async def wait(self, source: str, *, is_known: bool) -> None:
-        """Wait until it is the source's turn."""
+    async def wait(self, source: str, seconds: float = CALL_SECONDS, *, is_known: bool) -> None:
+        """Wait until it is the source's turn, in which it is going to use so many seconds."""
         turn = asyncio.get_running_loop().create_future()
 
         def come(_: float) -> float:
             if turn.done():
                 return 0.0
             turn.set_result(None)
-            return CALL_SECONDS
+            return seconds
 
         self.ask(source, come, is_known=is_known)
         await turn

@@ -7,8 +7,11 @@ import anyio
 import anyio.lowlevel
 import pytest
 from h2.errors import ErrorCodes
+from hpack import Decoder, Encoder
+from hpack.exceptions import HPACKDecodingError
 from hyperframe.frame import (
     ContinuationFrame,
+    DataFrame,
     Frame,
     HeadersFrame,
     PingFrame,
@@ -20,7 +23,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from siderolink.common.grpc import ByteStream, ByteStreamService, Limits, Refusal, Refused, Servable, serve
-from siderolink.common.grpc.frames import MAX_SETTINGS_ENTRIES, FloodGuard, FrameScanner, frame_header
+from siderolink.common.grpc.connection import new_h2_connection
+from siderolink.common.grpc.frames import MAX_SETTINGS_ENTRIES, FloodGuard, FrameScanner, HeaderDecoder, frame_header
 from tests.support.api import CALL, ECHO, Service, serving
 from tests.support.http2 import RawPeer, data, message
 
@@ -100,6 +104,10 @@ def test_what_is_begun_of_a_frame_is_known(cut: int) -> None:
 
 FLOODS: dict[str, tuple[Refusal, Callable[[RawPeer], list[Frame]]]] = {
     "small DATA": (Refusal.SMALL_FRAME_FLOOD, lambda peer: [peer.request(CALL), *[data(1, b"\0")] * 60]),
+    "padded DATA": (
+        Refusal.SMALL_FRAME_FLOOD,
+        lambda peer: [peer.request(CALL), *[DataFrame(1, b"", pad_length=200, flags=["PADDED"])] * 60],
+    ),
     "small raw DATA": (Refusal.SMALL_FRAME_FLOOD, lambda peer: [peer.request(SINK), *[data(1, b"\0")] * 60]),
     "CONTINUATION": (
         Refusal.OTHER_FRAME_FLOOD,
@@ -129,6 +137,19 @@ async def test_frames_that_cost_are_counted(kind: str) -> None:
         peer.send(*flood(peer))
         await peer.until_closed()
         assert server.refusals[refusal] == 1
+
+
+@pytest.mark.parametrize("change", [b"\x20", b"\x3f\x00", b"\x3f\xe1\x1f", b"\x3f\x80\x80\x00"])
+def test_changes_of_the_header_tables_size_are_counted_before_they_cost(change: bytes) -> None:
+    block = bytes(Encoder().encode([(":method", "POST")]))
+    assert HeaderDecoder(1000).decode(change * 2 + block, raw=True) == Decoder(1000).decode(change * 2 + block, raw=True)
+    with pytest.raises(HPACKDecodingError, match="more than 2"):
+        HeaderDecoder(1000).decode(change * 3 + block, raw=True)
+
+
+@pytest.mark.parametrize("server", [False, True])
+def test_both_ends_count_them(server: bool) -> None:
+    assert isinstance(new_h2_connection(Limits(), server=server).decoder, HeaderDecoder)
 
 
 # --- streams that the peer makes us reset (CVE-2025-8671)

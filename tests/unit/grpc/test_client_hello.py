@@ -1,0 +1,128 @@
+"""A TLS handshake begins when its ClientHello is there, and when it is its source's turn."""
+
+import asyncio
+import contextlib
+import socket
+import ssl
+from pathlib import Path
+
+import anyio
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from siderolink.common.grpc import Limits, Refusal, client_tls, open_channel, serve, server_tls
+from siderolink.common.grpc.tls import hello_bytes, wait_for_hello
+from siderolink.common.grpc.turns import Turns
+from tests.support.api import Raw, Service, method
+from tests.support.certificates import make_certificate
+
+pytestmark = pytest.mark.anyio
+
+
+def client_hello() -> bytes:
+    """What a client says first."""
+    context = ssl.create_default_context()
+    context.set_alpn_protocols(["h2"])
+    outgoing = ssl.MemoryBIO()
+    client = context.wrap_bio(ssl.MemoryBIO(), outgoing, server_hostname="test")
+    with pytest.raises(ssl.SSLWantReadError):
+        client.do_handshake()
+    return outgoing.read()
+
+
+HELLO = client_hello()
+
+
+def in_records(message: bytes, size: int) -> bytes:
+    pieces = [message[start : start + size] for start in range(0, len(message), size)]
+    return b"".join(b"\x16\x03\x01" + len(piece).to_bytes(2) + piece for piece in pieces)
+
+
+@given(st.integers(1, 600), st.integers(0, 4000), st.binary(max_size=9))
+def test_a_hello_is_whole_when_all_of_its_records_are(record: int, cut: int, more: bytes) -> None:
+    wire = in_records(HELLO[5:], record)
+    assert hello_bytes(wire + more) == len(wire)
+    if cut < len(wire):
+        assert cut < hello_bytes(wire[:cut]) <= len(wire)
+
+
+@given(st.binary(max_size=40_000))
+def test_what_is_no_hello_is_not_waited_for(data: bytes) -> None:
+    if data[:1] != b"\x16":
+        assert hello_bytes(data) <= max(len(data), 5)
+    assert hello_bytes(data) < 40_000
+
+
+def connected() -> tuple[socket.socket, socket.socket]:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        theirs = socket.create_connection(listening.getsockname())
+        theirs.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        ours, _ = listening.accept()
+    ours.setblocking(False)
+    return ours, theirs
+
+
+@pytest.mark.parametrize("size", [1, 7, 100, 10_000])
+async def test_it_is_waited_for_without_being_taken(size: int) -> None:
+    ours, theirs = connected()
+    with ours, theirs:
+        waiting = asyncio.create_task(wait_for_hello(ours))
+        for start in range(0, len(HELLO), size):
+            assert not waiting.done()
+            theirs.sendall(HELLO[start : start + size])
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+        await waiting
+        assert ours.recv(10_000) == HELLO
+
+
+async def test_a_peer_that_goes_is_not_waited_for() -> None:
+    ours, theirs = connected()
+    with ours:
+        theirs.sendall(HELLO[:20])
+        theirs.close()
+        await wait_for_hello(ours)
+
+
+async def test_a_burst_of_handshakes_takes_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a turn of no time there is one handshake in a turn of the loop."""
+    monkeypatch.setattr("siderolink.common.grpc.turns.TURN_SECONDS", -1.0)
+    asked: list[float] = []
+    real = Turns.wait
+
+    async def wait(turns: Turns, source: str, seconds: float, *, is_known: bool) -> None:
+        asked.append(seconds)
+        await real(turns, source, seconds, is_known=is_known)
+
+    monkeypatch.setattr(Turns, "wait", wait)
+    root = make_certificate("the root")
+    (tmp_path / "server.pem").write_text(root.sign("localhost").pem)
+    context = server_tls(tmp_path / "server.pem")
+    async with serve([Service()], host="127.0.0.1", tls=context, limits=Limits(preface_timeout=5)) as server:
+        crowd = [await asyncio.open_connection("127.0.0.1", server.port) for _ in range(30)]
+        for _, writer in crowd:
+            writer.write(HELLO[:-1])
+        await anyio.sleep(0.1)
+        assert not asked
+        for _, writer in crowd:
+            writer.write(HELLO[-1:])
+        for reader, writer in crowd:
+            assert (await reader.readexactly(1))[0] in (0x15, 0x16)
+            writer.transport.abort()
+        assert asked == [0.001] * 30
+        tls = client_tls(extra_roots=root.certificate_pem)
+        async with open_channel("localhost", server.port, tls) as channel:
+            assert (await method(channel)(Raw(b"x"))).data == b"x"
+
+
+async def test_half_a_hello_ends_in_time(tmp_path: Path) -> None:
+    (tmp_path / "server.pem").write_text(make_certificate("localhost").pem)
+    context = server_tls(tmp_path / "server.pem")
+    async with serve([Service()], host="127.0.0.1", tls=context, limits=Limits(preface_timeout=0.2)) as server:
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        writer.write(HELLO[:50])
+        with contextlib.suppress(ConnectionResetError):
+            assert await reader.read() == b""
+        writer.close()
+        assert server.refusals == {Refusal.TLS_HANDSHAKE_FAILED: 1}
