@@ -107,7 +107,7 @@ class JoinedMachine:
         self._settings = settings
         self._node_uuid = machine_uuid(folder=options.identity)
         self._unique_tokens = UniqueTokens(options.identity)
-        self._trial = SettingsTrial(options.identity)
+        self._trial = SettingsTrial(options.identity, f"{self._own_uuid} {options.interface}")
         self._keys: ServerKeys = {}
         self._roots: dict[str | None, ssl.SSLContext] = {}
         self._reporting = Reporting()
@@ -118,6 +118,11 @@ class JoinedMachine:
         self._wanted: LinkOptions | None = None
         self._proved: LinkOptions | None = None
         self._link_changed = anyio.Event()
+
+    @property
+    def _own_uuid(self) -> str:
+        """The UUID without META and files: it names the machine's own unique tokens."""
+        return self._settings.uuid_argument or self._node_uuid
 
     async def run(self) -> None:
         """Never returns. Raises SideroLinkError where there can be no interface."""
@@ -283,7 +288,7 @@ class JoinedMachine:
         """What the settings mean for the link; the machine's own UUID and unique token fill what they leave open."""
         url = _join_url(settings)
         assert url is not None
-        own_uuid = self._settings.uuid_argument or self._node_uuid
+        own_uuid = self._own_uuid
         if settings.unique_token is not None:
             token = settings.unique_token.value
         else:

@@ -46,16 +46,20 @@ class JoinSettings:
             if found["version"] != _FORMAT:
                 return None
             return cls(url=JoinURL.parse(texts.pop("url")), roots=roots, **texts)
-        except (ValueError, KeyError, TypeError, SideroLinkError):
+        except (ValueError, KeyError, TypeError, RecursionError, SideroLinkError):
             return None
 
 
 class SettingsTrial:
     """The note of a running trial: a private file that is named after the new settings and holds the old ones."""
 
-    def __init__(self, folder: Path | None) -> None:
-        """Without a folder nothing is kept, and a crash comes back with whatever files and META hold."""
+    def __init__(self, folder: Path | None, machine: str) -> None:
+        """`machine` tells the machines apart that share a folder.
+
+        Without a folder nothing is kept, and a crash comes back with whatever files and META hold.
+        """
         self._folder = folder
+        self._prefix = f"trial-{_digest(machine.encode())[:12]}-"
         self._noted: JoinSettings | None = None
 
     async def begin(self, new: JoinSettings, old: JoinSettings) -> None:
@@ -64,7 +68,7 @@ class SettingsTrial:
             return
         await self.end()
         try:
-            await anyio.to_thread.run_sync(_write, _file(self._folder, new), old.encode())
+            await anyio.to_thread.run_sync(_write, self._file(self._folder, new), old.encode())
         except OSError as error:
             log.warning("the settings that work cannot be kept in %s during a trial: %s", self._folder, error.strerror or error)
             return
@@ -72,20 +76,20 @@ class SettingsTrial:
 
     async def end(self) -> None:
         """The trial is over: the link runs by the new settings, or nobody wants them any more."""
-        noted, self._noted = self._noted, None
-        if noted is None or self._folder is None:
+        self._noted = None
+        if self._folder is None:
             return
         try:
-            await anyio.to_thread.run_sync(lambda path: path.unlink(missing_ok=True), _file(self._folder, noted))
+            await anyio.to_thread.run_sync(_remove, self._folder, self._prefix)
         except OSError as error:
-            log.warning("%s cannot be removed: %s", _file(self._folder, noted), error.strerror or error)
+            log.warning("notes of trials in %s cannot be removed: %s", self._folder, error.strerror or error)
 
     async def interrupted(self, new: JoinSettings) -> JoinSettings | None:
         """The settings that worked when a trial of `new` was interrupted; None if none was."""
         if self._folder is None:
             return None
         try:
-            data = await anyio.to_thread.run_sync(read_private, _file(self._folder, new), _LARGEST_FILE)
+            data = await anyio.to_thread.run_sync(read_private, self._file(self._folder, new), _LARGEST_FILE)
         except SideroLinkError as error:
             log.warning("the settings before an interrupted trial are lost: %s", error)
             return None
@@ -94,11 +98,19 @@ class SettingsTrial:
             self._noted = new
         return old
 
+    def _file(self, folder: Path, new: JoinSettings) -> Path:
+        return folder / f"{self._prefix}{_digest(new.encode())}.json"
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:32]
+
 
 def _write(path: Path, data: bytes) -> None:
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     write_private(path, data)
 
 
-def _file(folder: Path, new: JoinSettings) -> Path:
-    return folder / f"trial-{hashlib.sha256(new.encode()).hexdigest()[:32]}.json"
+def _remove(folder: Path, prefix: str) -> None:
+    for path in folder.glob(f"{prefix}*.json"):
+        path.unlink(missing_ok=True)
