@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from siderolink.common.keys import PublicKey
 from siderolink.common.node_uuid import is_placeholder
 from siderolink.server.admission import rules
+from siderolink.server.admission.audit import audit_grant
 from siderolink.server.admission.limits import GRACE_SECONDS
 from siderolink.server.admission.policy import JoinPolicy, Known, TokenVerdict, decide
 from siderolink.server.admission.prove import as_claimed
@@ -88,6 +89,8 @@ class Admission:
         grant = await self._decide(transaction, request, new_id, owner, holder)
         if isinstance(grant, Rejection):
             return grant
+        known = [row for row in (owner, holder) if row is not None]
+        await audit_grant(transaction, self._clock.time(), request, grant, known)
         grant = replace(grant, use_tunnel=request.use_tunnel)
         if request.credentials.join.token is None and not grant.machine.has_reserved_use:
             return grant

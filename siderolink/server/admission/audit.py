@@ -1,9 +1,16 @@
 """What the audit says about a machine's row."""
 
-from collections.abc import Mapping
-from typing import Final
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Final
 
-from siderolink.server.store import Actor, AuditEntry, Machine
+from siderolink.server.admission.rules import Basis
+from siderolink.server.store import Actor, AuditEntry, Machine, Transaction
+
+if TYPE_CHECKING:
+    from siderolink.server.admission.admit import Grant
+    from siderolink.server.admission.prove import Proof
+    from siderolink.server.admission.request import JoinRequest
 
 _FIELDS: Final = (
     "node_uuid",
@@ -53,3 +60,35 @@ def _shown(machine: Machine | None) -> Mapping[str, object]:
         value = getattr(machine, name)
         shown[name] = value if value is None or isinstance(value, bool) else dict(value) if name == "labels" else str(value)
     return shown | {"has_unique_token": machine.bound_digest is not None}
+
+
+async def audit_grant(
+    transaction: Transaction, at: float, request: "JoinRequest", grant: "Grant", known: Iterable[Machine]
+) -> None:
+    """Record what a call changed of who a machine is. `known` are the rows of its UUID and its key, as they were."""
+    row = grant.machine
+    if grant.claim is not None or grant.moves:
+        return  # nothing is changed before a proof
+    before = next((one for one in known if one.id == row.id), None)
+    action = None
+    if grant.has_bound:
+        action = "machine.bind"
+    elif grant.changed:
+        action = "machine.move_key"
+    elif before is not None and before.node_uuid != row.node_uuid:
+        action = "machine.change_uuid"
+    if action is not None:
+        await transaction.audit(machine_entry(at, by_machine(request.source), action, before, row))
+
+
+async def audit_proof(transaction: Transaction, at: float, proof: "Proof", source: str | None) -> None:
+    """Record what a proved key changed of who a machine is. A bound unique token proves the same machine: that is a rejoin."""
+    row = proof.machine
+    if row is None:
+        return
+    if proof.has_bound:
+        before = proof.before or replace(row, was_linked=False)
+        await transaction.audit(machine_entry(at, by_machine(source), "machine.bind", before, row))
+    elif proof.claim is not None and proof.basis is not Basis.UNIQUE_TOKEN:
+        entry = machine_entry(at, by_machine(source or proof.claim.source), "machine.take_over", proof.before, row)
+        await transaction.audit(replace(entry, after={**entry.after, "basis": str(proof.basis)}))

@@ -13,6 +13,7 @@ import anyio
 
 from siderolink.common.errors import SideroLinkError
 from siderolink.common.keys import PublicKey
+from siderolink.server.admission.audit import by_machine, machine_entry
 from siderolink.server.admission.limits import GRACE_SECONDS
 from siderolink.server.admission.prove import Proofs
 from siderolink.server.admission.rules import same_source
@@ -20,7 +21,7 @@ from siderolink.server.clock import Clock
 from siderolink.server.events import AdmissionChanged, EventHub
 from siderolink.server.fleet.directory import Directory, MachineLink
 from siderolink.server.fleet.reconciler import Reconciler
-from siderolink.server.store import Machine, Store
+from siderolink.server.store import Machine, Store, Transaction
 
 log = logging.getLogger(__name__)
 
@@ -136,6 +137,14 @@ class Moves:
         if address is not None and move.link.machine.virtual_address != address:
             self._directory.release_virtual_address(move.link, address)
 
+    async def _prove(self, transaction: Transaction, machine: Machine, source: str) -> tuple[Machine, Machine] | None:
+        moved = await self._proofs.move(transaction, machine, source)
+        if moved is not None:
+            row, before = moved
+            entry = machine_entry(self._clock.time(), by_machine(source), "machine.move_key", before, row)
+            await transaction.audit(entry)
+        return moved
+
     async def run(self, ping: Ping) -> None:
         """Ping each awaited address, until cancelled."""
         while True:
@@ -171,7 +180,7 @@ class Moves:
             self._end(other)
         try:
             async with self._reconciler.locks.hold(machine.node_uuid, machine.public_key):
-                moved = await self._store.transact(lambda transaction: self._proofs.move(transaction, machine, move.source))
+                moved = await self._store.transact(lambda transaction: self._prove(transaction, machine, move.source))
                 if moved is not None:
                     link = await self._reconciler.apply(moved[0])
                     await self._reconciler.apply(moved[1])

@@ -6,11 +6,12 @@ Each is made in the store first, inside one transaction, and then applied by the
 from typing import TYPE_CHECKING
 
 from siderolink.common.keys import PublicKey
+from siderolink.server.admission.audit import audit_proof
 from siderolink.server.admission.prove import Proof, Proofs, expire
 from siderolink.server.events import ClaimRefused, EventHub, HandshakeCompleted, LeaveReason, MachineRekeyed, UniqueTokenBound
 from siderolink.server.fleet.directory import Directory, MachineLink
 from siderolink.server.fleet.reconciler import Reconciler
-from siderolink.server.store import Machine, Store
+from siderolink.server.store import Machine, Store, Transaction
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -34,7 +35,13 @@ class RowTransitions:
         source_before = None if link is None else self._source(link.machine.id)
         source = None if link is None else link.source
         by_udp = link is not None and link.endpoint is not None
-        proof = await self._store.transact(lambda transaction: self._proofs.prove(transaction, public_key, by_udp=by_udp))
+
+        async def work(transaction: Transaction) -> Proof:
+            proof = await self._proofs.prove(transaction, public_key, by_udp=by_udp)
+            await audit_proof(transaction, self._store.time(), proof, source)
+            return proof
+
+        proof = await self._store.transact(work)
         if proof.machine is None:
             if proof.claim is not None:
                 await self._refuse_claim(proof)

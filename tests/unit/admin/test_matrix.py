@@ -123,8 +123,6 @@ async def check(
     wrong = []
     for name, (least, _) in ROWS.items():
         code = await outcome(channel, name, metadata)
-        if code is grpc.StatusCode.UNIMPLEMENTED and name.startswith("HistoryService/"):
-            continue  # its face is yet to come
         may = role is not None and role.includes(least)
         if (code in REFUSED) == may or (not may and code is not refusal) or code in BROKEN:
             wrong.append((name, str(role), code))
