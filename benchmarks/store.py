@@ -1,8 +1,9 @@
-"""The store alone, SQLite and Postgres by turns: joins, lookups, memory, a start, and how it fares with a million rows.
+"""The store, SQLite and Postgres by turns: joins, memory, a restart, a million rows, and what a machine costs in an hour.
 
-    python benchmarks/store.py joins [--joins 2000] [--at-once 64] [--rounds 3]
-    python benchmarks/store.py rows [--rows 1000000]
-    python benchmarks/store.py costs [--machines 200]
+    python benchmarks/store.py joins [--joins 2000] [--at-once 64] [--rounds 3]     the store alone
+    python benchmarks/store.py rows [--rows 1000000]                                the store alone
+    sudo python benchmarks/store.py fleet [--machines 10000]                        a server and machines in namespaces
+    sudo python benchmarks/store.py hour [--machines 300] [--minutes 6]             what Postgres itself counts
 
 Postgres is Debian's, started for the run with its own settings: every commit is on the disk before it is answered, in both.
 """
@@ -11,19 +12,24 @@ import argparse
 import asyncio
 import contextlib
 import os
+import random
 import resource
+import sqlite3
 import sys
 import tempfile
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from ipaddress import IPv6Address
 from pathlib import Path
 from statistics import median
 
+import psycopg
 import uvloop
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.support.scale_net import ServerProcess, SwarmProcess, scale_net
 from siderolink.common.addressing import overlay_prefix
 from siderolink.common.keys import PublicKey
 from siderolink.server.admission.admit import Admission, Grant, new_id
@@ -33,12 +39,14 @@ from siderolink.server.admission.rows import Rows
 from siderolink.server.admission.rules import LinkLiveness
 from siderolink.server.admission.token_rules import TokenRules
 from siderolink.server.clock import Clock
-from siderolink.server.store import Machine, Store
-from siderolink.server.store.sql import SqlStore
+from siderolink.server.store import Claim, Machine, Store, Transaction
+from siderolink.server.store.sql import SqlStore, tables
 from siderolink.server.store.sql.postgres import PostgresStore
 from tests.support.postgres import Cluster
 
-_KINDS = ("sqlite", "postgres")
+KINDS = ("sqlite", "postgres")
+_SAMPLES = 500
+_PAGE = 1024
 
 
 class NobodyLives:
@@ -48,21 +56,29 @@ class NobodyLives:
         raise AssertionError(f"a new machine met {machine.id}")
 
 
-@contextlib.asynccontextmanager
-async def opened(kind: str, cluster: Cluster) -> AsyncIterator[Store]:
-    """A new, empty store."""
+@contextlib.contextmanager
+def place(kind: str, cluster: Cluster) -> Iterator[str]:
+    """Where a new store goes: a file, or a database by its URL."""
     if kind == "postgres":
         with cluster.database() as name:
-            async with PostgresStore.open(cluster.url(name)) as store:
-                yield store
+            yield cluster.url(name)
         return
     with tempfile.TemporaryDirectory() as folder:
-        async with SqlStore.open(Path(folder, "state")) as store:
-            yield store
+        yield str(Path(folder, "state"))
 
 
-def cpu(who: int = resource.RUSAGE_SELF) -> float:
-    used = resource.getrusage(who)
+@contextlib.asynccontextmanager
+async def opened(where: str) -> AsyncIterator[Store]:
+    if "://" in where:
+        async with PostgresStore.open(where) as database:
+            yield database
+    else:
+        async with SqlStore.open(where) as file:
+            yield file
+
+
+def cpu() -> float:
+    used = resource.getrusage(resource.RUSAGE_SELF)
     return used.ru_utime + used.ru_stime
 
 
@@ -80,6 +96,9 @@ def syncs(cluster: Cluster) -> int:
     """How often Postgres waited for the disk."""
     time.sleep(1.1)  # it counts with a delay
     return int(str(cluster.execute("SELECT wal_sync FROM pg_stat_wal")[0][0]))
+
+
+# --- joins
 
 
 async def join_all(store: Store, joins: int, at_once: int) -> tuple[float, float]:
@@ -108,31 +127,235 @@ async def measure_joins(options: argparse.Namespace, cluster: Cluster) -> None:
     rates: dict[str, list[float]] = {kind: [] for kind in options.kinds}
     for _ in range(options.rounds):
         for kind in options.kinds:
-            async with opened(kind, cluster) as store:
-                await join_all(store, options.joins // 10, options.at_once)
-                used, synced = cluster_cpu(cluster), syncs(cluster)
-                rate, cost = await join_all(store, options.joins, options.at_once)
-                theirs = (cluster_cpu(cluster) - used) / options.joins * 1000
-                rates[kind].append(rate)
-                said = ""
-                if kind == "postgres":
-                    each = options.joins / max(1, syncs(cluster) - synced)
-                    said = f" and {theirs:.2f} ms of Postgres; {each:.1f} joins for each write to the disk"
-                print(f"{kind:9} {rate:7.0f} joins/s; processor time of each: {cost:.2f} ms of this process{said}", flush=True)
+            with place(kind, cluster) as where:
+                async with opened(where) as store:
+                    await join_all(store, max(options.at_once, options.joins // 10), options.at_once)
+                    used, synced = cluster_cpu(cluster), syncs(cluster)
+                    rate, cost = await join_all(store, options.joins, options.at_once)
+                    theirs = (cluster_cpu(cluster) - used) / options.joins * 1000
+            rates[kind].append(rate)
+            said = ""
+            if kind == "postgres":
+                each = options.joins / max(1, syncs(cluster) - synced)
+                said = f", {theirs:.2f} ms of Postgres's; {each:.1f} joins for each wait for the disk"
+            print(f"{kind:9} {rate:6.0f} joins/s; {cost:.2f} ms of this process's time each{said}", flush=True)
     print({kind: round(median(values)) for kind, values in rates.items()})
+
+
+# --- many rows
+
+
+def _cells(number: int) -> dict[str, object]:
+    random_bytes = random.Random(number).randbytes
+    row = Machine(
+        id=random_bytes(8).hex(),
+        node_uuid=str(uuid.UUID(bytes=random_bytes(16))),
+        public_key=PublicKey(random_bytes(32)),
+        overlay_address=IPv6Address(random_bytes(16)),
+        virtual_address=IPv6Address(random_bytes(16)),
+        talos_version="v1.11.0",
+        created_at=1.0,
+        joined_at=1.0,
+        linked_at=2.0,
+        was_linked=True,
+        last_endpoint="192.0.2.7:51820",
+        last_handshake_at=3.0,
+        seen_at=3.0,
+        last_source="192.0.2.7",
+    )
+    return tables.cells(row, tables.machines)
+
+
+def fill(where: str, count: int) -> float:
+    """Load rows as a bulk does; the seconds it took."""
+    names = [column.name for column in tables.machines.columns]
+    listed = ", ".join(names)
+    began = time.perf_counter()
+    rows = ([_plain(cells[name]) for name in names] for cells in map(_cells, range(count)))
+    if "://" in where:
+        with psycopg.connect(where) as connection, connection.cursor() as cursor:
+            with cursor.copy(f"COPY machines ({listed}) FROM STDIN") as copy:
+                for row in rows:
+                    copy.write_row(row)
+            connection.commit()
+            connection.autocommit = True
+            connection.execute("VACUUM ANALYZE machines")
+    else:
+        with sqlite3.connect(where) as file:
+            file.executemany(f"INSERT INTO machines ({listed}) VALUES ({', '.join('?' * len(names))})", rows)
+        file.close()
+    return time.perf_counter() - began
+
+
+def _plain(value: object) -> object:
+    return str(value) if isinstance(value, str) else value
+
+
+async def timed(work: Callable[[int], Awaitable[object]]) -> str:
+    """Milliseconds, the median and the 99th of a hundred, one after the other."""
+    taken: list[float] = []
+    for number in range(_SAMPLES):
+        began = time.perf_counter()
+        await work(number)
+        taken.append((time.perf_counter() - began) * 1000)
+    taken.sort()
+    return f"{median(taken):.2f} ms (p99 {taken[int(_SAMPLES * 0.99)]:.2f})"
+
+
+async def measure_rows(options: argparse.Namespace, cluster: Cluster) -> None:
+    for count in (options.rows // 1000, options.rows):
+        for kind in options.kinds:
+            with place(kind, cluster) as where:
+                async with opened(where):
+                    pass
+                print(f"{kind}, {count:,} rows: loaded in {fill(where, count):.1f} s", flush=True)
+                began = time.perf_counter()
+                async with opened(where) as store:
+                    print(f"  opened in {time.perf_counter() - began:.2f} s")
+                    await _measure_one(store, count, options.at_once)
+
+
+async def _measure_one(store: Store, count: int, at_once: int) -> None:
+    known = [_cells(random.randrange(count)) for _ in range(_SAMPLES)]
+
+    async def look_up(number: int) -> None:
+        uuid_ = str(known[number]["node_uuid"])
+        found = await store.transact(lambda transaction: transaction.machine_by_uuid(uuid_))
+        assert found is not None
+
+    async def claim(number: int) -> None:
+        made = Claim(
+            id=new_id(),
+            machine_id=str(known[number]["id"]),
+            public_key=PublicKey(os.urandom(32)),
+            virtual_address=IPv6Address(os.urandom(16)),
+            created_at=store.time(),
+            expires_at=store.time() + 60,
+        )
+
+        async def work(transaction: Transaction) -> None:
+            transaction.expect(str(known[number]["node_uuid"]), made.public_key)
+            assert await transaction.machine_by_uuid(str(known[number]["node_uuid"])) is not None
+            await transaction.claims(made.machine_id)
+            await transaction.put_claim(made)
+
+        await store.transact(work)
+
+    print(f"  a lookup by UUID: {await timed(look_up)}")
+    print(f"  a claim: {await timed(claim)}")
+    rate, _ = await join_all(store, 1000, at_once)
+    print(f"  {rate:.0f} joins/s, {at_once} at a time")
+    began, first, read = time.perf_counter(), 0.0, 0
+    async for _ in store.machines():
+        read += 1
+        first = first or (time.perf_counter() - began if read == _PAGE else 0.0)
+    print(
+        f"  a page of {_PAGE} rows: {first * 1000:.1f} ms; all rows, as at a start: {time.perf_counter() - began:.1f} s",
+        flush=True,
+    )
+
+
+# --- a fleet
+
+
+def measure_fleet(options: argparse.Namespace, cluster: Cluster) -> None:
+    for _ in range(options.rounds):
+        for kind in options.kinds:
+            with scale_net() as net, place(kind, cluster) as where:
+                server = ServerProcess(net, state=where)
+                empty = server.settle()
+                swarm = SwarmProcess(net, options.machines)
+                joined = swarm.phase()
+                swarm.phase()
+                memory = (server.settle() - empty) / options.machines
+                time.sleep(8.0)  # until all sightings are written
+                server.stop()
+                began = time.perf_counter()
+                server = ServerProcess(net, state=where)
+                started = time.perf_counter() - began
+                back = swarm.reconnect()
+                swarm.stop()
+                server.stop()
+            print(
+                f"{kind:9} {joined['rate']:.0f} joins/s by simulated machines on the same cores; {memory:.1f} KB a machine; "
+                f"serves {started:.1f} s after its start, all {options.machines} back {back['seconds']:.1f} s later",
+                flush=True,
+            )
+
+
+_COUNTED = {
+    "rows inserted": "SELECT sum(n_tup_ins) FROM pg_stat_user_tables",
+    "rows updated": "SELECT sum(n_tup_upd) FROM pg_stat_user_tables",
+    "rows deleted": "SELECT sum(n_tup_del) FROM pg_stat_user_tables",
+    "transactions": "SELECT xact_commit FROM pg_stat_database WHERE datname = current_database()",
+    "bytes of WAL": "SELECT wal_bytes FROM pg_stat_wal",
+    "waits for the disk": "SELECT wal_sync FROM pg_stat_wal",
+    "statements": "SELECT sum(calls) FROM pg_stat_statements",
+    "notifications": "SELECT coalesce(sum(calls), 0) FROM pg_stat_statements WHERE query ILIKE 'notify%'",
+}
+
+
+def measure_hour(options: argparse.Namespace, cluster: Cluster) -> None:
+    """What Postgres counts while machines join, and while they are connected."""
+
+    def counted(url: str) -> dict[str, float]:
+        time.sleep(2.0)  # it counts with a delay
+        with psycopg.connect(url, autocommit=True) as connection:
+            return {name: float(connection.execute(query).fetchone()[0]) for name, query in _COUNTED.items()}  # type: ignore[index]
+
+    def tell(what: str, before: dict[str, float], after: dict[str, float], each: float) -> None:
+        found = (f"{(after[name] - before[name]) / each:.3g} {name}" for name in _COUNTED)
+        print(f"{what}: {', '.join(found)}", flush=True)
+
+    with scale_net() as net, place("postgres", cluster) as url:
+        with psycopg.connect(url, autocommit=True) as connection:
+            connection.execute("CREATE EXTENSION pg_stat_statements SCHEMA pg_catalog")
+        server = ServerProcess(net, state=url)
+        idle = counted(url)
+        time.sleep(30)
+        tell("a server without machines, an hour", idle, before := counted(url), 30 / 3600)
+        swarm = SwarmProcess(net, options.machines)
+        swarm.phase()
+        swarm.phase()
+        time.sleep(10)
+        after = counted(url)
+        tell(f"the join of a machine ({options.machines} of them)", before, after, options.machines)
+        began = time.perf_counter()
+        time.sleep(options.minutes * 60)
+        end = counted(url)
+        hours = (time.perf_counter() - began) / 3600
+        tell("an hour of a connected machine", after, end, options.machines * hours)
+        tell("an hour of the server with all of them", after, end, hours)
+        with psycopg.connect(url) as connection:
+            for row in connection.execute("SELECT relname, n_live_tup FROM pg_stat_user_tables WHERE n_live_tup > 0"):
+                print(f"  {row[1]} rows in {row[0]}")
+        swarm.stop()
+        server.stop()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("joins",))
+    parser.add_argument("what", choices=("joins", "rows", "fleet", "hour"))
     parser.add_argument("--joins", type=int, default=2000)
     parser.add_argument("--at-once", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--kinds", nargs="+", default=list(_KINDS), choices=_KINDS)
+    parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--machines", type=int)
+    parser.add_argument("--minutes", type=float, default=6.0)
+    parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS)
     options = parser.parse_args()
-    cluster = Cluster(is_durable=True)
+    options.machines = options.machines or (300 if options.what == "hour" else 10_000)
+    cluster = Cluster(is_durable=True, shared_preload_libraries="pg_stat_statements")
     try:
-        uvloop.run(measure_joins(options, cluster))
+        match options.what:
+            case "joins":
+                uvloop.run(measure_joins(options, cluster))
+            case "rows":
+                uvloop.run(measure_rows(options, cluster))
+            case "fleet":
+                measure_fleet(options, cluster)
+            case _:
+                measure_hour(options, cluster)
     finally:
         cluster.close()
 

@@ -61,9 +61,9 @@ class Process:
 
 
 class ServerProcess(Process):
-    """Ours, with a state file or without; or the bare one."""
+    """Ours, with a state file, a database (its URL) or without; or the bare one."""
 
-    def __init__(self, net: Net, *, state: Path | None = None, bare: bool = False) -> None:
+    def __init__(self, net: Net, *, state: Path | str | None = None, bare: bool = False) -> None:
         script = SUPPORT / ("bare_server.py" if bare else "scale_server.py")
         super().__init__(net.server, [sys.executable, str(script), *(["--state", str(state)] if state else [])])
         assert self.line() == "serving\n"

@@ -21,6 +21,11 @@ from siderolink.server.store.sql import SqlStore
 async def open_store(path: str | None) -> AsyncIterator[Store]:
     if path is None:
         yield MemoryStore()
+    elif "://" in path:
+        from siderolink.server.store.sql.postgres import PostgresStore
+
+        async with PostgresStore.open(path) as store:
+            yield store
     else:
         async with SqlStore.open(path) as store:
             yield store

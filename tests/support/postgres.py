@@ -50,7 +50,9 @@ def free_port() -> int:
 class Cluster:
     """One running Postgres."""
 
-    def __init__(self, *, is_durable: bool = False, clock_ahead: int = 0, copy_of: "Cluster | None" = None) -> None:
+    def __init__(
+        self, *, is_durable: bool = False, clock_ahead: int = 0, copy_of: "Cluster | None" = None, **settings: str
+    ) -> None:
         """`clock_ahead`: seconds by which its clock differs from this host's. `copy_of`: it follows that one as a replica."""
         self.folder = Path(tempfile.mkdtemp(prefix="siderolink-postgres-"))
         self.port = free_port()
@@ -60,7 +62,7 @@ class Cluster:
             "port": str(self.port),
             "max_connections": "120",
             "log_min_messages": "warning",
-        }
+        } | settings
         if not is_durable:
             self._settings |= {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off"}
         self._as_user: dict[str, str] = {}
