@@ -308,9 +308,9 @@ def measure_hour(options: argparse.Namespace, cluster: Cluster) -> None:
         print(f"{what}: {', '.join(found)}", flush=True)
 
     with scale_net() as net, place("postgres", cluster) as url:
-        with psycopg.connect(url, autocommit=True) as connection:
-            connection.execute("CREATE EXTENSION pg_stat_statements SCHEMA pg_catalog")
         server = ServerProcess(net, state=url)
+        with psycopg.connect(url, autocommit=True) as connection:  # only now: a new database has to be empty
+            connection.execute("CREATE EXTENSION pg_stat_statements")
         idle = counted(url)
         time.sleep(30)
         tell("a server without machines, an hour", idle, before := counted(url), 30 / 3600)

@@ -8,7 +8,7 @@ import ipaddress
 import logging
 import select
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
 from typing import Any
 
 import anyio
@@ -131,6 +131,14 @@ def told() -> Iterator[None]:
         yield
     except (SQLAlchemyError, DriverError, TimeoutError) as error:
         raise _translate(error) from error
+
+
+def answered() -> AbstractContextManager[object]:
+    """Waits for the database's answer, and not longer than it may take; a cancellation waits, too.
+
+    Without that each caller that gives up would cost its connection. Raises TimeoutError.
+    """
+    return anyio.fail_after(ANSWER_SECONDS, shield=True)
 
 
 def _translate(error: Exception) -> Exception:

@@ -34,7 +34,7 @@ from siderolink.server.store.base import (
 )
 from siderolink.server.store.feed import Feeds
 from siderolink.server.store.sql import audit, tables
-from siderolink.server.store.sql.postgres.database import ContendedError, Database
+from siderolink.server.store.sql.postgres.database import ContendedError, Database, answered
 from siderolink.server.store.tokens import JoinToken, TokenChanged
 
 log = logging.getLogger(__name__)
@@ -193,7 +193,9 @@ class FeedReader:
         try:
             sent_at = time.monotonic()
             async with self._database.connect() as connection:
-                rows = (await connection.execute(_READ, {"position": str(self._position), "most": MOST_AT_ONCE + 1})).all()
+                with answered():
+                    found = await connection.execute(_READ, {"position": str(self._position), "most": MOST_AT_ONCE + 1})
+                    rows = found.all()
             self._ahead = rows[0].now - (sent_at + time.monotonic()) / 2
         except ContendedError as error:
             raise StoreUnavailableError(str(error)) from error
@@ -226,7 +228,8 @@ class FeedReader:
             self._changed = anyio.Event()
             try:
                 async with self._database.connect() as connection:
-                    await connection.execute(text(f"NOTIFY {_CHANNEL}"))
+                    with answered():
+                        await connection.execute(text(f"NOTIFY {_CHANNEL}"))
             except (StoreError, ContendedError) as error:
                 log.debug("a notification was not sent: %s", error)
             await anyio.sleep(NOTIFY_SECONDS)

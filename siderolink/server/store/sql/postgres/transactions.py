@@ -19,7 +19,7 @@ from siderolink.common.errors import StoreError, StoreUnavailableError
 from siderolink.server.store.base import Machine, Work
 from siderolink.server.store.sql import tables
 from siderolink.server.store.sql.postgres import queries
-from siderolink.server.store.sql.postgres.database import ContendedError, Database
+from siderolink.server.store.sql.postgres.database import ContendedError, Database, answered
 from siderolink.server.store.sql.postgres.queries import Step, Version
 from siderolink.server.store.sql.reading import Found, Key, answers, is_optimistic, seek
 from siderolink.server.store.sql.transaction import SqlTransaction
@@ -62,7 +62,8 @@ class _Reads:
             wanted, self._wanted = [*(self._wanted | {key})], set()
             self.rounds += 1
             self._asked += wanted
-            rows, versions = await queries.read(self._driver, seek(wanted))
+            with answered():
+                rows, versions = await queries.read(self._driver, seek(wanted))
             self._versions |= versions
             found = answers(wanted, rows)
             for one in wanted:
@@ -125,6 +126,11 @@ class _Attempt:
 
 async def _send(driver: Driver, steps: Iterable[Step]) -> None:
     """In one round trip. Postgres makes one transaction of it where none is begun."""
+    with answered():
+        await _run(driver, steps)
+
+
+async def _run(driver: Driver, steps: Iterable[Step]) -> None:
     async with driver.pipeline(), driver.cursor() as cursor:
         for statement, given in steps:
             if len(given) == 1:
