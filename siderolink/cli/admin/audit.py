@@ -2,8 +2,6 @@
 
 import codecs
 import os
-import sys
-from collections.abc import AsyncIterator, Sequence
 from typing import Annotated, TypeVar
 
 import typer
@@ -14,15 +12,14 @@ from siderolink.cli.admin.connection import CommandError, Connection
 from siderolink.cli.admin.formats import (
     Column,
     OutputFormat,
-    TableWriter,
     View,
     print_fields,
     print_list,
-    print_stream,
     read_time,
     timestamp,
     to_yaml,
 )
+from siderolink.cli.admin.records import HISTORY, Follow, Limit, Since, Until, print_all, read_history
 from siderolink.cli.output import own_version, show, tell, to_json
 from siderolink.common.errors import ConfigurationError
 from siderolink.common.pb.siderolink.admin.v1 import (
@@ -36,8 +33,6 @@ from siderolink.common.pb.siderolink.admin.v1 import (
     FollowEventsRequest,
     GetVersionRequest,
     GetVersionResponse,
-    HistoryEntry,
-    HistoryServiceStub,
     ListAuditRequest,
     ListHistoryRequest,
     ServerServiceStub,
@@ -46,13 +41,6 @@ from siderolink.common.pb.siderolink.admin.v1 import (
 T = TypeVar("T")
 
 app = typer.Typer(add_completion=False)
-
-Follow = Annotated[bool, typer.Option("--follow", "-f", help="Print what comes, until stopped.")]
-Since = Annotated[
-    str | None, typer.Option(help="From then on: 24h ago, or a time such as 2026-12-31T12:00:00Z.", metavar="WHEN")
-]
-Until = Annotated[str | None, typer.Option(help="Up to then.", metavar="WHEN")]
-Limit = Annotated[int, typer.Option("--limit", "-n", help="At most so many, the newest.", min=1, metavar="COUNT")]
 
 _AUDIT = View(
     columns=(
@@ -78,19 +66,6 @@ _EVENTS = View(
         Column[Event]("ID", lambda event: event.machine_id, is_wide=True),
     ),
     name=lambda event: event.machine_id,
-)
-_HISTORY = View(
-    columns=(
-        Column[HistoryEntry]("TIME", lambda entry: timestamp(entry.at)),
-        Column[HistoryEntry]("EVENT", lambda entry: entry.kind),
-        Column[HistoryEntry]("MACHINE", lambda entry: entry.machine_name or entry.node_uuid),
-        Column[HistoryEntry]("DETAIL", lambda entry: entry.detail),
-        Column[HistoryEntry]("UUID", lambda entry: entry.node_uuid, is_wide=True),
-        Column[HistoryEntry]("TRANSPORT", lambda entry: entry.transport, is_wide=True),
-        Column[HistoryEntry]("FROM", lambda entry: entry.source, is_wide=True),
-        Column[HistoryEntry]("ID", lambda entry: entry.machine_id, is_wide=True),
-    ),
-    name=lambda entry: entry.machine_id,
 )
 
 
@@ -138,9 +113,7 @@ def audit(
             return found[::-1]
         after = max((entry.seq for entry in found), default=0)
         live = connection.stub(AuditServiceStub, timeout=None)
-        await _print_all(
-            live.follow_audit(FollowAuditRequest(filter=wanted, after_seq=after)), _AUDIT, call.output, found[::-1]
-        )
+        await print_all(live.follow_audit(FollowAuditRequest(filter=wanted, after_seq=after)), _AUDIT, call.output, found[::-1])
         return []
 
     found = call.run(work)
@@ -193,44 +166,19 @@ def events(
             raise ConfigurationError("--follow shows what happens from now on: leave out --since and --until")
         request = FollowEventsRequest(machine=machine, kinds=list(kind or ()))
         call.run(
-            lambda connection: _print_all(
+            lambda connection: print_all(
                 connection.stub(EventServiceStub, timeout=None).follow_events(request), _EVENTS, call.output
             )
         )
         return
 
-    async def work(connection: Connection) -> list[HistoryEntry]:
-        stub = connection.stub(HistoryServiceStub)
-        return await all_pages(
-            lambda page: stub.list_history(
-                ListHistoryRequest(
-                    page_size=min(limit, PAGE_SIZE),
-                    page_token=page,
-                    machine=machine,
-                    kinds=list(kind or ()),
-                    since=None if since is None else read_time(since),
-                    until=None if until is None else read_time(until),
-                )
-            ),
-            lambda answer: answer.entries,
-            limit,
-        )
-
-    print_list(call.run(work)[::-1], _HISTORY, call.output)
-
-
-async def _print_all(items: AsyncIterator[T], view: View[T], output: OutputFormat, known: Sequence[T] = ()) -> None:
-    """One after the other, as they come."""
-    table = TableWriter(view, output)
-    if output in (OutputFormat.TABLE, OutputFormat.WIDE):
-        table.write(known)
-    else:
-        for item in known:
-            print_stream(item, view, output, table)
-    sys.stdout.flush()
-    async for item in items:
-        print_stream(item, view, output, table)
-        sys.stdout.flush()
+    wanted = ListHistoryRequest(
+        machine=machine,
+        kinds=list(kind or ()),
+        since=None if since is None else read_time(since),
+        until=None if until is None else read_time(until),
+    )
+    print_list(call.run(lambda connection: read_history(connection, wanted, limit))[::-1], HISTORY, call.output)
 
 
 @command(app, "version", prints=True)

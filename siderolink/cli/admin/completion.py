@@ -4,7 +4,7 @@ import re
 from collections.abc import Awaitable, Callable, Iterable
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import anyio
 import typer
@@ -152,6 +152,10 @@ def complete_contexts(context: typer.Context, incomplete: str) -> list[str]:
 
 
 complete_machines: Any = _names(_machines)
+MachineName = Annotated[
+    str,
+    typer.Argument(help="The machine's name, id, UUID or public key.", metavar="MACHINE", autocompletion=complete_machines),
+]
 complete_tokens: Any = _names(_tokens)
 complete_api_keys: Any = _names(_api_keys)
 complete_bans: Any = _names(_bans)

@@ -9,7 +9,7 @@ import typer
 
 from siderolink.cli.admin.bans import Kind, Reason, Watch, ban_machine, by_token, list_bans, unban
 from siderolink.cli.admin.commands import PAGE_SIZE, Call, all_pages, command
-from siderolink.cli.admin.completion import complete_bans, complete_machines, complete_tokens
+from siderolink.cli.admin.completion import MachineName, complete_bans, complete_machines, complete_tokens
 from siderolink.cli.admin.connection import Connection
 from siderolink.cli.admin.formats import (
     Column,
@@ -24,6 +24,7 @@ from siderolink.cli.admin.formats import (
     print_stream,
     read_labels,
 )
+from siderolink.cli.admin.records import add_commands
 from siderolink.cli.output import show
 from siderolink.cli.status import describe_size
 from siderolink.common.pb.siderolink.admin.v1 import (
@@ -63,10 +64,6 @@ class TunnelChoice(StrEnum):
     FORBID = "forbid"
 
 
-Name = Annotated[
-    str,
-    typer.Argument(help="The machine's name, id, UUID or public key.", metavar="MACHINE", autocompletion=complete_machines),
-]
 Names = Annotated[
     list[str],
     typer.Argument(help="Names, ids, UUIDs or public keys.", metavar="MACHINE...", autocompletion=complete_machines),
@@ -190,7 +187,7 @@ async def _watch(connection: Connection, output: OutputFormat, request: WatchMac
 
 
 @command(app, "show", prints=True)
-def show_machine(call: Call, name: Name) -> None:
+def show_machine(call: Call, name: MachineName) -> None:
     """Show one machine, the join token it used, and whether that token still admits machines."""
 
     async def work(connection: Connection) -> Machine:
@@ -202,7 +199,7 @@ def show_machine(call: Call, name: Name) -> None:
 @command(app, "rename", prints=True)
 def rename(
     call: Call,
-    name: Name,
+    name: MachineName,
     new_name: Annotated[str, typer.Argument(help="The new name; empty to show the hostname or UUID again.", metavar="NAME")],
 ) -> None:
     """Give a machine a name."""
@@ -217,7 +214,7 @@ def rename(
 @command(app, "label", prints=True)
 def label(
     call: Call,
-    name: Name,
+    name: MachineName,
     changes: Annotated[list[str], typer.Argument(help="key=value sets a label, key- removes one.", metavar="LABEL...")],
 ) -> None:
     """Set and remove a machine's labels."""
@@ -232,7 +229,7 @@ def label(
 
 @command(app, "note", prints=True)
 def note(
-    call: Call, name: Name, text: Annotated[str, typer.Argument(help="The note; empty to remove it.", metavar="TEXT")]
+    call: Call, name: MachineName, text: Annotated[str, typer.Argument(help="The note; empty to remove it.", metavar="TEXT")]
 ) -> None:
     """Write a note about a machine."""
 
@@ -245,7 +242,7 @@ def note(
 @command(app, "tunnel", prints=True)
 def tunnel(
     call: Call,
-    name: Name,
+    name: MachineName,
     setting: Annotated[TunnelChoice, typer.Argument(help="inherit leaves the choice to token, server and machine.")],
 ) -> None:
     """Force or forbid the gRPC tunnel for a machine, from its next join on."""
@@ -324,7 +321,7 @@ def deny(call: Call, names: Names) -> None:
 
 
 @command(app, "ban", destroys=True)
-def ban(call: Call, name: Name, kind: Kind = None, reason: Reason = "") -> None:
+def ban(call: Call, name: MachineName, kind: Kind = None, reason: Reason = "") -> None:
     """Forget a machine, end its link at once, and refuse its future joins. A UUID or key need not be known."""
     ban_machine(call, name, kind, reason)
 
@@ -350,3 +347,6 @@ def lift(
 def bans(call: Call) -> None:
     """List all bans, without headings; see `siderolink ban list`."""
     list_bans(call, has_headings=False)
+
+
+add_commands(app)

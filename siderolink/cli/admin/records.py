@@ -1,0 +1,202 @@
+"""`siderolink machine logs`, `events` and `history`: what machines said and what happened to them."""
+
+import sys
+from collections.abc import AsyncIterator, Sequence
+from typing import Annotated, TypeVar
+
+import typer
+
+from siderolink.cli.admin.commands import PAGE_SIZE, Call, all_pages, command
+from siderolink.cli.admin.completion import MachineName
+from siderolink.cli.admin.connection import Connection
+from siderolink.cli.admin.formats import Column, OutputFormat, TableWriter, View, print_list, print_stream, read_time, timestamp
+from siderolink.cli.output import show
+from siderolink.common.errors import ConfigurationError
+from siderolink.common.pb.siderolink.admin.v1 import (
+    DeleteHistoryRequest,
+    HistoryEntry,
+    HistoryServiceStub,
+    ListHistoryRequest,
+    MachineEvent,
+    MachineEventsRequest,
+    MachineLogLine,
+    MachineLogsRequest,
+)
+from siderolink.common.text import one_line
+
+T = TypeVar("T")
+
+TAIL = 1000
+_LINE_LIMIT = 16_384
+
+Follow = Annotated[bool, typer.Option("--follow", "-f", help="Print what comes, until stopped.")]
+Since = Annotated[
+    str | None, typer.Option(help="From then on: 24h ago, or a time such as 2026-12-31T12:00:00Z.", metavar="WHEN")
+]
+Until = Annotated[str | None, typer.Option(help="Up to then.", metavar="WHEN")]
+Limit = Annotated[int, typer.Option("--limit", "-n", help="At most so many, the newest.", min=1, metavar="COUNT")]
+Tail = Annotated[
+    int | None,
+    typer.Option(
+        "--tail", "-n", help="At most so many, the last.", min=1, metavar="COUNT", show_default=f"{TAIL}; all with --since"
+    ),
+]
+Kinds = Annotated[list[str] | None, typer.Option("--kind", help="Only these, such as joined. Repeatable.", metavar="KIND")]
+
+HISTORY = View(
+    columns=(
+        Column[HistoryEntry]("TIME", lambda entry: timestamp(entry.at)),
+        Column[HistoryEntry]("EVENT", lambda entry: entry.kind),
+        Column[HistoryEntry]("MACHINE", lambda entry: entry.machine_name or entry.node_uuid),
+        Column[HistoryEntry]("DETAIL", lambda entry: entry.detail),
+        Column[HistoryEntry]("UUID", lambda entry: entry.node_uuid, is_wide=True),
+        Column[HistoryEntry]("TRANSPORT", lambda entry: entry.transport, is_wide=True),
+        Column[HistoryEntry]("FROM", lambda entry: entry.source, is_wide=True),
+        Column[HistoryEntry]("ID", lambda entry: entry.machine_id, is_wide=True),
+    ),
+    name=lambda entry: entry.machine_id,
+)
+_LINES = View(
+    columns=(
+        Column[MachineLogLine]("TIME", lambda line: timestamp(line.received_at)),
+        Column[MachineLogLine]("LEVEL", lambda line: line.level),
+        Column[MachineLogLine]("FACILITY", lambda line: line.facility, is_wide=True),
+        Column[MachineLogLine]("MESSAGE", lambda line: line.message),
+    ),
+    name=lambda line: one_line(line.message, limit=_LINE_LIMIT),
+)
+_EVENTS = View(
+    columns=(
+        Column[MachineEvent]("TIME", lambda event: timestamp(event.received_at)),
+        Column[MachineEvent]("EVENT", lambda event: event.kind),
+        Column[MachineEvent]("DETAIL", lambda event: event.summary),
+        Column[MachineEvent]("ID", lambda event: event.id, is_wide=True),
+        Column[MachineEvent]("ACTOR", lambda event: event.actor_id, is_wide=True),
+    ),
+    name=lambda event: event.id,
+)
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Add the three to the commands of machines."""
+
+    @command(app, "logs", prints=True)
+    def logs(
+        call: Call,
+        name: MachineName,
+        follow: Follow = False,
+        since: Since = None,
+        until: Until = None,
+        tail: Tail = None,
+        grep: Annotated[
+            str, typer.Option("--grep", "-g", help="Only lines that hold this text. It is no pattern.", metavar="TEXT")
+        ] = "",
+        ignore_case: Annotated[bool, typer.Option("--ignore-case", "-i", help="With --grep: in upper or lower case.")] = False,
+    ) -> None:
+        """Show a machine's kernel log, as far as the server has kept it; with -f also what comes."""
+        request = MachineLogsRequest(
+            machine=name,
+            follow=follow,
+            since=_time(since),
+            until=_time(until),
+            tail=_tail(tail, since),
+            grep=grep,
+            ignore_case=ignore_case,
+        )
+        call.run(lambda connection: _print_lines(connection.stub(HistoryServiceStub, timeout=None).machine_logs(request), call))
+
+    @command(app, "events", prints=True)
+    def events(
+        call: Call,
+        name: MachineName,
+        follow: Follow = False,
+        since: Since = None,
+        until: Until = None,
+        tail: Tail = None,
+        kind: Kinds = None,
+    ) -> None:
+        """Show what a machine told of itself, as far as the server has kept it; with -f also what comes."""
+        request = MachineEventsRequest(
+            machine=name,
+            follow=follow,
+            since=_time(since),
+            until=_time(until),
+            tail=_tail(tail, since),
+            kinds=list(kind or ()),
+        )
+        call.run(
+            lambda connection: print_all(
+                connection.stub(HistoryServiceStub, timeout=None).machine_events(request), _EVENTS, call.output
+            )
+        )
+
+    @command(app, "history", prints=True, destroys=True)
+    def history(
+        call: Call,
+        name: MachineName,
+        since: Since = None,
+        until: Until = None,
+        kind: Kinds = None,
+        limit: Limit = 100,
+        delete: Annotated[
+            bool, typer.Option("--delete", help="Delete all that is kept of the machine: history, kernel log and events.")
+        ] = False,
+    ) -> None:
+        """Show what happened to a machine, known or gone, the oldest first; or delete what is kept of it."""
+        if not delete:
+            request = ListHistoryRequest(machine=name, since=_time(since), until=_time(until), kinds=list(kind or ()))
+            print_list(call.run(lambda connection: read_history(connection, request, limit))[::-1], HISTORY, call.output)
+            return
+        if since is not None or until is not None or kind:
+            raise ConfigurationError("--delete deletes all that is kept of a machine: leave out --since, --until and --kind")
+        call.confirm(f"delete the history, kernel log and events of {one_line(name, limit=80)}")
+        call.run(lambda connection: _delete(connection, name))
+
+
+async def _delete(connection: Connection, name: str) -> None:
+    done = await connection.stub(HistoryServiceStub).delete_history(DeleteHistoryRequest(machine=name))
+    show(f"deleted: {done.entries} entries of the history, {done.bytes} bytes of kernel log and events")
+
+
+async def read_history(connection: Connection, request: ListHistoryRequest, limit: int) -> list[HistoryEntry]:
+    """The newest entries that the request selects, the newest first."""
+    stub = connection.stub(HistoryServiceStub)
+
+    def page(token: str) -> ListHistoryRequest:
+        request.page_size, request.page_token = min(limit, PAGE_SIZE), token
+        return request
+
+    return await all_pages(lambda token: stub.list_history(page(token)), lambda answer: answer.entries, limit)
+
+
+async def _print_lines(lines: AsyncIterator[MachineLogLine], call: Call) -> None:
+    """A table would cut long lines."""
+    if call.output is not OutputFormat.TABLE:
+        await print_all(lines, _LINES, call.output)
+        return
+    async for line in lines:
+        level = f"{one_line(line.level, limit=16)} " if line.level else ""
+        show(f"{timestamp(line.received_at)} {level}{one_line(line.message, limit=_LINE_LIMIT)}")
+        sys.stdout.flush()
+
+
+async def print_all(items: AsyncIterator[T], view: View[T], output: OutputFormat, known: Sequence[T] = ()) -> None:
+    """One after the other, as they come."""
+    table = TableWriter(view, output)
+    if output in (OutputFormat.TABLE, OutputFormat.WIDE):
+        table.write(known)
+    else:
+        for item in known:
+            print_stream(item, view, output, table)
+    sys.stdout.flush()
+    async for item in items:
+        print_stream(item, view, output, table)
+        sys.stdout.flush()
+
+
+def _time(text: str | None) -> float | None:
+    return None if text is None else read_time(text)
+
+
+def _tail(tail: int | None, since: str | None) -> int:
+    return tail or (TAIL if since is None else 0)
