@@ -79,78 +79,81 @@ _EVENTS = View(
 
 def add_commands(app: typer.Typer) -> None:
     """Add the three to the commands of machines."""
+    command(app, "logs", prints=True)(logs)
+    command(app, "events", prints=True)(events)
+    command(app, "history", prints=True, destroys=True)(history)
 
-    @command(app, "logs", prints=True)
-    def logs(
-        call: Call,
-        name: MachineName,
-        follow: Follow = False,
-        since: Since = None,
-        until: Until = None,
-        tail: Tail = None,
-        grep: Annotated[
-            str, typer.Option("--grep", "-g", help="Only lines that hold this text. It is no pattern.", metavar="TEXT")
-        ] = "",
-        ignore_case: Annotated[bool, typer.Option("--ignore-case", "-i", help="With --grep: in upper or lower case.")] = False,
-    ) -> None:
-        """Show a machine's kernel log, as far as the server has kept it; with -f also what comes."""
-        request = MachineLogsRequest(
-            machine=name,
-            follow=follow,
-            since=_time(since),
-            until=_time(until),
-            tail=_tail(tail, since),
-            grep=grep,
-            ignore_case=ignore_case,
-        )
-        call.run(lambda connection: _print_lines(connection.stub(HistoryServiceStub, timeout=None).machine_logs(request), call))
 
-    @command(app, "events", prints=True)
-    def events(
-        call: Call,
-        name: MachineName,
-        follow: Follow = False,
-        since: Since = None,
-        until: Until = None,
-        tail: Tail = None,
-        kind: Kinds = None,
-    ) -> None:
-        """Show what a machine told of itself, as far as the server has kept it; with -f also what comes."""
-        request = MachineEventsRequest(
-            machine=name,
-            follow=follow,
-            since=_time(since),
-            until=_time(until),
-            tail=_tail(tail, since),
-            kinds=list(kind or ()),
-        )
-        call.run(
-            lambda connection: print_all(
-                connection.stub(HistoryServiceStub, timeout=None).machine_events(request), _EVENTS, call.output
-            )
-        )
+def logs(
+    call: Call,
+    name: MachineName,
+    follow: Follow = False,
+    since: Since = None,
+    until: Until = None,
+    tail: Tail = None,
+    grep: Annotated[
+        str, typer.Option("--grep", "-g", help="Only lines that hold this text. It is no pattern.", metavar="TEXT")
+    ] = "",
+    ignore_case: Annotated[bool, typer.Option("--ignore-case", "-i", help="With --grep: in upper or lower case.")] = False,
+) -> None:
+    """Show a machine's kernel log, as far as the server has kept it; with -f also what comes."""
+    request = MachineLogsRequest(
+        machine=name,
+        follow=follow,
+        since=_time(since),
+        until=_time(until),
+        tail=_tail(tail, since),
+        grep=grep,
+        ignore_case=ignore_case,
+    )
+    call.run(lambda connection: _print_lines(connection.stub(HistoryServiceStub, timeout=None).machine_logs(request), call))
 
-    @command(app, "history", prints=True, destroys=True)
-    def history(
-        call: Call,
-        name: MachineName,
-        since: Since = None,
-        until: Until = None,
-        kind: Kinds = None,
-        limit: Limit = 100,
-        delete: Annotated[
-            bool, typer.Option("--delete", help="Delete all that is kept of the machine: history, kernel log and events.")
-        ] = False,
-    ) -> None:
-        """Show what happened to a machine, known or gone, the oldest first; or delete what is kept of it."""
-        if not delete:
-            request = ListHistoryRequest(machine=name, since=_time(since), until=_time(until), kinds=list(kind or ()))
-            print_list(call.run(lambda connection: read_history(connection, request, limit))[::-1], HISTORY, call.output)
-            return
-        if since is not None or until is not None or kind:
-            raise ConfigurationError("--delete deletes all that is kept of a machine: leave out --since, --until and --kind")
-        call.confirm(f"delete the history, kernel log and events of {one_line(name, limit=80)}")
-        call.run(lambda connection: _delete(connection, name))
+
+def events(
+    call: Call,
+    name: MachineName,
+    follow: Follow = False,
+    since: Since = None,
+    until: Until = None,
+    tail: Tail = None,
+    kind: Kinds = None,
+) -> None:
+    """Show what a machine told of itself, as far as the server has kept it; with -f also what comes."""
+    request = MachineEventsRequest(
+        machine=name,
+        follow=follow,
+        since=_time(since),
+        until=_time(until),
+        tail=_tail(tail, since),
+        kinds=list(kind or ()),
+    )
+    call.run(
+        lambda connection: print_all(
+            connection.stub(HistoryServiceStub, timeout=None).machine_events(request), _EVENTS, call.output
+        )
+    )
+
+
+def history(
+    call: Call,
+    name: MachineName,
+    since: Since = None,
+    until: Until = None,
+    kind: Kinds = None,
+    limit: Limit = 100,
+    delete: Annotated[
+        bool, typer.Option("--delete", help="Delete all that is kept of the machine: history, kernel log and events.")
+    ] = False,
+) -> None:
+    """Show what happened to a machine, known or gone, the oldest first; or delete what is kept of it."""
+    if not delete:
+        request = ListHistoryRequest(machine=name, since=_time(since), until=_time(until), kinds=list(kind or ()))
+        print_list(call.run(lambda connection: read_history(connection, request, limit))[::-1], HISTORY, call.output)
+        return
+    if since is not None or until is not None or kind:
+        raise ConfigurationError("--delete deletes all that is kept of a machine: leave out --since, --until and --kind")
+    call.confirm(f"delete the history, kernel log and events of {one_line(name, limit=80)}")
+    call.run(lambda connection: _delete(connection, name))
 
 
 async def _delete(connection: Connection, name: str) -> None:
