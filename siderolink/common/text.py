@@ -10,7 +10,8 @@ def one_line(text: str, *, secrets: Iterable[str | None] = (), limit: int = LONG
     for secret in secrets:
         if secret:
             text = text.replace(secret, "…")
-    return "".join(c if c.isprintable() else " " for c in text[:limit])
+    text = text[:limit]
+    return text if text.isprintable() else "".join(c if c.isprintable() else " " for c in text)
 
 
 def printable(text: str) -> str:

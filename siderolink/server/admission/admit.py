@@ -91,7 +91,8 @@ class Admission:
             return grant
         known = [row for row in (owner, holder) if row is not None]
         await audit_grant(transaction, self._clock.time(), request, grant, known)
-        grant = replace(grant, use_tunnel=request.use_tunnel)
+        if request.use_tunnel:
+            grant = replace(grant, use_tunnel=True)
         if request.credentials.join.token is None and not grant.machine.has_reserved_use:
             return grant
         return await self._settle_use(transaction, request, grant, owner, holder)
@@ -107,8 +108,10 @@ class Admission:
         if setting is TunnelSetting.INHERIT and join.token is not None:
             setting = join.token.tunnel
         asked = request.wants_tunnel if setting is TunnelSetting.INHERIT else setting is TunnelSetting.FORCE
-        credentials = replace(request.credentials, join=join)
-        return replace(request, credentials=credentials, use_tunnel=request.force_tunnel or asked)
+        use_tunnel = request.force_tunnel or asked
+        if join is request.credentials.join and use_tunnel is request.use_tunnel:
+            return request
+        return replace(request, credentials=replace(request.credentials, join=join), use_tunnel=use_tunnel)
 
     async def _settle_use(
         self,

@@ -13,6 +13,7 @@ from siderolink.server.admission.tokens import JoinTokenResult
 from siderolink.server.clock import Clock
 from siderolink.server.refusals import JoinRefusal
 from siderolink.server.store import Claim, Machine, Transaction, UniqueViolationError
+from siderolink.server.store.base import NO_LABELS
 
 _DRAWS = 16
 
@@ -83,19 +84,22 @@ class Rows:
     def new_row(self, request: JoinRequest, new_id: str) -> Machine:
         now = self._clock.time()
         digest = self.named_keys.first_digest(bytes(request.public_key), request.digest)
-        row = Machine(
+        join = request.credentials.join
+        return Machine(
             id=new_id,
             node_uuid=request.node_uuid,
             public_key=request.public_key,
             overlay_address=self.overlay_address(),
             unique_token_digest=digest,
             unique_fingerprint=request.fingerprint if digest is not None else "",
+            join_token_digest=join.digest,
+            token_id=join.token_id,
+            labels={**join.labels} if join.labels else NO_LABELS,
             talos_version=request.talos_version,
             tunnel=request.use_tunnel,
             created_at=now,
             joined_at=now,
         )
-        return with_token(row, request.credentials.join)
 
     async def write(self, transaction: Transaction, machine: Machine, is_new: bool, needs_virtual: bool) -> Machine:
         """Store the row, drawing its addresses again while another machine has them."""
@@ -122,7 +126,8 @@ class Rows:
 
 def with_token(row: Machine, join: JoinTokenResult) -> Machine:
     """The row after a call with this token. A token that did not come with the call before gives it its labels."""
-    row = replace(row, join_token_digest=join.digest)
+    if row.join_token_digest != join.digest:
+        row = replace(row, join_token_digest=join.digest)
     if not join.is_valid or join.token_id == row.token_id:
         return row
     return replace(row, token_id=join.token_id, labels={**row.labels, **join.labels} if join.labels else row.labels)

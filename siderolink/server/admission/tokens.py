@@ -131,8 +131,13 @@ class UniqueToken:
 
     digest: bytes = field(repr=False)
     fingerprint: str = ""
-    error: str = ""
-    """Why it has not the JSON form `{"Fingerprint": …, "Token": …}`; empty if it has."""
+    text: str = field(default="", repr=False)
+    """The token itself where it has not the JSON form `{"Fingerprint": …, "Token": …}`."""
+
+    @property
+    def error(self) -> str:
+        """Why it cannot be read; empty if it can."""
+        return unique_token_error(self.text) if self.text else ""
 
 
 def parse_unique_token(token: str) -> UniqueToken | None:
@@ -149,7 +154,7 @@ def parse_unique_token(token: str) -> UniqueToken | None:
         except (ValueError, RecursionError):
             pass
     if not isinstance(document, dict) or not isinstance(document.get("Token"), str) or not document["Token"]:
-        return UniqueToken(token_digest("text:" + token), error=unique_token_error(token))
+        return UniqueToken(token_digest("text:" + token), text=token)
     given = document.get("Fingerprint")
     fingerprint = given if isinstance(given, str) and len(given) <= 128 and given != _NO_HARDWARE else ""
     return UniqueToken(token_digest("token:" + document["Token"]), fingerprint)

@@ -177,7 +177,9 @@ class ProvisionService:
         join_request = self._parse(request, credentials, source)
         verdict = await self._ask(join_request)
         try:
-            grant = await self._machines.join(replace(join_request, force_tunnel=self._force_tunnel or verdict.force_tunnel))
+            if self._force_tunnel or verdict.force_tunnel:
+                join_request = replace(join_request, force_tunnel=True)
+            grant = await self._machines.join(join_request)
         except JoinRejectedError as rejection:
             if not is_given and rejection.reason in _BY_TOKENS:
                 self._budget.charge(source)
