@@ -253,3 +253,38 @@ def test_bash_completes_the_names_of_a_running_server(fleet: Fleet, tmp_path: Pa
         env=os.environ | fleet.here.environment | {"PATH": f"{tmp_path}:{os.environ['PATH']}"},
     )
     assert offered.split() == ["to-complete"]
+
+
+def test_tokens_are_made_shown_revoked_and_removed(fleet: Fleet, tmp_path: Path) -> None:
+    here = fleet.here
+    made = here("token", "create", "racks", "--uses", "5", "--expires", "7d", "--label", "site=berlin", "--note", "by hand")
+    assert made.status == 0, made.err
+    secret = made.out.strip()
+    assert "racks: active, 0/5 uses, expires " in made.err
+    shown = json.loads(here.ok("token", "show", "racks", "-o", "json"))
+    assert (shown["state"], shown["labels"], shown["max_uses"], shown["note"]) == ("active", {"site": "berlin"}, 5, "by hand")
+    for output in ("table", "wide", "json", "yaml", "name"):
+        assert secret not in here.ok("token", "list", "-o", output)
+    assert here.ok("token", "show", "racks", "--secret").strip() == secret
+    given = tmp_path / "given"
+    given.write_text("a-token-of-our-own-making")
+    once = here.ok("token", "create", "once", "--one-time", "--uuid", FIRST, "--secret-file", str(given), "-o", "json")
+    assert (json.loads(once)["secret"], json.loads(once)["max_uses"]) == ("a-token-of-our-own-making", 1)
+    assert here("token", "create", "racks").status == ExitStatus.CONFLICT
+    assert here("token", "show", "nothing").status == ExitStatus.NOT_FOUND
+    assert here("token", "revoke", "racks").status == ExitStatus.USAGE
+    assert json.loads(here.ok("token", "revoke", "racks", "--yes", "-o", "json"))["state"] == "revoked"
+    assert here.ok("token", "list", "--state", "revoked", "-o", "name").split() == ["racks"]
+    assert json.loads(here.ok("token", "reinstate", "racks", "-o", "json"))["state"] == "active"
+    assert "expires_at" not in json.loads(here.ok("token", "renew", "racks", "-o", "json"))
+    changed = json.loads(
+        here.ok("token", "update", "racks", "--label", "site-", "--label", "row=2", "--uses", "0", "-o", "json")
+    )
+    assert (changed["labels"], "max_uses" in changed) == ({"row": "2"}, False)
+    assert here.ok("token", "list", "-l", "row=2", "-o", "name").split() == ["racks"]
+    assert json.loads(here.ok("token", "default", "racks", "-o", "json"))["is_default"] is True
+    assert here("token", "delete", "racks", "--yes").status == ExitStatus.CONFLICT
+    assert here.ok("token", "delete", "once", "--yes") == "once is deleted\n"
+    actions = [entry["action"] for entry in json.loads(here.ok("audit", "--action", "token.", "-o", "json"))]
+    assert {"token.create", "token.revoke", "token.delete"} <= set(actions)
+    assert secret not in here.ok("audit", "-o", "json")

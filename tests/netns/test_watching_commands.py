@@ -66,7 +66,7 @@ def test_totals_survive_a_removed_machine(tmp_path: Path) -> None:
             assert min(before.values()) > 0
         finally:
             stop(machine)
-        server.command(["machine", "forget", UUID])
+        server.command(["machine", "forget", UUID, "--yes"])
         server.wait_for("left")
         time.sleep(1.1)  # scrapes within a second share an answer
         assert all(total(direction) >= before[direction] for direction in before)
