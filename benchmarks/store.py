@@ -1,6 +1,7 @@
 """The store, SQLite and Postgres by turns: joins, memory, a restart, a million rows, and what a machine costs in an hour.
 
     python benchmarks/store.py joins [--joins 2000] [--at-once 64] [--rounds 3]     the store alone
+    python benchmarks/store.py tokens               the store alone: a thousand join tokens against the given one, by turns
     python benchmarks/store.py rows [--rows 1000000]                                the store alone
     sudo python benchmarks/store.py fleet [--machines 10000]                        a server and machines in namespaces
     sudo python benchmarks/store.py hour [--machines 300] [--minutes 6]             what Postgres itself counts
@@ -19,7 +20,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from ipaddress import IPv6Address
 from pathlib import Path
 from statistics import median
@@ -32,12 +33,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.support.scale_net import ServerProcess, SwarmProcess, scale_net
 from siderolink.common.addressing import overlay_prefix
 from siderolink.common.keys import PublicKey
+from siderolink.server.admin.tokens import Tokens
 from siderolink.server.admission.admit import Admission, Grant, new_id
 from siderolink.server.admission.limits import MachineLimits
-from siderolink.server.admission.request import JoinRequest
+from siderolink.server.admission.request import Credentials, JoinRequest
 from siderolink.server.admission.rows import Rows
 from siderolink.server.admission.rules import LinkLiveness
 from siderolink.server.admission.token_rules import TokenRules
+from siderolink.server.admission.tokens import JoinTokenCheck
 from siderolink.server.clock import Clock
 from siderolink.server.store import Claim, Machine, Store, Transaction
 from siderolink.server.store.sql import SqlStore, tables
@@ -45,6 +48,7 @@ from siderolink.server.store.sql.postgres import PostgresStore
 from tests.support.postgres import Cluster
 
 KINDS = ("sqlite", "postgres")
+_GIVEN = JoinTokenCheck("given")
 _SAMPLES = 500
 _PAGE = 1024
 
@@ -101,12 +105,19 @@ def syncs(cluster: Cluster) -> int:
 # --- joins
 
 
-async def join_all(store: Store, joins: int, at_once: int) -> tuple[float, float]:
-    """Joins a second, and this process's processor time for one in milliseconds."""
+async def join_all(store: Store, joins: int, at_once: int, tokens: Sequence[str] = ("given",)) -> tuple[float, float]:
+    """Joins a second by these join tokens, and this process's processor time for one in milliseconds."""
     clock = Clock(time=store.time)
     rows = Rows(overlay_prefix(), MachineLimits(max_machines=10**9, max_pending=10**9), clock)
     admission = Admission(NobodyLives(), rows, clock, TokenRules(store.sealer, clock))
-    waiting = [JoinRequest(node_uuid=str(uuid.uuid4()), public_key=PublicKey(os.urandom(32))) for _ in range(joins)]
+    waiting = [
+        JoinRequest(
+            node_uuid=str(uuid.uuid4()),
+            public_key=PublicKey(os.urandom(32)),
+            credentials=Credentials(join=_GIVEN.check(tokens[number % len(tokens)])),
+        )
+        for number in range(joins)
+    ]
 
     async def join(request: JoinRequest, entry: str) -> None:
         verdict = await store.transact(lambda transaction: admission.admit(transaction, request, entry))
@@ -140,6 +151,23 @@ async def measure_joins(options: argparse.Namespace, cluster: Cluster) -> None:
                 said = f", {theirs:.2f} ms of Postgres's; {each:.1f} joins for each wait for the disk"
             print(f"{kind:9} {rate:6.0f} joins/s; {cost:.2f} ms of this process's time each{said}", flush=True)
     print({kind: round(median(values)) for kind, values in rates.items()})
+
+
+async def measure_tokens(options: argparse.Namespace, cluster: Cluster) -> None:
+    for kind in options.kinds:
+        ratios: list[float] = []
+        with place(kind, cluster) as where:
+            async with opened(where) as store:
+                tokens = Tokens(store, _GIVEN)
+                texts = [(await tokens.create(f"token {number}")).secret for number in range(1000)]
+                await join_all(store, options.joins // 10, options.at_once, texts)
+                for _ in range(options.rounds):  # in both orders: each run is on more rows than the one before
+                    seconds = {1: 0.0, 1000: 0.0}
+                    for count in (1, 1000, 1000, 1):
+                        used = texts if count > 1 else ("given",)
+                        seconds[count] += options.joins / (await join_all(store, options.joins, options.at_once, used))[0]
+                    ratios.append(seconds[1000] / seconds[1])
+        print(f"{kind:9} a join by one of 1,000 tokens takes {median(ratios):.2f} of the time by the given one", flush=True)
 
 
 # --- many rows
@@ -335,7 +363,7 @@ def measure_hour(options: argparse.Namespace, cluster: Cluster) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("joins", "rows", "fleet", "hour"))
+    parser.add_argument("what", choices=("joins", "tokens", "rows", "fleet", "hour"))
     parser.add_argument("--joins", type=int, default=2000)
     parser.add_argument("--at-once", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
@@ -350,6 +378,8 @@ def main() -> None:
         match options.what:
             case "joins":
                 uvloop.run(measure_joins(options, cluster))
+            case "tokens":
+                uvloop.run(measure_tokens(options, cluster))
             case "rows":
                 uvloop.run(measure_rows(options, cluster))
             case "fleet":

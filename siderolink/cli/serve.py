@@ -26,7 +26,7 @@ from siderolink.cli.running import leave, run_until_stopped
 from siderolink.cli.secret import read_secret
 from siderolink.cli.serve_config import DAY, ServeConfig
 from siderolink.cli.serve_layers import Layer, describe_settings
-from siderolink.cli.serving import Serving, chosen_state
+from siderolink.cli.serving import Serving, chosen_state, state_key
 from siderolink.cli.state_service import StateCommands
 from siderolink.cli.watching import watch_files
 from siderolink.common.collector import calm_collector
@@ -106,7 +106,7 @@ class Serve:
         self._certificate = _certificate(options.tls_cert, options.tls_key)
         self._admin_certificate = _certificate(options.admin_tls_cert, options.admin_tls_key)
         self._make(None)  # checks the options before anything is opened
-        self._serving = Serving(self._make, self._state, self._run_beside)
+        self._serving = Serving(self._make, self._state, self._run_beside, state_key(options.state_key_file))
 
     async def run(self) -> None:
         """Serve until cancelled. Raises SideroLinkError."""

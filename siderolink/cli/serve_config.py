@@ -230,6 +230,14 @@ class ServeConfig(SettingsPart):
     store_password_file: FilePath | None = _option(
         None, "A file that holds the password of --store.", _STATE, metavar="FILE", shown="none"
     )
+    state_key_file: FilePath | None = _option(
+        None,
+        "A file with the key that seals the secrets of the state. It is made at the first start; all servers of one --store "
+        "need the same. The key comes by SIDEROLINK_STATE_KEY or by the systemd credential siderolink.state-key, too.",
+        _STATE,
+        metavar="FILE",
+        shown="beside the state file",
+    )
 
     history_days: Annotated[float, Field(gt=0)] = _option(
         30.0, "Keep what happened to machines for this many days, in the state.", _KEPT, metavar="DAYS"

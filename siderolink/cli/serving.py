@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -14,6 +14,7 @@ from siderolink.cli.options import default_state
 from siderolink.cli.secret import read_secret
 from siderolink.common.errors import ConfigurationError, SideroLinkError
 from siderolink.server import EventStream, Server, Store
+from siderolink.server.store.sealing import GivenKey, KeyFile, StateKey, parse_key
 from siderolink.server.store.sql import SqlStore
 
 OnServer = Callable[[Server, EventStream], Awaitable[None]]
@@ -32,15 +33,15 @@ class StoreAddress:
         return self.url
 
     @asynccontextmanager
-    async def open(self, *, alone: bool = False) -> AsyncIterator[Store]:
-        """`alone`: while no server uses it. Raises ConfigurationError or StoreError."""
+    async def open(self, *, alone: bool = False, key: StateKey | None = None) -> AsyncIterator[Store]:
+        """`alone`: while no server uses it. `key` seals its secrets. Raises ConfigurationError or StoreError."""
         try:
             from siderolink.server.store.sql.postgres import PostgresStore
         except ImportError as error:
             if error.name is None or not error.name.startswith("psycopg"):
                 raise
             raise ConfigurationError("a store on Postgres needs more packages: pip install 'siderolink[postgres]'") from None
-        async with PostgresStore.open(self.url, password=self.password, alone=alone) as store:
+        async with PostgresStore.open(self.url, password=self.password, alone=alone, key=key) as store:
             yield store
 
 
@@ -73,12 +74,34 @@ def store_address(url: str, password_file: Path | None) -> StoreAddress:
     return StoreAddress(url=url, password=password)
 
 
+def state_key(file: Path | None) -> StateKey | None:
+    """The key that seals the secrets of the state: in this file, which is made at the first start; else from the environment or
+    the systemd credential siderolink.state-key; None for the default, a file beside a state file. Raises SideroLinkError.
+    """
+    if file is not None:
+        return KeyFile(file)
+    text = read_secret("state-key", os.environ.get("SIDEROLINK_STATE_KEY"), None)
+    hide(text)
+    return None if text is None else GivenKey(parse_key(text, "the state key that was given"), "the state key that was given")
+
+
+def open_state(state: Path | StoreAddress, key: StateKey | None) -> AbstractAsyncContextManager[Store]:
+    """A state that no server uses. Raises SideroLinkError."""
+    return state.open(alone=True, key=key) if isinstance(state, StoreAddress) else SqlStore.open(state, key=key)
+
+
 class Serving:
     """Runs servers, one after the other, each on the same store: a state file or a database; without one, on memory."""
 
-    def __init__(self, make: MakeServer, state: Path | StoreAddress | None, on_server: OnServer) -> None:
-        """`on_server` is run beside each server while that lives, and is given its events from the very first."""
+    def __init__(
+        self, make: MakeServer, state: Path | StoreAddress | None, on_server: OnServer, key: StateKey | None = None
+    ) -> None:
+        """`on_server` is run beside each server while that lives, and is given its events from the very first.
+
+        `key` seals the secrets of the state.
+        """
         self.state = state
+        self.key = key
         self._make = make
         self._on_server = on_server
         self._server: Server | None = None
@@ -118,9 +141,9 @@ class Serving:
         try:
             async with AsyncExitStack() as stack:
                 if isinstance(self.state, StoreAddress):
-                    self._store = await stack.enter_async_context(self.state.open())
+                    self._store = await stack.enter_async_context(self.state.open(key=self.key))
                 elif self.state is not None:
-                    self._store = await stack.enter_async_context(SqlStore.open(self.state))
+                    self._store = await stack.enter_async_context(SqlStore.open(self.state, key=self.key))
                 server = self._make(self._store)
                 events = server.events()
                 await stack.enter_async_context(server)

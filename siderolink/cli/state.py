@@ -1,4 +1,4 @@
-"""`siderolink state`: back up or restore the state of a server, or rotate its key."""
+"""`siderolink state`: back up or restore the state of a server, rotate its key, or change the key that seals its secrets."""
 
 import os
 import shutil
@@ -11,11 +11,15 @@ from grpclib.exceptions import GRPCError
 
 from siderolink.cli.control import directory
 from siderolink.cli.output import show
+from siderolink.cli.serving import StoreAddress, open_state, state_key
 from siderolink.cli.state_copy import beside, check, put, refuse_in_use
 from siderolink.common.errors import ConfigurationError, SideroLinkError
 from siderolink.common.grpc import open_channel, translate_errors
 from siderolink.common.pb.siderolink.control import BackupRequest, Chunk, RotateKeyRequest, StateStub
 from siderolink.common.text import one_line
+from siderolink.server.store import Store, Transaction
+from siderolink.server.store.rekeying import reseal_all
+from siderolink.server.store.sealing import SERVER_KEY, GivenKey, KeyFile, Sealer, key_file_beside
 
 _CHUNK_BYTES = 32 * 1024
 
@@ -23,7 +27,7 @@ _CHUNK_BYTES = 32 * 1024
 def run_backup(interface: str, file: Path) -> None:
     """Copy the state to a new file. Raises SideroLinkError."""
     anyio.run(_backup, interface, file)
-    show(f"the state is in {file}; it holds the server's private key")
+    show(f"the state is in {file}; its secrets are sealed with the server's state key, which you keep apart from it")
 
 
 def run_restore(interface: str, file: Path) -> None:
@@ -37,12 +41,13 @@ def run_restore(interface: str, file: Path) -> None:
     show(anyio.run(work))
 
 
-def run_restore_offline(file: Path, state: Path) -> None:
+def run_restore_offline(file: Path, state: Path, key_file: Path | None) -> None:
     """Put a copy in the place of a state that no server has open. Raises SideroLinkError."""
+    key = state_key(key_file) or KeyFile(key_file_beside(state))
     copy = beside(state)
     try:
         _copy(file, copy)
-        machines = anyio.run(check, copy)
+        machines = anyio.run(check, copy, key)
         refuse_in_use(state)
         put(copy, state)
     except OSError as error:
@@ -70,6 +75,43 @@ def run_rotate_key(interface: str) -> None:
         return f"the server's key is {done.public_key} now; machines have to join again, which they do by themselves"
 
     show(anyio.run(work))
+
+
+def run_rekey(state: Path | StoreAddress, key_file: Path | None, new_key_file: Path | None) -> None:
+    """Seal the secrets of a stopped server's state with another key. Raises SideroLinkError.
+
+    The new key takes the place of the one in `key_file`, or of the one beside the state; with `new_key_file` it is the one
+    there, or is made there, and the old key stays where it is.
+    """
+    old = state_key(key_file) or (KeyFile(key_file_beside(state)) if isinstance(state, Path) else None)
+    if isinstance(state, Path) and not state.exists():
+        raise ConfigurationError(f"there is no state file {state}")
+    if new_key_file is None and not isinstance(old, KeyFile):
+        raise ConfigurationError("name the file for the new key: --new-key-file")
+    made = isinstance(old, KeyFile) and new_key_file is None
+    path = old.new_path if isinstance(old, KeyFile) and new_key_file is None else new_key_file
+    assert path is not None
+    new = KeyFile(path)
+    if made:
+        path.unlink(missing_ok=True)  # left by an exchange that did not come to its commit
+
+    async def work() -> int:
+        async with open_state(state, old) as store:
+            await store.transact(lambda transaction: _check_key(store, transaction))
+            return await reseal_all(store, Sealer(GivenKey(new.make())))
+
+    count = anyio.run(work)
+    if made:
+        assert isinstance(old, KeyFile)
+        os.replace(path, old.path)
+        path = old.path
+    show(f"{count} secrets are sealed with the new key in {path} now; copies made before need the old key")
+
+
+async def _check_key(store: Store, transaction: Transaction) -> None:
+    record = await transaction.server()
+    if record is not None:
+        store.sealer.open(record.private_key, SERVER_KEY)
 
 
 @asynccontextmanager

@@ -10,12 +10,23 @@ from siderolink.cli.options import (
     StorePasswordFile,
 )
 
+StateKeyFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--state-key-file",
+        help="File with the key that seals the secrets of the state. Default: SIDEROLINK_STATE_KEY, the systemd credential "
+        "siderolink.state-key, or FILE.key beside a state file.",
+    ),
+]
+
 app = typer.Typer(help="Back up, restore and change a server's state.", no_args_is_help=True, add_completion=False)
 
 
 @app.command()
 def backup(
-    file: Annotated[Path, typer.Argument(help="File to create. It will contain the server's private key.")],
+    file: Annotated[
+        Path, typer.Argument(help="File to create. Its secrets are sealed with the state key, which is not in it.")
+    ],
     interface: ServerInterface = "siderolink",
 ) -> None:
     """Back up the state of a running server."""
@@ -29,12 +40,13 @@ def restore(
     file: Annotated[Path, typer.Argument(help="File created by `backup`.")],
     interface: ServerInterface = "siderolink",
     state: Annotated[Path | None, typer.Option(help="State file to replace while no server is running.")] = None,
+    state_key_file: StateKeyFile = None,
 ) -> None:
     """Replace the state with a backup. A running server restarts itself, and links recover."""
     from siderolink.cli.state import run_restore, run_restore_offline
 
     if state is not None:
-        run_restore_offline(file, state)
+        run_restore_offline(file, state, state_key_file)
     else:
         run_restore(interface, file)
 
@@ -44,11 +56,12 @@ def migrate(
     source: Annotated[str, typer.Argument(help="The state as it is: a file, or a postgresql:// URL.", metavar="SOURCE")],
     target: Annotated[str, typer.Argument(help="Where it shall be: a new file, or an empty database.", metavar="TARGET")],
     store_password_file: StorePasswordFile = None,
+    state_key_file: StateKeyFile = None,
 ) -> None:
     """Copy the state of a stopped server from a file to Postgres, or back. Machines return without joining again."""
     from siderolink.cli.state_migration import run_migrate
 
-    run_migrate(source, target, store_password_file)
+    run_migrate(source, target, store_password_file, state_key_file)
 
 
 @app.command()
@@ -57,3 +70,20 @@ def rotate_key(interface: ServerInterface = "siderolink") -> None:
     from siderolink.cli.state import run_rotate_key
 
     run_rotate_key(interface)
+
+
+@app.command()
+def rekey(
+    state: Annotated[str, typer.Argument(help="The state of a stopped server: a file, or a postgresql:// URL.")],
+    store_password_file: StorePasswordFile = None,
+    state_key_file: StateKeyFile = None,
+    new_key_file: Annotated[
+        Path | None, typer.Option(help="Take the new key from this file, or make it there. Default: exchange the old one.")
+    ] = None,
+) -> None:
+    """Seal the secrets of a stopped server's state with another key. Machines notice nothing."""
+    from siderolink.cli.serving import store_address
+    from siderolink.cli.state import run_rekey
+
+    place = store_address(state, store_password_file) if "://" in state else Path(state)
+    run_rekey(place, state_key_file, new_key_file)

@@ -8,6 +8,7 @@ from contextlib import closing
 from pathlib import Path
 
 from siderolink.common.errors import StoreError
+from siderolink.server.store.sealing import SERVER_KEY, StateKey
 from siderolink.server.store.sql import SqlStore
 
 _MAGIC = b"SQLite format 3\0"
@@ -19,12 +20,14 @@ def beside(state: Path) -> Path:
     return state.with_name(f".{state.name}.{secrets.token_hex(4)}")
 
 
-async def check(path: Path) -> int:
-    """How many machines a sound copy holds. Raises StoreError."""
+async def check(path: Path, key: StateKey) -> int:
+    """How many machines a sound copy holds, whose secrets this key opens. Raises StoreError."""
     try:
-        async with SqlStore.open(path) as store:
-            if await store.transact(lambda transaction: transaction.server()) is None:
+        async with SqlStore.open(path, key=key) as store:
+            record = await store.transact(lambda transaction: transaction.server())
+            if record is None:
                 raise StoreError("the copy contains no server")
+            store.sealer.open(record.private_key, SERVER_KEY)
             return len([machine.id async for machine in store.machines()])
     except StoreError as error:
         raise StoreError(str(error).replace(str(path), "that was given")) from None

@@ -1,13 +1,12 @@
 """The state moved between a file and a database, while no server runs on either."""
 
 from collections.abc import Sequence
-from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
 import anyio
 
 from siderolink.cli.output import show
-from siderolink.cli.serving import StoreAddress, store_address
+from siderolink.cli.serving import StoreAddress, open_state, state_key, store_address
 from siderolink.common.errors import ConfigurationError, StoreError
 from siderolink.server.store import (
     AuditEntry,
@@ -21,12 +20,12 @@ from siderolink.server.store import (
     Transaction,
 )
 from siderolink.server.store.rekeying import reseal_machine, reseal_record, reseal_token
-from siderolink.server.store.sql import SqlStore
+from siderolink.server.store.sealing import StateKey, key_file_beside
 
 _AT_ONCE = 256
 
 
-def run_migrate(source: str, target: str, password_file: Path | None) -> None:
+def run_migrate(source: str, target: str, password_file: Path | None, key_file: Path | None = None) -> None:
     """Copy a whole state to where none is yet. Raises SideroLinkError."""
     places = [_place(name, password_file) for name in (source, target)]
     if password_file is not None and not any(isinstance(place, StoreAddress) for place in places):
@@ -35,7 +34,7 @@ def run_migrate(source: str, target: str, password_file: Path | None) -> None:
         raise ConfigurationError(f"there is no state file {places[0]}")
     if isinstance(places[1], Path) and places[1].exists():
         raise ConfigurationError(f"{places[1]} exists; the state is moved to a new file only")
-    machines = anyio.run(_migrate, places[0], places[1])
+    machines = anyio.run(_migrate, places[0], places[1], state_key(key_file))
     show(f"{target} holds the server's key and {machines} machines now; {source} is as it was. Start one of them only")
 
 
@@ -43,8 +42,9 @@ def _place(name: str, password_file: Path | None) -> Path | StoreAddress:
     return store_address(name, password_file) if "://" in name else Path(name)
 
 
-def _opened(place: Path | StoreAddress) -> AbstractAsyncContextManager[Store]:
-    return place.open(alone=True) if isinstance(place, StoreAddress) else SqlStore.open(place)
+def _key_of(place: Path | StoreAddress, key: StateKey | None) -> StateKey | None:
+    has_own = isinstance(place, Path) and key_file_beside(place).exists()
+    return None if has_own else key
 
 
 def _remove_file(path: Path) -> None:
@@ -52,13 +52,14 @@ def _remove_file(path: Path) -> None:
         Path(f"{path}{suffix}").unlink(missing_ok=True)
 
 
-async def _migrate(source: Path | StoreAddress, target: Path | StoreAddress) -> int:
-    async with _opened(source) as old:
+async def _migrate(source: Path | StoreAddress, target: Path | StoreAddress, key: StateKey | None) -> int:
+    """A key that was given is the database's, and the file's, too, unless it has one of its own beside it."""
+    async with open_state(source, _key_of(source, key)) as old:
         record = await old.transact(lambda transaction: transaction.server())
         if record is None:
             raise StoreError(f"{source} holds no server")
         try:
-            async with _opened(target) as new:
+            async with open_state(target, _key_of(target, key)) as new:
                 return await _copy(old, new, record, str(target))
         except BaseException:
             if isinstance(target, Path):

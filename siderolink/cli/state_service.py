@@ -20,6 +20,7 @@ from siderolink.common.pb.siderolink.control import (
     StateBase,
 )
 from siderolink.common.text import one_line
+from siderolink.server.store.sealing import KeyFile, key_file_beside
 from siderolink.server.store.server_record import rotate_key
 from siderolink.server.store.sql import SqlStore
 
@@ -53,7 +54,7 @@ class StateCommands(StateBase):
         try:
             await _receive(messages, copy)
             with _told():
-                machines = await check(copy)
+                machines = await check(copy, self._serving.key or KeyFile(key_file_beside(state)))
                 async with self._lock:
                     server = await self._serving.replace(lambda: put(copy, state))
         finally:

@@ -237,8 +237,8 @@ def _free(folder: Path) -> int:
     return status.f_bavail * status.f_frsize
 
 
-def first_schema(path: Path) -> None:
-    """A file as the first version of the program made it."""
+def first_schema(path: Path, later: str = "1") -> None:
+    """A file as the first version of the program made it, and as a later one changed it."""
     engine = create_engine(f"sqlite:///{path}")
     config = Config()
     config.set_main_option("script_location", str(Path(tables.__file__).with_name("migrations")))
@@ -261,6 +261,7 @@ def first_schema(path: Path) -> None:
                 values,
             )
         connection.exec_driver_sql("INSERT INTO bans VALUES ('uuid-9')")
+        upgrade(config, later)
     engine.dispose()
     path.chmod(0o600)
 

@@ -113,6 +113,7 @@ def _prepare_connection(dbapi_connection: Any) -> None:
     # One server per file; without sharing, there is no memory-mapped index that a full disk could break either.
     cursor.execute("PRAGMA locking_mode=EXCLUSIVE")
     cursor.execute("PRAGMA trusted_schema=OFF")
+    cursor.execute("PRAGMA secure_delete=ON")  # no secret of before it was sealed is left in a free page
     cursor.execute("BEGIN EXCLUSIVE")
     cursor.execute("PRAGMA application_id")
     if cursor.fetchone()[0] != APPLICATION_ID:
