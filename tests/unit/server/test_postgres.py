@@ -11,6 +11,9 @@ from pathlib import Path
 import anyio
 import psycopg
 import pytest
+from alembic import command
+from alembic.config import Config
+from sqlalchemy import create_engine
 
 from siderolink.cli.state_migration import run_migrate
 from siderolink.common.errors import ConfigurationError, StoreError, StoreUnavailableError
@@ -30,7 +33,7 @@ from siderolink.server.store import (
     UniqueViolationError,
 )
 from siderolink.server.store.sealing import SERVER_KEY
-from siderolink.server.store.sql import SqlStore, tables
+from siderolink.server.store.sql import SqlStore, schema, tables
 from siderolink.server.store.sql.postgres import PostgresStore
 from siderolink.server.store.sql.postgres.database import database_url, describe
 from tests.support.postgres import Cluster, cluster, free_port, program
@@ -137,18 +140,53 @@ async def test_a_schema_of_the_next_release_is_used_and_a_newer_one_refused(url:
         await store.transact(work_of("insert", machine(1, 1, key=1, overlay=1)))
     # a migration only adds: what this release does not know has a default, and stays as it is
     cluster().execute("ALTER TABLE machines ADD COLUMN later text NOT NULL DEFAULT 'none'", database)
-    cluster().execute("CREATE TABLE sessions (machine_id text PRIMARY KEY)", database)
+    cluster().execute("CREATE TABLE later (machine_id text PRIMARY KEY)", database)
     cluster().execute("UPDATE machines SET later = 'kept'", database)
-    cluster().execute(f"UPDATE alembic_version SET version_num = '{int(tables.HEAD) + 1}'", database)
-    async with PostgresStore.open(url) as store:
+    cluster().execute(f"UPDATE alembic_version SET version_num = '{int(tables.HEAD) + 3}'", database)
+    cluster().execute(f"UPDATE feed SET usable_since = {tables.HEAD}", database)
+    async with PostgresStore.open(url) as store, store.changes() as changes:
         await store.transact(work_of("insert", machine(2, 2, key=2, overlay=2)))
         await store.transact(work_of("update", machine(1, 1, key=3, overlay=1)))
         assert {row.id async for row in store.machines()} == {"1", "2"}
-    assert dict(cluster().execute("SELECT id, later FROM machines", database)) == {"1": "kept", "2": "none"}  # type: ignore[arg-type]
-    cluster().execute(f"UPDATE alembic_version SET version_num = '{int(tables.HEAD) + 2}'", database)
+        cluster().execute("INSERT INTO changes (kind, id, body) VALUES ('later', '1', '{}')", database)
+        cluster().execute("UPDATE changes SET body = (body::jsonb || '{\"later\": 1}')::text WHERE kind = 'machine'", database)
+        await store.transact(work_of("insert", machine(3, 3, key=4, overlay=3)))
+        assert [change.machine.id for change in [await anext(changes) for _ in range(3)] if isinstance(change, MachineChanged)]
+    asked = "SELECT id, later FROM machines WHERE id < '3'"
+    assert dict(cluster().execute(asked, database)) == {"1": "kept", "2": "none"}  # type: ignore[arg-type]
+    cluster().execute(f"UPDATE feed SET usable_since = {int(tables.HEAD) + 1}", database)
     with pytest.raises(StoreError, match="was written by a newer siderolink"):
         async with PostgresStore.open(url):
             pass
+
+
+async def test_a_migration_only_adds(url: str, database: str) -> None:
+    """What an older program that may use today's schema reads and writes is there, and it may leave out the rest."""
+
+    def look() -> dict[tuple[object, object], tuple[object, ...]]:
+        asked = (
+            "SELECT table_name, column_name, data_type, is_nullable, coalesce(column_default, identity_generation)"
+            " FROM information_schema.columns WHERE table_schema = 'public'"
+        )
+        return {(table, name): rest for table, name, *rest in cluster().execute(asked, database)}  # type: ignore[misc]
+
+    engine = create_engine(database_url(url))
+    with engine.begin() as connection:
+        config = Config()
+        config.set_main_option("script_location", str(Path(schema.__file__).with_name("migrations")))
+        config.attributes["connection"] = connection
+        command.upgrade(config, str(schema.USABLE_SINCE))
+    engine.dispose()
+    before = look()
+    async with PostgresStore.open(url):
+        pass
+    after = look()
+    assert {name: after.get(name) for name in before} == before
+    added = {(table, name): rest for (table, name), rest in after.items() if (table, name) not in before}
+    known = {table for table, _ in before}
+    required = {name for name, (_, nullable, default) in added.items() if name[0] in known and nullable == "NO" and not default}
+    assert required == set()
+    assert cluster().execute("SELECT usable_since FROM feed", database) == [(schema.USABLE_SINCE,)]
 
 
 async def test_a_database_that_holds_something_else_is_left_alone(url: str, database: str) -> None:

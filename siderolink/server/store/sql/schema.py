@@ -1,7 +1,8 @@
 """The one history of the schema, for SQLite and Postgres.
 
 A migration only adds; what the program of the release before does not need is removed by the next one. So while the servers of
-a Postgres database are replaced one after the other, those of the release before go on with the newer schema.
+a Postgres database are replaced one after the other, those of the release before go on with the newer schema. The release that
+brings a schema up to its own writes there whose programs that are.
 """
 
 from pathlib import Path
@@ -12,12 +13,10 @@ from siderolink.common.errors import StoreError
 from siderolink.common.text import one_line
 from siderolink.server.store.sql.tables import HEAD
 
-__all__ = ["HEAD", "is_next", "upgrade"]
+__all__ = ["HEAD", "USABLE_SINCE", "upgrade"]
 
-
-def is_next(version: str | None) -> bool:
-    """Whether it is the schema of the release after this one, which this one can use."""
-    return version == str(int(HEAD) + 1)
+USABLE_SINCE = 3
+"""The oldest HEAD whose programs can use this schema: that of the release before, or the first on Postgres."""
 
 
 def upgrade(connection: Connection, version: str | None, where: str) -> None:

@@ -47,7 +47,7 @@ from siderolink.server.store.base import (
 from siderolink.server.store.sealing import is_sealed
 from siderolink.server.store.tokens import JoinToken, TokenKind, TokenUse, TunnelSetting
 
-HEAD = "6"
+HEAD = "7"
 """The newest migration, which these tables are."""
 
 metadata = MetaData()

@@ -24,7 +24,7 @@ from sqlalchemy.pool import NullPool
 
 from siderolink.common.errors import ConfigurationError, StoreError, StoreFullError, StoreUnavailableError
 from siderolink.common.text import one_line
-from siderolink.server.store.sql.schema import HEAD, is_next, upgrade
+from siderolink.server.store.sql.schema import HEAD, USABLE_SINCE, upgrade
 
 log = logging.getLogger(__name__)
 
@@ -270,13 +270,23 @@ class Database:
         if names and "alembic_version" not in names:
             raise StoreError(f"{self.name} holds something else; it was not changed. Give siderolink a database of its own")
         version = connection.execute(text("SELECT version_num FROM alembic_version")).scalar() if names else None
-        if is_next(version):
-            log.warning("%s has the schema of the next release, which this one can use", self.name)
+        if names and version != HEAD and _is_usable(connection):
+            log.warning("%s has the schema of a newer release, which this one can use", self.name)
         elif version != HEAD:
             upgrade(connection, version, self.name)
+            connection.execute(text("UPDATE feed SET usable_since = :since"), {"since": USABLE_SINCE})
         # After a restore of a dump of another cluster: transactions that are still to come would bring old changes as new.
         connection.execute(text("DELETE FROM changes WHERE xid >= pg_snapshot_xmax(pg_current_snapshot())"))
         connection.execute(text("UPDATE feed SET pruned = '0' WHERE pruned >= pg_snapshot_xmax(pg_current_snapshot())"))
+
+
+def _is_usable(connection: Connection) -> bool:
+    """Whether the database's schema is a newer one that this program may use."""
+    asked = "SELECT FROM information_schema.columns WHERE table_name = 'feed' AND column_name = 'usable_since'"
+    if connection.execute(text(asked)).first() is None:
+        return False
+    row = connection.execute(text("SELECT version_num, usable_since FROM alembic_version, feed")).one()
+    return bool(row.version_num.isdigit() and int(row.version_num) > int(HEAD) >= row.usable_since)
 
 
 def _driver_of(connection: AsyncConnection) -> Driver:
