@@ -76,6 +76,7 @@ class LinkSource:
 
     async def status(self) -> StatusResponse:
         status = await self._link.status()
+        last_refused = f"the last new settings were refused: {status.last_refused}" if status.last_refused else ""
         return StatusResponse(
             role="machine",
             interface=status.interface or self._name,
@@ -88,7 +89,7 @@ class LinkSource:
             peers=[peer_message(status.server)] if status.server else [],
             drops=status.drops | lost_records(),
             state=status.state,
-            reason="; ".join(filter(None, (status.reason, status.refused_settings))),
+            reason="; ".join(filter(None, (status.reason, status.refused_settings, last_refused))),
             since=status.since,
             reports=self._reporting.counts(),
         )

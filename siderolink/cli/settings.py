@@ -13,6 +13,7 @@ from siderolink.cli.secret import read_secret
 from siderolink.client.config import MachineSettings, Setting, Sources, merge
 from siderolink.client.link.identity import machine_identity
 from siderolink.client.link.supervisor import PROMPT_TIMEOUT, VERDICT_TIMEOUT, Verdict
+from siderolink.client.maintenance.dispatch import caller_waits
 from siderolink.common.backoff import Backoff
 from siderolink.common.errors import ConfigurationError, SideroLinkError
 from siderolink.common.join_url import JoinURL
@@ -21,6 +22,8 @@ from siderolink.common.tasks import background_tasks
 T = TypeVar("T")
 log = logging.getLogger("siderolink")
 
+_ANSWER_SECONDS = 1.0
+"""What a verdict needs to reach its caller before the caller's deadline."""
 HOST = Path("host")
 """Stands for the kernel command line of this host, instead of a file."""
 
@@ -110,12 +113,14 @@ class FollowedSettings:
     async def apply(self, documents: MachineSettings) -> Verdict:
         """Use these documents from now on: they override what was found, and arguments override them.
 
-        Where they change the link, it is tried first, for up to `VERDICT_TIMEOUT` seconds; if it does not work nothing changes.
+        Where they change the link, it is tried first; if it does not work nothing changes. That takes at most `VERDICT_TIMEOUT`
+        seconds, or as many as the caller waits, so that it learns the verdict.
         """
         candidate = self._merge(documents, self._meta)
         verdict = Verdict(outcome="applied")
         if self.link is not None:
-            verdict = await self.link.try_settings(candidate, timeout=VERDICT_TIMEOUT, keep=False)
+            timeout = max(_ANSWER_SECONDS, min(VERDICT_TIMEOUT, caller_waits() - _ANSWER_SECONDS))
+            verdict = await self.link.try_settings(candidate, timeout=timeout, keep=False)
         if not verdict.is_refused:
             self._applied = documents
             self._use(self._merge(self._applied, self._meta))

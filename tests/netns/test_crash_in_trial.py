@@ -1,7 +1,7 @@
 """A machine killed while new settings are tried comes back with those that worked, and tries the new ones beside them."""
 
 import queue
-import subprocess  # noqa: TC003
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,8 +14,8 @@ import pytest
 
 from siderolink import Server
 from siderolink.server import Allow, Deny, JoinRequest
-from tests.netns.test_machine_command import TOKEN, UUID, ask, end, read_until, start
-from tests.support.machine_api import MACHINE
+from tests.netns.test_machine_command import COMMAND, TOKEN, UUID, ask, end, read_until, start
+from tests.support.machine_api import MACHINE, status_of
 from tests.support.machine_stubs import Stubs
 from tests.support.topology import Net, direct
 
@@ -184,6 +184,11 @@ def test_a_configuration_by_the_api_that_is_still_tried(bench: Bench, tmp_path: 
     bench.said("monitoring the link")
     assert not (tmp_path / "kept").exists()
     assert not notes(bench)
+    with pytest.raises(grpc.RpcError) as caught:
+        bench.call("ApplyConfiguration", data=document(NOBODY).encode(), mode=1)
+    assert status_of(caught.value)[0] == "FAILED_PRECONDITION", "the verdict comes before the caller's ten seconds are over"
+    shown = subprocess.run([*COMMAND, "status", "--json"], check=True, capture_output=True, text=True)
+    assert "the last new settings were refused: server 192.0.2.1:5000" in shown.stdout
     bench.call("ApplyConfiguration", data=document(TUNNEL).encode(), mode=1)
     bench.said("transport changed", "monitoring the link")
     assert bench.kill_and_start().wants_tunnel, "what was applied for good is what the next start begins with"

@@ -57,6 +57,8 @@ class LinkStatus:
     drops: dict[str, int]
     refused_settings: str = ""
     """Why newer settings are not in force; empty if the last ones are."""
+    last_refused: str = ""
+    """Which settings were refused and dropped last, and why; empty once later ones were applied."""
 
 
 class Link:
@@ -146,7 +148,7 @@ class Link:
 
     async def status(self) -> LinkStatus:
         """How the link stands now."""
-        return await read_status(self._runner, self._supervisor.refusal)
+        return await read_status(self._runner, self._supervisor.refusal, self._supervisor.last_refused)
 
     def events(self) -> AsyncIterator[LinkEvent]:
         """The last events so far, then each event as it happens, until the link is left."""
@@ -177,7 +179,7 @@ class Link:
         return f"<Link {self.state} {self.address} to {self.server_address} by {self.transport}>"
 
 
-async def read_status(runner: LinkRunner, refused_settings: str = "") -> LinkStatus:
+async def read_status(runner: LinkRunner, refused_settings: str = "", last_refused: str = "") -> LinkStatus:
     device, answer, transport = runner.device, runner.answer, runner.transport
     return LinkStatus(
         state=runner.state,
@@ -194,6 +196,7 @@ async def read_status(runner: LinkRunner, refused_settings: str = "") -> LinkSta
         server=await device.peer(answer.server_key) if device and answer else None,
         drops=device.drops() if device else {},
         refused_settings=refused_settings,
+        last_refused=last_refused,
     )
 
 

@@ -84,6 +84,8 @@ class LinkSupervisor:
         """Until the link is up by new settings or back with the old ones; later settings wait for that."""
         self.refusal = ""
         """Why the settings that were wanted last are not in force; empty if they are."""
+        self.last_refused = ""
+        """Which change was refused and dropped last, and why; empty once a later one was applied."""
 
     async def apply(
         self, options: LinkOptions, *, timeout: float = VERDICT_TIMEOUT, keep: bool = False, prove_first: bool = False
@@ -112,7 +114,9 @@ class LinkSupervisor:
         change.decide(Verdict(outcome="refused", reason=reason))
         if self._change is change:
             self._put(None)
-        self._emit(events.SettingsRefused(changes=describe_changes(self._runner.options, options), reason=reason))
+        changes = describe_changes(self._runner.options, options)
+        self.last_refused = f"{changes}: {reason}"
+        self._emit(events.SettingsRefused(changes=changes, reason=reason))
         return change.verdict or Verdict(outcome="refused", reason=reason)
 
     async def run(self) -> None:
@@ -255,6 +259,8 @@ class LinkSupervisor:
 
     def _settle(self, change: _Change, verdict: Verdict) -> None:
         self.refusal = ""
+        if verdict.outcome == "applied":
+            self.last_refused = ""
         if self._change is change:
             self._change = None
         change.decide(verdict)
@@ -263,6 +269,8 @@ class LinkSupervisor:
         if change.is_kept and not is_final:
             change.decide(Verdict(outcome="pending", reason=reason))
         self._refuse(change, reason)
+        if not change.is_kept:
+            self.last_refused = f"{changes}: {reason}"
         self._emit(events.SettingsRefused(changes=changes, reason=reason))
 
     def _refuse(self, change: _Change, reason: str) -> None:

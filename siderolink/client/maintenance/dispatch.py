@@ -3,12 +3,14 @@
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar
 
 import betterproto2
 from grpclib import GRPCError, Status
 from grpclib.const import Cardinality, Handler
+from grpclib.metadata import Deadline
 from grpclib.server import Stream
 
 from siderolink.client.maintenance.roles import (
@@ -64,6 +66,15 @@ class CallCounter:
         self.count -= 1
         if not self.count:
             self._on_idle()
+
+
+_deadline: ContextVar[Deadline | None] = ContextVar("deadline of the call", default=None)
+
+
+def caller_waits() -> float:
+    """How many seconds the caller of the method that is running waits for its answer; infinite if it does not say."""
+    deadline = _deadline.get()
+    return float("inf") if deadline is None else deadline.time_remaining()
 
 
 class MethodTable:
@@ -122,6 +133,7 @@ class MethodTable:
         async def serve(stream: Stream[Any, Any]) -> None:
             role = self._check(method, stream)
             request = readable(await stream.recv_message())
+            _deadline.set(stream.deadline)
             with self._calls:
                 answer: Any = found.function(request, role)
                 try:

@@ -99,6 +99,23 @@ async def test_a_refusal_is_told_and_the_settings_are_dropped_unless_they_are_to
         assert supervisor.refusal == ""
 
 
+async def test_what_was_refused_last_is_known_until_something_is_applied() -> None:
+    async with connected(new_key()) as (bench, supervisor):
+        answer, bench.service.answer = bench.service.answer, WRONG
+        await supervisor.apply(with_token(bench))
+        assert supervisor.last_refused.startswith("unique token: ")
+        assert "invalid join token" in supervisor.last_refused
+        assert await supervisor.apply(bench.runner.options) == Verdict(outcome="unchanged")
+        assert supervisor.last_refused, "it is what somebody wants to know"
+        bench.service.hold = anyio.Event()
+        await supervisor.apply(with_token(bench), timeout=0.1)
+        assert "within 0 s" in supervisor.last_refused
+        bench.service.hold.set()
+        bench.service.answer = answer
+        assert (await supervisor.apply(with_token(bench))).outcome == "applied"
+        assert supervisor.last_refused == ""
+
+
 async def test_a_server_that_waits_for_the_callers_answer_gets_it() -> None:
     """Some servers answer the new Provision only when their META write has returned: it is pending, and goes on."""
     async with connected(new_key()) as (bench, supervisor):

@@ -7,6 +7,7 @@ import anyio.from_thread
 import pytest
 
 from siderolink.client.maintenance import InstallRequest, LogRequest, MachineHooks, ShutdownRequest
+from siderolink.client.maintenance.dispatch import caller_waits
 from siderolink.client.maintenance.hooks import ServiceAction
 from siderolink.client.maintenance.roles import CallerRole
 from siderolink.common.errors import ConfigurationError
@@ -94,6 +95,25 @@ async def test_embedders_hooks_are_called_with_what_was_asked(monkeypatch: pytes
     assert InstallRequest(image="image", disk="/dev/sda") in calls
     assert InstallRequest(image="newer", is_upgrade=True) in calls
     assert LogRequest(id="mine", follow=True, tail_lines=7) in calls
+
+
+async def test_an_action_knows_how_long_its_caller_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a verdict on new settings comes before the caller gives up."""
+    waits: list[float] = []
+
+    async def shutdown(_: object) -> None:
+        waits.append(caller_waits())
+
+    def call(stubs: Stubs) -> None:
+        made = stubs.channel.unary_unary(f"{MACHINE}Shutdown")
+        made(b"", timeout=100)
+        made(b"")
+
+    async with serving(monkeypatch, CallerRole.ADMIN, MachineHooks(shutdown=shutdown)) as api:
+        await ask(api, call)
+    assert 0 < waits[0] <= 100
+    assert waits[1] == float("inf")
+    assert caller_waits() == float("inf")
 
 
 async def test_an_action_is_finished_although_its_caller_disconnects(monkeypatch: pytest.MonkeyPatch) -> None:
