@@ -5,7 +5,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from siderolink.common.grpc import GrpcChannel, Servable, open_channel, serve
+from siderolink.common.grpc import GrpcChannel, Limits, Servable, open_channel, serve
 from siderolink.common.pb.siderolink.admin.v1 import ServerInfo, ServerStatus
 from siderolink.common.tasks import background_tasks
 from siderolink.server.admin import Administration
@@ -43,7 +43,7 @@ class Office:
 
     @asynccontextmanager
     async def local(self) -> AsyncIterator[GrpcChannel]:
-        async with open_channel(path=str(self.path)) as channel:
+        async with open_channel(path=str(self.path), limits=Limits.for_answers(4 << 20)) as channel:
             yield channel
 
     @asynccontextmanager

@@ -13,6 +13,8 @@ from typing import Any, Final, Protocol
 
 import anyio
 import anyio.to_thread
+import betterproto2
+from anyio.lowlevel import checkpoint
 from grpclib.const import Handler
 
 from siderolink.common.errors import (
@@ -25,6 +27,8 @@ from siderolink.common.errors import (
     UnauthenticatedError,
 )
 from siderolink.common.grpc import CallLimits, GRPCError, Limits, LocalPeer, Servable, Status, source_of, valid_token
+from siderolink.common.pb.siderolink.admin import v1 as pb
+from siderolink.common.protobuf_wire import encode_in_parts
 from siderolink.common.text import one_line
 from siderolink.server.admin.administration import Administration
 from siderolink.server.store import Actor, Role
@@ -39,6 +43,18 @@ ADMIN_LIMITS: Final = Limits(
     max_streams=64,
 )
 """People and programs are fewer than machines, and their answers longer."""
+_AT_ONCE: Final = 20
+"""Messages that are encoded before other tasks run."""
+_LISTS: Final[Mapping[type[betterproto2.Message], str]] = {
+    pb.ListTokensResponse: "tokens",
+    pb.ListTokenUsersResponse: "users",
+    pb.ListMachinesResponse: "machines",
+    pb.ListBansResponse: "bans",
+    pb.ListApiKeysResponse: "keys",
+    pb.ListAuditResponse: "entries",
+    pb.ListHistoryResponse: "entries",
+}
+"""Answers that may be long, and their long fields."""
 _FIRST_DELAY, _LONGEST_DELAY, _LONGEST_QUEUE = 0.25, 5.0, 30.0
 _FORGIVEN_AFTER: Final = 300.0
 _MAX_SOURCES: Final = 4096
@@ -160,6 +176,31 @@ def _bearer(metadata: Mapping[str, object]) -> str:
     return secret.strip()
 
 
+class _Answering:
+    """A call whose long lists are encoded in parts, so that other tasks run meanwhile."""
+
+    def __init__(self, call: Any) -> None:
+        self._call = call
+        self._sent = 0
+
+    async def recv_message(self) -> Any:
+        return await self._call.recv_message()
+
+    async def send_message(self, message: betterproto2.Message) -> None:
+        self._sent += 1
+        if self._sent % _AT_ONCE == 0:
+            await checkpoint()
+        field = _LISTS.get(type(message))
+        if field is None:
+            await self._call.send_message(message)
+            return
+        parts: list[bytes] = []
+        for part in encode_in_parts(message, field, _AT_ONCE):
+            parts.append(part)
+            await checkpoint()
+        await self._call.send_message(b"".join(parts))
+
+
 class _Guarded:
     """A service whose callers are recognised, and have at least a role."""
 
@@ -182,7 +223,7 @@ class _Guarded:
                 raise ForbiddenError(f"this needs the role {self._least}; {found.name} has {found.role or 'none'}")
             _ACTOR.set(found)
             with hold as scope:
-                await func(call)
+                await func(_Answering(call))
             if scope is not None and scope.cancelled_caught:
                 raise UnauthenticatedError("the API key was revoked or has expired")
 

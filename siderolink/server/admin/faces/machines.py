@@ -3,8 +3,11 @@
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 
+from anyio.lowlevel import checkpoint
+
 from siderolink.common.errors import ConfigurationError
 from siderolink.common.pb.siderolink.admin import v1 as pb
+from siderolink.common.tasks import in_parts
 from siderolink.common.text import one_line
 from siderolink.server.admin.administration import Administration
 from siderolink.server.admin.bans import StandingBan
@@ -21,6 +24,7 @@ from siderolink.server.store import (
 )
 
 DIGEST_DIGITS = 12
+_AT_ONCE = 100
 
 
 async def machine_message(administration: Administration, status: MachineStatus) -> pb.Machine:
@@ -31,7 +35,11 @@ async def machine_message(administration: Administration, status: MachineStatus)
 async def machine_messages(administration: Administration, statuses: Sequence[MachineStatus]) -> list[pb.Machine]:
     token_ids = {status.machine.token_id for status in statuses if status.machine.token_id is not None}
     names = await administration.token_names(token_ids)
-    return [_message(administration, status, names.get(status.machine.token_id or "", "")) for status in statuses]
+    found: list[pb.Machine] = []
+    for part in in_parts(statuses, _AT_ONCE):
+        found += [_message(administration, status, names.get(status.machine.token_id or "", "")) for status in part]
+        await checkpoint()
+    return found
 
 
 def _message(administration: Administration, status: MachineStatus, token_name: str) -> pb.Machine:
@@ -109,8 +117,8 @@ class MachineFace(pb.MachineServiceBase):
         administration = self._administration()
         query = _query(message.filter, message.sort)
         if not message.follow:
-            async for status in administration.machines.all(query):
-                yield pb.MachineChange(kind="known", machine=await machine_message(administration, status))
+            async for known in self._all(administration, query):
+                yield known
             return
         async with administration.changes() as changes:
             async for known in self._known(administration, query):
@@ -129,9 +137,13 @@ class MachineFace(pb.MachineServiceBase):
                         pass
 
     async def _known(self, administration: Administration, query: MachineQuery) -> AsyncIterator[pb.MachineChange]:
+        async for known in self._all(administration, query):
+            yield known
+        yield pb.MachineChange(kind="synced")
+
+    async def _all(self, administration: Administration, query: MachineQuery) -> AsyncIterator[pb.MachineChange]:
         async for status in administration.machines.all(query):
             yield pb.MachineChange(kind="known", machine=await machine_message(administration, status))
-        yield pb.MachineChange(kind="synced")
 
     async def _changed(self, administration: Administration, kind: str, machine: Machine) -> pb.MachineChange:
         status = await administration.machines.status(machine)

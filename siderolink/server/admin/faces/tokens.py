@@ -1,7 +1,10 @@
 """Join tokens by gRPC."""
 
+from anyio.lowlevel import checkpoint
+
 from siderolink.common.errors import ConfigurationError
 from siderolink.common.pb.siderolink.admin import v1 as pb
+from siderolink.common.tasks import in_parts
 from siderolink.common.text import one_line
 from siderolink.server.admin.faces.access import GetAdministration, actor
 from siderolink.server.admin.faces.machines import DIGEST_DIGITS, machine_messages, tunnel_setting
@@ -51,7 +54,10 @@ class TokenFace(pb.TokenServiceBase):
             found += [status for status in part if _matches(status, text, selector)]
             after = part[-1].token.name
         page = page_of(found, lambda status: (status.token.name, status.token.id), message.page_size, message.page_token)
-        tokens = [_message(status) for status in page.items]
+        tokens: list[pb.Token] = []
+        for items in in_parts(page.items, 100):
+            tokens += map(_message, items)
+            await checkpoint()
         return pb.ListTokensResponse(tokens=tokens, next_page_token=page.next_page_token, total=page.total)
 
     async def get_token(self, message: pb.TokenRequest) -> pb.Token:
