@@ -189,7 +189,7 @@ async def _ask(path: Path) -> StatusResponse:
             return await ControlStub(channel).status(StatusRequest(), timeout=_ANSWER_TIMEOUT)
 
 
-def peer_message(peer: PeerStatus, node_uuid: str = "", report_drops: dict[str, int] | None = None) -> Peer:
+def peer_message(peer: PeerStatus, node_uuid: str = "", report_drops: dict[str, int] | None = None, *, name: str = "") -> Peer:
     return Peer(
         public_key=str(peer.public_key),
         allowed_ips=[str(network) for network in peer.allowed_ips],
@@ -200,4 +200,5 @@ def peer_message(peer: PeerStatus, node_uuid: str = "", report_drops: dict[str, 
         sent_bytes=peer.sent_bytes,
         node_uuid=node_uuid,
         report_drops=report_drops or {},
+        name=name,
     )

@@ -43,8 +43,12 @@ def top(
     containing: Annotated[str, typer.Option("--filter", help="Only peers whose name or path holds this.", metavar="TEXT")] = "",
     once: Annotated[bool, typer.Option("--once", help="Print all peers once, and end.")] = False,
 ) -> None:
-    """Show the links and peers on this host live: state, path, last handshake, rates."""
-    from siderolink.cli.top import Order, run_top
+    """Show the links and peers on this host live: state, path, last handshake, rates; and, at a server, a machine's timeline.
+
+    Keys: s changes the sorting, / filters, up and down select, enter shows the selected machine's timeline, q quits.
+    """
+    from siderolink.cli.top import run_top
+    from siderolink.cli.top_keys import Order
 
     run_top(seconds=interval, order=Order(sort.value), containing=containing, once=once)
 

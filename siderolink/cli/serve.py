@@ -63,7 +63,8 @@ class ServerSource:
             machine = machines.get(peer.public_key)
             if machine is None:
                 return peer_message(peer)
-            return peer_message(peer, machine.node_uuid, {} if reports is None else reports.drops(machine.id))
+            report_drops = {} if reports is None else reports.drops(machine.id)
+            return peer_message(peer, machine.node_uuid, report_drops, name=machine.shown_name)
 
         peers: list[Peer] = []
         for part in in_parts(await server.device.peers(), _PEERS_AT_ONCE):

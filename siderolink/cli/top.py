@@ -5,7 +5,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from enum import StrEnum
 from typing import Final
 
 import anyio
@@ -14,9 +13,15 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from siderolink.cli.admin.connection import TargetOptions, connect, find_target
+from siderolink.cli.admin.formats import timestamp
+from siderolink.cli.admin.records import read_history
 from siderolink.cli.control import Asked, ask_all
-from siderolink.cli.running import loop_options
+from siderolink.cli.running import run_until_stopped
 from siderolink.cli.status import describe_age, describe_size
+from siderolink.cli.top_keys import Keyboard, Order, ViewState
+from siderolink.common.errors import SideroLinkError
+from siderolink.common.pb.siderolink.admin.v1 import HistoryEntry, ListHistoryRequest
 from siderolink.common.pb.siderolink.control import Peer, StatusResponse
 from siderolink.common.text import one_line
 
@@ -24,15 +29,9 @@ UP_FOR: Final = 275.0
 """Seconds since the last handshake for which a link is up."""
 HISTORY: Final = 20
 """Rates that the sparkline shows."""
+TIMELINE: Final = 500
+"""Entries of a machine's history that can be scrolled to."""
 BARS: Final = " ▁▂▃▄▅▆▇█"
-
-
-class Order(StrEnum):
-    """What the rows are sorted by."""
-
-    RATE = "rate"
-    HANDSHAKE = "handshake"
-    NAME = "name"
 
 
 @dataclass(slots=True)
@@ -45,6 +44,15 @@ class Row:
     received_rate: float
     sent_rate: float
     history: Sequence[float]
+    interface: str = ""
+    node_uuid: str = ""
+    """The machine's, at a server; empty elsewhere."""
+    public_key: str = ""
+
+    @property
+    def key(self) -> str:
+        """Which row it is."""
+        return f"{self.interface} {self.public_key}"
 
     @property
     def is_tunnel(self) -> bool:
@@ -77,8 +85,9 @@ class Rates:
             for peer in answer.peers:
                 key = answer.interface, peer.public_key
                 seen = kept[key] = self._note(key, peer, now)
-                name = one_line(peer.node_uuid or peer.public_key)
-                found.append(Row(name, one_line(peer.path), peer.last_handshake, *seen.rates, tuple(seen.history)))
+                name = one_line(peer.name or peer.node_uuid or peer.public_key)
+                who = answer.interface, peer.node_uuid if answer.role == "server" else "", peer.public_key
+                found.append(Row(name, one_line(peer.path), peer.last_handshake, *seen.rates, tuple(seen.history), *who))
         self._seen = kept
         return found
 
@@ -102,8 +111,8 @@ def sparkline(values: Sequence[float]) -> str:
 
 
 def choose(rows: Iterable[Row], *, order: Order, containing: str, count: int) -> list[Row]:
-    """The first `count` rows whose name or path holds a text; the busiest, or those silent for longest, first."""
-    found = [row for row in rows if containing.lower() in f"{row.name} {row.path}".lower()]
+    """The first `count` rows whose name, UUID or path holds a text; the busiest, or those silent for longest, first."""
+    found = [row for row in rows if containing.lower() in f"{row.name} {row.node_uuid} {row.path}".lower()]
     keys: dict[Order, Callable[[Row], tuple[float, str]]] = {
         Order.RATE: lambda row: (-row.received_rate - row.sent_rate, row.name),
         Order.HANDSHAKE: lambda row: (row.last_handshake or 0.0, row.name),
@@ -112,8 +121,8 @@ def choose(rows: Iterable[Row], *, order: Order, containing: str, count: int) ->
     return sorted(found, key=keys[order])[:count]
 
 
-def render(asked: Asked, rows: Sequence[Row], shown: Sequence[Row], now: float) -> Group:
-    """The whole screen; `now` is Unix time."""
+def render(asked: Asked, rows: Sequence[Row], shown: Sequence[Row], now: float, selected: str = "") -> Group:
+    """The rows; `now` is Unix time."""
     lines = [Text(one_line(line)) for line in (*asked.notes, *asked.failures)]
     for answer in asked.answers:
         kind = " ".join(filter(None, (answer.device_kind, answer.transport)))
@@ -128,34 +137,122 @@ def render(asked: Asked, rows: Sequence[Row], shown: Sequence[Row], now: float) 
         state = "up" if row.is_up(now) else "down" if row.last_handshake is not None else "new"
         rates = describe_size(round(row.received_rate)), describe_size(round(row.sent_rate))
         cells = (state, row.name, row.path or "-", describe_age(row.last_handshake), *rates, sparkline(row.history))
-        table.add_row(*map(Text, cells))
+        table.add_row(*map(Text, cells), style="reverse" if row.key == selected else None)
     return Group(*lines, table)
+
+
+def render_timeline(row: Row, entries: Sequence[HistoryEntry], problem: str, count: int, scrolled: int) -> Group:
+    """What happened to one machine, the newest first."""
+    uuid = f" ({row.node_uuid})" if row.node_uuid not in ("", row.name) else ""
+    state = f"{row.path or 'no path'}, handshake {describe_age(row.last_handshake)}  {sparkline(row.history)}"
+    lines = [Text(one_line(f"{row.name}{uuid}: {state}"))]
+    if problem or not entries:
+        lines.append(Text(one_line(problem) or "nothing is kept of it"))
+    table = Table(box=None, pad_edge=False)
+    for heading in ("time", "event", "detail", "from", "by", "version"):
+        table.add_column(heading, no_wrap=True)
+    for entry in entries[scrolled : scrolled + count]:
+        cells = (timestamp(entry.at), entry.kind, entry.detail, entry.source, entry.transport, entry.version)
+        table.add_row(*(Text(one_line(cell)) for cell in cells))
+    return Group(*lines, table)
+
+
+class _Screen:
+    """What was asked last, and how it is shown."""
+
+    def __init__(self, console: Console, view: ViewState) -> None:
+        self._console = console
+        self.view = view
+        self._rates = Rates()
+        self._asked = Asked()
+        self._rows: list[Row] = []
+        self._entries: Sequence[HistoryEntry] = ()
+        self._problem = ""
+
+    @property
+    def _page(self) -> int:
+        return max(1, self._console.height - 4 - len(self._asked.answers) - len(self._asked.notes) - len(self._asked.failures))
+
+    def _chosen(self) -> list[Row]:
+        return choose(self._rows, order=self.view.order, containing=self.view.containing, count=len(self._rows))
+
+    def _selected(self) -> Row | None:
+        return next((row for row in self._rows if row.key == self.view.selected), None)
+
+    async def look(self) -> None:
+        """Ask again."""
+        self._asked = await ask_all()
+        self._rows = self._rates.rows(self._asked.answers, time.monotonic())
+        if self.view.is_timeline:
+            await self._ask_history()
+
+    async def press(self, key: str) -> None:
+        was_timeline = self.view.is_timeline
+        self.view.press(key, [row.key for row in self._chosen()], self._page)
+        if self.view.is_timeline and not was_timeline:
+            await self._ask_history()
+        self.view.scrolled = min(self.view.scrolled, max(0, len(self._entries) - 1))
+
+    async def _ask_history(self) -> None:
+        row = self._selected()
+        self._entries, self._problem = (), ""
+        if row is None or not row.node_uuid:
+            self._problem = "only a server keeps a history of its machines"
+            return
+        try:
+            async with connect(find_target(TargetOptions(interface=row.interface))) as connection:
+                self._entries = await read_history(connection, ListHistoryRequest(machine=row.node_uuid), TIMELINE)
+        except SideroLinkError as error:
+            self._problem = str(error)
+
+    def all(self) -> Group:
+        """Every row that is wanted."""
+        return render(self._asked, self._rows, self._chosen(), time.time())
+
+    def shown(self) -> Group:
+        """As much as fits, and what the keys do."""
+        view, row = self.view, self._selected()
+        if view.is_timeline and row is not None:
+            count = max(1, self._console.height - 4)
+            body = render_timeline(row, self._entries, self._problem, count, view.scrolled)
+            return Group(body, Text("esc back  up/down scroll", style="dim"))
+        chosen = self._chosen()
+        at = next((number for number, one in enumerate(chosen) if one.key == view.selected), 0)
+        first = max(0, at - self._page + 1)
+        body = render(self._asked, self._rows, chosen[first : first + self._page], time.time(), view.selected)
+        return Group(body, Text(self._help(), style="dim"))
+
+    def _help(self) -> str:
+        if self.view.is_typing:
+            return f"filter: {self.view.containing}_  enter done  esc none"
+        found = f" ({self.view.containing})" if self.view.containing else ""
+        return f"s sort ({self.view.order})  / filter{found}  up/down select  enter timeline  q quit"
 
 
 def run_top(*, seconds: float, order: Order, containing: str, once: bool) -> None:
     """Show until stopped; `once` prints after two looks and ends. Raises ConfigurationError."""
     # a pipe has no size of its own: nothing is cut there
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
-    rates = Rates()
+    screen = _Screen(console, ViewState(order=order, containing=containing))
 
-    async def look() -> Group:
-        asked = await ask_all()
-        rows = rates.rows(asked.answers, time.monotonic())
-        count = len(rows) if once else max(1, console.height - 3 - len(asked.answers))
-        return render(asked, rows, choose(rows, order=order, containing=containing, count=count), time.time())
+    async def print_once() -> None:
+        await screen.look()
+        await anyio.sleep(seconds)
+        await screen.look()
+        console.print(screen.all())
 
-    async def work() -> None:
-        if once:
-            await look()
-            await anyio.sleep(seconds)
-            console.print(await look())
-            return
-        with Live(console=console, screen=console.is_terminal, auto_refresh=False) as live:
-            while True:
-                live.update(await look(), refresh=True)
-                await anyio.sleep(seconds)
+    async def watch() -> None:
+        with (
+            Keyboard() as keyboard,
+            Live(console=console, screen=console.is_terminal, auto_refresh=False) as live,
+        ):
+            while not screen.view.is_over:
+                await screen.look()
+                live.update(screen.shown(), refresh=True)
+                next_at = anyio.current_time() + seconds
+                while not screen.view.is_over and (left := next_at - anyio.current_time()) > 0:
+                    for key in await keyboard.pressed(left):
+                        await screen.press(key)
+                    live.update(screen.shown(), refresh=True)
 
-    try:
-        anyio.run(work, backend_options=loop_options())
-    except KeyboardInterrupt:
-        pass
+    run_until_stopped(print_once if once else watch)

@@ -2,8 +2,12 @@
 
 import json
 import os
+import pty
+import re
+import select
 import sys
 import tarfile
+import termios
 import time
 from pathlib import Path
 
@@ -47,6 +51,77 @@ def test_a_server_is_shown_and_bundled(tmp_path: Path) -> None:
             assert UUID in texts["status.json"]
             assert any(finding["check"] == "clock" for finding in json.loads(texts["doctor.json"]))
             assert 'siderolink_machines{admission="accepted",state="up",transport="udp"} 1.0' in texts["metrics.txt"]
+        finally:
+            stop(machine)
+
+
+class Terminal:
+    """A program in a real pseudo-terminal; `shows` waits for what it draws last."""
+
+    def __init__(self, host: Namespace, command: list[str], environment: dict[str, str]) -> None:
+        self._ours, theirs = pty.openpty()
+        termios.tcsetwinsize(theirs, (24, 160))
+        self.before = termios.tcgetattr(theirs)
+        self._theirs = theirs
+        self.process = host.popen(command, env=environment, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True)
+        self._drawn = b""
+
+    def press(self, keys: str) -> None:
+        os.write(self._ours, keys.encode())
+
+    def shows(self, text: str) -> str:
+        """The last screen, once it holds the text."""
+        end = time.monotonic() + 30
+        while text not in self.screen():
+            assert time.monotonic() < end, self.screen()
+            if select.select([self._ours], [], [], 0.2)[0]:
+                self._drawn = (self._drawn + os.read(self._ours, 65_536))[-200_000:]
+        return self.screen()
+
+    def screen(self) -> str:
+        """What was drawn since the cursor last went home, without colours."""
+        drawn = self._drawn.rpartition(b"\x1b[H")[2].decode(errors="replace")
+        return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", drawn)
+
+    def end(self) -> tuple[int, bool]:
+        """The exit status, and whether the terminal is as it was."""
+        status = self.process.wait(20)
+        is_as_before = termios.tcgetattr(self._theirs) == self.before
+        os.close(self._ours)
+        os.close(self._theirs)
+        return status, is_as_before
+
+
+def test_top_is_worked_by_keys_in_a_terminal(tmp_path: Path) -> None:
+    with direct() as net, served(net.server, tmp_path, "--device", "userspace") as server:
+        join = [*COMMAND, "join", f"grpc://{API}?jointoken={TOKEN}", "--uuid", UUID, "--identity", str(tmp_path / "machine")]
+        machine = net.machine.popen(join, env=os.environ | {"SIDEROLINK_RUNTIME_DIR": str(tmp_path / "machine")})
+        environment = os.environ | {"SIDEROLINK_RUNTIME_DIR": str(tmp_path / "run"), "TERM": "xterm-256color"}
+        try:
+            server.wait_for("is up", 60)
+            server.command(["machine", "rename", UUID, "rack-7"])
+            top = Terminal(net.server, [*COMMAND, "top", "--interval", "0.5"], environment)
+            assert "1 peers, 1 up" in top.shows("rack-7")
+            top.press("n")
+            top.shows("s sort (name)")
+            top.press("/nobody")
+            assert "rack-7" not in top.shows("filter: nobody_")
+            top.press("\x1b")
+            top.shows("rack-7")
+            top.press(f"/{UUID[-4:]}\r")  # the UUID is looked in, too
+            assert "rack-7" in top.shows(f"filter ({UUID[-4:]})")
+            top.press("\r")
+            timeline = top.shows("joined")
+            assert f"rack-7 ({UUID})" in timeline
+            assert "up " in timeline
+            top.press("\x1b")
+            top.shows("q quit")
+            top.press("q")
+            assert top.end() == (0, True)
+            stopped = Terminal(net.server, [*COMMAND, "top"], environment)
+            stopped.shows("rack-7")
+            stopped.process.terminate()
+            assert stopped.end() == (0, True)
         finally:
             stop(machine)
 

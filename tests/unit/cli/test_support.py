@@ -14,7 +14,8 @@ from rich.console import Console
 from siderolink.cli import support
 from siderolink.cli.control import Asked
 from siderolink.cli.support import MASK, Redactor, known_secrets, run_support_bundle
-from siderolink.cli.top import HISTORY, Order, Rates, choose, render, sparkline
+from siderolink.cli.top import HISTORY, Rates, choose, render, sparkline
+from siderolink.cli.top_keys import Order
 from siderolink.common.errors import ConfigurationError
 from siderolink.common.keys import PrivateKey
 from siderolink.common.pb.siderolink.control import Peer, StatusResponse

@@ -132,6 +132,11 @@ class Peer(betterproto2.Message):
     What was not taken of its events and log lines, by named reason.
     """
 
+    name: "str" = betterproto2.field(10, betterproto2.TYPE_STRING)
+    """
+    The name that is shown of the machine, where this end knows it.
+    """
+
 
 default_message_pool.register_message("siderolink.control", "Peer", Peer)
 
