@@ -9,7 +9,7 @@ from grpclib.protocol import Stream as _GrpclibStream
 from h2.errors import ErrorCodes
 
 from siderolink.common.grpc.connection import Connection, H2Stream
-from siderolink.common.grpc.refusals import Refusal
+from siderolink.common.grpc.refusals import Refusal, Refused
 
 
 def nothing(*_: object) -> None:
@@ -64,6 +64,11 @@ class Processor(EventsProcessor):
             return
         sink.feed([memoryview(event.data or b"")], flow=False)
         self.connection.ack(event.stream_id, event.flow_controlled_length or 0)
+
+    def process_trailers_received(self, event: h2.events.TrailersReceived) -> None:
+        if any(str(name).startswith(":") for name, _ in event.headers or ()):
+            raise Refused(Refusal.PROTOCOL_ERROR, "trailers with a pseudo-header field")
+        super().process_trailers_received(event)
 
     def process_window_updated(self, event: h2.events.WindowUpdated) -> None:
         super().process_window_updated(event)
