@@ -171,7 +171,9 @@ class ByteStream:
     def _judge_answer(self) -> None:
         """Client: end the stream if the response is not gRPC."""
         self._is_grpc = True
-        error = _not_grpc(dict(self._stream.headers or ()))
+        headers = self._stream.headers
+        no_headers = GRPCError(Status.UNKNOWN, "bytes came before the headers of their answer")
+        error = no_headers if headers is None else _not_grpc(dict(headers))
         if error is not None:
             self._finish(error)
             self.reset()

@@ -304,7 +304,7 @@ class FrameScanner:
         elif kind == RST_STREAM:
             self.guard.count(Refusal.RESET_FLOOD)
         elif kind == SETTINGS:
-            self._check_settings(length)
+            self._check_settings(flags, length)
         else:
             self.guard.count(Refusal.OTHER_FRAME_FLOOD)
 
@@ -330,7 +330,9 @@ class FrameScanner:
             self.guard.spend(Refusal.OTHER_FRAME_FLOOD)
         self._highest_stream = max(self._highest_stream, stream_id)
 
-    def _check_settings(self, length: int) -> None:
+    def _check_settings(self, flags: int, length: int) -> None:
+        if flags & ACK and length:
+            raise Refused(Refusal.PROTOCOL_ERROR, "an acknowledgement of settings with a payload")
         entries = length // 6
         if entries > MAX_SETTINGS_ENTRIES:
             raise Refused(Refusal.SETTINGS_FLOOD, f"a SETTINGS frame of {entries} entries, more than {MAX_SETTINGS_ENTRIES}")

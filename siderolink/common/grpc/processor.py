@@ -60,6 +60,9 @@ class Processor(EventsProcessor):
         assert event.stream_id is not None
         sink = self.connection.raw_streams.sinks.get(event.stream_id)
         if sink is None:
+            stream = self.streams.get(event.stream_id)
+            if self.connection.engine.config.client_side and stream is not None and stream.headers is None:
+                raise Refused(Refusal.PROTOCOL_ERROR, "DATA before the headers of its answer")
             super().process_data_received(event)
             return
         sink.feed([memoryview(event.data or b"")], flow=False)

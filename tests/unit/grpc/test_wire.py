@@ -149,7 +149,7 @@ async def flooded(port: int, wire: bytes) -> bool:
     """Whether the server ends a connection that says this."""
     async with RawPeer.connect(port) as peer:
         peer.write(PREFACE + frame(SETTINGS) + wire)
-        with anyio.move_on_after(3):
+        with anyio.move_on_after(30):
             await peer.until_closed()
             return True
     return False
@@ -160,7 +160,7 @@ async def answered(port: int, wire: bytes) -> bool:
         peer.write(PREFACE + frame(SETTINGS) + wire)
         if CALL.encode() not in wire:
             peer.write(call() + frame(DATA, END, 1, message(b"x")))
-        with anyio.move_on_after(3):
+        with anyio.move_on_after(30):
             while (found := await peer.frame()) is not None:
                 if "END_STREAM" in found.flags:
                     return True
@@ -253,11 +253,11 @@ async def call_all() -> list[str]:
     asyncio.get_running_loop().set_exception_handler(lambda _, context: wrong.append(str(context)))
 
     async def one(name: str, wire: bytes) -> None:
-        limits = Limits(connect_timeout=2, preface_timeout=2)
+        limits = Limits(connect_timeout=20)
         async with answering(wire) as port, open_channel("127.0.0.1", port, limits=limits, direct=True) as channel:
             try:
                 with translate_errors():
-                    answer = await method(channel)(Raw(b"x"), timeout=1)
+                    answer = await method(channel)(Raw(b"x"), timeout=20)
                 wrong.append(f"{name}: {answer!r}")
             except (SideroLinkError, GRPCError) as error:
                 if "in time" in str(error):
