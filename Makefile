@@ -33,7 +33,7 @@ KERNEL_SERVERS := $(foreach name,absence other_users restart server ten_thousand
 
 COVERED_WELL := $(subst $(space),$(comma),$(addprefix siderolink/,common/wireguard/noise/* common/wireguard/packets/* common/transport/* server/admission/* server/store/*))
 
-.PHONY: help setup native native-check native-tests needs demo test check lint types fresh format proto docs unit netns interop examples dist verify-systemd test-kernel kernel-servers kernel-links others h2-range pure all-tests coverage bench bench-recovery soak clean
+.PHONY: help setup native native-check native-tests needs demo test check lint types fresh format proto docs unit netns interop examples dist verify-dist test-kernel kernel-servers kernel-links others h2-range pure all-tests coverage bench bench-recovery soak clean
 
 help: ## this list
 	@sed -n 's/^\([a-z0-9 -]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 32
@@ -158,8 +158,10 @@ docs: setup ## the documentation site, in .venvs/site: reference pages from the 
 dist: $(UV) ## wheel and sdist in dist/: reproducible, checked by twine, installed into a fresh environment
 	@scripts/make-dist $(abspath $(UV)) $(call interpreter,$(FIRST))
 
-verify-systemd: $(UV) ## the units of packaging/ under systemd, in a clean Debian in a container; three minutes, not part of `make test`
-	@$(SUDO) env UV=$(abspath $(UV)) scripts/systemd_trial
+verify-dist: $(UV) ## the Debian packages in booted Debians, the image, the chart; 20 minutes, not part of `make test`
+	@for suite in bookworm trixie; do $(SUDO) scripts/deb_trial $(abspath $(UV)) $$suite || exit 1; done
+	@$(SUDO) scripts/image_trial bookworm
+	@scripts/chart_trial
 
 clean: ## remove what make made
 	rm -rf .venvs dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

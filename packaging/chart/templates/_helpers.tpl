@@ -1,0 +1,41 @@
+{{- define "siderolink.name" -}}
+{{- printf "%s" (ternary .Release.Name (printf "%s-siderolink" .Release.Name) (contains "siderolink" .Release.Name)) | trunc 52 | trimSuffix "-" -}}
+{{- end }}
+
+{{- define "siderolink.selector" -}}
+app.kubernetes.io/name: siderolink
+app.kubernetes.io/instance: {{ .Release.Name }}
+{{- end }}
+
+{{- define "siderolink.labels" -}}
+{{ include "siderolink.selector" . }}
+app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ .Release.Service }}
+helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
+{{- end }}
+
+{{- define "siderolink.tokenSecret" -}}
+{{- .Values.joinToken.existingSecret | default (printf "%s-join-token" (include "siderolink.name" .)) -}}
+{{- end }}
+
+{{- define "siderolink.serve" -}}
+{{- $set := dict
+  "api-listen" (printf "[::]:%v" .Values.api.port)
+  "wireguard-endpoint" (required "wireguard.endpoint is required: host:port at which machines reach the WireGuard service" .Values.wireguard.endpoint)
+  "wireguard-listen-port" (int .Values.wireguard.port)
+  "join-token-file" "/run/secrets/join-token/join-token"
+  "metrics-listen" (printf "[::]:%v" .Values.metrics.port) -}}
+{{- if .Values.api.tlsSecret }}
+{{- $_ := set $set "tls-cert" "/run/secrets/tls/tls.crt" }}
+{{- $_ := set $set "tls-key" "/run/secrets/tls/tls.key" }}
+{{- end }}
+{{- if .Values.postgres.url }}
+{{- $_ := set $set "store" .Values.postgres.url }}
+{{- if .Values.postgres.existingSecret }}
+{{- $_ := set $set "store-password-file" "/run/secrets/postgres/password" }}
+{{- end }}
+{{- else }}
+{{- $_ := set $set "state" "/var/lib/siderolink/siderolink.state" }}
+{{- end }}
+{{- toYaml (merge (deepCopy .Values.settings) $set) }}
+{{- end }}

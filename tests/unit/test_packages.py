@@ -1,0 +1,57 @@
+"""The files that packages, image and chart are made from, read as their tools read them. `make verify-dist` uses them for real."""
+
+import re
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGING = ROOT / "packaging"
+CHART = PACKAGING / "chart"
+SCRIPTS = [
+    *PACKAGING.glob("deb/p*"),
+    PACKAGING / "deb/siderolink",
+    *(path for path in (ROOT / "scripts").iterdir() if path.is_file() and b"bash" in path.read_bytes()[:40]),
+]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_every_script_can_be_parsed(script: Path) -> None:
+    shell = "bash" if b"bash" in script.read_bytes()[:40] else "sh"
+    subprocess.run([shell, "-n", script], check=True)
+
+
+def test_every_value_of_the_chart_is_used_and_every_used_one_is_there() -> None:
+    values = yaml.safe_load((CHART / "values.yaml").read_text())
+    templates = "".join(path.read_text() for path in (CHART / "templates").iterdir())
+    used = set(re.findall(r"\.Values\.([A-Za-z.]+)", templates))
+
+    def paths(found: object, prefix: str = "") -> set[str]:
+        if not isinstance(found, dict) or not found:
+            return {prefix}
+        return {path for key, value in found.items() for path in paths(value, f"{prefix}.{key}" if prefix else key)}
+
+    leaves = paths(values)
+    assert {path for path in used if not any(leaf == path or leaf.startswith(f"{path}.") for leaf in leaves)} == set()
+    assert {leaf for leaf in leaves if not any(path == leaf or leaf.startswith(f"{path}.") for path in used)} == set()
+
+
+def test_the_compose_file_drops_every_right_that_it_does_not_need() -> None:
+    service = yaml.safe_load((PACKAGING / "image/compose.yaml").read_text())["services"]["siderolink"]
+    assert (service["cap_drop"], service["cap_add"], service["read_only"]) == (["ALL"], ["NET_ADMIN"], True)
+    assert (PACKAGING / "image" / service["build"]["context"] / service["build"]["dockerfile"]).exists()
+
+
+def test_versions_agree() -> None:
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    chart = yaml.safe_load((CHART / "Chart.yaml").read_text())
+    assert (chart["version"], chart["appVersion"]) == (version, version)
+
+
+def test_every_page_has_its_place_in_the_site() -> None:
+    text = (ROOT / "mkdocs.yml").read_text()
+    pages = re.findall(r": ([\w-]+\.md)$", text, re.MULTILINE)
+    assert sorted(pages) == sorted(path.name for path in (ROOT / "docs").glob("*.md"))
