@@ -1,4 +1,4 @@
-"""The files that packages, image and chart are made from, read as their tools read them. `make verify-dist` uses them for real."""
+"""The files that packages, image and chart are made from, read as their tools read them. `make verify-dist` uses them."""
 
 import re
 import subprocess
