@@ -66,6 +66,8 @@ class MachineLink:
     """Last UDP endpoint, as host:port; None if it was last heard through the tunnel, or never."""
     source: str | None = None
     """The address that its last authenticated packet came from."""
+    cut_at: float | None = None
+    """When the last stream that had carried its packets ended, by the monotonic clock."""
     goodbye_at: float | None = None
     """When it said goodbye, by the monotonic clock."""
     is_quiet: bool = False
@@ -110,10 +112,11 @@ class DeniedMachines:
 
 
 class HeardSources:
-    """The addresses that machines were last heard from."""
+    """The addresses that machines were last heard from, and the open streams that carried packets of machines from there."""
 
     def __init__(self) -> None:
         self._counts: Counter[str] = Counter()
+        self._streams: dict[str, dict[Stream, None]] = {}
 
     def __contains__(self, address: str) -> bool:
         return address in self._counts or f"::ffff:{address}" in self._counts
@@ -121,6 +124,21 @@ class HeardSources:
     def is_shared(self, source: str) -> bool:
         """Whether several machines were last heard from this address, as behind a proxy or a router."""
         return self._counts[source] > 1
+
+    def add_stream(self, stream: Stream) -> None:
+        self._streams.setdefault(stream.source, {})[stream] = None
+
+    def remove_stream(self, stream: Stream) -> None:
+        """No error if it is not there."""
+        streams = self._streams.get(stream.source)
+        if streams is not None and stream in streams:
+            del streams[stream]
+            if not streams:
+                del self._streams[stream.source]
+
+    def has_stream_since_before(self, source: str, at: float) -> bool:
+        """Whether a stream from this address is open that was open at that time, too."""
+        return any(stream.opened_at < at and stream.path.is_open for stream in self._streams.get(source, ()))
 
     def replace(self, old: str | None, new: str | None) -> None:
         """Count a machine under its new address."""

@@ -164,12 +164,17 @@ class Liveness:
         return self._clock.monotonic() - found.at <= _VALID_SECONDS
 
     def _can_be_probed(self, link: MachineLink) -> bool:
-        """A closed stream carries no probe. Then the time in which a living machine opens another one must suffice, and
-        only where its address names it alone: a proxy may have cut all streams at once.
+        """A closed stream carries no probe. Then the time in which a living machine opens another one must suffice: where its
+        address names it alone, or where other streams from there went on, so that no proxy has cut them all at once.
+
+        A stream by which nothing authenticated came does not count: anybody may have opened it.
         """
-        if any(stream.path.is_open for stream in link.streams) or link.endpoint is not None:
+        if any(stream.is_proven and stream.path.is_open for stream in link.streams) or link.endpoint is not None:
             return True
-        return link.source is not None and not self._directory.sources.is_shared(link.source)
+        sources = self._directory.sources
+        if link.source is None or not sources.is_shared(link.source):
+            return link.source is not None
+        return link.cut_at is not None and sources.has_stream_since_before(link.source, link.cut_at)
 
     async def _unanswered_since(self, link: MachineLink) -> int | None:
         """Send the probes. Returns how many bytes had come from the key before and after them; None if more came.

@@ -83,12 +83,24 @@ class Sessions:
     def close_stream(self, stream: Stream) -> None:
         """The stream is over; no error if it was closed before."""
         link = stream.link
-        link.streams = tuple(other for other in link.streams if other is not stream)
+        if stream in link.streams:
+            link.streams = tuple(other for other in link.streams if other is not stream)
+            self._closed(link, stream)
+
+    def _closed(self, link: MachineLink, stream: Stream) -> None:
+        self._directory.sources.remove_stream(stream)
+        if stream.is_proven:
+            link.cut_at = self._clock.monotonic()
 
     def end_streams(self, link: MachineLink, refusal: StreamRefusal) -> None:
         streams, link.streams = link.streams, ()
         for stream in streams:
+            self._closed(link, stream)
             stream.end(refusal)
+
+    def _prove(self, stream: Stream) -> None:
+        stream.is_proven = True
+        self._directory.sources.add_stream(stream)
 
     def path_changed(self, link: MachineLink, event: PathChanged) -> None:
         """Handle a packet by another path: it proves that path and ends the previous stream."""
@@ -96,7 +108,7 @@ class Sessions:
         source = host_of(link.endpoint)
         for stream in link.streams:
             if stream.path is event.new:
-                stream.is_proven = True
+                self._prove(stream)
                 source = stream.source or None
             elif stream.path is event.old:
                 stream.end(StreamRefusal.REPLACED)
@@ -107,7 +119,7 @@ class Sessions:
         """Handle an authenticated packet without a PathChanged: it proves the current path."""
         for stream in link.streams:
             if stream.path is link.path:
-                stream.is_proven = True
+                self._prove(stream)
                 self._directory.set_source(link, stream.source or link.source)
 
     async def prove_or_end(self, stream: Stream, silence: float | None) -> None:
@@ -117,7 +129,7 @@ class Sessions:
             return
         heard_since_open = silence is not None and self._clock.monotonic() - silence >= stream.opened_at
         if heard_since_open and link.path is stream.path:
-            stream.is_proven = True
+            self._prove(stream)
         else:
             stream.end(StreamRefusal.NEVER_AUTHENTICATED)
             self.close_stream(stream)

@@ -4,6 +4,7 @@ import anyio
 import pytest
 from grpclib import GRPCError
 
+from tests.support.fake_device import FakePath
 from tests.support.manager import FakeMachine
 from tests.unit.server.test_who_takes_a_row import HERE, Link, Scene, Verdict, machine_again, thief
 
@@ -48,6 +49,35 @@ async def test_a_machine_that_was_killed_after_it_answered_for_a_thief_is_probed
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(call, "thief", thief(scene, HERE))
     assert verdicts == {"thief": "ALREADY_EXISTS", "machine": "admitted"}
+
+
+async def test_behind_a_proxy_a_dead_stream_is_probed_where_others_went_on() -> None:
+    scene = Scene(False, Link.PROXY_CUT)
+    await scene.set_up()
+    assert await scene.attempt(machine_again(scene, HERE)) is Verdict.REFUSED, "all streams were cut at once"
+    scene = Scene(False, Link.CUT_AND_KILLED)
+    await scene.set_up()
+    neighbour = FakeMachine(tunnel=True)
+    path = FakePath(neighbour.key)
+    stream = scene.manager.monitor.open_stream(
+        scene.manager.link(await scene.manager.join(neighbour)), path, lambda refusal: None, HERE
+    )
+    scene.manager.device.hear(neighbour.key, path)
+    await scene.manager.handshake(neighbour)
+    assert stream.is_proven
+    assert await scene.attempt(thief(scene, HERE)) is Verdict.REFUSED, "this stream was opened after the cut"
+    stream.opened_at = 0.0
+    assert await scene.attempt(machine_again(scene, HERE)) is Verdict.TAKES
+
+
+async def test_a_stranger_that_opens_a_stream_of_the_machine_answers_no_probes_for_it() -> None:
+    scene = Scene(False, Link.PROXY_CUT)
+    await scene.set_up()
+    manager = scene.manager
+    link = manager.links.by_key(scene.machine.key)
+    assert link is not None
+    manager.monitor.open_stream(link, FakePath(), lambda refusal: None, HERE)
+    assert await scene.attempt(thief(scene, HERE)) is Verdict.REFUSED
 
 
 async def test_many_calls_share_one_run_of_probes() -> None:
