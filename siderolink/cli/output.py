@@ -182,6 +182,21 @@ def fail(text: str, status: int = 1) -> int:
     return status
 
 
+def describe_age(at: float | None) -> str:
+    """How long ago, in seconds."""
+    return "never" if at is None else f"{max(0.0, time.time() - at):.0f} s ago"
+
+
+def describe_size(count: int) -> str:
+    """Bytes in their largest binary unit."""
+    size = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"
+
+
 def own_version() -> str:
     """The version of this program."""
     from importlib.metadata import version

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from siderolink.cli.control import ask_all
-from siderolink.cli.output import show, tell
+from siderolink.cli.output import describe_age, describe_size, show, tell
 from siderolink.cli.running import loop_options
 from siderolink.common.pb.siderolink.control import Peer, Reports, StatusResponse
 from siderolink.common.text import one_line
@@ -132,16 +132,3 @@ def _row(peer: Peer) -> tuple[str, ...]:
         describe_size(peer.received_bytes),
         describe_size(peer.sent_bytes),
     )
-
-
-def describe_age(at: float | None) -> str:
-    return "never" if at is None else f"{max(0.0, time.time() - at):.0f} s ago"
-
-
-def describe_size(count: int) -> str:
-    size = float(count)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} TiB"

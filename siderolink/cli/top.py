@@ -17,8 +17,8 @@ from siderolink.cli.admin.connection import TargetOptions, connect, find_target
 from siderolink.cli.admin.formats import timestamp
 from siderolink.cli.admin.records import read_history
 from siderolink.cli.control import Asked, ask_all
+from siderolink.cli.output import describe_age, describe_size
 from siderolink.cli.running import run_until_stopped
-from siderolink.cli.status import describe_age, describe_size
 from siderolink.cli.top_keys import Keyboard, Order, ViewState
 from siderolink.common.errors import SideroLinkError
 from siderolink.common.pb.siderolink.admin.v1 import HistoryEntry, ListHistoryRequest

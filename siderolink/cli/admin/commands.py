@@ -14,7 +14,6 @@ from siderolink.cli.admin.connection import CommandError, Connection, ExitStatus
 from siderolink.cli.admin.formats import OutputFormat, TableWriter, View, print_list, print_stream
 from siderolink.cli.options import with_parameters
 from siderolink.cli.output import tell
-from siderolink.cli.running import loop_options
 from siderolink.common.text import one_line, printable
 
 S = TypeVar("S")
@@ -28,8 +27,7 @@ _Server = Annotated[
     str | None,
     typer.Option(
         "--server",
-        help="Server to manage: https://HOST:PORT, or unix:///PATH of a local socket.",
-        envvar="SIDEROLINK_ADMIN_URL",
+        help="Server to manage: https://HOST:PORT, or unix:///PATH of a local socket. Variable: SIDEROLINK_ADMIN_URL.",
         metavar="URL",
         show_default="the current context's, or the local one",
         rich_help_panel=_PANEL,
@@ -39,8 +37,7 @@ _ContextName = Annotated[
     str | None,
     typer.Option(
         "--context",
-        help="Server by its name in the contexts (siderolink context list).",
-        envvar="SIDEROLINK_CONTEXT",
+        help="Server by its name in the contexts (siderolink context list). Variable: SIDEROLINK_CONTEXT.",
         metavar="NAME",
         rich_help_panel=_PANEL,
     ),
@@ -59,8 +56,7 @@ _KeyFile = Annotated[
     Path | None,
     typer.Option(
         "--api-key-file",
-        help="File that contains the API key, which SIDEROLINK_API_KEY may hold instead.",
-        envvar="SIDEROLINK_API_KEY_FILE",
+        help="File that contains the API key. Variables: SIDEROLINK_API_KEY_FILE, or SIDEROLINK_API_KEY for the key itself.",
         metavar="FILE",
         rich_help_panel=_PANEL,
     ),
@@ -69,8 +65,7 @@ _CaFile = Annotated[
     Path | None,
     typer.Option(
         "--ca-file",
-        help="CA certificates (PEM) to trust.",
-        envvar="SIDEROLINK_CA_FILE",
+        help="CA certificates (PEM) to trust. Variable: SIDEROLINK_CA_FILE.",
         metavar="FILE",
         show_default="the system's",
         rich_help_panel=_PANEL,
@@ -94,7 +89,7 @@ class Call:
     def run(self, work: Callable[[Connection], Awaitable[T]]) -> T:
         """Do this with a connection to the server. Raises SideroLinkError; CommandError where the server is at fault."""
         target = find_target(self.options)
-        return anyio.run(_run, target, work, backend_options=loop_options())
+        return anyio.run(_run, target, work)
 
     def confirm(self, what: str) -> None:
         """Ask before something is destroyed. Raises CommandError where the answer is no, or nobody can be asked."""

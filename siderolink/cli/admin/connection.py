@@ -87,32 +87,25 @@ def admin_socket(interface: str) -> Path:
 
 
 def find_target(options: TargetOptions) -> Target:
-    """The server that is meant: --server, else --context, else --interface, else the current context, else the local server.
+    """The server of an option, else of SIDEROLINK_ADMIN_URL, of SIDEROLINK_CONTEXT, of the current context, or the local one.
 
     Raises ConfigurationError.
     """
-    given = [
-        name
-        for name, value in (
-            ("--server", options.server),
-            ("--context", options.context),
-            ("--interface", options.interface),
-        )
-        if value is not None
-    ]
+    options_given = (("--server", options.server), ("--context", options.context), ("--interface", options.interface))
+    given = [name for name, value in options_given if value is not None]
     if len(given) > 1:
         raise ConfigurationError(f"give one of {' and '.join(given)}")
     if options.interface is not None:
         return _local(options, options.interface)
-    context = None
-    if options.server is not None:
-        context = Context(server=str(ServerAddress.parse(options.server)))
-    else:
-        contexts = read_contexts(contexts_path())
-        name = options.context or contexts.current
-        if name is not None:
-            context = contexts.named(name)
-    return _local(options, DEFAULT_INTERFACE) if context is None else _remote(options, context)
+    server, name = options.server, options.context
+    if not given:
+        server = os.environ.get("SIDEROLINK_ADMIN_URL") or None
+        name = None if server is not None else os.environ.get("SIDEROLINK_CONTEXT") or None
+    if server is not None:
+        return _remote(options, Context(server=str(ServerAddress.parse(server))))
+    contexts = read_contexts(contexts_path())
+    name = name or contexts.current
+    return _local(options, DEFAULT_INTERFACE) if name is None else _remote(options, contexts.named(name))
 
 
 def _local(options: TargetOptions, interface: str) -> Target:
@@ -126,9 +119,11 @@ def _remote(options: TargetOptions, context: Context) -> Target:
     address = ServerAddress.parse(context.server)
     if address.path is not None:
         return Target(address=address)
-    file = options.api_key_file or (None if context.api_key_file is None else Path(context.api_key_file).expanduser())
-    given = os.environ.get("SIDEROLINK_API_KEY") if options.api_key_file is None else None
-    key = given or (context.api_key if options.api_key_file is None else None) or read_secret("api-key", None, file)
+    if options.api_key_file is not None:
+        key = read_secret("api-key", None, options.api_key_file)
+    else:
+        kept = _path(os.environ.get("SIDEROLINK_API_KEY_FILE") or context.api_key_file)
+        key = os.environ.get("SIDEROLINK_API_KEY") or context.api_key or read_secret("api-key", None, kept)
     if key is None:
         raise CommandError(
             f"{address} needs an API key: set --api-key-file or SIDEROLINK_API_KEY, or add it to the context",
@@ -136,8 +131,12 @@ def _remote(options: TargetOptions, context: Context) -> Target:
         )
     if not (key.isascii() and key.isprintable() and " " not in key):
         raise ConfigurationError("the API key is not one: a key is one line of letters, digits and signs")
-    ca_file = options.ca_file or (None if context.ca_file is None else Path(context.ca_file).expanduser())
+    ca_file = options.ca_file or _path(os.environ.get("SIDEROLINK_CA_FILE") or context.ca_file)
     return Target(address=address, api_key=key, ca_file=ca_file)
+
+
+def _path(text: str | None) -> Path | None:
+    return None if text is None else Path(text).expanduser()
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,8 +25,7 @@ from siderolink.cli.admin.formats import (
     read_labels,
 )
 from siderolink.cli.admin.records import add_commands
-from siderolink.cli.output import show
-from siderolink.cli.status import describe_size
+from siderolink.cli.output import describe_size, show
 from siderolink.common.pb.siderolink.admin.v1 import (
     LabelMachineRequest,
     ListMachinesRequest,
@@ -194,6 +193,12 @@ def show_machine(call: Call, name: MachineName) -> None:
         return await connection.stub(MachineServiceStub).get_machine(MachineRequest(name=name))
 
     print_one(call.run(work), MACHINES, call.output)
+
+
+@command(app, "get", prints=True, hidden=True)
+def get_machine(call: Call, name: MachineName) -> None:
+    """The same as show."""
+    show_machine(call, name)
 
 
 @command(app, "rename", prints=True)

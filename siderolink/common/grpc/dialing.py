@@ -19,7 +19,6 @@ from aiohappyeyeballs import start_connection
 from siderolink.common.errors import ConfigurationError, ServerUnreachableError
 from siderolink.common.grpc.proxies import Proxy, proxy_for
 from siderolink.common.grpc.tls import proxy_tls
-from siderolink.common.netlink import call_in
 from siderolink.common.text import one_line
 
 _LONGEST_ANSWER = 16 * 1024
@@ -81,6 +80,8 @@ async def connect(host: str, port: int) -> socket.socket:
 async def connect_in(namespace: str, host: str, port: int) -> socket.socket:
     """Connect to an IP address from a network namespace. Raises OSError, ConfigurationError."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    from siderolink.common.netlink import call_in  # pyroute2 takes a quarter of a second to import, and few callers need it
+
     sock = call_in(namespace, lambda: socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK))
     try:
         await asyncio.get_running_loop().sock_connect(sock, (host, port))

@@ -365,6 +365,11 @@ def test_contexts_name_servers_for_this_user_alone(siderolink: Fixture) -> None:
     assert siderolink("context", "use", "kept")[0] == 0
     assert siderolink("machine", "list", "-o", "name")[0] == 0
     assert siderolink("machine", "list", "--interface", "siderolink", "-o", "name")[0] == 0, "the local one"
+    away = {"SIDEROLINK_ADMIN_URL": "https://127.0.0.1:1", "SIDEROLINK_API_KEY": KEY}
+    assert siderolink("machine", "list", **away)[0] == ExitStatus.UNAVAILABLE
+    assert siderolink("machine", "list", "--context", "kept", **away)[0] == 0, "an option overrides the environment"
+    local = {"SIDEROLINK_CA_FILE": "/none", "SIDEROLINK_API_KEY_FILE": "/none"}
+    assert siderolink("machine", "list", "--interface", "siderolink", **local)[0] == 0, "a local server takes no key"
     assert siderolink("machine", "list", "--context", "none")[2].startswith("siderolink: there is no context 'none'; known: ")
     assert siderolink("context", "remove", "kept")[0] == 0
     assert read_contexts(path).current is None
