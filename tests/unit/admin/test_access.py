@@ -1,0 +1,176 @@
+"""Who is let in: keys, TLS, delays of refusals; and that no secret is told anywhere."""
+
+import io
+import json
+import logging
+import ssl
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from pathlib import Path
+
+import anyio
+import pytest
+
+from siderolink.common.errors import ConfigurationError, UnauthenticatedError
+from siderolink.common.grpc import GRPCError, Status
+from siderolink.common.pb.siderolink.admin import v1 as pb
+from siderolink.server import AdminOptions
+from siderolink.server.admin.faces.access import Penalties
+from siderolink.server.store import AuditQuery, Principal, Role
+from tests.support.office import Office, open_office
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+async def office(tmp_path: Path) -> AsyncIterator[Office]:
+    async with open_office(tmp_path) as office:
+        yield office
+
+
+@pytest.mark.parametrize(
+    "value", ["", "Bearer", "Basic YWRtaW46", "Bearer slk_wrong", "bearer " + "x" * 8000, "slk_", "Bearer a b"]
+)
+async def test_what_is_no_key_is_refused_without_a_hint(office: Office, value: str) -> None:
+    async with office.remote() as remote:
+        with pytest.raises(GRPCError) as caught:
+            metadata = {"authorization": value} if value else {}
+            await pb.ServerServiceStub(remote).get_version(pb.GetVersionRequest(), metadata=metadata)
+    assert caught.value.status is Status.UNAUTHENTICATED
+    message = caught.value.message or ""
+    assert message in ("the API key is not valid", "give an API key as the metadata `authorization: Bearer KEY`")
+
+
+async def test_failed_logins_are_sampled_and_never_lock_a_key(office: Office) -> None:
+    _, secret = await office.administration.api_keys.create("ops", Role.OPERATOR)
+    async with office.remote() as remote:
+        stub = pb.ServerServiceStub(remote)
+        for _ in range(30):
+            with pytest.raises(GRPCError):
+                await stub.get_version(pb.GetVersionRequest(), metadata={"authorization": "Bearer slk_guess"})
+        told = await stub.get_version(pb.GetVersionRequest(), metadata={"authorization": f"Bearer {secret}"})
+        assert told.role == "operator"
+    entries = (await office.administration.audit.page(AuditQuery(action="login."))).items
+    assert len(entries) == 1, "thirty attempts within a minute are one entry"
+    assert entries[0].actor.source == "127.0.0.1"
+    assert "guess" not in entries[0].to_json()
+
+
+def test_the_refusals_of_one_source_wait_longer_and_longer() -> None:
+    now = 0.0
+    penalties = Penalties(lambda: now)
+    delays = [penalties.next_delay("192.0.2.1") for _ in range(12)]
+    assert delays == sorted(delays)
+    assert delays[0] == 0.25
+    assert delays[-1] == 30.0, "no longer"
+    assert penalties.next_delay("192.0.2.2") == 0.25
+    now = 1000.0
+    assert penalties.next_delay("192.0.2.1") == 0.25, "forgiven"
+
+
+async def test_an_expired_key_is_no_key(office: Office) -> None:
+    keys = office.administration.api_keys
+    made, secret = await keys.create("short", Role.VIEWER, ttl=60.0)
+    assert keys.authenticate(secret, "x")[0].role is Role.VIEWER
+    office.manager.time.advance(61)
+    with pytest.raises(UnauthenticatedError):
+        keys.authenticate(secret, "x")
+    for ttl in (-1.0, 0.0, float("nan"), float("inf"), 1e300):
+        with pytest.raises(ConfigurationError):
+            await keys.create("other", Role.VIEWER, ttl=ttl)
+    assert made.expires_at is not None
+
+
+async def test_a_key_of_another_server_works_here_and_its_end_is_followed(office: Office) -> None:
+    """Another server with the same store makes and deletes it."""
+    keys = office.administration.api_keys
+    _, secret = await keys.create("one", Role.VIEWER)
+    (stored,) = await office.manager.store.transact(lambda transaction: transaction.principals())
+    await office.manager.store.transact(lambda transaction: transaction.delete_principal(stored.id))
+    await _until(lambda: _is_refused(office, secret))
+    again = replace(stored, id="f" * 16)
+    await office.manager.store.transact(lambda transaction: transaction.put_principal(again))
+    await _until(lambda: not _is_refused(office, secret))
+
+
+def _is_refused(office: Office, secret: str) -> bool:
+    try:
+        office.administration.api_keys.authenticate(secret, "x")
+    except UnauthenticatedError:
+        return True
+    return False
+
+
+async def _until(condition: object) -> None:
+    with anyio.fail_after(5):
+        while not condition():  # type: ignore[operator]
+            await anyio.sleep(0.01)
+
+
+async def test_uses_are_written_together(office: Office) -> None:
+    keys = office.administration.api_keys
+    _, secret = await keys.create("ci", Role.VIEWER)
+
+    async def stored() -> Principal:
+        (found,) = await office.manager.store.transact(lambda transaction: transaction.principals())
+        return found
+
+    for _ in range(100):
+        keys.authenticate(secret, "192.0.2.9")
+    assert (await stored()).last_used_at is None
+    await keys.write_uses()
+    assert (await stored()).last_source == "192.0.2.9"
+
+
+@pytest.mark.parametrize("listen", ["0.0.0.0:1", "[::]:1", "192.0.2.1:1", "example.com:1"])
+def test_keys_travel_by_tls_or_on_the_loopback(listen: str) -> None:
+    with pytest.raises(ConfigurationError, match="TLS"):
+        AdminOptions(listen=listen)
+    AdminOptions(listen=listen, tls=ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER))
+
+
+@pytest.mark.parametrize("listen", ["127.0.0.1:0", "[::1]:0", "localhost:1"])
+def test_the_loopback_needs_no_tls(listen: str) -> None:
+    assert AdminOptions(listen=listen).address is not None
+
+
+async def test_no_secret_is_told_but_where_it_is_asked_for(office: Office) -> None:
+    log = io.StringIO()
+    handler = logging.StreamHandler(log)
+    ours = logging.getLogger("siderolink")
+    ours.addHandler(handler)
+    level = ours.level
+    ours.setLevel(logging.DEBUG)
+    told: list[str] = []
+    try:
+        async with office.local() as local, office.remote() as remote:
+            keys, tokens = pb.ApiKeyServiceStub(local), pb.TokenServiceStub(local)
+            key = (await keys.create_api_key(pb.CreateApiKeyRequest(name="k", role="admin"))).secret
+            random = (await tokens.create_token(pb.CreateTokenRequest(name="t"))).secret
+            given = "a-token-that-was-given-1234567890"
+            await tokens.create_token(pb.CreateTokenRequest(name="u", secret=given))
+            bearer = {"authorization": f"Bearer {key}"}
+            for wrong in (f"{key}x", key[:-1]):
+                with pytest.raises(GRPCError) as caught:
+                    await pb.ServerServiceStub(remote).get_version(
+                        pb.GetVersionRequest(), metadata={"authorization": f"Bearer {wrong}"}
+                    )
+                told.append(repr(caught.value))
+            with pytest.raises(GRPCError) as caught:
+                await tokens.create_token(pb.CreateTokenRequest(name="v", secret=given))
+            told.append(repr(caught.value))
+            told.append(repr(await pb.TokenServiceStub(remote).list_tokens(pb.ListTokensRequest(), metadata=bearer)))
+            told.append(repr(await pb.ApiKeyServiceStub(remote).list_api_keys(pb.ListApiKeysRequest(), metadata=bearer)))
+            told.append(repr(await pb.AuditServiceStub(remote).list_audit(pb.ListAuditRequest(), metadata=bearer)))
+            async for chunk in pb.AuditServiceStub(remote).export_audit(pb.ExportAuditRequest(), metadata=bearer):
+                told += map(json.dumps, map(json.loads, chunk.data.decode().splitlines()))
+            assert (await tokens.show_token_secret(pb.TokenRequest(name="u"))).secret == given
+        told.append(repr(office.administration.api_keys.__dict__))
+        told.append(repr(await office.manager.store.transact(lambda transaction: transaction.principals())))
+        told.append(repr(await office.administration.tokens.list()))
+    finally:
+        ours.removeHandler(handler)
+        ours.setLevel(level)
+    told.append(log.getvalue())
+    for secret in (key, key[4:], random, given):
+        assert all(secret not in text for text in told)
