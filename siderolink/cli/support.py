@@ -26,12 +26,18 @@ from typing import Final
 
 import anyio
 
+from siderolink.cli.admin.connection import TargetOptions, connect, find_target
+from siderolink.cli.admin.contexts import contexts_path, read_contexts
+from siderolink.cli.admin.formats import fields_of
+from siderolink.cli.admin.records import read_history
 from siderolink.cli.control import ask_all
 from siderolink.cli.doctor.run import check_all
+from siderolink.cli.options import state_folder
 from siderolink.cli.output import show
 from siderolink.cli.running import loop_options
 from siderolink.cli.status import to_json
 from siderolink.common.errors import ConfigurationError, SideroLinkError
+from siderolink.common.pb.siderolink.admin.v1 import ListHistoryRequest
 from siderolink.common.text import printable
 
 MASK: Final = "…"
@@ -42,15 +48,42 @@ MOST_BYTES: Final = 8 * 1024 * 1024
 """Of one part; the rest is cut off."""
 COMMAND_TIMEOUT: Final = 20.0
 
-_SECRET_VARIABLES: Final = ("SIDEROLINK_JOIN_TOKEN", "SIDEROLINK_UNIQUE_TOKEN", "SIDEROLINK_URL")
-_SECRET_FILES: Final = ("/etc/siderolink/join-token", "/etc/siderolink/unique-token")
+_SECRET_VARIABLES: Final = (
+    "SIDEROLINK_JOIN_TOKEN",
+    "SIDEROLINK_UNIQUE_TOKEN",
+    "SIDEROLINK_URL",
+    "SIDEROLINK_API_KEY",
+    "SIDEROLINK_STORE_PASSWORD",
+    "PGPASSWORD",
+)
+_FILE_VARIABLES: Final = (
+    "SIDEROLINK_API_KEY_FILE",
+    "SIDEROLINK_JOIN_TOKEN_FILE",
+    "SIDEROLINK_STORE_PASSWORD_FILE",
+    "SIDEROLINK_STATE_KEY_FILE",
+)
+_SECRET_FILES: Final = (
+    "/etc/siderolink/join-token",
+    "/etc/siderolink/unique-token",
+    "/etc/siderolink/store-password",
+    "/etc/siderolink/state-key",
+    "/etc/siderolink/api-key",
+)
+SERVE_SETTINGS: Final = "/etc/siderolink/serve.yaml"
+HISTORY_ENTRIES: Final = 1000
 _PATTERNS: Final = (
+    # a setting in a file, or in a text within JSON: the whole rest of its line
+    re.compile(
+        r"(?im)((?:^|\\n)[ \t]*-?[ \t]*[\w-]*(?:token|secret|password|private[_-]?key|api[_-]?key)[ \t]*:[ \t]+)\S(?:(?!\\n).)*"
+    ),
     re.compile(r"(?i)(jointoken=)[^&\s\"']+"),
     re.compile(
-        r"(?i)(\b[\w.-]*(?:token|secret|password|private[_-]?key|preshared[_-]?key)\b[\"']?\s*[:=]\s*[\"']?)[^\s\"',}&]+"
+        r"(?i)(\b[\w.-]*(?:token|secret|password|private[_-]?key|preshared[_-]?key|api[_-]?key)\b\\?[\"']?\s*[:=]\s*\\?[\"']?)[^\s\"',}&\\]+"
     ),
     re.compile(r"(?i)(--(?:join|unique)-token[ =])\S+"),
     re.compile(r"()\bv[12]:[A-Za-z0-9+/=_-]{16,}"),
+    re.compile(r"()\bslk_[A-Za-z0-9_-]+"),
+    re.compile(r"(?i)(\bbearer\s+)\S+"),
     re.compile(r"(-----BEGIN [A-Z ]*PRIVATE KEY-----).*?(?=-----END|\Z)", re.DOTALL),
     re.compile(r"(://[^/\s:@]+:)[^/\s@]+(?=@)"),
 )
@@ -83,6 +116,7 @@ def _forms(secret: str) -> Iterable[str]:
     encoded = secret.encode()
     return (
         secret,
+        urllib.parse.quote(secret),
         urllib.parse.quote(secret, safe=""),
         urllib.parse.quote_plus(secret),
         json.dumps(secret)[1:-1],
@@ -93,24 +127,62 @@ def _forms(secret: str) -> Iterable[str]:
 
 
 def known_secrets(environment: Mapping[str, str], files: Iterable[Path]) -> list[str]:
-    """Join tokens and unique tokens that this host's siderolink may use, as far as they can be read."""
+    """Tokens, API keys, passwords and keys that this host's siderolink may use, as far as they can be read."""
     found = []
     for name in _SECRET_VARIABLES:
         value = environment.get(name, "")
         found.append(value)
         found += urllib.parse.parse_qs(urllib.parse.urlsplit(value).query).get("jointoken", ())
     folder = environment.get("CREDENTIALS_DIRECTORY")
-    candidates = [*files, *(Path(folder).glob("siderolink.*") if folder else ())]
+    named = (Path(environment[name]) for name in _FILE_VARIABLES if environment.get(name))
+    states = _existing(state_folder().glob("*.state.key"))
+    candidates = [*files, *named, *states, *(Path(folder).glob("siderolink.*") if folder else ())]
     for file in candidates:
         try:
             text = file.read_bytes()[:8192].decode(errors="replace")
         except OSError:
             continue
         found += [text.strip(), *(line.strip() for line in text.splitlines())]
-    return [secret for secret in found if secret]
+    return [secret for secret in (*found, *_keys_of_contexts()) if secret]
+
+
+def _existing(found: Iterable[Path]) -> list[Path]:
+    try:
+        return list(found)
+    except OSError:
+        return []
+
+
+def _keys_of_contexts() -> list[str]:
+    try:
+        contexts = read_contexts(contexts_path())
+    except SideroLinkError:
+        return []
+    return [context.api_key for context in contexts.contexts.values() if context.api_key]
 
 
 # --- the parts
+
+
+def history() -> str:
+    """What happened to the machines of each server that runs here, the newest first."""
+
+    async def work() -> dict[str, object]:
+        found: dict[str, object] = {}
+        for answer in (await ask_all()).answers:
+            if answer.role == "server":
+                found[answer.interface] = await _history_of(answer.interface)
+        return found
+
+    return json.dumps(anyio.run(work, backend_options=loop_options()), indent=1)
+
+
+async def _history_of(interface: str) -> object:
+    try:
+        async with connect(find_target(TargetOptions(interface=interface))) as connection:
+            return [fields_of(entry) for entry in await read_history(connection, ListHistoryRequest(), HISTORY_ENTRIES)]
+    except SideroLinkError as error:
+        return f"it could not be read: {error}"
 
 
 def versions() -> str:
@@ -188,6 +260,8 @@ def run_support_bundle(
         "status.json": status,
         "doctor.json": doctor,
         "configuration.json": configuration,
+        "serve.yaml": lambda: log_file(Path(os.environ.get("SIDEROLINK_CONFIG", SERVE_SETTINGS))),
+        "history.json": history,
         "log.txt": (lambda: journal(unit)) if log is None else (lambda: log_file(log)),
     }
     if metrics_at is not None:

@@ -24,6 +24,14 @@ TOKEN = "j0in+token/with=signs"
 UNIQUE = '{"Fingerprint":"f1","Token":"unique-4711"}'
 IN_A_FILE = "from-a-file-only"
 KEY = str(PrivateKey.generate())
+API_KEY = "slk_0123456789abcdef_Zm9yZXZlcg"
+IN_CONTEXTS = "a-key-of-a-context"
+ENVIRONMENT = {
+    "SIDEROLINK_API_KEY": "key-of-the-environment",
+    "SIDEROLINK_STORE_PASSWORD": "password-of-the-store",
+    "PGPASSWORD": "password-of-libpq",
+    "SIDEROLINK_JOIN_TOKEN": "token of the environment",
+}
 SIGNED = "v1:" + base64.b64encode(b'{"extra_data":{"a":"b"},"signature":"c2ln"}').decode()
 LOG = f"""
 2026-11-29T11:00:00Z refused: grpc://host:1?jointoken={urllib.parse.quote(TOKEN)}&grpc_tunnel=true
@@ -38,10 +46,17 @@ proxy http://user:proxy-password@proxy.example:3128/
 -----BEGIN PRIVATE KEY-----
 MIGHAgEAMBMGByqGSM49
 -----END PRIVATE KEY-----
+join-token: correct horse battery
+api-key: "a key of words"
+authorization: Bearer {API_KEY}
+key {API_KEY}, store postgresql://siderolink:pg-password@db/x?password=in-the-query
+environment {", ".join(ENVIRONMENT.values())}
 machine 00000000-0000-4000-8000-000000000001 joined \x1b[31mred\u202e
 """
 SECRETS = (
     *(TOKEN, urllib.parse.quote(TOKEN), base64.b64encode(TOKEN.encode()).decode(), TOKEN.encode().hex()),
+    *(API_KEY, "horse", "battery", "of words", "pg-password", "in-the-query", IN_CONTEXTS, "key-of-a-file"),
+    *ENVIRONMENT.values(),
     *(UNIQUE, "unique-4711", IN_A_FILE, KEY, "another-one", SIGNED[3:], "proxy-password", "quoted-one", "MIGHAgEAMBMGByqGSM49"),
 )
 
@@ -51,6 +66,17 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("SIDEROLINK_RUNTIME_DIR", str(tmp_path / "run"))
     monkeypatch.setenv("SIDEROLINK_URL", f"grpc://host:1?jointoken={urllib.parse.quote(TOKEN, safe='')}")
     monkeypatch.setenv("SIDEROLINK_UNIQUE_TOKEN", UNIQUE)
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    (tmp_path / "contexts.yaml").write_text(
+        f"current: one\ncontexts:\n  one: {{server: 'https://h:1', api-key: {IN_CONTEXTS}}}\n"
+    )
+    (tmp_path / "contexts.yaml").chmod(0o600)
+    monkeypatch.setenv("SIDEROLINK_CONTEXTS", str(tmp_path / "contexts.yaml"))
+    (tmp_path / "key").write_text("key-of-a-file\n")
+    monkeypatch.setenv("SIDEROLINK_API_KEY_FILE", str(tmp_path / "key"))
+    (tmp_path / "serve.yaml").write_text(f"interface: one\njoin-token: correct horse battery\nstore: {IN_CONTEXTS}\n")
+    monkeypatch.setenv("SIDEROLINK_CONFIG", str(tmp_path / "serve.yaml"))
     (tmp_path / "secret").write_text(IN_A_FILE + "\n")
     (tmp_path / "log").write_text(LOG)
     monkeypatch.setattr(support, "doctor", lambda: "[]")  # makes interfaces; its own tests run it
@@ -73,17 +99,38 @@ def test_the_bundle_holds_no_secret(host: Path, capsys: pytest.CaptureFixture[st
     run_support_bundle(bundle, unit="siderolink", log=host / "log", metrics_at="1", secret_files=secret_files)
     assert stat.S_IMODE(bundle.stat().st_mode) == 0o600
     found = contents(bundle)
-    assert set(found) == {"versions.json", "status.json", "doctor.json", "configuration.json", "log.txt", "metrics.txt"}
+    assert set(found) == {"versions.json", "status.json", "doctor.json", "configuration.json", "log.txt", "metrics.txt"} | {
+        "serve.yaml",
+        "history.json",
+    }
     for name, text in found.items():
         assert [secret for secret in SECRETS if secret in text] == [], name
     assert "machine 00000000-0000-4000-8000-000000000001 joined" in found["log.txt"]
     assert "grpc_tunnel=true" in found["log.txt"]
+    assert "interface: one" in found["serve.yaml"]
     assert not {"\x1b", "\u202e"} & set(found["log.txt"])
     assert json.loads(found["versions.json"])["environment"].startswith("SIDEROLINK_")
     assert "could not be made" in found["metrics.txt"]
     assert "masked" in capsys.readouterr().out
     with pytest.raises(ConfigurationError, match="File exists"):
         run_support_bundle(bundle, unit="siderolink", log=host / "log", metrics_at=None, secret_files=())
+
+
+PARTS = ("versions", "status", "doctor", "configuration", "history", "log_file", "metrics")
+
+
+def test_a_secret_in_any_part_is_masked(host: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each part is given everything that may not be in it, and in the forms of programs."""
+    planted = LOG + IN_CONTEXTS + " key-of-a-file " + json.dumps({"detail": LOG, "token": TOKEN})
+    for part in PARTS:
+        monkeypatch.setattr(support, part, lambda *_: planted)
+    bundle = host / "bundle.tar.gz"
+    run_support_bundle(bundle, unit="x", log=host / "log", metrics_at="1", secret_files=(host / "secret",))
+    found = contents(bundle)
+    assert len(found) == len(PARTS) + 1  # the settings of serve are a file, too
+    for name, text in found.items():
+        assert [secret for secret in SECRETS if secret in text] == [], name
+        assert "machine 00000000-0000-4000-8000-000000000001" in text
 
 
 def test_a_secret_that_was_not_masked_keeps_the_bundle_back(host: Path, monkeypatch: pytest.MonkeyPatch) -> None:
