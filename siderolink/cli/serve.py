@@ -164,7 +164,7 @@ class Serve:
     def _reload_token(self) -> None:
         try:
             token = self._read_token()
-            if token == self._token:
+            if token is None or token == self._token:
                 say("unchanged", f"the join token{self._why_unchanged()}")
                 return
             self._token = token
@@ -174,6 +174,8 @@ class Serve:
             say("not reloaded", str(error), level=logging.WARNING)
 
     def _why_unchanged(self) -> str:
+        if self._options.stored_tokens_only:
+            return ": there is none but the stored ones"
         if self._options.join_token is not None:
             return ": it was given as an argument or by the environment, which a running server cannot read again"
         if self._options.join_token_file is None:
@@ -189,12 +191,14 @@ class Serve:
             if certificate is not None:
                 yield certificate, partial(_reload_certificate, certificate, name)
 
-    def _read_token(self) -> str:
+    def _read_token(self) -> str | None:
+        if self._options.stored_tokens_only:
+            return None
         token = read_secret("join-token", self._options.join_token, self._options.join_token_file)
         if token is None:
             raise ConfigurationError(
                 "a server needs a join token: set --join-token-file, SIDEROLINK_JOIN_TOKEN "
-                "or the systemd credential siderolink.join-token"
+                "or the systemd credential siderolink.join-token; or admit by stored tokens alone: --stored-tokens-only"
             )
         hide(token)
         return token
@@ -269,7 +273,9 @@ def _join_policy(options: ServeConfig) -> JoinPolicy:
     """Raises ConfigurationError."""
     mode, days = options.join_tokens_mode, options.forget_after
     return JoinPolicy(
-        mode=None if mode is None else JoinTokensMode(mode.value), forget_after=None if days is None else days * DAY
+        mode=None if mode is None else JoinTokensMode(mode.value),
+        stored_tokens_only=options.stored_tokens_only,
+        forget_after=None if days is None else days * DAY,
     )
 
 

@@ -58,7 +58,7 @@ _JOIN, _STATE, _KEPT, _SEEN, _LIMITS = "Who may join", "State", "History", "Metr
 
 ALTERNATIVES = (
     ("state", "no_state", "store"),
-    ("join_token", "join_token_file"),
+    ("join_token", "join_token_file", "stored_tokens_only"),
     ("wireguard_endpoint", "tunnel_only"),
     ("reports_folder", "no_kept_reports"),
 )
@@ -199,6 +199,7 @@ class ServeConfig(SettingsPart):
         shown="none",
     )
     join_token_file: FilePath | None = _option(None, "File that contains the join token.", _JOIN, metavar="FILE", shown="none")
+    stored_tokens_only: bool = _option(False, "Have no join token but those of `siderolink token`.", _JOIN, only_on=True)
     join_tokens_mode: Annotated[JoinTokensModeChoice, LAX] | None = _option(
         None,
         "How machines without a unique token join. With legacyAllowed and strict, one that supports unique tokens stays "

@@ -259,7 +259,8 @@ class Composition:
         options = self._options.admin
 
         def admits(machine: Machine) -> bool | None:
-            return None if machine.join_token_digest is None else self._join_token.admits(machine.join_token_digest)
+            digest = machine.join_token_digest
+            return None if digest is None else self._join_token.admits(digest) or fleet.directory.known.has_join_token(digest)
 
         clock = Clock(time=self._store.time)
         administration = Administration(

@@ -80,7 +80,7 @@ class ServerOptions:
     def __post_init__(self) -> None:
         _check_listen(self.api_listen)
         _check_endpoints(self.wireguard_endpoints, self.force_tunnel)
-        _check_token(self.join_token, self.allow_any_token)
+        _check_token(self.join_token, self.allow_any_token, self.policy.stored_tokens_only)
         if len((self.installation_id or "").encode()) > MAX_INSTALLATION_ID_BYTES:
             raise ConfigurationError(f"an installation id has at most {MAX_INSTALLATION_ID_BYTES} bytes")
         if self.wireguard_listen_port is not None and not 0 <= self.wireguard_listen_port <= 65535:
@@ -145,8 +145,12 @@ def _check_endpoints(endpoints: tuple[str, ...], force_tunnel: bool) -> None:
         HostPort.parse(text, port_zero=True)
 
 
-def _check_token(join_token: str | None, allow_any_token: bool) -> None:
+def _check_token(join_token: str | None, allow_any_token: bool, stored_tokens_only: bool) -> None:
     if allow_any_token and join_token:
         raise ConfigurationError("give a join_token or allow_any_token=True, not both")
-    if not allow_any_token and not join_token:
+    if stored_tokens_only and (join_token or allow_any_token):
+        raise ConfigurationError(
+            "stored_tokens_only=True admits by stored tokens alone; give no join_token, no allow_any_token"
+        )
+    if not (allow_any_token or stored_tokens_only or join_token):
         raise ConfigurationError("a server without a join_token would admit everyone; give one, or set allow_any_token=True")

@@ -81,7 +81,7 @@ class _Measured:
     def __init__(self, options: ServerOptions) -> None:
         self._options = options
         self._store = MeasuredStore(MemoryStore() if options.store is None else options.store)
-        self._join_token = JoinTokenCheck(options.join_token or None)
+        self._join_token = JoinTokenCheck(options.join_token or None, admits_any=options.allow_any_token)
         self._events = EventHub()
         self._lifetime = _Lifetime()
         self._facts = Facts(lambda: self._lifetime.live, options, self._store, self._events)
@@ -215,7 +215,8 @@ class Server(_Administered, AbstractAsyncContextManager["Server"]):
     api_listen: host:port of the API; port 0 selects a free one.
     wireguard_endpoints: host:port to give to machines, preferred ones first; port 0 means the device's port.
     wireguard_listen_port: the device's UDP port, if it differs from the first endpoint's (behind port forwarding).
-    join_token: the token that machines must present; allow_any_token=True admits everyone instead.
+    join_token: the token that machines must present, beside those of `tokens`; with JoinPolicy(stored_tokens_only=True)
+        there is none but those, and allow_any_token=True admits everyone.
     installation_id: selects the overlay's prefix. Empty selects the common one; None uses the stored one.
     private_key: the WireGuard key; None uses the stored one, or generates one.
     force_tunnel: make every machine use the tunnel; needs no wireguard_endpoints.
@@ -349,9 +350,10 @@ class Server(_Administered, AbstractAsyncContextManager["Server"]):
 
     def still_admits(self, machine: Machine) -> bool | None:
         """Whether the join token that the machine last presented would still admit it; None if it presented none."""
-        if machine.join_token_digest is None:
-            return None
-        return self._join_token.admits(machine.join_token_digest)
+        digest = machine.join_token_digest
+        if digest is None or self._lifetime.parts is None:
+            return None if digest is None else self._join_token.admits(digest)
+        return self._lifetime.parts.administration.admits(machine)
 
     def set_join_token(self, join_token: str) -> None:
         """Require another token for future joins. Existing links stay.

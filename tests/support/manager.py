@@ -70,7 +70,7 @@ class Manager:
         store: MemoryStore | None = None,
         force_tunnel: bool = False,
         authorize: Authorize = allow_all,
-        join_token: str | None = TOKEN,
+        join_token: str | None | JoinTokenCheck = TOKEN,
         entropy: list[bytes] | None = None,
         time: VirtualClock | None = None,
         last_seen: LastSeenNotes | None = None,
@@ -82,7 +82,7 @@ class Manager:
         self.device = FakeDevice(self.time)
         self.store = store or MemoryStore()
         self.hub = EventHub()
-        self.join_token = JoinTokenCheck(join_token)
+        self.join_token = join_token if isinstance(join_token, JoinTokenCheck) else JoinTokenCheck(join_token)
         prefix = overlay_prefix()
         policy = JoinPolicy(mode=mode, trust_fingerprints=trust_fingerprints)
         self.fleet = make_fleet(

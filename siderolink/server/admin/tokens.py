@@ -9,7 +9,7 @@ from typing import Final
 from siderolink.common.errors import AlreadyExistsError, ConfigurationError, NotFoundError, SideroLinkError
 from siderolink.common.node_uuid import parse_uuid
 from siderolink.common.text import one_line
-from siderolink.server.admin.words import changed_labels, require
+from siderolink.server.admin.words import changed_labels, check_note, require
 from siderolink.server.admission.signed_tokens import PROVIDER, is_signed, sign
 from siderolink.server.admission.tokens import MAX_JOIN_TOKEN_BYTES, JoinTokenCheck, token_digest
 from siderolink.server.store import (
@@ -30,7 +30,6 @@ from siderolink.server.store.sealing import place_of_token
 from siderolink.server.store.tokens import DEFAULT_TOKEN, GIVEN_TOKEN, MAX_USES
 
 MAX_NAME_BYTES: Final = 64
-MAX_NOTE_BYTES: Final = 4096
 MAX_PROVIDER_LENGTH: Final = 253
 _ALPHABET: Final = string.digits + string.ascii_letters
 _RANDOM_CHARACTERS: Final = 43
@@ -196,7 +195,7 @@ class Tokens:
             secret=self._store.sealer.seal(secret.encode(), place_of_token(token_id)),
             kind=TokenKind(kind),
             provider=_check_provider(TokenKind(kind), provider),
-            note=_check_note(note),
+            note=check_note(note),
             created_at=now,
             created_by=actor.name,
             expires_at=_expiry(now, expires_at, expires_in),
@@ -246,7 +245,7 @@ class Tokens:
                 raise SideroLinkError("the machines of a token without a limit are not counted; make a new token with max_uses")
             fields: dict[str, object] = {
                 "name": None if new_name is None else _check_name(new_name),
-                "note": None if note is None else _check_note(note),
+                "note": None if note is None else check_note(note),
                 "tunnel": None if tunnel is None else TunnelSetting(tunnel),
                 "bound_uuid": parse_uuid(bound_uuid) if bound_uuid else None,
                 "max_uses": _check_uses(max_uses) if max_uses else None,
@@ -454,14 +453,6 @@ def _check_name(text: str) -> str:
         raise ConfigurationError("the join token name must not contain control characters")
     if text == GIVEN_TOKEN:
         raise AlreadyExistsError(f"{GIVEN_TOKEN} is the name of the token that is given to the server")
-    return text
-
-
-def _check_note(text: str) -> str:
-    if len(text.encode("utf-8", "surrogatepass")) > MAX_NOTE_BYTES:
-        raise ConfigurationError(f"a note has at most {MAX_NOTE_BYTES} bytes")
-    if any(not (character.isprintable() or character == "\n") for character in text):
-        raise ConfigurationError("a note may not contain control characters")
     return text
 
 

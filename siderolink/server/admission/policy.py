@@ -34,6 +34,8 @@ class JoinPolicy:
     """The operator's admission settings."""
 
     mode: JoinTokensMode | None = None
+    stored_tokens_only: bool = False
+    """The server has no join token but the stored ones."""
     trust_fingerprints: bool = False
     """As in other servers, a machine with the hardware addresses of the bound unique token may replace the token, unless it is
     installed. The addresses are not secret."""

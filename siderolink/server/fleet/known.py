@@ -129,9 +129,13 @@ class Known:
         if join.state is JoinTokenState.MALFORMED or join.digest is None:
             return False
         if join.signed is None:
-            return self._is_active(self._hash(_JOIN, join.digest))
+            return self.has_join_token(join.digest)
         provider = join.signed.signing_provider
         return self._is_active(self._hash(_SIGNER, b"" if provider is None else b"p" + provider.encode("utf-8", "replace")))
+
+    def has_join_token(self, digest: bytes) -> bool:
+        """Whether a plain token of this digest is active, whatever its uses are."""
+        return self._is_active(self._hash(_JOIN, digest))
 
     def has_unique_token(self, digest: bytes) -> bool:
         return self._hash(_UNIQUE, digest) in self._table

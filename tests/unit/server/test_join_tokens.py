@@ -4,6 +4,7 @@ import itertools
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
+from typing import Any
 
 import anyio
 import pytest
@@ -11,18 +12,24 @@ from grpclib import GRPCError, Status
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from siderolink.common.errors import ConfigurationError
+from siderolink.server import JoinPolicy, Server
 from siderolink.server.admin.tokens import Tokens
 from siderolink.server.admission.policy import JoinTokensMode
 from siderolink.server.admission.signed_tokens import PROVIDER, sign
+from siderolink.server.admission.tokens import JoinTokenCheck
 from siderolink.server.store import (
     Actor,
     MemoryStore,
     Role,
+    Store,
     TokenKind,
     TokenState,
     TunnelSetting,
 )
+from siderolink.server.store.sql.postgres import PostgresStore
 from tests.support.manager import TOKEN, FakeMachine, Manager, following, managed, new_key, tokens_of
+from tests.support.postgres import cluster
 from tests.unit.server.test_store import KINDS, opened
 
 pytestmark = pytest.mark.anyio
@@ -413,17 +420,51 @@ async def test_hits_that_lead_to_refusals_have_a_budget_per_source() -> None:
     assert (await manager.refuses(FakeMachine(source="203.0.113.9"), join_token=text))[0] is DENIED
 
 
-async def test_tokens_of_another_server_are_known_by_the_feed() -> None:
-    store = MemoryStore()
-    tokens = tokens_of(Manager(store=store))
-    async with following(Manager(store=store)) as here:
-        text = (await tokens.create("one")).secret
-        for wanted in (True, False):
-            with anyio.fail_after(10):
-                while bool(len(here.links.known)) != wanted:
-                    await anyio.lowlevel.checkpoint()
-            if wanted:
-                await here.join(FakeMachine(), join_token=text)
-                await here.machines.remove([row async for row in store.machines()][0].id)
-                await tokens.revoke("one")
-        assert (await here.refuses(FakeMachine(), join_token=text))[0] is DENIED
+@asynccontextmanager
+async def two_stores(kind: str) -> AsyncIterator[tuple[Store, Store]]:
+    """Of two servers, with the same rows."""
+    if kind == "memory":
+        store = MemoryStore()
+        yield store, store
+        return
+    with cluster().database() as database:
+        url = cluster().url(database)
+        async with PostgresStore.open(url) as one, PostgresStore.open(url) as other:
+            yield one, other
+
+
+@pytest.mark.parametrize("kind", ["memory", "postgres"])
+async def test_tokens_of_another_server_are_known_by_the_feed(kind: str) -> None:
+    async with two_stores(kind) as (one, other):
+        tokens = tokens_of(Manager(store=one))  # type: ignore[arg-type]
+        async with following(Manager(store=other)) as here:  # type: ignore[arg-type]
+            made = await tokens.create("one")
+            digest = made.status.token.digest
+            for is_active in (True, False):
+                with anyio.fail_after(20):
+                    while here.links.known.has_join_token(digest) != is_active:
+                        await anyio.sleep(0.01)
+                if is_active:
+                    await here.join(FakeMachine(), join_token=made.secret)
+                    await tokens.revoke("one")
+            assert (await here.refuses(FakeMachine(), join_token=made.secret))[0] is DENIED
+
+
+async def test_a_server_without_a_given_token_admits_nobody_by_none() -> None:
+    """Neither by an empty token nor by any other, until one is made."""
+    check = JoinTokenCheck(None, admits_any=False)
+    for text in (None, "", "x", TOKEN, sign("v1", "", {}), sign("v2", "None", None)):
+        assert not check.accepts(text)
+    manager = Manager(join_token=check)
+    assert (await manager.refuses(FakeMachine()))[0] is DENIED
+    made = await tokens_of(manager).create("one", make_default=True)
+    await manager.join(FakeMachine(), join_token=made.secret)
+    await manager.join(FakeMachine(), join_token=sign("v1", made.secret, {}))
+
+
+@pytest.mark.parametrize("other", [{"join_token": "x"}, {"allow_any_token": True}])
+def test_stored_tokens_alone_are_not_combined_with_others(other: dict[str, Any]) -> None:
+    policy = JoinPolicy(stored_tokens_only=True)
+    Server(api_listen="127.0.0.1:0", force_tunnel=True, policy=policy)
+    with pytest.raises(ConfigurationError, match="stored_tokens_only=True admits by stored tokens alone"):
+        Server(api_listen="127.0.0.1:0", force_tunnel=True, policy=policy, **other)
