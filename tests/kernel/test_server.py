@@ -15,6 +15,7 @@ from tests.netns.test_server import (
     test_a_machine_cannot_speak_with_anothers_address,
     test_a_second_stream_takes_over_once_it_is_proved_and_not_before,
     test_a_stream_that_proves_nothing_ends_and_a_removed_machines_stream_ends,
+    test_an_administrator_cuts_a_link_before_the_call_returns,
     test_hostile_calls_are_refused_while_a_neighbours_traffic_flows,
     test_machines_reach_the_server_and_never_each_other,
 )
@@ -23,6 +24,7 @@ __all__ = [
     "test_a_machine_cannot_speak_with_anothers_address",
     "test_a_second_stream_takes_over_once_it_is_proved_and_not_before",
     "test_a_stream_that_proves_nothing_ends_and_a_removed_machines_stream_ends",
+    "test_an_administrator_cuts_a_link_before_the_call_returns",
     "test_hostile_calls_are_refused_while_a_neighbours_traffic_flows",
     "test_machines_reach_the_server_and_never_each_other",
 ]

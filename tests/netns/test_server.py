@@ -2,7 +2,7 @@
 
 import subprocess
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -222,6 +222,34 @@ def test_a_stream_that_proves_nothing_ends_and_a_removed_machines_stream_ends() 
             assert ended() == (Status.PERMISSION_DENIED, "peer not allowed")
         assert not machine.pings(OVERLAY)
         assert host.portal.call(host.server.machines) == []
+
+
+@pytest.mark.parametrize("tunnel", [False, True], ids=["udp", "tunnel"])
+@pytest.mark.parametrize("action", ["remove", "ban", "deny"])
+def test_an_administrator_cuts_a_link_before_the_call_returns(action: str, tunnel: bool) -> None:
+    with serving(1) as host, joined(host, tunnel=tunnel) as machine, ExitStack() as stack:
+        ended = stack.enter_context(carrying(machine)) if tunnel else None
+        machine.wait_connected()
+        assert machine.pings(OVERLAY)
+        (status,) = host.portal.call(host.server.machines)
+        administration = host.server.administration
+        change: dict[str, Callable[[str], Awaitable[object]]] = {
+            "remove": administration.machines.remove,
+            "ban": administration.bans.add,
+            "deny": administration.machines.deny,
+        }
+        host.portal.call(change[action], status.machine.id)
+        assert host.portal.call(host.server.device.peers) == []
+        if ended is not None:
+            assert ended() == (Status.PERMISSION_DENIED, "peer not allowed")
+        assert not machine.pings(OVERLAY)
+        entries = host.portal.call(host.server.audit.page).items
+        assert {entry.actor.name for entry in entries} == {"embedder"}
+        assert {entry.action for entry in entries} == {
+            "remove": {"machine.remove"},
+            "ban": {"ban.add", "machine.remove"},
+            "deny": {"machine.deny"},
+        }[action]
 
 
 def test_hostile_calls_are_refused_while_a_neighbours_traffic_flows() -> None:
