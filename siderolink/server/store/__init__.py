@@ -24,6 +24,7 @@ from siderolink.server.store.base import (
 )
 from siderolink.server.store.history import HistoryBounds, HistoryEntry, HistoryKind, HistoryQuery
 from siderolink.server.store.memory import MemoryStore
+from siderolink.server.store.ownership import FleetServer, FleetServerChanged, Ownership, OwnershipRepository, OwnershipTaken
 from siderolink.server.store.tokens import (
     JoinToken,
     TokenChanged,
@@ -47,6 +48,8 @@ __all__ = [
     "ChangesLost",
     "Claim",
     "ClaimChanged",
+    "FleetServer",
+    "FleetServerChanged",
     "HistoryBounds",
     "HistoryEntry",
     "HistoryKind",
@@ -58,6 +61,9 @@ __all__ = [
     "MachineChanged",
     "MachineDeleted",
     "MemoryStore",
+    "Ownership",
+    "OwnershipRepository",
+    "OwnershipTaken",
     "Principal",
     "PrincipalChanged",
     "Role",

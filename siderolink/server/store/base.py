@@ -16,6 +16,7 @@ from siderolink.common.errors import StoreError
 from siderolink.common.keys import PublicKey
 from siderolink.server.store.audit import AuditEntry, AuditQuery, Principal
 from siderolink.server.store.history import HistoryBounds, HistoryEntry, HistoryQuery
+from siderolink.server.store.ownership import FleetServerChanged, OwnershipRepository, OwnershipTaken
 from siderolink.server.store.sealing import Sealer
 from siderolink.server.store.tokens import GIVEN_TOKEN, JoinToken, TokenChanged, TokenKey, TokenRepository, TunnelSetting
 
@@ -260,6 +261,9 @@ class Transaction(Protocol):
     @property
     def tokens(self) -> TokenRepository: ...
 
+    @property
+    def ownership(self) -> OwnershipRepository: ...
+
     def expect(self, node_uuid: str, public_key: PublicKey, bans: Iterable[Ban] = (), tokens: Iterable[TokenKey] = ()) -> None:
         """Say what will soon be asked for: the bans, the tokens, the machine of the UUID, and who has or claims the key."""
 
@@ -282,7 +286,7 @@ class Transaction(Protocol):
         """Replace the row of the same id; returns it as stored. Raises UniqueViolationError; StoreError without such a row."""
 
     async def delete(self, machine_id: str) -> Machine | None:
-        """Remove a row, its claims and the use of a token that is reserved for it, and return it; None if it does not exist."""
+        """Remove a row, its claims, its link's owner and the use of a token that is reserved for it; None if there is none."""
 
     async def claims(self, machine_id: str) -> Sequence[Claim]:
         """All claims to a row, the oldest first."""
@@ -374,7 +378,16 @@ class ChangesLost:
 
 
 Change = (
-    MachineChanged | MachineDeleted | ClaimChanged | BanChanged | TokenChanged | AuditAdded | PrincipalChanged | ChangesLost
+    MachineChanged
+    | MachineDeleted
+    | ClaimChanged
+    | BanChanged
+    | TokenChanged
+    | AuditAdded
+    | PrincipalChanged
+    | OwnershipTaken
+    | FleetServerChanged
+    | ChangesLost
 )
 Work = Callable[[Transaction], Awaitable[T]]
 

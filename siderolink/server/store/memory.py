@@ -35,6 +35,7 @@ from siderolink.server.store.base import (
 )
 from siderolink.server.store.feed import DEFAULT_FEED_LIMIT, Feeds
 from siderolink.server.store.history import HistoryBounds, HistoryEntry, HistoryQuery, MemoryHistory
+from siderolink.server.store.memory_ownership import MemoryOwnership, OwnershipTable
 from siderolink.server.store.memory_tokens import MemoryTokens, TokenTable
 from siderolink.server.store.sealing import KEY_BYTES, GivenKey, Sealer
 from siderolink.server.store.tokens import JoinToken, TokenKey
@@ -59,6 +60,7 @@ class _Table:
         self.audit_seq = 0
         self.server: ServerRecord | None = None
         self.tokens = TokenTable()
+        self.ownership = OwnershipTable()
         self._indexes: dict[str, dict[Hashable, str]] = {column: {} for column in UNIQUE_COLUMNS}
 
     def find(self, column: str, value: Hashable) -> Machine | None:
@@ -115,6 +117,7 @@ class _RowChanges:
         self.changes: list[Change] = []
         self.happened: list[HistoryEntry] = []
         self.tokens = MemoryTokens(table.tokens, self.changes)
+        self.ownership = MemoryOwnership(table.ownership, self.changes)
 
     def expect(self, node_uuid: str, public_key: PublicKey, bans: Iterable[Ban] = (), tokens: Iterable[TokenKey] = ()) -> None:
         """Everything is in memory already."""
@@ -158,6 +161,7 @@ class _RowChanges:
                 await self.delete_claim(claim)
             if machine.has_reserved_use and machine.token_id is not None:
                 self.tokens.release(machine.token_id, machine_id)
+            self.ownership.forget(machine_id)
             self._before.append((machine_id, machine))
             self.changes.append(MachineDeleted(machine=machine))
         return machine
@@ -247,6 +251,7 @@ class _MemoryTransaction(_RowChanges):
     def undo(self) -> None:
         self._table.server = self._server_before
         self.tokens.undo()
+        self.ownership.undo()
         self._table.principals = self._principals_before
         # All out first, then back in: on the way no two rows may hold the same value.
         for machine_id, _ in self._before:

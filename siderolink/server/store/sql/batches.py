@@ -205,6 +205,8 @@ async def _write_one(driver: aiosqlite.Connection, transaction: SqlTransaction) 
         await statements.set_bans(driver, transaction.bans)
     if transaction.tokens.has_changes:
         await statements.set_tokens(driver, transaction.tokens)
+    if transaction.ownership.owners or transaction.ownership.put_servers:
+        await statements.set_ownership(driver, transaction.ownership)
     if transaction.named:
         await statements.set_principals(driver, transaction.named)
     if transaction.record is not None:

@@ -21,6 +21,8 @@ READERS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     tables.join_tokens.name: tables.read_token,
     tables.token_uses.name: lambda row: TokenUse(**row),
     tables.principals.name: tables.read_principal,
+    tables.sessions.name: tables.read_ownership,
+    tables.servers.name: tables.read_fleet_server,
     tables.server.name: tables.read_server,
 }
 """What reads a row of each table; raises StoreError for one that no server wrote."""

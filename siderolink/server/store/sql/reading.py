@@ -12,8 +12,8 @@ from siderolink.server.store.tokens import JoinToken, TokenUse
 
 Key = tuple[str, Hashable]
 """A key that was read or written: a machine column and its value; BAN and a Ban; CLAIMS_OF and a machine's id; CLAIM_KEY and
-a public key; TOKEN with a token's column, and its value; USES_OF and a token's id; HISTORY and a number of the writer's own,
-because appending conflicts with nothing; PRINCIPALS; or SERVER."""
+a public key; TOKEN with a token's column, and its value; USES_OF and a token's id; OWNER_OF and a machine's id; HISTORY and a
+number of the writer's own, because appending conflicts with nothing; PRINCIPALS; SERVERS; or SERVER."""
 
 BAN = "ban"
 CLAIMS_OF = "claims of"
@@ -23,12 +23,17 @@ TOKEN = "token "
 USES_OF = "uses of"
 SERVER: Key = ("server", 1)
 PRINCIPALS: Key = ("principals", 1)
+OWNER_OF = "owner of"
+SERVERS: Key = ("servers", 1)
+_WHOLE = {PRINCIPALS[0], SERVERS[0]}
+"""The keys that are whole tables."""
 _COLUMNS = {"id", *UNIQUE_COLUMNS}
 """The keys that are columns of machines."""
 _PLACES = {
     CLAIMS_OF: ("claims", "machine_id"),
     CLAIM_KEY: ("claims", "public_key"),
     USES_OF: ("token_uses", "token_id"),
+    OWNER_OF: ("sessions", "machine_id"),
     SERVER[0]: ("server", "id"),
 }
 """The table and the column of other keys."""
@@ -38,7 +43,7 @@ Found = Ban | Machine | Claim | Sequence[Claim] | JoinToken | Sequence[TokenUse]
 
 def is_optimistic(key: Key) -> bool:
     """Whether a work that only read it need not wait for others, nor run again where it changes meanwhile."""
-    return key[0].startswith(TOKEN)
+    return key[0].startswith(TOKEN) or key == SERVERS
 
 
 Sought = dict[str, dict[str, list[Hashable]]]
@@ -125,8 +130,8 @@ def seek(wanted: Iterable[Key]) -> Sought:
             bans["value"].append(value.value)
             if value.kind.value not in bans["kind"]:
                 bans["kind"].append(value.kind.value)
-        elif name == PRINCIPALS[0]:
-            sought["principals"] = {}
+        elif name in _WHOLE:
+            sought[name] = {}
         elif name.startswith(TOKEN):
             sought.setdefault("join_tokens", {}).setdefault(name.removeprefix(TOKEN), []).append(value)
         else:
@@ -139,8 +144,8 @@ def answers(wanted: Sequence[Key], rows: Mapping[str, Sequence[Any]]) -> dict[Ke
     """What the rows of the tables say under the keys."""
     names = {name for name, _ in wanted}
     found: dict[Key, Found] = {(BAN, ban): ban for ban in rows.get("bans", ())}
-    if PRINCIPALS[0] in names:
-        found[PRINCIPALS] = list(rows.get("principals", ()))
+    found |= {(name, 1): list(rows.get(name, ())) for name in names & _WHOLE}
+    found |= {(OWNER_OF, owner.machine_id): owner for owner in rows.get("sessions", ())}
     for record in rows.get("server", ()):
         found[SERVER] = record
     claims = sorted(rows.get("claims", ()), key=lambda claim: claim.created_at)

@@ -13,6 +13,7 @@ from siderolink.server.store.audit import AuditEntry, Principal
 from siderolink.server.store.base import Ban, BanGrounds, Claim, LastSeen, Machine, ServerRecord
 from siderolink.server.store.history import HistoryEntry
 from siderolink.server.store.sql import audit, history, tables
+from siderolink.server.store.sql.ownership_rows import SqlOwnership
 from siderolink.server.store.sql.queries import READERS, Statement, matches, names
 from siderolink.server.store.sql.reading import Sought
 from siderolink.server.store.sql.token_rows import SqlTokens
@@ -42,6 +43,9 @@ _DELETE_USES = _statement(delete(tables.token_uses).where(tables.token_uses.c.to
 _RELEASE_USE, _TAKE_SLOT = _statement(tables.release_use()), _statement(tables.take_slot())
 _DELETE_PRINCIPAL = _statement(delete(tables.principals).where(tables.principals.c.id == bindparam("principal")))
 _LAST_AUDIT = "SELECT coalesce(max(seq), 0) FROM sqlite_sequence WHERE name = 'audit'"
+_DELETE_SESSION = _statement(delete(tables.sessions).where(tables.sessions.c.machine_id == bindparam("machine")))
+_DELETE_FLEET_SERVER = _statement(delete(tables.servers).where(tables.servers.c.id == bindparam("server")))
+_INSERT_SESSION, _INSERT_FLEET_SERVER = _statement(insert(tables.sessions)), _statement(insert(tables.servers))
 _DELETE_SERVER = _statement(delete(tables.server))
 
 _NOTE = _statement(tables.note())
@@ -125,6 +129,15 @@ async def set_tokens(driver: aiosqlite.Connection, changed: SqlTokens) -> None:
     await _run(driver, _RELEASE_USE, tables.released_uses(changed.released))
     await _run(driver, _TAKE_SLOT, tables.taken_slots(changed.put_uses.values()))
     await _run(driver, _INSERT_USE, [tables.cells(use, tables.token_uses) for use in changed.put_uses.values()])
+
+
+async def set_ownership(driver: aiosqlite.Connection, changed: SqlOwnership) -> None:
+    await _run(driver, _DELETE_SESSION, [{"machine": machine_id} for machine_id in changed.owners])
+    owners = [tables.cells(owner, tables.sessions) for owner in changed.owners.values() if owner is not None]
+    await _run(driver, _INSERT_SESSION, owners)
+    await _run(driver, _DELETE_FLEET_SERVER, [{"server": server_id} for server_id in changed.put_servers])
+    servers = [tables.fleet_server_values(one) for one in changed.put_servers.values() if one is not None]
+    await _run(driver, _INSERT_FLEET_SERVER, servers)
 
 
 async def set_server(driver: aiosqlite.Connection, record: ServerRecord) -> None:

@@ -44,10 +44,11 @@ from siderolink.server.store.base import (
     MachineAdmission,
     ServerRecord,
 )
+from siderolink.server.store.ownership import FleetServer, Ownership
 from siderolink.server.store.sealing import is_sealed
 from siderolink.server.store.tokens import JoinToken, TokenKind, TokenUse, TunnelSetting
 
-HEAD = "7"
+HEAD = "8"
 """The newest migration, which these tables are."""
 
 metadata = MetaData()
@@ -223,6 +224,36 @@ token_uses = Table(
 )
 Index("token_users", token_uses.c.token_id, token_uses.c.machine_id, unique=True)
 
+sessions = Table(
+    "sessions",
+    metadata,
+    Column("machine_id", Text, primary_key=True),
+    Column("server_id", Text, nullable=False),
+    Column("epoch", BigInteger, nullable=False),
+    Column("public_key", LargeBinary, nullable=False),
+    Column("endpoint", Text),
+    Column("heard_at", Float, nullable=False),
+    Column("handshake_at", Float),
+    Column("stamp", LargeBinary, nullable=False),
+    Column("rx", BigInteger, nullable=False),
+    Column("tx", BigInteger, nullable=False),
+)
+Index("sessions_of_servers", sessions.c.server_id)
+
+servers = Table(
+    "servers",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("endpoints", Text, nullable=False),
+    Column("peer_address", Text, nullable=False),
+    Column("peer_fingerprint", Text, nullable=False),
+    Column("heartbeat_at", Float, nullable=False),
+    Column("software", Text, nullable=False),
+    Column("schema", Integer, nullable=False),
+    Column("clock_offset", Float, nullable=False),
+    Column("is_draining", Boolean, nullable=False),
+)
+
 server = Table(
     "server",
     metadata,
@@ -249,7 +280,7 @@ def cell(value: object) -> object:
     return value
 
 
-def cells(row: Machine | Claim | JoinToken | TokenUse | Principal, table: Table) -> dict[str, object]:
+def cells(row: Machine | Claim | JoinToken | TokenUse | Principal | Ownership, table: Table) -> dict[str, object]:
     """A row's fields as its table's columns hold them."""
     return {column.name: cell(getattr(row, column.name)) for column in table.columns}
 
@@ -411,6 +442,29 @@ def read_principal(row: Mapping[Any, Any]) -> Principal:
         return Principal(role=Role(fields.pop("role")), **fields)
     except (ValueError, TypeError):
         raise StoreError("the state contains an invalid principal record") from None
+
+
+def read_ownership(row: Mapping[Any, Any]) -> Ownership:
+    """Raises StoreError for a row that no server wrote."""
+    fields = dict(row)
+    try:
+        return Ownership(public_key=PublicKey(fields.pop("public_key")), **fields)
+    except (ValueError, TypeError):
+        raise StoreError("the state contains an invalid owner of a link") from None
+
+
+def fleet_server_values(server: FleetServer) -> dict[str, object]:
+    return {column.name: getattr(server, column.name) for column in servers.columns} | {"endpoints": " ".join(server.endpoints)}
+
+
+def read_fleet_server(row: Mapping[Any, Any]) -> FleetServer:
+    """Raises StoreError for a row that no server wrote."""
+    fields = dict(row)
+    try:
+        endpoints = tuple(fields.pop("endpoints").split())
+        return FleetServer(endpoints=endpoints, is_draining=bool(fields.pop("is_draining")), **fields)
+    except (AttributeError, TypeError):
+        raise StoreError("the state contains an invalid server of the fleet") from None
 
 
 def server_values(record: ServerRecord) -> dict[str, object]:

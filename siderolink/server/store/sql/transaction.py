@@ -25,6 +25,7 @@ from siderolink.server.store.base import (
     unique_values,
 )
 from siderolink.server.store.history import HistoryEntry
+from siderolink.server.store.sql.ownership_rows import SqlOwnership
 from siderolink.server.store.sql.reading import BAN, CLAIM_KEY, CLAIMS_OF, HISTORY, PRINCIPALS, SERVER, TOKEN, Key, Reads
 from siderolink.server.store.sql.token_rows import SqlTokens
 from siderolink.server.store.tokens import TokenKey
@@ -55,6 +56,7 @@ class _RowChanges:
         self.happened: list[HistoryEntry] = []
         self.changes: list[Change] = []
         self.tokens = SqlTokens(reader, self.reads, self.writes, self.changes)
+        self.ownership = SqlOwnership(reader, self.reads, self.writes, self.changes)
 
     async def machine(self, machine_id: str) -> Machine | None:
         if machine_id in self.rows:
@@ -131,6 +133,7 @@ class _RowChanges:
                 await self.delete_claim(claim)
             if machine.has_reserved_use and machine.token_id is not None:
                 self.tokens.release(machine.token_id, machine_id)
+            self.ownership.forget(machine_id)
             self._write(machine_id, None, machine)
             self.changes.append(MachineDeleted(machine=machine))
         return machine

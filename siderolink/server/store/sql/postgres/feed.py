@@ -33,6 +33,7 @@ from siderolink.server.store.base import (
     PrincipalChanged,
 )
 from siderolink.server.store.feed import Feeds
+from siderolink.server.store.ownership import FleetServer, FleetServerChanged, Ownership, OwnershipTaken
 from siderolink.server.store.sql import audit, tables
 from siderolink.server.store.sql.postgres.database import ContendedError, Database, answered
 from siderolink.server.store.tokens import JoinToken, TokenChanged
@@ -70,7 +71,7 @@ _PRUNE = text(
 # --- how a change is written
 
 
-def _body(row: Machine | Claim | JoinToken) -> dict[str, Any]:
+def _body(row: Machine | Claim | JoinToken | Ownership) -> dict[str, Any]:
     cells = ((one.name, tables.cell(getattr(row, one.name))) for one in fields(row))
     return {name: {"x": cell.hex()} if isinstance(cell, bytes) else cell for name, cell in cells}
 
@@ -94,6 +95,10 @@ def written(change: Change) -> tuple[str, str, str]:
             kind, name, body = "ban" if banned else "ban lifted", ban.value, {"kind": ban.kind.value, "value": ban.value}
         case TokenChanged(token=token, is_gone=is_gone):
             kind, name, body = "token gone" if is_gone else "token", token.id, _body(token)
+        case OwnershipTaken(ownership=owner):
+            kind, name, body = "owner", owner.machine_id, _body(owner)
+        case FleetServerChanged(server=server, is_gone=is_gone):
+            kind, name, body = "server gone" if is_gone else "server", server.id, tables.fleet_server_values(server)
         case PrincipalChanged(principal_id=name):
             kind, body = "principal", {"id": name}
         case AuditAdded() | ChangesLost():
@@ -113,6 +118,11 @@ def _read_change(kind: str, body: str) -> Change | None:
                 return ClaimChanged(claim=tables.read_claim(_row(found, Claim)), is_over=kind == "claim over")
             case "audit":
                 return AuditAdded(entry=audit.read_entry(found))
+            case "owner":
+                return OwnershipTaken(ownership=tables.read_ownership(_row(found, Ownership)))
+            case "server" | "server gone":
+                server = tables.read_fleet_server(_row(found, FleetServer))
+                return FleetServerChanged(server=server, is_gone=kind == "server gone")
             case "principal":
                 return PrincipalChanged(principal_id=found["id"])
             case "ban" | "ban lifted":

@@ -40,6 +40,7 @@ from sqlalchemy.sql import ClauseElement, ColumnElement
 
 from siderolink.server.store.base import MachineAdmission
 from siderolink.server.store.sql import audit, history, tables
+from siderolink.server.store.sql.ownership_rows import SqlOwnership
 from siderolink.server.store.sql.postgres.feed import written
 from siderolink.server.store.sql.queries import READERS, Statement, matches, names
 from siderolink.server.store.sql.reading import Sought
@@ -168,6 +169,11 @@ def _insert(of: Table) -> Insert:
     return insert(of).values({name: bindparam(name, type_=of.c[name].type) for name in names(of) if name != "seq"})
 
 
+def _upsert(of: Table) -> Statement:
+    made = insert_or(of)
+    return statement(made.on_conflict_do_update(index_elements=list(of.primary_key), set_=dict(made.excluded.items())))
+
+
 _CHANGES = table("changes", column("kind", Text), column("id", Text), column("body", Text))
 _INSERT_CHANGE = statement(insert(_CHANGES))
 _INSERT_MACHINE, _INSERT_CLAIM, _INSERT_TOKEN, _INSERT_PRINCIPAL, _INSERT_HISTORY = (
@@ -201,8 +207,9 @@ _RELEASE_USE, _TAKE_SLOT = statement(tables.release_use()), statement(tables.tak
 _MADE_USE = insert_or(tables.token_uses).on_conflict_do_nothing().returning(tables.token_uses.c.slot).cte("made")
 _INSERT_USE = statement(select(literal(1, Integer).op("/")(func.count())).select_from(_MADE_USE))
 """Divides by zero where the slot is taken."""
-_SET_SERVER = insert_or(tables.server)
-_UPSERT_SERVER = statement(_SET_SERVER.on_conflict_do_update(index_elements=["id"], set_=dict(_SET_SERVER.excluded.items())))
+_DELETE_SESSIONS = statement(delete(tables.sessions).where(_of_any(tables.sessions, "machine_id")))
+_DELETE_FLEET_SERVERS = statement(delete(tables.servers).where(_of_any(tables.servers)))
+_UPSERT_SESSION, _UPSERT_FLEET_SERVER, _UPSERT_SERVER = (_upsert(of) for of in (tables.sessions, tables.servers, tables.server))
 _MADE_AUDIT = _insert(tables.audit).returning(tables.audit.c.seq).cte("made")
 _AUDIT_BODY = cast(bindparam("body", type_=Text), JSONB).concat(func.jsonb_build_object("seq", _MADE_AUDIT.c.seq))
 _INSERT_AUDIT = statement(
@@ -226,6 +233,7 @@ def writes(transaction: SqlTransaction) -> Iterator[Step]:
             yield _INSERT_BAN, [tables.ban_values(ban, grounds)]
     yield from _write_tokens(transaction.tokens)
     yield from _replace(transaction.named, tables.principals, _DELETE_PRINCIPALS, _INSERT_PRINCIPAL)
+    yield from _write_ownership(transaction.ownership)
     if transaction.record is not None:
         yield _UPSERT_SERVER, [tables.server_values(transaction.record)]
     yield _NOTE, tables.note_values(transaction.seen)
@@ -255,6 +263,19 @@ def _replace(rows: Mapping[str, Any], of: Table, remove: Statement, add: Stateme
     if rows:
         yield remove, [{"ids": list(rows)}]
         yield add, [tables.cells(row, of) for row in rows.values() if row is not None]
+
+
+def _write_ownership(changed: SqlOwnership) -> Iterator[Step]:
+    gone = [machine_id for machine_id, owner in changed.owners.items() if owner is None]
+    if gone:
+        yield _DELETE_SESSIONS, [{"ids": gone}]
+    owners = (owner for owner in changed.owners.values() if owner is not None)
+    yield _UPSERT_SESSION, [tables.cells(owner, tables.sessions) for owner in owners]
+    for server_id, server in changed.put_servers.items():
+        if server is None:
+            yield _DELETE_FLEET_SERVERS, [{"ids": [server_id]}]
+        else:
+            yield _UPSERT_FLEET_SERVER, [tables.fleet_server_values(server)]
 
 
 def _write_tokens(changed: SqlTokens) -> Iterator[Step]:
