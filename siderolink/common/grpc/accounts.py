@@ -115,10 +115,15 @@ class Account:
         return self._budget is None or self._budget.is_known(self._source)
 
     @property
+    def is_stranger(self) -> bool:
+        """Whether its source could have shown a token, and did not: where nobody can, nobody has less for that."""
+        return self._budget is not None and self._budget.is_stranger(self._source)
+
+    @property
     def max_streams(self) -> int:
         """Calls at a time on this connection."""
-        is_stranger = self._budget is not None and self._budget.is_stranger(self._source)
-        return min(self._limits.max_streams, self._limits.max_unproven_streams) if is_stranger else self._limits.max_streams
+        limits = self._limits
+        return min(limits.max_streams, limits.max_unproven_streams) if self.is_stranger else limits.max_streams
 
     def charge(self, seconds: float, now: float) -> float:
         """Charge processor time; returns how long this connection's input has to wait. Local processes never wait."""

@@ -199,7 +199,9 @@ class CallHandler(AbstractHandler):
             release_stream()
             connection.refuse_call(bad.refusal, bad.message)
             return
-        task = asyncio.get_running_loop().create_task(_metered(run, connection.account))
+        account = connection.account
+        is_metered = account.takes_turns and not account.is_known
+        task = asyncio.get_running_loop().create_task(_metered(run, account) if is_metered else run)
         self._tasks[stream] = task
         self._running[path] += 1
 
@@ -328,9 +330,6 @@ class CallHandler(AbstractHandler):
 
 async def _metered(run: Coroutine[Any, Any, None], account: Account) -> None:
     """Run a call, and charge its caller's account for what it takes of the loop beyond what was charged when it began."""
-    if not account.takes_turns:
-        await run
-        return
     clock = asyncio.get_running_loop().time
     left = CALL_SECONDS
 

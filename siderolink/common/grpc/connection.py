@@ -50,9 +50,8 @@ def h2_config(*, server: bool) -> H2Configuration:
 def new_h2_connection(limits: Limits, *, server: bool) -> Engine:
     """An engine whose first words are `first_words`; they are the same for all connections, so it need not make them."""
     connection = Engine(h2_config(server=server))
-    connection.decoder = frames.HeaderDecoder()
-    if server:
-        private.remember_requests(connection)
+    if not server or not private.remember_requests(connection):
+        connection.decoder = frames.HeaderDecoder()
     settings = _settings(limits, server=server)
     if server:
         # The engine ends a whole connection for one call too many. It is told a higher number than the peer, so that

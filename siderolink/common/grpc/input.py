@@ -19,8 +19,8 @@ _FREE_BYTES = 4096
 class Input:
     """The input of one connection.
 
-    On a server, input is dealt with in the turns of its source. Raw streams of known sources do not wait, and nothing does on a
-    client or from a local process; but that, too, takes `TURN_SECONDS` of one turn of the loop at most.
+    On a server, input is dealt with in the turns of its source. The exceptions are raw streams that are no stranger's, local
+    processes, and clients: these do not wait, but take `TURN_SECONDS` of one turn of the loop at most, too.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Input:
         self._fail = _ignore
 
     def _is_urgent(self) -> bool:
-        return not self._account.takes_turns or (self._account.is_known and bool(self._connection.scanner.raw))
+        return not self._account.takes_turns or (bool(self._connection.scanner.raw) and not self._account.is_stranger)
 
     def _ask(self) -> None:
         if self._account.takes_turns:

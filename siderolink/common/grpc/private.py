@@ -336,10 +336,12 @@ class RequestDecoder(frames.HeaderDecoder):
         return found
 
 
-def remember_requests(engine: H2Connection) -> None:
-    """Let a server's new engine decode at once what many connections begin with alike."""
+def remember_requests(engine: H2Connection) -> bool:
+    """Let a server's new engine decode at once what many connections begin with alike; False where that cannot be."""
     if has_short_ways():
         engine.decoder = RequestDecoder(engine.decoder.max_header_list_size, _beginnings)
+        return True
+    return False
 
 
 def spend_window(engine: H2Connection, stream_id: int, size: int) -> bool:
