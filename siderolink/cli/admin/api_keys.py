@@ -10,6 +10,7 @@ from siderolink.cli.admin.commands import PAGE_SIZE, Call, all_pages, command
 from siderolink.cli.admin.completion import complete_api_keys
 from siderolink.cli.admin.connection import Connection
 from siderolink.cli.admin.formats import (
+    CHECK_EXPIRY,
     Column,
     OutputFormat,
     View,
@@ -71,6 +72,7 @@ def create(
             help="When it stops working: 24h, 7d or 2w from now, or a time such as 2026-12-31T12:00:00Z.",
             metavar="WHEN",
             show_default="never",
+            callback=CHECK_EXPIRY,
         ),
     ] = None,
 ) -> None:

@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any, Generic, TypeVar
 
+import typer
 import yaml
 
 from siderolink.cli.output import show, to_json
@@ -271,3 +272,22 @@ def read_labels(texts: Sequence[str]) -> tuple[dict[str, str], list[str]]:
                 f"{one_line(text, limit=80)!r} is no label; write key=value to set one, key- to remove one"
             )
     return setting, removing
+
+
+def _checked(read: Callable[[Any], object]) -> Callable[[Any], Any]:
+    """A callback that checks an option's value by reading it: a wrong one is told with the option's name, as a wrong usage."""
+
+    def check(value: Any) -> Any:
+        if value:
+            try:
+                read(value)
+            except ConfigurationError as error:
+                raise typer.BadParameter(str(error)) from None
+        return value
+
+    return check
+
+
+CHECK_TIME = _checked(read_time)
+CHECK_EXPIRY = _checked(read_expiry)
+CHECK_LABELS = _checked(read_labels)

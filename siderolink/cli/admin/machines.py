@@ -12,6 +12,7 @@ from siderolink.cli.admin.commands import PAGE_SIZE, Call, all_pages, command
 from siderolink.cli.admin.completion import MachineName, complete_bans, complete_machines, complete_tokens
 from siderolink.cli.admin.connection import Connection
 from siderolink.cli.admin.formats import (
+    CHECK_LABELS,
     Column,
     OutputFormat,
     TableWriter,
@@ -220,7 +221,10 @@ def rename(
 def label(
     call: Call,
     name: MachineName,
-    changes: Annotated[list[str], typer.Argument(help="key=value sets a label, key- removes one.", metavar="LABEL...")],
+    changes: Annotated[
+        list[str],
+        typer.Argument(help="key=value sets a label, key- removes one.", metavar="LABEL...", callback=CHECK_LABELS),
+    ],
 ) -> None:
     """Set and remove a machine's labels."""
     setting, removing = read_labels(changes)

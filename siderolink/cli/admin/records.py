@@ -9,7 +9,17 @@ import typer
 from siderolink.cli.admin.commands import PAGE_SIZE, Call, all_pages, command
 from siderolink.cli.admin.completion import MachineName
 from siderolink.cli.admin.connection import Connection
-from siderolink.cli.admin.formats import Column, OutputFormat, TableWriter, View, print_list, print_stream, read_time, timestamp
+from siderolink.cli.admin.formats import (
+    CHECK_TIME,
+    Column,
+    OutputFormat,
+    TableWriter,
+    View,
+    print_list,
+    print_stream,
+    read_time,
+    timestamp,
+)
 from siderolink.cli.output import show
 from siderolink.common.errors import ConfigurationError
 from siderolink.common.pb.siderolink.admin.v1 import (
@@ -31,9 +41,10 @@ _LINE_LIMIT = 16_384
 
 Follow = Annotated[bool, typer.Option("--follow", "-f", help="Print what comes, until stopped.")]
 Since = Annotated[
-    str | None, typer.Option(help="From then on: 24h ago, or a time such as 2026-12-31T12:00:00Z.", metavar="WHEN")
+    str | None,
+    typer.Option(help="From then on: 24h ago, or a time such as 2026-12-31T12:00:00Z.", metavar="WHEN", callback=CHECK_TIME),
 ]
-Until = Annotated[str | None, typer.Option(help="Up to then.", metavar="WHEN")]
+Until = Annotated[str | None, typer.Option(help="Up to then.", metavar="WHEN", callback=CHECK_TIME)]
 Limit = Annotated[int, typer.Option("--limit", "-n", help="At most so many, the newest.", min=1, metavar="COUNT")]
 Tail = Annotated[
     int | None,

@@ -12,6 +12,8 @@ from siderolink.cli.admin.commands import PAGE_SIZE, Call, all_pages, command
 from siderolink.cli.admin.completion import complete_tokens
 from siderolink.cli.admin.connection import Connection
 from siderolink.cli.admin.formats import (
+    CHECK_EXPIRY,
+    CHECK_LABELS,
     Column,
     OutputFormat,
     View,
@@ -66,10 +68,17 @@ Expires = Annotated[
         help="When it stops admitting machines: 90s, 30m, 24h, 7d or 2w from now, or a time such as 2026-12-31T12:00:00Z.",
         metavar="WHEN",
         show_default="never",
+        callback=CHECK_EXPIRY,
     ),
 ]
 Labels = Annotated[
-    list[str] | None, typer.Option("--label", help="Label for the machines that join by it. Repeatable.", metavar="KEY=VALUE")
+    list[str] | None,
+    typer.Option(
+        "--label",
+        help="Label for the machines that join by it. Repeatable.",
+        metavar="KEY=VALUE",
+        callback=CHECK_LABELS,
+    ),
 ]
 BoundUuid = Annotated[
     str | None, typer.Option("--uuid", help="Only the machine with this UUID may join by it.", metavar="UUID")
@@ -303,7 +312,8 @@ def update(
     ] = None,
     uuid: BoundUuid = None,
     label: Annotated[
-        list[str] | None, typer.Option(help="key=value sets a label, key- removes one. Repeatable.", metavar="LABEL")
+        list[str] | None,
+        typer.Option(help="key=value sets a label, key- removes one. Repeatable.", metavar="LABEL", callback=CHECK_LABELS),
     ] = None,
     tunnel: Annotated[TunnelChoice | None, typer.Option(help="Whether its machines use the gRPC tunnel.")] = None,
 ) -> None:

@@ -286,7 +286,16 @@ def test_a_refusal_is_one_line_and_a_status(siderolink: Fixture, name: str, stat
 
 def test_usage_and_a_server_that_is_away(siderolink: Fixture) -> None:
     assert siderolink("machine", "list", "--transport", "pigeon")[0] == 2
-    assert siderolink("token", "create", "x", "--expires", "soon")[0] == 1
+    for arguments in (
+        ("token", "create", "x", "--expires", "soon"),
+        ("token", "create", "x", "--expires", "2001-01-01"),
+        ("apikey", "create", "x", "--expires", "99999999w"),
+        ("audit", "--since", "yesterday"),
+        ("machine", "label", "m1", "nonsense"),
+    ):
+        status, out, err = siderolink(*arguments)
+        assert (status, out) == (ExitStatus.USAGE, "")
+        assert f"Invalid value for '{arguments[-2] if arguments[-2].startswith('--') else 'LABEL...'}'" in err, err
     status, _, err = siderolink("machine", "list", "--interface", "other")
     assert status == ExitStatus.UNAVAILABLE
     assert "is `siderolink serve` running?" in err
