@@ -24,6 +24,8 @@ PROBE_SECONDS = 1.0
 """A living machine answers an echo, or a handshake, well within a second; five of them are not lost one after the other."""
 MAX_WAITING = 8
 """Calls that wait for one machine's probes."""
+RECONNECT_SECONDS = 30.0
+"""How long machines may take to open their streams to a server that was started again: by then each has tried."""
 _VALID_SECONDS = 30.0
 """How long unanswered probes stay valid while the machine is silent."""
 _LAST_PACKETS = 1.0
@@ -171,6 +173,8 @@ class Liveness:
         """
         if any(stream.is_proven and stream.path.is_open for stream in link.streams) or link.endpoint is not None:
             return True
+        if link.cut_at is None and self._clock.monotonic() - self._began_at < RECONNECT_SECONDS:
+            return False  # this server was away, and not the machine
         sources = self._directory.sources
         if link.source is None or not sources.is_shared(link.source):
             return link.source is not None

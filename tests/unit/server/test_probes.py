@@ -70,6 +70,14 @@ async def test_behind_a_proxy_a_dead_stream_is_probed_where_others_went_on() -> 
     assert await scene.attempt(machine_again(scene, HERE)) is Verdict.TAKES
 
 
+async def test_a_server_that_was_away_gives_machines_time_to_open_their_streams() -> None:
+    scene = Scene(False, Link.CUT_AND_KILLED, restarted=True)
+    await scene.set_up()
+    assert await scene.attempt(thief(scene, HERE)) is Verdict.REFUSED, "a server that is gone is not the machine's death"
+    await scene.manager.pass_time(31)
+    assert await scene.attempt(machine_again(scene, HERE)) is Verdict.TAKES
+
+
 async def test_a_stranger_that_opens_a_stream_of_the_machine_answers_no_probes_for_it() -> None:
     scene = Scene(False, Link.PROXY_CUT)
     await scene.set_up()
