@@ -158,8 +158,9 @@ docs: setup ## the documentation site, in .venvs/site: reference pages from the 
 dist: $(UV) ## wheel and sdist in dist/: reproducible, checked by twine, installed into a fresh environment
 	@scripts/make-dist $(abspath $(UV)) $(call interpreter,$(FIRST))
 
-verify-dist: $(UV) ## the Debian packages in booted Debians, the image, the chart; 20 minutes, not part of `make test`
+verify-dist: $(UV) ## the Debian packages in booted Debians, the first hour, the image, the chart; 20 minutes, not part of `make test`
 	@for suite in bookworm trixie; do $(SUDO) scripts/deb_trial $(abspath $(UV)) $$suite || exit 1; done
+	@$(SUDO) scripts/first_hour_trial bookworm
 	@$(SUDO) scripts/image_trial bookworm
 	@scripts/chart_trial
 
