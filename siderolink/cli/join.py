@@ -23,7 +23,7 @@ from siderolink.cli.reporting import Reporting, report_part
 from siderolink.cli.running import run_until_stopped
 from siderolink.cli.settings import FollowedSettings, SettingsOptions, SettingsReader
 from siderolink.cli.trial import JoinSettings, SettingsTrial
-from siderolink.client import Link, LinkEvent, SettingsApplied, StateChanged
+from siderolink.client import Connected, Link, LinkEvent, ProvisionFailed, SettingsApplied, StateChanged
 from siderolink.client.config import HOST_DOCUMENTS, PROC_CMDLINE, Ingress, MachineSettings
 from siderolink.client.firewall import ingress_firewall
 from siderolink.client.link.identity import TALOS_VERSION, UniqueTokens, machine_uuid
@@ -232,7 +232,7 @@ class JoinedMachine:
             tasks.start_soon(self._end_trials, link)
             if is_interrupted:
                 with anyio.move_on_after(_RETURN_SECONDS):
-                    await link.wait_connected()
+                    await _first_outcome(link)
             while True:
                 settings = self._settings.current
                 if _join_url(settings) is None:
@@ -362,6 +362,13 @@ class JoinedMachine:
         name_machine(options.machine.uuid)
         if self._follower is not None:
             self._follower.configured(options.url, unique_token=options.machine.unique_token)
+
+
+async def _first_outcome(link: Link) -> None:
+    """Return once the link is up, or its first Provision has failed."""
+    async for event in link.events():
+        if isinstance(event, Connected | ProvisionFailed):
+            return
 
 
 def _join_url(settings: MachineSettings) -> JoinURL | None:

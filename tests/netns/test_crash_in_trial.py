@@ -6,16 +6,20 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
+import anyio
 import anyio.to_thread
 import grpc
 import pytest
 
-from siderolink import Server
+from siderolink import JoinURL, Server
+from siderolink.cli.trial import JoinSettings, SettingsTrial
+from siderolink.common.pb.machine import ApplyConfigurationRequest
 from siderolink.server import Allow, Deny, JoinRequest
 from tests.netns.test_machine_command import COMMAND, TOKEN, UUID, ask, end, read_until, start
-from tests.support.machine_api import MACHINE, status_of
+from tests.support.machine_api import MACHINE, MachineClient, status_of
 from tests.support.machine_stubs import Stubs
 from tests.support.topology import Net, direct
 
@@ -84,9 +88,11 @@ class Bench:
 
     def call(self, method: str, **fields: object) -> object:
         """By the machine's API over the link."""
+        return self.ask(lambda client: Stubs(client.channel).call(f"{MACHINE}{method}", **fields))
+
+    def ask(self, work: Callable[[MachineClient], object]) -> object:
         [found] = [one for one in self._portal.call(self._server.machines) if one.machine.public_key is not None]
-        address = str(found.machine.overlay_address)
-        return ask(self.net.server, address, lambda client: Stubs(client.channel).call(f"{MACHINE}{method}", **fields))
+        return ask(self.net.server, str(found.machine.overlay_address), work)
 
     def call_and_lose_it(self, method: str, **fields: object) -> None:
         """A call that the machine's end interrupts."""
@@ -173,7 +179,23 @@ def test_a_file_whose_settings_are_still_tried(bench: Bench, tmp_path: Path, old
 
 
 @pytest.mark.timeout(60)
-def test_a_configuration_by_the_api_that_is_still_tried(bench: Bench, tmp_path: Path) -> None:
+def test_a_crash_after_the_server_has_bound_the_new_settings(bench: Bench, tmp_path: Path) -> None:
+    """The old ones are refused now, which is no reason to wait."""
+    first = bench.start(URL)
+    bench.said("monitoring the link")
+    bench.stop()
+    new = JoinSettings(url=JoinURL.parse(URL), uuid=UUID, unique_token=first.unique_token or "")
+    old = replace(new, unique_token="of the time before")
+    anyio.run(SettingsTrial(tmp_path / "identity", f"{UUID} None").begin, new, old)
+    assert bench.start(URL).unique_token == old.unique_token
+    bench.said(BACK, "provision failed", TRYING, "monitoring the link")
+    assert bench.joins.get(timeout=5).unique_token == first.unique_token
+    bench.stop()
+    assert not notes(bench)
+
+
+@pytest.mark.timeout(60)
+def test_configurations_by_the_api_that_are_still_tried_or_on_trial(bench: Bench, tmp_path: Path) -> None:
     file = tmp_path / "machine.yaml"
     file.write_text(document(URL))
     bench.start("--config", str(file))
@@ -184,30 +206,18 @@ def test_a_configuration_by_the_api_that_is_still_tried(bench: Bench, tmp_path: 
     bench.said("monitoring the link")
     assert not (tmp_path / "kept").exists()
     assert not notes(bench)
+    order = bytes(ApplyConfigurationRequest(data=document(NOBODY).encode()))
     with pytest.raises(grpc.RpcError) as caught:
-        bench.call("ApplyConfiguration", data=document(NOBODY).encode(), mode=1)
-    assert status_of(caught.value)[0] == "FAILED_PRECONDITION", "the verdict comes before the caller's ten seconds are over"
+        bench.ask(lambda client: client.channel.unary_unary(f"{MACHINE}ApplyConfiguration")(order, timeout=4))
+    assert status_of(caught.value)[0] == "FAILED_PRECONDITION", "the verdict comes before the caller's four seconds are over"
     shown = subprocess.run([*COMMAND, "status", "--json"], check=True, capture_output=True, text=True)
     assert "the last new settings were refused: server 192.0.2.1:5000" in shown.stdout
     bench.call("ApplyConfiguration", data=document(TUNNEL).encode(), mode=1)
     bench.said("transport changed", "monitoring the link")
     assert bench.kill_and_start().wants_tunnel, "what was applied for good is what the next start begins with"
     bench.said("monitoring the link")
-    bench.stop()
-
-
-@pytest.mark.timeout(60)
-def test_a_configuration_that_was_applied_in_try_mode(bench: Bench, tmp_path: Path) -> None:
-    bench.start(f"--config={_written(tmp_path / 'machine.yaml', document(URL))}")
-    bench.said("monitoring the link")
-    bench.call("ApplyConfiguration", data=document(TUNNEL).encode(), mode=4)
+    bench.call("ApplyConfiguration", data=document(URL).encode(), mode=4)
     bench.said("transport changed", "monitoring the link")
-    assert not bench.kill_and_start().wants_tunnel
+    assert bench.kill_and_start().wants_tunnel, "what was on trial is forgotten"
     bench.said("monitoring the link")
-    assert not (tmp_path / "kept").exists()
     bench.stop()
-
-
-def _written(path: Path, text: str) -> Path:
-    path.write_text(text)
-    return path
