@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from siderolink.common.addressing import overlay_prefix, server_address
 from tests.support.netns import Namespace
 from tests.support.topology import Net, direct
 
@@ -131,4 +132,36 @@ def test_what_goes_wrong_is_one_line(net: Net, token: list[str]) -> None:
     machine = start(net.machine, "join", URL, *token, "--uuid", str(uuid.uuid4()))
     read_until(machine, " connected: ")
     end(machine, signal.SIGINT)
+    end(server, signal.SIGTERM)
+
+
+def test_a_file_alone_makes_a_server_of_the_tunnel_alone(net: Net, token: list[str], tmp_path: Path) -> None:
+    file = tmp_path / "serve.yaml"
+    file.write_text(
+        f"api-listen: 0.0.0.0:4000\ntunnel-only: true\ninstallation-id: plant\npersistent-keepalive: 1\n"
+        f"join-token-file: {token[1]}\nevent-sink-port: 0\nlog-port: 0\nlimit: {{max-machines: 1}}\n"
+    )
+    server = start(net.server, "serve", "--config", str(file))
+    assert "WireGuard on the tunnel alone" in read_until(server, "serving: ")[-1]
+    read_until(server, "overlay: ")
+    machine = start(net.machine, "join", URL, *token, "--uuid", str(uuid.uuid4()))
+    read_until(machine, " connected: ")
+    read_until(server, "is up")
+    shown = {entry["role"]: entry for entry in json.loads(net.server.run([*COMMAND, "status", "--json"]))}
+    assert (shown["server"]["listen_port"], shown["server"]["transport"], shown["server"]["reports"]) == (0, "tunnel", None)
+    assert shown["server"]["addresses"] == [f"{server_address(overlay_prefix('plant'))}/64"]
+    assert (shown["machine"]["transport"], shown["machine"]["interface"]) == ("tunnel", "siderolinktun")
+    other = start(net.machine, "join", URL, *token, "--uuid", str(uuid.uuid4()), "--interface", "other0")
+    assert "RESOURCE_EXHAUSTED" in read_until(other, "provision failed: ")[-1], "max-machines: 1"
+    end(other, signal.SIGINT)
+    end(machine, signal.SIGTERM)
+    end(server, signal.SIGTERM)
+
+
+def test_a_listen_port_apart_from_the_endpoints(net: Net, token: list[str]) -> None:
+    server = start(net.server, *SERVE, *token, "--wireguard-listen-port", "40001", "--no-state")
+    read_until(server, "overlay: ")
+    [shown] = json.loads(net.server.run([*COMMAND, "status", "--json"]))
+    assert shown["listen_port"] == 40001
+    assert "UNCONN" in net.server.run(["ss", "-Hlun", "sport", "=", "40001"])
     end(server, signal.SIGTERM)

@@ -10,6 +10,7 @@ from typing import Annotated, Any, TypeVar
 import anyio
 import typer
 
+from siderolink.cli.admin.completion import complete_contexts
 from siderolink.cli.admin.connection import CommandError, Connection, ExitStatus, Target, TargetOptions, connect, find_target
 from siderolink.cli.admin.formats import OutputFormat, TableWriter, View, print_list, print_stream
 from siderolink.cli.options import with_parameters
@@ -38,6 +39,7 @@ _ContextName = Annotated[
     typer.Option(
         "--context",
         help="Server by its name in the contexts (siderolink context list). Variable: SIDEROLINK_CONTEXT.",
+        autocompletion=complete_contexts,
         metavar="NAME",
         rich_help_panel=_PANEL,
     ),

@@ -437,3 +437,5 @@ def test_bash_completes_commands_options_and_names(siderolink: Fixture) -> None:
     assert complete(siderolink, "siderolink machine show node") == ["node-1"]
     assert complete(siderolink, "siderolink token show ") == ["racks"], "a name that a shell would run is not offered"
     assert complete(siderolink, "siderolink machine show --interface none no") == [""]
+    siderolink("context", "add", "plant", "--server", siderolink.url)
+    assert complete(siderolink, "siderolink machine list --context pl") == ["plant"]
