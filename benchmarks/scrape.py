@@ -40,7 +40,7 @@ class CrowdMetrics:
         counters = ServerCounters(
             machines=found.machines,
             token_joins={},
-            token_machines=found.tokens,
+            token_machines={},
             claims=0,
             events={},
             join_refusals={},

@@ -114,7 +114,7 @@ async def read_counters(parts: Parts, events: EventHub, store: MeasuredStore) ->
         claims=directory.claim_count,
         events=dict(events.counts),
         token_joins=dict(events.joins_by_token),
-        token_machines=links.tokens,
+        token_machines=dict(directory.token_users),
         join_refusals=join_refusals(parts),
         stream_refusals=stream_refusals(parts),
         api_refusals=api_refusals(parts),
@@ -134,7 +134,6 @@ class LinkCounts:
     """What the links of a directory add up to."""
 
     machines: Counter[MachineGroup] = field(default_factory=Counter)
-    tokens: Counter[str] = field(default_factory=Counter)
     streams: int = 0
     queued_bytes: int = 0
 
@@ -148,7 +147,6 @@ async def count_links(directory: Directory) -> LinkCounts:
             machine = link.machine
             transport = Transport.TUNNEL if machine.tunnel else Transport.UDP
             found.machines[MachineGroup(link.state, transport, machine.admission)] += 1
-            found.tokens[machine.join_token_id] += 1
             for stream in link.streams:
                 found.streams += 1
                 if isinstance(stream.path, TunnelPath):

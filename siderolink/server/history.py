@@ -29,8 +29,9 @@ from siderolink.server.events import (
     ServerEvent,
     UniqueTokenBound,
 )
-from siderolink.server.store import HistoryBounds, HistoryEntry, HistoryKind, HistoryQuery, Machine, Store
+from siderolink.server.store import HistoryBounds, HistoryEntry, HistoryKind, HistoryQuery, Machine, Store, Transaction
 from siderolink.server.store.history import NO_MACHINE
+from siderolink.server.store.tokens import GIVEN_TOKEN, TokenColumn
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +42,7 @@ _CLOSE_SECONDS = 1.0
 _PRUNE_PAUSE = 0.1
 _DIGEST_DIGITS = 12
 _TEXT_LIMIT = 256
+_TOKENS = 10_000
 
 FindMachine = Callable[[str], Awaitable[Machine | None]]
 """The machine of a name, id, UUID or public key; None if none is known by it."""
@@ -64,8 +66,10 @@ class HistoryOptions:
     """Entries that wait while the store does not answer."""
     max_refusals: int = 1000
     """Different refused joins that are noted one by one within `write_refusals_after`; the rest is one number."""
-    prune_every: float = 60.0
-    """Seconds."""
+    prune_every: float = 600.0
+    """Seconds. Counting 200,000 entries takes a SQLite file some 50 ms, for which joins wait."""
+    prune_after: int = 10_000
+    """Entries after which it is done before its time."""
 
     def __post_init__(self) -> None:
         for name in ("max_age", "per_machine", "total", "max_waiting", "max_refusals"):
@@ -140,7 +144,11 @@ class History:
         self._refusals = _Waiting(options.max_refusals)
         self._refusals_not_noted = 0
         self._is_failing = False
-        self._wake = anyio.Event()
+        self._wake, self._grown = anyio.Event(), anyio.Event()
+        self._written_since_pruned = 0
+        self._token_ids: dict[str, str] = {}
+        """Ids of stored tokens by the first digits of the digest of what was presented."""
+        self._token_names: dict[str, str] = {}
         self._written = self._lost = self._failures = self._pruned = 0
 
     # --- what is known
@@ -272,6 +280,11 @@ class History:
         self, machine: Machine | None, kind: HistoryKind, detail: str = "", *, source: str = "", transport: str = ""
     ) -> HistoryEntry:
         digest = None if machine is None else machine.join_token_digest
+        if machine is not None and digest is not None and machine.token_id is not None:
+            if len(self._token_ids) >= _TOKENS:
+                self._token_ids.clear()
+                self._token_names.clear()
+            self._token_ids[digest.hex()[:_DIGEST_DIGITS]] = machine.token_id
         return HistoryEntry(
             at=self._store.time(),
             machine_id=NO_MACHINE if machine is None else machine.id,
@@ -332,16 +345,38 @@ class History:
     async def _write_waiting(self) -> None:
         while batch := self._waiting.take(_AT_ONCE):
             try:
-                await self._store.transact(lambda transaction, batch=batch: transaction.add_history(batch))  # type: ignore[misc]
+                await self._store.transact(lambda transaction, batch=batch: self._add_to(transaction, batch))  # type: ignore[misc]
             except BaseException:
                 for entry in batch:
                     self._queue(entry)
                 raise
             self._written += len(batch)
+            self._written_since_pruned += len(batch)
+            if self._written_since_pruned >= self._options.prune_after:
+                self._grown.set()
+
+    async def _add_to(self, transaction: Transaction, batch: Sequence[HistoryEntry]) -> None:
+        """Add entries, with the names that their join tokens have now."""
+        for digits in {entry.join_token for entry in batch if entry.join_token} & self._token_ids.keys():
+            token_id = self._token_ids[digits]
+            if token_id not in self._token_names:
+                found = await transaction.tokens.find(TokenColumn.ID, token_id)
+                self._token_names[token_id] = token_id if found is None else found.name
+        await transaction.add_history([self._with_token_name(entry) for entry in batch])
+
+    def _with_token_name(self, entry: HistoryEntry) -> HistoryEntry:
+        if not entry.join_token:
+            return entry
+        token_id = self._token_ids.get(entry.join_token, GIVEN_TOKEN)
+        return replace(entry, join_token=f"{self._token_names.get(token_id, token_id)} ({entry.join_token})")
 
     async def _prune_often(self) -> None:
         while True:
-            await anyio.sleep(self._options.prune_every)
+            self._grown = anyio.Event()
+            with anyio.move_on_after(self._options.prune_every):
+                await self._grown.wait()
+            self._written_since_pruned = 0
+            self._token_names.clear()  # they may have been renamed
             try:
                 await self.prune()
             except StoreError as error:

@@ -88,7 +88,7 @@ def test_logs_events_and_history_are_kept_searched_followed_and_deleted(tmp_path
             history = json.loads(run("history", "rack-7", "-o", "json"))
             assert [entry["kind"] for entry in history][:2] == ["joined", "up"]
             assert (history[0]["machine_name"], history[0]["transport"]) == ("rack-7", "udp")
-            assert len(history[0]["join_token"]) == 12
+            assert history[0]["join_token"].startswith("given (")
             assert "up" in {entry["kind"] for entry in history[2:]}  # again, with the new server
         finally:
             stop(machine)

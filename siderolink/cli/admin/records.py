@@ -63,6 +63,7 @@ HISTORY = View(
         Column[HistoryEntry]("UUID", lambda entry: entry.node_uuid, is_wide=True),
         Column[HistoryEntry]("TRANSPORT", lambda entry: entry.transport, is_wide=True),
         Column[HistoryEntry]("FROM", lambda entry: entry.source, is_wide=True),
+        Column[HistoryEntry]("TOKEN", lambda entry: entry.join_token, is_wide=True),
         Column[HistoryEntry]("ID", lambda entry: entry.machine_id, is_wide=True),
     ),
     name=lambda entry: entry.machine_id,

@@ -268,10 +268,10 @@ class Directory:
         """A row is there, or is gone."""
         (self.known.add_row if by > 0 else self.known.remove_row)(machine)
         (self.denied.add if by > 0 else self.denied.remove)(machine)
-        if machine.token_id is not None:
-            self.token_users[machine.token_id] += by
-            if not self.token_users[machine.token_id]:
-                del self.token_users[machine.token_id]
+        if token_id := machine.join_token_id:
+            self.token_users[token_id] += by
+            if not self.token_users[token_id]:
+                del self.token_users[token_id]
 
     def set_state(self, link: MachineLink, state: LinkState) -> None:
         self.pending += (state is LinkState.PENDING) - (link.state is LinkState.PENDING)

@@ -68,7 +68,7 @@ class HistoryEntry:
     version: str = ""
     """The machine's Talos version."""
     join_token: str = ""
-    """The first digits of the join token's digest."""
+    """The name of the join token, and the first digits of the digest of what was presented: ``spring (0123456789ab)``."""
     count: int = 1
     """How often it happened from `at` on, within the seconds that are noted together."""
 

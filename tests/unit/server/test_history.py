@@ -15,7 +15,7 @@ from siderolink.server.events import EventsLost
 from siderolink.server.history import QUEUE_LIMIT, History
 from siderolink.server.store.base import Work
 from tests.support.fake_device import FakePath
-from tests.support.manager import FakeMachine, Manager
+from tests.support.manager import FakeMachine, Manager, managed
 
 pytestmark = pytest.mark.anyio
 
@@ -83,7 +83,7 @@ async def test_a_machine_s_life_is_noted_with_its_reasons() -> None:
     assert joined[0].detail == f"new machine at {address}"
     assert (joined[0].version, joined[0].transport) == ("v1.13.0", "udp")
     assert row.join_token_digest is not None
-    assert {entry.join_token for entry in joined} == {row.join_token_digest.hex()[:12]}
+    assert {entry.join_token for entry in joined} == {f"given ({row.join_token_digest.hex()[:12]})"}
     assert {entry.machine_id for entry in found} == {row.id}
     assert next(entry.source for entry in found if entry.kind is HistoryKind.UP) == "198.51.100.7"
 
@@ -224,6 +224,31 @@ async def test_one_machine_s_history_is_deleted_and_the_others_stay_and_old_entr
     assert history.counters().pruned == 2
 
 
+async def test_a_storm_is_pruned_before_its_time() -> None:
+    manager = Manager()
+    history = made(manager, HistoryOptions(write_after=0.001, total=10, prune_after=30))
+    async with running(history):
+        for _ in range(30):
+            await manager.join(FakeMachine())
+        with anyio.fail_after(5):
+            while history.counters().pruned < 20:
+                await anyio.sleep(0.01)
+        assert len(await history.entries()) == 10
+
+
 def test_bounds_of_nothing_are_refused() -> None:
     with pytest.raises(ConfigurationError, match="per_machine of the history is at least 1"):
         HistoryOptions(per_machine=0)
+
+
+async def test_a_stored_token_is_told_by_its_name() -> None:
+    manager, tokens = managed()
+    history = made(manager)
+    made_token = await tokens.create("spring", token="a-secret-of-spring")
+    machine = FakeMachine()
+    await manager.join(machine, join_token=made_token.secret)
+    await manager.join(FakeMachine())
+    spring, given = [entry.join_token for entry in await noted(history)]
+    assert spring.startswith("spring (")
+    assert given.startswith("given (")
+    assert "a-secret-of-spring" not in spring + given
