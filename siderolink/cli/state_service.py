@@ -20,6 +20,7 @@ from siderolink.common.pb.siderolink.control import (
     StateBase,
 )
 from siderolink.common.text import one_line
+from siderolink.server.admin.faces import actor
 from siderolink.server.store.sealing import KeyFile, key_file_beside
 from siderolink.server.store.server_record import rotate_key
 from siderolink.server.store.sql import SqlStore
@@ -40,6 +41,7 @@ class StateCommands(StateBase):
         copy = beside(state)
         try:
             with _told():
+                await self._serving.server.audit.record(actor(), "state.backup", "state")
                 await self._serving.server.remember()
                 await store.backup(copy)
             async with await anyio.open_file(copy, "rb") as file:
@@ -57,6 +59,7 @@ class StateCommands(StateBase):
                 machines = await check(copy, self._serving.key or KeyFile(key_file_beside(state)))
                 async with self._lock:
                     server = await self._serving.replace(lambda: put(copy, state))
+                await server.audit.record(actor(), "state.restore", "state")
         finally:
             copy.unlink(missing_ok=True)
         return RestoreResponse(machines=machines, public_key=str(server.public_key))
@@ -67,6 +70,7 @@ class StateCommands(StateBase):
             raise GRPCError(Status.FAILED_PRECONDITION, "this server remembers nothing, or is being started again")
         with _told():
             async with self._lock:
+                await self._serving.server.audit.record(actor(), "state.rotate_key", "state")
                 await rotate_key(store)
                 server = await self._serving.replace()
         return RotateKeyResponse(public_key=str(server.public_key))

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import partial
 from typing import Final
 
 import anyio
@@ -13,6 +14,7 @@ from siderolink.common.wireguard.device import Device
 from siderolink.server.admin.api_keys import ApiKeys
 from siderolink.server.admin.audit_log import AuditLog
 from siderolink.server.admin.bans import Bans
+from siderolink.server.admin.hostnames import Hostnames
 from siderolink.server.admin.machines import MachineAdministration
 from siderolink.server.admin.records import Records
 from siderolink.server.admin.tokens import Tokens
@@ -57,7 +59,9 @@ class Administration:
         """`admits` tells whether the join token that a machine presented would still let it in."""
         self._store = store
         self.tokens = tokens
-        self.machines = MachineAdministration(store, directory, machines, device, events, clock)
+        self._reports = reports
+        self.hostnames = Hostnames(directory)
+        self.machines = MachineAdministration(store, directory, machines, device, events, clock, self.hostnames)
         self.bans = Bans(store, machines, self.machines, clock)
         self.api_keys = ApiKeys(store, clock)
         self.audit = AuditLog(store, clock)
@@ -92,6 +96,9 @@ class Administration:
             started = anyio.Event()
             tasks.start_soon(keep_running, "following the API keys", lambda: self._follow(started))
             tasks.start_soon(keep_running, "noting the use of API keys", self.api_keys.note_uses)
+            if self._reports is not None:
+                follow = partial(self.hostnames.follow, self._reports.events())
+                tasks.start_soon(keep_running, "following machines' hostnames", follow)
             if audit_kept is not None:
                 tasks.start_soon(keep_running, "pruning the audit", lambda: self.audit.keep(audit_kept))
             await started.wait()

@@ -96,6 +96,10 @@ class AuditLog:
         """Record what changes no row, in a transaction of its own."""
         await self._store.transact(lambda transaction: transaction.audit(entry))
 
+    async def record(self, actor: Actor, action: str, object_kind: str) -> None:
+        """As `add`, of a thing of which there is only one."""
+        await self.add(AuditEntry(at=self._clock.time(), actor=actor, action=action, object_kind=object_kind))
+
     async def login_failed(self, source: str, reason: str) -> None:
         """Record a login that failed: of one source once a minute, with how many there were since; of all, some a minute."""
         now = time.monotonic()

@@ -12,6 +12,7 @@ from siderolink.common.keys import PublicKey
 from siderolink.common.tasks import in_parts
 from siderolink.common.text import one_line
 from siderolink.common.wireguard.device import Device, PeerStatus
+from siderolink.server.admin.hostnames import Hostnames
 from siderolink.server.admin.lists import Page, SortKey, page_of
 from siderolink.server.admin.words import Selector, changed_labels, check_name, check_note, require
 from siderolink.server.admission.audit import machine_entry
@@ -77,7 +78,7 @@ class MachineQuery:
     states: Collection[str] = ()
     """Admissions (accepted, pending, denied) and states of links (up, down); several of one kind: any of them."""
     text: str = ""
-    """A part of the name or the UUID."""
+    """A part of the name, the hostname or the UUID."""
     selector: str = ""
     """See `words.Selector`."""
     version: str = ""
@@ -117,7 +118,7 @@ SORTS: Final = (*_OF_ROW, *_OF_STATUS)
 class _Filter:
     """A query's conditions, checked once."""
 
-    def __init__(self, query: MachineQuery, token_id: str, token_digest: bytes) -> None:
+    def __init__(self, query: MachineQuery, hostnames: Hostnames, token_id: str, token_digest: bytes) -> None:
         admissions, links = {str(one) for one in MachineAdmission}, {str(LinkState.UP), str(LinkState.DOWN)}
         unknown = sorted(set(query.states) - admissions - links)
         if unknown:
@@ -129,6 +130,7 @@ class _Filter:
         self._admissions = admissions.intersection(query.states)
         self._links = links.intersection(query.states)
         self._text = query.text.lower()
+        self._hostnames = hostnames
         self._selector = Selector(query.selector) if query.selector else None
         self._version = query.version.lstrip("v")
         self._tunnel = None if not query.transport else query.transport == "tunnel"
@@ -141,11 +143,15 @@ class _Filter:
             (not self._admissions or machine.admission in self._admissions)
             and (not self._links or link.state in self._links)
             and (self._tunnel is None or machine.tunnel == self._tunnel)
-            and (not self._text or self._text in machine.shown_name or self._text in machine.node_uuid)
+            and (not self._text or self._has_text(machine))
             and (not self._version or self._has_version(machine))
             and (self._selector is None or self._selector.matches(machine.labels))
             and (not self._token or self._came_by(machine))
         )
+
+    def _has_text(self, machine: Machine) -> bool:
+        names = (machine.name or "", machine.node_uuid, self._hostnames.of(machine.id))
+        return any(self._text in name for name in names)
 
     def _has_version(self, machine: Machine) -> bool:
         version = machine.talos_version.lstrip("v")
@@ -165,7 +171,14 @@ class MachineAdministration:
     """
 
     def __init__(
-        self, store: Store, directory: Directory, machines: Machines, device: Device, events: EventHub, clock: Clock
+        self,
+        store: Store,
+        directory: Directory,
+        machines: Machines,
+        device: Device,
+        events: EventHub,
+        clock: Clock,
+        hostnames: Hostnames | None = None,
     ) -> None:
         self._store = store
         self._directory = directory
@@ -173,6 +186,7 @@ class MachineAdministration:
         self._device = device
         self._events = events
         self._clock = clock
+        self._hostnames = hostnames or Hostnames(directory)
 
     # --- looking
 
@@ -254,7 +268,7 @@ class MachineAdministration:
                 return None
 
             token = await self._store.transact(work)
-        return _Filter(query, *(token or ("", b"")))
+        return _Filter(query, self._hostnames, *(token or ("", b"")))
 
     # --- changing
 

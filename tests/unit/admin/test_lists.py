@@ -12,10 +12,13 @@ from hypothesis import strategies as st
 from siderolink.common.errors import ConfigurationError
 from siderolink.common.grpc import GRPCError, Status
 from siderolink.common.keys import PublicKey
+from siderolink.common.machine_events import pack_event
+from siderolink.common.pb.machine import AddressEvent
 from siderolink.common.pb.siderolink.admin import v1 as pb
 from siderolink.server.admin.lists import page_of
 from siderolink.server.admin.machines import SORTS
 from siderolink.server.admin.words import Selector, changed_labels, check_name, check_note
+from siderolink.server.reporting import MachineEvent
 from siderolink.server.store import Machine, Transaction
 from tests.support.office import Office, open_office
 
@@ -187,3 +190,24 @@ def test_selectors_are_those_of_kubectl(selector: str, labels: dict[str, str], m
 def test_names_that_cannot_be(name: str) -> None:
     with pytest.raises(ConfigurationError):
         check_name(name)
+
+
+async def test_a_machine_is_found_by_the_hostname_that_it_tells(office: Office) -> None:
+    told = ["Edge-7.example.com", "bad name", "", "x" * 300, "\u202eevil"]
+    link = office.manager.links.get(machine(3).id)
+    assert link is not None
+    for name in told:
+        packed = pack_event(AddressEvent(hostname=name))
+        event = MachineEvent(
+            machine=link.machine, received_at=1.0, id="e", actor_id="", type_url=packed.type_url, data=packed.value
+        )
+        office.administration.hostnames.note(event)
+    async with office.local() as local:
+        stub = pb.MachineServiceStub(local)
+        page = await stub.list_machines(pb.ListMachinesRequest(filter=pb.MachineFilter(text="EDGE-7.ex")))
+        assert [(one.id, one.hostname, one.name) for one in page.machines] == [
+            (machine(3).id, "edge-7.example.com", machine(3).node_uuid)
+        ]
+        with pytest.raises(GRPCError) as caught:
+            await stub.get_machine(pb.MachineRequest(name="edge-7.example.com"))
+        assert caught.value.status is Status.NOT_FOUND

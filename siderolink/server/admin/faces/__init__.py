@@ -1,6 +1,16 @@
 """The admin API by gRPC: the services translate, and decide nothing."""
 
-from siderolink.server.admin.faces.access import ADMIN_LIMITS, GROUP, LocalAccess, RemoteAccess, group_id, guarded
+from siderolink.server.admin.faces.access import ADMIN_LIMITS, GROUP, LocalAccess, RemoteAccess, actor, group_id, guarded
 from siderolink.server.admin.faces.services import ServerFacts, admin_services
 
-__all__ = ["ADMIN_LIMITS", "GROUP", "LocalAccess", "RemoteAccess", "ServerFacts", "admin_services", "group_id", "guarded"]
+__all__ = [
+    "ADMIN_LIMITS",
+    "GROUP",
+    "LocalAccess",
+    "RemoteAccess",
+    "ServerFacts",
+    "actor",
+    "admin_services",
+    "group_id",
+    "guarded",
+]

@@ -50,6 +50,7 @@ def _message(administration: Administration, status: MachineStatus, token_name: 
         node_uuid=row.node_uuid,
         name=row.shown_name,
         given_name=row.name or "",
+        hostname=administration.hostnames.of(row.id),
         labels=dict(row.labels),
         note=row.note,
         public_key="" if row.public_key is None else row.public_key.encode(),

@@ -893,7 +893,7 @@ class Machine(betterproto2.Message):
 
     name: "str" = betterproto2.field(3, betterproto2.TYPE_STRING)
     """
-    What is shown: the given name, or else the hostname that the machine told, or else its UUID.
+    What is shown, and takes calls: the given name, or else its UUID.
     """
 
     given_name: "str" = betterproto2.field(4, betterproto2.TYPE_STRING)
@@ -902,6 +902,9 @@ class Machine(betterproto2.Message):
     """
 
     hostname: "str" = betterproto2.field(5, betterproto2.TYPE_STRING)
+    """
+    As the machine last told it in an event; empty if it did not. Nothing is named by it: any machine may say any.
+    """
 
     labels: "dict[str, str]" = betterproto2.field(
         6,
@@ -1210,7 +1213,7 @@ class RenameMachineRequest(betterproto2.Message):
 
     new_name: "str" = betterproto2.field(2, betterproto2.TYPE_STRING)
     """
-    Empty: the hostname or the UUID is shown again.
+    Empty: the UUID is shown again.
     """
 
 

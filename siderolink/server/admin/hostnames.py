@@ -1,0 +1,42 @@
+"""The hostnames that machines tell in their events: shown and searched. No call takes one, since any machine may say any."""
+
+import re
+from collections.abc import AsyncIterator
+from typing import Final
+
+from siderolink.common.pb.machine import AddressEvent
+from siderolink.server.fleet.directory import Directory
+from siderolink.server.reporting import MachineEvent, ReportsLost
+
+_EVENT: Final = AddressEvent.__name__
+_NAME: Final = re.compile(r"[a-z0-9](?:[a-z0-9.-]{0,251}[a-z0-9])?")
+_PRUNED_ABOVE: Final = 1024
+"""Names are forgotten with their machines once there are so many more of them."""
+
+
+class Hostnames:
+    """The last hostname of each machine, since this server started."""
+
+    def __init__(self, directory: Directory) -> None:
+        self._directory = directory
+        self._names: dict[str, str] = {}
+
+    def of(self, machine_id: str) -> str:
+        """Empty if it told none."""
+        return self._names.get(machine_id, "")
+
+    async def follow(self, events: AsyncIterator[MachineEvent | ReportsLost]) -> None:
+        """Read machines' events, until cancelled."""
+        async for event in events:
+            if isinstance(event, MachineEvent) and event.kind == _EVENT:
+                self.note(event)
+
+    def note(self, event: MachineEvent) -> None:
+        """Take the hostname of an event, if it is one."""
+        told = event.payload
+        name = told.hostname.lower() if isinstance(told, AddressEvent) and len(told.hostname) <= 253 else ""
+        if _NAME.fullmatch(name) is None:
+            return
+        if len(self._names) > len(self._directory) + _PRUNED_ABOVE:
+            self._names = {key: name for key, name in self._names.items() if self._directory.get(key) is not None}
+        self._names[event.machine.id] = name
