@@ -4,13 +4,15 @@ Files are read in a thread, 64 KiB at a time, so that the loop goes on in betwee
 pattern: no text takes longer than another.
 """
 
+import math
 import os
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import aclosing
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Final, TypeVar
+from typing import Final
 
 import anyio
 from anyio.lowlevel import checkpoint
@@ -19,10 +21,9 @@ from siderolink.common.errors import ConfigurationError
 from siderolink.common.tasks import in_parts
 from siderolink.server.reporting.archive import Archive, Kept, Segment, decode_event, decode_line
 from siderolink.server.reporting.ingest import ReportIngest
-from siderolink.server.reporting.model import KernelLine, LogLine, MachineEvent, ReportedEvent
+from siderolink.server.reporting.model import KernelLine, LogLine, MachineEvent, ReportedEvent, ReportsLost
 from siderolink.server.store import Machine
 
-R = TypeVar("R", KernelLine, ReportedEvent)
 Report = KernelLine | ReportedEvent
 Decode = Callable[[bytes], Report | None]
 """Reads a record; None for what is none."""
@@ -160,33 +161,41 @@ class ReportSearch:
     async def lines(self, machine: str, query: ReportQuery, *, follow: bool = False) -> AsyncGenerator[KernelLine, None]:
         """A machine's lines, by its id or UUID; with `follow` also those that come, until the caller stops."""
         live = self._ingest.lines.subscribe() if follow else None
-        began_at = time.time()
-        if self._archive is not None:
-            async for found in self._read(_Reader(self._archive, machine, query, Kept.LINES), began_at):
-                if isinstance(found, KernelLine):
-                    yield found
-        else:
-            async for line in _recent(self._ingest.recent_lines.of(machine), query):
-                yield line
-        if live is not None:
-            async for item in live:
-                if isinstance(item, LogLine) and _is_of(item.machine, machine) and query.takes(item):
-                    yield item
+        recent = self._ingest.recent_lines.of(machine) if self._archive is None else ()
+        async with aclosing(self._find(machine, query, Kept.LINES, live, recent)) as reports:
+            async for report in reports:
+                if isinstance(report, KernelLine):
+                    yield report
 
     async def events(self, machine: str, query: ReportQuery, *, follow: bool = False) -> AsyncGenerator[ReportedEvent, None]:
         """As `lines`."""
         live = self._ingest.events.subscribe() if follow else None
-        began_at = time.time()
-        if self._archive is not None:
-            async for found in self._read(_Reader(self._archive, machine, query, Kept.EVENTS), began_at):
-                if isinstance(found, ReportedEvent):
-                    yield found
+        recent = self._ingest.recent_events.of(machine) if self._archive is None else ()
+        async with aclosing(self._find(machine, query, Kept.EVENTS, live, recent)) as reports:
+            async for report in reports:
+                if isinstance(report, ReportedEvent):
+                    yield report
+
+    async def _find(
+        self, machine: str, query: ReportQuery, kind: Kept, live: AsyncIterator[object] | None, recent: Sequence[Report]
+    ) -> AsyncGenerator[Report, None]:
+        """What is kept, and then what is live. What a slow caller loses of the latter is read from the files."""
+        cut = time.time()
+        if self._archive is None:
+            for report in await _chosen(recent, query):
+                yield report
         else:
-            async for event in _recent(self._ingest.recent_events.of(machine), query):
-                yield event
-        if live is not None:
-            async for item in live:
-                if isinstance(item, MachineEvent) and _is_of(item.machine, machine) and query.takes(item):
+            async for report in self._read(_Reader(self._archive, machine, query, kind), cut):
+                yield report
+        async for item in live or _nothing():
+            if isinstance(item, ReportsLost) and self._archive is not None:
+                missed = replace(query, since=max(math.nextafter(cut, math.inf), query.since or 0.0), tail=0)
+                cut = time.time()
+                async for report in self._read(_Reader(self._archive, machine, missed, kind), cut):
+                    yield report
+            elif isinstance(item, LogLine | MachineEvent) and _is_of(item.machine, machine) and query.takes(item):
+                is_shown = self._archive is not None and item.received_at <= cut
+                if not is_shown:
                     yield item
 
     async def _read(self, reader: _Reader, before: float) -> AsyncIterator[Report]:
@@ -208,10 +217,14 @@ def _is_of(machine: Machine, name: str) -> bool:
     return name in (machine.id, machine.node_uuid)
 
 
-async def _recent(kept: Sequence[R], query: ReportQuery) -> AsyncIterator[R]:
-    found: deque[R] = deque(maxlen=query.tail or None)
-    for part in in_parts(kept, _PART):
+async def _chosen(recent: Sequence[Report], query: ReportQuery) -> Sequence[Report]:
+    found: deque[Report] = deque(maxlen=query.tail or None)
+    for part in in_parts(recent, _PART):
         found.extend(report for report in part if query.takes(report))
         await checkpoint()
-    for report in found:
-        yield report
+    return found
+
+
+async def _nothing() -> AsyncIterator[object]:
+    return
+    yield

@@ -387,6 +387,26 @@ async def test_what_comes_is_followed_without_a_gap_or_a_repetition(tmp_path: Pa
         assert seen == [str(number) for number in range(300)]
 
 
+async def test_what_a_slow_follower_loses_is_read_from_the_files(tmp_path: Path) -> None:
+    with kept(tmp_path) as archive:
+        options = ReportOptions(reader_limit=10, lines_per_second=0, line_bytes_per_second=0)
+        ingest = ReportIngest(options, lambda address: None)
+        ingest.keep = archive.add
+        owner, seen = machine(), list[str]()
+        archive.add(line("first", of=owner))
+        with anyio.fail_after(10):
+            async for one in ReportSearch(ingest, archive).lines("m-1", ReportQuery(since=0.0), follow=True):
+                seen.append(one.message)
+                if len(seen) in (1, 301):
+                    for number in range(300):  # thirty times what waits for it
+                        ingest.add_line(owner, json.dumps({"msg": str(len(seen) + number)}).encode())
+                if len(seen) == 601:
+                    break
+                if len(seen) == 1:
+                    assert seen == ["first"]
+        assert seen == ["first", *map(str, range(1, 601))]
+
+
 async def test_one_machine_s_reports_are_deleted_and_the_others_stay(tmp_path: Path) -> None:
     with kept(tmp_path) as archive:
         for name in ("m-1", "m-2", "m-3"):
