@@ -303,7 +303,7 @@ class Admission:
             unique_token_digest=digest,
             unique_fingerprint=request.fingerprint if digest is not None else "",
             join_token_digest=join.digest,
-            token_id=join.token_id or owner.token_id,
+            token_id=join.token_id,
             labels=join.labels if join.is_valid and join.token_id != owner.token_id else NO_LABELS,
             talos_version=request.talos_version,
             source=request.source,

@@ -8,8 +8,10 @@ from siderolink.server.admission.policy import JoinPolicy
 from siderolink.server.admission.request import LivenessSource
 from siderolink.server.admission.rules import Basis
 from siderolink.server.admission.token_rules import spend_use
+from siderolink.server.admission.tokens import assigned_digest
 from siderolink.server.clock import Clock
-from siderolink.server.store import Ban, BanKind, Claim, Machine, MachineAdmission, Transaction
+from siderolink.server.store import Ban, BanKind, Claim, Machine, MachineAdmission, TokenColumn, TokenState, Transaction
+from siderolink.server.store.tokens import GIVEN_TOKEN
 
 _MOVED = (
     *("public_key", "overlay_address", "virtual_address", "unique_token_digest", "unique_fingerprint", "join_token_digest"),
@@ -79,7 +81,9 @@ class Proofs:
         link = await self._liveness.of(before)
         trust = self._policy.trust_fingerprints
         basis = rules.still_stands(before, claim, link, now, trust_fingerprints=trust)
-        if basis is None or not await _settle_uses(transaction, before, claim, now):
+        if basis is None or not await _still_admits(transaction, before, claim, now):
+            return Proof(machine=None, before=before, claim=claim)
+        if not await _settle_uses(transaction, before, claim, now):
             return Proof(machine=None, before=before, claim=claim)
         row = replace(as_claimed(before, claim), linked_at=now, was_linked=True, joined_at=now, goodbye_at=None)
         row = replace(row, has_reserved_use=False)
@@ -123,6 +127,16 @@ class Proofs:
         return await transaction.update(replace(owner, **changes)), before
 
 
+async def _still_admits(transaction: Transaction, row: Machine, claim: Claim, now: float) -> bool:
+    """Whether the stored token that admitted a claim is active still; a unique token that is the row's needs none."""
+    digest = claim.unique_token_digest
+    is_known = rules.same_token(row, digest) or (digest is not None and digest == assigned_digest(row))
+    if is_known or claim.token_id is None or claim.token_id == GIVEN_TOKEN:
+        return True
+    token = await transaction.tokens.find(TokenColumn.ID, claim.token_id)
+    return token is not None and token.state(now) is TokenState.ACTIVE
+
+
 async def _settle_uses(transaction: Transaction, row: Machine, claim: Claim, now: float) -> bool:
     """Spend what is reserved for a claim, and end what another token reserved for its row; False if the claim's has ended."""
     if row.has_reserved_use and row.token_id is not None and (row.token_id != claim.token_id or not claim.has_reserved_use):
@@ -153,7 +167,7 @@ def as_claimed(row: Machine, claim: Claim) -> Machine:
         unique_token_digest=row.unique_token_digest if is_bound else claim.unique_token_digest or row.bound_digest,
         unique_fingerprint=row.unique_fingerprint if is_bound else claim.unique_fingerprint or row.unique_fingerprint,
         join_token_digest=claim.join_token_digest,
-        token_id=claim.token_id,
+        token_id=claim.token_id or row.token_id,
         has_reserved_use=claim.has_reserved_use,
         labels={**row.labels, **claim.labels} if claim.labels else row.labels,
         talos_version=claim.talos_version,

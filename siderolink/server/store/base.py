@@ -185,7 +185,7 @@ class Claim:
     unique_fingerprint: str = ""
     join_token_digest: bytes | None = field(default=None, repr=False)
     token_id: str | None = None
-    """As Machine.token_id, once the claim is proved."""
+    """As Machine.token_id, once the claim is proved; None leaves that as it is."""
     has_reserved_use: bool = False
     """A use of that token is reserved until the claim expires; its proof spends it."""
     labels: Mapping[str, str] = field(default_factory=lambda: NO_LABELS, hash=False)

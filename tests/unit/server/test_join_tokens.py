@@ -225,6 +225,21 @@ async def test_a_claim_reserves_a_use_until_it_expires() -> None:
     assert (await tokens.get("one")).uses == 1
 
 
+@pytest.mark.parametrize("step", ["revoke", "delete"])
+async def test_a_claim_whose_token_is_revoked_before_its_handshake_proves_nothing(step: str) -> None:
+    manager, tokens = managed()
+    text = (await tokens.create("one")).secret
+    machine = FakeMachine()
+    await manager.join(machine)
+    await manager.handshake(machine)
+    await manager.pass_time(300)
+    again = replace(machine, key=new_key())
+    await manager.join(again, join_token=text)
+    await follow(manager, tokens, text, [step])
+    await manager.handshake(again)
+    assert (await manager.row(machine)).public_key == machine.key
+
+
 async def test_a_unique_token_that_admits_takes_no_use() -> None:
     manager, tokens = managed()
     machine = FakeMachine(unique_token='{"Fingerprint":"aa","Token":"own"}')
