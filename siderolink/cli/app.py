@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from siderolink.cli.output import fail, own_version, show
+from siderolink.cli.output import ReaderGoneError, fail, flush, own_version, show
 from siderolink.common.errors import SideroLinkError
 
 COMPLETION_VARIABLE = "_SIDEROLINK_COMPLETE"
@@ -91,13 +91,13 @@ def run() -> int:
         try:
             app(prog_name="siderolink")
         finally:
-            sys.stdout.flush()
+            flush()
+    except (BrokenPipeError, ReaderGoneError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter would try again at its end, and complain
+        return 1
     except SideroLinkError as error:
         stop_log()  # flush the log lines that precede the error
         return fail(str(error), getattr(error, "status", 1))
-    except BrokenPipeError:  # of `head`, which has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 1
     finally:
         stop_log()
     return 0

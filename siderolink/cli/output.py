@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 
+from siderolink.common.errors import SideroLinkError
 from siderolink.common.queues import LineQueue
 from siderolink.common.text import printable
 
@@ -157,9 +158,30 @@ class TextWriter:
         self._writer.stop(timeout)
 
 
+class ReaderGoneError(SideroLinkError):
+    """Raised when nobody reads the output any more, such as `head`, which has seen enough.
+
+    It is no BrokenPipeError: calls raise that, too, where a server is gone.
+    """
+
+
 def show(text: str = "", *, end: str = "\n", flush: bool = False) -> None:
-    """Print on standard output, without characters that could steer a terminal. All results of commands go this way."""
-    print(printable(text), end=end, flush=flush)
+    """Print on standard output, without characters that could steer a terminal. All results of commands go this way.
+
+    Raises ReaderGoneError.
+    """
+    try:
+        print(printable(text), end=end, flush=flush)
+    except BrokenPipeError:
+        raise ReaderGoneError("nobody reads the output") from None
+
+
+def flush() -> None:
+    """Let what was shown be seen. Raises ReaderGoneError."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise ReaderGoneError("nobody reads the output") from None
 
 
 def to_json(value: Any, *, indent: int | None = 2) -> str:

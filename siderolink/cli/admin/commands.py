@@ -14,7 +14,7 @@ from siderolink.cli.admin.completion import complete_contexts
 from siderolink.cli.admin.connection import CommandError, Connection, ExitStatus, Target, TargetOptions, connect, find_target
 from siderolink.cli.admin.formats import OutputFormat, TableWriter, View, print_list, print_stream
 from siderolink.cli.options import with_parameters
-from siderolink.cli.output import tell
+from siderolink.cli.output import flush, tell
 from siderolink.common.text import one_line, printable
 
 S = TypeVar("S")
@@ -141,7 +141,7 @@ class Call:
             for name in before.keys() - found.keys():
                 del before[name]
                 tell(f"{one_line(name)} is gone")
-            sys.stdout.flush()
+            flush()
             await anyio.sleep(_WATCH_SECONDS)
 
     def print_or_watch(

@@ -1,6 +1,5 @@
 """`siderolink machine`: the machines of a server."""
 
-import sys
 from collections.abc import Callable, Sequence
 from enum import StrEnum
 from typing import Annotated
@@ -26,7 +25,7 @@ from siderolink.cli.admin.formats import (
     read_labels,
 )
 from siderolink.cli.admin.records import add_commands
-from siderolink.cli.output import describe_size, show
+from siderolink.cli.output import describe_size, flush, show
 from siderolink.common.pb.siderolink.admin.v1 import (
     LabelMachineRequest,
     ListMachinesRequest,
@@ -183,7 +182,7 @@ async def _watch(connection: Connection, output: OutputFormat, request: WatchMac
             for one in known:
                 print_stream(one, _CHANGES, output, table)
             known = None
-        sys.stdout.flush()
+        flush()
 
 
 @command(app, "show", prints=True)

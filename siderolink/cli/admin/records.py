@@ -1,6 +1,5 @@
 """`siderolink machine logs`, `events` and `history`: what machines said and what happened to them."""
 
-import sys
 from collections.abc import AsyncIterator, Sequence
 from typing import Annotated, TypeVar
 
@@ -20,7 +19,7 @@ from siderolink.cli.admin.formats import (
     read_time,
     timestamp,
 )
-from siderolink.cli.output import show
+from siderolink.cli.output import flush, show
 from siderolink.common.errors import ConfigurationError
 from siderolink.common.pb.siderolink.admin.v1 import (
     DeleteHistoryRequest,
@@ -192,7 +191,7 @@ async def _print_lines(lines: AsyncIterator[MachineLogLine], call: Call) -> None
     async for line in lines:
         level = f"{one_line(line.level, limit=16)} " if line.level else ""
         show(f"{timestamp(line.received_at)} {level}{one_line(line.message, limit=_LINE_LIMIT)}")
-        sys.stdout.flush()
+        flush()
 
 
 async def print_all(items: AsyncIterator[T], view: View[T], output: OutputFormat, known: Sequence[T] = ()) -> None:
@@ -203,10 +202,10 @@ async def print_all(items: AsyncIterator[T], view: View[T], output: OutputFormat
     else:
         for item in known:
             print_stream(item, view, output, table)
-    sys.stdout.flush()
+    flush()
     async for item in items:
         print_stream(item, view, output, table)
-        sys.stdout.flush()
+        flush()
 
 
 def _time(text: str | None) -> float | None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from rich.console import Console
 from rich.markup import escape
 
-from siderolink.cli.output import show
+from siderolink.cli.output import flush, show
 
 if TYPE_CHECKING:
     from rich.status import Status
@@ -119,7 +119,7 @@ class JsonReport:
 
     def _say(self, fields: Fields) -> None:
         sys.stdout.write(json.dumps({"time": round(time.time(), 3), **fields}) + "\n")
-        sys.stdout.flush()
+        flush()
 
 
 def _summary_lines(summary: Fields) -> list[str]:

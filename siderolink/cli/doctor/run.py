@@ -2,7 +2,6 @@
 
 import json
 import ssl
-import sys
 from collections.abc import AsyncIterator
 from dataclasses import asdict
 from pathlib import Path
@@ -18,7 +17,7 @@ from siderolink.cli.doctor.host import (
     check_forwarding,
     check_loopback,
 )
-from siderolink.cli.output import show
+from siderolink.cli.output import flush, show
 from siderolink.cli.running import loop_options, stop_on_signal
 from siderolink.common.grpc import client_tls
 from siderolink.common.join_url import JoinURL
@@ -73,4 +72,4 @@ def _say(finding: Finding) -> None:
     show(f"{_MARKS[finding.is_good]:5}{one_line(finding.check)}: {one_line(finding.text)}")
     if finding.remedy:
         show(f"     -> {one_line(finding.remedy)}")
-    sys.stdout.flush()
+    flush()

@@ -439,3 +439,18 @@ def test_bash_completes_commands_options_and_names(siderolink: Fixture) -> None:
     assert complete(siderolink, "siderolink machine show --interface none no") == [""]
     siderolink("context", "add", "plant", "--server", siderolink.url)
     assert complete(siderolink, "siderolink machine list --context pl") == ["plant"]
+
+
+def test_what_answers_a_shell_imports_neither_end_of_a_link() -> None:
+    """Each press of the tab key starts a process."""
+    absent = ("siderolink.server", "siderolink.client", "pyroute2", "structlog", "numpy", "sqlalchemy", "uvloop", "rich")
+    program = "import sys, siderolink.cli.admin.machines, siderolink.cli.admin.tokens, siderolink.cli.admin.audit\n"
+    program += f"print([name for name in {absent} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(siderolink: Fixture) -> None:
+    command = f"{sys.executable} -m siderolink machine list --watch -o wide | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], env=os.environ, capture_output=True, text=True, check=False, timeout=60)
+    assert (done.stdout, done.stderr) == ("", "")
