@@ -152,7 +152,7 @@ TIMES = "client_header_timeout 1s; keepalive_timeout 1s; client_body_timeout 1s;
 @pytest.mark.parametrize("interval", [0.3, None])
 async def test_a_servers_pings_keep_a_silent_call_open(tmp_path: Path, interval: float | None) -> None:
     """All of nginx's times are a second; they are the server's to beat, whichever side of the call is silent."""
-    limits = Limits(server_ping_interval=interval, ping_timeout=0.2)
+    limits = Limits(server_ping_interval=interval, ping_timeout=0.6)
     services: list[Servable] = [HealthService(), ByteStreamService({ECHO: hold})]
     port = free_port()
     async with serve(services, host="127.0.0.1", limits=limits) as server:
@@ -171,7 +171,7 @@ async def test_a_servers_pings_keep_a_silent_call_open(tmp_path: Path, interval:
 
 
 async def test_an_idle_connection_is_cut_whatever_is_pinged_and_a_health_call_is_not(tmp_path: Path) -> None:
-    limits = Limits(server_ping_interval=0.3, ping_timeout=0.2)
+    limits = Limits(server_ping_interval=0.3, ping_timeout=0.6)
     port = free_port()
     async with serve([HealthService()], host="127.0.0.1", limits=limits) as server:
         async with nginx(tmp_path, port, http(port, server.port, TIMES)), background_tasks() as tasks:
@@ -227,7 +227,7 @@ async def watched(
 
 
 async def test_a_watch_behind_nginx_is_quiet_and_tells_the_servers_end(tmp_path: Path) -> None:
-    async with watched(tmp_path, Limits(server_ping_interval=0.3, ping_timeout=0.2)) as (server, service, told, _):
+    async with watched(tmp_path, Limits(server_ping_interval=0.3, ping_timeout=0.6)) as (server, service, told, _):
         await asyncio.sleep(4)
         assert (service.calls, told) == (1, [])
         await server.stop()
