@@ -281,6 +281,7 @@ class Connection(_GrpclibConnection):
         """Send GOAWAY, if that can still be sent."""
         if self.is_closing():
             return
+        self.begin()
         try:
             self.engine.close_connection(error_code, additional_data=reason.encode())
         except ProtocolError:

@@ -90,6 +90,7 @@ class Input:
         if pieces is None or self._transport.is_closing():
             return 0.0
         is_over = True
+        self._connection.begin()
         try:
             is_over = self._scan(pieces, until)
             if is_over:

@@ -94,7 +94,6 @@ class Http2Protocol(H2Protocol):
         if self._input is None or self._is_done():
             return
         self._heard_at = self._loop.time()
-        self.connection.begin()
         self._input.feed(data)
 
     def _fail(self, error: Exception) -> None:
