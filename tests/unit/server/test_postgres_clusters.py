@@ -96,6 +96,17 @@ async def test_times_are_those_of_a_database_whose_clock_is_off() -> None:
         ahead.close()
 
 
+async def test_a_database_with_another_isolation_is_refused() -> None:
+    """What is checked under locks would be looked up in what was there before them."""
+    with cluster().database() as name:
+        async with PostgresStore.open(cluster().url(name)):
+            pass
+        cluster().execute(f"ALTER DATABASE {name} SET default_transaction_isolation = 'repeatable read'")
+        with pytest.raises(StoreError, match="default_transaction_isolation is repeatable read"):
+            async with PostgresStore.open(cluster().url(name)) as store:
+                await store.transact(work_of("insert", machine(1, 1)))
+
+
 async def test_many_joins_notify_a_few_times() -> None:
     with cluster().database() as name:
         url = cluster().url(name)

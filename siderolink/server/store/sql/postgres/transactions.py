@@ -14,6 +14,7 @@ from typing import TypeGuard, TypeVar
 
 import anyio
 from psycopg import AsyncConnection as Driver
+from psycopg import Error as DriverError
 
 from siderolink.common.errors import StoreError, StoreUnavailableError
 from siderolink.server.store.base import Machine, Work
@@ -131,12 +132,21 @@ async def _send(driver: Driver, steps: Iterable[Step]) -> None:
 
 
 async def _run(driver: Driver, steps: Iterable[Step]) -> None:
-    async with driver.pipeline(), driver.cursor() as cursor:
-        for statement, given in steps:
-            if len(given) == 1:
-                await cursor.execute(statement.text, statement.values(given[0]))
-            elif given:
-                await cursor.executemany(statement.text, [statement.values(one) for one in given])
+    failure: DriverError | None = None
+    try:
+        async with driver.pipeline(), driver.cursor() as cursor:
+            try:
+                for statement, given in steps:
+                    if len(given) == 1:
+                        await cursor.execute(statement.text, statement.values(given[0]))
+                    elif given:
+                        await cursor.executemany(statement.text, [statement.values(one) for one in given])
+            except DriverError as error:
+                failure = error  # raised below: the pipeline would log what it says of the statements that were skipped
+    except DriverError as error:
+        failure = failure or error
+    if failure is not None:
+        raise failure
 
 
 async def run_work(database: Database, work: Work[T]) -> tuple[T, bool]:
