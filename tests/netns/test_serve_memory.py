@@ -119,7 +119,7 @@ def test_a_tunnel_machine_is_admitted_after_a_restart(net: Net, tmp_path: Path) 
 def test_the_state_on_a_live_server(net: Net, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     with served(net.server, tmp_path) as server, joined(net.machine) as (link, _):
-        assert "it holds the server's private key" in server.command(["state", "backup", str(copy)])
+        assert "its secrets are sealed with the server's state key" in server.command(["state", "backup", str(copy)])
         assert copy.stat().st_mode & 0o777 == 0o600
         assert "cannot be created" in server.command(["state", "backup", str(copy)], check=False)
         first = link.server_key
@@ -135,6 +135,8 @@ def test_the_state_on_a_live_server(net: Net, tmp_path: Path) -> None:
         assert {path.name for path in server.state.parent.iterdir()} == {
             "siderolink.state",
             "siderolink.state-wal",
+            "siderolink.state.key",
+            "siderolink.reports",
             "siderolink.state.before-restore",
         }
 

@@ -5,7 +5,7 @@ import os
 import pwd
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import partial
@@ -182,6 +182,10 @@ class _Answering:
     def __init__(self, call: Any) -> None:
         self._call = call
         self._sent = 0
+
+    def __aiter__(self) -> AsyncIterator[Any]:
+        messages: AsyncIterator[Any] = self._call.__aiter__()
+        return messages
 
     async def recv_message(self) -> Any:
         return await self._call.recv_message()
