@@ -43,7 +43,8 @@ class Input:
         self._pieces: Iterator[tuple[int, memoryview]] | None = None
         self._backlog: list[bytes] = []
         self._queued = 0
-        self._is_paused = False
+        self.is_paused = False
+        """Nothing is read: what has come waits for its turn."""
         self._engine_seconds = 0.0
         self._calls_charged = 0
         self._waiting = 0
@@ -123,8 +124,8 @@ class Input:
                 self._account.give_back(done)
                 self._queued -= done
         if self._pieces is None:
-            if self._is_paused:
-                self._is_paused = False
+            if self.is_paused:
+                self.is_paused = False
                 self._transport.resume_reading()
             return
         if wait:
@@ -134,8 +135,8 @@ class Input:
             self._ask()
 
     def _pause(self) -> None:
-        if not self._is_paused and not self._transport.is_closing():
-            self._is_paused = True
+        if not self.is_paused and not self._transport.is_closing():
+            self.is_paused = True
             self._transport.pause_reading()
 
     def _scan(self, pieces: Iterator[tuple[int, memoryview]], until: float) -> bool:

@@ -195,7 +195,7 @@ class Http2Protocol(H2Protocol):
             self._timers.after("ping", interval, self._check_silence, interval)
 
     def _check_pong(self, interval: float, asked_at: float) -> None:
-        if self._heard_at < asked_at:
+        if self._heard_at < asked_at and not (self._input is not None and self._input.is_paused):
             self.refuse(Refusal.PING_TIMEOUT, f"no answer to a ping within {self._limits.ping_timeout:g} s")
         else:
             self._check_silence(interval)

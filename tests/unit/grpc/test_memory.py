@@ -377,3 +377,17 @@ async def test_input_of_a_source_that_has_to_wait_is_not_read(monkeypatch: pytes
         assert len(charged) >= 5
         assert sum(charged) >= 5 * 0.0005
         assert not server.refusals
+
+
+async def test_a_peer_that_is_not_read_is_not_taken_for_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its answer to a ping may be among what waits for a turn."""
+    monkeypatch.setattr(Account, "charge", lambda *_: 1.0)
+    limits = Limits(server_ping_interval=0.05, ping_timeout=0.05)
+    async with serving(limits) as server, RawPeer.greeted(server.port) as peer:
+        headers = peer.request(CALL)
+        peer.send(headers, data(headers.stream_id, message(b"x"), end=True))
+        while not isinstance(frame := await peer.frame(), DataFrame):
+            assert frame is not None
+        with anyio.move_on_after(0.4):
+            await peer.until_closed()
+        assert not server.refusals
