@@ -32,7 +32,7 @@ CONNECTIONS = 8
 CONNECT_SECONDS = 3
 ANSWER_SECONDS = 5.0
 """How long the database may take for one answer."""
-WAIT_SECONDS = 15.0
+WAIT_SECONDS = 60.0
 """How long a transaction may wait for one of the connections: when many machines join at once."""
 MIGRATE_SECONDS = 300.0
 _LOOKED_AT = "was looked at"
