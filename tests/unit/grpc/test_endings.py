@@ -1,6 +1,7 @@
 """Every way in which a peer's connection can end, at every point of it, on both loops: one connection, and no traceback."""
 
 import asyncio
+import contextlib
 import logging
 import socket
 import struct
@@ -9,7 +10,7 @@ from typing import Any
 
 import anyio
 import pytest
-from grpclib.exceptions import StreamTerminatedError
+from grpclib.exceptions import GRPCError, StreamTerminatedError
 from h2.errors import ErrorCodes
 from hyperframe.frame import GoAwayFrame, RstStreamFrame, SettingsFrame, WindowUpdateFrame
 
@@ -105,10 +106,18 @@ async def everything() -> list[object]:
         if server.refusals[Refusal.INTERNAL_ERROR]:
             wrong.append("an internal error")
         service.hold.set()
-        async with open_channel("127.0.0.1", server.port) as channel:
-            if (await method(channel)(Raw(b"x"))).data != b"x":
-                wrong.append("no answer afterwards")
+        if not await answers(server.port):
+            wrong.append("no answer afterwards")
     return wrong
+
+
+async def answers(port: int) -> bool:
+    """Whether a call succeeds; on a busy host the server's short limits may end some."""
+    for _ in range(20):
+        async with open_channel("127.0.0.1", port) as channel:
+            with contextlib.suppress(StreamTerminatedError, GRPCError):
+                return (await method(channel)(Raw(b"x"))).data == b"x"
+    return False
 
 
 async def one(port: int, point: str, how: str) -> None:

@@ -1,5 +1,6 @@
 """Postgres as it stands elsewhere: with TLS and a password, with a clock of its own, replaced by its replica."""
 
+import gc
 import logging
 import shutil
 import signal
@@ -171,3 +172,27 @@ async def test_a_promoted_replica_takes_over_and_all_is_read_again() -> None:
     finally:
         primary.close()
         replica.close()
+
+
+@pytest.mark.usefixtures("uncollected")
+async def test_a_store_that_is_closed_while_it_connects_leaves_no_connection() -> None:
+    asked = "SELECT count(*) FROM pg_stat_activity WHERE datname = '{}' AND application_name = 'siderolink'"
+    with cluster().database() as database:
+        for number in range(24):
+            async with PostgresStore.open(cluster().url(database)) as store:
+                await store.tokens()
+                await anyio.sleep(0.001 * (number % 4))
+            for _ in range(100):
+                if cluster().execute(asked.format(database)) == [(0,)]:
+                    break
+                await anyio.sleep(0.02)
+            else:
+                raise AssertionError("a connection is left")
+
+
+@pytest.fixture
+def uncollected() -> Iterator[None]:
+    """Without the garbage collector, which would close what was merely forgotten."""
+    gc.disable()
+    yield
+    gc.enable()

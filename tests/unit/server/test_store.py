@@ -1,11 +1,14 @@
 """Each store against a slow, obvious model, and what their contract promises to a server."""
 
+import asyncio
 import tempfile
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from ipaddress import IPv6Address
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import anyio
 import pytest
@@ -15,11 +18,13 @@ from hypothesis import strategies as st
 from siderolink.common.errors import StoreError
 from siderolink.common.keys import PrivateKey, PublicKey
 from siderolink.server.store import (
+    AuditQuery,
     Ban,
     BanChanged,
     ChangesLost,
     Claim,
     ClaimChanged,
+    HistoryQuery,
     LastSeen,
     Machine,
     MachineAdmission,
@@ -345,6 +350,30 @@ async def test_a_caller_that_gives_up_breaks_nothing(store: Store) -> None:
     go_on.set()
     await store.transact(work_of("insert", machine(2, 2, overlay=2)))
     assert "2" in {row.id async for row in store.machines()}
+
+
+async def test_a_reader_that_is_cut_off_breaks_nothing(store: Store) -> None:
+    """Each read, cancelled at each of its steps, as a handler is whose client hangs up."""
+    await store.transact(work_of("insert", machine(1, 1)))
+
+    async def rows() -> list[Machine]:
+        return [row async for row in store.machines()]
+
+    reads: tuple[Callable[[], Coroutine[Any, Any, object]], ...] = (
+        lambda: store.audit_entries(AuditQuery(limit=1)),
+        lambda: store.history(HistoryQuery()),
+        lambda: store.prune_audit(0.0, 1),
+        lambda: store.bans(),
+        lambda: store.tokens(),
+        rows,
+    )
+    for read, turns, moment in product(reads, range(8), (0.0, 0.0003)):
+        task = asyncio.create_task(read())
+        for _ in range(turns):
+            await asyncio.sleep(moment)
+        task.cancel()
+        await asyncio.wait([task])
+        assert await store.transact(lambda transaction: transaction.machine("1")) is not None
 
 
 def test_a_row_prints_no_token() -> None:

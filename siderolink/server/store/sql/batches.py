@@ -26,12 +26,27 @@ from siderolink.server.store.sql.transaction import SqlTransaction
 MAX_BATCH = 256
 
 
-class _Job:
-    """A work that waits for its turn, and for its result."""
+class _Pending:
+    """What waits for its turn, and whoever waits for its result."""
+
+    def __init__(self) -> None:
+        self.future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+
+    def succeed(self, result: Any) -> None:
+        if not self.future.done():
+            self.future.set_result(result)
+
+    def fail(self, error: Exception) -> None:
+        if not self.future.done():
+            self.future.set_exception(error)
+
+
+class _Job(_Pending):
+    """A work that shares a transaction with others."""
 
     def __init__(self, work: Work[Any]) -> None:
+        super().__init__()
         self.work = work
-        self.future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self.transaction: SqlTransaction
         self.result: Any = None
         self.error: Exception | None = None
@@ -49,26 +64,45 @@ class _Job:
             self.error = error
         self.has_run = True
 
-    def fail(self, error: Exception) -> None:
-        if not self.future.done():
-            self.future.set_exception(error)
-
     def settle(self) -> None:
         if self.error is not None:
             self.fail(self.error)
-        elif not self.future.done():
-            self.future.set_result(self.result)
+        else:
+            self.succeed(self.result)
+
+
+class _Lone(_Pending):
+    """A work on the connection, outside any transaction."""
+
+    def __init__(self, work: Callable[[], Awaitable[None]]) -> None:
+        super().__init__()
+        self._work = work
+
+    async def run(self) -> None:
+        try:
+            with translated():
+                await self._work()
+        except Exception as error:
+            self.fail(error)
+        except BaseException:
+            self.fail(StoreError("the store is closed"))
+            raise
+        self.succeed(None)
 
 
 class Batches:
-    """Runs works on one connection's driver, batch by batch."""
+    """Runs works on one connection's driver, batch by batch.
+
+    All of them run in `run`'s task: SQLAlchemy closes a connection whose user is cancelled amid a statement, and this one is
+    everybody's.
+    """
 
     def __init__(self, driver: aiosqlite.Connection, on_changes: Callable[[Sequence[Change]], None]) -> None:
         self._driver = driver
         self._on_changes = on_changes
         self._waiting: deque[_Job] = deque()
         self._wake = asyncio.Event()
-        self._lock = asyncio.Lock()
+        self._lone: deque[_Lone] = deque()
         self._is_closing = False
         self._ended = asyncio.Event()
 
@@ -82,10 +116,16 @@ class Batches:
         return await job.future
 
     async def alone(self, work: Callable[[], Awaitable[None]]) -> None:
-        """Run something on the connection outside any transaction, between two batches."""
-        async with self._lock:
-            with translated():
-                await work()
+        """Run something on the connection outside any transaction, between two batches.
+
+        It runs to its end even if the caller is cancelled. Raises what it raises, or StoreError.
+        """
+        if self._is_closing:
+            raise StoreError("the store is closed")
+        lone = _Lone(work)
+        self._lone.append(lone)
+        self._wake.set()
+        await lone.future
 
     async def close(self) -> None:
         """Let `run` finish what waits, and wait for it."""
@@ -96,24 +136,26 @@ class Batches:
     async def run(self) -> None:
         """Work until closed."""
         try:
-            while self._waiting or not self._is_closing:
+            while self._waiting or self._lone or not self._is_closing:
                 await self._wake.wait()
                 if not self._is_closing:
                     self._wake.clear()
-                while self._waiting:
-                    await self._run_next()
+                while self._waiting or self._lone:
+                    if self._waiting:
+                        await self._run_next()
+                    if self._lone and not (lone := self._lone.popleft()).future.cancelled():
+                        await lone.run()
         finally:
             self._is_closing = True
             self._ended.set()
-            for job in self._waiting:
-                job.fail(StoreError("the store is closed"))
+            for pending in (*self._waiting, *self._lone):
+                pending.fail(StoreError("the store is closed"))
 
     async def _run_next(self) -> None:
         jobs = [self._waiting.popleft() for _ in range(min(MAX_BATCH, len(self._waiting)))]
         jobs = [job for job in jobs if not job.future.cancelled()]
         try:
-            async with self._lock:
-                await self._run_batch(jobs)
+            await self._run_batch(jobs)
         except BaseException:
             for job in jobs:
                 job.fail(StoreError("the store is closed"))

@@ -4,11 +4,12 @@ Nothing rests on a session: no settings, no session locks, and prepared statemen
 pooler that gives each transaction another session may. What is slow is given up by the client.
 """
 
+import asyncio
 import ipaddress
 import logging
 import select
 from collections.abc import AsyncIterator, Iterator
-from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, suppress
 from typing import Any
 
 import anyio
@@ -53,6 +54,8 @@ _QUERY = {
     "sslrootcert",
     "target_session_attrs",
 }
+_LEAVING_SECONDS, _LEAVING_CHECKS = 5.0, 25
+"""How long Postgres may take to end the connections of a server that has stopped, and how often to look meanwhile."""
 _OTHERS = text("SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND application_name = :name")
 _NOT_UNIQUE = "23505"
 # a serialisation failure, a deadlock, a value that is there already, and queries.check
@@ -185,7 +188,7 @@ class Database:
             pool_use_lifo=True,
             pool_reset_on_return=None,
             hide_parameters=True,
-            connect_args=self._arguments,
+            connect_args=self._arguments | {"async_creator_fn": connect},
         )
 
     @asynccontextmanager
@@ -233,7 +236,7 @@ class Database:
         arguments: dict[str, Any] = {**named, **self._arguments, "autocommit": True}
         with told():
             with anyio.fail_after(ANSWER_SECONDS):
-                driver = await Driver.connect(**arguments)
+                driver = await connect(**arguments)
             try:
                 with anyio.fail_after(ANSWER_SECONDS):
                     await driver.execute(SQL("LISTEN {}").format(Identifier(channel)))
@@ -253,16 +256,30 @@ class Database:
             isolation_level="READ COMMITTED",
             poolclass=NullPool,
             hide_parameters=True,
-            connect_args=self._arguments,
+            connect_args=self._arguments | {"async_creator_fn": connect},
         )
         try:
             with told(), anyio.fail_after(MIGRATE_SECONDS):
+                if alone:
+                    await self._wait_until_unused(engine)
                 async with engine.begin() as connection:
                     await connection.run_sync(self._migrate)
-                    if alone and (await connection.execute(_OTHERS, {"name": _SERVERS})).scalar():
-                        raise StoreError(f"a server uses {self.name}; stop it first")
+                    if alone and await _is_used(connection):
+                        raise self._used()
         except ContendedError as error:
             raise StoreUnavailableError(f"{self.name} cannot be prepared now: {error}") from error
+
+    async def _wait_until_unused(self, engine: AsyncEngine) -> None:
+        """Give the connections of a server that has just stopped the time to go. Raises StoreError."""
+        for _ in range(_LEAVING_CHECKS):
+            async with engine.connect() as connection:
+                if not await _is_used(connection):
+                    return
+            await anyio.sleep(_LEAVING_SECONDS / _LEAVING_CHECKS)
+        raise self._used()
+
+    def _used(self) -> StoreError:
+        return StoreError(f"a server uses {self.name}; stop it first")
 
     def _migrate(self, connection: Connection) -> None:
         connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": _MIGRATION_LOCK})
@@ -278,6 +295,21 @@ class Database:
         # After a restore of a dump of another cluster: transactions that are still to come would bring old changes as new.
         connection.execute(text("DELETE FROM changes WHERE xid >= pg_snapshot_xmax(pg_current_snapshot())"))
         connection.execute(text("UPDATE feed SET pruned = '0' WHERE pruned >= pg_snapshot_xmax(pg_current_snapshot())"))
+
+
+async def connect(*address: str, **arguments: Any) -> Driver:
+    """Connect; when cancelled, wait up to CONNECT_SECONDS to close what would otherwise stay open until it is collected."""
+    connecting = asyncio.ensure_future(Driver.connect(*address, **arguments))
+    try:
+        return await asyncio.shield(connecting)
+    except asyncio.CancelledError:
+        with anyio.CancelScope(shield=True), suppress(DriverError):
+            await (await connecting).close()
+        raise
+
+
+async def _is_used(connection: AsyncConnection) -> bool:
+    return bool((await connection.execute(_OTHERS, {"name": _SERVERS})).scalar())
 
 
 def _is_usable(connection: Connection) -> bool:
