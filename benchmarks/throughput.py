@@ -16,6 +16,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
@@ -130,6 +131,8 @@ def listen(namespace: Namespace) -> None:
     while "listening" not in server.stdout.readline():
         if server.poll() is not None:
             raise RuntimeError("iperf3 did not start")
+    # it stands still once nobody reads what it says of each run
+    threading.Thread(target=server.stdout.read, daemon=True).start()
 
 
 def newest_wireguard_go(path: str | None) -> Sequence[str] | None:
