@@ -15,7 +15,7 @@ import anyio
 from siderolink.cli.metrics import endpoint
 from siderolink.cli.metrics.endpoint import Families, Pages
 from siderolink.cli.metrics.families import MachineSeries, machine_families, server_families
-from siderolink.common.collector import calm_collector
+from siderolink.cli.running import calm_collector
 from siderolink.server import HealthCheck, MachineStatus, MemoryStore, ServerCounters
 from siderolink.server.counters import count_links
 from siderolink.server.store.measured import MeasuredStore

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator
 
 import uvloop
 
-from siderolink.common.collector import calm_collector
+from siderolink.cli.running import calm_collector
 from siderolink.common.grpc import Limits
 from siderolink.server import MemoryStore, Server, Store
 from siderolink.server.store.sql import SqlStore

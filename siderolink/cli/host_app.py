@@ -5,7 +5,6 @@ from typing import Annotated
 
 import typer
 
-from siderolink.cli.metrics.options import metrics_options
 from siderolink.cli.options import (
     BareLogLevel,
     Device,
@@ -21,6 +20,7 @@ from siderolink.cli.options import (
     Sources,
     Url,
     begin_log,
+    metrics_options,
 )
 
 app = typer.Typer(add_completion=False)

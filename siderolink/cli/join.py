@@ -17,10 +17,9 @@ from siderolink.cli.control import (
 from siderolink.cli.describe import link_event, log_link_event
 from siderolink.cli.logs import hide, lost_records, name_machine, say
 from siderolink.cli.maintenance import Maintenance, MaintenanceOptions
-from siderolink.cli.metrics.options import MetricsOptions
-from siderolink.cli.notify import feed_watchdog, notify
+from siderolink.cli.options import MetricsOptions
 from siderolink.cli.reporting import Reporting, report_part
-from siderolink.cli.running import run_until_stopped
+from siderolink.cli.running import feed_watchdog, notify, run_until_stopped
 from siderolink.cli.settings import FollowedSettings, SettingsOptions, SettingsReader
 from siderolink.cli.trial import JoinSettings, SettingsTrial
 from siderolink.client import Connected, Link, LinkEvent, ProvisionFailed, SettingsApplied, StateChanged

@@ -5,7 +5,6 @@ from typing import Annotated
 
 import typer
 
-from siderolink.cli.metrics.options import metrics_options
 from siderolink.cli.options import (
     DEFAULT_EVENT_SINK_PORT,
     DEFAULT_LOG_PORT,
@@ -38,6 +37,7 @@ from siderolink.cli.options import (
     UniqueTokenFile,
     Url,
     begin_log,
+    metrics_options,
     state_folder,
 )
 

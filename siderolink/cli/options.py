@@ -3,12 +3,15 @@
 import inspect
 import os
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand
+
+from siderolink.common.hostport import HostPort
 
 DEFAULT_API_PORT = 8090
 DEFAULT_WIREGUARD_PORT = 50180
@@ -177,3 +180,21 @@ MetaFile = Annotated[Path | None, typer.Option(help="File that persists META val
 KeptConfig = Annotated[
     Path | None, typer.Option(help="File that persists a configuration applied through the machine API.", metavar="FILE")
 ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MetricsOptions:
+    """Where metrics are served, as given on the command line."""
+
+    listen: HostPort
+    machines: int = 0
+    """How many machines have series of their own, at most."""
+
+
+def metrics_options(listen: str | None, machines: int = 0) -> MetricsOptions | None:
+    """`listen` is ``HOST:PORT``, or ``PORT`` on the loopback; None serves nothing. Raises ConfigurationError."""
+    if listen is None:
+        return None
+    digits = listen.removeprefix(":")
+    text = f"127.0.0.1:{digits}" if digits.isascii() and digits.isdigit() else listen
+    return MetricsOptions(listen=HostPort.parse(text, port_zero=True), machines=machines)

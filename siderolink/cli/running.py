@@ -1,8 +1,11 @@
-"""Shared by long-running commands: the event loop, and the signals that stop and reload them."""
+"""The process of a long-running command: its event loop, signals, service manager, descriptors and garbage collector."""
 
+import gc
 import logging
 import os
+import resource
 import signal
+import socket
 from collections.abc import Awaitable, Callable
 from importlib.util import find_spec
 from typing import NoReturn
@@ -12,9 +15,12 @@ from anyio.abc import TaskStatus
 
 from siderolink.cli.logs import say as say
 from siderolink.cli.logs import stop_log
-from siderolink.cli.notify import notify
 from siderolink.common.degraded import say_once
 from siderolink.common.tasks import background_tasks
+
+SPARE_DESCRIPTORS = 64
+"""File descriptors that a process needs besides its connections."""
+_YOUNG, _MIDDLE, _OLD = 20_000, 20, 100
 
 
 def loop_options() -> dict[str, bool]:
@@ -63,3 +69,59 @@ async def _reload_on_signal(reload: Callable[[], None], *, task_status: TaskStat
         task_status.started()
         async for _ in signals:
             reload()
+
+
+# --- the service manager: sd_notify(3)
+
+
+def notify(state: str) -> None:
+    """Notify the service manager, if any. Ignores failures."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if not address.startswith(("/", "@")):
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK) as sock:
+        try:
+            sock.sendto(state.encode(), "\0" + address[1:] if address.startswith("@") else address)
+        except OSError:
+            pass
+
+
+def watchdog_seconds() -> float | None:
+    """How often the service manager wants to hear that this process lives; None if it does not ask."""
+    try:
+        interval, pid = int(os.environ["WATCHDOG_USEC"]) / 1e6, int(os.environ.get("WATCHDOG_PID", os.getpid()))
+    except (KeyError, ValueError):
+        return None
+    return interval if interval > 0 and pid == os.getpid() else None
+
+
+async def feed_watchdog() -> None:
+    """Feed the watchdog from the event loop. Returns immediately if systemd does not expect it."""
+    interval = watchdog_seconds()
+    while interval is not None:
+        notify("WATCHDOG=1")
+        await anyio.sleep(interval / 3)
+
+
+# --- for many machines
+
+
+def allow_descriptors(count: int) -> int:
+    """Raise the soft limit towards `count`, as far as the hard one lets it; returns how many may be had now."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= count:
+        return count
+    most = count if hard == resource.RLIM_INFINITY else min(count, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    return most
+
+
+def calm_collector() -> None:
+    """For a process that is a server's own, once all that it remembers is loaded; a library leaves its host's collector alone.
+
+    With ten thousand machines a full collection takes a good part of a second in which nothing else runs. What is loaded now is
+    never looked at again. Connections that end leave no cycles, so there is little to find.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(_YOUNG, _MIDDLE, _OLD)

@@ -16,20 +16,17 @@ from siderolink.cli.control import (
     peer_message,
 )
 from siderolink.cli.describe import log_server_event
-from siderolink.cli.descriptors import allow_descriptors
 from siderolink.cli.logs import hide, lost_records, say
 from siderolink.cli.machine_reports import log_reports, report_counts
-from siderolink.cli.metrics.options import metrics_options
-from siderolink.cli.notify import feed_watchdog, notify
+from siderolink.cli.options import metrics_options
 from siderolink.cli.output import show
-from siderolink.cli.running import leave, run_until_stopped
+from siderolink.cli.running import allow_descriptors, calm_collector, feed_watchdog, leave, notify, run_until_stopped
 from siderolink.cli.secret import read_secret
 from siderolink.cli.serve_config import DAY, ServeConfig
 from siderolink.cli.serve_layers import Layer, describe_settings
 from siderolink.cli.serving import Serving, chosen_state, state_key
 from siderolink.cli.state_service import StateCommands
 from siderolink.cli.watching import watch_files
-from siderolink.common.collector import calm_collector
 from siderolink.common.errors import ConfigurationError, SideroLinkError
 from siderolink.common.grpc import GRPCError, Servable, ServerCertificate, Status
 from siderolink.common.pb.siderolink.control import Event, Peer, StatusResponse

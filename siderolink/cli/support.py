@@ -236,7 +236,7 @@ def log_file(path: Path) -> str:
 
 
 def metrics(listen: str) -> str:
-    from siderolink.cli.metrics.options import metrics_options
+    from siderolink.cli.options import metrics_options
 
     options = metrics_options(listen)
     assert options is not None

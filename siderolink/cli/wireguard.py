@@ -5,17 +5,19 @@ Background, LOG_LEVEL and WG_PROCESS_FOREGROUND are as scripts know them that ru
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Final
 
 from siderolink.cli.logs import say, start_log
-from siderolink.cli.metrics.options import MetricsOptions
+from siderolink.cli.options import MetricsOptions
 from siderolink.cli.running import run_until_stopped
 from siderolink.common.errors import SideroLinkError
 
 if TYPE_CHECKING:
+    from siderolink.common.pb.siderolink.control import Event, StatusResponse
     from siderolink.common.wireguard.device import DeviceEvent
+    from siderolink.common.wireguard.userspace import UserspaceDevice
 
 _VERBOSE: Final = ("verbose", "debug", "info")
 _SILENT: Final = "silent"
@@ -44,9 +46,36 @@ def run_wireguard(
     _run(name, is_ready, metrics)
 
 
+class InterfaceSource:
+    """A bare interface, as the control socket shows it."""
+
+    def __init__(self, device: "UserspaceDevice") -> None:
+        self._device = device
+
+    async def status(self) -> "StatusResponse":
+        from siderolink.cli.control import peer_message
+        from siderolink.common.pb.siderolink.control import StatusResponse
+
+        device = self._device
+        has_key = device.report().private_key is not None
+        return StatusResponse(
+            role="interface",
+            state="up" if device.is_passing else "down",
+            interface=device.name,
+            device_kind=device.kind,
+            transport="udp",
+            public_key=str(device.public_key) if has_key else "",
+            listen_port=device.listen_port or 0,
+            peers=[peer_message(peer) for peer in await device.peers()],
+            drops=device.drops(),
+        )
+
+    def events(self) -> AsyncIterator["Event"]:
+        raise SideroLinkError("a bare interface has no event stream; set LOG_LEVEL=verbose to log events")
+
+
 def _run(name: str, ready: Callable[[], None], metrics: MetricsOptions | None) -> None:
-    # not before the process has its place: numpy may start threads, and a process with threads is not divided
-    from siderolink.cli.bare_status import InterfaceSource
+    # After the fork: numpy may start threads, and a process with threads cannot fork safely.
     from siderolink.cli.control import ControlService, control_socket
     from siderolink.common.wireguard.opening import open_interface
 

@@ -31,7 +31,7 @@ from siderolink.server.events import (
     UniqueTokenBound,
 )
 from siderolink.server.fleet.directory import LinkState
-from siderolink.server.fleet.machine_api import open_machine_api
+from siderolink.server.fleet.enrolment import open_machine_api
 from siderolink.server.history import History, HistoryCounters, HistoryOptions
 from siderolink.server.options import AdminOptions
 from siderolink.server.refusals import JoinRefusal, StreamRefusal

@@ -21,7 +21,7 @@ import anyio
 from siderolink.cli.clock import ClockState, read_clock
 from siderolink.cli.logs import lost_records, say
 from siderolink.cli.metrics.http import PageAnswer, serve_pages
-from siderolink.cli.metrics.options import MetricsOptions
+from siderolink.cli.options import MetricsOptions
 from siderolink.common.errors import ConfigurationError
 from siderolink.common.grpc import ServerCertificate
 from siderolink.common.hostport import HostPort

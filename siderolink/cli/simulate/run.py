@@ -10,12 +10,10 @@ from dataclasses import dataclass
 import anyio
 from anyio.abc import TaskStatus
 
-from siderolink.cli.descriptors import SPARE_DESCRIPTORS, allow_descriptors
 from siderolink.cli.logs import STDERR, STDOUT, STOP_SECONDS
 from siderolink.cli.output import TextWriter
-from siderolink.cli.running import run_until_stopped
+from siderolink.cli.running import SPARE_DESCRIPTORS, allow_descriptors, calm_collector, run_until_stopped
 from siderolink.cli.simulate.swarm import Load, Phase, Swarm, open_swarm
-from siderolink.common.collector import calm_collector
 from siderolink.common.errors import ConfigurationError
 from siderolink.common.join_url import JoinURL
 from siderolink.common.tasks import background_tasks

@@ -7,7 +7,10 @@ machine brings them. META key 16 holds the unique token, META key 15 the UUID.
 import hashlib
 import json
 import logging
+import ssl
 import uuid
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import replace
 
 import anyio
@@ -15,7 +18,7 @@ from grpclib import GRPCError, Status
 
 from siderolink.common.backoff import Backoff
 from siderolink.common.errors import SideroLinkError
-from siderolink.common.grpc import GrpcChannel, translate_errors
+from siderolink.common.grpc import GrpcChannel, Limits, open_channel, translate_errors
 from siderolink.common.pb.cosi.resource import ListOptions, ListRequest, StateStub
 from siderolink.common.pb.google.protobuf import Empty
 from siderolink.common.pb.machine import MachineServiceStub, MetaWriteRequest
@@ -24,7 +27,6 @@ from siderolink.common.pb.talos.resource.definitions.network import LinkStatusSp
 from siderolink.server.admission.policy import JoinPolicy, supports_unique_tokens
 from siderolink.server.admission.tokens import unique_token_digest
 from siderolink.server.fleet.directory import Directory, LinkState, MachineLink
-from siderolink.server.fleet.machine_api import open_machine_api
 from siderolink.server.fleet.reconciler import Reconciler
 from siderolink.server.fleet.sessions import Sessions
 from siderolink.server.store import Machine, Store, Transaction
@@ -32,6 +34,9 @@ from siderolink.server.store.sealing import place_of_assigned
 
 log = logging.getLogger(__name__)
 
+MACHINE_API_PORT = 50000
+ANSWER_BYTES = 4 * 1024 * 1024
+"""The message limit of other clients of that API."""
 META_UUID, META_UNIQUE_TOKEN = 15, 16
 FIRST_SECONDS = 3.0
 """For all calls of a machine's first try. It is short, so that machines that do not answer keep few others waiting."""
@@ -46,6 +51,30 @@ _MAX_LINKS = 1024
 _ETHER = 1
 _MAX_ADDRESS_BYTES = 32
 """The kernel knows no longer hardware addresses."""
+
+
+@asynccontextmanager
+async def open_machine_api(
+    machine: Machine,
+    *,
+    port: int = MACHINE_API_PORT,
+    namespace: str | None = None,
+    answer_bytes: int = ANSWER_BYTES,
+) -> AsyncIterator[GrpcChannel]:
+    """A channel to the machine's API, for stubs such as ``siderolink.common.pb.machine.MachineServiceStub``.
+
+    `namespace` is where the server's interface lives, if not in the caller's network namespace; `answer_bytes` limits each
+    message of an answer. The certificate is made up and not checked: WireGuard has proved who answers at the machine's overlay
+    address. Calls raise what `siderolink.common.grpc.translate_errors` translates.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    limits = Limits.for_answers(answer_bytes)
+    host = str(machine.overlay_address)
+    async with open_channel(host, port, context, direct=True, limits=limits, namespace=namespace) as channel:
+        yield channel
 
 
 class Enrolment:

@@ -2,25 +2,27 @@
 
 from siderolink.server.store.audit import Actor, AuditEntry, AuditQuery, Principal, Role
 from siderolink.server.store.base import (
-    AuditAdded,
     Ban,
-    BanChanged,
     BanGrounds,
     BanKind,
-    Change,
-    ChangesLost,
     Claim,
-    ClaimChanged,
     LastSeen,
     Machine,
     MachineAdmission,
-    MachineChanged,
-    MachineDeleted,
-    PrincipalChanged,
     ServerRecord,
     Store,
     Transaction,
     UniqueViolationError,
+)
+from siderolink.server.store.feed import (
+    AuditAdded,
+    BanChanged,
+    Change,
+    ChangesLost,
+    ClaimChanged,
+    MachineChanged,
+    MachineDeleted,
+    PrincipalChanged,
 )
 from siderolink.server.store.history import HistoryBounds, HistoryEntry, HistoryKind, HistoryQuery
 from siderolink.server.store.memory import MemoryStore

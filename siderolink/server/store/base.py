@@ -10,15 +10,18 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from ipaddress import IPv6Address
 from types import MappingProxyType
-from typing import Final, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol, TypeVar
 
 from siderolink.common.errors import StoreError
 from siderolink.common.keys import PublicKey
 from siderolink.server.store.audit import AuditEntry, AuditQuery, Principal
 from siderolink.server.store.history import HistoryBounds, HistoryEntry, HistoryQuery
-from siderolink.server.store.ownership import FleetServerChanged, OwnershipRepository, OwnershipTaken
+from siderolink.server.store.ownership import OwnershipRepository
 from siderolink.server.store.sealing import Sealer
-from siderolink.server.store.tokens import GIVEN_TOKEN, JoinToken, TokenChanged, TokenKey, TokenRepository, TunnelSetting
+from siderolink.server.store.tokens import GIVEN_TOKEN, JoinToken, TokenKey, TokenRepository, TunnelSetting
+
+if TYPE_CHECKING:
+    from siderolink.server.store.feed import Change
 
 T = TypeVar("T")
 
@@ -328,67 +331,6 @@ class Transaction(Protocol):
     async def set_server(self, record: ServerRecord) -> None: ...
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MachineChanged:
-    """A row was added or changed."""
-
-    machine: Machine
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MachineDeleted:
-    """A row was removed; `machine` is what it was."""
-
-    machine: Machine
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ClaimChanged:
-    """A claim was made, or ended."""
-
-    claim: Claim
-    is_over: bool
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BanChanged:
-    """A ban was made or lifted."""
-
-    ban: Ban
-    banned: bool
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AuditAdded:
-    """An entry was added to the audit."""
-
-    entry: AuditEntry
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PrincipalChanged:
-    """A principal was added, changed or removed."""
-
-    principal_id: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ChangesLost:
-    """The reader was too slow and changes were dropped; only reading the rows again tells what happened."""
-
-
-Change = (
-    MachineChanged
-    | MachineDeleted
-    | ClaimChanged
-    | BanChanged
-    | TokenChanged
-    | AuditAdded
-    | PrincipalChanged
-    | OwnershipTaken
-    | FleetServerChanged
-    | ChangesLost
-)
 Work = Callable[[Transaction], Awaitable[T]]
 
 
@@ -442,5 +384,5 @@ class Store(Protocol):
     async def note_principals(self, used: Mapping[str, tuple[float, str]]) -> None:
         """Note when principals, by id, last called, and from where; passes over unknown ones. Tells the feed nothing."""
 
-    def changes(self) -> AbstractAsyncContextManager[AsyncIterator[Change]]:
+    def changes(self) -> AbstractAsyncContextManager["AsyncIterator[Change]"]:
         """All changes committed after entering, by whichever server, in order of commit."""

@@ -1,12 +1,79 @@
-"""The feed of changes to a store's readers."""
+"""The feed of a store: the changes that it tells, and their readers."""
 
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 
 from siderolink.common.queues import Broadcast, Overflow
-from siderolink.server.store.base import Change, ChangesLost
+from siderolink.server.store.audit import AuditEntry
+from siderolink.server.store.base import Ban, Claim, Machine
+from siderolink.server.store.ownership import FleetServerChanged, OwnershipTaken
+from siderolink.server.store.tokens import TokenChanged
 
 DEFAULT_FEED_LIMIT = 65_536
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MachineChanged:
+    """A row was added or changed."""
+
+    machine: Machine
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MachineDeleted:
+    """A row was removed; `machine` is what it was."""
+
+    machine: Machine
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClaimChanged:
+    """A claim was made, or ended."""
+
+    claim: Claim
+    is_over: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BanChanged:
+    """A ban was made or lifted."""
+
+    ban: Ban
+    banned: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AuditAdded:
+    """An entry was added to the audit."""
+
+    entry: AuditEntry
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrincipalChanged:
+    """A principal was added, changed or removed."""
+
+    principal_id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChangesLost:
+    """The reader was too slow and changes were dropped; only reading the rows again tells what happened."""
+
+
+Change = (
+    MachineChanged
+    | MachineDeleted
+    | ClaimChanged
+    | BanChanged
+    | TokenChanged
+    | AuditAdded
+    | PrincipalChanged
+    | OwnershipTaken
+    | FleetServerChanged
+    | ChangesLost
+)
 
 
 class Feeds:

@@ -16,24 +16,27 @@ from siderolink.common.keys import PublicKey
 from siderolink.server.store.audit import AuditEntry, AuditQuery, Principal
 from siderolink.server.store.base import (
     UNIQUE_COLUMNS,
-    AuditAdded,
     Ban,
-    BanChanged,
     BanGrounds,
-    Change,
     Claim,
-    ClaimChanged,
     LastSeen,
     Machine,
-    MachineChanged,
-    MachineDeleted,
-    PrincipalChanged,
     ServerRecord,
     UniqueViolationError,
     Work,
     unique_values,
 )
-from siderolink.server.store.feed import DEFAULT_FEED_LIMIT, Feeds
+from siderolink.server.store.feed import (
+    DEFAULT_FEED_LIMIT,
+    AuditAdded,
+    BanChanged,
+    Change,
+    ClaimChanged,
+    Feeds,
+    MachineChanged,
+    MachineDeleted,
+    PrincipalChanged,
+)
 from siderolink.server.store.history import HistoryBounds, HistoryEntry, HistoryQuery, MemoryHistory
 from siderolink.server.store.memory_ownership import MemoryOwnership, OwnershipTable
 from siderolink.server.store.memory_tokens import MemoryTokens, TokenTable

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
-from siderolink.server.store.base import Change
+from siderolink.server.store.feed import Change
 from siderolink.server.store.ownership import FleetServer, FleetServerChanged, Ownership, OwnershipTaken, is_news
 
 

@@ -17,7 +17,7 @@ from siderolink.cli.metrics import http
 from siderolink.cli.metrics.endpoint import Families, Pages
 from siderolink.cli.metrics.families import DEVICE_DROPS, MachineSeries, device_families, machine_families
 from siderolink.cli.metrics.http import PageAnswer, serve_pages
-from siderolink.cli.metrics.options import MetricsOptions, metrics_options
+from siderolink.cli.options import MetricsOptions, metrics_options
 from siderolink.common.errors import AddressInUseError, ConfigurationError, StoreError, StoreFullError
 from siderolink.common.hostport import HostPort
 from siderolink.common.keys import PrivateKey

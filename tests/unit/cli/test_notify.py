@@ -8,7 +8,7 @@ from pathlib import Path
 
 PROGRAM = """
 import anyio
-from siderolink.cli.notify import notify
+from siderolink.cli.running import notify
 from siderolink.cli.running import run_until_stopped
 
 

@@ -17,9 +17,10 @@ import aiosqlite
 import anyio
 
 from siderolink.common.errors import StoreError
-from siderolink.server.store.base import Change, Work
+from siderolink.server.store.base import Work
+from siderolink.server.store.feed import Change
 from siderolink.server.store.sql import statements
-from siderolink.server.store.sql.failures import translated
+from siderolink.server.store.sql.file import translated
 from siderolink.server.store.sql.reading import Key, Reader
 from siderolink.server.store.sql.transaction import SqlTransaction
 

@@ -5,19 +5,20 @@ A file that is damaged, foreign or newer than this program is left exactly as it
 
 import logging
 import os
+import sqlite3
 import stat
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import anyio
 from sqlalchemy import URL, Connection, event, inspect, text
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 from sqlalchemy.pool import StaticPool
 
-from siderolink.common.errors import StoreError
+from siderolink.common.errors import StoreError, StoreFullError
 from siderolink.common.text import one_line
 from siderolink.server.store.sql.schema import HEAD, upgrade
 
@@ -27,6 +28,7 @@ APPLICATION_ID = 0x53444C4B
 """Application id that marks our SQLite files (bytes 68 to 71 of the header)."""
 _MAGIC = b"SQLite format 3\0"
 _HEADER_BYTES = 100
+_FULL = "database or disk is full"
 CLOSE_SECONDS = 5.0
 """How long closing may take; then the rest is left to SQLite's next start."""
 BUSY_SECONDS = 2.0
@@ -134,6 +136,20 @@ def _check(connection: Connection, path: Path) -> None:
         version = connection.execute(text("SELECT version_num FROM alembic_version")).scalar() if tables else None
         if version != HEAD:
             upgrade(connection, version, f"the state file {path}")
+
+
+@contextmanager
+def translated() -> Iterator[None]:
+    """Raises StoreFullError or StoreError for what the database raises; no message holds a row's values."""
+    try:
+        yield
+    except (DBAPIError, sqlite3.Error) as error:
+        reason = one_line(str(error.orig if isinstance(error, DBAPIError) else error))
+        if _FULL in reason:
+            raise StoreFullError("the state cannot be written: the disk is full") from error
+        raise StoreError(f"the state cannot be read or written: {reason}") from error
+    except SQLAlchemyError as error:
+        raise StoreError(f"the state cannot be read or written: {type(error).__name__}") from error
 
 
 def _unusable(path: Path, error: DBAPIError) -> StoreError:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from siderolink.server.store.base import Change
+from siderolink.server.store.feed import Change
 from siderolink.server.store.ownership import FleetServer, FleetServerChanged, Ownership, OwnershipTaken, is_news
 from siderolink.server.store.sql.reading import OWNER_OF, SERVERS, Key, Reads
 

@@ -15,8 +15,8 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from siderolink.common.errors import StoreError
 from siderolink.common.tasks import background_tasks
 from siderolink.server.store.audit import AuditEntry, AuditQuery
-from siderolink.server.store.base import Ban, BanGrounds, Change, Claim, Machine, Work
-from siderolink.server.store.feed import DEFAULT_FEED_LIMIT, Feeds
+from siderolink.server.store.base import Ban, BanGrounds, Claim, Machine, Work
+from siderolink.server.store.feed import DEFAULT_FEED_LIMIT, Change, Feeds
 from siderolink.server.store.history import HistoryBounds, HistoryEntry, HistoryQuery
 from siderolink.server.store.sealing import KeyFile, Sealer, StateKey, key_file_beside
 from siderolink.server.store.sql import audit, history, tables

@@ -8,21 +8,23 @@ from siderolink.common.errors import StoreError
 from siderolink.common.keys import PublicKey
 from siderolink.server.store.audit import AuditEntry, Principal
 from siderolink.server.store.base import (
-    AuditAdded,
     Ban,
-    BanChanged,
     BanGrounds,
-    Change,
     Claim,
-    ClaimChanged,
     LastSeen,
     Machine,
-    MachineChanged,
-    MachineDeleted,
-    PrincipalChanged,
     ServerRecord,
     UniqueViolationError,
     unique_values,
+)
+from siderolink.server.store.feed import (
+    AuditAdded,
+    BanChanged,
+    Change,
+    ClaimChanged,
+    MachineChanged,
+    MachineDeleted,
+    PrincipalChanged,
 )
 from siderolink.server.store.history import HistoryEntry
 from siderolink.server.store.sql.ownership_rows import SqlOwnership

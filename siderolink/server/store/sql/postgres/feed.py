@@ -18,21 +18,18 @@ import anyio
 from sqlalchemy import text
 
 from siderolink.common.errors import StoreError, StoreUnavailableError
-from siderolink.server.store.base import (
+from siderolink.server.store.base import Ban, BanKind, Claim, Machine
+from siderolink.server.store.feed import (
     AuditAdded,
-    Ban,
     BanChanged,
-    BanKind,
     Change,
     ChangesLost,
-    Claim,
     ClaimChanged,
-    Machine,
+    Feeds,
     MachineChanged,
     MachineDeleted,
     PrincipalChanged,
 )
-from siderolink.server.store.feed import Feeds
 from siderolink.server.store.ownership import FleetServer, FleetServerChanged, Ownership, OwnershipTaken
 from siderolink.server.store.sql import audit, tables
 from siderolink.server.store.sql.postgres.database import ContendedError, Database, answered
