@@ -1,6 +1,6 @@
 """The administration of a server without a device, served on a local socket and by TCP with API keys."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ from siderolink.server.events import EventHub, EventStream
 from siderolink.server.history import DEFAULT_HISTORY, History
 from siderolink.server.reporting import Reports
 from siderolink.server.store import MemoryStore, Store
+from tests.support.fake_device import VirtualClock
 from tests.support.manager import Manager
 
 
@@ -40,6 +41,8 @@ class Office:
     administration: Administration
     path: Path
     port: int
+    services: list[Servable]
+    """Unguarded."""
 
     @asynccontextmanager
     async def local(self) -> AsyncIterator[GrpcChannel]:
@@ -54,10 +57,16 @@ class Office:
 
 @asynccontextmanager
 async def open_office(
-    folder: Path, store: Store | None = None, *, group: str = "siderolink", reports: Reports | None = None
+    folder: Path,
+    store: Store | None = None,
+    *,
+    group: str = "siderolink",
+    reports: Reports | None = None,
+    time: VirtualClock | None = None,
+    relays: Callable[[list[Servable]], list[Servable]] = list,
 ) -> AsyncIterator[Office]:
     """Everything but the device is real."""
-    manager = Manager(store=store if isinstance(store, MemoryStore) else None)
+    manager = Manager(store=store if isinstance(store, MemoryStore) else None, time=time)
     history = History(manager.store, manager.machines.named, DEFAULT_HISTORY, manager.hub.subscribe())
     administration = Administration(
         manager.store,
@@ -78,8 +87,8 @@ async def open_office(
         await stack.enter_async_context(administration.run(None))
         tasks = await stack.enter_async_context(background_tasks())
         tasks.start_soon(history.run)
-        local = guarded(services, LocalAccess(group))
+        local = guarded(relays(services), LocalAccess(group))
         await stack.enter_async_context(serve(local, path=path, limits=ADMIN_LIMITS))
-        remote = guarded(services, RemoteAccess(lambda: administration, manager.time.clock.sleep))
+        remote = guarded(relays(services), RemoteAccess(lambda: administration, manager.time.clock.sleep))
         server = await stack.enter_async_context(serve(remote, host="127.0.0.1", limits=ADMIN_LIMITS, has_tokens=True))
-        yield Office(manager, administration, path, server.port)
+        yield Office(manager, administration, path, server.port, services)

@@ -3,13 +3,13 @@
 import grpclib
 
 from siderolink.common.grpc.byte_stream import ByteStream
-from siderolink.common.grpc.calls import ANY_METHOD, ByteStreamService, Servable, valid_token
-from siderolink.common.grpc.client import GrpcChannel, open_byte_stream, open_channel, translate_errors
+from siderolink.common.grpc.calls import ANY_METHOD, ByteStreamService, Servable, certificate_of, valid_token
+from siderolink.common.grpc.client import GrpcChannel, open_byte_stream, open_channel, pinned_channel, translate_errors
 from siderolink.common.grpc.limits import CallLimits, Limits
 from siderolink.common.grpc.refusals import Refusal, Refused
 from siderolink.common.grpc.server import GrpcServer, serve
 from siderolink.common.grpc.sources import LocalPeer, TrustedProxies, parse_networks, source_of
-from siderolink.common.grpc.tls import ServerCertificate, client_tls, server_tls
+from siderolink.common.grpc.tls import ServerCertificate, client_tls, mutual_tls, server_tls
 
 GRPCError = grpclib.GRPCError
 """Raised by a handler to return a status, and by a call that received one: `status`, `message`."""
@@ -34,10 +34,13 @@ __all__ = [
     "ServerCertificate",
     "Status",
     "TrustedProxies",
+    "certificate_of",
     "client_tls",
+    "mutual_tls",
     "open_byte_stream",
     "open_channel",
     "parse_networks",
+    "pinned_channel",
     "serve",
     "server_tls",
     "source_of",

@@ -72,6 +72,12 @@ def valid_token(call: object) -> None:
         on_valid_token()
 
 
+def certificate_of(call: object) -> bytes | None:
+    """The certificate (DER) by which the caller has proved itself, where the server asked for one."""
+    certificate: bytes | None = getattr(getattr(call, "peer", None), "certificate", None)
+    return certificate
+
+
 @dataclass(frozen=True, slots=True)
 class Method:
     """The handler of one path, and the limits of its calls."""

@@ -9,6 +9,7 @@ import socket
 import ssl
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
+from hashlib import sha256
 from typing import cast
 
 import grpclib
@@ -53,6 +54,7 @@ class GrpcChannel(private.ConnectingChannel):
         *,
         direct: bool = False,
         namespace: str | None = None,
+        fingerprint: str | None = None,
     ) -> None:
         host = None if host is None else check_host(host)
         super().__init__(host, port, path=path, tls=tls, codec=ClientCodec())
@@ -60,6 +62,7 @@ class GrpcChannel(private.ConnectingChannel):
         self._limits = limits
         self._is_direct = direct
         self._namespace = namespace
+        self._fingerprint = fingerprint
         self._connections: set[Http2Protocol] = set()
 
     @property
@@ -125,6 +128,11 @@ class GrpcChannel(private.ConnectingChannel):
         if self.tls is not None and tls is not None and tls.selected_alpn_protocol() != "h2":
             transport.abort()
             raise ServerUnreachableError(f"{self.target} does not offer HTTP/2 over TLS, which gRPC needs")
+        if self._fingerprint is not None:
+            shown = None if tls is None else tls.getpeercert(binary_form=True)
+            if shown is None or sha256(shown).hexdigest() != self._fingerprint:
+                transport.abort()
+                raise ServerUnreachableError(f"{self.target} is another server: its certificate is not the expected one")
         return protocol
 
     def _refused(self, refusal: Refusal, message: str) -> None:
@@ -250,6 +258,11 @@ async def open_channel(
         yield channel
     finally:
         await channel.shut_down()
+
+
+def pinned_channel(host: str, port: int, tls: ssl.SSLContext, limits: Limits, fingerprint: str) -> GrpcChannel:
+    """A direct channel to the server with this certificate (SHA-256 of its DER, in hexadecimal digits), to be shut down."""
+    return GrpcChannel(host, port, None, tls, limits, direct=True, fingerprint=fingerprint)
 
 
 @asynccontextmanager

@@ -122,6 +122,12 @@ class CallPeer(Peer):
     def addr(self) -> Any:
         return self._address
 
+    @property
+    def certificate(self) -> bytes | None:
+        """The certificate by which TLS has proved the other end, as DER; None without one."""
+        tls = self._transport.get_extra_info("ssl_object")
+        return None if tls is None else tls.getpeercert(binary_form=True)
+
 
 class Call(Stream[Any, Any]):
     """grpclib's view of a call, where the trailers are written by the caller of the handler.

@@ -56,6 +56,25 @@ def server_tls(cert: str | Path, key: str | Path | None = None) -> ssl.SSLContex
     return ServerCertificate(cert, key).context
 
 
+def mutual_tls(chain: bytes, root: str, *, server: bool) -> ssl.SSLContext:
+    """A context for one end of mutual TLS 1.3: it presents `chain` (PEM, with its key) and admits what `root` (PEM) has signed.
+
+    Names are not checked: who the other end is has to be told by its certificate. Raises ssl.SSLError.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server else ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_REQUIRED
+    context.verify_flags = _VERIFY_FLAGS
+    context.load_verify_locations(cadata=root)
+    with _memory_file(chain) as path:
+        context.load_cert_chain(path)
+    context.set_alpn_protocols(["h2"])
+    if server:
+        context.num_tickets = 0  # each connection proves itself anew
+    return context
+
+
 class ServerCertificate:
     """A certificate chain and its key in PEM files. Connections made after `reload` see the new one."""
 

@@ -169,7 +169,14 @@ class ApiKeys:
         if not principal.is_active(now):
             raise UnauthenticatedError("the API key is revoked or has expired")
         self._used[principal.id] = (now, source)
-        return Actor(name=principal.name, role=principal.role, source=source), principal
+        return _actor(principal, source), principal
+
+    def recall(self, principal_id: str, source: str) -> tuple[Actor, Principal]:
+        """Who has the key of this id, which another server has seen. Raises UnauthenticatedError."""
+        principal = next((one for one in self._by_digest.values() if one.id == principal_id), None)
+        if principal is None or not principal.is_active(self._clock.time()):
+            raise UnauthenticatedError("the API key is not known here, was revoked, or has expired")
+        return _actor(principal, source), principal
 
     @contextmanager
     def holding(self, principal: Principal) -> Iterator[anyio.CancelScope]:
@@ -224,6 +231,10 @@ def expiry(now: float, expires_at: float | None, ttl: float | None) -> float | N
     if expires_at is not None and not now < expires_at < now + 1e10:
         raise ConfigurationError("an expiry lies in the future")
     return expires_at
+
+
+def _actor(principal: Principal, source: str) -> Actor:
+    return Actor(name=principal.name, role=principal.role, source=source, key_id=principal.id)
 
 
 def _digest(secret: str) -> bytes:

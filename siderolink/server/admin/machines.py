@@ -3,7 +3,7 @@
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import itemgetter
-from typing import Final, TypeVar
+from typing import Final, Protocol, TypeVar
 
 from anyio.lowlevel import checkpoint
 
@@ -37,6 +37,7 @@ T = TypeVar("T")
 
 _AT_ONCE: Final = 500
 _DIGEST_DIGITS: Final = 4
+_HEARD_SECONDS: Final = 30.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +54,38 @@ class MachineStatus:
         """When it was last heard, as a Unix time in seconds; None if never."""
         heard = None if self.peer is None else self.peer.last_received
         return max(filter(None, (heard, self.machine.seen_at)), default=None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinkElsewhere:
+    """A machine's link at another server that shares the store."""
+
+    server_id: str
+    state: LinkState
+    peer: PeerStatus
+
+    @property
+    def heard_at(self) -> float:
+        """When that server last heard the machine, as Unix time by this host's clock."""
+        return self.peer.last_received or 0.0
+
+
+class OtherServers(Protocol):
+    """The servers that share the store, asked for what they alone know. Who does not answer in time is passed over."""
+
+    async def link(self, machine_id: str) -> LinkElsewhere | None:
+        """A machine's link at the server that heard it last."""
+
+    async def links(self) -> Mapping[str, LinkElsewhere]:
+        """All their links, by the ids of the machines."""
+
+
+def with_elsewhere(status: MachineStatus, other: LinkElsewhere | None) -> MachineStatus:
+    """A machine's status, from the server that heard it last."""
+    heard = status.peer.last_received if status.peer is not None else None
+    if other is None or (heard or 0.0) >= other.heard_at:
+        return status
+    return replace(status, state=other.state, peer=other.peer)
 
 
 async def statuses(device: Device, links: Sequence[MachineLink]) -> list[MachineStatus]:
@@ -187,6 +220,7 @@ class MachineAdministration:
         self._events = events
         self._clock = clock
         self._hostnames = hostnames or Hostnames(directory)
+        self.other_servers: OtherServers | None = None
 
     # --- looking
 
@@ -203,18 +237,22 @@ class MachineAdministration:
     async def status(self, machine: Machine) -> MachineStatus:
         """The status of a row's link."""
         link = self._directory.get(machine.id)
-        if link is None:
-            return MachineStatus(machine=machine, state=LinkState.DOWN, peer=None)
-        (found,) = await statuses(self._device, [link])
-        return replace(found, machine=machine)
+        found = MachineStatus(machine=machine, state=LinkState.DOWN, peer=None)
+        if link is not None:
+            (found,) = await statuses(self._device, [link])
+            found = replace(found, machine=machine)
+        if self.other_servers is None or _is_heard_here(found):
+            return found
+        return with_elsewhere(found, await self.other_servers.link(machine.id))
 
     async def page(self, query: MachineQuery) -> Page[MachineStatus]:
         """One page of the machines that a query selects. Raises ConfigurationError."""
         name, descending = query.sort.removeprefix("-") or "name", query.sort.startswith("-")
-        links = await self._selected(query)
+        elsewhere = {} if self.other_servers is None else await self.other_servers.links()
+        links = await self._selected(query, elsewhere)
         if name in _OF_STATUS:
             of_status = _OF_STATUS[name]
-            found = await statuses(self._device, links)
+            found = await self._statuses(links, elsewhere)
             keyed: list[tuple[SortKey, MachineStatus]] = [((of_status(one), one.machine.id), one) for one in found]
             return await _sorted_page(keyed, lambda status: status.machine, query, descending)
         if name not in _OF_ROW:
@@ -225,8 +263,12 @@ class MachineAdministration:
             rows += [((of_row(link), link.machine.id), link) for link in part]
             await checkpoint()
         page = await _sorted_page(rows, lambda link: link.machine, query, descending)
-        found = await statuses(self._device, page.items)
+        found = await self._statuses(page.items, elsewhere)
         return Page(items=found, next_page_token=page.next_page_token, total=page.total)
+
+    async def _statuses(self, links: Sequence[MachineLink], elsewhere: Mapping[str, LinkElsewhere]) -> list[MachineStatus]:
+        found = await statuses(self._device, links)
+        return [with_elsewhere(one, elsewhere.get(one.machine.id)) for one in found] if elsewhere else found
 
     async def all(self, query: MachineQuery) -> AsyncIterator[MachineStatus]:
         """Every machine that a query selects, in its order, page by page."""
@@ -249,11 +291,12 @@ class MachineAdministration:
 
         return is_taken
 
-    async def _selected(self, query: MachineQuery) -> list[MachineLink]:
+    async def _selected(self, query: MachineQuery, elsewhere: Mapping[str, LinkElsewhere]) -> list[MachineLink]:
         taken = await self._filter(query)
         found: list[MachineLink] = []
         for part in in_parts(list(self._directory), _AT_ONCE):
-            found += [link for link in part if taken.takes(link)]
+            shown = (_as_elsewhere(link, elsewhere.get(link.machine.id)) for link in part)
+            found += [link for link in shown if taken.takes(link)]
             await checkpoint()
         return found
 
@@ -358,6 +401,19 @@ class MachineAdministration:
             return changed
 
         return await self._machines.change(work)
+
+
+def _is_heard_here(status: MachineStatus) -> bool:
+    """Whether no other server can have heard the machine much later."""
+    silence = None if status.peer is None else status.peer.silent_for
+    return status.state is LinkState.UP and silence is not None and silence <= _HEARD_SECONDS
+
+
+def _as_elsewhere(link: MachineLink, other: LinkElsewhere | None) -> MachineLink:
+    """The link in the state that it has at another server, unless it is up here."""
+    if other is None or link.state in (other.state, LinkState.UP):
+        return link
+    return MachineLink(link.machine, other.state)
 
 
 def _unbound(machine: Machine) -> Machine:

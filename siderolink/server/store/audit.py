@@ -33,7 +33,9 @@ class Actor:
     role: Role | None = None
     """None for machines, and for what the server does by itself."""
     source: str = ""
-    """Where the call came from: an address, or the user id on the local socket."""
+    """Where the call came from: an address, or the user id on the local socket; and the server that passed it on."""
+    key_id: str = field(default="", compare=False)
+    """The id of the API key; empty for others. Not kept."""
 
 
 SERVER: Final = Actor(name="server")

@@ -1,0 +1,79 @@
+"""Connections to the other servers: for each living one, one for short questions and one for calls that are passed on."""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import anyio
+
+from siderolink.common.errors import ConfigurationError, ServerUnreachableError
+from siderolink.common.grpc import GrpcChannel, Limits, pinned_channel
+from siderolink.common.hostport import HostPort
+from siderolink.server.peers.identity import PeerIdentity
+from siderolink.server.store import FleetServer
+
+log = logging.getLogger(__name__)
+
+PEER_LIMITS: Final = Limits(
+    max_message_bytes=256 * 1024 - 5,
+    stream_window_bytes=256 * 1024,
+    connection_window_bytes=64 * 1024 * 1024,
+    max_unsent_bytes=8 * 1024 * 1024,
+    max_streams=1024,
+    max_connections=256,
+    max_connections_per_address=64,
+    max_unproven_connections=64,
+    connect_timeout=2.0,
+)
+"""Of both ends. A connection's window holds many streams' windows: callers that read nothing must not stop the others."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Name:
+    """What a connection is to. A server that was started again has another certificate."""
+
+    server_id: str
+    address: str
+    fingerprint: str
+    is_for_questions: bool
+
+
+class PeerChannels:
+    """Made when they are first needed, closed when their server is not alive any more."""
+
+    def __init__(self, identity: PeerIdentity, others: Callable[[], Sequence[FleetServer]]) -> None:
+        self._identity = identity
+        self._others = others
+        self._open: dict[_Name, GrpcChannel] = {}
+
+    def to(self, server: FleetServer, *, for_questions: bool = False) -> GrpcChannel:
+        """The connection to a server; nothing is dialled before a call. Raises ServerUnreachableError."""
+        name = _name_of(server, for_questions)
+        channel = self._open.get(name)
+        if channel is None:
+            try:
+                address = HostPort.parse(server.peer_address)
+            except ConfigurationError:
+                raise ServerUnreachableError(f"the server {server.id} listens to no other servers") from None
+            channel = self._open[name] = pinned_channel(
+                address.host, address.port, self._identity.client_tls, PEER_LIMITS, server.peer_fingerprint
+            )
+        return channel
+
+    async def sweep(self) -> None:
+        """Close the connections to servers that are gone. Their calls end."""
+        living = {_name_of(one, is_for_questions) for one in self._others() for is_for_questions in (False, True)}
+        for name in [name for name in self._open if name not in living]:
+            log.debug("the connection to the server %s is closed: it is not alive, or was started again", name.server_id)
+            await self._open.pop(name).shut_down()
+
+    async def close(self) -> None:
+        """Close all of them."""
+        with anyio.CancelScope(shield=True):
+            while self._open:
+                await self._open.popitem()[1].shut_down()
+
+
+def _name_of(server: FleetServer, is_for_questions: bool) -> _Name:
+    return _Name(server.id, server.peer_address, server.peer_fingerprint, is_for_questions)

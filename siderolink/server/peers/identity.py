@@ -1,0 +1,95 @@
+"""Who a server is to the others: a key and a certificate of its own, made at each start.
+
+TLS needs a root. All servers derive it from the WireGuard key that they share, so that a stranger gets no further than the TLS
+handshake. The root alone opens nothing: the fingerprint of the certificate has to be that of a living server's row.
+"""
+
+import datetime
+import ssl
+from dataclasses import dataclass, field
+from functools import cached_property
+from hashlib import sha256
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+
+from siderolink.common.grpc import mutual_tls
+from siderolink.common.keys import PrivateKey
+
+_INFO = b"siderolink: the root of servers that share a store, v1"
+_VALID_BEFORE, _VALID_AFTER = datetime.timedelta(days=30), datetime.timedelta(days=3650)
+"""Around this host's time: a certificate lives as long as its server, and clocks may differ."""
+
+
+def fingerprint(certificate: bytes) -> str:
+    """The SHA-256 of a certificate's DER, in hexadecimal digits."""
+    return sha256(certificate).hexdigest()
+
+
+@dataclass(frozen=True, slots=False)
+class PeerIdentity:
+    """A server's key and certificate, with the root that has signed it."""
+
+    fingerprint: str
+    _chain: bytes = field(repr=False)
+    _root: str = field(repr=False)
+
+    @classmethod
+    def make(cls, shared_key: PrivateKey, server_id: str) -> "PeerIdentity":
+        """A new one. `shared_key` is the WireGuard key of all servers of the store."""
+        seed = HKDF(algorithm=hashes.SHA256(), length=32, salt=None, info=_INFO).derive(bytes(shared_key))
+        root_key, key = Ed25519PrivateKey.from_private_bytes(seed), Ed25519PrivateKey.generate()
+        root = _certificate("siderolink servers", root_key, root_key, is_root=True)
+        certificate = _certificate(server_id, key, root_key, is_root=False)
+        chain = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()) + certificate.public_bytes(Encoding.PEM)
+        return cls(fingerprint(certificate.public_bytes(Encoding.DER)), chain, root.public_bytes(Encoding.PEM).decode("ascii"))
+
+    @cached_property
+    def server_tls(self) -> ssl.SSLContext:
+        """For the listener."""
+        return mutual_tls(self._chain, self._root, server=True)
+
+    @cached_property
+    def client_tls(self) -> ssl.SSLContext:
+        """For connections to other servers."""
+        return mutual_tls(self._chain, self._root, server=False)
+
+
+def _certificate(name: str, key: Ed25519PrivateKey, root_key: Ed25519PrivateKey, *, is_root: bool) -> x509.Certificate:
+    now = datetime.datetime.now(datetime.UTC)
+    signer = x509.AuthorityKeyIdentifier.from_issuer_public_key(root_key.public_key())
+    return (
+        x509.CertificateBuilder()
+        .subject_name(_name(name))
+        .issuer_name(_name("siderolink servers"))
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - _VALID_BEFORE)
+        .not_valid_after(now + _VALID_AFTER)
+        .add_extension(x509.BasicConstraints(ca=is_root, path_length=0 if is_root else None), critical=True)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+        .add_extension(signer, critical=False)
+        .add_extension(_usage(is_root=is_root), critical=True)
+        .sign(root_key, None)
+    )
+
+
+def _name(text: str) -> x509.Name:
+    return x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, text)])
+
+
+def _usage(*, is_root: bool) -> x509.KeyUsage:
+    return x509.KeyUsage(
+        digital_signature=not is_root,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        key_cert_sign=is_root,
+        crl_sign=is_root,
+        encipher_only=False,
+        decipher_only=False,
+    )

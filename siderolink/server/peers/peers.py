@@ -1,0 +1,121 @@
+"""This server among those that share its store: what it asks them, what they may ask, and whose calls are passed on."""
+
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import Any, Final, Protocol
+
+from siderolink.common.grpc import Servable, serve
+from siderolink.common.hostport import HostPort
+from siderolink.common.keys import PrivateKey
+from siderolink.common.tasks import background_tasks, keep_running
+from siderolink.server.admin.api_keys import ApiKeys
+from siderolink.server.admin.faces import guarded
+from siderolink.server.clock import Clock
+from siderolink.server.fleet.machines import find_named
+from siderolink.server.peers.access import PeerAccess
+from siderolink.server.peers.channels import PEER_LIMITS, PeerChannels
+from siderolink.server.peers.gathering import deleted_everywhere, events_of_all, reports_of_all
+from siderolink.server.peers.identity import PeerIdentity
+from siderolink.server.peers.questions import Questions
+from siderolink.server.peers.relay import How, at_the_owner, relayed_by
+from siderolink.server.peers.service import PeerFace
+from siderolink.server.store import FleetServer, Store, Transaction
+
+SWEEP_SECONDS: Final = 1.0
+_API: Final = "/siderolink.admin.v1"
+_OF_A_MACHINE: Final = (
+    "GetMachine",
+    "RenameMachine",
+    "LabelMachine",
+    "NoteMachine",
+    "SetMachineTunnel",
+    "RemoveMachine",
+    "AcceptMachine",
+    "DenyMachine",
+    "ForgetUniqueToken",
+)
+
+
+def _named(message: Any) -> str:
+    name: str = message.name
+    return name
+
+
+WAYS: Final[Mapping[str, How]] = {
+    **{f"{_API}.MachineService/{name}": partial(at_the_owner, _named) for name in _OF_A_MACHINE},
+    f"{_API}.HistoryService/MachineLogs": reports_of_all,
+    f"{_API}.HistoryService/MachineEvents": reports_of_all,
+    f"{_API}.HistoryService/DeleteHistory": deleted_everywhere,
+    f"{_API}.EventService/FollowEvents": events_of_all,
+}
+"""How calls of the admin API are made where there are other servers; those that are missing are answered here alone."""
+
+
+class Members(Protocol):
+    """The servers of one store."""
+
+    @property
+    def id(self) -> str:
+        """This server's."""
+
+    def living(self) -> Sequence[FleetServer]:
+        """Those whose heartbeats are fresh, this one included. Waits for nothing."""
+
+
+class Peers:
+    """See the module. Made before the listener, so that this server's row can name both address and certificate."""
+
+    def __init__(self, members: Members, shared_key: PrivateKey, store: Store, clock: Clock) -> None:
+        self._members = members
+        self._store = store
+        self._clock = clock
+        self.identity = PeerIdentity.make(shared_key, members.id)
+        self.channels = PeerChannels(self.identity, self.others)
+        self.questions = Questions(self.channels, self.others, clock)
+
+    def others(self) -> list[FleetServer]:
+        """The other servers that live and can be called."""
+        return [one for one in self._members.living() if one.id != self._members.id and one.peer_address]
+
+    async def owner_of(self, machine: str) -> FleetServer | None:
+        """The living server, other than this one, that has a machine's link. Raises StoreError."""
+
+        async def work(transaction: Transaction) -> str | None:
+            row = await find_named(transaction, machine)
+            owner = None if row is None else await transaction.ownership.of(row.id)
+            return None if owner is None else owner.server_id
+
+        server_id = await self._store.transact(work)
+        return next((one for one in self.others() if one.id == server_id), None)
+
+    @asynccontextmanager
+    async def listen(
+        self, address: str, face: PeerFace, admin_services: Sequence[Servable], api_keys: ApiKeys
+    ) -> AsyncIterator[int]:
+        """Serve the other servers while the context lasts; gives the port. Raises AddressInUseError, ConfigurationError."""
+        access = PeerAccess(self.others, api_keys)
+        listen = HostPort.parse(address, port_zero=True)
+
+        async def sweep() -> None:
+            while True:
+                await self._clock.sleep(SWEEP_SECONDS)
+                access.end_calls_of_the_gone()
+                await self.channels.sweep()
+
+        services = guarded([face, *admin_services], access)
+        tls = self.identity.server_tls
+        async with (
+            serve(services, host=listen.host, port=listen.port, tls=tls, limits=PEER_LIMITS, has_tokens=True) as server,
+            background_tasks() as tasks,
+        ):
+            tasks.start_soon(keep_running, "looking after the other servers", sweep)
+            try:
+                yield server.port
+            finally:
+                await self.channels.close()
+
+
+def relayed(services: Iterable[Servable], peers: Callable[[], Peers | None]) -> list[Servable]:
+    """The services of the admin API for callers of this server, in which the other servers have their part."""
+    return relayed_by(services, peers, WAYS)

@@ -1,0 +1,174 @@
+"""Calls of the admin API in which other servers have a part.
+
+A call about a machine is made at the server that has its link, stream by stream: a message is taken from there when the caller
+has taken the one before, so that HTTP/2's windows hold back whoever sends. Lines and events of machines lie where they were
+received; those of all servers are shown as one.
+"""
+
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from functools import partial
+from typing import Any, Protocol
+
+from grpclib.const import Handler
+
+from siderolink.common.errors import ServerUnreachableError
+from siderolink.common.grpc import GRPCError, Servable, Status, translate_errors
+from siderolink.common.tasks import background_tasks
+from siderolink.server.admin.faces import actor
+from siderolink.server.peers.access import caller_metadata
+from siderolink.server.peers.channels import PeerChannels
+from siderolink.server.store import FleetServer
+
+log = logging.getLogger(__name__)
+
+
+class Others(Protocol):
+    """The other servers, as a relay needs them."""
+
+    @property
+    def channels(self) -> PeerChannels: ...
+
+    def others(self) -> list[FleetServer]:
+        """Those that live and can be called."""
+
+    async def owner_of(self, machine: str) -> FleetServer | None:
+        """The one of them that has the link of the machine with this name, id, UUID or key."""
+
+
+class Passing:
+    """A call as a handler sees it: what it asks and answers is passed on."""
+
+    def __init__(self, call: Any) -> None:
+        self.call = call
+
+    async def __aiter__(self) -> AsyncIterator[Any]:
+        while (message := await self.recv_message()) is not None:
+            yield message
+
+    async def recv_message(self) -> Any:
+        return await self.call.recv_message()
+
+    async def send_message(self, message: Any) -> None:
+        await self.call.send_message(message)
+
+
+class _Again(Passing):
+    """A call whose first message was read already. Counts the answers."""
+
+    def __init__(self, call: Any, first: Any) -> None:
+        super().__init__(call)
+        self._first = [] if first is None else [first]
+        self.answers = 0
+
+    async def recv_message(self) -> Any:
+        return self._first.pop() if self._first else await super().recv_message()
+
+    async def send_message(self, message: Any) -> None:
+        self.answers += 1
+        await super().send_message(message)
+
+
+class Method:
+    """One method of the admin API, here and at the other servers."""
+
+    def __init__(self, path: str, handler: Handler) -> None:
+        self.path = path
+        self.handler = handler
+
+    def copy(self, message: Any) -> Any:
+        """A request of one's own."""
+        return self.handler.request_type.parse(bytes(message))
+
+    async def at(self, server: FleetServer | None, channels: PeerChannels, call: Any) -> None:
+        """Make the call at another server for the present caller, or here (None).
+
+        Raises ServerUnreachableError, GRPCError, and what the method here raises.
+        """
+        if server is None:
+            await self.handler.func(call)
+            return
+        with translate_errors(f"the server {server.id}"):
+            request = channels.to(server).request(
+                self.path,
+                self.handler.cardinality,
+                self.handler.request_type,
+                self.handler.reply_type,
+                metadata=caller_metadata(actor()),
+            )
+            async with request as stream:
+                if self.handler.cardinality.client_streaming:
+                    await _exchange(stream, call)
+                else:
+                    await stream.send_message(await call.recv_message(), end=True)
+                    await _pass_answers(stream, call)
+
+
+async def _exchange(stream: Any, call: Any) -> None:
+    async def pass_requests() -> None:
+        async for message in call:
+            await stream.send_message(message)
+        await stream.end()
+
+    async with background_tasks() as tasks:
+        tasks.start_soon(pass_requests)
+        await _pass_answers(stream, call)
+
+
+async def _pass_answers(stream: Any, call: Any) -> None:
+    async for answer in stream:
+        await call.send_message(answer)
+
+
+How = Callable[[Method, Others, Any], Awaitable[None]]
+"""How a method is called where there are other servers."""
+
+
+async def at_the_owner(name_of: Callable[[Any], str], method: Method, others: Others, call: Any) -> None:
+    """Where the machine's link is; here, where this server has it, or nobody, or its owner cannot be reached."""
+    message = await call.recv_message()
+    name = "" if message is None else name_of(message)
+    owner = await others.owner_of(name) if name else None
+    again = _Again(call, message)
+    if owner is not None:
+        try:
+            await method.at(owner, others.channels, again)
+            return
+        except ServerUnreachableError as error:
+            if again.answers or method.handler.cardinality.client_streaming:
+                raise GRPCError(Status.UNAVAILABLE, f"the server that has the machine's link went away: {error}") from None
+            log.info("a call about a machine is answered here: %s", error)
+            again = _Again(call, message)
+    await method.at(None, others.channels, again)
+
+
+class _Relayed:
+    """A service, some of whose methods are called at other servers."""
+
+    def __init__(self, service: Servable, others: Callable[[], Others | None], ways: Mapping[str, How]) -> None:
+        self._service = service
+        self._others = others
+        self._ways = ways
+        self.call_limits = getattr(service, "call_limits", {})
+
+    def __mapping__(self) -> dict[str, Handler]:
+        return {path: self._relayed(path, handler) for path, handler in self._service.__mapping__().items()}
+
+    def _relayed(self, path: str, handler: Handler) -> Handler:
+        how = self._ways.get(path)
+        if how is None:
+            return handler
+        run = partial(self._run, how, Method(path, handler))
+        return Handler(run, handler.cardinality, handler.request_type, handler.reply_type)
+
+    async def _run(self, how: How, method: Method, call: Any) -> None:
+        others = self._others()
+        if others is None or not others.others():
+            await method.handler.func(call)
+        else:
+            await how(method, others, call)
+
+
+def relayed_by(services: Iterable[Servable], others: Callable[[], Others | None], ways: Mapping[str, How]) -> list[Servable]:
+    """The services, whose methods are called as `ways` says by their paths, where there are other servers."""
+    return [_Relayed(service, others, ways) for service in services]

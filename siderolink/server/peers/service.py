@@ -1,0 +1,54 @@
+"""What other servers may ask: when a machine was heard, and in which state its link is."""
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import Final
+
+from siderolink.common.pb.siderolink.peers import v1 as pb
+from siderolink.common.tasks import in_parts
+from siderolink.common.wireguard.device import Device
+from siderolink.server.admin.machines import MachineStatus, statuses
+from siderolink.server.clock import Clock
+from siderolink.server.fleet.directory import Directory, MachineLink
+
+_AT_ONCE: Final = 200
+
+
+class PeerFace(pb.PeerServiceBase):
+    """See peers.proto."""
+
+    def __init__(self, directory: Directory, device: Device, clock: Clock, heard_at: Callable[[str], Awaitable[float]]) -> None:
+        """`heard_at` tells when this server last heard a machine, by the store's clock; 0.0 if it never did."""
+        self._heard_at = heard_at
+        self._directory = directory
+        self._device = device
+        self._clock = clock
+
+    async def last_heard(self, message: pb.LastHeardRequest) -> pb.LastHeardResponse:
+        return pb.LastHeardResponse(heard_at=await self._heard_at(message.machine_id))
+
+    async def link_states(self, message: pb.LinkStatesRequest) -> AsyncIterator[pb.LinkStatesResponse]:
+        for links in in_parts(self._wanted(message.machine_ids), _AT_ONCE):
+            found = [one for status in await statuses(self._device, links) if (one := self._message(status)) is not None]
+            if found:
+                yield pb.LinkStatesResponse(links=found)
+
+    def _wanted(self, machine_ids: Sequence[str]) -> list[MachineLink]:
+        if not machine_ids:
+            return list(self._directory)
+        return [link for machine_id in machine_ids if (link := self._directory.get(machine_id)) is not None]
+
+    def _message(self, status: MachineStatus) -> pb.LinkStatus | None:
+        """None for a machine that this server has not heard."""
+        peer, now = status.peer, self._clock.host_time()
+        if peer is None or peer.last_received is None:
+            return None
+        return pb.LinkStatus(
+            machine_id=status.machine.id,
+            state=str(status.state),
+            public_key=bytes(peer.public_key),
+            path=peer.path or "",
+            silent_for=peer.silent_for if peer.silent_for is not None else max(0.0, now - peer.last_received),
+            handshake_age=None if peer.last_handshake is None else max(0.0, now - peer.last_handshake),
+            received_bytes=peer.received_bytes,
+            sent_bytes=peer.sent_bytes,
+        )

@@ -1,0 +1,128 @@
+"""Administrations of servers that share a store, connected by real mutual TLS; tests say which of them live."""
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import anyio
+import anyio.lowlevel
+
+from siderolink.common.keys import PrivateKey
+from siderolink.common.pb.siderolink.admin import v1 as pb
+from siderolink.server.clock import Clock
+from siderolink.server.fleet.directory import MachineLink
+from siderolink.server.peers import PeerFace, Peers, relayed
+from siderolink.server.reporting import Reports
+from siderolink.server.store import FleetServer, MemoryStore, Ownership
+from tests.support.fake_device import VirtualClock
+from tests.support.manager import FakeMachine, following
+from tests.support.office import Office, open_office
+
+SHARED_KEY = PrivateKey(bytes([7]) * 32)
+
+
+class RestingClock(VirtualClock):
+    """Turned by hand alone."""
+
+    async def sleep(self, seconds: float) -> None:
+        await anyio.sleep(seconds)
+
+
+@dataclass
+class Registry:
+    """What the siblings have in common."""
+
+    store: MemoryStore = field(default_factory=MemoryStore)
+    time: VirtualClock = field(default_factory=RestingClock)
+    rows: dict[str, FleetServer] = field(default_factory=dict)
+    """Of the living servers, by their ids."""
+
+
+@dataclass(frozen=True)
+class View:
+    """One server's sight of the others."""
+
+    id: str
+    registry: Registry
+
+    def living(self) -> Sequence[FleetServer]:
+        return list(self.registry.rows.values())
+
+
+@dataclass
+class Sibling:
+    """One of the servers."""
+
+    id: str
+    office: Office
+    peers: Peers
+    registry: Registry
+
+    async def join(self, machine: FakeMachine) -> str:
+        """A machine joins here, is heard, and this server owns its link; its id."""
+        await self.office.manager.join(machine)
+        await self.office.manager.handshake(machine)
+        row = await self.office.manager.row(machine)
+        await self.own(row.id, machine)
+        return row.id
+
+    async def own(self, machine_id: str, machine: FakeMachine) -> None:
+        owned = Ownership(machine_id=machine_id, server_id=self.id, public_key=machine.key, heard_at=0.0)
+        await self.registry.store.transact(lambda transaction: transaction.ownership.take(owned))
+
+    async def knows(self, machine_id: str) -> MachineLink:
+        """Wait for the row that another server made."""
+        with anyio.fail_after(5):
+            while (link := self.office.manager.links.get(machine_id)) is None:
+                await anyio.lowlevel.checkpoint()
+        return link
+
+    def revive(self) -> None:
+        self.registry.rows[self.id] = self.row
+
+    def die(self) -> None:
+        self.row = self.registry.rows.pop(self.id)
+
+    async def get(self, name: str) -> pb.Machine:
+        async with self.office.local() as channel:
+            return await pb.MachineServiceStub(channel).get_machine(pb.MachineRequest(name=name))
+
+
+@asynccontextmanager
+async def open_sibling(
+    folder: Path, name: str, registry: Registry, *, reports: Reports | None = None, shared_key: PrivateKey = SHARED_KEY
+) -> AsyncIterator[Sibling]:
+    """Everything but device and heartbeat is real."""
+    clock = Clock()
+    peers = Peers(View(name, registry), shared_key, registry.store, clock)
+    (folder / name).mkdir(exist_ok=True)
+    async with AsyncExitStack() as stack:
+        office = await stack.enter_async_context(
+            open_office(
+                folder / name,
+                registry.store,
+                reports=reports,
+                time=registry.time,
+                relays=lambda services: relayed(services, lambda: peers),
+            )
+        )
+        manager = office.manager
+        await stack.enter_async_context(following(manager))
+
+        async def heard_at(machine_id: str) -> float:
+            link = manager.links.get(machine_id)
+            silence = None if link is None else await manager.fleet.liveness.silence(link.machine)
+            return 0.0 if silence is None else registry.store.time() - silence
+
+        face = PeerFace(manager.links, manager.device, registry.time.clock, heard_at)
+        listening = peers.listen("127.0.0.1:0", face, office.services, office.administration.api_keys)
+        port = await stack.enter_async_context(listening)
+        office.administration.machines.other_servers = peers.questions
+        registry.rows[name] = FleetServer(
+            id=name, peer_address=f"127.0.0.1:{port}", peer_fingerprint=peers.identity.fingerprint, heartbeat_at=0.0
+        )
+        try:
+            yield Sibling(name, office, peers, registry)
+        finally:
+            registry.rows.pop(name, None)
