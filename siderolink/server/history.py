@@ -39,7 +39,6 @@ QUEUE_LIMIT = 65_536
 """Events that may wait to be noted; when every machine joins at once there are three of each."""
 _AT_ONCE = 500
 _CLOSE_SECONDS = 1.0
-_PRUNE_PAUSE = 0.1
 _DIGEST_DIGITS = 12
 _TEXT_LIMIT = 256
 _TOKENS = 10_000
@@ -67,7 +66,7 @@ class HistoryOptions:
     max_refusals: int = 1000
     """Different refused joins that are noted one by one within `write_refusals_after`; the rest is one number."""
     prune_every: float = 600.0
-    """Seconds. Counting 200,000 entries takes a SQLite file some 50 ms, for which joins wait."""
+    """Seconds."""
     prune_after: int = 10_000
     """Entries after which it is done before its time."""
 
@@ -383,13 +382,11 @@ class History:
                 log.warning("old entries of the history could not be deleted; it is tried again: %s", error)
 
     async def prune(self) -> None:
-        """Delete what is too old or too much, part by part. Raises StoreError."""
+        """Delete what is too old or too much. Raises StoreError."""
         options = self._options
         since = self._store.time() - options.max_age
         bounds = HistoryBounds(since=since, per_machine=options.per_machine, total=options.total)
-        while count := await self._store.prune_history(bounds):
-            self._pruned += count
-            await anyio.sleep(_PRUNE_PAUSE)
+        self._pruned += await self._store.prune_history(bounds)
 
     async def aclose(self) -> None:
         """Write what waits, within a second, also when this task was cancelled."""

@@ -6,6 +6,7 @@ A reason that has not come up is a series of zero, so that a rate over it is kno
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate, product
 
 from prometheus_client.core import (
@@ -17,6 +18,7 @@ from prometheus_client.core import (
 )
 
 from siderolink.common.grpc.refusals import Refusal
+from siderolink.common.tasks import in_parts
 from siderolink.common.transport.tunnel import TunnelDrop
 from siderolink.common.wireguard.device import DeviceCounters
 from siderolink.common.wireguard.interface_rules import RuleDrop
@@ -53,6 +55,8 @@ AGE_BOUNDS = (15.0, 60.0, 120.0, 180.0, 275.0, 600.0, 3600.0, 86400.0)
 """Seconds since the last handshake. A session in use is renewed after 120 s and ends after 180; a link is down after 275 s."""
 TOKENS = 100
 """Join tokens that have series of their own."""
+MACHINES_AT_ONCE = 200
+"""Machines in one part of a family."""
 DEVICE_DROPS = tuple(
     dict.fromkeys(str(reason) for reason in (*Drop, *TunDrop, *RuleDrop, *TunnelDrop, "send_failed", "send_buffer_full"))
 )
@@ -223,27 +227,37 @@ class MachineSeries:
 
 
 def machine_families(found: MachineSeries) -> Iterator[Metric]:
-    labels = ("machine_id", "node_uuid")
-    info = GaugeMetricFamily(
-        "siderolink_machine_info", "What is known of each machine.", labels=[*labels, "talos_version", "transport", "admission"]
-    )
-    up = GaugeMetricFamily("siderolink_machine_up", "Whether the machine's link is up.", labels=labels)
-    handshake = GaugeMetricFamily(
-        "siderolink_machine_last_handshake_timestamp_seconds", "Unix time of the last handshake.", labels=labels
-    )
-    received = CounterMetricFamily("siderolink_machine_received_bytes", "WireGuard bytes from the machine.", labels=labels)
-    sent = CounterMetricFamily("siderolink_machine_sent_bytes", "WireGuard bytes to the machine.", labels=labels)
-    for status in found.machines:
-        machine, peer = status.machine, status.peer
-        names = (machine.id, machine.node_uuid)
-        transport = Transport.TUNNEL if machine.tunnel else Transport.UDP
-        info.add_metric([*names, machine.talos_version, str(transport), str(machine.admission)], 1)
-        up.add_metric(names, status.state is LinkState.UP)
-        if peer is not None:
-            received.add_metric(names, peer.received_bytes)
-            sent.add_metric(names, peer.sent_bytes)
-            if peer.last_handshake is not None:
-                handshake.add_metric(names, peer.last_handshake)
-    yield from (info, up, handshake, received, sent)
+    """Each family comes in parts, of `MACHINES_AT_ONCE` machines at most."""
+    more = ("talos_version", "transport", "admission")
+    text = "What is known of each machine."
+    yield from _series(partial(GaugeMetricFamily, "siderolink_machine_info", text), found, lambda status: 1.0, more)
+    text = "Whether the machine's link is up."
+    up = partial(GaugeMetricFamily, "siderolink_machine_up", text)
+    yield from _series(up, found, lambda status: float(status.state is LinkState.UP))
+    text = "Unix time of the last handshake."
+    handshake = partial(GaugeMetricFamily, "siderolink_machine_last_handshake_timestamp_seconds", text)
+    yield from _series(handshake, found, lambda status: None if status.peer is None else status.peer.last_handshake)
+    received = partial(CounterMetricFamily, "siderolink_machine_received_bytes", "WireGuard bytes from the machine.")
+    yield from _series(received, found, lambda status: None if status.peer is None else status.peer.received_bytes)
+    sent = partial(CounterMetricFamily, "siderolink_machine_sent_bytes", "WireGuard bytes to the machine.")
+    yield from _series(sent, found, lambda status: None if status.peer is None else status.peer.sent_bytes)
     text = "Machines without series of their own, because there are more than --metrics-machines."
     yield gauge("machine_series_omitted", text, found.omitted)
+
+
+def _series(
+    make: Callable[..., GaugeMetricFamily | CounterMetricFamily],
+    found: MachineSeries,
+    value: Callable[[MachineStatus], float | None],
+    more: Labels = (),
+) -> Iterator[Metric]:
+    """One family of the machines that have a value."""
+    for machines in list(in_parts(found.machines, MACHINES_AT_ONCE)) or [[]]:
+        family = make(labels=("machine_id", "node_uuid", *more))
+        for status in machines:
+            if (number := value(status)) is not None:
+                machine = status.machine
+                transport = Transport.TUNNEL if machine.tunnel else Transport.UDP
+                known = (machine.talos_version, str(transport), str(machine.admission)) if more else ()
+                family.add_metric((machine.id, machine.node_uuid, *known), number)
+        yield family

@@ -367,7 +367,7 @@ class Store(Protocol):
         """Delete all entries that the query takes, whatever its limit; tells how many."""
 
     async def prune_history(self, bounds: HistoryBounds) -> int:
-        """Delete a part of what is too much, so that no caller waits long for it; tells how many, 0 when nothing is left."""
+        """Delete what is too old or too much, piece by piece: others wait for a piece at most. Tells how many entries."""
 
     async def tokens(self, after: str = "", limit: int = 1000) -> Sequence[JoinToken]:
         """The first tokens by name whose names come after this one."""

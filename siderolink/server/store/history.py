@@ -1,7 +1,7 @@
 """What happened to machines: the entries of the history, what is asked of it, and how much of it is kept."""
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from itertools import islice
@@ -154,18 +154,17 @@ class MemoryHistory:
 
     async def delete(self, query: HistoryQuery) -> int:
         found = await self.find(replace(query, limit=sys.maxsize))
-        return self._remove([entry.seq for entry in found])
+        return await self._remove([entry.seq for entry in found])
 
-    def prune(self, bounds: HistoryBounds) -> int:
-        doomed = [
-            seq
-            for machine_id, seqs in self._of_machine.items()
-            if len(seqs) > bounds.of(machine_id)
-            for seq in islice(seqs, min(_PART, len(seqs) - bounds.of(machine_id)))
-        ]
-        doomed += [entry.seq for entry in islice(self._entries.values(), _PART) if entry.at < bounds.since]
-        doomed += islice(self._entries, max(0, min(_PART, len(self._entries) - bounds.total)))
-        return self._remove(doomed)
+    async def prune(self, bounds: HistoryBounds) -> int:
+        """Delete what is too old or too much; other tasks run meanwhile."""
+        count = await self.delete(HistoryQuery(until=bounds.since))
+        for part in in_parts(self._of_machine, _PART):
+            for machine_id in part:
+                seqs = self._of_machine.get(machine_id, {})
+                count += await self._remove(list(islice(seqs, max(0, len(seqs) - bounds.of(machine_id)))))
+            await checkpoint()
+        return count + await self._remove(list(islice(self._entries, max(0, len(self._entries) - bounds.total))))
 
     def _candidates(self, query: HistoryQuery) -> list[int]:
         """In the order in which the query wants them."""
@@ -176,14 +175,20 @@ class MemoryHistory:
         of_uuid = self._of_uuid.get(query.node_uuid, ()) if query.node_uuid is not None else ()
         return sorted({*of_machine, *of_uuid}, reverse=not is_oldest_first)
 
-    def _remove(self, seqs: Iterable[int]) -> int:
+    async def _remove(self, seqs: Sequence[int]) -> int:
         count = 0
-        for seq in seqs:
-            entry = self._entries.pop(seq, None)
-            if entry is not None:
-                count += 1
-                for index, key in ((self._of_machine, entry.machine_id), (self._of_uuid, entry.node_uuid)):
-                    del index[key][seq]
-                    if not index[key]:
-                        del index[key]
+        for part in in_parts(seqs, _PART):
+            count += sum(map(self._drop, part))
+            await checkpoint()
         return count
+
+    def _drop(self, seq: int) -> bool:
+        """Delete an entry, if it is still there."""
+        entry = self._entries.pop(seq, None)
+        if entry is None:
+            return False
+        for index, key in ((self._of_machine, entry.machine_id), (self._of_uuid, entry.node_uuid)):
+            del index[key][seq]
+            if not index[key]:
+                del index[key]
+        return True

@@ -320,7 +320,7 @@ class MemoryStore:
         return await self._history.delete(query)
 
     async def prune_history(self, bounds: HistoryBounds) -> int:
-        return self._history.prune(bounds)
+        return await self._history.prune(bounds)
 
     async def tokens(self, after: str = "", limit: int = 1000) -> Sequence[JoinToken]:
         return self._table.tokens.page(after, limit)

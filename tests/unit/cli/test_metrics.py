@@ -6,22 +6,25 @@ import time
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from itertools import chain
 
 import anyio
 import anyio.lowlevel
 import pytest
+from prometheus_client import generate_latest
 from prometheus_client.core import Metric
 from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.registry import Collector
 
-from siderolink.cli.metrics import http
+from siderolink.cli.metrics import endpoint, families, http
 from siderolink.cli.metrics.endpoint import Families, Pages
-from siderolink.cli.metrics.families import DEVICE_DROPS, MachineSeries, device_families, machine_families
+from siderolink.cli.metrics.families import DEVICE_DROPS, MachineSeries, by, device_families, machine_families
 from siderolink.cli.metrics.http import PageAnswer, serve_pages
 from siderolink.cli.options import MetricsOptions, metrics_options
 from siderolink.common.errors import AddressInUseError, ConfigurationError, StoreError, StoreFullError
 from siderolink.common.hostport import HostPort
 from siderolink.common.keys import PrivateKey
-from siderolink.server import MachineStatus, MemoryStore, Store, counters
+from siderolink.server import Machine, MachineStatus, MemoryStore, Store, counters
 from siderolink.server.counters import HealthCheck
 from siderolink.server.fleet.directory import LinkState
 from siderolink.server.store.base import Transaction
@@ -179,6 +182,58 @@ async def test_a_scrape_looks_at_a_bounded_number_of_machines_in_each_turn(monke
         tasks.cancel_scope.cancel()
     assert sum(found.machines.values()) == 110
     assert most <= 20
+
+
+async def test_a_page_is_rendered_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted, not timed: what is made and rendered in one turn of the loop fits into two parts."""
+    made = rendered = most_made = most_rendered = 0
+
+    def render(found: Collector) -> bytes:
+        nonlocal rendered, most_rendered
+        rendered += sum(len(family.samples) for family in found.collect())
+        most_rendered = max(most_rendered, rendered)
+        return generate_latest(found)
+
+    class Counting:
+        """A machine's status, counted when a sample is made of it."""
+
+        peer = None
+        machine: Machine
+
+        @property
+        def state(self) -> LinkState:
+            nonlocal made, most_made
+            made += 1
+            most_made = max(most_made, made)
+            return LinkState.UP
+
+    async def turn() -> None:
+        nonlocal made, rendered
+        while True:
+            made = rendered = 0
+            await anyio.lowlevel.checkpoint()
+
+    monkeypatch.setattr(endpoint, "generate_latest", render)
+    async with open_crowd(1) as crowd:
+        machine = await crowd.machines.find(crowd.members[0].node_uuid)
+    assert machine is not None
+    rows = []
+    for number in range(5 * families.MACHINES_AT_ONCE + 7):
+        rows.append(Counting())
+        rows[-1].machine = replace(machine, id=f"m{number}")
+    long = by("long", "One family of many values.", "name", {f"n{number}": number for number in range(3000)})
+    source = Fixed(lambda: chain([long], machine_families(MachineSeries(rows, 0))))  # type: ignore[arg-type]
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(turn)
+        text = (await Pages(source).metrics()).body.decode()
+        tasks.cancel_scope.cancel()
+    assert 0 < most_made <= 2 * families.MACHINES_AT_ONCE
+    assert 0 < most_rendered <= 2 * endpoint.SAMPLES_AT_ONCE
+    found = {family.name: family for family in text_string_to_metric_families(text)}
+    assert len(found["siderolink_long"].samples) == 3000
+    assert len(found["siderolink_machine_up"].samples) == len(rows)
+    heads = [line for line in text.splitlines() if line.startswith("# HELP")]
+    assert len(heads) == len(set(heads))
 
 
 class Failing(MemoryStore):

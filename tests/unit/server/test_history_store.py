@@ -3,9 +3,13 @@
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 
+import anyio
+import anyio.lowlevel
 import pytest
 
 from siderolink.server.store import HistoryBounds, HistoryEntry, HistoryKind, HistoryQuery, Store, Transaction
+from siderolink.server.store import history as memory
+from siderolink.server.store.sql import history as statements
 from tests.unit.server.test_store import KINDS, opened
 
 pytestmark = pytest.mark.anyio
@@ -93,3 +97,32 @@ async def test_pruning_keeps_the_newest_of_each_and_of_all(store: Store) -> None
     while await store.prune_history(HistoryBounds(since=690.0, per_machine=20, total=5)):
         pass
     assert await times(store, HistoryQuery()) == [699, 698, 697, 696, 695]
+
+
+@pytest.mark.parametrize("kind", ["memory", "sql"])
+async def test_whoever_waits_for_the_store_waits_for_a_piece(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted, not timed: while entries are pruned and deleted, a transaction comes between every two pieces."""
+    monkeypatch.setattr(statements, "ROWS_COUNTED", 50)
+    monkeypatch.setattr(statements, "ROWS_DELETED", 20)
+    monkeypatch.setattr(memory, "_PART", 20)
+    async with opened(kind) as store:
+        for first in range(0, 1000, 100):
+            await add(store, [entry(at, str(at % 7)) for at in range(first, first + 100)])
+        between = 0
+
+        async def transactions() -> None:
+            nonlocal between
+            while True:
+                await store.transact(lambda transaction: transaction.server())
+                between += 1
+                await anyio.lowlevel.checkpoint()
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(transactions)
+            assert await store.prune_history(HistoryBounds(since=100.0, per_machine=100, total=500)) == 500
+            assert between >= 1000 // 50 + 500 // 20 - 5
+            between = 0
+            assert await store.delete_history(HistoryQuery(until=900.0)) == 400
+            assert between >= 400 // 20 - 5
+            tasks.cancel_scope.cancel()
+        assert await times(store, HistoryQuery()) == list(range(999, 899, -1))

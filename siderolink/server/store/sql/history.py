@@ -1,21 +1,29 @@
-"""The history in the database: the same statements for SQLite and Postgres, each call in a transaction of the caller's.
+"""The history in the database: the same statements for SQLite and Postgres.
 
-Pruning is done in parts of some rows, so that nobody waits long for it.
+Entries are counted and deleted in pieces of some rows, each in a transaction of its own: whoever waits for the database waits
+for one piece.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from typing import Any, Protocol, TypeVar
 
-from sqlalchemy import Select, delete, func, insert, or_, select
+from sqlalchemy import Delete, Select, delete, func, insert, or_, select, tuple_
 from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.sql import ColumnElement
 
 from siderolink.common.errors import StoreError
-from siderolink.server.store.history import HistoryBounds, HistoryEntry, HistoryKind, HistoryQuery
+from siderolink.common.tasks import in_parts
+from siderolink.server.store.history import NO_MACHINE, HistoryBounds, HistoryEntry, HistoryKind, HistoryQuery
 from siderolink.server.store.sql.tables import history as table
 
-_PART = 1000
-_MACHINES = 100
+T = TypeVar("T")
+
+ROWS_COUNTED = 2000
+"""Entries that one piece counts."""
+ROWS_DELETED = 200
+"""Entries that one piece deletes."""
+_MACHINES = 10
+"""Machines whose entries one piece deletes."""
 
 INSERT = insert(table)
 """Takes what `values` gives."""
@@ -62,26 +70,92 @@ def _conditions(query: HistoryQuery) -> list[ColumnElement[bool]]:
     return found
 
 
-async def remove(connection: AsyncConnection, query: HistoryQuery) -> int:
-    """Delete what the query takes; tells how many."""
-    return (await connection.execute(delete(table).where(*_conditions(query)))).rowcount
+class InTransaction(Protocol):
+    """Runs a piece of work in a transaction of its own. Raises StoreError."""
+
+    async def __call__(self, piece: Callable[[AsyncConnection], Awaitable[T]], /) -> T: ...
 
 
-async def prune(connection: AsyncConnection, bounds: HistoryBounds) -> int:
-    """Delete up to some thousand entries of those that are too old or too many; tells how many."""
+async def remove(run: InTransaction, query: HistoryQuery) -> int:
+    """Delete what the query takes, whatever its limit; tells how many."""
+    return await _remove(run, select(table.c.seq).where(*_conditions(query)))
+
+
+async def prune(run: InTransaction, bounds: HistoryBounds) -> int:
+    """Delete what is too old or too much; tells how many."""
     row = table.c
-    count = await _remove_all(connection, select(row.seq).where(row.at < bounds.since).order_by(row.at).limit(_PART))
-    crowded = select(row.machine_id, func.count()).group_by(row.machine_id).having(func.count() > bounds.per_machine)
-    for machine_id, found in (await connection.execute(crowded.limit(_MACHINES))).all():
-        surplus = min(_PART, found - bounds.of(machine_id))
-        if surplus > 0:
-            oldest = select(row.seq).where(row.machine_id == machine_id).order_by(row.seq).limit(surplus)
-            count += await _remove_all(connection, oldest)
-    surplus = min(_PART, ((await connection.execute(select(func.count()).select_from(table))).scalar() or 0) - bounds.total)
-    if surplus > 0:
-        count += await _remove_all(connection, select(row.seq).order_by(row.seq).limit(surplus))
-    return count
+    removed = await _remove(run, select(row.seq).where(row.at < bounds.since).order_by(row.at))
+    left = 0
+    crowded: list[tuple[str, int]] = []
+    async for machine_id, found in _count(run):
+        left += found
+        if (surplus := found - bounds.of(machine_id)) > 0:
+            crowded.append((machine_id, surplus))
+    count = await _thin(run, crowded)
+    left, removed = left - count, removed + count
+    if left > bounds.total:
+        removed += await _remove(run, select(row.seq).order_by(row.seq), left - bounds.total)
+    return removed
 
 
-async def _remove_all(connection: AsyncConnection, seqs: Select[Any]) -> int:
-    return (await connection.execute(delete(table).where(table.c.seq.in_(seqs)))).rowcount
+async def _thin(run: InTransaction, crowded: Sequence[tuple[str, int]]) -> int:
+    """Delete so many of the oldest entries of each of these machines, of some machines in one piece; tells how many."""
+    row, each = table.c, max(1, ROWS_DELETED // _MACHINES)
+    steps = [(name, min(each, surplus - done)) for name, surplus in crowded for done in range(0, surplus, each)]
+    removed = 0
+    for part in in_parts(steps, _MACHINES):
+
+        async def piece(connection: AsyncConnection, part: Sequence[tuple[str, int]] = part) -> int:
+            count = 0
+            for machine_id, size in part:
+                oldest = select(row.seq).where(row.machine_id == machine_id).order_by(row.seq).limit(size)
+                count += (await connection.execute(delete(table).where(row.seq.in_(oldest)))).rowcount
+            return count
+
+        removed += await run(piece)
+    return removed
+
+
+async def _count(run: InTransaction) -> AsyncIterator[tuple[str, int]]:
+    """How many entries there are under each machine id."""
+    row = table.c
+    machine_id, last, count = NO_MACHINE, 0, 0
+    is_over = False
+    while not is_over:
+        after = tuple_(row.machine_id, row.seq) > (machine_id, last)
+        ordered = select(row.machine_id, row.seq).where(after).order_by(row.machine_id, row.seq)
+        part = ordered.limit(ROWS_COUNTED).subquery()
+        counts = select(part.c.machine_id, func.count(), func.max(part.c.seq)).group_by(part.c.machine_id)
+        found = await run(_all_of(counts.order_by(part.c.machine_id)))
+        is_over = sum(number for _, number, _ in found) < ROWS_COUNTED
+        for name, number, seq in found:
+            if name != machine_id and count:
+                yield machine_id, count
+                count = 0
+            machine_id, last, count = name, seq, count + number
+    if count:
+        yield machine_id, count
+
+
+def _all_of(statement: Select[Any]) -> Callable[[AsyncConnection], Awaitable[Sequence[Any]]]:
+    async def read(connection: AsyncConnection) -> Sequence[Any]:
+        found: Sequence[Any] = (await connection.execute(statement)).all()
+        return found
+
+    return read
+
+
+async def _remove(run: InTransaction, seqs: Select[Any], most: int | None = None) -> int:
+    """Delete the entries of these numbers, the first `most` of them; tells how many."""
+    removed = 0
+    while True:
+        size = ROWS_DELETED if most is None else min(ROWS_DELETED, most - removed)
+        statement = delete(table).where(table.c.seq.in_(seqs.limit(size)))
+
+        async def piece(connection: AsyncConnection, statement: Delete = statement) -> int:
+            return (await connection.execute(statement)).rowcount
+
+        count = await run(piece)
+        removed += count
+        if count < size or removed == most:
+            return removed

@@ -157,10 +157,10 @@ class SqlStore:
         return found
 
     async def delete_history(self, query: HistoryQuery) -> int:
-        return await self._change(lambda: history.remove(self._connection, query))
+        return await history.remove(self._change, query)
 
     async def prune_history(self, bounds: HistoryBounds) -> int:
-        return await self._change(lambda: history.prune(self._connection, bounds))
+        return await history.prune(self._change, bounds)
 
     async def audit_entries(self, query: AuditQuery) -> Sequence[AuditEntry]:
         found: list[AuditEntry] = []
@@ -174,22 +174,21 @@ class SqlStore:
         return found
 
     async def prune_audit(self, before: float, most: int) -> int:
-        return await self._change(lambda: audit.prune(self._connection, before, most))
+        return await self._change(lambda connection: audit.prune(connection, before, most))
 
     async def note_principals(self, used: Mapping[str, tuple[float, str]]) -> None:
-        await self._change(lambda: audit.note_principals(self._connection, used))
+        await self._change(lambda connection: audit.note_principals(connection, used))
 
-    async def _change(self, change: Callable[[], Awaitable[int]]) -> int:
-        """Run a statement in a transaction of its own; returns what it returns."""
-        count = 0
+    async def _change(self, change: Callable[[AsyncConnection], Awaitable[T]]) -> T:
+        """Run statements in a transaction of their own, between two batches; returns what they return."""
+        results: list[T] = []
 
         async def work() -> None:
-            nonlocal count
             async with self._connection.begin():
-                count = await change()
+                results.append(await change(self._connection))
 
         await self._batches.alone(work)
-        return count
+        return results[0]
 
     def changes(self) -> AbstractAsyncContextManager[AsyncIterator[Change]]:
         return self._feeds.follow()

@@ -130,10 +130,10 @@ class PostgresStore:
         return await self._read(history.find(query), history.read_entry)
 
     async def delete_history(self, query: HistoryQuery) -> int:
-        return await self._change(lambda connection: history.remove(connection, query))
+        return await history.remove(self._change, query)
 
     async def prune_history(self, bounds: HistoryBounds) -> int:
-        return await self._change(lambda connection: history.prune(connection, bounds))
+        return await history.prune(self._change, bounds)
 
     async def audit_entries(self, query: AuditQuery) -> Sequence[AuditEntry]:
         return await self._read(audit.find(query), audit.read_entry)
@@ -144,7 +144,7 @@ class PostgresStore:
     async def note_principals(self, used: Mapping[str, tuple[float, str]]) -> None:
         await self._change(lambda connection: audit.note_principals(connection, used))
 
-    async def _change(self, change: Callable[[AsyncConnection], Awaitable[int]]) -> int:
+    async def _change(self, change: Callable[[AsyncConnection], Awaitable[T]]) -> T:
         try:
             async with self._database.connect() as connection:
                 return await change(connection)
