@@ -6,6 +6,7 @@ import socket
 import ssl
 import subprocess
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 import anyio
@@ -81,7 +82,7 @@ async def nginx(folder: Path, port: int, blocks: str, modules: str = "") -> Asyn
     """Run it with these blocks until the context is left; ready when its port answers."""
     process = start_nginx(folder, f"{modules}{HEAD}{blocks}")
     try:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             while True:
                 assert process.poll() is None, process.communicate()[1]
                 try:
@@ -119,8 +120,8 @@ async def test_the_address_of_a_caller_behind_nginx(tmp_path: Path) -> None:
     service, port = Names(), free_port()
     async with serve([service], host="127.0.0.1", proxies=TrustedProxies(forwarded_from=LOOPBACK)) as server:
         async with nginx(tmp_path, port, http(port, server.port)), open_channel("::1", port) as channel:
-            await method(channel)(Raw(b"x"), timeout=10)
-            await method(channel)(Raw(b"x"), metadata={"x-forwarded-for": "192.0.2.1, 127.0.0.1"}, timeout=10)
+            await method(channel)(Raw(b"x"), timeout=30)
+            await method(channel)(Raw(b"x"), metadata={"x-forwarded-for": "192.0.2.1, 127.0.0.1"}, timeout=30)
     assert service.callers == [("::1", 0), ("::1", 0)]
 
 
@@ -135,24 +136,25 @@ async def test_the_proxy_protocol_as_nginx_speaks_it(tmp_path: Path, inner: str)
         block = f"stream {{ server {{ listen [::1]:{port}; proxy_pass 127.0.0.1:{server.port}; proxy_protocol on; }} }}\n"
         async with nginx(tmp_path, port, block, f"load_module {STREAM_MODULE};\n"):
             async with open_channel("::1", port, trusting) as channel:
-                await method(channel)(Raw(b"x"), timeout=10)
+                await method(channel)(Raw(b"x"), timeout=30)
             # and who comes without the header is refused
             with pytest.raises(ServerUnreachableError), translate_errors():
                 async with open_channel("127.0.0.1", server.port, trusting) as channel:
-                    await method(channel)(Raw(b"x"), timeout=10)
+                    await method(channel)(Raw(b"x"), timeout=30)
         assert server.refusals[Refusal.BAD_PROXY_HEADER] >= 1
     (caller,) = service.callers
     assert isinstance(caller, tuple)
     assert caller[0] == "::1"
 
 
-TIMES = "client_header_timeout 1s; keepalive_timeout 1s; client_body_timeout 1s; grpc_read_timeout 1s; grpc_send_timeout 1s;"
+TIMES = "client_header_timeout 2s; keepalive_timeout 2s; client_body_timeout 2s; grpc_read_timeout 2s; grpc_send_timeout 2s;"
+PINGED = Limits(server_ping_interval=0.3, ping_timeout=1.0)
 
 
 @pytest.mark.parametrize("interval", [0.3, None])
 async def test_a_servers_pings_keep_a_silent_call_open(tmp_path: Path, interval: float | None) -> None:
-    """All of nginx's times are a second; they are the server's to beat, whichever side of the call is silent."""
-    limits = Limits(server_ping_interval=interval, ping_timeout=0.6)
+    """All of nginx's times are two seconds; they are the server's to beat, whichever side of the call is silent."""
+    limits = replace(PINGED, server_ping_interval=interval)
     services: list[Servable] = [HealthService(), ByteStreamService({ECHO: hold})]
     port = free_port()
     async with serve(services, host="127.0.0.1", limits=limits) as server:
@@ -163,7 +165,7 @@ async def test_a_servers_pings_keep_a_silent_call_open(tmp_path: Path, interval:
                     stream.send(memoryview(bytes(5)))
                 said_all.end()
                 ends = [asyncio.ensure_future(stream.wait_ended()) for stream in (open_call, said_all)]
-                done, _ = await asyncio.wait(ends, timeout=4)
+                done, _ = await asyncio.wait(ends, timeout=5 if interval else 30)
                 for end in ends:
                     end.cancel()
                 await asyncio.gather(*ends, return_exceptions=True)
@@ -171,9 +173,8 @@ async def test_a_servers_pings_keep_a_silent_call_open(tmp_path: Path, interval:
 
 
 async def test_an_idle_connection_is_cut_whatever_is_pinged_and_a_health_call_is_not(tmp_path: Path) -> None:
-    limits = Limits(server_ping_interval=0.3, ping_timeout=0.6)
     port = free_port()
-    async with serve([HealthService()], host="127.0.0.1", limits=limits) as server:
+    async with serve([HealthService()], host="127.0.0.1", limits=PINGED) as server:
         async with nginx(tmp_path, port, http(port, server.port, TIMES)), background_tasks() as tasks:
             async with open_channel("::1", port) as watching, open_channel("::1", port) as idle:
                 answers, ended = list[str](), asyncio.Event()
@@ -185,14 +186,14 @@ async def test_an_idle_connection_is_cut_whatever_is_pinged_and_a_health_call_is
                 tasks.start_soon(watch)
                 for _ in range(2):  # connected once more where it was cut
                     await idle.connect()
-                    async with asyncio.timeout(10):
+                    async with asyncio.timeout(30):
                         await idle.wait_lost()
-                await asyncio.sleep(2)
+                await asyncio.sleep(3)
                 assert answers == ["up"]
                 assert not ended.is_set()
                 # behind the proxy, the server's end is the call's
                 await server.stop()
-                async with asyncio.timeout(10):
+                async with asyncio.timeout(30):
                     await ended.wait()
 
 
@@ -218,7 +219,7 @@ class Watches(HealthService):
 async def watched(
     folder: Path, limits: Limits
 ) -> AsyncIterator[tuple[GrpcServer, Watches, list[signals.Signal], RetryTrigger]]:
-    """A machine's watch of its server behind nginx, with every time of nginx a second."""
+    """A machine's watch of its server behind nginx, with every time of nginx two seconds."""
     service, port, told, retry = Watches(), free_port(), list[signals.Signal](), RetryTrigger()
     async with serve([service], host="127.0.0.1", limits=limits) as server:
         async with nginx(folder, port, http(port, server.port, TIMES)), background_tasks() as tasks:
@@ -227,11 +228,11 @@ async def watched(
 
 
 async def test_a_watch_behind_nginx_is_quiet_and_tells_the_servers_end(tmp_path: Path) -> None:
-    async with watched(tmp_path, Limits(server_ping_interval=0.3, ping_timeout=0.6)) as (server, service, told, _):
-        await asyncio.sleep(4)
+    async with watched(tmp_path, PINGED) as (server, service, told, _):
+        await asyncio.sleep(5)
         assert (service.calls, told) == (1, [])
         await server.stop()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             while told != [signals.ApiLost()]:
                 await asyncio.sleep(0.01)
 
@@ -241,7 +242,7 @@ async def test_nginx_that_cuts_the_watch_regularly_is_left_in_peace(tmp_path: Pa
     monkeypatch.setattr("siderolink.client.link.watch.RegularCuts.SHORTEST", 0.0)
     monkeypatch.setattr("siderolink.client.link.probes.STABLE", 0.0)
     async with watched(tmp_path, Limits(server_ping_interval=None)) as (_, service, told, retry):
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while not any(isinstance(signal, signals.ApiCutRegularly) for signal in told):
                 retry.fire()
                 await asyncio.sleep(0.01)

@@ -170,7 +170,7 @@ def trial(server: Namespace, address: str) -> None:
     said = run(server, address, lambda command: command.apply_config(more, mode="try", timeout=2))
     assert said.endswith("The config is applied in 'try' mode and will be automatically reverted back in 2s\n")
     assert "RegistryAuthConfig" in configured()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 30
     while "RegistryAuthConfig" in configured():
         assert time.monotonic() < deadline
         time.sleep(0.1)

@@ -115,9 +115,9 @@ def transfer(sender: Namespace, receiver: Namespace, address: str) -> None:
 
     def receive() -> str:
         digest = hashlib.sha256()
-        listener.settimeout(15)
+        listener.settimeout(30)
         with listener, listener.accept()[0] as connection:
-            connection.settimeout(15)
+            connection.settimeout(30)
             while chunk := connection.recv(1 << 16):
                 digest.update(chunk)
         return digest.hexdigest()

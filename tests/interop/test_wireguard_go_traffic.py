@@ -17,7 +17,7 @@ MEGABYTES = 8
 def iperf(client: Namespace, server: Namespace, address: str, *options: str) -> dict[str, float]:
     """What the receiving side counted; of a stream, only what had come when the sender had sent all."""
     listening = server.popen(["iperf3", "-s", "-1", "-B", address], stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 30
     while ":5201" not in server.run(["ss", "-Htln", "sport = 5201"]):
         assert time.monotonic() < deadline
         time.sleep(0.02)

@@ -98,13 +98,13 @@ async def _device(own: PrivateKey, peer: PrivateKey, index: int) -> AsyncIterato
 
 def _listen() -> socket.socket:
     listener = socket.create_server((INNER[1], 0), family=socket.AF_INET6)
-    listener.settimeout(10)
+    listener.settimeout(30)
     return listener
 
 
 def _datagrams() -> socket.socket:
     sock = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
-    sock.settimeout(10)
+    sock.settimeout(30)
     return sock
 
 
@@ -114,7 +114,7 @@ def pass_tcp(one: Namespace, other: Namespace) -> None:
     with other.call(_listen) as listener:
         address = listener.getsockname()[:2]
         with one.call(lambda: socket.create_connection(address, 10)) as sender, listener.accept()[0] as receiver:
-            receiver.settimeout(10)
+            receiver.settimeout(30)
             thread = threading.Thread(target=sender.sendall, args=(data,))
             thread.start()
             while len(received) < len(data):

@@ -73,7 +73,7 @@ def tapped() -> Iterator[tuple[End, End, Tap]]:
             found = stack.enter_context(socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(3)))
             found.setsockopt(socket.SOL_SOCKET, 33, 64 << 20)  # SO_RCVBUFFORCE
             found.bind((two.name, 3))
-            found.settimeout(10)
+            found.settimeout(30)
             return found
 
         sending = {4: one.inner.call(open_sender, socket.AF_INET), 6: one.inner.call(open_sender, socket.AF_INET6)}
@@ -161,7 +161,7 @@ def test_large_datagrams_and_streams_with_options_of_real_sockets(tapped: tuple[
 
     def bound(kind: int, address: str) -> socket.socket:
         found = socket.socket(family, kind)
-        found.settimeout(10)
+        found.settimeout(30)
         found.bind((address, 0))
         return found
 

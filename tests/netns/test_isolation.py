@@ -65,7 +65,7 @@ class Tap:
     def _open() -> socket.socket:
         tap = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(ETH_P_ALL))
         tap.bind(("siderolink", ETH_P_ALL))
-        tap.settimeout(10)
+        tap.settimeout(30)
         return tap
 
     def close(self) -> None:
@@ -165,7 +165,7 @@ async def carry(machine: RawMachine, link: RawLink) -> None:
 
 
 async def wait(event: anyio.Event) -> None:
-    with anyio.fail_after(10):
+    with anyio.fail_after(30):
         await event.wait()
 
 
@@ -324,7 +324,7 @@ def test_closing_a_port_ends_what_was_established_and_nothing_that_the_server_be
             to_server.send(b"after")
             at_machine.send(b"after")
             assert to_machine.recv(100) == b"after"
-            deadline = time.monotonic() + 10
+            deadline = time.monotonic() + 30
             while closed() <= before and time.monotonic() < deadline:
                 time.sleep(0.05)
             assert closed() > before
@@ -335,7 +335,7 @@ def test_closing_a_port_ends_what_was_established_and_nothing_that_the_server_be
             counted = closed()
             host.portal.call(host.server.device.set_open_ports, frozenset({(socket.IPPROTO_TCP, 80)}))
             assert closed() >= counted
-            at_server.settimeout(10)
+            at_server.settimeout(30)
             assert at_server.recv(100) == b"after"  # TCP sends it again
 
 
@@ -386,7 +386,7 @@ def test_two_servers_in_one_namespace_and_one_that_is_killed() -> None:
                 if int(pid) != os.getpid():
                     os.kill(int(pid), signal.SIGKILL)
         first.wait(10)
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 30
         while namespace.interfaces() != {"lo"} and time.monotonic() < deadline:
             time.sleep(0.05)
         assert namespace.interfaces() == {"lo"}

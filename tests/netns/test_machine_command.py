@@ -194,7 +194,7 @@ class Membership:
         self._portal.call(self._gate.clear if holds else self._gate.set)
 
     def next_join(self, said: str = "settings applied") -> JoinRequest:
-        request = self._joins.get(timeout=10)
+        request = self._joins.get(timeout=30)
         read_until(self._machine, said)
         return request
 
@@ -212,7 +212,7 @@ class Membership:
 
                     def check() -> None:
                         near.sendall(b"alive")
-                        far.settimeout(10)
+                        far.settimeout(30)
                         assert far.recv(5) == b"alive"
 
                     yield check
@@ -224,7 +224,7 @@ class Membership:
     def ask(self, work: Callable[[MachineClient], object]) -> object:
         """By its API, which listens a moment after the link has come up."""
         found = self._status()
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 30
         while True:
             try:
                 return ask(self._net.server, str(found.machine.overlay_address), work)

@@ -69,7 +69,7 @@ class Scene:
         return place
 
     async def _on_overlay(self) -> None:
-        with anyio.fail_after(15):
+        with anyio.fail_after(30):
             while not isinstance(self.machine.api.place, OnOverlay):
                 await anyio.sleep(0.01)
             await self.machine.api.wait_listening()
@@ -243,7 +243,7 @@ def control_socket(namespace: Namespace, address: str) -> "Iterator[Callable[[],
         sock = socket.socket(socket.AF_INET6)
         sock.bind((address, 50001))
         sock.listen()
-        sock.settimeout(5)
+        sock.settimeout(30)
         return sock
 
     route = ("fdae:41e4:649b:9303::1/128", "via", "2001:db8:1::2", "dev", "lan", "metric", "1")

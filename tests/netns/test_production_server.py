@@ -280,11 +280,11 @@ async def main():
         if attached.returncode:
             print("no loop device")
         else:
-            with anyio.fail_after(20):
+            with anyio.fail_after(30):
                 while store.get(DISK, device.removeprefix("/dev/")) is None:
                     await anyio.sleep(0.01)
             subprocess.run(["losetup", "-d", device], check=True)
-            with anyio.fail_after(20):
+            with anyio.fail_after(30):
                 while store.get(DISK, device.removeprefix("/dev/")) is not None:
                     await anyio.sleep(0.01)
             print("came and went")

@@ -117,7 +117,7 @@ def test_events_and_lines_arrive_in_order_and_are_handed_out() -> None:
             wait(portal, lambda: machine.events.delivered == 3)
 
             async def read() -> tuple[list[object], list[object]]:
-                with anyio.fail_after(10):
+                with anyio.fail_after(30):
                     return [await streams[0].__anext__() for _ in range(3)], [await streams[1].__anext__() for _ in range(3)]
 
             told_events, told_lines = server_portal.call(read)
@@ -211,7 +211,7 @@ def test_bad_lines_are_dropped_counted_and_told_and_the_good_ones_pass() -> None
         assert server.reports.drops() == {"line too long": 1, "line incomplete": 1}
 
         async def read() -> list[object]:
-            with anyio.fail_after(5):
+            with anyio.fail_after(30):
                 return [await anext(stream) for _ in range(3)]
 
         told = portal.call(read)

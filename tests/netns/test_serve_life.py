@@ -203,7 +203,7 @@ def test_systemd_is_told(net: Net, tmp_path: Path) -> None:
     path = tmp_path / "notify"
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind(str(path))
-        manager.settimeout(10)
+        manager.settimeout(30)
         with served(net.server, tmp_path, NOTIFY_SOCKET=str(path), WATCHDOG_USEC="600000") as server:
             told = {manager.recv(200).decode() for _ in range(6)}
             assert told == {"READY=1", "WATCHDOG=1"}

@@ -49,7 +49,7 @@ def shake_hands(portal: BlockingPortal, machine: RawMachine, answer: ProvisionRe
 
     async def connect() -> None:
         async with machine.device("raw0", answer) as link:
-            with anyio.fail_after(20):
+            with anyio.fail_after(30):
                 await link.connected.wait()
 
     portal.call(connect)

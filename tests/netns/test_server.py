@@ -68,7 +68,7 @@ class Joined:
         self.portal.call(self._connected)
 
     async def _connected(self) -> None:
-        with anyio.fail_after(10):
+        with anyio.fail_after(30):
             await self.link.connected.wait()
 
     def pings(self, destination: str, *options: str) -> bool:
@@ -98,7 +98,7 @@ def refusal(portal: BlockingPortal, machine: RawMachine, address: str | None) ->
 
     async def call() -> tuple[Status, str | None]:
         async with machine.stream(address) as stream:
-            with anyio.fail_after(10):
+            with anyio.fail_after(30):
                 try:
                     await stream.wait_ended()
                 except GRPCError as error:
@@ -207,13 +207,13 @@ def test_streams_that_may_not_be_are_refused_in_the_known_words() -> None:
 
 
 def test_a_stream_that_proves_nothing_ends_and_a_removed_machines_stream_ends() -> None:
-    with serving(1, MachineLimits(stream_without_packet_timeout=0.3)) as host, joined(host, tunnel=True) as machine:
+    with serving(1, MachineLimits(stream_without_packet_timeout=1.5)) as host, joined(host, tunnel=True) as machine:
         address = machine.link.answer.grpc_peer_addr_port
         assert refusal(machine.portal, machine.machine, address)[0] is Status.DEADLINE_EXCEEDED
         with carrying(machine) as ended:
             machine.wait_connected()
             # past the time in which a stream has to prove itself
-            assert machine.pings(OVERLAY, "-c5", "-i0.1")
+            assert machine.pings(OVERLAY, "-c9", "-i0.2")
             (status,) = host.portal.call(host.server.machines)
             assert status.state is LinkState.UP
             assert status.peer is not None

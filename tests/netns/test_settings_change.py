@@ -77,7 +77,7 @@ class Machine:
         return int(self.namespace.run(["cat", f"/sys/class/net/{self.link.interface}/ifindex"]))
 
     def wait(self, condition: Callable[[], object]) -> None:
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 30
         while not condition():
             assert time.monotonic() < deadline, [str(event) for event in self.events[-8:]]
             time.sleep(0.02)
@@ -103,7 +103,7 @@ def conversation(net: Net, machine: Machine) -> Iterator[Callable[[], None]]:
         def check() -> None:
             for one, other in ((near, far), (far, near)):
                 one.sendall(b"alive")
-                other.settimeout(10)
+                other.settimeout(30)
                 assert other.recv(5) == b"alive"
 
         check()

@@ -103,7 +103,7 @@ def test_an_interface_that_someone_deletes() -> None:
 
 
 async def _read_until_error(tun: Tun) -> None:
-    with anyio.fail_after(5):
+    with anyio.fail_after(30):
         while True:
             while tun.read() is not None:
                 pass
@@ -211,7 +211,7 @@ async def _configure(tun: Tun, addresses: list[IPv4Interface | IPv6Interface]) -
 def _socket(family: int, kind: int) -> Callable[[], socket.socket]:
     def make() -> socket.socket:
         sock = socket.socket(family, kind)
-        sock.settimeout(10)
+        sock.settimeout(30)
         return sock
 
     return make
@@ -259,7 +259,7 @@ def transfer(one: Namespace, other: Namespace, client: str, server: str, data: b
         thread.start()
         received = bytearray()
         with accepted:
-            accepted.settimeout(10)
+            accepted.settimeout(30)
             while len(received) < len(data):
                 received += accepted.recv(1 << 20)
         thread.join()

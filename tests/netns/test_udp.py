@@ -181,7 +181,7 @@ async def _writable(path: Path) -> anyio.Event:
 
 
 async def _wait(event: anyio.Event) -> None:
-    with anyio.fail_after(10):
+    with anyio.fail_after(30):
         await event.wait()
 
 

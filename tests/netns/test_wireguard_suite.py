@@ -93,7 +93,7 @@ def ends(home: Namespace | None = None) -> Iterator[tuple[End, End]]:
 
 
 def eventually(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 30
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)

@@ -35,7 +35,7 @@ class Running:
     events: list[DeviceEvent] = field(default_factory=list)
 
     def wait_for(self, kind: type[DeviceEvent]) -> DeviceEvent:
-        deadline = time.monotonic() + 15
+        deadline = time.monotonic() + 30
         while True:
             for event in self.events:
                 if isinstance(event, kind):

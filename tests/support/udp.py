@@ -26,14 +26,14 @@ class End:
         self._news.set()
 
     async def wait_for(self, count: int) -> list[bytes]:
-        with anyio.fail_after(5):
+        with anyio.fail_after(30):
             while len(self.received) < count:
                 self._news = anyio.Event()
                 await self._news.wait()
         return self.received
 
     async def wait_until(self, datagram: bytes) -> None:
-        with anyio.fail_after(5):
+        with anyio.fail_after(30):
             while datagram not in self.received:
                 self._news = anyio.Event()
                 await self._news.wait()

@@ -97,7 +97,7 @@ def wireguard_go(
 
 
 def _wait_for_socket(process: "subprocess.Popen[str]", name: str) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 30
     while f"{name}.sock" not in run_beside(process, ["ls", "/var/run/wireguard"], check=False).split():
         assert process.poll() is None, f"wireguard-go ended with {process.returncode}"
         assert time.monotonic() < deadline, "wireguard-go opens no socket"

@@ -102,7 +102,7 @@ def _is_refused(office: Office, secret: str) -> bool:
 
 
 async def _until(condition: object) -> None:
-    with anyio.fail_after(5):
+    with anyio.fail_after(30):
         while not condition():  # type: ignore[operator]
             await anyio.sleep(0.01)
 

@@ -88,7 +88,7 @@ async def test_logs_and_events_are_searched_and_followed(tmp_path: Path) -> None
         assert [(one.kind, one.summary, one.id) for one in events] == [("TaskEvent", "task boot: start", "id-boot")]
         assert [one async for one in stub.machine_events(pb.MachineEventsRequest(machine=row.id, kinds=["PhaseEvent"]))] == []
         seen: list[str] = []
-        with anyio.fail_after(10):
+        with anyio.fail_after(30):
             async for one in stub.machine_logs(pb.MachineLogsRequest(machine=row.id, since=9, follow=True)):
                 seen.append(one.message)
                 if len(seen) == 3:

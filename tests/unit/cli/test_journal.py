@@ -50,7 +50,7 @@ def test_any_record_comes_back_as_it_was(message: str, fields: dict[str, str]) -
 def journal(tmp_path: Path) -> Iterator[socket.socket]:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listening:
         listening.bind(str(tmp_path / "socket"))
-        listening.settimeout(10)
+        listening.settimeout(30)
         yield listening
 
 
@@ -128,7 +128,7 @@ def test_a_journal_that_is_away_is_told_once_and_used_again_when_it_is_back(
             pass
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listening:
             listening.bind(str(tmp_path / "socket"))
-            listening.settimeout(10)
+            listening.settimeout(30)
             logs.say("event", "heard")
             texts = [fields_of(listening.recv(65_536))["MESSAGE"] for _ in range(2)]
     assert texts == [b"1 log records were lost: standard output did not take them", b"event: heard"]

@@ -32,7 +32,7 @@ async def test_each_destination_gets_the_log_once_also_when_others_come(
         """Until so many lines wait, and then some time for more."""
         async with background_tasks() as tasks:
             tasks.start_soon(reporting.collect, ReportPart(None, logs))
-            with anyio.fail_after(10):
+            with anyio.fail_after(30):
                 while waiting(reporting) < count:
                     await anyio.sleep(0.01)
             await anyio.sleep(0.1)
@@ -64,7 +64,7 @@ async def test_a_collector_outside_the_overlay_needs_no_link(monkeypatch: pytest
         reporting = Reporting()
         logs = LogURL.parse(f"tcp://localhost:{port}"), LogURL.parse("tcp://[fdae:41e4:649b:9303::1]:1")
         tasks.start_soon(reporting.collect, ReportPart(None, logs))
-        with anyio.fail_after(10):
+        with anyio.fail_after(30):
             await done.wait()
             while waiting(reporting) != 3:
                 await anyio.sleep(0.01)

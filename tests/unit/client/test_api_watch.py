@@ -44,7 +44,7 @@ class Watched:
 
     async def until(self, condition: Callable[[], bool]) -> None:
         """With no patience: what waits before another try is woken."""
-        with anyio.fail_after(5):
+        with anyio.fail_after(30):
             while not condition():
                 self.retry.fire()
                 await anyio.sleep(0.01)
@@ -121,7 +121,7 @@ async def test_a_proxy_that_cuts_idle_connections_is_learned_and_left_in_peace(m
         port = listener.extra(anyio.abc.SocketAttribute.local_port)
         tasks.start_soon(listener.serve, cut)
         tasks.start_soon(watch_api, JoinURL("127.0.0.1", port, tls=False), None, told.append, retry)
-        with anyio.fail_after(10):
+        with anyio.fail_after(30):
             while not any(isinstance(signal, signals.ApiCutRegularly) for signal in told):
                 retry.fire()
                 await anyio.sleep(0.01)

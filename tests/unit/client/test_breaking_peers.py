@@ -48,7 +48,7 @@ def run(request: pytest.FixtureRequest, caplog: pytest.LogCaptureFixture) -> Run
 
         async def main() -> None:
             asyncio.get_running_loop().set_exception_handler(lambda _, context: contexts.append(context))
-            with anyio.fail_after(20):
+            with anyio.fail_after(30):
                 await in_every_way(test)
 
         with caplog.at_level(logging.DEBUG):

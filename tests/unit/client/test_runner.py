@@ -175,7 +175,7 @@ async def test_endpoints_are_taken_in_turn_and_then_the_api_is_asked_again_with_
 
 async def test_a_dead_link_is_re_established_by_the_next_endpoint() -> None:
     server = new_key()
-    async with running(response(server, TWO, ONE), attempt_timeout=0.03, down_after=0.05) as bench:
+    async with running(response(server, TWO, ONE), attempt_timeout=1.0, down_after=0.05) as bench:
         await bench.saw(events.Connecting)
         await anyio.wait_all_tasks_blocked()
         bench.shake_hands(server)
@@ -208,7 +208,7 @@ async def test_a_device_that_gives_up_means_the_link_is_down() -> None:
 
 async def test_a_handshake_ends_the_asking_while_the_api_is_away() -> None:
     server = new_key()
-    async with running(response(server, ONE), attempt_timeout=0.05, down_after=0.05) as bench:
+    async with running(response(server, ONE), attempt_timeout=1.0, down_after=0.05) as bench:
         await bench.saw(events.Connecting)
         await anyio.wait_all_tasks_blocked()
         bench.shake_hands(server)

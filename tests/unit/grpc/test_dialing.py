@@ -5,7 +5,6 @@ import datetime
 import ipaddress
 import socket
 import ssl
-import time
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +26,16 @@ async def test_of_two_dials_that_finish_in_one_turn_one_socket_is_closed(monkeyp
     loop = asyncio.get_running_loop()
     original = loop.sock_connect
     dialled: list[socket.socket] = []
+    both = asyncio.Event()
 
     async def slow_connect(sock: socket.socket, address: Any) -> None:
         dialled.append(sock)
         await original(sock, address)
-        await asyncio.sleep(0.3 if len(dialled) == 1 else 0.05)
-        if len(dialled) == 2:
-            time.sleep(0.1)  # noqa: ASYNC251  # a busy loop: both timers are due in its next turn
+        if len(dialled) < 2:
+            await both.wait()
+        else:  # both go on in the loop's next turn
+            both.set()
+            await asyncio.sleep(0)
 
     with socket.create_server(("127.0.0.1", 0)) as first, socket.create_server(("127.0.0.1", 0)) as second:
         infos = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", listening.getsockname()) for listening in (first, second)]

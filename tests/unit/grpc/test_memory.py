@@ -1,6 +1,7 @@
 """What one stranger may cost: counted in bytes, frames and calls, and held by docs/limits.md."""
 
 import asyncio
+import contextlib
 import socket
 import struct
 from typing import Any
@@ -193,11 +194,12 @@ async def test_answers_that_nobody_reads_end_the_connection(limits: Limits) -> N
         with sock:
             window = settings([(4, 2**31 - 1)]) + WindowUpdateFrame(0, window_increment=2**30).serialize()
             await loop.sock_sendall(sock, PREFACE + window)
-            for _ in range(60):
-                headers = peer.request(CALL)
-                call = headers.serialize() + data(headers.stream_id, message(b"x"), end=True).serialize()
-                await loop.sock_sendall(sock, call)
-                await anyio.lowlevel.checkpoint()
+            with contextlib.suppress(ConnectionError):  # on a busy host its time may be over before all is sent
+                for _ in range(60):
+                    headers = peer.request(CALL)
+                    call = headers.serialize() + data(headers.stream_id, message(b"x"), end=True).serialize()
+                    await loop.sock_sendall(sock, call)
+                    await anyio.lowlevel.checkpoint()
             while server.connections:
                 await anyio.sleep(0.01)
         assert server.refusals[Refusal.ANSWER_NOT_TAKEN] == 1
@@ -208,7 +210,7 @@ async def test_answers_that_nobody_reads_end_the_connection(limits: Limits) -> N
 
 @pytest.mark.parametrize("path", [REFLECT, WATCH])
 async def test_calls_without_an_end_have_one(path: str) -> None:
-    limits = Limits(request_timeout=0.2, stream_idle_timeout=0.2)
+    limits = Limits(request_timeout=1.0, stream_idle_timeout=1.0)
     services: list[Servable] = [HealthService(), ReflectionService()]
     async with serve(services, host="127.0.0.1", limits=limits) as server, RawPeer.greeted(server.port) as peer:
         calls = [peer.request(path) for _ in range(MAX_CALLS + 3)]

@@ -73,7 +73,7 @@ async def pass_through(kind: str, inner: str, certificate: Path, monkeypatch: py
         monkeypatch.setenv("ALL_PROXY", f"{kind}://me:s%3Acret@127.0.0.1:{proxy.port}")
         wanted = client_tls(certificate.with_name("root")) if tls else None
         async with open_channel(NAME, server.port, wanted) as channel:
-            assert (await method(channel)(Raw(b"through"), timeout=10)).data == b"through"
+            assert (await method(channel)(Raw(b"through"), timeout=30)).data == b"through"
             async with open_byte_stream(channel, ECHO) as stream:
                 got = bytearray()
                 back = asyncio.Event()
@@ -134,6 +134,6 @@ async def test_what_is_no_proxy_at_all_is_one_line(answer: bytes, monkeypatch: p
 async def unreachable() -> str:
     with pytest.raises(ServerUnreachableError) as caught, translate_errors():
         async with open_channel(NAME, 1) as channel:
-            await method(channel)(Raw(b""), timeout=10)
+            await method(channel)(Raw(b""), timeout=30)
     assert "\n" not in str(caught.value)
     return str(caught.value)

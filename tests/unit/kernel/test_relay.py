@@ -50,7 +50,7 @@ class Kernel:
         self.socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
         self.socket.bind(("127.0.0.1", 0))
-        self.socket.settimeout(5)
+        self.socket.settimeout(30)
         self.port: int = self.socket.getsockname()[1]
         self.hints: list[bytes] = []
         self.relay: Relay
@@ -76,7 +76,7 @@ async def relaying() -> AsyncIterator[Kernel]:
 
 
 async def until(path: Stream, count: int) -> None:
-    with anyio.fail_after(5):
+    with anyio.fail_after(30):
         while len(path.received) < count:
             await anyio.sleep(0.005)
 

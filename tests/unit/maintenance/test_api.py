@@ -259,7 +259,7 @@ async def test_tls_is_1_3_with_http2_and_a_leaf_of_a_day() -> None:
         # bytes that are no TLS at all
         async with await anyio.connect_tcp("127.0.0.1", port) as stream:
             await stream.send(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(1000))
-            with anyio.fail_after(10), pytest.raises((anyio.EndOfStream, anyio.BrokenResourceError)):
+            with anyio.fail_after(30), pytest.raises((anyio.EndOfStream, anyio.BrokenResourceError)):
                 while True:
                     await stream.receive()
         assert await ask(api, MachineClient.version)
@@ -285,11 +285,11 @@ async def test_a_call_that_moves_the_api_is_answered_first() -> None:
         place.append(api)
         answer = await ask(api, apply())
         assert answer.messages[0].mode_details == "answered"
-        with anyio.fail_after(10):
+        with anyio.fail_after(30):
             await api.wait_listening()
         assert api.port is None
         api.move(Everywhere())
-        with anyio.fail_after(10):
+        with anyio.fail_after(30):
             await api.wait_listening()
         assert await ask(api, MachineClient.version)
 
@@ -302,7 +302,7 @@ async def test_a_taken_port_is_said_and_tried_again(caplog: pytest.LogCaptureFix
             assert "in use" in caplog.text
             assert await ask(first, MachineClient.version)
             first.move(Nowhere())
-            with anyio.fail_after(15):
+            with anyio.fail_after(30):
                 await second.wait_listening()
             assert await ask(second, MachineClient.version)
 

@@ -133,7 +133,7 @@ async def test_an_action_is_finished_although_its_caller_disconnects(monkeypatch
         await ask(api, call_and_leave)
         await ask(api, lambda stubs: stubs.call(f"{MACHINE}Version"))
         go_on.set()
-        with anyio.fail_after(5):
+        with anyio.fail_after(30):
             await done.wait()
 
 

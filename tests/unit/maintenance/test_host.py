@@ -208,7 +208,7 @@ async def main():
         names = []
         for name in ("one.example", "two"):
             socket.sethostname(name)
-            with anyio.fail_after(10):
+            with anyio.fail_after(30):
                 names.append(dict((await watch.next()).resource.spec.fields))
         print(json.dumps(names))
         tasks.cancel_scope.cancel()

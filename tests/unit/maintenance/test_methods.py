@@ -338,7 +338,7 @@ async def test_readers_of_the_kernels_log_are_bounded_and_give_their_descriptors
 
     async with serving(monkeypatch, CallerRole.READER) as api:
         await ask(api, follow)
-        with anyio.fail_after(10):
+        with anyio.fail_after(30):
             while kernel_logs():
                 await anyio.sleep(0.01)
         await ask(api, lambda stubs: next(stubs.stream(f"{MACHINE}Dmesg", follow=True)))

@@ -87,6 +87,6 @@ async def test_watches_are_bounded_in_number_and_end_with_their_callers(monkeypa
 
 
 async def no_watches(api: MaintenanceApi) -> None:
-    with anyio.fail_after(10):
+    with anyio.fail_after(30):
         while api.resources.watches:
             await anyio.sleep(0.01)

@@ -377,7 +377,7 @@ async def test_what_comes_is_followed_without_a_gap_or_a_repetition(tmp_path: Pa
         for number in range(100):
             come(number)
         seen: list[str] = []
-        with anyio.fail_after(10):
+        with anyio.fail_after(30):
             async for one in search.lines("m-1", ReportQuery(), follow=True):
                 seen.append(one.message)
                 if len(seen) < 300:
@@ -394,7 +394,7 @@ async def test_what_a_slow_follower_loses_is_read_from_the_files(tmp_path: Path)
         ingest.keep = archive.add
         owner, seen = machine(), list[str]()
         archive.add(line("first", of=owner))
-        with anyio.fail_after(10):
+        with anyio.fail_after(30):
             async for one in ReportSearch(ingest, archive).lines("m-1", ReportQuery(since=0.0), follow=True):
                 seen.append(one.message)
                 if len(seen) in (1, 301):

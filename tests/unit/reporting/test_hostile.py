@@ -354,7 +354,7 @@ async def test_a_flood_of_short_lines_is_counted_and_cut_up_in_small_turns(monke
         async with await anyio.connect_tcp("::1", tcp.getsockname()[1]) as stream:
             await stream.send(b"x\n" * sent)
             await stream.send_eof()
-            with anyio.fail_after(20):
+            with anyio.fail_after(30):
                 while found.taken_lines + found.drops[ReportDrop.LINE_RATE_LIMITED] < sent:
                     await anyio.sleep(0.01)
     assert 5000 <= found.taken_lines < 5100

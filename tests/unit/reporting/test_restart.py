@@ -53,7 +53,7 @@ async def test_a_receiver_that_stops_takes_what_has_come_and_loses_nothing(no_le
             tcp, udp = listening(socket.SOCK_STREAM, port), listening(socket.SOCK_DGRAM, 0)
             sender.kick()
         async with listen_for_lines(ingest, tcp, udp):
-            with anyio.fail_after(20):
+            with anyio.fail_after(30):
                 while sender.waiting:
                     sender.kick()
                     await anyio.sleep(0.05)
@@ -72,7 +72,7 @@ async def test_what_a_killed_receiver_had_not_read_is_sent_again(no_leaks: None)
     with server:
         async with background_tasks() as tasks:
             tasks.start_soon(sender.run)
-            with anyio.fail_after(20):
+            with anyio.fail_after(30):
                 first, _ = await loop.sock_accept(server)
                 with first:
                     read = await loop.sock_recv(first, 10_000)
@@ -94,6 +94,6 @@ def numbers(data: bytes) -> set[int]:
 
 
 async def until(ingest: ReportIngest, count: int) -> None:
-    with anyio.fail_after(20):
+    with anyio.fail_after(30):
         while ingest.taken_lines < count:
             await anyio.lowlevel.checkpoint()

@@ -38,7 +38,7 @@ def listening(kind: socket.SocketKind) -> socket.socket:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    with anyio.fail_after(10):
+    with anyio.fail_after(30):
         while not condition():
             await anyio.sleep(0.01)
 

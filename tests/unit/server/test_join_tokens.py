@@ -456,7 +456,7 @@ async def test_tokens_of_another_server_are_known_by_the_feed(kind: str) -> None
             made = await tokens.create("one")
             digest = made.status.token.digest
             for is_active in (True, False):
-                with anyio.fail_after(20):
+                with anyio.fail_after(30):
                     while here.links.known.has_join_token(digest) != is_active:
                         await anyio.sleep(0.01)
                 if is_active:

@@ -123,7 +123,7 @@ async def test_changes_of_tokens_are_told_once_they_are_committed(store: Store) 
         await put(store, token(1, labels={"a": "b"}))
         await put_use(store, use(0, "m"))
         await store.transact(lambda transaction: transaction.tokens.delete("t1"))
-        with anyio.fail_after(10):
+        with anyio.fail_after(30):
             told = [await anext(changes), await anext(changes)]
     changed = token(1, labels={"a": "b"})
     assert told == [TokenChanged(token=changed), TokenChanged(token=changed, is_gone=True)]

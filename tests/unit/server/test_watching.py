@@ -32,7 +32,7 @@ T = TypeVar("T")
 
 
 async def _settled(is_so: Callable[[], bool]) -> None:
-    with anyio.fail_after(5):
+    with anyio.fail_after(30):
         while not is_so():
             await anyio.lowlevel.checkpoint()
 

@@ -32,7 +32,7 @@ class Client:
 
     async def answer(self) -> str:
         """The next answer, up to its empty line."""
-        with anyio.fail_after(10):
+        with anyio.fail_after(30):
             while b"\n\n" not in self._got:
                 self._got += await self.stream.receive()
         found, _, self._got = self._got.partition(b"\n\n")
@@ -44,7 +44,7 @@ class Client:
 
     async def is_closed(self) -> bool:
         try:
-            with anyio.fail_after(10):
+            with anyio.fail_after(30):
                 await self.stream.receive()
         except (anyio.EndOfStream, anyio.BrokenResourceError):
             return True
