@@ -3,23 +3,23 @@
 import os
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import Path
 from typing import TypeVar
 
 from betterproto2.grpclib import ServiceStub
 
-from siderolink.cli.admin.contexts import Context, ServerAddress, contexts_path, read_contexts
+from siderolink.cli.admin.contexts import Context, contexts_path, read_contexts
 from siderolink.cli.control import directory
 from siderolink.cli.secret import read_secret
+from siderolink.common.admin_channel import ServerAddress, open_admin_channel
 from siderolink.common.errors import ConfigurationError, ServerUnreachableError, SideroLinkError
-from siderolink.common.grpc import GrpcChannel, GRPCError, Limits, Status, client_tls, open_channel, translate_errors
+from siderolink.common.grpc import GrpcChannel, GRPCError, Status, translate_errors
 from siderolink.common.text import one_line
 
 S = TypeVar("S", bound=ServiceStub)
 
-ANSWER_BYTES = 16 * 1024 * 1024
 CALL_TIMEOUT = 30.0
 DEFAULT_INTERFACE = "siderolink"
 
@@ -86,10 +86,10 @@ def admin_socket(interface: str) -> Path:
     return directory() / f"{interface}.sock"
 
 
-def find_target(options: TargetOptions) -> Target:
+def find_target(options: TargetOptions, *, needs_key: bool = True) -> Target:
     """The server of an option, else of SIDEROLINK_ADMIN_URL, of SIDEROLINK_CONTEXT, of the current context, or the local one.
 
-    Raises ConfigurationError.
+    Without `needs_key`, one elsewhere may come without an API key. Raises ConfigurationError.
     """
     options_given = (("--server", options.server), ("--context", options.context), ("--interface", options.interface))
     given = [name for name, value in options_given if value is not None]
@@ -102,10 +102,10 @@ def find_target(options: TargetOptions) -> Target:
         server = os.environ.get("SIDEROLINK_ADMIN_URL") or None
         name = None if server is not None else os.environ.get("SIDEROLINK_CONTEXT") or None
     if server is not None:
-        return _remote(options, Context(server=str(ServerAddress.parse(server))))
+        return _remote(options, Context(server=str(ServerAddress.parse(server))), needs_key)
     contexts = read_contexts(contexts_path())
     name = name or contexts.current
-    return _local(options, DEFAULT_INTERFACE) if name is None else _remote(options, contexts.named(name))
+    return _local(options, DEFAULT_INTERFACE) if name is None else _remote(options, contexts.named(name), needs_key)
 
 
 def _local(options: TargetOptions, interface: str) -> Target:
@@ -115,7 +115,7 @@ def _local(options: TargetOptions, interface: str) -> Target:
     return Target(address=ServerAddress(path=admin_socket(interface)))
 
 
-def _remote(options: TargetOptions, context: Context) -> Target:
+def _remote(options: TargetOptions, context: Context, needs_key: bool) -> Target:
     address = ServerAddress.parse(context.server)
     if address.path is not None:
         return Target(address=address)
@@ -124,12 +124,12 @@ def _remote(options: TargetOptions, context: Context) -> Target:
     else:
         kept = _path(os.environ.get("SIDEROLINK_API_KEY_FILE") or context.api_key_file)
         key = os.environ.get("SIDEROLINK_API_KEY") or context.api_key or read_secret("api-key", None, kept)
-    if key is None:
+    if key is None and needs_key:
         raise CommandError(
             f"{address} needs an API key: set --api-key-file or SIDEROLINK_API_KEY, or add it to the context",
             ExitStatus.DENIED,
         )
-    if not (key.isascii() and key.isprintable() and " " not in key):
+    if key is not None and not (key.isascii() and key.isprintable() and " " not in key):
         raise ConfigurationError("the API key is not one: a key is one line of letters, digits and signs")
     ca_file = options.ca_file or _path(os.environ.get("SIDEROLINK_CA_FILE") or context.ca_file)
     return Target(address=address, api_key=key, ca_file=ca_file)
@@ -159,16 +159,10 @@ class Connection:
 @asynccontextmanager
 async def connect(target: Target, *, connect_timeout: float = 10.0) -> AsyncIterator[Connection]:
     """A connection to the server; nothing is dialled before the first call. Raises CommandError for what calls raise, too."""
-    limits = replace(Limits.for_answers(ANSWER_BYTES), connect_timeout=connect_timeout)
     metadata = {} if target.api_key is None else {"authorization": f"Bearer {target.api_key}"}
     with explained(target):
-        if target.address.path is not None:
-            async with open_channel(path=str(target.address.path), limits=limits) as channel:
-                yield Connection(channel, target, metadata)
-        else:
-            tls = None if target.address.is_plain else client_tls(target.ca_file)
-            async with open_channel(target.address.host, target.address.port, tls, limits=limits) as channel:
-                yield Connection(channel, target, metadata)
+        async with open_admin_channel(target.address, target.ca_file, connect_timeout=connect_timeout) as channel:
+            yield Connection(channel, target, metadata)
 
 
 @contextmanager

@@ -10,7 +10,6 @@ import typer
 from siderolink.cli.admin.completion import complete_contexts
 from siderolink.cli.admin.contexts import (
     Context,
-    ServerAddress,
     check_name,
     contexts_path,
     read_contexts,
@@ -19,6 +18,7 @@ from siderolink.cli.admin.contexts import (
 from siderolink.cli.admin.formats import Column, OutputFormat, View, print_list
 from siderolink.cli.output import show
 from siderolink.cli.secret import read_secret
+from siderolink.common.admin_channel import ServerAddress
 from siderolink.common.errors import ConfigurationError
 
 app = typer.Typer(help="Name the servers that the other commands manage.", no_args_is_help=True, add_completion=False)

@@ -3,70 +3,19 @@
 import os
 import stat
 import tempfile
-from dataclasses import dataclass
-from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any, Self
-from urllib.parse import urlsplit
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
+from siderolink.common.admin_channel import ServerAddress
 from siderolink.common.errors import ConfigurationError
-from siderolink.common.hostport import HostPort
 from siderolink.common.text import one_line
 
 _NAME_LENGTH = 64
 _MAX_BYTES = 512 * 1024
 """As read_stream takes."""
-
-
-@dataclass(frozen=True, slots=True)
-class ServerAddress:
-    """Where a server is administered: a TLS address, or a local socket."""
-
-    host: str | None = None
-    port: int | None = None
-    path: Path | None = None
-    is_plain: bool = False
-    """Without TLS, on the loopback alone."""
-
-    @classmethod
-    def parse(cls, text: str) -> Self:
-        """Read ``https://HOST[:PORT]``, ``HOST:PORT`` or ``unix:///PATH``; ``http://`` for the loopback alone.
-
-        Raises ConfigurationError.
-        """
-        what = f"{one_line(text, limit=200)!r} is not the address of a server"
-        try:
-            parts = urlsplit(text if "://" in text else f"https://{text}")
-            port = parts.port
-        except ValueError:
-            raise ConfigurationError(f"{what}; write https://HOST:PORT or unix:///PATH") from None
-        if parts.scheme == "unix" and not parts.netloc and parts.path.startswith("/"):
-            return cls(path=Path(parts.path))
-        if parts.username is not None or parts.password is not None:
-            raise ConfigurationError("an address holds no secret; give the API key by SIDEROLINK_API_KEY or --api-key-file")
-        is_plain = parts.scheme == "http" and _is_loopback(parts.hostname or "")
-        if parts.scheme != "https" and not is_plain:
-            raise ConfigurationError(f"{what}: an API key travels by TLS only; write https://HOST:PORT or unix:///PATH")
-        if not parts.hostname or parts.path not in ("", "/") or parts.query or parts.fragment:
-            raise ConfigurationError(f"{what}; write https://HOST:PORT or unix:///PATH")
-        host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
-        checked = HostPort.parse(f"{host}:{(80 if is_plain else 443) if port is None else port}")
-        return cls(host=checked.host, port=checked.port, is_plain=is_plain)
-
-    def __str__(self) -> str:
-        if self.path is not None:
-            return f"unix://{self.path}"
-        return f"http{'' if self.is_plain else 's'}://{HostPort(self.host or '', self.port or 0)}"
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def check_name(text: str) -> str:

@@ -17,6 +17,7 @@ import betterproto2
 from anyio.lowlevel import checkpoint
 from grpclib.const import Handler
 
+from siderolink.common.admin_channel import SOURCE_METADATA
 from siderolink.common.errors import (
     AlreadyExistsError,
     ConfigurationError,
@@ -77,11 +78,16 @@ class Access(Protocol):
 
 
 class LocalAccess:
-    """Root and this process's own user are admin, the members of a group are viewers, others are refused."""
+    """Root and this process's own user are admin, the members of a group are viewers, others are refused.
 
-    def __init__(self, group: str = GROUP) -> None:
+    With an `administration`, a call that shows an API key has that key's role instead, and none without a valid one: so a relay
+    of this host, as the page is, calls for others.
+    """
+
+    def __init__(self, group: str = GROUP, administration: GetAdministration | None = None) -> None:
         self._group = group
         self._names: dict[int, str] = {}
+        self._keys = None if administration is None else _KeyAccess(administration)
 
     async def of(self, call: Any) -> tuple[Actor, AbstractContextManager[anyio.CancelScope | None]]:
         peer = call.peer.addr()
@@ -93,8 +99,18 @@ class LocalAccess:
             role = Role.VIEWER
         else:
             raise ForbiddenError(f"root, the server's own user and the group {self._group} may call, not uid {peer.uid}")
+        if self._keys is not None and "authorization" in call.metadata:
+            return await self._keys.of(call, self._source(call, peer))
         name = await self._name(peer.uid)
         return Actor(name=name, role=role, source=f"uid {peer.uid}"), _NO_SCOPE
+
+    @staticmethod
+    def _source(call: Any, peer: LocalPeer) -> str:
+        """Where a relay's caller is, as root or this process's own user says; else the other end's user."""
+        told = call.metadata.get(SOURCE_METADATA)
+        if peer.uid in (0, os.geteuid()) and isinstance(told, str) and told:
+            return one_line(told, limit=64)
+        return f"uid {peer.uid}"
 
     def _is_member(self, peer: LocalPeer) -> bool:
         gid = group_id(self._group)
@@ -144,18 +160,17 @@ class Penalties:
         return answered_at - now
 
 
-class RemoteAccess:
-    """API keys, as ``authorization: Bearer KEY``."""
+class _KeyAccess:
+    """API keys, as ``authorization: Bearer KEY``; a wrong one is answered late."""
 
     def __init__(self, administration: GetAdministration, sleep: Callable[[float], Any] = anyio.sleep) -> None:
         self._administration = administration
         self._sleep = sleep
         self._penalties = Penalties()
 
-    async def of(self, call: Any) -> tuple[Actor, AbstractContextManager[anyio.CancelScope | None]]:
+    async def of(self, call: Any, host: str) -> tuple[Actor, AbstractContextManager[anyio.CancelScope | None]]:
+        """`host` is where the caller is. Raises UnauthenticatedError."""
         administration = self._administration()
-        address = call.peer.addr()
-        host = one_line(str(address[0]), limit=64) if isinstance(address, tuple) else "unknown"
         try:
             found, principal = administration.api_keys.authenticate(_bearer(call.metadata), host)
         except UnauthenticatedError as error:
@@ -164,8 +179,21 @@ class RemoteAccess:
             await administration.audit.login_failed(source, str(error))
             await self._sleep(delay)
             raise
-        valid_token(call)
         return found, administration.api_keys.holding(principal)
+
+
+class RemoteAccess:
+    """Callers by TCP, who need an API key."""
+
+    def __init__(self, administration: GetAdministration, sleep: Callable[[float], Any] = anyio.sleep) -> None:
+        self._keys = _KeyAccess(administration, sleep)
+
+    async def of(self, call: Any) -> tuple[Actor, AbstractContextManager[anyio.CancelScope | None]]:
+        address = call.peer.addr()
+        host = one_line(str(address[0]), limit=64) if isinstance(address, tuple) else "unknown"
+        found = await self._keys.of(call, host)
+        valid_token(call)
+        return found
 
 
 def _bearer(metadata: Mapping[str, object]) -> str:
