@@ -24,6 +24,7 @@ _PLACES = {
     "apikey": "admin.api_keys",
     "audit": "admin.audit",
     "events": "admin.audit",
+    "web": "web_app",
     "context": "admin.context_app",
     "state": "state_app",
     "config": "join_app",

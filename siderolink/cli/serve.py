@@ -27,6 +27,7 @@ from siderolink.cli.serve_layers import Layer, describe_settings
 from siderolink.cli.serving import Serving, chosen_state, state_key
 from siderolink.cli.state_service import StateCommands
 from siderolink.cli.watching import watch_files
+from siderolink.cli.web_child import check_page, keep_page
 from siderolink.common.errors import ConfigurationError, SideroLinkError
 from siderolink.common.grpc import GRPCError, Servable, ServerCertificate, Status
 from siderolink.common.pb.siderolink.control import Event, Peer, StatusResponse
@@ -101,6 +102,8 @@ class Serve:
             options.interface, options.state, options.no_state, options.store, options.store_password_file
         )
         self._token = self._read_token()
+        if options.web_listen is not None:
+            check_page()
         self._certificate = _certificate(options.tls_cert, options.tls_key)
         self._admin_certificate = _certificate(options.admin_tls_cert, options.admin_tls_key)
         self._make(None)  # checks the options before anything is opened
@@ -110,7 +113,9 @@ class Serve:
         """Serve until cancelled. Raises SideroLinkError."""
         source = ServerSource(self._serving, self._options.interface, has_reports=self._reports is not None)
         async with (
-            control_socket(self._options.interface, self._services(source), group=group_id(GROUP), limits=ADMIN_LIMITS),
+            control_socket(
+                self._options.interface, self._services(source), group=group_id(GROUP), limits=ADMIN_LIMITS
+            ) as socket,
             self._serve_metrics(),
             background_tasks() as tasks,
         ):
@@ -119,6 +124,8 @@ class Serve:
                 tasks.start_soon(
                     keep_running, "watching the certificate's files", partial(watch_files, certificate.files, reload)
                 )
+            if self._options.web_listen is not None:
+                tasks.start_soon(keep_running, "the page", partial(keep_page, self._options, socket.absolute()))
             if self._options.join_token_file is not None:
                 watch = partial(watch_files, [self._options.join_token_file], self._reload_token)
                 tasks.start_soon(keep_running, "watching the join token's file", watch)
@@ -133,7 +140,7 @@ class Serve:
             except SideroLinkError as error:
                 raise GRPCError(Status.UNAVAILABLE, str(error)) from None
 
-        access = LocalAccess()
+        access = LocalAccess(administration=lambda: server().administration)
         administration = admin_services(lambda: server().administration, lambda: server().facts)
         for_viewers = guarded([ControlService(source), *administration], access)
         return for_viewers + guarded([StateCommands(self._serving)], access, Role.ADMIN)

@@ -30,6 +30,7 @@ from siderolink.cli.serve_values import (
     ReportLimitKeys,
     SettingsPart,
     are_ports,
+    full_listen,
     is_loopback,
     listed,
     networks,
@@ -110,6 +111,28 @@ class ServeConfig(SettingsPart):
     )
     admin_tls_key: FilePath | None = _option(
         None, "Private key (PEM) of it.", _ADMIN, metavar="FILE", shown="read from the --admin-tls-cert file"
+    )
+    web_listen: Listen | None = _option(
+        None,
+        "Serve the page on this address, by a process of its own (siderolink web); the host defaults to the loopback. TLS is "
+        "needed elsewhere.",
+        _ADMIN,
+        metavar="[HOST:]PORT",
+        shown="not served",
+    )
+    web_tls_cert: FilePath | None = _option(
+        None, "Certificate chain (PEM) of --web-listen.", _ADMIN, metavar="FILE", shown="no TLS"
+    )
+    web_tls_key: FilePath | None = _option(
+        None, "Private key (PEM) of it.", _ADMIN, metavar="FILE", shown="read from the --web-tls-cert file"
+    )
+    web_origin: Annotated[list[str], BeforeValidator(listed)] = _option(
+        [],
+        "Under which name browsers reach the page, where neither --web-listen nor the certificate says it, as behind a proxy: "
+        "https://HOST[:PORT]. Repeatable.",
+        _ADMIN,
+        metavar="ORIGIN",
+        shown="none",
     )
     audit_days: Annotated[float, Field(gt=0)] = _option(
         365.0, "Keep what people changed for this many days.", _ADMIN, metavar="DAYS"
@@ -314,6 +337,15 @@ class ServeConfig(SettingsPart):
                 and self.tls_cert is None
                 and self.admin_tls_cert is None,
                 f"API keys travel to {self.admin_listen}, which takes TLS: set --admin-tls-cert or --tls-cert",
+            ),
+            (self.web_tls_key is not None and self.web_tls_cert is None, "--web-tls-key needs --web-tls-cert"),
+            (
+                (self.web_tls_cert is not None or bool(self.web_origin)) and self.web_listen is None,
+                "--web-tls-cert and --web-origin need --web-listen",
+            ),
+            (
+                self.web_listen is not None and self.web_tls_cert is None and not is_loopback(full_listen(self.web_listen)),
+                f"API keys and cookies travel to {self.web_listen}, which takes TLS: set --web-tls-cert",
             ),
             (
                 self.tunnel_only and bool(self.wireguard_endpoint),

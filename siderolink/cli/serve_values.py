@@ -72,9 +72,14 @@ def is_loopback(text: str) -> bool:
 
 def is_listen(text: str) -> str:
     """``HOST:PORT``, or ``PORT`` on the loopback."""
-    digits = text.removeprefix(":")
-    HostPort.parse(f"127.0.0.1:{digits}" if digits.isascii() and digits.isdigit() else text, port_zero=True)
+    HostPort.parse(full_listen(text), port_zero=True)
     return text
+
+
+def full_listen(text: str) -> str:
+    """``HOST:PORT`` of what `is_listen` takes."""
+    digits = text.removeprefix(":")
+    return f"127.0.0.1:{digits}" if digits.isascii() and digits.isdigit() else text
 
 
 def are_networks(texts: list[str], option: str) -> list[str]:

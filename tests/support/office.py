@@ -27,7 +27,7 @@ class Facts:
         return self._hub.subscribe()
 
     def info(self) -> ServerInfo:
-        return ServerInfo(interface="fake")
+        return ServerInfo(interface="fake", overlay_address="fdae:41e4:649b:9303::1", api_port=8090)
 
     async def figures(self) -> ServerStatus:
         return ServerStatus()

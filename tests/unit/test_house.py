@@ -27,7 +27,8 @@ WRITTEN = SOURCES + sorted(
 
 # which rooms a room may import, besides itself
 ROOMS = {
-    "cli": {"client", "server", "common", ""},
+    "cli": {"client", "server", "common", "web", ""},
+    "web": {"client", "common"},
     "client": {"common"},
     "server": {"common"},
     "common": set[str](),
@@ -58,6 +59,7 @@ EXTRAS = {
     "postgres": {"aiosqlite", "alembic", "psycopg", "sqlalchemy"},
     "proxy": {"python-socks"},
     "sql": {"aiosqlite", "alembic", "sqlalchemy"},
+    "web": {"jinja2", "starlette", "uvicorn"},
 }
 CLI_DEPENDENCIES = {"platformdirs", "prometheus_client", "rich", "structlog", "typer", "uvloop", "watchfiles", "yaml"}
 # parts that need more, each with the extra that brings it
@@ -65,6 +67,7 @@ PARTS = {
     "siderolink.client.config": {"pydantic", "pydantic_core", "watchfiles", "yaml", "zstandard"},
     "siderolink.client.maintenance.queries": {"re2"},
     "siderolink.common.grpc.dialing": {"python_socks"},
+    "siderolink.web": {"jinja2", "markupsafe", "starlette", "uvicorn"},
     "siderolink.server.store.sql": {"aiosqlite", "alembic", "sqlalchemy"},
     "siderolink.server.store.sql.postgres": {"psycopg"},
 }

@@ -1,0 +1,64 @@
+"""`siderolink web`: the page of a server."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from siderolink.cli.admin.commands import Call, command
+from siderolink.cli.options import LogFormat, LogFormatOption, LogLevel, LogLevelOption, begin_log
+from siderolink.common.errors import ConfigurationError
+
+app = typer.Typer(add_completion=False)
+
+DEFAULT_LISTEN = "127.0.0.1:8096"
+
+
+@command(app, "web")
+def web(
+    call: Call,
+    listen: Annotated[
+        str,
+        typer.Option(
+            help="Address to serve the page on; the host defaults to the loopback. TLS is needed elsewhere.",
+            metavar="[HOST:]PORT",
+        ),
+    ] = DEFAULT_LISTEN,
+    tls_cert: Annotated[
+        Path | None, typer.Option(help="Certificate chain (PEM) of the page.", metavar="FILE", show_default="no TLS")
+    ] = None,
+    tls_key: Annotated[
+        Path | None,
+        typer.Option(help="Private key (PEM) of it.", metavar="FILE", show_default="read from the --tls-cert file"),
+    ] = None,
+    origin: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Under which name browsers reach the page, where neither --listen nor the certificate says it, as behind a "
+            "proxy: https://HOST[:PORT]. Repeatable.",
+            metavar="ORIGIN",
+        ),
+    ] = None,
+    with_parent: Annotated[bool, typer.Option("--with-parent", help="End when standard input ends.", hidden=True)] = False,
+    log_format: LogFormatOption = LogFormat.TEXT,
+    log_level: LogLevelOption = LogLevel.INFO,
+) -> None:
+    """Serve a page to see and manage a server in a browser. People sign in with an API key.
+
+    `serve --web-listen` starts it, too.
+    """
+    begin_log(log_format, log_level)
+    try:
+        from siderolink.cli.web import run_web
+    except ModuleNotFoundError as error:
+        if error.name not in ("jinja2", "markupsafe", "starlette", "uvicorn"):
+            raise
+        raise ConfigurationError("the page needs more packages: pip install 'siderolink[web]'") from None
+    run_web(
+        call.options,
+        listen=listen,
+        tls_cert=tls_cert,
+        tls_key=tls_key,
+        origins=tuple(origin or ()),
+        with_parent=with_parent,
+    )

@@ -1,0 +1,51 @@
+"""How `serve` keeps the page's process."""
+
+import os
+import sys
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from subprocess import PIPE
+
+import anyio
+
+from siderolink.cli.serve_config import ServeConfig
+from siderolink.common.errors import ConfigurationError, SideroLinkError
+
+
+def check_page() -> None:
+    """Raises ConfigurationError where the page's packages are missing."""
+    if any(find_spec(name) is None for name in ("jinja2", "starlette", "uvicorn")):
+        raise ConfigurationError("--web-listen needs more packages: pip install 'siderolink[web]'")
+
+
+def page_arguments(options: ServeConfig, socket: Path) -> Iterator[str]:
+    """The options of `siderolink web` for the page of a server with this local socket."""
+    assert options.web_listen is not None
+    yield from ("--server", f"unix://{socket}", "--listen", options.web_listen)
+    if options.web_tls_cert is not None:
+        yield from ("--tls-cert", str(options.web_tls_cert))
+    if options.web_tls_key is not None:
+        yield from ("--tls-key", str(options.web_tls_key))
+    for origin in options.web_origin:
+        yield from ("--origin", origin)
+    yield from ("--log-format", options.log_format.value, "--log-level", options.log_level.value)
+
+
+async def keep_page(options: ServeConfig, socket: Path) -> None:
+    """Run `siderolink web` as a child until cancelled. Raises SideroLinkError when it ends by itself."""
+    command = [sys.executable, "-m", "siderolink", "web", "--with-parent", *page_arguments(options, socket)]
+    environment = {name: value for name, value in os.environ.items() if name not in ("NOTIFY_SOCKET", "WATCHDOG_USEC")}
+    async with await anyio.open_process(command, stdin=PIPE, stdout=None, stderr=None, env=environment) as process:
+        try:
+            status = await process.wait()
+        finally:
+            with anyio.CancelScope(shield=True):
+                if process.stdin is not None:
+                    await process.stdin.aclose()
+                with anyio.move_on_after(5):
+                    await process.wait()
+                if process.returncode is None:
+                    process.kill()
+                    await process.wait()
+    raise SideroLinkError(f"the page ended with status {status}")

@@ -1,0 +1,201 @@
+"""What every request passes: its host, its origin, its size, how long it may take; and the headers of every answer."""
+
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Final
+from urllib.parse import urlsplit
+
+import anyio
+from cryptography.x509 import DNSName, ExtensionNotFound, IPAddress, SubjectAlternativeName, load_pem_x509_certificates
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import PlainTextResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from siderolink.common.errors import ConfigurationError
+from siderolink.common.hostport import HostPort
+from siderolink.common.text import one_line
+
+log = logging.getLogger(__name__)
+
+MAX_BODY: Final = 64 * 1024
+BODY_SECONDS: Final = 15.0
+SEND_SECONDS: Final = 30.0
+LIVE: Final = "/live/"
+"""Where streams are."""
+_FORM: Final = "application/x-www-form-urlencoded"
+_POLICY: Final = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; form-action 'self'; "
+    "base-uri 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types siderolink"
+)
+_HEADERS: Final[Mapping[str, str]] = {
+    "content-security-policy": _POLICY,
+    "x-content-type-options": "nosniff",
+    "x-frame-options": "DENY",
+    "referrer-policy": "same-origin",
+    "cross-origin-opener-policy": "same-origin",
+    "cross-origin-resource-policy": "same-origin",
+    "permissions-policy": "camera=(), geolocation=(), microphone=(), payment=(), usb=()",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Origins:
+    """Under which names the page is reached: ``https://fleet.example.com``, as browsers send them."""
+
+    names: frozenset[str]
+    wildcards: tuple[str, ...] = ()
+    """Origins whose first label may be any: ``https://*.example.com:8096``."""
+
+    def has(self, origin: str) -> bool:
+        origin = origin.lower()
+        if origin in self.names:
+            return True
+        scheme, separator, rest = origin.partition("://")
+        label, dot, parent = rest.partition(".")
+        return bool(separator and label and dot) and f"{scheme}://*.{parent}" in self.wildcards
+
+    def has_host(self, host: str) -> bool:
+        """Whether a Host header names one of them."""
+        return self.has(f"https://{host}") or self.has(f"http://{host}")
+
+
+def read_origin(text: str) -> str:
+    """``https://HOST[:PORT]`` as a browser would write it; ``http://`` for the loopback alone. Raises ConfigurationError."""
+    wrong = ConfigurationError(f"{one_line(text, limit=200)!r} is not an origin; write https://HOST or https://HOST:PORT")
+    try:
+        parts = urlsplit(text)
+        port = parts.port
+    except ValueError:
+        raise wrong from None
+    host = parts.hostname
+    if not host or parts.path not in ("", "/") or parts.query or parts.fragment or parts.username or parts.password:
+        raise wrong
+    if parts.scheme not in ("https", "http"):
+        raise wrong
+    if parts.scheme == "http" and not is_loopback(host):
+        raise ConfigurationError(f"{one_line(text, limit=200)!r} is reached without TLS: keys and cookies need https")
+    return _origin(parts.scheme, host, port)
+
+
+def _origin(scheme: str, host: str, port: int | None) -> str:
+    shown = f"[{host}]" if ":" in host else host.lower()
+    return f"{scheme}://{shown}" if port in (None, 443 if scheme == "https" else 80) else f"{scheme}://{shown}:{port}"
+
+
+def is_loopback(host: str) -> bool:
+    """Whether it is this host's own address or name."""
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def find_origins(listen: HostPort, certificate: Path | None, given: Iterable[str]) -> Origins:
+    """Those that were given, the address listened on, the loopback's names, and those of the certificate.
+
+    `listen` has the port that is in use. Raises ConfigurationError.
+    """
+    names = {read_origin(text) for text in given}
+    scheme = "http" if certificate is None else "https"
+    hosts = {listen.host}
+    if is_loopback(listen.host) or listen.host in ("::", "0.0.0.0"):
+        hosts |= {"localhost", "127.0.0.1", "::1"}
+    wildcards: list[str] = []
+    for name in () if certificate is None else _names_of(certificate):
+        if name.startswith("*."):
+            wildcards.append(_origin(scheme, name, listen.port))
+        else:
+            hosts.add(name)
+    return Origins(frozenset(names | {_origin(scheme, host, listen.port) for host in hosts}), tuple(wildcards))
+
+
+def _names_of(certificate: Path) -> list[str]:
+    """The names that a certificate proves. Raises ConfigurationError."""
+    try:
+        found = load_pem_x509_certificates(certificate.read_bytes())[0]
+        names = found.extensions.get_extension_for_class(SubjectAlternativeName).value
+    except ExtensionNotFound:
+        return []
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(f"the certificate {str(certificate)!r} cannot be read: {error}") from None
+    return [*names.get_values_for_type(DNSName), *(str(one) for one in names.get_values_for_type(IPAddress))]
+
+
+class SlowReaderError(Exception):
+    """Raised when a browser takes nothing of its answer any more."""
+
+
+class Guard:
+    """An ASGI application around another one."""
+
+    def __init__(self, inner: ASGIApp, origins: Origins) -> None:
+        self._inner = inner
+        self._origins = origins
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return
+        guarded = _Answer(send)
+        refusal = self._refusal(scope)
+        try:
+            if refusal is not None:
+                status, text = refusal
+                await PlainTextResponse(f"{text}\n", status)(scope, receive, guarded)
+            else:
+                await self._inner(scope, receive, guarded)
+        except SlowReaderError:
+            log.debug("a browser stopped reading; its request is dropped")
+
+    def _refusal(self, scope: Scope) -> tuple[int, str] | None:
+        """A status and why, or None."""
+        headers, method = Headers(scope=scope), scope["method"]
+        hosts = headers.getlist("host")
+        if len(hosts) != 1 or not self._origins.has_host(hosts[0]):
+            return 421, "This page is not served under this name; `siderolink web --origin` adds one."
+        if method not in ("GET", "HEAD", "POST"):
+            return 405, "This method is not known here."
+        origin = headers.get("origin")
+        if origin is not None and not self._is_own(origin, hosts[0]):
+            return 403, "This request comes from another site."
+        if method == "POST":
+            return self._refused_write(headers, origin)
+        if scope["path"].startswith(LIVE) and origin is None and headers.get("sec-fetch-site") != "same-origin":
+            return 403, "A stream is for this page's own script."
+        return None
+
+    def _refused_write(self, headers: Headers, origin: str | None) -> tuple[int, str] | None:
+        if origin is None:
+            return 403, "A change needs the header Origin, which browsers send."
+        if headers.get("content-type", "").partition(";")[0].strip().lower() != _FORM:
+            return 415, "A change is a form."
+        length = headers.get("content-length", "")
+        if not (length.isascii() and length.isdigit() and len(length) < 10):
+            return 411, "A change says how long it is."
+        if int(length) > MAX_BODY:
+            return 413, f"A change has at most {MAX_BODY} bytes."
+        return None
+
+    def _is_own(self, origin: str, host: str) -> bool:
+        """Whether the origin is the very one that the page was asked for by."""
+        return self._origins.has(origin) and origin.lower().partition("://")[2] == host.lower()
+
+
+class _Answer:
+    """Adds the headers; gives up on a browser that does not read."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            headers = MutableHeaders(raw=message.setdefault("headers", []))
+            for name, value in _HEADERS.items():
+                headers[name] = value
+            headers.setdefault("cache-control", "no-store")
+        with anyio.move_on_after(SEND_SECONDS) as scope:
+            await self._send(message)
+        if scope.cancelled_caught:
+            raise SlowReaderError

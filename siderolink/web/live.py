@@ -1,0 +1,144 @@
+"""Server-sent events: the parts of a page that changed, and a machine's kernel log."""
+
+import json
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Final
+
+import anyio
+from anyio.abc import TaskGroup
+from starlette.types import Receive, Scope, Send
+
+from siderolink.common.pb.siderolink.admin.v1 import HistoryServiceStub, MachineLogLine, MachineLogsRequest
+from siderolink.web.api import ApiError, Caller, ServerAwayError, SignedOutError, explained
+from siderolink.web.sessions import Session, Sessions, TooManyError
+from siderolink.web.words import timestamp
+
+EVERY: Final = 2.0
+SHARE: Final = 20.0
+"""A pause is this many times as long as the look before it took: no page takes more than a twentieth of a core."""
+_BREATH: Final = 15.0
+"""Seconds between words that only keep the connection."""
+_LOG_TAIL: Final = 200
+_LOG_PENDING: Final = 1000
+_LOG_EVERY: Final = 0.25
+_HEADERS: Final = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"x-accel-buffering", b"no")]
+
+Render = Callable[[], Awaitable[Mapping[str, str]]]
+"""Gives the HTML of each part of a page that may change."""
+
+
+def event(name: str, data: object) -> bytes:
+    """One event; JSON holds no line end."""
+    return f"event: {name}\ndata: {json.dumps(data)}\n\n".encode()
+
+
+class LiveStream:
+    """The answer to one EventSource: until the browser goes, the session ends, or there is nothing more to show."""
+
+    def __init__(self, sessions: Sessions, session: Session, render: Render) -> None:
+        self._sessions = sessions
+        self._session = session
+        self._render = render
+        self._log: tuple[Caller, str] | None = None
+        self._send: Send
+        self._lock = anyio.Lock()
+
+    def with_log(self, caller: Caller, machine: str) -> None:
+        """Tell a machine's kernel log, too."""
+        self._log = caller, machine
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._send = send
+        await send({"type": "http.response.start", "status": 200, "headers": list(_HEADERS)})
+        try:
+            with self._sessions.streaming(self._session):
+                async with anyio.create_task_group() as tasks:
+                    tasks.start_soon(_cancel_when_gone, receive, tasks)
+                    tasks.start_soon(self._breathe)
+                    if self._log is not None:
+                        tasks.start_soon(self._follow_log, *self._log)
+                    await self._show()
+                    tasks.cancel_scope.cancel()
+        except TooManyError as error:
+            await self._tell(event("stopped", str(error)))
+        if self._session.is_over:
+            await self._tell(event("signed-out", ""))
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _tell(self, data: bytes) -> None:
+        async with self._lock:
+            await self._send({"type": "http.response.body", "body": data, "more_body": True})
+
+    async def _breathe(self) -> None:
+        while True:
+            await anyio.sleep(_BREATH)
+            await self._tell(b": still here\n\n")
+
+    async def _show(self) -> None:
+        shown: dict[str, str] = {}
+        is_away = False
+        while self._sessions.is_live(self._session):
+            began = time.monotonic()
+            try:
+                for name, html in (await self._render()).items():
+                    if shown.get(name) != html:
+                        shown[name] = html
+                        await self._tell(event("region", {"id": name, "html": html}))
+                if is_away:
+                    await self._tell(event("back", ""))
+                is_away = False
+            except SignedOutError:
+                self._sessions.end(self._session)
+                return
+            except ServerAwayError as error:
+                if not is_away:
+                    await self._tell(event("away", str(error)))
+                is_away = True
+            except ApiError as error:
+                await self._tell(event("stopped", str(error)))
+                return
+            await anyio.sleep(max(EVERY, SHARE * (time.monotonic() - began)))
+
+    async def _follow_log(self, caller: Caller, machine: str) -> None:
+        """The last lines, and those that come; the follower is begun again where the server was away."""
+        pending: deque[MachineLogLine] = deque(maxlen=_LOG_PENDING)
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(self._tell_lines, pending)
+            since: float | None = None
+            while True:
+                try:
+                    async with caller.following(HistoryServiceStub) as stub:
+                        with explained():
+                            request = MachineLogsRequest(machine=machine, follow=True, since=since, tail=_LOG_TAIL)
+                            async for line in stub.machine_logs(request):
+                                pending.append(line)
+                                since = line.received_at + 1e-6
+                except SignedOutError:
+                    self._sessions.end(self._session)
+                    return
+                except ServerAwayError:
+                    pass
+                except ApiError as error:
+                    await self._tell(event("log-stopped", str(error)))
+                    tasks.cancel_scope.cancel()
+                    return
+                await anyio.sleep(EVERY)
+
+    async def _tell_lines(self, pending: "deque[MachineLogLine]") -> None:
+        while True:
+            await anyio.sleep(_LOG_EVERY)
+            if pending:
+                lines = [pending.popleft() for _ in range(len(pending))]
+                await self._tell(event("log", _log_rows(lines)))
+
+
+def _log_rows(lines: Sequence[MachineLogLine]) -> list[list[str]]:
+    return [[timestamp(line.received_at)[11:19], line.level, line.message[:2000]] for line in lines]
+
+
+async def _cancel_when_gone(receive: Receive, tasks: TaskGroup) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    tasks.cancel_scope.cancel()

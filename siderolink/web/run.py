@@ -1,0 +1,153 @@
+"""The page's process: its listener, and what runs beside it."""
+
+import errno
+import logging
+import socket
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import anyio
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from siderolink.common.admin_channel import ServerAddress
+from siderolink.common.errors import AddressInUseError, ConfigurationError
+from siderolink.common.grpc import ServerCertificate
+from siderolink.common.hostport import HostPort
+from siderolink.common.tasks import background_tasks, keep_running
+from siderolink.web.api import open_api
+from siderolink.web.guard import find_origins, is_loopback
+from siderolink.web.site import Site
+
+MAX_CONNECTIONS: Final = 512
+FIRST_REQUEST_SECONDS: Final = 10.0
+_EXPIRE_EVERY: Final = 60.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WebOptions:
+    """Where the page is served, and of which server."""
+
+    listen: HostPort
+    server: ServerAddress
+    api_key: str | None = field(default=None, repr=False)
+    """For the figures that the page gathers itself; without one it does so while somebody is signed in."""
+    ca_file: Path | None = None
+    certificate: ServerCertificate | None = None
+    origins: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Raises ConfigurationError."""
+        if self.certificate is None and not is_loopback(self.listen.host):
+            raise ConfigurationError(
+                f"API keys and cookies travel to {self.listen}, which takes TLS: set --tls-cert, or listen on 127.0.0.1"
+            )
+
+
+class _Patient(H11Protocol):
+    """Ends a connection whose first request does not come."""
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._first = self.loop.call_later(FIRST_REQUEST_SECONDS, self._give_up)
+
+    def _give_up(self) -> None:
+        cycle: object = self.cycle
+        if cycle is None:
+            self.transport.close()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._first.cancel()
+        super().connection_lost(exc)
+
+
+class _Server(uvicorn.Server):
+    """Ends the live pages before it waits for the connections."""
+
+    def __init__(self, config: uvicorn.Config, on_stop: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._on_stop = on_stop
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Signals are for whoever runs `serve_page`."""
+        yield
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._on_stop()
+        await super().shutdown(sockets)
+
+
+def _listen(address: HostPort) -> socket.socket:
+    """Raises AddressInUseError or ConfigurationError."""
+    try:
+        family, _, _, _, target = socket.getaddrinfo(
+            address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        return socket.create_server(target[:2], family=family, backlog=128)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise AddressInUseError(f"TCP port {address.port} of {address.host} is taken") from None
+        raise ConfigurationError(f"cannot listen on {address}: {error.strerror}") from None
+
+
+async def serve_page(options: WebOptions, on_listening: Callable[[HostPort], Awaitable[None] | None] | None = None) -> None:
+    """Serve until cancelled. Raises SideroLinkError."""
+    with _listen(options.listen) as sock:
+        listening = HostPort(options.listen.host, sock.getsockname()[1])
+        certificate = None if options.certificate is None else options.certificate.files[0]
+        origins = find_origins(listening, certificate, options.origins)
+        async with open_api(options.server, options.ca_file, options.api_key) as api, background_tasks() as tasks:
+            site = Site(api, origins)
+            tasks.start_soon(keep_running, "reading the server's figures", site.sampler.run)
+            tasks.start_soon(_expire_often, site)
+            server = _Server(_config(site, options.certificate), site.sessions.end_all)
+            if on_listening is not None and (told := on_listening(listening)) is not None:
+                await told
+            ended = anyio.Event()
+            tasks.start_soon(_run, server, sock, ended)
+            try:
+                await ended.wait()
+            finally:
+                server.should_exit = True
+
+
+async def _run(server: uvicorn.Server, sock: socket.socket, ended: anyio.Event) -> None:
+    """To its end, which it comes to in order when it is told to."""
+    with anyio.CancelScope(shield=True):
+        await server.serve(sockets=[sock])
+    ended.set()
+
+
+def _config(site: Site, certificate: ServerCertificate | None) -> uvicorn.Config:
+    config = uvicorn.Config(
+        site.app,
+        http=_Patient,
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        date_header=False,
+        proxy_headers=False,
+        limit_concurrency=MAX_CONNECTIONS,
+        backlog=128,
+        timeout_keep_alive=30,
+        timeout_graceful_shutdown=2,
+        h11_max_incomplete_event_size=32 * 1024,
+    )
+    config.load()
+    if certificate is not None:
+        certificate.context.set_alpn_protocols(["http/1.1"])
+        config.ssl = certificate.context
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    return config
+
+
+async def _expire_often(site: Site) -> None:
+    while True:
+        await anyio.sleep(_EXPIRE_EVERY)
+        site.sessions.expire()

@@ -1,0 +1,125 @@
+"""What the plots show: figures of the server, and of machines that somebody looks at, kept for a while."""
+
+import logging
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+import anyio
+
+from siderolink.common.pb.siderolink.admin.v1 import (
+    EventServiceStub,
+    FollowEventsRequest,
+    GetStatusRequest,
+    Machine,
+    ServerServiceStub,
+    ServerStatus,
+)
+from siderolink.web.api import ApiError, Caller, explained
+
+log = logging.getLogger(__name__)
+
+EVERY: Final = 5.0
+KEPT: Final = 720
+"""An hour."""
+_MACHINES: Final = 256
+_MACHINE_SAMPLES: Final = 400
+_AGAIN: Final = 5.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """The server at one time."""
+
+    at: float
+    up: int
+    down: int
+    pending: int
+    denied: int
+    received_bytes: int
+    sent_bytes: int
+    joins: int
+    """Counted from when the page began."""
+    refusals: int
+
+
+def sample_of(status: ServerStatus, at: float, joins: int) -> Sample:
+    return Sample(
+        at=at,
+        up=status.links.get("up", 0),
+        down=status.links.get("down", 0),
+        pending=status.machines.get("pending", 0),
+        denied=status.machines.get("denied", 0),
+        received_bytes=status.received_bytes,
+        sent_bytes=status.sent_bytes,
+        joins=joins,
+        refusals=sum(status.refusals.values()),
+    )
+
+
+def rates(times: Sequence[float], totals: Sequence[int]) -> list[float | None]:
+    """Per second, between each time and the one before; None where a counter went back, as after a restart."""
+    found: list[float | None] = [None]
+    for index in range(1, len(times)):
+        passed, more = times[index] - times[index - 1], totals[index] - totals[index - 1]
+        found.append(more / passed if passed > 0 and more >= 0 else None)
+    return found
+
+
+class MachineTraffic:
+    """Bytes from and to the machines that were looked at last."""
+
+    def __init__(self) -> None:
+        self._samples: OrderedDict[str, deque[tuple[float, int, int]]] = OrderedDict()
+
+    def note(self, machine: Machine, at: float) -> Sequence[tuple[float, int, int]]:
+        """Take a machine's present counters; returns all of it that is kept."""
+        found = self._samples.setdefault(machine.id, deque(maxlen=_MACHINE_SAMPLES))
+        self._samples.move_to_end(machine.id)
+        if not found or at - found[-1][0] >= 1.0:
+            found.append((at, machine.received_bytes, machine.sent_bytes))
+        while len(self._samples) > _MACHINES:
+            self._samples.popitem(last=False)
+        return found
+
+
+@dataclass
+class Sampler:
+    """Asks the server for its figures as long as there is somebody whose key it may ask with, or a key of its own."""
+
+    caller: Callable[[], Caller | None]
+    samples: deque[Sample] = field(default_factory=lambda: deque(maxlen=KEPT))
+    machines: MachineTraffic = field(default_factory=MachineTraffic)
+    joins: int = 0
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(self._count_joins)
+            while True:
+                if (caller := self.caller()) is not None:
+                    try:
+                        await self.look(caller)
+                    except ApiError as error:
+                        log.debug("the server's figures cannot be read: %s", error)
+                await anyio.sleep(EVERY)
+
+    async def look(self, caller: Caller) -> None:
+        """Take one sample. Raises ApiError."""
+        with explained():
+            status = await caller.stub(ServerServiceStub).get_status(GetStatusRequest())
+        self.samples.append(sample_of(status, time.time(), self.joins))
+
+    async def _count_joins(self) -> None:
+        while True:
+            if (caller := self.caller()) is not None:
+                try:
+                    async with caller.following(EventServiceStub) as stub:
+                        with explained():
+                            async for _ in stub.follow_events(FollowEventsRequest(kinds=["joined"])):
+                                self.joins += 1
+                except ApiError as error:
+                    log.debug("joins cannot be followed: %s", error)
+            await anyio.sleep(_AGAIN)

@@ -1,0 +1,157 @@
+"""Who is signed in. Sessions are kept in memory alone: a restart of the page signs everyone out."""
+
+import hashlib
+import secrets
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Final
+
+import anyio
+
+from siderolink.common.grpc import source_of
+
+COOKIE: Final = "__Host-siderolink"
+LIFETIME: Final = 12 * 3600.0
+IDLE: Final = 30 * 60.0
+MAX_SESSIONS: Final = 1000
+MAX_STREAMS: Final = 12
+"""Live pages of one session."""
+MAX_SIGN_INS: Final = 32
+MAX_SIGN_INS_PER_SOURCE: Final = 4
+"""Keys that are being checked at once: a wrong one is answered late."""
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Session:
+    """One browser of one person."""
+
+    key: str = field(repr=False)
+    """The API key."""
+    actor: str
+    role: str
+    source: str
+    """Where it was begun; a cookie that comes from elsewhere is a stolen one."""
+    created_at: float
+    used_at: float
+    notice: str = ""
+    """What the next page says first."""
+    is_error: bool = False
+    scopes: set[anyio.CancelScope] = field(default_factory=set, repr=False)
+    is_over: bool = False
+
+    def tell(self, text: str, *, is_error: bool = False) -> None:
+        self.notice, self.is_error = text, is_error
+
+    def take_notice(self) -> tuple[str, bool]:
+        told = self.notice, self.is_error
+        self.notice, self.is_error = "", False
+        return told
+
+    def may(self, role: str) -> bool:
+        """Whether the role includes another one. The server decides; this decides what is shown."""
+        ranks = ("viewer", "operator", "admin")
+        return self.role in ranks and ranks.index(self.role) >= ranks.index(role)
+
+
+class TooManyError(Exception):
+    """Raised when there are as many of something as may be."""
+
+
+class Sessions:
+    """By the digests of their cookies."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._by_digest: OrderedDict[bytes, Session] = OrderedDict()
+        self._signing_in: Counter[str] = Counter()
+
+    def __len__(self) -> int:
+        return len(self._by_digest)
+
+    def begin(self, key: str, actor: str, role: str, source: str) -> tuple[str, Session]:
+        """A new session, and its cookie's value. Where there are too many, the one that was used the longest ago is ended."""
+        now = self._clock()
+        self.expire()
+        while len(self._by_digest) >= MAX_SESSIONS:
+            self.end(min(self._by_digest.values(), key=lambda one: one.used_at))
+        cookie = secrets.token_urlsafe(32)
+        session = Session(key=key, actor=actor, role=role, source=source, created_at=now, used_at=now)
+        self._by_digest[_digest(cookie)] = session
+        return cookie, session
+
+    def find(self, cookie: str | None, source: str) -> Session | None:
+        """The session of a cookie, used from now on. A cookie from another source than its session's ends that session."""
+        session = None if not cookie or len(cookie) > 128 else self._by_digest.get(_digest(cookie))
+        if session is None or not self.is_live(session):
+            return None
+        if _network(session.source) != _network(source):
+            self.end(session)
+            return None
+        session.used_at = self._clock()
+        return session
+
+    def is_live(self, session: Session) -> bool:
+        """Ends it where its time is over."""
+        now = self._clock()
+        if not session.is_over and (now - session.created_at >= LIFETIME or now - session.used_at >= IDLE):
+            self.end(session)
+        return not session.is_over
+
+    def end(self, session: Session) -> None:
+        """With all that it follows."""
+        session.is_over = True
+        session.key = ""
+        for digest in [digest for digest, one in self._by_digest.items() if one is session]:
+            del self._by_digest[digest]
+        for scope in list(session.scopes):
+            scope.cancel()
+
+    def end_all(self) -> None:
+        for session in list(self._by_digest.values()):
+            self.end(session)
+
+    def expire(self) -> None:
+        """End those whose time is over."""
+        for session in list(self._by_digest.values()):
+            self.is_live(session)
+
+    def any(self) -> Session | None:
+        """One of the live ones: the newest."""
+        self.expire()
+        return next(reversed(self._by_digest.values()), None)
+
+    @contextmanager
+    def streaming(self, session: Session) -> Iterator[anyio.CancelScope]:
+        """A scope that is cancelled when the session ends. Raises TooManyError."""
+        if len(session.scopes) >= MAX_STREAMS:
+            raise TooManyError(f"a session has at most {MAX_STREAMS} live pages")
+        with anyio.CancelScope() as scope:
+            session.scopes.add(scope)
+            try:
+                yield scope
+            finally:
+                session.scopes.discard(scope)
+
+    @contextmanager
+    def signing_in(self, source: str) -> Iterator[None]:
+        """Raises TooManyError."""
+        if self._signing_in[source] >= MAX_SIGN_INS_PER_SOURCE or self._signing_in.total() >= MAX_SIGN_INS:
+            raise TooManyError("too many keys are being checked; try again in a moment")
+        self._signing_in[source] += 1
+        try:
+            yield
+        finally:
+            self._signing_in[source] -= 1
+            if not self._signing_in[source]:
+                del self._signing_in[source]
+
+
+def _network(source: str) -> str:
+    return source_of(source, 64) or source
+
+
+def _digest(cookie: str) -> bytes:
+    return hashlib.sha256(cookie.encode("utf-8", "surrogatepass")).digest()

@@ -1,0 +1,261 @@
+"""The pages that show something: what each asks the server for, and which of its parts may change while it is shown."""
+
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from siderolink.common.pb.siderolink.admin.v1 import (
+    AuditFilter,
+    AuditServiceStub,
+    BanServiceStub,
+    GetInfoRequest,
+    GetStatusRequest,
+    HistoryServiceStub,
+    ListAuditRequest,
+    ListBansRequest,
+    ListHistoryRequest,
+    ListMachinesRequest,
+    ListTokensRequest,
+    ListTokenUsersRequest,
+    MachineFilter,
+    MachineRequest,
+    MachineServiceStub,
+    ServerServiceStub,
+    TokenRequest,
+    TokenServiceStub,
+)
+from siderolink.web.api import Caller, explained
+from siderolink.web.plots import Line, plot
+from siderolink.web.sampling import Sampler, rates
+from siderolink.web.words import number, rate
+
+PAGE_SIZE: Final = 100
+SORTS: Final = ("name", "state", "version", "address", "joined", "seen", "received", "sent")
+STATES: Final = ("up", "down", "pending", "denied", "accepted")
+TOKEN_STATES: Final = ("active", "revoked", "expired", "used up")
+_TIMELINE: Final = 50
+_USERS: Final = 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """A page that somebody asks for."""
+
+    caller: Caller
+    sampler: Sampler
+    query: Mapping[str, str]
+    path: Mapping[str, str]
+
+    def text(self, name: str, *, among: tuple[str, ...] | None = None) -> str:
+        """A parameter; empty where it is absent, or not `among` those that are known."""
+        found = self.query.get(name, "")[:500]
+        return found if among is None or found in among else ""
+
+
+Load = Callable[[Asked], Awaitable[dict[str, Any]]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class View:
+    """One page."""
+
+    name: str
+    path: str
+    load: Load
+    regions: Mapping[str, str] = field(default_factory=dict)
+    """The parts that may change, by their ids, each with its template."""
+    role: str = "viewer"
+    title: str = ""
+    """In the navigation; empty for pages that are not there."""
+
+    @property
+    def template(self) -> str:
+        return f"{self.name}.html"
+
+
+async def overview(asked: Asked) -> dict[str, Any]:
+    with explained():
+        status = await asked.caller.stub(ServerServiceStub).get_status(GetStatusRequest())
+    samples = list(asked.sampler.samples)
+    times = [one.at for one in samples]
+    machines = plot(
+        "machines-plot",
+        "Machines by state",
+        times,
+        [
+            Line("up", [one.up for one in samples]),
+            Line("down", [one.down for one in samples]),
+            Line("pending", [one.pending for one in samples]),
+            Line("denied", [one.denied for one in samples]),
+        ],
+        number,
+    )
+    joins = plot(
+        "joins-plot",
+        "Joins and refusals each minute",
+        times,
+        [
+            Line("joins", _minutely(rates(times, [one.joins for one in samples]))),
+            Line("refusals", _minutely(rates(times, [one.refusals for one in samples]))),
+        ],
+        number,
+    )
+    traffic = plot(
+        "traffic-plot",
+        "Traffic of all machines",
+        times,
+        [
+            Line("received", rates(times, [one.received_bytes for one in samples])),
+            Line("sent", rates(times, [one.sent_bytes for one in samples])),
+        ],
+        rate,
+    )
+    return {"status": status, "plots": (machines, joins, traffic)}
+
+
+def _minutely(found: list[float | None]) -> list[float | None]:
+    return [None if value is None else 60 * value for value in found]
+
+
+async def machines(asked: Asked) -> dict[str, Any]:
+    sort = asked.text("sort")
+    if sort.removeprefix("-") not in SORTS:
+        sort = "name"
+    state = asked.text("state", among=STATES)
+    query = {
+        "text": asked.text("text"),
+        "state": state,
+        "transport": asked.text("transport", among=("udp", "tunnel")),
+        "selector": asked.text("selector"),
+        "version": asked.text("version"),
+        "sort": sort,
+    }
+    wanted = MachineFilter(
+        states=[state] if state else [],
+        text=query["text"],
+        selector=query["selector"],
+        version=query["version"],
+        transport=query["transport"],
+    )
+    request = ListMachinesRequest(page_size=PAGE_SIZE, page_token=asked.text("page"), filter=wanted, sort=sort)
+    with explained():
+        found = await asked.caller.stub(MachineServiceStub).list_machines(request)
+    return {
+        "machines": found.machines,
+        "total": found.total,
+        "next_page": found.next_page_token,
+        "is_first": not asked.text("page"),
+        "wanted": query,
+        "states": STATES,
+        "sorts": SORTS,
+    }
+
+
+async def machine(asked: Asked) -> dict[str, Any]:
+    name = asked.path["machine"]
+    with explained():
+        found = await asked.caller.stub(MachineServiceStub).get_machine(MachineRequest(name=name))
+        request = ListHistoryRequest(machine=found.id, page_size=_TIMELINE)
+        history = await asked.caller.stub(HistoryServiceStub).list_history(request)
+    samples = asked.sampler.machines.note(found, time.time())
+    times = [at for at, _, _ in samples]
+    traffic = plot(
+        "machine-plot",
+        "Traffic of this machine",
+        times,
+        [
+            Line("received", rates(times, [received for _, received, _ in samples])),
+            Line("sent", rates(times, [sent for _, _, sent in samples])),
+        ],
+        rate,
+    )
+    return {"machine": found, "history": history.entries, "plot": traffic}
+
+
+async def tokens(asked: Asked) -> dict[str, Any]:
+    state = asked.text("state", among=TOKEN_STATES)
+    request = ListTokensRequest(
+        page_size=PAGE_SIZE, page_token=asked.text("page"), states=[state] if state else [], text=asked.text("text")
+    )
+    with explained():
+        found = await asked.caller.stub(TokenServiceStub).list_tokens(request)
+    return {
+        "tokens": found.tokens,
+        "total": found.total,
+        "next_page": found.next_page_token,
+        "is_first": not asked.text("page"),
+        "wanted": {"text": asked.text("text"), "state": state},
+        "states": TOKEN_STATES,
+    }
+
+
+async def token(asked: Asked) -> dict[str, Any]:
+    stub = asked.caller.stub(TokenServiceStub)
+    with explained():
+        found = await stub.get_token(TokenRequest(name=asked.path["token"]))
+        users = await stub.list_token_users(ListTokenUsersRequest(name=found.id, page_size=_USERS))
+    return {"token": found, "users": users.users, "user_total": users.total}
+
+
+async def bans(asked: Asked) -> dict[str, Any]:
+    with explained():
+        found = await asked.caller.stub(BanServiceStub).list_bans(
+            ListBansRequest(page_size=PAGE_SIZE, page_token=asked.text("page"))
+        )
+    return {"bans": found.bans, "total": found.total, "next_page": found.next_page_token, "is_first": not asked.text("page")}
+
+
+async def limits(asked: Asked) -> dict[str, Any]:
+    with explained():
+        status = await asked.caller.stub(ServerServiceStub).get_status(GetStatusRequest())
+        refused = await asked.caller.stub(HistoryServiceStub).list_history(
+            ListHistoryRequest(kinds=["refused", "lost"], page_size=_TIMELINE)
+        )
+    return {"refusals": _by_count(status.refusals), "drops": _by_count(status.drops), "history": refused.entries}
+
+
+def _by_count(found: Mapping[str, int]) -> list[tuple[str, int]]:
+    return sorted(((name, count) for name, count in found.items() if count), key=lambda one: (-one[1], one[0]))
+
+
+async def audit(asked: Asked) -> dict[str, Any]:
+    wanted = {name: asked.text(name) for name in ("actor", "action", "object")}
+    request = ListAuditRequest(
+        page_size=PAGE_SIZE,
+        page_token=asked.text("page"),
+        filter=AuditFilter(actor=wanted["actor"], action=wanted["action"], object=wanted["object"]),
+    )
+    with explained():
+        found = await asked.caller.stub(AuditServiceStub).list_audit(request)
+    return {
+        "entries": found.entries,
+        "next_page": found.next_page_token,
+        "is_first": not asked.text("page"),
+        "wanted": wanted,
+    }
+
+
+async def servers(asked: Asked) -> dict[str, Any]:
+    stub = asked.caller.stub(ServerServiceStub)
+    with explained():
+        info, status = await stub.get_info(GetInfoRequest()), await stub.get_status(GetStatusRequest())
+    return {"info": info, "status": status}
+
+
+VIEWS: Final = (
+    View(name="overview", path="/", load=overview, regions={"figures": "overview_figures.html"}, title="Overview"),
+    View(name="machines", path="/machines", load=machines, regions={"machines": "machines_rows.html"}, title="Machines"),
+    View(
+        name="machine",
+        path="/machines/{machine}",
+        load=machine,
+        regions={"state": "machine_state.html", "timeline": "timeline.html"},
+    ),
+    View(name="tokens", path="/tokens", load=tokens, regions={"tokens": "tokens_rows.html"}, title="Join tokens"),
+    View(name="token", path="/tokens/{token}", load=token, regions={"token": "token_state.html"}),
+    View(name="bans", path="/bans", load=bans, regions={"bans": "bans_rows.html"}, title="Bans"),
+    View(name="limits", path="/limits", load=limits, regions={"limits": "limits_rows.html"}, title="Limits"),
+    View(name="audit", path="/audit", load=audit, regions={"audit": "audit_rows.html"}, role="admin", title="Audit"),
+    View(name="servers", path="/servers", load=servers, regions={"servers": "servers_rows.html"}, title="Servers"),
+)

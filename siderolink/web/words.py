@@ -1,0 +1,83 @@
+"""How the templates write values: times, sizes, rates, and text of others, which is never markup."""
+
+import math
+from datetime import UTC, datetime
+from typing import Any, Final
+
+import jinja2
+from markupsafe import Markup, escape
+
+from siderolink.common.text import one_line, printable
+
+LONGEST: Final = 4096
+_SIZES: Final = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
+
+
+def moment(at: float | None) -> Markup:
+    """A time; the script turns it into how long ago that is."""
+    text = timestamp(at)
+    if not text:
+        return Markup('<span class="none">never</span>')
+    return Markup('<time datetime="{0}" data-at="{1}">{0}</time>').format(text, f"{at:.0f}")
+
+
+def timestamp(at: float | None) -> str:
+    """UTC, to the second; empty for none, and for what no calendar has."""
+    if at is None or not math.isfinite(at):
+        return ""
+    try:
+        return datetime.fromtimestamp(at, UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+    except (OverflowError, ValueError, OSError):
+        return ""
+
+
+def size(count: float) -> str:
+    """``1.2 MiB``."""
+    unit = _SIZES[0]
+    for unit in _SIZES:
+        if count < 1024 or unit == _SIZES[-1]:
+            break
+        count /= 1024
+    return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"
+
+
+def rate(count: float) -> str:
+    return f"{size(count)}/s"
+
+
+def number(count: float) -> str:
+    """``12,345``."""
+    return f"{count:,.0f}"
+
+
+def labels(found: dict[str, str]) -> str:
+    """``a=b, c``, sorted."""
+    return ", ".join(f"{key}={value}" if value else key for key, value in sorted(found.items()))
+
+
+def block(text: str) -> Markup:
+    """Text of several lines."""
+    return Markup(escape(printable(text)))
+
+
+def _finalize(value: Any) -> Any:
+    """No character of a value can steer what is around it: controls and marks that turn the direction of writing are spaces."""
+    if value is None:
+        return ""
+    return one_line(value, limit=LONGEST) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
+def make_environment() -> jinja2.Environment:
+    """The templates, which escape everything."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("siderolink.web", "templates"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        finalize=_finalize,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        auto_reload=False,
+    )
+    for given in (moment, timestamp, size, rate, number, labels, block):
+        environment.filters[given.__name__] = given
+    return environment

@@ -1,0 +1,57 @@
+"""A real browser, run inside a network namespace, and the page that it visits."""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
+
+from tests.support.netns import Namespace
+
+PATIENCE = 60_000.0
+"""Milliseconds that a condition may take on a busy machine."""
+_FLAGS = ("--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu", "--disable-background-networking", "--no-first-run")
+
+
+@contextmanager
+def browser_in(namespace: Namespace, folder: Path) -> Iterator[Browser]:
+    """Debian's chromium, which sees what the namespace sees."""
+    found = shutil.which("chromium")
+    assert found is not None, "the tests of the page need Debian's chromium: make needs"
+    program = folder / "chromium"
+    program.write_text(f'#!/bin/sh\nexec ip netns exec {namespace.name} {found} "$@"\n')
+    program.chmod(0o755)
+    expect.set_options(timeout=PATIENCE)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=program, args=list(_FLAGS), timeout=PATIENCE)
+        try:
+            yield browser
+        finally:
+            browser.close()
+
+
+@contextmanager
+def visitor(browser: Browser, base: str, **options: object) -> Iterator[Page]:
+    """A browser of its own profile, whose page fails the test when its script fails or it breaks its own policy."""
+    context: BrowserContext = browser.new_context(base_url=base, **options)  # type: ignore[arg-type]
+    context.set_default_timeout(PATIENCE)
+    page = context.new_page()
+    wrong: list[str] = []
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.on("console", lambda message: wrong.append(message.text) if "Content Security Policy" in message.text else None)
+    page.on(
+        "request", lambda request: wrong.append(request.url) if not request.url.startswith((base, "data:", "blob:")) else None
+    )
+    try:
+        yield page
+    finally:
+        context.close()
+    assert not wrong, wrong
+
+
+def sign_in(page: Page, key: str) -> None:
+    page.goto("/sign-in")
+    page.get_by_label("API key").fill(key)
+    page.get_by_role("button", name="Sign in").click()
+    expect(page.get_by_role("heading", level=1)).to_have_text("Overview")

@@ -1,0 +1,218 @@
+"""The page by plain HTTP: who gets in, what is refused, what every answer carries. Its server is real, its API is real."""
+
+import http.client
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.parse import urlencode
+
+import anyio
+import anyio.to_thread
+import pytest
+
+from siderolink.common.admin_channel import ServerAddress
+from siderolink.common.hostport import HostPort
+from siderolink.common.tasks import background_tasks
+from siderolink.server import Role
+from siderolink.web.run import WebOptions, serve_page
+from siderolink.web.sessions import COOKIE
+from siderolink.web.views import VIEWS
+from tests.support.office import Office, open_office
+
+pytestmark = pytest.mark.anyio
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    status: int
+    headers: Mapping[str, str]
+    text: str
+
+
+@dataclass
+class Browser:
+    """As far as requests go: a cookie, and the headers that browsers send."""
+
+    port: int
+    cookie: str = ""
+    origin: str = ""
+    source: str = "127.0.0.1"
+    sent: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def host(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+    async def get(self, path: str, **headers: str) -> Answer:
+        return await anyio.to_thread.run_sync(self._send, "GET", path, None, headers)
+
+    async def post(self, path: str, form: Mapping[str, str], **headers: str) -> Answer:
+        given = {"content-type": "application/x-www-form-urlencoded", "origin": f"http://{self.host}"} | headers
+        return await anyio.to_thread.run_sync(self._send, "POST", path, urlencode(form), given)
+
+    def _send(self, method: str, path: str, body: str | None, headers: Mapping[str, str]) -> Answer:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60, source_address=(self.source, 0))
+        named = {name.replace("_", "-"): value for name, value in headers.items() if value}
+        if self.cookie:
+            named["cookie"] = f"{COOKIE}={self.cookie}"
+        try:
+            connection.request(method, path, body, named)
+            answer = connection.getresponse()
+            found = {name.lower(): value for name, value in answer.getheaders()}
+            if (cookie := found.get("set-cookie", "")).startswith(f"{COOKIE}="):
+                self.cookie = cookie.partition("=")[2].partition(";")[0].strip('"')
+            return Answer(answer.status, found, answer.read().decode())
+        finally:
+            connection.close()
+
+    async def sign_in(self, key: str) -> Answer:
+        return await self.post("/sign-in", {"key": key, "next": "/machines"})
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    office: Office
+    port: int
+    keys: Mapping[Role, str]
+
+    async def visitor(self, role: Role) -> Browser:
+        browser = Browser(self.port)
+        answer = await browser.sign_in(self.keys[role])
+        assert (answer.status, answer.headers["location"]) == (303, "/machines"), answer.text
+        return browser
+
+
+@asynccontextmanager
+async def page(folder: Path) -> AsyncIterator[Stage]:
+    async with open_office(folder) as office, background_tasks() as tasks:
+        keys = {role: (await office.administration.api_keys.create(str(role), role))[1] for role in Role}
+        ready = anyio.Event()
+        found: list[HostPort] = []
+
+        def listening(address: HostPort) -> None:
+            found.append(address)
+            ready.set()
+
+        options = WebOptions(
+            listen=HostPort("127.0.0.1", 0), server=ServerAddress(host="127.0.0.1", port=office.port, is_plain=True)
+        )
+        tasks.start_soon(serve_page, options, listening)
+        await ready.wait()
+        yield Stage(office, found[0].port, keys)
+        tasks.cancel_scope.cancel()
+
+
+async def test_who_gets_in_and_with_what(tmp_path: Path) -> None:
+    async with page(tmp_path) as stage:
+        stranger = Browser(stage.port)
+        for path in (view.path.format(machine="m", token="t") for view in VIEWS):
+            answer = await stranger.get(path)
+            assert (answer.status, answer.headers["location"].partition("?")[0]) == (303, "/sign-in"), path
+        wrong = await stranger.sign_in("slk_wrong")
+        assert (wrong.status, stranger.cookie) == (401, "")
+        assert "slk_wrong" not in wrong.text
+        answer = await stranger.sign_in(stage.keys[Role.VIEWER])
+        parts = {part.strip().lower() for part in answer.headers["set-cookie"].split(";")[1:]}
+        assert {"secure", "httponly", "samesite=strict", "path=/"} <= parts
+        assert not any(part.startswith("domain") for part in parts)
+        assert stage.keys[Role.VIEWER] not in answer.headers["set-cookie"]
+        assert "viewer" in (await stranger.get("/")).text
+
+
+async def test_what_every_answer_carries(tmp_path: Path) -> None:
+    async with page(tmp_path) as stage:
+        browser = await stage.visitor(Role.ADMIN)
+        for path in ("/", "/machines", "/static/page.js", "/nowhere", "/machines/nobody", "/sign-in"):
+            answer = await browser.get(path)
+            policy = answer.headers["content-security-policy"]
+            assert "unsafe" not in policy
+            assert {"default-src 'none'", "frame-ancestors 'none'", "script-src 'self'"} <= set(policy.split("; "))
+            assert answer.headers["x-content-type-options"] == "nosniff"
+            assert answer.headers["cache-control"] == ("no-cache" if path.startswith("/static") else "no-store")
+            assert not {"server", "access-control-allow-origin"} & answer.headers.keys()
+            for inline in ("<script>", " style=", " onclick", "javascript:"):
+                assert inline not in answer.text or path.endswith(".js"), (path, inline)
+        assert (await browser.get("/machines/nobody")).status == 404
+        assert (await browser.get("/nowhere")).status == 404
+
+
+async def test_forged_requests_are_refused(tmp_path: Path) -> None:
+    async with page(tmp_path) as stage:
+        browser = await stage.visitor(Role.OPERATOR)
+        ban = {"name": "3e1d4b52-0f8b-4d4d-9a34-1d4e3b7c6a51", "kind": "uuid"}
+        for headers in (
+            {"origin": "http://evil.example"},
+            {"origin": ""},
+            {"origin": "null"},
+            {"origin": f"https://127.0.0.1:{stage.port}"},
+            {"origin": f"http://localhost:{stage.port}"},  # the page's own, but not the one that is asked
+        ):
+            assert (await browser.post("/bans", ban, **headers)).status == 403, headers
+        assert (await browser.post("/bans", ban, host="evil.example")).status == 421
+        assert (await browser.get("/machines", host=f"evil.example:{stage.port}")).status == 421
+        assert (await browser.post("/bans", ban, content_type="text/plain")).status == 415
+        assert (await browser.post("/bans", {"name": "x" * 70_000})).status == 413
+        for headers in ({}, {"sec_fetch_site": "cross-site"}, {"origin": "http://evil.example"}):
+            assert (await browser.get("/live/machines", **headers)).status == 403, headers
+        assert (await stage.office.administration.bans.page()).total == 0
+        assert (await browser.post("/bans", ban)).headers["location"] == "/bans"
+        assert (await stage.office.administration.bans.page()).total == 1
+        entry = (await stage.office.administration.audit.page()).items[0]
+        assert (entry.action, entry.actor.name) == ("ban.add", "operator")
+
+
+async def test_roles(tmp_path: Path) -> None:
+    async with page(tmp_path) as stage:
+        viewer = await stage.visitor(Role.VIEWER)
+        text = (await viewer.get("/bans")).text
+        assert "Ban a machine" not in text
+        assert "/audit" not in text
+        assert (await viewer.get("/audit")).status == 403
+        refused = await viewer.post("/bans", {"name": "3e1d4b52-0f8b-4d4d-9a34-1d4e3b7c6a51"}, referer="/bans")
+        assert refused.status == 303
+        assert "This needs the role operator" in (await viewer.get("/bans")).text
+        assert (await stage.office.administration.bans.page()).total == 0
+        admin = await stage.visitor(Role.ADMIN)
+        assert "apikey.create" in (await admin.get("/audit")).text
+
+
+async def test_a_session_ends_with_its_key_and_when_one_signs_out_or_its_cookie_is_stolen(tmp_path: Path) -> None:
+    async with page(tmp_path) as stage:
+        for end in ("revoked", "signed out", "stolen"):
+            browser = await stage.visitor(Role.VIEWER)
+            assert (await browser.get("/machines")).status == 200
+            if end == "signed out":
+                cookie = browser.cookie
+                assert (await browser.post("/sign-out", {})).status == 303
+                browser.cookie = cookie
+            elif end == "stolen":
+                thief = Browser(stage.port, cookie=browser.cookie, source="127.0.0.2")
+                assert (await thief.get("/machines")).status == 303
+            else:
+                name = "another"
+                _, secret = await stage.office.administration.api_keys.create(name, Role.VIEWER)
+                browser = Browser(stage.port)
+                await browser.sign_in(secret)
+                assert (await browser.get("/machines")).status == 200
+                await stage.office.administration.api_keys.revoke(name)
+            assert (await browser.get("/machines")).status == 303, end
+
+
+async def test_a_token_is_made_and_shown_with_an_audit_and_leads_where_the_form_says(tmp_path: Path) -> None:
+    async with page(tmp_path) as stage:
+        browser = await stage.visitor(Role.OPERATOR)
+        made = await browser.post("/tokens", {"name": "rack-1", "days": "7", "uses": "3"})
+        assert made.status == 200
+        tokens = (await stage.office.administration.tokens.list(limit=10)) or []
+        (status,) = (one for one in tokens if one.token.name == "rack-1")
+        assert status.token.max_uses == 3
+        shown = await browser.post(f"/tokens/{status.token.id}/secret", {"reach": "siderolink.example:443"})
+        assert "grpc://siderolink.example:443?jointoken=" in shown.text
+        actions = [entry.action for entry in (await stage.office.administration.audit.page()).items]
+        assert actions[:2] == ["token.show", "token.create"]
+        answer = await browser.post("/tokens", {"name": "rack-1", "days": "<b>"}, referer="/tokens")
+        assert answer.status == 303
+        assert "Days is a number." in (await browser.get("/tokens")).text
+        assert (await browser.post(f"/tokens/{status.token.id}/revoke", {})).status == 303
+        assert "revoked" in (await browser.get(f"/tokens/{status.token.id}")).text
