@@ -56,7 +56,7 @@ _PAGE = 1024
 class NobodyLives:
     """See `LivenessSource`: no machine was ever heard."""
 
-    async def of(self, machine: Machine) -> LinkLiveness:
+    async def of(self, machine: Machine, transaction: Transaction) -> LinkLiveness:
         raise AssertionError(f"a new machine met {machine.id}")
 
 

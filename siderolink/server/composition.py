@@ -1,9 +1,10 @@
 """Assembles the parts of a running server."""
 
 from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib.metadata import version
 from ipaddress import IPv6Address, IPv6Interface, IPv6Network
 
 from anyio.abc import TaskGroup
@@ -29,6 +30,7 @@ from siderolink.server.fleet.echo import Echoes, open_echoes
 from siderolink.server.fleet.fleet import Fleet, make_fleet
 from siderolink.server.fleet.goodbyes import Goodbyes
 from siderolink.server.fleet.last_seen import LastSeenNotes
+from siderolink.server.fleet.membership import Membership
 from siderolink.server.fleet.overlay_ports import OverlayPort, device_ports, only_ports
 from siderolink.server.history import QUEUE_LIMIT, History
 from siderolink.server.options import ServerOptions
@@ -107,18 +109,9 @@ class Composition:
             namespace=options.namespace,
         )
         async with open_device(options.device, config, on_device_event) as device:
-            fleet = make_fleet(
-                device,
-                self._store,
-                self._events,
-                self._prefix,
-                limits=options.limits,
-                policy=options.policy,
-                persistent_keepalive=options.persistent_keepalive,
-                clock=Clock(time=self._store.time),
-                last_seen=LastSeenNotes(self._store, stamps),
-            )
+            fleet = self._make_fleet(device, LastSeenNotes(self._store, stamps))
             async with (
+                nullcontext() if fleet.membership is None else fleet.membership.joined(),
                 aclosing(fleet.last_seen),
                 self._open_history(fleet) as history,
                 background_tasks() as tasks,
@@ -139,10 +132,44 @@ class Composition:
                 ):
                     yield parts
 
+    def _make_fleet(self, device: Device, last_seen: LastSeenNotes) -> Fleet:
+        options, clock = self._options, Clock(time=self._store.time)
+        return make_fleet(
+            device,
+            self._store,
+            self._events,
+            self._prefix,
+            limits=options.limits,
+            policy=options.policy,
+            persistent_keepalive=options.persistent_keepalive,
+            clock=clock,
+            last_seen=last_seen,
+            membership=self._membership(device, clock),
+        )
+
+    def _membership(self, device: Device, clock: Clock) -> Membership | None:
+        """This server among the others; None where no other can use the store."""
+        if not self._store.is_shared:
+            return None
+        from siderolink.server.store.sql.tables import HEAD
+
+        endpoints = map(str, self._endpoints(device))
+        return Membership(self._store, clock, endpoints=endpoints, software=version("siderolink"), schema=int(HEAD))
+
+    def _endpoints(self, device: Device) -> tuple[HostPort, ...]:
+        """Where machines reach this server's WireGuard."""
+        return tuple(
+            endpoint if endpoint.port else replace(endpoint, port=device.listen_port or 0)
+            for endpoint in self._options.endpoints
+        )
+
     def _start_tasks(self, device: Device, fleet: Fleet, tasks: TaskGroup, echoes: Echoes | None) -> None:
         options = self._options
         tasks.start_soon(fleet.monitor.watch)
         tasks.start_soon(keep_running, "writing when machines were heard", fleet.last_seen.run)
+        if fleet.membership is not None and fleet.owners is not None:
+            tasks.start_soon(keep_running, "writing heartbeats", fleet.membership.run)
+            tasks.start_soon(keep_running, "taking links", fleet.owners.run)
         goodbyes = Goodbyes(fleet.directory, fleet.monitor, fleet.machines.remove)
         listen = partial(goodbyes.run, self._address, device.name, options.namespace)
         tasks.start_soon(keep_running, "listening for goodbyes", listen)
@@ -155,6 +182,8 @@ class Composition:
             tasks.start_soon(keep_running, "forgetting absent machines", forget)
         if options.dial:
             dial = partial(dial_remembered, fleet.directory, fleet.sessions, fleet.reconciler)
+            if fleet.owners is not None:
+                dial = partial(dial, may_dial=fleet.owners.is_heir)
             tasks.start_soon(keep_running, "dialling remembered machines", dial)
 
     @asynccontextmanager
@@ -207,13 +236,11 @@ class Composition:
         self, device: Device, fleet: Fleet, reports: Reports | None, history: History | None
     ) -> AsyncIterator[Parts]:
         options = self._options
-        endpoints = tuple(
-            endpoint if endpoint.port else replace(endpoint, port=device.listen_port or 0) for endpoint in options.endpoints
-        )
+        endpoints = self._endpoints(device)
         provisioning = ProvisionService(
             fleet.machines,
             fleet.directory,
-            ResponseBuilder(device.public_key, self._prefix, endpoints),
+            ResponseBuilder(device.public_key, self._prefix, endpoints, fleet.membership),
             self._events,
             self._join_token,
             policy=options.policy,

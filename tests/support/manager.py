@@ -2,7 +2,7 @@
 
 import os
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -25,6 +25,7 @@ from siderolink.server.events import EventHub, EventsLost, EventStream, ServerEv
 from siderolink.server.fleet.directory import MachineLink
 from siderolink.server.fleet.fleet import make_fleet
 from siderolink.server.fleet.last_seen import LastSeenNotes
+from siderolink.server.fleet.membership import Membership
 from siderolink.server.store import Machine, MemoryStore
 from tests.support.fake_device import FakeDevice, VirtualClock
 
@@ -76,7 +77,9 @@ class Manager:
         last_seen: LastSeenNotes | None = None,
         mode: JoinTokensMode | None = None,
         trust_fingerprints: bool = False,
+        server_id: str | None = None,
     ) -> None:
+        """`server_id` makes it one of several servers of its store."""
         limits = limits or MachineLimits()
         self.time = time or VirtualClock()
         self.device = FakeDevice(self.time)
@@ -85,6 +88,8 @@ class Manager:
         self.join_token = join_token if isinstance(join_token, JoinTokenCheck) else JoinTokenCheck(join_token)
         prefix = overlay_prefix()
         policy = JoinPolicy(mode=mode, trust_fingerprints=trust_fingerprints)
+        endpoints = tuple(HostPort("192.0.2.1" if server_id is None else f"{server_id}.example", port) for port in (1, 2, 3))
+        self.membership = None if server_id is None else self._join_servers(server_id, endpoints)
         self.fleet = make_fleet(
             self.device,
             self.store,
@@ -95,6 +100,7 @@ class Manager:
             clock=self.time.clock,
             last_seen=last_seen,
             entropy=os.urandom if entropy is None else lambda count: entropy.pop(0),
+            membership=self.membership,
         )
         self.links = self.fleet.directory
         self.machines = self.fleet.machines
@@ -107,7 +113,7 @@ class Manager:
         self.service = ProvisionService(
             self.machines,
             self.links,
-            ResponseBuilder(self.device.public_key, prefix, tuple(HostPort("192.0.2.1", port) for port in (1, 2, 3))),
+            ResponseBuilder(self.device.public_key, prefix, endpoints, self.membership),
             self.hub,
             self.join_token,
             policy=policy,
@@ -118,6 +124,9 @@ class Manager:
             clock=self.time.clock,
         )
         self._events = self.hub.subscribe()
+
+    def _join_servers(self, server_id: str, endpoints: Iterable[HostPort]) -> Membership:
+        return Membership(self.store, self.time.clock, server_id=server_id, endpoints=map(str, endpoints))
 
     async def join(self, machine: FakeMachine, **changes: object) -> ProvisionResponse:
         return await self.service.provision(machine.request(**changes), source=f"{machine.source}:1")
@@ -172,6 +181,8 @@ async def following(manager: Manager) -> AsyncIterator[Manager]:
 
     async with background_tasks() as tasks:
         await tasks.start(manager.reconciler.follow)
+        if manager.fleet.owners is not None:
+            tasks.start_soon(manager.fleet.owners.run)
         yield manager
 
 

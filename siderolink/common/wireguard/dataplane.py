@@ -188,6 +188,10 @@ class DataPlane:
         peer = self._engine.find_peer(pair[:half], pair[half:])
         if peer is None and self._engine.allowed_ips.may_leave(pair[:half]):
             self._reply_unreachable(frame)
+        if peer is not None and peer.is_passive:
+            self._reply_unreachable(frame)
+            self._engine.drop(Drop.NO_PATH)
+            return None
         if peer is not None and _is_routing_loop(frame, pair, peer):
             self._engine.drop(Drop.ROUTING_LOOP)
             return None

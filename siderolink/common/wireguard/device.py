@@ -69,6 +69,9 @@ class PeerConfig:
     preshared_key: PresharedKey | None = None
     persistent_keepalive: int = 0
     """Seconds between keepalives, 0 for none, at most 65,535."""
+    is_passive: bool = False
+    """Another device with the same key has the peer now: send it nothing, forget its endpoint, and keep its sessions for what
+    it may still send here. Packets to it are answered as unreachable. A session that it begins here makes it active."""
 
 
 @dataclass(slots=True, kw_only=True)

@@ -197,7 +197,7 @@ class Admission:
         is_assigned = _is_assigned_token(row, request.digest)
         if row.bound_digest is not None and not rules.same_token(row, request.digest) and not is_assigned:
             return refusal(JoinRefusal.OTHER_UNIQUE_TOKEN, row)
-        link = await self._liveness.of(row)
+        link = await self._liveness.of(row, transaction)
         now = self._clock.time()
         needs_virtual = request.use_tunnel and rules.needs_virtual_address(row, False, link, now)
         wanted = row
@@ -247,7 +247,7 @@ class Admission:
     async def _take_key(self, transaction: Transaction, holder: Machine, row: Machine) -> tuple[tuple[Machine, ...], Machine]:
         """Move a key away from its holder's row, and a working tunnel with it. Returns the rows that changed, and the key's."""
         before = replace(holder, public_key=None, linked_at=None)
-        link = await self._liveness.of(holder)
+        link = await self._liveness.of(holder, transaction)
         if row.tunnel and not rules.needs_virtual_address(holder, False, link, self._clock.time()):
             before = replace(before, virtual_address=None, virtual_issued_at=None)
             row = replace(row, virtual_address=holder.virtual_address, virtual_issued_at=holder.virtual_issued_at)
@@ -265,7 +265,7 @@ class Admission:
         self, transaction: Transaction, request: JoinRequest, new_id: str, owner: Machine, holder: Machine | None
     ) -> Grant | Rejection:
         """A known UUID with another key than its row's: at most a claim."""
-        link = await self._liveness.of(owner)
+        link = await self._liveness.of(owner, transaction)
         basis = rules.may_take(
             owner,
             request.digest,
@@ -454,7 +454,7 @@ class Admission:
         return Grant(machine=accepted, basis=Basis.ASSIGNED, has_bound=True, is_new_link=needs_virtual)
 
     async def _answer_pending(self, transaction: Transaction, request: JoinRequest, row: Machine) -> Grant:
-        link = await self._liveness.of(row)
+        link = await self._liveness.of(row, transaction)
         now = self._clock.time()
         needs_virtual = request.use_tunnel and rules.needs_virtual_address(row, False, link, now)
         if needs_virtual:

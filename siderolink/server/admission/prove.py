@@ -78,7 +78,7 @@ class Proofs:
             transaction, claim.public_key, claim.unique_token_digest
         ):  # a ban of the UUID has deleted the row
             return Proof(machine=None, before=before, claim=claim)
-        link = await self._liveness.of(before)
+        link = await self._liveness.of(before, transaction)
         trust = self._policy.trust_fingerprints
         basis = rules.still_stands(before, claim, link, now, trust_fingerprints=trust)
         if basis is None or not await _still_admits(transaction, before, claim, now):
@@ -107,7 +107,7 @@ class Proofs:
             return None
         owner = await transaction.machine_by_uuid(machine.node_uuid)
         if owner is not None:
-            link = await self._liveness.of(owner)
+            link = await self._liveness.of(owner, transaction)
             trust = self._policy.trust_fingerprints
             may_take = rules.may_take(owner, digest, machine.unique_fingerprint, source, link, trust_fingerprints=trust)
             if owner.id != machine.id or may_take is None:

@@ -8,7 +8,7 @@ from siderolink.common.keys import PublicKey
 from siderolink.server.admission.rules import LinkLiveness
 from siderolink.server.admission.tokens import JoinTokenResult, JoinTokenState, UniqueToken
 from siderolink.server.refusals import JoinRefusal
-from siderolink.server.store import Ban, BanKind, Machine
+from siderolink.server.store import Ban, BanKind, Machine, Transaction
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,4 +106,4 @@ async def allow_all(request: JoinRequest) -> Allow | Deny:
 class LivenessSource(Protocol):
     """Where the decision asks how alive a machine's link is."""
 
-    async def of(self, machine: Machine) -> LinkLiveness: ...
+    async def of(self, machine: Machine, transaction: Transaction) -> LinkLiveness: ...

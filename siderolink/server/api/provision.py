@@ -30,6 +30,7 @@ from siderolink.server.events import EventHub, JoinRefused
 from siderolink.server.fleet.directory import Directory
 from siderolink.server.fleet.known import QueryBudget
 from siderolink.server.fleet.machines import Machines
+from siderolink.server.fleet.membership import Membership
 from siderolink.server.refusals import JoinRefusal, JoinRejectedError
 from siderolink.server.store import Machine
 
@@ -66,12 +67,22 @@ STATUSES = {
 
 _BY_TOKENS = {JoinRefusal.INVALID_JOIN_TOKEN, JoinRefusal.PROVIDER_GONE, JoinRefusal.OTHER_UNIQUE_TOKEN}
 INTERNAL_TEXT = "internal server error"
+MAX_ENDPOINTS = 32
+"""In an answer; machines may take no more."""
 
 
 class ResponseBuilder:
     """Builds the answers to admitted calls; holds what is the same in all of them."""
 
-    def __init__(self, public_key: PublicKey, prefix: IPv6Network, endpoints: tuple[HostPort, ...]) -> None:
+    def __init__(
+        self,
+        public_key: PublicKey,
+        prefix: IPv6Network,
+        endpoints: tuple[HostPort, ...],
+        membership: Membership | None = None,
+    ) -> None:
+        """`membership` tells the endpoints of all living servers, where several share the store."""
+        self._membership = membership
         self._public_key = public_key.encode()
         self._prefix_length = prefix.prefixlen
         self._server_address = str(server_address(prefix))
@@ -80,7 +91,7 @@ class ResponseBuilder:
     def build(self, machine: Machine, *, tunnel: bool) -> ProvisionResponse:
         """The answer for an admitted machine. It has a virtual address if the machine is to use the tunnel."""
         response = ProvisionResponse(
-            server_endpoint=self._endpoints,
+            server_endpoint=self._living_endpoints(),
             server_public_key=self._public_key,
             node_address_prefix=f"{machine.overlay_address}/{self._prefix_length}",
             server_address=self._server_address,
@@ -89,6 +100,11 @@ class ResponseBuilder:
             response.grpc_peer_addr_port = format_peer_addr_port(machine.virtual_address)
             response.server_endpoint = [response.grpc_peer_addr_port]
         return response
+
+    def _living_endpoints(self) -> list[str]:
+        if self._membership is None:
+            return self._endpoints
+        return swap_endpoints(self._membership.endpoints()[:MAX_ENDPOINTS])
 
 
 class ProvisionService:

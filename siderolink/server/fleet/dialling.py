@@ -7,7 +7,7 @@ would only lengthen that queue until both ends retransmit.
 
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import anyio
@@ -77,8 +77,12 @@ async def dial_remembered(
     reconciler: Reconciler,
     pace: Pace | None = None,
     clock: Clock | None = None,
+    may_dial: Callable[[str], bool] = lambda machine_id: True,
 ) -> None:
-    """Dial each machine that was last heard by UDP and has not reconnected meanwhile, the most recent first."""
+    """Dial each machine that was last heard by UDP and has not reconnected meanwhile, the most recent first.
+
+    `may_dial` is asked by a machine's id: another server may have it.
+    """
     pace, clock = pace or Pace(), clock or Clock()
     window, made = Window(), 0
     wake = anyio.Event()
@@ -95,6 +99,8 @@ async def dial_remembered(
                     await wake.wait()
             endpoint = remembered_endpoint(link)
             if endpoint is None or link.state is not LinkState.DOWN or directory.get(link.machine.id) is not link:
+                continue
+            if not may_dial(link.machine.id):
                 continue
             window.dialled(link.machine.id, now)
             try:

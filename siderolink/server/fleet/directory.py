@@ -21,7 +21,7 @@ from siderolink.server.store import Claim, Machine, MachineAdmission, Store
 
 EndStream = Callable[[StreamRefusal], None]
 
-_FEED_SECONDS = 1.5
+_FEED_SECONDS = 2.0
 """How long a change that another server made may take to come: the feed looks each second."""
 _MOST_AWAITED = 256
 

@@ -19,8 +19,10 @@ from siderolink.server.fleet.enrolment import Enrolment
 from siderolink.server.fleet.last_seen import LastSeenNotes
 from siderolink.server.fleet.liveness import Liveness
 from siderolink.server.fleet.machines import Machines
+from siderolink.server.fleet.membership import Membership
 from siderolink.server.fleet.monitor import Monitor
 from siderolink.server.fleet.moves import Moves
+from siderolink.server.fleet.owners import Owners
 from siderolink.server.fleet.reconciler import Reconciler
 from siderolink.server.fleet.row_transitions import RowTransitions
 from siderolink.server.fleet.sessions import Sessions
@@ -41,6 +43,9 @@ class Fleet:
     machines: Machines
     enrolment: Enrolment
     last_seen: LastSeenNotes
+    membership: Membership | None
+    """This server among those of its store; None where no other can use that."""
+    owners: Owners | None
 
 
 def make_fleet(
@@ -55,21 +60,30 @@ def make_fleet(
     persistent_keepalive: int = 25,
     last_seen: LastSeenNotes | None = None,
     entropy: Callable[[int], bytes] = os.urandom,
+    membership: Membership | None = None,
 ) -> Fleet:
     """Make the parts; nothing runs yet."""
     limits, clock = limits or MachineLimits(), clock or Clock()
     last_seen = last_seen or LastSeenNotes(store)
     directory = Directory(store, clock)
     sessions = Sessions(device, directory, max_unproven_streams=limits.max_unproven_streams, clock=clock)
-    liveness = Liveness(device, directory, clock)
+    owners = None if membership is None else Owners(membership, directory, store, clock)
+    last_seen.owners = owners
+    liveness = Liveness(device, directory, clock, owners=owners)
     rows = Rows(prefix, limits, clock, entropy, count_machines=directory.__len__)
     tokens = TokenRules(store.sealer, clock)
     admission = Admission(liveness, rows, clock, tokens, policy, directory.denied.find)
-    reconciler = Reconciler(device, directory, sessions, store, events, clock, persistent_keepalive=persistent_keepalive)
+    reconciler = Reconciler(
+        device, directory, sessions, store, events, clock, persistent_keepalive=persistent_keepalive, owners=owners
+    )
+    if owners is not None:
+        owners.apply = reconciler.set_sending
     proofs = Proofs(liveness, clock, admission.policy)
-    transitions = RowTransitions(directory, reconciler, proofs, store, events)
-    monitor = Monitor(directory, sessions, liveness, reconciler, admission, transitions, events, limits, clock, last_seen)
-    moves = Moves(store, directory, reconciler, proofs, events, clock)
+    transitions = RowTransitions(directory, liveness, reconciler, proofs, store, events)
+    monitor = Monitor(
+        directory, sessions, liveness, reconciler, admission, transitions, events, limits, clock, last_seen, owners
+    )
+    moves = Moves(store, directory, liveness, reconciler, proofs, events, clock)
     moves.on_moved = monitor.moved
     liveness.redial = reconciler.redial
     machines = Machines(store, directory, liveness, reconciler, admission, moves, events, clock)
@@ -84,4 +98,6 @@ def make_fleet(
         machines=machines,
         enrolment=Enrolment(store, directory, sessions, reconciler, admission.policy),
         last_seen=last_seen,
+        membership=membership,
+        owners=owners,
     )

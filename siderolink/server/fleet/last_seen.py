@@ -5,14 +5,18 @@ start, timestamps begin above all that may have been used and not written.
 """
 
 import logging
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import anyio
 
 from siderolink.common.errors import StoreError
 from siderolink.server.store import LastSeen, Store, Transaction
 from siderolink.server.store.server_record import WRITE_AFTER
+
+if TYPE_CHECKING:
+    from siderolink.server.fleet.owners import Owners
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +41,8 @@ class LastSeenNotes:
         self._write_after = write_after
         self._waiting: dict[str, LastSeen] = {}
         self._wake = anyio.Event()
+        self.owners: Owners | None = None
+        """Where several servers share the store: what is noted of a link is its owner's to say."""
 
     def add(self, machine_id: str, seen: LastSeen) -> None:
         """Called between packets: quick, and never raises."""
@@ -60,7 +66,7 @@ class LastSeenNotes:
                 ids = list(self._waiting)[:_AT_ONCE]
                 batch = {machine_id: self._waiting.pop(machine_id) for machine_id in ids}
                 # A note older than what is stored changes nothing (LastSeen.of): a late writer overwrites no newer one.
-                await self._store.transact(lambda transaction, batch=batch: transaction.note(batch))  # type: ignore[misc]
+                await self._write(batch)
                 batch = {}
             await self._write_mark()
         except StoreError as error:
@@ -69,6 +75,13 @@ class LastSeenNotes:
                 self._waiting[machine_id] = seen if newer is None else newer.after(seen)
             self._wake.set()
             log.warning("last-seen times and endpoints could not be stored: %s", error)
+
+    async def _write(self, batch: Mapping[str, LastSeen]) -> None:
+        owners = self.owners
+        if owners is None:
+            await self._store.transact(lambda transaction: transaction.note(batch))
+        else:
+            owners.keep(await self._store.transact(lambda transaction: owners.note(transaction, batch)))
 
     async def _write_mark(self) -> None:
         mark = b"" if self._stamps is None else self._stamps.high_water

@@ -1,23 +1,26 @@
 """Liveness: how long each machine has been silent, and probes for when silence alone does not decide.
 
-Uses monotonic clocks only. `Liveness.of` is the place to ask other servers of the same fleet.
+Uses monotonic clocks only, but for what other servers with the same store have heard: that is told by the store's clock.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import anyio
 
-from siderolink.common.errors import SideroLinkError
+from siderolink.common.errors import SideroLinkError, StoreUnavailableError
 from siderolink.common.keys import PublicKey
 from siderolink.common.wireguard.device import CanShakeHands, Device, PeerStatus
 from siderolink.server.admission.rules import LinkLiveness
 from siderolink.server.clock import Clock
 from siderolink.server.fleet.directory import Directory, MachineLink
-from siderolink.server.store import Machine
+from siderolink.server.fleet.owners import Owners
+from siderolink.server.store import Machine, Ownership, Transaction
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
+
+T = TypeVar("T")
 
 PROBES = 5
 PROBE_SECONDS = 1.0
@@ -30,12 +33,39 @@ _VALID_SECONDS = 30.0
 """How long unanswered probes stay valid while the machine is silent."""
 _LAST_PACKETS = 1.0
 """How long packets in flight may arrive after a goodbye."""
+ASK_SECONDS = 1.0
+"""How long another server may take to say when it heard a machine."""
+_MOST_ASKED = 5
 
 
 class Echo(Protocol):
     """Sends a ping to an overlay address."""
 
     def send(self, machine: Machine) -> None: ...
+
+
+class OwnersWord(Protocol):
+    """Asks another server of the same store."""
+
+    async def heard_at(self, owner_server_id: str, machine_id: str) -> float | None:
+        """When that server last heard the machine, in Unix time by the store's clock; 0.0 if it never did; None if it cannot be
+        asked. Never raises. The caller waits for `ASK_SECONDS` at most.
+        """
+
+
+class NobodyToAsk:
+    """No connection to other servers: see `OwnersWord`."""
+
+    async def heard_at(self, owner_server_id: str, machine_id: str) -> float | None:
+        return None
+
+
+class OwnerUnaskedError(Exception):
+    """Raised inside a transaction that has to know what another server heard; `Liveness.decide` asks it and begins again."""
+
+    def __init__(self, ownership: Ownership) -> None:
+        super().__init__(ownership.machine_id)
+        self.ownership = ownership
 
 
 @dataclass(slots=True)
@@ -59,7 +89,15 @@ class _Unanswered:
 class Liveness:
     """How alive each link is."""
 
-    def __init__(self, device: Device, directory: Directory, clock: Clock, echo: Echo | None = None) -> None:
+    def __init__(
+        self, device: Device, directory: Directory, clock: Clock, echo: Echo | None = None, owners: Owners | None = None
+    ) -> None:
+        """`owners` where several servers share the store."""
+        self._owners = owners
+        self._words: dict[str, tuple[int, float | None]] = {}
+        """What owners said, with their epochs, for the transactions that asked for it."""
+        self.word: OwnersWord = NobodyToAsk()
+        """How other servers are asked."""
         self._device = device
         self._directory = directory
         self._clock = clock
@@ -88,11 +126,77 @@ class Liveness:
             return status.silent_for
         return None if status.last_received is None else max(0.0, self._clock.host_time() - status.last_received)
 
-    async def of(self, machine: Machine) -> LinkLiveness:
-        """The state of the machine's link, for a decision about its row."""
+    async def decide(self, transact: "Callable[[], Awaitable[T]]") -> T:
+        """Run a transaction that calls `of`; where it needs the word of another server, ask that and run it again."""
+        asked: set[str] = set()
+        try:
+            for _ in range(_MOST_ASKED):
+                try:
+                    return await transact()
+                except OwnerUnaskedError as unasked:
+                    asked.add(unasked.ownership.machine_id)
+                    await self._ask(unasked.ownership)
+            raise StoreUnavailableError("the machine goes from server to server; ask again")
+        finally:
+            for machine_id in asked:
+                self._words.pop(machine_id, None)
+
+    async def _ask(self, owner: Ownership) -> None:
+        heard_at: float | None = None
+        with anyio.move_on_after(ASK_SECONDS):
+            heard_at = await self.word.heard_at(owner.server_id, owner.machine_id)
+        self._words[owner.machine_id] = owner.epoch, heard_at
+
+    async def heard_at(self, machine_id: str) -> float:
+        """What this server answers to others: when it last heard the machine, by the store's clock; 0.0 if it never did."""
+        link = self._directory.get(machine_id)
+        silence = None if link is None else await self.silence(link.machine)
+        return 0.0 if silence is None else self._clock.time() - silence
+
+    async def newest_row(self, machine: Machine) -> Machine | None:
+        """The row with its last sighting, which other servers do not tell each other; None where one of them has the link."""
+        if self._owners is None:
+            return machine
+        return None if self._owners.is_elsewhere(machine.id) else await self._directory.row(machine.id)
+
+    async def _unheard_elsewhere(self, machine: Machine, transaction: Transaction | None) -> float | None:
+        """Seconds since the other server that owns the link heard the machine; None if no other one owns it.
+
+        The owner's word decides. Where it cannot be asked, silence counts from the newest of what it stored, its last
+        heartbeat, and the end of the last outage of the database. Raises OwnerUnaskedError.
+        """
+        if self._owners is None or transaction is None:
+            return None
+        owner, membership = await transaction.ownership.of(machine.id), self._owners.membership
+        if owner is None or owner.server_id == membership.id:
+            return None
+        word = self._words.get(machine.id)
+        if (word is None or word[0] != owner.epoch) and membership.is_alive(owner.server_id):
+            raise OwnerUnaskedError(owner)
+        heard_at = word[1] if word is not None and word[0] == owner.epoch else None
+        if heard_at is None:
+            server = membership.get(owner.server_id)
+            last = 0.0 if server is None else server.heartbeat_at
+            heard_at = max(owner.heard_at, machine.seen_at or 0.0, machine.linked_at or 0.0, last, membership.outage_ended_at)
+        return max(0.0, self._clock.time() - heard_at)
+
+    async def of(self, machine: Machine, transaction: Transaction | None = None) -> LinkLiveness:
+        """The state of the machine's link, for a decision about its row.
+
+        Raises OwnerUnaskedError inside a transaction where another server owns the link; see `decide`.
+        """
+        elsewhere = await self._unheard_elsewhere(machine, transaction)
         link = self._directory.get(machine.id)
         status = await self._status(machine)
         silence = self._silence(status)
+        if elsewhere is not None:
+            return LinkLiveness(
+                silence=silence,
+                unheard=elsewhere if silence is None else min(silence, elsewhere),
+                said_goodbye=machine.goodbye_at is not None and machine.goodbye_at >= (machine.seen_at or 0.0),
+                source=machine.last_source,
+                is_unanswered=self._is_unanswered(machine, status),
+            )
         source = machine.last_source if link is None or link.source is None else link.source
         return LinkLiveness(
             silence=silence,
@@ -146,10 +250,16 @@ class Liveness:
                 return run.is_unanswered
         return await self._probe(machine)
 
+    def forget_probes(self, machine_id: str) -> None:
+        """Another server has the machine: that probes from here stayed unanswered says nothing."""
+        self._unanswered.pop(machine_id, None)
+
     async def _probe(self, machine: Machine) -> bool:
         link = self._directory.get(machine.id)
         if link is None or not self._can_be_probed(link):
             return False
+        if self._owners is not None and self._owners.is_elsewhere(machine.id):
+            return False  # only its owner reaches it
         run = self._runs[machine.id] = _Run(anyio.Event())
         try:
             received = await self._unanswered_since(link)

@@ -6,6 +6,7 @@ A change is always made in the store first and then applied by the reconciler.
 import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from functools import partial
 
 import anyio
 
@@ -76,7 +77,8 @@ class Machines:
         entry_id = new_id()
         async with self._reconciler.locks.hold(request.node_uuid, request.public_key):
             # A cancellation from here on leaves a stored row that is not applied; `follow` then does that.
-            verdict = await self._store.transact(lambda transaction: self._admission.admit(transaction, request, entry_id))
+            admit = partial(self._admission.admit, request=request, new_id=entry_id)
+            verdict = await self._liveness.decide(lambda: self._store.transact(admit))
             if isinstance(verdict, Rejection):
                 return verdict
             if not await self._apply(verdict, request.source):
@@ -151,9 +153,10 @@ class Machines:
         for number, link in enumerate(self._directory):
             if number % _AT_ONCE == 0:
                 await anyio.lowlevel.checkpoint()
-            machine = link.machine
-            last = max(machine.seen_at or 0.0, machine.linked_at or 0.0, machine.joined_at)
-            if link.state is not LinkState.DOWN or self._clock.time() - last < forget_after:
+            if link.state is not LinkState.DOWN or not self._is_absent(link.machine, forget_after):
+                continue
+            machine = await self._liveness.newest_row(link.machine)
+            if machine is None or not self._is_absent(machine, forget_after):
                 continue
             facts = await self._liveness.of(machine)
             if facts.unheard is not None and facts.unheard < forget_after and facts.silence is not None:
@@ -162,6 +165,10 @@ class Machines:
                 await self.remove(machine.id, LeaveReason.LONG_GONE)
             except SideroLinkError as error:
                 log.warning("an expired machine could not be removed: %s", error, extra=machine.log_fields)
+
+    def _is_absent(self, machine: Machine, forget_after: float) -> bool:
+        last = max(machine.seen_at or 0.0, machine.linked_at or 0.0, machine.joined_at)
+        return self._clock.time() - last >= forget_after
 
     async def change(self, work: Callable[[Transaction], Awaitable[Machine]]) -> Machine:
         """Change a row by a transaction, and the link with it."""

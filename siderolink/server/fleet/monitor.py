@@ -20,6 +20,7 @@ from siderolink.server.events import DownReason, EventHub, HandshakeCompleted, L
 from siderolink.server.fleet.directory import Directory, EndStream, LinkState, MachineLink, Stream, log_fields
 from siderolink.server.fleet.last_seen import LastSeenNotes
 from siderolink.server.fleet.liveness import Liveness
+from siderolink.server.fleet.owners import Owners
 from siderolink.server.fleet.reconciler import Reconciler
 from siderolink.server.fleet.row_transitions import RowTransitions
 from siderolink.server.fleet.sessions import Sessions
@@ -71,7 +72,10 @@ class Monitor:
         limits: MachineLimits,
         clock: Clock,
         last_seen: LastSeenNotes,
+        owners: Owners | None = None,
     ) -> None:
+        """`owners` where several servers share the store."""
+        self._owners = owners
         self._directory = directory
         self._sessions = sessions
         self._liveness = liveness
@@ -92,6 +96,8 @@ class Monitor:
         reconciler.on_dropped = self._dropped
         reconciler.on_failed = self._retry_resync
         transitions.on_taken_over = self.moved
+        if owners is not None:
+            owners.on_lost = self._lost
 
     @property
     def next_check_at(self) -> float | None:
@@ -124,6 +130,8 @@ class Monitor:
         if isinstance(event, device_events.PathChanged):
             self._sessions.path_changed(link, event)
             self._note(link)
+            if self._owners is not None:
+                self._owners.heard(link, is_new_session=False)
         elif isinstance(event, device_events.PeerHandshake):
             self._handshake_completed(link, event.public_key)
         elif isinstance(event, device_events.HandshakeGaveUp) and link.state is LinkState.DOWN:
@@ -149,6 +157,8 @@ class Monitor:
             self._wake.set()
             return
         link.goodbye_at = None
+        if self._owners is not None:
+            self._owners.heard(link, is_new_session=True)
         self._note(link, handshake=True)
         is_first = link.state is not LinkState.UP
         if is_first:
@@ -175,8 +185,19 @@ class Monitor:
 
     def moved(self, link: MachineLink) -> None:
         """The link goes on with the session of a proved claim, or of the row that had its key before."""
+        if self._owners is not None:
+            self._owners.heard(link, is_new_session=True)
         self._note(link, handshake=True)
         self._bring_up(link)
+
+    def _lost(self, link: MachineLink) -> None:
+        """Another server has the machine now: what is known of its link here is over, and no reason to forget it."""
+        link.goodbye_at = None
+        self._liveness.forget_probes(link.machine.id)
+        self._directory.set_source(link, None)
+        self._admission.pending.discard(link.machine.id)
+        if link.state is not LinkState.DOWN:
+            self._sessions.set_state(link, LinkState.DOWN)
 
     def _set_quiet(self, link: MachineLink, quiet: bool) -> None:
         """A machine that is gone costs no handshakes until it comes back."""
@@ -280,7 +301,9 @@ class Monitor:
 
     async def _check_machine(self, machine_id: str) -> None:
         link = self._directory.get(machine_id)
-        if link is None or link.state is LinkState.PENDING:
+        if self._owners is not None and self._owners.is_elsewhere(machine_id):
+            self._set_deadline(machine_id, self._limits.down_after)  # its server looks at it
+        elif link is None or link.state is LinkState.PENDING:
             await self._transitions.expire(machine_id)
         elif link.state is LinkState.UP:
             await self._check_link(link)

@@ -7,6 +7,7 @@ there inside the key's session; until then the old row stays as it is.
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from ipaddress import IPv6Address
 
 import anyio
@@ -20,6 +21,7 @@ from siderolink.server.admission.rules import same_source
 from siderolink.server.clock import Clock
 from siderolink.server.events import AdmissionChanged, EventHub
 from siderolink.server.fleet.directory import Directory, MachineLink
+from siderolink.server.fleet.liveness import Liveness
 from siderolink.server.fleet.reconciler import Reconciler
 from siderolink.server.store import Machine, Store, Transaction
 
@@ -54,6 +56,7 @@ class Moves:
         self,
         store: Store,
         directory: Directory,
+        liveness: Liveness,
         reconciler: Reconciler,
         proofs: Proofs,
         events: EventHub,
@@ -61,6 +64,7 @@ class Moves:
     ) -> None:
         self._store = store
         self._directory = directory
+        self._liveness = liveness
         self._reconciler = reconciler
         self._proofs = proofs
         self._events = events
@@ -180,7 +184,8 @@ class Moves:
             self._end(other)
         try:
             async with self._reconciler.locks.hold(machine.node_uuid, machine.public_key):
-                moved = await self._store.transact(lambda transaction: self._prove(transaction, machine, move.source))
+                prove = partial(self._prove, machine=machine, source=move.source)
+                moved = await self._liveness.decide(lambda: self._store.transact(prove))
                 if moved is not None:
                     link = await self._reconciler.apply(moved[0])
                     await self._reconciler.apply(moved[1])

@@ -19,6 +19,7 @@ from siderolink.server.clock import Clock
 from siderolink.server.events import EventHub, LeaveReason, MachineLeft
 from siderolink.server.fleet.directory import Directory, LinkState, MachineLink, log_fields
 from siderolink.server.fleet.locks import KeyedLocks
+from siderolink.server.fleet.owners import Owners
 from siderolink.server.fleet.sessions import Sessions
 from siderolink.server.refusals import StreamRefusal
 from siderolink.server.store import (
@@ -26,10 +27,12 @@ from siderolink.server.store import (
     ChangesLost,
     Claim,
     ClaimChanged,
+    FleetServerChanged,
     Machine,
     MachineAdmission,
     MachineChanged,
     MachineDeleted,
+    OwnershipTaken,
     Store,
     TokenChanged,
 )
@@ -56,8 +59,11 @@ class Reconciler:
         clock: Clock,
         *,
         persistent_keepalive: int,
+        owners: Owners | None = None,
     ) -> None:
+        """`owners` where several servers share the store."""
         self._device = device
+        self._owners = owners
         self._directory = directory
         self._sessions = sessions
         self._store = store
@@ -78,8 +84,21 @@ class Reconciler:
     # --- the device
 
     def _peer(self, machine: Machine, public_key: PublicKey, *extra: IPv6Network) -> PeerConfig:
-        own = IPv6Network((int(machine.overlay_address), 128))
-        return PeerConfig(public_key=public_key, allowed_ips=(own, *extra), persistent_keepalive=self._persistent_keepalive)
+        allowed_ips = (IPv6Network((int(machine.overlay_address), 128)), *extra)
+        if self._owners is not None and not self._owners.may_send(machine.id):
+            return PeerConfig(public_key=public_key, allowed_ips=allowed_ips, is_passive=True)
+        return PeerConfig(public_key=public_key, allowed_ips=allowed_ips, persistent_keepalive=self._persistent_keepalive)
+
+    async def set_sending(self, link: MachineLink) -> None:
+        """Another server has the machine now, or this one has."""
+        key = link.machine.public_key
+        if key is None or self._directory.by_key(key) is not link:
+            return
+        link.is_quiet = False
+        peer = self._peer(link.machine, key)
+        await self._device.set_peer(peer)
+        if not peer.is_passive and link.path is not None and link.path.is_open:
+            self._device.offer_path(key, link.path)
 
     async def apply(self, machine: Machine, *, state: LinkState = LinkState.PENDING) -> MachineLink:
         """Make device and addresses match the row, unless a newer revision is known. `state` is for a new key."""
@@ -182,6 +201,8 @@ class Reconciler:
 
     async def _drop(self, link: MachineLink) -> None:
         key = link.machine.public_key
+        if self._owners is not None and link.claim is None:
+            self._owners.forget(link.machine.id)
         had_key = key is not None and self._directory.by_key(key) is link
         self._directory.remove(link)
         self._sessions.tell(link)
@@ -222,7 +243,12 @@ class Reconciler:
         if link.machine.public_key is None:
             return
         link.is_quiet = False
-        peer = replace(self._peer(link.machine, link.machine.public_key), endpoint=endpoint)
+        peer = replace(
+            self._peer(link.machine, link.machine.public_key),
+            endpoint=endpoint,
+            persistent_keepalive=self._persistent_keepalive,
+            is_passive=False,
+        )
         # A keepalive that goes from off to on is sent at once, and it needs a session.
         await self._device.set_peer(replace(peer, persistent_keepalive=0))
         await self._device.set_peer(peer)
@@ -252,6 +278,8 @@ class Reconciler:
 
     async def load(self) -> None:
         """Make links of all rows and claims in the store, before the API listens."""
+        if self._owners is not None:
+            await self._owners.load()
         async for machine in self._store.machines():
             await self.apply(machine, state=LinkState.DOWN if machine.linked_at else LinkState.PENDING)
         await self._directory.known.load_tokens(self._store)
@@ -296,6 +324,10 @@ class Reconciler:
                 await self._follow_claim(claim, is_over)
             case ChangesLost():
                 await self.resync(EVERYTHING)
+            case OwnershipTaken(ownership=ownership) if self._owners is not None:
+                self._owners.taken(ownership)
+            case FleetServerChanged(server=server, is_gone=is_gone) if self._owners is not None:
+                self._owners.membership.changed(server, is_gone)
             case TokenChanged(token=token, is_gone=is_gone):
                 self._directory.known.set_token(token, is_gone)
             case _:
@@ -344,6 +376,8 @@ class Reconciler:
             await self.forget(link.machine, LeaveReason.REMOVED_ELSEWHERE)
 
     async def _reread(self) -> None:
+        if self._owners is not None:
+            await self._owners.load()
         await self._directory.known.load_tokens(self._store)
         seen = set()
         async for machine in self._store.machines():

@@ -10,6 +10,7 @@ from siderolink.server.admission.audit import audit_proof
 from siderolink.server.admission.prove import Proof, Proofs, expire
 from siderolink.server.events import ClaimRefused, EventHub, HandshakeCompleted, LeaveReason, MachineRekeyed, UniqueTokenBound
 from siderolink.server.fleet.directory import Directory, MachineLink
+from siderolink.server.fleet.liveness import Liveness
 from siderolink.server.fleet.reconciler import Reconciler
 from siderolink.server.store import Machine, Store, Transaction
 
@@ -20,8 +21,17 @@ if TYPE_CHECKING:
 class RowTransitions:
     """Makes the changes, and publishes them."""
 
-    def __init__(self, directory: Directory, reconciler: Reconciler, proofs: Proofs, store: Store, events: EventHub) -> None:
+    def __init__(
+        self,
+        directory: Directory,
+        liveness: Liveness,
+        reconciler: Reconciler,
+        proofs: Proofs,
+        store: Store,
+        events: EventHub,
+    ) -> None:
         self._directory = directory
+        self._liveness = liveness
         self._reconciler = reconciler
         self._proofs = proofs
         self._store = store
@@ -41,7 +51,7 @@ class RowTransitions:
             await audit_proof(transaction, self._store.time(), proof, source)
             return proof
 
-        proof = await self._store.transact(work)
+        proof = await self._liveness.decide(lambda: self._store.transact(work))
         if proof.machine is None:
             if proof.claim is not None:
                 await self._refuse_claim(proof)

@@ -16,7 +16,7 @@ from siderolink.common.errors import StoreError
 from siderolink.common.keys import PublicKey
 from siderolink.server.store.audit import AuditEntry, AuditQuery, Principal
 from siderolink.server.store.history import HistoryBounds, HistoryEntry, HistoryQuery
-from siderolink.server.store.ownership import OwnershipRepository
+from siderolink.server.store.ownership import Ownership, OwnershipRepository
 from siderolink.server.store.sealing import Sealer
 from siderolink.server.store.tokens import GIVEN_TOKEN, JoinToken, TokenKey, TokenRepository, TunnelSetting
 
@@ -338,6 +338,10 @@ class Store(Protocol):
     """Where machines are remembered. Every method may raise StoreError."""
 
     @property
+    def is_shared(self) -> bool:
+        """Whether several servers may use it at the same time."""
+
+    @property
     def sealer(self) -> Sealer:
         """Seals and opens the secrets that it holds."""
 
@@ -356,6 +360,9 @@ class Store(Protocol):
 
     async def bans(self) -> Mapping[Ban, BanGrounds]:
         """Every ban."""
+
+    def owners(self, server_id: str | None = None) -> AsyncIterator[Ownership]:
+        """The owners of all links, or the links of one server."""
 
     async def all_claims(self) -> Sequence[Claim]:
         """Every claim; there are few at a time."""

@@ -12,6 +12,7 @@ from siderolink.server.store.audit import AuditEntry, AuditQuery
 from siderolink.server.store.base import Ban, BanGrounds, Claim, Machine, Store, Work
 from siderolink.server.store.feed import Change
 from siderolink.server.store.history import HistoryBounds, HistoryEntry, HistoryQuery
+from siderolink.server.store.ownership import Ownership
 from siderolink.server.store.sealing import Sealer
 from siderolink.server.store.tokens import JoinToken
 
@@ -53,6 +54,11 @@ class MeasuredStore:
         """What keeps the rows: "memory", "sqlite", "postgres" or "other"."""
         return str(getattr(self._store, "kind", "other"))
 
+    @property
+    def is_shared(self) -> bool:
+        """False for a store of an embedder's own that does not say."""
+        return bool(getattr(self._store, "is_shared", False))
+
     def counters(self) -> StoreCounters:
         return StoreCounters(seconds=self._seconds, buckets=tuple(self._buckets), failures=self._failures)
 
@@ -79,6 +85,9 @@ class MeasuredStore:
 
     def machines(self) -> AsyncIterator[Machine]:
         return self._store.machines()
+
+    def owners(self, server_id: str | None = None) -> AsyncIterator[Ownership]:
+        return self._store.owners(server_id)
 
     async def bans(self) -> Mapping[Ban, BanGrounds]:
         return await self._store.bans()

@@ -40,6 +40,7 @@ from siderolink.server.store.feed import (
 from siderolink.server.store.history import HistoryBounds, HistoryEntry, HistoryQuery, MemoryHistory
 from siderolink.server.store.memory_ownership import MemoryOwnership, OwnershipTable
 from siderolink.server.store.memory_tokens import MemoryTokens, TokenTable
+from siderolink.server.store.ownership import Ownership
 from siderolink.server.store.sealing import KEY_BYTES, GivenKey, Sealer
 from siderolink.server.store.tokens import JoinToken, TokenKey
 
@@ -277,6 +278,7 @@ class MemoryStore:
     """Rows in dictionaries. Transactions run one after another; several servers of one process may share it."""
 
     kind = "memory"
+    is_shared = False
 
     def __init__(self, *, feed_limit: int = DEFAULT_FEED_LIMIT) -> None:
         """A reader of `changes` that falls `feed_limit` behind receives ChangesLost."""
@@ -306,6 +308,11 @@ class MemoryStore:
     async def machines(self) -> AsyncIterator[Machine]:
         for machine in list(self._table.rows.values()):
             yield machine
+
+    async def owners(self, server_id: str | None = None) -> AsyncIterator[Ownership]:
+        for owner in list(self._table.ownership.owners.values()):
+            if server_id in (None, owner.server_id):
+                yield owner
 
     async def bans(self) -> Mapping[Ban, BanGrounds]:
         return dict(self._table.banned)

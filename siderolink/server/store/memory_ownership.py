@@ -1,6 +1,6 @@
 """Owners of links, and servers, in dictionaries."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from siderolink.server.store.feed import Change
 from siderolink.server.store.ownership import FleetServer, FleetServerChanged, Ownership, OwnershipTaken, is_news
@@ -21,6 +21,9 @@ class MemoryOwnership:
         self._table = table
         self._changes = changes
         self._undo: list[Callable[[], None]] = []
+
+    def expect(self, machine_ids: Iterable[str]) -> None:
+        """Everything is in memory already."""
 
     async def of(self, machine_id: str) -> Ownership | None:
         return self._table.owners.get(machine_id)

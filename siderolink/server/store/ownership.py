@@ -4,7 +4,7 @@ Ownership is an epoch that only rises. Everything that a server writes about a l
 is refused once another server has taken the link.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -82,6 +82,9 @@ class FleetServerChanged:
 
 class OwnershipRepository(Protocol):
     """The owners of links, and the servers, within one transaction."""
+
+    def expect(self, machine_ids: Iterable[str]) -> None:
+        """Say whose owners will soon be asked for."""
 
     async def of(self, machine_id: str) -> Ownership | None: ...
 

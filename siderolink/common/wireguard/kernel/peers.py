@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import replace
+from ipaddress import IPv4Address
 
 from siderolink.common.errors import ConfigurationError, SideroLinkError
 from siderolink.common.keys import PublicKey
@@ -17,6 +18,8 @@ from siderolink.common.wireguard.path import Datagrams, Path
 __all__ = ["Peers"]
 
 _SESSION_SECONDS = 180.0
+_NOWHERE = IPv4Address("127.0.0.1"), 9
+"""The endpoint of a passive peer, the discard service here: the kernel forgets an endpoint only with the peer's sessions."""
 
 
 class Peers:
@@ -38,6 +41,9 @@ class Peers:
         if peer.public_key.is_low_order:
             raise ConfigurationError(f"{peer.public_key} cannot be a peer's key: it is a low-order point")
         known = self.table.entries.get(key)
+        if peer.is_passive:
+            has_endpoint = known is not None and bool(known.view.facts.endpoint)
+            peer = replace(peer, allowed_ips=(), endpoint=_NOWHERE if has_endpoint else None, persistent_keepalive=0)
         networks = frozenset(peer.allowed_ips)
         try:
             # Prefixes that stay are never taken away for a moment: packets may be on their way.

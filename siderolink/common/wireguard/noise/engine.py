@@ -134,6 +134,15 @@ class Engine:
             self.send_keepalive(peer, now)
         self._deadlines.update(peer)
 
+    def set_passive(self, peer: Peer, is_passive: bool) -> None:
+        """A passive peer is sent nothing, and has no path; its sessions stay for what it sends."""
+        peer.is_passive = is_passive
+        if is_passive:
+            self._exchange.indices.abandon(peer)
+            peer.timers.became_passive()
+            peer.take_staged()
+            peer.path = None
+
     # Packets and datagrams
 
     def send(self, packet: bytes, now: float) -> None:
@@ -209,7 +218,10 @@ class Engine:
             return
         peer = session.peer
         peer.timers.authenticated_received(now)
-        self._traffic.heard(peer, path, len(datagram), now)
+        if peer.is_passive:  # an initiation may be a replay, and proves nothing yet
+            peer.received_bytes += len(datagram)
+        else:
+            self._traffic.heard(peer, path, len(datagram), now)
         if session.is_initiator:
             self._traffic.announce(peer)
             if not peer.staged:

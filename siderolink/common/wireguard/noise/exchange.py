@@ -114,7 +114,7 @@ class Exchange:
 
     def initiate(self, peer: Peer, now: float, *, at_once: bool = False) -> None:
         """Begin a handshake; unless `at_once`, put it off where the last attempt is less than 5 s old."""
-        if self.is_stopped:
+        if self.is_stopped or peer.is_passive:
             return
         earliest = peer.last_initiation_sent_at + REKEY_TIMEOUT
         if now < earliest and not at_once:
@@ -264,6 +264,7 @@ class Exchange:
 
     def complete(self, peer: Peer, now: float) -> None:
         """Note that both sides have completed the handshake."""
+        peer.is_passive = False
         peer.timers.handshake_completed()
         peer.last_handshake_at = now
         peer.last_handshake_ns = self._unix_time_ns()

@@ -43,6 +43,7 @@ class Peer:
         "current",
         "has_retried_with_cookie",
         "initiation",
+        "is_passive",
         "last_handshake_at",
         "last_handshake_ns",
         "last_initiation_received_at",
@@ -71,6 +72,8 @@ class Peer:
         self.preshared_key = NO_PRESHARED_KEY
         self.allowed_ips: dict[Network, None] = {}
         """An ordered set."""
+        self.is_passive = False
+        """Nothing is sent to it but answers to its handshakes: another device with our key has it."""
         self.signer = MacSigner(public_key)
         self.timers = Timers()
         self.scheduled_at = NEVER

@@ -121,6 +121,13 @@ class Timers:
         if self.zero_keys_at == NEVER:
             self.zero_keys_at = now + ZERO_KEYS_TIME
 
+    def became_passive(self) -> None:
+        """Nothing is sent any more; the keys are still erased in time."""
+        zero_keys_at = self.zero_keys_at
+        self.persistent_interval = 0
+        self.clear()
+        self.zero_keys_at = zero_keys_at
+
     def handshake_completed(self) -> None:
         self.retransmit_at = NEVER
         self.rekeyed_on_receive = False

@@ -173,7 +173,9 @@ class Traffic:
         """Note an authenticated message: replies go to where it came from."""
         peer.received_bytes += size
         peer.last_received_at = now
-        if path is not peer.path:
+        if peer.is_passive:
+            self._output.announce(PeerRoamed(peer=peer, old=None, new=path))
+        elif path is not peer.path:
             old, peer.path = peer.path, path
             if old != path:
                 self._output.announce(PeerRoamed(peer=peer, old=old, new=path))

@@ -1,6 +1,6 @@
 """Owners of links, and servers, within one work's transaction."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from siderolink.server.store.feed import Change
 from siderolink.server.store.ownership import FleetServer, FleetServerChanged, Ownership, OwnershipTaken, is_news
@@ -20,6 +20,9 @@ class SqlOwnership:
         """New owners by machine; None removes the owner."""
         self.put_servers: dict[str, FleetServer | None] = {}
         """New values of servers by id; None removes the server."""
+
+    def expect(self, machine_ids: Iterable[str]) -> None:
+        self._reader.want((OWNER_OF, machine_id) for machine_id in machine_ids)
 
     async def of(self, machine_id: str) -> Ownership | None:
         if machine_id in self.owners:

@@ -18,6 +18,7 @@ from siderolink.server.store.audit import AuditEntry, AuditQuery
 from siderolink.server.store.base import Ban, BanGrounds, Claim, Machine, Work
 from siderolink.server.store.feed import DEFAULT_FEED_LIMIT, Change, Feeds
 from siderolink.server.store.history import HistoryBounds, HistoryEntry, HistoryQuery
+from siderolink.server.store.ownership import Ownership
 from siderolink.server.store.sealing import KeyFile, Sealer, StateKey, key_file_beside
 from siderolink.server.store.sql import audit, history, tables
 from siderolink.server.store.sql.batches import Batches
@@ -33,6 +34,7 @@ class SqlStore:
     """See `Store`. One server at a time has the file open."""
 
     kind = "sqlite"
+    is_shared = False
 
     def __init__(self, connection: AsyncConnection, driver: aiosqlite.Connection, feed_limit: int, key: StateKey) -> None:
         """For `open`."""
@@ -100,6 +102,24 @@ class SqlStore:
             if len(page) < _PAGE:
                 return
             last = page[-1].id
+
+    async def owners(self, server_id: str | None = None) -> AsyncIterator[Ownership]:
+        """Page by page, as `machines`."""
+        last = ""
+        while True:
+            page: list[Ownership] = []
+
+            async def read(after: str = last, page: list[Ownership] = page) -> None:
+                async with self._connection.begin():
+                    rows = await self._connection.execute(tables.owners_after(after, server_id, _PAGE))
+                    page += [tables.read_ownership(row) for row in rows.mappings()]
+
+            await self._batches.alone(read)
+            for owner in page:
+                yield owner
+            if len(page) < _PAGE:
+                return
+            last = page[-1].machine_id
 
     async def bans(self) -> Mapping[Ban, BanGrounds]:
         found: dict[Ban, BanGrounds] = {}

@@ -453,6 +453,12 @@ def read_ownership(row: Mapping[Any, Any]) -> Ownership:
         raise StoreError("the state contains an invalid owner of a link") from None
 
 
+def owners_after(machine_id: str, server_id: str | None, limit: int) -> Select[Any]:
+    """A page of the owners of links, by machine: of one server, or of all."""
+    found = select(sessions).where(sessions.c.machine_id > machine_id).order_by(sessions.c.machine_id).limit(limit)
+    return found if server_id is None else found.where(sessions.c.server_id == server_id)
+
+
 def fleet_server_values(server: FleetServer) -> dict[str, object]:
     return {column.name: getattr(server, column.name) for column in servers.columns} | {"endpoints": " ".join(server.endpoints)}
 

@@ -15,6 +15,7 @@ from siderolink.server.store.audit import AuditEntry, AuditQuery
 from siderolink.server.store.base import Ban, BanGrounds, Claim, Machine, Work
 from siderolink.server.store.feed import DEFAULT_FEED_LIMIT, Change, Feeds
 from siderolink.server.store.history import HistoryBounds, HistoryEntry, HistoryQuery
+from siderolink.server.store.ownership import Ownership
 from siderolink.server.store.sealing import GivenKey, Sealer, StateKey
 from siderolink.server.store.sql import audit, history, tables
 from siderolink.server.store.sql.postgres.database import CONNECTIONS, ContendedError, Database, database_url
@@ -31,6 +32,7 @@ class PostgresStore:
     """See `Store`."""
 
     kind = "postgres"
+    is_shared = True
 
     def __init__(self, database: Database, feed_limit: int, key: StateKey) -> None:
         """For `open`."""
@@ -102,6 +104,17 @@ class PostgresStore:
             if len(page) < _PAGE:
                 return
             last = page[-1].id
+
+    async def owners(self, server_id: str | None = None) -> AsyncIterator[Ownership]:
+        """Page by page, as `machines`."""
+        last = ""
+        while True:
+            page = await self._read(tables.owners_after(last, server_id, _PAGE), tables.read_ownership)
+            for owner in page:
+                yield owner
+            if len(page) < _PAGE:
+                return
+            last = page[-1].machine_id
 
     async def bans(self) -> Mapping[Ban, BanGrounds]:
         def read(row: RowMapping) -> tuple[Ban, BanGrounds]:

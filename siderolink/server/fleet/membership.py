@@ -1,0 +1,202 @@
+"""The servers that share one store: this one's row with its heartbeat, and which of the others are alive.
+
+Each server writes its heartbeat every second, by the store's clock, and reads those of all. Nobody is dead to a server that
+cannot read heartbeats itself, and after an outage of the database everyone has the usual time to write again.
+"""
+
+import logging
+import os
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from hashlib import blake2b
+
+import anyio
+
+from siderolink.common.errors import SideroLinkError
+from siderolink.server.clock import Clock
+from siderolink.server.store import FleetServer, Store, Transaction
+
+log = logging.getLogger(__name__)
+
+HEARTBEAT_SECONDS = 1.0
+DEAD_AFTER = 3.5
+"""Seconds after its last heartbeat from which a server is dead to the others."""
+FORGOTTEN_AFTER = 600.0
+"""Seconds after which a dead server's row is removed."""
+OUTAGE_SECONDS = 3 * HEARTBEAT_SECONDS
+"""Without a heartbeat of its own for so long, a server takes the database to have been away."""
+_CLOSE_SECONDS = 1.0
+
+
+class Membership:
+    """One server among those of its store."""
+
+    def __init__(
+        self,
+        store: Store,
+        clock: Clock,
+        *,
+        server_id: str | None = None,
+        endpoints: Iterable[str] = (),
+        software: str = "",
+        schema: int = 0,
+    ) -> None:
+        """`server_id` is a new one for each run of a server by default."""
+        self.id = server_id or os.urandom(8).hex()
+        self._store = store
+        self._clock = clock
+        self._row = FleetServer(
+            id=self.id, endpoints=tuple(endpoints), heartbeat_at=clock.time(), software=software, schema=schema
+        )
+        self._others: dict[str, FleetServer] = {}
+        self._dead: set[str] = set()
+        """Those whose death was told."""
+        self._read_at = clock.time()
+        """When heartbeats were last read, by the store's clock."""
+        self._beat_at = clock.monotonic()
+        self.outage_ended_at = clock.time()
+        """By the store's clock. A server that has just started cannot know what was before."""
+        self._has_begun = False
+        self._wake = anyio.Event()
+        self.on_dead: Callable[[str], None] = lambda server_id: None
+        """Told the id of each server that is dead or gone, once."""
+
+    # --- asked
+
+    def get(self, server_id: str) -> FleetServer | None:
+        return self._row if server_id == self.id else self._others.get(server_id)
+
+    def is_alive(self, server_id: str) -> bool:
+        """Whether it had a heartbeat lately, as far as this server can read them."""
+        server = self.get(server_id)
+        if server is None or server is self._row:
+            return server is not None
+        return self._read_at - max(server.heartbeat_at, self.outage_ended_at) <= DEAD_AFTER
+
+    def living(self) -> list[FleetServer]:
+        """The servers that are alive, this one first."""
+        return [self._row, *(one for _, one in sorted(self._others.items()) if self.is_alive(one.id))]
+
+    @property
+    def offline_for(self) -> float:
+        """Seconds since the last heartbeat that was written."""
+        return self._clock.monotonic() - self._beat_at
+
+    @property
+    def clock_offset(self) -> float:
+        """This host's clock less the store's, in seconds."""
+        return self._clock.host_time() - self._clock.time()
+
+    def endpoints(self) -> list[str]:
+        """Where machines reach the WireGuard of the servers that are alive and stay; this server's own come first."""
+        found = [endpoint for one in self.living() if one.id == self.id or not one.is_draining for endpoint in one.endpoints]
+        return list(dict.fromkeys(found))
+
+    def heir(self, machine_id: str) -> str:
+        """The one server that dials a machine which no living server owns: the same one on each server that sees the same."""
+        staying = [one.id for one in self.living() if not one.is_draining] or [self.id]
+        return max(staying, key=lambda server_id: blake2b(f"{server_id} {machine_id}".encode(), digest_size=8).digest())
+
+    # --- told
+
+    def describe(
+        self,
+        *,
+        endpoints: Iterable[str] | None = None,
+        peer_address: str | None = None,
+        peer_fingerprint: str | None = None,
+        is_draining: bool | None = None,
+    ) -> None:
+        """Change what this server's row says. None leaves it as it is; it is written at once."""
+        row = self._row
+        self._row = replace(
+            row,
+            endpoints=row.endpoints if endpoints is None else tuple(endpoints),
+            peer_address=row.peer_address if peer_address is None else peer_address,
+            peer_fingerprint=row.peer_fingerprint if peer_fingerprint is None else peer_fingerprint,
+            is_draining=row.is_draining if is_draining is None else is_draining,
+        )
+        self._wake.set()
+
+    def changed(self, server: FleetServer, is_gone: bool) -> None:
+        """The feed says that a server came, changed or went."""
+        if server.id == self.id:
+            return
+        if is_gone:
+            self._others.pop(server.id, None)
+        else:
+            known = self._others.get(server.id)
+            newest = server.heartbeat_at if known is None else max(known.heartbeat_at, server.heartbeat_at)
+            self._others[server.id] = replace(server, heartbeat_at=newest)
+        self._tell_deaths({server.id} if is_gone else set())
+
+    def _tell_deaths(self, gone: set[str]) -> None:
+        dead = gone | {server_id for server_id in self._others if not self.is_alive(server_id)}
+        told, self._dead = self._dead, dead | (self._dead - self._others.keys())
+        for server_id in dead - told:
+            log.warning("the server %s is %s", server_id, "gone" if server_id in gone else "dead: it has no heartbeat")
+            self.on_dead(server_id)
+
+    # --- run
+
+    @asynccontextmanager
+    async def joined(self) -> AsyncIterator[None]:
+        """Be one of the servers meanwhile, with `run` for the heartbeats that follow the first. Raises StoreError."""
+        await self.beat()
+        try:
+            yield
+        finally:
+            await self.leave()
+
+    async def run(self) -> None:
+        """Beat until cancelled."""
+        is_away = False
+        while True:
+            self._wake = anyio.Event()
+            try:
+                await self.beat()
+                if is_away:
+                    log.warning("heartbeats are written again")
+                is_away = False
+            except SideroLinkError as error:
+                if not is_away:
+                    log.warning("this server's heartbeat could not be written: %s", error)
+                is_away = True
+            with anyio.move_on_after(HEARTBEAT_SECONDS):
+                await self._wake.wait()
+
+    async def beat(self) -> None:
+        """Write this server's row, and read the others'. Raises StoreError."""
+        row = replace(self._row, heartbeat_at=self._clock.time(), clock_offset=self.clock_offset)
+        is_first = not self._has_begun
+        was_away = self.offline_for > OUTAGE_SECONDS
+
+        async def work(transaction: Transaction) -> dict[str, FleetServer]:
+            others = {one.id: one for one in await transaction.ownership.servers() if one.id != self.id}
+            for one in list(others.values()):
+                is_before = is_first and bool(row.endpoints) and one.endpoints == row.endpoints  # this one's last run
+                is_forgotten = row.heartbeat_at - one.heartbeat_at > FORGOTTEN_AFTER and not (was_away or is_first)
+                if is_before or is_forgotten:
+                    await transaction.ownership.delete_server(one.id)
+                    del others[one.id]
+            await transaction.ownership.put_server(row)
+            return others
+
+        others = await self._store.transact(work)
+        self._has_begun = True
+        now, at = self._clock.time(), self._clock.monotonic()
+        if was_away:
+            self.outage_ended_at = now
+        self._beat_at, self._read_at = at, now
+        gone = self._others.keys() - others.keys()
+        self._others = others
+        self._tell_deaths(gone)
+
+    async def leave(self) -> None:
+        """Remove this server's row, within a second, also when this task was cancelled."""
+        with anyio.CancelScope(shield=True), anyio.move_on_after(_CLOSE_SECONDS):
+            try:
+                await self._store.transact(lambda transaction: transaction.ownership.delete_server(self.id))
+            except SideroLinkError as error:
+                log.warning("this server's row could not be removed; the others will take it for dead: %s", error)

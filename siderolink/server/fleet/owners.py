@@ -1,0 +1,223 @@
+"""Which server owns which machine's link, where several servers share the store.
+
+A server owns a link from the first authenticated packet of a session on. Until another one takes it, it alone sends: the peers
+of machines that others own are passive. A server that lost a link takes it again when the machine is heard later than what can
+still be under way.
+"""
+
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import anyio
+
+from siderolink.common.errors import SideroLinkError
+from siderolink.server.clock import Clock
+from siderolink.server.fleet.directory import Directory, MachineLink
+from siderolink.server.fleet.membership import Membership
+from siderolink.server.store import LastSeen, Ownership, Store, Transaction
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+log = logging.getLogger(__name__)
+
+UNDER_WAY_SECONDS = 2.0
+"""How long after a loss packets of the machine may still be under way to the server that lost it."""
+RETRY_SECONDS = 1.0
+_AT_ONCE = 128
+
+
+class Owners:
+    """The owners of all links, as far as this server has heard; and what it wants to own."""
+
+    def __init__(self, membership: Membership, directory: Directory, store: Store, clock: Clock) -> None:
+        self.membership = membership
+        self._directory = directory
+        self._store = store
+        self._clock = clock
+        self._known: dict[str, Ownership] = {}
+        self._lost_at: dict[str, float] = {}
+        """When links were lost, by the monotonic clock; those of the last seconds."""
+        self._wanted: dict[str, None] = {}
+        self._unsettled: dict[str, None] = {}
+        """The machines whose peers have to become passive, or active."""
+        self._is_away = False
+        self._wake = anyio.Event()
+        self.apply: Callable[[MachineLink], Awaitable[None]] | None = None
+        """Sets a link's peer again, by `may_send`."""
+        self.on_lost: Callable[[MachineLink], None] = lambda link: None
+        """Called with each link that another server took."""
+
+    # --- asked
+
+    def of(self, machine_id: str) -> Ownership | None:
+        return self._known.get(machine_id)
+
+    def owner_of(self, machine_id: str) -> str | None:
+        """The id of the server that owns the machine's link."""
+        owner = self._known.get(machine_id)
+        return None if owner is None else owner.server_id
+
+    def is_mine(self, machine_id: str) -> bool:
+        return self.owner_of(machine_id) == self.membership.id
+
+    def is_elsewhere(self, machine_id: str) -> bool:
+        """Whether another server that is alive has the link."""
+        owner = self.owner_of(machine_id)
+        return owner is not None and owner != self.membership.id and self.membership.is_alive(owner)
+
+    def may_send(self, machine_id: str) -> bool:
+        """Whether this server sends to the machine: its own ones, those of nobody, and those that it inherits from the dead."""
+        owner = self.owner_of(machine_id)
+        if owner is None or owner == self.membership.id or machine_id in self._wanted:
+            return True
+        return self.is_heir(machine_id)
+
+    def is_heir(self, machine_id: str) -> bool:
+        """Whether no living server owns the machine's link, and this one is to dial it."""
+        owner = self.owner_of(machine_id)
+        if owner is not None and owner != self.membership.id and self.membership.is_alive(owner):
+            return False
+        return self.membership.heir(machine_id) == self.membership.id
+
+    # --- told
+
+    def heard(self, link: MachineLink, *, is_new_session: bool) -> None:
+        """The machine was heard by another path than before, or by a new session. Called between packets."""
+        machine_id = link.machine.id
+        if link.claim is not None or machine_id in self._wanted:
+            return
+        owner = self._known.get(machine_id)
+        if owner is not None and owner.server_id == self.membership.id and owner.public_key == link.machine.public_key:
+            return
+        lost_at = self._lost_at.get(machine_id)
+        is_late = lost_at is not None and self._clock.monotonic() - lost_at < UNDER_WAY_SECONDS
+        if is_new_session or not is_late:
+            self._wanted[machine_id] = None
+        self._unsettled[machine_id] = None
+        self._wake.set()
+
+    def taken(self, ownership: Ownership) -> None:
+        """A server took a link: the feed, or this server's own transaction, says so."""
+        before = self._known.get(ownership.machine_id)
+        if before is not None and before.epoch >= ownership.epoch:
+            return
+        self._known[ownership.machine_id] = ownership
+        if ownership.server_id == self.membership.id:
+            self._lost_at.pop(ownership.machine_id, None)
+            return
+        link = self._directory.get(ownership.machine_id)
+        if link is not None and ownership.machine_id not in self._wanted:
+            now = self._clock.monotonic()
+            self._lost_at = {one: at for one, at in self._lost_at.items() if now - at < UNDER_WAY_SECONDS}
+            self._lost_at[ownership.machine_id] = now
+            self.on_lost(link)
+            self._unsettled[ownership.machine_id] = None
+            self._wake.set()
+
+    def forget(self, machine_id: str) -> None:
+        """The machine's row is gone."""
+        for known in (self._known, self._lost_at, self._wanted, self._unsettled):
+            known.pop(machine_id, None)
+
+    def settle_all(self, machine_ids: "Iterable[str]") -> None:
+        """Set these machines' peers again."""
+        self._unsettled.update(dict.fromkeys(machine_ids))
+        self._wake.set()
+
+    # --- run
+
+    async def load(self) -> None:
+        """Read all owners. Raises StoreError."""
+        async for ownership in self._store.owners():
+            self.taken(ownership)
+
+    async def run(self) -> None:
+        """Take what is wanted, and set peers, until cancelled."""
+        while True:
+            await self._wake.wait()
+            self._wake = anyio.Event()
+            await self.settle()
+            if self._wanted:
+                await self._clock.sleep(RETRY_SECONDS)
+                self._wake.set()
+
+    async def settle(self) -> None:
+        """Set the peers that changed, then take the links that are wanted. What cannot be taken now stays wanted."""
+        while self._unsettled:
+            machine_id = next(iter(self._unsettled))
+            del self._unsettled[machine_id]
+            link = self._directory.get(machine_id)
+            if link is not None and self.apply is not None:
+                try:
+                    await self.apply(link)
+                except SideroLinkError as error:
+                    log.warning("a machine's peer could not be changed: %s", error, extra=link.machine.log_fields)
+        try:
+            while self._wanted:
+                await self._take(list(self._wanted)[:_AT_ONCE])
+            if self._is_away:
+                log.warning("the owners of links are stored again")
+            self._is_away = False
+        except SideroLinkError as error:
+            if not self._is_away:
+                log.warning("the owners of links cannot be stored now; machines are served all the same: %s", error)
+            self._is_away = True
+
+    async def _take(self, machine_ids: list[str]) -> None:
+        now = self._clock.time()
+
+        async def work(transaction: Transaction) -> list[Ownership]:
+            transaction.ownership.expect(machine_ids)
+            taken = []
+            for machine_id in machine_ids:
+                link = self._directory.get(machine_id)
+                key = None if link is None else link.machine.public_key
+                if link is None or key is None:
+                    continue
+                wanted = Ownership(
+                    machine_id=machine_id,
+                    server_id=self.membership.id,
+                    public_key=key,
+                    endpoint=link.endpoint,
+                    heard_at=now,
+                    handshake_at=now,
+                )
+                taken.append(await transaction.ownership.take(wanted))
+            return taken
+
+        taken = await self._store.transact(work)
+        for machine_id in machine_ids:
+            self._wanted.pop(machine_id, None)
+        for ownership in taken:
+            self.taken(ownership)
+
+    async def note(self, transaction: Transaction, seen: Mapping[str, LastSeen]) -> dict[str, Ownership]:
+        """Store sightings, but for those of machines that other servers have taken.
+
+        Returns what to `keep` once it is committed.
+        """
+        owned = {one: self._known[one] for one in seen if self.is_mine(one)}
+        transaction.ownership.expect(owned)
+        noted: dict[str, Ownership] = {}
+        for machine_id, before in owned.items():
+            one = seen[machine_id]
+            after = replace(
+                before,
+                endpoint=one.endpoint,
+                heard_at=max(before.heard_at, one.seen_at),
+                handshake_at=before.handshake_at if one.handshake_at is None else one.handshake_at,
+            )
+            if await transaction.ownership.note(after):
+                noted[machine_id] = after
+        ours = {one: note for one, note in seen.items() if one in noted or self.owner_of(one) is None}
+        await transaction.note(ours)
+        return noted
+
+    def keep(self, noted: Mapping[str, Ownership]) -> None:
+        """What was noted is committed."""
+        for machine_id, ownership in noted.items():
+            if ownership.is_of(self._known.get(machine_id)):
+                self._known[machine_id] = ownership

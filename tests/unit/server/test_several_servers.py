@@ -1,0 +1,389 @@
+"""Several servers of one store, in virtual time: who is alive, who owns a link, who may have a row, and who dials."""
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+
+import anyio
+import anyio.lowlevel
+import pytest
+from grpclib import Status
+
+from siderolink.common.addressing import swap_endpoints
+from siderolink.server import LinkState, MachineLeft, MemoryStore
+from siderolink.server.fleet.dialling import dial_remembered
+from siderolink.server.fleet.membership import DEAD_AFTER, Membership
+from siderolink.server.fleet.owners import UNDER_WAY_SECONDS, Owners
+from siderolink.server.store import Machine
+from tests.support.fake_device import FakePath, VirtualClock
+from tests.support.manager import FakeMachine, Manager, following
+
+pytestmark = pytest.mark.anyio
+
+
+class UdpPath(FakePath):
+    def __init__(self, endpoint: str) -> None:
+        super().__init__()
+        self._endpoint = endpoint
+
+    def __str__(self) -> str:
+        return self._endpoint
+
+
+async def settled(is_so: Callable[[], bool]) -> None:
+    with anyio.fail_after(5):
+        while not is_so():
+            await anyio.lowlevel.checkpoint()
+
+
+@dataclass
+class Fleet:
+    """Managers by name, with one store and one clock."""
+
+    managers: dict[str, Manager]
+    time: VirtualClock
+    asked: list[tuple[str, str]]
+    """Who was asked about which machine."""
+    is_connected: bool = True
+
+    def __getitem__(self, name: str) -> Manager:
+        return self.managers[name]
+
+    async def heard_at(self, owner_server_id: str, machine_id: str) -> float | None:
+        """See `OwnersWord`."""
+        self.asked.append((owner_server_id, machine_id))
+        return await self[owner_server_id].fleet.liveness.heard_at(machine_id) if self.is_connected else None
+
+    async def pass_time(self, seconds: float, *living: str) -> None:
+        """Time passes with heartbeats of these servers, or of all."""
+        while seconds > 0:
+            step = min(seconds, 1.0)
+            self.time.advance(step)
+            seconds -= step
+            for name in living or self.managers:
+                await membership(self[name]).beat()
+        for name in living or self.managers:
+            await self[name].monitor.check()
+
+    async def is_owned_by(self, machine: FakeMachine, name: str) -> None:
+        """Every server has heard that this one owns the machine's link, and has set its peer accordingly."""
+        row = await self[name].row(machine)
+        await settled(lambda: all(owners(one).owner_of(row.id) == name for one in self.managers.values()))
+        await settled(lambda: all(self.is_passive(other, machine) == (other != name) for other in self.managers))
+
+    def is_passive(self, name: str, machine: FakeMachine) -> bool:
+        return self[name].device.configs[machine.key].is_passive
+
+
+def membership(manager: Manager) -> Membership:
+    assert manager.membership is not None
+    return manager.membership
+
+
+def owners(manager: Manager) -> Owners:
+    assert manager.fleet.owners is not None
+    return manager.fleet.owners
+
+
+@asynccontextmanager
+async def fleet_of(*names: str, store: MemoryStore | None = None) -> AsyncIterator[Fleet]:
+    store, time = store or MemoryStore(), VirtualClock()
+    fleet = Fleet({name: Manager(store=store, time=time, server_id=name) for name in names}, time, [])
+    async with AsyncExitStack() as stack:
+        for manager in fleet.managers.values():
+            manager.fleet.liveness.word = fleet
+            await stack.enter_async_context(following(manager))
+        await fleet.pass_time(2)
+        yield fleet
+
+
+async def linked(fleet: Fleet, name: str, machine: FakeMachine | None = None) -> FakeMachine:
+    """A machine that joined and shook hands at one server, which all know."""
+    machine = machine or FakeMachine()
+    await fleet[name].join(machine)
+    await settled(lambda: all(machine.key in one.device.configs for one in fleet.managers.values()))
+    fleet[name].device.hear(machine.key, UdpPath(f"{machine.source}:51820"), handshake=True)
+    await fleet[name].monitor.check()
+    await fleet.is_owned_by(machine, name)
+    return machine
+
+
+# --- membership
+
+
+async def test_servers_see_each_other_come_and_go() -> None:
+    async with fleet_of("a", "b") as fleet:
+        a, b = membership(fleet["a"]), membership(fleet["b"])
+        dead: list[str] = []
+        a.on_dead = dead.append
+        assert [[one.id for one in of.living()] for of in (a, b)] == [["a", "b"], ["b", "a"]]
+        await fleet.pass_time(DEAD_AFTER, "a")
+        assert a.is_alive("b")
+        await fleet.pass_time(1, "a")
+        assert (a.is_alive("b"), dead) == (False, ["b"])
+        await fleet.pass_time(2)
+        assert (a.is_alive("b"), dead) == (True, ["b"])
+        await b.leave()
+        await settled(lambda: not a.is_alive("b"))
+        assert dead == ["b", "b"]
+        await fleet.pass_time(2, "a")
+        assert [one.id for one in a.living()] == ["a"]
+
+
+async def test_nobody_is_dead_to_a_server_that_was_away_itself() -> None:
+    async with fleet_of("a", "b") as fleet:
+        a = membership(fleet["a"])
+        dead: list[str] = []
+        a.on_dead = dead.append
+        fleet.time.advance(3600)
+        assert a.is_alive("b")
+        await a.beat()  # an outage of the database has ended: the others come next
+        assert a.is_alive("b")
+        assert a.outage_ended_at == fleet.time.clock.time()
+        await fleet.pass_time(DEAD_AFTER + 1, "a")
+        assert (a.is_alive("b"), dead) == (False, ["b"])
+
+
+async def test_a_server_that_starts_again_takes_the_place_of_its_last_run() -> None:
+    store, time = MemoryStore(), VirtualClock()
+    runs = [Membership(store, time.clock, endpoints=["192.0.2.1:51820"]) for _ in range(2)]
+    for run in runs:
+        await run.beat()
+    found = await store.transact(lambda transaction: transaction.ownership.servers())
+    assert [one.id for one in found] == [runs[1].id]
+    assert runs[0].id != runs[1].id
+
+
+async def test_answers_list_the_living_servers_this_one_first() -> None:
+    async with fleet_of("a", "b", "c") as fleet:
+
+        async def given(name: str) -> list[str]:
+            answer = await fleet[name].join(FakeMachine())
+            return [endpoint.partition(".")[0] for endpoint in swap_endpoints(answer.server_endpoint)]
+
+        assert await given("b") == ["b"] * 3 + ["a"] * 3 + ["c"] * 3
+        membership(fleet["a"]).describe(is_draining=True)
+        await fleet.pass_time(1)
+        assert await given("b") == ["b"] * 3 + ["c"] * 3
+        assert (await given("a"))[:3] == ["a"] * 3
+        await fleet.pass_time(DEAD_AFTER + 1, "a", "b")
+        assert await given("b") == ["b"] * 3
+
+
+# --- what two servers did to each other (each began as a fault)
+
+
+@pytest.mark.parametrize("is_connected", [True, False])
+async def test_a_thief_gets_nothing_where_the_machine_is_not_heard(is_connected: bool) -> None:
+    """Also where the owner cannot be asked: then its heartbeat counts."""
+    async with fleet_of("a", "b") as fleet:
+        machine = await linked(fleet, "a")
+        fleet.is_connected = is_connected
+        await fleet.pass_time(700)
+        fleet["a"].device.hear(machine.key)
+        thief = FakeMachine(node_uuid=machine.node_uuid, source="203.0.113.9")
+        row = await fleet["a"].row(machine)
+        for name in ("a", "b"):
+            assert (await fleet[name].refuses(thief))[0] is Status.ALREADY_EXISTS
+        assert fleet.asked == [("a", row.id)]
+        assert (await fleet["a"].row(machine)).public_key == machine.key
+        assert thief.key not in fleet["a"].device.configs
+
+
+async def test_a_machine_that_its_owner_does_not_hear_may_be_replaced_at_another_server() -> None:
+    async with fleet_of("a", "b") as fleet:
+        machine = await linked(fleet, "a")
+        await fleet.pass_time(59)
+        again = FakeMachine(node_uuid=machine.node_uuid)
+        assert (await fleet["b"].refuses(again))[0] is Status.ALREADY_EXISTS
+        await fleet.pass_time(2)
+        await fleet["b"].join(again)
+        await settled(lambda: again.key in fleet["a"].device.configs)
+        # it is heard again before the claim's handshake, which so proves nothing
+        fleet["a"].device.hear(machine.key)
+        await fleet["b"].handshake(again)
+        assert (await fleet["a"].row(machine)).public_key == machine.key
+        await fleet.pass_time(61)
+        await fleet["b"].join(again)
+        await fleet["b"].handshake(again)
+        assert (await fleet["a"].row(machine)).public_key == again.key
+        await fleet.is_owned_by(again, "b")
+
+
+async def test_the_silence_of_a_dead_servers_machine_counts_from_its_last_heartbeat() -> None:
+    async with fleet_of("a", "b") as fleet:
+        machine = await linked(fleet, "a")
+        await fleet.pass_time(300)
+        again = FakeMachine(node_uuid=machine.node_uuid)
+        await fleet.pass_time(55, "b")
+        assert (await fleet["b"].refuses(again))[0] is Status.ALREADY_EXISTS
+        assert not fleet.asked  # nobody is there to be asked
+        await fleet.pass_time(6, "b")
+        await fleet["b"].join(again)
+
+
+async def test_a_stream_at_another_server_right_after_the_answer() -> None:
+    async with fleet_of("a", "b") as fleet:
+        machine = FakeMachine(tunnel=True)
+        await fleet["a"].join(machine)
+        address = (await fleet["a"].row(machine)).virtual_address
+        assert address is not None
+        assert fleet["b"].links.by_virtual_address(address) is None  # the feed is later
+        link = await fleet["b"].links.await_virtual_address(address)
+        assert link is not None
+        assert link.machine.public_key == machine.key
+
+
+async def test_a_machine_that_asks_another_server_keeps_its_stream() -> None:
+    async with fleet_of("a", "b") as fleet:
+        machine, ended = FakeMachine(tunnel=True), list[str]()
+        answer = await fleet["a"].join(machine)
+        link, path = fleet["a"].link(answer), FakePath(machine.key)
+        fleet["a"].monitor.open_stream(link, path, lambda refusal: ended.append(str(refusal)))
+        fleet["a"].device.hear(machine.key, path, handshake=True)
+        await fleet["a"].monitor.check()
+        await fleet.is_owned_by(machine, "a")
+        await fleet.pass_time(200)
+        fleet["a"].device.hear(machine.key)
+        again = await fleet["b"].join(machine)
+        assert again.grpc_peer_addr_port == answer.grpc_peer_addr_port
+        await fleet.pass_time(200)  # silent at its owner: existing machines restart a stuck tunnel only for another address
+        fresh = await fleet["b"].join(machine)
+        assert fresh.grpc_peer_addr_port != answer.grpc_peer_addr_port
+        await settled(lambda: ended == ["replaced"])
+
+
+async def test_a_link_that_is_up_elsewhere_is_not_pending() -> None:
+    async with fleet_of("a", "b") as fleet:
+        machine = await linked(fleet, "a")
+        assert [link.state for link in fleet["b"].links] == [LinkState.DOWN]
+        assert fleet["b"].links.pending == 0
+        for _ in range(5):
+            await fleet.pass_time(200)
+            fleet["a"].device.hear(machine.key)
+        assert [link.state for link in fleet["a"].links] == [LinkState.UP]
+        assert fleet["b"].links.pending == 0
+
+
+async def test_a_machine_that_joins_while_rows_are_read_again_is_not_forgotten() -> None:
+    class Slow(MemoryStore):
+        """A machine joins after its page was read."""
+
+        while_read: Callable[[], object] | None = None
+
+        async def machines(self) -> AsyncIterator[Machine]:
+            async for row in super().machines():
+                yield row
+            if self.while_read is not None:
+                await self.while_read()  # type: ignore[misc]
+
+    store, late = Slow(), FakeMachine()
+    async with fleet_of("a", "b", store=store) as fleet:
+        await linked(fleet, "a")
+
+        async def join() -> None:
+            store.while_read = None
+            await linked(fleet, "a", late)
+
+        store.while_read = join
+        await fleet["b"].reconciler.resync("")
+        assert late.key in fleet["b"].device.configs
+        assert not [event for event in await fleet["b"].events() if isinstance(event, MachineLeft)]
+
+
+async def test_machines_that_others_hear_are_not_absent() -> None:
+    async with fleet_of("a", "b") as fleet:
+        machine = await linked(fleet, "a")
+        for _ in range(6):
+            await fleet.pass_time(100)
+            fleet["a"].device.hear(machine.key)
+        await fleet["b"].machines.forget_absent_now(300)
+        assert await fleet["b"].machines.find(machine.node_uuid) is not None
+
+
+# --- ownership
+
+
+async def test_who_lost_a_link_is_silent_and_takes_it_again_when_the_machine_comes_back() -> None:
+    async with fleet_of("a", "b") as fleet:
+        machine = await linked(fleet, "a")
+        link = fleet["a"].links.by_key(machine.key)
+        assert link is not None
+        fleet["b"].device.hear(machine.key, UdpPath("198.51.100.7:2"), handshake=True)
+        await fleet.is_owned_by(machine, "b")
+        assert fleet["a"].device.configs[machine.key].persistent_keepalive == 0
+        assert link.state is LinkState.DOWN
+        # what was under way to the old server changes nothing
+        fleet["a"].device.hear(machine.key, UdpPath("198.51.100.7:3"))
+        await fleet.pass_time(UNDER_WAY_SECONDS)
+        await fleet.is_owned_by(machine, "b")
+        fleet["a"].device.hear(machine.key, UdpPath("198.51.100.7:4"))
+        await fleet.is_owned_by(machine, "a")
+        assert fleet["a"].device.configs[machine.key].persistent_keepalive == 25
+
+
+async def test_a_new_session_takes_a_link_at_once() -> None:
+    async with fleet_of("a", "b") as fleet:
+        machine = await linked(fleet, "a")
+        for name in ("b", "a", "b"):
+            fleet[name].device.hear(machine.key, UdpPath(f"198.51.100.7:{name}"), handshake=True)
+            await fleet.is_owned_by(machine, name)
+
+
+async def test_a_renewed_session_of_the_owner_writes_nothing() -> None:
+    async with fleet_of("a", "b") as fleet:
+        machine = await linked(fleet, "a")
+        row = await fleet["a"].row(machine)
+        for _ in range(3):
+            await fleet.pass_time(120)
+            await fleet["a"].handshake(machine)
+            await owners(fleet["a"]).settle()
+        owner = owners(fleet["a"]).of(row.id)
+        assert owner is not None
+        assert owner.epoch == 1
+
+
+@pytest.mark.parametrize("first", ["a", "b"])
+async def test_of_two_that_take_a_link_at_once_the_later_commit_owns_it(first: str) -> None:
+    async with fleet_of("a", "b", "c") as fleet:
+        machine = await linked(fleet, "c")
+        row = await fleet["a"].row(machine)
+        order = [first, "b" if first == "a" else "a"]
+        for name in order:
+            fleet[name].device.hear(machine.key, UdpPath("198.51.100.7:2"), handshake=True)
+        for name in order:
+            await owners(fleet[name]).settle()
+        await fleet.is_owned_by(machine, order[1])
+        owner = await fleet["a"].store.transact(lambda transaction: transaction.ownership.of(row.id))
+        assert owner is not None
+        assert owner.server_id == order[1]
+
+
+async def test_what_a_server_saw_of_a_link_that_it_lost_is_not_stored() -> None:
+    async with fleet_of("a", "b") as fleet:
+        machine = await linked(fleet, "a")
+        await fleet.pass_time(10)
+        fleet["a"].device.hear(machine.key, UdpPath("192.0.2.77:1"))
+        fleet["b"].device.hear(machine.key, UdpPath("198.51.100.7:2"), handshake=True)
+        await fleet.is_owned_by(machine, "b")
+        await fleet["b"].fleet.last_seen.write()
+        fleet["a"].monitor.said_goodbye(fleet["a"].links.by_key(machine.key))  # type: ignore[arg-type]
+        await fleet["a"].fleet.last_seen.write()
+        row = await fleet["b"].row(machine)
+        assert (row.last_endpoint, row.goodbye_at) == ("198.51.100.7:2", None)
+
+
+# --- dialling
+
+
+async def test_a_server_that_starts_dials_no_machine_that_others_have() -> None:
+    async with fleet_of("a", "b") as fleet:
+        machine = await linked(fleet, "a")
+        await fleet["a"].fleet.last_seen.write()
+        new = Manager(store=fleet["a"].store, time=fleet.time, server_id="c")
+        await membership(new).beat()
+        async with following(new):
+            await new.reconciler.load()
+            await dial_remembered(new.links, new.fleet.sessions, new.reconciler, may_dial=owners(new).is_heir)
+            assert new.device.configs[machine.key].is_passive
+            assert [given.endpoint for given in new.device.given] == [None]
