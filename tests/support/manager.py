@@ -104,9 +104,8 @@ class Manager:
         )
         self.links = self.fleet.directory
         self.machines = self.fleet.machines
-        clock = self.time.clock
-        self.admin = MachineAdministration(self.store, self.links, self.machines, self.device, self.hub, clock)
-        self.bans = Bans(self.store, self.machines, self.admin, clock)
+        self.admin = MachineAdministration(self.store, self.links, self.machines, self.device, self.hub, self.time.clock)
+        self.bans = Bans(self.store, self.machines, self.admin, self.time.clock)
         self.monitor = self.fleet.monitor
         self.reconciler = self.fleet.reconciler
         self.device.on_event = self.monitor.on_device_event

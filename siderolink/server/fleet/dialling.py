@@ -113,6 +113,13 @@ async def dial_remembered(
                 await anyio.sleep(pace.pause)
 
 
+async def redial(reconciler: Reconciler, link: MachineLink) -> None:
+    """Start a handshake towards the machine's last UDP endpoint, if known."""
+    endpoint = remembered_endpoint(link)
+    if endpoint is not None:
+        await reconciler.dial(link, endpoint)
+
+
 def _newest_first(directory: Iterable[MachineLink]) -> list[MachineLink]:
     remembered = [link for link in directory if link.machine.last_endpoint is not None and link.machine.public_key is not None]
     return sorted(remembered, key=lambda link: link.machine.seen_at or 0.0, reverse=True)

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from ipaddress import IPv6Network
 
 from siderolink.common.wireguard.device import Device
@@ -14,6 +15,7 @@ from siderolink.server.admission.rows import Rows
 from siderolink.server.admission.token_rules import TokenRules
 from siderolink.server.clock import Clock
 from siderolink.server.events import EventHub
+from siderolink.server.fleet.dialling import redial
 from siderolink.server.fleet.directory import Directory
 from siderolink.server.fleet.enrolment import Enrolment
 from siderolink.server.fleet.last_seen import LastSeenNotes
@@ -85,7 +87,7 @@ def make_fleet(
     )
     moves = Moves(store, directory, liveness, reconciler, proofs, events, clock)
     moves.on_moved = monitor.moved
-    liveness.redial = reconciler.redial
+    liveness.redial = partial(redial, reconciler)
     machines = Machines(store, directory, liveness, reconciler, admission, moves, events, clock)
     return Fleet(
         directory=directory,

@@ -253,12 +253,6 @@ class Reconciler:
         await self._device.set_peer(replace(peer, persistent_keepalive=0))
         await self._device.set_peer(peer)
 
-    async def redial(self, link: MachineLink) -> None:
-        """Start a handshake towards the machine's last UDP endpoint, if known."""
-        endpoint = remembered_endpoint(link)
-        if endpoint is not None:
-            await self.dial(link, endpoint)
-
     async def set_quiet(self, link: MachineLink, quiet: bool) -> None:
         """Stop keepalives, and the handshakes that they bring on, or begin them again. The machine may always come itself."""
         if link.machine.public_key is None or link.is_quiet == quiet or self._directory.get(link.machine.id) is not link:
