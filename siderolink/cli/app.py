@@ -19,6 +19,7 @@ _PLACES = {
     "status": "host_app",
     "top": "host_app",
     "machine": "admin.machines",
+    "forward": "admin.forward",
     "token": "admin.tokens",
     "ban": "admin.bans",
     "apikey": "admin.api_keys",

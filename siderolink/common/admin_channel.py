@@ -15,7 +15,7 @@ from siderolink.common.text import one_line
 
 SOURCE_METADATA = "siderolink-source"
 """Where the caller of a relay comes from; the local socket believes it of root and of the server's own user."""
-_ANSWER_BYTES = 16 * 1024 * 1024
+ANSWER_LIMITS = Limits.for_answers(16 * 1024 * 1024)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,13 +68,17 @@ def _is_loopback(host: str) -> bool:
 
 @asynccontextmanager
 async def open_admin_channel(
-    address: ServerAddress, ca_file: Path | None = None, *, connect_timeout: float = 10.0
+    address: ServerAddress,
+    ca_file: Path | None = None,
+    *,
+    connect_timeout: float = 10.0,
+    limits: Limits = ANSWER_LIMITS,
 ) -> AsyncIterator[GrpcChannel]:
     """A channel to the admin API; nothing is dialled before the first call.
 
     Raises ConfigurationError for an unusable CA file.
     """
-    limits = replace(Limits.for_answers(_ANSWER_BYTES), connect_timeout=connect_timeout)
+    limits = replace(limits, connect_timeout=connect_timeout)
     if address.path is not None:
         async with open_channel(path=str(address.path), limits=limits) as channel:
             yield channel

@@ -5,6 +5,7 @@ the LAN could reach a socket on the overlay address, and with a forged source, t
 authenticated, and its source is the one address that the peer may use.
 """
 
+import asyncio
 import errno
 import socket
 import time
@@ -19,6 +20,7 @@ from siderolink.common.netlink import call_in
 BACKLOG = 256
 RETRY_SECONDS = 0.1
 PATIENCE_SECONDS = 20.0
+DIAL_SECONDS = 10.0
 _NOT_YET = (errno.EADDRNOTAVAIL, errno.ENODEV)
 
 
@@ -51,16 +53,33 @@ async def bind_overlay(
         await anyio.sleep(RETRY_SECONDS)
 
 
-def _bind(address: IPv6Address, port: int, interface: str, *, udp: bool) -> socket.socket:
+async def dial_overlay(
+    source: IPv6Address, target: IPv6Address, port: int, interface: str, *, namespace: str | None = None
+) -> socket.socket:
+    """A TCP connection from an address of this host's overlay to another one there, by `interface` alone.
+
+    `namespace` is where the interface is. Raises OSError, TimeoutError after `DIAL_SECONDS`, or ConfigurationError.
+    """
+    sock = call_in(namespace, partial(_bind, source, 0, interface, udp=False, listen=False))
+    try:
+        with anyio.fail_after(DIAL_SECONDS):
+            await asyncio.get_running_loop().sock_connect(sock, (str(target), port))
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def _bind(address: IPv6Address, port: int, interface: str, *, udp: bool, listen: bool = True) -> socket.socket:
     kind = socket.SOCK_DGRAM if udp else socket.SOCK_STREAM
     sock = socket.socket(socket.AF_INET6, kind | socket.SOCK_NONBLOCK)
     try:
         sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        if not udp:
+        if not udp and listen:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, interface.encode() + b"\0")
         sock.bind((str(address), port))
-        if not udp:
+        if not udp and listen:
             sock.listen(BACKLOG)
     except BaseException:
         sock.close()

@@ -18,6 +18,7 @@ from siderolink.common.wireguard.device import Device, DeviceConfig, DeviceEvent
 from siderolink.common.wireguard.opening import open_device
 from siderolink.server.admin.administration import Administration
 from siderolink.server.admin.faces import ADMIN_LIMITS, RemoteAccess, guarded
+from siderolink.server.admin.forwards import open_machine_port
 from siderolink.server.admin.tokens import Tokens
 from siderolink.server.admission.tokens import JoinTokenCheck, unique_token_digest
 from siderolink.server.api.provision import ProvisionService, ResponseBuilder
@@ -301,6 +302,7 @@ class Composition:
             admits,
             history,
             reports,
+            partial(open_machine_port, source=self._address, interface=device.name, namespace=self._options.namespace),
         )
         async with administration.run(options.audit_retention), AsyncExitStack() as stack:
             api = None

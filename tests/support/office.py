@@ -10,6 +10,7 @@ from siderolink.common.pb.siderolink.admin.v1 import ServerInfo, ServerStatus
 from siderolink.common.tasks import background_tasks
 from siderolink.server.admin import Administration
 from siderolink.server.admin.faces import ADMIN_LIMITS, LocalAccess, RemoteAccess, admin_services, guarded
+from siderolink.server.admin.forwards import OpenPort
 from siderolink.server.admin.tokens import Tokens
 from siderolink.server.events import EventHub, EventStream
 from siderolink.server.history import DEFAULT_HISTORY, History
@@ -64,6 +65,7 @@ async def open_office(
     reports: Reports | None = None,
     time: VirtualClock | None = None,
     relays: Callable[[list[Servable]], list[Servable]] = list,
+    open_port: OpenPort | None = None,
 ) -> AsyncIterator[Office]:
     """Everything but the device is real."""
     manager = Manager(store=store if isinstance(store, MemoryStore) else None, time=time)
@@ -79,6 +81,7 @@ async def open_office(
         lambda machine: None,
         history,
         reports,
+        open_port,
     )
     services: list[Servable] = admin_services(lambda: administration, lambda: facts)
     facts = Facts(manager.hub)

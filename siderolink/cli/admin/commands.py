@@ -11,10 +11,20 @@ import anyio
 import typer
 
 from siderolink.cli.admin.completion import complete_contexts
-from siderolink.cli.admin.connection import CommandError, Connection, ExitStatus, Target, TargetOptions, connect, find_target
+from siderolink.cli.admin.connection import (
+    CommandError,
+    Connection,
+    ExitStatus,
+    Target,
+    TargetOptions,
+    connect,
+    find_target,
+)
 from siderolink.cli.admin.formats import OutputFormat, TableWriter, View, print_list, print_stream
 from siderolink.cli.options import with_parameters
 from siderolink.cli.output import flush, tell
+from siderolink.common.admin_channel import ANSWER_LIMITS
+from siderolink.common.grpc import Limits
 from siderolink.common.text import one_line, printable
 
 S = TypeVar("S")
@@ -88,10 +98,10 @@ class Call:
     output: OutputFormat
     is_confirmed: bool
 
-    def run(self, work: Callable[[Connection], Awaitable[T]]) -> T:
+    def run(self, work: Callable[[Connection], Awaitable[T]], *, limits: Limits = ANSWER_LIMITS) -> T:
         """Do this with a connection to the server. Raises SideroLinkError; CommandError where the server is at fault."""
         target = find_target(self.options)
-        return anyio.run(_run, target, work)
+        return anyio.run(_run, target, work, limits)
 
     def confirm(self, what: str) -> None:
         """Ask before something is destroyed. Raises CommandError where the answer is no, or nobody can be asked."""
@@ -157,8 +167,8 @@ class Call:
         print_list(self.run(work), view, self.output)
 
 
-async def _run(target: Target, work: Callable[[Connection], Awaitable[T]]) -> T:
-    async with connect(target) as connection:
+async def _run(target: Target, work: Callable[[Connection], Awaitable[T]], limits: Limits) -> T:
+    async with connect(target, limits=limits) as connection:
         return await work(connection)
 
 

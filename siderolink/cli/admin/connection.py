@@ -13,9 +13,9 @@ from betterproto2.grpclib import ServiceStub
 from siderolink.cli.admin.contexts import Context, contexts_path, read_contexts
 from siderolink.cli.control import directory
 from siderolink.cli.secret import read_secret
-from siderolink.common.admin_channel import ServerAddress, open_admin_channel
+from siderolink.common.admin_channel import ANSWER_LIMITS, ServerAddress, open_admin_channel
 from siderolink.common.errors import ConfigurationError, ServerUnreachableError, SideroLinkError
-from siderolink.common.grpc import GrpcChannel, GRPCError, Status, translate_errors
+from siderolink.common.grpc import GrpcChannel, GRPCError, Limits, Status, translate_errors
 from siderolink.common.text import one_line
 
 S = TypeVar("S", bound=ServiceStub)
@@ -157,11 +157,15 @@ class Connection:
 
 
 @asynccontextmanager
-async def connect(target: Target, *, connect_timeout: float = 10.0) -> AsyncIterator[Connection]:
+async def connect(
+    target: Target, *, connect_timeout: float = 10.0, limits: Limits = ANSWER_LIMITS
+) -> AsyncIterator[Connection]:
     """A connection to the server; nothing is dialled before the first call. Raises CommandError for what calls raise, too."""
     metadata = {} if target.api_key is None else {"authorization": f"Bearer {target.api_key}"}
     with explained(target):
-        async with open_admin_channel(target.address, target.ca_file, connect_timeout=connect_timeout) as channel:
+        async with open_admin_channel(
+            target.address, target.ca_file, connect_timeout=connect_timeout, limits=limits
+        ) as channel:
             yield Connection(channel, target, metadata)
 
 

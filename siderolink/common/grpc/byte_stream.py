@@ -54,6 +54,8 @@ class ByteStream:
         self._early_flow = 0
         self._early_held = 0
         self._unacknowledged = 0
+        self._is_credited = False
+        self._uncredited = self._creditable = 0
         self._window = self._connection.limits.stream_window_bytes
         self._headers_sent = False
         self._send_closed = False
@@ -89,14 +91,30 @@ class ByteStream:
             self._headers_sent = True
             self._stream.put_headers([(":status", "200"), ("content-type", CONTENT_TYPE)])
 
-    def receive(self, receiver: Receiver) -> None:
-        """Give what comes, from the first byte on, to `receiver`."""
+    def receive(self, receiver: Receiver, *, credited: bool = False) -> None:
+        """Give what comes, from the first byte on, to `receiver`.
+
+        With `credited`, the peer may send a window's bytes, and more as `credit` says; a silent peer is no idle one then.
+        """
         self._receiver = receiver
+        if credited:
+            self._is_credited = True
+            self._stop_idle_timer()
         if self._early:
             early, self._early = self._early, bytearray()
             self._release_early()
             flow, self._early_flow = self._early_flow, 0
             self._give([memoryview(bytes(early))], flow)
+        if self._outcome.done():  # which may be before anyone received: what came with it is given still
+            self._receiver = None
+
+    def credit(self, size: int) -> None:
+        """So many of the received bytes are dealt with: the peer may send as many more."""
+        self._creditable += size
+        if self._creditable >= self._window // 4 and not self._outcome.done():
+            back, self._creditable = min(self._creditable, self._uncredited), 0
+            self._uncredited -= back
+            self._raw.credit_stream(self._id, back)
 
     def send(self, data: memoryview) -> int:
         """Send the beginning of `data`, as much as there is `room`; returns how many bytes. The buffer is free on return."""
@@ -132,6 +150,7 @@ class ByteStream:
 
     def refuse(self, refusal: Refusal, message: str, status: Status = Status.INVALID_ARGUMENT) -> None:
         """End the stream because of what the peer sent, counted as `refusal`."""
+        self._early.clear()
         if self._server:
             self._connection.refuse_call(refusal, message)
             self.end(status, message)
@@ -193,11 +212,18 @@ class ByteStream:
             waker()
 
     def _give(self, pieces: Sequence[memoryview], flow: int) -> None:
-        if self._outcome.done() or self._receiver is None:
+        if self._receiver is None:
             # dropped; this must not shrink the window of other streams
             self._raw.give_back(self._id, flow)
             return
-        self._unacknowledged += flow
+        if self._is_credited:
+            self._raw.credit_connection(flow)  # other streams do not wait for this one
+            self._uncredited += flow
+            if self._uncredited > self._window:
+                self.refuse(Refusal.FLOW_CONTROL, "more than the stream's window", Status.RESOURCE_EXHAUSTED)
+                return
+        else:
+            self._unacknowledged += flow
         try:
             self._receiver(pieces)
         except Refused as refused:
@@ -211,15 +237,18 @@ class ByteStream:
                 self._unacknowledged = 0
 
     def _finish(self, error: Exception | None) -> None:
-        if self._idle_timer is not None:
-            self._idle_timer.cancel()
-            self._idle_timer = None
+        self._stop_idle_timer()
         if not self._outcome.done():
             self._outcome.set_result(error)
             self._receiver = None  # most lead back here
             self._raw.give_back(self._id, self._unacknowledged + self._early_flow)
             self._unacknowledged = self._early_flow = 0
             self._release_early()
+
+    def _stop_idle_timer(self) -> None:
+        if self._idle_timer is not None:
+            self._idle_timer.cancel()
+            self._idle_timer = None
 
     def _release_early(self) -> None:
         self._connection.account.consumed(self._early_held)

@@ -85,16 +85,23 @@ class RawStreams:
 
         Immediately for the stream, if it is open; in quarters of the window for the connection.
         """
+        self.credit_stream(stream_id, size)
+        self.credit_connection(size)
+
+    def credit_stream(self, stream_id: int, size: int) -> None:
+        """Return window of the stream, if it is open."""
+        if size and stream_id in self.sinks and not self._transport.is_closing():
+            self._transport.write(frames.window_update(stream_id, size))
+
+    def credit_connection(self, size: int) -> None:
+        """Return window of the connection, in quarters of it."""
         if self._transport.is_closing() or not size:
             return
         self._unacknowledged += size
-        updates = frames.window_update(stream_id, size) if stream_id in self.sinks else b""
         if self._unacknowledged >= self._update_from:
-            updates += frames.window_update(0, self._unacknowledged)
+            self._transport.write(frames.window_update(0, self._unacknowledged))
             self._outstanding -= self._unacknowledged
             self._unacknowledged = 0
-        if updates:
-            self._transport.write(updates)
 
     def room(self, stream_id: int) -> int:
         """How many bytes of DATA may be sent on the stream right now."""

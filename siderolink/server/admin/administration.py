@@ -14,6 +14,7 @@ from siderolink.common.wireguard.device import Device
 from siderolink.server.admin.api_keys import ApiKeys
 from siderolink.server.admin.audit_log import AuditLog
 from siderolink.server.admin.bans import Bans
+from siderolink.server.admin.forwards import Forwards, OpenPort
 from siderolink.server.admin.hostnames import Hostnames
 from siderolink.server.admin.machines import MachineAdministration
 from siderolink.server.admin.records import Records
@@ -28,6 +29,9 @@ from siderolink.server.store import (
     Change,
     ChangesLost,
     Machine,
+    MachineAdmission,
+    MachineChanged,
+    MachineDeleted,
     PrincipalChanged,
     Store,
     TokenChanged,
@@ -55,8 +59,12 @@ class Administration:
         admits: Callable[[Machine], bool | None],
         history: History | None = None,
         reports: Reports | None = None,
+        open_port: OpenPort | None = None,
     ) -> None:
-        """`admits` tells whether the join token that a machine presented would still let it in."""
+        """`admits` tells whether the join token that a machine presented would still let it in.
+
+        `open_port` connects to a machine's port over the overlay.
+        """
         self._store = store
         self.tokens = tokens
         self._reports = reports
@@ -65,6 +73,7 @@ class Administration:
         self.bans = Bans(store, machines, self.machines, clock)
         self.api_keys = ApiKeys(store, clock)
         self.audit = AuditLog(store, clock)
+        self.forwards = Forwards(self.machines, self.audit, clock, open_port)
         self.records = Records(history, reports, self.machines, self.audit, clock)
         self.admits = admits
         self._token_names: dict[str, str] = {}
@@ -118,6 +127,10 @@ class Administration:
                         await self._refresh_keys()
                     case TokenChanged(token=token):
                         self._token_names.pop(token.id, None)
+                    case MachineDeleted(machine=machine):
+                        self.forwards.end_of(machine.id)
+                    case MachineChanged(machine=machine) if machine.admission is MachineAdmission.DENIED:
+                        self.forwards.end_of(machine.id)
                     case ChangesLost():
                         self._token_names.clear()
                         await self._refresh_keys()

@@ -24,6 +24,18 @@ class Role(StrEnum):
 _RANKS: Final = {role: rank for rank, role in enumerate(Role)}
 
 
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """A machine's port, or all of them, that an API key may forward to."""
+
+    machine_id: str
+    port: int | None = None
+    """None for all."""
+
+    def allows(self, machine_id: str, port: int) -> bool:
+        return machine_id == self.machine_id and self.port in (None, port)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Actor:
     """Who does something."""
@@ -36,6 +48,8 @@ class Actor:
     """Where the call came from: an address, or the user id on the local socket; and the server that passed it on."""
     key_id: str = field(default="", compare=False)
     """The id of the API key; empty for others. Not kept."""
+    grants: tuple[Grant, ...] = ()
+    """What it may forward to where its role does not allow it."""
 
 
 SERVER: Final = Actor(name="server")

@@ -61,6 +61,8 @@ ROWS: dict[str, tuple[Role, betterproto2.Message]] = {
     "HistoryService/MachineLogs": (VIEWER, pb.MachineLogsRequest(machine="x")),
     "HistoryService/MachineEvents": (VIEWER, pb.MachineEventsRequest(machine="x")),
     "HistoryService/DeleteHistory": (OPERATOR, pb.DeleteHistoryRequest(machine="x")),
+    "ForwardService/CheckForward": (ADMIN, pb.ForwardRequest(machine="x", port=22)),
+    "ForwardService/Forward": (ADMIN, pb.ForwardRequest(machine="x", port=22)),
     "ServerService/GetVersion": (VIEWER, pb.GetVersionRequest()),
     "ServerService/GetInfo": (VIEWER, pb.GetInfoRequest()),
     "ServerService/GetStatus": (VIEWER, pb.GetStatusRequest()),
@@ -68,7 +70,12 @@ ROWS: dict[str, tuple[Role, betterproto2.Message]] = {
 PREFIX = "/siderolink.admin.v1."
 REFUSED = (grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNAUTHENTICATED)
 """Of these, no call of a sufficient role ends with one."""
-BROKEN = (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN, grpc.StatusCode.UNIMPLEMENTED)
+BROKEN = (
+    grpc.StatusCode.INTERNAL,
+    grpc.StatusCode.UNKNOWN,
+    grpc.StatusCode.UNIMPLEMENTED,
+    grpc.StatusCode.DEADLINE_EXCEEDED,
+)
 
 
 def paths() -> list[str]:

@@ -27,7 +27,18 @@ from siderolink.common.errors import (
     StoreError,
     UnauthenticatedError,
 )
-from siderolink.common.grpc import CallLimits, GRPCError, Limits, LocalPeer, Servable, Status, source_of, valid_token
+from siderolink.common.grpc import (
+    ByteStream,
+    CallLimits,
+    GRPCError,
+    Limits,
+    LocalPeer,
+    Servable,
+    Status,
+    source_of,
+    valid_token,
+)
+from siderolink.common.grpc.piped import PIPE_WINDOW_BYTES
 from siderolink.common.pb.siderolink.admin import v1 as pb
 from siderolink.common.protobuf_wire import encode_in_parts
 from siderolink.common.text import one_line
@@ -42,6 +53,7 @@ ADMIN_LIMITS: Final = Limits(
     max_unproven_connections=64,
     max_unsent_bytes=8 * 1024 * 1024,
     max_streams=64,
+    stream_window_bytes=PIPE_WINDOW_BYTES,
 )
 """People and programs are fewer than machines, and their answers longer."""
 _AT_ONCE: Final = 20
@@ -90,7 +102,7 @@ class LocalAccess:
         self._keys = None if administration is None else _KeyAccess(administration)
 
     async def of(self, call: Any) -> tuple[Actor, AbstractContextManager[anyio.CancelScope | None]]:
-        peer = call.peer.addr()
+        peer = _address_of(call)
         if not isinstance(peer, LocalPeer):
             raise UnauthenticatedError("the caller is no local process")
         if peer.uid in (0, os.geteuid()):
@@ -189,11 +201,15 @@ class RemoteAccess:
         self._keys = _KeyAccess(administration, sleep)
 
     async def of(self, call: Any) -> tuple[Actor, AbstractContextManager[anyio.CancelScope | None]]:
-        address = call.peer.addr()
+        address = _address_of(call)
         host = one_line(str(address[0]), limit=64) if isinstance(address, tuple) else "unknown"
         found = await self._keys.of(call, host)
         valid_token(call)
         return found
+
+
+def _address_of(call: Any) -> object:
+    return call.peer_address if isinstance(call, ByteStream) else call.peer.addr()
 
 
 def _bearer(metadata: Mapping[str, object]) -> str:
@@ -255,7 +271,7 @@ class _Guarded:
                 raise ForbiddenError(f"this needs the role {self._least}; {found.name} has {found.role or 'none'}")
             _ACTOR.set(found)
             with hold as scope:
-                await func(_Answering(call))
+                await func(call if isinstance(call, ByteStream) else _Answering(call))
             if scope is not None and scope.cancelled_caught:
                 raise UnauthenticatedError("the API key was revoked or has expired")
 

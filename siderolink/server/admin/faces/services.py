@@ -11,6 +11,7 @@ from siderolink.common.grpc import Servable
 from siderolink.common.pb.siderolink.admin import v1 as pb
 from siderolink.common.text import one_line
 from siderolink.server.admin.faces.access import GetAdministration, actor
+from siderolink.server.admin.faces.forward import ForwardFace
 from siderolink.server.admin.faces.machines import BanFace, MachineFace
 from siderolink.server.admin.faces.records import HistoryFace
 from siderolink.server.admin.faces.tokens import TokenFace
@@ -208,4 +209,5 @@ def admin_services(administration: GetAdministration, facts: GetFacts) -> list[S
         ServerFace(facts),
         TokenFace(administration),
         HistoryFace(administration),
+        ForwardFace(administration),
     ]

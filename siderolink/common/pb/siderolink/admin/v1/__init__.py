@@ -31,6 +31,11 @@ __all__ = (
     "ExportAuditRequest",
     "FollowAuditRequest",
     "FollowEventsRequest",
+    "ForwardData",
+    "ForwardRequest",
+    "ForwardServiceBase",
+    "ForwardServiceStub",
+    "ForwardTarget",
     "GetInfoRequest",
     "GetStatusRequest",
     "GetVersionRequest",
@@ -82,7 +87,7 @@ __all__ = (
     "WatchMachinesRequest",
 )
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterable, AsyncIterator, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -525,6 +530,64 @@ class FollowEventsRequest(betterproto2.Message):
 
 default_message_pool.register_message(
     "siderolink.admin.v1", "FollowEventsRequest", FollowEventsRequest
+)
+
+
+@dataclass(eq=False, repr=False)
+class ForwardData(betterproto2.Message):
+    data: "bytes" = betterproto2.field(1, betterproto2.TYPE_BYTES)
+
+    end: "bool" = betterproto2.field(2, betterproto2.TYPE_BOOL)
+
+    padding: "bytes" = betterproto2.field(3, betterproto2.TYPE_BYTES)
+
+
+default_message_pool.register_message("siderolink.admin.v1", "ForwardData", ForwardData)
+
+
+@dataclass(eq=False, repr=False)
+class ForwardRequest(betterproto2.Message):
+    data: "bytes" = betterproto2.field(1, betterproto2.TYPE_BYTES)
+    """
+    At most 65,536 bytes.
+    """
+
+    end: "bool" = betterproto2.field(2, betterproto2.TYPE_BOOL)
+    """
+    No data follows.
+    """
+
+    padding: "bytes" = betterproto2.field(3, betterproto2.TYPE_BYTES)
+    """
+    Ignored. Many DATA frames of less than 32 bytes are refused.
+    """
+
+    machine: "str" = betterproto2.field(4, betterproto2.TYPE_STRING)
+    """
+    A name, id, UUID or public key; only in the first request, and there without data.
+    """
+
+    port: "int" = betterproto2.field(5, betterproto2.TYPE_UINT32)
+
+
+default_message_pool.register_message(
+    "siderolink.admin.v1", "ForwardRequest", ForwardRequest
+)
+
+
+@dataclass(eq=False, repr=False)
+class ForwardTarget(betterproto2.Message):
+    machine_id: "str" = betterproto2.field(1, betterproto2.TYPE_STRING)
+
+    name: "str" = betterproto2.field(2, betterproto2.TYPE_STRING)
+
+    overlay_address: "str" = betterproto2.field(3, betterproto2.TYPE_STRING)
+
+    port: "int" = betterproto2.field(4, betterproto2.TYPE_UINT32)
+
+
+default_message_pool.register_message(
+    "siderolink.admin.v1", "ForwardTarget", ForwardTarget
 )
 
 
@@ -1862,6 +1925,60 @@ class EventServiceStub(betterproto2_grpclib.ServiceStub):
             yield response
 
 
+class ForwardServiceStub(betterproto2_grpclib.ServiceStub):
+    """
+    ---- Ports of machines
+    """
+
+    async def check_forward(
+        self,
+        message: "ForwardRequest",
+        *,
+        timeout: "float | None" = None,
+        deadline: "Deadline | None" = None,
+        metadata: "MetadataLike | None" = None,
+    ) -> "ForwardTarget":
+        """
+        admin, or an API key with a grant for the machine: whether Forward would be let in.
+        """
+
+        return await self._unary_unary(
+            "/siderolink.admin.v1.ForwardService/CheckForward",
+            message,
+            ForwardTarget,
+            timeout=timeout,
+            deadline=deadline,
+            metadata=metadata,
+        )
+
+    async def forward(
+        self,
+        messages: "AsyncIterable[ForwardRequest] | Iterable[ForwardRequest]",
+        *,
+        timeout: "float | None" = None,
+        deadline: "Deadline | None" = None,
+        metadata: "MetadataLike | None" = None,
+    ) -> "AsyncIterator[ForwardData]":
+        """
+        As CheckForward. One TCP connection to a port of a machine, which takes its server for its administrator. The first request
+        names machine and port; the first response is empty, and says that the connection stands. Each end says `end` when it
+        closes its half; then the caller ends its requests, and the status is OK. A caller that cancels resets the connection;
+        ABORTED: the machine reset it; FAILED_PRECONDITION: it does not answer there. The stream's window opens as bytes are
+        written out.
+        """
+
+        async for response in self._stream_stream(
+            "/siderolink.admin.v1.ForwardService/Forward",
+            messages,
+            ForwardRequest,
+            ForwardData,
+            timeout=timeout,
+            deadline=deadline,
+            metadata=metadata,
+        ):
+            yield response
+
+
 class HistoryServiceStub(betterproto2_grpclib.ServiceStub):
     """
     ---- What machines did and said
@@ -2804,6 +2921,67 @@ class EventServiceBase(betterproto2_grpclib.ServiceBase):
                 grpclib.const.Cardinality.UNARY_STREAM,
                 FollowEventsRequest,
                 Event,
+            ),
+        }
+
+
+class ForwardServiceBase(betterproto2_grpclib.ServiceBase):
+    """
+    ---- Ports of machines
+    """
+
+    async def check_forward(self, message: "ForwardRequest") -> "ForwardTarget":
+        """
+        admin, or an API key with a grant for the machine: whether Forward would be let in.
+        """
+
+        raise grpclib.GRPCError(grpclib.const.Status.UNIMPLEMENTED)
+
+    async def forward(
+        self, messages: "AsyncIterator[ForwardRequest]"
+    ) -> "AsyncIterator[ForwardData]":
+        """
+        As CheckForward. One TCP connection to a port of a machine, which takes its server for its administrator. The first request
+        names machine and port; the first response is empty, and says that the connection stands. Each end says `end` when it
+        closes its half; then the caller ends its requests, and the status is OK. A caller that cancels resets the connection;
+        ABORTED: the machine reset it; FAILED_PRECONDITION: it does not answer there. The stream's window opens as bytes are
+        written out.
+        """
+
+        raise grpclib.GRPCError(grpclib.const.Status.UNIMPLEMENTED)
+        yield ForwardData()
+
+    async def __rpc_check_forward(
+        self, stream: "grpclib.server.Stream[ForwardRequest, ForwardTarget]"
+    ) -> None:
+        request = await stream.recv_message()
+        assert request is not None
+        response = await self.check_forward(request)
+        await stream.send_message(response)
+
+    async def __rpc_forward(
+        self, stream: "grpclib.server.Stream[ForwardRequest, ForwardData]"
+    ) -> None:
+        request = stream.__aiter__()
+        await self._call_rpc_handler_server_stream(
+            self.forward,
+            stream,
+            request,
+        )
+
+    def __mapping__(self) -> "dict[str, grpclib.const.Handler]":
+        return {
+            "/siderolink.admin.v1.ForwardService/CheckForward": grpclib.const.Handler(
+                self.__rpc_check_forward,
+                grpclib.const.Cardinality.UNARY_UNARY,
+                ForwardRequest,
+                ForwardTarget,
+            ),
+            "/siderolink.admin.v1.ForwardService/Forward": grpclib.const.Handler(
+                self.__rpc_forward,
+                grpclib.const.Cardinality.STREAM_STREAM,
+                ForwardRequest,
+                ForwardData,
             ),
         }
 

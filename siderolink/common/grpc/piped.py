@@ -1,0 +1,260 @@
+"""A TCP connection in a byte stream: what comes by one leaves by the other, and neither is read faster than the other takes it.
+
+Each message of the stream is protobuf: field 1, bytes; field 2, true where no more of them follow (a half-closed connection);
+field 3, padding. A stream that ends before both sides have said that no more follows was cut. What comes by the stream is
+credited to its window once it was written out: a connection that takes nothing holds a window's bytes here, and no other
+stream waits for it.
+"""
+
+import asyncio
+import contextlib
+import socket
+import struct
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
+from typing import Final
+
+import anyio
+from grpclib import GRPCError, Status
+
+from siderolink.common.errors import SideroLinkError
+from siderolink.common.grpc.byte_stream import ByteStream
+from siderolink.common.grpc.refusals import Refusal, Refused
+from siderolink.common.protobuf_wire import (
+    BYTES,
+    VARINT,
+    MalformedWireError,
+    encode_varint,
+    read_key,
+    read_varint,
+    value_bounds,
+)
+
+PIPE_WINDOW_BYTES: Final = 192 * 1024
+"""What a peer may send on one stream before it was written out: the stream window of both ends."""
+CHUNK_BYTES: Final = 16 * 1024
+"""What is read from a connection at a time, once the stream has room."""
+MAX_DATA_BYTES: Final = 64 * 1024
+"""The longest data of one message."""
+_PREFIX_BYTES: Final = 5
+_OVERHEAD_BYTES: Final = 16
+_DATA, _END = 1, 2
+_DATA_KEY, _END_FIELD, _PADDING_KEY = bytes([_DATA << 3 | BYTES]), bytes([_END << 3 | VARINT, 1]), bytes([3 << 3 | BYTES])
+_LEAST_BYTES: Final = 32
+"""Shorter DATA frames, if they are many, are taken for an attack."""
+_MAX_FIELDS: Final = 8
+_RESET: Final = struct.pack("ii", 1, 0)
+
+
+class PipeCutError(SideroLinkError):
+    """Raised when a pipe ends by other means than both of its sides' closing it."""
+
+    def __init__(self, text: str, *, is_connection: bool) -> None:
+        super().__init__(text)
+        self.is_connection = is_connection
+        """Whether the TCP connection was cut; else the stream was."""
+
+
+class Inbox:
+    """The messages of a stream that were not taken yet: no more than its window has."""
+
+    def __init__(self, stream: ByteStream) -> None:
+        """Receives from now on."""
+        self.held = 0
+        """Bytes that came and were not credited yet."""
+        self._stream = stream
+        self._partial = bytearray()
+        self._messages: deque[bytes] = deque()
+        self._news = asyncio.Event()
+        self._has_ended = False
+        stream.receive(self._take, credited=True)
+
+    async def next(self) -> bytes | None:
+        """The next message; None once the stream has ended and there are no more. `credit` it when it is done with."""
+        while not self._messages:
+            if self._has_ended:
+                return None
+            self._news.clear()
+            await self._news.wait()
+        return self._messages.popleft()
+
+    def credit(self, message: bytes) -> None:
+        """The message was dealt with: the peer may send as much again."""
+        size = len(message) + _PREFIX_BYTES
+        self.held -= size
+        self._stream.credit(size)
+
+    def end(self) -> None:
+        """The stream has ended; what came before is still given."""
+        self._has_ended = True
+        self._news.set()
+
+    def _take(self, pieces: Sequence[memoryview]) -> None:
+        for piece in pieces:
+            self._partial += piece
+            self.held += len(piece)
+        data, start = self._partial, 0
+        while len(data) - start >= _PREFIX_BYTES:
+            if data[start]:
+                raise Refused(Refusal.MESSAGE_COMPRESSED, "compression is not supported")
+            body = start + _PREFIX_BYTES
+            end = body + int.from_bytes(data[start + 1 : body])
+            if end - body > MAX_DATA_BYTES + _OVERHEAD_BYTES:
+                raise Refused(Refusal.MESSAGE_TOO_LARGE, f"a message of more than {MAX_DATA_BYTES} bytes of data")
+            if end > len(data):
+                break
+            self._messages.append(bytes(data[body:end]))
+            start = end
+        if start:
+            del data[:start]
+            self._news.set()
+
+
+class Pipe:
+    """One TCP connection in one stream."""
+
+    def __init__(self, stream: ByteStream, inbox: Inbox, sock: socket.socket) -> None:
+        """`sock` does not block, and stays the caller's."""
+        self.to_connection = self.from_connection = 0
+        """Bytes written to the connection, and read from it."""
+        self._stream = stream
+        self._inbox = inbox
+        self._socket = sock
+        self._loop = asyncio.get_running_loop()
+        self._outgoing = 0
+        self._is_read = asyncio.Event()
+        self._is_written = asyncio.Event()
+        self._error: Exception | None = None
+
+    @property
+    def held(self) -> int:
+        """Bytes that came by one side and did not leave by the other yet."""
+        return self._inbox.held + self._outgoing
+
+    async def run(self) -> None:
+        """Carry until both sides have said that no more comes. Whoever serves the stream returns when the caller has ended it.
+
+        Raises PipeCutError when one was cut, GRPCError for a message that is malformed and for the status by which a server
+        ended the stream, and StreamTerminatedError.
+        """
+        async with anyio.create_task_group() as tasks:
+            watch = partial(self._guarded, self._watch, tasks.cancel_scope)
+            tasks.start_soon(watch)
+            tasks.start_soon(self._guarded, self._write_out, tasks.cancel_scope)
+            tasks.start_soon(self._guarded, self._read_in, tasks.cancel_scope)
+            await self._is_read.wait()
+            await self._is_written.wait()
+            tasks.cancel_scope.cancel()
+        if self._error is not None:
+            raise self._error
+
+    async def _guarded(self, work: Callable[[], Awaitable[None]], scope: anyio.CancelScope) -> None:
+        """The first error ends the pipe; one cut connection is often seen by both directions."""
+        try:
+            await work()
+        except Exception as error:
+            self._error = self._error or error
+            scope.cancel()
+
+    async def _watch(self) -> None:
+        await self._stream.wait_ended()
+        self._inbox.end()
+        await self._is_written.wait()
+        if not self._is_read.is_set():
+            raise _cut()
+
+    async def _write_out(self) -> None:
+        """Write what comes by the stream to the connection, up to the mark of its end."""
+        while (message := await self._inbox.next()) is not None:
+            data, is_end = read_message(message)
+            try:
+                if data:
+                    await self._loop.sock_sendall(self._socket, data)
+                    self.to_connection += len(data)
+                if is_end:
+                    self._socket.shutdown(socket.SHUT_WR)
+            except OSError as error:
+                raise PipeCutError(error.strerror or str(error), is_connection=True) from None
+            self._inbox.credit(message)
+            if is_end:
+                self._is_written.set()
+                return
+        raise _cut()
+
+    async def _read_in(self) -> None:
+        """Send what the connection brings by the stream, and at its end the mark."""
+        buffer = bytearray(CHUNK_BYTES)
+        view = memoryview(buffer)
+        while True:
+            await self._wait_room()
+            try:
+                size = await self._loop.sock_recv_into(self._socket, buffer)
+            except OSError as error:
+                raise PipeCutError(error.strerror or str(error), is_connection=True) from None
+            if not size:
+                break
+            self.from_connection += size
+            self._outgoing = size
+            await self.send(_DATA_KEY + encode_varint(size) + view[:size] + _padding(size))
+            self._outgoing = 0
+        await self.send(_END_FIELD)
+        self._is_read.set()
+
+    async def send(self, message: bytes) -> None:
+        """Send one message, as the stream takes it. Raises PipeCutError when it ends before."""
+        rest = memoryview(bytes(1) + len(message).to_bytes(4) + message)
+        while rest:
+            await self._wait_room()
+            rest = rest[self._stream.send(rest) :]
+
+    async def _wait_room(self) -> None:
+        while not self._stream.room:
+            if not self._stream.is_open:
+                await self._stream.wait_ended()  # which says why
+                raise _cut()
+            room = self._loop.create_future()
+            self._stream.when_room(partial(_set, room))
+            await room
+
+
+def read_message(message: bytes) -> tuple[memoryview, bool]:
+    """The data of a message, and whether none follows. Raises GRPCError."""
+    data, is_end, pos = memoryview(b""), False, 0
+    try:
+        for _ in range(_MAX_FIELDS):
+            if pos == len(message):
+                return data, is_end
+            number, wire_type, pos = read_key(message, pos)
+            start, pos = value_bounds(message, pos, wire_type)
+            if number == _DATA and wire_type == BYTES:
+                data = memoryview(message)[start:pos]
+            elif number == _END and wire_type == VARINT:
+                is_end = bool(read_varint(message, start)[0])
+            elif number in (_DATA, _END):
+                raise MalformedWireError("a field is of another type")
+    except MalformedWireError as error:
+        raise GRPCError(Status.INVALID_ARGUMENT, f"a message cannot be read: {error}") from None
+    raise GRPCError(Status.INVALID_ARGUMENT, "a message has too many fields")
+
+
+def close_with_reset(sock: socket.socket) -> None:
+    """Close a connection so that its other end is told that it was cut, not that all was said."""
+    with contextlib.suppress(OSError):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+    sock.close()
+
+
+def _padding(size: int) -> bytes:
+    """What makes the frame of so little data long enough; empty for more."""
+    missing = _LEAST_BYTES - size
+    return b"" if missing <= 0 else _PADDING_KEY + bytes([missing]) + bytes(missing)
+
+
+def _set(future: "asyncio.Future[None]") -> None:
+    if not future.done():
+        future.set_result(None)
+
+
+def _cut() -> PipeCutError:
+    return PipeCutError("the stream has ended", is_connection=False)

@@ -1,0 +1,123 @@
+"""The machines' command-line client through `siderolink forward`, from a host that is not on the overlay."""
+
+import os
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+import pytest
+import yaml
+
+from tests.support.certificates import make_certificate
+from tests.support.netns import Namespace, stop
+from tests.support.serving import API, COMMAND, SERVER, TOKEN, Served, served
+from tests.support.talosctl import Talosctl
+from tests.support.topology import routed
+
+T = TypeVar("T")
+ADMIN = f"{SERVER}:8095"
+UUID = "a1b2c3d4-0000-4000-8000-000000000001"
+DOCUMENTS = f"""\
+apiVersion: v1alpha1
+kind: SideroLinkConfig
+apiUrl: grpc://{API}?jointoken={TOKEN}
+"""
+
+
+class Elsewhere:
+    """A host that reaches the server's admin API alone."""
+
+    def __init__(self, namespace: Namespace, server: Served, folder: Path) -> None:
+        self._namespace = namespace
+        self.server = server
+        self._environment = os.environ | {
+            "SIDEROLINK_ADMIN_URL": f"https://{ADMIN}",
+            "SIDEROLINK_CA_FILE": str(folder / "ca.pem"),
+            "SIDEROLINK_CONTEXTS": str(folder / "none"),
+        }
+
+    def key(self, name: str, *options: str) -> str:
+        """A new API key's secret."""
+        return self.server.command(["apikey", "create", name, *options]).splitlines()[-1]
+
+    def start(self, key: str, *arguments: str) -> "subprocess.Popen[str]":
+        return self._namespace.popen(
+            [*COMMAND, "forward", *arguments],
+            env=self._environment | {"SIDEROLINK_API_KEY": key},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+
+    @contextmanager
+    def forwarding(self, key: str, *arguments: str) -> Iterator[int]:
+        """The local port, while the command runs; it ends without an error."""
+        process = self.start(key, *arguments)
+        try:
+            assert process.stdout is not None
+            assert process.stderr is not None
+            line = process.stdout.readline()
+            assert " -> " in line, process.stderr.read()
+            yield int(line.split(" -> ")[0].rpartition(":")[2])
+            process.send_signal(signal.SIGTERM)
+            _, told = process.communicate(timeout=20)
+            assert (process.returncode, told) == (0, "")
+        finally:
+            stop(process)
+
+    def run(self, port: int, command: Callable[[Talosctl], T]) -> T:
+        return self._namespace.call(lambda: command(Talosctl("127.0.0.1", port)))
+
+
+@pytest.fixture(scope="module")
+def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Elsewhere]:
+    folder = tmp_path_factory.mktemp("forward")
+    root = make_certificate("a root")
+    (folder / "tls.pem").write_text(root.sign(SERVER).pem)
+    (folder / "ca.pem").write_text(root.certificate_pem)
+    (folder / "machine.yaml").write_text(DOCUMENTS)
+    options = ["--device", "userspace", "--admin-listen", ADMIN, "--admin-tls-cert", str(folder / "tls.pem")]
+    with routed(2) as net, served(net.server, folder, *options) as server:
+        command = [*COMMAND, "join", "--config", str(folder / "machine.yaml"), "--uuid", UUID, "--device", "userspace"]
+        machine = net.machines[0].popen(
+            [*command, "--maintenance-api", "--identity", str(folder / "machine")],
+            env=os.environ | {"SIDEROLINK_RUNTIME_DIR": str(folder / "machine-run")},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        try:
+            server.wait_for("is up", 60)
+            yield Elsewhere(net.machines[1], server, folder)
+        finally:
+            stop(machine)
+
+
+def test_the_client_is_the_machines_administrator_through_a_forwarded_port(elsewhere: Elsewhere) -> None:
+    key = elsewhere.key("root", "--role", "admin")
+    with elsewhere.forwarding(key, UUID, "50000", "--local", "0") as port:
+        assert "NODE:        127.0.0.1\n" in elsewhere.run(port, Talosctl.version_soon)
+        link = yaml.safe_load(elsewhere.run(port, lambda command: command.get("linkspec", "siderolink", output="yaml")))
+        assert len(link["spec"]["wireguard"]["privateKey"]) == 44, "which only an administrator reads"
+        assert "siderolink" in elsewhere.run(port, lambda command: command.get("links"))
+        assert "+ lo" in elsewhere.run(port, lambda command: command.watch("links", 3))
+        more = DOCUMENTS.encode() + b"---\napiVersion: v1alpha1\nkind: RegistryAuthConfig\nname: registry.example\n"
+        said = elsewhere.run(port, lambda command: command.apply_config(more, mode="try", timeout=2))
+        assert "will be automatically reverted back in 2s" in said
+    audited = elsewhere.server.command(["audit", "--action", "forward.", "-o", "json"])
+    assert '"forward.open"' in audited
+
+
+def test_an_operator_forwards_nothing_and_a_machine_that_is_not_there_is_told(elsewhere: Elsewhere) -> None:
+    key = elsewhere.key("op", "--role", "operator")
+    process = elsewhere.start(key, UUID, "50000", "--local", "0")
+    out, told = process.communicate(timeout=30)
+    assert (process.returncode, out) == (4, "")
+    assert "forwarding needs the role admin" in told
+    key = elsewhere.key("root2", "--role", "admin")
+    process = elsewhere.start(key, "nobody", "50000", "--local", "0")
+    out, told = process.communicate(timeout=30)
+    assert (process.returncode, out) == (3, "")
+    assert "no machine has the id" in told

@@ -1,0 +1,325 @@
+"""A machine's port through the admin API: who may, what carries, what a stalled connection holds, and what is recorded."""
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import anyio
+import pytest
+
+from siderolink.common.errors import ConfigurationError, ForbiddenError, NotFoundError
+from siderolink.common.grpc import ByteStream, GrpcChannel, GRPCError, Limits, Status, open_byte_stream, open_channel
+from siderolink.common.grpc.piped import PIPE_WINDOW_BYTES, Inbox, Pipe, close_with_reset
+from siderolink.common.pb.siderolink.admin import v1 as pb
+from siderolink.server.admin.faces.forward import FORWARD
+from siderolink.server.store import Actor, AuditEntry, AuditQuery, Machine, Role
+from tests.support.manager import FakeMachine
+from tests.support.office import Office, open_office
+
+pytestmark = pytest.mark.anyio
+
+HELD = 256 * 1024
+"""What one forwarded connection may hold."""
+
+
+@dataclass
+class Ports:
+    """Stands in for the overlay: the machines' ports are listeners on this host."""
+
+    listener: socket.socket
+    address: tuple[str, int]
+    wanted: list[tuple[str, int]] = field(default_factory=list)
+
+    @classmethod
+    def open(cls) -> "Ports":
+        listener = socket.create_server(("127.0.0.1", 0))
+        listener.setblocking(False)
+        return cls(listener, listener.getsockname())
+
+    async def connect(self, machine: Machine, port: int) -> socket.socket:
+        self.wanted.append((str(machine.overlay_address), port))
+        sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        try:
+            await asyncio.get_running_loop().sock_connect(sock, self.address)
+        except OSError:
+            sock.close()
+            raise
+        return sock
+
+    async def accept(self) -> socket.socket:
+        with anyio.fail_after(20):
+            return (await asyncio.get_running_loop().sock_accept(self.listener))[0]
+
+
+@dataclass
+class Desk:
+    office: Office
+    ports: Ports
+    machine: Machine
+
+
+@pytest.fixture
+async def desk(tmp_path: Path) -> AsyncIterator[Desk]:
+    ports = Ports.open()
+    with ports.listener:
+        async with open_office(tmp_path, open_port=ports.connect) as office:
+            machine = FakeMachine()
+            await office.manager.join(machine)
+            yield Desk(office, ports, await office.manager.row(machine))
+
+
+@dataclass
+class Carried:
+    """One connection of a caller: `near` is the program's end of it."""
+
+    near: socket.socket
+    pipe: Pipe
+    stream: ByteStream
+    done: "asyncio.Task[None]"
+
+
+@asynccontextmanager
+async def forwarded(
+    channel: GrpcChannel, machine: str, port: int = 50000, metadata: Mapping[str, str] | None = None
+) -> AsyncIterator[Carried]:
+    """As `siderolink forward` does it for each connection."""
+    near, far = socket.socketpair()
+    near.setblocking(False)
+    far.setblocking(False)
+    with near, far:
+        async with open_byte_stream(channel, FORWARD, metadata) as stream:
+            pipe = Pipe(stream, Inbox(stream), far)
+
+            async def run() -> None:
+                await pipe.send(bytes(pb.ForwardRequest(machine=machine, port=port)))
+                await pipe.run()
+                stream.end()
+                await stream.wait_ended()
+
+            task = asyncio.create_task(run())
+            try:
+                yield Carried(near, pipe, stream, task)
+            finally:
+                task.cancel()
+                await asyncio.wait([task])
+
+
+@asynccontextmanager
+async def local(desk: Desk) -> AsyncIterator[GrpcChannel]:
+    limits = Limits(stream_window_bytes=PIPE_WINDOW_BYTES)
+    async with open_channel(path=str(desk.office.path), limits=limits) as channel:
+        yield channel
+
+
+async def read_exactly(sock: socket.socket, size: int) -> bytes:
+    data = bytearray()
+    with anyio.fail_after(30):
+        while len(data) < size:
+            data += await asyncio.get_running_loop().sock_recv(sock, min(1 << 16, size - len(data)))
+    return bytes(data)
+
+
+async def standing(carried: Carried) -> None:
+    """Wait until nothing more is taken from the connection."""
+    with anyio.fail_after(30):
+        taken = -1
+        while taken != (taken := carried.pipe.from_connection) or carried.stream.room:
+            await anyio.sleep(0.1)
+
+
+async def entries(desk: Desk, count: int) -> list[AuditEntry]:
+    """The audit of forwards, the oldest first, once there is so much of it."""
+    with anyio.fail_after(20):
+        while True:
+            page = await desk.office.administration.audit.page(AuditQuery(action="forward."))
+            if len(page.items) >= count:
+                return list(reversed(page.items))
+            await anyio.sleep(0.01)
+
+
+async def test_bytes_and_half_closes_carry_both_ways_and_both_ends_are_audited(desk: Desk) -> None:
+    loop = asyncio.get_running_loop()
+    async with local(desk) as channel, forwarded(channel, desk.machine.node_uuid) as carried:
+        far = await desk.ports.accept()
+        with far:
+            await loop.sock_sendall(carried.near, b"question")
+            carried.near.shutdown(socket.SHUT_WR)
+            assert await read_exactly(far, 8) == b"question"
+            assert await loop.sock_recv(far, 10) == b"", "the caller's half is closed"
+            answer = bytes(range(256)) * 4096
+            await loop.sock_sendall(far, answer[:9])
+            sending = asyncio.create_task(loop.sock_sendall(far, answer[9:]))
+            assert await read_exactly(carried.near, len(answer)) == answer
+            await sending
+            far.shutdown(socket.SHUT_WR)
+            assert await loop.sock_recv(carried.near, 10) == b""
+            await asyncio.wait_for(carried.done, 20)
+    opened, closed = await entries(desk, 2)
+    assert (opened.action, opened.object_id, opened.after) == ("forward.open", desk.machine.id, {"port": 50000})
+    assert opened.actor.source.startswith("uid ")
+    assert closed.action == "forward.close"
+    told = dict(closed.after)
+    assert float(str(told.pop("seconds"))) >= 0
+    assert told == {"port": 50000, "to_machine_bytes": 8, "from_machine_bytes": 1 << 20, "outcome": "closed"}
+    assert desk.ports.wanted == [(str(desk.machine.overlay_address), 50000)]
+    counters = desk.office.administration.forwards.counters()
+    assert (counters.open, counters.opened, counters.held_bytes) == (0, 1, 0)
+    assert (counters.to_machines, counters.from_machines) == (8, 1 << 20)
+
+
+async def test_a_machines_reset_reaches_the_caller(desk: Desk) -> None:
+    async with local(desk) as channel, forwarded(channel, desk.machine.id) as carried:
+        far = await desk.ports.accept()
+        close_with_reset(far)
+        with pytest.raises(GRPCError) as caught:
+            await asyncio.wait_for(carried.done, 20)
+        assert caught.value.status is Status.ABORTED
+    assert (await entries(desk, 2))[1].after["outcome"] == "reset by the machine"
+
+
+async def test_a_callers_reset_reaches_the_machine(desk: Desk) -> None:
+    loop = asyncio.get_running_loop()
+    async with local(desk) as channel:
+        async with forwarded(channel, desk.machine.id) as carried:
+            far = await desk.ports.accept()
+            await loop.sock_sendall(carried.near, b"x")
+            assert await read_exactly(far, 1) == b"x"
+        with far, pytest.raises(ConnectionResetError):
+            await asyncio.wait_for(loop.sock_recv(far, 1), 20)
+    assert (await entries(desk, 2))[1].after["to_machine_bytes"] == 1
+
+
+async def test_a_stalled_connection_holds_little_and_delays_no_other(desk: Desk) -> None:
+    loop = asyncio.get_running_loop()
+    async with local(desk) as channel, forwarded(channel, desk.machine.id) as stalled:
+        far = await desk.ports.accept()
+        pushing = asyncio.create_task(loop.sock_sendall(stalled.near, bytes(64 << 20)))
+        forwards = desk.office.administration.forwards
+        for number in range(8):  # others carry as before, on the same connection
+            async with forwarded(channel, desk.machine.id, 1000 + number) as other:
+                end = await desk.ports.accept()
+                with end:
+                    sending = asyncio.create_task(loop.sock_sendall(other.near, bytes(1 << 20)))
+                    left = 1 << 20
+                    while left:
+                        left -= len(await asyncio.wait_for(loop.sock_recv(end, 1 << 16), 20))
+                    await sending
+        await standing(stalled)
+        assert 0 < forwards.counters().held_bytes <= HELD, "what the server holds of it"
+        assert stalled.pipe.held <= HELD, "what the caller's end holds of it"
+        assert not pushing.done()
+        # and when it is read again, it goes on
+        assert await read_exactly(far, 8 << 20) == bytes(8 << 20)
+        pushing.cancel()
+        far.close()
+
+
+async def test_a_caller_that_reads_nothing_stalls_only_its_own_connection(desk: Desk) -> None:
+    loop = asyncio.get_running_loop()
+    async with local(desk) as channel, forwarded(channel, desk.machine.id) as stalled:
+        far = await desk.ports.accept()
+        pushing = asyncio.create_task(loop.sock_sendall(far, bytes(64 << 20)))
+        async with forwarded(channel, desk.machine.id, 22) as other:
+            end = await desk.ports.accept()
+            with end:
+                sending = asyncio.create_task(loop.sock_sendall(end, bytes(2 << 20)))
+                assert await read_exactly(other.near, 2 << 20) == bytes(2 << 20)
+                await sending
+        assert desk.office.administration.forwards.counters().held_bytes <= HELD
+        with anyio.fail_after(20):
+            while stalled.pipe.held < PIPE_WINDOW_BYTES - (32 << 10):
+                await anyio.sleep(0.01)
+        assert stalled.pipe.held <= HELD
+        pushing.cancel()
+        far.close()
+
+
+async def test_only_admins_and_keys_with_a_grant_forward(desk: Desk) -> None:
+    keys = desk.office.administration.api_keys
+    forwards = desk.office.administration.forwards
+    for role in (Role.VIEWER, Role.OPERATOR):
+        with pytest.raises(ForbiddenError, match="role admin"):
+            await forwards.check(desk.machine.id, 50000, actor=Actor(name="x", role=role))
+    with pytest.raises(NotFoundError):
+        await forwards.check("nobody", 50000)
+    with pytest.raises(ConfigurationError, match="65535"):
+        await forwards.check(desk.machine.id, 65536)
+    _, secret = await keys.create("looks", Role.OPERATOR)
+    metadata = {"authorization": f"Bearer {secret}"}
+    async with desk.office.remote() as channel, forwarded(channel, desk.machine.id, metadata=metadata) as carried:
+        with pytest.raises(GRPCError) as caught:
+            await asyncio.wait_for(carried.done, 20)
+        assert caught.value.status is Status.PERMISSION_DENIED
+    assert desk.ports.wanted == []
+    refused = (await entries(desk, 3))[-1]
+    assert (refused.action, refused.actor.name, refused.object_name) == ("forward.refuse", "looks", desk.machine.id)
+
+
+async def test_a_connection_ends_with_its_key_and_with_its_machine(desk: Desk) -> None:
+    keys = desk.office.administration.api_keys
+    _, secret = await keys.create("admin", Role.ADMIN)
+    metadata = {"authorization": f"Bearer {secret}"}
+    async with desk.office.remote() as channel, forwarded(channel, desk.machine.id, metadata=metadata) as carried:
+        with await desk.ports.accept() as far:
+            await keys.revoke("admin")
+            with pytest.raises(GRPCError) as caught:
+                await asyncio.wait_for(carried.done, 20)
+            assert caught.value.status is Status.UNAUTHENTICATED
+            with pytest.raises(ConnectionResetError):
+                await asyncio.wait_for(asyncio.get_running_loop().sock_recv(far, 1), 20)
+    async with local(desk) as channel, forwarded(channel, desk.machine.id) as carried:
+        with await desk.ports.accept():
+            await desk.office.administration.machines.remove(desk.machine.id)
+            with pytest.raises(GRPCError) as caught:
+                await asyncio.wait_for(carried.done, 20)
+            assert "removed or denied" in (caught.value.message or "")
+
+
+async def test_a_port_where_nothing_listens_is_told(desk: Desk) -> None:
+    desk.ports.listener.close()
+    async with local(desk) as channel, forwarded(channel, desk.machine.id, 22) as carried:
+        with pytest.raises(GRPCError, match="nothing listens at port 22") as caught:
+            await asyncio.wait_for(carried.done, 20)
+        assert caught.value.status is Status.FAILED_PRECONDITION
+    closed = (await entries(desk, 2))[1]
+    assert closed.after["outcome"] == f"nothing listens at port 22 of {desk.machine.shown_name}"
+    assert desk.office.administration.forwards.counters().failed == 1
+
+
+@pytest.mark.parametrize(
+    ("first", "status"),
+    [
+        (b"", Status.NOT_FOUND),
+        (bytes(pb.ForwardRequest(machine="x", port=1, data=b"x")), Status.INVALID_ARGUMENT),
+        (bytes(pb.ForwardRequest(machine="x", port=1, end=True)), Status.INVALID_ARGUMENT),
+        (bytes(pb.ForwardRequest(machine="x", port=70000)), Status.INVALID_ARGUMENT),
+        (b"\xff", Status.INVALID_ARGUMENT),
+        (b"\x22\x05abc", Status.INVALID_ARGUMENT),
+        (b"\x20\x05", Status.INVALID_ARGUMENT),
+        (bytes(1 << 17), Status.INVALID_ARGUMENT),
+    ],
+)
+async def test_a_first_request_that_names_no_port_is_refused(desk: Desk, first: bytes, status: Status) -> None:
+    if not first:
+        first = bytes(pb.ForwardRequest(machine="x", port=1))
+    async with local(desk) as channel, open_byte_stream(channel, FORWARD) as stream:
+        stream.receive(lambda pieces: None)
+        stream.send(memoryview(bytes(1) + len(first).to_bytes(4) + first[:1000]))
+        with pytest.raises(GRPCError) as caught:
+            await asyncio.wait_for(stream.wait_ended(), 20)
+        assert caught.value.status is status
+    assert desk.ports.wanted == []
+
+
+async def test_more_than_the_window_is_refused(desk: Desk) -> None:
+    """A peer that does not keep to its credit, and a message that is none."""
+    for message in (b"\x08\x01", b"\x12\x01x", b"\x0a\x7f"):
+        async with local(desk) as channel, forwarded(channel, desk.machine.id) as carried:
+            with await desk.ports.accept():
+                await carried.pipe.send(message)
+                with pytest.raises(GRPCError) as caught:
+                    await asyncio.wait_for(carried.done, 20)
+                assert caught.value.status is Status.INVALID_ARGUMENT
