@@ -11,6 +11,7 @@ from anyio.abc import TaskGroup
 from starlette.types import Receive, Scope, Send
 
 from siderolink.common.pb.siderolink.admin.v1 import HistoryServiceStub, MachineLogLine, MachineLogsRequest
+from siderolink.common.text import one_line
 from siderolink.web.api import ApiError, Caller, ServerAwayError, SignedOutError, explained
 from siderolink.web.sessions import Session, Sessions, TooManyError
 from siderolink.web.words import timestamp
@@ -135,7 +136,10 @@ class LiveStream:
 
 
 def _log_rows(lines: Sequence[MachineLogLine]) -> list[list[str]]:
-    return [[timestamp(line.received_at)[11:19], line.level, line.message[:2000]] for line in lines]
+    return [
+        [timestamp(line.received_at)[11:19], one_line(line.level, limit=20), one_line(line.message, limit=2000)]
+        for line in lines
+    ]
 
 
 async def _cancel_when_gone(receive: Receive, tasks: TaskGroup) -> None:

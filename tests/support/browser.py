@@ -1,10 +1,12 @@
 """A real browser, run inside a network namespace, and the page that it visits."""
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
 
 from tests.support.netns import Namespace
@@ -55,3 +57,20 @@ def sign_in(page: Page, key: str) -> None:
     page.get_by_label("API key").fill(key)
     page.get_by_role("button", name="Sign in").click()
     expect(page.get_by_role("heading", level=1)).to_have_text("Overview")
+
+
+def faults_of(page: Page) -> list[str]:
+    """What axe calls serious or critical on this page."""
+    found = Axe().run(page).response["violations"]
+    return [
+        f"{one['id']}: {one['help']}: {node['html'][:200]}"
+        for one in found
+        if one["impact"] in ("serious", "critical")
+        for node in one["nodes"]
+    ]
+
+
+def picture(page: Page, name: str) -> None:
+    """Save what is seen, where SIDEROLINK_PICTURES names a folder for the documentation."""
+    if folder := os.environ.get("SIDEROLINK_PICTURES"):
+        page.screenshot(path=Path(folder) / f"{name}.png")

@@ -140,7 +140,7 @@ function addLines(lines) {
   if (!log) return;
   const isAtEnd = log.scrollHeight - log.scrollTop - log.clientHeight < 40;
   for (const [at, level, message] of lines) {
-    const line = document.createElement("li");
+    const line = document.createElement("div");
     const time = document.createElement("span");
     time.className = "at";
     time.textContent = at;
