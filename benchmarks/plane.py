@@ -33,6 +33,10 @@ class Interface:
     """Gives what it is filled with, and counts what it takes."""
 
     tso = uso = True
+    frame = memoryview(b"")
+
+    def fileno(self) -> int:
+        return -1
 
     def __init__(self) -> None:
         self.frames: list[memoryview] = []

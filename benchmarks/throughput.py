@@ -13,7 +13,6 @@ import argparse
 import json
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 import threading
@@ -25,7 +24,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.support.carriers import COMMAND, Carried, Carrier, bare_wire, siderolink, wireguard
+from benchmarks.support.carriers import COMMAND, Carried, Carrier, bare_wire, newest_wireguard_go, siderolink, wireguard
 from benchmarks.support.report import Measure, Report
 from tests.support.netns import Namespace
 from tests.support.wireguard_go import WIREGUARD_GO
@@ -133,19 +132,6 @@ def listen(namespace: Namespace) -> None:
             raise RuntimeError("iperf3 did not start")
     # it stands still once nobody reads what it says of each run
     threading.Thread(target=server.stdout.read, daemon=True).start()
-
-
-def newest_wireguard_go(path: str | None) -> Sequence[str] | None:
-    """The newest wireguard-go, built if there is Go; None if there is not."""
-    if path is not None:
-        return (path, "--foreground")
-    if shutil.which("go") is None:
-        return None
-    folder = Path(__file__).resolve().parent.parent / ".venvs" / "go"
-    subprocess.run(
-        ["env", f"GOBIN={folder}", "go", "install", "golang.zx2c4.com/wireguard@latest"], check=True, stdout=subprocess.DEVNULL
-    )
-    return (str(folder / "wireguard"), "--foreground")
 
 
 def carriers(wanted: Sequence[str], newest: str | None) -> dict[str, Carrier]:

@@ -1,5 +1,6 @@
 """What carries packets between two network namespaces: our links, other WireGuard programs, a bare wire."""
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -125,3 +126,16 @@ def _resident(pid: int) -> int:
 def _cpu(pid: int) -> float:
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / 100
+
+
+def newest_wireguard_go(path: str | None) -> Sequence[str] | None:
+    """The newest wireguard-go, built if there is Go; None if there is not."""
+    if path is not None:
+        return (path, "--foreground")
+    if shutil.which("go") is None:
+        return None
+    folder = Path(__file__).resolve().parent.parent.parent / ".venvs" / "go"
+    subprocess.run(
+        ["env", f"GOBIN={folder}", "go", "install", "golang.zx2c4.com/wireguard@latest"], check=True, stdout=subprocess.DEVNULL
+    )
+    return (str(folder / "wireguard"), "--foreground")

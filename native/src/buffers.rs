@@ -1,4 +1,4 @@
-//! The bytes of Python objects, as slices. All `unsafe` of this crate is here.
+//! The bytes of Python objects, as slices, and file descriptors. All `unsafe` of this crate is here.
 //!
 //! What makes it sound:
 //! - A `PyBuffer` holds the object's export: while it lives, the object can neither be freed nor change its size.
@@ -8,6 +8,11 @@
 //!   calls; the engine guarantees that.
 //! - A call that takes two buffers refuses them where they overlap.
 #![allow(unsafe_code)]
+
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::mem::ManuallyDrop;
+use std::os::fd::FromRawFd;
 
 use pyo3::buffer::PyBuffer;
 use pyo3::exceptions::{PyBufferError, PyValueError};
@@ -82,5 +87,29 @@ impl Output {
         }
         // SAFETY: see above; the borrow of `self` keeps this the only slice that this call has of these bytes.
         unsafe { std::slice::from_raw_parts_mut(self.0.buf_ptr().cast::<u8>(), self.0.len_bytes()) }
+    }
+}
+
+/// A file descriptor of the caller's, which stays open whatever becomes of this.
+pub struct Descriptor(ManuallyDrop<File>);
+
+impl Descriptor {
+    /// Raises ValueError for a number that cannot be one.
+    pub fn new(number: i32) -> PyResult<Self> {
+        if number < 0 {
+            return Err(PyValueError::new_err("a descriptor is not negative"));
+        }
+        // SAFETY: it is not negative, and never closed from here. One that the caller has closed is an error of read and write.
+        Ok(Self(ManuallyDrop::new(unsafe { File::from_raw_fd(number) })))
+    }
+
+    /// Read once.
+    pub fn read(&self, into: &mut [u8]) -> io::Result<usize> {
+        (&*self.0).read(into)
+    }
+
+    /// Write all in one call; false if it was not taken.
+    pub fn write(&self, bytes: &[u8]) -> bool {
+        (&*self.0).write(bytes).is_ok_and(|size| size == bytes.len())
     }
 }

@@ -8,6 +8,7 @@ mod buffers;
 pub mod checksum;
 pub mod cipher;
 pub mod frames;
+pub mod gather;
 pub mod headers;
 pub mod layout;
 #[cfg(feature = "python")]

@@ -8,7 +8,7 @@ use crate::headers::{
 use crate::layout::{Margins, Refused, Rows};
 
 /// No IP packet is longer, so no frame is.
-const MAX_FRAME: usize = VNET + 65_535 + 40;
+pub(crate) const MAX_FRAME: usize = VNET + 65_535 + 40;
 const MAX_SEGMENTS: usize = 2048;
 const MAX_BYTES: usize = 1 << 19;
 /// The longest text that one UDP datagram can carry over IPv4, too.
@@ -46,7 +46,7 @@ struct Shape {
 }
 
 /// The length to seal: up to the next multiple of 16, but not beyond the MTU or what UDP can carry.
-fn padded_length(size: usize, mtu: usize) -> usize {
+pub(crate) fn padded_length(size: usize, mtu: usize) -> usize {
     size.max(size.next_multiple_of(16).min(mtu).min(MAX_TEXT))
 }
 

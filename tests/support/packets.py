@@ -6,8 +6,7 @@ from dataclasses import dataclass, replace
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
 from siderolink.common.wireguard.noise import Packets
-from siderolink.common.wireguard.packets import Gatherer
-from siderolink.common.wireguard.packets.implementation import SuperPacketSplitter
+from siderolink.common.wireguard.packets.parts import SmallPacketGatherer, SuperPacketSplitter
 from siderolink.common.wireguard.path import Datagrams
 
 FIN, SYN, RST, PSH, ACK, URG, ECE, CWR = (1 << bit for bit in range(8))
@@ -137,7 +136,7 @@ class Packet:
         return segments
 
 
-def collected(collector: SuperPacketSplitter | Gatherer, frame: bytes | memoryview) -> Packets:
+def collected(collector: SuperPacketSplitter | SmallPacketGatherer, frame: bytes | memoryview) -> Packets:
     """The rows of one frame."""
     assert collector.add(memoryview(frame))
     packets = collector.take()

@@ -5,8 +5,8 @@ the same peer that are read together are gathered into one. Inwards: the engine 
 what it accepts is written to the interface, merged again. A single packet is a batch of one.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Final, Protocol, cast
+from collections.abc import Callable
+from typing import Final, cast
 
 from siderolink.common.clock_watch import boot_time
 from siderolink.common.token_bucket import TokenBucket
@@ -14,9 +14,9 @@ from siderolink.common.wireguard.noise import Drop, Engine, Event, Packets, Peer
 from siderolink.common.wireguard.noise.messages import TRANSPORT_OVERHEAD
 from siderolink.common.wireguard.noise.peer import Path as EnginePath
 from siderolink.common.wireguard.packets.buffers import round_up
-from siderolink.common.wireguard.packets.gather import Gatherer, place_packet
+from siderolink.common.wireguard.packets.gather import place_packet
 from siderolink.common.wireguard.packets.headers import PLAIN_VNET_HEADER, UDP, VNET_SIZE, Gso, address_pair
-from siderolink.common.wireguard.packets.implementation import RowFunctions, SuperPacketSplitter
+from siderolink.common.wireguard.packets.parts import PacketInterface, RowFunctions, SmallPacketGatherer, SuperPacketSplitter
 from siderolink.common.wireguard.packets.seal import find_runs
 from siderolink.common.wireguard.packets.shape import MalformedFrame
 from siderolink.common.wireguard.packets.unreachable import unreachable
@@ -28,24 +28,6 @@ MAX_BYTES: Final = 3 << 16
 """Bytes read from the interface in one turn; enough for one batch of four full super-packets."""
 REFUSALS_PER_SECOND: Final = 100
 """ICMP errors sent for packets to addresses that no peer has."""
-
-
-class PacketInterface(Protocol):
-    """The source and destination of inner packets, as frames that begin with a virtio_net_hdr of 10 bytes."""
-
-    @property
-    def tso(self) -> bool:
-        """Whether it accepts super-packets of TCP."""
-
-    @property
-    def uso(self) -> bool:
-        """Whether it accepts super-packets of UDP."""
-
-    def read(self) -> memoryview | None:
-        """The next frame, valid until the next read; None if none is waiting. Raises DeviceError once the interface is gone."""
-
-    def write(self, buffers: Sequence[bytes | bytearray | memoryview]) -> bool:
-        """Write one frame, given in pieces; False if it was dropped."""
 
 
 class DataPlane:
@@ -85,8 +67,8 @@ class DataPlane:
     def _set_mtu(self, mtu: int) -> None:
         self._alone = memoryview(bytearray(round_up(mtu)))
         self._splitter = self._rows.splitter(mtu)
-        self._gatherer = Gatherer(mtu)
-        self._collector: SuperPacketSplitter | Gatherer = self._gatherer
+        self._gatherer = self._rows.gatherer(mtu)
+        self._collector: SuperPacketSplitter | SmallPacketGatherer = self._gatherer
         """Whichever of the two holds packets now."""
 
     def change_mtu(self, mtu: int) -> None:
@@ -112,9 +94,16 @@ class DataPlane:
             size, count = size + len(frame), count + 1
             if count == MAX_READS or size >= MAX_BYTES or self._is_blocked:
                 break  # decided before the next read, because every frame read must be sent
-            frame = self._interface.read()
+            frame, added = self._read_on(MAX_READS - count)
+            size, count = size + added * len(self._alone), count + added
         self._leave_peer(now)
         self.drain(now)
+
+    def _read_on(self, most: int) -> tuple[memoryview | None, int]:
+        """The next frame, and how many became part of the batch before it; no frame if none is waiting, or so many did."""
+        if self._collector is self._gatherer and len(self._gatherer):
+            return self._gatherer.read_on(self._interface, most)
+        return self._interface.read(), 0
 
     def send_packet(self, frame: bytes) -> None:
         """Send one frame."""
@@ -178,7 +167,8 @@ class DataPlane:
                 return False
             self._peer = peer
             path = _device_path(peer.path)
-            self._batch_bytes, self._splitter.headroom = path.batch_bytes, path.headroom
+            self._batch_bytes = path.batch_bytes
+            self._splitter.headroom = self._gatherer.headroom = path.headroom
         self._pair = pair
         return True
 
@@ -244,8 +234,7 @@ class DataPlane:
     def _receive(self, datagrams: Datagrams, first: int, count: int, path: Path, now: float) -> None:
         received = self._engine.receive(datagrams, path, now, first=first, count=count)
         if received is not None:
-            for buffers in self._merger.merge(*received):
-                self._interface.write(buffers)
+            self._merger.deliver(*received, self._interface)
 
     # After each call
 

@@ -68,8 +68,9 @@ class Tun:
         """How many super-packets the kernel refused although it had agreed to take them; their packets were written instead."""
         self._retry_at = self._pause = 0.0
         self._splitter: Splitter | None = None
-        self._frame = memoryview(bytearray(_MAX_FRAME))
-        self._buffers = [self._frame]
+        self.frame = memoryview(bytearray(_MAX_FRAME))
+        """Where `read` puts a frame."""
+        self._buffers = [self.frame]
 
     @classmethod
     def open(cls, name: str, mtu: int, *, offloads: bool = True) -> "Tun":
@@ -119,7 +120,7 @@ class Tun:
             if error.errno in _GONE:
                 raise DeviceError(f"the interface {self.name} was deleted by another program") from error
             raise DeviceError(f"the interface {self.name} cannot be read: {error.strerror}") from error
-        return self._frame[:size]
+        return self.frame[:size]
 
     def write(self, buffers: Sequence[Buffer]) -> bool:
         """Write one frame, which may lie in several buffers. False, and counted, if the interface does not take it.

@@ -13,7 +13,7 @@ from siderolink.common.clock_watch import BootTimer, boot_time
 from siderolink.common.keys import PrivateKey, PublicKey
 from siderolink.common.tasks import in_parts
 from siderolink.common.wireguard.configure import Configurator, peer_status
-from siderolink.common.wireguard.dataplane import DataPlane, PacketInterface
+from siderolink.common.wireguard.dataplane import DataPlane
 from siderolink.common.wireguard.device import (
     DeviceChange,
     DeviceConfig,
@@ -31,6 +31,7 @@ from siderolink.common.wireguard.device import (
 )
 from siderolink.common.wireguard.noise import Engine, Event, PeerRoamed, PeerUnresponsive, SessionEstablished
 from siderolink.common.wireguard.packets import row_functions
+from siderolink.common.wireguard.packets.parts import PacketInterface
 from siderolink.common.wireguard.path import Datagrams, Path
 from siderolink.common.wireguard.uapi.protocol import DeviceReport
 from siderolink.common.wireguard.udp import UdpSockets, open_udp

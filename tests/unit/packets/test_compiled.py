@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,15 +29,35 @@ def functions() -> Functions:
     return compiled_functions()
 
 
+@pytest.fixture(scope="module")
+def endless() -> Iterator[tuple[int, int]]:
+    """A descriptor that gives zeros for ever, and one that takes everything."""
+    with open("/dev/zero", "rb") as source, open("/dev/null", "wb") as sink:
+        yield source.fileno(), sink.fileno()
+
+
 @given(st.integers(0, 300), NUMBERS, NUMBERS, NUMBERS, NUMBERS, NUMBERS, NUMBERS | st.just(2**64 - 2), NUMBERS)
 def test_numbers_are_taken_or_refused(
-    functions: Functions, size: int, stride: int, offset: int, length: int, last: int, receiver: int, counter: int, count: int
+    functions: Functions,
+    endless: tuple[int, int],
+    size: int,
+    stride: int,
+    offset: int,
+    length: int,
+    last: int,
+    receiver: int,
+    counter: int,
+    count: int,
 ) -> None:
     """Nothing but a ValueError, and around the buffer nothing is touched."""
     guard = b"\xa5" * 64
     whole = bytearray(guard + bytes(size) + guard)
     buffer = memoryview(whole)[64 : 64 + size]
     frame = memoryview(Packet(payload=bytes(50)).frame(20))
+    small, into = memoryview(bytes(10) + Packet().encode()), memoryview(bytearray(2000))
+    descriptor, nowhere = endless
+    if size >= 80:
+        buffer[16 : 6 + len(small)] = small[10:]
     for call in (
         lambda: functions.seal_rows(KEY, buffer, stride, offset, length, last, receiver, counter, count),
         lambda: functions.seal_rows(
@@ -45,6 +66,9 @@ def test_numbers_are_taken_or_refused(
         lambda: functions.open_rows(KEY, buffer, offset, stride, length, last, count),
         lambda: functions.split(frame, length, buffer, offset, stride, last, receiver),
         lambda: functions.find_frames(buffer, offset, stride, length, last, count, None, True, True),
+        lambda: functions.place(small, length, buffer, offset, stride),
+        lambda: functions.read_rows(descriptor, into, length, buffer, offset, stride, last, counter, count),
+        lambda: functions.write_frames(nowhere, buffer, [(offset, stride, 1), (length, last, 1)], 0),
     ):
         try:
             call()
@@ -62,6 +86,8 @@ def test_buffers_that_cannot_be_used_are_refused(functions: Functions) -> None:
             lambda: functions.open_rows(KEY, bad, 0, 64, 32, 32, 2),  # type: ignore[arg-type] # noqa: B023
             lambda: functions.split(memoryview(frame), 1280, bad, 0, 16, 16, 0),  # type: ignore[arg-type] # noqa: B023
             lambda: functions.find_frames(bad, 16, 64, 32, 32, 2, None, True, True),  # type: ignore[arg-type] # noqa: B023
+            lambda: functions.place(memoryview(frame), 1280, bad, 0, 80),  # type: ignore[arg-type] # noqa: B023
+            lambda: functions.read_rows(0, memoryview(bytearray(frame)), 1280, bad, 16, 16, 80, 1, 2),  # type: ignore[arg-type] # noqa: B023
         ):
             with pytest.raises(ValueError):  # noqa: PT011 (which of two reasons does not matter)
                 call()
@@ -76,6 +102,14 @@ def test_buffers_that_cannot_be_used_are_refused(functions: Functions) -> None:
     view[: len(frame)] = frame
     with pytest.raises(ValueError, match="overlap"):
         functions.split(view[: len(frame)], 1280, view, 200, 16, 16, 0)
+    with pytest.raises(ValueError, match="overlap"):
+        functions.read_rows(0, view[:100], 1280, view, 16, 16, 80, 1, 2)
+    with pytest.raises(ValueError, match="negative"):
+        functions.read_rows(-1, memoryview(bytearray(100)), 1280, view, 16, 16, 80, 1, 2)
+    with pytest.raises(ValueError, match="no first row"):
+        functions.read_rows(0, memoryview(bytearray(100)), 1280, view, 16, 16, 80, 0, 2)
+    with pytest.raises(ValueError, match="negative"):
+        functions.write_frames(-1, view, [(0, 80, 1)], 0)
     with pytest.raises(ValueError, match="flags"):
         functions.find_frames(view, 16, 64, 32, 32, 2, [True], True, True)
     with pytest.raises(ValueError, match="counters"):
@@ -185,10 +219,12 @@ def reload(monkeypatch: pytest.MonkeyPatch, module: object) -> str:
 
 
 def test_another_seam_or_a_module_that_cannot_be_loaded_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "seam 2, and 1 is needed" in reload(monkeypatch, SimpleNamespace(SEAM=2, __version__="9"))
+    other = compiled.SEAM + 1
+    wanted = f"seam {other}, and {compiled.SEAM} is needed"
+    assert wanted in reload(monkeypatch, SimpleNamespace(SEAM=other, __version__="9"))
     assert "seam None" in reload(monkeypatch, SimpleNamespace())
     assert "not installed" in reload(monkeypatch, None)
-    assert reload(monkeypatch, SimpleNamespace(SEAM=1, __version__="9")) == "siderolink-native 9"
+    assert reload(monkeypatch, SimpleNamespace(SEAM=compiled.SEAM, __version__="9")) == "siderolink-native 9"
 
 
 def test_the_variable_switches_it_off() -> None:

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from siderolink.common.wireguard.noise import Packets
-from siderolink.common.wireguard.packets import Gatherer, MalformedFrame, MatrixRows, RowFunctions, Splitter
+from siderolink.common.wireguard.packets import MalformedFrame, MatrixRows, RowFunctions, Splitter
 from siderolink.common.wireguard.packets.compiled import PlacedPackets
 from siderolink.common.wireguard.packets.split import MAX_BATCH
 from tests.support.packets import ACK, CWR, FIN, PSH, TCP, UDP, URG, Packet, collected, pad
@@ -54,14 +54,16 @@ def super_packets(draw: st.DrawFn) -> tuple[Packet, int]:
 
 ROWS: RowFunctions = MatrixRows()
 SPLITTER = ROWS.splitter(1280)
+GATHERER = ROWS.gatherer(1280, max_rows=20)
 
 
 @pytest.fixture(scope="module", autouse=True, params=IMPLEMENTATIONS)
 def rows_by(request: pytest.FixtureRequest) -> None:
     """Every test here runs with each implementation."""
-    global ROWS, SPLITTER
+    global ROWS, SPLITTER, GATHERER
     ROWS = implementation(request.param)
     SPLITTER = ROWS.splitter(1280)
+    GATHERER = ROWS.gatherer(1280, max_rows=20)
 
 
 @given(super_packets())
@@ -164,7 +166,7 @@ def test_a_udp_checksum_of_zero_is_written_as_ones() -> None:
     packet = Packet(protocol=UDP, payload=value.to_bytes(2, "big"))
     assert packet.encode()[46:48] == b"\xff\xff"
     vnet = struct.pack("=BBHHHH", 1, 0, 0, 0, 40, 6)
-    gatherer = Gatherer(1280)
+    gatherer = ROWS.gatherer(1280)
     for count in (1, 9):
         for _ in range(count):
             assert gatherer.add(memoryview(vnet + packet.encode(partial=True)))
@@ -201,7 +203,7 @@ PLAIN = bytes(10)
 
 
 def test_gatherer_makes_rows_of_equal_frames() -> None:
-    gatherer = Gatherer(1280, max_rows=4)
+    gatherer = ROWS.gatherer(1280, max_rows=4)
     packets = [Packet(protocol=UDP, payload=bytes([index]) * 60).encode() for index in range(4)]
     assert [gatherer.add(memoryview(PLAIN + packet)) for packet in packets] == [True] * 4
     assert not gatherer.add(memoryview(PLAIN + packets[0]))
@@ -210,7 +212,7 @@ def test_gatherer_makes_rows_of_equal_frames() -> None:
 
 
 def test_a_shorter_frame_ends_a_batch_and_a_longer_one_starts_another() -> None:
-    gatherer = Gatherer(1280)
+    gatherer = ROWS.gatherer(1280)
     short, middle, long = (Packet(protocol=UDP, payload=bytes(size)).encode() for size in (1, 100, 500))
     assert gatherer.add(memoryview(PLAIN + middle))
     assert not gatherer.add(memoryview(PLAIN + long))
@@ -220,7 +222,7 @@ def test_a_shorter_frame_ends_a_batch_and_a_longer_one_starts_another() -> None:
 
 
 def test_gatherer_takes_a_packet_above_the_mtu_alone() -> None:
-    gatherer = Gatherer(1280, max_rows=2)
+    gatherer = ROWS.gatherer(1280, max_rows=2)
     giant = memoryview(PLAIN + Packet(payload=bytes(3000)).encode())
     assert gatherer.add(giant)
     assert not gatherer.add(giant)
@@ -233,7 +235,7 @@ def test_gatherer_takes_a_packet_above_the_mtu_alone() -> None:
 
 @pytest.mark.parametrize("count", [0, 1])
 def test_gatherer_takes_no_super_packet_and_no_stump(count: int) -> None:
-    gatherer = Gatherer(1280)
+    gatherer = ROWS.gatherer(1280)
     small = Packet(payload=b"small").encode()
     for _ in range(count):
         assert gatherer.add(memoryview(PLAIN + small))
@@ -245,7 +247,7 @@ def test_gatherer_takes_no_super_packet_and_no_stump(count: int) -> None:
 
 
 def test_gatherer_stays_whole_after_a_malformed_frame() -> None:
-    gatherer = Gatherer(1280)
+    gatherer = ROWS.gatherer(1280)
     good = Packet(protocol=UDP, payload=bytes(60)).encode()
     assert gatherer.add(memoryview(PLAIN + good))
     with pytest.raises(MalformedFrame):
@@ -278,6 +280,3 @@ def test_gathered_rows_equal_packets_made_one_at_a_time(
     found += rows(GATHERER.take())
     assert found == expected
     assert len(GATHERER) == 0
-
-
-GATHERER = Gatherer(1280, max_rows=20)

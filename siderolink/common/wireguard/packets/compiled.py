@@ -1,7 +1,7 @@
 """The compiled core (siderolink-native), if installed: does the work of the matrices in one call for each batch.
 
 Packets are split at the place where they are sealed, and opened and merged in the buffer that received them. Each function has
-a twin in pure Python: `Splitter`, `Sealer`, `Opener` and `Merger`.
+a twin in pure Python: `Splitter`, `Gatherer`, `Sealer`, `Opener` and `Merger`.
 """
 
 import importlib
@@ -15,13 +15,15 @@ from siderolink.common.wireguard.noise.messages import TRANSPORT_HEADER_BYTES, T
 from siderolink.common.wireguard.noise.routing import InnerFilter
 from siderolink.common.wireguard.noise.rows import Datagrams as AnyDatagrams
 from siderolink.common.wireguard.noise.rows import Opened, Packets, RowCipher
-from siderolink.common.wireguard.packets.buffers import Bytes
+from siderolink.common.wireguard.packets.buffers import Bytes, round_up
+from siderolink.common.wireguard.packets.gather import MAX_ROWS
 from siderolink.common.wireguard.packets.headers import VNET_SIZE
+from siderolink.common.wireguard.packets.parts import PacketInterface
 from siderolink.common.wireguard.packets.seal import text_lengths
 from siderolink.common.wireguard.packets.shape import MalformedFrame
 from siderolink.common.wireguard.path import Datagrams
 
-SEAM: Final = 1
+SEAM: Final = 2
 """The version of the functions' interface that this module was written for."""
 VARIABLE: Final = "SIDEROLINK_NATIVE"
 _MODULE: Final = "siderolink_native"
@@ -30,6 +32,9 @@ _SPLIT_BYTES: Final = 3 << 17
 """Room for one batch of a path and one more super-packet."""
 _MAX_SPLIT_BYTES: Final = 1 << 20
 _SCRATCH_BYTES: Final = 1 << 16
+_ROW_BYTES: Final = 64 + TRANSPORT_OVERHEAD
+"""Room in each row of small packets for a path's headroom, and for header and tag."""
+_MAX_PACKET: Final = 70_000
 
 
 class Functions(Protocol):
@@ -61,6 +66,24 @@ class Functions(Protocol):
     def split(
         self, frame: memoryview, mtu: int, buffer: memoryview, at: int, before: int, after: int, wanted: int, /
     ) -> tuple[int, int, int] | None: ...
+
+    def place(self, frame: memoryview, mtu: int, buffer: memoryview, at: int, room: int, /) -> int | None: ...
+
+    def read_rows(
+        self,
+        descriptor: int,
+        frame: memoryview,
+        mtu: int,
+        buffer: memoryview,
+        before: int,
+        after: int,
+        length: int,
+        filled: int,
+        count: int,
+        /,
+    ) -> tuple[int, int, int | None]: ...
+
+    def write_frames(self, descriptor: int, buffer: memoryview, frames: list[tuple[int, int, int]], first: int, /) -> int: ...
 
     def find_frames(
         self,
@@ -145,16 +168,86 @@ class CompiledSplitter:
 
     def take(self) -> PlacedPackets | None:
         """Return and clear the batch; None if it is empty."""
-        count, length, last, headroom = self._count, self._length, self._last, self.headroom
+        count, self._count = self._count, 0
+        return _placed(self._buffer, count, self._length, self._last, self.headroom) if count else None
+
+
+class CompiledGatherer:
+    """Collects small packets for one peer, each finished where it is sealed: see `Gatherer`."""
+
+    def __init__(self, functions: Functions, mtu: int, max_rows: int = MAX_ROWS) -> None:
+        self.headroom = 0
+        """The path's headroom; change it only while the batch is empty."""
+        self._functions = functions
+        self._mtu = mtu
+        self._max_rows = max_rows
+        self._buffer = memoryview(bytearray(max_rows * (round_up(mtu) + _ROW_BYTES)))
+        self._count = self._room = self._length = self._last = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def add(self, frame: memoryview) -> bool:
+        """Add the frame as the next row. False if it does not fit the batch: call take() first.
+
+        An empty gatherer accepts every well-formed frame that is no super-packet. Raises MalformedFrame.
+        """
+        count, before = self._count, self.headroom + TRANSPORT_HEADER_BYTES
         if not count:
-            return None
-        self._count = 0
-        stride = headroom + length + TRANSPORT_OVERHEAD
-        start = headroom + TRANSPORT_HEADER_BYTES
-        end = start + (count - 1) * stride + last
-        return PlacedPackets(
-            self._buffer[start:end], count, stride, length, last, (), self._buffer[: end + _TAG_BYTES], headroom
+            self._add_first(frame, before)
+            return True
+        if count >= self._room or self._last < self._length:
+            return False
+        length = self._place(frame, count * (before + self._length + _TAG_BYTES) + before, self._length)
+        if length is None:
+            return False
+        self._last = length
+        self._count = count + 1
+        return True
+
+    def _add_first(self, frame: memoryview, before: int) -> None:
+        length = self._place(frame, before, len(self._buffer) - before - _TAG_BYTES)
+        if length is None:  # the interface's MTU has just been reduced by far, or the headroom is an odd one
+            self._buffer = memoryview(bytearray(before + _MAX_PACKET + _TAG_BYTES))
+            length = self._place(frame, before, _MAX_PACKET)
+            assert length is not None  # no frame is longer
+        self._length = self._last = length
+        fits = len(self._buffer) // (before + length + _TAG_BYTES)
+        self._room = min(self._max_rows, fits) if length <= round_up(self._mtu) else 1
+        self._count = 1
+
+    def _place(self, frame: memoryview, at: int, room: int) -> int | None:
+        try:
+            return self._functions.place(frame, self._mtu, self._buffer, at, room)
+        except self._functions.MalformedFrame as error:
+            raise MalformedFrame(str(error)) from None
+
+    def read_on(self, interface: PacketInterface, most: int) -> tuple[memoryview | None, int]:
+        """See `SmallPacketGatherer`."""
+        descriptor, count, length = interface.fileno(), self._count, self._length
+        room = min(self._room, count + most)
+        if descriptor < 0 or count >= room or self._last < length:
+            return interface.read(), 0
+        before = self.headroom + TRANSPORT_HEADER_BYTES
+        added, last, waiting = self._functions.read_rows(
+            descriptor, interface.frame, self._mtu, self._buffer, before, _TAG_BYTES, length, count, room
         )
+        self._count, self._last = count + added, last
+        if waiting:
+            return interface.frame[:waiting], added
+        return (None if waiting is None or added >= most else interface.read()), added
+
+    def take(self) -> PlacedPackets | None:
+        """Return and clear the batch, valid until the next add(); None if it is empty."""
+        count, self._count = self._count, 0
+        return _placed(self._buffer, count, self._length, self._last, self.headroom) if count else None
+
+
+def _placed(buffer: memoryview, count: int, length: int, last: int, headroom: int) -> PlacedPackets:
+    stride = headroom + length + TRANSPORT_OVERHEAD
+    start = headroom + TRANSPORT_HEADER_BYTES
+    end = start + (count - 1) * stride + last
+    return PlacedPackets(buffer[start:end], count, stride, length, last, (), buffer[: end + _TAG_BYTES], headroom)
 
 
 @dataclass(slots=True)
@@ -244,15 +337,36 @@ class CompiledMerger:
     """Makes the frames for one interface, each in one piece: see `Merger`."""
 
     def __init__(self, functions: Functions, *, tso: bool = True, uso: bool = False) -> None:
-        self._find_frames = functions.find_frames
+        self._functions = functions
         self._tso = tso
         self._uso = uso
 
     def merge(self, opened: Opened, inner_filter: InnerFilter) -> Iterator[list[Bytes]]:
         """Yield the buffer of each frame; the batch cannot be used for anything else afterwards."""
         batch = cast("OpenedInPlace", opened)
+        for start, end, rows in self._find(batch):
+            if _admits(inner_filter, batch.data[start + VNET_SIZE : end], rows):
+                yield [batch.data[start:end]]
+
+    def deliver(self, opened: Opened, inner_filter: InnerFilter, interface: PacketInterface) -> None:
+        """Write what `merge` gives to the interface; packets between two addresses that were let in go in one call."""
+        batch = cast("OpenedInPlace", opened)
+        data, frames, descriptor = batch.data, self._find(batch), interface.fileno()
+        index, count = 0, len(frames)
+        while index < count:
+            start, end, rows = frames[index]
+            written = 0
+            if _admits(inner_filter, data[start + VNET_SIZE : end], rows):
+                if descriptor >= 0 and index + 1 < count:
+                    written = self._functions.write_frames(descriptor, data, frames, index)
+                if not written:  # it is a super-packet, or was not taken
+                    interface.write((data[start:end],))
+            index += written or 1
+
+    def _find(self, batch: OpenedInPlace) -> list[tuple[int, int, int]]:
+        """Start, end and number of packets of each frame."""
         data, good = batch.data, batch.good
-        frames = self._find_frames(
+        return self._functions.find_frames(
             data,
             batch.start,
             batch.stride,
@@ -263,10 +377,11 @@ class CompiledMerger:
             self._tso,
             self._uso,
         )
-        for start, end, rows in frames:
-            packet = data[start + VNET_SIZE : end]
-            if inner_filter.admit(packet) is not None:
-                yield [data[start:end]]
-            else:
-                for _ in range(rows - 1):  # every packet of a refused run is counted
-                    inner_filter.admit(packet)
+
+
+def _admits(inner_filter: InnerFilter, packet: memoryview, rows: int) -> bool:
+    if inner_filter.admit(packet) is not None:
+        return True
+    for _ in range(rows - 1):  # every packet of a refused run is counted
+        inner_filter.admit(packet)
+    return False

@@ -7,6 +7,7 @@ from siderolink.common.wireguard.noise.rows import Packets
 from siderolink.common.wireguard.packets.buffers import Scratch, round_up
 from siderolink.common.wireguard.packets.checksum import complete_checksum, row_complements, row_sums
 from siderolink.common.wireguard.packets.headers import NEEDS_CSUM, VNET_HEADER, VNET_SIZE, Gso
+from siderolink.common.wireguard.packets.parts import PacketInterface
 from siderolink.common.wireguard.packets.shape import MalformedFrame, packet_size
 
 MAX_ROWS: Final = 64
@@ -21,6 +22,8 @@ class Gatherer:
     """
 
     def __init__(self, mtu: int, max_rows: int = MAX_ROWS) -> None:
+        self.headroom = 0
+        """The path's, of which nothing is made here."""
         self._mtu = mtu
         self._max_rows = max_rows
         self._scratch = Scratch(max_rows * round_up(mtu))
@@ -73,6 +76,10 @@ class Gatherer:
         self._last = length
         self._count += 1
         return True
+
+    def read_on(self, interface: PacketInterface, most: int) -> tuple[memoryview | None, int]:
+        """The interface's next frame, and 0: see `SmallPacketGatherer`."""
+        return interface.read(), 0
 
     def take(self) -> Packets | None:
         """Return and clear the batch, valid until the next add(); None if it is empty."""

@@ -29,6 +29,7 @@ from siderolink.common.wireguard.packets.headers import (
     Inner,
     parse_inner,
 )
+from siderolink.common.wireguard.packets.parts import PacketInterface
 from siderolink.common.wireguard.packets.runs import Continuity
 from siderolink.common.wireguard.packets.seal import Opened
 
@@ -74,6 +75,10 @@ class Merger:
                     else:
                         yield [PLAIN_VNET_HEADER, packet[:total]]
             row += step
+
+    def deliver(self, opened: AnyOpened, inner_filter: InnerFilter, interface: PacketInterface) -> None:
+        for buffers in self.merge(opened, inner_filter):
+            interface.write(buffers)
 
     def _mergeable(self, packet: memoryview, total: int) -> Inner | None:
         """The packet's offsets if it could begin a run."""

@@ -1,0 +1,86 @@
+"""The parts that move packets between an interface and rows, and what they need of the interface."""
+
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+from siderolink.common.wireguard.noise.routing import InnerFilter
+from siderolink.common.wireguard.noise.rows import CipherFactory, Opened, Packets
+from siderolink.common.wireguard.packets.buffers import Bytes
+
+
+class PacketInterface(Protocol):
+    """The source and destination of inner packets, as frames that begin with a virtio_net_hdr of 10 bytes."""
+
+    frame: memoryview
+    """Where `read` puts a frame, if it reads a descriptor."""
+
+    @property
+    def tso(self) -> bool:
+        """Whether it accepts super-packets of TCP."""
+
+    @property
+    def uso(self) -> bool:
+        """Whether it accepts super-packets of UDP."""
+
+    def fileno(self) -> int:
+        """The descriptor, which does not block, of frames that may be read and written past `read` and `write`; else -1."""
+
+    def read(self) -> memoryview | None:
+        """The next frame, valid until the next read; None if none is waiting. Raises DeviceError once the interface is gone."""
+
+    def write(self, buffers: Sequence[Bytes]) -> bool:
+        """Write one frame, given in pieces; False if it was dropped."""
+
+
+class SuperPacketSplitter(Protocol):
+    """Splits super-packets into rows: see `Splitter`."""
+
+    headroom: int
+    """The path's headroom, which a splitter may use to place the rows."""
+
+    @property
+    def size(self) -> int: ...
+
+    def add(self, frame: memoryview) -> bool: ...
+
+    def take(self) -> Packets | None: ...
+
+
+class SmallPacketGatherer(Protocol):
+    """Collects small packets for one peer: see `Gatherer`."""
+
+    headroom: int
+    """See `SuperPacketSplitter`."""
+
+    def __len__(self) -> int: ...
+
+    def add(self, frame: memoryview) -> bool: ...
+
+    def read_on(self, interface: PacketInterface, most: int) -> tuple[memoryview | None, int]:
+        """Read the next frame, and before it up to `most` that belong to the batch, which has one already.
+
+        Returns it and how many were added; None if nothing is waiting any more, or if so many were added.
+        """
+
+    def take(self) -> Packets | None: ...
+
+
+class FrameMerger(Protocol):
+    """Makes frames from decrypted rows: see `Merger`."""
+
+    def merge(self, opened: Opened, inner_filter: InnerFilter) -> Iterator[list[Bytes]]: ...
+
+    def deliver(self, opened: Opened, inner_filter: InnerFilter, interface: PacketInterface) -> None:
+        """Write what `merge` gives to the interface."""
+
+
+class RowFunctions(Protocol):
+    """Creates the parts that work on rows. All parts of a device must come from the same implementation."""
+
+    def ciphers(self) -> CipherFactory: ...
+
+    def splitter(self, mtu: int) -> SuperPacketSplitter: ...
+
+    def gatherer(self, mtu: int, max_rows: int = ...) -> SmallPacketGatherer: ...
+
+    def merger(self, *, tso: bool, uso: bool) -> FrameMerger: ...
