@@ -13,8 +13,11 @@ from siderolink.cli.logs import hide, say
 from siderolink.cli.options import default_state
 from siderolink.cli.secret import read_secret
 from siderolink.common.errors import ConfigurationError, SideroLinkError
+from siderolink.common.tasks import background_tasks, keep_running
 from siderolink.server import EventStream, Server, Store
+from siderolink.server.store import ChangesLost, ServerKeyChanged
 from siderolink.server.store.sealing import GivenKey, KeyFile, StateKey, parse_key
+from siderolink.server.store.server_record import stored_key
 from siderolink.server.store.sql import SqlStore
 
 OnServer = Callable[[Server, EventStream], Awaitable[None]]
@@ -110,6 +113,7 @@ class Serving:
         self._between: Callable[[], None] | None = None
         self._failure: OSError | None = None
         self._started = anyio.Event()
+        self._taking_key = anyio.Lock()
 
     @property
     def is_running(self) -> bool:
@@ -150,10 +154,34 @@ class Serving:
                 self._server = server
                 with anyio.CancelScope() as self._scope:
                     self._started.set()
-                    await self._on_server(server, events)
+                    async with background_tasks() as tasks:
+                        tasks.start_soon(keep_running, "following the server's key", self._follow_key)
+                        await self._on_server(server, events)
                 self._server = None
         finally:
             self._server = self._store = self._scope = None
+
+    async def _follow_key(self) -> None:
+        """Start again when another server of the store has given all of them a new key. Raises SideroLinkError."""
+        if self._store is None:
+            return
+        async with self._store.changes() as changes:
+            await self.take_stored_key()
+            async for change in changes:
+                if isinstance(change, ServerKeyChanged | ChangesLost):
+                    await self.take_stored_key()
+
+    async def take_stored_key(self) -> Server:
+        """Start again where another key is stored than the running server has; returns the server with the stored one.
+
+        Raises SideroLinkError.
+        """
+        async with self._taking_key:
+            await self._started.wait()
+            key = None if self._store is None else await stored_key(self._store)
+            if key is None or key.public_key() == self.server.public_key:
+                return self.server
+            return await self.replace()
 
     async def replace(self, between: Callable[[], None] = lambda: None) -> Server:
         """Stop the server, call `between` while nothing has the state open, and return the next server once it runs.

@@ -66,13 +66,20 @@ def _copy(file: Path, copy: Path) -> None:
         os.fsync(descriptor)
 
 
-def run_rotate_key(interface: str) -> None:
-    """Give the server a new key. Raises SideroLinkError."""
+def run_rotate_key(interface: str, *, is_confirmed: bool) -> None:
+    """Give the server, and all that share its store, a new key. Raises SideroLinkError."""
+    if not is_confirmed:
+        from siderolink.cli.admin.commands import confirm
+
+        confirm("Replace the key of all servers of this store, so that every machine has to join again")
 
     async def work() -> str:
         async with _state(interface) as stub:
             done = await stub.rotate_key(RotateKeyRequest())
-        return f"the server's key is {done.public_key} now; machines have to join again, which they do by themselves"
+        return (
+            f"the key is {done.public_key} now, and within 5 s that of all servers of this store; machines have to join again, "
+            "which they do by themselves: those of siderolink within seconds, others within about five minutes"
+        )
 
     show(anyio.run(work))
 

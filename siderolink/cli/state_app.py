@@ -65,11 +65,18 @@ def migrate(
 
 
 @app.command()
-def rotate_key(interface: ServerInterface = "siderolink") -> None:
-    """Replace the server's WireGuard key. Every machine has to join again."""
+def rotate_key(
+    interface: ServerInterface = "siderolink",
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")] = False,
+) -> None:
+    """Replace the WireGuard key of the server, and of all that share its store. Every machine has to join again.
+
+    All servers take the new key within five seconds. Machines of this package join again within seconds, others when they
+    notice that the link is down, which takes them about five minutes.
+    """
     from siderolink.cli.state import run_rotate_key
 
-    run_rotate_key(interface)
+    run_rotate_key(interface, is_confirmed=yes)
 
 
 @app.command()

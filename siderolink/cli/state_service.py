@@ -72,7 +72,7 @@ class StateCommands(StateBase):
             async with self._lock:
                 await self._serving.server.audit.record(actor(), "state.rotate_key", "state")
                 await rotate_key(store)
-                server = await self._serving.replace()
+                server = await self._serving.take_stored_key()
         return RotateKeyResponse(public_key=str(server.public_key))
 
     def _store(self) -> tuple[SqlStore, Path]:

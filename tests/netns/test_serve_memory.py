@@ -123,7 +123,7 @@ def test_the_state_on_a_live_server(net: Net, tmp_path: Path) -> None:
         assert copy.stat().st_mode & 0o777 == 0o600
         assert "cannot be created" in server.command(["state", "backup", str(copy)], check=False)
         first = link.server_key
-        assert str(first) not in server.command(["state", "rotate-key"])
+        assert str(first) not in server.command(["state", "rotate-key", "--yes"])
         server.wait_for("remembering")
         said = server.command(["state", "restore", str(copy)])
         assert f"runs with 1 machines and the key {first}" in said
@@ -168,7 +168,7 @@ def test_machines_learn_a_rotated_key_by_themselves(net: Net, tmp_path: Path) ->
         wait_back(swarm, 20)
         before = {machine.runner.answer.server_key for machine in machines if machine.runner.answer is not None}
         time.sleep(6)  # a connection to the API means something when it has stood for five
-        server.command(["state", "rotate-key"])
+        server.command(["state", "rotate-key", "--yes"])
         watch_all(swarm)
         wait_back(swarm, 40)
         assert swarm.back() == 6

@@ -21,8 +21,10 @@ API = f"{SERVER}:4000"
 class Served:
     """One `serve` with a state file of its own."""
 
-    def __init__(self, namespace: Namespace, folder: Path, *options: str, **environment: str) -> None:
+    def __init__(self, namespace: Namespace, folder: Path, *options: str, address: str = SERVER, **environment: str) -> None:
+        folder.mkdir(exist_ok=True)
         self.namespace = namespace
+        self.address = address
         self.state = folder / "state" / "siderolink.state"
         self.lines: list[str] = []
         self._environment = os.environ | {"SIDEROLINK_RUNTIME_DIR": str(folder / "run")} | environment
@@ -39,7 +41,7 @@ class Served:
 
     def start(self, *, until: str = "remembering") -> None:
         """Start and wait for a line."""
-        arguments = ["serve", "--api-listen", "0.0.0.0:4000", "--wireguard-endpoint", f"{SERVER}:51820"]
+        arguments = ["serve", "--api-listen", "0.0.0.0:4000", "--wireguard-endpoint", f"{self.address}:51820"]
         arguments += ["--join-token-file", str(self._folder / "token"), *self._options]
         if "--store" not in self._options:
             arguments += ["--state", str(self.state)]
@@ -98,9 +100,9 @@ def _read(process: "subprocess.Popen[str]", lines: "queue.Queue[str | None]") ->
 
 
 @contextmanager
-def served(namespace: Namespace, folder: Path, *options: str, **environment: str) -> Iterator[Served]:
+def served(namespace: Namespace, folder: Path, *options: str, address: str = SERVER, **environment: str) -> Iterator[Served]:
     """A `serve` that runs when the body begins, whatever became of it at the end."""
-    server = Served(namespace, folder, *options, **environment)
+    server = Served(namespace, folder, *options, address=address, **environment)
     try:
         server.start()
         yield server

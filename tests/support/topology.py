@@ -1,7 +1,7 @@
-"""The three nets that tests run in, each removed with all that runs inside."""
+"""The nets that tests run in, each removed with all that runs inside."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 from tests.support.netns import Namespace, link
@@ -60,3 +60,37 @@ def _with_machines(server: Namespace, router: Namespace, count: int, made: tuple
         link(machine, router, names=("eth0", f"down{number}"), addresses=([f"{here}.2/24"], [f"{here}.1/24"]))
         machine.add_route("default", f"{here}.1")
         yield from _with_machines(server, router, count, (*made, machine))
+
+
+@dataclass(frozen=True, slots=True)
+class ServersNet:
+    """Several servers and machines around a router, each on a wire of its own."""
+
+    servers: tuple[Namespace, ...]
+    machines: tuple[Namespace, ...]
+    router: Namespace
+
+    def address(self, number: int) -> str:
+        """Of a server."""
+        return f"192.0.{2 + number}.1"
+
+
+@contextmanager
+def several(servers: int, machines: int = 1) -> Iterator[ServersNet]:
+    """Servers (192.0.2.1, 192.0.3.1, …) and machines (198.51.100.2, 198.51.101.2, …) with a router between them."""
+    with ExitStack() as stack:
+        router = stack.enter_context(Namespace("router"))
+        router.forward()
+
+        def wire(name: str, number: int, network: str, host: int) -> Namespace:
+            found = stack.enter_context(Namespace(f"{name}{number}"))
+            ours, theirs = f"{network}.{host}", f"{network}.254"
+            link(found, router, names=("eth0", f"{name}{number}"), addresses=([f"{ours}/24"], [f"{theirs}/24"]))
+            found.add_route("default", theirs)
+            return found
+
+        yield ServersNet(
+            tuple(wire("server", number, f"192.0.{2 + number}", 1) for number in range(servers)),
+            tuple(wire("machine", number, f"198.51.{100 + number}", 2) for number in range(machines)),
+            router,
+        )

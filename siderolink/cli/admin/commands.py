@@ -85,9 +85,16 @@ _CaFile = Annotated[
 ]
 _Output = Annotated[OutputFormat, typer.Option("--output", "-o", help="How to print the result.")]
 _Json = Annotated[bool, typer.Option("--json", help="The same as -o json.", hidden=True)]
+_SERVER = {"server": _Server, "context": _ContextName, "interface": _Interface, "api_key_file": _KeyFile, "ca_file": _CaFile}
 _Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")]
 
-_SERVER = {"server": _Server, "context": _ContextName, "interface": _Interface, "api_key_file": _KeyFile, "ca_file": _CaFile}
+
+def confirm(what: str) -> None:
+    """Ask on the terminal. Raises CommandError where the answer is no, or nobody can be asked."""
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        raise CommandError(f"{what}? There is no terminal to ask on: add --yes", ExitStatus.USAGE)
+    if not typer.confirm(printable(f"{what}?"), err=True):
+        raise CommandError("nothing was changed")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,12 +112,8 @@ class Call:
 
     def confirm(self, what: str) -> None:
         """Ask before something is destroyed. Raises CommandError where the answer is no, or nobody can be asked."""
-        if self.is_confirmed:
-            return
-        if not (sys.stdin.isatty() and sys.stderr.isatty()):
-            raise CommandError(f"{what}? There is no terminal to ask on: add --yes", ExitStatus.USAGE)
-        if not typer.confirm(printable(f"{what}?"), err=True):
-            raise CommandError("nothing was changed")
+        if not self.is_confirmed:
+            confirm(what)
 
     def for_each(self, names: Sequence[str], work: Callable[[Connection, str], Awaitable[None]]) -> None:
         """Do this for every name on one connection. One that fails is told, and the others are done.

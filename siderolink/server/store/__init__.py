@@ -23,6 +23,7 @@ from siderolink.server.store.feed import (
     MachineChanged,
     MachineDeleted,
     PrincipalChanged,
+    ServerKeyChanged,
 )
 from siderolink.server.store.history import HistoryBounds, HistoryEntry, HistoryKind, HistoryQuery
 from siderolink.server.store.memory import MemoryStore
@@ -69,6 +70,7 @@ __all__ = [
     "Principal",
     "PrincipalChanged",
     "Role",
+    "ServerKeyChanged",
     "ServerRecord",
     "Store",
     "TokenChanged",

@@ -328,7 +328,8 @@ class Transaction(Protocol):
     async def server(self) -> ServerRecord | None:
         """The server's record; None before the first start."""
 
-    async def set_server(self, record: ServerRecord) -> None: ...
+    async def set_server(self, record: ServerRecord, *, has_new_key: bool = False) -> None:
+        """Replace the server's record. With `has_new_key` the feed tells ServerKeyChanged."""
 
 
 Work = Callable[[Transaction], Awaitable[T]]

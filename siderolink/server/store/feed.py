@@ -58,6 +58,11 @@ class PrincipalChanged:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ServerKeyChanged:
+    """The servers' WireGuard key was replaced: all of them have to start again with the stored one."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ChangesLost:
     """The reader was too slow and changes were dropped; only reading the rows again tells what happened."""
 
@@ -72,6 +77,7 @@ Change = (
     | PrincipalChanged
     | OwnershipTaken
     | FleetServerChanged
+    | ServerKeyChanged
     | ChangesLost
 )
 

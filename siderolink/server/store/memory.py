@@ -36,6 +36,7 @@ from siderolink.server.store.feed import (
     MachineChanged,
     MachineDeleted,
     PrincipalChanged,
+    ServerKeyChanged,
 )
 from siderolink.server.store.history import HistoryBounds, HistoryEntry, HistoryQuery, MemoryHistory
 from siderolink.server.store.memory_ownership import MemoryOwnership, OwnershipTable
@@ -241,8 +242,10 @@ class _MemoryTransaction(_RowChanges):
     async def server(self) -> ServerRecord | None:
         return self._table.server
 
-    async def set_server(self, record: ServerRecord) -> None:
+    async def set_server(self, record: ServerRecord, *, has_new_key: bool = False) -> None:
         self._table.server = record
+        if has_new_key:
+            self.changes.append(ServerKeyChanged())
 
     def number_audit(self) -> None:
         """Number the entries, and keep them: the transaction has succeeded."""

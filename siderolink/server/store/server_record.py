@@ -37,7 +37,7 @@ async def recall_server(store: Store, private_key: PrivateKey | None, installati
 
     async def work(transaction: Transaction) -> Recalled:
         stored = await transaction.server()
-        was_open = False
+        was_open = has_new_key = False
         if stored is None:
             key = fresh_key
             record = ServerRecord(private_key=sealer.seal(bytes(key), SERVER_KEY), installation_id=installation_id or "")
@@ -51,9 +51,10 @@ async def recall_server(store: Store, private_key: PrivateKey | None, installati
             key = private_key or known
             record = replace(stored, private_key=sealer.seal(bytes(key), SERVER_KEY))
             was_open = is_sealed(record.private_key) and not is_sealed(stored.private_key)
-            record = record if was_open or key != known else stored
+            has_new_key = key != known
+            record = record if was_open or has_new_key else stored
         if record != stored:
-            await transaction.set_server(record)
+            await transaction.set_server(record, has_new_key=has_new_key)
         return Recalled(
             private_key=key,
             installation_id=record.installation_id,
@@ -71,8 +72,17 @@ def resume_timestamps(record: ServerRecord | Recalled) -> "Timestamps":
     return Timestamps(later(record.timestamp_mark, WRITE_AFTER))
 
 
+async def stored_key(store: Store) -> PrivateKey | None:
+    """The server's key as it is stored; None before the first start. Raises StoreError."""
+    record = await store.transact(lambda transaction: transaction.server())
+    return None if record is None else PrivateKey(store.sealer.open(record.private_key, SERVER_KEY))
+
+
 async def rotate_key(store: Store) -> PrivateKey:
-    """Give the server a new key, for its next start. Machines have to join again to learn it."""
+    """Give the servers of a store a new key, for their next start: the feed tells them.
+
+    Machines have to join again to learn it.
+    """
     new = PrivateKey.generate()
 
     async def work(transaction: Transaction) -> None:
@@ -80,7 +90,8 @@ async def rotate_key(store: Store) -> PrivateKey:
         if stored is None:
             raise StoreError("the state has no server yet")
         store.sealer.open(stored.private_key, SERVER_KEY)  # the key of the state has to be the right one
-        await transaction.set_server(replace(stored, private_key=store.sealer.seal(bytes(new), SERVER_KEY)))
+        sealed = store.sealer.seal(bytes(new), SERVER_KEY)
+        await transaction.set_server(replace(stored, private_key=sealed), has_new_key=True)
 
     await store.transact(work)
     return new

@@ -25,6 +25,7 @@ from siderolink.server.store.feed import (
     MachineChanged,
     MachineDeleted,
     PrincipalChanged,
+    ServerKeyChanged,
 )
 from siderolink.server.store.history import HistoryEntry
 from siderolink.server.store.sql.ownership_rows import SqlOwnership
@@ -245,6 +246,8 @@ class SqlTransaction(_RowChanges):
         found = await self._reader.read(SERVER)
         return found if isinstance(found, ServerRecord) else None
 
-    async def set_server(self, record: ServerRecord) -> None:
+    async def set_server(self, record: ServerRecord, *, has_new_key: bool = False) -> None:
         self.writes.add(SERVER)
         self.record = record
+        if has_new_key:
+            self.changes.append(ServerKeyChanged())

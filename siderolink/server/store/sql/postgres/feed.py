@@ -29,6 +29,7 @@ from siderolink.server.store.feed import (
     MachineChanged,
     MachineDeleted,
     PrincipalChanged,
+    ServerKeyChanged,
 )
 from siderolink.server.store.ownership import FleetServer, FleetServerChanged, Ownership, OwnershipTaken
 from siderolink.server.store.sql import audit, tables
@@ -96,8 +97,9 @@ def written(change: Change) -> tuple[str, str, str]:
             kind, name, body = "owner", owner.machine_id, _body(owner)
         case FleetServerChanged(server=server, is_gone=is_gone):
             kind, name, body = "server gone" if is_gone else "server", server.id, tables.fleet_server_values(server)
-        case PrincipalChanged(principal_id=name):
-            kind, body = "principal", {"id": name}
+        case PrincipalChanged() | ServerKeyChanged():
+            name = getattr(change, "principal_id", "")
+            kind, body = ("principal", {"id": name}) if name else ("server key", {})
         case AuditAdded() | ChangesLost():
             raise ValueError("the first is written with its row, and nobody writes the other")
     return kind, name, json.dumps(body)
@@ -120,8 +122,8 @@ def _read_change(kind: str, body: str) -> Change | None:
             case "server" | "server gone":
                 server = tables.read_fleet_server(_row(found, FleetServer))
                 return FleetServerChanged(server=server, is_gone=kind == "server gone")
-            case "principal":
-                return PrincipalChanged(principal_id=found["id"])
+            case "principal" | "server key":
+                return PrincipalChanged(principal_id=found["id"]) if kind == "principal" else ServerKeyChanged()
             case "ban" | "ban lifted":
                 return BanChanged(ban=Ban(kind=BanKind(found["kind"]), value=found["value"]), banned=kind == "ban")
             case "token" | "token gone":
