@@ -36,6 +36,7 @@ from siderolink.common.wireguard.device import PeerStatus
 from siderolink.server import AdminOptions, EventStream, JoinPolicy, JoinTokensMode, Server, Store
 from siderolink.server.admin.faces import ADMIN_LIMITS, GROUP, LocalAccess, admin_services, group_id, guarded
 from siderolink.server.events import describe_event
+from siderolink.server.peers import relayed
 from siderolink.server.store import Role
 
 _MOST_DESCRIPTORS = 1 << 20
@@ -142,7 +143,8 @@ class Serve:
 
         access = LocalAccess(administration=lambda: server().administration)
         administration = admin_services(lambda: server().administration, lambda: server().facts)
-        for_viewers = guarded([ControlService(source), *administration], access)
+        passed_on = relayed(administration, lambda: server().peers)
+        for_viewers = guarded([ControlService(source), *passed_on], access)
         return for_viewers + guarded([StateCommands(self._serving)], access, Role.ADMIN)
 
     @asynccontextmanager
@@ -226,6 +228,7 @@ class Serve:
                 tls=None if certificate is None or options.admin_listen is None else certificate.context,
                 audit_retention=options.audit_days * DAY,
             ),
+            peers=options.peers,
             store=store,
             dial=not options.no_dial,
             keep_interface=options.keep_interface,

@@ -39,7 +39,7 @@ from siderolink.cli.serve_values import (
 from siderolink.common.errors import ConfigurationError
 from siderolink.common.grpc import Limits
 from siderolink.common.hostport import HostPort
-from siderolink.server import HistoryOptions, KeepOptions, MachineLimits, ReportOptions
+from siderolink.server import HistoryOptions, KeepOptions, MachineLimits, PeerOptions, ReportOptions
 
 DAY = 86_400.0
 _MIB = 1024 * 1024
@@ -56,6 +56,7 @@ def _option(default: Any, text: str, panel: str, **more: Any) -> Any:
 
 _API, _ADMIN, _WIREGUARD, _OVERLAY = "API for machines", "Administration", "WireGuard", "Overlay"
 _JOIN, _STATE, _KEPT, _SEEN, _LIMITS = "Who may join", "State", "History", "Metrics and logs", "Limits"
+_SERVERS = "Several servers"
 
 ALTERNATIVES = (
     ("state", "no_state", "store"),
@@ -263,6 +264,21 @@ class ServeConfig(SettingsPart):
         shown="beside the state file",
     )
 
+    peer_listen: HostAndPort | None = _option(
+        None,
+        "Address to listen on for the other servers of the same --store, by TLS with keys that they make themselves.",
+        _SERVERS,
+        metavar="HOST:PORT",
+        shown="no other servers",
+    )
+    peer_address: HostAndPort | None = _option(
+        None,
+        "Address by which the other servers reach --peer-listen. Needed where that is every address.",
+        _SERVERS,
+        metavar="HOST:PORT",
+        shown="that of --peer-listen",
+    )
+
     history_days: Annotated[float, Field(gt=0)] = _option(
         30.0, "Keep what happened to machines for this many days, in the state.", _KEPT, metavar="DAYS"
     )
@@ -380,7 +396,15 @@ class ServeConfig(SettingsPart):
             if is_wrong:
                 raise ConfigurationError(text)
         self._check_ports()
+        self._check_peers()
         return self
+
+    def _check_peers(self) -> None:
+        """Only servers with one store have others."""
+        if self.peer_listen is not None and self.store is None:
+            raise ConfigurationError("servers have a --store in common, so --peer-listen needs one")
+        if self.peer_address is not None and self.peer_listen is None:
+            raise ConfigurationError("--peer-address needs --peer-listen")
 
     def _check_ports(self) -> None:
         """The API, listening on all addresses, takes its port on the overlay's, too."""
@@ -428,6 +452,11 @@ class ServeConfig(SettingsPart):
             machine_bytes=self.reports_machine_size * _MIB,
             total_bytes=self.reports_total_size * _MIB,
         )
+
+    @property
+    def peers(self) -> PeerOptions | None:
+        """Where other servers reach this one. Raises ConfigurationError."""
+        return None if self.peer_listen is None else PeerOptions(listen=self.peer_listen, address=self.peer_address)
 
     @property
     def history(self) -> HistoryOptions | None:

@@ -33,7 +33,7 @@ from siderolink.server.events import (
 from siderolink.server.fleet.directory import LinkState
 from siderolink.server.fleet.enrolment import open_machine_api
 from siderolink.server.history import History, HistoryCounters, HistoryOptions
-from siderolink.server.options import AdminOptions
+from siderolink.server.options import AdminOptions, PeerOptions
 from siderolink.server.refusals import JoinRefusal, StreamRefusal
 from siderolink.server.reporting import (
     KeepOptions,
@@ -119,6 +119,7 @@ __all__ = [
     "MachineStatus",
     "MemoryStore",
     "Page",
+    "PeerOptions",
     "Principal",
     "ReportCounters",
     "ReportDrop",

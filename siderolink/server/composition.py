@@ -10,9 +10,11 @@ from ipaddress import IPv6Address, IPv6Interface, IPv6Network
 from anyio.abc import TaskGroup
 
 from siderolink.common.addressing import overlay_prefix, server_address
+from siderolink.common.errors import ConfigurationError
 from siderolink.common.goodbye import GOODBYE_PORT
 from siderolink.common.grpc import GrpcServer, Servable, serve
 from siderolink.common.hostport import HostPort
+from siderolink.common.keys import PrivateKey
 from siderolink.common.tasks import background_tasks, keep_running
 from siderolink.common.wireguard.device import Device, DeviceConfig, DeviceEvent
 from siderolink.common.wireguard.opening import open_device
@@ -35,6 +37,7 @@ from siderolink.server.fleet.membership import Membership
 from siderolink.server.fleet.overlay_ports import OverlayPort, device_ports, only_ports
 from siderolink.server.history import QUEUE_LIMIT, History
 from siderolink.server.options import ServerOptions
+from siderolink.server.peers import PeerFace, Peers, relayed
 from siderolink.server.reporting import Reports, receive_reports
 from siderolink.server.store import Machine, Store
 from siderolink.server.store.rekeying import seal_what_is_not
@@ -57,6 +60,7 @@ class Parts:
     history: History | None
     administration: Administration
     admin_api: GrpcServer | None
+    peers: Peers | None
 
 
 class Composition:
@@ -81,6 +85,7 @@ class Composition:
         self._join_token = join_token
         self._tokens = tokens
         self._admin_services = admin_services
+        self._peers: Peers | None = None
 
     @asynccontextmanager
     async def run(self) -> AsyncIterator[Parts]:
@@ -111,6 +116,7 @@ class Composition:
         )
         async with open_device(options.device, config, on_device_event) as device:
             fleet = self._make_fleet(device, LastSeenNotes(self._store, stamps))
+            self._peers = self._make_peers(fleet, record.private_key)
             async with (
                 nullcontext() if fleet.membership is None else fleet.membership.joined(),
                 aclosing(fleet.last_seen),
@@ -163,6 +169,16 @@ class Composition:
             endpoint if endpoint.port else replace(endpoint, port=device.listen_port or 0)
             for endpoint in self._options.endpoints
         )
+
+    def _make_peers(self, fleet: Fleet, shared_key: PrivateKey) -> Peers | None:
+        """Raises ConfigurationError."""
+        if self._options.peers is None:
+            return None
+        if fleet.membership is None:
+            raise ConfigurationError("there are no other servers: only a store in Postgres is shared")
+        peers = Peers(fleet.membership, shared_key, self._store, Clock(time=self._store.time))
+        fleet.liveness.word = peers.questions
+        return peers
 
     def _start_tasks(self, device: Device, fleet: Fleet, tasks: TaskGroup, echoes: Echoes | None) -> None:
         options = self._options
@@ -278,6 +294,7 @@ class Composition:
                 history=history,
                 administration=administration,
                 admin_api=admin_api,
+                peers=self._peers,
             )
 
     @asynccontextmanager
@@ -306,8 +323,10 @@ class Composition:
         )
         async with administration.run(options.audit_retention), AsyncExitStack() as stack:
             api = None
+            if self._peers is not None:
+                await stack.enter_async_context(self._meet_others(self._peers, device, fleet, administration))
             if (listen := options.address) is not None:
-                services = guarded(self._admin_services, RemoteAccess(lambda: administration))
+                services = guarded(relayed(self._admin_services, lambda: self._peers), RemoteAccess(lambda: administration))
                 server = serve(
                     services,
                     host=listen.host,
@@ -318,3 +337,17 @@ class Composition:
                 )
                 api = await stack.enter_async_context(server)
             yield administration, api
+
+    @asynccontextmanager
+    async def _meet_others(
+        self, peers: Peers, device: Device, fleet: Fleet, administration: Administration
+    ) -> AsyncIterator[None]:
+        """Listen to the other servers, ask them, and tell them where this one is."""
+        options, membership = self._options.peers, fleet.membership
+        assert options is not None
+        assert membership is not None
+        face = PeerFace(fleet.directory, device, Clock(time=self._store.time), fleet.liveness.heard_at)
+        async with peers.listen(options.listen, face, self._admin_services, administration.api_keys) as port:
+            administration.machines.other_servers = peers.questions
+            membership.describe(peer_address=options.dialled(port), peer_fingerprint=peers.identity.fingerprint)
+            yield

@@ -1,7 +1,7 @@
 """The server's options, checked before anything is opened."""
 
 import ssl
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from ipaddress import ip_address
 
 from siderolink.common.errors import ConfigurationError
@@ -47,6 +47,27 @@ class AdminOptions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PeerOptions:
+    """Where the other servers of one store reach this one."""
+
+    listen: str
+    """host:port; port 0 selects a free one."""
+    address: str | None = None
+    """host:port that they dial; None for `listen`."""
+
+    def __post_init__(self) -> None:
+        listen = HostPort.parse(self.listen, port_zero=True)
+        if self.address is not None:
+            HostPort.parse(self.address)
+        elif _is_any(listen.host):
+            raise ConfigurationError(f"other servers cannot dial {listen.host}: say by which address they reach this one")
+
+    def dialled(self, port: int) -> str:
+        """host:port that they dial, where the listener has this port."""
+        return self.address or str(replace(HostPort.parse(self.listen, port_zero=True), port=port))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ServerOptions:
     """All that a server can be told; see Server for the meaning of each."""
 
@@ -76,6 +97,7 @@ class ServerOptions:
     forwarded_from: tuple[str, ...] = ()
     policy: JoinPolicy = JoinPolicy()
     admin: AdminOptions = AdminOptions()
+    peers: PeerOptions | None = None
 
     def __post_init__(self) -> None:
         _check_listen(self.api_listen)
@@ -120,6 +142,13 @@ class ServerOptions:
 
 def _address(listen: str | tuple[str, int]) -> HostPort:
     return HostPort.parse(listen, port_zero=True) if isinstance(listen, str) else HostPort(*listen)
+
+
+def _is_any(host: str) -> bool:
+    try:
+        return ip_address(host).is_unspecified
+    except ValueError:
+        return not host
 
 
 def _is_loopback(host: str) -> bool:

@@ -5,6 +5,7 @@ import ssl
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
+from dataclasses import replace
 from functools import cached_property
 from ipaddress import IPv6Address
 from types import TracebackType
@@ -37,7 +38,8 @@ from siderolink.server.counters import (
 from siderolink.server.events import EventHub, EventStream
 from siderolink.server.facts import Facts
 from siderolink.server.history import DEFAULT_HISTORY, History, HistoryOptions
-from siderolink.server.options import AdminOptions, ServerOptions
+from siderolink.server.options import AdminOptions, PeerOptions, ServerOptions
+from siderolink.server.peers import Peers
 from siderolink.server.reporting import ReportOptions, Reports
 from siderolink.server.store import Ban, BanKind, JoinToken, Machine, MemoryStore, Store
 from siderolink.server.store.audit import EMBEDDER
@@ -152,6 +154,11 @@ class _Administered(_Measured):
         api = self._lifetime.live.admin_api
         return None if api is None else api.port
 
+    @property
+    def peers(self) -> Peers | None:
+        """The other servers of the store, for calls that are passed on; None without the option `peers`."""
+        return self._lifetime.live.peers
+
     async def machines(self, limit: int | None = None) -> list[MachineStatus]:
         """All accepted machines, or up to `limit` of them. Other tasks run meanwhile."""
         live = self._lifetime.live
@@ -237,6 +244,7 @@ class Server(_Administered, AbstractAsyncContextManager["Server"]):
     forwarded_from: networks of proxies whose X-Forwarded-For is trusted: the client is the rightmost address outside them.
     policy: which machines need a unique token, and when a silent machine is forgotten.
     admin: the admin API for callers with API keys, and how long the audit is kept (docs/administration.md).
+    peers: where the other servers of the same store reach this one; None for a server alone (docs/several-servers.md).
     """
 
     def __init__(
@@ -268,6 +276,7 @@ class Server(_Administered, AbstractAsyncContextManager["Server"]):
         forwarded_from: Sequence[str] = (),
         policy: JoinPolicy | None = None,
         admin: AdminOptions | None = None,
+        peers: PeerOptions | None = None,
     ) -> None:
         options = ServerOptions(
             api_listen=api_listen,
@@ -295,9 +304,8 @@ class Server(_Administered, AbstractAsyncContextManager["Server"]):
             proxy_protocol_from=tuple(proxy_protocol_from),
             forwarded_from=tuple(forwarded_from),
             policy=policy or JoinPolicy(),
-            admin=admin or AdminOptions(),
         )
-        super().__init__(options)
+        super().__init__(replace(options, admin=admin or AdminOptions(), peers=peers))
 
     # --- life
 

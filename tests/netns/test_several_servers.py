@@ -1,13 +1,18 @@
 """`serve` on several hosts over one Postgres, as operators run it."""
 
+import json
+import re
+import time
 from base64 import b64encode
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from tests.netns.test_serve_memory import joined, pings
+from tests.netns.test_serve_postgres import waits_until
 from tests.support.postgres import cluster
 from tests.support.serving import TOKEN, Served, served
-from tests.support.topology import ServersNet
+from tests.support.topology import ServersNet, several
 
 KEY = b64encode(bytes(range(32))).decode()
 
@@ -32,3 +37,48 @@ def servers(net: ServersNet, folder: Path, *options: str) -> Iterator[Sequence[S
 
 def url(net: ServersNet, number: int, query: str = "") -> str:
     return f"grpc://{net.address(number)}:4000?jointoken={TOKEN}{query}"
+
+
+def test_a_machine_of_one_server_is_seen_and_managed_from_the_other(tmp_path: Path) -> None:
+    with (
+        several(2) as net,
+        servers(net, tmp_path) as (a, b),
+        joined(net.machines[0], url(net, 0)) as (
+            link,
+            portal,
+        ),
+    ):
+        assert pings(net.servers[0], link.address, 10)
+        (listed,) = json.loads(b.command(["machine", "list", "-o", "json"]))
+        machine_id = listed["id"]
+        assert listed["link"] == "up"
+        assert listed["endpoint"].startswith("198.51.100.2:")
+        assert int(listed["received_bytes"]) > 0
+        b.command(["machine", "rename", machine_id, "berlin"])
+        entries = json.loads(a.command(["audit", "-o", "json"]))
+        (renamed,) = [one for one in entries if one["action"] == "machine.rename"]
+        assert renamed["source"].startswith("uid 0 by server ")
+        b.command(["machine", "deny", "berlin"])
+        assert not pings(net.servers[0], link.address, 2)
+
+
+def test_a_rotated_key_reaches_every_server_within_five_seconds(tmp_path: Path) -> None:
+    with (
+        several(2, machines=1) as net,
+        servers(net, tmp_path) as (a, b),
+        joined(net.machines[0], url(net, 1)) as (link, _),
+    ):
+        assert pings(net.servers[1], link.address, 10)
+        first = link.server_key
+        refused = a.command(["state", "rotate-key"], check=False)
+        assert "every machine has to join again? There is no terminal to ask on: add --yes" in refused
+        said = a.command(["state", "rotate-key", "--yes"])
+        assert "that of all servers of this store" in said
+        began = time.monotonic()
+        overlay = b.wait_for("key ", timeout=30)
+        assert str(first) not in overlay  # it started again
+        (key,) = re.findall(r"key (\S{43}=)", overlay)
+        assert key in said
+        assert time.monotonic() - began < 10
+        waits_until(lambda: link.server_key != first)
+        assert pings(net.servers[1], link.address, 20)
