@@ -21,6 +21,7 @@ _PLACES = {
     "machine": "admin.machines",
     "forward": "admin.forward",
     "token": "admin.tokens",
+    "history": "admin.history",
     "ban": "admin.bans",
     "apikey": "admin.api_keys",
     "audit": "admin.audit",

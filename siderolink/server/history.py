@@ -173,10 +173,14 @@ class History:
         )
         return await self._store.history(query if machine is None else await self._of(machine, query))
 
-    async def delete(self, machine: str) -> int:
-        """Delete what is kept of a machine, known or gone; tells how many entries. Raises StoreError."""
+    async def delete(self, machine: str | None, *, until: float | None = None) -> int:
+        """Delete what is kept of a machine, known or gone, or of all, from before a time; tells how many entries.
+
+        Raises StoreError.
+        """
         await self.write()
-        return await self._store.delete_history(await self._of(machine, HistoryQuery()))
+        query = HistoryQuery(until=until)
+        return await self._store.delete_history(query if machine is None else await self._of(machine, query))
 
     async def _of(self, name: str, query: HistoryQuery) -> HistoryQuery:
         """The query for one machine: its row's entries, and what was noted under its UUID."""
@@ -184,6 +188,11 @@ class History:
         if machine is not None:
             return replace(query, machine_id=machine.id, node_uuid=machine.node_uuid)
         return replace(query, machine_id=name or None, node_uuid=name.lower())
+
+    @property
+    def options(self) -> HistoryOptions:
+        """How much is kept."""
+        return self._options
 
     def counters(self) -> HistoryCounters:
         return HistoryCounters(

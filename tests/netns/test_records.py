@@ -96,7 +96,14 @@ def test_logs_events_and_history_are_kept_searched_followed_and_deleted(tmp_path
         server.command(["machine", "remove", FIRST, "--yes"])
         assert "left" in run("history", FIRST)
         assert "eth0: link up" in run("logs", FIRST)
-        assert "deleted: " in run("history", FIRST, "--delete", "--yes")
+        kinds = [entry["kind"] for entry in json.loads(server.command(["history", "list", "-o", "json"]))]
+        assert {"joined", "up", "down", "left"} <= set(kinds)
+        retention = server.command(["history", "retention"])
+        assert all(word in retention for word in ("30 days", "500 entries", "7 days", "8.0 MiB"))
+        assert "deleted: 0 entries" in server.command(["history", "delete", "--until", "1h", "--yes"])
+        assert "deleted: 0 entries" in run("history", FIRST, "--delete", "--until", "1h", "--yes")
+        assert "eth0: link up" in run("logs", FIRST)
+        assert f"deleted: {len(kinds)} entries" in run("history", FIRST, "--delete", "--yes")
         assert "nothing is kept" in server.command(["machine", "logs", FIRST], check=False)
         kept = server.state.parent / "siderolink.reports"
         assert list(kept.iterdir()) == []

@@ -153,7 +153,10 @@ def history(
     kind: Kinds = None,
     limit: Limit = 100,
     delete: Annotated[
-        bool, typer.Option("--delete", help="Delete all that is kept of the machine: history, kernel log and events.")
+        bool,
+        typer.Option(
+            "--delete", help="Delete what is kept of the machine: history, kernel log and events; with --until, what is older."
+        ),
     ] = False,
 ) -> None:
     """Show what happened to a machine, known or gone, the oldest first; or delete what is kept of it."""
@@ -161,14 +164,22 @@ def history(
         request = ListHistoryRequest(machine=name, since=_time(since), until=_time(until), kinds=list(kind or ()))
         print_list(call.run(lambda connection: read_history(connection, request, limit))[::-1], HISTORY, call.output)
         return
-    if since is not None or until is not None or kind:
-        raise ConfigurationError("--delete deletes all that is kept of a machine: leave out --since, --until and --kind")
-    call.confirm(f"delete the history, kernel log and events of {one_line(name, limit=80)}")
-    call.run(lambda connection: _delete(connection, name))
+    if since is not None or kind:
+        raise ConfigurationError("--delete deletes all that is kept of a machine, or what is older than --until")
+    delete_records(call, name, until)
 
 
-async def _delete(connection: Connection, name: str) -> None:
-    done = await connection.stub(HistoryServiceStub).delete_history(DeleteHistoryRequest(machine=name))
+def delete_records(call: Call, machine: str, until: str | None) -> None:
+    """Ask, and delete what is kept of a machine, or of all where it is empty; `until` bounds it."""
+    request = DeleteHistoryRequest(machine=machine, until=_time(until))
+    older = "" if request.until is None else f" from before {timestamp(request.until)}"
+    whose = one_line(machine, limit=80) if machine else "all machines"
+    call.confirm(f"delete the history, kernel log and events of {whose}{older}")
+    call.run(lambda connection: _delete(connection, request))
+
+
+async def _delete(connection: Connection, request: DeleteHistoryRequest) -> None:
+    done = await connection.stub(HistoryServiceStub, timeout=None).delete_history(request)
     show(f"deleted: {done.entries} entries of the history, {done.bytes} bytes of kernel log and events")
 
 

@@ -1,5 +1,6 @@
 """What machines did and said: their history, kernel log lines and events, looked at and deleted."""
 
+import math
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -11,8 +12,8 @@ from siderolink.server.admin.lists import Page, page_size, seq_of
 from siderolink.server.admin.machines import MachineAdministration
 from siderolink.server.admin.words import require
 from siderolink.server.clock import Clock
-from siderolink.server.history import History
-from siderolink.server.reporting import KernelLine, ReportedEvent, ReportQuery, Reports
+from siderolink.server.history import History, HistoryOptions
+from siderolink.server.reporting import KeepOptions, KernelLine, ReportedEvent, ReportQuery, Reports
 from siderolink.server.store import Actor, AuditEntry, HistoryEntry, HistoryKind, Role
 from siderolink.server.store.audit import EMBEDDER
 
@@ -25,6 +26,22 @@ class _Owner:
     """Its id; of a machine that is gone its id or UUID, as it was given."""
     name: str
     is_known: bool
+
+
+_ALL = _Owner("", "all machines", is_known=True)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Retention:
+    """How much is kept of machines. None where nothing of the kind is."""
+
+    history: HistoryOptions | None
+    oldest: float | None
+    """The time of the history's first entry."""
+    reports: KeepOptions | None
+    """Kernel log lines and events in files."""
+    reports_size: int
+    """Bytes of these files now."""
 
 
 class Records:
@@ -98,26 +115,50 @@ class Records:
         if not (found or owner.is_known):
             raise _unknown(machine)
 
-    async def delete(self, machine: str, *, actor: Actor = EMBEDDER) -> tuple[int, int]:
-        """Delete a machine's history, lines and events; tells how many entries and bytes. Needs the role operator; audited."""
+    async def delete(self, machine: str = "", *, until: float | None = None, actor: Actor = EMBEDDER) -> tuple[int, int]:
+        """Delete the history, lines and events of a machine; with `until` what is older, without a machine of all.
+
+        Tells how many entries and bytes. Needs the role operator; audited.
+        """
         require(actor, Role.OPERATOR)
-        owner = await self._owner(machine)
-        entries = 0 if self._history is None else await self._history.delete(owner.key)
-        size = 0 if self._reports is None else await self._reports.delete(owner.key)
-        if not (entries or size or owner.is_known):
+        if not machine and until is None:
+            raise ConfigurationError("name a machine, or a time: what is older is deleted of all machines")
+        if until is not None and not math.isfinite(until):
+            raise ConfigurationError("the time up to which records are deleted is no time")
+        owner = await self._owner(machine) if machine else _ALL
+        key = owner.key or None
+        entries = 0 if self._history is None else await self._history.delete(key, until=until)
+        end = math.inf if until is None else until
+        size = 0 if self._reports is None else await self._reports.delete(key, until=end)
+        if not (entries or size or owner.is_known or await self._is_kept(owner.key)):
             raise _unknown(machine)
         await self._audit.add(
             AuditEntry(
                 at=self._clock.time(),
                 actor=actor,
-                action="machine.delete-history",
-                object_kind="machine",
+                action="machine.delete-history" if machine else "server.delete-history",
+                object_kind="machine" if machine else "server",
                 object_id=owner.key,
                 object_name=owner.name,
-                before={"entries": entries, "bytes": size},
+                before={"entries": entries, "bytes": size} | ({} if until is None else {"until": until}),
             )
         )
         return entries, size
+
+    async def retention(self) -> Retention:
+        """How much is kept, and for how long."""
+        history, keep = self._history, None if self._reports is None else self._reports.keep
+        oldest = () if history is None else await history.entries(after_seq=0, limit=1)
+        return Retention(
+            history=None if history is None else history.options,
+            oldest=oldest[0].at if oldest else None,
+            reports=keep,
+            reports_size=0 if self._reports is None else self._reports.file_bytes,
+        )
+
+    async def _is_kept(self, key: str) -> bool:
+        """Whether there is something in the history of a machine that is gone."""
+        return self._history is not None and bool(await self._history.entries(key, limit=1))
 
     async def id_of(self, machine: str) -> str:
         """The id of a machine; of one that is gone what it was named by."""

@@ -11,6 +11,7 @@ costs the last seconds.
 import fcntl
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -26,7 +27,7 @@ from enum import StrEnum
 from hashlib import blake2b
 from typing import Final
 
-from siderolink.common.errors import ConfigurationError
+from siderolink.common.errors import ConfigurationError, StoreError
 from siderolink.common.queues import LineQueue
 from siderolink.server.reporting.model import KeepOptions, KernelLine, LogLine, MachineEvent, ReportedEvent
 from siderolink.server.store import Machine
@@ -147,7 +148,7 @@ class Archive:
     """The files of one folder. `add` is called on the loop; everything else that touches the disk is for threads."""
 
     def __init__(self, options: KeepOptions) -> None:
-        self._options = options
+        self.options = options
         self._segment_bytes = options.machine_bytes // SEGMENTS
         self._queue: LineQueue[_Item] = LineQueue(max_items=QUEUE_ITEMS, max_bytes=QUEUE_BYTES)
         self._machines: OrderedDict[str, _MachineFiles] = OrderedDict()
@@ -168,7 +169,7 @@ class Archive:
 
     def open(self) -> None:
         """Take the folder, and look at what is in it. Raises ConfigurationError."""
-        path = self._options.folder
+        path = self.options.folder
         try:
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -225,7 +226,7 @@ class Archive:
         while True:
             is_due = self._wake.wait(TIDY_SECONDS)
             if is_due:
-                self._hurry.wait(self._options.write_after)
+                self._hurry.wait(self.options.write_after)
             self._wake.clear()
             self._hurry.clear()
             is_open = True
@@ -336,9 +337,9 @@ class Archive:
     # --- what goes
 
     def _bound(self, folder: str, files: _MachineFiles) -> None:
-        while len(files.segments) > 1 and files.size > self._options.machine_bytes:
+        while len(files.segments) > 1 and files.size > self.options.machine_bytes:
             self._remove_oldest(folder, files)
-        while self.size > self._options.total_bytes:
+        while self.size > self.options.total_bytes:
             silent, found = next(iter(self._machines.items()))
             if found is files and len(files.segments) == 1:
                 break
@@ -347,7 +348,7 @@ class Archive:
     def _tidy(self, now: float) -> None:
         """Remove what is too old, and what is too much if the bounds have become narrower."""
         for folder, files in list(self._machines.items()):
-            while files.segments and files.segments[0].last_at < now - self._options.max_age:
+            while files.segments and files.segments[0].last_at < now - self.options.max_age:
                 self._remove_oldest(folder, files)
             if files.segments:
                 self._bound(folder, files)
@@ -369,16 +370,38 @@ class Archive:
         self._machines.pop(folder, None)
         shutil.rmtree(folder, ignore_errors=True, dir_fd=self._folder)
 
-    def delete(self, machine: str) -> int:
-        """Delete all that is kept of a machine, by its id or UUID; tells how many bytes."""
+    def delete(self, machine: str | None, until: float = math.inf) -> int:
+        """Delete what is kept of a machine, by its id or UUID, or of all, from before a time; tells how many bytes.
+
+        Raises StoreError.
+        """
         with self._lock:
             self._drain()
-            before = self.size
-            for folder, files in self._named(machine):
-                for segment in files.segments:
+            found = list(self._machines) if machine is None else [folder for folder, _ in self._named(machine)]
+        count = 0
+        for folder in found:
+            with self._lock:
+                if (files := self._machines.get(folder)) is not None:
+                    before = files.size
+                    self._remove_old(folder, files, until)
+                    count += before - files.size
+        return count
+
+    def _remove_old(self, folder: str, files: _MachineFiles, until: float) -> None:
+        try:
+            for segment in [one for one in files.segments if one.begun_at < until]:
+                if segment.last_at >= until:
+                    self._resize(segment, _cut_old(self._folder, f"{folder}/{segment.name}", segment, until))
+                if segment.last_at < until or not segment.size:
+                    os.unlink(f"{folder}/{segment.name}", dir_fd=self._folder)
                     self._resize(segment, 0)
-                self._forget(folder)
-            return before - self.size
+                    files.segments.remove(segment)
+        except FileNotFoundError:
+            pass  # another program removed it
+        except OSError as error:
+            raise StoreError(f"kept reports cannot be deleted: {error.strerror}") from None
+        if not files.segments:
+            self._forget(folder)
 
     # --- what is there
 
@@ -443,6 +466,20 @@ def _write_owner(parent: int, folder: str, machine: Machine) -> None:
 
 def _folder_of(machine_id: str) -> str:
     return blake2b(machine_id.encode(errors="surrogatepass"), digest_size=16).hexdigest()
+
+
+def _cut_old(parent: int, path: str, segment: Segment, until: float) -> int:
+    """Write a file anew, without its records from before that time; tells its size."""
+    with open(os.open(path, os.O_RDONLY | _OPEN, dir_fd=parent), "rb") as file:
+        records = file.read().split(b"\n")[:-1]
+    data = b"".join(one + b"\n" for one in records if (found := _split(one)) is not None and found[0] >= until)
+    new = f"{path}.new"
+    with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | _OPEN, 0o600, dir_fd=parent), "wb") as file:
+        file.write(data)
+    os.utime(new, (segment.last_at, segment.last_at), dir_fd=parent)
+    os.replace(new, path, src_dir_fd=parent, dst_dir_fd=parent)
+    segment.is_sound = True
+    return len(data)
 
 
 def _cut_torn_line(descriptor: int) -> int:

@@ -217,6 +217,16 @@ class RingBuffers(Generic[T]):
         if ring is not None:
             self.size -= ring.size
 
+    def forget_first(self, machine_id: str, is_old: Callable[[T], bool]) -> None:
+        """Forget the machine's first reports, as long as they are old."""
+        ring = self._rings.get(machine_id)
+        while ring is not None and ring.items and is_old(ring.items[0][0]):
+            _, size = ring.items.popleft()
+            ring.size -= size
+            self.size -= size
+        if ring is not None and not ring.items:
+            del self._rings[machine_id]
+
     def machines(self) -> list[str]:
         """The machines of which reports are kept."""
         return list(self._rings)

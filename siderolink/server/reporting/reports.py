@@ -1,15 +1,18 @@
 """The event sink and the log listener on the server's overlay address, and what an embedder sees of them."""
 
+import math
 import socket
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from ipaddress import IPv6Address
 
 import anyio
+import anyio.to_thread
+from anyio.lowlevel import checkpoint
 
 from siderolink.common.grpc import GrpcServer, Limits, serve
 from siderolink.common.overlay_socket import bind_overlay
-from siderolink.common.tasks import background_tasks
+from siderolink.common.tasks import background_tasks, in_parts
 from siderolink.server.events import EventsLost, EventStream, MachineLeft
 from siderolink.server.reporting.archive import Archive
 from siderolink.server.reporting.event_sink import EventSink
@@ -27,6 +30,7 @@ from siderolink.server.reporting.model import (
 from siderolink.server.reporting.search import EVERYTHING, ReportQuery, ReportSearch
 
 _SINK_WINDOW_BYTES = 1024 * 1024
+_AT_ONCE = 100
 
 
 class Reports:
@@ -80,11 +84,22 @@ class Reports:
         """A machine's events; as `find_lines`."""
         return self._search.events(machine, query, follow=follow)
 
-    async def delete(self, machine: str) -> int:
-        """Delete the kept lines and events of a machine, by its id or UUID; tells how many bytes of files."""
-        self._ingest.recent_events.forget(machine)
-        self._ingest.recent_lines.forget(machine)
-        return 0 if self._archive is None else await anyio.to_thread.run_sync(self._archive.delete, machine)
+    async def delete(self, machine: str | None, *, until: float = math.inf) -> int:
+        """Delete the lines and events of a machine, by its id or UUID, or of all, from before a time; tells how many bytes.
+
+        Raises StoreError.
+        """
+        for recent in (self._ingest.recent_events, self._ingest.recent_lines):
+            for part in in_parts(recent.machines() if machine is None else [machine], _AT_ONCE):
+                for one in part:
+                    recent.forget_first(one, lambda report: report.received_at < until)
+                await checkpoint()
+        return 0 if self._archive is None else await anyio.to_thread.run_sync(self._archive.delete, machine, until)
+
+    @property
+    def keep(self) -> KeepOptions | None:
+        """How much is kept in files; None where nothing is."""
+        return None if self._archive is None else self._archive.options
 
     @property
     def file_bytes(self) -> int:

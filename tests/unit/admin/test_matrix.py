@@ -63,6 +63,7 @@ ROWS: dict[str, tuple[Role, betterproto2.Message]] = {
     "HistoryService/DeleteHistory": (OPERATOR, pb.DeleteHistoryRequest(machine="x")),
     "ForwardService/CheckForward": (ADMIN, pb.ForwardRequest(machine="x", port=22)),
     "ForwardService/Forward": (ADMIN, pb.ForwardRequest(machine="x", port=22)),
+    "HistoryService/GetRetention": (VIEWER, pb.GetRetentionRequest()),
     "ServerService/GetVersion": (VIEWER, pb.GetVersionRequest()),
     "ServerService/GetInfo": (VIEWER, pb.GetInfoRequest()),
     "ServerService/GetStatus": (VIEWER, pb.GetStatusRequest()),

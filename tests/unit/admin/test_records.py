@@ -1,5 +1,6 @@
 """History, kernel lines and events by the admin API, over its real sockets, from real files."""
 
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -120,6 +121,34 @@ async def test_a_machine_that_is_gone_is_found_until_its_records_are_deleted_whi
         )
         assert [(entry.action, entry.object_id) for entry in audit.entries] == [("machine.delete-history", row.id)]
         assert '"entries": 3' in audit.entries[0].before
+
+
+async def test_what_is_older_is_deleted_and_how_much_is_kept_is_told(tmp_path: Path) -> None:
+    async with reporting(tmp_path) as (office, archive, _, machine), office.local() as channel:
+        row, other = await office.manager.row(machine), FakeMachine()
+        await office.manager.join(other)
+        archive.add(line("old", 5.0, of=row))
+        archive.add(line("new", time.time(), of=row))
+        stub = pb.HistoryServiceStub(channel)
+        found = await stub.get_retention(pb.GetRetentionRequest())
+        assert (found.history_seconds, found.history_machine_entries, found.history_entries) == (30 * 86_400, 500, 200_000)
+        assert (found.keeps_history, found.keeps_reports, found.reports_seconds) == (True, True, 1e12)
+        assert found.history_oldest is not None
+        done = await stub.delete_history(pb.DeleteHistoryRequest(machine=row.id, until=100.0))
+        assert (done.entries, done.bytes > 10) == (0, True)
+        assert [one.message async for one in stub.machine_logs(pb.MachineLogsRequest(machine=row.id))] == ["new"]
+        done = await stub.delete_history(pb.DeleteHistoryRequest(machine=row.id, until=8e9))
+        assert (done.entries, done.bytes > 10) == (2, True)
+        assert len((await stub.list_history(pb.ListHistoryRequest())).entries) == 1
+        done = await stub.delete_history(pb.DeleteHistoryRequest(until=8e9))
+        assert (done.entries, done.bytes) == (1, 0)
+        for request in (pb.DeleteHistoryRequest(), pb.DeleteHistoryRequest(until=float("nan"))):
+            with pytest.raises(GRPCError) as refused:
+                await stub.delete_history(request)
+            assert refused.value.status is Status.INVALID_ARGUMENT
+        audit = await pb.AuditServiceStub(channel).list_audit(pb.ListAuditRequest(filter=pb.AuditFilter(action="server.")))
+        assert [(entry.action, entry.object_name) for entry in audit.entries] == [("server.delete-history", "all machines")]
+        assert '"until": 8000000000.0' in audit.entries[0].before
 
 
 async def test_a_viewer_may_look_and_not_delete(tmp_path: Path) -> None:

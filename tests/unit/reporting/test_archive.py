@@ -407,6 +407,30 @@ async def test_what_a_slow_follower_loses_is_read_from_the_files(tmp_path: Path)
         assert seen == ["first", *map(str, range(1, 601))]
 
 
+def size_of(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*-*"))
+
+
+async def test_what_is_older_is_deleted_of_one_machine_or_of_all(tmp_path: Path) -> None:
+    with kept(tmp_path) as archive:
+        for name in ("m-1", "m-2", "m-3"):
+            for number in range(6):
+                archive.add(line(f"{number} \r of {name}", NOW + number, machine(name)))
+            archive.add(event("boot", NOW, machine(name)))
+        assert archive.delete("m-1", NOW + 2) > 100
+        assert await found(archive) == [f"{number} \r of m-1" for number in range(2, 6)]
+        assert len(await found(archive, "m-2")) == 6
+        assert archive.delete(None, NOW + 4) > 200
+        for name in ("m-1", "m-2", "m-3"):
+            assert await found(archive, name) == [f"4 \r of {name}", f"5 \r of {name}"]
+            assert archive.segments(name, Kept.EVENTS) == []
+        archive.add(line("more", NOW + 9))
+        assert await found(archive) == ["4 \r of m-1", "5 \r of m-1", "more"]
+        assert archive.size == size_of(tmp_path)
+        assert archive.delete(None, NOW + 100) > 0
+        assert archive.size == size_of(tmp_path) == 0
+
+
 async def test_one_machine_s_reports_are_deleted_and_the_others_stay(tmp_path: Path) -> None:
     with kept(tmp_path) as archive:
         for name in ("m-1", "m-2", "m-3"):

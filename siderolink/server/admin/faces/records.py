@@ -51,8 +51,26 @@ class HistoryFace(pb.HistoryServiceBase):
             yield _event_message(event, machine_id)
 
     async def delete_history(self, message: pb.DeleteHistoryRequest) -> pb.DeleteHistoryResponse:
-        entries, size = await self._records.delete(message.machine, actor=actor())
+        entries, size = await self._records.delete(message.machine, until=message.until, actor=actor())
         return pb.DeleteHistoryResponse(entries=entries, bytes=size)
+
+    async def get_retention(self, message: pb.GetRetentionRequest) -> pb.Retention:
+        found = await self._records.retention()
+        answer = pb.Retention(
+            keeps_history=found.history is not None,
+            history_oldest=found.oldest,
+            keeps_reports=found.reports is not None,
+            reports_used_bytes=found.reports_size,
+        )
+        if found.history is not None:
+            answer.history_seconds = found.history.max_age
+            answer.history_machine_entries = found.history.per_machine
+            answer.history_entries = found.history.total
+        if found.reports is not None:
+            answer.reports_seconds = found.reports.max_age
+            answer.reports_machine_bytes = found.reports.machine_bytes
+            answer.reports_bytes = found.reports.total_bytes
+        return answer
 
 
 def _entry_message(entry: HistoryEntry, name: str) -> pb.HistoryEntry:

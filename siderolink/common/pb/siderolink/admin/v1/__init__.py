@@ -37,6 +37,7 @@ __all__ = (
     "ForwardServiceStub",
     "ForwardTarget",
     "GetInfoRequest",
+    "GetRetentionRequest",
     "GetStatusRequest",
     "GetVersionRequest",
     "GetVersionResponse",
@@ -71,6 +72,7 @@ __all__ = (
     "NoteMachineRequest",
     "RenameMachineRequest",
     "RenewTokenRequest",
+    "Retention",
     "ServerInfo",
     "ServerServiceBase",
     "ServerServiceStub",
@@ -439,6 +441,16 @@ default_message_pool.register_message(
 @dataclass(eq=False, repr=False)
 class DeleteHistoryRequest(betterproto2.Message):
     machine: "str" = betterproto2.field(1, betterproto2.TYPE_STRING)
+    """
+    A name, id, UUID or public key, or the id of a machine that is gone; empty: all machines, up to a time.
+    """
+
+    until: "float | None" = betterproto2.field(
+        2, betterproto2.TYPE_DOUBLE, optional=True
+    )
+    """
+    Only what is older than this time.
+    """
 
 
 default_message_pool.register_message(
@@ -598,6 +610,16 @@ class GetInfoRequest(betterproto2.Message):
 
 default_message_pool.register_message(
     "siderolink.admin.v1", "GetInfoRequest", GetInfoRequest
+)
+
+
+@dataclass(eq=False, repr=False)
+class GetRetentionRequest(betterproto2.Message):
+    pass
+
+
+default_message_pool.register_message(
+    "siderolink.admin.v1", "GetRetentionRequest", GetRetentionRequest
 )
 
 
@@ -1308,6 +1330,43 @@ class RenewTokenRequest(betterproto2.Message):
 default_message_pool.register_message(
     "siderolink.admin.v1", "RenewTokenRequest", RenewTokenRequest
 )
+
+
+@dataclass(eq=False, repr=False)
+class Retention(betterproto2.Message):
+    keeps_history: "bool" = betterproto2.field(1, betterproto2.TYPE_BOOL)
+    """
+    False where no history is kept.
+    """
+
+    history_seconds: "float" = betterproto2.field(2, betterproto2.TYPE_DOUBLE)
+
+    history_machine_entries: "int" = betterproto2.field(3, betterproto2.TYPE_UINT64)
+
+    history_entries: "int" = betterproto2.field(4, betterproto2.TYPE_UINT64)
+
+    history_oldest: "float | None" = betterproto2.field(
+        5, betterproto2.TYPE_DOUBLE, optional=True
+    )
+    """
+    The time of the oldest entry; none where there is no entry.
+    """
+
+    keeps_reports: "bool" = betterproto2.field(6, betterproto2.TYPE_BOOL)
+    """
+    False where no logs and events are kept in files.
+    """
+
+    reports_seconds: "float" = betterproto2.field(7, betterproto2.TYPE_DOUBLE)
+
+    reports_machine_bytes: "int" = betterproto2.field(8, betterproto2.TYPE_UINT64)
+
+    reports_bytes: "int" = betterproto2.field(9, betterproto2.TYPE_UINT64)
+
+    reports_used_bytes: "int" = betterproto2.field(10, betterproto2.TYPE_UINT64)
+
+
+default_message_pool.register_message("siderolink.admin.v1", "Retention", Retention)
 
 
 @dataclass(eq=False, repr=False)
@@ -2049,6 +2108,30 @@ class HistoryServiceStub(betterproto2_grpclib.ServiceStub):
         ):
             yield response
 
+    async def get_retention(
+        self,
+        message: "GetRetentionRequest | None" = None,
+        *,
+        timeout: "float | None" = None,
+        deadline: "Deadline | None" = None,
+        metadata: "MetadataLike | None" = None,
+    ) -> "Retention":
+        """
+        viewer: for how long, and how much of, the history, logs and events are kept.
+        """
+
+        if message is None:
+            message = GetRetentionRequest()
+
+        return await self._unary_unary(
+            "/siderolink.admin.v1.HistoryService/GetRetention",
+            message,
+            Retention,
+            timeout=timeout,
+            deadline=deadline,
+            metadata=metadata,
+        )
+
     async def delete_history(
         self,
         message: "DeleteHistoryRequest",
@@ -2058,7 +2141,7 @@ class HistoryServiceStub(betterproto2_grpclib.ServiceStub):
         metadata: "MetadataLike | None" = None,
     ) -> "DeleteHistoryResponse":
         """
-        operator: delete the history, logs and events of one machine, known or gone.
+        operator: delete the history, logs and events of one machine, known or gone, or what is old of all machines.
         """
 
         return await self._unary_unary(
@@ -3020,11 +3103,18 @@ class HistoryServiceBase(betterproto2_grpclib.ServiceBase):
         raise grpclib.GRPCError(grpclib.const.Status.UNIMPLEMENTED)
         yield MachineEvent()
 
+    async def get_retention(self, message: "GetRetentionRequest") -> "Retention":
+        """
+        viewer: for how long, and how much of, the history, logs and events are kept.
+        """
+
+        raise grpclib.GRPCError(grpclib.const.Status.UNIMPLEMENTED)
+
     async def delete_history(
         self, message: "DeleteHistoryRequest"
     ) -> "DeleteHistoryResponse":
         """
-        operator: delete the history, logs and events of one machine, known or gone.
+        operator: delete the history, logs and events of one machine, known or gone, or what is old of all machines.
         """
 
         raise grpclib.GRPCError(grpclib.const.Status.UNIMPLEMENTED)
@@ -3059,6 +3149,14 @@ class HistoryServiceBase(betterproto2_grpclib.ServiceBase):
             request,
         )
 
+    async def __rpc_get_retention(
+        self, stream: "grpclib.server.Stream[GetRetentionRequest, Retention]"
+    ) -> None:
+        request = await stream.recv_message()
+        assert request is not None
+        response = await self.get_retention(request)
+        await stream.send_message(response)
+
     async def __rpc_delete_history(
         self,
         stream: "grpclib.server.Stream[DeleteHistoryRequest, DeleteHistoryResponse]",
@@ -3087,6 +3185,12 @@ class HistoryServiceBase(betterproto2_grpclib.ServiceBase):
                 grpclib.const.Cardinality.UNARY_STREAM,
                 MachineEventsRequest,
                 MachineEvent,
+            ),
+            "/siderolink.admin.v1.HistoryService/GetRetention": grpclib.const.Handler(
+                self.__rpc_get_retention,
+                grpclib.const.Cardinality.UNARY_UNARY,
+                GetRetentionRequest,
+                Retention,
             ),
             "/siderolink.admin.v1.HistoryService/DeleteHistory": grpclib.const.Handler(
                 self.__rpc_delete_history,
