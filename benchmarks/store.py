@@ -45,7 +45,7 @@ from siderolink.server.clock import Clock
 from siderolink.server.store import Claim, Machine, Store, Transaction
 from siderolink.server.store.sql import SqlStore, tables
 from siderolink.server.store.sql.postgres import PostgresStore
-from tests.support.postgres import Cluster
+from tests.support.postgres import STATE_KEY, Cluster
 
 KINDS = ("sqlite", "postgres")
 _GIVEN = JoinTokenCheck("given")
@@ -74,7 +74,7 @@ def place(kind: str, cluster: Cluster) -> Iterator[str]:
 @contextlib.asynccontextmanager
 async def opened(where: str) -> AsyncIterator[Store]:
     if "://" in where:
-        async with PostgresStore.open(where) as database:
+        async with PostgresStore.open(where, key=STATE_KEY) as database:
             yield database
     else:
         async with SqlStore.open(where) as file:

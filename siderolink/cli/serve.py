@@ -24,7 +24,7 @@ from siderolink.cli.running import allow_descriptors, calm_collector, feed_watch
 from siderolink.cli.secret import read_secret
 from siderolink.cli.serve_config import DAY, ServeConfig
 from siderolink.cli.serve_layers import Layer, describe_settings
-from siderolink.cli.serving import Serving, chosen_state, state_key
+from siderolink.cli.serving import Serving, StoreAddress, chosen_state, key_of_database, state_key
 from siderolink.cli.state_service import StateCommands
 from siderolink.cli.watching import watch_files
 from siderolink.cli.web_child import check_page, keep_page
@@ -108,7 +108,10 @@ class Serve:
         self._certificate = _certificate(options.tls_cert, options.tls_key)
         self._admin_certificate = _certificate(options.admin_tls_cert, options.admin_tls_key)
         self._make(None)  # checks the options before anything is opened
-        self._serving = Serving(self._make, self._state, self._run_beside, state_key(options.state_key_file))
+        key = state_key(options.state_key_file)
+        if isinstance(self._state, StoreAddress):
+            key = key_of_database(key, unsealed_secrets=options.unsealed_secrets)
+        self._serving = Serving(self._make, self._state, self._run_beside, key)
 
     async def run(self) -> None:
         """Serve until cancelled. Raises SideroLinkError."""

@@ -258,10 +258,17 @@ class ServeConfig(SettingsPart):
     state_key_file: FilePath | None = _option(
         None,
         "A file with the key that seals the secrets of the state. It is made at the first start; all servers of one --store "
-        "need the same. The key comes by SIDEROLINK_STATE_KEY or by the systemd credential siderolink.state-key, too.",
+        "need the same. The key comes by SIDEROLINK_STATE_KEY or by the systemd credential siderolink.state-key, too. "
+        "A --store needs one of the three.",
         _STATE,
         metavar="FILE",
         shown="beside the state file",
+    )
+    unsealed_secrets: bool = _option(
+        False,
+        "Do without a state key on --store: who reads the database or a dump of it reads the server's key and the tokens.",
+        _STATE,
+        only_on=True,
     )
 
     peer_listen: HostAndPort | None = _option(
@@ -383,6 +390,7 @@ class ServeConfig(SettingsPart):
                 self.no_kept_reports and self.reports_folder is not None,
                 "give either --reports-folder or --no-kept-reports, not both",
             ),
+            (self.unsealed_secrets and self.store is None, "--unsealed-secrets needs --store: a state file is always sealed"),
             (
                 self.reports_machine_size > self.reports_total_size,
                 "--reports-machine-size is more than --reports-total-size",

@@ -37,14 +37,18 @@ class StoreAddress:
 
     @asynccontextmanager
     async def open(self, *, alone: bool = False, key: StateKey | None = None) -> AsyncIterator[Store]:
-        """`alone`: while no server uses it. `key` seals its secrets. Raises ConfigurationError or StoreError."""
+        """`alone`: while no server uses it. `key` seals its secrets; None leaves them as they are: see `key_of_database`.
+
+        Raises ConfigurationError or StoreError.
+        """
         try:
             from siderolink.server.store.sql.postgres import PostgresStore
         except ImportError as error:
             if error.name is None or not error.name.startswith("psycopg"):
                 raise
             raise ConfigurationError("a store on Postgres needs more packages: pip install 'siderolink[postgres]'") from None
-        async with PostgresStore.open(self.url, password=self.password, alone=alone, key=key) as store:
+        opening = PostgresStore.open(self.url, password=self.password, alone=alone, key=key, unsealed_secrets=key is None)
+        async with opening as store:
             yield store
 
 
@@ -86,6 +90,20 @@ def state_key(file: Path | None) -> StateKey | None:
     text = read_secret("state-key", os.environ.get("SIDEROLINK_STATE_KEY"), None)
     hide(text)
     return None if text is None else GivenKey(parse_key(text, "the state key that was given"), "the state key that was given")
+
+
+def key_of_database(key: StateKey | None, *, unsealed_secrets: bool) -> StateKey | None:
+    """The key for a database; None where its secrets are to stay readable. Raises ConfigurationError for neither and both."""
+    if unsealed_secrets and key is not None:
+        raise ConfigurationError("give a state key or --unsealed-secrets, not both")
+    if key is None and not unsealed_secrets:
+        raise ConfigurationError(
+            "the secrets of a state in Postgres are sealed with a key that all its servers share, and none was given: "
+            "--state-key-file FILE makes one at the first start (copy that file to the other servers), and "
+            "SIDEROLINK_STATE_KEY or the systemd credential siderolink.state-key hands one over; --unsealed-secrets leaves "
+            "the server's key and the join tokens readable in the database and in its dumps"
+        )
+    return key
 
 
 def open_state(state: Path | StoreAddress, key: StateKey | None) -> AbstractAsyncContextManager[Store]:

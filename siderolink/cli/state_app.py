@@ -57,11 +57,15 @@ def migrate(
     target: Annotated[str, typer.Argument(help="Where it shall be: a new file, or an empty database.", metavar="TARGET")],
     store_password_file: StorePasswordFile = None,
     state_key_file: StateKeyFile = None,
+    unsealed_secrets: Annotated[
+        bool,
+        typer.Option("--unsealed-secrets", help="Leave the secrets readable in a TARGET in Postgres."),
+    ] = False,
 ) -> None:
     """Copy the state of a stopped server from a file to Postgres, or back. Machines return without joining again."""
     from siderolink.cli.state_migration import run_migrate
 
-    run_migrate(source, target, store_password_file, state_key_file)
+    run_migrate(source, target, store_password_file, state_key_file, unsealed_secrets=unsealed_secrets)
 
 
 @app.command()

@@ -6,7 +6,7 @@ from pathlib import Path
 import anyio
 
 from siderolink.cli.output import show
-from siderolink.cli.serving import StoreAddress, open_state, state_key, store_address
+from siderolink.cli.serving import StoreAddress, key_of_database, open_state, state_key, store_address
 from siderolink.common.errors import ConfigurationError, StoreError
 from siderolink.server.store import (
     AuditEntry,
@@ -25,7 +25,9 @@ from siderolink.server.store.sealing import StateKey, key_file_beside
 _AT_ONCE = 256
 
 
-def run_migrate(source: str, target: str, password_file: Path | None, key_file: Path | None = None) -> None:
+def run_migrate(
+    source: str, target: str, password_file: Path | None, key_file: Path | None = None, *, unsealed_secrets: bool = False
+) -> None:
     """Copy a whole state to where none is yet. Raises SideroLinkError."""
     places = [_place(name, password_file) for name in (source, target)]
     if password_file is not None and not any(isinstance(place, StoreAddress) for place in places):
@@ -34,7 +36,12 @@ def run_migrate(source: str, target: str, password_file: Path | None, key_file: 
         raise ConfigurationError(f"there is no state file {places[0]}")
     if isinstance(places[1], Path) and places[1].exists():
         raise ConfigurationError(f"{places[1]} exists; the state is moved to a new file only")
-    machines = anyio.run(_migrate, places[0], places[1], state_key(key_file))
+    key = state_key(key_file)
+    if isinstance(places[1], StoreAddress):
+        key_of_database(key, unsealed_secrets=unsealed_secrets)
+    elif unsealed_secrets:
+        raise ConfigurationError("--unsealed-secrets is for a target in Postgres: a state file is always sealed")
+    machines = anyio.run(_migrate, places[0], places[1], key)
     show(f"{target} holds the server's key and {machines} machines now; {source} is as it was. Start one of them only")
 
 

@@ -14,6 +14,7 @@ from grpclib import GRPCError, Status
 from siderolink.common.hostport import HostPort
 from siderolink.common.pb.sidero.link import ProvisionResponse
 from siderolink.common.wireguard.noise.tai64n import Timestamps
+from siderolink.server.store.sealing import is_sealed
 from tests.netns.test_serve_memory import joined, pings
 from tests.support.postgres import Cluster
 from tests.support.raw_machine import RawMachine
@@ -83,6 +84,10 @@ def test_links_outlive_the_database_and_joins_come_back_with_it(net: Net, tmp_pa
     with served(net.server, tmp_path, "--store", url) as server, joined(net.machine) as (link, portal):
         address = link.address
         assert pings(net.server, address, 5)
+        key = ["--state-key-file", str(server.state_key)]
+        [(sealed,)] = postgres.execute("SELECT private_key FROM server", "state")
+        assert isinstance(sealed, bytes)
+        assert is_sealed(sealed)
         known, new = raw_machine(), raw_machine()
         answers = [portal.call(machine.provision) for machine in (known, new)]
         shake_hands(portal, known, answers[0])
@@ -102,13 +107,13 @@ def test_links_outlive_the_database_and_joins_come_back_with_it(net: Net, tmp_pa
         assert f"machines, in {url}" in server.lines[-1]
         assert pings(net.server, address, 20)
         assert "a server uses the database state" in server.command(
-            ["state", "migrate", url, str(tmp_path / "moved")], check=False
+            ["state", "migrate", url, str(tmp_path / "moved"), *key], check=False
         )
         assert server.stop(timeout=30) == 0
         moved = tmp_path / "again" / "state" / "siderolink.state"
         moved.parent.mkdir(parents=True)
-        server.command(["state", "migrate", url, str(moved)])
-        with served(net.server, tmp_path / "again") as again:
+        server.command(["state", "migrate", url, str(moved), *key])
+        with served(net.server, tmp_path / "again", *key) as again:
             assert " 0 machines" not in again.lines[-1]
             assert pings(net.server, address, 20)
             assert link.address == address

@@ -18,8 +18,12 @@ from pathlib import Path
 import psycopg
 import pytest
 
+from siderolink.server.store.sealing import KEY_BYTES, GivenKey
+
 _NUMBERS = count(1)
 _USER = "nobody"
+STATE_KEY = GivenKey(bytes(range(KEY_BYTES)))
+"""What seals the secrets in the tests' databases."""
 
 
 def program(name: str) -> str:

@@ -26,6 +26,8 @@ class Served:
         self.namespace = namespace
         self.address = address
         self.state = folder / "state" / "siderolink.state"
+        self.state_key = folder / "database.key"
+        """Of a state in Postgres."""
         self.lines: list[str] = []
         self._environment = os.environ | {"SIDEROLINK_RUNTIME_DIR": str(folder / "run")} | environment
         self._options = options
@@ -45,6 +47,8 @@ class Served:
         arguments += ["--join-token-file", str(self._folder / "token"), *self._options]
         if "--store" not in self._options:
             arguments += ["--state", str(self.state)]
+        elif "--unsealed-secrets" not in self._options:
+            arguments += ["--state-key-file", str(self.state_key)]
         self._process = self.namespace.popen(
             [*COMMAND, *arguments], env=self._environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )

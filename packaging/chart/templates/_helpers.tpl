@@ -18,6 +18,10 @@ helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
 {{- .Values.joinToken.existingSecret | default (printf "%s-join-token" (include "siderolink.name" .)) -}}
 {{- end }}
 
+{{- define "siderolink.stateKeySecret" -}}
+{{- .Values.stateKey.existingSecret | default (printf "%s-state-key" (include "siderolink.name" .)) -}}
+{{- end }}
+
 {{- define "siderolink.serve" -}}
 {{- $set := dict
   "api-listen" (printf "[::]:%v" .Values.api.port)
@@ -31,6 +35,7 @@ helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
 {{- end }}
 {{- if .Values.postgres.url }}
 {{- $_ := set $set "store" .Values.postgres.url }}
+{{- $_ := set $set "state-key-file" "/run/secrets/state-key/state-key" }}
 {{- if .Values.postgres.existingSecret }}
 {{- $_ := set $set "store-password-file" "/run/secrets/postgres/password" }}
 {{- end }}

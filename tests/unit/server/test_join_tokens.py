@@ -29,7 +29,7 @@ from siderolink.server.store import (
 )
 from siderolink.server.store.sql.postgres import PostgresStore
 from tests.support.manager import TOKEN, FakeMachine, Manager, following, managed, new_key, tokens_of
-from tests.support.postgres import cluster
+from tests.support.postgres import STATE_KEY, cluster
 from tests.unit.server.test_store import KINDS, opened
 
 pytestmark = pytest.mark.anyio
@@ -444,7 +444,7 @@ async def two_stores(kind: str) -> AsyncIterator[tuple[Store, Store]]:
         return
     with cluster().database() as database:
         url = cluster().url(database)
-        async with PostgresStore.open(url) as one, PostgresStore.open(url) as other:
+        async with PostgresStore.open(url, key=STATE_KEY) as one, PostgresStore.open(url, key=STATE_KEY) as other:
             yield one, other
 
 

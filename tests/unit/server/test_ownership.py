@@ -9,7 +9,7 @@ from siderolink.common.errors import StoreError
 from siderolink.common.keys import PublicKey
 from siderolink.server.store import FleetServer, FleetServerChanged, Ownership, OwnershipTaken, Store, Transaction
 from siderolink.server.store.sql.postgres import PostgresStore
-from tests.support.postgres import cluster
+from tests.support.postgres import STATE_KEY, cluster
 from tests.unit.server.test_store import machine, store, work_of
 
 __all__ = ["store"]
@@ -96,7 +96,7 @@ async def test_a_note_and_a_taking_on_two_servers_end_in_one_order(is_noted_firs
     """The note of the old owner runs while another server takes the link: it is stored before that, or refused."""
     with cluster().database() as name:
         url = cluster().url(name)
-        async with PostgresStore.open(url) as one, PostgresStore.open(url) as two:
+        async with PostgresStore.open(url, key=STATE_KEY) as one, PostgresStore.open(url, key=STATE_KEY) as two:
             first = await take(one, owned_by("a"))
             read, go_on = anyio.Event(), anyio.Event()
             noted: list[bool] = []
@@ -133,7 +133,7 @@ async def test_of_many_that_take_a_link_at_once_each_has_an_epoch_of_its_own() -
         async def compete(store: Store, server_id: str) -> None:
             epochs.append((await take(store, owned_by(server_id))).epoch)
 
-        async with PostgresStore.open(url) as one, PostgresStore.open(url) as two:
+        async with PostgresStore.open(url, key=STATE_KEY) as one, PostgresStore.open(url, key=STATE_KEY) as two:
             async with anyio.create_task_group() as tasks:
                 for number in range(10):
                     tasks.start_soon(compete, one if number % 2 else two, str(number))

@@ -36,7 +36,7 @@ from siderolink.server.store.sealing import SERVER_KEY
 from siderolink.server.store.sql import SqlStore, schema, tables
 from siderolink.server.store.sql.postgres import PostgresStore
 from siderolink.server.store.sql.postgres.database import database_url, describe
-from tests.support.postgres import Cluster, cluster, free_port, program
+from tests.support.postgres import STATE_KEY, Cluster, cluster, free_port, program
 from tests.unit.server.test_store import claim, machine, work_of
 
 pytestmark = pytest.mark.anyio
@@ -103,7 +103,7 @@ def test_another_address_is_refused_without_its_password(given: str, said: str) 
 
 async def test_a_database_that_does_not_answer_is_one_clear_line() -> None:
     with pytest.raises(StoreUnavailableError, match="does not answer") as caught:
-        async with PostgresStore.open(f"postgresql://u@127.0.0.1:{free_port()}/x", password="s3cret"):
+        async with PostgresStore.open(f"postgresql://u@127.0.0.1:{free_port()}/x", password="s3cret", key=STATE_KEY):
             pass
     assert "\n" not in str(caught.value)
     assert "s3cret" not in str(caught.value)
@@ -116,7 +116,7 @@ async def test_the_first_of_several_servers_makes_the_schema(url: str) -> None:
     stores: list[PostgresStore] = []
 
     async def open_one() -> None:
-        async with PostgresStore.open(url) as store:
+        async with PostgresStore.open(url, key=STATE_KEY) as store:
             stores.append(store)
 
     async with anyio.create_task_group() as tasks:
@@ -126,7 +126,7 @@ async def test_the_first_of_several_servers_makes_the_schema(url: str) -> None:
 
 
 async def test_the_schema_is_what_the_program_knows(url: str, database: str) -> None:
-    async with PostgresStore.open(url):
+    async with PostgresStore.open(url, key=STATE_KEY):
         pass
     for table in tables.metadata.sorted_tables:
         found = cluster().execute(
@@ -136,7 +136,7 @@ async def test_the_schema_is_what_the_program_knows(url: str, database: str) -> 
 
 
 async def test_a_schema_of_the_next_release_is_used_and_a_newer_one_refused(url: str, database: str) -> None:
-    async with PostgresStore.open(url) as store:
+    async with PostgresStore.open(url, key=STATE_KEY) as store:
         await store.transact(work_of("insert", machine(1, 1, key=1, overlay=1)))
     # a migration only adds: what this release does not know has a default, and stays as it is
     cluster().execute("ALTER TABLE machines ADD COLUMN later text NOT NULL DEFAULT 'none'", database)
@@ -144,7 +144,7 @@ async def test_a_schema_of_the_next_release_is_used_and_a_newer_one_refused(url:
     cluster().execute("UPDATE machines SET later = 'kept'", database)
     cluster().execute(f"UPDATE alembic_version SET version_num = '{int(tables.HEAD) + 3}'", database)
     cluster().execute(f"UPDATE feed SET usable_since = {tables.HEAD}", database)
-    async with PostgresStore.open(url) as store, store.changes() as changes:
+    async with PostgresStore.open(url, key=STATE_KEY) as store, store.changes() as changes:
         await store.transact(work_of("insert", machine(2, 2, key=2, overlay=2)))
         await store.transact(work_of("update", machine(1, 1, key=3, overlay=1)))
         assert {row.id async for row in store.machines()} == {"1", "2"}
@@ -156,7 +156,7 @@ async def test_a_schema_of_the_next_release_is_used_and_a_newer_one_refused(url:
     assert dict(cluster().execute(asked, database)) == {"1": "kept", "2": "none"}  # type: ignore[arg-type]
     cluster().execute(f"UPDATE feed SET usable_since = {int(tables.HEAD) + 1}", database)
     with pytest.raises(StoreError, match="was written by a newer siderolink"):
-        async with PostgresStore.open(url):
+        async with PostgresStore.open(url, key=STATE_KEY):
             pass
 
 
@@ -178,7 +178,7 @@ async def test_a_migration_only_adds(url: str, database: str) -> None:
         command.upgrade(config, str(schema.USABLE_SINCE))
     engine.dispose()
     before = look()
-    async with PostgresStore.open(url):
+    async with PostgresStore.open(url, key=STATE_KEY):
         pass
     after = look()
     assert {name: after.get(name) for name in before} == before
@@ -192,7 +192,7 @@ async def test_a_migration_only_adds(url: str, database: str) -> None:
 async def test_a_database_that_holds_something_else_is_left_alone(url: str, database: str) -> None:
     cluster().execute("CREATE TABLE cats (name text)", database)
     with pytest.raises(StoreError, match="holds something else"):
-        async with PostgresStore.open(url):
+        async with PostgresStore.open(url, key=STATE_KEY):
             pass
     assert cluster().execute("SELECT table_name FROM information_schema.tables WHERE table_schema = 'public'", database) == [
         ("cats",)
@@ -224,7 +224,7 @@ async def test_servers_decide_races_as_if_one_after_the_other(url: str) -> None:
         if found is not None:
             await transaction.delete(found.id)
 
-    async with PostgresStore.open(url) as one, PostgresStore.open(url) as two:
+    async with PostgresStore.open(url, key=STATE_KEY) as one, PostgresStore.open(url, key=STATE_KEY) as two:
         await one.transact(work_of("insert", machine(1, 1, overlay=1)))
         async with anyio.create_task_group() as tasks:
             for store in (one, two) * 10:
@@ -238,13 +238,17 @@ async def test_servers_decide_races_as_if_one_after_the_other(url: str) -> None:
 
 
 async def test_a_server_hears_what_another_changes(url: str) -> None:
-    async with PostgresStore.open(url) as one, PostgresStore.open(url) as two, two.changes() as changes:
+    async with (
+        PostgresStore.open(url, key=STATE_KEY) as one,
+        PostgresStore.open(url, key=STATE_KEY) as two,
+        two.changes() as changes,
+    ):
         await one.transact(work_of("insert", machine(1, 1, key=1)))
         assert await anext(changes) == MachineChanged(machine=machine(1, 1, key=1))
 
 
 async def test_an_update_keeps_a_note_that_came_meanwhile(url: str) -> None:
-    async with PostgresStore.open(url) as store, PostgresStore.open(url) as other:
+    async with PostgresStore.open(url, key=STATE_KEY) as store, PostgresStore.open(url, key=STATE_KEY) as other:
         await store.transact(work_of("insert", machine(1, 1)))
         runs = 0
 
@@ -271,7 +275,7 @@ async def test_a_slower_writer_with_lower_numbers_is_not_skipped(url: str, datab
     def body(name: str) -> str:
         return f'{{"kind": "uuid", "value": "{name}"}}'
 
-    async with PostgresStore.open(url) as store, store.changes() as changes:
+    async with PostgresStore.open(url, key=STATE_KEY) as store, store.changes() as changes:
         slow = await psycopg.AsyncConnection.connect(url)
         quick = await psycopg.AsyncConnection.connect(url)
         async with slow, quick:
@@ -287,7 +291,7 @@ async def test_a_slower_writer_with_lower_numbers_is_not_skipped(url: str, datab
 
 
 async def test_a_reader_behind_what_was_pruned_reads_all(url: str, database: str) -> None:
-    async with PostgresStore.open(url) as store, PostgresStore.open(url) as other:
+    async with PostgresStore.open(url, key=STATE_KEY) as store, PostgresStore.open(url, key=STATE_KEY) as other:
         async with store.changes() as changes:
             holder = await psycopg.AsyncConnection.connect(url)
             async with holder:
@@ -307,11 +311,11 @@ async def test_a_reader_behind_what_was_pruned_reads_all(url: str, database: str
 
 async def test_changes_of_another_clusters_transactions_are_forgotten(url: str, database: str) -> None:
     """After a restore of a dump, the numbers of transactions that are still to come stand in the table."""
-    async with PostgresStore.open(url) as store:
+    async with PostgresStore.open(url, key=STATE_KEY) as store:
         await store.transact(work_of("insert", machine(1, 1)))
     cluster().execute("UPDATE changes SET xid = '99999999'", database)
     cluster().execute("UPDATE feed SET pruned = '99999999'", database)
-    async with PostgresStore.open(url) as store, store.changes() as changes:
+    async with PostgresStore.open(url, key=STATE_KEY) as store, store.changes() as changes:
         assert cluster().execute("SELECT count(*) FROM changes", database) == [(0,)]
         await store.transact(work_of("insert", machine(2, 2, overlay=2)))
         assert isinstance(await anext(changes), MachineChanged)
@@ -322,7 +326,7 @@ async def test_changes_of_another_clusters_transactions_are_forgotten(url: str, 
 
 async def test_a_database_that_is_away_is_told_and_comes_back(own_cluster: Cluster) -> None:
     own_cluster.execute("CREATE DATABASE state")
-    async with PostgresStore.open(own_cluster.url("state")) as store, store.changes() as changes:
+    async with PostgresStore.open(own_cluster.url("state"), key=STATE_KEY) as store, store.changes() as changes:
         await store.transact(work_of("insert", machine(1, 1, key=1)))
         assert isinstance(await anext(changes), MachineChanged)
         own_cluster.stop(signal.SIGQUIT)
@@ -341,7 +345,7 @@ async def test_a_database_that_is_away_is_told_and_comes_back(own_cluster: Clust
 
 async def test_a_silent_database_is_given_up_and_comes_back(own_cluster: Cluster) -> None:
     own_cluster.execute("CREATE DATABASE state")
-    async with PostgresStore.open(own_cluster.url("state")) as store:
+    async with PostgresStore.open(own_cluster.url("state"), key=STATE_KEY) as store:
         await store.transact(work_of("insert", machine(1, 1, key=1)))
         own_cluster.signal(signal.SIGSTOP)
         try:
@@ -387,7 +391,7 @@ def test_a_state_moves_from_a_file_to_postgres_and_back(tmp_path: Path, url: str
 
     anyio.run(make)
     run_migrate(str(tmp_path / "state"), url, None)
-    anyio.run(look, PostgresStore.open(url))
+    anyio.run(look, PostgresStore.open(url, key=STATE_KEY))
     with pytest.raises(StoreError, match="holds a server already"):
         run_migrate(str(tmp_path / "state"), url, None)
     run_migrate(url, str(tmp_path / "back"), None)
@@ -397,22 +401,22 @@ def test_a_state_moves_from_a_file_to_postgres_and_back(tmp_path: Path, url: str
 
 
 async def test_a_state_that_a_server_uses_does_not_move(tmp_path: Path, url: str) -> None:
-    async with PostgresStore.open(url):
+    async with PostgresStore.open(url, key=STATE_KEY):
         with pytest.raises(StoreError, match="a server uses"):
-            async with PostgresStore.open(url, alone=True):
+            async with PostgresStore.open(url, alone=True, key=STATE_KEY):
                 pass
-    async with PostgresStore.open(url, alone=True):
+    async with PostgresStore.open(url, alone=True, key=STATE_KEY):
         pass
 
 
 async def test_a_dump_is_restored_and_the_feed_goes_on(url: str, database: str) -> None:
-    async with PostgresStore.open(url) as store:
+    async with PostgresStore.open(url, key=STATE_KEY) as store:
         await store.transact(work_of("insert", machine(1, 1, key=1, overlay=1)))
         dump = cluster().run("pg_dump", "--format=custom", "--file=dump", database)
         await store.transact(work_of("insert", machine(2, 2, key=2, overlay=2)))
     assert dump == b""
     cluster().run("pg_restore", "--clean", "--if-exists", "--single-transaction", f"--dbname={database}", "dump")
-    async with PostgresStore.open(url) as store, store.changes() as changes:
+    async with PostgresStore.open(url, key=STATE_KEY) as store, store.changes() as changes:
         assert [row.id async for row in store.machines()] == ["1"]
         with pytest.raises(UniqueViolationError):
             await store.transact(work_of("insert", machine(3, 3, overlay=1)))
@@ -457,17 +461,17 @@ async def opened_in_time(url: str) -> AsyncIterator[PostgresStore]:
     with anyio.fail_after(30):
         while True:
             try:
-                async with PostgresStore.open(url):
+                async with PostgresStore.open(url, key=STATE_KEY):
                     break
             except StoreUnavailableError:
                 await anyio.sleep(0.1)
-    async with PostgresStore.open(url) as store:
+    async with PostgresStore.open(url, key=STATE_KEY) as store:
         yield store
 
 
 async def test_behind_a_pooler_by_transaction_the_feed_goes_on(tmp_path: Path, database: str) -> None:
     with pgbouncer(tmp_path, database) as url:
-        async with opened_in_time(url) as store, PostgresStore.open(url) as other, other.changes() as changes:
+        async with opened_in_time(url) as store, PostgresStore.open(url, key=STATE_KEY) as other, other.changes() as changes:
 
             async def add(number: int) -> None:
                 await store.transact(work_of("insert", machine(number, number, overlay=number)))

@@ -16,7 +16,7 @@ from siderolink.common.errors import StoreError, StoreUnavailableError
 from siderolink.server.store import ChangesLost
 from siderolink.server.store.sql.postgres import PostgresStore
 from tests.support.certificates import make_certificate
-from tests.support.postgres import Cluster, cluster
+from tests.support.postgres import STATE_KEY, Cluster, cluster
 from tests.unit.server.test_store import machine, work_of
 
 pytestmark = pytest.mark.anyio
@@ -58,7 +58,7 @@ async def test_a_database_behind_tls_and_a_password(roots: Path, caplog: pytest.
     port = cluster().port
     with cluster().database() as name:
         proved = f"postgresql://guarded@localhost:{port}/{name}?sslmode=verify-full&sslrootcert={roots}"
-        async with PostgresStore.open(proved, password=PASSWORD) as store:
+        async with PostgresStore.open(proved, password=PASSWORD, key=STATE_KEY) as store:
             await store.transact(work_of("insert", machine(1, 1)))
             asked = "SELECT bool_and(ssl), min(version) FROM pg_stat_ssl JOIN pg_stat_activity USING (pid)"
             assert cluster().execute(f"{asked} WHERE usename = 'guarded'") == [(True, "TLSv1.3")]
@@ -69,13 +69,13 @@ async def test_a_database_behind_tls_and_a_password(roots: Path, caplog: pytest.
         }
         for url, reason in refused.items():
             with pytest.raises(StoreUnavailableError, match=reason) as caught:
-                async with PostgresStore.open(f"postgresql://guarded@{url}", password=PASSWORD):
+                async with PostgresStore.open(f"postgresql://guarded@{url}", password=PASSWORD, key=STATE_KEY):
                     pass
             assert "\n" not in str(caught.value)
             assert PASSWORD not in str(caught.value)
         for password in (None, "wr0ng"):
             with pytest.raises(StoreError, match="password") as wrong:
-                async with PostgresStore.open(proved, password=password):
+                async with PostgresStore.open(proved, password=password, key=STATE_KEY):
                     pass
             assert "wr0ng" not in str(wrong.value)
     assert PASSWORD not in caplog.text + repr(store) + repr(vars(store))
@@ -84,7 +84,7 @@ async def test_a_database_behind_tls_and_a_password(roots: Path, caplog: pytest.
 async def test_times_are_those_of_a_database_whose_clock_is_off() -> None:
     ahead = Cluster(clock_ahead=7200)
     try:
-        async with PostgresStore.open(ahead.url("postgres")) as store:
+        async with PostgresStore.open(ahead.url("postgres"), key=STATE_KEY) as store:
             assert abs(store.time() - time.time() - 7200) < 60
             await store.transact(work_of("insert", machine(1, 1)))
             [(at,)] = ahead.execute("SELECT extract(epoch FROM at)::float8 FROM changes")
@@ -100,11 +100,11 @@ async def test_times_are_those_of_a_database_whose_clock_is_off() -> None:
 async def test_a_database_with_another_isolation_is_refused() -> None:
     """What is checked under locks would be looked up in what was there before them."""
     with cluster().database() as name:
-        async with PostgresStore.open(cluster().url(name)):
+        async with PostgresStore.open(cluster().url(name), key=STATE_KEY):
             pass
         cluster().execute(f"ALTER DATABASE {name} SET default_transaction_isolation = 'repeatable read'")
         with pytest.raises(StoreError, match="default_transaction_isolation is repeatable read"):
-            async with PostgresStore.open(cluster().url(name)) as store:
+            async with PostgresStore.open(cluster().url(name), key=STATE_KEY) as store:
                 await store.transact(work_of("insert", machine(1, 1)))
 
 
@@ -127,7 +127,7 @@ async def test_many_joins_notify_a_few_times() -> None:
                 await store.transact(work_of("insert", machine(number, number, overlay=number)))
 
         listening = anyio.Event()
-        async with PostgresStore.open(url) as store, anyio.create_task_group() as tasks:
+        async with PostgresStore.open(url, key=STATE_KEY) as store, anyio.create_task_group() as tasks:
             tasks.start_soon(listen, listening)
             await listening.wait()
             began_at = time.monotonic()
@@ -150,7 +150,7 @@ async def test_a_promoted_replica_takes_over_and_all_is_read_again() -> None:
     try:
         hosts = "&".join(f"host={one.folder}:{one.port}" for one in (primary, replica))
         url = f"postgresql://siderolink@/postgres?{hosts}&target_session_attrs=read-write"
-        async with PostgresStore.open(url) as store, store.changes() as changes:
+        async with PostgresStore.open(url, key=STATE_KEY) as store, store.changes() as changes:
             await store.transact(work_of("insert", machine(1, 1)))
             with anyio.fail_after(30):
                 while replica.execute("SELECT to_regclass('machines') IS NOT NULL") == [(False,)]:
@@ -179,7 +179,7 @@ async def test_a_store_that_is_closed_while_it_connects_leaves_no_connection() -
     asked = "SELECT count(*) FROM pg_stat_activity WHERE datname = '{}' AND application_name = 'siderolink'"
     with cluster().database() as database:
         for number in range(24):
-            async with PostgresStore.open(cluster().url(database)) as store:
+            async with PostgresStore.open(cluster().url(database), key=STATE_KEY) as store:
                 await store.tokens()
                 await anyio.sleep(0.001 * (number % 4))
             for _ in range(100):

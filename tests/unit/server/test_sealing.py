@@ -7,12 +7,16 @@ import stat
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import anyio
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
+from siderolink.cli.serve import Serve
+from siderolink.cli.serve_config import ServeConfig
 from siderolink.cli.serving import state_key
 from siderolink.cli.state import run_rekey, run_restore_offline
 from siderolink.cli.state_migration import run_migrate
@@ -39,7 +43,7 @@ from siderolink.server.store.sealing import (
 from siderolink.server.store.server_record import recall_server, rotate_key
 from siderolink.server.store.sql import SqlStore
 from siderolink.server.store.sql.postgres import PostgresStore
-from tests.support.postgres import cluster
+from tests.support.postgres import STATE_KEY, cluster
 from tests.unit.server.test_state_file import first_schema
 from tests.unit.server.test_store import machine
 
@@ -275,12 +279,14 @@ def test_a_copy_is_restored_only_with_its_key(tmp_path: Path) -> None:
     looked_at(other)
 
 
-def test_a_state_moves_with_its_tokens_to_a_database_with_a_key_of_its_own_or_none(tmp_path: Path) -> None:
+def test_a_state_moves_with_its_tokens_to_a_database_with_a_key_of_its_own_or_openly(tmp_path: Path) -> None:
     made(tmp_path / "state")
+    with pytest.raises(ConfigurationError, match="--state-key-file FILE makes one"):
+        run_migrate(str(tmp_path / "state"), "postgresql://nowhere/x", None)
     for number, key_file in enumerate((None, tmp_path / "database.key")):
         with cluster().database() as database:
             url = cluster().url(database)
-            run_migrate(str(tmp_path / "state"), url, None, key_file)
+            run_migrate(str(tmp_path / "state"), url, None, key_file, unsealed_secrets=key_file is None)
             anyio.run(_look_at_database, url, state_key(key_file))
             back = tmp_path / f"back{number}"
             run_migrate(url, str(back), None, key_file)
@@ -288,7 +294,7 @@ def test_a_state_moves_with_its_tokens_to_a_database_with_a_key_of_its_own_or_no
 
 
 async def _look_at_database(url: str, key: StateKey | None) -> None:
-    async with PostgresStore.open(url, key=key) as store:
+    async with PostgresStore.open(url, key=key, unsealed_secrets=key is None) as store:
         await opens(store)
         [token] = await store.tokens()
         assert is_sealed(token.secret) == (key is not None)
@@ -316,3 +322,53 @@ def test_a_store_in_memory_seals_too() -> None:
         assert is_sealed(record.private_key)
 
     anyio.run(work)
+
+
+# --- databases, which have no place for a key of their own
+
+
+def test_a_database_is_not_opened_without_a_key_unless_that_is_asked_for() -> None:
+    async def work() -> None:
+        with pytest.raises(ConfigurationError, match="unsealed_secrets=True"):
+            async with PostgresStore.open("postgresql://nowhere/x"):
+                pass
+        with cluster().database() as database:
+            url = cluster().url(database)
+            async with PostgresStore.open(url, unsealed_secrets=True) as store:
+                before = await recall_server(store, None, None)
+            async with PostgresStore.open(url, key=STATE_KEY) as store:
+                record = await recall_server(store, None, None)
+                assert record.was_open, "it is sealed from now on"
+                assert record.private_key == before.private_key
+            for key, said in ((None, "there is no key"), (GivenKey(b"x" * KEY_BYTES), "give the key of this state")):
+                async with PostgresStore.open(url, key=key, unsealed_secrets=key is None) as store:
+                    with pytest.raises(SealError, match=said):
+                        await recall_server(store, None, None)
+
+    anyio.run(work)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({}, "--state-key-file FILE makes one"),
+        ({"unsealed_secrets": True, "state_key_file": Path("key")}, "not both"),
+        ({"unsealed_secrets": True}, None),
+        ({"state_key_file": Path("key")}, None),
+    ],
+)
+def test_serve_on_a_database_needs_a_state_key_or_an_explicit_word(
+    options: dict[str, Any], said: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SIDEROLINK_STATE_KEY", raising=False)
+    settings = ServeConfig(tunnel_only=True, store="postgresql://u@db/x", join_token="t", **options)
+    if said is None:
+        Serve(settings)
+        return
+    with pytest.raises(ConfigurationError, match=said):
+        Serve(settings)
+
+
+def test_a_state_file_is_never_unsealed() -> None:
+    with pytest.raises(ValidationError, match="a state file is always sealed"):
+        ServeConfig(tunnel_only=True, join_token="t", unsealed_secrets=True)

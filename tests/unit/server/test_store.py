@@ -38,7 +38,7 @@ from siderolink.server.store import (
 )
 from siderolink.server.store.sql import SqlStore
 from siderolink.server.store.sql.postgres import PostgresStore
-from tests.support.postgres import cluster
+from tests.support.postgres import STATE_KEY, cluster
 
 pytestmark = pytest.mark.anyio
 
@@ -71,7 +71,7 @@ async def opened(kind: str, feed_limit: int = 1024) -> AsyncIterator[Store]:
         return
     if kind == "postgres":
         with cluster().database() as database:
-            async with PostgresStore.open(cluster().url(database), feed_limit=feed_limit) as store:
+            async with PostgresStore.open(cluster().url(database), feed_limit=feed_limit, key=STATE_KEY) as store:
                 yield store
         return
     with tempfile.TemporaryDirectory() as folder:

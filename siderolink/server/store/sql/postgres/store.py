@@ -9,7 +9,7 @@ from sqlalchemy.engine import RowMapping
 from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.sql import Select
 
-from siderolink.common.errors import StoreError, StoreUnavailableError
+from siderolink.common.errors import ConfigurationError, StoreError, StoreUnavailableError
 from siderolink.common.tasks import background_tasks
 from siderolink.server.store.audit import AuditEntry, AuditQuery
 from siderolink.server.store.base import Ban, BanGrounds, Claim, Machine, Work
@@ -26,6 +26,10 @@ from siderolink.server.store.tokens import JoinToken
 T = TypeVar("T")
 
 _PAGE = 1024
+NO_KEY = (
+    "a state in Postgres is sealed with a key that its servers share, and none was given; pass key=KeyFile(path), which "
+    "makes one where there is none, or leave the server's key and the tokens readable: unsealed_secrets=True"
+)
 
 
 class PostgresStore:
@@ -52,14 +56,17 @@ class PostgresStore:
         feed_limit: int = DEFAULT_FEED_LIMIT,
         alone: bool = False,
         key: StateKey | None = None,
+        unsealed_secrets: bool = False,
     ) -> AsyncIterator["PostgresStore"]:
         """Connect to ``postgresql://USER@HOST:PORT/DATABASE`` and bring its schema up to this program's.
 
         The server's TLS certificate has to prove its name, unless it is on this host or the URL says otherwise (`sslmode`).
-        `alone`: refuse a database that a server uses. `key` seals the secrets in it and has to be the same for all its servers;
-        without one they stay as they are. Raises ConfigurationError for another URL;
-        StoreError, with one clear line, for a database that cannot be used.
+        `alone`: refuse a database that a server uses. `key` seals the secrets in it and has to be the same for all its servers.
+        `unsealed_secrets`: do without one; what is sealed already stays so, and needs its key. Raises ConfigurationError for
+        another URL, and without a key; StoreError, with one clear line, for a database that cannot be used.
         """
+        if key is None and not unsealed_secrets:
+            raise ConfigurationError(NO_KEY)
         database = Database(database_url(url, password, alone=alone), connections=connections)
         try:
             store = cls(database, feed_limit, key or GivenKey(None, "no state key was given"))
