@@ -156,7 +156,7 @@ class Admission:
             return refusal(JoinRefusal.DENIED, denied)
         if verdict is not TokenVerdict.ACCEPT and not is_same:
             if holder is not None:
-                return refusal(JoinRefusal.KEY_IN_USE, holder)
+                return self._move_by_echo(request, self._pending_row(request, new_id, owner, verdict), holder, is_new=True)
             return await self._make_pending(transaction, request, new_id, owner, verdict)
         if owner is None:
             return await self._admit_new(transaction, request, new_id, holder)
@@ -234,7 +234,7 @@ class Admission:
             if holder.assigned_uuid == request.node_uuid:
                 return await self._rename(transaction, request, holder)
             if not rules.same_token(holder, request.digest):
-                return self._move_by_echo(request, new_row, holder)
+                return self._move_by_echo(request, new_row, holder, is_new=True)
             basis = Basis.UNIQUE_TOKEN
             changed, new_row = await self._take_key(transaction, holder, new_row)
         evicted = await self._rows.make_room(transaction, request, is_row=True)
@@ -279,7 +279,7 @@ class Admission:
         if holder is not None:
             if rules.same_token(holder, request.digest) and rules.same_token(owner, request.digest):
                 return await self._take_own_key(transaction, request, owner, holder)
-            return self._move_by_echo(request, owner, holder)
+            return self._move_by_echo(request, owner, holder, is_new=False)
         claims = await transaction.claims(owner.id)
         now = self._clock.time()
         for claim in claims:
@@ -343,11 +343,15 @@ class Admission:
         row = await self._rows.write(transaction, row, False, request.use_tunnel and row.virtual_address is None)
         return Grant(machine=row, basis=Basis.UNIQUE_TOKEN, changed=changed, is_new_link=True)
 
-    def _move_by_echo(self, request: JoinRequest, row: Machine, holder: Machine) -> Grant:
+    def _move_by_echo(self, request: JoinRequest, row: Machine, holder: Machine, *, is_new: bool) -> Grant | Rejection:
         """The holder of a known key may have another UUID now: it has to answer at an address that only this answer tells.
 
-        Public keys are no secrets, so nothing changes until then. The session goes on, and with it the tunnel's address.
+        Public keys are no secrets, so nothing changes until then. The session goes on, and with it the tunnel's address. A
+        pending row takes no token but the one that the server will give it.
         """
+        if is_new and self._rows.is_full:
+            return refusal(JoinRefusal.TOO_MANY_MACHINES)
+        digest = request.digest if row.is_accepted else None
         virtual_address = holder.virtual_address
         if request.use_tunnel and virtual_address is None:
             virtual_address = self._rows.virtual_address()
@@ -356,8 +360,8 @@ class Admission:
             public_key=request.public_key,
             overlay_address=self._rows.overlay_address(),
             virtual_address=virtual_address,
-            unique_token_digest=request.digest or row.bound_digest,
-            unique_fingerprint=request.fingerprint if request.digest is not None else row.unique_fingerprint,
+            unique_token_digest=digest or row.bound_digest,
+            unique_fingerprint=request.fingerprint if digest is not None else row.unique_fingerprint,
             talos_version=request.talos_version,
             tunnel=request.use_tunnel,
         )
@@ -410,16 +414,18 @@ class Admission:
         evicted = await self._rows.make_room(transaction, request, is_row=True)
         if isinstance(evicted, Rejection):
             return evicted
-        has_conflict = verdict is TokenVerdict.CONFLICT or owner is not None
-        row = replace(
+        row = self._pending_row(request, new_id, owner, verdict)
+        row = await self._rows.write(transaction, row, True, request.use_tunnel)
+        return Grant(machine=row, basis=Basis.NEW, evicted=evicted, is_new_machine=True, is_new_link=True)
+
+    def _pending_row(self, request: JoinRequest, new_id: str, owner: Machine | None, verdict: TokenVerdict) -> Machine:
+        return replace(
             self._rows.new_row(request, new_id),
             admission=MachineAdmission.PENDING,
-            has_uuid_conflict=has_conflict,
+            has_uuid_conflict=verdict is TokenVerdict.CONFLICT or owner is not None,
             unique_token_digest=None,
             unique_fingerprint="",
         )
-        row = await self._rows.write(transaction, row, True, request.use_tunnel)
-        return Grant(machine=row, basis=Basis.NEW, evicted=evicted, is_new_machine=True, is_new_link=True)
 
     async def _admit_pending(
         self, transaction: Transaction, request: JoinRequest, row: Machine, owner: Machine | None

@@ -105,7 +105,8 @@ class Proofs:
         digest = machine.unique_token_digest
         if await _is_banned(transaction, machine.public_key, digest, machine.node_uuid):
             return None
-        owner = await transaction.machine_by_uuid(machine.node_uuid)
+        # a pending machine gets a UUID of its own where another one has this
+        owner = await transaction.machine_by_uuid(machine.node_uuid) if machine.is_accepted else None
         if owner is not None:
             link = await self._liveness.of(owner, transaction)
             trust = self._policy.trust_fingerprints

@@ -56,12 +56,17 @@ class Rows:
         self._entropy = entropy
         self._count_machines = count_machines
 
+    @property
+    def is_full(self) -> bool:
+        """Whether there are as many rows as there may be."""
+        return self._count_machines() >= self._limits.max_machines
+
     async def make_room(
         self, transaction: Transaction, request: JoinRequest, *, is_row: bool
     ) -> Machine | Claim | None | Rejection:
         """Let something that never shook hands give way where there is no room for one more."""
         victim: Waiting | None = None
-        if is_row and self._count_machines() >= self._limits.max_machines:
+        if is_row and self.is_full:
             victim = self.pending.oldest(rows_only=True)
             if victim is None:
                 return refusal(JoinRefusal.TOO_MANY_MACHINES)

@@ -10,10 +10,11 @@ from grpclib import Status
 
 from siderolink.common.addressing import parse_peer_addr_port
 from siderolink.common.errors import StoreError
-from siderolink.server import AdmissionChanged, LeaveReason, LinkState, MachineLeft, MachineLimits
+from siderolink.server import AdmissionChanged, LeaveReason, LinkState, MachineAdmission, MachineLeft, MachineLimits
+from siderolink.server.admission.policy import JoinTokensMode
 from siderolink.server.admission.tokens import unique_token_digest
 from siderolink.server.fleet.reconciler import EVERYTHING
-from siderolink.server.store import MemoryStore
+from siderolink.server.store import Machine, MemoryStore, Transaction
 from siderolink.server.store.base import T, Work
 from tests.support.fake_device import FakePath
 from tests.support.manager import FakeMachine, Manager, following, new_key
@@ -367,3 +368,89 @@ async def test_an_answer_that_comes_too_late_moves_nothing_and_the_address_is_ta
     assert await manager.machines.find(NEW_UUID) is None
     await pass_time_of_moves(manager)
     assert manager.device.configs[machine.key].allowed_ips == (network(first.node_address_prefix),)
+
+
+# --- where machines without a unique token are pending
+
+
+@pytest.mark.parametrize("mode", [JoinTokensMode.LEGACY_ALLOWED, JoinTokensMode.STRICT])
+@pytest.mark.parametrize("tunnel", [False, True])
+async def test_a_known_key_with_another_uuid_and_no_token_is_pending_once_it_answers(
+    mode: JoinTokensMode, tunnel: bool
+) -> None:
+    """It gets a token then, and is accepted with it: nothing waits for its restart."""
+    before, machine = Manager(), FakeMachine(tunnel=tunnel)
+    await before.join(machine)
+    await before.handshake(machine)
+    manager = Manager(store=before.store, time=before.time, mode=mode)
+    await manager.reconciler.load()
+    path, ended = FakePath(machine.key), list[object]()
+    if tunnel:
+        manager.monitor.open_stream(manager.link(await manager.join(machine)), path, ended.append)
+    manager.device.hear(machine.key, path)
+    await manager.handshake(machine)
+    first = await manager.row(machine)
+    renamed = replace(machine, node_uuid=NEW_UUID, unique_token=None)
+    answer = await manager.join(renamed)
+    address = IPv6Interface(answer.node_address_prefix).ip
+    assert address != first.overlay_address
+    assert await manager.row(machine) == first, "nothing changes until then"
+    assert len(manager.links) == 1
+    told: list[Machine] = []
+    with manager.fleet.sessions.watching(lambda link: told.append(link.machine)):
+        await manager.fleet.moves.answered(address)
+    link = manager.links.by_key(machine.key)
+    assert link is not None
+    assert (link.machine.node_uuid, link.machine.admission) == (NEW_UUID, MachineAdmission.PENDING)
+    assert (link.machine.overlay_address, link.state, ended) == (address, LinkState.UP, [])
+    assert link.machine in told, "so that it is given a token now"
+    assert (await manager.row(machine)).public_key is None
+    given = '{"Fingerprint":"aa","Token":"given"}'
+
+    async def assign(transaction: Transaction) -> Machine:
+        return await transaction.update(replace(link.machine, assigned_token=given))
+
+    await manager.reconciler.apply_change(await manager.store.transact(assign))
+    assert (await manager.join(replace(renamed, unique_token=given))).node_address_prefix == answer.node_address_prefix
+    assert (await manager.row(renamed)).public_key == machine.key
+
+
+async def test_a_known_key_that_takes_a_living_machines_uuid_is_pending_and_in_conflict() -> None:
+    manager, one, other = Manager(mode=JoinTokensMode.STRICT), FakeMachine(), FakeMachine()
+    for machine in (one, other):
+        await manager.join(machine)
+        await manager.handshake(machine)
+        link = manager.links.by_key(machine.key)
+        assert link is not None
+        await manager.admin.accept(link.machine.id)
+    answer = await manager.join(replace(other, node_uuid=one.node_uuid))
+    await manager.fleet.moves.answered(IPv6Interface(answer.node_address_prefix).ip)
+    link = manager.links.by_key(other.key)
+    assert link is not None
+    assert (link.machine.admission, link.machine.has_uuid_conflict) == (MachineAdmission.PENDING, True)
+    assert (await manager.row(one)).public_key == one.key
+
+
+async def test_who_only_read_the_key_of_a_machine_without_a_token_moves_nothing_where_machines_are_pending() -> None:
+    manager, machine = Manager(mode=JoinTokensMode.STRICT), FakeMachine()
+    await manager.join(machine)
+    await manager.handshake(machine)
+    link = manager.links.by_key(machine.key)
+    assert link is not None
+    row = await manager.admin.accept(link.machine.id)
+    for number in range(3):
+        await manager.join(replace(machine, node_uuid=str(uuid.uuid4()), source=f"203.0.113.{number}"))
+    await manager.fleet.moves.answered(row.overlay_address)
+    assert (await manager.row(machine)).public_key == machine.key
+    assert len(manager.links) == 1
+
+
+async def test_no_echo_makes_more_rows_than_there_may_be() -> None:
+    manager, machine = Manager(limits=MachineLimits(max_machines=2)), FakeMachine()
+    await manager.join(machine)
+    await manager.handshake(machine)
+    answer = await manager.join(replace(machine, node_uuid=NEW_UUID))
+    await manager.fleet.moves.answered(IPv6Interface(answer.node_address_prefix).ip)
+    status, _ = await manager.refuses(replace(machine, node_uuid=str(uuid.uuid4())))
+    assert status is Status.RESOURCE_EXHAUSTED
+    assert len(manager.links) == 2

@@ -239,6 +239,22 @@ async def test_the_thief_that_claims_a_silent_row_loses_it_to_the_machine_that_i
     assert (refused.source, refused.known_source) == (f"{ELSEWHERE}:1", HERE)
 
 
+@pytest.mark.parametrize("is_alive", [True, False], ids=["idle", "killed"])
+async def test_of_a_machine_whose_path_a_proxy_cut_the_server_learns_nothing_before_it_is_heard(is_alive: bool) -> None:
+    """Living machines may be idle for 50 s by then (docs/decisions.md). Both worlds are one until the first word."""
+    scene = Scene(False, Link.PROXY_CUT)
+    await scene.set_up()
+    for seconds in (0, 20, 29):
+        await scene.manager.pass_time(seconds)
+        assert await scene.attempt(thief(scene, HERE)) is Verdict.REFUSED
+        assert await scene.attempt(machine_again(scene, HERE)) is Verdict.REFUSED
+        assert scene.manager.device.calls.count(("handshake", scene.machine.key)) == 0, "no probe has a way to it"
+    if is_alive:
+        scene.manager.device.hear(scene.machine.key)
+    await scene.manager.pass_time(11)
+    assert await scene.attempt(thief(scene, ELSEWHERE)) is (Verdict.REFUSED if is_alive else Verdict.TAKES)
+
+
 async def test_of_two_claims_the_first_that_is_proved_has_the_row() -> None:
     scene = Scene(False, Link.SILENT)
     await scene.set_up()
