@@ -19,8 +19,11 @@ from siderolink.common.pb.siderolink.control import (
     RotateKeyResponse,
     StateBase,
 )
+from siderolink.common.tasks import to_its_end, uninterrupted
 from siderolink.common.text import one_line
+from siderolink.server import Server
 from siderolink.server.admin.faces import actor
+from siderolink.server.store import Actor
 from siderolink.server.store.sealing import KeyFile, key_file_beside
 from siderolink.server.store.server_record import rotate_key
 from siderolink.server.store.sql import SqlStore
@@ -43,7 +46,7 @@ class StateCommands(StateBase):
             with _told():
                 await self._serving.server.audit.record(actor(), "state.backup", "state")
                 await self._serving.server.remember()
-                await store.backup(copy)
+                await to_its_end(store.backup(copy))
             async with await anyio.open_file(copy, "rb") as file:
                 while data := await file.read(CHUNK_BYTES):
                     yield Chunk(data=data)
@@ -57,13 +60,18 @@ class StateCommands(StateBase):
             await _receive(messages, copy)
             with _told():
                 machines = await check(copy, self._serving.key or KeyFile(key_file_beside(state)))
-                async with self._lock:
-                    server = await self._serving.replace(lambda: put(copy, state))
-                await server.audit.record(actor(), "state.restore", "state")
+                server = await to_its_end(self._put(copy, state, actor()))
         finally:
             copy.unlink(missing_ok=True)
         return RestoreResponse(machines=machines, public_key=str(server.public_key))
 
+    async def _put(self, copy: Path, state: Path, who: Actor) -> Server:
+        async with self._lock:
+            server = await self._serving.replace(lambda: put(copy, state))
+        await server.audit.record(who, "state.restore", "state")
+        return server
+
+    @uninterrupted
     async def rotate_key(self, message: RotateKeyRequest) -> RotateKeyResponse:
         store = self._serving.store
         if store is None:

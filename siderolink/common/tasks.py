@@ -1,9 +1,11 @@
 """Task groups for the inside of a context manager: they end with it, and never hide a lone error in a group."""
 
+import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
-from contextlib import asynccontextmanager
-from typing import TypeVar
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator
+from contextlib import asynccontextmanager, suppress
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import anyio
 from anyio.abc import TaskGroup
@@ -12,6 +14,7 @@ from siderolink.common.backoff import Backoff
 
 log = logging.getLogger("siderolink")
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 
@@ -49,6 +52,35 @@ async def keep_running(what: str, work: Callable[[], Awaitable[object]]) -> None
             delay = backoff.next()
             log.exception("%s failed; restarting it in %.0f s", what, delay)
             await anyio.sleep(delay)
+
+
+async def to_its_end(work: Coroutine[Any, Any, T]) -> T:
+    """Run the work in a task of its own and, if this one is cancelled, wait for it before the cancellation goes on.
+
+    For what must not stop halfway. anyio's shields do not do: a caller of the API that hangs up is cancelled by asyncio, which
+    passes them.
+    """
+    task = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        with anyio.CancelScope(shield=True):
+            while not task.done():
+                with suppress(asyncio.CancelledError):
+                    await asyncio.wait([task])
+        if not task.cancelled():
+            task.exception()  # nobody is left to be told
+        raise
+
+
+def uninterrupted(method: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Coroutine[Any, Any, T]]:
+    """Let each call of the method run `to_its_end`."""
+
+    @wraps(method)
+    async def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        return await to_its_end(method(*args, **kwargs))
+
+    return run
 
 
 def in_parts(items: Iterable[T], size: int) -> Iterator[list[T]]:

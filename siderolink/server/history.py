@@ -13,7 +13,7 @@ import anyio
 from anyio.lowlevel import checkpoint
 
 from siderolink.common.errors import ConfigurationError, StoreError
-from siderolink.common.tasks import background_tasks, in_parts
+from siderolink.common.tasks import background_tasks, in_parts, uninterrupted
 from siderolink.common.text import one_line
 from siderolink.server.events import (
     AdmissionChanged,
@@ -343,6 +343,7 @@ class History:
         if count:
             self._queue(replace(self._entry(None, HistoryKind.LOST, "more joins were refused; this counts them"), count=count))
 
+    @uninterrupted
     async def write(self) -> None:
         """Write what waits. Raises StoreError; what was not written waits on."""
         for event in self._events.take_waiting():

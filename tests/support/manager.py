@@ -26,7 +26,7 @@ from siderolink.server.fleet.directory import MachineLink
 from siderolink.server.fleet.fleet import make_fleet
 from siderolink.server.fleet.last_seen import LastSeenNotes
 from siderolink.server.fleet.membership import Membership
-from siderolink.server.store import Machine, MemoryStore
+from siderolink.server.store import Machine, MemoryStore, Store
 from tests.support.fake_device import FakeDevice, VirtualClock
 
 TOKEN = "the-join-token"
@@ -68,7 +68,7 @@ class Manager:
         self,
         *,
         limits: MachineLimits | None = None,
-        store: MemoryStore | None = None,
+        store: Store | None = None,
         force_tunnel: bool = False,
         authorize: Authorize = allow_all,
         join_token: str | None | JoinTokenCheck = TOKEN,
@@ -83,7 +83,7 @@ class Manager:
         limits = limits or MachineLimits()
         self.time = time or VirtualClock()
         self.device = FakeDevice(self.time)
-        self.store = store or MemoryStore()
+        self.store: Store = store or MemoryStore()
         self.hub = EventHub()
         self.join_token = join_token if isinstance(join_token, JoinTokenCheck) else JoinTokenCheck(join_token)
         prefix = overlay_prefix()

@@ -15,7 +15,7 @@ from siderolink.server.admin.tokens import Tokens
 from siderolink.server.events import EventHub, EventStream
 from siderolink.server.history import DEFAULT_HISTORY, History
 from siderolink.server.reporting import Reports
-from siderolink.server.store import MemoryStore, Store
+from siderolink.server.store import Store
 from tests.support.fake_device import VirtualClock
 from tests.support.manager import Manager
 
@@ -68,7 +68,7 @@ async def open_office(
     open_port: OpenPort | None = None,
 ) -> AsyncIterator[Office]:
     """Everything but the device is real."""
-    manager = Manager(store=store if isinstance(store, MemoryStore) else None, time=time)
+    manager = Manager(store=store, time=time)
     history = History(manager.store, manager.machines.named, DEFAULT_HISTORY, manager.hub.subscribe())
     administration = Administration(
         manager.store,

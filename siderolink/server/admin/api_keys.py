@@ -17,6 +17,7 @@ from siderolink.common.errors import (
     SideroLinkError,
     UnauthenticatedError,
 )
+from siderolink.common.tasks import uninterrupted
 from siderolink.common.text import one_line
 from siderolink.server.admin.lists import Page, page_of
 from siderolink.server.admin.words import check_name, require
@@ -52,6 +53,8 @@ class ApiKeys:
         self._by_digest: dict[bytes, Principal] = {}
         self._used: dict[str, tuple[float, str]] = {}
         self._held: dict[str, set[anyio.CancelScope]] = {}
+        self._changing = anyio.Lock()
+        """What was read before a key was made does not take the place of what was read after it."""
 
     def now(self) -> float:
         """By which expiries count."""
@@ -59,6 +62,7 @@ class ApiKeys:
 
     # --- administration
 
+    @uninterrupted
     async def create(
         self,
         name: str,
@@ -91,11 +95,12 @@ class ApiKeys:
             await transaction.put_principal(principal)
             await transaction.audit(self._entry(actor, "apikey.create", None, principal))
 
-        try:
-            await self._store.transact(work)
-        except UniqueViolationError:
-            raise AlreadyExistsError(f"another key has the name {principal.name}") from None
-        self._by_digest[principal.key_digest] = principal
+        async with self._changing:
+            try:
+                await self._store.transact(work)
+            except UniqueViolationError:
+                raise AlreadyExistsError(f"another key has the name {principal.name}") from None
+            self._by_digest[principal.key_digest] = principal
         return principal, secret
 
     async def page(self, page_size: int = 0, page_token: str = "", *, actor: Actor = EMBEDDER) -> Page[Principal]:
@@ -113,6 +118,7 @@ class ApiKeys:
         """End a key and the calls that it makes, and forget it."""
         return await self._end(name, "apikey.delete", actor, lambda one: None)
 
+    @uninterrupted
     async def _end(self, name: str, action: str, actor: Actor, change: Callable[[Principal], Principal | None]) -> Principal:
         require(actor, Role.ADMIN)
 
@@ -196,9 +202,13 @@ class ApiKeys:
 
     async def refresh(self) -> None:
         """Read the keys again, and end the calls of those that are gone. None is taken where they cannot be read."""
-        self._by_digest = {}
-        known = {one.key_digest: one for one in await self._all()}
-        self._by_digest = known
+        async with self._changing:
+            try:
+                known = {one.key_digest: one for one in await self._all()}
+            except SideroLinkError:
+                self._by_digest = {}
+                raise
+            self._by_digest = known
         active = {one.id for one in known.values() if one.revoked_at is None}
         for principal_id, scopes in list(self._held.items()):
             if principal_id not in active:

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
 from typing import Final
 
+from siderolink.common.tasks import uninterrupted
 from siderolink.common.token_bucket import TokenBucket
 from siderolink.server.admin.lists import Page, page_size, seq_of
 from siderolink.server.admin.words import require
@@ -92,6 +93,7 @@ class AuditLog:
 
     # --- writing
 
+    @uninterrupted
     async def add(self, entry: AuditEntry) -> None:
         """Record what changes no row, in a transaction of its own."""
         await self._store.transact(lambda transaction: transaction.audit(entry))

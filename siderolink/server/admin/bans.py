@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from siderolink.common.errors import ConfigurationError, KeyFormatError, NotFoundError
 from siderolink.common.keys import PublicKey
 from siderolink.common.node_uuid import parse_uuid
+from siderolink.common.tasks import uninterrupted
 from siderolink.common.text import one_line
 from siderolink.server.admin.lists import Page, page_of
 from siderolink.server.admin.machines import MachineAdministration, MachineStatus
@@ -54,6 +55,7 @@ class Bans:
         found.sort(key=_sort_key)
         return page_of(found, _sort_key, page_size, page_token)
 
+    @uninterrupted
     async def add(self, name: str, *, kind: BanKind | None = None, reason: str = "", actor: Actor = EMBEDDER) -> BanOutcome:
         """Refuse a machine from now on, and end its link at once.
 
@@ -88,6 +90,7 @@ class Bans:
             status = await self._administration.status(machine)
         return BanOutcome(ban=ban, is_new=is_new, machine=status if machine is not None else None)
 
+    @uninterrupted
     async def lift(self, value: str, *, kind: BanKind = BanKind.UUID, actor: Actor = EMBEDDER) -> Ban:
         """Lift a ban of a UUID, of a public key, or of a unique token (itself, or its digest in hexadecimal digits).
 

@@ -9,7 +9,7 @@ from anyio.lowlevel import checkpoint
 
 from siderolink.common.errors import AlreadyExistsError, ConfigurationError, NotFoundError, SideroLinkError
 from siderolink.common.keys import PublicKey
-from siderolink.common.tasks import in_parts
+from siderolink.common.tasks import in_parts, uninterrupted
 from siderolink.common.text import one_line
 from siderolink.common.wireguard.device import Device, PeerStatus
 from siderolink.server.admin.hostnames import Hostnames
@@ -343,6 +343,7 @@ class MachineAdministration:
         """Decide whether the machine's next Provision call is answered with the tunnel."""
         return await self._change(name, actor, "machine.tunnel", lambda machine: replace(machine, tunnel_setting=setting))
 
+    @uninterrupted
     async def accept(self, name: str, *, forget_token: bool = False, actor: Actor = EMBEDDER) -> Machine:
         """Accept a pending or denied machine. `forget_token` unbinds an accepted machine's unique token.
 
@@ -364,6 +365,7 @@ class MachineAdministration:
         """Free a machine of its unique token; the next one that it brings is bound."""
         return await self._change(name, actor, "machine.forget_unique_token", _unbound)
 
+    @uninterrupted
     async def deny(self, name: str, *, actor: Actor = EMBEDDER) -> Machine:
         """End a machine's link and refuse its key, its UUID and its unique token until it is accepted or forgotten."""
         machine = await self._change(
@@ -372,6 +374,7 @@ class MachineAdministration:
         self._events.publish(AdmissionChanged(machine=machine))
         return machine
 
+    @uninterrupted
     async def remove(self, name: str, *, actor: Actor = EMBEDDER) -> MachineStatus:
         """Forget a machine and end its link; returns what it was. It may join again, as a new one."""
         require(actor, Role.OPERATOR)
@@ -380,6 +383,7 @@ class MachineAdministration:
             raise _unknown(name)
         return status
 
+    @uninterrupted
     async def _change(self, name: str, actor: Actor, action: str, change: Callable[[Machine], Machine]) -> Machine:
         async def with_transaction(_: Transaction, machine: Machine) -> Machine:
             return change(machine)

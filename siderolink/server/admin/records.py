@@ -6,6 +6,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 
 from siderolink.common.errors import ConfigurationError, NotFoundError, SideroLinkError
+from siderolink.common.tasks import uninterrupted
 from siderolink.common.text import one_line
 from siderolink.server.admin.audit_log import AuditLog
 from siderolink.server.admin.lists import Page, page_size, seq_of
@@ -115,6 +116,7 @@ class Records:
         if not (found or owner.is_known):
             raise _unknown(machine)
 
+    @uninterrupted
     async def delete(self, machine: str = "", *, until: float | None = None, actor: Actor = EMBEDDER) -> tuple[int, int]:
         """Delete the history, lines and events of a machine; with `until` what is older, without a machine of all.
 

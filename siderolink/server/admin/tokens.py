@@ -8,6 +8,7 @@ from typing import Final
 
 from siderolink.common.errors import AlreadyExistsError, ConfigurationError, NotFoundError, SideroLinkError
 from siderolink.common.node_uuid import parse_uuid
+from siderolink.common.tasks import uninterrupted
 from siderolink.common.text import one_line
 from siderolink.server.admin.words import changed_labels, check_note, require
 from siderolink.server.admission.signed_tokens import PROVIDER, is_signed, sign
@@ -160,6 +161,7 @@ class Tokens:
 
     # --- changing
 
+    @uninterrupted
     async def create(
         self,
         name: str,
@@ -297,6 +299,7 @@ class Tokens:
 
         return await self._change(name, "token.default", actor, change)
 
+    @uninterrupted
     async def delete(self, name: str, *, actor: Actor = EMBEDDER) -> TokenStatus:
         """Remove a token and what is known of its uses; links stay. Not the default one. Returns what it was."""
         require(actor, Role.OPERATOR)
@@ -317,6 +320,7 @@ class Tokens:
 
     # --- how
 
+    @uninterrupted
     async def _change(self, name: str, action: str, actor: Actor, change: Change) -> TokenStatus:
         require(actor, Role.OPERATOR)
         _refuse_given(name)

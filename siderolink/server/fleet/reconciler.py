@@ -220,6 +220,9 @@ class Reconciler:
             if claim.virtual_address is not None and known.machine.virtual_address is None:
                 known.claim, known.machine = claim, claimed
                 self._directory.own_virtual_address(known, claim.virtual_address)
+            if not known.is_applied:  # the call before hung up in the middle
+                await self._device.set_peer(PeerConfig(public_key=claim.public_key))
+                known.is_applied = True
             return
         if self._directory.by_key(claim.public_key) is not None:
             return

@@ -18,7 +18,7 @@ import anyio
 from anyio.lowlevel import checkpoint
 
 from siderolink.common.errors import ConfigurationError
-from siderolink.common.tasks import in_parts
+from siderolink.common.tasks import in_parts, to_its_end
 from siderolink.server.reporting.archive import Archive, Kept, Segment, decode_event, decode_line
 from siderolink.server.reporting.ingest import ReportIngest
 from siderolink.server.reporting.model import KernelLine, LogLine, MachineEvent, ReportedEvent, ReportsLost
@@ -203,7 +203,8 @@ class ReportSearch:
         parts = reader.read()
         try:
             while True:
-                found = await anyio.to_thread.run_sync(partial(next, parts, None), limiter=self._limiter)
+                # a generator that a thread still runs cannot be closed
+                found = await to_its_end(anyio.to_thread.run_sync(partial(next, parts, None), limiter=self._limiter))
                 if found is None:
                     return
                 for report in found:

@@ -12,13 +12,14 @@ from siderolink.common.pb.siderolink.admin import v1 as pb
 from siderolink.server.store import AuditQuery, Role
 from tests.support.manager import FakeMachine
 from tests.support.office import Office, open_office
+from tests.support.stores import KINDS, opened
 
 pytestmark = pytest.mark.anyio
 
 
-@pytest.fixture
-async def office(tmp_path: Path) -> AsyncIterator[Office]:
-    async with open_office(tmp_path) as office:
+@pytest.fixture(params=KINDS)
+async def office(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Office]:
+    async with opened(request.param) as store, open_office(tmp_path, store) as office:
         yield office
 
 

@@ -1,11 +1,13 @@
 """What the audit says of changes of machines' identities; rejoins are not in it."""
 
+from collections.abc import AsyncIterator
 from dataclasses import replace
 
 import pytest
 
 from siderolink.server.store import AuditEntry, AuditQuery
 from tests.support.manager import FakeMachine, Manager
+from tests.support.stores import KINDS, opened
 
 pytestmark = pytest.mark.anyio
 
@@ -16,8 +18,13 @@ async def audited(manager: Manager) -> list[AuditEntry]:
     return list(await manager.store.audit_entries(AuditQuery(newest_first=False)))
 
 
-async def test_a_binding_is_audited_once_and_rejoins_are_not() -> None:
-    manager = Manager()
+@pytest.fixture(params=KINDS)
+async def manager(request: pytest.FixtureRequest) -> AsyncIterator[Manager]:
+    async with opened(request.param) as store:
+        yield Manager(store=store)
+
+
+async def test_a_binding_is_audited_once_and_rejoins_are_not(manager: Manager) -> None:
     machine = FakeMachine()
     await manager.join(machine, node_unique_token=UNIQUE)
     assert await audited(manager) == []
@@ -34,8 +41,7 @@ async def test_a_binding_is_audited_once_and_rejoins_are_not() -> None:
     assert len(await audited(manager)) == 1
 
 
-async def test_a_takeover_without_a_token_is_audited_with_its_basis() -> None:
-    manager = Manager()
+async def test_a_takeover_without_a_token_is_audited_with_its_basis(manager: Manager) -> None:
     machine = FakeMachine()
     await manager.join(machine)
     await manager.handshake(machine)

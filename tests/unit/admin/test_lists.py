@@ -21,6 +21,7 @@ from siderolink.server.admin.words import Selector, changed_labels, check_name, 
 from siderolink.server.reporting import MachineEvent
 from siderolink.server.store import Machine, Transaction
 from tests.support.office import Office, open_office
+from tests.support.stores import KINDS, opened
 
 pytestmark = pytest.mark.anyio
 
@@ -52,9 +53,9 @@ async def fill(office: Office, count: int = COUNT) -> None:
     await office.manager.reconciler.load()
 
 
-@pytest.fixture
-async def office(tmp_path: Path) -> AsyncIterator[Office]:
-    async with open_office(tmp_path) as office:
+@pytest.fixture(params=KINDS)
+async def office(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Office]:
+    async with opened(request.param) as store, open_office(tmp_path, store) as office:
         await fill(office)
         yield office
 

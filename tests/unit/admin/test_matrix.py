@@ -17,6 +17,7 @@ from siderolink.server.admin.faces import admin_services
 from siderolink.server.store import Role
 from tests.support.office import Office, open_office
 from tests.support.relay import relayed
+from tests.support.stores import KINDS, opened
 
 pytestmark = pytest.mark.anyio
 
@@ -92,10 +93,10 @@ def test_every_call_has_a_row() -> None:
 
 
 @asynccontextmanager
-async def opened() -> AsyncIterator[Office]:
+async def served(kind: str) -> AsyncIterator[Office]:
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o755)
-        async with open_office(Path(folder), group=GROUP) as office:
+        async with opened(kind) as store, open_office(Path(folder), store, group=GROUP) as office:
             yield office
 
 
@@ -137,9 +138,10 @@ async def check(
     assert wrong == []
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("role", [*Role, None])
-async def test_remotely(role: Role | None) -> None:
-    async with opened() as office, grpc.aio.insecure_channel(f"127.0.0.1:{office.port}") as channel:
+async def test_remotely(role: Role | None, kind: str) -> None:
+    async with served(kind) as office, grpc.aio.insecure_channel(f"127.0.0.1:{office.port}") as channel:
         metadata: list[tuple[str, str]] = []
         refusal = grpc.StatusCode.UNAUTHENTICATED
         if role is not None:
@@ -150,9 +152,10 @@ async def test_remotely(role: Role | None) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user")
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("role", [ADMIN, VIEWER, None])
-async def test_on_the_local_socket(role: Role | None) -> None:
-    async with opened() as office:
+async def test_on_the_local_socket(role: Role | None, kind: str) -> None:
+    async with served(kind) as office:
         path = office.path
         if role is ADMIN:
             async with grpc.aio.insecure_channel(f"unix:{path}") as channel:

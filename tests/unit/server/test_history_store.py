@@ -10,7 +10,7 @@ import pytest
 from siderolink.server.store import HistoryBounds, HistoryEntry, HistoryKind, HistoryQuery, Store, Transaction
 from siderolink.server.store import history as memory
 from siderolink.server.store.sql import history as statements
-from tests.unit.server.test_store import KINDS, opened
+from tests.support.stores import KINDS, opened
 
 pytestmark = pytest.mark.anyio
 

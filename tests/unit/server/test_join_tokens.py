@@ -30,7 +30,7 @@ from siderolink.server.store import (
 from siderolink.server.store.sql.postgres import PostgresStore
 from tests.support.manager import TOKEN, FakeMachine, Manager, following, managed, new_key, tokens_of
 from tests.support.postgres import STATE_KEY, cluster
-from tests.unit.server.test_store import KINDS, opened
+from tests.support.stores import KINDS, opened
 
 pytestmark = pytest.mark.anyio
 
@@ -270,7 +270,7 @@ async def managers(kind: str, count: int) -> AsyncIterator[list[Manager]]:
     async with opened(kind) as store:
         shared: list[Manager] = []
         for _ in range(1 if kind == "sql" else count):
-            manager = Manager(store=store)  # type: ignore[arg-type]
+            manager = Manager(store=store)
             await manager.reconciler.load()
             shared.append(manager)
         yield shared
@@ -451,8 +451,8 @@ async def two_stores(kind: str) -> AsyncIterator[tuple[Store, Store]]:
 @pytest.mark.parametrize("kind", ["memory", "postgres"])
 async def test_tokens_of_another_server_are_known_by_the_feed(kind: str) -> None:
     async with two_stores(kind) as (one, other):
-        tokens = tokens_of(Manager(store=one))  # type: ignore[arg-type]
-        async with following(Manager(store=other)) as here:  # type: ignore[arg-type]
+        tokens = tokens_of(Manager(store=one))
+        async with following(Manager(store=other)) as here:
             made = await tokens.create("one")
             digest = made.status.token.digest
             for is_active in (True, False):

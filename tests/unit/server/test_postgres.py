@@ -32,7 +32,7 @@ from siderolink.server.store import (
     Transaction,
     UniqueViolationError,
 )
-from siderolink.server.store.sealing import SERVER_KEY
+from siderolink.server.store.sealing import SERVER_KEY, write_key
 from siderolink.server.store.sql import SqlStore, schema, tables
 from siderolink.server.store.sql.postgres import PostgresStore
 from siderolink.server.store.sql.postgres.database import database_url, describe
@@ -390,14 +390,16 @@ def test_a_state_moves_from_a_file_to_postgres_and_back(tmp_path: Path, url: str
             assert replace(found_record, private_key=opened_key) == record
 
     anyio.run(make)
-    run_migrate(str(tmp_path / "state"), url, None)
+    key_file = tmp_path / "back.key"  # of the database, and of the file that is made of it
+    write_key(key_file, STATE_KEY.read() or b"")
+    run_migrate(str(tmp_path / "state"), url, None, key_file)
     anyio.run(look, PostgresStore.open(url, key=STATE_KEY))
     with pytest.raises(StoreError, match="holds a server already"):
-        run_migrate(str(tmp_path / "state"), url, None)
-    run_migrate(url, str(tmp_path / "back"), None)
+        run_migrate(str(tmp_path / "state"), url, None, key_file)
+    run_migrate(url, str(tmp_path / "back"), None, key_file)
     anyio.run(look, SqlStore.open(tmp_path / "back"))
     with pytest.raises(ConfigurationError, match="exists"):
-        run_migrate(url, str(tmp_path / "back"), None)
+        run_migrate(url, str(tmp_path / "back"), None, key_file)
 
 
 async def test_a_state_that_a_server_uses_does_not_move(tmp_path: Path, url: str) -> None:

@@ -1,13 +1,10 @@
 """Each store against a slow, obvious model, and what their contract promises to a server."""
 
 import asyncio
-import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
-from contextlib import asynccontextmanager
 from dataclasses import replace
 from ipaddress import IPv6Address
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import anyio
@@ -30,19 +27,15 @@ from siderolink.server.store import (
     MachineAdmission,
     MachineChanged,
     MachineDeleted,
-    MemoryStore,
     ServerRecord,
     Store,
     Transaction,
     UniqueViolationError,
 )
-from siderolink.server.store.sql import SqlStore
-from siderolink.server.store.sql.postgres import PostgresStore
-from tests.support.postgres import STATE_KEY, cluster
+from tests.support.stores import KINDS, opened
 
 pytestmark = pytest.mark.anyio
 
-KINDS = ("memory", "sql", "postgres")
 UNIQUE = ("node_uuid", "public_key", "overlay_address", "virtual_address")
 
 
@@ -61,22 +54,6 @@ def machine(machine_id: int, uuid: int, key: int | None = None, overlay: int = 0
 SMALL = st.integers(0, 2)
 ROWS = st.builds(machine, SMALL, SMALL, st.none() | SMALL, SMALL, st.none() | SMALL)
 STEPS = st.lists(st.tuples(st.sampled_from(["insert", "update", "delete", "undone"]), ROWS), max_size=30)
-
-
-@asynccontextmanager
-async def opened(kind: str, feed_limit: int = 1024) -> AsyncIterator[Store]:
-    """A new store of each kind."""
-    if kind == "memory":
-        yield MemoryStore(feed_limit=feed_limit)
-        return
-    if kind == "postgres":
-        with cluster().database() as database:
-            async with PostgresStore.open(cluster().url(database), feed_limit=feed_limit, key=STATE_KEY) as store:
-                yield store
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        async with SqlStore.open(Path(folder, "state"), feed_limit=feed_limit) as store:
-            yield store
 
 
 @pytest.fixture(params=KINDS)

@@ -19,7 +19,7 @@ from siderolink.server.store import (
     Transaction,
 )
 from tests.support.manager import TOKEN, FakeMachine, Manager, managed, tokens_of
-from tests.unit.server.test_store import KINDS, opened
+from tests.support.stores import KINDS, opened
 
 pytestmark = pytest.mark.anyio
 
@@ -121,7 +121,7 @@ async def test_no_secret_is_seen_where_it_was_not_asked_for(kind: str, caplog: p
 
 async def _use_everything(store: Store, seen: list[str]) -> None:
     """Appends the secrets first, and then all that may be shown."""
-    manager = Manager(store=store)  # type: ignore[arg-type]
+    manager = Manager(store=store)
     tokens = tokens_of(manager)
     made = await tokens.create("one", one_time=True, actor=ADMIN)
     own = await tokens.create("two", token="a-given-secret-text", kind=TokenKind.V2, provider="p", actor=ADMIN)

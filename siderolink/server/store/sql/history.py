@@ -4,7 +4,7 @@ Entries are counted and deleted in pieces of some rows, each in a transaction of
 for one piece.
 """
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 from sqlalchemy import Delete, Select, delete, func, insert, or_, select, tuple_
@@ -73,7 +73,7 @@ def _conditions(query: HistoryQuery) -> list[ColumnElement[bool]]:
 class InTransaction(Protocol):
     """Runs a piece of work in a transaction of its own. Raises StoreError."""
 
-    async def __call__(self, piece: Callable[[AsyncConnection], Awaitable[T]], /) -> T: ...
+    async def __call__(self, piece: Callable[[AsyncConnection], Coroutine[Any, Any, T]], /) -> T: ...
 
 
 async def remove(run: InTransaction, query: HistoryQuery) -> int:
@@ -137,7 +137,7 @@ async def _count(run: InTransaction) -> AsyncIterator[tuple[str, int]]:
         yield machine_id, count
 
 
-def _all_of(statement: Select[Any]) -> Callable[[AsyncConnection], Awaitable[Sequence[Any]]]:
+def _all_of(statement: Select[Any]) -> Callable[[AsyncConnection], Coroutine[Any, Any, Sequence[Any]]]:
     async def read(connection: AsyncConnection) -> Sequence[Any]:
         found: Sequence[Any] = (await connection.execute(statement)).all()
         return found

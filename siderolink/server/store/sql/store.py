@@ -2,10 +2,10 @@
 
 import os
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import aiosqlite
 import anyio
@@ -199,7 +199,7 @@ class SqlStore:
     async def note_principals(self, used: Mapping[str, tuple[float, str]]) -> None:
         await self._change(lambda connection: audit.note_principals(connection, used))
 
-    async def _change(self, change: Callable[[AsyncConnection], Awaitable[T]]) -> T:
+    async def _change(self, change: Callable[[AsyncConnection], Coroutine[Any, Any, T]]) -> T:
         """Run statements in a transaction of their own, between two batches; returns what they return."""
         results: list[T] = []
 

@@ -1,8 +1,8 @@
 """A store on Postgres, which outlives the server and which several servers may share."""
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from sqlalchemy import select
 from sqlalchemy.engine import RowMapping
@@ -10,7 +10,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.sql import Select
 
 from siderolink.common.errors import ConfigurationError, StoreError, StoreUnavailableError
-from siderolink.common.tasks import background_tasks
+from siderolink.common.tasks import background_tasks, to_its_end
 from siderolink.server.store.audit import AuditEntry, AuditQuery
 from siderolink.server.store.base import Ban, BanGrounds, Claim, Machine, Work
 from siderolink.server.store.feed import DEFAULT_FEED_LIMIT, Change, Feeds
@@ -142,7 +142,7 @@ class PostgresStore:
     async def _read(self, statement: Select[tuple[object, ...]], read: Callable[[RowMapping], T]) -> list[T]:
         try:
             async with self._database.connect() as connection:
-                return [read(row) for row in (await connection.execute(statement)).mappings()]
+                return [read(row) for row in (await to_its_end(connection.execute(statement))).mappings()]
         except ContendedError as error:
             raise StoreUnavailableError(str(error)) from error
 
@@ -164,10 +164,10 @@ class PostgresStore:
     async def note_principals(self, used: Mapping[str, tuple[float, str]]) -> None:
         await self._change(lambda connection: audit.note_principals(connection, used))
 
-    async def _change(self, change: Callable[[AsyncConnection], Awaitable[T]]) -> T:
+    async def _change(self, change: Callable[[AsyncConnection], Coroutine[Any, Any, T]]) -> T:
         try:
             async with self._database.connect() as connection:
-                return await change(connection)
+                return await to_its_end(change(connection))
         except ContendedError as error:
             raise StoreUnavailableError(str(error)) from error
 

@@ -17,6 +17,7 @@ from psycopg import AsyncConnection as Driver
 from psycopg import Error as DriverError
 
 from siderolink.common.errors import StoreError, StoreUnavailableError
+from siderolink.common.tasks import to_its_end
 from siderolink.server.store.base import Machine, Work
 from siderolink.server.store.sql import tables
 from siderolink.server.store.sql.postgres import queries
@@ -160,7 +161,8 @@ async def run_work(database: Database, work: Work[T]) -> tuple[T, bool]:
         attempt = _Attempt(is_checked=is_checked, locks=locks)
         try:
             async with database.driver() as driver:
-                return await attempt.run(driver, work), attempt.has_changed
+                # a caller that hangs up shall not leave the connection amid something
+                return await to_its_end(attempt.run(driver, work)), attempt.has_changed
         except ContendedError as error:
             if error.is_unique and is_checked and number > 2:
                 raise StoreError("the database holds a value that may not be repeated") from error
