@@ -19,6 +19,7 @@ from siderolink.web.words import timestamp
 EVERY: Final = 2.0
 SHARE: Final = 20.0
 """A pause is this many times as long as the look before it took: no page takes more than a twentieth of a core."""
+SELDOM: Final = 20.0
 _BREATH: Final = 15.0
 """Seconds between words that only keep the connection."""
 _LOG_TAIL: Final = 200
@@ -100,7 +101,7 @@ class LiveStream:
             except ApiError as error:
                 await self._tell(event("stopped", str(error)))
                 return
-            await anyio.sleep(max(EVERY, SHARE * (time.monotonic() - began)))
+            await anyio.sleep(min(max(EVERY, SHARE * (time.monotonic() - began)), SELDOM))
 
     async def _follow_log(self, caller: Caller, machine: str) -> None:
         """The last lines, and those that come; the follower is begun again where the server was away."""

@@ -1,5 +1,6 @@
 """The page's process: its listener, and what runs beside it."""
 
+import asyncio
 import errno
 import logging
 import socket
@@ -11,7 +12,7 @@ from typing import Any, Final
 
 import anyio
 import uvicorn
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 from siderolink.common.admin_channel import ServerAddress
 from siderolink.common.errors import AddressInUseError, ConfigurationError
@@ -23,7 +24,8 @@ from siderolink.web.guard import find_origins, is_loopback
 from siderolink.web.site import Site
 
 MAX_CONNECTIONS: Final = 512
-FIRST_REQUEST_SECONDS: Final = 10.0
+MAX_CONNECTIONS_PER_ADDRESS: Final = 128
+REQUEST_SECONDS: Final = 10.0
 _EXPIRE_EVERY: Final = 60.0
 
 
@@ -47,20 +49,49 @@ class WebOptions:
             )
 
 
-class _Patient(H11Protocol):
-    """Ends a connection whose first request does not come."""
+class BoundedProtocol(H11Protocol):
+    """Ends a connection whose next request does not come whole in time, and one too many of an address."""
+
+    _waiting: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        self._first = self.loop.call_later(FIRST_REQUEST_SECONDS, self._give_up)
+        host = None if self.client is None else self.client[0]
+        if sum(1 for one in self.connections if isinstance(one, H11Protocol) and one.client and one.client[0] == host) > (
+            MAX_CONNECTIONS_PER_ADDRESS
+        ):
+            transport.abort()
+        self._wait()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self._is_busy():
+            self._stop_waiting()
+        else:
+            self._wait()
+
+    def _is_busy(self) -> bool:
+        """Whether a request is being answered."""
+        cycle: RequestResponseCycle | None = self.cycle
+        return cycle is not None and not cycle.response_complete
+
+    def _wait(self) -> None:
+        """From its first byte on; more bytes do not prolong it."""
+        if self._waiting is None:
+            self._waiting = self.loop.call_later(REQUEST_SECONDS, self._give_up)
+
+    def _stop_waiting(self) -> None:
+        if self._waiting is not None:
+            self._waiting.cancel()
+        self._waiting = None
 
     def _give_up(self) -> None:
-        cycle: object = self.cycle
-        if cycle is None:
-            self.transport.close()
+        self._waiting = None
+        if not self._is_busy():
+            self.transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._first.cancel()
+        self._stop_waiting()
         super().connection_lost(exc)
 
 
@@ -125,7 +156,7 @@ async def _run(server: uvicorn.Server, sock: socket.socket, ended: anyio.Event) 
 def _config(site: Site, certificate: ServerCertificate | None) -> uvicorn.Config:
     config = uvicorn.Config(
         site.app,
-        http=_Patient,
+        http=BoundedProtocol,
         ws="none",
         lifespan="off",
         log_config=None,

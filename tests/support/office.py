@@ -90,7 +90,7 @@ async def open_office(
         await stack.enter_async_context(administration.run(None))
         tasks = await stack.enter_async_context(background_tasks())
         tasks.start_soon(history.run)
-        local = guarded(relays(services), LocalAccess(group))
+        local = guarded(relays(services), LocalAccess(group, lambda: administration, manager.time.clock.sleep))
         await stack.enter_async_context(serve(local, path=path, limits=ADMIN_LIMITS))
         remote = guarded(relays(services), RemoteAccess(lambda: administration, manager.time.clock.sleep))
         server = await stack.enter_async_context(serve(remote, host="127.0.0.1", limits=ADMIN_LIMITS, has_tokens=True))

@@ -11,6 +11,7 @@ from pathlib import Path
 import anyio
 import pytest
 
+from siderolink.common.admin_channel import SOURCE_METADATA
 from siderolink.common.errors import ConfigurationError, UnauthenticatedError
 from siderolink.common.grpc import GRPCError, Status
 from siderolink.common.pb.siderolink.admin import v1 as pb
@@ -40,6 +41,28 @@ async def test_what_is_no_key_is_refused_without_a_hint(office: Office, value: s
     assert caught.value.status is Status.UNAUTHENTICATED
     message = caught.value.message or ""
     assert message in ("the API key is not valid", "give an API key as the metadata `authorization: Bearer KEY`")
+
+
+async def test_on_the_local_socket_a_key_counts_and_not_the_user(office: Office) -> None:
+    _, secret = await office.administration.api_keys.create("look", Role.VIEWER)
+    async with office.local() as local:
+        stub = pb.ServerServiceStub(local)
+        assert (await stub.get_version(pb.GetVersionRequest())).role == "admin"
+        metadata = {"authorization": f"Bearer {secret}", SOURCE_METADATA: "192.0.2.7"}
+        told = await stub.get_version(pb.GetVersionRequest(), metadata=metadata)
+        assert (told.actor, told.role) == ("look", "viewer")
+        with pytest.raises(GRPCError) as denied:
+            await pb.AuditServiceStub(local).list_audit(pb.ListAuditRequest(), metadata=metadata)
+        assert denied.value.status is Status.PERMISSION_DENIED
+        for wrong in ("Bearer slk_wrong", "Bearer", "Basic x"):
+            with pytest.raises(GRPCError) as caught:
+                await stub.get_version(pb.GetVersionRequest(), metadata=metadata | {"authorization": wrong})
+            assert caught.value.status is Status.UNAUTHENTICATED
+        (entry,) = (await office.administration.audit.page(AuditQuery(action="login."))).items
+        assert entry.actor.source == "192.0.2.7"
+        await office.administration.api_keys.revoke("look")
+        with pytest.raises(GRPCError):
+            await stub.get_version(pb.GetVersionRequest(), metadata=metadata)
 
 
 async def test_failed_logins_are_sampled_and_never_lock_a_key(office: Office) -> None:

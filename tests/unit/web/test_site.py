@@ -1,6 +1,7 @@
 """The page by plain HTTP: who gets in, what is refused, what every answer carries. Its server is real, its API is real."""
 
 import http.client
+import ssl
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -11,13 +12,18 @@ import anyio
 import anyio.to_thread
 import pytest
 
+import siderolink.web.run
 from siderolink.common.admin_channel import ServerAddress
+from siderolink.common.errors import ConfigurationError
+from siderolink.common.grpc import ServerCertificate
 from siderolink.common.hostport import HostPort
 from siderolink.common.tasks import background_tasks
 from siderolink.server import Role
+from siderolink.web.guard import find_origins, read_origin
 from siderolink.web.run import WebOptions, serve_page
 from siderolink.web.sessions import COOKIE
 from siderolink.web.views import VIEWS
+from tests.support.certificates import make_certificate
 from tests.support.office import Office, open_office
 
 pytestmark = pytest.mark.anyio
@@ -84,7 +90,7 @@ class Stage:
 
 
 @asynccontextmanager
-async def page(folder: Path) -> AsyncIterator[Stage]:
+async def page(folder: Path, certificate: ServerCertificate | None = None) -> AsyncIterator[Stage]:
     async with open_office(folder) as office, background_tasks() as tasks:
         keys = {role: (await office.administration.api_keys.create(str(role), role))[1] for role in Role}
         ready = anyio.Event()
@@ -94,9 +100,8 @@ async def page(folder: Path) -> AsyncIterator[Stage]:
             found.append(address)
             ready.set()
 
-        options = WebOptions(
-            listen=HostPort("127.0.0.1", 0), server=ServerAddress(host="127.0.0.1", port=office.port, is_plain=True)
-        )
+        server = ServerAddress(host="127.0.0.1", port=office.port, is_plain=True)
+        options = WebOptions(listen=HostPort("127.0.0.1", 0), server=server, certificate=certificate)
         tasks.start_soon(serve_page, options, listening)
         await ready.wait()
         yield Stage(office, found[0].port, keys)
@@ -216,3 +221,68 @@ async def test_a_token_is_made_and_shown_with_an_audit_and_leads_where_the_form_
         assert "Days is a number." in (await browser.get("/tokens")).text
         assert (await browser.post(f"/tokens/{status.token.id}/revoke", {})).status == 303
         assert "revoked" in (await browser.get(f"/tokens/{status.token.id}")).text
+
+
+async def test_who_does_not_finish_a_request_is_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(siderolink.web.run, "REQUEST_SECONDS", 0.2)
+    async with page(tmp_path) as stage:
+        whole = b"GET /sign-in HTTP/1.1\r\nHost: 127.0.0.1:%d\r\n\r\n" % stage.port
+        for begun in (b"", b"GET / HTTP/1.1\r\nHo", whole + b"GET / HT"):
+            async with await anyio.connect_tcp("127.0.0.1", stage.port) as stream:
+                if begun:
+                    await stream.send(begun)
+                with anyio.fail_after(60), pytest.raises((anyio.EndOfStream, anyio.BrokenResourceError)):
+                    while True:
+                        await stream.receive()
+
+
+@pytest.mark.parametrize(
+    "begun", [b"NONSENSE\r\n\r\n", b"GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n", b"GET / HTTP/1.1\r\nA: " + b"x" * 100_000]
+)
+async def test_what_is_no_request_is_refused(tmp_path: Path, begun: bytes) -> None:
+    async with page(tmp_path) as stage:
+        async with await anyio.connect_tcp("127.0.0.1", stage.port) as stream:
+            with anyio.fail_after(60):
+                try:
+                    await stream.send(begun)
+                    assert (await stream.receive()).split()[1] in (b"400", b"421", b"431")
+                except (anyio.EndOfStream, anyio.BrokenResourceError):
+                    pass  # closed at once
+        assert (await (await stage.visitor(Role.VIEWER)).get("/")).status == 200
+
+
+async def test_with_tls_the_names_of_the_certificate_count(tmp_path: Path) -> None:
+    made = make_certificate("a root").sign("127.0.0.1")
+    file = tmp_path / "tls.pem"
+    file.write_text(made.pem)
+    trusting = ssl.create_default_context()
+    trusting.check_hostname, trusting.verify_mode = False, ssl.CERT_NONE
+    async with page(tmp_path, ServerCertificate(file)) as stage:
+        async with await anyio.connect_tcp(
+            "127.0.0.1", stage.port, ssl_context=trusting, tls=True, tls_standard_compatible=False
+        ) as stream:
+            await stream.send(b"GET /sign-in HTTP/1.1\r\nHost: 127.0.0.1:%d\r\n\r\n" % stage.port)
+            assert (await stream.receive()).startswith(b"HTTP/1.1 200")
+    origins = find_origins(HostPort("0.0.0.0", 8096), file, ["https://fleet.example.com"])
+    assert origins.has("https://127.0.0.1:8096")
+    assert origins.has("https://fleet.example.com")
+    for wrong in ("http://127.0.0.1:8096", "https://127.0.0.1", "https://fleet.example.com:8096", "null", "https://", ""):
+        assert not origins.has(wrong), wrong
+
+
+def test_without_tls_it_is_served_on_the_loopback_alone() -> None:
+    server = ServerAddress(host="127.0.0.1", port=1, is_plain=True)
+    for host in ("0.0.0.0", "::", "192.0.2.1", "example.com"):
+        with pytest.raises(ConfigurationError, match="TLS"):
+            WebOptions(listen=HostPort(host, 8096), server=server)
+    for text in (
+        "http://example.com",
+        "https://example.com/path",
+        "ftp://localhost",
+        "example.com",
+        "https://a:x",
+        "https://u@a",
+    ):
+        with pytest.raises(ConfigurationError):
+            read_origin(text)
+    assert read_origin("https://Example.com:443") == "https://example.com"

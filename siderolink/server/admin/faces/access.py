@@ -96,10 +96,15 @@ class LocalAccess:
     of this host, as the page is, calls for others.
     """
 
-    def __init__(self, group: str = GROUP, administration: GetAdministration | None = None) -> None:
+    def __init__(
+        self,
+        group: str = GROUP,
+        administration: GetAdministration | None = None,
+        sleep: Callable[[float], Any] = anyio.sleep,
+    ) -> None:
         self._group = group
         self._names: dict[int, str] = {}
-        self._keys = None if administration is None else _KeyAccess(administration)
+        self._keys = None if administration is None else _KeyAccess(administration, sleep)
 
     async def of(self, call: Any) -> tuple[Actor, AbstractContextManager[anyio.CancelScope | None]]:
         peer = _address_of(call)
@@ -175,7 +180,7 @@ class Penalties:
 class _KeyAccess:
     """API keys, as ``authorization: Bearer KEY``; a wrong one is answered late."""
 
-    def __init__(self, administration: GetAdministration, sleep: Callable[[float], Any] = anyio.sleep) -> None:
+    def __init__(self, administration: GetAdministration, sleep: Callable[[float], Any]) -> None:
         self._administration = administration
         self._sleep = sleep
         self._penalties = Penalties()
