@@ -20,6 +20,7 @@ EVERY: Final = 2.0
 SHARE: Final = 20.0
 """A pause is this many times as long as the look before it took: no page takes more than a twentieth of a core."""
 SELDOM: Final = 20.0
+"""The longest pause."""
 _BREATH: Final = 15.0
 """Seconds between words that only keep the connection."""
 _LOG_TAIL: Final = 200
