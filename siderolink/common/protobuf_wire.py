@@ -159,6 +159,26 @@ def _numbers_and_messages(kind: type[betterproto2.Message]) -> tuple[frozenset[i
     return frozenset(numbers), messages
 
 
+_PREPARED: set[type] = set()
+
+
+def models_within(kind: type) -> Iterator[type[betterproto2.Message]]:
+    """A model, what it is derived from, and the models of its fields, without those that were prepared."""
+    if kind in _PREPARED or kind is betterproto2.Message or not issubclass(kind, betterproto2.Message):
+        return
+    _PREPARED.add(kind)
+    for base in kind.__bases__:
+        yield from models_within(base)
+    yield kind
+    for within in _numbers_and_messages(kind)[1].values():
+        yield from models_within(within)
+
+
+def prepare(kind: type[betterproto2.Message]) -> None:
+    """Do what the generated code does at a model's first use: some milliseconds, and for the first model of all many more."""
+    kind.FromString(bytes(kind()))
+
+
 def has_declared_types(message: betterproto2.Message) -> bool:
     """Whether every field, those of messages within included, has a value of its declared kind."""
     return all(_is_right(message, field) for field in dataclasses.fields(cast("DataclassInstance", message)))

@@ -152,6 +152,10 @@ class ConnectionBudget:
         pool.add(held)
         return held
 
+    def is_known(self, source: str) -> bool:
+        """Whether a call from this source carried a valid token, or its owner knows one of its addresses."""
+        return source in self._known_sources
+
     def leave(self, held: Held) -> None:
         """Release a closed connection. Does nothing if it is no longer counted."""
         for pool in (self._known, self._unproven, self._reserved):

@@ -20,7 +20,7 @@ from h2.errors import ErrorCodes
 from h2.exceptions import H2Error
 
 from siderolink.common.grpc import private
-from siderolink.common.grpc.accounts import Account
+from siderolink.common.grpc.accounts import Account, CallBudget
 from siderolink.common.grpc.budget import ConnectionBudget, Held
 from siderolink.common.grpc.byte_stream import CONTENT_TYPE, ByteStream, trailers
 from siderolink.common.grpc.connection import H2Stream, Headers
@@ -121,6 +121,8 @@ class Caller:
     on_valid_token: Callable[[], None] = lambda: None
     calls: ConnectionBudget | None = None
     """Counts calls by the address that a proxy forwards for, as connections are counted where there is no proxy."""
+    costs: CallBudget | None = None
+    """Counts what such calls take by that address."""
     ipv6_bits: int = 64
 
     def of_call(self, headers: Headers) -> object:
@@ -142,11 +144,22 @@ class Caller:
             raise _Bad(held, Status.RESOURCE_EXHAUSTED, "too many calls from this address")
         return held
 
+    def account_of(self, held: Held | None, connection: Account, limits: Limits) -> Account:
+        """What a call is charged to: its connection's account, or one of the address that a proxy forwards for."""
+        if held is None or self.calls is None or self.costs is None:
+            return connection
+        if self.calls.is_known(held.source):
+            self.costs.know(held.source)
+        return Account(limits, self.costs, held.source)
+
     def valid_token(self, held: Held | None) -> None:
-        """A call carried a valid token: neither its connection's source nor its own is a stranger's."""
-        self.on_valid_token()
-        if held is not None and self.calls is not None:
-            self.calls.know(held.source)
+        """A call carried a valid token: its source is no stranger's, which is its connection's where no proxy forwards it."""
+        if held is None or self.calls is None:
+            self.on_valid_token()
+            return
+        self.calls.know(held.source)
+        if self.costs is not None:
+            self.costs.know(held.source)
 
     def leave_call(self, held: Held | None) -> None:
         if held is not None and self.calls is not None:
@@ -159,6 +172,7 @@ class _Origin:
 
     address: object
     on_valid_token: Callable[[], None]
+    account: Account
 
 
 class CallHandler(AbstractHandler):
@@ -188,15 +202,17 @@ class CallHandler(AbstractHandler):
                 path = ANY_METHOD
             method = self._method(path)
             size = 0 if method.handler.request_type is ByteStream else _CALL_BYTES
-            if not connection.account.take(size):
-                raise _Bad(Refusal.CALL_MEMORY, Status.RESOURCE_EXHAUSTED, "calls take too much memory (max_call_bytes)")
+            address = self._caller.of_call(headers)
+            held = self._caller.enter_call(address, partial(self._crowd_out, stream))
+            account = self._caller.account_of(held, connection.account, self._limits)
             try:
-                address = self._caller.of_call(headers)
-                held = self._caller.enter_call(address, partial(self._crowd_out, stream))
-                origin = _Origin(address, partial(self._caller.valid_token, held))
+                if not account.take(size):
+                    size = 0
+                    raise _Bad(Refusal.CALL_MEMORY, Status.RESOURCE_EXHAUSTED, "calls take too much memory (max_call_bytes)")
+                origin = _Origin(address, partial(self._caller.valid_token, held), account)
                 run = self._prepare(stream, path, headers, fields, origin)
             except BaseException:
-                connection.account.give_back(size)
+                account.give_back(size)
                 self._caller.leave_call(held)
                 raise
         except _Bad as bad:
@@ -205,9 +221,10 @@ class CallHandler(AbstractHandler):
             release_stream()
             connection.refuse_call(bad.refusal, bad.message)
             return
-        account = connection.account
-        is_metered = account.takes_turns and not account.is_known
-        task = asyncio.get_running_loop().create_task(_metered(run, account) if is_metered else run)
+        metered: Coroutine[Any, Any, None] = run
+        if account.takes_turns and not account.is_known:
+            metered = _metered(run, account, is_forwarded=account is not connection.account)
+        task = asyncio.get_running_loop().create_task(metered)
         self._tasks[stream] = task
         self._running[path] += 1
 
@@ -215,7 +232,7 @@ class CallHandler(AbstractHandler):
             self._tasks.pop(stream, None)
             self._running[path] -= 1
             self._caller.leave_call(held)
-            connection.account.give_back(size)
+            account.give_back(size)
             release_stream()
             try:
                 task.result()  # which lets go of a cancellation's traceback, and with it of all that the call had
@@ -267,6 +284,7 @@ class CallHandler(AbstractHandler):
             byte_stream.peer_address = origin.address
             byte_stream.on_valid_token = origin.on_valid_token
             return self._run_byte_stream(stream, byte_stream, handler.func, deadline)
+        stream.buffer.charge(origin.account)
         self._bound(stream, method)
         call = private.Call(
             stream,
@@ -285,7 +303,7 @@ class CallHandler(AbstractHandler):
             call.peer = private.CallPeer(call.peer, origin.address)
         call.on_valid_token = origin.on_valid_token
         call.path = fields.get(":path", "")
-        call.wait_turn = stream.connection.account.wait_turn
+        call.wait_turn = origin.account.wait_turn
         return self._run_call(stream, call, method, deadline)
 
     def _bound(self, stream: H2Stream, method: Method) -> None:
@@ -334,9 +352,15 @@ class CallHandler(AbstractHandler):
         stream.abort()
 
 
-async def _metered(run: Coroutine[Any, Any, None], account: Account) -> None:
-    """Run a call, and charge its caller's account for what it takes of the loop beyond what was charged when it began."""
+async def _metered(run: Coroutine[Any, Any, None], account: Account, *, is_forwarded: bool) -> None:
+    """Run a call, and charge its caller's account for what it takes of the loop beyond what was charged when it began.
+
+    A forwarded one is charged, and waits, for its beginning here: the connection's input is the proxy's.
+    """
     clock = asyncio.get_running_loop().time
+    if is_forwarded:
+        account.charge(CALL_SECONDS, clock())
+        await account.wait_turn()
     left = CALL_SECONDS
 
     def spend(seconds: float) -> None:

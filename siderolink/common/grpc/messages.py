@@ -65,10 +65,10 @@ class PrefixGuard:
 class _Held:
     """Bytes that a call has received and not read yet. A buffer that was called back itself would be a cycle."""
 
-    __slots__ = ("_account", "acknowledge", "size")
+    __slots__ = ("account", "acknowledge", "size")
 
     def __init__(self, account: Account, acknowledge: Callable[[int], None]) -> None:
-        self._account = account
+        self.account = account
         self.acknowledge = acknowledge
         self.size = 0
 
@@ -79,7 +79,7 @@ class _Held:
 
     def release(self, size: int) -> None:
         self.size -= size
-        self._account.consumed(size)
+        self.account.consumed(size)
 
 
 class MessageBuffer(Buffer):
@@ -91,7 +91,6 @@ class MessageBuffer(Buffer):
         self._acknowledge = acknowledge
         self._guard = PrefixGuard(max_bytes)
         self._on_refusal = on_refusal
-        self._account = account
         self._error: tuple[Status, str] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._message_seconds: float | None = None
@@ -102,6 +101,10 @@ class MessageBuffer(Buffer):
     def limit(self, max_bytes: int) -> None:
         """Take no longer messages; said before any has come."""
         self._guard = PrefixGuard(max_bytes)
+
+    def charge(self, account: Account) -> None:
+        """Charge this account for what comes, and not the connection's; said before any has come."""
+        self._held.account = account
 
     def expect_message(self, seconds: float) -> None:
         """Refuse the call unless its only message completes within `seconds`. Drops data after it."""
@@ -147,7 +150,7 @@ class MessageBuffer(Buffer):
                 self._guard.feed(data)
             except Refused as refused:
                 self._fail(refused.refusal, Status.RESOURCE_EXHAUSTED, refused.message)
-        if self._error is None and not self._account.receive(ack_size):
+        if self._error is None and not self._held.account.receive(ack_size):
             self._fail(
                 Refusal.CALL_MEMORY,
                 Status.RESOURCE_EXHAUSTED,

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 
 import anyio
+import anyio.lowlevel
 
 from siderolink.common.grpc import frames
 from siderolink.common.grpc.accounts import Account, CallBudget
@@ -26,6 +27,7 @@ from siderolink.common.grpc.protocol import Http2Protocol, tune
 from siderolink.common.grpc.refusals import ERROR_CODES, Refusal
 from siderolink.common.grpc.sources import BadHeaderError, TrustedProxies, contains, local_peer, plain, read_header, source_of
 from siderolink.common.grpc.tls import wait_for_hello
+from siderolink.common.protobuf_wire import models_within, prepare
 
 log = logging.getLogger("siderolink")
 
@@ -184,8 +186,7 @@ class GrpcServer:
     def _enter(self, accepted: "_Accepted") -> bool:
         """Count a connection, or turn it away; False in that case. Others may have to make room."""
         source = accepted.source(self._limits.ipv6_source_bits)
-        is_trusted = isinstance(accepted.address, tuple) and contains(self._proxies.forwarded_from, str(accepted.address[0]))
-        address = accepted.name if source else ""
+        address, is_trusted = accepted.name if source else "", self._is_proxy(accepted)
         held = self._budget.enter(source, self._loop.time(), accepted.close, address=address, is_trusted=is_trusted)
         if isinstance(held, Refusal):
             self._turn_away(accepted.connection, held, accepted.name)
@@ -193,6 +194,10 @@ class GrpcServer:
         accepted.held = held
         accepted.on_refusal = self._refuse
         return True
+
+    def _is_proxy(self, accepted: "_Accepted") -> bool:
+        """Whether it forwards for others, and is trusted to say for whom."""
+        return isinstance(accepted.address, tuple) and contains(self._proxies.forwarded_from, str(accepted.address[0]))
 
     async def _admit(self, accepted: "_Accepted") -> None:
         """Bring a connection to the point where HTTP/2 begins."""
@@ -221,13 +226,14 @@ class GrpcServer:
                 self._budget.know(source)
                 self._calls.know(source)
 
-        if source and self._is_known(accepted.name):
-            self._calls.know(source)
+        if source and (self._is_known(accepted.name) or self._is_proxy(accepted)):
+            self._calls.know(source)  # a proxy's calls are charged to those that it forwards for
         caller = Caller(
             address=accepted.address,
             proxies=self._proxies,
             on_valid_token=on_valid_token,
             calls=self._forwarded_calls,
+            costs=self._calls,
             ipv6_bits=self._limits.ipv6_source_bits,
         )
         handler = CallHandler(self._methods, self._limits, caller)
@@ -331,6 +337,7 @@ async def serve(
     Raises AddressInUseError, or ConfigurationError when the address cannot be used.
     """
     methods = methods_of(handlers)
+    await _prepare_models(methods)
     sockets: Sequence[socket.socket]
     if listening is not None:
         sockets = listening
@@ -362,6 +369,15 @@ async def serve(
                 if path is not None:
                     with contextlib.suppress(OSError):
                         os.unlink(path)
+
+
+async def _prepare_models(methods: Mapping[str, Method]) -> None:
+    """Have the models of all messages ready before the first caller comes; others run in between."""
+    for method in methods.values():
+        for kind in (method.handler.request_type, method.handler.reply_type):
+            for model in models_within(kind):
+                prepare(model)
+                await anyio.lowlevel.checkpoint()
 
 
 def _spare_descriptors() -> int:

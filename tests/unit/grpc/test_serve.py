@@ -6,6 +6,8 @@ import datetime
 import ipaddress
 import socket
 import ssl
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -205,3 +207,26 @@ async def test_a_connection_that_is_accepted_as_the_server_stops_is_closed() -> 
         with contextlib.suppress(ConnectionResetError):
             while client.recv(4096):
                 pass
+
+
+def test_the_models_of_all_messages_are_ready_before_the_first_caller_comes() -> None:
+    """In an interpreter of its own, in which nobody has used a model yet."""
+    program = """
+import anyio, sys
+from siderolink.common.grpc import serve
+from siderolink.common.pb.grpc.health.v1 import HealthCheckRequest, HealthCheckResponse
+from siderolink.common.pb.grpc.reflection.v1 import ServerReflectionRequest, FileDescriptorResponse
+from siderolink.server.api.standard import HealthService, ReflectionService
+
+async def main():
+    async with serve([HealthService(), ReflectionService()], host="127.0.0.1"):
+        before = set(sys.modules)
+        for kind in (HealthCheckRequest, HealthCheckResponse, ServerReflectionRequest, FileDescriptorResponse):
+            assert "_betterproto_meta" in vars(kind), kind
+            kind.FromString(bytes(kind()))
+        assert set(sys.modules) == before, set(sys.modules) - before
+
+anyio.run(main)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stderr

@@ -33,6 +33,7 @@ from siderolink.common.grpc import (
 )
 from siderolink.common.grpc import sources as sources_module
 from siderolink.common.grpc.sources import MAX_HEADER_BYTES, SIGNATURE, BadHeaderError, contains, parse_header, read_header
+from siderolink.common.grpc.turns import CALL_SECONDS, Turns
 from tests.support.api import ECHO, Raw, Service, Tokens, method
 from tests.support.certificates import make_certificate
 from tests.support.http2 import PREFACE, RawPeer
@@ -346,6 +347,51 @@ async def test_limits_per_address_are_those_of_forwarded_callers() -> None:
             service.hold.set()
         assert statuses == [Status.RESOURCE_EXHAUSTED] * 3 + [Status.ABORTED]
         assert server.refusals == {Refusal.TOO_MANY_CONNECTIONS_FROM_ADDRESS: 3, Refusal.CROWDED_OUT: 1}
+
+
+@pytest.mark.anyio
+async def test_what_forwarded_calls_take_is_charged_to_those_that_they_come_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory and turns of the loop: one behind the proxy meets its limit, the others and the proxy do not."""
+    waited: list[str] = []
+    real = Turns.wait
+
+    async def wait(turns: Turns, source: str, seconds: float = CALL_SECONDS, *, is_known: bool) -> None:
+        waited.append(source)
+        await real(turns, source, seconds, is_known=is_known)
+
+    monkeypatch.setattr(Turns, "wait", wait)
+    limits = Limits(max_unproven_call_bytes=4 * 40_000)  # two calls of a stranger at a time
+    service = Tokens()
+    refused: list[str] = []
+    answered: list[str] = []
+    async with (
+        serve([service], host="127.0.0.1", limits=limits, proxies=FORWARDED, has_tokens=True) as server,
+        open_channel("127.0.0.1", server.port) as channel,
+        anyio.create_task_group() as tasks,
+    ):
+
+        async def call(source: str, data: bytes = b"x") -> None:
+            try:
+                await method(channel)(Raw(data), metadata={"x-forwarded-for": source}, timeout=60)
+                answered.append(source)
+            except GRPCError as error:
+                refused.append(source if error.status is Status.RESOURCE_EXHAUSTED else str(error))
+
+        await call("192.0.2.2", b"valid")
+        service.hold.clear()
+        for _ in range(5):
+            tasks.start_soon(call, "192.0.2.1")
+        while len(refused) < 3:
+            await anyio.sleep(0.01)
+        for source in ["192.0.2.2"] * 5 + ["192.0.2.3"] * 2:
+            tasks.start_soon(call, source)
+        while waited.count("192.0.2.3") < 2:
+            await anyio.sleep(0.01)
+        service.hold.set()
+    assert refused == ["192.0.2.1"] * 3
+    assert sorted(answered) == ["192.0.2.1"] * 2 + ["192.0.2.2"] * 6 + ["192.0.2.3"] * 2
+    assert server.refusals == {Refusal.CALL_MEMORY: 3}
+    assert sorted(waited) == ["192.0.2.1"] * 2 + ["192.0.2.2"] + ["192.0.2.3"] * 2, "a known one's calls do not wait"
 
 
 @pytest.fixture
