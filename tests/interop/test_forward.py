@@ -110,6 +110,16 @@ def test_the_client_is_the_machines_administrator_through_a_forwarded_port(elsew
     assert '"forward.open"' in audited
 
 
+def test_a_viewer_with_a_grant_reaches_that_port(elsewhere: Elsewhere) -> None:
+    key = elsewhere.key("granted", "--role", "viewer", "--forward", f"{UUID}:50000")
+    with elsewhere.forwarding(key, UUID, "50000", "--local", "127.0.0.1:0") as port:
+        assert "NODE:        127.0.0.1\n" in elsewhere.run(port, Talosctl.version_soon)
+    process = elsewhere.start(key, UUID, "22", "--local", "0")
+    _, told = process.communicate(timeout=30)
+    assert process.returncode == 4
+    assert "has none for port 22" in told
+
+
 def test_an_operator_forwards_nothing_and_a_machine_that_is_not_there_is_told(elsewhere: Elsewhere) -> None:
     key = elsewhere.key("op", "--role", "operator")
     process = elsewhere.start(key, UUID, "50000", "--local", "0")

@@ -53,6 +53,7 @@ _KEYS = View(
         Column[ApiKey]("EXPIRES", lambda key: "never" if key.expires_at is None else f"in {until(key.expires_at)}"),
         Column[ApiKey]("USED", lambda key: age(key.last_used_at)),
         Column[ApiKey]("AGE", lambda key: age(key.created_at)),
+        Column[ApiKey]("FORWARD", lambda key: ",".join(key.forward), is_wide=True),
         Column[ApiKey]("FROM", lambda key: key.last_source, is_wide=True),
         Column[ApiKey]("BY", lambda key: key.created_by, is_wide=True),
         Column[ApiKey]("ID", lambda key: key.id, is_wide=True),
@@ -75,12 +76,19 @@ def create(
             callback=CHECK_EXPIRY,
         ),
     ] = None,
+    forward: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Machine that it may forward to whatever its role, with a port or without for all. Repeatable.",
+            metavar="MACHINE[:PORT]",
+        ),
+    ] = None,
 ) -> None:
     """Create an API key, and print it. It is never shown again."""
     expires_at, ttl = (None, None) if expires is None else read_expiry(expires)
 
     async def work(connection: Connection) -> tuple[ApiKey, str]:
-        request = CreateApiKeyRequest(name=name, role=role.value, expires_at=expires_at, ttl=ttl)
+        request = CreateApiKeyRequest(name=name, role=role.value, expires_at=expires_at, ttl=ttl, forward=forward or [])
         made = await connection.stub(ApiKeyServiceStub).create_api_key(request)
         return made.key or ApiKey(), made.secret
 

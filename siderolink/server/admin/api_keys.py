@@ -23,6 +23,7 @@ from siderolink.server.admin.lists import Page, page_of
 from siderolink.server.admin.words import check_name, require
 from siderolink.server.admission.admit import new_id
 from siderolink.server.clock import Clock
+from siderolink.server.fleet.machines import find_named
 from siderolink.server.store import (
     Actor,
     AuditEntry,
@@ -32,7 +33,7 @@ from siderolink.server.store import (
     Transaction,
     UniqueViolationError,
 )
-from siderolink.server.store.audit import EMBEDDER
+from siderolink.server.store.audit import EMBEDDER, Grant
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +41,8 @@ PREFIX: Final = "slk_"
 """How each key begins, so that scanners for leaked secrets find it."""
 KEY_BYTES: Final = 32
 MAX_KEYS: Final = 1000
+MAX_GRANTS: Final = 100
+"""Machines and ports that one key may forward to."""
 _MAX_KEY_LENGTH: Final = 128
 _NOTE_EVERY: Final = 60.0
 
@@ -70,11 +73,13 @@ class ApiKeys:
         *,
         expires_at: float | None = None,
         ttl: float | None = None,
+        forward: Sequence[str] = (),
         actor: Actor = EMBEDDER,
     ) -> tuple[Principal, str]:
         """A new key, and its secret, which is kept nowhere. `ttl` is in seconds from now.
 
-        Raises ConfigurationError, or AlreadyExistsError for a name that another key has.
+        `forward` names machines, each as ``MACHINE`` or ``MACHINE:PORT``, whose ports the key may forward to whatever its role.
+        Raises ConfigurationError, NotFoundError, or AlreadyExistsError for a name that another key has.
         """
         require(actor, Role.ADMIN)
         now = self._clock.time()
@@ -89,15 +94,20 @@ class ApiKeys:
             expires_at=expiry(now, expires_at, ttl),
         )
 
-        async def work(transaction: Transaction) -> None:
+        if len(forward) > MAX_GRANTS:
+            raise ConfigurationError(f"an API key may forward to {MAX_GRANTS} machines or ports at most")
+
+        async def work(transaction: Transaction) -> Principal:
             if len(await transaction.principals()) >= MAX_KEYS:
                 raise ConfigurationError(f"there are {MAX_KEYS} keys already; delete some")
-            await transaction.put_principal(principal)
-            await transaction.audit(self._entry(actor, "apikey.create", None, principal))
+            made = replace(principal, grants=tuple([await _grant(transaction, text) for text in forward]))
+            await transaction.put_principal(made)
+            await transaction.audit(self._entry(actor, "apikey.create", None, made))
+            return made
 
         async with self._changing:
             try:
-                await self._store.transact(work)
+                principal = await self._store.transact(work)
             except UniqueViolationError:
                 raise AlreadyExistsError(f"another key has the name {principal.name}") from None
             self._by_digest[principal.key_digest] = principal
@@ -244,7 +254,21 @@ def expiry(now: float, expires_at: float | None, ttl: float | None) -> float | N
 
 
 def _actor(principal: Principal, source: str) -> Actor:
-    return Actor(name=principal.name, role=principal.role, source=source, key_id=principal.id)
+    return Actor(name=principal.name, role=principal.role, source=source, key_id=principal.id, grants=principal.grants)
+
+
+async def _grant(transaction: Transaction, text: str) -> Grant:
+    """The grant of ``MACHINE`` or ``MACHINE:PORT``; a machine that is named otherwise later stays the same one."""
+    name, colon, digits = text.rpartition(":")
+    if not (colon and digits.isascii() and digits.isdigit()):
+        name, digits = text, ""
+    port = int(digits[:6]) if digits else None
+    if port is not None and not 1 <= port <= 65535:
+        raise ConfigurationError(f"{one_line(text, limit=80)!r} has no port between 1 and 65535")
+    machine = await find_named(transaction, name)
+    if machine is None:
+        raise NotFoundError(f"no machine has the name, id, UUID or public key {one_line(name, limit=64)!r}")
+    return Grant(machine.id, port)
 
 
 def _digest(secret: str) -> bytes:
@@ -258,4 +282,5 @@ def _sort_key(principal: Principal) -> tuple[str, str]:
 def _shown(principal: Principal | None) -> dict[str, object]:
     if principal is None:
         return {}
-    return {"role": str(principal.role), "expires_at": principal.expires_at, "revoked_at": principal.revoked_at}
+    shown = {"role": str(principal.role), "expires_at": principal.expires_at, "revoked_at": principal.revoked_at}
+    return shown | ({"forward": [str(grant) for grant in principal.grants]} if principal.grants else {})

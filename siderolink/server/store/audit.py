@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Final
+from typing import Final, Self
 
 
 class Role(StrEnum):
@@ -31,6 +31,15 @@ class Grant:
     machine_id: str
     port: int | None = None
     """None for all."""
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Raises ValueError for what is no grant's text."""
+        machine_id, _, port = text.partition(":")
+        return cls(machine_id, int(port) if port else None)
+
+    def __str__(self) -> str:
+        return self.machine_id if self.port is None else f"{self.machine_id}:{self.port}"
 
     def allows(self, machine_id: str, port: int) -> bool:
         return machine_id == self.machine_id and self.port in (None, port)
@@ -140,6 +149,8 @@ class Principal:
     last_used_at: float | None = None
     """Written with a delay."""
     last_source: str = ""
+    grants: tuple[Grant, ...] = ()
+    """The machines' ports that it may forward to without the role admin."""
 
     def is_active(self, now: float) -> bool:
         return self.revoked_at is None and (self.expires_at is None or now < self.expires_at)

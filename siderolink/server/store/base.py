@@ -104,6 +104,10 @@ class Machine:
     note: str = ""
     tunnel_setting: TunnelSetting = TunnelSetting.INHERIT
     """Decides its next Provision call."""
+    rate_rx: int | None = None
+    """Bits a second that are taken from it; None for no limit of its own."""
+    rate_tx: int | None = None
+    """Bits a second that are sent to it."""
 
     @property
     def shown_name(self) -> str:

@@ -258,6 +258,43 @@ async def test_only_admins_and_keys_with_a_grant_forward(desk: Desk) -> None:
     assert (refused.action, refused.actor.name, refused.object_name) == ("forward.refuse", "looks", desk.machine.id)
 
 
+async def test_a_key_with_a_grant_reaches_that_machine_and_port_alone(desk: Desk) -> None:
+    other = FakeMachine()
+    await desk.office.manager.join(other)
+    async with local(desk) as channel:
+        stub = pb.ApiKeyServiceStub(channel)
+        named = pb.CreateApiKeyRequest(name="ci", role="viewer", forward=[f"{desk.machine.node_uuid}:50000"])
+        made = await stub.create_api_key(named)
+        assert made.key is not None
+        assert made.key.forward == [f"{desk.machine.node_uuid}:50000"]
+        assert (await stub.list_api_keys(pb.ListApiKeysRequest())).keys[0].forward == made.key.forward
+        for wrong, status in (("nobody:1", Status.NOT_FOUND), (f"{desk.machine.id}:0", Status.INVALID_ARGUMENT)):
+            with pytest.raises(GRPCError) as caught:
+                await stub.create_api_key(pb.CreateApiKeyRequest(name="x", role="viewer", forward=[wrong]))
+            assert caught.value.status is status
+        every = await stub.create_api_key(pb.CreateApiKeyRequest(name="all", role="operator", forward=[desk.machine.id]))
+    metadata = {"authorization": f"Bearer {made.secret}"}
+    async with desk.office.remote() as channel:
+        forwards = pb.ForwardServiceStub(channel)
+        # another machine that takes the name later is not the one that was granted
+        await desk.office.administration.machines.rename(desk.machine.id, "edge")
+        target = await forwards.check_forward(pb.ForwardRequest(machine="edge", port=50000), metadata=metadata)
+        assert (target.machine_id, target.name) == (desk.machine.id, "edge")
+        await desk.office.administration.machines.rename(desk.machine.id, "")
+        await desk.office.administration.machines.rename(other.node_uuid, "edge")
+        for machine, port in (("edge", 50000), (desk.machine.id, 22), ("nobody", 50000)):
+            with pytest.raises(GRPCError) as caught:
+                await forwards.check_forward(pb.ForwardRequest(machine=machine, port=port), metadata=metadata)
+            assert caught.value.status in (Status.PERMISSION_DENIED, Status.NOT_FOUND)
+        wide = {"authorization": f"Bearer {every.secret}"}
+        await forwards.check_forward(pb.ForwardRequest(machine=desk.machine.id, port=22), metadata=wide)
+        async with forwarded(channel, desk.machine.id, metadata=metadata) as carried:
+            with await desk.ports.accept() as far:
+                await asyncio.get_running_loop().sock_sendall(carried.near, b"x")
+                assert await read_exactly(far, 1) == b"x"
+    assert (await entries(desk, 2))[-1].actor.name == "ci"
+
+
 async def test_a_connection_ends_with_its_key_and_with_its_machine(desk: Desk) -> None:
     keys = desk.office.administration.api_keys
     _, secret = await keys.create("admin", Role.ADMIN)

@@ -21,6 +21,7 @@ from siderolink.server.store import (
     TunnelSetting,
     UniqueViolationError,
 )
+from siderolink.server.store.audit import Grant
 from tests.unit.server.test_store import machine, store
 
 pytestmark = pytest.mark.anyio
@@ -105,8 +106,11 @@ async def test_audit_entries_are_added_with_their_transaction_or_not_at_all(stor
     assert (await store.audit_entries(AuditQuery()))[0].seq > last, "numbers are never used again"
 
 
+GRANTS = (Grant("a1b2"), Grant("c3d4", 50000))
+
+
 async def test_principals_are_kept_by_name(store: Store) -> None:
-    one = Principal(id="1", name="ci", role=Role.VIEWER, key_digest=b"1" * 32, created_at=1.0)
+    one = Principal(id="1", name="ci", role=Role.VIEWER, key_digest=b"1" * 32, created_at=1.0, grants=GRANTS)
 
     async def clash(transaction: Transaction) -> None:
         with pytest.raises(UniqueViolationError):

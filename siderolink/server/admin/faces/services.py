@@ -10,6 +10,7 @@ from siderolink.common.errors import ConfigurationError
 from siderolink.common.grpc import Servable
 from siderolink.common.pb.siderolink.admin import v1 as pb
 from siderolink.common.text import one_line
+from siderolink.server.admin.administration import Administration
 from siderolink.server.admin.faces.access import GetAdministration, actor
 from siderolink.server.admin.faces.forward import ForwardFace
 from siderolink.server.admin.faces.machines import BanFace, MachineFace
@@ -42,25 +43,29 @@ class ApiKeyFace(pb.ApiKeyServiceBase):
         self._administration = administration
 
     async def create_api_key(self, message: pb.CreateApiKeyRequest) -> pb.CreateApiKeyResponse:
-        keys = self._administration().api_keys
-        made, secret = await keys.create(
-            message.name, _role(message.role), expires_at=message.expires_at, ttl=message.ttl, actor=actor()
+        made, secret = await self._administration().api_keys.create(
+            message.name,
+            _role(message.role),
+            expires_at=message.expires_at,
+            ttl=message.ttl,
+            forward=message.forward,
+            actor=actor(),
         )
-        return pb.CreateApiKeyResponse(key=_key_message(made, keys.now()), secret=secret)
+        return pb.CreateApiKeyResponse(key=_key_message(self._administration(), made), secret=secret)
 
     async def list_api_keys(self, message: pb.ListApiKeysRequest) -> pb.ListApiKeysResponse:
-        keys = self._administration().api_keys
-        page = await keys.page(message.page_size, message.page_token, actor=actor())
-        found = [_key_message(one, keys.now()) for one in page.items]
+        administration = self._administration()
+        page = await administration.api_keys.page(message.page_size, message.page_token, actor=actor())
+        found = [_key_message(administration, one) for one in page.items]
         return pb.ListApiKeysResponse(keys=found, next_page_token=page.next_page_token, total=page.total)
 
     async def delete_api_key(self, message: pb.ApiKeyRequest) -> pb.ApiKey:
-        keys = self._administration().api_keys
-        return _key_message(await keys.delete(message.name, actor=actor()), keys.now())
+        administration = self._administration()
+        return _key_message(administration, await administration.api_keys.delete(message.name, actor=actor()))
 
     async def revoke_api_key(self, message: pb.ApiKeyRequest) -> pb.ApiKey:
-        keys = self._administration().api_keys
-        return _key_message(await keys.revoke(message.name, actor=actor()), keys.now())
+        administration = self._administration()
+        return _key_message(administration, await administration.api_keys.revoke(message.name, actor=actor()))
 
 
 def _role(text: str) -> Role:
@@ -70,7 +75,11 @@ def _role(text: str) -> Role:
         raise ConfigurationError(f"a role is viewer, operator or admin, not {one_line(text, limit=32)!r}") from None
 
 
-def _key_message(principal: Principal, now: float) -> pb.ApiKey:
+def _key_message(administration: Administration, principal: Principal) -> pb.ApiKey:
+    now = administration.api_keys.now()
+    names = [
+        (administration.machines.shown_name(grant.machine_id) or grant.machine_id, grant.port) for grant in principal.grants
+    ]
     state = "revoked" if principal.revoked_at is not None else "active" if principal.is_active(now) else "expired"
     return pb.ApiKey(
         id=principal.id,
@@ -83,6 +92,7 @@ def _key_message(principal: Principal, now: float) -> pb.ApiKey:
         last_used_at=principal.last_used_at,
         last_source=principal.last_source,
         revoked_at=principal.revoked_at,
+        forward=[name if port is None else f"{name}:{port}" for name, port in names],
     )
 
 

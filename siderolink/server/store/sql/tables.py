@@ -32,7 +32,7 @@ from sqlalchemy import (
 
 from siderolink.common.errors import StoreError
 from siderolink.common.keys import KEY_BYTES, PublicKey
-from siderolink.server.store.audit import Principal, Role
+from siderolink.server.store.audit import Grant, Principal, Role
 from siderolink.server.store.base import (
     NO_LABELS,
     Ban,
@@ -48,7 +48,7 @@ from siderolink.server.store.ownership import FleetServer, Ownership
 from siderolink.server.store.sealing import is_sealed
 from siderolink.server.store.tokens import JoinToken, TokenKind, TokenUse, TunnelSetting
 
-HEAD = "8"
+HEAD = "9"
 """The newest migration, which these tables are."""
 
 metadata = MetaData()
@@ -90,6 +90,8 @@ machines = Table(
     Column("labels", Text, nullable=False),
     Column("note", Text, nullable=False),
     Column("tunnel_setting", Text, nullable=False),
+    Column("rate_rx", BigInteger),
+    Column("rate_tx", BigInteger),
 )
 Index("machine_names", machines.c.name, unique=True)
 Index(
@@ -145,6 +147,7 @@ principals = Table(
     Column("revoked_at", Float),
     Column("last_used_at", Float),
     Column("last_source", Text, nullable=False),
+    Column("grants", Text, nullable=False, server_default="[]"),
 )
 
 audit = Table(
@@ -277,6 +280,8 @@ def cell(value: object) -> object:
         return value.packed
     if isinstance(value, Mapping):
         return "{}" if not value else json.dumps(dict(value), sort_keys=True, separators=(",", ":"))
+    if isinstance(value, tuple):
+        return json.dumps([str(one) for one in value])
     return value
 
 
@@ -439,8 +444,9 @@ def read_principal(row: Mapping[Any, Any]) -> Principal:
     """Raises StoreError for a row that no server wrote."""
     fields = dict(row)
     try:
-        return Principal(role=Role(fields.pop("role")), **fields)
-    except (ValueError, TypeError):
+        grants = tuple(Grant.parse(one) for one in json.loads(fields.pop("grants")))
+        return Principal(role=Role(fields.pop("role")), grants=grants, **fields)
+    except (ValueError, TypeError, AttributeError):
         raise StoreError("the state contains an invalid principal record") from None
 
 

@@ -153,6 +153,13 @@ class ApiKey(betterproto2.Message):
         10, betterproto2.TYPE_DOUBLE, optional=True
     )
 
+    forward: "list[str]" = betterproto2.field(
+        11, betterproto2.TYPE_STRING, repeated=True
+    )
+    """
+    The machines that it may forward to whatever its role: NAME for all ports, or NAME:PORT; the id of one that is gone.
+    """
+
 
 default_message_pool.register_message("siderolink.admin.v1", "ApiKey", ApiKey)
 
@@ -337,6 +344,13 @@ class CreateApiKeyRequest(betterproto2.Message):
     ttl: "float | None" = betterproto2.field(4, betterproto2.TYPE_DOUBLE, optional=True)
     """
     Seconds from now.
+    """
+
+    forward: "list[str]" = betterproto2.field(
+        5, betterproto2.TYPE_STRING, repeated=True
+    )
+    """
+    Machines that it may forward to: MACHINE for all ports, or MACHINE:PORT, by name, id, UUID or public key.
     """
 
 
