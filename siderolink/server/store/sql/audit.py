@@ -1,4 +1,4 @@
-"""The audit in the database, and when principals last called: the same statements for SQLite and Postgres."""
+"""The audit in the database, and principals: the same statements for SQLite and Postgres."""
 
 import json
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ from sqlalchemy import Float, Integer, Select, Text, bindparam, delete, or_, sel
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from siderolink.common.errors import StoreError
-from siderolink.server.store.audit import Actor, AuditEntry, AuditQuery, Role
+from siderolink.server.store.audit import Actor, AuditEntry, AuditQuery, Grant, Principal, Role
 from siderolink.server.store.sql.tables import audit, principals
 
 
@@ -91,3 +91,13 @@ async def note_principals(connection: AsyncConnection, used: Mapping[str, tuple[
     if rows:
         await connection.execute(_NOTE, rows)
     return len(rows)
+
+
+def read_principal(row: Mapping[Any, Any]) -> Principal:
+    """Raises StoreError for a row that no server wrote."""
+    fields = dict(row)
+    try:
+        grants = tuple(Grant.parse(one) for one in json.loads(fields.pop("grants")))
+        return Principal(role=Role(fields.pop("role")), grants=grants, **fields)
+    except (ValueError, TypeError, AttributeError):
+        raise StoreError("the state contains an invalid principal record") from None

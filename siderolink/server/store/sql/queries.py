@@ -11,7 +11,7 @@ from sqlalchemy.engine import Dialect
 from sqlalchemy.sql import ClauseElement, ColumnElement
 
 from siderolink.server.store.base import MachineAdmission
-from siderolink.server.store.sql import tables
+from siderolink.server.store.sql import audit, tables
 from siderolink.server.store.tokens import TokenUse
 
 READERS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
@@ -20,7 +20,7 @@ READERS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     tables.bans.name: lambda row: tables.read_ban(row["kind"], row["value"]),
     tables.join_tokens.name: tables.read_token,
     tables.token_uses.name: lambda row: TokenUse(**row),
-    tables.principals.name: tables.read_principal,
+    tables.principals.name: audit.read_principal,
     tables.sessions.name: tables.read_ownership,
     tables.servers.name: tables.read_fleet_server,
     tables.server.name: tables.read_server,

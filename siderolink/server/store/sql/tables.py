@@ -32,7 +32,7 @@ from sqlalchemy import (
 
 from siderolink.common.errors import StoreError
 from siderolink.common.keys import KEY_BYTES, PublicKey
-from siderolink.server.store.audit import Grant, Principal, Role
+from siderolink.server.store.audit import Principal
 from siderolink.server.store.base import (
     NO_LABELS,
     Ban,
@@ -438,16 +438,6 @@ def ban_values(ban: Ban, grounds: BanGrounds) -> dict[str, object]:
 
 def read_grounds(row: Mapping[Any, Any]) -> BanGrounds:
     return BanGrounds(reason=row["reason"], created_by=row["created_by"], created_at=row["created_at"])
-
-
-def read_principal(row: Mapping[Any, Any]) -> Principal:
-    """Raises StoreError for a row that no server wrote."""
-    fields = dict(row)
-    try:
-        grants = tuple(Grant.parse(one) for one in json.loads(fields.pop("grants")))
-        return Principal(role=Role(fields.pop("role")), grants=grants, **fields)
-    except (ValueError, TypeError, AttributeError):
-        raise StoreError("the state contains an invalid principal record") from None
 
 
 def read_ownership(row: Mapping[Any, Any]) -> Ownership:
