@@ -230,6 +230,7 @@ class Serve:
                 listen=options.admin_listen,
                 tls=None if certificate is None or options.admin_listen is None else certificate.context,
                 audit_retention=options.audit_days * DAY,
+                api_url=options.api_url,
             ),
             peers=options.peers,
             store=store,

@@ -73,6 +73,14 @@ class ServeConfig(SettingsPart):
     api_listen: HostAndPort = _option(
         f"[::]:{DEFAULT_API_PORT}", "Address for the API to listen on.", _API, metavar="HOST:PORT"
     )
+    api_url: str | None = _option(
+        None,
+        "URL by which machines reach the API, such as https://siderolink.example.com:443. "
+        "`siderolink token show --secret` tells it with the token.",
+        _API,
+        metavar="URL",
+        shown="the address of --api-listen, where that is one",
+    )
     tls_cert: FilePath | None = _option(None, "Certificate chain (PEM) of the API.", _API, metavar="FILE", shown="no TLS")
     tls_key: FilePath | None = _option(
         None, "Private key (PEM) of the API.", _API, metavar="FILE", shown="read from the --tls-cert file"

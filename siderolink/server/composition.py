@@ -279,7 +279,7 @@ class Composition:
                 has_tokens=True,
                 is_known=fleet.directory.sources.__contains__,
             ) as api,
-            self._administer(device, fleet, reports, history) as (administration, admin_api),
+            self._administer(device, fleet, reports, history, api.port) as (administration, admin_api),
         ):
             yield Parts(
                 device=device,
@@ -299,7 +299,7 @@ class Composition:
 
     @asynccontextmanager
     async def _administer(
-        self, device: Device, fleet: Fleet, reports: Reports | None, history: History | None
+        self, device: Device, fleet: Fleet, reports: Reports | None, history: History | None, api_port: int
     ) -> AsyncIterator[tuple[Administration, GrpcServer | None]]:
         options = self._options.admin
 
@@ -320,6 +320,8 @@ class Composition:
             history,
             reports,
             partial(open_machine_port, source=self._address, interface=device.name, namespace=self._options.namespace),
+            partial(self._options.join_url, port=api_port),
+            owner_of=lambda machine_id: None if fleet.owners is None else fleet.owners.owner_of(machine_id),
         )
         async with administration.run(options.audit_retention), AsyncExitStack() as stack:
             api = None

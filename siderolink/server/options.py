@@ -7,6 +7,7 @@ from ipaddress import ip_address
 from siderolink.common.errors import ConfigurationError
 from siderolink.common.grpc import Limits, TrustedProxies, parse_networks
 from siderolink.common.hostport import HostPort
+from siderolink.common.join_url import JoinURL
 from siderolink.common.keys import PrivateKey
 from siderolink.common.wireguard.device import DeviceKind
 from siderolink.server.admission.limits import MachineLimits
@@ -32,8 +33,13 @@ class AdminOptions:
     """The server's certificate; needed unless `listen` is a loopback address."""
     audit_retention: float | None = 365 * 86_400.0
     """Seconds for which the audit is kept; None keeps it for ever."""
+    api_url: str | None = None
+    """The URL by which machines reach the server's API, without a token: for those who are shown a token. None for the address
+    that it listens on, where that is one."""
 
     def __post_init__(self) -> None:
+        if self.api_url is not None and JoinURL.parse(self.api_url).join_token is not None:
+            raise ConfigurationError("the API's URL is told with each token that is shown; leave the join token out of it")
         if self.listen is not None:
             _check_listen(self.listen)
             if self.tls is None and not _is_loopback(_address(self.listen).host):
@@ -131,6 +137,19 @@ class ServerOptions:
     @property
     def open_ports(self) -> tuple[OverlayPort, ...] | None:
         return None if self.overlay_ports is None else tuple(map(OverlayPort.parse, self.overlay_ports))
+
+    def join_url(self, token: str, port: int) -> str:
+        """The URL by which machines join with a token, where the API has this port.
+
+        Empty where nobody said by which address they reach it, and it listens on all of them, or behind a proxy.
+        """
+        if self.admin.api_url is not None:
+            url = JoinURL.parse(self.admin.api_url)
+        elif _is_any(self.api_address.host) or self.proxy_protocol_from or self.forwarded_from:
+            return ""
+        else:
+            url = JoinURL(host=self.api_address.host, port=port, tls=self.tls is not None)
+        return replace(url, join_token=token, tunnel=url.tunnel or self.force_tunnel).encode()
 
     @property
     def device_listen_port(self) -> int | None:

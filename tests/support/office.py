@@ -82,6 +82,8 @@ async def open_office(
         history,
         reports,
         open_port,
+        lambda token: f"grpc://api.example.com:443?jointoken={token}",
+        lambda machine_id: "server-1",
     )
     services: list[Servable] = admin_services(lambda: administration, lambda: facts)
     facts = Facts(manager.hub)

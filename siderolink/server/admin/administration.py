@@ -60,11 +60,16 @@ class Administration:
         history: History | None = None,
         reports: Reports | None = None,
         open_port: OpenPort | None = None,
+        join_url: Callable[[str], str] = lambda token: "",
+        owner_of: Callable[[str], str | None] = lambda machine_id: None,
     ) -> None:
         """`admits` tells whether the join token that a machine presented would still let it in.
 
-        `open_port` connects to a machine's port over the overlay.
+        `open_port` connects to a machine's port over the overlay. `join_url` is the URL for a token, empty where that is not
+        known. `owner_of` tells the server that holds a machine's session, where several share the store.
         """
+        self.join_url = join_url
+        self.owner_of = owner_of
         self._store = store
         self.tokens = tokens
         self._reports = reports

@@ -80,7 +80,7 @@ async def test_a_machine_is_renamed_labelled_found_and_removed(office: Office) -
         assert (changed.labels, changed.note, changed.tunnel) == ({"rack": "7", "site": "north"}, "by the door", "force")
         wanted = pb.MachineFilter(selector="rack in (6,7),site!=south", states=["accepted"], text="edge")
         found = await machines.list_machines(pb.ListMachinesRequest(filter=wanted))
-        assert [one.id for one in found.machines] == [row.id]
+        assert [(one.id, one.server) for one in found.machines] == [(row.id, "server-1")]
         assert found.total == 1
         none = await machines.list_machines(pb.ListMachinesRequest(filter=pb.MachineFilter(selector="!rack")))
         assert none.machines == []
@@ -117,7 +117,11 @@ async def test_a_token_is_made_listed_shown_and_revoked(office: Office) -> None:
         names = [token.name for token in (*first.tokens, *rest.tokens)]
         assert names == sorted(names)
         assert {"other", "racks"} < set(names), "and the server's own"
-        assert (await tokens.show_token_secret(pb.TokenRequest(name="racks"))).secret == made.secret
+        shown = await tokens.show_token_secret(pb.TokenRequest(name="racks"))
+        assert (shown.secret, shown.join_url) == (made.secret, f"grpc://api.example.com:443?jointoken={made.secret}")
+        await tokens.create_token(pb.CreateTokenRequest(name="signs", kind="v2", provider="metal"))
+        signs = await tokens.show_token_secret(pb.TokenRequest(name="signs"))
+        assert (signs.secret != "", signs.join_url) == (True, ""), "no machine presents what signs"
         assert (await tokens.revoke_token(pb.TokenRequest(name="racks"))).state == "revoked"
         assert await status_of(tokens.get_token(pb.TokenRequest(name="none"))) is Status.NOT_FOUND
         assert await status_of(tokens.create_token(pb.CreateTokenRequest(name="racks"))) is Status.ALREADY_EXISTS

@@ -1,5 +1,8 @@
 """The small parts: deadlines, locks, options, refusals."""
 
+import ssl
+from typing import Any
+
 import anyio
 import pytest
 from hypothesis import given
@@ -12,7 +15,7 @@ from siderolink.server.api.provision import STATUSES
 from siderolink.server.api.tunnel import ENDINGS
 from siderolink.server.clock import Deadlines
 from siderolink.server.fleet.locks import KeyedLocks
-from siderolink.server.options import ServerOptions
+from siderolink.server.options import AdminOptions, ServerOptions
 from siderolink.server.refusals import JoinRefusal, StreamRefusal
 
 STEPS = st.lists(
@@ -142,3 +145,33 @@ def test_any_text_is_a_unique_token(text: str) -> None:
 )
 def test_sources_are_counted_by_address_or_network(source: str | None, key: str | None) -> None:
     assert source_key(source) == key
+
+
+@pytest.mark.parametrize(
+    ("options", "url"),
+    [
+        ({"api_listen": "[::]:8090"}, ""),
+        ({"api_listen": "0.0.0.0:8090"}, ""),
+        ({"api_listen": "192.0.2.1:0"}, "grpc://192.0.2.1:4000?jointoken=a%26b"),
+        ({"api_listen": ("2001:db8::1", 1)}, "grpc://[2001:db8::1]:4000?jointoken=a%26b"),
+        ({"api_listen": "192.0.2.1:0", "forwarded_from": ("192.0.2.0/24",)}, ""),
+        (
+            {"api_listen": "192.0.2.1:0", "tls": ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)},
+            "https://192.0.2.1:4000?jointoken=a%26b",
+        ),
+        ({"api_listen": "192.0.2.1:0", "force_tunnel": True}, "grpc://192.0.2.1:4000?grpc_tunnel=true&jointoken=a%26b"),
+        (
+            {"api_listen": "[::]:8090", "admin": AdminOptions(api_url="https://omni.example.com")},
+            "https://omni.example.com:443?jointoken=a%26b",
+        ),
+    ],
+)
+def test_the_join_url_is_told_where_it_is_known(options: dict[str, Any], url: str) -> None:
+    made = ServerOptions(join_token="t", wireguard_endpoints=("192.0.2.1:1",), **options)
+    assert made.join_url("a&b", 4000) == url
+
+
+@pytest.mark.parametrize("url", ["https://a.example.com?jointoken=t", "https://a.example.com/path", "", "https://:443"])
+def test_an_api_url_is_one_without_a_token(url: str) -> None:
+    with pytest.raises(ConfigurationError):
+        AdminOptions(api_url=url)

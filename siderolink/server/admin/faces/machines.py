@@ -77,6 +77,7 @@ def _message(administration: Administration, status: MachineStatus, token_name: 
         received_bytes=0 if peer is None else peer.received_bytes,
         sent_bytes=0 if peer is None else peer.sent_bytes,
         revision=row.revision,
+        server=administration.owner_of(row.id) or "",
     )
 
 

@@ -65,7 +65,10 @@ class TokenFace(pb.TokenServiceBase):
 
     async def show_token_secret(self, message: pb.TokenRequest) -> pb.TokenSecret:
         secret = await self._tokens.show(message.name, actor=actor())
-        return pb.TokenSecret(token=_message(await self._tokens.get(message.name)), secret=secret)
+        status = await self._tokens.get(message.name)
+        # what signs is presented by nobody
+        url = self._administration().join_url(secret) if status.token.kind is TokenKind.PLAIN else ""
+        return pb.TokenSecret(token=_message(status), secret=secret, join_url=url)
 
     async def update_token(self, message: pb.UpdateTokenRequest) -> pb.Token:
         changed = await self._tokens.update(

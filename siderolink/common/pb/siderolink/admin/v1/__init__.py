@@ -1109,7 +1109,7 @@ class Machine(betterproto2.Message):
 
     server: "str" = betterproto2.field(32, betterproto2.TYPE_STRING)
     """
-    The server that holds its session, where several share the store.
+    The id of the server that holds its session, where several share the store; empty where one has it for itself.
     """
 
 
@@ -1632,7 +1632,8 @@ class TokenSecret(betterproto2.Message):
 
     join_url: "str" = betterproto2.field(3, betterproto2.TYPE_STRING)
     """
-    The URL by which machines join with it, as far as the server knows how it is reached; else empty.
+    The URL by which machines join with it: of --api-url, or the address that the API listens on. Empty where it listens on all
+    addresses or behind a proxy and nobody said by which one it is reached, and for a token that signs others.
     """
 
 
