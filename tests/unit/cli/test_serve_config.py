@@ -160,6 +160,8 @@ def test_the_example_is_valid_and_shows_every_key_with_its_default() -> None:
         needed: dict[str, object] = {} if given.keys() & {"tunnel-only", "wireguard-endpoint"} else {"tunnel-only": True}
         needed |= {"tls-cert": "/c", "admin-tls-cert": "/c", "admin-listen": "[::1]:1"}
         needed |= {"web-tls-cert": "/c", "web-listen": "[::1]:2"}
+        if given.keys() & {"peer-listen", "peer-address", "max-offline"}:
+            needed |= {"store": "postgresql://db/x", "peer-listen": "[::1]:3"}
         if given not in ({"wireguard-listen-port": 50180}, {"tunnel-only": False}):
             ServeConfig.model_validate(needed | given)
 
