@@ -18,6 +18,7 @@ from siderolink.cli.control import (
 from siderolink.cli.describe import log_server_event
 from siderolink.cli.logs import hide, lost_records, say
 from siderolink.cli.machine_reports import log_reports, report_counts
+from siderolink.cli.memory import FreeMemory
 from siderolink.cli.options import metrics_options
 from siderolink.cli.output import show
 from siderolink.cli.running import allow_descriptors, calm_collector, feed_watchdog, leave, notify, run_until_stopped
@@ -261,6 +262,7 @@ class Serve:
         calm_collector()
         notify("READY=1")
         async with background_tasks() as tasks:
+            tasks.start_soon(keep_running, "giving memory back", FreeMemory().keep_giving_back)
             if self._reports is not None:
                 show = partial(log_reports, server.reports, with_lines=self._options.print_machine_logs)
                 tasks.start_soon(keep_running, "showing machines' reports", show)

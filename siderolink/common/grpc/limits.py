@@ -45,8 +45,11 @@ class Limits:
     """Connections from one IPv4 address or one IPv6 /64, while the server is crowded. Many machines may share one NAT."""
     crowded_from: float = 0.5
     """The share of `max_connections` in use above which the server is crowded; 0 for always."""
-    max_unproven_connections: int = 4_096
-    """Connections, of `max_connections`, from addresses from which no call with a valid token has come yet."""
+    max_unproven_connections: int = 2_048
+    """Connections, of `max_connections`, from addresses from which no call with a valid token has come yet.
+    One such address may have all of them while no other wants any; each takes some 26 KB."""
+    max_unproven_tls_connections: int = 768
+    """The same of a server with TLS, where each takes some 68 KB."""
     unproven_timeout: float = 20.0
     """How long such a connection may stay while more than half of `max_unproven_connections` are in use."""
     ipv6_source_bits: int = 64

@@ -10,7 +10,7 @@ import ssl
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -65,9 +65,11 @@ class GrpcServer:
         self._callback = on_refusal
         self._proxies = proxies
         reserved = frozenset(source_of(address, limits.ipv6_source_bits) for address in reserved_for)
-        make = partial(ConnectionBudget, limits, has_tokens=has_tokens, is_known=is_known)
-        self._budget = make(_spare_descriptors(), reserved_for=reserved)
-        self._forwarded_calls = make(limits.max_connections) if proxies.forwarded_from else None
+        most = min(limits.max_unproven_connections, limits.max_unproven_tls_connections)
+        of_connections = limits if tls is None else replace(limits, max_unproven_connections=most)
+        make = partial(ConnectionBudget, has_tokens=has_tokens, is_known=is_known)
+        self._budget = make(of_connections, _spare_descriptors(), reserved_for=reserved)
+        self._forwarded_calls = make(limits, limits.max_connections) if proxies.forwarded_from else None
         self._connections = 0
         self._open: dict[Http2Protocol, CallHandler] = {}
         self._all_closed = asyncio.Event()

@@ -289,6 +289,24 @@ async def test_room_is_made_of_connections_in_their_tls_handshake_too(tmp_path: 
 
 
 @pytest.mark.anyio
+async def test_strangers_have_fewer_connections_by_tls_which_are_larger(tmp_path: Path) -> None:
+    (tmp_path / "pem").write_text(make_certificate("127.0.0.1").pem)
+    limits = Limits(max_unproven_connections=20, max_unproven_tls_connections=5)
+    for tls, most in ((None, 20), (server_tls(tmp_path / "pem"), 5)):
+        async with (
+            serve([Tokens()], host="127.0.0.1", limits=limits, has_tokens=True, tls=tls) as server,
+            contextlib.AsyncExitStack() as stack,
+        ):
+            strangers = [await asyncio.open_connection("127.0.0.1", server.port) for _ in range(25)]
+            for _, writer in strangers:
+                stack.callback(writer.transport.abort)
+            while server.connections + server.refusals.total() < 25:
+                await asyncio.sleep(0.01)
+            assert server.connections == most
+            assert server.refusals == {Refusal.TOO_MANY_CONNECTIONS: 25 - most}
+
+
+@pytest.mark.anyio
 async def test_a_thousand_machines_behind_one_address_join_again_at_once(no_leaks: None) -> None:
     """Each with a connection of its own for the call, and one that it keeps; beside a stranger who holds all that he can."""
     patient = Limits(preface_timeout=90, connect_timeout=90)  # how busy this host is, is another matter
