@@ -1,13 +1,18 @@
-"""Generate docs/serve.md and docs/commands.md from the code; with --check only tell whether they are fresh."""
+"""Generate docs/serve.md and docs/commands.md from the code, and tables of figures from docs/throughput.json.
+
+With --check only tell whether they are fresh.
+"""
 
 import argparse
 import ast
 import inspect
+import json
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from enum import Enum
 from pathlib import Path
+from statistics import median
 from textwrap import dedent, fill
 from typing import Any
 
@@ -226,17 +231,68 @@ def described(one: Any) -> str:
     return text + (f" Variable: `{one.envvar}`." if one.envvar else "")
 
 
+NEWEST = "wireguard-go, newest"
+CARRIERS = {
+    "siderolink, UDP": "by UDP, compiled core",
+    "siderolink, pure Python": "by UDP, pure Python",
+    "siderolink, gRPC tunnel": "by the gRPC tunnel",
+}
+WAYS = ("up", "down")
+FIGURES: dict[str, tuple[str, ...]] = {
+    "TCP, 1 flow": tuple(f"TCP 1 flow {way}" for way in WAYS),
+    "TCP, 8 flows": tuple(f"TCP 8 flows {way}" for way in WAYS),
+    "UDP of 1,200 B, received": tuple(f"UDP 1200 B {way}" for way in WAYS),
+    "UDP of 64 B, received": tuple(f"UDP 64 B {way}" for way in WAYS),
+    "time of a ping, idle": ("ping idle median",),
+    "time of a ping, under TCP": tuple(f"ping under TCP {way} median" for way in WAYS),
+    "memory of one end": ("memory of one end",),
+    "processor time, TCP": ("processor time, TCP 1 flow",),
+}
+BEGIN, END = "<!-- from docs/throughput.json by `make docs` -->", "<!-- end of it -->"
+
+
+def figures_table() -> str:
+    """Each carrier's ratio to the newest wireguard-go, in medians; of both ways where there are two."""
+    run = json.loads((DOCS / "throughput.json").read_text())
+    measures, machine = run["measures"], run["machine"]
+    found = [name for name in CARRIERS if any(name in measure for measure in measures.values())]
+    names = {name: CARRIERS[name] for name in found}
+    if "siderolink, pure Python" not in names and "siderolink, UDP" in names:
+        names["siderolink, UDP"] = "by UDP"
+    rows = [["beside wireguard-go", *names.values()], ["---", *("---:" for _ in names)]]
+    for label, parts in FIGURES.items():
+        rows.append([label, *(" / ".join(_ratio(measures.get(part, {}), name) for part in parts) + " ×" for name in names)])
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    told = f"Two directions are up / down. {machine['processor']}, Linux {machine['kernel'].partition('-')[0]}, CPython {machine['python']}."
+    return f"{table}\n\n{told}"
+
+
+def _ratio(measure: dict[str, Any], name: str) -> str:
+    values, others = measure.get(name), measure.get(NEWEST)
+    return f"{median(values) / median(others):.2f}" if values and others and median(others) else "–"
+
+
+def with_figures(path: Path) -> str:
+    """The page with the table between its marks."""
+    before, begin, rest = path.read_text().partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        sys.exit(f"{path.name} has no place for figures: {BEGIN} … {END}")
+    return f"{before}{begin}\n\n{figures_table()}\n\n{end}{after}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="change nothing; fail if a page differs")
     check: bool = parser.parse_args().check
-    pages = {"serve.md": serve_page(), "commands.md": commands_page()}
+    pages = {DOCS / "serve.md": serve_page(), DOCS / "commands.md": commands_page()}
+    pages |= {path: with_figures(path) for path in (DOCS.parent / "README.md", DOCS / "benchmarks.md")}
     if check:
-        if stale := [name for name, text in pages.items() if (DOCS / name).read_text() != text]:
+        if stale := [path.name for path, text in pages.items() if path.read_text() != text]:
             sys.exit(f"docs are not fresh (run `make docs`): {', '.join(stale)}")
         return
-    for name, text in pages.items():
-        (DOCS / name).write_text(text)
+    for path, text in pages.items():
+        path.write_text(text)
 
 
 if __name__ == "__main__":
