@@ -33,7 +33,7 @@ KERNEL_SERVERS := $(foreach name,absence other_users restart server ten_thousand
 
 COVERED_WELL := $(subst $(space),$(comma),$(addprefix siderolink/,common/wireguard/noise/* common/wireguard/packets/* common/transport/* server/admission/* server/store/*))
 
-.PHONY: help setup native native-check native-tests needs demo test check lint types fresh format proto docs unit netns interop examples dist verify-dist test-kernel kernel-servers kernel-links others h2-range pure all-tests coverage bench bench-recovery soak clean
+.PHONY: help setup native native-check native-tests native-sanitized needs demo test check lint types fresh format proto docs unit netns interop examples dist verify-dist test-kernel kernel-servers kernel-links others h2-range pure all-tests coverage bench bench-recovery soak clean
 
 help: ## this list
 	@sed -n 's/^\([a-z0-9 -]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 32
@@ -71,6 +71,12 @@ native-check: ## rustfmt and clippy, where Rust is
 
 native-tests: ## the crate's own tests
 	@cd native && CARGO_TARGET_DIR=../.venvs/native-target cargo test --quiet --no-default-features $(ARGS)
+
+native-sanitized: setup ## the compiled core under the address sanitizer, by its tests and a fuzzer (SECONDS=60), and its index arithmetic by Miri
+	@PYTHON=$(abspath $(PYTHON)) native/address-sanitizer $(or $(SECONDS),60)
+	@if cargo +nightly miri --version >/dev/null 2>&1; then \
+		cd native && CARGO_TARGET_DIR=../.venvs/native-miri cargo +nightly miri test --quiet --no-default-features; \
+	else echo "Miri was left out: rustup toolchain install nightly --component miri"; fi
 
 lint: setup ## format and lint
 	@echo "lint"
@@ -158,7 +164,8 @@ docs: setup ## the documentation site, in .venvs/site: reference pages from the 
 dist: $(UV) ## wheel and sdist in dist/: reproducible, checked by twine, installed into a fresh environment
 	@scripts/make-dist $(abspath $(UV)) $(call interpreter,$(FIRST))
 
-verify-dist: $(UV) ## the Debian packages in booted Debians, the first hour, the image, the chart; 20 minutes, not part of `make test`
+verify-dist: dist ## the wheel with the lowest and newest versions, the Debian packages in booted Debians, the first hour, the image, the chart; 40 minutes, not part of `make test`
+	@scripts/dist-range $(abspath $(UV)) $(PYTHONS)
 	@for suite in bookworm trixie; do $(SUDO) scripts/deb_trial $(abspath $(UV)) $$suite || exit 1; done
 	@$(SUDO) scripts/first_hour_trial bookworm
 	@$(SUDO) scripts/image_trial bookworm

@@ -263,8 +263,8 @@ def figures_table() -> str:
     for label, parts in FIGURES.items():
         rows.append([label, *(" / ".join(_ratio(measures.get(part, {}), name) for part in parts) + " ×" for name in names)])
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    told = f"Two directions are up / down. {machine['processor']}, Linux {machine['kernel'].partition('-')[0]}, CPython {machine['python']}."
-    return f"{table}\n\n{told}"
+    kernel = machine["kernel"].partition("-")[0]
+    return f"{table}\n\nTwo directions are up / down. {machine['processor']}, Linux {kernel}, CPython {machine['python']}."
 
 
 def _ratio(measure: dict[str, Any], name: str) -> str:

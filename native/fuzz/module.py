@@ -1,4 +1,4 @@
-"""Calls the compiled module as Python loads it with any numbers and bytes, in buffers of exactly their size, until SECONDS are over.
+"""Calls the compiled module with any numbers and bytes, in buffers of exactly their size, until SECONDS are over.
 
     native/address-sanitizer [SECONDS]
 
@@ -11,6 +11,7 @@ import random
 import sys
 import time
 from array import array
+from collections import Counter
 from contextlib import suppress
 
 import siderolink_native as native
@@ -29,37 +30,43 @@ def filled(chance: random.Random, size: int) -> memoryview:
     return memoryview(array("B", bytes(data)))
 
 
-def main(seconds: float) -> None:
-    seed = int.from_bytes(os.urandom(4), "big")
-    chance, calls, accepted = random.Random(seed), 0, 0
-    print(f"seed {seed}", flush=True)
+def one_round(chance: random.Random, source: int, sink: int) -> list[bool]:
+    """Call each function once; returns which of the calls were accepted. `source` gives bytes for ever, `sink` takes them."""
 
     def number() -> int:
         return chance.choice(ODD) if chance.random() < 0.1 else chance.randrange(130)
 
-    end = time.monotonic() + seconds
+    buffer, frame, count = filled(chance, chance.randrange(900)), filled(chance, chance.randrange(400)), chance.randrange(8)
     frames = [(number(), number(), 1) for _ in range(70)]
+    accepted = []
+    for call in (
+        lambda: native.seal_rows(KEY, buffer, number(), number(), number(), number(), 1, number(), count),
+        lambda: native.seal_rows(KEY, buffer, number(), number(), number(), number(), 1, 2, count, frame, number()),
+        lambda: native.open_rows(KEY, buffer, number(), number(), number(), number(), count),
+        lambda: native.split(frame, number(), buffer, number(), number(), number(), number()),
+        lambda: native.find_frames(buffer, number(), number(), number(), number(), count, None, True, True),
+        lambda: native.place(frame, number(), buffer, number(), number()),
+        lambda: native.read_rows(source, frame, number(), buffer, number(), number(), number(), 1, count),
+        lambda: native.write_frames(sink, buffer, frames, number()),
+    ):
+        with suppress(ValueError):
+            call()
+            accepted.append(True)
+            continue
+        accepted.append(False)
+    return accepted
+
+
+def main(seconds: float) -> None:
+    seed = int.from_bytes(os.urandom(4), "big")
+    sys.stdout.write(f"seed {seed}\n")
+    sys.stdout.flush()
+    chance, accepted, end = random.Random(seed), Counter[bool](), time.monotonic() + seconds
     with open("/dev/urandom", "rb") as source, open("/dev/null", "wb") as sink:
         while time.monotonic() < end:
-            buffer, frame = filled(chance, chance.randrange(900)), filled(chance, chance.randrange(400))
-            count = chance.randrange(8)
-            tries = (
-                lambda: native.seal_rows(KEY, buffer, number(), number(), number(), number(), 1, number(), count),
-                lambda: native.seal_rows(KEY, buffer, number(), number(), number(), number(), 1, 2, count, frame, number()),
-                lambda: native.open_rows(KEY, buffer, number(), number(), number(), number(), count),
-                lambda: native.split(frame, number(), buffer, number(), number(), number(), number()),
-                lambda: native.find_frames(buffer, number(), number(), number(), number(), count, None, True, True),
-                lambda: native.place(frame, number(), buffer, number(), number()),
-                lambda: native.read_rows(source.fileno(), frame, number(), buffer, number(), number(), number(), 1, count),
-                lambda: native.write_frames(sink.fileno(), buffer, frames, number()),
-            )
-            for call in tries:
-                calls += 1
-                with suppress(ValueError):
-                    call()
-                    accepted += 1
-    print(f"{calls} calls, of which {accepted} were accepted")
-    assert accepted > calls // 100, "hardly a call was one that does something"
+            accepted.update(one_round(chance, source.fileno(), sink.fileno()))
+    sys.stdout.write(f"{accepted.total()} calls, of which {accepted[True]} were accepted\n")
+    assert accepted[True] > accepted.total() // 100, "hardly a call was one that does something"
 
 
 if __name__ == "__main__":
