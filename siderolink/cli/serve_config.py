@@ -278,6 +278,13 @@ class ServeConfig(SettingsPart):
         _STATE,
         only_on=True,
     )
+    max_offline: Annotated[float, Field(gt=0)] | None = _option(
+        None,
+        "With --store: end after this many seconds without the database. Bans do not reach a server without it.",
+        _STATE,
+        metavar="SECONDS",
+        shown="never",
+    )
 
     peer_listen: HostAndPort | None = _option(
         None,
@@ -435,7 +442,7 @@ class ServeConfig(SettingsPart):
 
     @property
     def machine_limits(self) -> MachineLimits:
-        return MachineLimits(**self._given(self.limit))
+        return MachineLimits(**self._given(self.limit), max_offline=self.max_offline)
 
     @property
     def api_limits(self) -> Limits:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from ipaddress import IPv6Address, IPv6Interface, IPv6Network
+from typing import TYPE_CHECKING
 
 from anyio.abc import TaskGroup
 
@@ -41,7 +42,10 @@ from siderolink.server.peers import PeerFace, Peers, relayed
 from siderolink.server.reporting import Reports, receive_reports
 from siderolink.server.store import Machine, Store
 from siderolink.server.store.rekeying import seal_what_is_not
-from siderolink.server.store.server_record import recall_server, resume_timestamps
+from siderolink.server.store.server_record import common_timestamps, recall_server, resume_timestamps
+
+if TYPE_CHECKING:
+    from siderolink.common.wireguard.noise.tai64n import CommonTimestamps
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,7 +101,8 @@ class Composition:
         self._installation_id = record.installation_id
         self._prefix = overlay_prefix(record.installation_id)
         self._address = server_address(self._prefix)
-        stamps = resume_timestamps(record)
+        common = common_timestamps(record, self._store) if self._store.is_shared else None
+        stamps = common or resume_timestamps(record)
 
         def on_device_event(event: DeviceEvent) -> None:
             if fleet is not None:
@@ -115,7 +120,7 @@ class Composition:
             namespace=options.namespace,
         )
         async with open_device(options.device, config, on_device_event) as device:
-            fleet = self._make_fleet(device, LastSeenNotes(self._store, stamps))
+            fleet = self._make_fleet(device, LastSeenNotes(self._store, stamps), common)
             self._peers = self._make_peers(fleet, record.private_key)
             async with (
                 nullcontext() if fleet.membership is None else fleet.membership.joined(),
@@ -139,7 +144,7 @@ class Composition:
                 ):
                     yield parts
 
-    def _make_fleet(self, device: Device, last_seen: LastSeenNotes) -> Fleet:
+    def _make_fleet(self, device: Device, last_seen: LastSeenNotes, stamps: "CommonTimestamps | None") -> Fleet:
         options, clock = self._options, Clock(time=self._store.time)
         return make_fleet(
             device,
@@ -152,6 +157,7 @@ class Composition:
             clock=clock,
             last_seen=last_seen,
             membership=self._membership(device, clock),
+            stamps=stamps,
         )
 
     def _membership(self, device: Device, clock: Clock) -> Membership | None:
@@ -161,7 +167,14 @@ class Composition:
         from siderolink.server.store.sql.tables import HEAD
 
         endpoints = map(str, self._endpoints(device))
-        return Membership(self._store, clock, endpoints=endpoints, software=version("siderolink"), schema=int(HEAD))
+        return Membership(
+            self._store,
+            clock,
+            endpoints=endpoints,
+            software=version("siderolink"),
+            schema=int(HEAD),
+            stamps_by_host=device.kind == "kernel",
+        )
 
     def _endpoints(self, device: Device) -> tuple[HostPort, ...]:
         """Where machines reach this server's WireGuard."""
@@ -187,6 +200,8 @@ class Composition:
         if fleet.membership is not None and fleet.owners is not None:
             tasks.start_soon(keep_running, "writing heartbeats", fleet.membership.run)
             tasks.start_soon(keep_running, "taking links", fleet.owners.run)
+        if fleet.lease is not None:
+            tasks.start_soon(fleet.lease.run)
         goodbyes = Goodbyes(fleet.directory, fleet.monitor, fleet.machines.remove)
         listen = partial(goodbyes.run, self._address, device.name, options.namespace)
         tasks.start_soon(keep_running, "listening for goodbyes", listen)
@@ -200,8 +215,10 @@ class Composition:
         if options.dial:
             dial = partial(dial_remembered, fleet.directory, fleet.sessions, fleet.reconciler)
             if fleet.owners is not None:
-                dial = partial(dial, may_dial=fleet.owners.is_heir)
+                dial = partial(dial, may_dial=fleet.owners.may_dial)
             tasks.start_soon(keep_running, "dialling remembered machines", dial)
+            if fleet.failover is not None:
+                tasks.start_soon(keep_running, "dialling dead servers' machines", fleet.failover.run)
 
     @asynccontextmanager
     async def _echoes(self, device: Device, fleet: Fleet, tasks: TaskGroup) -> AsyncIterator[Echoes | None]:

@@ -20,6 +20,7 @@ from siderolink.common.wireguard.device import DeviceCounters
 from siderolink.server.composition import Parts
 from siderolink.server.events import EventHub, ServerEvent
 from siderolink.server.fleet.directory import Directory, LinkState
+from siderolink.server.fleet.membership import Membership
 from siderolink.server.history import HistoryCounters
 from siderolink.server.reporting import Reports
 from siderolink.server.store import MachineAdmission
@@ -189,7 +190,13 @@ def drops(parts: Parts) -> dict[str, int]:
 
 async def check_health(parts: Parts, store: MeasuredStore) -> tuple[HealthCheck, ...]:
     """For `Server.health`."""
-    return _check_device(parts), _check_listener(parts), await _check_store(store)
+    checks = (_check_device(parts), _check_listener(parts), await _check_store(store))
+    return checks if parts.fleet.membership is None else (*checks, _check_clock(parts.fleet.membership))
+
+
+def _check_clock(membership: Membership) -> HealthCheck:
+    text = f"this host's clock is {membership.clock_offset:+.1f} s off the database's"
+    return HealthCheck(name="store clock", is_good=not membership.has_wrong_clock, text=text)
 
 
 def _check_device(parts: Parts) -> HealthCheck:

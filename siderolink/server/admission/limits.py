@@ -43,6 +43,8 @@ class MachineLimits:
     """How long the authorize hook may take."""
     event_limit: int = 1024
     """Events that wait for one slow reader before the oldest are dropped."""
+    max_offline: float | None = None
+    """On Postgres: the server ends, with a StoreError, after so long without the database. None for never."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import anyio
 
 from siderolink.common.errors import SideroLinkError
+from siderolink.common.wireguard.path import Endpoint
 from siderolink.server.clock import Clock
 from siderolink.server.fleet.directory import Directory, LinkState, MachineLink
 from siderolink.server.fleet.reconciler import Reconciler, remembered_endpoint
@@ -83,6 +84,21 @@ async def dial_remembered(
 
     `may_dial` is asked by a machine's id: another server may have it.
     """
+    await dial_links(_newest_first(directory), directory, sessions, reconciler, pace, clock, may_dial=may_dial)
+
+
+async def dial_links(
+    links: Iterable[MachineLink],
+    directory: Directory,
+    sessions: Sessions,
+    reconciler: Reconciler,
+    pace: Pace | None = None,
+    clock: Clock | None = None,
+    *,
+    may_dial: Callable[[str], bool],
+    endpoint_of: Callable[[MachineLink], Endpoint | None] = remembered_endpoint,
+) -> None:
+    """Dial these machines, as far as they are down."""
     pace, clock = pace or Pace(), clock or Clock()
     window, made = Window(), 0
     wake = anyio.Event()
@@ -92,12 +108,12 @@ async def dial_remembered(
         wake.set()
 
     with sessions.watching(settled):
-        for link in _newest_first(directory):
+        for link in links:
             while (wait := window.opens_at(now := clock.monotonic()) - now) > 0:
                 wake = anyio.Event()
                 with anyio.move_on_after(wait):
                     await wake.wait()
-            endpoint = remembered_endpoint(link)
+            endpoint = endpoint_of(link)
             if endpoint is None or link.state is not LinkState.DOWN or directory.get(link.machine.id) is not link:
                 continue
             if not may_dial(link.machine.id):

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from ipaddress import IPv6Network
+from typing import TYPE_CHECKING
 
 from siderolink.common.wireguard.device import Device
 from siderolink.server.admission.admit import Admission
@@ -18,6 +19,7 @@ from siderolink.server.events import EventHub
 from siderolink.server.fleet.dialling import redial
 from siderolink.server.fleet.directory import Directory
 from siderolink.server.fleet.enrolment import Enrolment
+from siderolink.server.fleet.failover import Failover, Lease
 from siderolink.server.fleet.last_seen import LastSeenNotes
 from siderolink.server.fleet.liveness import Liveness
 from siderolink.server.fleet.machines import Machines
@@ -29,6 +31,9 @@ from siderolink.server.fleet.reconciler import Reconciler
 from siderolink.server.fleet.row_transitions import RowTransitions
 from siderolink.server.fleet.sessions import Sessions
 from siderolink.server.store import Store
+
+if TYPE_CHECKING:
+    from siderolink.common.wireguard.noise.tai64n import CommonTimestamps
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +53,8 @@ class Fleet:
     membership: Membership | None
     """This server among those of its store; None where no other can use that."""
     owners: Owners | None
+    failover: Failover | None
+    lease: Lease | None
 
 
 def make_fleet(
@@ -63,13 +70,14 @@ def make_fleet(
     last_seen: LastSeenNotes | None = None,
     entropy: Callable[[int], bytes] = os.urandom,
     membership: Membership | None = None,
+    stamps: "CommonTimestamps | None" = None,
 ) -> Fleet:
     """Make the parts; nothing runs yet."""
     limits, clock = limits or MachineLimits(), clock or Clock()
     last_seen = last_seen or LastSeenNotes(store)
     directory = Directory(store, clock)
     sessions = Sessions(device, directory, max_unproven_streams=limits.max_unproven_streams, clock=clock)
-    owners = None if membership is None else Owners(membership, directory, store, clock)
+    owners = None if membership is None else Owners(membership, directory, store, clock, stamps)
     last_seen.owners = owners
     liveness = Liveness(device, directory, clock, owners=owners)
     rows = Rows(prefix, limits, clock, entropy, count_machines=directory.__len__)
@@ -78,8 +86,11 @@ def make_fleet(
     reconciler = Reconciler(
         device, directory, sessions, store, events, clock, persistent_keepalive=persistent_keepalive, owners=owners
     )
+    failover = lease = None
     if owners is not None:
         owners.apply = reconciler.set_sending
+        failover = Failover(owners, directory, sessions, reconciler, store, clock)
+        lease = Lease(owners, directory, device, clock, limits.max_offline)
     proofs = Proofs(liveness, clock, admission.policy)
     transitions = RowTransitions(directory, liveness, reconciler, proofs, store, events)
     monitor = Monitor(
@@ -102,4 +113,6 @@ def make_fleet(
         last_seen=last_seen,
         membership=membership,
         owners=owners,
+        failover=failover,
+        lease=lease,
     )

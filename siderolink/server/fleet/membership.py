@@ -26,6 +26,8 @@ FORGOTTEN_AFTER = 600.0
 """Seconds after which a dead server's row is removed."""
 OUTAGE_SECONDS = 3 * HEARTBEAT_SECONDS
 """Without a heartbeat of its own for so long, a server takes the database to have been away."""
+MAX_CLOCK_OFFSET = 0.5
+"""Seconds by which a host's clock may differ from the store's."""
 _CLOSE_SECONDS = 1.0
 
 
@@ -41,8 +43,14 @@ class Membership:
         endpoints: Iterable[str] = (),
         software: str = "",
         schema: int = 0,
+        stamps_by_host: bool = False,
     ) -> None:
-        """`server_id` is a new one for each run of a server by default."""
+        """`server_id` is a new one for each run of a server by default.
+
+        `stamps_by_host`: the device takes its handshakes' timestamps from this host's clock, as the kernel's does.
+        """
+        self._stamps_by_host = stamps_by_host
+        self._had_wrong_clock = False
         self.id = server_id or os.urandom(8).hex()
         self._store = store
         self._clock = clock
@@ -88,6 +96,11 @@ class Membership:
         """This host's clock less the store's, in seconds."""
         return self._clock.host_time() - self._clock.time()
 
+    @property
+    def has_wrong_clock(self) -> bool:
+        """Whether machines that other servers dialled might refuse this one's handshakes as replays, or the other way round."""
+        return self._stamps_by_host and abs(self.clock_offset) > MAX_CLOCK_OFFSET
+
     def endpoints(self) -> list[str]:
         """Where machines reach the WireGuard of the servers that are alive and stay; this server's own come first."""
         found = [endpoint for one in self.living() if one.id == self.id or not one.is_draining for endpoint in one.endpoints]
@@ -95,7 +108,9 @@ class Membership:
 
     def heir(self, machine_id: str) -> str:
         """The one server that dials a machine which no living server owns: the same one on each server that sees the same."""
-        staying = [one.id for one in self.living() if not one.is_draining] or [self.id]
+        living = self.living()
+        staying = [one.id for one in living if not one.is_draining and abs(one.clock_offset) <= MAX_CLOCK_OFFSET]
+        staying = staying or [one.id for one in living]
         return max(staying, key=lambda server_id: blake2b(f"{server_id} {machine_id}".encode(), digest_size=8).digest())
 
     # --- told
@@ -168,7 +183,8 @@ class Membership:
 
     async def beat(self) -> None:
         """Write this server's row, and read the others'. Raises StoreError."""
-        row = replace(self._row, heartbeat_at=self._clock.time(), clock_offset=self.clock_offset)
+        self._watch_clock()
+        row = self._row = replace(self._row, heartbeat_at=self._clock.time(), clock_offset=self.clock_offset)
         is_first = not self._has_begun
         was_away = self.offline_for > OUTAGE_SECONDS
 
@@ -192,6 +208,17 @@ class Membership:
         gone = self._others.keys() - others.keys()
         self._others = others
         self._tell_deaths(gone)
+
+    def _watch_clock(self) -> None:
+        if self.has_wrong_clock is not self._had_wrong_clock:
+            self._had_wrong_clock = not self._had_wrong_clock
+            if self._had_wrong_clock:
+                log.warning(
+                    "this host's clock is %+.1f s off the database's: this server dials no machine; synchronise the clock",
+                    self.clock_offset,
+                )
+            else:
+                log.warning("this host's clock is right again")
 
     async def leave(self) -> None:
         """Remove this server's row, within a second, also when this task was cancelled."""

@@ -21,6 +21,8 @@ from siderolink.server.store import LastSeen, Ownership, Store, Transaction
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from siderolink.common.wireguard.noise.tai64n import CommonTimestamps
+
 log = logging.getLogger(__name__)
 
 UNDER_WAY_SECONDS = 2.0
@@ -32,7 +34,16 @@ _AT_ONCE = 128
 class Owners:
     """The owners of all links, as far as this server has heard; and what it wants to own."""
 
-    def __init__(self, membership: Membership, directory: Directory, store: Store, clock: Clock) -> None:
+    def __init__(
+        self,
+        membership: Membership,
+        directory: Directory,
+        store: Store,
+        clock: Clock,
+        stamps: "CommonTimestamps | None" = None,
+    ) -> None:
+        """`stamps`: those of the device's handshakes, where it lets us see them."""
+        self.stamps = stamps
         self.membership = membership
         self._directory = directory
         self._store = store
@@ -43,6 +54,9 @@ class Owners:
         self._wanted: dict[str, None] = {}
         self._unsettled: dict[str, None] = {}
         """The machines whose peers have to become passive, or active."""
+        self._held: set[str] = set()
+        """Machines that are not sent to because the database is away, and they were not heard."""
+        self.is_holding_back = False
         self._is_away = False
         self._wake = anyio.Event()
         self.apply: Callable[[MachineLink], Awaitable[None]] | None = None
@@ -70,10 +84,16 @@ class Owners:
 
     def may_send(self, machine_id: str) -> bool:
         """Whether this server sends to the machine: its own ones, those of nobody, and those that it inherits from the dead."""
+        if machine_id in self._held:
+            return False
         owner = self.owner_of(machine_id)
         if owner is None or owner == self.membership.id or machine_id in self._wanted:
             return True
         return self.is_heir(machine_id)
+
+    def may_dial(self, machine_id: str) -> bool:
+        """Whether this server is to begin handshakes with a machine that it does not hear."""
+        return self.is_heir(machine_id) and not self.membership.has_wrong_clock and not self.is_holding_back
 
     def is_heir(self, machine_id: str) -> bool:
         """Whether no living server owns the machine's link, and this one is to dial it."""
@@ -87,7 +107,12 @@ class Owners:
     def heard(self, link: MachineLink, *, is_new_session: bool) -> None:
         """The machine was heard by another path than before, or by a new session. Called between packets."""
         machine_id = link.machine.id
-        if link.claim is not None or machine_id in self._wanted:
+        if link.claim is not None:
+            return
+        if machine_id in self._held:
+            self._held.discard(machine_id)
+            self.settle_all([machine_id])
+        if machine_id in self._wanted:
             return
         owner = self._known.get(machine_id)
         if owner is not None and owner.server_id == self.membership.id and owner.public_key == link.machine.public_key:
@@ -105,6 +130,7 @@ class Owners:
         if before is not None and before.epoch >= ownership.epoch:
             return
         self._known[ownership.machine_id] = ownership
+        self.raise_stamp(ownership)
         if ownership.server_id == self.membership.id:
             self._lost_at.pop(ownership.machine_id, None)
             return
@@ -121,6 +147,28 @@ class Owners:
         """The machine's row is gone."""
         for known in (self._known, self._lost_at, self._wanted, self._unsettled):
             known.pop(machine_id, None)
+
+    def hold_back(self, machine_ids: "Iterable[str]") -> None:
+        """Send these machines nothing until they are heard, or until `go_on`: another server may have them."""
+        self.is_holding_back = True
+        new = set(machine_ids) - self._held
+        self._held |= new
+        self.settle_all(new)
+
+    def go_on(self) -> None:
+        """The database is back."""
+        self.is_holding_back = False
+        held, self._held = self._held, set()
+        self.settle_all(held)
+
+    def raise_stamp(self, ownership: Ownership) -> None:
+        """Begin handshakes with a machine above the last timestamp that its owner stored."""
+        if self.stamps is not None and any(ownership.stamp):
+            self.stamps.begin_above(bytes(ownership.public_key), ownership.stamp)
+
+    def _last_stamp(self, ownership: Ownership) -> bytes:
+        sent = bytes(12) if self.stamps is None else self.stamps.last(bytes(ownership.public_key))
+        return max(sent, ownership.stamp)
 
     def settle_all(self, machine_ids: "Iterable[str]") -> None:
         """Set these machines' peers again."""
@@ -185,7 +233,7 @@ class Owners:
                     heard_at=now,
                     handshake_at=now,
                 )
-                taken.append(await transaction.ownership.take(wanted))
+                taken.append(await transaction.ownership.take(replace(wanted, stamp=self._last_stamp(wanted))))
             return taken
 
         taken = await self._store.transact(work)
@@ -209,6 +257,7 @@ class Owners:
                 endpoint=one.endpoint,
                 heard_at=max(before.heard_at, one.seen_at),
                 handshake_at=before.handshake_at if one.handshake_at is None else one.handshake_at,
+                stamp=self._last_stamp(before),
             )
             if await transaction.ownership.note(after):
                 noted[machine_id] = after

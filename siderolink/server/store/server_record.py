@@ -9,7 +9,7 @@ from siderolink.server.store import ServerRecord, Store, Transaction
 from siderolink.server.store.sealing import SERVER_KEY, is_sealed
 
 if TYPE_CHECKING:
-    from siderolink.common.wireguard.noise.tai64n import Timestamps
+    from siderolink.common.wireguard.noise.tai64n import CommonTimestamps, Timestamps
 
 
 WRITE_AFTER = 5.0
@@ -63,6 +63,13 @@ async def recall_server(store: Store, private_key: PrivateKey | None, installati
         )
 
     return await store.transact(work)
+
+
+def common_timestamps(record: ServerRecord | Recalled, store: Store) -> "CommonTimestamps":
+    """The timestamps of a key that several servers use: by the store's clock. A mark above that is of another clock."""
+    from siderolink.common.wireguard.noise.tai64n import CommonTimestamps
+
+    return CommonTimestamps(lambda: int(store.time() * 1e9), record.timestamp_mark)
 
 
 def resume_timestamps(record: ServerRecord | Recalled) -> "Timestamps":

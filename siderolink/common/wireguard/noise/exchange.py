@@ -132,7 +132,10 @@ class Exchange:
         if path is None or not shared:
             self._output.drop(Drop.NO_PATH if path is None else Drop.USELESS_KEY)
             return
-        stamp = self.timestamps.next(self._unix_time_ns())
+        stamp = self.timestamps.for_peer(peer.public_key, self._unix_time_ns())
+        if stamp is None:
+            self._output.drop(Drop.STAMP_AHEAD)
+            return
         message, sent = create_initiation(
             self.identity, peer.public_key, shared, self.indices.fresh(), self._entropy(32), stamp
         )

@@ -59,6 +59,8 @@ class Drop(StrEnum):
     """A packet from the interface that is a datagram to the peer's own endpoint: routes lead it round in a circle."""
     USELESS_KEY = "useless_key"
     """A handshake that was not begun, because with the peer's public key no secret can be shared."""
+    STAMP_AHEAD = "stamp_ahead"
+    """A handshake that was not begun: its timestamp would lie too far ahead of the clock that several servers share."""
     STAGED_OVERFLOW = "staged_overflow"
     """The oldest packet of a queue that waits for a handshake."""
     HANDSHAKE_GAVE_UP = "handshake_gave_up"

@@ -2,6 +2,7 @@
 
 import math
 import struct
+from collections.abc import Callable
 
 _TAI64N = struct.Struct(">QI")
 _TAI_BASE = 2**62 + 10
@@ -31,13 +32,65 @@ class Timestamps:
 
     def next(self, unix_time_ns: int) -> bytes:
         """A timestamp for now, or just above the last one where the clock has gone back."""
-        seconds, nanoseconds = divmod(unix_time_ns, _NANOSECONDS)
-        stamp = _TAI64N.pack(_TAI_BASE + seconds, nanoseconds - nanoseconds % _GRAIN)
+        stamp = _stamp_of(unix_time_ns)
         if stamp <= self.high_water:
-            seconds, nanoseconds = _TAI64N.unpack(self.high_water)
-            nanoseconds += _GRAIN
-            if nanoseconds >= _NANOSECONDS:
-                seconds, nanoseconds = seconds + 1, 0
-            stamp = _TAI64N.pack(seconds, nanoseconds)
+            stamp = _just_above(self.high_water)
         self.high_water = stamp
         return stamp
+
+    def for_peer(self, peer: bytes, unix_time_ns: int) -> bytes | None:
+        """A timestamp for a handshake with this peer; None where none can be begun now."""
+        return self.next(unix_time_ns)
+
+
+class CommonTimestamps(Timestamps):
+    """Those of a key that several hosts use at the same time: by a clock that they share, rising for each peer.
+
+    None lies more than MAX_AHEAD seconds before that clock, so that each host's next ones are above all that another has sent
+    when it takes a peer over.
+    """
+
+    __slots__ = ("_floor", "_last", "_unix_time_ns")
+
+    MAX_AHEAD = 2.0
+
+    def __init__(self, unix_time_ns: Callable[[], int], high_water: bytes = bytes(12)) -> None:
+        """`high_water`: the highest that the key is known to have used; it may be of another clock."""
+        super().__init__(high_water)
+        self._unix_time_ns = unix_time_ns
+        self._floor = high_water
+        self._last: dict[bytes, bytes] = {}
+
+    def for_peer(self, peer: bytes, unix_time_ns: int) -> bytes | None:
+        """A timestamp for the peer by the common clock; None where it would lie too far ahead."""
+        now = stamp = max(_stamp_of(self._unix_time_ns()), self._floor)
+        last = self.last(peer)
+        if stamp <= last:
+            stamp = _just_above(last)
+            if stamp > later(now, self.MAX_AHEAD):
+                return None
+        self._last[peer] = stamp
+        self.high_water = max(self.high_water, stamp)
+        return stamp
+
+    def last(self, peer: bytes) -> bytes:
+        """The last one that the peer is known to have been sent."""
+        return self._last.get(peer, bytes(12))
+
+    def begin_above(self, peer: bytes, stamp: bytes) -> None:
+        """Another host has sent the peer this one."""
+        if stamp > self.last(peer):
+            self._last[peer] = stamp
+
+
+def _stamp_of(unix_time_ns: int) -> bytes:
+    seconds, nanoseconds = divmod(unix_time_ns, _NANOSECONDS)
+    return _TAI64N.pack(_TAI_BASE + seconds, nanoseconds - nanoseconds % _GRAIN)
+
+
+def _just_above(stamp: bytes) -> bytes:
+    seconds, nanoseconds = _TAI64N.unpack(stamp)
+    nanoseconds += _GRAIN
+    if nanoseconds >= _NANOSECONDS:
+        seconds, nanoseconds = seconds + 1, 0
+    return _TAI64N.pack(seconds, nanoseconds)

@@ -1,0 +1,171 @@
+"""Servers of one store that fail, in virtual time: who dials, with which timestamps, and what goes on without the database."""
+
+from dataclasses import replace
+from ipaddress import IPv4Address
+from itertools import pairwise
+
+import pytest
+
+from siderolink.common.errors import StoreError
+from siderolink.common.keys import PublicKey
+from siderolink.common.wireguard.noise.tai64n import CommonTimestamps, Timestamps
+from siderolink.server import MemoryStore
+from siderolink.server.fleet.dialling import dial_remembered
+from siderolink.server.fleet.failover import Lease
+from siderolink.server.fleet.membership import DEAD_AFTER, Membership
+from tests.support.fake_device import FakePath, VirtualClock
+from tests.support.manager import FakeMachine, Manager, following
+from tests.support.several import UdpPath, fleet_of, linked, membership, owners, settled
+
+pytestmark = pytest.mark.anyio
+
+
+# --- timestamps
+
+
+def stamp(seconds: float) -> bytes:
+    return Timestamps().next(int(seconds * 1e9))
+
+
+def test_common_timestamps_rise_for_each_peer_and_keep_to_the_clock() -> None:
+    now = [1000.0]
+    stamps = CommonTimestamps(lambda: int(now[0] * 1e9))
+    one = [stamps.for_peer(b"1", 0) for _ in range(50)]
+    assert all(earlier is not None and later is not None and earlier < later for earlier, later in pairwise(one))
+    assert [stamps.for_peer(bytes([number]), 0) for number in range(10)] == [stamp(1000)] * 10  # others need not wait
+    while (another := stamps.for_peer(b"1", 0)) is not None:
+        one.append(another)
+    assert stamp(1001.9) < (one[-1] or b"") <= stamp(1002)
+    now[0] = 1003
+    assert stamps.for_peer(b"1", 0) == stamp(1003)
+
+
+def test_a_successor_begins_above_what_the_owner_stored_or_waits() -> None:
+    now = [1000.0]
+    successor = CommonTimestamps(lambda: int(now[0] * 1e9), high_water=stamp(900))
+    successor.begin_above(b"1", stamp(1001))
+    first = successor.for_peer(b"1", 0)
+    assert first is not None
+    assert stamp(1001) < first < stamp(1001.1)
+    successor.begin_above(b"2", stamp(1010))
+    assert successor.for_peer(b"2", 0) is None  # the common clock was set back
+    now[0] = 1009
+    assert (successor.for_peer(b"2", 0) or b"") > stamp(1010)
+
+
+async def test_owners_store_their_last_stamp_and_successors_hear_of_it() -> None:
+    async with fleet_of("a", "b") as fleet:
+        machine = FakeMachine()
+        stamps = {name: CommonTimestamps(lambda: int(fleet.time.clock.time() * 1e9)) for name in ("a", "b")}
+        for name, of in stamps.items():
+            owners(fleet[name]).stamps = of
+        sent = stamps["a"].for_peer(bytes(machine.key), 0)
+        await linked(fleet, "a", machine)
+        assert stamps["b"].last(bytes(machine.key)) == sent
+        await fleet.pass_time(120)
+        again = stamps["a"].for_peer(bytes(machine.key), 0)
+        await fleet["a"].handshake(machine)
+        await fleet["a"].fleet.last_seen.write()
+        await fleet.pass_time(DEAD_AFTER + 1, "b")
+        assert fleet["b"].fleet.failover is not None
+        await fleet["b"].fleet.failover.take_over("a")
+        assert stamps["b"].last(bytes(machine.key)) == again
+
+
+async def test_a_kernel_device_with_a_wrong_clock_dials_nobody_and_inherits_nothing() -> None:
+    store, time = MemoryStore(), VirtualClock()
+    wrong = replace(time.clock, host_time=lambda: time.clock.time() + 0.6)
+    by_kernel = Membership(store, wrong, server_id="a", stamps_by_host=True)
+    by_engine = Membership(store, wrong, server_id="b")
+    right = Membership(store, time.clock, server_id="c", stamps_by_host=True)
+    for one in (by_kernel, by_engine, right) * 2:
+        await one.beat()
+    assert [one.has_wrong_clock for one in (by_kernel, by_engine, right)] == [True, False, False]
+    assert {one.heir(str(number)) for one in (by_kernel, by_engine, right) for number in range(20)} == {"c"}
+
+
+# --- without the database
+
+
+async def test_without_the_database_only_machines_that_were_just_heard_are_sent_to() -> None:
+    async with fleet_of("a", "b") as fleet:
+        heard, silent = await linked(fleet, "a"), await linked(fleet, "a")
+        lease = fleet["a"].fleet.lease
+        assert lease is not None
+
+        async def passive() -> list[bool]:
+            await lease.look()
+            await owners(fleet["a"]).settle()
+            return [fleet.is_passive("a", machine) for machine in (heard, silent)]
+
+        await fleet.pass_time(9, "b")
+        assert await passive() == [False, False]
+        await fleet.pass_time(22, "b")
+        fleet["a"].device.hear(heard.key)
+        assert await passive() == [False, True]
+        fleet["a"].device.hear(silent.key, UdpPath("198.51.100.7:5"))  # it is here after all
+        assert await passive() == [False, False]
+        await fleet.pass_time(31, "b")
+        assert await passive() == [True, True]
+        await fleet.pass_time(2)  # the database is back
+        assert await passive() == [False, False]
+
+
+async def test_a_server_ends_when_the_database_was_away_for_too_long() -> None:
+    async with fleet_of("a", "b") as fleet:
+        a = fleet["a"]
+        lease = Lease(owners(a), a.links, a.device, fleet.time.clock, 60.0)
+        await fleet.pass_time(59, "b")
+        await lease.look()
+        await fleet.pass_time(1, "b")
+        with pytest.raises(StoreError, match="60 s"):
+            await lease.look()
+
+
+# --- dialling
+
+
+async def test_the_machines_of_a_dead_server_are_dialled_by_exactly_one_of_the_others() -> None:
+    async with fleet_of("a", "b", "c") as fleet:
+        machines = [await linked(fleet, "a") for _ in range(12)]
+        by_tunnel, at_b = FakeMachine(tunnel=True), await linked(fleet, "b")
+        await fleet["a"].join(by_tunnel)
+        await settled(lambda: all(by_tunnel.key in one.device.configs for one in fleet.managers.values()))
+        fleet["a"].device.hear(by_tunnel.key, FakePath(by_tunnel.key), handshake=True)
+        await fleet.is_owned_by(by_tunnel, "a")
+        fleet["a"].device.hear(machines[0].key, UdpPath("198.51.100.7:9"))  # moved since it was taken
+        await fleet["a"].fleet.last_seen.write()
+        dialled = {name: list[tuple[PublicKey, object]]() for name in "bc"}
+        await fleet.pass_time(DEAD_AFTER + 1, "b", "c")
+        for name in "bc":
+            failover = fleet[name].fleet.failover
+            assert failover is not None
+            await failover.take_over("a")
+            given = {peer.public_key: peer.endpoint for peer in fleet[name].device.given if peer.endpoint is not None}
+            dialled[name] += given.items()
+        keys = [key for name in "bc" for key, _ in dialled[name]]
+        assert sorted(map(str, keys)) == sorted(str(machine.key) for machine in machines)
+        assert all(dialled.values())  # each has its share
+        assert (IPv4Address("198.51.100.7"), 9) in [endpoint for name in "bc" for _, endpoint in dialled[name]]
+        for name in "bc":
+            for key, _ in dialled[name]:
+                assert not fleet[name].device.configs[key].is_passive
+                fleet[name].device.hear(key, handshake=True)
+        owned = [(name, machine) for name in "bc" for machine in machines if machine.key in dict(dialled[name])]
+        for name, machine in owned:
+            row = await fleet["b"].row(machine)
+            await settled(lambda: owners(fleet["b"]).owner_of(row.id) == owners(fleet["c"]).owner_of(row.id) == name)  # noqa: B023
+        await fleet.is_owned_by(at_b, "b")
+
+
+async def test_a_server_that_starts_dials_no_machine_that_others_have() -> None:
+    async with fleet_of("a", "b") as fleet:
+        machine = await linked(fleet, "a")
+        await fleet["a"].fleet.last_seen.write()
+        new = Manager(store=fleet["a"].store, time=fleet.time, server_id="c")
+        await membership(new).beat()
+        async with following(new):
+            await new.reconciler.load()
+            await dial_remembered(new.links, new.fleet.sessions, new.reconciler, may_dial=owners(new).is_heir)
+            assert new.device.configs[machine.key].is_passive
+            assert [given.endpoint for given in new.device.given] == [None]
