@@ -214,7 +214,7 @@ class Membership:
             self._had_wrong_clock = not self._had_wrong_clock
             if self._had_wrong_clock:
                 log.warning(
-                    "this host's clock is %+.1f s off the database's: this server dials no machine; synchronise the clock",
+                    "this host's clock is %.1f s off the database's: this server dials no machine; synchronise it",
                     self.clock_offset,
                 )
             else:
