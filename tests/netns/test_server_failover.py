@@ -5,7 +5,6 @@ import contextlib
 import logging
 import time
 import uuid
-from base64 import b64encode
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
@@ -26,7 +25,6 @@ from tests.support.raw_machine import RawMachine
 from tests.support.serving import TOKEN, Served, served
 
 A, B = "192.0.2.1", "198.51.100.1"
-KEY = b64encode(bytes(32)).decode()
 
 log = logging.getLogger(__name__)
 
@@ -103,9 +101,9 @@ def pair(tmp_path: Path) -> Iterator[Pair]:
             gateway = address.rpartition(".")[0] + ".254"
             link(one, router, names=("eth0", f"down{number}"), addresses=([f"{address}/24"], [f"{gateway}/24"]))
             one.add_route("default", gateway)
-        options = ("--store", cluster().url(name), "--device", "userspace")
+        options = ("--store", cluster().url(name), "--device", "userspace", "--state-key-file", str(tmp_path / "key"))
         servers = [
-            stack.enter_context(served(one, tmp_path / label, *options, address=address, SIDEROLINK_STATE_KEY=KEY))
+            stack.enter_context(served(one, tmp_path / label, *options, address=address))
             for one, label, address in ((a, "a", A), (b, "b", B))
         ]
         yield Pair(servers[0], servers[1], machines, stack, name)

@@ -31,6 +31,7 @@ class Served:
         self.lines: list[str] = []
         self._environment = os.environ | {"SIDEROLINK_RUNTIME_DIR": str(folder / "run")} | environment
         self._options = options
+        self._has_key = "SIDEROLINK_STATE_KEY" in environment or bool({"--unsealed-secrets", "--state-key-file"} & {*options})
         self._folder = folder
         (folder / "token").write_text(TOKEN)
         self._process: subprocess.Popen[str] | None = None
@@ -47,7 +48,7 @@ class Served:
         arguments += ["--join-token-file", str(self._folder / "token"), *self._options]
         if "--store" not in self._options:
             arguments += ["--state", str(self.state)]
-        elif "--unsealed-secrets" not in self._options:
+        elif not self._has_key:
             arguments += ["--state-key-file", str(self.state_key)]
         self._process = self.namespace.popen(
             [*COMMAND, *arguments], env=self._environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
