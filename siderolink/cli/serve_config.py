@@ -279,11 +279,7 @@ class ServeConfig(SettingsPart):
         only_on=True,
     )
     max_offline: Annotated[float, Field(gt=0)] | None = _option(
-        None,
-        "With --store: end after this many seconds without the database. Bans do not reach a server without it.",
-        _STATE,
-        metavar="SECONDS",
-        shown="never",
+        None, "With --store: end after this many seconds without the database.", _STATE, metavar="SECONDS", shown="never"
     )
 
     peer_listen: HostAndPort | None = _option(
