@@ -22,10 +22,20 @@ helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
 {{- .Values.stateKey.existingSecret | default (printf "%s-state-key" (include "siderolink.name" .)) -}}
 {{- end }}
 
+{{- /* One entry for each server: its endpoint, and what its own service needs. */ -}}
+{{- define "siderolink.servers" -}}
+{{- $one := dict "endpoint" .Values.wireguard.endpoint "nodePort" .Values.wireguard.service.nodePort "loadBalancerIP" .Values.wireguard.service.loadBalancerIP }}
+{{- $servers := .Values.wireguard.servers | default (list $one) }}
+{{- if and (gt (len $servers) 1) (not .Values.postgres.url) }}
+{{- fail "several servers (wireguard.servers) share a database: postgres.url is required" }}
+{{- end }}
+{{- toYaml $servers }}
+{{- end }}
+
 {{- define "siderolink.serve" -}}
 {{- $set := dict
   "api-listen" (printf "[::]:%v" .Values.api.port)
-  "wireguard-endpoint" (required "wireguard.endpoint is required: host:port at which machines reach the WireGuard service" .Values.wireguard.endpoint)
+  "wireguard-endpoint" (required "wireguard.endpoint is required: host:port at which machines reach the WireGuard service" .server.endpoint)
   "wireguard-listen-port" (int .Values.wireguard.port)
   "join-token-file" "/run/secrets/join-token/join-token"
   "metrics-listen" (printf "[::]:%v" .Values.metrics.port) -}}
@@ -36,6 +46,8 @@ helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
 {{- if .Values.postgres.url }}
 {{- $_ := set $set "store" .Values.postgres.url }}
 {{- $_ := set $set "state-key-file" "/run/secrets/state-key/state-key" }}
+{{- $_ := set $set "peer-listen" (printf "[::]:%v" .Values.peers.port) }}
+{{- $_ := set $set "peer-address" (printf "%s-%d.%s-peers:%v" (include "siderolink.name" .) .number (include "siderolink.name" .) .Values.peers.port) }}
 {{- if .Values.postgres.existingSecret }}
 {{- $_ := set $set "store-password-file" "/run/secrets/postgres/password" }}
 {{- end }}
