@@ -82,7 +82,16 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     root = make_certificate("a root")
     (folder / "tls.pem").write_text(root.sign(SERVER).pem)
     (folder / "ca.pem").write_text(root.certificate_pem)
-    options = ["--device", "userspace", "--admin-listen", ADMIN, "--admin-tls-cert", str(folder / "tls.pem")]
+    options = [
+        "--device",
+        "userspace",
+        "--api-url",
+        f"grpc://{SERVER}:4000",
+        "--admin-listen",
+        ADMIN,
+        "--admin-tls-cert",
+        str(folder / "tls.pem"),
+    ]
     with routed(2) as net, served(net.server, folder, *options) as server:
         joining = zip(net.machines, (FIRST, SECOND), strict=True)
         machines = [_join(namespace, folder / node_uuid, server, node_uuid) for namespace, node_uuid in joining]
@@ -266,6 +275,8 @@ def test_tokens_are_made_shown_revoked_and_removed(fleet: Fleet, tmp_path: Path)
     for output in ("table", "wide", "json", "yaml", "name"):
         assert secret not in here.ok("token", "list", "-o", output)
     assert here.ok("token", "show", "racks", "--secret").strip() == secret
+    told = json.loads(here.ok("token", "show", "racks", "--secret", "-o", "json"))
+    assert told["join_url"] == f"grpc://{SERVER}:4000?jointoken={secret}"
     given = tmp_path / "given"
     given.write_text("a-token-of-our-own-making")
     once = here.ok("token", "create", "once", "--one-time", "--uuid", FIRST, "--secret-file", str(given), "-o", "json")

@@ -8,12 +8,15 @@ from siderolink.common.tasks import in_parts
 from siderolink.common.text import one_line
 from siderolink.server.admin.faces.access import GetAdministration, actor
 from siderolink.server.admin.faces.machines import DIGEST_DIGITS, machine_messages, tunnel_setting
-from siderolink.server.admin.lists import MAX_PAGE, page_of
+from siderolink.server.admin.lists import page_of
 from siderolink.server.admin.machines import MachineQuery
 from siderolink.server.admin.tokens import Tokens, TokenStatus
 from siderolink.server.admin.words import Selector
 from siderolink.server.admission.policy import supports_unique_tokens
 from siderolink.server.store import Machine, TokenKind, TokenState
+
+_AT_ONCE = 200
+"""Tokens that are read from the store before other tasks run."""
 
 
 class TokenFace(pb.TokenServiceBase):
@@ -50,7 +53,7 @@ class TokenFace(pb.TokenServiceBase):
         selector, text = Selector(message.selector), message.text.lower()
         found: list[TokenStatus] = []
         after = ""
-        while part := await self._tokens.list(after=after, limit=MAX_PAGE, states=states):
+        while part := await self._tokens.list(after=after, limit=_AT_ONCE, states=states):
             found += [status for status in part if _matches(status, text, selector)]
             after = part[-1].token.name
         page = page_of(found, lambda status: (status.token.name, status.token.id), message.page_size, message.page_token)
