@@ -173,13 +173,14 @@ async def _create_token(wanted: Wanted) -> Outcome:
 async def _show_secret(wanted: Wanted) -> Outcome:
     with explained():
         told = await wanted.caller.stub(TokenServiceStub).show_token_secret(TokenRequest(name=wanted.path["token"]))
-    return await _secret_page(wanted, told.token or Token(), told.secret)
+    return await _secret_page(wanted, told.token or Token(), told.secret, told.join_url)
 
 
 async def _download_documents(wanted: Wanted) -> Outcome:
     with explained():
         told = await wanted.caller.stub(TokenServiceStub).show_token_secret(TokenRequest(name=wanted.path["token"]))
-    texts = _texts(wanted, await _info(wanted), told.secret)
+    info = await _info(wanted)
+    texts = _texts(wanted, info, told.secret, _reach(wanted, info, told.join_url))
     return Download("siderolink.yaml", texts["documents"])
 
 
@@ -188,28 +189,32 @@ async def _info(wanted: Wanted) -> ServerInfo:
         return await wanted.caller.stub(ServerServiceStub).get_info(GetInfoRequest())
 
 
-async def _secret_page(wanted: Wanted, token: Token, secret: str) -> Outcome:
+async def _secret_page(wanted: Wanted, token: Token, secret: str, join_url: str = "") -> Outcome:
     info = await _info(wanted)
     values = {"token": token, "secret": secret, "location": token_path(token.id), "reach": wanted.text("reach"), "problem": ""}
     try:
-        values |= {"reach": _reach(wanted, info)} | _texts(wanted, info, secret)
+        reach = _reach(wanted, info, join_url)
+        values |= {"reach": reach} | _texts(wanted, info, secret, reach)
     except ApiError as error:  # the token is there all the same
         values |= {"problem": str(error), "join_url": "", "kernel_arguments": "", "documents": ""}
     return Shown("token_secret.html", values)
 
 
-def _reach(wanted: Wanted, info: ServerInfo) -> str:
-    """Where machines reach the API: as the form says, or its port on the first WireGuard endpoint's host, or this page's."""
+def _reach(wanted: Wanted, info: ServerInfo, join_url: str) -> str:
+    """Where machines reach the API: as the form or the server says, or its port on the first WireGuard endpoint's host, or this
+    page's."""
     if given := wanted.text("reach"):
         return given
+    if join_url:
+        return JoinURL.parse(join_url).authority
     host = HostPort.parse(info.wireguard_endpoints[0]).host if info.wireguard_endpoints else wanted.host
     return str(HostPort(host, info.api_port or 443))
 
 
-def _texts(wanted: Wanted, info: ServerInfo, secret: str) -> dict[str, str]:
+def _texts(wanted: Wanted, info: ServerInfo, secret: str, reach: str) -> dict[str, str]:
     """The join URL, kernel arguments and documents with a token. Raises ApiError."""
     try:
-        reached = HostPort.parse(_reach(wanted, info))
+        reached = HostPort.parse(reach)
         url = JoinURL(
             host=reached.host, port=reached.port, tls=info.has_tls, join_token=secret, tunnel=bool(wanted.text("tunnelled"))
         )

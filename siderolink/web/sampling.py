@@ -36,8 +36,10 @@ class Sample:
     at: float
     up: int
     down: int
-    pending: int
-    denied: int
+    waiting: int
+    """Accepted, and never up yet."""
+    kept_out: int
+    """Pending or denied."""
     received_bytes: int
     sent_bytes: int
     joins: int
@@ -50,8 +52,8 @@ def sample_of(status: ServerStatus, at: float, joins: int) -> Sample:
         at=at,
         up=status.links.get("up", 0),
         down=status.links.get("down", 0),
-        pending=status.machines.get("pending", 0),
-        denied=status.machines.get("denied", 0),
+        waiting=status.links.get("pending", 0),
+        kept_out=status.machines.get("pending", 0) + status.machines.get("denied", 0),
         received_bytes=status.received_bytes,
         sent_bytes=status.sent_bytes,
         joins=joins,

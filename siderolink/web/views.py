@@ -10,6 +10,7 @@ from siderolink.common.pb.siderolink.admin.v1 import (
     AuditServiceStub,
     BanServiceStub,
     GetInfoRequest,
+    GetRetentionRequest,
     GetStatusRequest,
     HistoryServiceStub,
     ListAuditRequest,
@@ -86,8 +87,8 @@ async def overview(asked: Asked) -> dict[str, Any]:
         [
             Line("up", [one.up for one in samples]),
             Line("down", [one.down for one in samples]),
-            Line("pending", [one.pending for one in samples]),
-            Line("denied", [one.denied for one in samples]),
+            Line("never up yet", [one.waiting for one in samples]),
+            Line("pending or denied", [one.kept_out for one in samples]),
         ],
         number,
     )
@@ -212,7 +213,8 @@ async def limits(asked: Asked) -> dict[str, Any]:
         refused = await asked.caller.stub(HistoryServiceStub).list_history(
             ListHistoryRequest(kinds=["refused", "lost"], page_size=_TIMELINE)
         )
-    return {"refusals": _by_count(status.refusals), "drops": _by_count(status.drops), "history": refused.entries}
+        kept = await asked.caller.stub(HistoryServiceStub).get_retention(GetRetentionRequest())
+    return {"kept": kept, "refusals": _by_count(status.refusals), "drops": _by_count(status.drops), "history": refused.entries}
 
 
 def _by_count(found: Mapping[str, int]) -> list[tuple[str, int]]:

@@ -128,7 +128,7 @@ async def test_who_gets_in_and_with_what(tmp_path: Path) -> None:
 async def test_what_every_answer_carries(tmp_path: Path) -> None:
     async with page(tmp_path) as stage:
         browser = await stage.visitor(Role.ADMIN)
-        for path in ("/", "/machines", "/static/page.js", "/nowhere", "/machines/nobody", "/sign-in"):
+        for path in ("/", "/machines", "/limits", "/servers", "/static/page.js", "/nowhere", "/machines/nobody", "/sign-in"):
             answer = await browser.get(path)
             policy = answer.headers["content-security-policy"]
             assert "unsafe" not in policy
@@ -138,6 +138,7 @@ async def test_what_every_answer_carries(tmp_path: Path) -> None:
             assert not {"server", "access-control-allow-origin"} & answer.headers.keys()
             for inline in ("<script>", " style=", " onclick", "javascript:"):
                 assert inline not in answer.text or path.endswith(".js"), (path, inline)
+        assert {(await browser.get(view.path)).status for view in VIEWS if view.title} == {200}
         assert (await browser.get("/machines/nobody")).status == 404
         assert (await browser.get("/nowhere")).status == 404
 
