@@ -22,6 +22,7 @@ from siderolink.common.wireguard.opening import open_device
 from siderolink.server.admin.administration import Administration
 from siderolink.server.admin.faces import ADMIN_LIMITS, RemoteAccess, guarded
 from siderolink.server.admin.forwards import open_machine_port
+from siderolink.server.admin.machine_answers import ANSWER_BYTES
 from siderolink.server.admin.tokens import Tokens
 from siderolink.server.admission.tokens import JoinTokenCheck, unique_token_digest
 from siderolink.server.api.provision import ProvisionService, ResponseBuilder
@@ -31,6 +32,7 @@ from siderolink.server.clock import Clock
 from siderolink.server.events import EventHub
 from siderolink.server.fleet.dialling import dial_remembered
 from siderolink.server.fleet.echo import Echoes, open_echoes
+from siderolink.server.fleet.enrolment import open_machine_api
 from siderolink.server.fleet.fleet import Fleet, make_fleet
 from siderolink.server.fleet.goodbyes import Goodbyes
 from siderolink.server.fleet.last_seen import LastSeenNotes
@@ -339,6 +341,7 @@ class Composition:
             partial(open_machine_port, source=self._address, interface=device.name, namespace=self._options.namespace),
             partial(self._options.join_url, port=api_port),
             owner_of=lambda machine_id: None if fleet.owners is None else fleet.owners.owner_of(machine_id),
+            open_api=partial(open_machine_api, namespace=self._options.namespace, answer_bytes=ANSWER_BYTES),
         )
         async with administration.run(options.audit_retention), AsyncExitStack() as stack:
             api = None

@@ -14,10 +14,13 @@ from siderolink.common.pb.siderolink.admin.v1 import (
     FollowEventsRequest,
     GetStatusRequest,
     Machine,
+    MachineAnswer,
+    MachineRequest,
+    MachineServiceStub,
     ServerServiceStub,
     ServerStatus,
 )
-from siderolink.web.api import ApiError, Caller, explained
+from siderolink.web.api import ApiError, Caller, SignedOutError, explained
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +30,7 @@ KEPT: Final = 720
 _MACHINES: Final = 256
 _MACHINE_SAMPLES: Final = 400
 _AGAIN: Final = 5.0
+_ANSWER_SECONDS: Final = 30.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,6 +91,44 @@ class MachineTraffic:
         return found
 
 
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """What a machine's API said, or why it said nothing."""
+
+    at: float
+    answer: MachineAnswer | None = None
+    problem: str = ""
+
+
+class AnsweredMachines:
+    """What machines said lately, for all who look at them."""
+
+    def __init__(self) -> None:
+        self._found: OrderedDict[str, Answered] = OrderedDict()
+
+    def of(self, machine_id: str) -> Answered | None:
+        return self._found.get(machine_id)
+
+    async def renewed(self, caller: Caller, machine_id: str) -> Answered:
+        """Asks again where the last answer is old. Raises SignedOutError."""
+        found = self._found.get(machine_id)
+        if found is not None and time.monotonic() - found.at < _ANSWER_SECONDS:
+            return found
+        try:
+            with explained():
+                answer = await caller.stub(MachineServiceStub).ask_machine(MachineRequest(name=machine_id))
+            found = Answered(time.monotonic(), answer)
+        except SignedOutError:
+            raise
+        except ApiError as error:
+            found = Answered(time.monotonic(), problem=str(error))
+        self._found[machine_id] = found
+        self._found.move_to_end(machine_id)
+        while len(self._found) > _MACHINES:
+            self._found.popitem(last=False)
+        return found
+
+
 @dataclass
 class Sampler:
     """Asks the server for its figures as long as there is somebody whose key it may ask with, or a key of its own."""
@@ -94,6 +136,7 @@ class Sampler:
     caller: Callable[[], Caller | None]
     samples: deque[Sample] = field(default_factory=lambda: deque(maxlen=KEPT))
     machines: MachineTraffic = field(default_factory=MachineTraffic)
+    answers: AnsweredMachines = field(default_factory=AnsweredMachines)
     joins: int = 0
 
     async def run(self) -> None:

@@ -148,7 +148,7 @@ class Site:
                 return Response(event("away", str(error)), media_type="text/event-stream")
             except ApiError as error:
                 return Response(event("stopped", str(error)), media_type="text/event-stream")
-            asked = self._asked(request, caller)
+            asked = self._asked(request, caller, is_live=True)
 
             async def render() -> Mapping[str, str]:
                 values = await view.load(asked) | {"session": session, "view": view}
@@ -163,9 +163,9 @@ class Site:
 
         return follow
 
-    def _asked(self, request: Request, caller: Caller) -> Asked:
+    def _asked(self, request: Request, caller: Caller, *, is_live: bool = False) -> Asked:
         path = {name: str(value) for name, value in request.path_params.items()}
-        return Asked(caller=caller, sampler=self.sampler, query=dict(request.query_params), path=path)
+        return Asked(caller=caller, sampler=self.sampler, query=dict(request.query_params), path=path, is_live=is_live)
 
     def _action(self, do: Do) -> Endpoint:
         async def act(request: Request) -> Response:

@@ -47,6 +47,8 @@ class Asked:
     sampler: Sampler
     query: Mapping[str, str]
     path: Mapping[str, str]
+    is_live: bool = False
+    """For a page that is shown already, which may wait."""
 
     def text(self, name: str, *, among: tuple[str, ...] | None = None) -> str:
         """A parameter; empty where it is absent, or not `among` those that are known."""
@@ -171,7 +173,10 @@ async def machine(asked: Asked) -> dict[str, Any]:
         ],
         rate,
     )
-    return {"machine": found, "history": history.entries, "plot": traffic}
+    said = asked.sampler.answers.of(found.id)
+    if asked.is_live and found.link == "up":
+        said = await asked.sampler.answers.renewed(asked.caller, found.id)
+    return {"machine": found, "history": history.entries, "plot": traffic, "said": said}
 
 
 async def tokens(asked: Asked) -> dict[str, Any]:
@@ -252,7 +257,7 @@ VIEWS: Final = (
         name="machine",
         path="/machines/{machine}",
         load=machine,
-        regions={"state": "machine_state.html", "timeline": "timeline.html"},
+        regions={"state": "machine_state.html", "answer": "machine_answer.html", "timeline": "timeline.html"},
     ),
     View(name="tokens", path="/tokens", load=tokens, regions={"tokens": "tokens_rows.html"}, title="Join tokens"),
     View(name="token", path="/tokens/{token}", load=token, regions={"token": "token_state.html"}),

@@ -40,6 +40,7 @@ class Fleet:
     def join(self, host: int, node_uuid: str, url: str = URL) -> "subprocess.Popen[str]":
         folder = self.folder / node_uuid
         command = [*COMMAND, "join", url, "--uuid", node_uuid, "--device", "userspace", "--identity", str(folder)]
+        command += ["--maintenance-api"]
         environment = os.environ | {"SIDEROLINK_RUNTIME_DIR": str(folder / "run")}
         return self.hosts[host].popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
@@ -151,6 +152,8 @@ def test_a_log_is_followed_and_what_machines_say_is_text(fleet: Fleet) -> None:
         live(page)
         fleet.hosts[0].call(send_lines, [{"msg": "eth0: link up", "talos-level": "info"}])
         expect(page.locator("#log")).to_contain_text("info: eth0: link up")
+        expect(page.locator("#answer")).to_contain_text("maintenance")
+        expect(page.locator("#answer")).to_contain_text("198.51.100.2/24")
         fleet.hosts[0].call(send_lines, [{"msg": f"{MARKUP} \x1b[31m\N{RIGHT-TO-LEFT OVERRIDE}", "talos-level": MARKUP}])
         expect(page.locator("#log div").last).to_contain_text(MARKUP)
         assert "\N{RIGHT-TO-LEFT OVERRIDE}" not in page.locator("#log").inner_text()

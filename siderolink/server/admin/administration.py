@@ -16,6 +16,7 @@ from siderolink.server.admin.audit_log import AuditLog
 from siderolink.server.admin.bans import Bans
 from siderolink.server.admin.forwards import Forwards, OpenPort
 from siderolink.server.admin.hostnames import Hostnames
+from siderolink.server.admin.machine_answers import MachineAnswers, OpenApi
 from siderolink.server.admin.machines import MachineAdministration
 from siderolink.server.admin.records import Records
 from siderolink.server.admin.tokens import Tokens
@@ -62,11 +63,13 @@ class Administration:
         open_port: OpenPort | None = None,
         join_url: Callable[[str], str] = lambda token: "",
         owner_of: Callable[[str], str | None] = lambda machine_id: None,
+        open_api: OpenApi | None = None,
     ) -> None:
         """`admits` tells whether the join token that a machine presented would still let it in.
 
         `open_port` connects to a machine's port over the overlay. `join_url` is the URL for a token, empty where that is not
-        known. `owner_of` tells the server that holds a machine's session, where several share the store.
+        known. `owner_of` tells the server that holds a machine's session, where several share the store. `open_api` leads to a
+        machine's own API.
         """
         self.join_url = join_url
         self.owner_of = owner_of
@@ -79,6 +82,7 @@ class Administration:
         self.api_keys = ApiKeys(store, clock)
         self.audit = AuditLog(store, clock)
         self.forwards = Forwards(self.machines, self.audit, clock, open_port)
+        self.answers = MachineAnswers(self.machines, open_api)
         self.records = Records(history, reports, self.machines, self.audit, clock)
         self.admits = admits
         self._token_names: dict[str, str] = {}

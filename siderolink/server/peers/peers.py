@@ -30,6 +30,7 @@ _OF_A_MACHINE: Final = (
     "LabelMachine",
     "NoteMachine",
     "SetMachineTunnel",
+    "AskMachine",
     "RemoveMachine",
     "AcceptMachine",
     "DenyMachine",

@@ -39,6 +39,7 @@ ROWS: dict[str, tuple[Role, betterproto2.Message]] = {
     "MachineService/ListMachines": (VIEWER, pb.ListMachinesRequest()),
     "MachineService/WatchMachines": (VIEWER, pb.WatchMachinesRequest()),
     "MachineService/GetMachine": (VIEWER, pb.MachineRequest(name="x")),
+    "MachineService/AskMachine": (VIEWER, pb.MachineRequest(name="x")),
     "MachineService/RenameMachine": (OPERATOR, pb.RenameMachineRequest(name="x", new_name="y")),
     "MachineService/LabelMachine": (OPERATOR, pb.LabelMachineRequest(name="x", set={"a": "b"})),
     "MachineService/NoteMachine": (OPERATOR, pb.NoteMachineRequest(name="x", note="n")),

@@ -23,6 +23,7 @@ from siderolink.common.errors import (
     ConfigurationError,
     ForbiddenError,
     NotFoundError,
+    ServerUnreachableError,
     SideroLinkError,
     StoreError,
     UnauthenticatedError,
@@ -293,6 +294,7 @@ _STATUSES: Final = (
     (UnauthenticatedError, Status.UNAUTHENTICATED),
     (ConfigurationError, Status.INVALID_ARGUMENT),
     (StoreError, Status.UNAVAILABLE),
+    (ServerUnreachableError, Status.UNAVAILABLE),
     (SideroLinkError, Status.FAILED_PRECONDITION),
 )
 

@@ -155,6 +155,23 @@ class MachineFace(pb.MachineServiceBase):
         administration = self._administration()
         return await machine_message(administration, await administration.machines.get(message.name))
 
+    async def ask_machine(self, message: pb.MachineRequest) -> pb.MachineAnswer:
+        found = await self._administration().answers.ask(message.name)
+        disks = [
+            pb.MachineDisk(device=one.device, size=one.size, model=one.model, is_system=one.is_system) for one in found.disks
+        ]
+        return pb.MachineAnswer(
+            version=found.version,
+            platform=found.platform,
+            stage=found.stage,
+            is_ready=found.is_ready,
+            unmet=found.unmet,
+            hostname=found.hostname,
+            addresses=found.addresses,
+            disks=disks,
+            refused=found.refused,
+        )
+
     async def rename_machine(self, message: pb.RenameMachineRequest) -> pb.Machine:
         changed = await self._administration().machines.rename(message.name, message.new_name, actor=actor())
         return await self._shown(changed)

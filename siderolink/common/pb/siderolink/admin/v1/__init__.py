@@ -60,7 +60,9 @@ __all__ = (
     "ListTokensRequest",
     "ListTokensResponse",
     "Machine",
+    "MachineAnswer",
     "MachineChange",
+    "MachineDisk",
     "MachineEvent",
     "MachineEventsRequest",
     "MachineFilter",
@@ -1117,6 +1119,54 @@ default_message_pool.register_message("siderolink.admin.v1", "Machine", Machine)
 
 
 @dataclass(eq=False, repr=False)
+class MachineAnswer(betterproto2.Message):
+    """
+    As the machine says; empty is what it did not say.
+    """
+
+    version: "str" = betterproto2.field(1, betterproto2.TYPE_STRING)
+
+    platform: "str" = betterproto2.field(2, betterproto2.TYPE_STRING)
+
+    stage: "str" = betterproto2.field(3, betterproto2.TYPE_STRING)
+    """
+    Such as "running".
+    """
+
+    is_ready: "bool" = betterproto2.field(4, betterproto2.TYPE_BOOL)
+
+    unmet: "list[str]" = betterproto2.field(5, betterproto2.TYPE_STRING, repeated=True)
+    """
+    Why it is not ready.
+    """
+
+    hostname: "str" = betterproto2.field(6, betterproto2.TYPE_STRING)
+
+    addresses: "list[str]" = betterproto2.field(
+        7, betterproto2.TYPE_STRING, repeated=True
+    )
+    """
+    With their prefix lengths.
+    """
+
+    disks: "list[MachineDisk]" = betterproto2.field(
+        8, betterproto2.TYPE_MESSAGE, repeated=True
+    )
+
+    refused: "list[str]" = betterproto2.field(
+        9, betterproto2.TYPE_STRING, repeated=True
+    )
+    """
+    What it did not answer, each with the status: "disks: UNIMPLEMENTED".
+    """
+
+
+default_message_pool.register_message(
+    "siderolink.admin.v1", "MachineAnswer", MachineAnswer
+)
+
+
+@dataclass(eq=False, repr=False)
 class MachineChange(betterproto2.Message):
     kind: "str" = betterproto2.field(1, betterproto2.TYPE_STRING)
     """
@@ -1132,6 +1182,23 @@ class MachineChange(betterproto2.Message):
 default_message_pool.register_message(
     "siderolink.admin.v1", "MachineChange", MachineChange
 )
+
+
+@dataclass(eq=False, repr=False)
+class MachineDisk(betterproto2.Message):
+    device: "str" = betterproto2.field(1, betterproto2.TYPE_STRING)
+
+    size: "int" = betterproto2.field(2, betterproto2.TYPE_UINT64)
+    """
+    Bytes.
+    """
+
+    model: "str" = betterproto2.field(3, betterproto2.TYPE_STRING)
+
+    is_system: "bool" = betterproto2.field(4, betterproto2.TYPE_BOOL)
+
+
+default_message_pool.register_message("siderolink.admin.v1", "MachineDisk", MachineDisk)
 
 
 @dataclass(eq=False, repr=False)
@@ -2238,6 +2305,28 @@ class MachineServiceStub(betterproto2_grpclib.ServiceStub):
             metadata=metadata,
         )
 
+    async def ask_machine(
+        self,
+        message: "MachineRequest",
+        *,
+        timeout: "float | None" = None,
+        deadline: "Deadline | None" = None,
+        metadata: "MetadataLike | None" = None,
+    ) -> "MachineAnswer":
+        """
+        viewer: what the machine's own API says of it, by a fixed list of read calls. FAILED_PRECONDITION where its link is not up,
+        UNAVAILABLE where it does not answer.
+        """
+
+        return await self._unary_unary(
+            "/siderolink.admin.v1.MachineService/AskMachine",
+            message,
+            MachineAnswer,
+            timeout=timeout,
+            deadline=deadline,
+            metadata=metadata,
+        )
+
     async def rename_machine(
         self,
         message: "RenameMachineRequest",
@@ -3247,6 +3336,14 @@ class MachineServiceBase(betterproto2_grpclib.ServiceBase):
 
         raise grpclib.GRPCError(grpclib.const.Status.UNIMPLEMENTED)
 
+    async def ask_machine(self, message: "MachineRequest") -> "MachineAnswer":
+        """
+        viewer: what the machine's own API says of it, by a fixed list of read calls. FAILED_PRECONDITION where its link is not up,
+        UNAVAILABLE where it does not answer.
+        """
+
+        raise grpclib.GRPCError(grpclib.const.Status.UNIMPLEMENTED)
+
     async def rename_machine(self, message: "RenameMachineRequest") -> "Machine":
         """
         operator
@@ -3328,6 +3425,14 @@ class MachineServiceBase(betterproto2_grpclib.ServiceBase):
         request = await stream.recv_message()
         assert request is not None
         response = await self.get_machine(request)
+        await stream.send_message(response)
+
+    async def __rpc_ask_machine(
+        self, stream: "grpclib.server.Stream[MachineRequest, MachineAnswer]"
+    ) -> None:
+        request = await stream.recv_message()
+        assert request is not None
+        response = await self.ask_machine(request)
         await stream.send_message(response)
 
     async def __rpc_rename_machine(
@@ -3413,6 +3518,12 @@ class MachineServiceBase(betterproto2_grpclib.ServiceBase):
                 grpclib.const.Cardinality.UNARY_UNARY,
                 MachineRequest,
                 Machine,
+            ),
+            "/siderolink.admin.v1.MachineService/AskMachine": grpclib.const.Handler(
+                self.__rpc_ask_machine,
+                grpclib.const.Cardinality.UNARY_UNARY,
+                MachineRequest,
+                MachineAnswer,
             ),
             "/siderolink.admin.v1.MachineService/RenameMachine": grpclib.const.Handler(
                 self.__rpc_rename_machine,

@@ -1,0 +1,106 @@
+"""What a machine's own API says of it: one that knows everything, one that knows little, and a hostile one."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from siderolink.common.errors import JoinError, SideroLinkError
+from siderolink.common.grpc import GrpcChannel, Limits, Servable, open_channel, serve
+from siderolink.common.pb.common import NetIpPrefix
+from siderolink.common.pb.cosi.resource import GetRequest, GetResponse, Resource, Spec, StateBase
+from siderolink.common.pb.google.protobuf import Empty
+from siderolink.common.pb.machine import MachineServiceBase, PlatformInfo, Version, VersionInfo, VersionResponse
+from siderolink.common.pb.storage import Disk, Disks, DisksResponse, StorageServiceBase
+from siderolink.common.pb.talos.resource.definitions.network import HostnameStatusSpec, NodeAddressSpec
+from siderolink.common.pb.talos.resource.definitions.runtime import MachineStatusSpec, MachineStatusStatus, UnmetCondition
+from siderolink.server.admin.machine_answers import MachineDisk, ask_machine
+from tests.support.manager import FakeMachine
+from tests.support.office import open_office
+
+pytestmark = pytest.mark.anyio
+HOSTILE = "<script>\x1b[31m\N{RIGHT-TO-LEFT OVERRIDE}" + "x" * 10_000
+
+
+class MachineFace(MachineServiceBase):
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    async def version(self, message: Empty) -> VersionResponse:
+        found = Version(version=VersionInfo(tag=self._text), platform=PlatformInfo(name="metal"))
+        return VersionResponse(messages=[found])
+
+
+class StateFace(StateBase):
+    def __init__(self, text: str) -> None:
+        self._specs = {
+            "machine": MachineStatusSpec(
+                stage=4, status=MachineStatusStatus(ready=False, unmet_conditions=[UnmetCondition(name="time", reason=text)])
+            ),
+            "hostname": HostnameStatusSpec(hostname=text, domainname="example"),
+            "current": NodeAddressSpec(
+                addresses=[NetIpPrefix(ip=bytes([192, 0, 2, 7]), prefix_length=24), NetIpPrefix(ip=b"?", prefix_length=99)]
+                * 100
+            ),
+        }
+
+    async def get(self, message: GetRequest) -> GetResponse:
+        return GetResponse(resource=Resource(spec=Spec(proto_spec=bytes(self._specs[message.id]))))
+
+
+class StorageFace(StorageServiceBase):
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    async def disks(self, message: Empty) -> DisksResponse:
+        disk = Disk(device_name="/dev/sda", size=10**9, model=self._text, system_disk=True)
+        return DisksResponse(messages=[Disks(disks=[disk] * 80)])
+
+
+@asynccontextmanager
+async def machine_api(*services: Servable) -> AsyncIterator[GrpcChannel]:
+    async with serve(list(services), host="127.0.0.1") as server:
+        async with open_channel("127.0.0.1", server.port, direct=True, limits=Limits.for_answers(1 << 20)) as channel:
+            yield channel
+
+
+async def test_a_machine_says_what_it_is_and_has() -> None:
+    async with machine_api(MachineFace("v1.13.0"), StateFace("no sync"), StorageFace("a disk")) as channel:
+        found = await ask_machine(channel)
+    assert (found.version, found.platform, found.stage, found.is_ready) == ("v1.13.0", "metal", "running", False)
+    assert (found.unmet, found.hostname, found.refused) == (["time: no sync"], "no sync.example", [])
+    assert found.disks[0] == MachineDisk(device="/dev/sda", size=10**9, model="a disk", is_system=True)
+    assert (set(found.addresses), len(found.disks)) == ({"192.0.2.7/24"}, 64)
+
+
+async def test_what_a_hostile_machine_says_is_short_and_printable() -> None:
+    async with machine_api(MachineFace(HOSTILE), StateFace(HOSTILE), StorageFace(HOSTILE)) as channel:
+        found = await ask_machine(channel)
+    for text in (found.version, found.hostname, found.unmet[0], found.disks[0].model):
+        assert text.isprintable()
+        assert len(text) <= 128
+
+
+async def test_what_it_does_not_answer_is_noted() -> None:
+    async with machine_api(StorageFace("a disk")) as channel:
+        found = await ask_machine(channel)
+    assert found.refused == [f"{name}: UNIMPLEMENTED" for name in ("version", "stage", "hostname", "addresses")]
+    assert found.disks[0].model == "a disk"
+
+
+async def test_an_answer_that_is_too_long_ends_it() -> None:
+    async with machine_api(MachineFace("x" * (2 << 20))) as channel:
+        try:
+            found = await ask_machine(channel)
+        except JoinError:
+            return
+        assert found.refused[0] == "version: RESOURCE_EXHAUSTED"
+
+
+async def test_a_machine_without_a_link_is_not_asked(tmp_path: Path) -> None:
+    async with open_office(tmp_path) as office:
+        machine = FakeMachine()
+        await office.manager.join(machine)
+        with pytest.raises(SideroLinkError, match="link is not up"):
+            await office.administration.answers.ask(machine.node_uuid)
