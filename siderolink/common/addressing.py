@@ -3,6 +3,7 @@
 import hashlib
 import os
 import re
+import socket
 from collections.abc import Callable, Sequence
 from ipaddress import AddressValueError, IPv6Address, IPv6Network
 
@@ -87,9 +88,14 @@ def swap_endpoints(endpoints: Sequence[str]) -> list[str]:
     return swapped
 
 
+def format_address(address: IPv6Address) -> str:
+    """The text that `str` gives for an address without a zone, by the C library: a join needs it several times."""
+    return socket.inet_ntop(socket.AF_INET6, address.packed)
+
+
 def format_peer_addr_port(address: IPv6Address, port: int = TUNNEL_PORT) -> str:
     """``[address]:port``, as in ProvisionResponse and in a stream's metadata."""
-    return f"[{address}]:{port}"
+    return f"[{format_address(address)}]:{port}"
 
 
 def parse_peer_addr_port(text: str) -> tuple[IPv6Address, int]:

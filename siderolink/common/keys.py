@@ -16,12 +16,13 @@ KEY_BYTES = 32
 class _Key:
     """Thirty-two bytes with one text form; compared in constant time."""
 
-    __slots__ = ("_raw",)
+    __slots__ = ("_hash", "_raw")
 
     def __init__(self, raw: bytes) -> None:
         if len(raw) != KEY_BYTES:
             raise KeyFormatError(f"a WireGuard key has {KEY_BYTES} bytes, not {len(raw)}")
         self._raw = bytes(raw)
+        self._hash = hash((type(self), self._raw))
 
     @classmethod
     def parse(cls, text: str) -> Self:
@@ -41,7 +42,7 @@ class _Key:
         return type(other) is type(self) and hmac.compare_digest(self._raw, bytes(other))
 
     def __hash__(self) -> int:
-        return hash((type(self), self._raw))
+        return self._hash
 
     def encode(self) -> str:
         """The standard base64 form."""

@@ -13,6 +13,7 @@ All are bounded in items, and in bytes where items have a size. An item that alo
 only one, except in LineQueue.
 """
 
+import asyncio
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
@@ -55,7 +56,8 @@ class Subscription(AsyncIterator[T]):
         self._overflow = overflow
         self._size = 0
         self._lost = 0
-        self._ready = anyio.Event()
+        self._reader: asyncio.Future[None] | None = None
+        """What the reader waits for while nothing is queued."""
         self._ended = False
         for item, size in past:
             self.add(item, size)
@@ -64,9 +66,10 @@ class Subscription(AsyncIterator[T]):
         """Queue an item of `size` bytes. Never blocks."""
         self._waiting.append((item, size))
         self._size += size
-        if self._is_full():
+        if len(self._waiting) > self._limit or self._max_bytes is not None and self._is_full():
             self._make_room()
-        self._ready.set()
+        if self._reader is not None:
+            self._wake()
 
     def take_waiting(self) -> list[T]:
         """All that waits now, without waiting for more."""
@@ -74,14 +77,15 @@ class Subscription(AsyncIterator[T]):
         if self._lost and self._lost_item is not None:
             lost, self._lost = self._lost, 0
             found.append(self._lost_item(lost))
-        while self._waiting:
-            found.append(self._pop())
+        found += [item for item, _ in self._waiting]
+        self._waiting.clear()
+        self._size = 0
         return found
 
     def end(self) -> None:
         """Let the reader finish what waits, then stop."""
         self._ended = True
-        self._ready.set()
+        self._wake()
 
     def __aiter__(self) -> Self:
         return self
@@ -95,8 +99,15 @@ class Subscription(AsyncIterator[T]):
                 return self._pop()
             if self._ended:
                 raise StopAsyncIteration
-            self._ready = anyio.Event()
-            await self._ready.wait()
+            self._reader = asyncio.get_running_loop().create_future()
+            try:
+                await self._reader
+            finally:
+                self._reader = None
+
+    def _wake(self) -> None:
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)
 
     def _is_full(self) -> bool:
         if len(self._waiting) > self._limit:

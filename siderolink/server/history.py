@@ -1,17 +1,21 @@
 """The history: what happened to machines in the last days, kept in the store.
 
-publish()  ->  a queue: never blocks  ->  entries, like ones counted together  ->  the store, every few seconds
+publish()  ->  a queue: never blocks  ->  happenings, like ones counted together  ->  entries in the store, every few seconds
 
 So neither a join nor a packet waits for it. What the store does not take waits as far as there is room; the rest is counted.
+Happenings are plain tuples, since there is one for each join; they become entries when they are written.
 """
 
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
+from typing import NamedTuple
 
 import anyio
 from anyio.lowlevel import checkpoint
 
+from siderolink.common.addressing import format_address
 from siderolink.common.errors import ConfigurationError, StoreError
 from siderolink.common.tasks import background_tasks, in_parts, uninterrupted
 from siderolink.common.text import one_line
@@ -39,9 +43,11 @@ QUEUE_LIMIT = 65_536
 """Events that may wait to be noted; when every machine joins at once there are three of each."""
 _AT_ONCE = 500
 _CLOSE_SECONDS = 1.0
-_DIGEST_DIGITS = 12
+_DIGEST_BYTES = 6
 _TEXT_LIMIT = 256
 _TOKENS = 10_000
+_GATHER_SECONDS = 0.1
+"""How long events are gathered before they are noted together."""
 
 FindMachine = Callable[[str], Awaitable[Machine | None]]
 """The machine of a name, id, UUID or public key; None if none is known by it."""
@@ -102,32 +108,47 @@ class _Known:
     version: str = ""
 
 
+class _Happening(NamedTuple):
+    """An entry without its time: what repeats itself is equal."""
+
+    machine_id: str
+    node_uuid: str
+    kind: HistoryKind
+    detail: str = ""
+    transport: str = ""
+    source: str = ""
+    version: str = ""
+    token_digits: str = ""
+    """The first digits of the join token's digest."""
+
+
+_Counted = tuple[_Happening, float, int]
+"""A happening, when it first happened, and how often."""
+
+
 class _Waiting:
-    """Entries on their way to the store; one that repeats another is counted with it."""
+    """Happenings on their way to the store; one that repeats another is counted with it."""
 
     def __init__(self, limit: int) -> None:
-        self._entries: dict[HistoryEntry, tuple[float, int]] = {}
-        """The time of the first, and how many, by what they have in common."""
+        self._found: dict[_Happening, tuple[float, int]] = {}
+        """The time of the first, and how many."""
         self._limit = limit
-        self.lost = 0
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self._found)
 
-    def add(self, entry: HistoryEntry) -> bool:
+    def add(self, happening: _Happening, at: float, count: int = 1) -> bool:
         """False where there is no room for another one."""
-        key = replace(entry, at=0.0, count=1)
-        found = self._entries.get(key)
-        if found is None and len(self._entries) >= self._limit:
+        known = self._found.get(happening)
+        if known is not None:
+            at, count = min(at, known[0]), count + known[1]
+        elif len(self._found) >= self._limit:
             return False
-        at, count = (entry.at, 0) if found is None else found
-        self._entries[key] = min(at, entry.at), count + entry.count
+        self._found[happening] = at, count
         return True
 
-    def take(self, most: int | None = None) -> list[HistoryEntry]:
-        keys = list(self._entries)[:most]
-        found = [(key, *self._entries.pop(key)) for key in keys]
-        return [replace(key, at=at, count=count) for key, at, count in found]
+    def take(self, most: int) -> list[_Counted]:
+        return [(happening, *self._found.pop(happening)) for happening in list(islice(self._found, most))]
 
 
 class History:
@@ -220,13 +241,17 @@ class History:
             tasks.start_soon(self._write_often)
             tasks.start_soon(self._prune_often)
             async for event in self._events:
-                for part in in_parts([event, *self._events.take_waiting()], _AT_ONCE):
+                try:
+                    await anyio.sleep(min(_GATHER_SECONDS, self._options.write_after))
+                finally:
+                    self.note(event)
+                for part in in_parts(self._events.take_waiting(), _AT_ONCE):
                     for one in part:
                         self.note(one)
                     await checkpoint()
 
     def note(self, event: ServerEvent) -> None:
-        """Queue the entries that an event makes; most handshakes make none. Never blocks."""
+        """Queue what an event says; most handshakes say nothing new. Never blocks."""
         match event:
             case MachineJoined() | HandshakeCompleted():
                 self._note_link(event)
@@ -250,16 +275,18 @@ class History:
                 self._add(machine, HistoryKind.ADMISSION, str(machine.admission))
             case EventsLost(count=count):
                 self._lost += count
-                self._queue(self._entry(None, HistoryKind.LOST, f"{count} events were not noted"))
+                self._queue(_Happening(NO_MACHINE, "", HistoryKind.LOST, f"{count} events were not noted"))
 
     def _note_link(self, event: MachineJoined | HandshakeCompleted) -> None:
         machine = event.machine
-        known = self._known.setdefault(machine.id, _Known())
+        known = self._known.get(machine.id)
+        if known is None:
+            known = self._known[machine.id] = _Known()
         if isinstance(event, MachineJoined):
             if known.version and machine.talos_version != known.version:
                 self._add(machine, HistoryKind.VERSION, f"{machine.talos_version or 'none'}, before {known.version}")
             known.version = machine.talos_version
-            detail = f"{'new' if event.is_new else 'known'} machine at {machine.overlay_address}"
+            detail = f"{'new' if event.is_new else 'known'} machine at {format_address(machine.overlay_address)}"
             self._add(machine, HistoryKind.JOINED, detail, transport="tunnel" if machine.tunnel else "udp")
             return
         transport, source = "tunnel" if event.is_tunnel else "udp", event.source or ""
@@ -276,37 +303,44 @@ class History:
 
     def _refused(self, event: JoinRefused) -> None:
         known = f"; the machine is at {event.known_source}" if event.known_source else ""
-        entry = self._entry(None, HistoryKind.REFUSED, f"{event.reason}{known}", source=event.source)
-        if not self._refusals.add(replace(entry, node_uuid=event.node_uuid or "")):
+        happening = _Happening(
+            NO_MACHINE,
+            event.node_uuid or "",
+            HistoryKind.REFUSED,
+            one_line(f"{event.reason}{known}", limit=_TEXT_LIMIT),
+            source=one_line(event.source, limit=_TEXT_LIMIT),
+        )
+        if not self._refusals.add(happening, self._store.time()):
             self._refusals_not_noted += 1
         self._wake.set()
 
     def _add(self, machine: Machine, kind: HistoryKind, detail: str = "", *, source: str = "", transport: str = "") -> None:
-        self._queue(self._entry(machine, kind, detail, source=source, transport=transport))
+        happening = _Happening(
+            machine.id,
+            machine.node_uuid,
+            kind,
+            one_line(detail, limit=_TEXT_LIMIT),
+            transport,
+            one_line(source, limit=_TEXT_LIMIT),
+            one_line(machine.talos_version, limit=_TEXT_LIMIT),
+            self._token_digits(machine),
+        )
+        self._queue(happening)
 
-    def _entry(
-        self, machine: Machine | None, kind: HistoryKind, detail: str = "", *, source: str = "", transport: str = ""
-    ) -> HistoryEntry:
-        digest = None if machine is None else machine.join_token_digest
-        if machine is not None and digest is not None and machine.token_id is not None:
+    def _token_digits(self, machine: Machine) -> str:
+        """Remembers the token's id by them: entries are written with the name that it has then."""
+        if machine.join_token_digest is None:
+            return ""
+        digits = machine.join_token_digest[:_DIGEST_BYTES].hex()
+        if machine.token_id is not None:
             if len(self._token_ids) >= _TOKENS:
                 self._token_ids.clear()
                 self._token_names.clear()
-            self._token_ids[digest.hex()[:_DIGEST_DIGITS]] = machine.token_id
-        return HistoryEntry(
-            at=self._store.time(),
-            machine_id=NO_MACHINE if machine is None else machine.id,
-            node_uuid="" if machine is None else machine.node_uuid,
-            kind=kind,
-            detail=one_line(detail, limit=_TEXT_LIMIT),
-            transport=transport,
-            source=one_line(source, limit=_TEXT_LIMIT),
-            version="" if machine is None else one_line(machine.talos_version, limit=_TEXT_LIMIT),
-            join_token="" if digest is None else digest.hex()[:_DIGEST_DIGITS],
-        )
+            self._token_ids[digits] = machine.token_id
+        return digits
 
-    def _queue(self, entry: HistoryEntry) -> None:
-        if not self._waiting.add(entry):
+    def _queue(self, happening: _Happening, at: float | None = None, count: int = 1) -> None:
+        if not self._waiting.add(happening, self._store.time() if at is None else at, count):
             self._lost += 1
         self._wake.set()
 
@@ -337,11 +371,11 @@ class History:
             self._is_failing = False
 
     def _move_refusals(self) -> None:
-        for entry in self._refusals.take():
-            self._queue(entry)
+        for counted in self._refusals.take(len(self._refusals)):
+            self._queue(*counted)
         count, self._refusals_not_noted = self._refusals_not_noted, 0
         if count:
-            self._queue(replace(self._entry(None, HistoryKind.LOST, "more joins were refused; this counts them"), count=count))
+            self._queue(_Happening(NO_MACHINE, "", HistoryKind.LOST, "more joins were refused; this counts them"), count=count)
 
     @uninterrupted
     async def write(self) -> None:
@@ -356,28 +390,41 @@ class History:
             try:
                 await self._store.transact(lambda transaction, batch=batch: self._add_to(transaction, batch))  # type: ignore[misc]
             except BaseException:
-                for entry in batch:
-                    self._queue(entry)
+                for counted in batch:
+                    self._queue(*counted)
                 raise
             self._written += len(batch)
             self._written_since_pruned += len(batch)
             if self._written_since_pruned >= self._options.prune_after:
                 self._grown.set()
 
-    async def _add_to(self, transaction: Transaction, batch: Sequence[HistoryEntry]) -> None:
+    async def _add_to(self, transaction: Transaction, batch: Sequence[_Counted]) -> None:
         """Add entries, with the names that their join tokens have now."""
-        for digits in {entry.join_token for entry in batch if entry.join_token} & self._token_ids.keys():
+        for digits in {happening.token_digits for happening, _, _ in batch} & self._token_ids.keys():
             token_id = self._token_ids[digits]
             if token_id not in self._token_names:
                 found = await transaction.tokens.find(TokenColumn.ID, token_id)
                 self._token_names[token_id] = token_id if found is None else found.name
-        await transaction.add_history([self._with_token_name(entry) for entry in batch])
+        await transaction.add_history([self._entry(*counted) for counted in batch])
 
-    def _with_token_name(self, entry: HistoryEntry) -> HistoryEntry:
-        if not entry.join_token:
-            return entry
-        token_id = self._token_ids.get(entry.join_token, GIVEN_TOKEN)
-        return replace(entry, join_token=f"{self._token_names.get(token_id, token_id)} ({entry.join_token})")
+    def _entry(self, happening: _Happening, at: float, count: int) -> HistoryEntry:
+        machine_id, node_uuid, kind, detail, transport, source, version, digits = happening
+        return HistoryEntry(
+            at=at,
+            machine_id=machine_id,
+            node_uuid=node_uuid,
+            kind=kind,
+            detail=detail,
+            transport=transport,
+            source=source,
+            version=version,
+            join_token=self._token_name(digits) if digits else "",
+            count=count,
+        )
+
+    def _token_name(self, digits: str) -> str:
+        token_id = self._token_ids.get(digits, GIVEN_TOKEN)
+        return f"{self._token_names.get(token_id, token_id)} ({digits})"
 
     async def _prune_often(self) -> None:
         while True:

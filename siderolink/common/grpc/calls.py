@@ -40,6 +40,10 @@ SHUTTING_DOWN = "the server is shutting down"
 ANY_METHOD = "*"
 """The path by which a service offers what serves every method that no service has."""
 
+_ORDINARY_NAMES = frozenset((
+    ":method", ":scheme", ":path", ":authority", "content-type", "user-agent", "te", "grpc-timeout", "grpc-accept-encoding",
+))  # fmt: skip
+"""Names of fields that need no check of their characters."""
 _NAME = re.compile(r":?[!-9;-@\[-~]+")
 _VALUE = re.compile(r"(?:[^\0\r\n\t ](?:[^\0\r\n]*[^\0\r\n\t ])?)?")
 _PSEUDO = frozenset((":method", ":scheme", ":path", ":authority"))
@@ -394,28 +398,54 @@ async def _run(
     finish: Callable[[Status, str | None], None],
 ) -> None:
     """Run a handler and finish its call with the status that follows; only a cancellation comes through."""
-    scope = asyncio.timeout(deadline.time_remaining() if deadline is not None else None)
+    expiry = None if deadline is None else _Expiry(deadline.time_remaining())
     try:
-        async with scope:
-            await func(argument)
+        await func(argument)
     except GRPCError as error:
         finish(error.status, error.message)
     except (StreamTerminatedError, H2Error):
         finish(Status.UNAVAILABLE, None)
     except asyncio.CancelledError:
-        finish(Status.UNAVAILABLE, SHUTTING_DOWN)
-        raise
-    except TimeoutError:
-        if scope.expired():
+        if expiry is not None and expiry.was_all():
             finish(Status.DEADLINE_EXCEEDED, "deadline exceeded")
         else:
-            log.exception("an API handler failed")
-            finish(Status.INTERNAL, None)
+            finish(Status.UNAVAILABLE, SHUTTING_DOWN)
+            raise
     except Exception:
         log.exception("an API handler failed")
         finish(Status.INTERNAL, None)
     else:
         finish(Status.OK, None)
+    finally:
+        if expiry is not None:
+            expiry.stop()
+
+
+class _Expiry:
+    """Cancels the present task at its call's deadline. It is asyncio.timeout for a whole task, at a part of its cost."""
+
+    __slots__ = ("_has_come", "_task", "_timer")
+
+    def __init__(self, seconds: float) -> None:
+        loop = asyncio.get_running_loop()
+        self._task = asyncio.current_task(loop)
+        self._has_come = False
+        self._timer: asyncio.TimerHandle | None = loop.call_later(seconds, self._come)
+
+    def _come(self) -> None:
+        self._has_come = True
+        if self._task is not None:
+            self._task.cancel()
+
+    def was_all(self) -> bool:
+        """Whether the task was cancelled by this, and by nothing else."""
+        return self._has_come and self._task is not None and not self._task.uncancel()
+
+    def stop(self) -> None:
+        """The call is over."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self._task = None
 
 
 def check_fields(headers: Sequence[tuple[str, str]]) -> None:
@@ -423,7 +453,9 @@ def check_fields(headers: Sequence[tuple[str, str]]) -> None:
     pseudo: dict[str, str] = {}
     host = None
     for number, (name, value) in enumerate(headers):
-        if _NAME.fullmatch(name) is None or _VALUE.fullmatch(value) is None:
+        has_good_name = name in _ORDINARY_NAMES or _NAME.fullmatch(name) is not None
+        # without controls and spaces a value is good; the pattern is for the others
+        if not has_good_name or not (value.isprintable() and " " not in value or _VALUE.fullmatch(value) is not None):
             raise _malformed("a field has a character that it may not have")
         if name[0] == ":":
             if name not in _PSEUDO or name in pseudo or number != len(pseudo):

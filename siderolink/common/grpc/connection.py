@@ -1,7 +1,8 @@
 """What the streams of one HTTP/2 connection share: h2's engine, grpclib's classes with bounds, and bytes past both."""
 
 import asyncio
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 
 from grpclib.config import Configuration
@@ -27,6 +28,7 @@ from siderolink.common.grpc.refusals import PEER_FAULTS, Refusal, Refused
 Headers = list[tuple[str, str]]
 
 _STREAM_HEADROOM = 4
+HEADER_ENCODING = "latin-1"
 
 
 class Engine(H2Connection):
@@ -39,7 +41,8 @@ class Engine(H2Connection):
 def h2_config(*, server: bool) -> H2Configuration:
     return H2Configuration(
         client_side=not server,
-        header_encoding="latin-1",  # ASCII on the wire; a byte above it must not raise half way through a frame
+        # ASCII on the wire; a byte above it must not raise half way through a frame. A server decodes them itself: `as_text`.
+        header_encoding=None if server else HEADER_ENCODING,
         validate_inbound_headers=not server,  # a server checks a request's fields itself: calls.check_fields
         validate_outbound_headers=False,
         normalize_outbound_headers=False,
@@ -61,8 +64,7 @@ def new_h2_connection(limits: Limits, *, server: bool) -> Engine:
     connection.max_inbound_frame_size = limits.max_frame_bytes
     connection.decoder.max_header_list_size = limits.max_header_bytes
     if limits.connection_window_bytes > DEFAULT_WINDOW:
-        connection.increment_flow_control_window(limits.connection_window_bytes - DEFAULT_WINDOW)
-        connection.clear_outbound_data_buffer()
+        private.open_window(connection, limits.connection_window_bytes - DEFAULT_WINDOW)
     return connection
 
 
@@ -90,6 +92,11 @@ def grpclib_config(limits: Limits, *, server: bool) -> Configuration:
     return private.grpclib_config(limits.connection_window_bytes, server=server)
 
 
+def as_text(headers: Iterable[tuple[bytes, bytes]]) -> Headers:
+    """Header fields as a server's engine gives them, in text."""
+    return [(name.decode(HEADER_ENCODING), value.decode(HEADER_ENCODING)) for name, value in headers]
+
+
 class H2Stream(private.ToldStream):
     """One stream; `sink` takes its bytes once it is raw."""
 
@@ -101,8 +108,11 @@ class H2Stream(private.ToldStream):
         super().__init__(connection, connection.engine, connection.transport, stream_id=stream_id, wrapper=wrapper)
 
     def init_stream(self, stream_id: int, connection: _GrpclibConnection) -> None:
-        super().init_stream(stream_id, connection)
+        """As grpclib's, without a buffer that would be replaced at once."""
         owner = self.connection
+        self.id = stream_id
+        owner.streams_started += 1
+        self.created = owner.last_stream_created = time.monotonic()
         self.buffer = MessageBuffer(
             lambda size: owner.ack(stream_id, size), owner.limits.max_message_bytes, owner.refuse_call, owner.account
         )

@@ -95,6 +95,9 @@ class MessageBuffer(Buffer):
         self._timer: asyncio.TimerHandle | None = None
         self._message_seconds: float | None = None
         self._single = False
+        self._is_read = False
+        """Somebody reads by pieces; until then, an only message stays whole."""
+        self._is_eof_kept = False
         self._partial = bytearray()
         self._partial_size = 0
 
@@ -166,16 +169,42 @@ class MessageBuffer(Buffer):
             self.settle()
             if self._message_seconds is not None:
                 self._expect(self._message_seconds)
-            self._pass_on()
+            if not self._is_whole:
+                self._pass_on()
 
     def eof(self) -> None:
         """The peer has sent all."""
         self.settle()
-        self._pass_on()
-        super().eof()
+        if self._is_whole:
+            self._is_eof_kept = True
+        else:
+            self._pass_on()
+            super().eof()
+
+    @property
+    def _is_whole(self) -> bool:
+        """Whether all of an only message is here, and nobody has begun to read it."""
+        return self._single and not self._is_read and self._guard.messages == 1 and self._error is None
+
+    def take_message(self) -> bytes | None:
+        """An only message that has come whole, past grpclib's queue; None where it has to be read."""
+        if not self._is_whole:
+            return None
+        self._is_read = True
+        message, size = bytes(memoryview(self._partial)[PREFIX_BYTES:]), self._partial_size
+        self._partial.clear()
+        self._partial_size = 0
+        self._held.consumed(size)
+        return message
 
     async def read(self, size: int) -> bytes:
         """The next `size` bytes, or none at the end. Raises GRPCError for a call that was refused."""
+        if self._is_whole:
+            self._is_read = True
+            self._pass_on()
+            if self._is_eof_kept:
+                super().eof()
+        self._is_read = True
         try:
             data = await super().read(size)
         except AssertionError:

@@ -6,6 +6,7 @@ used for everything. Together the short ways are worth 1.2 times the joins per s
 """
 
 import ssl
+import struct
 from collections.abc import Awaitable, Callable, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple, cast
@@ -22,7 +23,7 @@ from h2.config import H2Configuration
 from h2.connection import ConnectionInputs, ConnectionState, H2Connection
 from h2.events import DataReceived, Event, ResponseReceived, StreamEnded, TrailersReceived, WindowUpdated
 from h2.exceptions import ProtocolError as H2ProtocolError
-from h2.stream import StreamInputs, StreamState
+from h2.stream import StreamClosedBy, StreamInputs, StreamState
 from hpack import Decoder, Encoder, HeaderTuple
 
 from siderolink.common.grpc import frames
@@ -33,9 +34,10 @@ NO_LISTENERS = _DispatchServerEvents()
 # Header blocks of an ordinary answer (RFC 7541). They use no dynamic table, so h2's encoder need not know of them.
 _ANSWER_HEADERS = b"\x88\x0f\x10\x16application/grpc+proto"
 _ANSWER_TRAILERS = b"\x00\x0bgrpc-status\x010"
-_ANSWER_STEPS = ("SEND_HEADERS", "SEND_DATA", "SEND_HEADERS", "SEND_END_STREAM")
+_ANSWER_STEPS = (StreamInputs.SEND_HEADERS, StreamInputs.SEND_DATA, StreamInputs.SEND_HEADERS, StreamInputs.SEND_END_STREAM)
 
 _LARGEST_WINDOW = 2**31 - 1
+_GOAWAY = struct.Struct(">LL")
 _NO_FLAGS: frozenset[str] = frozenset()
 _END_STREAM = frozenset(("END_STREAM",))
 _TAKES_DATA = (StreamState.OPEN, StreamState.HALF_CLOSED_LOCAL)
@@ -145,6 +147,11 @@ class Call(Stream[Any, Any]):
     async def recv_message(self) -> Any:
         if self._messages_received:
             await self.wait_turn()
+        elif not self._cardinality.client_streaming:
+            message = self._stream.buffer.take_message()  # type: ignore[attr-defined] # our streams have a MessageBuffer
+            if message is not None:
+                self._messages_received += 1
+                return self._codec.decode(message, self._recv_type)
         return await super().recv_message()
 
     async def send_message(self, message: Any) -> None:
@@ -195,6 +202,14 @@ class _PlainFrame(NamedTuple):
         return len(self.data)
 
 
+class _PlainGoAway(NamedTuple):
+    """The same of a GOAWAY frame."""
+
+    last_stream_id: int
+    error_code: int
+    additional_data: bytes
+
+
 def receive(engine: H2Connection, data: bytes) -> list[Event]:
     """What h2's `receive_data` does. Plain frames become no objects of hyperframe's on their way."""
     return _receive(engine, data) if has_short_ways() else engine.receive_data(data)
@@ -234,6 +249,7 @@ def _receive_plain(engine: H2Connection, kind: int, flags: int, frame: _PlainFra
         engine.state_machine.process_input(ConnectionInputs.RECV_WINDOW_UPDATE)
         engine.outbound_flow_control_window += delta
         return [WindowUpdated(stream_id=0, delta=delta)]
+    received: _PlainFrame | _PlainGoAway = frame
     if kind == frames.HEADERS:
         is_new = frame.stream_id & 1 and frame.stream_id > engine.highest_inbound_stream_id
         if flags & ~frames.END_STREAM != frames.END_HEADERS or engine.config.client_side or not is_new:
@@ -244,11 +260,15 @@ def _receive_plain(engine: H2Connection, kind: int, flags: int, frame: _PlainFra
         if stream is None or flags & ~frames.END_STREAM or stream.state_machine.state not in _TAKES_DATA:
             return None
         take = cast("Callable[..., Any]", engine._receive_data_frame)
+    elif kind == frames.GOAWAY and not frame.stream_id and len(frame.data) >= 8:
+        take = cast("Callable[..., Any]", engine._receive_goaway_frame)
+        last, code = _GOAWAY.unpack_from(frame.data)
+        received = _PlainGoAway(last & _LARGEST_WINDOW, code, frame.data[_GOAWAY.size :])
     else:
         return None
     events: list[Event]
     try:
-        answer, events = take(frame)
+        answer, events = take(received)
     except H2ProtocolError as error:
         engine._terminate_connection(error.error_code)
         raise
@@ -350,6 +370,15 @@ def remember_requests(engine: H2Connection) -> bool:
     return False
 
 
+def open_window(engine: H2Connection, size: int) -> None:
+    """Let a new engine expect `size` more bytes; that the peer is told so is the caller's."""
+    if has_short_ways():
+        engine._inbound_flow_control_window_manager.window_opened(size)
+    else:
+        engine.increment_flow_control_window(size)
+        engine.clear_outbound_data_buffer()
+
+
 def spend_window(engine: H2Connection, stream_id: int, size: int) -> bool:
     """Tell h2 that `size` bytes of DATA were sent past it; False where it has to send them itself."""
     if not has_short_ways():
@@ -375,8 +404,15 @@ def _short_answer(engine: H2Connection, stream_id: int, message: bytes) -> bytes
     if stream is None or engine.encoder.table_size_changes:
         return None
     size = len(message)
-    for step in _ANSWER_STEPS:
-        stream.state_machine.process_input(StreamInputs[step])
+    state = stream.state_machine
+    if state.state is StreamState.HALF_CLOSED_REMOTE and not state.headers_sent:
+        # what the steps below come to, for a call whose request has ended
+        state.headers_sent = state.trailers_sent = True
+        state.stream_closed_by = StreamClosedBy.SEND_END_STREAM
+        state.state = StreamState.CLOSED
+    else:
+        for step in _ANSWER_STEPS:
+            state.process_input(step)
     stream.outbound_flow_control_window -= size
     engine.outbound_flow_control_window -= size
     header, end = frames.frame_header, frames.END_HEADERS
@@ -416,7 +452,7 @@ def _try_short_ways() -> bool:
         return False
     if server.data_to_send() != plain.data_to_send() or _windows(server) != _windows(plain):
         return False
-    return _try_sending(client, server) and _try_remembering()
+    return _try_sending(client, server, plain) and _try_remembering() and _try_ending(client, server, plain)
 
 
 def _try_remembering() -> bool:
@@ -440,10 +476,33 @@ def _windows(engine: H2Connection) -> tuple[int, ...]:
     return engine.local_flow_control_window(3), engine.inbound_flow_control_window, engine.open_inbound_streams
 
 
-def _try_sending(client: H2Connection, server: H2Connection) -> bool:
+def _try_ending(client: H2Connection, server: H2Connection, plain: H2Connection) -> bool:
+    client.close_connection(error_code=2, additional_data=b"why")
+    wire = client.data_to_send()
+    ways = (_receive(server, wire), plain.receive_data(wire))
+    return (
+        len({tuple(map(repr, map(_told, events))) for events in ways}) == 1
+        and server.state_machine.state is plain.state_machine.state
+    )
+
+
+def _try_sending(client: H2Connection, server: H2Connection, plain: H2Connection) -> bool:
     window = server.local_flow_control_window(3)
+    opened = (new.inbound_flow_control_window for new in (server, plain))
+    for new, opens in (
+        (server, server._inbound_flow_control_window_manager.window_opened),
+        (plain, plain.increment_flow_control_window),
+    ):
+        opens(5)
+        new.clear_outbound_data_buffer()
+    if len(set(opened)) != 1:
+        return False
     answer = _short_answer(server, 1, bytes(10))
     if answer is None or not _is_answer(client.receive_data(answer), 10):
+        return False
+    for step in _ANSWER_STEPS:
+        plain.streams[1].state_machine.process_input(step)
+    if vars(server.streams[1].state_machine) != vars(plain.streams[1].state_machine):
         return False
     if server.open_inbound_streams != 1:
         return False

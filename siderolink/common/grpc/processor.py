@@ -8,7 +8,7 @@ from grpclib.protocol import AbstractHandler, EventsProcessor
 from grpclib.protocol import Stream as _GrpclibStream
 from h2.errors import ErrorCodes
 
-from siderolink.common.grpc.connection import Connection, H2Stream
+from siderolink.common.grpc.connection import Connection, H2Stream, as_text
 from siderolink.common.grpc.refusals import Refusal, Refused
 
 
@@ -48,6 +48,7 @@ class Processor(EventsProcessor):
         return release_stream
 
     def process_request_received(self, event: h2.events.RequestReceived) -> None:
+        event.headers = as_text(event.headers or ())  # type: ignore[assignment] # grpclib expects text
         most = self.connection.account.max_streams
         if len(self.streams) < most:
             super().process_request_received(event)
@@ -69,6 +70,8 @@ class Processor(EventsProcessor):
         self.connection.ack(event.stream_id, event.flow_controlled_length or 0)
 
     def process_trailers_received(self, event: h2.events.TrailersReceived) -> None:
+        if not self.connection.engine.config.client_side:
+            event.headers = as_text(event.headers or ())  # type: ignore[assignment] # as above
         if any(str(name).startswith(":") for name, _ in event.headers or ()):
             raise Refused(Refusal.PROTOCOL_ERROR, "trailers with a pseudo-header field")
         super().process_trailers_received(event)

@@ -13,7 +13,7 @@ from grpclib import GRPCError, Status
 from grpclib.const import Cardinality, Handler
 from grpclib.server import Stream
 
-from siderolink.common.addressing import format_peer_addr_port, server_address, swap_endpoints
+from siderolink.common.addressing import format_address, format_peer_addr_port, server_address, swap_endpoints
 from siderolink.common.errors import ConfigurationError, KeyFormatError, SideroLinkError, StoreFullError, StoreUnavailableError
 from siderolink.common.grpc import CallLimits, valid_token
 from siderolink.common.hostport import HostPort
@@ -93,7 +93,7 @@ class ResponseBuilder:
         response = ProvisionResponse(
             server_endpoint=self._living_endpoints(),
             server_public_key=self._public_key,
-            node_address_prefix=f"{machine.overlay_address}/{self._prefix_length}",
+            node_address_prefix=f"{format_address(machine.overlay_address)}/{self._prefix_length}",
             server_address=self._server_address,
         )
         if tunnel and machine.virtual_address is not None:
@@ -200,7 +200,8 @@ class ProvisionService:
             if not is_given and rejection.reason in _BY_TOKENS:
                 self._budget.charge(source)
             raise
-        on_valid_token()
+        if not is_given:
+            on_valid_token()
         return self._responses.build(grant.machine, tunnel=grant.use_tunnel)
 
     def _check_tokens(self, request: ProvisionRequest) -> Credentials:
@@ -210,9 +211,10 @@ class ProvisionService:
         unique = parse_unique_token(token) if len(token) <= MAX_UNIQUE_TOKEN_BYTES else None
         version = request.talos_version if isinstance(request.talos_version, str) else None
         credentials = Credentials(join=join, unique=unique, version=version)
+        if join.is_valid:
+            return credentials
         known = self._directory.known
-        may_be_known = known.may_admit(join) or unique is not None and known.has_unique_token(unique.digest)
-        if not join.is_valid and not may_be_known:
+        if not known.may_admit(join) and (unique is None or not known.has_unique_token(unique.digest)):
             verdict = decide(self._policy, credentials, Known())
             if isinstance(verdict, Rejection):
                 raise JoinRejectedError(verdict.reason, verdict.text)
@@ -294,5 +296,5 @@ def _bad_key(why: str) -> JoinRejectedError:
 def _source(stream: Stream[ProvisionRequest, bytes]) -> str:
     address = stream.peer.addr()
     if isinstance(address, tuple):
-        return str(HostPort(address[0], address[1]))
+        return f"[{address[0]}]:{address[1]}" if ":" in address[0] else f"{address[0]}:{address[1]}"
     return "a local socket"

@@ -299,6 +299,8 @@ class Reconciler:
         async with self._store.changes() as changes:
             task_status.started()
             async for change in changes:
+                if isinstance(change, MachineChanged) and self._is_applied(change.machine):
+                    continue
                 try:
                     await self._follow_change(change)
                 except SideroLinkError as error:

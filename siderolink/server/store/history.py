@@ -1,6 +1,7 @@
 """What happened to machines: the entries of the history, what is asked of it, and how much of it is kept."""
 
 import sys
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -92,8 +93,8 @@ class HistoryQuery:
     """Entries after this one."""
     limit: int = 1000
 
-    def takes(self, entry: HistoryEntry) -> bool:
-        """Whether the entry is wanted; `limit` aside."""
+    def takes(self, entry: HistoryEntry, seq: int) -> bool:
+        """Whether the entry, stored under this number, is wanted; `limit` aside."""
         if self.machine_id is not None or self.node_uuid is not None:
             is_named = entry.machine_id == self.machine_id or entry.node_uuid == self.node_uuid
             if not is_named:
@@ -102,8 +103,8 @@ class HistoryQuery:
             (not self.kinds or entry.kind in self.kinds)
             and (self.since is None or entry.at >= self.since)
             and (self.until is None or entry.at < self.until)
-            and (self.before_seq is None or entry.seq < self.before_seq)
-            and (self.after_seq is None or entry.seq > self.after_seq)
+            and (self.before_seq is None or seq < self.before_seq)
+            and (self.after_seq is None or seq > self.after_seq)
         )
 
 
@@ -128,16 +129,21 @@ class MemoryHistory:
 
     def __init__(self) -> None:
         self._entries: dict[int, HistoryEntry] = {}
-        self._of_machine: dict[str, dict[int, None]] = {}
-        self._of_uuid: dict[str, dict[int, None]] = {}
+        """Entries by their numbers, which the entries themselves are given only when they are read."""
+        self._of_machine: dict[str, array[int]] = {}
+        self._of_uuid: dict[str, array[int]] = {}
         self._last = 0
 
     def add(self, entries: Sequence[HistoryEntry]) -> None:
         for entry in entries:
             self._last += 1
-            self._entries[self._last] = replace(entry, seq=self._last)
-            self._of_machine.setdefault(entry.machine_id, {})[self._last] = None
-            self._of_uuid.setdefault(entry.node_uuid, {})[self._last] = None
+            self._entries[self._last] = entry
+            for index, key in ((self._of_machine, entry.machine_id), (self._of_uuid, entry.node_uuid)):
+                known = index.get(key)
+                if known is None:
+                    index[key] = array("Q", (self._last,))
+                else:
+                    known.append(self._last)
 
     async def find(self, query: HistoryQuery) -> list[HistoryEntry]:
         """Other tasks run meanwhile."""
@@ -145,8 +151,8 @@ class MemoryHistory:
         for part in in_parts(self._candidates(query), _PART):
             for seq in part:
                 entry = self._entries.get(seq)
-                if entry is not None and query.takes(entry):
-                    found.append(entry)
+                if entry is not None and query.takes(entry, seq):
+                    found.append(replace(entry, seq=seq))
                     if len(found) >= query.limit:
                         return found
             await checkpoint()
@@ -161,7 +167,7 @@ class MemoryHistory:
         count = await self.delete(HistoryQuery(until=bounds.since))
         for part in in_parts(self._of_machine, _PART):
             for machine_id in part:
-                seqs = self._of_machine.get(machine_id, {})
+                seqs = self._of_machine.get(machine_id, ())
                 count += await self._remove(list(islice(seqs, max(0, len(seqs) - bounds.of(machine_id)))))
             await checkpoint()
         return count + await self._remove(list(islice(self._entries, max(0, len(self._entries) - bounds.total))))
@@ -188,7 +194,7 @@ class MemoryHistory:
         if entry is None:
             return False
         for index, key in ((self._of_machine, entry.machine_id), (self._of_uuid, entry.node_uuid)):
-            del index[key][seq]
+            index[key].remove(seq)
             if not index[key]:
                 del index[key]
         return True

@@ -196,7 +196,7 @@ class _MemoryTransaction(_RowChanges):
     """See `Transaction`."""
 
     async def is_banned(self, ban: Ban) -> bool:
-        return ban in self._table.banned
+        return bool(self._table.banned) and ban in self._table.banned
 
     async def set_banned(self, ban: Ban, banned: bool, grounds: BanGrounds | None = None) -> None:
         was = self._table.banned.get(ban)
