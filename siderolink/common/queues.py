@@ -71,15 +71,14 @@ class Subscription(AsyncIterator[T]):
         if self._reader is not None:
             self._wake()
 
-    def take_waiting(self) -> list[T]:
-        """All that waits now, without waiting for more."""
+    def take_waiting(self, most: int | None = None) -> list[T]:
+        """All that waits now, or the `most` oldest items, without waiting for more."""
         found: list[T] = []
         if self._lost and self._lost_item is not None:
             lost, self._lost = self._lost, 0
             found.append(self._lost_item(lost))
-        found += [item for item, _ in self._waiting]
-        self._waiting.clear()
-        self._size = 0
+        while self._waiting and (most is None or len(found) < most):
+            found.append(self._pop())
         return found
 
     def end(self) -> None:
@@ -97,13 +96,20 @@ class Subscription(AsyncIterator[T]):
                 return self._lost_item(lost)
             if self._waiting:
                 return self._pop()
-            if self._ended:
+            if not await self.wait():
                 raise StopAsyncIteration
+
+    async def wait(self) -> bool:
+        """Wait until there is something to take; False once there never will be."""
+        while not self._waiting and not (self._lost and self._lost_item is not None):
+            if self._ended:
+                return False
             self._reader = asyncio.get_running_loop().create_future()
             try:
                 await self._reader
             finally:
                 self._reader = None
+        return True
 
     def _wake(self) -> None:
         if self._reader is not None and not self._reader.done():

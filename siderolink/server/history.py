@@ -240,14 +240,11 @@ class History:
         async with background_tasks() as tasks:
             tasks.start_soon(self._write_often)
             tasks.start_soon(self._prune_often)
-            async for event in self._events:
-                try:
-                    await anyio.sleep(min(_GATHER_SECONDS, self._options.write_after))
-                finally:
-                    self.note(event)
-                for part in in_parts(self._events.take_waiting(), _AT_ONCE):
-                    for one in part:
-                        self.note(one)
+            while await self._events.wait():
+                await anyio.sleep(min(_GATHER_SECONDS, self._options.write_after))
+                while part := self._events.take_waiting(_AT_ONCE):
+                    for event in part:
+                        self.note(event)
                     await checkpoint()
 
     def note(self, event: ServerEvent) -> None:

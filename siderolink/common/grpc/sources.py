@@ -83,6 +83,7 @@ def contains(networks: Iterable[Network], address: str) -> bool:
     return ip is not None and any(ip.version == network.version and ip in network for network in networks)
 
 
+@lru_cache(maxsize=4096)
 def plain(address: str) -> str:
     """The address without a zone, and as IPv4 where it is mapped into IPv6."""
     return str(_parsed(address) or address)

@@ -74,15 +74,15 @@ class _Table:
 
     def put(self, machine: Machine) -> None:
         """Add or replace a row. Raises UniqueViolationError with nothing changed."""
-        for column, value in unique_values(machine):
-            if self._indexes[column].get(value, machine.id) != machine.id:
+        values = [(self._indexes[column], column, value) for column, value in unique_values(machine)]
+        for index, column, value in values:
+            if index.get(value, machine.id) != machine.id:
                 raise UniqueViolationError(column)
-        old = self.rows.get(machine.id)
-        if old is not None:
-            self.remove(old.id)
+        if machine.id in self.rows:
+            self.remove(machine.id)
         self.rows[machine.id] = machine
-        for column, value in unique_values(machine):
-            self._indexes[column][value] = machine.id
+        for index, _, value in values:
+            index[value] = machine.id
 
     def remove(self, machine_id: str) -> Machine | None:
         machine = self.rows.pop(machine_id, None)
