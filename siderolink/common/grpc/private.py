@@ -7,7 +7,7 @@ used for everything. Together the short ways are worth 1.2 times the joins per s
 
 import ssl
 import struct
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from functools import lru_cache
 from typing import Any, NamedTuple, cast
 
@@ -19,12 +19,11 @@ from grpclib.exceptions import ProtocolError
 from grpclib.protocol import EventsProcessor, H2Protocol, Peer
 from grpclib.protocol import Stream as GrpclibH2Stream
 from grpclib.server import Stream
-from h2.config import H2Configuration
 from h2.connection import ConnectionInputs, ConnectionState, H2Connection
-from h2.events import DataReceived, Event, ResponseReceived, StreamEnded, TrailersReceived, WindowUpdated
+from h2.events import Event, WindowUpdated
 from h2.exceptions import ProtocolError as H2ProtocolError
 from h2.stream import StreamClosedBy, StreamInputs, StreamState
-from hpack import Decoder, Encoder, HeaderTuple
+from hpack import HeaderTuple
 
 from siderolink.common.grpc import frames
 
@@ -34,7 +33,7 @@ NO_LISTENERS = _DispatchServerEvents()
 # Header blocks of an ordinary answer (RFC 7541). They use no dynamic table, so h2's encoder need not know of them.
 _ANSWER_HEADERS = b"\x88\x0f\x10\x16application/grpc+proto"
 _ANSWER_TRAILERS = b"\x00\x0bgrpc-status\x010"
-_ANSWER_STEPS = (StreamInputs.SEND_HEADERS, StreamInputs.SEND_DATA, StreamInputs.SEND_HEADERS, StreamInputs.SEND_END_STREAM)
+ANSWER_STEPS = (StreamInputs.SEND_HEADERS, StreamInputs.SEND_DATA, StreamInputs.SEND_HEADERS, StreamInputs.SEND_END_STREAM)
 
 _LARGEST_WINDOW = 2**31 - 1
 _GOAWAY = struct.Struct(">LL")
@@ -212,10 +211,11 @@ class _PlainGoAway(NamedTuple):
 
 def receive(engine: H2Connection, data: bytes) -> list[Event]:
     """What h2's `receive_data` does. Plain frames become no objects of hyperframe's on their way."""
-    return _receive(engine, data) if has_short_ways() else engine.receive_data(data)
+    return short_receive(engine, data) if has_short_ways() else engine.receive_data(data)
 
 
-def _receive(engine: H2Connection, data: bytes) -> list[Event]:
+def short_receive(engine: H2Connection, data: bytes) -> list[Event]:
+    """The short way of `receive`."""
     events: list[Event] = []
     waiting = engine.incoming_buffer
     if waiting._preamble_len or waiting._data or waiting._headers_buffer:
@@ -283,7 +283,7 @@ _MOST_FIELDS = 12
 _LONGEST_BEGINNING = 512
 
 
-class _Beginning(NamedTuple):
+class Beginning(NamedTuple):
     """How a connection's first header block began, up to its first field that is not plain, and what came of it."""
 
     block: bytes
@@ -295,7 +295,7 @@ class _Beginning(NamedTuple):
     entries_size: int
 
 
-_beginnings: list[_Beginning] = []
+_beginnings: list[Beginning] = []
 """The latest used first."""
 
 
@@ -305,7 +305,7 @@ class RequestDecoder(frames.HeaderDecoder):
     _is_new = True
     _ends: list[tuple[int, tuple[Any, ...], int]] | None = None
 
-    def __init__(self, max_header_list_size: int, beginnings: list[_Beginning]) -> None:
+    def __init__(self, max_header_list_size: int, beginnings: list[Beginning]) -> None:
         super().__init__(max_header_list_size)
         self._beginnings = beginnings
 
@@ -321,7 +321,7 @@ class RequestDecoder(frames.HeaderDecoder):
                 return self._go_on(known, data)
         return self._learn(data)
 
-    def _go_on(self, known: _Beginning, data: bytes) -> Any:
+    def _go_on(self, known: Beginning, data: bytes) -> Any:
         rest, longest = data[len(known.block) :], self.max_header_list_size
         # A change of the table's size may stand at a block's beginning only: that is for the decoder to judge.
         if known.headers_size > longest or (rest and rest[0] >> 5 == 1):
@@ -346,7 +346,7 @@ class RequestDecoder(frames.HeaderDecoder):
             end, entries, entries_size = ends[plain - 1]
             size = sum(32 + len(name) + len(value) for name, value in headers[:plain])
             del self._beginnings[_MOST_BEGINNINGS - 1 :]
-            self._beginnings.insert(0, _Beginning(data[:end], tuple(headers[:plain]), size, entries, entries_size))
+            self._beginnings.insert(0, Beginning(data[:end], tuple(headers[:plain]), size, entries, entries_size))
         return headers
 
     def _decode_indexed(self, data: Any) -> Any:
@@ -373,10 +373,15 @@ def remember_requests(engine: H2Connection) -> bool:
 def open_window(engine: H2Connection, size: int) -> None:
     """Let a new engine expect `size` more bytes; that the peer is told so is the caller's."""
     if has_short_ways():
-        engine._inbound_flow_control_window_manager.window_opened(size)
+        open_window_past_h2(engine, size)
     else:
         engine.increment_flow_control_window(size)
         engine.clear_outbound_data_buffer()
+
+
+def open_window_past_h2(engine: H2Connection, size: int) -> None:
+    """The short way of `open_window`."""
+    engine._inbound_flow_control_window_manager.window_opened(size)
 
 
 def spend_window(engine: H2Connection, stream_id: int, size: int) -> bool:
@@ -396,10 +401,11 @@ def short_answer(engine: H2Connection, stream_id: int, message: bytes) -> bytes 
     """
     if not has_short_ways():
         return None
-    return _short_answer(engine, stream_id, message)
+    return answer_past_h2(engine, stream_id, message)
 
 
-def _short_answer(engine: H2Connection, stream_id: int, message: bytes) -> bytes | None:
+def answer_past_h2(engine: H2Connection, stream_id: int, message: bytes) -> bytes | None:
+    """The short way of `short_answer`."""
     stream = engine.streams.get(stream_id)
     if stream is None or engine.encoder.table_size_changes:
         return None
@@ -411,7 +417,7 @@ def _short_answer(engine: H2Connection, stream_id: int, message: bytes) -> bytes
         state.stream_closed_by = StreamClosedBy.SEND_END_STREAM
         state.state = StreamState.CLOSED
     else:
-        for step in _ANSWER_STEPS:
+        for step in ANSWER_STEPS:
             state.process_input(step)
     stream.outbound_flow_control_window -= size
     engine.outbound_flow_control_window -= size
@@ -429,96 +435,9 @@ def _short_answer(engine: H2Connection, stream_id: int, message: bytes) -> bytes
 @lru_cache(maxsize=1)
 def has_short_ways() -> bool:
     """Whether the installed h2 and hpack have what the short ways need, and end up where their public API would."""
+    from siderolink.common.grpc.h2_trial import try_short_ways
+
     try:
-        return _try_short_ways()
+        return try_short_ways()
     except Exception:
         return False
-
-
-def _try_short_ways() -> bool:
-    client = H2Connection(H2Configuration(client_side=True, header_encoding="latin-1"))
-    server, plain = (H2Connection(H2Configuration(client_side=False, header_encoding="latin-1")) for _ in range(2))
-    for connection in (client, server, plain):
-        connection.initiate_connection()
-    client.receive_data(server.data_to_send())
-    plain.clear_outbound_data_buffer()
-    for stream_id in (1, 3):
-        client.send_headers(stream_id, _REQUEST, end_stream=stream_id == 1)
-    client.send_data(3, bytes(30), end_stream=True)
-    client.increment_flow_control_window(40)
-    wire = client.data_to_send()
-    events = server.receive_data(wire[: len(frames.PREFACE)]) + _receive(server, wire[len(frames.PREFACE) :])
-    if list(map(_told, events)) != list(map(_told, plain.receive_data(wire))):
-        return False
-    if server.data_to_send() != plain.data_to_send() or _windows(server) != _windows(plain):
-        return False
-    return _try_sending(client, server, plain) and _try_remembering() and _try_ending(client, server, plain)
-
-
-def _try_remembering() -> bool:
-    encoder = Encoder()
-    requests = ([*_REQUEST, ("grpc-timeout", value), ("user-agent", "a")] for value in ("1S", "20S"))
-    first, second = (bytes(encoder.encode(request)) for request in requests)
-    beginnings: list[_Beginning] = []
-    decoders = [Decoder(), RequestDecoder(1 << 16, beginnings), RequestDecoder(1 << 16, beginnings)]
-    plain, learning, knowing = (
-        ([list(decoder.decode(block, True)) for block in (first, second)], vars(decoder.header_table)) for decoder in decoders
-    )
-    return plain == learning == knowing and len(beginnings) == 1
-
-
-def _told(event: Event) -> tuple[str, list[tuple[str, str]]]:
-    """An event in words, the parts of it included."""
-    return type(event).__name__, sorted((name, repr(value)) for name, value in vars(event).items())
-
-
-def _windows(engine: H2Connection) -> tuple[int, ...]:
-    return engine.local_flow_control_window(3), engine.inbound_flow_control_window, engine.open_inbound_streams
-
-
-def _try_ending(client: H2Connection, server: H2Connection, plain: H2Connection) -> bool:
-    client.close_connection(error_code=2, additional_data=b"why")
-    wire = client.data_to_send()
-    ways = (_receive(server, wire), plain.receive_data(wire))
-    return (
-        len({tuple(map(repr, map(_told, events))) for events in ways}) == 1
-        and server.state_machine.state is plain.state_machine.state
-    )
-
-
-def _try_sending(client: H2Connection, server: H2Connection, plain: H2Connection) -> bool:
-    window = server.local_flow_control_window(3)
-    opened = (new.inbound_flow_control_window for new in (server, plain))
-    for new, opens in (
-        (server, server._inbound_flow_control_window_manager.window_opened),
-        (plain, plain.increment_flow_control_window),
-    ):
-        opens(5)
-        new.clear_outbound_data_buffer()
-    if len(set(opened)) != 1:
-        return False
-    answer = _short_answer(server, 1, bytes(10))
-    if answer is None or not _is_answer(client.receive_data(answer), 10):
-        return False
-    for step in _ANSWER_STEPS:
-        plain.streams[1].state_machine.process_input(step)
-    if vars(server.streams[1].state_machine) != vars(plain.streams[1].state_machine):
-        return False
-    if server.open_inbound_streams != 1:
-        return False
-    left = server.outbound_flow_control_window
-    server.streams[3].outbound_flow_control_window -= 20
-    server.outbound_flow_control_window -= 20
-    if server.outbound_flow_control_window != left - 20 or server.local_flow_control_window(3) != window - 20:
-        return False
-    server.encoder.header_table_size = 0
-    return bool(server.encoder.table_size_changes)
-
-
-_REQUEST = [(":method", "POST"), (":scheme", "http"), (":path", "/"), (":authority", "x")]
-
-
-def _is_answer(events: Sequence[Event], size: int) -> bool:
-    kinds = [event.__class__ for event in events]
-    bodies = [len(event.data or b"") for event in events if isinstance(event, DataReceived)]
-    return kinds == [ResponseReceived, DataReceived, TrailersReceived, StreamEnded] and bodies == [size]
