@@ -13,7 +13,7 @@ _REQUEST = [(":method", "POST"), (":scheme", "http"), (":path", "/"), (":authori
 
 
 def try_short_ways() -> bool:
-    """Go both ways with engines side by side: events, state, windows and bytes have to be the same. Raises what a missing name raises."""
+    """Go both ways side by side: events, states, windows and bytes have to be the same. Raises AttributeError and the like."""
     client = H2Connection(H2Configuration(client_side=True, header_encoding="latin-1"))
     server, plain = (H2Connection(H2Configuration(client_side=False, header_encoding="latin-1")) for _ in range(2))
     for connection in (client, server, plain):
