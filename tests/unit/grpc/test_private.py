@@ -13,7 +13,7 @@ from hpack.exceptions import HPACKError
 from hypothesis import given
 from hypothesis import strategies as st
 
-from siderolink.common.grpc import private
+from siderolink.common.grpc import h2_trial, private
 
 REAL = private.has_short_ways
 
@@ -45,7 +45,7 @@ class Renamed(H2Connection):
         self.__dict__["table"] = self.__dict__.pop("streams")
 
     def __getattr__(self, name: str) -> Any:
-        if name == "streams" and inspect.stack()[1].filename.endswith("private.py"):
+        if name == "streams" and inspect.stack()[1].filename.endswith(("private.py", "h2_trial.py")):
             raise AttributeError(name)
         return self.__dict__["table"] if name == "streams" else super().__getattribute__(name)
 
@@ -58,9 +58,25 @@ class Counting(H2Connection):
         return 2
 
 
-@pytest.mark.parametrize("other", [Moved, Renamed, Counting])
+class Strict(H2Connection):
+    """An h2 that takes GOAWAY only as hyperframe's frame."""
+
+    def _receive_goaway_frame(self, frame: Any) -> Any:
+        if isinstance(frame, tuple):
+            raise TypeError
+        return super()._receive_goaway_frame(frame)
+
+
+class Wide(H2Connection):
+    """An h2 that opens its window otherwise."""
+
+    def increment_flow_control_window(self, increment: int, stream_id: int | None = None) -> None:
+        super().increment_flow_control_window(2 * increment, stream_id)
+
+
+@pytest.mark.parametrize("other", [Moved, Renamed, Counting, Strict, Wide])
 def test_another_h2_is_used_by_its_public_api(other: type[H2Connection], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(private, "H2Connection", other)
+    monkeypatch.setattr(h2_trial, "H2Connection", other)
     assert not REAL()
     engine = H2Connection(H2Configuration(client_side=False))
     assert private.receive(engine, b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n") == []
@@ -69,7 +85,7 @@ def test_another_h2_is_used_by_its_public_api(other: type[H2Connection], monkeyp
 
 
 def test_a_step_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(private, "_ANSWER_STEPS", ("SEND_EVERYTHING",))
+    monkeypatch.setattr(private, "ANSWER_STEPS", ("SEND_EVERYTHING",))
     assert not REAL()
 
 
@@ -79,7 +95,7 @@ def test_an_encoder_that_hides_its_table(monkeypatch: pytest.MonkeyPatch) -> Non
             super().__init__(config)
             self.encoder = cast("Any", HiddenEncoder())
 
-    monkeypatch.setattr(private, "H2Connection", Hidden)
+    monkeypatch.setattr(h2_trial, "H2Connection", Hidden)
     assert not REAL()
 
 
