@@ -59,12 +59,12 @@ class Counting(H2Connection):
 
 
 class Strict(H2Connection):
-    """An h2 that takes GOAWAY only as hyperframe's frame."""
+    """An h2 that has another name for what takes a GOAWAY frame."""
 
-    def _receive_goaway_frame(self, frame: Any) -> Any:
-        if isinstance(frame, tuple):
-            raise TypeError
-        return super()._receive_goaway_frame(frame)
+    def __getattribute__(self, name: str) -> Any:
+        if name == "_receive_goaway_frame" and inspect.stack()[1].filename.endswith("private.py"):
+            raise AttributeError(name)
+        return super().__getattribute__(name)
 
 
 class Wide(H2Connection):
