@@ -3,7 +3,6 @@
 import asyncio
 import logging
 import re
-from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from siderolink.common.grpc.limits import CallLimits, Limits
 from siderolink.common.grpc.messages import ServerCodec
 from siderolink.common.grpc.refusals import Refusal, Refused
 from siderolink.common.grpc.sources import TrustedProxies, source_of
+from siderolink.common.grpc.timers import Timers
 from siderolink.common.grpc.turns import CALL_SECONDS, Metered
 
 log = logging.getLogger("siderolink")
@@ -186,7 +186,7 @@ class CallHandler(AbstractHandler):
         self._caller = caller or Caller()
         self._methods = methods
         self._limits = limits
-        self._running: Counter[str] = Counter()
+        self._running: dict[str, int] = {}
         self._tasks: dict[GrpclibH2Stream, asyncio.Task[None]] = {}
 
     @property
@@ -230,7 +230,7 @@ class CallHandler(AbstractHandler):
             metered = _metered(run, account, is_forwarded=account is not connection.account)
         task = asyncio.get_running_loop().create_task(metered)
         self._tasks[stream] = task
-        self._running[path] += 1
+        self._running[path] = self._running.get(path, 0) + 1
 
         def done(task: asyncio.Task[None]) -> None:
             self._tasks.pop(stream, None)
@@ -269,7 +269,7 @@ class CallHandler(AbstractHandler):
         if method is None:
             raise _Bad(Refusal.UNKNOWN_METHOD, Status.UNIMPLEMENTED, "the method is not served here")
         most = method.limits.max_calls
-        if most is not None and self._running[path] >= most:
+        if most is not None and self._running.get(path, 0) >= most:
             message = f"more than {most} calls of this method at a time on one connection"
             raise _Bad(Refusal.TOO_MANY_CALLS, Status.RESOURCE_EXHAUSTED, message)
         return method
@@ -282,12 +282,13 @@ class CallHandler(AbstractHandler):
             metadata = decode_metadata(headers)
         except (ValueError, OverflowError):
             raise _Bad(Refusal.BAD_REQUEST, Status.INVALID_ARGUMENT, "the call's metadata cannot be read") from None
+        expiry = None if deadline is None else _Expiry(deadline, stream.connection.timers)
         if handler.request_type is ByteStream:
             first = {key: value for key in metadata if isinstance(value := metadata[key], str)}
             byte_stream = ByteStream(stream, first, server=True)
             byte_stream.peer_address = origin.address
             byte_stream.on_valid_token = origin.on_valid_token
-            return self._run_byte_stream(stream, byte_stream, handler.func, deadline)
+            return self._run_byte_stream(stream, byte_stream, handler.func, expiry)
         stream.buffer.charge(origin.account)
         self._bound(stream, method)
         call = private.Call(
@@ -308,7 +309,7 @@ class CallHandler(AbstractHandler):
         call.on_valid_token = origin.on_valid_token
         call.path = fields.get(":path", "")
         call.wait_turn = origin.account.wait_turn
-        return self._run_call(stream, call, method, deadline)
+        return self._run_call(stream, call, method, expiry)
 
     def _bound(self, stream: H2Stream, method: Method) -> None:
         """Set the bounds of the call's messages."""
@@ -322,7 +323,7 @@ class CallHandler(AbstractHandler):
         elif self._limits.stream_idle_timeout is not None:
             stream.buffer.expect_messages(self._limits.stream_idle_timeout)
 
-    async def _run_call(self, stream: H2Stream, call: private.Call, method: Method, deadline: Deadline | None) -> None:
+    async def _run_call(self, stream: H2Stream, call: private.Call, method: Method, expiry: "_Expiry | None") -> None:
         def finish(status: Status, message: str | None) -> None:
             if not call.trailers_sent:
                 if status is Status.OK and not method.handler.cardinality.server_streaming and not call.message_sent:
@@ -347,12 +348,12 @@ class CallHandler(AbstractHandler):
             else:
                 await call.send_waiting()
 
-        await _run(answer, call, deadline, finish)
+        await _run(answer, call, expiry, finish)
 
     async def _run_byte_stream(
-        self, stream: H2Stream, byte_stream: ByteStream, handler: ByteStreamHandler, deadline: Deadline | None
+        self, stream: H2Stream, byte_stream: ByteStream, handler: ByteStreamHandler, expiry: "_Expiry | None"
     ) -> None:
-        await _run(handler, byte_stream, deadline, byte_stream.end)
+        await _run(handler, byte_stream, expiry, byte_stream.end)
         stream.abort()
 
 
@@ -394,12 +395,13 @@ async def _lasting(seconds: float) -> AsyncIterator[None]:
 async def _run(
     func: Callable[[Any], Awaitable[None]],
     argument: object,
-    deadline: Deadline | None,
+    expiry: "_Expiry | None",
     finish: Callable[[Status, str | None], None],
 ) -> None:
     """Run a handler and finish its call with the status that follows; only a cancellation comes through."""
-    expiry = None if deadline is None else _Expiry(deadline.time_remaining())
     try:
+        if expiry is not None:
+            expiry.begin()
         await func(argument)
     except GRPCError as error:
         finish(error.status, error.message)
@@ -424,13 +426,18 @@ async def _run(
 class _Expiry:
     """Cancels the present task at its call's deadline. It is asyncio.timeout for a whole task, at a part of its cost."""
 
-    __slots__ = ("_has_come", "_task", "_timer")
+    __slots__ = ("_deadline", "_has_come", "_task", "_timers")
 
-    def __init__(self, seconds: float) -> None:
-        loop = asyncio.get_running_loop()
-        self._task = asyncio.current_task(loop)
+    def __init__(self, deadline: Deadline, timers: Timers) -> None:
+        self._deadline = deadline
+        self._timers = timers
+        self._task: asyncio.Task[Any] | None = None
         self._has_come = False
-        self._timer: asyncio.TimerHandle | None = loop.call_later(seconds, self._come)
+
+    def begin(self) -> None:
+        """In the call's task."""
+        self._task = asyncio.current_task()
+        self._timers.after(self, self._deadline.time_remaining(), self._come)
 
     def _come(self) -> None:
         self._has_come = True
@@ -443,9 +450,8 @@ class _Expiry:
 
     def stop(self) -> None:
         """The call is over."""
-        if self._timer is not None:
-            self._timer.cancel()
-        self._timer = self._task = None
+        self._timers.stop(self)
+        self._task = None
 
 
 def check_fields(headers: Sequence[tuple[str, str]]) -> None:

@@ -24,6 +24,7 @@ from siderolink.common.grpc.messages import MessageBuffer, OnRefusal
 from siderolink.common.grpc.outbound import CorkedTransport, Gate
 from siderolink.common.grpc.raw_streams import RawStreams, Sink
 from siderolink.common.grpc.refusals import PEER_FAULTS, Refusal, Refused
+from siderolink.common.grpc.timers import Timers
 
 Headers = list[tuple[str, str]]
 
@@ -114,7 +115,11 @@ class H2Stream(private.ToldStream):
         owner.streams_started += 1
         self.created = owner.last_stream_created = time.monotonic()
         self.buffer = MessageBuffer(
-            lambda size: owner.ack(stream_id, size), owner.limits.max_message_bytes, owner.refuse_call, owner.account
+            lambda size: owner.ack(stream_id, size),
+            owner.limits.max_message_bytes,
+            owner.refuse_call,
+            owner.account,
+            owner.timers,
         )
 
     async def send_data(self, data: bytes, end_stream: bool = False) -> None:
@@ -171,6 +176,7 @@ class Connection(_GrpclibConnection):
         limits: Limits,
         server: bool,
         account: Account,
+        timers: Timers,
         on_refusal: OnRefusal,
         on_flood: Callable[[Refused], None],
     ) -> None:
@@ -179,6 +185,7 @@ class Connection(_GrpclibConnection):
         super().__init__(engine, self.transport, config=grpclib_config(limits, server=server))
         self.limits = limits
         self.account = account
+        self.timers = timers
         self.on_refusal = on_refusal
         self.guard = frames.FloodGuard(limits, asyncio.get_running_loop().time)
         self.scanner = frames.FrameScanner(limits, self.guard, server=server)

@@ -7,7 +7,6 @@ from siderolink.common.grpc import turns
 from siderolink.common.grpc.connection import Connection
 from siderolink.common.grpc.processor import Processor
 from siderolink.common.grpc.refusals import Refusal, Refused
-from siderolink.common.grpc.timers import Timers
 
 _LONGEST_WAIT = 1.0
 _LOOK_EVERY = 64
@@ -28,7 +27,6 @@ class Input:
         connection: Connection,
         processor: Processor,
         transport: asyncio.Transport,
-        timers: Timers,
         fail: Callable[[Exception], None],
     ) -> None:
         self.flooded: Refused | None = None
@@ -36,7 +34,7 @@ class Input:
         self._connection = connection
         self._processor = processor
         self._transport = transport
-        self._timers = timers
+        self._timers = connection.timers
         self._fail = fail
         self._account = connection.account
         self._loop = asyncio.get_running_loop()

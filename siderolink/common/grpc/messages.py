@@ -1,6 +1,5 @@
 """Bounds on gRPC's length-prefixed messages (gRPC over HTTP/2, "Length-Prefixed-Message"), and the codec of ordinary calls."""
 
-import asyncio
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +10,7 @@ from grpclib.protocol import Buffer
 from siderolink.common.errors import InvalidAnswerError
 from siderolink.common.grpc.accounts import Account
 from siderolink.common.grpc.refusals import Refusal, Refused
+from siderolink.common.grpc.timers import Timers
 from siderolink.common.protobuf_wire import count_fields, refuse_strings_as_numbers
 
 PREFIX_BYTES = 5
@@ -85,14 +85,16 @@ class _Held:
 class MessageBuffer(Buffer):
     """The unread messages of a call, bounded in size and by a deadline."""
 
-    def __init__(self, acknowledge: Callable[[int], None], max_bytes: int, on_refusal: OnRefusal, account: Account) -> None:
+    def __init__(
+        self, acknowledge: Callable[[int], None], max_bytes: int, on_refusal: OnRefusal, account: Account, timers: Timers
+    ) -> None:
         self._held = _Held(account, acknowledge)
         super().__init__(self._held.consumed)
         self._acknowledge = acknowledge
         self._guard = PrefixGuard(max_bytes)
         self._on_refusal = on_refusal
         self._error: tuple[Status, str] | None = None
-        self._timer: asyncio.TimerHandle | None = None
+        self._timers = timers
         self._message_seconds: float | None = None
         self._single = False
         self._is_read = False
@@ -120,13 +122,11 @@ class MessageBuffer(Buffer):
         self._expect(seconds)
 
     def _expect(self, seconds: float) -> None:
-        self._timer = asyncio.get_running_loop().call_later(seconds, self._late, seconds)
+        self._timers.after(self, seconds, self._late, seconds)
 
     def settle(self) -> None:
         """Expect nothing any more."""
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        self._timers.stop(self)
 
     def release(self) -> None:
         """The call is over: give back what it still held."""
@@ -222,7 +222,6 @@ class MessageBuffer(Buffer):
         self._partial_size = 0
 
     def _late(self, seconds: float) -> None:
-        self._timer = None
         self._fail(Refusal.REQUEST_TIMEOUT, Status.DEADLINE_EXCEEDED, f"the request did not end within {seconds:g} s")
 
     def _fail(self, refusal: Refusal, status: Status, message: str) -> None:

@@ -77,11 +77,12 @@ class Http2Protocol(H2Protocol):
             limits=self._limits,
             server=self._server,
             account=self._account or Account(self._limits),
+            timers=self._timers,
             on_refusal=self._on_refusal,
             on_flood=self._flood,
         )
         self.processor = Processor(self.handler, self.connection, self._on_streams)
-        self._input = Input(self.connection, self.processor, made, self._timers, self._fail)
+        self._input = Input(self.connection, self.processor, made, self._fail)
         if not self._server:
             self.connection.begin()
         self._timers.after("preface", self._limits.preface_timeout, self._preface_late)

@@ -1,7 +1,7 @@
-"""The deadlines of one connection, by name, on a single timer of the loop."""
+"""The deadlines of one connection and its calls, by name, on a single timer of the loop."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 _GRAIN = 0.001
 
@@ -13,18 +13,18 @@ class Timers:
         """`run` is called with the callback and its arguments."""
         self._run: Callable[..., None] | None = run
         self._loop = asyncio.get_running_loop()
-        self._due: dict[str, tuple[float, Callable[..., None], tuple[object, ...]]] = {}
+        self._due: dict[Hashable, tuple[float, Callable[..., None], tuple[object, ...]]] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = 0.0
 
-    def after(self, name: str, seconds: float, callback: Callable[..., None], *args: object) -> None:
+    def after(self, name: Hashable, seconds: float, callback: Callable[..., None], *args: object) -> None:
         """Call back in so many seconds."""
         at = self._loop.time() + seconds
         self._due[name] = (at, callback, args)
         if self._timer is None or at < self._timer_at:
             self._arm(at)
 
-    def stop(self, name: str) -> None:
+    def stop(self, name: Hashable) -> None:
         """Do not call back any more."""
         self._due.pop(name, None)
 
