@@ -2,8 +2,7 @@
 
 import asyncio
 import logging
-import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -23,9 +22,10 @@ from siderolink.common.grpc.accounts import Account, CallBudget
 from siderolink.common.grpc.budget import ConnectionBudget, Held
 from siderolink.common.grpc.byte_stream import CONTENT_TYPE, ByteStream, trailers
 from siderolink.common.grpc.connection import H2Stream, Headers
+from siderolink.common.grpc.header_fields import check_fields
 from siderolink.common.grpc.limits import CallLimits, Limits
 from siderolink.common.grpc.messages import ServerCodec
-from siderolink.common.grpc.refusals import Refusal, Refused
+from siderolink.common.grpc.refusals import Refusal
 from siderolink.common.grpc.sources import TrustedProxies, source_of
 from siderolink.common.grpc.timers import Timers
 from siderolink.common.grpc.turns import CALL_SECONDS, Metered
@@ -39,15 +39,6 @@ SHUTTING_DOWN = "the server is shutting down"
 """Status message for calls that run when the server stops."""
 ANY_METHOD = "*"
 """The path by which a service offers what serves every method that no service has."""
-
-_ORDINARY_NAMES = frozenset((
-    ":method", ":scheme", ":path", ":authority", "content-type", "user-agent", "te", "grpc-timeout", "grpc-accept-encoding",
-))  # fmt: skip
-"""Names of fields that need no check of their characters."""
-_NAME = re.compile(r":?[!-9;-@\[-~]+")
-_VALUE = re.compile(r"(?:[^\0\r\n\t ](?:[^\0\r\n]*[^\0\r\n\t ])?)?")
-_PSEUDO = frozenset((":method", ":scheme", ":path", ":authority"))
-_CONNECTION_FIELDS = frozenset(("connection", "keep-alive", "proxy-connection", "transfer-encoding", "upgrade"))
 
 ByteStreamHandler = Callable[[ByteStream], Awaitable[None]]
 """Serves one byte stream until it returns (status OK) or raises GRPCError; it is cancelled when the peer resets the stream."""
@@ -452,34 +443,6 @@ class _Expiry:
         """The call is over."""
         self._timers.stop(self)
         self._task = None
-
-
-def check_fields(headers: Sequence[tuple[str, str]]) -> None:
-    """Check a request's fields. Raises Refused for what RFC 9113 calls malformed."""
-    pseudo: dict[str, str] = {}
-    host = None
-    for number, (name, value) in enumerate(headers):
-        has_good_name = name in _ORDINARY_NAMES or _NAME.fullmatch(name) is not None
-        # without controls and spaces a value is good; the pattern is for the others
-        if not has_good_name or not (value.isprintable() and " " not in value or _VALUE.fullmatch(value) is not None):
-            raise _malformed("a field has a character that it may not have")
-        if name[0] == ":":
-            if name not in _PSEUDO or name in pseudo or number != len(pseudo):
-                raise _malformed("a pseudo-header field is unknown, repeated or out of place")
-            pseudo[name] = value
-        elif name in _CONNECTION_FIELDS or (name == "te" and value.lower() != "trailers"):
-            raise _malformed("a field of HTTP/1 connections")
-        elif name == "host":
-            if host is not None:
-                raise _malformed("the request names its host twice")
-            host = value
-    authority = pseudo.get(":authority", host)
-    if len(pseudo) - (":authority" in pseudo) != 3 or not pseudo[":path"] or authority is None or host not in (None, authority):
-        raise _malformed("a pseudo-header field is missing, or the request names two hosts")
-
-
-def _malformed(message: str) -> Refused:
-    return Refused(Refusal.PROTOCOL_ERROR, message)
 
 
 def _check_request(headers: Headers) -> tuple[str, dict[str, str]]:

@@ -44,7 +44,7 @@ def h2_config(*, server: bool) -> H2Configuration:
         client_side=not server,
         # ASCII on the wire; a byte above it must not raise half way through a frame. A server decodes them itself: `as_text`.
         header_encoding=None if server else HEADER_ENCODING,
-        validate_inbound_headers=not server,  # a server checks a request's fields itself: calls.check_fields
+        validate_inbound_headers=not server,  # a server checks a request's fields itself: header_fields
         validate_outbound_headers=False,
         normalize_outbound_headers=False,
         normalize_inbound_headers=False,
