@@ -20,7 +20,7 @@ from siderolink.common.tasks import background_tasks
 
 SPARE_DESCRIPTORS = 64
 """File descriptors that a process needs besides its connections."""
-_YOUNG, _MIDDLE, _OLD = 20_000, 20, 100
+_YOUNG, _MIDDLE, _OLD = 5_000, 40, 200
 
 
 def loop_options() -> dict[str, bool]:

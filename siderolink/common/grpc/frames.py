@@ -29,7 +29,7 @@ _MAX_CREDIT = 4096
 
 SMALL_BYTES = 32
 """DATA shorter than this, and not the last of its stream, is counted: no WireGuard datagram and hardly a message is."""
-PIECE_FRAMES = 32
+PIECE_FRAMES = 8
 """Frames that the HTTP/2 engine gets at a time."""
 MAX_SETTINGS_ENTRIES = 64
 """Entries of one SETTINGS frame; peers send fewer than ten."""

@@ -162,7 +162,7 @@ class ProvisionService:
         try:
             return await self._admit(request, source, on_valid_token)
         except JoinRejectedError as rejection:
-            error = rejection
+            error = rejection.with_traceback(None)  # which leads back to here
         except StoreFullError as failure:
             log.error("a join from %s was refused: %s", source, failure, extra={"node_uuid": request.node_uuid})
             error = JoinRejectedError(JoinRefusal.STORE_FULL, "the server cannot store more machines at present")

@@ -1,5 +1,8 @@
 """Provision: exact answers, exact refusals, and what the device and the store hold afterwards."""
 
+import contextlib
+import gc
+import uuid
 from dataclasses import replace
 from ipaddress import IPv6Interface, IPv6Network
 
@@ -402,3 +405,24 @@ async def test_limits_refuse_new_machines_and_leave_known_ones_alone() -> None:
     await manager.join(newcomer)
     assert await manager.machines.find(two.node_uuid) is None, "who has had time for a handshake gives way"
     assert (await manager.refuses(replace(reborn, key=new_key())))[1].startswith("too many machines have joined")
+
+
+async def test_a_refused_join_leaves_nothing_for_the_collector() -> None:
+    """Whoever guesses tokens would leave some fifty objects with each guess, and the collector would hold the loop for them."""
+    manager = Manager()
+    request = ProvisionRequest(node_uuid=str(uuid.uuid4()), node_public_key="A" * 43 + "=", join_token="guess")
+
+    async def guess() -> None:
+        with contextlib.suppress(GRPCError):
+            await manager.service.provision(request, source="192.0.2.1")
+
+    await guess()
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(20):
+            await guess()
+        assert gc.collect() < 20
+    finally:
+        gc.enable()
+    assert manager.service.refusals[JoinRefusal.INVALID_JOIN_TOKEN] == 21
