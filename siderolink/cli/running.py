@@ -31,12 +31,19 @@ def loop_options() -> dict[str, bool]:
     return {"use_uvloop": has_uvloop}
 
 
-def run_until_stopped(work: Callable[[], Awaitable[None]], reload: Callable[[], None] | None = None) -> None:
-    """Run `work` on uvloop until it ends or SIGINT or SIGTERM comes; either is a success. SIGHUP calls `reload`."""
+def run_until_stopped(
+    work: Callable[[], Awaitable[None]],
+    reload: Callable[[], None] | None = None,
+    drain: Callable[[], Awaitable[None]] | None = None,
+) -> None:
+    """Run `work` on uvloop until it ends or SIGINT or SIGTERM comes; either is a success. SIGHUP calls `reload`.
+
+    SIGTERM waits for `drain` first, until a second signal.
+    """
 
     async def main() -> None:
         async with background_tasks() as tasks:
-            await tasks.start(stop_on_signal, tasks.cancel_scope)
+            await tasks.start(stop_on_signal, tasks.cancel_scope, drain)
             if reload is not None:
                 await tasks.start(_reload_on_signal, reload)
             await work()
@@ -54,14 +61,25 @@ def leave() -> NoReturn:
     os._exit(0)
 
 
-async def stop_on_signal(scope: anyio.CancelScope, *, task_status: TaskStatus[None]) -> None:
+async def stop_on_signal(
+    scope: anyio.CancelScope, drain: Callable[[], Awaitable[None]] | None = None, *, task_status: TaskStatus[None]
+) -> None:
     """Cancel the scope when SIGINT or SIGTERM comes. The service manager is told before anything is taken down."""
+
+    async def leave_in_order(drain: Callable[[], Awaitable[None]]) -> None:
+        await drain()
+        scope.cancel()
+
     with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
         task_status.started()
-        async for _ in signals:
-            notify("STOPPING=1")
-            scope.cancel()
-            return
+        async with anyio.create_task_group() as tasks:
+            async for number in signals:
+                notify("STOPPING=1")
+                if drain is None or number != signal.SIGTERM:
+                    scope.cancel()
+                    return
+                tasks.start_soon(leave_in_order, drain)
+                drain = None
 
 
 async def _reload_on_signal(reload: Callable[[], None], *, task_status: TaskStatus[None]) -> None:

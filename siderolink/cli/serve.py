@@ -163,6 +163,17 @@ class Serve:
         async with endpoint.serve_metrics(options, source):
             yield
 
+    async def drain(self) -> None:
+        """Where other servers share the store, let machines go to them for as long as the settings say."""
+        if self._options.drain_timeout and self._serving.is_running:
+            try:
+                left = await self._serving.server.drain(self._options.drain_timeout)
+            except SideroLinkError as error:
+                say("not drained", str(error), level=logging.WARNING)
+                return
+            if left:
+                say("not drained", f"{left} machines are still here after {self._options.drain_timeout:g} s")
+
     def reload(self) -> None:
         """Reload the join token file and the certificate. Logs unusable ones and keeps the old ones in use."""
         notify(f"RELOADING=1\nMONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}")
@@ -296,7 +307,7 @@ def run_serve(options: ServeConfig) -> None:
     """Serve until stopped. Raises SideroLinkError."""
     allow_descriptors(_MOST_DESCRIPTORS)
     serve = Serve(options)
-    run_until_stopped(serve.run, serve.reload)
+    run_until_stopped(serve.run, serve.reload, serve.drain)
     leave()
 
 

@@ -34,6 +34,7 @@ from siderolink.cli.serve_values import (
     is_loopback,
     listed,
     networks,
+    option,
     written_as_text,
 )
 from siderolink.common.errors import ConfigurationError
@@ -43,15 +44,6 @@ from siderolink.server import HistoryOptions, KeepOptions, MachineLimits, PeerOp
 
 DAY = 86_400.0
 _MIB = 1024 * 1024
-
-
-def _option(default: Any, text: str, panel: str, **more: Any) -> Any:
-    """A field: its default, its help text, its place in the help, and what else the option needs to know.
-
-    ``metavar`` is the value's placeholder, ``shown`` describes a default that is found at run time, ``only_on`` marks a switch
-    without an opposite option, ``secret`` a value that is never shown.
-    """
-    return Field(default, description=text, repr="secret" not in more, json_schema_extra={"panel": panel, **more})
 
 
 _API, _ADMIN, _WIREGUARD, _OVERLAY = "API for machines", "Administration", "WireGuard", "Overlay"
@@ -70,10 +62,8 @@ ALTERNATIVES = (
 class ServeConfig(SettingsPart):
     """All settings of `serve`."""
 
-    api_listen: HostAndPort = _option(
-        f"[::]:{DEFAULT_API_PORT}", "Address for the API to listen on.", _API, metavar="HOST:PORT"
-    )
-    api_url: str | None = _option(
+    api_listen: HostAndPort = option(f"[::]:{DEFAULT_API_PORT}", "Address for the API to listen on.", _API, metavar="HOST:PORT")
+    api_url: str | None = option(
         None,
         "URL by which machines reach the API, such as https://siderolink.example.com:443. "
         "`siderolink token show --secret` tells it with the token.",
@@ -81,17 +71,17 @@ class ServeConfig(SettingsPart):
         metavar="URL",
         shown="the address of --api-listen, where that is one",
     )
-    tls_cert: FilePath | None = _option(None, "Certificate chain (PEM) of the API.", _API, metavar="FILE", shown="no TLS")
-    tls_key: FilePath | None = _option(
+    tls_cert: FilePath | None = option(None, "Certificate chain (PEM) of the API.", _API, metavar="FILE", shown="no TLS")
+    tls_key: FilePath | None = option(
         None, "Private key (PEM) of the API.", _API, metavar="FILE", shown="read from the --tls-cert file"
     )
-    connections_per_address: int = _option(
+    connections_per_address: int = option(
         1024,
         "Maximum API connections per client address. Enforced while more than half of all connections are in use.",
         _API,
         ge=1,
     )
-    proxy_protocol_from: networks("proxy_protocol_from") = _option(  # type: ignore[valid-type]
+    proxy_protocol_from: networks("proxy_protocol_from") = option(  # type: ignore[valid-type]
         [],
         "Require the PROXY protocol (version 1 or 2) from proxies in this network and refuse API connections from elsewhere. "
         "Repeatable.",
@@ -99,7 +89,7 @@ class ServeConfig(SettingsPart):
         metavar="NETWORK",
         shown="no proxy",
     )
-    forwarded_from: networks("forwarded_from") = _option(  # type: ignore[valid-type]
+    forwarded_from: networks("forwarded_from") = option(  # type: ignore[valid-type]
         [],
         "Trust X-Forwarded-For from proxies in this network. The client is the rightmost address that is not a proxy. "
         "Repeatable.",
@@ -108,20 +98,20 @@ class ServeConfig(SettingsPart):
         shown="no proxy",
     )
 
-    admin_listen: HostAndPort | None = _option(
+    admin_listen: HostAndPort | None = option(
         None,
         "Address for management from elsewhere to listen on, by API keys. TLS is needed but on the loopback.",
         _ADMIN,
         metavar="HOST:PORT",
         shown="not served",
     )
-    admin_tls_cert: FilePath | None = _option(
+    admin_tls_cert: FilePath | None = option(
         None, "Certificate chain (PEM) of --admin-listen.", _ADMIN, metavar="FILE", shown="that of --tls-cert"
     )
-    admin_tls_key: FilePath | None = _option(
+    admin_tls_key: FilePath | None = option(
         None, "Private key (PEM) of it.", _ADMIN, metavar="FILE", shown="read from the --admin-tls-cert file"
     )
-    web_listen: Listen | None = _option(
+    web_listen: Listen | None = option(
         None,
         "Serve the page on this address, by a process of its own (siderolink web); the host defaults to the loopback. TLS is "
         "needed elsewhere.",
@@ -129,13 +119,13 @@ class ServeConfig(SettingsPart):
         metavar="[HOST:]PORT",
         shown="not served",
     )
-    web_tls_cert: FilePath | None = _option(
+    web_tls_cert: FilePath | None = option(
         None, "Certificate chain (PEM) of --web-listen.", _ADMIN, metavar="FILE", shown="no TLS"
     )
-    web_tls_key: FilePath | None = _option(
+    web_tls_key: FilePath | None = option(
         None, "Private key (PEM) of it.", _ADMIN, metavar="FILE", shown="read from the --web-tls-cert file"
     )
-    web_origin: Annotated[list[str], BeforeValidator(listed)] = _option(
+    web_origin: Annotated[list[str], BeforeValidator(listed)] = option(
         [],
         "Under which name browsers reach the page, where neither --web-listen nor the certificate says it, as behind a proxy: "
         "https://HOST[:PORT]. Repeatable.",
@@ -143,76 +133,76 @@ class ServeConfig(SettingsPart):
         metavar="ORIGIN",
         shown="none",
     )
-    audit_days: Annotated[float, Field(gt=0)] = _option(
+    audit_days: Annotated[float, Field(gt=0)] = option(
         365.0, "Keep what people changed for this many days.", _ADMIN, metavar="DAYS"
     )
 
-    wireguard_endpoint: Annotated[list[HostAndPort], BeforeValidator(listed)] = _option(
+    wireguard_endpoint: Annotated[list[HostAndPort], BeforeValidator(listed)] = option(
         [],
         "WireGuard endpoint to give to machines. Repeatable; the first is preferred. Required without --tunnel-only.",
         _WIREGUARD,
         metavar="HOST:PORT",
         shown="none",
     )
-    wireguard_listen_port: PortOrNone | None = _option(
+    wireguard_listen_port: PortOrNone | None = option(
         None,
         "UDP port to listen on, where it differs from the first endpoint's, as behind port forwarding; 0 selects a free one.",
         _WIREGUARD,
         metavar="PORT",
         shown="the first endpoint's",
     )
-    force_tunnel: bool = _option(
+    force_tunnel: bool = option(
         False, "Make every machine use the gRPC tunnel, whatever it asks for.", _WIREGUARD, only_on=True
     )
-    tunnel_only: bool = _option(
+    tunnel_only: bool = option(
         False, "Serve the gRPC tunnel alone: open no UDP port, and need no endpoint.", _WIREGUARD, only_on=True
     )
-    persistent_keepalive: Annotated[int, Field(ge=0, le=65535)] = _option(
+    persistent_keepalive: Annotated[int, Field(ge=0, le=65535)] = option(
         25, "Seconds between keepalives to each machine; 0 disables them.", _WIREGUARD, metavar="SECONDS"
     )
-    interface: str = _option("siderolink", "Interface name.", _WIREGUARD)
-    device: Annotated[DeviceChoice, LAX] = _option(
+    interface: str = option("siderolink", "Interface name.", _WIREGUARD)
+    device: Annotated[DeviceChoice, LAX] = option(
         DeviceChoice.AUTO, "WireGuard implementation to use: the kernel module or the built-in one.", _WIREGUARD, choice=True
     )
-    keep_interface: bool = _option(
+    keep_interface: bool = option(
         False,
         "Keep the kernel interface when stopping, so that links survive a restart.",
         _WIREGUARD,
         only_on=True,
     )
-    netns: str | None = _option(
+    netns: str | None = option(
         None,
         "Network namespace for the interface; gRPC calls and UDP stay in the current one.",
         _WIREGUARD,
         metavar="NAME",
         shown="the current one",
     )
-    no_dial: bool = _option(
+    no_dial: bool = option(
         False, "Do not dial known machines after a start. Use this behind a load balancer.", _WIREGUARD, only_on=True
     )
 
-    installation_id: str | None = _option(
+    installation_id: str | None = option(
         None,
         "Installation ID that the overlay's addresses are derived from. Fixed once the state exists.",
         _OVERLAY,
         metavar="TEXT",
         shown="the stored one, or empty",
     )
-    event_sink_port: PortOrNone = _option(
+    event_sink_port: PortOrNone = option(
         DEFAULT_EVENT_SINK_PORT,
         "TCP port on the overlay to receive machine events on; 0 receives none.",
         _OVERLAY,
         metavar="PORT",
     )
-    log_port: PortOrNone = _option(
+    log_port: PortOrNone = option(
         DEFAULT_LOG_PORT,
         "TCP and UDP port on the overlay to receive machine kernel logs on; 0 receives none.",
         _OVERLAY,
         metavar="PORT",
     )
-    print_machine_logs: bool = _option(False, "Also log the machines' kernel log lines.", _OVERLAY, only_on=True)
+    print_machine_logs: bool = option(False, "Also log the machines' kernel log lines.", _OVERLAY, only_on=True)
     overlay_port: Annotated[list[str], BeforeValidator(written_as_text), BeforeValidator(listed), AfterValidator(are_ports)] = (
-        _option(
+        option(
             [],
             "Overlay port that machines may connect to, such as 8080 or 53/udp; all others except the event and log ports are "
             "closed. Repeatable; `none` closes all.",
@@ -222,7 +212,7 @@ class ServeConfig(SettingsPart):
         )
     )
 
-    join_token: str | None = _option(
+    join_token: str | None = option(
         None,
         "Join token that machines may present. Other users of this host can see arguments.",
         _JOIN,
@@ -230,9 +220,9 @@ class ServeConfig(SettingsPart):
         secret=True,
         shown="none",
     )
-    join_token_file: FilePath | None = _option(None, "File that contains the join token.", _JOIN, metavar="FILE", shown="none")
-    stored_tokens_only: bool = _option(False, "Have no join token but those of `siderolink token`.", _JOIN, only_on=True)
-    join_tokens_mode: Annotated[JoinTokensModeChoice, LAX] | None = _option(
+    join_token_file: FilePath | None = option(None, "File that contains the join token.", _JOIN, metavar="FILE", shown="none")
+    stored_tokens_only: bool = option(False, "Have no join token but those of `siderolink token`.", _JOIN, only_on=True)
+    join_tokens_mode: Annotated[JoinTokensModeChoice, LAX] | None = option(
         None,
         "How machines without a unique token join. With legacyAllowed and strict, one that supports unique tokens stays "
         "pending until the server has written one to it.",
@@ -240,19 +230,19 @@ class ServeConfig(SettingsPart):
         choice=True,
         shown="a join token or a known unique token is enough",
     )
-    forget_after: Annotated[float, Field(gt=0)] | None = _option(
+    forget_after: Annotated[float, Field(gt=0)] | None = option(
         None, "Forget machines that have been silent for this many days.", _JOIN, metavar="DAYS", shown="never"
     )
 
-    state: FilePath | None = _option(
+    state: FilePath | None = option(
         None,
         "File for the server's key and machines.",
         _STATE,
         metavar="FILE",
         shown="under the system's state directory",
     )
-    no_state: bool = _option(False, "Keep the state in memory only.", _STATE, only_on=True)
-    store: str | None = _option(
+    no_state: bool = option(False, "Keep the state in memory only.", _STATE, only_on=True)
+    store: str | None = option(
         None,
         "Remember in Postgres instead of a file: postgresql://USER@HOST:PORT/DATABASE. The password comes by "
         "--store-password-file, by SIDEROLINK_STORE_PASSWORD, or by the systemd credential siderolink.store-password.",
@@ -260,10 +250,10 @@ class ServeConfig(SettingsPart):
         metavar="URL",
         shown="a file",
     )
-    store_password_file: FilePath | None = _option(
+    store_password_file: FilePath | None = option(
         None, "A file that holds the password of --store.", _STATE, metavar="FILE", shown="none"
     )
-    state_key_file: FilePath | None = _option(
+    state_key_file: FilePath | None = option(
         None,
         "A file with the key that seals the secrets of the state. It is made at the first start; all servers of one --store "
         "need the same. The key comes by SIDEROLINK_STATE_KEY or by the systemd credential siderolink.state-key, too. "
@@ -272,24 +262,24 @@ class ServeConfig(SettingsPart):
         metavar="FILE",
         shown="beside the state file",
     )
-    unsealed_secrets: bool = _option(
+    unsealed_secrets: bool = option(
         False,
         "Do without a state key on --store: who reads the database or a dump of it reads the server's key and the tokens.",
         _STATE,
         only_on=True,
     )
-    max_offline: Annotated[float, Field(gt=0)] | None = _option(
+    max_offline: Annotated[float, Field(gt=0)] | None = option(
         None, "With --store: end after this many seconds without the database.", _STATE, metavar="SECONDS", shown="never"
     )
 
-    peer_listen: HostAndPort | None = _option(
+    peer_listen: HostAndPort | None = option(
         None,
         "Address to listen on for the other servers of the same --store, by TLS with keys that they make themselves.",
         _SERVERS,
         metavar="HOST:PORT",
         shown="no other servers",
     )
-    peer_address: HostAndPort | None = _option(
+    peer_address: HostAndPort | None = option(
         None,
         "Address by which the other servers reach --peer-listen. Needed where that is every address.",
         _SERVERS,
@@ -297,61 +287,69 @@ class ServeConfig(SettingsPart):
         shown="that of --peer-listen",
     )
 
-    history_days: Annotated[float, Field(gt=0)] = _option(
+    drain_timeout: Annotated[float, Field(ge=0)] = option(
+        30.0,
+        "After SIGTERM, go on for so many seconds while machines move to other servers of the --store; a second signal ends "
+        "that. A server without others stops at once.",
+        _SERVERS,
+        metavar="SECONDS",
+    )
+
+    history_days: Annotated[float, Field(gt=0)] = option(
         30.0, "Keep what happened to machines for this many days, in the state.", _KEPT, metavar="DAYS"
     )
-    history_entries: Annotated[int, Field(ge=1)] = _option(
+    history_entries: Annotated[int, Field(ge=1)] = option(
         500, "Maximum entries of one machine's history.", _KEPT, metavar="COUNT"
     )
-    no_history: bool = _option(False, "Keep no history.", _KEPT, only_on=True)
-    reports_folder: FilePath | None = _option(
+    no_history: bool = option(False, "Keep no history.", _KEPT, only_on=True)
+    reports_folder: FilePath | None = option(
         None,
         "Directory for the kernel log lines and events that machines send.",
         _KEPT,
         metavar="DIR",
         shown="under the service's log directory, or beside the state file",
     )
-    no_kept_reports: bool = _option(
+    no_kept_reports: bool = option(
         False, "Keep machines' lines and events in memory only, the last ones of each.", _KEPT, only_on=True
     )
-    reports_days: Annotated[float, Field(gt=0)] = _option(
+    reports_days: Annotated[float, Field(gt=0)] = option(
         7.0, "Keep machines' lines and events for this many days.", _KEPT, metavar="DAYS"
     )
-    reports_machine_size: Annotated[int, Field(ge=1)] = _option(
+    reports_machine_size: Annotated[int, Field(ge=1)] = option(
         8, "Maximum size of one machine's lines and events, in MiB; the oldest go first.", _KEPT, metavar="MIB"
     )
-    reports_total_size: Annotated[int, Field(ge=1)] = _option(
+    reports_total_size: Annotated[int, Field(ge=1)] = option(
         1024, "Maximum size of all machines' lines and events, in MiB.", _KEPT, metavar="MIB"
     )
 
-    metrics_listen: Listen | None = _option(
+    metrics_listen: Listen | None = option(
         None,
         "Serve Prometheus metrics, /healthz and /readyz on this address; the host defaults to the loopback.",
         _SEEN,
         metavar="[HOST:]PORT",
         shown="not served",
     )
-    metrics_machines: Annotated[int, Field(ge=0, le=10_000)] = _option(
+    metrics_machines: Annotated[int, Field(ge=0, le=10_000)] = option(
         0, "Maximum number of machines with individual metrics.", _SEEN, metavar="COUNT"
     )
-    log_format: Annotated[LogFormat, LAX] = _option(LogFormat.TEXT, "Format of log records.", _SEEN, choice=True)
-    log_level: Annotated[LogLevel, LAX] = _option(LogLevel.INFO, "Minimum severity to log.", _SEEN, choice=True)
+    log_format: Annotated[LogFormat, LAX] = option(LogFormat.TEXT, "Format of log records.", _SEEN, choice=True)
+    log_level: Annotated[LogLevel, LAX] = option(LogLevel.INFO, "Minimum severity to log.", _SEEN, choice=True)
 
-    limit: LimitKeys | None = _option(  # type: ignore[valid-type]
+    limit: LimitKeys | None = option(  # type: ignore[valid-type]
         None,
         "A limit on machines, such as max-machines=1000. Repeatable; docs/serve.md names all.",
         _LIMITS,
         metavar="NAME=NUMBER",
         shown="see docs/serve.md",
     )
-    api_limit: ApiLimitKeys | None = _option(  # type: ignore[valid-type]
+    api_limit: ApiLimitKeys | None = option(  # type: ignore[valid-type]
         None,
         "A limit of the API, such as max-connections=4096. Repeatable; docs/serve.md names all.",
         _LIMITS,
         metavar="NAME=NUMBER",
         shown="see docs/serve.md",
     )
-    report_limit: ReportLimitKeys | None = _option(  # type: ignore[valid-type]
+    report_limit: ReportLimitKeys | None = option(  # type: ignore[valid-type]
         None,
         "A limit on what machines report, such as lines-per-second=100. Repeatable; docs/serve.md names all.",
         _LIMITS,
@@ -430,10 +428,10 @@ class ServeConfig(SettingsPart):
         api = HostPort.parse(self.api_listen, port_zero=True)
         if api.host != "::" or self.netns is not None or not api.port:
             return
-        for option, port in (("--event-sink-port", self.event_sink_port), ("--log-port", self.log_port)):
+        for name, port in (("--event-sink-port", self.event_sink_port), ("--log-port", self.log_port)):
             if port == api.port:
                 raise ConfigurationError(
-                    f"the API on {self.api_listen} takes port {port} on the overlay, too: change {option} or --api-listen"
+                    f"the API on {self.api_listen} takes port {port} on the overlay, too: change {name} or --api-listen"
                 )
 
     @property

@@ -118,3 +118,12 @@ PortOrNone = Annotated[int, Field(ge=0, le=65535)]
 
 def networks(option: str) -> Any:
     return Annotated[list[str], BeforeValidator(listed), AfterValidator(partial(are_networks, option=option))]
+
+
+def option(default: Any, text: str, panel: str, **more: Any) -> Any:
+    """A field: its default, its help text, its place in the help, and what else the option needs to know.
+
+    ``metavar`` is the value's placeholder, ``shown`` describes a default that is found at run time, ``only_on`` marks a switch
+    without an opposite option, ``secret`` a value that is never shown.
+    """
+    return Field(default, description=text, repr="secret" not in more, json_schema_extra={"panel": panel, **more})

@@ -1,4 +1,6 @@
-"""The goodbye: a machine that stops cleanly tells the server so, inside its WireGuard session.
+"""Words between a machine and its server inside the WireGuard session: a machine's goodbye, and a server's wish to be left.
+
+The goodbye: a machine that stops cleanly tells the server so.
 
 One UDP datagram from the machine's overlay address to GOODBYE_PORT at the server's overlay address, answered by the same bytes.
 The session authenticates it, so nobody else can say goodbye for a machine. Afterwards the server lets the machine's next start
@@ -9,10 +11,20 @@ ICMPv6 "port unreachable" or not at all, and nothing depends on the answer.
     byte  4     version, 1
     byte  5     flags: bit 0 asks the server to forget the machine (trial joins); other bits are sent as zero and ignored
     bytes 6-37  the sender's WireGuard public key; a goodbye for another key than the session's is ignored
+
+The move: a server that drains asks a machine to go to another server of the same store. One UDP datagram from GOODBYE_PORT at
+the server's overlay address to the same port at the machine's, which asks the API anew and takes its answer. It is not
+answered; machines that do not know it stay until the server is gone.
+
+    bytes 0-3   the magic b"SLmv"
+    byte  4     version, 1
+    byte  5     sent as zero and ignored
+    bytes 6-37  the server's WireGuard public key; a move by another key than the session's is ignored
 """
 
 import asyncio
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass
 from ipaddress import IPv6Address
 from typing import Self
@@ -27,6 +39,7 @@ GOODBYE_PORT = 50887
 """UDP, at the server's overlay address."""
 
 _HEADER = b"SLby\x01"
+_MOVE_HEADER = b"SLmv\x01"
 _FORGET = 0x01
 GOODBYE_BYTES = len(_HEADER) + 1 + KEY_BYTES
 _TRIES = 3
@@ -52,6 +65,45 @@ class Goodbye:
         if len(data) != GOODBYE_BYTES or not data.startswith(_HEADER):
             return None
         return cls(public_key=PublicKey(data[6:]), forget=bool(data[5] & _FORGET))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MoveAway:
+    """A server asks a machine to go to another one."""
+
+    public_key: PublicKey
+    """The server's."""
+
+    def encode(self) -> bytes:
+        """The datagram, as long as a goodbye."""
+        return _MOVE_HEADER + bytes(1) + bytes(self.public_key)
+
+    @classmethod
+    def parse(cls, data: bytes) -> Self | None:
+        """Read a datagram; None for anything but a move of version 1."""
+        if len(data) != GOODBYE_BYTES or not data.startswith(_MOVE_HEADER):
+            return None
+        return cls(public_key=PublicKey(data[6:]))
+
+
+async def hear_moves(
+    on_move: Callable[[PublicKey], None], *, address: IPv6Address, server: IPv6Address, interface: str, namespace: str | None
+) -> None:
+    """Call `on_move` with the server's key for each move that comes to the machine's address, until cancelled.
+
+    `namespace` is where the interface is. Raises SideroLinkError where the port cannot be had.
+    """
+    loop = asyncio.get_running_loop()
+    with await bind_overlay(address, GOODBYE_PORT, interface, udp=True, namespace=namespace) as sock:
+        while True:
+            try:
+                data, source = await loop.sock_recvfrom(sock, GOODBYE_BYTES + 1)
+            except OSError:  # the interface is down; who watches it tells
+                await anyio.sleep(1.0)
+                continue
+            move = MoveAway.parse(data)
+            if move is not None and IPv6Address(source[0].partition("%")[0]) == server:
+                on_move(move.public_key)
 
 
 async def say_goodbye(

@@ -31,6 +31,7 @@ from siderolink.server.api.tunnel import TunnelService
 from siderolink.server.clock import Clock
 from siderolink.server.events import EventHub
 from siderolink.server.fleet.dialling import dial_remembered
+from siderolink.server.fleet.draining import Draining
 from siderolink.server.fleet.echo import Echoes, open_echoes
 from siderolink.server.fleet.enrolment import open_machine_api
 from siderolink.server.fleet.fleet import Fleet, make_fleet
@@ -67,6 +68,7 @@ class Parts:
     administration: Administration
     admin_api: GrpcServer | None
     peers: Peers | None
+    draining: Draining
 
 
 class Composition:
@@ -92,6 +94,7 @@ class Composition:
         self._tokens = tokens
         self._admin_services = admin_services
         self._peers: Peers | None = None
+        self._draining: Draining
 
     @asynccontextmanager
     async def run(self) -> AsyncIterator[Parts]:
@@ -135,7 +138,9 @@ class Composition:
                 await tasks.start(fleet.reconciler.follow)
                 await fleet.reconciler.load()
                 await device.settle()
-                self._start_tasks(device, fleet, tasks, echoes)
+                goodbyes = Goodbyes(fleet.directory, fleet.monitor, fleet.machines.remove)
+                self._draining = self._make_draining(device, fleet, goodbyes)
+                self._start_tasks(device, fleet, tasks, echoes, goodbyes)
                 if history is not None:
                     await history.know(link.machine for link in fleet.directory)
                     tasks.start_soon(keep_running, "noting the history", history.run)
@@ -195,7 +200,13 @@ class Composition:
         fleet.liveness.word = peers.questions
         return peers
 
-    def _start_tasks(self, device: Device, fleet: Fleet, tasks: TaskGroup, echoes: Echoes | None) -> None:
+    def _make_draining(self, device: Device, fleet: Fleet, goodbyes: Goodbyes) -> Draining:
+        def ask(address: IPv6Address) -> None:
+            goodbyes.ask_to_move(address, device.public_key)
+
+        return Draining(fleet.membership, fleet.owners, fleet.directory, ask, Clock(time=self._store.time))
+
+    def _start_tasks(self, device: Device, fleet: Fleet, tasks: TaskGroup, echoes: Echoes | None, goodbyes: Goodbyes) -> None:
         options = self._options
         tasks.start_soon(fleet.monitor.watch)
         tasks.start_soon(keep_running, "writing when machines were heard", fleet.last_seen.run)
@@ -204,7 +215,6 @@ class Composition:
             tasks.start_soon(keep_running, "taking links", fleet.owners.run)
         if fleet.lease is not None:
             tasks.start_soon(fleet.lease.run)
-        goodbyes = Goodbyes(fleet.directory, fleet.monitor, fleet.machines.remove)
         listen = partial(goodbyes.run, self._address, device.name, options.namespace)
         tasks.start_soon(keep_running, "listening for goodbyes", listen)
         if echoes is not None:
@@ -286,10 +296,15 @@ class Composition:
             authorize_timeout=options.limits.authorize_timeout,
         )
         tunnel = TunnelService(fleet.directory, fleet.reconciler, fleet.monitor, device)
-        listen = options.api_address
+        listen, health = options.api_address, HealthService(is_leaving=lambda: self._draining.has_begun)
         async with (
             serve(
-                [provisioning, tunnel.service(), HealthService(), ReflectionService()],
+                [
+                    provisioning,
+                    tunnel.service(),
+                    health,
+                    ReflectionService(),
+                ],
                 host=listen.host,
                 port=listen.port,
                 tls=options.tls,
@@ -314,6 +329,7 @@ class Composition:
                 administration=administration,
                 admin_api=admin_api,
                 peers=self._peers,
+                draining=self._draining,
             )
 
     @asynccontextmanager

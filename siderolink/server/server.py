@@ -376,6 +376,14 @@ class Server(_Administered, AbstractAsyncContextManager["Server"]):
         """Flush last-seen notes, which are otherwise written a few seconds later, to the store."""
         await self._lifetime.live.fleet.last_seen.write()
 
+    async def drain(self, timeout: float = 30.0) -> int:
+        """Before stopping one of several servers of a store: let its machines go to the others, for so many seconds at most.
+
+        The other servers leave this one out of their answers, its health is NOT_SERVING, and machines of this package move at
+        once. Tells how many links are still up here; 0 at once where there is no other server.
+        """
+        return await self._lifetime.live.draining.run(timeout)
+
     def events(self) -> EventStream:
         """Subscribe to events from now on. Bounded per reader: a slow one loses its oldest events and receives EventsLost."""
         return self._events.subscribe(self._options.limits.event_limit)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 import time
 from base64 import b64encode
 from collections.abc import Iterator, Sequence
@@ -82,3 +83,20 @@ def test_a_rotated_key_reaches_every_server_within_five_seconds(tmp_path: Path) 
         assert time.monotonic() - began < 10
         waits_until(lambda: link.server_key != first)
         assert pings(net.servers[1], link.address, 20)
+
+
+def test_a_machine_leaves_a_server_that_drains_without_a_lost_echo(tmp_path: Path) -> None:
+    with (
+        several(2) as net,
+        servers(net, tmp_path, "--drain-timeout", "60") as (a, _),
+        joined(net.machines[0], url(net, 0)) as (link, portal),
+    ):
+        machine = net.machines[0]
+        assert pings(machine, link.server_address, 10)
+        echoes = machine.popen(["ping", "-i", "0.01", "-c", "1500", "-q", str(link.server_address)], stdout=subprocess.PIPE)
+        time.sleep(1)
+        assert a.stop(timeout=50) == 0
+        said, _ = echoes.communicate(timeout=60)
+        assert "1500 packets transmitted, 1500 received" in said, said
+        assert "192.0.3.1" in str(portal.call(link.status).route)
+        assert pings(net.servers[1], link.address, 10)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from siderolink.common.errors import ConfigurationError
-from siderolink.common.goodbye import GOODBYE_BYTES, Goodbye
+from siderolink.common.goodbye import GOODBYE_BYTES, Goodbye, MoveAway
 from siderolink.common.keys import PublicKey
 from siderolink.common.node_uuid import is_placeholder, parse_uuid
 
@@ -25,6 +25,15 @@ def test_a_goodbye_is_read_as_it_was_written(forget: bool) -> None:
 def test_anything_else_is_no_goodbye(data: bytes) -> None:
     found = Goodbye.parse(data)
     assert found is None or (data.startswith(b"SLby\x01") and len(data) == GOODBYE_BYTES)
+
+
+def test_a_move_is_read_as_it_was_written_and_is_no_goodbye() -> None:
+    data = MoveAway(public_key=KEY).encode()
+    assert data == b"SLmv\x01\0" + bytes(KEY)
+    assert MoveAway.parse(data) == MoveAway(public_key=KEY)
+    assert Goodbye.parse(data) is None
+    assert MoveAway.parse(Goodbye(public_key=KEY).encode()) is None
+    assert MoveAway.parse(data + b"\0") is None
 
 
 def test_unknown_flags_are_ignored_and_unknown_versions_are_not_read() -> None:

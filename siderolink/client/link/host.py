@@ -4,7 +4,7 @@ import errno
 import socket
 from contextlib import AbstractAsyncContextManager, ExitStack, closing, suppress
 from functools import partial
-from ipaddress import IPv6Address, IPv6Network, ip_address
+from ipaddress import IPv6Address, IPv6Interface, IPv6Network, ip_address
 from typing import TYPE_CHECKING, Protocol
 
 import anyio
@@ -12,14 +12,15 @@ from pyroute2 import AsyncIPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
 from siderolink.client.link.probes import is_answered, large_packets_pass, shake_hands_beside
-from siderolink.client.link.signals import ClockJumped, NetworkChanged, Put, Repaired
+from siderolink.client.link.signals import ClockJumped, NetworkChanged, Put, Repaired, ServerLeaves
+from siderolink.common.addressing import server_address
 from siderolink.common.backoff import Backoff
 from siderolink.common.clock_watch import ClockWatch
-from siderolink.common.errors import DeviceError, OverlayInUseError
-from siderolink.common.goodbye import Goodbye, say_goodbye
+from siderolink.common.errors import DeviceError, OverlayInUseError, SideroLinkError
+from siderolink.common.goodbye import Goodbye, hear_moves, say_goodbye
 from siderolink.common.keys import PrivateKey, PublicKey
 from siderolink.common.netlink import NetworkChange, NetworkWatch, OutgoingRoute, call_in, enable_ipv6, route_to, run_netlink
-from siderolink.common.tasks import background_tasks
+from siderolink.common.tasks import background_tasks, keep_running
 from siderolink.common.transport.choice import Route
 from siderolink.common.wireguard.device import (
     Device,
@@ -125,7 +126,22 @@ class ThisHost:
             stack.enter_context(closing(ClockWatch(lambda: put(ClockJumped()))))
             async with background_tasks() as tasks:
                 tasks.start_soon(repair)
+                tasks.start_soon(
+                    keep_running, "hearing of a server that leaves", partial(self._hear_moves, device, config, put)
+                )
                 await anyio.sleep_forever()
+
+    async def _hear_moves(self, device: Device, config: DeviceConfig, put: Put) -> None:
+        for address in config.addresses[:1]:
+            if isinstance(address, IPv6Interface):
+                with suppress(SideroLinkError):  # another program has the port: the link does without
+                    await hear_moves(
+                        lambda key: put(ServerLeaves(key)),
+                        address=address.ip,
+                        server=server_address(address.network),
+                        interface=device.name,
+                        namespace=self._namespace,
+                    )
 
     def way_out(self, remote: str) -> OutgoingRoute | None:
         return route_to(remote)

@@ -38,6 +38,7 @@ log = logging.getLogger("siderolink")
 
 _API_LOST = "the connection to the server's API broke"
 _SERVER_CHANGED = "the server is not the same as before"
+_LEAVING = "the server is about to stop, and asked to be left for another one"
 _REOPEN_AFTER = 2
 """Unanswered handshakes before a stream is reopened."""
 _CHECK_AFTER = 3
@@ -87,6 +88,7 @@ class RouteMonitor:
         self._polled_at = time.monotonic()
         self._server_checked = False
         self._checks_after_cut = False
+        self._is_moving = False
         self._check_at = _CHECK_AFTER + 1
         self._check_reason = ""
         self._probes_size = False
@@ -209,7 +211,9 @@ class RouteMonitor:
                 if watch.is_up and not self._checks_after_cut:
                     self._checks_after_cut = True
                     self._tasks.start_soon(self._check_server_after_cut)
-            case signals.Answered(answer=answer) if self._is_another(answer, watch):
+            case signals.Answered(answer=answer) if _is_another(
+                answer, self._answer, but_endpoints=watch.is_up and watch.suspicion is None and self._check_reason != _LEAVING
+            ):
                 self._progress.lost(str(self._route), self._check_reason)
                 return answer
             case signals.LargePackets(pass_=passes):
@@ -243,6 +247,9 @@ class RouteMonitor:
                 what = "idle connections to the API are cut, so none is kept:"
                 self._context.emit(events.ConnectionsCut(what=what, age=age))
                 watch.suspect(now, _API_LOST)
+            case signals.ServerLeaves(public_key=key) if key == self._peer.public_key and not self._is_moving:
+                self._is_moving = True
+                self._tasks.start_soon(self._move)
             case signals.UdpPasses():
                 self._context.emit(events.FallbackEnded())
                 self._provision_in_background("UDP passes again", self._context.provisioner.request_until_answered)
@@ -393,11 +400,23 @@ class RouteMonitor:
 
         self._tasks.start_soon(run)
 
-    def _is_another(self, answer: Provisioned, watch: HandshakeWatch) -> bool:
-        """Whether the answer calls for a change; other endpoints alone do not, while the present one is good."""
-        if watch.is_up and watch.suspicion is None:
-            answer = replace(answer, endpoints=self._answer.endpoints if self._answer.endpoints and answer.endpoints else ())
-        return answer != self._answer
+    async def _move(self) -> None:
+        """Go to another server of the same store, which has the same key: the present one is about to stop.
+
+        The session that is there goes on until the other server has answered a handshake, where the device can do that.
+        """
+        self._check_reason = _LEAVING
+        try:
+            answer = await self._context.provisioner.request(tunnel=self._context.wants_tunnel)
+            if answer.server_key == self._answer.server_key and answer.endpoints != self._answer.endpoints:
+                await self._route.shake_hands_with(self._device, self._peer, answer.endpoints)
+                self._signals.put(signals.Answered(answer))
+            elif answer.virtual_address is not None:
+                self._route.reopen()
+        except JoinError:
+            pass  # the server asks again
+        finally:
+            self._is_moving = False
 
     # While the API is asked
 
@@ -430,3 +449,10 @@ class RouteMonitor:
                     case None:
                         wait = min(wait * 1.2, _RETRY_CAP)
                         await self._route.shake_hands(self._device, self._peer)
+
+
+def _is_another(answer: Provisioned, present: Provisioned, *, but_endpoints: bool) -> bool:
+    """Whether the answer calls for a change; other endpoints alone do not, while the present one is good and stays."""
+    if but_endpoints:
+        answer = replace(answer, endpoints=present.endpoints if present.endpoints and answer.endpoints else ())
+    return answer != present

@@ -10,6 +10,7 @@ from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStre
 
 from siderolink.client.link.provisioning import Provisioned
 from siderolink.common.errors import DeviceError
+from siderolink.common.keys import PublicKey
 from siderolink.common.wireguard.device import DeviceEvent, InterfaceLost
 
 
@@ -85,6 +86,13 @@ class UdpPasses:
 
 
 @dataclass(frozen=True, slots=True)
+class ServerLeaves:
+    """The server asks to be left for another one of the same store."""
+
+    public_key: PublicKey
+
+
+@dataclass(frozen=True, slots=True)
 class Replaced:
     """New settings were tried and work: go on with this answer."""
 
@@ -113,6 +121,7 @@ Signal = (
     | ClockJumped
     | LargePackets
     | UdpPasses
+    | ServerLeaves
     | Replaced
     | Pause
 )

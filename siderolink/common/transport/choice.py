@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["Answer", "LinkTransport", "OnInterrupted", "Route", "TunnelTransport", "UdpTransport", "choose"]
 
 STABLE_AFTER = 10.0
+_MOVE_SECONDS, _MOVE_LOOK_SECONDS = 2.0, 0.005
 """Seconds; a stream that lived this long is reopened immediately."""
 STREAM_LIMITS = Limits(tcp_keepalive_idle=9, tcp_keepalive_interval=3)
 """A stream's connection is given up 18 s after its last sign of life. HTTP/2's own pings may not be sent as often: other
@@ -59,6 +60,12 @@ class Route(Protocol):
 
     async def shake_hands(self, device: Device, peer: PeerConfig) -> None:
         """Start a handshake on this route. Does nothing while the route is interrupted."""
+
+    async def shake_hands_with(self, device: Device, peer: PeerConfig, endpoints: Sequence[HostPort]) -> None:
+        """Begin a handshake with the first of other endpoints of the same peer, while its session goes on here.
+
+        Returns when that answered, or after a short while; does nothing where the device or the route cannot.
+        """
 
     def reopen(self) -> None:
         """Replace whatever this route holds open, because it may be dead."""
@@ -145,6 +152,25 @@ class UdpRoute:
         elif self._address is not None:
             await _dial(device, replace(peer, endpoint=self._address))
 
+    async def shake_hands_with(self, device: Device, peer: PeerConfig, endpoints: Sequence[HostPort]) -> None:
+        if not isinstance(device, CanShakeHands) or self._address is None or not endpoints:
+            return
+        try:
+            there = (await endpoints[0].resolve())[0]
+        except OSError:
+            return
+        before = await device.peer(peer.public_key)
+        # Nothing else runs between these: the initiation alone goes there. Its answer brings the path along.
+        await device.set_peer(replace(peer, endpoint=there))
+        await device.handshake(peer.public_key)
+        await device.set_peer(replace(peer, endpoint=self._address))
+        with anyio.move_on_after(_MOVE_SECONDS):
+            while before is not None:
+                await anyio.sleep(_MOVE_LOOK_SECONDS)
+                now = await device.peer(peer.public_key)
+                if now is None or now.last_handshake != before.last_handshake:
+                    return
+
     def reopen(self) -> None:
         """Nothing is held open."""
 
@@ -221,6 +247,9 @@ class TunnelRoute:
             await device.handshake(peer.public_key)
         else:
             await _dial(device, peer, self._path)
+
+    async def shake_hands_with(self, device: Device, peer: PeerConfig, endpoints: Sequence[HostPort]) -> None:
+        """The stream leads to one server."""
 
     def reopen(self) -> None:
         """Reopen the stream immediately."""

@@ -2,7 +2,7 @@
 
 import base64
 import json
-from collections.abc import AsyncIterator, Collection, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from dataclasses import replace
 from functools import lru_cache
 from importlib.resources import files
@@ -36,6 +36,7 @@ API_SERVICES = ("sidero.link.ProvisionService", "sidero.link.WireGuardOverGRPCSe
 STANDARD_SERVICES = ("grpc.health.v1.Health", "grpc.reflection.v1.ServerReflection", "grpc.reflection.v1alpha.ServerReflection")
 
 _SERVING = HealthCheckResponse(status=HealthCheckResponseServingStatus.SERVING)
+_LEAVING = HealthCheckResponse(status=HealthCheckResponseServingStatus.NOT_SERVING)
 _UNKNOWN = HealthCheckResponse(status=HealthCheckResponseServingStatus.SERVICE_UNKNOWN)
 
 MAX_REQUEST_BYTES = 1024
@@ -58,20 +59,26 @@ class HealthService(HealthBase):
         "Watch": replace(_SMALL, max_calls=MAX_CALLS, call_timeout=WATCH_SECONDS),
     }
 
-    def __init__(self, services: Collection[str] = API_SERVICES) -> None:
+    def __init__(self, services: Collection[str] = API_SERVICES, is_leaving: Callable[[], bool] = lambda: False) -> None:
+        """`is_leaving` tells whether new callers had better go to another server."""
         self._services = frozenset(services) | {""}
+        self._is_leaving = is_leaving
 
     async def check(self, message: HealthCheckRequest) -> HealthCheckResponse:
         if message.service not in self._services:
             raise GRPCError(Status.NOT_FOUND, "no such service")
-        return _SERVING
+        return self._now
 
     async def list(self, message: HealthListRequest) -> HealthListResponse:
-        return HealthListResponse(statuses=dict.fromkeys(self._services, _SERVING))
+        return HealthListResponse(statuses=dict.fromkeys(self._services, self._now))
+
+    @property
+    def _now(self) -> HealthCheckResponse:
+        return _LEAVING if self._is_leaving() else _SERVING
 
     async def watch(self, message: HealthCheckRequest) -> AsyncIterator[HealthCheckResponse]:
         """Tell the state now. When it changes the call ends with UNAVAILABLE, as it does after `WATCH_SECONDS`."""
-        yield _SERVING if message.service in self._services else _UNKNOWN
+        yield self._now if message.service in self._services else _UNKNOWN
         await anyio.sleep_forever()
 
 

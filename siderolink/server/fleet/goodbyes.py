@@ -10,7 +10,8 @@ import anyio
 from anyio.abc import TaskGroup
 
 from siderolink.common.errors import SideroLinkError
-from siderolink.common.goodbye import GOODBYE_BYTES, GOODBYE_PORT, Goodbye
+from siderolink.common.goodbye import GOODBYE_BYTES, GOODBYE_PORT, Goodbye, MoveAway
+from siderolink.common.keys import PublicKey
 from siderolink.common.overlay_socket import bind_overlay
 from siderolink.server.events import LeaveReason
 from siderolink.server.fleet.directory import Directory
@@ -31,6 +32,7 @@ class Goodbyes:
         self._directory = directory
         self._monitor = monitor
         self._remove = remove
+        self._socket: socket.socket | None = None
 
     async def run(self, address: IPv6Address, interface: str, namespace: str | None) -> None:
         """Listen until cancelled. If that is impossible, machines are only detected as down by their silence."""
@@ -40,13 +42,20 @@ class Goodbyes:
             log.warning("cannot receive goodbyes from machines: %s", error)
             return
         loop = asyncio.get_running_loop()
+        self._socket = sock
         with sock:
             async with anyio.create_task_group() as tasks:
                 loop.add_reader(sock, self._read, sock, tasks)
                 try:
                     await anyio.sleep_forever()
                 finally:
+                    self._socket = None
                     loop.remove_reader(sock)
+
+    def ask_to_move(self, address: IPv6Address, server_key: PublicKey) -> None:
+        """Ask the machine at this overlay address to go to another server; as good as a datagram is."""
+        if self._socket is not None:
+            _answer(self._socket, MoveAway(public_key=server_key).encode(), (str(address), GOODBYE_PORT))
 
     def _read(self, sock: socket.socket, tasks: TaskGroup) -> None:
         for _ in range(_AT_ONCE):

@@ -102,8 +102,12 @@ class Membership:
         return self._stamps_by_host and abs(self.clock_offset) > MAX_CLOCK_OFFSET
 
     def endpoints(self) -> list[str]:
-        """Where machines reach the WireGuard of the servers that are alive and stay; this server's own come first."""
-        found = [endpoint for one in self.living() if one.id == self.id or not one.is_draining for endpoint in one.endpoints]
+        """Where machines reach the WireGuard of the servers that are alive and stay; this server's own come first.
+
+        Those of a server that drains come last in its own answers, and in no other's.
+        """
+        staying = [one for one in self.living() if not one.is_draining]
+        found = [endpoint for one in staying + [self._row] for endpoint in one.endpoints]
         return list(dict.fromkeys(found))
 
     def heir(self, machine_id: str) -> str:

@@ -101,7 +101,7 @@ async def _kept(method: Method, others: Others, message: Any, call: Any, last: M
     for answer in tail or ():
         await call.send_message(answer)
     for source in failed:
-        log.info("lines and events of a machine are shown without those of another server: %s", source.error)
+        log.debug("lines and events of a machine are shown without those of another server: %s", source.error)
     return {source.server_id for source in failed if not isinstance(source.error, ServerUnreachableError)}
 
 

@@ -137,7 +137,7 @@ async def at_the_owner(name_of: Callable[[Any], str], method: Method, others: Ot
         except ServerUnreachableError as error:
             if again.answers or method.handler.cardinality.client_streaming:
                 raise GRPCError(Status.UNAVAILABLE, f"the server that has the machine's link went away: {error}") from None
-            log.info("a call about a machine is answered here: %s", error)
+            log.debug("a call about a machine is answered here: %s", error)
             again = _Again(call, message)
     await method.at(None, others.channels, again)
 

@@ -164,18 +164,19 @@ class Traffic:
             timers.authenticated_received(now)
         elif timers.data_received(now):
             self._deadlines.update(peer)
-        self.heard(peer, path, size, now)
+        # What was still under way in the last session does not lead back to where that was.
+        self.heard(peer, path, size, now, may_roam=session not in peer.previous or peer.reachable_path is None)
         if session is peer.current and session.wants_rekey_on_receive(now) and not timers.rekeyed_on_receive:
             timers.rekeyed_on_receive = True
             self._initiate(peer, now)
 
-    def heard(self, peer: Peer, path: Path, size: int, now: float) -> None:
+    def heard(self, peer: Peer, path: Path, size: int, now: float, *, may_roam: bool = True) -> None:
         """Note an authenticated message: replies go to where it came from."""
         peer.received_bytes += size
         peer.last_received_at = now
         if peer.is_passive:
             self._output.announce(PeerRoamed(peer=peer, old=None, new=path))
-        elif path is not peer.path:
+        elif path is not peer.path and may_roam:
             old, peer.path = peer.path, path
             if old != path:
                 self._output.announce(PeerRoamed(peer=peer, old=old, new=path))
