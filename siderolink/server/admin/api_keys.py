@@ -233,13 +233,16 @@ class ApiKeys:
 
     async def write_uses(self) -> None:
         """Write when keys were last used."""
-        used, self._used = self._used, {}
+        used = dict(self._used)
         try:
             if used:
                 await self._store.note_principals(used)
         except SideroLinkError as error:
-            self._used = used | self._used
             log.warning("the last uses of API keys could not be written: %s", error)
+            return
+        for principal_id, use in used.items():  # until then they are told from here
+            if self._used.get(principal_id) == use:
+                del self._used[principal_id]
 
 
 def expiry(now: float, expires_at: float | None, ttl: float | None) -> float | None:
