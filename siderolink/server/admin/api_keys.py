@@ -56,6 +56,7 @@ class ApiKeys:
         self._by_digest: dict[bytes, Principal] = {}
         self._used: dict[str, tuple[float, str]] = {}
         self._held: dict[str, set[anyio.CancelScope]] = {}
+        self._writing = anyio.Lock()
         self._changing = anyio.Lock()
         """What was read before a key was made does not take the place of what was read after it."""
 
@@ -233,16 +234,17 @@ class ApiKeys:
 
     async def write_uses(self) -> None:
         """Write when keys were last used."""
-        used = dict(self._used)
-        try:
-            if used:
-                await self._store.note_principals(used)
-        except SideroLinkError as error:
-            log.warning("the last uses of API keys could not be written: %s", error)
-            return
-        for principal_id, use in used.items():  # until then they are told from here
-            if self._used.get(principal_id) == use:
-                del self._used[principal_id]
+        async with self._writing:
+            used = dict(self._used)
+            try:
+                if used:
+                    await self._store.note_principals(used)
+            except SideroLinkError as error:
+                log.warning("the last uses of API keys could not be written: %s", error)
+                return
+            for principal_id, use in used.items():  # until then they are told from here
+                if self._used.get(principal_id) == use:
+                    del self._used[principal_id]
 
 
 def expiry(now: float, expires_at: float | None, ttl: float | None) -> float | None:
