@@ -102,7 +102,8 @@ class LiveStream:
             except ApiError as error:
                 await self._tell(event("stopped", str(error)))
                 return
-            await anyio.sleep(min(max(EVERY, SHARE * (time.monotonic() - began)), SELDOM))
+            took = 0.0 if is_away else time.monotonic() - began
+            await anyio.sleep(min(max(EVERY, SHARE * took), SELDOM))
 
     async def _follow_log(self, caller: Caller, machine: str) -> None:
         """The last lines, and those that come; the follower is begun again where the server was away."""

@@ -257,6 +257,7 @@ def test_it_keeps_nobody_out(fleet: Fleet) -> None:
                 picture(page, f"web-{name}-{scheme}")
 
 
+@pytest.mark.timeout(240)
 def test_the_server_is_lost_and_comes_back(fleet: Fleet) -> None:
     """A page by a process that is not the server's child, so that it outlives it."""
     arguments = ["web", "--server", f"unix://{fleet.folder}/run/siderolink.sock", "--listen", "8097"]
