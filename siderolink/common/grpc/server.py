@@ -26,7 +26,7 @@ from siderolink.common.grpc.listeners import listen_tcp, listen_unix
 from siderolink.common.grpc.protocol import Http2Protocol, tune
 from siderolink.common.grpc.refusals import ERROR_CODES, Refusal
 from siderolink.common.grpc.sources import BadHeaderError, TrustedProxies, contains, local_peer, plain, read_header, source_of
-from siderolink.common.grpc.tls import wait_for_hello
+from siderolink.common.grpc.tls import may_need_another, wait_for_hello
 from siderolink.common.protobuf_wire import models_within, prepare
 
 log = logging.getLogger("siderolink")
@@ -34,6 +34,7 @@ log = logging.getLogger("siderolink")
 _SPARE_DESCRIPTORS = 64
 _ACCEPT_PAUSE = 0.1
 _ACCEPTS_PER_TURN = 8
+SECOND_HELLOS = 4
 _TLS_SECONDS = 0.001
 """Approximate processor time of a TLS handshake's first step, in which a server signs."""
 
@@ -75,6 +76,7 @@ class GrpcServer:
         self._all_closed = asyncio.Event()
         self._all_closed.set()
         self._handshakes: set[asyncio.Task[None]] = set()
+        self._second_hellos = asyncio.Semaphore(SECOND_HELLOS)
         self._loop = asyncio.get_running_loop()
         self._paused: dict[socket.socket, asyncio.TimerHandle] = {}
 
@@ -248,15 +250,15 @@ class GrpcServer:
         protocol = Http2Protocol(handler, self._limits, server=True, on_refusal=self._refuse, on_lost=lost, account=account)
         self._open[protocol] = handler
         accepted.protocol = protocol
+        handshake = contextlib.nullcontext() if self._tls is None else self._shaking_hands(accepted.connection, account)
         try:
-            if self._tls is not None:
-                await self._wait_to_shake_hands(accepted.connection, account)
-            await self._loop.connect_accepted_socket(
-                lambda: protocol,
-                accepted.connection,
-                ssl=self._tls,
-                ssl_handshake_timeout=self._limits.preface_timeout if self._tls is not None else None,
-            )
+            async with handshake:
+                await self._loop.connect_accepted_socket(
+                    lambda: protocol,
+                    accepted.connection,
+                    ssl=self._tls,
+                    ssl_handshake_timeout=self._limits.preface_timeout if self._tls is not None else None,
+                )
         except BaseException as error:
             if protocol in self._open and not protocol.was_made:
                 lost()
@@ -265,12 +267,20 @@ class GrpcServer:
                 raise
             self._refuse(Refusal.TLS_HANDSHAKE_FAILED, f"from {accepted.name}: {type(error).__name__}")
 
-    async def _wait_to_shake_hands(self, connection: socket.socket, account: Account) -> None:
-        """Wait for a ClientHello, and for the source's turn: a burst of handshakes must not hold the loop."""
-        async with asyncio.timeout(self._limits.preface_timeout):
-            await wait_for_hello(connection)
-        account.charge(_TLS_SECONDS, self._loop.time())
-        await account.wait_turn(_TLS_SECONDS)
+    @asynccontextmanager
+    async def _shaking_hands(self, connection: socket.socket, account: Account) -> AsyncIterator[None]:
+        """Wait for a ClientHello, and for the source's turn: a burst of handshakes must not hold the loop.
+
+        A second ClientHello comes without a turn: of the strangers' handshakes that may need one, few run at a time.
+        """
+        async with contextlib.AsyncExitStack() as stack:
+            async with asyncio.timeout(self._limits.preface_timeout):
+                hello = await wait_for_hello(connection)
+                if not account.is_known and may_need_another(hello):
+                    await stack.enter_async_context(self._second_hellos)
+            account.charge(_TLS_SECONDS, self._loop.time())
+            await account.wait_turn(_TLS_SECONDS)
+            yield
 
     def _leave(self, accepted: "_Accepted") -> None:
         if accepted.held is not None:

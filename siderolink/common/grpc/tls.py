@@ -193,10 +193,59 @@ def hello_bytes(data: bytes) -> int:
     return pos
 
 
-async def wait_for_hello(sock: socket.socket) -> None:
+_SUPPORTED_GROUPS, _SUPPORTED_VERSIONS, _KEY_SHARE = 10, 43, 51
+_TLS13 = 0x0304
+_X25519MLKEM768 = 0x11EC
+_GROUPS = frozenset((0x001D, 0x0017, _X25519MLKEM768))
+"""Groups of key shares that every server takes, and the one that newer ones ask for: X25519, P-256."""
+
+
+def may_need_another(hello: bytes) -> bool:
+    """Whether the server may answer a ClientHello by asking for a second one (RFC 8446, 4.1.4): it signs only after that.
+
+    True for what offers TLS 1.3 without a key share that servers take. What is no ClientHello is refused without one.
+    """
+    try:
+        extensions = _extensions(hello)
+    except IndexError:
+        return False
+    if _TLS13 not in _numbers(extensions.get(_SUPPORTED_VERSIONS, b"")[1:]):
+        return False
+    shares, data = set[int](), extensions.get(_KEY_SHARE, b"")[2:]
+    while data:
+        shares.add(int.from_bytes(data[:2]))
+        data = data[4 + int.from_bytes(data[2:4]) :]
+    wants_newer = _X25519MLKEM768 in _numbers(extensions.get(_SUPPORTED_GROUPS, b"")[2:]) and _X25519MLKEM768 not in shares
+    return wants_newer or not shares & _GROUPS
+
+
+def _numbers(data: bytes) -> list[int]:
+    return [int.from_bytes(data[start : start + 2]) for start in range(0, len(data), 2)]
+
+
+def _extensions(hello: bytes) -> dict[int, bytes]:
+    """The extensions of a ClientHello in its records, by type (RFC 8446, 4.1.2). Raises IndexError where it is cut short."""
+    message = bytearray()
+    while hello:
+        end = _RECORD_HEADER + int.from_bytes(hello[3:_RECORD_HEADER])
+        message += hello[_RECORD_HEADER:end]
+        hello = hello[end:]
+    pos = _MESSAGE_HEADER + 2 + 32  # the version and the random
+    pos += 1 + message[pos]  # the session id
+    pos += 2 + int.from_bytes(message[pos : pos + 2])  # the cipher suites
+    pos += 1 + message[pos]  # the compression methods
+    found, pos = dict[int, bytes](), pos + 2
+    while pos < len(message):
+        size = int.from_bytes(message[pos + 2 : pos + 4])
+        found[int.from_bytes(message[pos : pos + 2])] = bytes(message[pos + 4 : pos + 4 + size])
+        pos += 4 + size
+    return found
+
+
+async def wait_for_hello(sock: socket.socket) -> bytes:
     """Wait until a client's first TLS message is there, without taking it. Until then its handshake costs nothing.
 
-    Raises OSError.
+    Returns what is there. Raises OSError.
     """
     loop = asyncio.get_running_loop()
     wanted = _RECORD_HEADER
@@ -207,7 +256,7 @@ async def wait_for_hello(sock: socket.socket) -> None:
             data = sock.recv(_LONGEST_HELLO + _LONGEST_RECORD, socket.MSG_PEEK)
             needed = hello_bytes(data)
             if len(data) < wanted or needed <= len(data):  # it ended, or it is whole
-                return
+                return data[:needed]
             wanted = needed
     finally:
         with contextlib.suppress(OSError):

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from siderolink.common.grpc import Limits, Refusal, client_tls, open_channel, serve, server_tls
-from siderolink.common.grpc.tls import hello_bytes, wait_for_hello
+from siderolink.common.grpc import server as server_module
+from siderolink.common.grpc.tls import hello_bytes, may_need_another, wait_for_hello
 from siderolink.common.grpc.turns import Turns
 from tests.support.api import Raw, Service, method
 from tests.support.certificates import make_certificate
@@ -126,3 +127,65 @@ async def test_half_a_hello_ends_in_time(tmp_path: Path) -> None:
             assert await reader.read() == b""
         writer.close()
         assert server.refusals == {Refusal.TLS_HANDSHAKE_FAILED: 1}
+
+
+def changed(hello: bytes, kind: int, data: bytes) -> bytes:
+    """The hello with another content of an extension."""
+    message = hello[5:]
+    pos = 4 + 2 + 32
+    pos += 1 + message[pos]
+    pos += 2 + int.from_bytes(message[pos : pos + 2])
+    pos += 1 + message[pos]
+    first, extensions, pos = message[4:pos], b"", pos + 2
+    while pos < len(message):
+        size = int.from_bytes(message[pos + 2 : pos + 4])
+        is_it = int.from_bytes(message[pos : pos + 2]) == kind
+        extensions += kind.to_bytes(2) + len(data).to_bytes(2) + data if is_it else message[pos : pos + 4 + size]
+        pos += 4 + size
+    body = first + len(extensions).to_bytes(2) + extensions
+    return in_records(b"\x01" + len(body).to_bytes(3) + body, 10_000)
+
+
+NO_SHARE = changed(HELLO, 51, b"\0\0")
+"""It asks which group the server wants."""
+
+
+def test_which_hellos_may_need_another() -> None:
+    ordinary = changed(HELLO, 10, b"\0\4\0\x1d\0\x17")
+    assert not may_need_another(ordinary)
+    assert not may_need_another(in_records(ordinary[5:], 50))
+    assert may_need_another(NO_SHARE)
+    assert may_need_another(changed(ordinary, 51, b"\0\x06\0\x18\0\2xx"))
+    assert may_need_another(changed(ordinary, 10, b"\0\4\x11\xec\0\x1d")), "a newer server asks for the newer group"
+    assert not may_need_another(changed(NO_SHARE, 43, b"\2\3\3")), "TLS 1.2 has no second one"
+
+
+@given(st.binary(max_size=2000), st.integers(0, 600))
+def test_any_bytes_are_judged(data: bytes, cut: int) -> None:
+    may_need_another(data)
+    may_need_another(HELLO[:cut] + data)
+
+
+async def test_few_handshakes_with_a_second_hello_run_at_a_time(tmp_path: Path) -> None:
+    root = make_certificate("the root")
+    (tmp_path / "server.pem").write_text(root.sign("localhost").pem)
+    context = server_tls(tmp_path / "server.pem")
+    most = server_module.SECOND_HELLOS
+    async with serve([Service()], host="127.0.0.1", tls=context) as server:
+        crowd = [await asyncio.open_connection("127.0.0.1", server.port) for _ in range(3 * most)]
+        for _, writer in crowd:
+            writer.write(NO_SHARE)
+        answers = [asyncio.create_task(reader.readexactly(1)) for reader, _ in crowd]
+        while sum(answer.done() for answer in answers) < most:
+            await anyio.sleep(0.01)
+        async with open_channel("localhost", server.port, client_tls(extra_roots=root.certificate_pem)) as channel:
+            assert (await method(channel)(Raw(b"x"))).data == b"x", "an ordinary one does not wait"
+        assert sum(answer.done() for answer in answers) == most
+        for answer, (_, writer) in zip(answers, crowd, strict=True):
+            if answer.done():
+                writer.transport.abort()
+        while sum(answer.done() for answer in answers) < 2 * most:
+            await anyio.sleep(0.01)
+        for answer, (_, writer) in zip(answers, crowd, strict=True):
+            answer.cancel()
+            writer.transport.abort()
