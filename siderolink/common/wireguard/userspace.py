@@ -158,7 +158,7 @@ class UserspaceDevice:
 
     def offer_path(self, public_key: PublicKey, path: Path) -> None:
         entry = self.engine.peers.get(bytes(public_key))
-        if entry is None or entry.reachable_path is not None:
+        if entry is None or entry.is_passive or entry.reachable_path is not None:
             return
         entry.path = path
         now = boot_time()

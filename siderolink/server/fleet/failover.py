@@ -79,6 +79,8 @@ class Failover:
         links: list[MachineLink] = []
         async for owned in self._store.owners(server_id):
             link, endpoint = self._directory.get(owned.machine_id), _parse(owned.endpoint)
+            if link is not None and link.streams:
+                self._owners.settle_all([owned.machine_id])  # it came here already, with the session of the dead one
             if link is not None and endpoint is not None and self._owners.may_dial(owned.machine_id):
                 self._owners.taken(owned)
                 self._owners.raise_stamp(owned)

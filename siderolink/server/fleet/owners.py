@@ -41,8 +41,15 @@ class Owners:
         store: Store,
         clock: Clock,
         stamps: "CommonTimestamps | None" = None,
+        *,
+        tells_paths: bool = True,
     ) -> None:
-        """`stamps`: those of the device's handshakes, where it lets us see them."""
+        """`stamps`: those of the device's handshakes, where it lets us see them.
+
+        `tells_paths`: a passive peer's path changes only with data of a session, which is no replay; with the kernel's device an
+        initiation suffices.
+        """
+        self._tells_paths = tells_paths
         self.stamps = stamps
         self.membership = membership
         self._directory = directory
@@ -83,13 +90,18 @@ class Owners:
         return owner is not None and owner != self.membership.id and self.membership.is_alive(owner)
 
     def may_send(self, machine_id: str) -> bool:
-        """Whether this server sends to the machine: its own ones, those of nobody, and those that it inherits from the dead."""
+        """Whether this server sends to the machine: its own ones, those of nobody, and of a dead server's those that it is to
+        dial or that have come with a stream.
+        """
         if machine_id in self._held:
             return False
         owner = self.owner_of(machine_id)
         if owner is None or owner == self.membership.id or machine_id in self._wanted:
             return True
-        return self.is_heir(machine_id)
+        if self.membership.is_alive(owner):
+            return False
+        link = self._directory.get(machine_id)
+        return (link is not None and bool(link.streams)) or self.is_heir(machine_id)
 
     def may_dial(self, machine_id: str) -> bool:
         """Whether this server is to begin handshakes with a machine that it does not hear."""
@@ -117,9 +129,11 @@ class Owners:
         owner = self._known.get(machine_id)
         if owner is not None and owner.server_id == self.membership.id and owner.public_key == link.machine.public_key:
             return
+        if not is_new_session and self.may_send(machine_id):
+            return  # by an initiation, perhaps, and that may be a replay: a session has to follow
         lost_at = self._lost_at.get(machine_id)
         is_late = lost_at is not None and self._clock.monotonic() - lost_at < UNDER_WAY_SECONDS
-        if is_new_session or not is_late:
+        if is_new_session or (self._tells_paths and not is_late):
             self._wanted[machine_id] = None
         self._unsettled[machine_id] = None
         self._wake.set()

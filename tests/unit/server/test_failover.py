@@ -125,6 +125,26 @@ async def test_a_server_ends_when_the_database_was_away_for_too_long() -> None:
 # --- dialling
 
 
+async def test_a_stream_that_was_opened_before_its_server_was_known_to_be_dead_is_used_then() -> None:
+    async with fleet_of("a", "b", "c") as fleet:
+        for _ in range(4):  # whoever of the two would dial it
+            machine = FakeMachine(tunnel=True)
+            answer = await fleet["a"].join(machine)
+            await settled(lambda: all(machine.key in one.device.configs for one in fleet.managers.values()))  # noqa: B023
+            fleet["a"].device.hear(machine.key, FakePath(machine.key), handshake=True)
+            await fleet.is_owned_by(machine, "a")
+            link = fleet["b"].link(answer)
+            fleet["b"].monitor.open_stream(link, FakePath(machine.key), lambda refusal: None)
+            assert fleet.is_passive("b", machine)
+        await fleet.pass_time(DEAD_AFTER + 1, "b", "c")
+        for name in "bc":
+            failover = fleet[name].fleet.failover
+            assert failover is not None
+            await failover.take_over("a")
+            await owners(fleet[name]).settle()
+        assert not any(peer.is_passive for peer in fleet["b"].device.configs.values())
+
+
 async def test_the_machines_of_a_dead_server_are_dialled_by_exactly_one_of_the_others() -> None:
     async with fleet_of("a", "b", "c") as fleet:
         machines = [await linked(fleet, "a") for _ in range(12)]

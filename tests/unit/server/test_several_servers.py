@@ -8,7 +8,7 @@ from grpclib import Status
 from siderolink.common.addressing import swap_endpoints
 from siderolink.server import LinkState, MachineLeft, MemoryStore
 from siderolink.server.fleet.membership import DEAD_AFTER, Membership
-from siderolink.server.fleet.owners import UNDER_WAY_SECONDS
+from siderolink.server.fleet.owners import UNDER_WAY_SECONDS, Owners
 from siderolink.server.store import Machine
 from tests.support.fake_device import FakePath, VirtualClock
 from tests.support.manager import FakeMachine
@@ -229,6 +229,27 @@ async def test_who_lost_a_link_is_silent_and_takes_it_again_when_the_machine_com
         fleet["a"].device.hear(machine.key, UdpPath("198.51.100.7:4"))
         await fleet.is_owned_by(machine, "a")
         assert fleet["a"].device.configs[machine.key].persistent_keepalive == 25
+
+
+async def test_a_path_alone_takes_no_link_of_nobody_nor_any_on_a_kernels_device() -> None:
+    """An initiation changes an active peer's path, and the kernel's passive ones: and it may be a replay."""
+    async with fleet_of("a", "b") as fleet:
+        new = FakeMachine()
+        await fleet["a"].join(new)
+        fleet["a"].device.hear(new.key, UdpPath("198.51.100.7:1"))
+        await owners(fleet["a"]).settle()
+        assert owners(fleet["a"]).owner_of((await fleet["a"].row(new)).id) is None
+        machine = await linked(fleet, "b")
+        by_kernel = Owners(membership(fleet["a"]), fleet["a"].links, fleet["a"].store, fleet.time.clock, tells_paths=False)
+        await by_kernel.load()
+        link = fleet["a"].links.by_key(machine.key)
+        assert link is not None
+        by_kernel.heard(link, is_new_session=False)
+        await by_kernel.settle()
+        assert by_kernel.owner_of(link.machine.id) == "b"
+        by_kernel.heard(link, is_new_session=True)
+        await by_kernel.settle()
+        assert by_kernel.owner_of(link.machine.id) == "a"
 
 
 async def test_a_new_session_takes_a_link_at_once() -> None:
