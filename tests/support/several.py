@@ -3,14 +3,17 @@
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from typing import cast
 
 import anyio
 
 from siderolink.server import MemoryStore
 from siderolink.server.fleet.membership import Membership
 from siderolink.server.fleet.owners import Owners
+from siderolink.server.store.sql.postgres import PostgresStore
 from tests.support.fake_device import FakePath, VirtualClock
 from tests.support.manager import FakeMachine, Manager, following
+from tests.support.postgres import cluster
 
 
 class UdpPath(FakePath):
@@ -49,7 +52,7 @@ class Fleet:
     async def pass_time(self, seconds: float, *living: str) -> None:
         """Time passes with heartbeats of these servers, or of all."""
         while seconds > 0:
-            step = min(seconds, 1.0)
+            step = min(seconds, 1.0 if seconds <= 10 else 3.0)
             self.time.advance(step)
             seconds -= step
             for name in living or self.managers:
@@ -78,10 +81,19 @@ def owners(manager: Manager) -> Owners:
 
 
 @asynccontextmanager
-async def fleet_of(*names: str, store: MemoryStore | None = None) -> AsyncIterator[Fleet]:
+async def fleet_of(*names: str, store: MemoryStore | None = None, kind: str = "memory") -> AsyncIterator[Fleet]:
+    """Of the kind "postgres", each has connections of its own to one database."""
     store, time = store or MemoryStore(), VirtualClock()
-    fleet = Fleet({name: Manager(store=store, time=time, server_id=name) for name in names}, time, [])
     async with AsyncExitStack() as stack:
+        stores = [store] * len(names)
+        if kind == "postgres":
+            url = cluster().url(stack.enter_context(cluster().database()))
+            stores = [
+                cast("MemoryStore", await stack.enter_async_context(PostgresStore.open(url, unsealed_secrets=True)))
+                for _ in names
+            ]
+        managers = (Manager(store=one, time=time, server_id=name) for name, one in zip(names, stores, strict=True))
+        fleet = Fleet(dict(zip(names, managers, strict=True)), time, [])
         for manager in fleet.managers.values():
             manager.fleet.liveness.word = fleet
             await stack.enter_async_context(following(manager))

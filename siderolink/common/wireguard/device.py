@@ -245,7 +245,7 @@ class Device(Protocol):
         """The interface as it is; None without one, also once it is gone."""
 
     def offer_path(self, public_key: PublicKey, path: Path) -> None:
-        """Use `path` for the peer if it has no open one, and is not passive. Without a path it is unreachable until it is heard."""
+        """Use `path` for the peer if it has no open one and is not passive. Without one it is unreachable until it is heard."""
 
     def deliver(self, datagrams: Datagrams, path: Path) -> None:
         """Process datagrams from `path` (a tunnel stream; a device reads its own UDP socket itself)."""

@@ -46,8 +46,8 @@ class Owners:
     ) -> None:
         """`stamps`: those of the device's handshakes, where it lets us see them.
 
-        `tells_paths`: a passive peer's path changes only with data of a session, which is no replay; with the kernel's device an
-        initiation suffices.
+        `tells_paths`: a passive peer's path changes only with data of a session, which is no replay; with the kernel's
+        device an initiation suffices.
         """
         self._tells_paths = tells_paths
         self.stamps = stamps

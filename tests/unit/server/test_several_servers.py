@@ -16,6 +16,8 @@ from tests.support.several import UdpPath, fleet_of, linked, membership, owners,
 
 pytestmark = pytest.mark.anyio
 
+BOTH = pytest.mark.parametrize("kind", ["memory", "postgres"])
+
 
 # --- membership
 
@@ -82,13 +84,14 @@ async def test_answers_list_the_living_servers_this_one_first() -> None:
 # --- what two servers did to each other (each began as a fault)
 
 
+@BOTH
 @pytest.mark.parametrize("is_connected", [True, False])
-async def test_a_thief_gets_nothing_where_the_machine_is_not_heard(is_connected: bool) -> None:
+async def test_a_thief_gets_nothing_where_the_machine_is_not_heard(is_connected: bool, kind: str) -> None:
     """Also where the owner cannot be asked: then its heartbeat counts."""
-    async with fleet_of("a", "b") as fleet:
+    async with fleet_of("a", "b", kind=kind) as fleet:
         machine = await linked(fleet, "a")
         fleet.is_connected = is_connected
-        await fleet.pass_time(700)
+        await fleet.pass_time(120)
         fleet["a"].device.hear(machine.key)
         thief = FakeMachine(node_uuid=machine.node_uuid, source="203.0.113.9")
         row = await fleet["a"].row(machine)
@@ -99,8 +102,9 @@ async def test_a_thief_gets_nothing_where_the_machine_is_not_heard(is_connected:
         assert thief.key not in fleet["a"].device.configs
 
 
-async def test_a_machine_that_its_owner_does_not_hear_may_be_replaced_at_another_server() -> None:
-    async with fleet_of("a", "b") as fleet:
+@BOTH
+async def test_a_machine_that_its_owner_does_not_hear_may_be_replaced_at_another_server(kind: str) -> None:
+    async with fleet_of("a", "b", kind=kind) as fleet:
         machine = await linked(fleet, "a")
         await fleet.pass_time(59)
         again = FakeMachine(node_uuid=machine.node_uuid)
@@ -131,8 +135,9 @@ async def test_the_silence_of_a_dead_servers_machine_counts_from_its_last_heartb
         await fleet["b"].join(again)
 
 
-async def test_a_stream_at_another_server_right_after_the_answer() -> None:
-    async with fleet_of("a", "b") as fleet:
+@BOTH
+async def test_a_stream_at_another_server_right_after_the_answer(kind: str) -> None:
+    async with fleet_of("a", "b", kind=kind) as fleet:
         machine = FakeMachine(tunnel=True)
         await fleet["a"].join(machine)
         address = (await fleet["a"].row(machine)).virtual_address
@@ -143,8 +148,9 @@ async def test_a_stream_at_another_server_right_after_the_answer() -> None:
         assert link.machine.public_key == machine.key
 
 
-async def test_a_machine_that_asks_another_server_keeps_its_stream() -> None:
-    async with fleet_of("a", "b") as fleet:
+@BOTH
+async def test_a_machine_that_asks_another_server_keeps_its_stream(kind: str) -> None:
+    async with fleet_of("a", "b", kind=kind) as fleet:
         machine, ended = FakeMachine(tunnel=True), list[str]()
         answer = await fleet["a"].join(machine)
         link, path = fleet["a"].link(answer), FakePath(machine.key)
@@ -162,13 +168,14 @@ async def test_a_machine_that_asks_another_server_keeps_its_stream() -> None:
         await settled(lambda: ended == ["replaced"])
 
 
-async def test_a_link_that_is_up_elsewhere_is_not_pending() -> None:
-    async with fleet_of("a", "b") as fleet:
+@BOTH
+async def test_a_link_that_is_up_elsewhere_is_not_pending(kind: str) -> None:
+    async with fleet_of("a", "b", kind=kind) as fleet:
         machine = await linked(fleet, "a")
         assert [link.state for link in fleet["b"].links] == [LinkState.DOWN]
         assert fleet["b"].links.pending == 0
-        for _ in range(5):
-            await fleet.pass_time(200)
+        for _ in range(2):
+            await fleet.pass_time(150)
             fleet["a"].device.hear(machine.key)
         assert [link.state for link in fleet["a"].links] == [LinkState.UP]
         assert fleet["b"].links.pending == 0
@@ -213,8 +220,9 @@ async def test_machines_that_others_hear_are_not_absent() -> None:
 # --- ownership
 
 
-async def test_who_lost_a_link_is_silent_and_takes_it_again_when_the_machine_comes_back() -> None:
-    async with fleet_of("a", "b") as fleet:
+@BOTH
+async def test_who_lost_a_link_is_silent_and_takes_it_again_when_the_machine_comes_back(kind: str) -> None:
+    async with fleet_of("a", "b", kind=kind) as fleet:
         machine = await linked(fleet, "a")
         link = fleet["a"].links.by_key(machine.key)
         assert link is not None
@@ -289,8 +297,9 @@ async def test_of_two_that_take_a_link_at_once_the_later_commit_owns_it(first: s
         assert owner.server_id == order[1]
 
 
-async def test_what_a_server_saw_of_a_link_that_it_lost_is_not_stored() -> None:
-    async with fleet_of("a", "b") as fleet:
+@BOTH
+async def test_what_a_server_saw_of_a_link_that_it_lost_is_not_stored(kind: str) -> None:
+    async with fleet_of("a", "b", kind=kind) as fleet:
         machine = await linked(fleet, "a")
         await fleet.pass_time(10)
         fleet["a"].device.hear(machine.key, UdpPath("192.0.2.77:1"))
