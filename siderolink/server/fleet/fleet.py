@@ -73,8 +73,7 @@ def make_fleet(
     stamps: "CommonTimestamps | None" = None,
 ) -> Fleet:
     """Make the parts; nothing runs yet."""
-    limits, clock = limits or MachineLimits(), clock or Clock()
-    last_seen = last_seen or LastSeenNotes(store)
+    limits, clock, last_seen = limits or MachineLimits(), clock or Clock(), last_seen or LastSeenNotes(store)
     directory = Directory(store, clock)
     sessions = Sessions(device, directory, max_unproven_streams=limits.max_unproven_streams, clock=clock)
     by_engine = device.kind == "userspace"
