@@ -168,7 +168,7 @@ class JoinedMachine:
 
     @asynccontextmanager
     async def _serve_metrics(self) -> AsyncIterator[None]:
-        """Where they were asked for."""
+        """Serve metrics, if enabled."""
         if (options := self._options.metrics) is None:
             yield
             return
@@ -207,7 +207,7 @@ class JoinedMachine:
                     self._link = None
 
     async def _first_options(self, settings: MachineSettings) -> tuple[LinkOptions, bool]:
-        """What a new link begins with, and whether these are the settings from before an interrupted trial.
+        """The settings that a new link starts with, and whether they date from before an interrupted trial.
 
         Raises ConfigurationError.
         """
@@ -261,7 +261,7 @@ class JoinedMachine:
         return await try_first(options, self._keys, timeout=timeout)
 
     async def note_trial(self, settings: MachineSettings) -> None:
-        """Make a crash from now on come back with the present settings, not with these; see `SettingsTrial`."""
+        """From now on, return to the present settings after a crash instead of these; see `SettingsTrial`."""
         if self._link is not None and _join_url(settings) is not None:
             await self._note_options(settings)
 
@@ -277,7 +277,7 @@ class JoinedMachine:
         return options
 
     async def _end_trials(self, link: Link) -> None:
-        """End the note of a trial once the link is up by what is wanted. Never returns."""
+        """Remove the note of a trial once the link is up with the wanted settings. Never returns."""
         while True:
             changed = self._link_changed
             if self._wanted is not None and link.runs_by(self._wanted):
@@ -357,7 +357,7 @@ class JoinedMachine:
         self._link_changed = anyio.Event()
 
     def _show_settings(self, options: LinkOptions) -> None:
-        """Show in the log and in the machine's API what the link runs by."""
+        """Publish the link's current settings in the log and in the machine's API."""
         name_machine(options.machine.uuid)
         if self._follower is not None:
             self._follower.configured(options.url, unique_token=options.machine.unique_token)

@@ -177,7 +177,7 @@ def show(text: str = "", *, end: str = "\n", flush: bool = False) -> None:
 
 
 def flush() -> None:
-    """Let what was shown be seen. Raises ReaderGoneError."""
+    """Flush standard output. Raises ReaderGoneError."""
     try:
         sys.stdout.flush()
     except BrokenPipeError:

@@ -74,7 +74,7 @@ class Reporting:
         return senders
 
     async def _read_log(self, senders: Mapping[LogURL, LogSender]) -> None:
-        """Until it cannot be read."""
+        """Follow the kernel log until it cannot be read."""
         try:
             async for message in read_kernel_log():
                 for log, sender in senders.items():
@@ -100,7 +100,7 @@ class Reporting:
         )
 
     def also_to(self, publish: Callable[[MachineEventPayload], None]) -> None:
-        """Give the machine's events to this, too."""
+        """Also send the machine's events to this destination."""
         self._others.append(publish)
 
     def publish(self, event: MachineEventPayload) -> None:
@@ -110,7 +110,7 @@ class Reporting:
             publish(event)
 
     def on_link_event(self, event: LinkEvent) -> None:
-        """The machine's address is news to the sink; a link that is back is a reason to try again."""
+        """Report the machine's address, and retry delivery, once the link is up."""
         match event:
             case Joined(address=address):
                 self.publish(AddressEvent(hostname=socket.gethostname(), addresses=[str(address.ip)]))

@@ -137,7 +137,7 @@ class Serve:
             await self._serving.run()
 
     def _services(self, source: ServerSource) -> list[Servable]:
-        """What the control socket has for whom."""
+        """The services of the control socket, by caller."""
 
         def server() -> Server:
             try:
@@ -153,7 +153,7 @@ class Serve:
 
     @asynccontextmanager
     async def _serve_metrics(self) -> AsyncIterator[None]:
-        """Where they were asked for."""
+        """Serve metrics, if enabled."""
         if (options := self._metrics) is None:
             yield
             return
@@ -204,7 +204,7 @@ class Serve:
         return ""
 
     def _certificates(self) -> Iterator[tuple[ServerCertificate, Callable[[], None]]]:
-        """Those in use, each with what reads it again."""
+        """The credentials in use, each with the function that reloads it."""
         for certificate, name in (
             (self._certificate, "the TLS certificate"),
             (self._admin_certificate, "the administration's TLS certificate"),

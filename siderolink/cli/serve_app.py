@@ -86,7 +86,7 @@ def _declarations(name: str, kind: type, extra: dict[str, Any]) -> list[str]:
 
 
 def _kind(field: FieldInfo) -> type:
-    """What the option takes: text, a number, a switch, a choice, a path, or several texts."""
+    """The option's type: text, number, flag, choice, path, or list of texts."""
     kind = field.annotation
     while get_origin(kind) is Annotated or NoneType in get_args(kind):
         kind = next(part for part in get_args(kind) if part is not NoneType)
@@ -96,14 +96,14 @@ def _kind(field: FieldInfo) -> type:
 
 
 def _bounds(part: object) -> Iterator[tuple[str, Any]]:
-    """As the option knows them, of one piece of a field's metadata."""
+    """The option's bounds from one item of a field's metadata."""
     for ours, theirs in (("min", "ge"), ("max", "le")):
         if (bound := getattr(part, theirs, None)) is not None:
             yield ours, bound
 
 
 def _shown(field: FieldInfo, extra: dict[str, Any]) -> str | bool:
-    """Words for the default."""
+    """The default, as shown in the help."""
     if "shown" in extra:
         return str(extra["shown"])
     return False if isinstance(field.default, bool) or field.default in (None, []) else str(field.default)

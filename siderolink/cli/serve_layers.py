@@ -37,7 +37,7 @@ class Layer:
     is_environment: bool = False
 
     def explain(self, error: ErrorDetails) -> str:
-        """One line: where, and what is wrong."""
+        """One line that says where the problem is, and what it is."""
         if self.document is not None:
             return explain(self.document, ServeConfig, error)
         key, *inner = error["loc"]
@@ -45,13 +45,13 @@ class Layer:
         return f"{within}{describe_problem(ServeConfig, tuple(error['loc']), error)} ({self.name_of(str(key))})"
 
     def place(self, name: str) -> str:
-        """Where a setting stands."""
+        """The place of a setting."""
         if self.document is not None:
             return f"{self.document.source}:{self.document.line_of((kebab(name),))}"
         return self.name_of(kebab(name))
 
     def name_of(self, key: str) -> str:
-        """What people gave the value by."""
+        """The name by which the value was given: an option, a variable or a key."""
         return variable(key.replace("-", "_")) if self.is_environment else f"--{key}"
 
 

@@ -55,7 +55,7 @@ class StoreAddress:
 def chosen_state(
     interface: str, state: Path | None, no_state: bool, url: str | None, password_file: Path | None
 ) -> Path | StoreAddress | None:
-    """Where the command's options let the server remember; None for nowhere. Raises ConfigurationError."""
+    """The store that the options select; None keeps everything in memory. Raises ConfigurationError."""
     if url is not None:
         if state is not None or no_state:
             raise ConfigurationError("give one of --store, --state and --no-state")

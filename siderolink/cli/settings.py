@@ -1,4 +1,4 @@
-"""Where a command finds a machine's settings, and what to do when they change."""
+"""A machine's settings for a command: where they are found, and how changes are applied."""
 
 import logging
 from collections.abc import Callable, Coroutine
@@ -23,7 +23,7 @@ T = TypeVar("T")
 log = logging.getLogger("siderolink")
 
 _ANSWER_SECONDS = 1.0
-"""What a verdict needs to reach its caller before the caller's deadline."""
+"""Time reserved for a result to reach its caller before the caller's deadline."""
 HOST = Path("host")
 """Stands for the kernel command line of this host, instead of a file."""
 
@@ -79,7 +79,7 @@ class LinkOfSettings(Protocol):
         """Test what they mean for the link and adopt them if they work; see `LinkSupervisor.apply`."""
 
     async def note_trial(self, settings: MachineSettings) -> None:
-        """Make a crash from now on come back with the present settings, not with these; see `SettingsTrial`."""
+        """From now on, return to the present settings after a crash instead of these; see `SettingsTrial`."""
 
 
 class FollowedSettings:

@@ -110,7 +110,7 @@ class Redactor:
 
 
 def _forms(secret: str) -> Iterable[str]:
-    """How a secret may be written."""
+    """The encodings in which a secret may appear."""
     if len(secret) < SHORTEST:
         return ()
     encoded = secret.encode()
@@ -278,7 +278,7 @@ def run_support_bundle(
 
 
 def _make(name: str, part: Part) -> str:
-    """One part that cannot be made does not cost the others."""
+    """Collect each part; one that fails does not affect the others."""
     try:
         return part()
     except (SideroLinkError, OSError, subprocess.SubprocessError) as error:

@@ -51,7 +51,7 @@ class Row:
 
     @property
     def key(self) -> str:
-        """Which row it is."""
+        """The row's identity."""
         return f"{self.interface} {self.public_key}"
 
     @property
@@ -158,7 +158,7 @@ def render_timeline(row: Row, entries: Sequence[HistoryEntry], problem: str, cou
 
 
 class _Screen:
-    """What was asked last, and how it is shown."""
+    """The last status, and how to show it."""
 
     def __init__(self, console: Console, view: ViewState) -> None:
         self._console = console
@@ -210,7 +210,7 @@ class _Screen:
         return render(self._asked, self._rows, self._chosen(), time.time())
 
     def shown(self) -> Group:
-        """As much as fits, and what the keys do."""
+        """The rows that fit on the screen, and a line about the keys."""
         view, row = self.view, self._selected()
         if view.is_timeline and row is not None:
             count = max(1, self._console.height - 4)

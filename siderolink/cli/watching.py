@@ -1,4 +1,4 @@
-"""Files that somebody else replaces while a command runs."""
+"""Watches files that may be replaced while a command runs."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -10,7 +10,7 @@ from siderolink.cli.logs import say
 
 
 async def watch_files(files: Sequence[Path], changed: Callable[[], None]) -> None:
-    """Call `changed` whenever one of the files is another than before, for ever; returns where they may not be watched.
+    """Call `changed` whenever one of the files changes. Returns only if they cannot be watched.
 
     Folders are watched, as files are replaced by renaming, and as mounted secrets are links that change.
     """

@@ -72,7 +72,7 @@ class Parts:
 
 
 class Composition:
-    """Makes the parts of one server, in the order in which they need each other."""
+    """Makes the parts of one server, in order of their dependencies."""
 
     _prefix: IPv6Network
     _address: IPv6Address
@@ -134,7 +134,7 @@ class Composition:
                 background_tasks() as tasks,
                 self._echoes(device, fleet, tasks) as echoes,
             ):
-                # Changes are followed before the rows are read, so that none falls between; and both before the API listens.
+                # Follow changes before reading the rows, so that none is missed; and do both before the API listens.
                 await tasks.start(fleet.reconciler.follow)
                 await fleet.reconciler.load()
                 await device.settle()

@@ -31,7 +31,7 @@ LINKS_AT_ONCE: Final = 500
 STORE_TIMEOUT: Final = 2.0
 """Seconds in which the store has to answer a health check."""
 FULL_FOR: Final = 60.0
-"""Seconds for which a store that had no room left is called full."""
+"""Seconds for which a store is reported as full after a write failed for lack of space."""
 
 
 class Transport(StrEnum):
@@ -98,7 +98,7 @@ class ServerCounters:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HealthCheck:
-    """One part of a server, and whether it works."""
+    """The health of one part of a server."""
 
     name: str
     is_good: bool
@@ -132,7 +132,7 @@ async def read_counters(parts: Parts, events: EventHub, store: MeasuredStore) ->
 
 @dataclass(slots=True)
 class LinkCounts:
-    """What the links of a directory add up to."""
+    """Totals over the links of a directory."""
 
     machines: Counter[MachineGroup] = field(default_factory=Counter)
     streams: int = 0
@@ -140,7 +140,7 @@ class LinkCounts:
 
 
 async def count_links(directory: Directory) -> LinkCounts:
-    """Add up, while other tasks run in between."""
+    """Count all links in parts, letting other tasks run in between."""
     found = LinkCounts()
     for links in in_parts(directory, LINKS_AT_ONCE):
         await checkpoint()
@@ -184,7 +184,7 @@ def api_refusals(parts: Parts) -> dict[str, int]:
 
 
 def drops(parts: Parts) -> dict[str, int]:
-    """Of the device, its interface and its rules, and of tunnel streams."""
+    """Drops of the device, its interface and firewall rules, and of tunnel streams."""
     return parts.device.drops() | {str(reason): count for reason, count in parts.tunnel.drops.items()}
 
 

@@ -152,7 +152,7 @@ class _Waiting:
 
 
 class History:
-    """Notes what happens, and answers what happened."""
+    """Records events of machines, and answers queries about them."""
 
     def __init__(self, store: Store, find: FindMachine, options: HistoryOptions, events: EventStream) -> None:
         self._store = store
@@ -184,7 +184,7 @@ class History:
         after_seq: int | None = None,
         limit: int = 1000,
     ) -> Sequence[HistoryEntry]:
-        """What happened to one machine or to all: the newest first, but with `after_seq` the oldest.
+        """The history of one machine or of all: the newest entries first, with `after_seq` the oldest first.
 
         A machine is named by its id, UUID or public key; a machine that is gone by its id or UUID. Raises StoreError.
         """
@@ -227,7 +227,7 @@ class History:
     # --- what happens
 
     async def know(self, machines: Iterable[Machine]) -> None:
-        """The rows at the start: changes are told against them."""
+        """Take the rows at the start as the state that later changes are compared with."""
         for part in in_parts(machines, _AT_ONCE):
             for machine in part:
                 transport = "udp" if machine.last_endpoint else "tunnel" if machine.last_source else ""
@@ -248,7 +248,7 @@ class History:
                     await checkpoint()
 
     def note(self, event: ServerEvent) -> None:
-        """Queue what an event says; most handshakes say nothing new. Never blocks."""
+        """Queue the entries for an event; most handshakes make none. Never blocks."""
         match event:
             case MachineJoined() | HandshakeCompleted():
                 self._note_link(event)
@@ -325,7 +325,7 @@ class History:
         self._queue(happening)
 
     def _token_digits(self, machine: Machine) -> str:
-        """Remembers the token's id by them: entries are written with the name that it has then."""
+        """Also remembers the token's id, so that entries can be written with the token's current name."""
         if machine.join_token_digest is None:
             return ""
         digits = machine.join_token_digest[:_DIGEST_BYTES].hex()
@@ -376,7 +376,7 @@ class History:
 
     @uninterrupted
     async def write(self) -> None:
-        """Write what waits. Raises StoreError; what was not written waits on."""
+        """Write queued entries. Raises StoreError; entries that were not written stay queued."""
         for event in self._events.take_waiting():
             self.note(event)
         self._move_refusals()
@@ -443,7 +443,7 @@ class History:
         self._pruned += await self._store.prune_history(bounds)
 
     async def aclose(self) -> None:
-        """Write what waits, within a second, also when this task was cancelled."""
+        """Write queued entries for at most a second, even if this task was cancelled."""
         for event in self._events.take_waiting():
             self.note(event)
         self._move_refusals()

@@ -307,6 +307,38 @@ def test_the_architecture_page_shows_the_layers_that_are_held() -> None:
     assert {folder for folder in folders if not folder.startswith("cli/")} <= rooms | {"common/pb", "common/proto"}
 
 
+def named_things(path: Path) -> set[str]:
+    """The functions and classes of a file, and the methods of its classes as ``Class.method``."""
+    found: set[str] = set()
+    for node in parsed(path).body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Assign):
+            found |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+        if isinstance(node, ast.ClassDef):
+            members = (member for member in node.body if isinstance(member, ast.FunctionDef | ast.AsyncFunctionDef))
+            found |= {f"{node.name}.{member.name}" for member in members}
+    return found
+
+
+def test_the_walks_of_the_architecture_page_lead_through_files_and_functions_that_are_there() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    walks = [block.partition("\n```")[0] for block in page.partition("## Three walks")[2].split("```text\n")[1:]]
+    assert len(walks) == 3
+
+    def wrong() -> Iterator[tuple[Path, str]]:
+        for line in "\n".join(walks).splitlines():
+            names = re.findall(r"([a-z_/]+\.py)", line)
+            files = [path for name in names for path in SOURCES if str(path).endswith(f"/{name}")]
+            if len(files) != len(names):
+                yield PACKAGE, f"no such file, or several: {line}"
+            told = re.match(r" *[a-z_/]+\.py +([A-Z_a-z.]+)(?:  |$)", line)
+            if told is not None and not any(told[1] in named_things(path) for path in files):
+                yield files[0], f"no {told[1]}"
+
+    offences(wrong())
+
+
 def test_tests_read_no_private_attributes() -> None:
     def wrong() -> Iterator[tuple[Path, str]]:
         for path in (ROOT / "tests").rglob("*.py"):

@@ -102,7 +102,7 @@ def remove(call: Call, value: Value, kind: Kind = None) -> None:
 
 
 def ban_machine(call: Call, name: str, kind: BanKindChoice | None, reason: str) -> None:
-    """Ban a machine, and say what became of it."""
+    """Ban a machine, and print the result."""
     call.confirm(f"Ban {one_line(name, limit=80)}, forget the machine, and end its link")
 
     async def work(connection: Connection) -> BanResponse:
@@ -130,7 +130,7 @@ def unban(call: Call, value: str, kind: BanKindChoice | None) -> None:
 
 
 def by_token(machine: Machine) -> str:
-    """By which token the machine came, and whether that still lets it in."""
+    """The token the machine used, and whether it would still be admitted."""
     if not machine.join_token:
         return ""
     admits = {"yes": "still admits", "no": "does not admit any more"}.get(machine.join_token_admits, "may still admit")

@@ -106,7 +106,7 @@ class Call:
     is_confirmed: bool
 
     def run(self, work: Callable[[Connection], Awaitable[T]], *, limits: Limits = ANSWER_LIMITS) -> T:
-        """Do this with a connection to the server. Raises SideroLinkError; CommandError where the server is at fault."""
+        """Run this with a connection to the server. Raises SideroLinkError; CommandError for errors of the server."""
         target = find_target(self.options)
         return anyio.run(_run, target, work, limits)
 
@@ -141,7 +141,7 @@ class Call:
             await work(connection, name)
 
     async def watch(self, fetch: Callable[[], Awaitable[Sequence[T]]], view: View[T]) -> None:
-        """Print what there is, and then what changes, every other second. Never returns."""
+        """Print the list, then its changes every two seconds. Never returns."""
         table = TableWriter(view, self.output)
         before: dict[str, dict[str, Any]] = {}
         while True:
@@ -176,7 +176,7 @@ async def _run(target: Target, work: Callable[[Connection], Awaitable[T]], limit
 
 
 async def all_pages(ask: Callable[[str], Awaitable[S]], items: Callable[[S], list[T]], limit: int | None = None) -> list[T]:
-    """Ask for page after page, each by its token, until the last; at most `limit` items."""
+    """Request all pages, up to `limit` items."""
     found: list[T] = []
     token = ""
     while True:

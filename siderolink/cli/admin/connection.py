@@ -1,4 +1,4 @@
-"""The way to a server's administration: which server, by which key, and what its refusals mean for a command."""
+"""Connecting to a server's admin API: which server, which key, and how its errors map to exit statuses."""
 
 import os
 from collections.abc import AsyncIterator, Iterator
@@ -171,7 +171,7 @@ async def connect(
 
 @contextmanager
 def explained(target: Target) -> Iterator[None]:
-    """Turn what calls raise into CommandError: what went wrong, and what to do."""
+    """Turn errors of calls into CommandError, which says what went wrong and what to do."""
     try:
         with translate_errors(str(target)):
             yield

@@ -190,7 +190,7 @@ def timestamp(at: float | None) -> str:
 
 
 def age(at: float | None) -> str:
-    """How long ago, in its largest unit: ``5m``; empty for never."""
+    """An age in its largest unit: ``5m``; empty for never."""
     return "" if at is None else _span(time.time() - at)
 
 
@@ -235,7 +235,7 @@ def read_time(text: str) -> float:
 
 
 def read_expiry(text: str) -> tuple[float | None, float | None]:
-    """When something ends, as a time or as seconds from now: one of the two. Raises ConfigurationError."""
+    """An expiry, given as a time or as a duration from now. Raises ConfigurationError."""
     try:
         return None, read_duration(text)
     except ConfigurationError:

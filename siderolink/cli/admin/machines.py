@@ -83,7 +83,7 @@ Sort = Annotated[
 
 
 def state_of(machine: Machine) -> str:
-    """Its admission, or where it is accepted the state of its link."""
+    """Its admission; for an accepted machine, the state of its link."""
     return machine.link if machine.admission == "accepted" else machine.admission
 
 
@@ -166,7 +166,7 @@ def list_machines(
 
 
 async def _watch(connection: Connection, output: OutputFormat, request: WatchMachinesRequest) -> None:
-    """All of them as a table, once they are there, and then each change."""
+    """Print all machines as a table, then each change."""
     table = TableWriter(_CHANGES, output)
     known: list[MachineChange] | None = []
     async for change in connection.stub(MachineServiceStub, timeout=None).watch_machines(request):
@@ -263,7 +263,7 @@ def tunnel(
 
 
 def _print_changed(call: Call, machine: Machine, words: Callable[[Machine], str]) -> None:
-    """A sentence, or the machine as it is now, for programs."""
+    """Print a sentence, or the machine's current state for programs."""
     if call.output in (OutputFormat.TABLE, OutputFormat.WIDE):
         show(one_line(words(machine)))
     else:

@@ -87,7 +87,7 @@ Note = Annotated[str | None, typer.Option(help="A note about it.", metavar="TEXT
 
 
 def uses_of(token: Token) -> str:
-    """Of how many."""
+    """Used and allowed uses."""
     return str(token.uses) if token.max_uses is None else f"{token.uses}/{token.max_uses}"
 
 
@@ -256,7 +256,7 @@ async def _users(connection: Connection, name: str) -> list[TokenUser]:
 
 
 def _print_after(call: Call, name: str, ask: Callable[[TokenServiceStub, TokenRequest], Awaitable[Token]]) -> None:
-    """Do something with a token, and print it as it is then."""
+    """Change a token, and print the result."""
 
     async def work(connection: Connection) -> Token:
         return await ask(connection.stub(TokenServiceStub), TokenRequest(name=name))
@@ -265,7 +265,7 @@ def _print_after(call: Call, name: str, ask: Callable[[TokenServiceStub, TokenRe
 
 
 def _confirm_end(call: Call, name: str, what: str) -> None:
-    """Ask, and say which machines could not come back without the token."""
+    """Ask for confirmation, and list the machines that could not return without the token."""
     if not call.is_confirmed:
         stranded = [user for user in call.run(lambda connection: _users(connection, name)) if user.warning]
         for user in stranded[:20]:

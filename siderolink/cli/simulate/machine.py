@@ -61,7 +61,7 @@ class SimulatedMachine:
         self._carrying: asyncio.Task[None] | None = None
         self._asked_at: float | None = None
         self.is_up = False
-        """Whether a handshake completed since the machine last set out to connect."""
+        """Whether a handshake completed since the last connection attempt began."""
         self.pings_answered = 0
 
     async def join(self) -> None:
@@ -73,7 +73,7 @@ class SimulatedMachine:
         self._engine.allowed_ips.set(self._peer, [_host(self._answer)])
 
     async def connect(self) -> None:
-        """Set out for the server by the way that its answer told. Raises SideroLinkError."""
+        """Connect by the transport that the server's response selected. Raises SideroLinkError."""
         self._asked_at, self.is_up = self._loop.time(), False
         if self._answer.virtual_address is not None:
             self._carrying = self._loop.create_task(self._carry())
@@ -96,7 +96,7 @@ class SimulatedMachine:
             self._set_out(path)
 
     async def close(self) -> None:
-        """Be gone without a word."""
+        """Disappear without a goodbye."""
         if self._timer is not None:
             self._timer.cancel()
         if self._sock is not None:

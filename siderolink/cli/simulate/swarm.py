@@ -78,7 +78,7 @@ class Swarm:
 
     @property
     def up(self) -> int:
-        """How many machines have a session that they made since they last set out."""
+        """The number of machines with a session from their current connection attempt."""
         return sum(machine.is_up for machine in self.machines)
 
     async def join(self) -> Phase:

@@ -15,7 +15,7 @@ from siderolink.common.grpc.refusals import Refusal, Refused
 log = logging.getLogger("siderolink")
 
 Receiver = Callable[[Sequence[memoryview]], None]
-"""Takes the next bytes, in pieces; the buffers are the giver's again when it returns. May raise Refused: it ends the stream."""
+"""Takes the next bytes, in pieces. The buffers may be reused once it returns. Raising Refused ends the stream."""
 
 CONTENT_TYPE = "application/grpc"
 _HTTP_STATUS = {
@@ -32,10 +32,10 @@ _HTTP_STATUS = {
 
 
 class ByteStream:
-    """One stream of either side. Everything but `wait_ended` returns at once."""
+    """One stream, of a client or a server. Only `wait_ended` waits."""
 
     peer_address: object = None
-    """Server: the caller's socket address where it is not the connection's, which a proxy may have made."""
+    """Server: the caller's socket address, if it differs from the connection's because a proxy forwarded the call."""
     on_valid_token: Callable[[], None] | None = None
 
     def __init__(self, stream: H2Stream, metadata: Mapping[str, str], *, server: bool) -> None:
@@ -48,7 +48,7 @@ class ByteStream:
         self._raw = stream.connection.raw_streams
         self._server = server
         self._is_grpc = server
-        """Whether the other end speaks gRPC, which a proxy's page of HTML does not."""
+        """Whether the other end has been seen to speak gRPC; a proxy may answer with HTML instead."""
         self._receiver: Receiver | None = None
         self._early = bytearray()
         self._early_flow = 0
@@ -117,7 +117,7 @@ class ByteStream:
             self._raw.credit_stream(self._id, back)
 
     def send(self, data: memoryview) -> int:
-        """Send the beginning of `data`, as much as there is `room`; returns how many bytes. The buffer is free on return."""
+        """Send as much of `data` as there is `room` for; returns how many bytes. The buffer may be reused afterwards."""
         taken = min(self.room, len(data))
         if taken:
             self.accept()
@@ -129,7 +129,7 @@ class ByteStream:
         self._wakers.append(callback)
 
     def end(self, status: Status = Status.OK, message: str | None = None) -> None:
-        """Server: end the stream with this status. Client: say that no more will be sent; status and message are not sent."""
+        """Server: end the stream with this status. Client: half-close the stream; status and message are ignored."""
         if self._send_closed:
             return
         self._send_closed = True
@@ -142,14 +142,14 @@ class ByteStream:
         self.wake()
 
     def reset(self) -> None:
-        """Give the stream up (CANCEL)."""
+        """Reset the stream (CANCEL)."""
         self._send_closed = True
         self._finish(None)
         self._stream.abort(ErrorCodes.CANCEL)
         self.wake()
 
     def refuse(self, refusal: Refusal, message: str, status: Status = Status.INVALID_ARGUMENT) -> None:
-        """End the stream because of what the peer sent, counted as `refusal`."""
+        """End the stream because of the peer's data, and count it as `refusal`."""
         self._early.clear()
         if self._server:
             self._connection.refuse_call(refusal, message)
@@ -213,7 +213,7 @@ class ByteStream:
 
     def _give(self, pieces: Sequence[memoryview], flow: int) -> None:
         if self._receiver is None:
-            # dropped; this must not shrink the window of other streams
+            # Dropped data must still be returned to the connection's window.
             self._raw.give_back(self._id, flow)
             return
         if self._is_credited:
@@ -240,7 +240,7 @@ class ByteStream:
         self._stop_idle_timer()
         if not self._outcome.done():
             self._outcome.set_result(error)
-            self._receiver = None  # most lead back here
+            self._receiver = None  # it usually refers back to this stream
             self._raw.give_back(self._id, self._unacknowledged + self._early_flow)
             self._unacknowledged = self._early_flow = 0
             self._release_early()
@@ -265,7 +265,7 @@ class ByteStream:
 
 
 def trailers(status: Status, message: str | None, *, only: bool) -> Headers:
-    """The headers that end a call; `only` when none were sent before."""
+    """The headers that end a call. `only`: no headers were sent before."""
     headers: Headers = [(":status", "200"), ("content-type", CONTENT_TYPE)] if only else []
     headers.append(("grpc-status", str(status.value)))
     if message:

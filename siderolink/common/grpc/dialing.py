@@ -28,7 +28,7 @@ _NAME = re.compile(r"[A-Za-z0-9._-]{1,253}\Z")
 
 
 def check_host(host: str) -> str:
-    """The host as it may stand in a request line, a header field and a resolver's query: an IP address or an ASCII name.
+    """Check a host for use in a request line, a header field and a DNS query: an IP address or an ASCII name.
 
     An internationalised name is returned in its ASCII form. Raises ConfigurationError for anything else, line breaks included.
     """
@@ -50,14 +50,14 @@ def check_host(host: str) -> str:
 
 
 def authority(host: str, port: int) -> str:
-    """``host:port`` for a request: IPv6 addresses stand in brackets, without the zone, which means nothing to the other end."""
+    """``host:port`` for a request. IPv6 addresses are put in brackets, without their zone, which is local to this host."""
     return f"[{host.partition('%')[0]}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 async def dial(
     host: str, port: int, environ: Mapping[str, str], *, tls: bool
 ) -> socket.socket | tuple[asyncio.Transport, bytes]:
-    """Connect to a server, by the proxy that `environ` names for it, if any.
+    """Connect to a server, through the proxy that `environ` names for it, if any.
 
     Returns a connected socket; or for an HTTP proxy a transport whose reading is paused, and the bytes that came after the
     proxy's answer. Raises ServerUnreachableError, ConfigurationError, or OSError.
@@ -80,7 +80,7 @@ async def connect(host: str, port: int) -> socket.socket:
 async def connect_in(namespace: str, host: str, port: int) -> socket.socket:
     """Connect to an IP address from a network namespace. Raises OSError, ConfigurationError."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    from siderolink.common.netlink import call_in  # pyroute2 takes a quarter of a second to import, and few callers need it
+    from siderolink.common.netlink import call_in  # imported late: pyroute2 takes a quarter of a second
 
     sock = call_in(namespace, lambda: socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK))
     try:
@@ -107,13 +107,13 @@ def _naming(proxy: Proxy) -> Iterator[None]:
 
 
 class _ConnectAnswer(asyncio.Protocol):
-    """Receives a proxy's answer to CONNECT, and keeps the bytes that follow it."""
+    """Receives a proxy's response to CONNECT, and keeps the bytes that follow it."""
 
     def __init__(self) -> None:
         self._data = b""
         self.transport: asyncio.Transport | None = None
         self.head: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
-        """The answer's lines, without the empty one at its end."""
+        """The response's status line and headers, without the empty line at the end."""
         self.rest = b""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -196,7 +196,7 @@ async def _connect_by_socks(proxy: Proxy, host: str, port: int) -> socket.socket
 async def adopt(
     transport: asyncio.Transport, rest: bytes, protocol: asyncio.Protocol, tls: ssl.SSLContext | None, host: str
 ) -> asyncio.Transport:
-    """Hand a proxied connection to its protocol, inside TLS where `tls` is given. Raises what a TLS handshake can raise."""
+    """Attach the protocol to a proxied connection, after a TLS handshake if `tls` is given. Raises the handshake's errors."""
     if tls is not None:
         if rest:
             raise ServerUnreachableError("received data before the TLS handshake")

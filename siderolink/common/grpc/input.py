@@ -1,4 +1,4 @@
-"""What comes on a connection, on its way to the HTTP/2 engine and to raw streams."""
+"""A connection's input, on its way to the HTTP/2 engine and to raw streams."""
 
 import asyncio
 from collections.abc import Callable, Iterator
@@ -30,7 +30,7 @@ class Input:
         fail: Callable[[Exception], None],
     ) -> None:
         self.flooded: Refused | None = None
-        """Why this connection is about to end; nothing more is taken from it."""
+        """Why this connection is about to end; further input is ignored."""
         self._connection = connection
         self._processor = processor
         self._transport = transport
@@ -42,13 +42,13 @@ class Input:
         self._backlog: list[bytes] = []
         self._queued = 0
         self.is_paused = False
-        """Nothing is read: what has come waits for its turn."""
+        """True while reading is paused because earlier input waits for its turn."""
         self._engine_seconds = 0.0
         self._calls_charged = 0
         self._waiting = 0
 
     def feed(self, data: bytes) -> None:
-        """Take what came. Failures are told to `fail`."""
+        """Accept received bytes. Failures are reported to `fail`."""
         if self._pieces is None:
             self._pieces = self._connection.scanner.feed(data)
             if self._is_urgent():
@@ -84,7 +84,7 @@ class Input:
         self._read(self._loop.time() + turns.TURN_SECONDS)
 
     def _read(self, until: float) -> float:
-        """Deal with what came, until then. Returns how many seconds the calls that began will take."""
+        """Process input until then. Returns the estimated seconds of the calls that it started."""
         pieces = self._pieces
         if pieces is None or self._transport.is_closing():
             return 0.0
@@ -105,7 +105,7 @@ class Input:
         return calls * turns.CALL_SECONDS
 
     def _charge(self, calls: int) -> float:
-        """Charge the source for what its frames and calls took; returns how long its input has to wait. Raw bytes are free."""
+        """Charge the source for its frames and calls; returns how long its input has to wait. Raw bytes are free."""
         seconds, self._engine_seconds = self._engine_seconds + calls * turns.CALL_SECONDS, 0.0
         return self._account.charge(seconds, self._loop.time()) if seconds else 0.0
 
@@ -178,7 +178,7 @@ class Input:
         self._connection.flush()
 
     def _after_scan(self) -> None:
-        """Answer, and count what the scanner has dropped and what the engine keeps."""
+        """Send replies, and account for bytes that the scanner dropped or the engine holds."""
         connection, scanner = self._connection, self._connection.scanner
         if scanner.replies:
             connection.flush()
@@ -200,4 +200,4 @@ class Input:
 
 
 def _ignore(_: Exception) -> None:
-    """What is unforeseen on a connection that is gone concerns nobody."""
+    """Ignores failures of a connection that is gone."""

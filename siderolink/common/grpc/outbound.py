@@ -1,4 +1,4 @@
-"""What leaves a connection: the writes of one turn of the loop in one send, and the waits for room, which end with it."""
+"""A connection's output: writes of one loop iteration go out in one send, and waits for room end when it closes."""
 
 import asyncio
 from collections.abc import Callable
@@ -17,7 +17,7 @@ class Gate(asyncio.Event):
             super().clear()
 
     def close(self) -> None:
-        """Let everyone go who waits."""
+        """End all waits."""
         self.is_closed = True
         self.set()
 
@@ -54,7 +54,7 @@ class CorkedTransport(asyncio.Transport):
             self.flush()  # the transport has to see what comes, or it cannot ask for a pause
 
     def write_now(self, data: bytes) -> None:
-        """Send what waits, and this behind it."""
+        """Send the queued data followed by this, now."""
         self._parts.append(data)
         self.flush()
 
@@ -81,7 +81,7 @@ class CorkedTransport(asyncio.Transport):
             self._transport.close()
 
     def detach(self) -> None:
-        """The transport below is gone."""
+        """Forget the transport, which is gone."""
         self._transport = self._on_overflow = None
 
     def get_extra_info(self, name: str, default: object = None) -> Any:

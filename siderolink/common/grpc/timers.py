@@ -25,7 +25,7 @@ class Timers:
             self._arm(at)
 
     def stop(self, name: Hashable) -> None:
-        """Do not call back any more."""
+        """Cancel the callback."""
         self._due.pop(name, None)
 
     def stop_all(self) -> None:

@@ -61,7 +61,7 @@ class ApiKeys:
         """What was read before a key was made does not take the place of what was read after it."""
 
     def now(self) -> float:
-        """By which expiries count."""
+        """The clock that decides when keys expire."""
         return self._clock.time()
 
     # --- administration
@@ -77,7 +77,7 @@ class ApiKeys:
         forward: Sequence[str] = (),
         actor: Actor = EMBEDDER,
     ) -> tuple[Principal, str]:
-        """A new key, and its secret, which is kept nowhere. `ttl` is in seconds from now.
+        """A new key, and its secret, which is not stored. `ttl` is in seconds from now.
 
         `forward` names machines, each as ``MACHINE`` or ``MACHINE:PORT``, whose ports the key may forward to whatever its role.
         Raises ConfigurationError, NotFoundError, or AlreadyExistsError for a name that another key has.
@@ -178,7 +178,7 @@ class ApiKeys:
     # --- recognising
 
     def authenticate(self, secret: str, source: str) -> tuple[Actor, Principal]:
-        """Who has this key. Costs no query. Raises UnauthenticatedError, which does not say whether a key was ever right."""
+        """The principal with this key, without a query. UnauthenticatedError does not tell whether a key was ever valid."""
         principal = self._by_digest.get(_digest(secret)) if len(secret) <= _MAX_KEY_LENGTH else None
         now = self._clock.time()
         if principal is None:
@@ -227,7 +227,7 @@ class ApiKeys:
                     scope.cancel()
 
     async def note_uses(self) -> None:
-        """Write when keys were last used, now and then, until cancelled."""
+        """Write the times of last use periodically, until cancelled."""
         while True:
             await self._clock.sleep(_NOTE_EVERY)
             await self.write_uses()

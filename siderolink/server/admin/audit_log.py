@@ -52,7 +52,7 @@ class AuditLog:
         return Page(items=part, next_page_token=str(part[-1].seq) if len(entries) > size else "", total=len(part))
 
     async def follow(self, query: AuditQuery = EVERYTHING, *, actor: Actor = EMBEDDER) -> AsyncIterator[AuditEntry]:
-        """Entries from now on, the oldest first, for as long as they are read; with the query's `after_seq`, from there on."""
+        """Follow the audit: entries from now on, or after the query's `after_seq`, the oldest first."""
         require(actor, Role.ADMIN)
         async with self._store.changes() as changes:
             last = query.after_seq
@@ -99,11 +99,11 @@ class AuditLog:
         await self._store.transact(lambda transaction: transaction.audit(entry))
 
     async def record(self, actor: Actor, action: str, object_kind: str) -> None:
-        """As `add`, of a thing of which there is only one."""
+        """As `add`, for an object that exists only once."""
         await self.add(AuditEntry(at=self._clock.time(), actor=actor, action=action, object_kind=object_kind))
 
     async def login_failed(self, source: str, reason: str) -> None:
-        """Record a login that failed: of one source once a minute, with how many there were since; of all, some a minute."""
+        """Record a failed login: once a minute for each source, with a count, and a few a minute in total."""
         now = time.monotonic()
         known = self._failures.setdefault(source, _Failures(0, -_SAMPLE_EVERY))
         self._failures.move_to_end(source)

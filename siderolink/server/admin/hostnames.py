@@ -1,4 +1,4 @@
-"""The hostnames that machines tell in their events: shown and searched. No call takes one, since any machine may say any."""
+"""Hostnames from machines' events, for display and search. No call accepts one as a name, because machines can claim any."""
 
 import re
 from collections.abc import AsyncIterator
@@ -22,7 +22,7 @@ class Hostnames:
         self._names: dict[str, str] = {}
 
     def of(self, machine_id: str) -> str:
-        """Empty if it told none."""
+        """Empty if it reported none."""
         return self._names.get(machine_id, "")
 
     async def follow(self, events: AsyncIterator[MachineEvent | ReportsLost]) -> None:
@@ -32,7 +32,7 @@ class Hostnames:
                 self.note(event)
 
     def note(self, event: MachineEvent) -> None:
-        """Take the hostname of an event, if it is one."""
+        """Note the hostname in an event, if it has a valid one."""
         told = event.payload
         name = told.hostname.lower() if isinstance(told, AddressEvent) and len(told.hostname) <= 253 else ""
         if _NAME.fullmatch(name) is None:

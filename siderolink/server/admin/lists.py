@@ -15,7 +15,7 @@ T = TypeVar("T")
 DEFAULT_PAGE: Final = 100
 MAX_PAGE: Final = 1000
 MAX_PAGE_BYTES: Final = 1024 * 1024
-"""About how long a page may be; a caller may have to read it whole."""
+"""Approximate size limit of a page, in bytes."""
 _MAX_TOKEN_LENGTH: Final = 2048
 
 SortKey = tuple[float | str, str]
@@ -28,7 +28,7 @@ class Page(Generic[T]):
 
     items: Sequence[T]
     next_page_token: str = ""
-    """Asks for the next page; empty for the last one."""
+    """The token of the next page; empty on the last one."""
     total: int = 0
     """How many there are in all."""
 

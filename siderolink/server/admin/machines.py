@@ -316,7 +316,7 @@ class MachineAdministration:
     # --- changing
 
     async def rename(self, name: str, new_name: str, *, actor: Actor = EMBEDDER) -> Machine:
-        """Give a machine a name of its own; the empty one takes it back. Raises AlreadyExistsError."""
+        """Set a machine's name; an empty one removes it. Raises AlreadyExistsError."""
         wanted = check_name(new_name) if new_name else None
         try:
             return await self._change(name, actor, "machine.rename", lambda machine: replace(machine, name=wanted))
@@ -362,7 +362,7 @@ class MachineAdministration:
         return machine
 
     async def forget_unique_token(self, name: str, *, actor: Actor = EMBEDDER) -> Machine:
-        """Free a machine of its unique token; the next one that it brings is bound."""
+        """Unbind a machine's unique token; the next one that it presents is bound."""
         return await self._change(name, actor, "machine.forget_unique_token", _unbound)
 
     @uninterrupted

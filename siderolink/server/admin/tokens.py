@@ -422,7 +422,7 @@ async def _named(transaction: Transaction, name: str) -> JoinToken:
 
 
 async def _take_default(transaction: Transaction) -> None:
-    """The token that was the default one is so no more."""
+    """Unset the previous default token."""
     old = await transaction.tokens.find(*DEFAULT_TOKEN)
     if old is not None:
         await transaction.tokens.put(replace(old, is_default=False))

@@ -92,7 +92,7 @@ class Selector:
 
 
 def _split(text: str) -> list[str]:
-    """At the commas that stand outside parentheses."""
+    """Split at commas outside parentheses."""
     parts, depth, start = list[str](), 0, 0
     for at, character in enumerate(text):
         depth += (character == "(") - (character == ")")

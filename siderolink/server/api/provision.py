@@ -1,4 +1,4 @@
-"""The ProvisionService: a hostile call in, an exact answer or an exact refusal out."""
+"""The ProvisionService: parses and bounds a call, and maps the decision to a response or a gRPC status."""
 
 import logging
 import re
@@ -141,7 +141,7 @@ class ProvisionService:
         self.refusals: Counter[JoinRefusal] = Counter()
 
     def __mapping__(self) -> dict[str, Handler]:
-        # Not the generated base: it hides the stream, and with it where the call came from.
+        # The generated base hides the stream, and with it the caller's address.
         return {
             "/sidero.link.ProvisionService/Provision": Handler(
                 self._serve, Cardinality.UNARY_UNARY, PlainRequest, ProvisionResponse
@@ -205,7 +205,7 @@ class ProvisionService:
         return self._responses.build(grant.machine, tunnel=grant.use_tunnel)
 
     def _check_tokens(self, request: ProvisionRequest) -> Credentials:
-        """Refuse a call whose tokens cannot admit it, before any costly step. Raises JoinRejectedError."""
+        """Refuse a call whose tokens cannot admit it before anything costly is done. Raises JoinRejectedError."""
         join = self._join_token.check(_text(request.join_token))
         token = _text(request.node_unique_token)
         unique = parse_unique_token(token) if len(token) <= MAX_UNIQUE_TOKEN_BYTES else None
@@ -278,7 +278,7 @@ class ProvisionService:
 
 
 def _text(value: object) -> str:
-    """A text field's value. The decoder leaves something else in a field that came with another wire type: that is no text."""
+    """A text field's value; empty if the field came with another wire type, which the decoder does not reject."""
     return value if isinstance(value, str) else ""
 
 

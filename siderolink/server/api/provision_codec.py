@@ -32,7 +32,7 @@ class PlainRequest(ProvisionRequest):
 
 
 def read_plain(data: bytes) -> ProvisionRequest | None:
-    """See `PlainRequest.read_plain`. Ends at the first field that is not plain, so it takes no time worth bounding."""
+    """See `PlainRequest.read_plain`. It stops at the first unusual field, so its cost is bounded."""
     fields: dict[str, str | bool] = {}
     pos, end = 0, len(data)
     try:

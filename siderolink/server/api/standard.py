@@ -77,7 +77,7 @@ class HealthService(HealthBase):
         return _LEAVING if self._is_leaving() else _SERVING
 
     async def watch(self, message: HealthCheckRequest) -> AsyncIterator[HealthCheckResponse]:
-        """Tell the state now. When it changes the call ends with UNAVAILABLE, as it does after `WATCH_SECONDS`."""
+        """Send the state now. The call ends with UNAVAILABLE when the state changes, or after `WATCH_SECONDS`."""
         yield self._now if message.service in self._services else _UNKNOWN
         await anyio.sleep_forever()
 

@@ -38,7 +38,7 @@ class TunnelService:
         self._device = device
         self.refusals: Counter[StreamRefusal] = Counter()
         self.drops: Counter[TunnelDrop] = Counter()
-        """Datagrams that found no way into a stream."""
+        """Dropped datagrams, by reason."""
 
     def service(self) -> ByteStreamService:
         return ByteStreamService({CREATE_STREAM: self.create_stream})
@@ -62,7 +62,7 @@ class TunnelService:
             self._monitor.close_stream(opened)
 
     async def _find_link(self, value: str) -> tuple[MachineLink, str]:
-        """The link of the virtual address in the metadata, and its name for people. The port says nothing."""
+        """The link of the virtual address in the metadata, and the address as text. The port is ignored."""
         try:
             address, port = parse_peer_addr_port(value)
         except ConfigurationError:
@@ -79,7 +79,7 @@ class TunnelService:
 
 
 def is_other_address(value: str) -> bool:
-    """Whether this is an address and a port, but of IPv4, which no machine has."""
+    """Whether this is an IPv4 address and port; machines have IPv6 addresses only."""
     host, _, port = value.rpartition(":")
     try:
         IPv4Address(host)

@@ -97,6 +97,6 @@ class LastSeenNotes:
         self._written_mark = mark
 
     async def aclose(self) -> None:
-        """Write what waits, within a second, also when this task was cancelled."""
+        """Write queued entries for at most a second, even if this task was cancelled."""
         with anyio.CancelScope(shield=True), anyio.move_on_after(_CLOSE_SECONDS):
             await self.write()

@@ -45,7 +45,7 @@ class EventSink:
         self._ingest = ingest
 
     def __mapping__(self) -> dict[str, Handler]:
-        # Not the generated base: it hides the stream, and with it where the call came from.
+        # The generated base hides the stream, and with it the caller's address.
         return {"/events.EventSinkService/Publish": Handler(self._serve, Cardinality.UNARY_UNARY, EventBytes, EventResponse)}
 
     async def _serve(self, stream: Stream[EventBytes, EventResponse]) -> None:

@@ -88,7 +88,7 @@ class ReportIngest:
         self._sender(machine).untold[reason] += count
 
     def may_send_lines(self, machine: Machine) -> bool:
-        """Whether the machine has not used up what it may send."""
+        """Whether the machine is within its rate limit."""
         sender = self._sender(machine)
         return not (sender.lines.is_empty or sender.line_bytes.is_empty)
 
@@ -108,7 +108,7 @@ class ReportIngest:
         self.lines.publish(line, line.size)
 
     def may_send_event(self, machine: Machine) -> bool:
-        """Whether the machine has not used up what it may send; to be asked before the event is read."""
+        """Whether the machine is within its rate limit; call it before the event is read."""
         sender = self._sender(machine)
         if sender.events.is_empty or sender.event_bytes.is_empty:
             self.drop(machine, ReportDrop.EVENT_RATE_LIMITED)
@@ -116,7 +116,7 @@ class ReportIngest:
         return True
 
     def charge_event(self, machine: Machine, size: int) -> None:
-        """Count an event of `size` bytes against what the machine may send, whatever is in it."""
+        """Count an event of `size` bytes against the machine's rate limit, even if it is invalid."""
         sender = self._sender(machine)
         sender.events.charge(1)
         sender.event_bytes.charge(size)

@@ -153,7 +153,7 @@ class _Connection(asyncio.Protocol):
         self._lines = LineSplitter(ingest.options.max_line_bytes)
         self._counted_too_long = 0
         self._unread = memoryview(b"")
-        """Received, and not cut into lines yet."""
+        """Received bytes that are not split into lines yet."""
         self._machine: Machine | None = None
         self._transport: asyncio.Transport | None = None
         self._is_lost = False
@@ -190,7 +190,7 @@ class _Connection(asyncio.Protocol):
             self._finish()
 
     def _read_next(self) -> None:
-        """Go on in another turn of the loop."""
+        """Continue in the next iteration of the loop."""
         if self._machine is not None and self._ingest.is_current(self._machine):
             self._read_some(self._machine)
         else:
@@ -198,7 +198,7 @@ class _Connection(asyncio.Protocol):
             self._finish()
 
     def _read_some(self, machine: "Machine") -> None:
-        """Cut as much into lines as one turn may, and read from the socket again once all of it is."""
+        """Split a bounded amount of input into lines; resume reading once all of it is split."""
         assert self._transport is not None
         size = BYTES_PER_TURN if self._ingest.may_send_lines(machine) else len(self._unread)
         piece, self._unread = bytes(self._unread[:size]), self._unread[size:]
@@ -252,7 +252,7 @@ class _Datagrams(asyncio.DatagramProtocol):
             self._ingest.add_line(machine, line)
 
     def error_received(self, exc: Exception) -> None:
-        """An ICMP error about a datagram; nothing is sent from here."""
+        """Ignore ICMP errors; this socket sends nothing."""
 
 
 @asynccontextmanager

@@ -1,4 +1,4 @@
-"""What machines reported, found again: in the archive's files, or among the recent reports in memory; and then followed.
+"""Searches machines' reports, in the archive's files or in memory, and follows new ones.
 
 Files are read in a thread, 64 KiB at a time, so that the loop goes on in between. A text is looked for as it is, never as a
 pattern: no text takes longer than another.
@@ -26,7 +26,7 @@ from siderolink.server.store import Machine
 
 Report = KernelLine | ReportedEvent
 Decode = Callable[[bytes], Report | None]
-"""Reads a record; None for what is none."""
+"""Reads a record; None for an invalid one."""
 
 CHUNK: Final = 65_536
 MAX_TEXT: Final = 1000
@@ -106,7 +106,7 @@ class _Reader:
         self._filter = _Filter(query if kind is Kept.LINES else EVERYTHING)
 
     def read(self) -> Generator[list[Report]]:
-        """What is found, often nothing, after each chunk."""
+        """The reports found in each chunk; often none."""
         query = self._query
         segments = [one for one in self._archive.segments(self._machine, self._kind) if self._may_hold(one[1])]
         if not query.tail:
@@ -179,7 +179,7 @@ class ReportSearch:
     async def _find(
         self, machine: str, query: ReportQuery, kind: Kept, live: AsyncIterator[object] | None, recent: Sequence[Report]
     ) -> AsyncGenerator[Report, None]:
-        """What is kept, and then what is live. What a slow caller loses of the latter is read from the files."""
+        """Stored reports, then live ones. Live reports that a slow caller misses are read from the files."""
         cut = time.time()
         if self._archive is None:
             for report in await _chosen(recent, query):

@@ -272,7 +272,7 @@ class Transaction(Protocol):
     def ownership(self) -> OwnershipRepository: ...
 
     def expect(self, node_uuid: str, public_key: PublicKey, bans: Iterable[Ban] = (), tokens: Iterable[TokenKey] = ()) -> None:
-        """Say what will soon be asked for: the bans, the tokens, the machine of the UUID, and who has or claims the key."""
+        """Prefetch: the bans, the tokens, the machine with the UUID, and the machine or claim with the key."""
 
     async def machine(self, machine_id: str) -> Machine | None: ...
 
@@ -376,7 +376,7 @@ class Store(Protocol):
         """What happened, the newest first."""
 
     async def delete_history(self, query: HistoryQuery) -> int:
-        """Delete all entries that the query takes, whatever its limit; tells how many."""
+        """Delete all entries that match the query, ignoring its limit. Returns their number."""
 
     async def prune_history(self, bounds: HistoryBounds) -> int:
         """Delete what is too old or too much, piece by piece: others wait for a piece at most. Tells how many entries."""
@@ -385,7 +385,7 @@ class Store(Protocol):
         """The first tokens by name whose names come after this one."""
 
     async def use_counts(self, token_ids: Collection[str], now: float) -> Mapping[str, int]:
-        """How many slots of these tokens are taken; those of which none is may be left out."""
+        """The number of used slots by token id. Tokens without any may be missing."""
 
     async def audit_entries(self, query: AuditQuery) -> Sequence[AuditEntry]:
         """The entries that the query selects, in its order."""

@@ -121,7 +121,7 @@ DEFAULT_TOKEN: TokenKey = (TokenColumn.DEFAULT, True)
 
 
 def unique_token_values(token: JoinToken) -> Iterator[TokenKey]:
-    """What no other token may share; the id comes first."""
+    """The values that must be unique among tokens; the id comes first."""
     for column in TokenColumn:
         value = getattr(token, column.value)
         if value is not None and value is not False:

@@ -84,7 +84,7 @@ def actor() -> Actor:
 
 
 class Access(Protocol):
-    """How callers are recognised."""
+    """How callers are authenticated."""
 
     async def of(self, call: Any) -> tuple[Actor, AbstractContextManager[anyio.CancelScope | None]]:
         """Who calls, and the scope of the call. Raises UnauthenticatedError or ForbiddenError."""
@@ -150,7 +150,7 @@ def _user_name(uid: int) -> str:
 
 
 def group_id(name: str) -> int | None:
-    """None where this host has no such group."""
+    """None if this host has no such group."""
     try:
         return grp.getgrnam(name).gr_gid
     except KeyError:
@@ -256,7 +256,7 @@ class _Answering:
 
 
 class _Guarded:
-    """A service whose callers are recognised, and have at least a role."""
+    """A service whose callers are authenticated and need a minimum role."""
 
     def __init__(self, service: Servable, access: Access, least: Role) -> None:
         self._service = service
@@ -283,7 +283,7 @@ class _Guarded:
 
 
 def guarded(services: Iterable[Servable], access: Access, least: Role = Role.VIEWER) -> list[Servable]:
-    """The services for those who have at least this role."""
+    """The services, for callers with at least this role."""
     return [_Guarded(service, access, least) for service in services]
 
 
@@ -301,7 +301,7 @@ _STATUSES: Final = (
 
 @contextmanager
 def told() -> Iterator[None]:
-    """Tell the caller what went wrong, by a status and one line."""
+    """Map errors to a gRPC status with a one-line message."""
     try:
         yield
     except SideroLinkError as error:

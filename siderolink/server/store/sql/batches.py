@@ -28,7 +28,7 @@ MAX_BATCH = 256
 
 
 class _Pending:
-    """What waits for its turn, and whoever waits for its result."""
+    """A queued work, with a future for its result."""
 
     def __init__(self) -> None:
         self.future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
@@ -43,7 +43,7 @@ class _Pending:
 
 
 class _Job(_Pending):
-    """A work that shares a transaction with others."""
+    """A work that shares a database transaction with others."""
 
     def __init__(self, work: Work[Any]) -> None:
         super().__init__()
@@ -108,7 +108,7 @@ class Batches:
         self._ended = asyncio.Event()
 
     async def submit(self, work: Work[Any]) -> Any:
-        """The work's result, once that is durable. Raises what the work raises, or StoreError."""
+        """Run a work; returns its result once that is durable. Raises what the work raises, or StoreError."""
         if self._is_closing:
             raise StoreError("the store is closed")
         job = _Job(work)
@@ -129,7 +129,7 @@ class Batches:
         await lone.future
 
     async def close(self) -> None:
-        """Let `run` finish what waits, and wait for it."""
+        """Wait until `run` has finished the queued works."""
         self._is_closing = True
         self._wake.set()
         await self._ended.wait()
@@ -169,7 +169,7 @@ class Batches:
             with translated():
                 try:
                     taken, put_off = await self._attempt(jobs, is_checked=False)
-                except sqlite3.IntegrityError:  # somebody chose a value that is stored already, and has to be told so
+                except sqlite3.IntegrityError:  # a value is stored already: find out which work has to be told
                     taken, put_off = await self._attempt(jobs, is_checked=True)
         except StoreError as error:
             failure = error
@@ -182,11 +182,11 @@ class Batches:
                 changes += job.transaction.changes
         for job in taken:
             job.settle()
-        if changes:  # told after the callers, who then have applied their own changes when they hear of them again
+        if changes:  # published after the callers were woken, so that they have applied their own changes already
             self._on_changes(changes)
 
     async def _attempt(self, jobs: list[_Job], *, is_checked: bool) -> tuple[list[_Job], list[_Job]]:
-        """Run the jobs and commit; returns those that were taken, and those that have to run again after them."""
+        """Run the jobs and commit. Returns those that were committed, and those that have to run again."""
         try:
             await _run_side_by_side(jobs, Reader(statements.SqliteFinder(self._driver)), is_checked)
             taken, put_off = _settle(jobs)
@@ -212,7 +212,7 @@ async def _run_side_by_side(jobs: list[_Job], reader: Reader, is_checked: bool) 
 
 
 def _settle(jobs: list[_Job]) -> tuple[list[_Job], list[_Job]]:
-    """The jobs that stand, and those that have to run again after them."""
+    """Split jobs into those without conflicts, and those that have to run again after them."""
     taken, put_off = [], []
     written: set[Key] = set()
     for job in jobs:

@@ -30,13 +30,13 @@ _MAGIC = b"SQLite format 3\0"
 _HEADER_BYTES = 100
 _FULL = "database or disk is full"
 CLOSE_SECONDS = 5.0
-"""How long closing may take; then the rest is left to SQLite's next start."""
+"""How long closing may take; SQLite recovers the rest at its next start."""
 BUSY_SECONDS = 2.0
-"""How long the last owner of the file may take to let go of it."""
+"""How long to wait for a previous process to release the file."""
 
 
 def prepare(path: Path) -> bool:
-    """Make the file, or look at it without changing it; tells whether it was made. Raises StoreError."""
+    """Create the file, or check it without changing it. Returns whether it was created. Raises StoreError."""
     flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -92,7 +92,7 @@ async def open_file(path: Path) -> AsyncIterator[AsyncConnection]:
 
 
 def _remove_if_empty(path: Path) -> None:
-    """Nothing was written to a new file: left behind, it would be taken for a damaged one."""
+    """Remove a new file to which nothing was written; the next start would take it for a damaged one."""
     try:
         if not path.stat().st_size:
             path.unlink()

@@ -25,7 +25,7 @@ READERS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     tables.servers.name: tables.read_fleet_server,
     tables.server.name: tables.read_server,
 }
-"""What reads a row of each table; raises StoreError for one that no server wrote."""
+"""The function that parses a row, by table. They raise StoreError for an invalid row."""
 
 
 class Statement:

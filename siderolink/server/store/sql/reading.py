@@ -61,7 +61,7 @@ class Reads(Protocol):
     """What a transaction reads from."""
 
     def want(self, keys: Iterable[Key]) -> None:
-        """Ask for what is soon read."""
+        """Prefetch keys that will be read soon."""
 
     async def read(self, key: Key) -> Found:
         """Raises StoreError."""
@@ -77,7 +77,7 @@ class Reader:
         self._wake = asyncio.Event()
 
     def want(self, keys: Iterable[Key]) -> None:
-        """Ask for what is soon read."""
+        """Prefetch keys that will be read soon."""
         for key in keys:
             if key not in self._answers:
                 self._answers[key] = asyncio.get_running_loop().create_future()
@@ -117,12 +117,12 @@ class Reader:
 
 
 async def fetch(find: Finder, wanted: Sequence[Key]) -> dict[Key, Found]:
-    """What is stored under the keys; a key of nothing is absent, but for those of sets."""
+    """Fetch the values of the keys. A key without a value is absent, except for keys of sets."""
     return answers(wanted, await find.rows(seek(wanted)))
 
 
 def seek(wanted: Iterable[Key]) -> Sought:
-    """Where the keys' rows are."""
+    """Group the keys by table and column."""
     sought: Sought = {}
     for name, value in wanted:
         if isinstance(value, Ban):
@@ -141,7 +141,7 @@ def seek(wanted: Iterable[Key]) -> Sought:
 
 
 def answers(wanted: Sequence[Key], rows: Mapping[str, Sequence[Any]]) -> dict[Key, Found]:
-    """What the rows of the tables say under the keys."""
+    """The value of each key, from the rows that were found."""
     names = {name for name, _ in wanted}
     found: dict[Key, Found] = {(BAN, ban): ban for ban in rows.get("bans", ())}
     found |= {(name, 1): list(rows.get(name, ())) for name in names & _WHOLE}

@@ -38,7 +38,7 @@ class _RowChanges:
     """A transaction's machines' rows and claims. Its reads and writes show whether it conflicts with another of its batch."""
 
     def __init__(self, reader: Reads, *, is_checked: bool) -> None:
-        """Unless `is_checked`, what would repeat a stored value is left for the database to refuse."""
+        """Unless `is_checked`, the database itself refuses values that must be unique."""
         self._reader = reader
         self._is_checked = is_checked
         self.reads: set[Key] = set()
@@ -90,7 +90,7 @@ class _RowChanges:
         self._reader.want(wanted + [(TOKEN + column.value, value) for column, value in tokens])
 
     def _find_here(self, key: Key) -> Machine | None:
-        """A row of that value which this transaction has written."""
+        """A row with that value which this transaction has written."""
         column, value = key
         for row in self.rows.values():
             if row is not None and getattr(row, column) == value and (column != "node_uuid" or row.is_accepted):
@@ -202,7 +202,7 @@ class SqlTransaction(_RowChanges):
         self.audited.append(entry)
 
     def number_audit(self, numbers: Iterator[int]) -> None:
-        """Give the entries their numbers, in order; the feed tells of them."""
+        """Number the entries, and add them to the feed."""
         self.audited = [replace(entry, seq=seq) for entry, seq in zip(self.audited, numbers, strict=False)]
         self.changes += [AuditAdded(entry=entry) for entry in self.audited]
 
