@@ -38,6 +38,7 @@ async def main():
     async with siderolink.connect(sys.argv[1], uuid=sys.argv[2], device="userspace") as link:
         before = link.address
         print(before, link.public_key, flush=True)
+        await anyio.to_thread.run_sync(sys.stdin.readline)
         machine = replace(link.options.machine, uuid=sys.argv[3])
         await link.apply(replace(link.options, machine=machine))
         while link.address == before or link.state != "connected":
@@ -221,5 +222,29 @@ def test_a_running_machine_without_a_token_changes_its_uuid_by_an_echo(net: Net,
         found = {row["node_uuid"]: row for row in json.loads(command(tmp_path, "list", "--json").stdout)}
         assert (found[after]["overlay_address"], found[after]["link"]) == (new_address, "up")
         assert (found[before]["public_key"], found[before]["link"]) == ("", "down")
+        assert not [line for line in server.lines if "refused" in line], "no call was in vain"
+        stop(process)
+
+
+@pytest.mark.timeout(120)
+def test_where_machines_are_pending_one_that_changes_its_uuid_is_so_by_an_echo(net: Net, tmp_path: Path) -> None:
+    before, after = str(uuid.uuid4()), str(uuid.uuid4())
+    with served(net.server, tmp_path, "--device", "userspace", "--join-tokens-mode", "strict") as server:
+        process = net.machine.popen(
+            [sys.executable, "-c", CHANGES_ITS_UUID, URL, before, after], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        assert process.stdout is not None
+        assert process.stdin is not None
+        old_address, old_key = str(process.stdout.readline()).split()
+        (row,) = json.loads(command(tmp_path, "list", "--json").stdout)
+        assert "is accepted" in command(tmp_path, "accept", row["id"]).stdout
+        process.stdin.write("\n")
+        process.stdin.flush()
+        server.wait_for(f"pending: {after}")
+        new_address, new_key = str(process.stdout.readline()).split()
+        assert (new_key == old_key, new_address == old_address) == (True, False)
+        found = {row["node_uuid"]: row for row in json.loads(command(tmp_path, "list", "--json").stdout)}
+        assert (found[after]["admission"], found[after]["overlay_address"]) == ("pending", new_address)
+        assert (found[before]["admission"], found[before]["public_key"]) == ("accepted", "")
         assert not [line for line in server.lines if "refused" in line], "no call was in vain"
         stop(process)

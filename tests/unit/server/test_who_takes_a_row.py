@@ -3,6 +3,7 @@
 The server's parts are the real ones; the device is a fake that says who was heard and who answers.
 """
 
+import asyncio
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
@@ -253,6 +254,21 @@ async def test_of_a_machine_whose_path_a_proxy_cut_the_server_learns_nothing_bef
         scene.manager.device.hear(scene.machine.key)
     await scene.manager.pass_time(11)
     assert await scene.attempt(thief(scene, ELSEWHERE)) is (Verdict.REFUSED if is_alive else Verdict.TAKES)
+
+
+async def test_a_claim_whose_caller_hung_up_gets_its_peer_with_the_next_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    scene = Scene(False, Link.SILENT)
+    await scene.set_up()
+    manager, again = scene.manager, machine_again(scene, HERE)
+
+    async def hang_up(config: object) -> None:
+        raise asyncio.CancelledError
+
+    with monkeypatch.context() as patch, pytest.raises(asyncio.CancelledError):
+        patch.setattr(manager.device, "set_peer", hang_up)
+        await manager.join(again)
+    assert again.key not in manager.device.configs
+    assert await scene.attempt(again) is Verdict.TAKES
 
 
 async def test_of_two_claims_the_first_that_is_proved_has_the_row() -> None:
