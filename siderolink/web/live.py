@@ -11,6 +11,7 @@ from anyio.abc import TaskGroup
 from starlette.types import Receive, Scope, Send
 
 from siderolink.common.pb.siderolink.admin.v1 import HistoryServiceStub, MachineLogLine, MachineLogsRequest
+from siderolink.common.tasks import background_tasks
 from siderolink.common.text import one_line
 from siderolink.web.api import ApiError, Caller, ServerAwayError, SignedOutError, explained
 from siderolink.web.sessions import Session, Sessions, TooManyError
@@ -57,13 +58,12 @@ class LiveStream:
         await send({"type": "http.response.start", "status": 200, "headers": list(_HEADERS)})
         try:
             with self._sessions.streaming(self._session):
-                async with anyio.create_task_group() as tasks:
+                async with background_tasks() as tasks:
                     tasks.start_soon(_cancel_when_gone, receive, tasks)
                     tasks.start_soon(self._breathe)
                     if self._log is not None:
                         tasks.start_soon(self._follow_log, *self._log)
                     await self._show()
-                    tasks.cancel_scope.cancel()
         except TooManyError as error:
             await self._tell(event("stopped", str(error)))
         if self._session.is_over:
@@ -108,7 +108,7 @@ class LiveStream:
     async def _follow_log(self, caller: Caller, machine: str) -> None:
         """The last lines, and those that come; the follower is begun again where the server was away."""
         pending: deque[MachineLogLine] = deque(maxlen=_LOG_PENDING)
-        async with anyio.create_task_group() as tasks:
+        async with background_tasks() as tasks:
             tasks.start_soon(self._tell_lines, pending)
             since: float | None = None
             while True:
@@ -126,7 +126,6 @@ class LiveStream:
                     pass
                 except ApiError as error:
                     await self._tell(event("log-stopped", str(error)))
-                    tasks.cancel_scope.cancel()
                     return
                 await anyio.sleep(EVERY)
 

@@ -82,15 +82,18 @@ class Sessions:
         self._by_digest[_digest(cookie)] = session
         return cookie, session
 
-    def find(self, cookie: str | None, source: str) -> Session | None:
-        """The session of a cookie, used from now on. A cookie from another source than its session's ends that session."""
+    def find(self, cookie: str | None, source: str, *, is_use: bool = True) -> Session | None:
+        """The session of a cookie; without `is_use` its idle time goes on. A cookie from another source than its session's ends
+        that session.
+        """
         session = None if not cookie or len(cookie) > 128 else self._by_digest.get(_digest(cookie))
         if session is None or not self.is_live(session):
             return None
         if _network(session.source) != _network(source):
             self.end(session)
             return None
-        session.used_at = self._clock()
+        if is_use:
+            session.used_at = self._clock()
         return session
 
     def is_live(self, session: Session) -> bool:

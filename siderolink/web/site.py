@@ -104,9 +104,9 @@ class Site:
             self.sessions.end(session)
         return _without_cookie(RedirectResponse("/sign-in", status_code=303))
 
-    async def _enter(self, request: Request, role: str = "viewer") -> tuple[Session, Caller]:
+    async def _enter(self, request: Request, role: str = "viewer", *, is_use: bool = True) -> tuple[Session, Caller]:
         """Who asks, which the server has just confirmed. Raises SignInNeededError or ApiError."""
-        session = self.sessions.find(request.cookies.get(COOKIE), _source(request))
+        session = self.sessions.find(request.cookies.get(COOKIE), _source(request), is_use=is_use)
         if session is None:
             raise SignInNeededError
         caller = self._api.caller(session.key, session.source)
@@ -141,7 +141,7 @@ class Site:
 
         async def follow(request: Request) -> ASGIApp:
             try:
-                session, caller = await self._enter(request, view.role)
+                session, caller = await self._enter(request, view.role, is_use=False)
             except (SignInNeededError, SignedOutError):
                 return Response(event("signed-out", ""), media_type="text/event-stream")
             except ServerAwayError as error:  # it is asked for again by itself

@@ -18,7 +18,9 @@ def test_a_session_ends_when_it_is_idle_and_when_it_is_old() -> None:
     cookie, session = sessions.begin("slk_x", "alice", "viewer", "192.0.2.1")
     clock.now += IDLE - 1
     assert sessions.find(cookie, "192.0.2.1") is session
-    clock.now += IDLE
+    clock.now += IDLE - 1
+    assert sessions.find(cookie, "192.0.2.1", is_use=False) is session, "a page that is open alone is no use"
+    clock.now += 1
     assert sessions.find(cookie, "192.0.2.1") is None
     assert (session.is_over, session.key, len(sessions)) == (True, "", 0)
     cookie, session = sessions.begin("slk_x", "alice", "viewer", "192.0.2.1")
