@@ -24,6 +24,7 @@ from siderolink.server.admin.faces import ADMIN_LIMITS, RemoteAccess, guarded
 from siderolink.server.admin.forwards import open_machine_port
 from siderolink.server.admin.machine_answers import ANSWER_BYTES
 from siderolink.server.admin.tokens import Tokens
+from siderolink.server.admission.limits import bytes_per_second
 from siderolink.server.admission.tokens import JoinTokenCheck, unique_token_digest
 from siderolink.server.api.provision import ProvisionService, ResponseBuilder
 from siderolink.server.api.standard import HealthService, ReflectionService
@@ -121,6 +122,8 @@ class Composition:
             isolate=True,
             open_ports=device_ports(self._open_ports(None)),
             timestamps=stamps,
+            rate_in=bytes_per_second(options.limits.rx_bits_per_second),
+            rate_out=bytes_per_second(options.limits.tx_bits_per_second),
             keep=options.keep_interface,
             namespace=options.namespace,
         )

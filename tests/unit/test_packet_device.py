@@ -6,6 +6,7 @@ from ipaddress import IPv4Address, IPv6Address, ip_interface, ip_network
 from pathlib import Path
 
 import anyio
+import anyio.lowlevel
 import pytest
 
 from siderolink.common.clock_watch import BootTimer, boot_time
@@ -123,3 +124,35 @@ async def test_a_timer_by_the_boot_clock() -> None:
     timer.close()
     timer.close()
     assert timer.fileno() == -1
+
+
+@pytest.mark.parametrize("of_all", [False, True])
+@pytest.mark.parametrize("direction", ["out", "in"])
+async def test_bandwidth_beyond_the_limit_is_dropped_and_counted(direction: str, of_all: bool) -> None:
+    """At a byte a second, what passes is the burst, to the packet."""
+    rate_out, rate_in = (1, None) if direction == "out" else (None, 1)
+    came: list[bytes] = []
+    config_a = DeviceConfig(name="a", private_key=PrivateKey.generate(), addresses=(ip_interface("fd00::a/64"),), mtu=1280)
+    config_b = DeviceConfig(name="b", private_key=PrivateKey.generate(), addresses=(ip_interface("fd00::b/64"),), mtu=1280)
+    if of_all:
+        config_a, config_b = replace(config_a, rate_out=rate_out), replace(config_b, rate_in=rate_in)
+    async with open_packet_device(config_a, lambda _: None) as a, open_packet_device(config_b, came.append) as b:
+        assert b.listen_port is not None
+        to_a = PeerConfig(public_key=a.public_key, allowed_ips=(ip_network("fd00::a/128"),))
+        endpoint = (IPv4Address("127.0.0.1"), b.listen_port)
+        to_b = PeerConfig(public_key=b.public_key, allowed_ips=(ip_network("fd00::b/128"),), endpoint=endpoint)
+        await b.set_peer(to_a if of_all else replace(to_a, rate_in=rate_in))
+        await a.set_peer(to_b if of_all else replace(to_b, rate_out=rate_out))
+        packet = inner_packet("fd00::a", "fd00::b", bytes(1280 - 40))
+        fitting = (128 * 1024) // 1280
+        for number in range(2 * fitting):
+            a.send(packet)
+            with anyio.fail_after(20):
+                while len(came) < min(number + 1, fitting):
+                    await anyio.lowlevel.checkpoint()
+        dropping = a if direction == "out" else b
+        with anyio.fail_after(20):
+            while dropping.drops().get(f"bandwidth_{direction}", 0) < fitting:
+                await anyio.sleep(0.001)
+        assert len(came) == fitting
+        assert dropping.drops() == {f"bandwidth_{direction}": fitting}

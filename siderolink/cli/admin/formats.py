@@ -1,6 +1,7 @@
 """What commands print: tables for people, JSON, YAML and names for programs. No character of it can steer a terminal."""
 
 import math
+import re
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -252,6 +253,31 @@ def read_expiry(text: str) -> tuple[float | None, float | None]:
     return at.timestamp(), None
 
 
+_RATE = re.compile(r"([0-9]{1,12}(?:\.[0-9]{1,6})?)([kKmMgG]?)")
+_RATE_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
+
+
+def read_rate(text: str) -> int:
+    """Bits a second of ``10M``; 0 for ``none``. Raises ConfigurationError."""
+    if text.lower() == "none":
+        return 0
+    match = _RATE.fullmatch(text)
+    rate = 0 if match is None else int(float(match[1]) * _RATE_UNITS[match[2].lower()])
+    if rate <= 0:
+        raise ConfigurationError(
+            f"{one_line(text, limit=40)!r} is no bandwidth; write bits a second as 500k, 10M or 1G, or none"
+        )
+    return rate
+
+
+def show_rate(rate: int | None, nothing: str = "no limit of its own") -> str:
+    """``10M``, as `read_rate` takes it."""
+    if not rate:
+        return nothing
+    unit, size = next((unit, size) for unit, size in (("G", 10**9), ("M", 10**6), ("k", 10**3), ("", 1)) if rate >= size)
+    return f"{rate / size:.6g}{unit}"
+
+
 def labels(found: dict[str, str]) -> str:
     """``a=b,c=d``, sorted."""
     return ",".join(f"{key}={value}" if value else key for key, value in sorted(found.items()))
@@ -291,3 +317,4 @@ def _checked(read: Callable[[Any], object]) -> Callable[[Any], Any]:
 CHECK_TIME = _checked(read_time)
 CHECK_EXPIRY = _checked(read_expiry)
 CHECK_LABELS = _checked(read_labels)
+CHECK_RATE = _checked(read_rate)

@@ -2,16 +2,17 @@
 
 from collections.abc import Callable, Sequence
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from siderolink.cli.admin.bans import Kind, Reason, Watch, ban_machine, by_token, list_bans, unban
 from siderolink.cli.admin.commands import PAGE_SIZE, Call, all_pages, command
 from siderolink.cli.admin.completion import MachineName, complete_bans, complete_machines, complete_tokens
-from siderolink.cli.admin.connection import Connection
+from siderolink.cli.admin.connection import CommandError, Connection, ExitStatus
 from siderolink.cli.admin.formats import (
     CHECK_LABELS,
+    CHECK_RATE,
     Column,
     OutputFormat,
     TableWriter,
@@ -23,6 +24,8 @@ from siderolink.cli.admin.formats import (
     print_one,
     print_stream,
     read_labels,
+    read_rate,
+    show_rate,
 )
 from siderolink.cli.admin.records import add_commands
 from siderolink.cli.output import describe_size, flush, show
@@ -36,6 +39,7 @@ from siderolink.common.pb.siderolink.admin.v1 import (
     MachineServiceStub,
     NoteMachineRequest,
     RenameMachineRequest,
+    SetMachineRatesRequest,
     SetMachineTunnelRequest,
     WatchMachinesRequest,
 )
@@ -63,6 +67,7 @@ class TunnelChoice(StrEnum):
     FORBID = "forbid"
 
 
+_RATE: dict[str, Any] = {"metavar": "BITS|none", "callback": CHECK_RATE, "show_default": "as it is"}
 Names = Annotated[
     list[str],
     typer.Argument(help="Names, ids, UUIDs or public keys.", metavar="MACHINE...", autocompletion=complete_machines),
@@ -99,6 +104,8 @@ COLUMNS = (
     Column[Machine]("UUID", lambda machine: machine.node_uuid, is_wide=True),
     Column[Machine]("LABELS", lambda machine: labels(machine.labels), is_wide=True),
     Column[Machine]("ENDPOINT", lambda machine: machine.endpoint, is_wide=True),
+    Column[Machine]("RX LIMIT", lambda machine: show_rate(machine.rate_rx, ""), is_wide=True),
+    Column[Machine]("TX LIMIT", lambda machine: show_rate(machine.rate_tx, ""), is_wide=True),
     Column[Machine]("TUNNEL", lambda machine: machine.tunnel, is_wide=True),
     Column[Machine]("RECEIVED", lambda machine: describe_size(machine.received_bytes), is_wide=True),
     Column[Machine]("SENT", lambda machine: describe_size(machine.sent_bytes), is_wide=True),
@@ -245,6 +252,32 @@ def note(
         return await connection.stub(MachineServiceStub).note_machine(NoteMachineRequest(name=name, note=text))
 
     _print_changed(call, call.run(work), lambda machine: f"the note of {machine.name} is {'kept' if text else 'removed'}")
+
+
+@command(app, "limit", prints=True)
+def limit(
+    call: Call,
+    name: MachineName,
+    rx: Annotated[str | None, typer.Option(help="Bits a second from the machine: 500k, 10M or 1G; none.", **_RATE)] = None,
+    tx: Annotated[str | None, typer.Option(help="Bits a second to the machine.", **_RATE)] = None,
+) -> None:
+    """Limit a machine's bandwidth through the server that has its link, at once. What is more is dropped and counted.
+
+    Without a limit of its own it has the one that the server has for each machine.
+    """
+    wanted = SetMachineRatesRequest(
+        name=name, rx=None if rx is None else read_rate(rx), tx=None if tx is None else read_rate(tx)
+    )
+    if wanted.rx is None and wanted.tx is None:
+        raise CommandError("give --rx or --tx", ExitStatus.USAGE)
+
+    async def work(connection: Connection) -> Machine:
+        return await connection.stub(MachineServiceStub).set_machine_rates(wanted)
+
+    def said(machine: Machine) -> str:
+        return f"{machine.name}: from it {show_rate(machine.rate_rx)}, to it {show_rate(machine.rate_tx)}"
+
+    _print_changed(call, call.run(work), said)
 
 
 @command(app, "tunnel", prints=True)

@@ -68,6 +68,7 @@ class Configurator:
             raise ConfigurationError(f"{config.public_key} cannot be a peer's key: {error}") from None
         self._engine.allowed_ips.set(entry, config.allowed_ips)
         self._engine.set_passive(entry, config.is_passive)
+        self._engine.rates.set_peer(entry, config.rate_in, config.rate_out)
         self.apply_peer(change, now)
 
     def apply_peer(self, change: PeerChange, now: float) -> None:

@@ -13,6 +13,7 @@ from siderolink.common.token_bucket import TokenBucket
 from siderolink.common.wireguard.noise import Drop, Engine, Event, Packets, Peer
 from siderolink.common.wireguard.noise.messages import TRANSPORT_OVERHEAD
 from siderolink.common.wireguard.noise.peer import Path as EnginePath
+from siderolink.common.wireguard.noise.rates import rows_within
 from siderolink.common.wireguard.packets.buffers import round_up
 from siderolink.common.wireguard.packets.gather import place_packet
 from siderolink.common.wireguard.packets.headers import PLAIN_VNET_HEADER, UDP, VNET_SIZE, Gso, address_pair
@@ -126,7 +127,10 @@ class DataPlane:
         except MalformedFrame:
             self._engine.drop(Drop.OUTBOUND_MALFORMED)
             return True
-        sealed = self._engine.seal(peer, Packets.single(self._alone[:length]), now)
+        packets = Packets.single(self._alone[:length])
+        if peer.outbound_rates is not None and self._engine.can_send(peer, now) and self._within(peer, packets, now) is None:
+            return True  # what is staged is charged when it is sent
+        sealed = self._engine.seal(peer, packets, now)
         if sealed is None:
             self._engine.stage(peer, bytes(frame), now)
         else:
@@ -207,14 +211,28 @@ class DataPlane:
         peer = self._peer
         if peer is None:
             return
-        sealed = self._engine.seal(peer, packets, now)
+        within = self._within(peer, packets, now)
+        if within is None:
+            return
+        sealed = self._engine.seal(peer, within, now)
         if sealed is None:
-            self._engine.drop(Drop.EXPIRED_SESSION, packets.count)
+            self._engine.drop(Drop.EXPIRED_SESSION, within.count)
             return
         path = _device_path(sealed[0])
         path.send(cast("Datagrams", sealed[1]))
         if not path.is_writable and self._on_blocked(path):
             self._is_blocked = True
+
+    def _within(self, peer: Peer, packets: Packets, now: float) -> Packets | None:
+        """What of the packets the limits of bandwidth let through; None for nothing."""
+        buckets = peer.outbound_rates
+        if buckets is None:
+            return packets
+        fitting = rows_within(buckets, packets.length, packets.count, packets.last, now)
+        if fitting == packets.count:
+            return packets
+        self._engine.drop(Drop.BANDWIDTH_OUT, packets.count - fitting)
+        return packets.first(fitting) if fitting else None
 
     # From a path
 

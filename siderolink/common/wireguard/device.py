@@ -53,6 +53,10 @@ class DeviceConfig:
     """Where handshakes take their timestamps from, for a key that outlives the process. The kernel has its own."""
     namespace: str | None = None
     """The network namespace for the interface, by name or path; UDP sockets stay in the calling thread's. None: there, too."""
+    rate_in: int | None = None
+    """Bytes of inner packets a second that are taken from all peers together; None for no limit."""
+    rate_out: int | None = None
+    """The same to all peers."""
     keep: bool = False
     """Kernel only: the interface, its peers and its isolation stay when the context is left, and one that stayed is taken up
     again as it is. The private key and the port should be the same as before; with another key its sessions end."""
@@ -72,6 +76,10 @@ class PeerConfig:
     is_passive: bool = False
     """Another device with the same key has the peer now: send it nothing, forget its endpoint, and keep its sessions for what
     it may still send here. Packets to it are answered as unreachable. A session that it begins here makes it active."""
+    rate_in: int | None = None
+    """Bytes of inner packets a second that are taken from it; what is more is dropped and counted. None for no limit."""
+    rate_out: int | None = None
+    """The same to it."""
 
 
 @dataclass(slots=True, kw_only=True)

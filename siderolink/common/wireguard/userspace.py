@@ -68,6 +68,7 @@ class UserspaceDevice:
         self.is_passing = False
         """Whether packets pass: between `start` and `stop`."""
         self._local = frozenset(address.ip.packed for address in config.addresses)
+        self.engine.rates.set_all(config.rate_in, config.rate_out)
         self.engine.allowed_ips.only_to = self._local if config.isolate else None
         self.read_interface: Callable[[], NetworkLink | None] = lambda: None
         """The current interface, if the packet device has one; None once it is gone."""

@@ -35,6 +35,8 @@ from siderolink.server.store.audit import EMBEDDER
 
 T = TypeVar("T")
 
+MIN_RATE: Final = 8_000
+MAX_RATE: Final = 10**12
 _AT_ONCE: Final = 500
 _DIGEST_DIGITS: Final = 4
 _HEARD_SECONDS: Final = 30.0
@@ -342,6 +344,21 @@ class MachineAdministration:
     async def set_tunnel(self, name: str, setting: TunnelSetting, *, actor: Actor = EMBEDDER) -> Machine:
         """Decide whether the machine's next Provision call is answered with the tunnel."""
         return await self._change(name, actor, "machine.tunnel", lambda machine: replace(machine, tunnel_setting=setting))
+
+    async def set_rates(self, name: str, *, rx: int | None = None, tx: int | None = None, actor: Actor = EMBEDDER) -> Machine:
+        """Limit the bits a second that are taken from a machine (`rx`) and sent to it (`tx`).
+
+        0 is the server's limit for each machine; None leaves it as it is. Raises ConfigurationError.
+        """
+        for rate in (rx, tx):
+            if rate and not MIN_RATE <= rate <= MAX_RATE:
+                raise ConfigurationError(f"a limit of bandwidth is {MIN_RATE} to {MAX_RATE} bits a second, not {rate}")
+
+        def change(machine: Machine) -> Machine:
+            wanted_rx = machine.rate_rx if rx is None else rx or None
+            return replace(machine, rate_rx=wanted_rx, rate_tx=machine.rate_tx if tx is None else tx or None)
+
+        return await self._change(name, actor, "machine.limit", change)
 
     @uninterrupted
     async def accept(self, name: str, *, forget_token: bool = False, actor: Actor = EMBEDDER) -> Machine:

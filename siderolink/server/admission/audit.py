@@ -23,6 +23,8 @@ _FIELDS: Final = (
     "labels",
     "note",
     "tunnel_setting",
+    "rate_rx",
+    "rate_tx",
 )
 """No digest and no token is among them."""
 

@@ -28,6 +28,14 @@ class MachineLimits:
 
     max_machines: int = 65_536
     """Machines known at a time; more are refused with RESOURCE_EXHAUSTED."""
+    rx_bits_per_second: int = 0
+    """Bandwidth of inner packets from all machines to this server together; 0 for no limit. Each server has its own."""
+    tx_bits_per_second: int = 0
+    """The same from this server to all machines."""
+    machine_rx_bits_per_second: int = 0
+    """Bandwidth from each machine that has no limit of its own (`siderolink machine limit`); 0 for no limit."""
+    machine_tx_bits_per_second: int = 0
+    """The same to each machine."""
     max_pending: int = 65_536
     """Of these, machines that have not shaken hands yet."""
     peer_without_handshake_timeout: float = 600.0
@@ -45,6 +53,12 @@ class MachineLimits:
     """Events that wait for one slow reader before the oldest are dropped."""
     max_offline: float | None = None
     """On Postgres: the server ends, with a StoreError, after so long without the database. None for never."""
+
+
+def bytes_per_second(bits: int | None, default: int = 0) -> int | None:
+    """A device's limit: this one, or the default where it is None; None for no limit."""
+    wanted = default if bits is None else bits
+    return max(wanted // 8, 1) if wanted else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -84,7 +84,7 @@ def make_fleet(
     tokens = TokenRules(store.sealer, clock)
     admission = Admission(liveness, rows, clock, tokens, policy, directory.denied.find)
     reconciler = Reconciler(
-        device, directory, sessions, store, events, clock, persistent_keepalive=persistent_keepalive, owners=owners
+        device, directory, sessions, store, events, clock, limits, persistent_keepalive=persistent_keepalive, owners=owners
     )
     failover = lease = None
     if owners is not None:

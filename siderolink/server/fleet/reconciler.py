@@ -14,6 +14,7 @@ from siderolink.common.hostport import HostPort
 from siderolink.common.keys import PublicKey
 from siderolink.common.wireguard.device import Device, PeerConfig
 from siderolink.common.wireguard.path import Endpoint
+from siderolink.server.admission.limits import MachineLimits, bytes_per_second
 from siderolink.server.admission.prove import as_claimed
 from siderolink.server.clock import Clock
 from siderolink.server.events import EventHub, LeaveReason, MachineLeft
@@ -57,6 +58,7 @@ class Reconciler:
         store: Store,
         events: EventHub,
         clock: Clock,
+        limits: MachineLimits,
         *,
         persistent_keepalive: int,
         owners: Owners | None = None,
@@ -70,6 +72,7 @@ class Reconciler:
         self._events = events
         self._clock = clock
         self._persistent_keepalive = persistent_keepalive
+        self._limits = limits
         self.locks = KeyedLocks()
         """By UUID and by public key, in that order: two changes of one machine are made one after the other."""
         self.leaving: dict[str, LeaveReason] = {}
@@ -87,7 +90,13 @@ class Reconciler:
         allowed_ips = (IPv6Network((int(machine.overlay_address), 128)), *extra)
         if self._owners is not None and not self._owners.may_send(machine.id):
             return PeerConfig(public_key=public_key, allowed_ips=allowed_ips, is_passive=True)
-        return PeerConfig(public_key=public_key, allowed_ips=allowed_ips, persistent_keepalive=self._persistent_keepalive)
+        return PeerConfig(
+            public_key=public_key,
+            allowed_ips=allowed_ips,
+            persistent_keepalive=self._persistent_keepalive,
+            rate_in=bytes_per_second(machine.rate_rx, self._limits.machine_rx_bits_per_second),
+            rate_out=bytes_per_second(machine.rate_tx, self._limits.machine_tx_bits_per_second),
+        )
 
     async def set_sending(self, link: MachineLink) -> None:
         """Another server has the machine now, or this one has."""

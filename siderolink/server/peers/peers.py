@@ -31,6 +31,7 @@ _OF_A_MACHINE: Final = (
     "NoteMachine",
     "SetMachineTunnel",
     "AskMachine",
+    "SetMachineRates",
     "RemoveMachine",
     "AcceptMachine",
     "DenyMachine",

@@ -44,6 +44,7 @@ ROWS: dict[str, tuple[Role, betterproto2.Message]] = {
     "MachineService/LabelMachine": (OPERATOR, pb.LabelMachineRequest(name="x", set={"a": "b"})),
     "MachineService/NoteMachine": (OPERATOR, pb.NoteMachineRequest(name="x", note="n")),
     "MachineService/SetMachineTunnel": (OPERATOR, pb.SetMachineTunnelRequest(name="x", tunnel="force")),
+    "MachineService/SetMachineRates": (OPERATOR, pb.SetMachineRatesRequest(name="x", rx=1_000_000)),
     "MachineService/RemoveMachine": (OPERATOR, pb.MachineRequest(name="x")),
     "MachineService/AcceptMachine": (OPERATOR, pb.MachineRequest(name="x")),
     "MachineService/DenyMachine": (OPERATOR, pb.MachineRequest(name="x")),

@@ -19,6 +19,7 @@ from .handshake import NO_PRESHARED_KEY, Identity
 from .output import Drop, HandshakeTimedOut, Output, PeerUnresponsive
 from .peer import Path, Peer
 from .primitives import is_low_order
+from .rates import Rates
 from .routing import CryptokeyRouting, InnerFilter
 from .rows import CipherFactory, Datagrams, Opened
 from .tai64n import Timestamps
@@ -49,6 +50,7 @@ class Engine:
     ) -> None:
         self.peers: dict[bytes, Peer] = {}
         self.allowed_ips = CryptokeyRouting()
+        self.rates = Rates(self.peers)
         self.mtu = mtu
         self.output = Output()
         """The output of the last call; drain it after each call."""
@@ -105,6 +107,7 @@ class Engine:
             if is_low_order(public_key) and not even_useless:
                 raise ValueError("it is a point of low order")
             peer = self.peers[public_key] = Peer(public_key)
+            self.rates.adopt(peer)
         return peer
 
     def remove_peer(self, public_key: bytes) -> None:

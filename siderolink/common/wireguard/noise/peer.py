@@ -9,6 +9,7 @@ from .session import Session
 from .timers import NEVER, Timers
 
 if TYPE_CHECKING:
+    from .rates import Buckets, Rate
     from .routing import Network
 
 MAX_STAGED = 128
@@ -42,6 +43,7 @@ class Peer:
         "allowed_ips",
         "current",
         "has_retried_with_cookie",
+        "inbound_rates",
         "initiation",
         "is_passive",
         "last_handshake_at",
@@ -51,6 +53,8 @@ class Peer:
         "last_received_at",
         "last_timestamp",
         "next",
+        "outbound_rates",
+        "own_rates",
         "path",
         "preshared_key",
         "previous",
@@ -91,6 +95,10 @@ class Peer:
         self.last_received_at: float | None = None
         self.received_bytes = 0
         self.sent_bytes = 0
+        self.own_rates: tuple[Rate | None, Rate | None] = (None, None)
+        """Limits of this peer alone: inbound and outbound."""
+        self.inbound_rates: Buckets | None = None
+        self.outbound_rates: Buckets | None = None
         self.staged: deque[bytes] | None = None
         self.staged_bytes = 0
 

@@ -30,6 +30,11 @@ class Packets:
         """A batch of one padded packet; an empty one makes a keepalive."""
         return cls(row, 1, len(row), len(row), len(row), (row,))
 
+    def first(self, count: int) -> "Packets":
+        """The first of them, fewer than there are."""
+        data = self.data[: self.stride * (count - 1) + self.length]
+        return Packets(data, count, self.stride, self.length, self.length, self.rows)
+
     @property
     def size(self) -> int:
         """All padded bytes."""

@@ -7,6 +7,7 @@ from .exchange import Indices
 from .messages import TRANSPORT_OVERHEAD, receiver_index
 from .output import Drop, Output, PeerRoamed, SessionEstablished
 from .peer import Path, Peer
+from .rates import Buckets, rows_within
 from .routing import CryptokeyRouting, InnerFilter, inner_header, padded_length
 from .rows import Datagrams, Opened, Packets
 from .session import Session
@@ -133,7 +134,16 @@ class Traffic:
         size = opened.size + count * TRANSPORT_OVERHEAD
         has_data = opened.length > 0 and (opened.last > 0 or any(opened.good[:-1]))
         self._accepted(session, path, size if accepted == count else size * accepted // count, now, has_data=has_data)
+        if session.peer.inbound_rates is not None and has_data:
+            self._limit(opened, session.peer.inbound_rates, now)
         return opened, InnerFilter(partial(self._routing.inbound_refusal, session.peer), self._output.drop)
+
+    def _limit(self, opened: Opened, buckets: Buckets, now: float) -> None:
+        """Leave out the rows that are beyond the peer's bandwidth."""
+        fitting = rows_within(buckets, opened.length, opened.count, opened.last, now)
+        if fitting < opened.count:
+            self._output.drop(Drop.BANDWIDTH_IN, opened.good[fitting:].count(True))
+            opened.good = opened.good[:fitting] + [False] * (opened.count - fitting)
 
     def _accept(self, opened: Opened, session: Session) -> int:
         """Leave out rows with a bad tag or a counter seen before; returns how many remain."""

@@ -78,6 +78,8 @@ def _message(administration: Administration, status: MachineStatus, token_name: 
         sent_bytes=0 if peer is None else peer.sent_bytes,
         revision=row.revision,
         server=administration.owner_of(row.id) or "",
+        rate_rx=row.rate_rx,
+        rate_tx=row.rate_tx,
     )
 
 
@@ -186,6 +188,10 @@ class MachineFace(pb.MachineServiceBase):
     async def set_machine_tunnel(self, message: pb.SetMachineTunnelRequest) -> pb.Machine:
         setting = tunnel_setting(message.tunnel)
         return await self._shown(await self._administration().machines.set_tunnel(message.name, setting, actor=actor()))
+
+    async def set_machine_rates(self, message: pb.SetMachineRatesRequest) -> pb.Machine:
+        machines = self._administration().machines
+        return await self._shown(await machines.set_rates(message.name, rx=message.rx, tx=message.tx, actor=actor()))
 
     async def remove_machine(self, message: pb.MachineRequest) -> pb.Machine:
         administration = self._administration()

@@ -79,6 +79,7 @@ __all__ = (
     "ServerServiceBase",
     "ServerServiceStub",
     "ServerStatus",
+    "SetMachineRatesRequest",
     "SetMachineTunnelRequest",
     "Token",
     "TokenRequest",
@@ -1114,6 +1115,17 @@ class Machine(betterproto2.Message):
     The id of the server that holds its session, where several share the store; empty where one has it for itself.
     """
 
+    rate_rx: "int | None" = betterproto2.field(
+        33, betterproto2.TYPE_UINT64, optional=True
+    )
+    """
+    Bits a second of inner packets from it and to it, where it has limits of its own.
+    """
+
+    rate_tx: "int | None" = betterproto2.field(
+        34, betterproto2.TYPE_UINT64, optional=True
+    )
+
 
 default_message_pool.register_message("siderolink.admin.v1", "Machine", Machine)
 
@@ -1566,6 +1578,26 @@ class ServerStatus(betterproto2.Message):
 
 default_message_pool.register_message(
     "siderolink.admin.v1", "ServerStatus", ServerStatus
+)
+
+
+@dataclass(eq=False, repr=False)
+class SetMachineRatesRequest(betterproto2.Message):
+    name: "str" = betterproto2.field(1, betterproto2.TYPE_STRING)
+
+    rx: "int | None" = betterproto2.field(2, betterproto2.TYPE_UINT64, optional=True)
+    """
+    Bits a second that are taken from it; 0: no limit of its own; absent: as it is.
+    """
+
+    tx: "int | None" = betterproto2.field(3, betterproto2.TYPE_UINT64, optional=True)
+    """
+    That are sent to it.
+    """
+
+
+default_message_pool.register_message(
+    "siderolink.admin.v1", "SetMachineRatesRequest", SetMachineRatesRequest
 )
 
 
@@ -2404,6 +2436,27 @@ class MachineServiceStub(betterproto2_grpclib.ServiceStub):
 
         return await self._unary_unary(
             "/siderolink.admin.v1.MachineService/SetMachineTunnel",
+            message,
+            Machine,
+            timeout=timeout,
+            deadline=deadline,
+            metadata=metadata,
+        )
+
+    async def set_machine_rates(
+        self,
+        message: "SetMachineRatesRequest",
+        *,
+        timeout: "float | None" = None,
+        deadline: "Deadline | None" = None,
+        metadata: "MetadataLike | None" = None,
+    ) -> "Machine":
+        """
+        operator: limit its bandwidth, at once.
+        """
+
+        return await self._unary_unary(
+            "/siderolink.admin.v1.MachineService/SetMachineRates",
             message,
             Machine,
             timeout=timeout,
@@ -3372,6 +3425,13 @@ class MachineServiceBase(betterproto2_grpclib.ServiceBase):
 
         raise grpclib.GRPCError(grpclib.const.Status.UNIMPLEMENTED)
 
+    async def set_machine_rates(self, message: "SetMachineRatesRequest") -> "Machine":
+        """
+        operator: limit its bandwidth, at once.
+        """
+
+        raise grpclib.GRPCError(grpclib.const.Status.UNIMPLEMENTED)
+
     async def remove_machine(self, message: "MachineRequest") -> "Machine":
         """
         operator: forget the machine and end its link at once. It may join again, as a new one. Answers what it was.
@@ -3467,6 +3527,14 @@ class MachineServiceBase(betterproto2_grpclib.ServiceBase):
         response = await self.set_machine_tunnel(request)
         await stream.send_message(response)
 
+    async def __rpc_set_machine_rates(
+        self, stream: "grpclib.server.Stream[SetMachineRatesRequest, Machine]"
+    ) -> None:
+        request = await stream.recv_message()
+        assert request is not None
+        response = await self.set_machine_rates(request)
+        await stream.send_message(response)
+
     async def __rpc_remove_machine(
         self, stream: "grpclib.server.Stream[MachineRequest, Machine]"
     ) -> None:
@@ -3547,6 +3615,12 @@ class MachineServiceBase(betterproto2_grpclib.ServiceBase):
                 self.__rpc_set_machine_tunnel,
                 grpclib.const.Cardinality.UNARY_UNARY,
                 SetMachineTunnelRequest,
+                Machine,
+            ),
+            "/siderolink.admin.v1.MachineService/SetMachineRates": grpclib.const.Handler(
+                self.__rpc_set_machine_rates,
+                grpclib.const.Cardinality.UNARY_UNARY,
+                SetMachineRatesRequest,
                 Machine,
             ),
             "/siderolink.admin.v1.MachineService/RemoveMachine": grpclib.const.Handler(

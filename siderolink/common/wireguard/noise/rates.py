@@ -1,0 +1,98 @@
+"""Limits of bandwidth: token buckets in bytes, for all peers together and for each, asked once for each batch.
+
+What counts are inner packets with their padding. A peer without a limit has no buckets, and costs nothing.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from .peer import Peer
+
+BURST_SECONDS: Final = 0.1
+LEAST_BURST: Final = 128 * 1024
+"""Bytes; two super-packets pass at any rate."""
+
+
+class Rate:
+    """A token bucket. It may be asked for less than there is, and starts full."""
+
+    __slots__ = ("_burst", "_level", "_seen_at", "dropped", "per_second")
+
+    def __init__(self, per_second: int) -> None:
+        self.per_second = per_second
+        """Bytes."""
+        self.dropped = 0
+        """Packets that it had no room for."""
+        self._burst = self._level = max(per_second * BURST_SECONDS, LEAST_BURST)
+        self._seen_at: float | None = None
+
+    def room(self, now: float) -> float:
+        """Bytes that fit now."""
+        if self._seen_at is not None:
+            self._level = min(self._burst, self._level + (now - self._seen_at) * self.per_second)
+        self._seen_at = now
+        return self._level
+
+    def take(self, size: int) -> None:
+        self._level -= size
+
+    def left(self) -> float:
+        """Bytes that were left after the last batch."""
+        return self._level
+
+
+Buckets = tuple[Rate, ...]
+"""A peer's own and that of all, as far as there are."""
+
+
+def rows_within(buckets: Buckets, length: int, count: int, last: int, now: float) -> int:
+    """How many rows, from the first on, fit into all of the buckets; these bytes are taken, the other rows counted."""
+    room = min([rate.room(now) for rate in buckets])
+    size, fitting = length * (count - 1) + last, count
+    if size > room:
+        fitting = min(int(room // length), count - 1) if length and room > 0 else 0
+        size = length * fitting
+    for rate in buckets:
+        rate.take(size)
+    if fitting < count:
+        tightest = min(buckets, key=Rate.left)
+        tightest.dropped += count - fitting
+    return fitting
+
+
+class Rates:
+    """The buckets of one device's peers, by direction."""
+
+    def __init__(self, peers: Mapping[bytes, "Peer"]) -> None:
+        self._peers = peers
+        self.inbound: Rate | None = None
+        self.outbound: Rate | None = None
+
+    def set_all(self, inbound: int | None, outbound: int | None) -> None:
+        """Bytes a second for all peers together; None for no limit."""
+        self.inbound, self.outbound = _changed(self.inbound, inbound), _changed(self.outbound, outbound)
+        for peer in self._peers.values():
+            self.adopt(peer)
+
+    def set_peer(self, peer: "Peer", inbound: int | None, outbound: int | None) -> None:
+        """Bytes a second for one peer; None for no limit of its own."""
+        own_in, own_out = peer.own_rates
+        peer.own_rates = _changed(own_in, inbound), _changed(own_out, outbound)
+        self.adopt(peer)
+
+    def adopt(self, peer: "Peer") -> None:
+        """Give the peer the buckets that it shares."""
+        own_in, own_out = peer.own_rates
+        peer.inbound_rates, peer.outbound_rates = _buckets((own_in, self.inbound)), _buckets((own_out, self.outbound))
+
+
+def _changed(rate: Rate | None, per_second: int | None) -> Rate | None:
+    """The same bucket where the limit is the same."""
+    if per_second is None:
+        return None
+    return rate if rate is not None and rate.per_second == per_second else Rate(per_second)
+
+
+def _buckets(rates: Iterable[Rate | None]) -> Buckets | None:
+    return tuple(rate for rate in rates if rate is not None) or None
