@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from siderolink.cli.serve_config import ServeConfig
+
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGING = ROOT / "packaging"
 CHART = PACKAGING / "chart"
@@ -43,6 +45,25 @@ def test_the_compose_file_drops_every_right_that_it_does_not_need() -> None:
     service = yaml.safe_load((PACKAGING / "image/compose.yaml").read_text())["services"]["siderolink"]
     assert (service["cap_drop"], service["cap_add"], service["read_only"]) == (["ALL"], ["NET_ADMIN"], True)
     assert (PACKAGING / "image" / service["build"]["context"] / service["build"]["dockerfile"]).exists()
+
+
+def test_the_compose_file_of_three_servers_differs_between_them_in_their_addresses_alone() -> None:
+    text = (PACKAGING / "image/compose-three-servers.yaml").read_text()
+    compose = yaml.safe_load(text)
+    servers = {name: service for name, service in compose["services"].items() if name.startswith("siderolink-")}
+    assert len(servers) == 3
+    commands = []
+    for number, (name, service) in enumerate(servers.items(), start=1):
+        assert (service["cap_drop"], service["cap_add"], service["read_only"]) == (["ALL"], ["NET_ADMIN"], True)
+        options = dict(option.removeprefix("--").split("=", 1) for option in service["command"][1:])
+        assert {option.replace("-", "_") for option in options} <= ServeConfig.model_fields.keys()
+        assert options.pop("wireguard-endpoint").endswith(f"}}:5018{number}")
+        assert service["ports"] == [f"5018{number}:{options['wireguard-listen-port']}/udp"]
+        assert options.pop("peer-address") == f"{name}:8094"
+        assert f"server {name}:8090 " in compose["configs"]["balancer"]["content"]
+        assert int(service["stop_grace_period"].removesuffix("s")) > float(options["drain-timeout"])
+        commands.append(options)
+    assert commands[0] == commands[1] == commands[2]
 
 
 def test_versions_agree() -> None:
