@@ -3,6 +3,7 @@
 import json
 import re
 import subprocess
+import sys
 import time
 from base64 import b64encode
 from collections.abc import Iterator, Sequence
@@ -11,6 +12,7 @@ from pathlib import Path
 
 from tests.netns.test_serve_memory import joined, pings
 from tests.netns.test_serve_postgres import waits_until
+from tests.support.netns import stop
 from tests.support.postgres import cluster
 from tests.support.serving import TOKEN, Served, served
 from tests.support.topology import ServersNet, several
@@ -40,6 +42,42 @@ def url(net: ServersNet, number: int, query: str = "") -> str:
     return f"grpc://{net.address(number)}:4000?jointoken={TOKEN}{query}"
 
 
+def start_echo(net: ServersNet, address: str) -> None:
+    """A program at the machine that gives everything back, the last byte first."""
+    net.machines[0].popen(
+        [
+            sys.executable,
+            "-c",
+            f"""
+import socketserver
+class Handler(socketserver.StreamRequestHandler):
+    def handle(self):
+        self.wfile.write(self.rfile.read()[::-1])
+class Server(socketserver.TCPServer):
+    address_family = 10
+Server(("{address}", 7000), Handler).serve_forever()
+""",
+        ]
+    )
+
+
+def check_forward(server: Served) -> None:
+    """A connection by `siderolink forward` at this server ends at the machine, whole both ways."""
+    forward = server.popen(["forward", "berlin", "7000", "--local", "127.0.0.1:17000"])
+    assert forward.stdout is not None
+    assert "17000" in forward.stdout.readline()
+    client = """
+import socket
+data = bytes(range(256)) * 4096
+connection = socket.create_connection(("127.0.0.1", 17000))
+connection.sendall(data)
+connection.shutdown(1)
+print(connection.makefile("rb").read() == data[::-1])
+"""
+    waits_until(lambda: "True" in server.namespace.run([sys.executable, "-c", client], check=False), 30)
+    stop(forward)
+
+
 def test_a_machine_of_one_server_is_seen_and_managed_from_the_other(tmp_path: Path) -> None:
     with (
         several(2) as net,
@@ -56,6 +94,9 @@ def test_a_machine_of_one_server_is_seen_and_managed_from_the_other(tmp_path: Pa
         assert listed["endpoint"].startswith("198.51.100.2:")
         assert int(listed["received_bytes"]) > 0
         b.command(["machine", "rename", machine_id, "berlin"])
+        start_echo(net, str(link.address))
+        for server in (a, b):
+            check_forward(server)
         entries = json.loads(a.command(["audit", "-o", "json"]))
         (renamed,) = [one for one in entries if one["action"] == "machine.rename"]
         assert renamed["source"].startswith("uid 0 by server ")

@@ -89,6 +89,10 @@ class Served:
         if self._process is not None:
             stop(self._process)
 
+    def popen(self, arguments: Sequence[str]) -> "subprocess.Popen[str]":
+        """A command that stays, on the same host."""
+        return self.namespace.popen([*COMMAND, *arguments], env=self._environment, stdout=subprocess.PIPE)
+
     def command(self, arguments: Sequence[str], *, check: bool = True) -> str:
         """Another command on the same host."""
         return self.namespace.run([*COMMAND, *arguments], env=self._environment, check=check)

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from grpclib import GRPCError, Status
 from grpclib.exceptions import StreamTerminatedError
@@ -71,6 +72,11 @@ class ByteStream:
     def is_open(self) -> bool:
         """False once nothing sent here can arrive any more."""
         return not self._send_closed and not self._outcome.done()
+
+    @property
+    def peer(self) -> Any:
+        """grpclib's view of the other end of the connection."""
+        return self._connection.get_peer()
 
     @property
     def peer_name(self) -> str:

@@ -69,8 +69,8 @@ def valid_token(call: object) -> None:
 
 def certificate_of(call: object) -> bytes | None:
     """The certificate (DER) by which the caller has proved itself, where the server asked for one."""
-    certificate: bytes | None = getattr(getattr(call, "peer", None), "certificate", None)
-    return certificate
+    peer = getattr(call, "peer", None)
+    return None if peer is None else private.CallPeer(peer, None).certificate
 
 
 @dataclass(frozen=True, slots=True)

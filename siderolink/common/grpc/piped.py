@@ -79,6 +79,14 @@ class Inbox:
             await self._news.wait()
         return self._messages.popleft()
 
+    def rest(self) -> bytes:
+        """All that came and was not taken, as it came; the stream's next receiver may have it."""
+        messages = b"".join(bytes(1) + len(message).to_bytes(4) + message for message in self._messages)
+        rest = messages + bytes(self._partial)
+        self._messages.clear()
+        self._partial.clear()
+        return rest
+
     def credit(self, message: bytes) -> None:
         """The message was dealt with: the peer may send as much again."""
         size = len(message) + _PREFIX_BYTES
@@ -203,19 +211,28 @@ class Pipe:
 
     async def send(self, message: bytes) -> None:
         """Send one message, as the stream takes it. Raises PipeCutError when it ends before."""
-        rest = memoryview(bytes(1) + len(message).to_bytes(4) + message)
-        while rest:
-            await self._wait_room()
-            rest = rest[self._stream.send(rest) :]
+        await send_message(self._stream, message)
 
     async def _wait_room(self) -> None:
-        while not self._stream.room:
-            if not self._stream.is_open:
-                await self._stream.wait_ended()  # which says why
-                raise _cut()
-            room = self._loop.create_future()
-            self._stream.when_room(partial(_set, room))
-            await room
+        await _wait_room(self._stream)
+
+
+async def send_message(stream: ByteStream, message: bytes) -> None:
+    """Send one message, as the stream takes it. Raises PipeCutError when it ends before."""
+    rest = memoryview(bytes(1) + len(message).to_bytes(4) + message)
+    while rest:
+        await _wait_room(stream)
+        rest = rest[stream.send(rest) :]
+
+
+async def _wait_room(stream: ByteStream) -> None:
+    while not stream.room:
+        if not stream.is_open:
+            await stream.wait_ended()  # which says why
+            raise _cut()
+        room = asyncio.get_running_loop().create_future()
+        stream.when_room(partial(_set, room))
+        await room
 
 
 def read_message(message: bytes) -> tuple[memoryview, bool]:

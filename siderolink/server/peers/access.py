@@ -1,5 +1,6 @@
 """Who calls at the port for other servers: a living server, for itself or for a caller of its own."""
 
+from base64 import b64decode, b64encode
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Final
@@ -14,15 +15,15 @@ from siderolink.server.admin.api_keys import ApiKeys
 from siderolink.server.peers.identity import fingerprint
 from siderolink.server.store import Actor, FleetServer, Role
 
-CALLER: Final = "siderolink-caller-bin"
-"""The metadata that names for whom a call is made."""
+CALLER: Final = "siderolink-caller"
+"""The metadata that names for whom a call is made, in base64: of byte streams, binary metadata is not kept."""
 _NAME_LIMIT: Final = 64
 
 
-def caller_metadata(actor: Actor) -> dict[str, bytes]:
+def caller_metadata(actor: Actor) -> dict[str, str]:
     """What tells another server for whom a call is made."""
     caller = Caller(name=actor.name, role=str(actor.role or ""), source=actor.source, key_id=actor.key_id)
-    return {CALLER: bytes(caller)}
+    return {CALLER: b64encode(bytes(caller)).decode()}
 
 
 class PeerAccess:
@@ -88,6 +89,6 @@ class PeerAccess:
 
 def _read(told: object) -> Caller:
     try:
-        return Caller.parse(told) if isinstance(told, bytes) else Caller()
+        return Caller.parse(b64decode(told, validate=True)) if isinstance(told, str) else Caller()
     except Exception:
         raise UnauthenticatedError("the caller that the server names cannot be read") from None

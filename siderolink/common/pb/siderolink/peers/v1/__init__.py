@@ -148,7 +148,7 @@ class PeerServiceStub(betterproto2_grpclib.ServiceStub):
     """
     What the servers that share a store ask each other, by mutual TLS (docs/several-servers.md). On the same port they serve each
     other the admin API: a call that concerns a machine is made at the server that has its link, for the caller whom the metadata
-    siderolink-caller-bin names.
+    siderolink-caller names, in base64.
     """
 
     async def last_heard(
@@ -199,7 +199,7 @@ class PeerServiceBase(betterproto2_grpclib.ServiceBase):
     """
     What the servers that share a store ask each other, by mutual TLS (docs/several-servers.md). On the same port they serve each
     other the admin API: a call that concerns a machine is made at the server that has its link, for the caller whom the metadata
-    siderolink-caller-bin names.
+    siderolink-caller names, in base64.
     """
 
     async def last_heard(self, message: "LastHeardRequest") -> "LastHeardResponse":

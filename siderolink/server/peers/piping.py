@@ -1,0 +1,97 @@
+"""Connections to ports of machines at other servers: one stream in another, neither read faster than the other takes."""
+
+from contextlib import suppress
+from typing import Any, Final
+
+import anyio
+
+from siderolink.common.errors import SideroLinkError
+from siderolink.common.grpc import ByteStream, GRPCError, Status, open_byte_stream, translate_errors
+from siderolink.common.grpc.piped import Inbox, PipeCutError, send_message
+from siderolink.common.pb.siderolink.admin.v1 import ForwardRequest
+from siderolink.common.tasks import background_tasks
+from siderolink.server.admin.faces import actor
+from siderolink.server.peers.access import caller_metadata
+from siderolink.server.peers.relay import Method, Others
+from siderolink.server.store import FleetServer
+
+_FIRST_SECONDS: Final = 20.0
+
+
+class _Again:
+    """A stream whose first bytes were received already: its receiver has them first."""
+
+    def __init__(self, stream: ByteStream, first: bytes) -> None:
+        self._stream = stream
+        self._first = first
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def receive(self, receiver: Any, *, credited: bool = False) -> None:
+        first, self._first = self._first, b""
+        receiver([memoryview(first)])
+        self._stream.receive(receiver, credited=credited)
+
+
+async def connected_at_the_owner(method: Method, others: Others, stream: Any) -> None:
+    """A connection to a machine's port is made by the server that has its link; by this one, where no other has it."""
+    inbox = Inbox(stream)
+    try:
+        with anyio.fail_after(_FIRST_SECONDS):
+            first = await inbox.next()
+    except TimeoutError:
+        raise GRPCError(Status.DEADLINE_EXCEEDED, "no request came that names a machine and a port") from None
+    assert first is not None  # nobody said that the stream has ended
+    owner = await others.owner_of(name) if (name := _machine(first)) else None
+    if owner is None:
+        told = bytes(1) + len(first).to_bytes(4) + first + inbox.rest()
+        await method.at(None, others.channels, _Again(stream, told))
+        return
+    try:
+        with translate_errors(f"the server {owner.id}"):
+            await _pipe(method.path, owner, others, stream, inbox, first)
+    except PipeCutError:
+        raise GRPCError(Status.ABORTED, "the stream has ended") from None
+    except SideroLinkError as error:
+        raise GRPCError(Status.UNAVAILABLE, f"the server that has the machine's link cannot be reached: {error}") from None
+
+
+def _machine(first: bytes) -> str:
+    """Whom the first request names; empty where it cannot be read, which this server tells the caller itself."""
+    try:
+        return ForwardRequest.parse(first).machine
+    except Exception:
+        return ""
+
+
+async def _pipe(path: str, owner: FleetServer, others: Others, stream: ByteStream, inbox: Inbox, first: bytes) -> None:
+    """Raises GRPCError with the owner's status, PipeCutError, and what a call raises."""
+    channel = others.channels.to(owner)
+    async with open_byte_stream(channel, path, caller_metadata(actor())) as there, background_tasks() as tasks:
+        answers = Inbox(there)
+
+        async def pass_requests() -> None:
+            with suppress(PipeCutError, GRPCError):  # the owner's end of the stream says why
+                await send_message(there, first)
+                inbox.credit(first)
+                await _pass_on(inbox, there)
+                there.end()
+
+        async def watch_caller() -> None:
+            await stream.wait_ended()
+            inbox.end()
+
+        async def watch_owner() -> None:
+            await there.wait_ended()
+            answers.end()
+
+        for work in (pass_requests, watch_caller, watch_owner):
+            tasks.start_soon(work)
+        await _pass_on(answers, stream)
+
+
+async def _pass_on(inbox: Inbox, stream: ByteStream) -> None:
+    while (message := await inbox.next()) is not None:
+        await send_message(stream, message)
+        inbox.credit(message)
