@@ -37,7 +37,7 @@ async def test_a_server_with_another_state_key_or_none_does_not_start_on_a_share
         async with PostgresStore.open(url, key=right) as one:
             first = await recall_server(one, None, "here")
             for key in (wrong, absent, None):
-                async with PostgresStore.open(url, key=key) as two:
+                async with PostgresStore.open(url, key=key, unsealed_secrets=key is None) as two:
                     with pytest.raises(SealError):
                         await recall_server(two, None, None)
             assert not absent.path.exists()
