@@ -124,6 +124,7 @@ class Composition:
             timestamps=stamps,
             rate_in=bytes_per_second(options.limits.rx_bits_per_second),
             rate_out=bytes_per_second(options.limits.tx_bits_per_second),
+            has_peer_rates=options.limits.has_machine_rates,
             keep=options.keep_interface,
             namespace=options.namespace,
         )

@@ -57,6 +57,8 @@ class DeviceConfig:
     """Bytes of inner packets a second that are taken from all peers together; None for no limit."""
     rate_out: int | None = None
     """The same to all peers."""
+    has_peer_rates: bool = False
+    """Peers will have limits of their own. The kernel's WireGuard has none: it is unavailable for any of these."""
     keep: bool = False
     """Kernel only: the interface, its peers and its isolation stay when the context is left, and one that stayed is taken up
     again as it is. The private key and the port should be the same as before; with another key its sessions end."""

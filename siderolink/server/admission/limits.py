@@ -51,6 +51,12 @@ class MachineLimits:
     """How long the authorize hook may take."""
     event_limit: int = 1024
     """Events that wait for one slow reader before the oldest are dropped."""
+
+    @property
+    def has_machine_rates(self) -> bool:
+        """Whether each machine has a limit of bandwidth."""
+        return bool(self.machine_rx_bits_per_second or self.machine_tx_bits_per_second)
+
     max_offline: float | None = None
     """On Postgres: the server ends, with a StoreError, after so long without the database. None for never."""
 

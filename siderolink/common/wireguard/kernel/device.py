@@ -1,5 +1,6 @@
 """The kernel's WireGuard as a device: only the packets of tunnel streams pass through Python."""
 
+import logging
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterable
@@ -9,7 +10,7 @@ from typing import Literal
 
 from anyio.lowlevel import checkpoint
 
-from siderolink.common.errors import ConfigurationError, DeviceError
+from siderolink.common.errors import ConfigurationError, DeviceError, DeviceUnavailableError
 from siderolink.common.keys import PublicKey
 from siderolink.common.netlink import InterfaceMonitor, NetworkLink, call_in, configure_interface, open_events
 from siderolink.common.netlink.follow import LINKS
@@ -33,6 +34,7 @@ from siderolink.common.wireguard.path import Datagrams, Path
 
 __all__ = ["KernelDevice"]
 
+_logger = logging.getLogger("siderolink")
 _COUNTERS = {"no_peer": 5, "staged_overflow": 7, "malformed": 10, "inner_source": 13}
 """The index of each drop's counter in rtnl_link_stats64, as the kernel's WireGuard uses them."""
 
@@ -54,6 +56,7 @@ class KernelDevice:
         self._wireguard = wireguard
         self._rules = rules
         self._peers = peers
+        self._told_of_rates = False
 
     @classmethod
     @asynccontextmanager
@@ -63,6 +66,8 @@ class KernelDevice:
         Raises DeviceUnavailableError, InterfaceInUseError, AddressInUseError or ConfigurationError.
         """
         check_interface(config.name, config.mtu)
+        if config.rate_in or config.rate_out or config.has_peer_rates:
+            raise DeviceUnavailableError("limits of bandwidth need the built-in WireGuard")
         async with AsyncExitStack() as stack:
             stack.enter_context(hold_name(config.name, config.namespace))
             rules = InterfaceRules(config.name, config.namespace, config.addresses, outlives_process=True)
@@ -121,6 +126,9 @@ class KernelDevice:
             raise ConfigurationError(f"{peer.public_key} cannot be a peer's key: a device cannot be its own peer")
         if peer.endpoint is not None and not self._has_udp:
             raise ConfigurationError("this device has no UDP socket, so a peer cannot have a UDP endpoint")
+        if (peer.rate_in or peer.rate_out) and not self._told_of_rates:
+            self._told_of_rates = True
+            _logger.warning("the kernel's WireGuard does not limit the bandwidth of single machines; use the built-in one")
         self._peers.set_peer(peer)
 
     async def remove_peer(self, public_key: PublicKey) -> None:
