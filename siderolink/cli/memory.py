@@ -14,7 +14,7 @@ import anyio
 import anyio.to_thread
 
 LOOK_SECONDS: Final = 10.0
-GROWTH: Final = 8 * 1024 * 1024
+GROWTH: Final = 3 * 1024 * 1024
 """Bytes by which a process may grow before memory is given back once it has calmed down."""
 CALM: Final = 1024 * 1024
 """Bytes by which a calm process grows between two looks, at most."""
