@@ -93,11 +93,13 @@ async def hear_moves(
 
     `namespace` is where the interface is. Raises SideroLinkError where the port cannot be had.
     """
-    loop = asyncio.get_running_loop()
     with await bind_overlay(address, GOODBYE_PORT, interface, udp=True, namespace=namespace) as sock:
         while True:
+            await anyio.wait_readable(sock)  # uvloop has no sock_recvfrom
             try:
-                data, source = await loop.sock_recvfrom(sock, GOODBYE_BYTES + 1)
+                data, source = sock.recvfrom(GOODBYE_BYTES + 1)
+            except BlockingIOError:
+                continue
             except OSError:  # the interface is down; who watches it tells
                 await anyio.sleep(1.0)
                 continue
