@@ -2,35 +2,28 @@
 
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import aiosqlite
 import anyio
-from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from siderolink.common.errors import StoreError
 from siderolink.common.tasks import background_tasks
-from siderolink.server.store.audit import AuditEntry, AuditQuery
-from siderolink.server.store.base import Ban, BanGrounds, Claim, Machine, Work
+from siderolink.server.store.base import Work
 from siderolink.server.store.feed import DEFAULT_FEED_LIMIT, Change, Feeds
-from siderolink.server.store.history import HistoryBounds, HistoryEntry, HistoryQuery
-from siderolink.server.store.ownership import Ownership
 from siderolink.server.store.sealing import KeyFile, Sealer, StateKey, key_file_beside
-from siderolink.server.store.sql import audit, history, tables
 from siderolink.server.store.sql.batches import Batches
 from siderolink.server.store.sql.file import CLOSE_SECONDS, open_file
-from siderolink.server.store.tokens import JoinToken
+from siderolink.server.store.sql.reads import Reads
 
 T = TypeVar("T")
 
-_PAGE = 1024
 
-
-class SqlStore:
+class SqlStore(Reads):
     """See `Store`. One server at a time has the file open."""
 
     kind = "sqlite"
@@ -84,130 +77,15 @@ class SqlStore:
         result: T = await self._batches.submit(work)
         return result
 
-    async def machines(self) -> AsyncIterator[Machine]:
-        """Page by page, each as it was between two batches."""
-        last = ""
-        while True:
-            page: list[Machine] = []
-
-            async def read(after: str = last, page: list[Machine] = page) -> None:
-                columns = tables.machines.c
-                statement = select(tables.machines).where(columns.id > after).order_by(columns.id).limit(_PAGE)
-                async with self._connection.begin():
-                    page += [tables.read_machine(row) for row in (await self._connection.execute(statement)).mappings()]
-
-            await self._batches.alone(read)
-            for machine in page:
-                yield machine
-            if len(page) < _PAGE:
-                return
-            last = page[-1].id
-
-    async def owners(self, server_id: str | None = None) -> AsyncIterator[Ownership]:
-        """Page by page, as `machines`."""
-        last = ""
-        while True:
-            page: list[Ownership] = []
-
-            async def read(after: str = last, page: list[Ownership] = page) -> None:
-                async with self._connection.begin():
-                    rows = await self._connection.execute(tables.owners_after(after, server_id, _PAGE))
-                    page += [tables.read_ownership(row) for row in rows.mappings()]
-
-            await self._batches.alone(read)
-            for owner in page:
-                yield owner
-            if len(page) < _PAGE:
-                return
-            last = page[-1].machine_id
-
-    async def bans(self) -> Mapping[Ban, BanGrounds]:
-        found: dict[Ban, BanGrounds] = {}
-
-        async def read() -> None:
-            async with self._connection.begin():
-                rows = await self._connection.execute(select(tables.bans))
-                found.update((tables.read_ban(row["kind"], row["value"]), tables.read_grounds(row)) for row in rows.mappings())
-
-        await self._batches.alone(read)
-        return found
-
-    async def all_claims(self) -> Sequence[Claim]:
-        found: list[Claim] = []
-
-        async def read() -> None:
-            async with self._connection.begin():
-                rows = await self._connection.execute(select(tables.claims).order_by(tables.claims.c.created_at))
-                found.extend(tables.read_claim(row) for row in rows.mappings())
-
-        await self._batches.alone(read)
-        return found
-
-    async def history(self, query: HistoryQuery) -> Sequence[HistoryEntry]:
-        found: list[HistoryEntry] = []
-
-        async def read() -> None:
-            async with self._connection.begin():
-                rows = await self._connection.execute(history.find(query))
-                found.extend(history.read_entry(row) for row in rows.mappings())
-
-        await self._batches.alone(read)
-        return found
-
-    async def tokens(self, after: str = "", limit: int = _PAGE) -> Sequence[JoinToken]:
-        found: list[JoinToken] = []
-
-        async def read() -> None:
-            async with self._connection.begin():
-                rows = await self._connection.execute(tables.token_page(after, limit))
-                found.extend(tables.read_token(row) for row in rows.mappings())
-
-        await self._batches.alone(read)
-        return found
-
-    async def use_counts(self, token_ids: Collection[str], now: float) -> Mapping[str, int]:
-        found: dict[str, int] = {}
-
-        async def read() -> None:
-            async with self._connection.begin():
-                rows = await self._connection.execute(tables.use_counts(token_ids, now))
-                found.update((token_id, count) for token_id, count in rows)
-
-        await self._batches.alone(read)
-        return found
-
-    async def delete_history(self, query: HistoryQuery) -> int:
-        return await history.remove(self._change, query)
-
-    async def prune_history(self, bounds: HistoryBounds) -> int:
-        return await history.prune(self._change, bounds)
-
-    async def audit_entries(self, query: AuditQuery) -> Sequence[AuditEntry]:
-        found: list[AuditEntry] = []
-
-        async def read() -> None:
-            async with self._connection.begin():
-                rows = await self._connection.execute(audit.find(query))
-                found.extend(audit.read_entry(row) for row in rows.mappings())
-
-        await self._batches.alone(read)
-        return found
-
-    async def prune_audit(self, before: float, most: int) -> int:
-        return await self._change(lambda connection: audit.prune(connection, before, most))
-
-    async def note_principals(self, used: Mapping[str, tuple[float, str]]) -> None:
-        await self._change(lambda connection: audit.note_principals(connection, used))
-
-    async def _change(self, change: Callable[[AsyncConnection], Coroutine[Any, Any, T]]) -> T:
-        """Run statements in a transaction of their own, between two batches; returns what they return."""
+    async def _on_connection(self, work: Callable[[AsyncConnection], Coroutine[Any, Any, T]]) -> T:
+        """In a transaction of their own, between two batches."""
         results: list[T] = []
 
-        async def work() -> None:
+        async def run() -> None:
             async with self._connection.begin():
-                results.append(await change(self._connection))
+                results.append(await work(self._connection))
 
-        await self._batches.alone(work)
+        await self._batches.alone(run)
         return results[0]
 
     def changes(self) -> AbstractAsyncContextManager[AsyncIterator[Change]]:

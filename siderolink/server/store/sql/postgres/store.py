@@ -1,38 +1,30 @@
 """A store on Postgres, which outlives the server and which several servers may share."""
 
-from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any, TypeVar
 
-from sqlalchemy import select
-from sqlalchemy.engine import RowMapping
 from sqlalchemy.ext.asyncio import AsyncConnection
-from sqlalchemy.sql import Select
 
 from siderolink.common.errors import ConfigurationError, StoreError, StoreUnavailableError
 from siderolink.common.tasks import background_tasks, to_its_end
-from siderolink.server.store.audit import AuditEntry, AuditQuery
-from siderolink.server.store.base import Ban, BanGrounds, Claim, Machine, Work
+from siderolink.server.store.base import Work
 from siderolink.server.store.feed import DEFAULT_FEED_LIMIT, Change, Feeds
-from siderolink.server.store.history import HistoryBounds, HistoryEntry, HistoryQuery
-from siderolink.server.store.ownership import Ownership
 from siderolink.server.store.sealing import GivenKey, Sealer, StateKey
-from siderolink.server.store.sql import audit, history, tables
 from siderolink.server.store.sql.postgres.database import CONNECTIONS, ContendedError, Database, database_url
 from siderolink.server.store.sql.postgres.feed import FeedReader
 from siderolink.server.store.sql.postgres.transactions import run_work
-from siderolink.server.store.tokens import JoinToken
+from siderolink.server.store.sql.reads import Reads
 
 T = TypeVar("T")
 
-_PAGE = 1024
 NO_KEY = (
     "a state in Postgres is sealed with a key that its servers share, and none was given; pass key=KeyFile(path), which "
     "makes one where there is none, or leave the server's key and the tokens readable: unsealed_secrets=True"
 )
 
 
-class PostgresStore:
+class PostgresStore(Reads):
     """See `Store`."""
 
     kind = "postgres"
@@ -99,75 +91,10 @@ class PostgresStore:
             self._feed.tell()
         return result
 
-    async def machines(self) -> AsyncIterator[Machine]:
-        """Page by page, each as it was at one moment."""
-        columns, last = tables.machines.c, ""
-        while True:
-            page = await self._read(
-                select(tables.machines).where(columns.id > last).order_by(columns.id).limit(_PAGE), tables.read_machine
-            )
-            for machine in page:
-                yield machine
-            if len(page) < _PAGE:
-                return
-            last = page[-1].id
-
-    async def owners(self, server_id: str | None = None) -> AsyncIterator[Ownership]:
-        """Page by page, as `machines`."""
-        last = ""
-        while True:
-            page = await self._read(tables.owners_after(last, server_id, _PAGE), tables.read_ownership)
-            for owner in page:
-                yield owner
-            if len(page) < _PAGE:
-                return
-            last = page[-1].machine_id
-
-    async def bans(self) -> Mapping[Ban, BanGrounds]:
-        def read(row: RowMapping) -> tuple[Ban, BanGrounds]:
-            return tables.read_ban(row["kind"], row["value"]), tables.read_grounds(row)
-
-        return dict(await self._read(select(tables.bans), read))
-
-    async def all_claims(self) -> Sequence[Claim]:
-        return await self._read(select(tables.claims).order_by(tables.claims.c.created_at), tables.read_claim)
-
-    async def tokens(self, after: str = "", limit: int = _PAGE) -> Sequence[JoinToken]:
-        return await self._read(tables.token_page(after, limit), tables.read_token)
-
-    async def use_counts(self, token_ids: Collection[str], now: float) -> Mapping[str, int]:
-        rows = await self._read(tables.use_counts(token_ids, now), lambda row: (row["token_id"], row["count"]))
-        return dict(rows)
-
-    async def _read(self, statement: Select[tuple[object, ...]], read: Callable[[RowMapping], T]) -> list[T]:
+    async def _on_connection(self, work: Callable[[AsyncConnection], Coroutine[Any, Any, T]]) -> T:
         try:
             async with self._database.connect() as connection:
-                return [read(row) for row in (await to_its_end(connection.execute(statement))).mappings()]
-        except ContendedError as error:
-            raise StoreUnavailableError(str(error)) from error
-
-    async def history(self, query: HistoryQuery) -> Sequence[HistoryEntry]:
-        return await self._read(history.find(query), history.read_entry)
-
-    async def delete_history(self, query: HistoryQuery) -> int:
-        return await history.remove(self._change, query)
-
-    async def prune_history(self, bounds: HistoryBounds) -> int:
-        return await history.prune(self._change, bounds)
-
-    async def audit_entries(self, query: AuditQuery) -> Sequence[AuditEntry]:
-        return await self._read(audit.find(query), audit.read_entry)
-
-    async def prune_audit(self, before: float, most: int) -> int:
-        return await self._change(lambda connection: audit.prune(connection, before, most))
-
-    async def note_principals(self, used: Mapping[str, tuple[float, str]]) -> None:
-        await self._change(lambda connection: audit.note_principals(connection, used))
-
-    async def _change(self, change: Callable[[AsyncConnection], Coroutine[Any, Any, T]]) -> T:
-        try:
-            async with self._database.connect() as connection:
-                return await to_its_end(change(connection))
+                return await to_its_end(work(connection))
         except ContendedError as error:
             raise StoreUnavailableError(str(error)) from error
 
