@@ -83,10 +83,9 @@ def _row(body: Mapping[str, Any], known: Any) -> dict[str, Any]:
 def written(change: Change) -> tuple[str, str, str]:
     """The kind, the name and the body by which other servers know it."""
     match change:
-        case MachineChanged(machine=machine):
-            kind, name, body = "machine", machine.id, _body(machine)
-        case MachineDeleted(machine=machine):
-            kind, name, body = "machine gone", machine.id, _body(machine)
+        case MachineChanged(machine=machine) | MachineDeleted(machine=machine):
+            is_gone = isinstance(change, MachineDeleted)
+            kind, name, body = "machine gone" if is_gone else "machine", machine.id, _body(machine)
         case ClaimChanged(claim=claim, is_over=is_over):
             kind, name, body = "claim over" if is_over else "claim", claim.id, _body(claim)
         case BanChanged(ban=ban, banned=banned):
@@ -97,9 +96,10 @@ def written(change: Change) -> tuple[str, str, str]:
             kind, name, body = "owner", owner.machine_id, _body(owner)
         case FleetServerChanged(server=server, is_gone=is_gone):
             kind, name, body = "server gone" if is_gone else "server", server.id, tables.fleet_server_values(server)
-        case PrincipalChanged() | ServerKeyChanged():
-            name = getattr(change, "principal_id", "")
-            kind, body = ("principal", {"id": name}) if name else ("server key", {})
+        case PrincipalChanged(principal_id=name):
+            kind, body = "principal", {"id": name}
+        case ServerKeyChanged():
+            kind, name, body = "server key", "", {}
         case AuditAdded() | ChangesLost():
             raise ValueError("the first is written with its row, and nobody writes the other")
     return kind, name, json.dumps(body)
@@ -108,28 +108,33 @@ def written(change: Change) -> tuple[str, str, str]:
 def _read_change(kind: str, body: str) -> Change | None:
     """None for what only a newer server knows. Raises StoreError for what no server wrote."""
     try:
-        found = json.loads(body)
-        match kind:
-            case "machine" | "machine gone":
-                machine = tables.read_machine(_row(found, Machine))
-                return MachineChanged(machine=machine) if kind == "machine" else MachineDeleted(machine=machine)
-            case "claim" | "claim over":
-                return ClaimChanged(claim=tables.read_claim(_row(found, Claim)), is_over=kind == "claim over")
-            case "audit":
-                return AuditAdded(entry=audit.read_entry(found))
-            case "owner":
-                return OwnershipTaken(ownership=tables.read_ownership(_row(found, Ownership)))
-            case "server" | "server gone":
-                server = tables.read_fleet_server(_row(found, FleetServer))
-                return FleetServerChanged(server=server, is_gone=kind == "server gone")
-            case "principal" | "server key":
-                return PrincipalChanged(principal_id=found["id"]) if kind == "principal" else ServerKeyChanged()
-            case "ban" | "ban lifted":
-                return BanChanged(ban=Ban(kind=BanKind(found["kind"]), value=found["value"]), banned=kind == "ban")
-            case "token" | "token gone":
-                return TokenChanged(token=tables.read_token(_row(found, JoinToken)), is_gone=kind == "token gone")
+        return _change_of(kind, json.loads(body))
     except (ValueError, TypeError, KeyError, AttributeError):
         raise StoreError("the feed holds a change that no server wrote") from None
+
+
+def _change_of(kind: str, found: Any) -> Change | None:
+    match kind:
+        case "machine" | "machine gone":
+            machine = tables.read_machine(_row(found, Machine))
+            return MachineChanged(machine=machine) if kind == "machine" else MachineDeleted(machine=machine)
+        case "claim" | "claim over":
+            return ClaimChanged(claim=tables.read_claim(_row(found, Claim)), is_over=kind == "claim over")
+        case "audit":
+            return AuditAdded(entry=audit.read_entry(found))
+        case "owner":
+            return OwnershipTaken(ownership=tables.read_ownership(_row(found, Ownership)))
+        case "server" | "server gone":
+            server = tables.read_fleet_server(_row(found, FleetServer))
+            return FleetServerChanged(server=server, is_gone=kind == "server gone")
+        case "principal":
+            return PrincipalChanged(principal_id=found["id"])
+        case "server key":
+            return ServerKeyChanged()
+        case "ban" | "ban lifted":
+            return BanChanged(ban=Ban(kind=BanKind(found["kind"]), value=found["value"]), banned=kind == "ban")
+        case "token" | "token gone":
+            return TokenChanged(token=tables.read_token(_row(found, JoinToken)), is_gone=kind == "token gone")
     return None
 
 
