@@ -9,7 +9,7 @@ import ipaddress
 import logging
 import select
 from collections.abc import AsyncIterator, Iterator
-from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, suppress
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
 from typing import Any
 
 import anyio
@@ -24,6 +24,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_en
 from sqlalchemy.pool import NullPool
 
 from siderolink.common.errors import ConfigurationError, StoreError, StoreFullError, StoreUnavailableError
+from siderolink.common.tasks import to_its_end
 from siderolink.common.text import one_line
 from siderolink.server.store.sql.schema import HEAD, USABLE_SINCE, upgrade
 
@@ -299,13 +300,18 @@ class Database:
 
 async def connect(*address: str, **arguments: Any) -> Driver:
     """Connect; when cancelled, wait up to CONNECT_SECONDS to close what would otherwise stay open until it is collected."""
-    connecting = asyncio.ensure_future(Driver.connect(*address, **arguments))
+    made: list[Driver] = []
+
+    async def make() -> None:
+        made.append(await Driver.connect(*address, **arguments))
+
     try:
-        return await asyncio.shield(connecting)
+        await to_its_end(make())
     except asyncio.CancelledError:
-        with anyio.CancelScope(shield=True), suppress(DriverError):
-            await (await connecting).close()
+        for driver in made:
+            await to_its_end(driver.close())
         raise
+    return made[0]
 
 
 async def _is_used(connection: AsyncConnection) -> bool:
