@@ -134,7 +134,13 @@ class PeerStatus:
     sent_bytes: int
     persistent_keepalive: int
     silent_for: float | None = None
-    """Seconds since the last authenticated packet, by a clock that never steps; None if there was none."""
+    """Seconds since the last authenticated packet, by a clock that never steps; None if there was none, or no such clock."""
+
+    def silence(self, now: float) -> float | None:
+        """Seconds since the last authenticated packet, at this Unix time of the host; None if there was none."""
+        if self.silent_for is not None:
+            return self.silent_for
+        return None if self.last_received is None else max(0.0, now - self.last_received)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,7 +5,6 @@ cannot know who took its machines meanwhile: after a while it sends only to thos
 """
 
 import logging
-import math
 from ipaddress import ip_address
 
 import anyio
@@ -151,11 +150,7 @@ class Lease:
             link = self._directory.by_key(status.public_key)
             if link is None or link.claim is not None:
                 continue
-            silence = math.inf
-            if status.silent_for is not None:
-                silence = status.silent_for
-            elif status.last_received is not None:
-                silence = self._clock.host_time() - status.last_received
-            if silence > HEARD_SECONDS:
+            silence = status.silence(self._clock.host_time())
+            if silence is None or silence > HEARD_SECONDS:
                 found.append(link.machine.id)
         return found

@@ -120,11 +120,7 @@ class Liveness:
         return None if machine.public_key is None else await self._device.peer(machine.public_key)
 
     def _silence(self, status: PeerStatus | None) -> float | None:
-        if status is None:
-            return None
-        if status.silent_for is not None:
-            return status.silent_for
-        return None if status.last_received is None else max(0.0, self._clock.host_time() - status.last_received)
+        return None if status is None else status.silence(self._clock.host_time())
 
     async def decide(self, transact: "Callable[[], Awaitable[T]]") -> T:
         """Run a transaction that calls `of`; where it needs the word of another server, ask that and run it again."""

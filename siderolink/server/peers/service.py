@@ -40,14 +40,15 @@ class PeerFace(pb.PeerServiceBase):
     def _message(self, status: MachineStatus) -> pb.LinkStatus | None:
         """None for a machine that this server has not heard."""
         peer, now = status.peer, self._clock.host_time()
-        if peer is None or peer.last_received is None:
+        silence = None if peer is None else peer.silence(now)
+        if peer is None or silence is None:
             return None
         return pb.LinkStatus(
             machine_id=status.machine.id,
             state=str(status.state),
             public_key=bytes(peer.public_key),
             path=peer.path or "",
-            silent_for=peer.silent_for if peer.silent_for is not None else max(0.0, now - peer.last_received),
+            silent_for=silence,
             handshake_age=None if peer.last_handshake is None else max(0.0, now - peer.last_handshake),
             received_bytes=peer.received_bytes,
             sent_bytes=peer.sent_bytes,
