@@ -1,9 +1,7 @@
 """Connections to ports of machines at other servers: one stream in another, neither read faster than the other takes."""
 
 from contextlib import suppress
-from typing import Any, Final
-
-import anyio
+from typing import Any
 
 from siderolink.common.errors import SideroLinkError
 from siderolink.common.grpc import ByteStream, GRPCError, Status, open_byte_stream, translate_errors
@@ -11,11 +9,10 @@ from siderolink.common.grpc.piped import Inbox, PipeCutError, send_message
 from siderolink.common.pb.siderolink.admin.v1 import ForwardRequest
 from siderolink.common.tasks import background_tasks
 from siderolink.server.admin.faces import actor
+from siderolink.server.admin.faces.forward import first_message
 from siderolink.server.peers.access import caller_metadata
 from siderolink.server.peers.relay import Method, Others
 from siderolink.server.store import FleetServer
-
-_FIRST_SECONDS: Final = 20.0
 
 
 class _Again:
@@ -37,12 +34,7 @@ class _Again:
 async def connected_at_the_owner(method: Method, others: Others, stream: Any) -> None:
     """A connection to a machine's port is made by the server that has its link; by this one, where no other has it."""
     inbox = Inbox(stream)
-    try:
-        with anyio.fail_after(_FIRST_SECONDS):
-            first = await inbox.next()
-    except TimeoutError:
-        raise GRPCError(Status.DEADLINE_EXCEEDED, "no request came that names a machine and a port") from None
-    assert first is not None  # nobody said that the stream has ended
+    first = await first_message(inbox)
     owner = await others.owner_of(name) if (name := _machine(first)) else None
     if owner is None:
         told = bytes(1) + len(first).to_bytes(4) + first + inbox.rest()

@@ -50,14 +50,20 @@ class ForwardFace(pb.ForwardServiceBase):
             await stream.wait_ended()
 
 
-async def _first(inbox: Inbox) -> pb.ForwardRequest:
-    """The request that says where to. Raises GRPCError."""
+async def first_message(inbox: Inbox) -> bytes:
+    """The request that says where to, as it came. Raises GRPCError."""
     try:
         with anyio.fail_after(_FIRST_SECONDS):
             message = await inbox.next()
     except TimeoutError:
         raise GRPCError(Status.DEADLINE_EXCEEDED, "no request came that names a machine and a port") from None
     assert message is not None  # nobody said that the stream has ended
+    return message
+
+
+async def _first(inbox: Inbox) -> pb.ForwardRequest:
+    """The request that says where to. Raises GRPCError."""
+    message = await first_message(inbox)
     try:
         refuse_strings_as_numbers(pb.ForwardRequest, message)
         request = pb.ForwardRequest.parse(message)
