@@ -24,7 +24,7 @@ from siderolink.common.grpc.byte_stream import CONTENT_TYPE, ByteStream, trailer
 from siderolink.common.grpc.connection import H2Stream, Headers
 from siderolink.common.grpc.header_fields import check_fields
 from siderolink.common.grpc.limits import CallLimits, Limits
-from siderolink.common.grpc.messages import ServerCodec
+from siderolink.common.grpc.messages import ServerCodec, framed
 from siderolink.common.grpc.refusals import Refusal
 from siderolink.common.grpc.sources import TrustedProxies, source_of
 from siderolink.common.grpc.timers import Timers
@@ -334,7 +334,7 @@ class CallHandler(AbstractHandler):
             if message is None:
                 return
             assert stream.id is not None
-            if stream.connection.put_answer(stream.id, bytes(1) + len(message).to_bytes(4) + message):
+            if stream.connection.put_answer(stream.id, framed(message)):
                 call.answered()
             else:
                 await call.send_waiting()

@@ -20,6 +20,11 @@ OnRefusal = Callable[[Refusal, str], None]
 """Called with the reason and one line about it."""
 
 
+def framed(message: bytes) -> bytes:
+    """The message with its prefix, uncompressed."""
+    return bytes(1) + len(message).to_bytes(4) + message
+
+
 def check_prefix(compressed: int, length: int, max_bytes: int) -> None:
     """Raises Refused if a message with this prefix is not acceptable."""
     if compressed:

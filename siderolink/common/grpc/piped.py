@@ -20,7 +20,7 @@ from grpclib import GRPCError, Status
 
 from siderolink.common.errors import SideroLinkError
 from siderolink.common.grpc.byte_stream import ByteStream
-from siderolink.common.grpc.refusals import Refusal, Refused
+from siderolink.common.grpc.messages import PREFIX_BYTES, check_prefix, framed
 from siderolink.common.protobuf_wire import (
     BYTES,
     VARINT,
@@ -37,7 +37,6 @@ CHUNK_BYTES: Final = 16 * 1024
 """What is read from a connection at a time, once the stream has room."""
 MAX_DATA_BYTES: Final = 64 * 1024
 """The longest data of one message."""
-_PREFIX_BYTES: Final = 5
 _OVERHEAD_BYTES: Final = 16
 _DATA, _END = 1, 2
 _DATA_KEY, _END_FIELD, _PADDING_KEY = bytes([_DATA << 3 | BYTES]), bytes([_END << 3 | VARINT, 1]), bytes([3 << 3 | BYTES])
@@ -81,15 +80,14 @@ class Inbox:
 
     def rest(self) -> bytes:
         """All that came and was not taken, as it came; the stream's next receiver may have it."""
-        messages = b"".join(bytes(1) + len(message).to_bytes(4) + message for message in self._messages)
-        rest = messages + bytes(self._partial)
+        rest = b"".join(map(framed, self._messages)) + bytes(self._partial)
         self._messages.clear()
         self._partial.clear()
         return rest
 
     def credit(self, message: bytes) -> None:
         """The message was dealt with: the peer may send as much again."""
-        size = len(message) + _PREFIX_BYTES
+        size = len(message) + PREFIX_BYTES
         self.held -= size
         self._stream.credit(size)
 
@@ -103,13 +101,11 @@ class Inbox:
             self._partial += piece
             self.held += len(piece)
         data, start = self._partial, 0
-        while len(data) - start >= _PREFIX_BYTES:
-            if data[start]:
-                raise Refused(Refusal.MESSAGE_COMPRESSED, "compression is not supported")
-            body = start + _PREFIX_BYTES
-            end = body + int.from_bytes(data[start + 1 : body])
-            if end - body > MAX_DATA_BYTES + _OVERHEAD_BYTES:
-                raise Refused(Refusal.MESSAGE_TOO_LARGE, f"a message of more than {MAX_DATA_BYTES} bytes of data")
+        while len(data) - start >= PREFIX_BYTES:
+            body = start + PREFIX_BYTES
+            length = int.from_bytes(data[start + 1 : body])
+            check_prefix(data[start], length, MAX_DATA_BYTES + _OVERHEAD_BYTES)
+            end = body + length
             if end > len(data):
                 break
             self._messages.append(bytes(data[body:end]))
@@ -195,7 +191,7 @@ class Pipe:
         buffer = bytearray(CHUNK_BYTES)
         view = memoryview(buffer)
         while True:
-            await self._wait_room()
+            await _wait_room(self._stream)
             try:
                 size = await self._loop.sock_recv_into(self._socket, buffer)
             except OSError as error:
@@ -213,13 +209,10 @@ class Pipe:
         """Send one message, as the stream takes it. Raises PipeCutError when it ends before."""
         await send_message(self._stream, message)
 
-    async def _wait_room(self) -> None:
-        await _wait_room(self._stream)
-
 
 async def send_message(stream: ByteStream, message: bytes) -> None:
     """Send one message, as the stream takes it. Raises PipeCutError when it ends before."""
-    rest = memoryview(bytes(1) + len(message).to_bytes(4) + message)
+    rest = memoryview(framed(message))
     while rest:
         await _wait_room(stream)
         rest = rest[stream.send(rest) :]

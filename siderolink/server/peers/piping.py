@@ -5,6 +5,7 @@ from typing import Any
 
 from siderolink.common.errors import SideroLinkError
 from siderolink.common.grpc import ByteStream, GRPCError, Status, open_byte_stream, translate_errors
+from siderolink.common.grpc.messages import framed
 from siderolink.common.grpc.piped import Inbox, PipeCutError, send_message
 from siderolink.common.pb.siderolink.admin.v1 import ForwardRequest
 from siderolink.common.tasks import background_tasks
@@ -37,8 +38,7 @@ async def connected_at_the_owner(method: Method, others: Others, stream: Any) ->
     first = await first_message(inbox)
     owner = await others.owner_of(name) if (name := _machine(first)) else None
     if owner is None:
-        told = bytes(1) + len(first).to_bytes(4) + first + inbox.rest()
-        await method.at(None, others.channels, _Again(stream, told))
+        await method.at(None, others.channels, _Again(stream, framed(first) + inbox.rest()))
         return
     try:
         with translate_errors(f"the server {owner.id}"):
