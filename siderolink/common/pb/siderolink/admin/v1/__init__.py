@@ -76,6 +76,7 @@ __all__ = (
     "RenewTokenRequest",
     "Retention",
     "ServerInfo",
+    "ServerLimits",
     "ServerServiceBase",
     "ServerServiceStub",
     "ServerStatus",
@@ -434,6 +435,13 @@ class CreateTokenRequest(betterproto2.Message):
     """
 
     make_default: "bool" = betterproto2.field(13, betterproto2.TYPE_BOOL)
+
+    max_machines: "int | None" = betterproto2.field(
+        14, betterproto2.TYPE_UINT64, optional=True
+    )
+    """
+    Not together with max_uses.
+    """
 
 
 default_message_pool.register_message(
@@ -1126,6 +1134,25 @@ class Machine(betterproto2.Message):
         34, betterproto2.TYPE_UINT64, optional=True
     )
 
+    limit_drops: "dict[str, int]" = betterproto2.field(
+        35,
+        betterproto2.TYPE_MAP,
+        map_meta=betterproto2.map_meta(
+            betterproto2.TYPE_STRING, betterproto2.TYPE_UINT64
+        ),
+    )
+    """
+    What its limits have dropped at this server, by name: "bandwidth_in", "bandwidth_out" (packets), and of reports
+    "line rate limited", "event rate limited" and "too many connections".
+    """
+
+    limits_biting: "list[str]" = betterproto2.field(
+        36, betterproto2.TYPE_STRING, repeated=True
+    )
+    """
+    The names of those that bite now.
+    """
+
 
 default_message_pool.register_message("siderolink.admin.v1", "Machine", Machine)
 
@@ -1517,6 +1544,47 @@ default_message_pool.register_message("siderolink.admin.v1", "ServerInfo", Serve
 
 
 @dataclass(eq=False, repr=False)
+class ServerLimits(betterproto2.Message):
+    max_machines: "int" = betterproto2.field(1, betterproto2.TYPE_UINT64)
+
+    rate_rx: "int | None" = betterproto2.field(
+        2, betterproto2.TYPE_UINT64, optional=True
+    )
+    """
+    Bits a second of inner packets: from and to all machines together, and each machine without a limit of its own.
+    """
+
+    rate_tx: "int | None" = betterproto2.field(
+        3, betterproto2.TYPE_UINT64, optional=True
+    )
+
+    machine_rate_rx: "int | None" = betterproto2.field(
+        4, betterproto2.TYPE_UINT64, optional=True
+    )
+
+    machine_rate_tx: "int | None" = betterproto2.field(
+        5, betterproto2.TYPE_UINT64, optional=True
+    )
+
+    lines_per_second: "float" = betterproto2.field(6, betterproto2.TYPE_DOUBLE)
+    """
+    Log lines and events a second of each machine; 0: no limit.
+    """
+
+    events_per_second: "float" = betterproto2.field(7, betterproto2.TYPE_DOUBLE)
+
+    limited_machines: "int" = betterproto2.field(8, betterproto2.TYPE_UINT64)
+    """
+    How many machines have a limit that bites now.
+    """
+
+
+default_message_pool.register_message(
+    "siderolink.admin.v1", "ServerLimits", ServerLimits
+)
+
+
+@dataclass(eq=False, repr=False)
 class ServerStatus(betterproto2.Message):
     machines: "dict[str, int]" = betterproto2.field(
         1,
@@ -1573,6 +1641,10 @@ class ServerStatus(betterproto2.Message):
 
     checks: "list[Check]" = betterproto2.field(
         8, betterproto2.TYPE_MESSAGE, repeated=True
+    )
+
+    limits: "ServerLimits | None" = betterproto2.field(
+        9, betterproto2.TYPE_MESSAGE, optional=True
     )
 
 
@@ -1639,7 +1711,7 @@ class Token(betterproto2.Message):
 
     state: "str" = betterproto2.field(6, betterproto2.TYPE_STRING)
     """
-    "active", "revoked", "expired" or "used up".
+    "active", "revoked", "expired", "used up" or "full" (of max_machines).
     """
 
     is_default: "bool" = betterproto2.field(7, betterproto2.TYPE_BOOL)
@@ -1702,6 +1774,18 @@ class Token(betterproto2.Message):
     digest: "str" = betterproto2.field(18, betterproto2.TYPE_STRING)
     """
     The first digits of its SHA-256, as Machine.join_token.
+    """
+
+    max_machines: "int | None" = betterproto2.field(
+        19, betterproto2.TYPE_UINT64, optional=True
+    )
+    """
+    How many machines that joined by it may be known at a time; absent: any number.
+    """
+
+    machines: "int" = betterproto2.field(20, betterproto2.TYPE_UINT64)
+    """
+    How many machines are known now that it last admitted; with max_machines those that are about to join count, too.
     """
 
 
@@ -1814,6 +1898,13 @@ class UpdateTokenRequest(betterproto2.Message):
     remove_labels: "list[str]" = betterproto2.field(
         8, betterproto2.TYPE_STRING, repeated=True
     )
+
+    max_machines: "int | None" = betterproto2.field(
+        9, betterproto2.TYPE_UINT64, optional=True
+    )
+    """
+    0: any number.
+    """
 
 
 default_message_pool.register_message(
