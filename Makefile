@@ -157,9 +157,10 @@ bench-recovery: setup needs ## how soon links are back after a killed server, a 
 soak: setup needs ## ten minutes of random faults, after which everyone is connected and nothing has leaked
 	@SOAK_SECONDS=600 $(MAKE) netns ARGS="-k soak -m long -s -o timeout=900 $(ARGS)"
 
-docs: setup ## the documentation site, in .venvs/site: reference pages from the code, links checked, nothing loaded from elsewhere
+docs: setup ## the documentation site, in .venvs/site: reference pages from the code, links checked, searched from its folder, nothing loaded from elsewhere
 	@$(PYTHON) scripts/generate_docs.py
 	@scripts/make-docs $(UV) $(call interpreter,$(FIRST))
+	@$(PYTHON) scripts/check-search .venvs/site
 
 dist: $(UV) ## wheel and sdist in dist/: reproducible, checked by twine, installed into a fresh environment
 	@scripts/make-dist $(abspath $(UV)) $(call interpreter,$(FIRST))

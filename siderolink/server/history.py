@@ -267,7 +267,7 @@ class History:
                     machine, HistoryKind.CLAIM_REFUSED, f"the machine is at {known_source or 'no address'}", source=source
                 )
             case UniqueTokenBound(machine=machine, source=source):
-                self._add(machine, HistoryKind.BOUND, source=source or "")
+                self._add(machine, HistoryKind.BOUND, "its unique token", source=source or "")
             case AdmissionChanged(machine=machine):
                 self._add(machine, HistoryKind.ADMISSION, str(machine.admission))
             case EventsLost(count=count):

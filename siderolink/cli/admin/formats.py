@@ -1,5 +1,6 @@
 """What commands print: tables for people, JSON, YAML and names for programs. No character of it can steer a terminal."""
 
+import json
 import math
 import re
 import time
@@ -196,15 +197,15 @@ def age(at: float | None) -> str:
 
 
 def until(at: float | None) -> str:
-    """How long until then; empty for never."""
-    return "" if at is None else _span(at - time.time())
+    """How long until then, to the nearest of its largest unit; empty for never."""
+    return "" if at is None else _span(at - time.time(), round)
 
 
-def _span(seconds: float) -> str:
+def _span(seconds: float, whole: Callable[[float], int] = math.floor) -> str:
     seconds = max(0.0, seconds)
     for unit, size in _UNITS:
-        if seconds >= 2 * size or size == 1:
-            return f"{seconds // size:.0f}{unit}"
+        if whole(seconds / size) >= 2 or size == 1:
+            return f"{whole(seconds / size)}{unit}"
     raise AssertionError
 
 
@@ -276,6 +277,33 @@ def show_rate(rate: int | None, nothing: str = "no limit of its own") -> str:
         return nothing
     unit, size = next((unit, size) for unit, size in (("G", 10**9), ("M", 10**6), ("k", 10**3), ("", 1)) if rate >= size)
     return f"{rate / size:.6g}{unit}"
+
+
+def change(side: str, other: str) -> str:
+    """One side of a change, of which an audit entry has both as JSON: ``expires_at=2026-12-06T22:02:14Z tunnel=inherit``.
+
+    What is empty is left out where there is no other side: it was made or deleted as a whole.
+    """
+    try:
+        found = json.loads(side or "{}")
+    except ValueError:
+        return side
+    if not isinstance(found, dict):
+        return side
+    is_whole = other in ("", "{}")
+    return " ".join(
+        f"{name}={_value(name, value)}" for name, value in found.items() if not (is_whole and value in (None, "", [], {}))
+    )
+
+
+def _value(name: str, value: object) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, float) and (name == "until" or name.endswith("_at")) and (text := timestamp(value)):
+        return text
+    if isinstance(value, dict) and all(isinstance(item, str) for item in value.values()):
+        return labels(value)
+    return value if isinstance(value, str) and re.fullmatch(r"[^\s\"]+", value) else json.dumps(value)
 
 
 def labels(found: dict[str, str]) -> str:

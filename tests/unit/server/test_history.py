@@ -71,7 +71,7 @@ async def test_a_machine_s_life_is_noted_with_its_reasons() -> None:
     address = str(row.overlay_address)
     assert [(kind, detail) for kind, detail in told(found) if kind not in ("taken over", "joined", "version")] == [
         ("up", address),
-        ("bound", ""),
+        ("bound", "its unique token"),
         ("down", "silent for too long"),
         ("address", "203.0.113.9, before 198.51.100.7"),
         ("up", address),
