@@ -34,9 +34,9 @@ from benchmarks.support.scale_net import ServerProcess, SwarmProcess, scale_net
 from siderolink.common.addressing import overlay_prefix
 from siderolink.common.keys import PublicKey
 from siderolink.server.admin.tokens import Tokens
-from siderolink.server.admission.admit import Admission, Grant, new_id
+from siderolink.server.admission.admit import Admission, new_id
 from siderolink.server.admission.limits import MachineLimits
-from siderolink.server.admission.request import Credentials, JoinRequest
+from siderolink.server.admission.request import Credentials, Grant, JoinRequest
 from siderolink.server.admission.rows import Rows
 from siderolink.server.admission.rules import LinkLiveness
 from siderolink.server.admission.token_rules import TokenRules

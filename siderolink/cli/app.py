@@ -8,11 +8,10 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from siderolink.cli.options import COMPLETION_VARIABLE
 from siderolink.cli.output import ReaderGoneError, fail, flush, own_version, show
 from siderolink.common.errors import SideroLinkError
 
-COMPLETION_VARIABLE = "_SIDEROLINK_COMPLETE"
-"""In which a shell asks for completions."""
 _PLACES = {
     "serve": "serve_app",
     "join": "join_app",

@@ -13,6 +13,8 @@ from typer.core import TyperCommand
 
 from siderolink.common.hostport import HostPort
 
+COMPLETION_VARIABLE = "_SIDEROLINK_COMPLETE"
+"""Environment variable by which a shell asks for completions."""
 DEFAULT_API_PORT = 8090
 DEFAULT_WIREGUARD_PORT = 50180
 DEFAULT_EVENT_SINK_PORT = 8091

@@ -35,7 +35,7 @@ from siderolink.common.pb.siderolink.control import Event, Peer, StatusResponse
 from siderolink.common.tasks import background_tasks, in_parts, keep_running
 from siderolink.common.wireguard.device import PeerStatus
 from siderolink.server import AdminOptions, EventStream, JoinPolicy, JoinTokensMode, Server, Store
-from siderolink.server.admin.faces import ADMIN_LIMITS, GROUP, LocalAccess, admin_services, group_id, guarded
+from siderolink.server.admin.services import ADMIN_LIMITS, GROUP, LocalAccess, admin_services, group_id, guarded
 from siderolink.server.events import describe_event
 from siderolink.server.peers import relayed
 from siderolink.server.store import Role

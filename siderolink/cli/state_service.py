@@ -22,7 +22,7 @@ from siderolink.common.pb.siderolink.control import (
 from siderolink.common.tasks import to_its_end, uninterrupted
 from siderolink.common.text import one_line
 from siderolink.server import Server
-from siderolink.server.admin.faces import actor
+from siderolink.server.admin.services import actor
 from siderolink.server.store import Actor
 from siderolink.server.store.sealing import KeyFile, key_file_beside
 from siderolink.server.store.server_record import rotate_key

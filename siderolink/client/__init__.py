@@ -4,6 +4,7 @@ from siderolink.client.link.events import (
     Connected,
     Connecting,
     ConnectionsCut,
+    ConnectionState,
     Disconnected,
     FallbackBegun,
     FallbackEnded,
@@ -24,7 +25,6 @@ from siderolink.client.link.events import (
     TransportChanged,
 )
 from siderolink.client.link.link import Link, LinkStatus, connect
-from siderolink.client.link.state import ConnectionState
 
 __all__ = [
     "Connected",

@@ -20,9 +20,9 @@ from siderolink.common.tasks import background_tasks, keep_running
 from siderolink.common.wireguard.device import Device, DeviceConfig, DeviceEvent
 from siderolink.common.wireguard.opening import open_device
 from siderolink.server.admin.administration import Administration
-from siderolink.server.admin.faces import ADMIN_LIMITS, RemoteAccess, guarded
 from siderolink.server.admin.forwards import open_machine_port
 from siderolink.server.admin.machine_answers import ANSWER_BYTES
+from siderolink.server.admin.services import ADMIN_LIMITS, RemoteAccess, guarded
 from siderolink.server.admin.tokens import Tokens
 from siderolink.server.admission.limits import bytes_per_second
 from siderolink.server.admission.tokens import JoinTokenCheck, unique_token_digest
@@ -42,7 +42,7 @@ from siderolink.server.fleet.membership import Membership
 from siderolink.server.fleet.overlay_ports import OverlayPort, device_ports, only_ports
 from siderolink.server.history import QUEUE_LIMIT, History
 from siderolink.server.options import ServerOptions
-from siderolink.server.peers import PeerFace, Peers, relayed
+from siderolink.server.peers import Peers, PeerService, relayed
 from siderolink.server.reporting import Reports, receive_reports
 from siderolink.server.store import Machine, Store
 from siderolink.server.store.rekeying import seal_what_is_not
@@ -388,8 +388,8 @@ class Composition:
         options, membership = self._options.peers, fleet.membership
         assert options is not None
         assert membership is not None
-        face = PeerFace(fleet.directory, device, Clock(time=self._store.time), fleet.liveness.heard_at)
-        async with peers.listen(options.listen, face, self._admin_services, administration.api_keys) as port:
+        service = PeerService(fleet.directory, device, Clock(time=self._store.time), fleet.liveness.heard_at)
+        async with peers.listen(options.listen, service, self._admin_services, administration.api_keys) as port:
             administration.machines.other_servers = peers.questions
             membership.describe(peer_address=options.dialled(port), peer_fingerprint=peers.identity.fingerprint)
             yield

@@ -17,7 +17,7 @@ from siderolink.server.store.measured import MeasuredStore
 
 
 class Facts:
-    """See `admin.faces.ServerFacts`. Each call raises SideroLinkError while the server is not running."""
+    """See `admin.services.ServerFacts`. Each call raises SideroLinkError while the server is not running."""
 
     def __init__(self, parts: Callable[[], Parts], options: ServerOptions, store: MeasuredStore, events: EventHub) -> None:
         self._parts = parts

@@ -17,8 +17,8 @@ from siderolink.common.grpc import Limits
 from siderolink.common.keys import PrivateKey, PublicKey
 from siderolink.common.wireguard.device import Device, DeviceKind
 from siderolink.server.admin import Administration, ApiKeys, AuditLog, MachineStatus
-from siderolink.server.admin.faces import admin_services
 from siderolink.server.admin.machines import statuses
+from siderolink.server.admin.services import admin_services
 from siderolink.server.admin.tokens import Tokens
 from siderolink.server.admission.limits import MachineLimits
 from siderolink.server.admission.policy import JoinPolicy

@@ -15,7 +15,7 @@ from siderolink.common.tasks import background_tasks
 from siderolink.common.text import one_line
 from siderolink.web.api import ApiError, Caller, ServerAwayError, SignedOutError, explained
 from siderolink.web.sessions import Session, Sessions, TooManyError
-from siderolink.web.words import timestamp
+from siderolink.web.templating import timestamp
 
 EVERY: Final = 2.0
 SHARE: Final = 20.0

@@ -6,7 +6,7 @@ from typing import Final
 
 from markupsafe import Markup
 
-from siderolink.web.words import timestamp
+from siderolink.web.templating import timestamp
 
 WIDTH, HEIGHT = 640, 180
 _LEFT, _RIGHT, _TOP, _BOTTOM = 70, 8, 10, 24

@@ -22,8 +22,8 @@ from siderolink.web.guard import BODY_SECONDS, LIVE, MAX_BODY, Guard, Origins
 from siderolink.web.live import LiveStream, event
 from siderolink.web.sampling import Sampler
 from siderolink.web.sessions import COOKIE, LIFETIME, Session, Sessions, TooManyError
+from siderolink.web.templating import make_environment
 from siderolink.web.views import VIEWS, Asked, View
-from siderolink.web.words import make_environment
 
 log = logging.getLogger(__name__)
 

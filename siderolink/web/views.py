@@ -29,7 +29,7 @@ from siderolink.common.pb.siderolink.admin.v1 import (
 from siderolink.web.api import Caller, explained
 from siderolink.web.plots import Line, plot
 from siderolink.web.sampling import Sampler, rates
-from siderolink.web.words import number, rate
+from siderolink.web.templating import number, rate
 
 PAGE_SIZE: Final = 100
 SORTS: Final = ("name", "state", "version", "address", "joined", "seen", "received", "sent")

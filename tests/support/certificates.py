@@ -10,6 +10,8 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
+from siderolink.server.peers.identity import key_usage
+
 
 @dataclass(frozen=True, slots=True)
 class Certified:
@@ -51,7 +53,7 @@ def _make(name: str, issuer: Certified | None, hours: float = 1) -> tuple[x509.C
         .not_valid_after(now + datetime.timedelta(hours=hours))
         .add_extension(x509.BasicConstraints(ca=issuer is None, path_length=None), critical=True)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
-        .add_extension(_usage(is_root=issuer is None), critical=True)
+        .add_extension(key_usage(is_root=issuer is None), critical=True)
     )
     if issuer is not None:
         try:
@@ -62,18 +64,3 @@ def _make(name: str, issuer: Certified | None, hours: float = 1) -> tuple[x509.C
         builder = builder.add_extension(x509.SubjectAlternativeName([names]), critical=False)
         builder = builder.add_extension(signer, critical=False)
     return builder.sign(issuer.key if issuer is not None else key, hashes.SHA256()), key
-
-
-def _usage(*, is_root: bool) -> x509.KeyUsage:
-    """Python 3.13 and newer take no root without it, and no certificate without key identifiers."""
-    return x509.KeyUsage(
-        digital_signature=not is_root,
-        content_commitment=False,
-        key_encipherment=False,
-        data_encipherment=False,
-        key_agreement=False,
-        key_cert_sign=is_root,
-        crl_sign=is_root,
-        encipher_only=False,
-        decipher_only=False,
-    )

@@ -9,8 +9,8 @@ from siderolink.common.grpc import GrpcChannel, Limits, Servable, open_channel, 
 from siderolink.common.pb.siderolink.admin.v1 import ServerInfo, ServerStatus
 from siderolink.common.tasks import background_tasks
 from siderolink.server.admin import Administration
-from siderolink.server.admin.faces import ADMIN_LIMITS, LocalAccess, RemoteAccess, admin_services, guarded
 from siderolink.server.admin.forwards import OpenPort
+from siderolink.server.admin.services import ADMIN_LIMITS, LocalAccess, RemoteAccess, admin_services, guarded
 from siderolink.server.admin.tokens import Tokens
 from siderolink.server.events import EventHub, EventStream
 from siderolink.server.history import DEFAULT_HISTORY, History

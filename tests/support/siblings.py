@@ -12,7 +12,7 @@ from siderolink.common.keys import PrivateKey
 from siderolink.common.pb.siderolink.admin import v1 as pb
 from siderolink.server.clock import Clock
 from siderolink.server.fleet.directory import MachineLink
-from siderolink.server.peers import PeerFace, Peers, relayed
+from siderolink.server.peers import Peers, PeerService, relayed
 from siderolink.server.reporting import Reports
 from siderolink.server.store import FleetServer, MemoryStore, Ownership
 from tests.support.fake_device import VirtualClock
@@ -115,7 +115,7 @@ async def open_sibling(
             silence = None if link is None else await manager.fleet.liveness.silence(link.machine)
             return 0.0 if silence is None else registry.store.time() - silence
 
-        face = PeerFace(manager.links, manager.device, registry.time.clock, heard_at)
+        face = PeerService(manager.links, manager.device, registry.time.clock, heard_at)
         listening = peers.listen("127.0.0.1:0", face, office.services, office.administration.api_keys)
         port = await stack.enter_async_context(listening)
         office.administration.machines.other_servers = peers.questions

@@ -11,7 +11,7 @@ import typer
 
 from siderolink.cli.admin.connection import Connection, TargetOptions, connect, find_target
 from siderolink.cli.admin.contexts import contexts_path, read_contexts
-from siderolink.cli.app import COMPLETION_VARIABLE
+from siderolink.cli.options import COMPLETION_VARIABLE
 from siderolink.cli.output import show
 from siderolink.common.errors import SideroLinkError
 from siderolink.common.pb.siderolink.admin.v1 import (

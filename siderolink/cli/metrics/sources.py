@@ -22,8 +22,8 @@ from siderolink.cli.metrics.families import (
 )
 from siderolink.cli.serving import Serving
 from siderolink.client import Link
+from siderolink.client.link.events import ConnectionState
 from siderolink.client.link.link import LinkStatus
-from siderolink.client.link.state import ConnectionState
 from siderolink.common.errors import SideroLinkError, StoreError
 from siderolink.common.grpc import ServerCertificate
 from siderolink.common.pb.siderolink.control import Reports

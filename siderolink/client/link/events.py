@@ -1,14 +1,28 @@
-"""The events of a machine's link, one frozen dataclass each."""
+"""The states of a machine's link, and its events: one frozen dataclass each."""
 
 import time
 from dataclasses import dataclass, field
+from enum import StrEnum
 from ipaddress import IPv6Address, IPv6Interface
-from typing import TYPE_CHECKING
 
 from siderolink.common.keys import PublicKey
 
-if TYPE_CHECKING:
-    from siderolink.client.link.state import ConnectionState
+
+class ConnectionState(StrEnum):
+    """Where a link is in its life."""
+
+    PROVISIONING = "provisioning"
+    """The server's API is asked for addresses; there has been no handshake yet."""
+    CONNECTING = "connecting"
+    """The routes to the server are tried; there has been no handshake yet."""
+    CONNECTED = "connected"
+    """Packets pass."""
+    DEGRADED = "degraded"
+    """Packets pass badly or not at all; the link may still recover on the same route."""
+    REESTABLISHING = "re-establishing"
+    """The link was up and is dead; the next route is tried, or the API asked."""
+    LEFT = "left"
+    """It was left on purpose, or failed for good."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,8 +37,8 @@ class LinkEvent:
 class StateChanged(LinkEvent):
     """The link went from one state to another; see docs/link.md."""
 
-    old: "ConnectionState"
-    new: "ConnectionState"
+    old: ConnectionState
+    new: ConnectionState
     reason: str
 
 

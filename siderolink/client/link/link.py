@@ -11,12 +11,11 @@ from typing import Literal
 
 import anyio
 
-from siderolink.client.link.events import LinkEvent
+from siderolink.client.link.events import ConnectionState, LinkEvent
 from siderolink.client.link.host import Host
 from siderolink.client.link.identity import TALOS_VERSION, UniqueTokens, machine_identity, machine_uuid
 from siderolink.client.link.provisioning import NodeInfo, Provisioned
 from siderolink.client.link.runner import LinkOptions, LinkRunner, ServerKeys
-from siderolink.client.link.state import ConnectionState
 from siderolink.client.link.supervisor import VERDICT_TIMEOUT, LinkSupervisor, Verdict
 from siderolink.common.errors import ConfigurationError, DeviceError, HandshakeTimeoutError, SideroLinkError
 from siderolink.common.grpc import client_tls

@@ -21,12 +21,13 @@ from typing import TYPE_CHECKING
 import anyio
 
 from siderolink.client.link import events
+from siderolink.client.link.events import ConnectionState
 from siderolink.client.link.host import Host, ThisHost
 from siderolink.client.link.monitor import LinkContext, RouteMonitor
 from siderolink.client.link.probes import until_udp_passes, watch_api
 from siderolink.client.link.provisioning import PROVISION_TIMEOUT, NodeInfo, Provisioned, Provisioner
 from siderolink.client.link.signals import InterfaceGone, Pause, Replaced, Signal, Signals, UdpPasses
-from siderolink.client.link.state import ConnectionState, Progress
+from siderolink.client.link.state import Progress
 from siderolink.client.link.watch import ATTEMPT_TIMEOUT, DOWN_AFTER
 from siderolink.common.backoff import Backoff, RetryTrigger
 from siderolink.common.errors import SideroLinkError

@@ -2,29 +2,11 @@
 
 import time
 from collections.abc import Callable, Mapping
-from enum import StrEnum
 
 import anyio
 
 from siderolink.client.link import events
-
-
-class ConnectionState(StrEnum):
-    """Where a link is in its life."""
-
-    PROVISIONING = "provisioning"
-    """The server's API is asked for addresses; there has been no handshake yet."""
-    CONNECTING = "connecting"
-    """The routes to the server are tried; there has been no handshake yet."""
-    CONNECTED = "connected"
-    """Packets pass."""
-    DEGRADED = "degraded"
-    """Packets pass badly or not at all; the link may still recover on the same route."""
-    REESTABLISHING = "re-establishing"
-    """The link was up and is dead; the next route is tried, or the API asked."""
-    LEFT = "left"
-    """It was left on purpose, or failed for good."""
-
+from siderolink.client.link.events import ConnectionState
 
 _S = ConnectionState
 TRANSITIONS: Mapping[ConnectionState, frozenset[ConnectionState]] = {

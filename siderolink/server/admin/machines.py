@@ -13,8 +13,8 @@ from siderolink.common.tasks import in_parts, uninterrupted
 from siderolink.common.text import one_line
 from siderolink.common.wireguard.device import Device, PeerStatus
 from siderolink.server.admin.hostnames import Hostnames
+from siderolink.server.admin.labels import Selector, changed_labels, check_name, check_note, require
 from siderolink.server.admin.lists import Page, SortKey, page_of
-from siderolink.server.admin.words import Selector, changed_labels, check_name, check_note, require
 from siderolink.server.admission.audit import machine_entry
 from siderolink.server.clock import Clock
 from siderolink.server.events import AdmissionChanged, EventHub, LeaveReason

@@ -10,7 +10,7 @@ from siderolink.common.errors import AlreadyExistsError, ConfigurationError, Not
 from siderolink.common.node_uuid import parse_uuid
 from siderolink.common.tasks import uninterrupted
 from siderolink.common.text import one_line
-from siderolink.server.admin.words import changed_labels, check_note, require
+from siderolink.server.admin.labels import changed_labels, check_note, require
 from siderolink.server.admission.signed_tokens import PROVIDER, is_signed, sign
 from siderolink.server.admission.tokens import MAX_JOIN_TOKEN_BYTES, JoinTokenCheck, token_digest
 from siderolink.server.store import (

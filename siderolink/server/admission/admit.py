@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from siderolink.common.keys import PublicKey
 from siderolink.common.node_uuid import is_placeholder
@@ -11,7 +11,7 @@ from siderolink.server.admission.audit import audit_grant
 from siderolink.server.admission.limits import GRACE_SECONDS
 from siderolink.server.admission.policy import JoinPolicy, Known, TokenVerdict, decide
 from siderolink.server.admission.prove import as_claimed
-from siderolink.server.admission.request import JoinRequest, LivenessSource, Rejection
+from siderolink.server.admission.request import Grant, JoinRequest, LivenessSource, Rejection
 from siderolink.server.admission.rows import Rows, refusal, with_token
 from siderolink.server.admission.rules import Basis, LinkLiveness
 from siderolink.server.admission.token_rules import TokenRules
@@ -19,38 +19,13 @@ from siderolink.server.admission.tokens import assigned_digest
 from siderolink.server.clock import Clock
 from siderolink.server.refusals import JoinRefusal
 from siderolink.server.store import Claim, Machine, MachineAdmission, Transaction, TunnelSetting
-from siderolink.server.store.base import NO_LABELS
+from siderolink.server.store.rows import NO_LABELS
 
 MAX_CLAIMS = 4
 """Claims to one row at a time."""
 MAX_CLAIMS_PER_SOURCE = 2
 CLAIM_SECONDS = 60.0
 """How long a claim may take to be proved. WireGuard tries a handshake for 90 s, and a machine calls again after 30 s."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Grant:
-    """The answer to a call that is admitted."""
-
-    machine: Machine
-    """The row for the answer, or its future state once the claim or the new address is proved."""
-    basis: Basis
-    claim: Claim | None = None
-    moves: bool = False
-    """The key belongs to another row until its holder answers at the new overlay address; nothing is stored."""
-    changed: tuple[Machine, ...] = ()
-    """Other rows that changed: the one that had the key before."""
-    evicted: Machine | Claim | None = None
-    """Evicted entries."""
-    ended: tuple[Claim, ...] = ()
-    """Claims to the same row that are over."""
-    has_bound: bool = False
-    """The unique token that this server gave the machine is bound to the row now."""
-    is_new_machine: bool = False
-    is_new_link: bool = False
-    """A handshake has to follow."""
-    use_tunnel: bool = False
-    """Whether the answer tells the machine to use the tunnel."""
 
 
 class Admission:

@@ -2,15 +2,12 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
+from siderolink.server.admission.prove import Proof
+from siderolink.server.admission.request import Grant, JoinRequest
 from siderolink.server.admission.rules import Basis
 from siderolink.server.store import Actor, AuditEntry, Machine, Transaction
-
-if TYPE_CHECKING:
-    from siderolink.server.admission.admit import Grant
-    from siderolink.server.admission.prove import Proof
-    from siderolink.server.admission.request import JoinRequest
 
 _FIELDS: Final = (
     "node_uuid",
@@ -65,7 +62,7 @@ def _shown(machine: Machine | None) -> Mapping[str, object]:
 
 
 async def audit_grant(
-    transaction: Transaction, at: float, request: "JoinRequest", grant: "Grant", known: Iterable[Machine]
+    transaction: Transaction, at: float, request: JoinRequest, grant: Grant, known: Iterable[Machine]
 ) -> None:
     """Record what a call changed of who a machine is. `known` are the rows of its UUID and its key, as they were."""
     row = grant.machine
@@ -83,7 +80,7 @@ async def audit_grant(
         await transaction.audit(machine_entry(at, by_machine(request.source), action, before, row))
 
 
-async def audit_proof(transaction: Transaction, at: float, proof: "Proof", source: str | None) -> None:
+async def audit_proof(transaction: Transaction, at: float, proof: Proof, source: str | None) -> None:
     """Record what a proved key changed of who a machine is. A bound unique token proves the same machine: that is a rejoin."""
     row = proof.machine
     if row is None:

@@ -1,14 +1,14 @@
-"""One Provision call on its way through the server, and the embedder's say in it."""
+"""A Provision call on its way through the server, the decision about it, and the embedder's hook."""
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from siderolink.common.keys import PublicKey
-from siderolink.server.admission.rules import LinkLiveness
+from siderolink.server.admission.rules import Basis, LinkLiveness
 from siderolink.server.admission.tokens import JoinTokenResult, JoinTokenState, UniqueToken
 from siderolink.server.refusals import JoinRefusal
-from siderolink.server.store import Ban, BanKind, Machine, Transaction
+from siderolink.server.store import Ban, BanKind, Claim, Machine, Transaction
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +62,31 @@ class JoinRequest:
         """The mode's refusal, if any."""
         found = [Ban(value=self.node_uuid), Ban(kind=BanKind.KEY, value=self.public_key.encode())]
         return found if self.digest is None else [*found, Ban(kind=BanKind.UNIQUE, value=self.digest.hex())]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grant:
+    """The answer to a call that is admitted."""
+
+    machine: Machine
+    """The row for the answer, or its future state once the claim or the new address is proved."""
+    basis: Basis
+    claim: Claim | None = None
+    moves: bool = False
+    """The key belongs to another row until its holder answers at the new overlay address; nothing is stored."""
+    changed: tuple[Machine, ...] = ()
+    """Other rows that changed: the one that had the key before."""
+    evicted: Machine | Claim | None = None
+    """Evicted entries."""
+    ended: tuple[Claim, ...] = ()
+    """Claims to the same row that are over."""
+    has_bound: bool = False
+    """The unique token that this server gave the machine is bound to the row now."""
+    is_new_machine: bool = False
+    is_new_link: bool = False
+    """A handshake has to follow."""
+    use_tunnel: bool = False
+    """Whether the answer tells the machine to use the tunnel."""
 
 
 @dataclass(frozen=True, slots=True)

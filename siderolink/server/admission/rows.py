@@ -13,7 +13,7 @@ from siderolink.server.admission.tokens import JoinTokenResult
 from siderolink.server.clock import Clock
 from siderolink.server.refusals import JoinRefusal
 from siderolink.server.store import Claim, Machine, Transaction, UniqueViolationError
-from siderolink.server.store.base import NO_LABELS
+from siderolink.server.store.rows import NO_LABELS
 
 _DRAWS = 16
 

@@ -10,7 +10,7 @@ from enum import StrEnum
 from siderolink.server.admission.json_errors import unique_token_error
 from siderolink.server.admission.signed_tokens import SignedToken, is_signed, parse
 from siderolink.server.store import JoinToken, Machine
-from siderolink.server.store.base import NO_LABELS
+from siderolink.server.store.rows import NO_LABELS
 from siderolink.server.store.sealing import is_sealed
 from siderolink.server.store.tokens import GIVEN_TOKEN
 

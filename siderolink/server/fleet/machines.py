@@ -12,9 +12,9 @@ import anyio
 
 from siderolink.common.errors import KeyFormatError, SideroLinkError
 from siderolink.common.keys import PublicKey
-from siderolink.server.admission.admit import Admission, Grant, new_id
+from siderolink.server.admission.admit import Admission, new_id
 from siderolink.server.admission.audit import machine_entry
-from siderolink.server.admission.request import JoinRequest, Rejection
+from siderolink.server.admission.request import Grant, JoinRequest, Rejection
 from siderolink.server.admission.rows import refusal
 from siderolink.server.admission.rules import Basis
 from siderolink.server.clock import Clock

@@ -14,7 +14,7 @@ from siderolink.common.errors import NotFoundError, ServerUnreachableError, Side
 from siderolink.common.grpc import GRPCError, Status
 from siderolink.common.pb.siderolink.admin.v1 import DeleteHistoryResponse
 from siderolink.common.tasks import background_tasks
-from siderolink.server.peers.relay import Method, Others
+from siderolink.server.peers.relay import Method, Others, Requests
 from siderolink.server.store import FleetServer
 
 log = logging.getLogger(__name__)
@@ -24,8 +24,8 @@ LOOK_SECONDS: Final = 1.0
 _HERE: Final = ""
 
 
-class _Asked:
-    """A call of ours: it asks once, and each answer goes to `take`."""
+class _Single(Requests):
+    """A call of this server's own: one request, and each answer goes to `take`."""
 
     def __init__(self, request: Any, take: Callable[[Any], Awaitable[None]]) -> None:
         self._requests = [request]
@@ -33,10 +33,6 @@ class _Asked:
 
     async def recv_message(self) -> Any:
         return self._requests.pop() if self._requests else None
-
-    async def __aiter__(self) -> AsyncIterator[Any]:
-        while (message := await self.recv_message()) is not None:
-            yield message
 
 
 class _Source:
@@ -51,7 +47,7 @@ class _Source:
     async def run(self, method: Method, others: Others, request: Any) -> None:
         async with self._send:
             try:
-                await method.at(self._server, others.channels, _Asked(request, self._send.send))
+                await method.at(self._server, others.channels, _Single(request, self._send.send))
             except (SideroLinkError, GRPCError) as error:
                 self.error = error
 
@@ -186,7 +182,7 @@ class _Following:
             await self._send.send((server_id, answer))
 
         try:
-            await self._method.at(server, self._others.channels, _Asked(request, take))
+            await self._method.at(server, self._others.channels, _Single(request, take))
             self._refused.add(server_id)
         except ServerUnreachableError as error:
             log.debug("a server is not followed for now: %s", error)
@@ -210,7 +206,7 @@ async def deleted_everywhere(method: Method, others: Others, call: Any) -> None:
 
     for server in (None, *others.others()):
         try:
-            await method.at(server, others.channels, _Asked(method.copy(message), take))
+            await method.at(server, others.channels, _Single(method.copy(message), take))
         except ServerUnreachableError as error:
             away.append(str(error))
         except NotFoundError as error:

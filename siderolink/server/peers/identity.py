@@ -72,7 +72,7 @@ def _certificate(name: str, key: Ed25519PrivateKey, root_key: Ed25519PrivateKey,
         .add_extension(x509.BasicConstraints(ca=is_root, path_length=0 if is_root else None), critical=True)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
         .add_extension(signer, critical=False)
-        .add_extension(_usage(is_root=is_root), critical=True)
+        .add_extension(key_usage(is_root=is_root), critical=True)
         .sign(root_key, None)
     )
 
@@ -81,7 +81,8 @@ def _name(text: str) -> x509.Name:
     return x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, text)])
 
 
-def _usage(*, is_root: bool) -> x509.KeyUsage:
+def key_usage(*, is_root: bool) -> x509.KeyUsage:
+    """Python 3.13 and newer refuse a root without it."""
     return x509.KeyUsage(
         digital_signature=not is_root,
         content_commitment=False,

@@ -10,17 +10,17 @@ from siderolink.common.hostport import HostPort
 from siderolink.common.keys import PrivateKey
 from siderolink.common.tasks import background_tasks, keep_running
 from siderolink.server.admin.api_keys import ApiKeys
-from siderolink.server.admin.faces import guarded
+from siderolink.server.admin.services import guarded
 from siderolink.server.clock import Clock
 from siderolink.server.fleet.machines import find_named
 from siderolink.server.peers.access import PeerAccess
 from siderolink.server.peers.channels import PEER_LIMITS, PeerChannels
+from siderolink.server.peers.forwards import connected_at_the_owner
 from siderolink.server.peers.gathering import deleted_everywhere, events_of_all, reports_of_all
 from siderolink.server.peers.identity import PeerIdentity
-from siderolink.server.peers.piping import connected_at_the_owner
 from siderolink.server.peers.questions import Questions
 from siderolink.server.peers.relay import How, at_the_owner, relayed_by
-from siderolink.server.peers.service import PeerFace
+from siderolink.server.peers.service import PeerService
 from siderolink.server.store import FleetServer, Store, Transaction
 
 SWEEP_SECONDS: Final = 1.0
@@ -101,7 +101,7 @@ class Peers:
 
     @asynccontextmanager
     async def listen(
-        self, address: str, face: PeerFace, admin_services: Sequence[Servable], api_keys: ApiKeys
+        self, address: str, service: PeerService, admin_services: Sequence[Servable], api_keys: ApiKeys
     ) -> AsyncIterator[int]:
         """Serve the other servers while the context lasts; gives the port. Raises AddressInUseError, ConfigurationError."""
         access = PeerAccess(self.others, api_keys)
@@ -113,7 +113,7 @@ class Peers:
                 access.end_calls_of_the_gone()
                 await self.channels.sweep()
 
-        services = guarded([face, *admin_services], access)
+        services = guarded([service, *admin_services], access)
         tls = self.identity.server_tls
         async with (
             serve(services, host=listen.host, port=listen.port, tls=tls, limits=PEER_LIMITS, has_tokens=True) as server,

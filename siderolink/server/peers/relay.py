@@ -6,6 +6,7 @@ received; those of all servers are shown as one.
 """
 
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, Protocol
@@ -15,7 +16,7 @@ from grpclib.const import Handler
 from siderolink.common.errors import ServerUnreachableError
 from siderolink.common.grpc import GRPCError, Servable, Status, translate_errors
 from siderolink.common.tasks import background_tasks
-from siderolink.server.admin.faces import actor
+from siderolink.server.admin.services import actor
 from siderolink.server.peers.access import caller_metadata
 from siderolink.server.peers.channels import PeerChannels
 from siderolink.server.store import FleetServer
@@ -36,37 +37,32 @@ class Others(Protocol):
         """The one of them that has the link of the machine with this name, id, UUID or key."""
 
 
-class Passing:
-    """A call as a handler sees it: what it asks and answers is passed on."""
+class Requests(ABC):
+    """The caller's side of a call: its requests one by one, and where the answers go."""
 
-    def __init__(self, call: Any) -> None:
-        self.call = call
+    @abstractmethod
+    async def recv_message(self) -> Any:
+        """The next request; None after the last."""
 
     async def __aiter__(self) -> AsyncIterator[Any]:
         while (message := await self.recv_message()) is not None:
             yield message
 
-    async def recv_message(self) -> Any:
-        return await self.call.recv_message()
 
-    async def send_message(self, message: Any) -> None:
-        await self.call.send_message(message)
-
-
-class _Again(Passing):
-    """A call whose first message was read already. Counts the answers."""
+class _Replayed(Requests):
+    """A call whose first request was read already and is given again. Counts the answers."""
 
     def __init__(self, call: Any, first: Any) -> None:
-        super().__init__(call)
+        self._call = call
         self._first = [] if first is None else [first]
         self.answers = 0
 
     async def recv_message(self) -> Any:
-        return self._first.pop() if self._first else await super().recv_message()
+        return self._first.pop() if self._first else await self._call.recv_message()
 
     async def send_message(self, message: Any) -> None:
         self.answers += 1
-        await super().send_message(message)
+        await self._call.send_message(message)
 
 
 class Method:
@@ -129,17 +125,17 @@ async def at_the_owner(name_of: Callable[[Any], str], method: Method, others: Ot
     message = await call.recv_message()
     name = "" if message is None else name_of(message)
     owner = await others.owner_of(name) if name else None
-    again = _Again(call, message)
+    replayed = _Replayed(call, message)
     if owner is not None:
         try:
-            await method.at(owner, others.channels, again)
+            await method.at(owner, others.channels, replayed)
             return
         except ServerUnreachableError as error:
-            if again.answers or method.handler.cardinality.client_streaming:
+            if replayed.answers or method.handler.cardinality.client_streaming:
                 raise GRPCError(Status.UNAVAILABLE, f"the server that has the machine's link went away: {error}") from None
             log.debug("a call about a machine is answered here: %s", error)
-            again = _Again(call, message)
-    await method.at(None, others.channels, again)
+            replayed = _Replayed(call, message)
+    await method.at(None, others.channels, replayed)
 
 
 class _Relayed:

@@ -13,7 +13,7 @@ from siderolink.server.fleet.directory import Directory, MachineLink
 _AT_ONCE: Final = 200
 
 
-class PeerFace(pb.PeerServiceBase):
+class PeerService(pb.PeerServiceBase):
     """See peers.proto."""
 
     def __init__(self, directory: Directory, device: Device, clock: Clock, heard_at: Callable[[str], Awaitable[float]]) -> None:

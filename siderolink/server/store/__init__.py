@@ -1,19 +1,7 @@
 """Stores: the persistent state of a server and its machines."""
 
 from siderolink.server.store.audit import Actor, AuditEntry, AuditQuery, Principal, Role
-from siderolink.server.store.base import (
-    Ban,
-    BanGrounds,
-    BanKind,
-    Claim,
-    LastSeen,
-    Machine,
-    MachineAdmission,
-    ServerRecord,
-    Store,
-    Transaction,
-    UniqueViolationError,
-)
+from siderolink.server.store.base import Store, Transaction
 from siderolink.server.store.feed import (
     AuditAdded,
     BanChanged,
@@ -28,6 +16,17 @@ from siderolink.server.store.feed import (
 from siderolink.server.store.history import HistoryBounds, HistoryEntry, HistoryKind, HistoryQuery
 from siderolink.server.store.memory import MemoryStore
 from siderolink.server.store.ownership import FleetServer, FleetServerChanged, Ownership, OwnershipRepository, OwnershipTaken
+from siderolink.server.store.rows import (
+    Ban,
+    BanGrounds,
+    BanKind,
+    Claim,
+    LastSeen,
+    Machine,
+    MachineAdmission,
+    ServerRecord,
+    UniqueViolationError,
+)
 from siderolink.server.store.tokens import (
     JoinToken,
     TokenChanged,

@@ -4,262 +4,21 @@ A store is asked per machine, when that machine is spoken of; nothing assumes th
 (and between servers that share a store) are decided by its unique constraints and by nothing else.
 """
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass, field, replace
-from enum import StrEnum
 from ipaddress import IPv6Address
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Final, NamedTuple, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
-from siderolink.common.errors import StoreError
 from siderolink.common.keys import PublicKey
 from siderolink.server.store.audit import AuditEntry, AuditQuery, Principal
+from siderolink.server.store.feed import Change
 from siderolink.server.store.history import HistoryBounds, HistoryEntry, HistoryQuery
 from siderolink.server.store.ownership import Ownership, OwnershipRepository
+from siderolink.server.store.rows import Ban, BanGrounds, Claim, LastSeen, Machine, ServerRecord
 from siderolink.server.store.sealing import Sealer
-from siderolink.server.store.tokens import GIVEN_TOKEN, JoinToken, TokenKey, TokenRepository, TunnelSetting
-
-if TYPE_CHECKING:
-    from siderolink.server.store.feed import Change
+from siderolink.server.store.tokens import JoinToken, TokenKey, TokenRepository
 
 T = TypeVar("T")
-
-
-class MachineAdmission(StrEnum):
-    """How far the server has let a machine in."""
-
-    ACCEPTED = "accepted"
-    PENDING = "pending"
-    """It has a link, and waits for a unique token, for a UUID of its own, or for an administrator."""
-    DENIED = "denied"
-    """An administrator refused it. It has no link, and its key is refused."""
-
-
-NO_LABELS: Final[Mapping[str, str]] = MappingProxyType({})
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Machine:
-    """One machine as the server remembers it. Times are Unix times in seconds."""
-
-    id: str
-    """The machine's own id, chosen by the server; UUIDs are not unique in the wild."""
-    node_uuid: str
-    """The UUID it joins with, in lower case. Unique among accepted machines."""
-    public_key: PublicKey | None
-    """The WireGuard key of its present or last link. Unique; None once the key went to another machine or was given up."""
-    overlay_address: IPv6Address
-    """Kept for as long as the row lives. Unique."""
-    virtual_address: IPv6Address | None = None
-    """Address of the machine's tunnel streams; None if it never used the tunnel. Unique."""
-    virtual_issued_at: float | None = None
-    unique_token_digest: bytes | None = field(default=None, repr=False)
-    """The digest that binds the row to one machine (tokens.UniqueToken.digest) once `was_linked`; None if unbound."""
-    unique_fingerprint: str = ""
-    """The fingerprint of the machine's hardware addresses that came with the unique token; empty without one."""
-    admission: MachineAdmission = MachineAdmission.ACCEPTED
-    has_uuid_conflict: bool = False
-    """Pending because an accepted machine has its UUID, or because that is a vendor's placeholder."""
-    is_installed: bool = False
-    """Pending, and a system disk was seen."""
-    assigned_uuid: str | None = None
-    """The UUID that this server chose for the machine (META 15), stored before it is sent."""
-    assigned_token: str | None = field(default=None, repr=False)
-    """The unique token that this server chose for the machine (META 16), sealed, stored before it is sent; None once it was
-    used."""
-    assigned_digest: bytes | None = field(default=None, repr=False)
-    """Of that token, as unique_token_digest; None for one that an earlier version chose."""
-    join_token_digest: bytes | None = field(default=None, repr=False)
-    """Of the join token that it last presented; None if it presented none."""
-    token_id: str | None = None
-    """The id of the stored token that last admitted it, or signed the one that did; None if that was none of them."""
-    has_reserved_use: bool = False
-    """A use of that token is reserved for the row; the handshake that proves its key spends it."""
-    talos_version: str = ""
-    """As the machine said it; empty if it did not."""
-    tunnel: bool = False
-    """Whether the last answer told it to use the tunnel."""
-    created_at: float
-    joined_at: float
-    """When a Provision last changed the row."""
-    linked_at: float | None = None
-    """When a WireGuard handshake first proved that the machine holds its present key; None if that has not happened yet."""
-    was_linked: bool = False
-    """Whether it ever proved any key. A machine that never did is forgotten after a while."""
-    revision: int = 1
-    """1 when inserted; the store increments it with every change of the row, except last-seen notes."""
-    last_endpoint: str | None = None
-    """Last UDP endpoint, as host:port; None if it was last heard through the tunnel, or never."""
-    last_handshake_at: float | None = None
-    seen_at: float | None = None
-    """When it last changed its path or completed a handshake."""
-    last_source: str | None = None
-    """The address that its last authenticated packet came from, by UDP or by a stream."""
-    goodbye_at: float | None = None
-    """When it last said goodbye."""
-    name: str | None = None
-    """Given by an administrator, in lower case; None if none was. Unique."""
-    labels: Mapping[str, str] = field(default_factory=lambda: NO_LABELS, hash=False)
-    note: str = ""
-    tunnel_setting: TunnelSetting = TunnelSetting.INHERIT
-    """Decides its next Provision call."""
-    rate_rx: int | None = None
-    """Bits a second that are taken from it; None for no limit of its own."""
-    rate_tx: int | None = None
-    """Bits a second that are sent to it."""
-
-    @property
-    def shown_name(self) -> str:
-        """What it is called for people."""
-        return self.name or self.node_uuid
-
-    @property
-    def is_accepted(self) -> bool:
-        return self.admission is MachineAdmission.ACCEPTED
-
-    @property
-    def log_fields(self) -> dict[str, str]:
-        """The `extra` of a log record that identifies the machine."""
-        return {"machine_id": self.id, "node_uuid": self.node_uuid, "machine_name": self.shown_name}
-
-    @property
-    def join_token_id(self) -> str:
-        """The id of the join token that last admitted it; the given one's where it was not a stored one; empty without any."""
-        return self.token_id or (GIVEN_TOKEN if self.join_token_digest is not None else "")
-
-    @property
-    def bound_digest(self) -> bytes | None:
-        """The digest of the unique token that decides who may take this row; None while there is none.
-
-        A token that came with an unproved key is not binding.
-        """
-        return self.unique_token_digest if self.was_linked else None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LastSeen:
-    """Where and when a machine was last seen. Written lazily: a crash loses the last seconds."""
-
-    endpoint: str | None
-    """As Machine.last_endpoint."""
-    seen_at: float
-    handshake_at: float | None = None
-    """None if no handshake was seen; an earlier one stays stored."""
-    source: str | None = None
-    """As Machine.last_source; None leaves what is known."""
-    goodbye_at: float | None = None
-    """None leaves what is known."""
-
-    def after(self, earlier: "LastSeen") -> "LastSeen":
-        """This, with what only the earlier note says."""
-        return replace(
-            self,
-            handshake_at=earlier.handshake_at if self.handshake_at is None else self.handshake_at,
-            source=earlier.source if self.source is None else self.source,
-            goodbye_at=earlier.goodbye_at if self.goodbye_at is None else self.goodbye_at,
-        )
-
-    def of(self, machine: Machine) -> Machine:
-        """The machine's row after this. A note that is older than what the row says changes nothing."""
-        if machine.seen_at is not None and machine.seen_at > self.seen_at:
-            return machine
-        return replace(
-            machine,
-            last_endpoint=self.endpoint,
-            seen_at=self.seen_at,
-            last_handshake_at=machine.last_handshake_at if self.handshake_at is None else self.handshake_at,
-            last_source=machine.last_source if self.source is None else self.source,
-            goodbye_at=machine.goodbye_at if self.goodbye_at is None else self.goodbye_at,
-        )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Claim:
-    """A Provision call for a known row by another key, until a handshake with that key proves it. It changes nothing before.
-
-    Its peer has no allowed IPs and a virtual address of its own. Claims of one row stand side by side and expire.
-    """
-
-    id: str
-    machine_id: str
-    """The row that is claimed."""
-    public_key: PublicKey
-    """Unique among claims, and no row's key."""
-    virtual_address: IPv6Address | None
-    """Unique among claims and rows; None for UDP."""
-    unique_token_digest: bytes | None = field(default=None, repr=False)
-    unique_fingerprint: str = ""
-    join_token_digest: bytes | None = field(default=None, repr=False)
-    token_id: str | None = None
-    """As Machine.token_id, once the claim is proved; None leaves that as it is."""
-    has_reserved_use: bool = False
-    """A use of that token is reserved until the claim expires; its proof spends it."""
-    labels: Mapping[str, str] = field(default_factory=lambda: NO_LABELS, hash=False)
-    """What the token gives to the row."""
-    talos_version: str = ""
-    source: str = ""
-    """Where the call came from, as text for people."""
-    basis: str = ""
-    """Why the call may have the row (admission.rules.Basis)."""
-    created_at: float
-    expires_at: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ServerRecord:
-    """The persistent record of a server itself."""
-
-    private_key: bytes = field(repr=False)
-    """Sealed (sealing.Sealer)."""
-    installation_id: str
-    timestamp_mark: bytes = bytes(12)
-    """The highest TAI64N timestamp that its handshakes are known to have used; peers refuse lower ones."""
-
-
-UNIQUE_COLUMNS = ("node_uuid", "public_key", "overlay_address", "virtual_address", "name")
-
-
-def unique_values(machine: Machine) -> Iterator[tuple[str, Hashable]]:
-    """The fields of a row that no other row may share, and their values. Only accepted machines own their UUID."""
-    for column in UNIQUE_COLUMNS:
-        value: Hashable = getattr(machine, column)
-        if value is not None and (column != "node_uuid" or machine.is_accepted):
-            yield column, value
-
-
-class BanKind(StrEnum):
-    """The kind of value that a ban names."""
-
-    UUID = "uuid"
-    KEY = "key"
-    """A public key, in base64."""
-    UNIQUE = "unique"
-    """A unique token's digest, in hexadecimal digits."""
-
-
-class Ban(NamedTuple):
-    """Something by which machines are refused."""
-
-    value: str
-    kind: BanKind = BanKind.UUID
-
-
-class BanGrounds(NamedTuple):
-    """Why a ban was made."""
-
-    reason: str = ""
-    created_by: str = ""
-    created_at: float | None = None
-    """Unix time in seconds; None for bans older than this record."""
-
-
-class UniqueViolationError(StoreError):
-    """Raised when a row would repeat what is unique; `column` is the field's name."""
-
-    def __init__(self, column: str, row: str = "machine") -> None:
-        super().__init__(f"another {row} has the same {column}")
-        self.column = column
 
 
 class Transaction(Protocol):
@@ -396,5 +155,5 @@ class Store(Protocol):
     async def note_principals(self, used: Mapping[str, tuple[float, str]]) -> None:
         """Note when principals, by id, last called, and from where; passes over unknown ones. Tells the feed nothing."""
 
-    def changes(self) -> AbstractAsyncContextManager["AsyncIterator[Change]"]:
+    def changes(self) -> AbstractAsyncContextManager[AsyncIterator[Change]]:
         """All changes committed after entering, by whichever server, in order of commit."""

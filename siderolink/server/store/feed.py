@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from siderolink.common.queues import Broadcast, Overflow
 from siderolink.server.store.audit import AuditEntry
-from siderolink.server.store.base import Ban, Claim, Machine
 from siderolink.server.store.ownership import FleetServerChanged, OwnershipTaken
+from siderolink.server.store.rows import Ban, Claim, Machine
 from siderolink.server.store.tokens import TokenChanged
 
 DEFAULT_FEED_LIMIT = 65_536

@@ -9,10 +9,11 @@ from typing import Final, TypeVar
 
 from siderolink.common.errors import StoreError, StoreFullError
 from siderolink.server.store.audit import AuditEntry, AuditQuery
-from siderolink.server.store.base import Ban, BanGrounds, Claim, Machine, Store, Work
+from siderolink.server.store.base import Store, Work
 from siderolink.server.store.feed import Change
 from siderolink.server.store.history import HistoryBounds, HistoryEntry, HistoryQuery
 from siderolink.server.store.ownership import Ownership
+from siderolink.server.store.rows import Ban, BanGrounds, Claim, Machine
 from siderolink.server.store.sealing import Sealer
 from siderolink.server.store.tokens import JoinToken
 

@@ -14,18 +14,7 @@ from typing import TypeVar
 from siderolink.common.errors import StoreError
 from siderolink.common.keys import PublicKey
 from siderolink.server.store.audit import AuditEntry, AuditQuery, Principal
-from siderolink.server.store.base import (
-    UNIQUE_COLUMNS,
-    Ban,
-    BanGrounds,
-    Claim,
-    LastSeen,
-    Machine,
-    ServerRecord,
-    UniqueViolationError,
-    Work,
-    unique_values,
-)
+from siderolink.server.store.base import Work
 from siderolink.server.store.feed import (
     DEFAULT_FEED_LIMIT,
     AuditAdded,
@@ -42,6 +31,17 @@ from siderolink.server.store.history import HistoryBounds, HistoryEntry, History
 from siderolink.server.store.memory_ownership import MemoryOwnership, OwnershipTable
 from siderolink.server.store.memory_tokens import MemoryTokens, TokenTable
 from siderolink.server.store.ownership import Ownership
+from siderolink.server.store.rows import (
+    UNIQUE_COLUMNS,
+    Ban,
+    BanGrounds,
+    Claim,
+    LastSeen,
+    Machine,
+    ServerRecord,
+    UniqueViolationError,
+    unique_values,
+)
 from siderolink.server.store.sealing import KEY_BYTES, GivenKey, Sealer
 from siderolink.server.store.tokens import JoinToken, TokenKey
 

@@ -3,8 +3,8 @@
 import heapq
 from collections.abc import Callable, Collection, Hashable, Sequence
 
-from siderolink.server.store.base import UniqueViolationError
 from siderolink.server.store.feed import Change
+from siderolink.server.store.rows import UniqueViolationError
 from siderolink.server.store.tokens import JoinToken, TokenChanged, TokenColumn, TokenKey, TokenUse, unique_token_values
 
 _Uses = dict[str, TokenUse]

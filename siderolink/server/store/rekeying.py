@@ -4,7 +4,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from siderolink.common.errors import StoreError
-from siderolink.server.store.base import Machine, ServerRecord, Store, Transaction
+from siderolink.server.store.base import Store, Transaction
+from siderolink.server.store.rows import Machine, ServerRecord
 from siderolink.server.store.sealing import SERVER_KEY, Sealer, is_sealed, place_of_assigned, place_of_token
 from siderolink.server.store.tokens import JoinToken, TokenColumn
 

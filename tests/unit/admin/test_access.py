@@ -16,7 +16,7 @@ from siderolink.common.errors import ConfigurationError, UnauthenticatedError
 from siderolink.common.grpc import GRPCError, Status
 from siderolink.common.pb.siderolink.admin import v1 as pb
 from siderolink.server import AdminOptions
-from siderolink.server.admin.faces.access import Penalties
+from siderolink.server.admin.services.access import Penalties
 from siderolink.server.store import AuditQuery, Principal, Role
 from tests.support.office import Office, open_office
 from tests.support.stores import KINDS, opened

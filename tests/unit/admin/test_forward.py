@@ -14,7 +14,7 @@ from siderolink.common.errors import ConfigurationError, ForbiddenError, NotFoun
 from siderolink.common.grpc import ByteStream, GrpcChannel, GRPCError, Limits, Status, open_byte_stream, open_channel
 from siderolink.common.grpc.piped import PIPE_WINDOW_BYTES, Inbox, Pipe, close_with_reset
 from siderolink.common.pb.siderolink.admin import v1 as pb
-from siderolink.server.admin.faces.forward import FORWARD
+from siderolink.server.admin.services.forward import FORWARD
 from siderolink.server.store import Actor, AuditEntry, AuditQuery, Machine, Role
 from tests.support.manager import FakeMachine
 from tests.support.office import Office, open_office

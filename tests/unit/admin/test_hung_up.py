@@ -13,7 +13,7 @@ import grpc.aio
 import pytest
 
 from siderolink.common.pb.siderolink.admin import v1 as pb
-from siderolink.server.admin.faces import LocalAccess
+from siderolink.server.admin.services import LocalAccess
 from siderolink.server.reporting import KeepOptions, LogLine, ReportOptions, Reports
 from siderolink.server.reporting.archive import Archive
 from siderolink.server.reporting.ingest import ReportIngest

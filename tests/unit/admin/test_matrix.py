@@ -13,7 +13,7 @@ import grpc.aio
 import pytest
 
 from siderolink.common.pb.siderolink.admin import v1 as pb
-from siderolink.server.admin.faces import admin_services
+from siderolink.server.admin.services import admin_services
 from siderolink.server.store import Role
 from tests.support.office import Office, open_office
 from tests.support.relay import relayed

@@ -11,10 +11,10 @@ import pytest
 from grpclib import GRPCError, Status
 
 from siderolink.client.link import events
+from siderolink.client.link.events import ConnectionState
 from siderolink.client.link.provisioning import NodeInfo
 from siderolink.client.link.runner import LinkOptions, LinkRunner
 from siderolink.client.link.signals import Put
-from siderolink.client.link.state import ConnectionState
 from siderolink.common.errors import JoinRefusedError
 from siderolink.common.keys import PublicKey
 from siderolink.common.netlink import OutgoingRoute

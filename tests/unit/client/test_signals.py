@@ -7,7 +7,7 @@ import anyio
 import pytest
 
 from siderolink.client.link import events, signals
-from siderolink.client.link.state import ConnectionState
+from siderolink.client.link.events import ConnectionState
 from siderolink.common.keys import PublicKey
 from siderolink.common.netlink import OutgoingRoute
 from siderolink.common.wireguard.device import InterfaceLost, PeerConfig

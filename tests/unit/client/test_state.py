@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from siderolink.client.link.state import TRANSITIONS, ConnectionState, StateMachine
+from siderolink.client.link.events import ConnectionState
+from siderolink.client.link.state import TRANSITIONS, StateMachine
 
 DOCS = Path(__file__).resolve().parents[3] / "docs"
 

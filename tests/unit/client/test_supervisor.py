@@ -9,9 +9,9 @@ import pytest
 from grpclib import GRPCError, Status
 
 from siderolink.client.link import events
+from siderolink.client.link.events import ConnectionState
 from siderolink.client.link.provisioning import NodeInfo
 from siderolink.client.link.runner import LinkOptions
-from siderolink.client.link.state import ConnectionState
 from siderolink.client.link.supervisor import LinkSupervisor, Verdict, describe_changes, try_first
 from siderolink.common.keys import PublicKey
 from siderolink.common.tasks import background_tasks

@@ -10,8 +10,8 @@ from siderolink.common.wireguard.kernel.snapshot import (
     Change,
     GaveUp,
     HandshakeSeen,
-    LookSchedule,
     PeerView,
+    PollSchedule,
     Roamed,
     compare,
 )
@@ -96,8 +96,8 @@ def test_keepalives_and_answers_want_no_answer(keepalive: int) -> None:
 
 
 def test_it_looks_often_while_somebody_is_expected_and_seldom_otherwise() -> None:
-    schedule = LookSchedule(0.0)
-    assert schedule.next_at() == LookSchedule.IDLE
+    schedule = PollSchedule(0.0)
+    assert schedule.next_at() == PollSchedule.IDLE
     schedule.expect(KEY, 0.0)
     looks, now = 0, 0.0
     while schedule.is_expecting:
@@ -105,16 +105,16 @@ def test_it_looks_often_while_somebody_is_expected_and_seldom_otherwise() -> Non
         now = schedule.next_at()
         schedule.looked(0.001, now)
         looks += 1
-        assert now < LookSchedule.PATIENCE + LookSchedule.LONGEST
+        assert now < PollSchedule.PATIENCE + PollSchedule.LONGEST
     assert 20 < looks < 60
-    assert schedule.next_at() == now + LookSchedule.IDLE
+    assert schedule.next_at() == now + PollSchedule.IDLE
     schedule.expect(KEY, now)
     schedule.settled(KEY)
-    assert schedule.next_at() == now + LookSchedule.IDLE
+    assert schedule.next_at() == now + PollSchedule.IDLE
 
 
 def test_costly_looks_are_rationed() -> None:
-    schedule = LookSchedule(0.0)
+    schedule = PollSchedule(0.0)
     schedule.looked(0.3, 10.0)
     assert schedule.next_at() == pytest.approx(10 + 30)
     schedule.expect(KEY, 10.0)
@@ -124,7 +124,7 @@ def test_costly_looks_are_rationed() -> None:
 
 
 def test_cheap_looks_are_always_fresh() -> None:
-    schedule = LookSchedule(0.0)
+    schedule = PollSchedule(0.0)
     schedule.looked(0.001, 10.0)
     assert not schedule.is_fresh(9.99, 10.0)
     assert schedule.is_fresh(10.0, 9.99)  # begun after the question was asked

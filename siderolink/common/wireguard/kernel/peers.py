@@ -8,9 +8,9 @@ from siderolink.common.errors import ConfigurationError, SideroLinkError
 from siderolink.common.keys import PublicKey
 from siderolink.common.wireguard.device import OnDeviceEvent, PathChanged, PeerConfig, PeerHandshake
 from siderolink.common.wireguard.kernel import messages
-from siderolink.common.wireguard.kernel.looks import PeerLooks
 from siderolink.common.wireguard.kernel.messages import PeerFacts
 from siderolink.common.wireguard.kernel.peer_table import PeerEntry, PeerTable
+from siderolink.common.wireguard.kernel.polling import PeerPoller
 from siderolink.common.wireguard.kernel.streams import KernelUdpPath, Streams, is_loopback
 from siderolink.common.wireguard.kernel.wireguard import WireGuard
 from siderolink.common.wireguard.path import Datagrams, Path
@@ -30,7 +30,7 @@ class Peers:
         self._on_event = on_event
         self.streams = Streams(wireguard, mtu, lambda key: self.looks.expect(key))
         self.table = PeerTable(wireguard, self.streams)
-        self.looks = PeerLooks(wireguard, self.table, on_event)
+        self.looks = PeerPoller(wireguard, self.table, on_event)
 
     def close(self) -> None:
         self.streams.close()

@@ -17,7 +17,7 @@ from typing import Final
 
 from siderolink.common.wireguard.kernel.messages import PeerFacts
 
-__all__ = ["Change", "GaveUp", "HandshakeSeen", "LookSchedule", "PeerView", "Roamed", "compare"]
+__all__ = ["Change", "GaveUp", "HandshakeSeen", "PeerView", "PollSchedule", "Roamed", "compare"]
 
 KEEPALIVE_BYTES: Final = 32
 _ANSWER_BYTES: Final = 92 + KEEPALIVE_BYTES
@@ -92,7 +92,7 @@ def _unanswered(view: PeerView, now: float) -> Iterator[Change]:
         yield GaveUp()
 
 
-class LookSchedule:
+class PollSchedule:
     """When to look at the peers again. All times are of one monotonic clock."""
 
     SHARE: Final = 20

@@ -10,7 +10,7 @@ from sqlalchemy import Column, Table, and_, or_, true
 from sqlalchemy.engine import Dialect
 from sqlalchemy.sql import ClauseElement, ColumnElement
 
-from siderolink.server.store.base import MachineAdmission
+from siderolink.server.store.rows import MachineAdmission
 from siderolink.server.store.sql import audit, tables
 from siderolink.server.store.tokens import TokenUse
 

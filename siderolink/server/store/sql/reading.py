@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 from siderolink.common.errors import StoreError
 from siderolink.server.store.audit import Principal
-from siderolink.server.store.base import UNIQUE_COLUMNS, Ban, Claim, Machine, ServerRecord
+from siderolink.server.store.rows import UNIQUE_COLUMNS, Ban, Claim, Machine, ServerRecord
 from siderolink.server.store.sql.file import translated
 from siderolink.server.store.tokens import JoinToken, TokenUse
 

@@ -10,9 +10,9 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.sql import Select
 
 from siderolink.server.store.audit import AuditEntry, AuditQuery
-from siderolink.server.store.base import Ban, BanGrounds, Claim, Machine
 from siderolink.server.store.history import HistoryBounds, HistoryEntry, HistoryQuery
 from siderolink.server.store.ownership import Ownership
+from siderolink.server.store.rows import Ban, BanGrounds, Claim, Machine
 from siderolink.server.store.sql import audit, history, tables
 from siderolink.server.store.tokens import JoinToken
 

@@ -10,8 +10,8 @@ from sqlalchemy.dialects import sqlite
 from sqlalchemy.sql import ClauseElement, ColumnElement
 
 from siderolink.server.store.audit import AuditEntry, Principal
-from siderolink.server.store.base import Ban, BanGrounds, Claim, LastSeen, Machine, ServerRecord
 from siderolink.server.store.history import HistoryEntry
+from siderolink.server.store.rows import Ban, BanGrounds, Claim, LastSeen, Machine, ServerRecord
 from siderolink.server.store.sql import audit, history, tables
 from siderolink.server.store.sql.ownership_rows import SqlOwnership
 from siderolink.server.store.sql.queries import READERS, Statement, matches, names

@@ -33,7 +33,8 @@ from sqlalchemy import (
 from siderolink.common.errors import StoreError
 from siderolink.common.keys import KEY_BYTES, PublicKey
 from siderolink.server.store.audit import Principal
-from siderolink.server.store.base import (
+from siderolink.server.store.ownership import FleetServer, Ownership
+from siderolink.server.store.rows import (
     NO_LABELS,
     Ban,
     BanGrounds,
@@ -44,7 +45,6 @@ from siderolink.server.store.base import (
     MachineAdmission,
     ServerRecord,
 )
-from siderolink.server.store.ownership import FleetServer, Ownership
 from siderolink.server.store.sealing import is_sealed
 from siderolink.server.store.tokens import JoinToken, TokenKind, TokenUse, TunnelSetting
 

@@ -7,16 +7,6 @@ from ipaddress import IPv6Address
 from siderolink.common.errors import StoreError
 from siderolink.common.keys import PublicKey
 from siderolink.server.store.audit import AuditEntry, Principal
-from siderolink.server.store.base import (
-    Ban,
-    BanGrounds,
-    Claim,
-    LastSeen,
-    Machine,
-    ServerRecord,
-    UniqueViolationError,
-    unique_values,
-)
 from siderolink.server.store.feed import (
     AuditAdded,
     BanChanged,
@@ -28,6 +18,16 @@ from siderolink.server.store.feed import (
     ServerKeyChanged,
 )
 from siderolink.server.store.history import HistoryEntry
+from siderolink.server.store.rows import (
+    Ban,
+    BanGrounds,
+    Claim,
+    LastSeen,
+    Machine,
+    ServerRecord,
+    UniqueViolationError,
+    unique_values,
+)
 from siderolink.server.store.sql.ownership_rows import SqlOwnership
 from siderolink.server.store.sql.reading import BAN, CLAIM_KEY, CLAIMS_OF, HISTORY, PRINCIPALS, SERVER, TOKEN, Key, Reads
 from siderolink.server.store.sql.token_rows import SqlTokens

@@ -18,7 +18,6 @@ import anyio
 from sqlalchemy import text
 
 from siderolink.common.errors import StoreError, StoreUnavailableError
-from siderolink.server.store.base import Ban, BanKind, Claim, Machine
 from siderolink.server.store.feed import (
     AuditAdded,
     BanChanged,
@@ -32,6 +31,7 @@ from siderolink.server.store.feed import (
     ServerKeyChanged,
 )
 from siderolink.server.store.ownership import FleetServer, FleetServerChanged, Ownership, OwnershipTaken
+from siderolink.server.store.rows import Ban, BanKind, Claim, Machine
 from siderolink.server.store.sql import audit, tables
 from siderolink.server.store.sql.postgres.database import ContendedError, Database, answered
 from siderolink.server.store.tokens import JoinToken, TokenChanged

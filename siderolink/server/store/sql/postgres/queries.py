@@ -38,7 +38,7 @@ from sqlalchemy.dialects.postgresql import insert as insert_or
 from sqlalchemy.dialects.postgresql.psycopg import PGDialect_psycopg
 from sqlalchemy.sql import ClauseElement, ColumnElement
 
-from siderolink.server.store.base import MachineAdmission
+from siderolink.server.store.rows import MachineAdmission
 from siderolink.server.store.sql import audit, history, tables
 from siderolink.server.store.sql.ownership_rows import SqlOwnership
 from siderolink.server.store.sql.postgres.feed import written

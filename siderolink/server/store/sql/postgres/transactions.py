@@ -18,7 +18,8 @@ from psycopg import Error as DriverError
 
 from siderolink.common.errors import StoreError, StoreUnavailableError
 from siderolink.common.tasks import to_its_end
-from siderolink.server.store.base import Machine, Work
+from siderolink.server.store.base import Work
+from siderolink.server.store.rows import Machine
 from siderolink.server.store.sql import tables
 from siderolink.server.store.sql.postgres import queries
 from siderolink.server.store.sql.postgres.database import ContendedError, Database, answered

@@ -15,22 +15,22 @@ from siderolink.common.wireguard.device import HandshakeGaveUp, OnDeviceEvent, P
 from siderolink.common.wireguard.kernel import messages
 from siderolink.common.wireguard.kernel.messages import PeerFacts
 from siderolink.common.wireguard.kernel.peer_table import PeerEntry, PeerTable, boot_time
-from siderolink.common.wireguard.kernel.snapshot import GaveUp, HandshakeSeen, LookSchedule, Roamed, compare
+from siderolink.common.wireguard.kernel.snapshot import GaveUp, HandshakeSeen, PollSchedule, Roamed, compare
 from siderolink.common.wireguard.kernel.wireguard import WireGuard
 
-__all__ = ["PeerLooks"]
+__all__ = ["PeerPoller"]
 
 _RETRY: float = 1.0
 
 
-class PeerLooks:
+class PeerPoller:
     """Keeps a table up to date with the kernel."""
 
     def __init__(self, wireguard: WireGuard, table: PeerTable, on_event: OnDeviceEvent) -> None:
         self._wireguard = wireguard
         self._table = table
         self._on_event = on_event
-        self._schedule = LookSchedule(time.monotonic())
+        self._schedule = PollSchedule(time.monotonic())
         self._began_at = float("-inf")
         self._lock = anyio.Lock()
         self._wake = anyio.Event()

@@ -1,7 +1,7 @@
 """The admin API by gRPC: the services translate, and decide nothing."""
 
-from siderolink.server.admin.faces.access import ADMIN_LIMITS, GROUP, LocalAccess, RemoteAccess, actor, group_id, guarded
-from siderolink.server.admin.faces.services import ServerFacts, admin_services
+from siderolink.server.admin.services.access import ADMIN_LIMITS, GROUP, LocalAccess, RemoteAccess, actor, group_id, guarded
+from siderolink.server.admin.services.server import ServerFacts, admin_services
 
 __all__ = [
     "ADMIN_LIMITS",

@@ -3,13 +3,13 @@
 from collections.abc import AsyncIterator
 
 from siderolink.common.pb.siderolink.admin import v1 as pb
-from siderolink.server.admin.faces.access import GetAdministration, actor
 from siderolink.server.admin.records import Records
+from siderolink.server.admin.services.access import GetAdministration, actor
 from siderolink.server.reporting import KernelLine, ReportedEvent, ReportQuery
 from siderolink.server.store import HistoryEntry
 
 
-class HistoryFace(pb.HistoryServiceBase):
+class HistoryService(pb.HistoryServiceBase):
     """See admin.proto."""
 
     def __init__(self, administration: GetAdministration) -> None:

@@ -6,12 +6,12 @@ from siderolink.common.errors import ConfigurationError
 from siderolink.common.pb.siderolink.admin import v1 as pb
 from siderolink.common.tasks import in_parts
 from siderolink.common.text import one_line
-from siderolink.server.admin.faces.access import GetAdministration, actor
-from siderolink.server.admin.faces.machines import DIGEST_DIGITS, machine_messages, tunnel_setting
+from siderolink.server.admin.labels import Selector
 from siderolink.server.admin.lists import page_of
 from siderolink.server.admin.machines import MachineQuery
+from siderolink.server.admin.services.access import GetAdministration, actor
+from siderolink.server.admin.services.machines import DIGEST_DIGITS, machine_messages, tunnel_setting
 from siderolink.server.admin.tokens import Tokens, TokenStatus
-from siderolink.server.admin.words import Selector
 from siderolink.server.admission.policy import supports_unique_tokens
 from siderolink.server.store import Machine, TokenKind, TokenState
 
@@ -19,7 +19,7 @@ _AT_ONCE = 200
 """Tokens that are read from the store before other tasks run."""
 
 
-class TokenFace(pb.TokenServiceBase):
+class TokenService(pb.TokenServiceBase):
     """See admin.proto."""
 
     def __init__(self, administration: GetAdministration) -> None:

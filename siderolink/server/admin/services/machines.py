@@ -11,8 +11,8 @@ from siderolink.common.tasks import in_parts
 from siderolink.common.text import one_line
 from siderolink.server.admin.administration import Administration
 from siderolink.server.admin.bans import StandingBan
-from siderolink.server.admin.faces.access import GetAdministration, actor
 from siderolink.server.admin.machines import MachineQuery, MachineStatus
+from siderolink.server.admin.services.access import GetAdministration, actor
 from siderolink.server.store import (
     BanGrounds,
     BanKind,
@@ -104,7 +104,7 @@ def tunnel_setting(text: str) -> TunnelSetting:
         raise ConfigurationError(f"the tunnel is inherit, force or forbid, not {one_line(text, limit=32)}") from None
 
 
-class MachineFace(pb.MachineServiceBase):
+class MachineService(pb.MachineServiceBase):
     """See admin.proto."""
 
     def __init__(self, administration: GetAdministration) -> None:
@@ -211,7 +211,7 @@ class MachineFace(pb.MachineServiceBase):
         return await machine_message(administration, await administration.machines.status(machine))
 
 
-class BanFace(pb.BanServiceBase):
+class BanService(pb.BanServiceBase):
     """See admin.proto."""
 
     def __init__(self, administration: GetAdministration) -> None:

@@ -11,11 +11,11 @@ from siderolink.common.grpc import Servable
 from siderolink.common.pb.siderolink.admin import v1 as pb
 from siderolink.common.text import one_line
 from siderolink.server.admin.administration import Administration
-from siderolink.server.admin.faces.access import GetAdministration, actor
-from siderolink.server.admin.faces.forward import ForwardFace
-from siderolink.server.admin.faces.machines import BanFace, MachineFace
-from siderolink.server.admin.faces.records import HistoryFace
-from siderolink.server.admin.faces.tokens import TokenFace
+from siderolink.server.admin.services.access import GetAdministration, actor
+from siderolink.server.admin.services.forward import ForwardService
+from siderolink.server.admin.services.machines import BanService, MachineService
+from siderolink.server.admin.services.records import HistoryService
+from siderolink.server.admin.services.tokens import TokenService
 from siderolink.server.events import EventStream, describe_event
 from siderolink.server.store import AuditEntry, AuditQuery, Principal, Role
 
@@ -36,7 +36,7 @@ class ServerFacts(Protocol):
 GetFacts = Callable[[], ServerFacts]
 
 
-class ApiKeyFace(pb.ApiKeyServiceBase):
+class ApiKeyService(pb.ApiKeyServiceBase):
     """See admin.proto."""
 
     def __init__(self, administration: GetAdministration) -> None:
@@ -96,7 +96,7 @@ def _key_message(administration: Administration, principal: Principal) -> pb.Api
     )
 
 
-class AuditFace(pb.AuditServiceBase):
+class AuditService(pb.AuditServiceBase):
     """See admin.proto."""
 
     def __init__(self, administration: GetAdministration) -> None:
@@ -160,7 +160,7 @@ def _json(fields: Mapping[str, object]) -> str:
     return json.dumps(dict(fields)) if fields else ""
 
 
-class EventFace(pb.EventServiceBase):
+class EventService(pb.EventServiceBase):
     """See admin.proto."""
 
     def __init__(self, administration: GetAdministration, facts: GetFacts) -> None:
@@ -191,7 +191,7 @@ class EventFace(pb.EventServiceBase):
             )
 
 
-class ServerFace(pb.ServerServiceBase):
+class ServerService(pb.ServerServiceBase):
     """See admin.proto."""
 
     def __init__(self, facts: GetFacts) -> None:
@@ -211,13 +211,13 @@ class ServerFace(pb.ServerServiceBase):
 def admin_services(administration: GetAdministration, facts: GetFacts) -> list[Servable]:
     """All services of the admin API. Their callers are recognised by `guarded`."""
     return [
-        MachineFace(administration),
-        BanFace(administration),
-        ApiKeyFace(administration),
-        AuditFace(administration),
-        EventFace(administration, facts),
-        ServerFace(facts),
-        TokenFace(administration),
-        HistoryFace(administration),
-        ForwardFace(administration),
+        MachineService(administration),
+        BanService(administration),
+        ApiKeyService(administration),
+        AuditService(administration),
+        EventService(administration, facts),
+        ServerService(facts),
+        TokenService(administration),
+        HistoryService(administration),
+        ForwardService(administration),
     ]

@@ -9,15 +9,15 @@ from siderolink.common.grpc.messages import framed
 from siderolink.common.grpc.piped import Inbox, PipeCutError, send_message
 from siderolink.common.pb.siderolink.admin.v1 import ForwardRequest
 from siderolink.common.tasks import background_tasks
-from siderolink.server.admin.faces import actor
-from siderolink.server.admin.faces.forward import first_message
+from siderolink.server.admin.services import actor
+from siderolink.server.admin.services.forward import first_message
 from siderolink.server.peers.access import caller_metadata
 from siderolink.server.peers.relay import Method, Others
 from siderolink.server.store import FleetServer
 
 
-class _Again:
-    """A stream whose first bytes were received already: its receiver has them first."""
+class _Rewound:
+    """A stream whose first bytes were received already and are given to its next receiver again."""
 
     def __init__(self, stream: ByteStream, first: bytes) -> None:
         self._stream = stream
@@ -38,7 +38,7 @@ async def connected_at_the_owner(method: Method, others: Others, stream: Any) ->
     first = await first_message(inbox)
     owner = await others.owner_of(name) if (name := _machine(first)) else None
     if owner is None:
-        await method.at(None, others.channels, _Again(stream, framed(first) + inbox.rest()))
+        await method.at(None, others.channels, _Rewound(stream, framed(first) + inbox.rest()))
         return
     try:
         with translate_errors(f"the server {owner.id}"):

@@ -10,14 +10,14 @@ from siderolink.common.grpc import ByteStream, GRPCError, Status
 from siderolink.common.grpc.piped import Inbox, Pipe, PipeCutError
 from siderolink.common.pb.siderolink.admin import v1 as pb
 from siderolink.common.protobuf_wire import has_declared_types, refuse_strings_as_numbers
-from siderolink.server.admin.faces.access import GetAdministration, actor
+from siderolink.server.admin.services.access import GetAdministration, actor
 
 FORWARD: Final = "/siderolink.admin.v1.ForwardService/Forward"
 _FIRST_SECONDS: Final = 20.0
 _LAST_SECONDS: Final = 10.0
 
 
-class ForwardFace(pb.ForwardServiceBase):
+class ForwardService(pb.ForwardServiceBase):
     """See admin.proto."""
 
     def __init__(self, administration: GetAdministration) -> None:
