@@ -44,7 +44,7 @@ def interrupt(process: "subprocess.Popen[str]", namespace: Namespace) -> None:
     process.send_signal(signal.SIGINT)
     assert process.stdout is not None
     rest = process.stdout.read()
-    assert process.wait(10) == 0, rest
+    assert process.wait(60) == 0, rest
     assert "Traceback" not in rest
     assert not {name for name in namespace.interfaces() if name.startswith("siderolink")}
 
@@ -66,7 +66,7 @@ def test_http(net: Net) -> None:
     machine = start(net.machine, "http/machine.py", URL)
     line = read_until(machine, "thank you")
     address = line.split()[0]
-    assert machine.wait(10) == 0
+    assert machine.wait(60) == 0
     read_until(server, f"{address} reports: ")
     interrupt(server, net.server)
 
@@ -98,7 +98,7 @@ def test_tunnel(net: Net) -> None:
     machine = start(net.machine, "tunnel/machine.py", f"{URL}&grpc_tunnel=true")
     read_until(machine, "joined by tunnel on siderolinktun")
     read_until(machine, "the echo: hello through the tunnel")
-    assert machine.wait(10) == 0
+    assert machine.wait(60) == 0
     interrupt(server, net.server)
 
 
@@ -107,5 +107,5 @@ def test_a_machine_that_is_refused_says_so_in_its_last_line(net: Net) -> None:
     read_until(server, "waits for machines")
     machine = start(net.machine, "ping/machine.py", "grpc://192.0.2.1:4000?jointoken=other")
     read_until(machine, "JoinRefusedError: the server refused the join: PERMISSION_DENIED: invalid join token")
-    assert machine.wait(10) == 1
+    assert machine.wait(60) == 1
     interrupt(server, net.server)

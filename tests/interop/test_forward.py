@@ -63,7 +63,7 @@ class Elsewhere:
             assert " -> " in line, process.stderr.read()
             yield int(line.split(" -> ")[0].rpartition(":")[2])
             process.send_signal(signal.SIGTERM)
-            _, told = process.communicate(timeout=20)
+            _, told = process.communicate(timeout=60)
             assert (process.returncode, told) == (0, "")
         finally:
             stop(process)
@@ -115,7 +115,7 @@ def test_a_viewer_with_a_grant_reaches_that_port(elsewhere: Elsewhere) -> None:
     with elsewhere.forwarding(key, UUID, "50000", "--local", "127.0.0.1:0") as port:
         assert "NODE:        127.0.0.1\n" in elsewhere.run(port, Talosctl.version_soon)
     process = elsewhere.start(key, UUID, "22", "--local", "0")
-    _, told = process.communicate(timeout=30)
+    _, told = process.communicate(timeout=60)
     assert process.returncode == 4
     assert "has none for port 22" in told
 
@@ -123,11 +123,11 @@ def test_a_viewer_with_a_grant_reaches_that_port(elsewhere: Elsewhere) -> None:
 def test_an_operator_forwards_nothing_and_a_machine_that_is_not_there_is_told(elsewhere: Elsewhere) -> None:
     key = elsewhere.key("op", "--role", "operator")
     process = elsewhere.start(key, UUID, "50000", "--local", "0")
-    out, told = process.communicate(timeout=30)
+    out, told = process.communicate(timeout=60)
     assert (process.returncode, out) == (4, "")
     assert "forwarding needs the role admin" in told
     key = elsewhere.key("root2", "--role", "admin")
     process = elsewhere.start(key, "nobody", "50000", "--local", "0")
-    out, told = process.communicate(timeout=30)
+    out, told = process.communicate(timeout=60)
     assert (process.returncode, out) == (3, "")
     assert "no machine has the id" in told

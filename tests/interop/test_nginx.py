@@ -35,7 +35,7 @@ def nginx(namespace: Namespace, folder: Path) -> Iterator[None]:
             time.sleep(0.05)
         yield
     finally:
-        assert stop(process) == 0
+        assert stop(process, 60) == 0
 
 
 @pytest.mark.long

@@ -33,7 +33,7 @@ async def target() -> AsyncIterator[str]:
 def check(target: str, service: str) -> HealthCheckResponse:
     with grpc.insecure_channel(target) as channel:
         call = channel.unary_unary("/grpc.health.v1.Health/Check", bytes, HealthCheckResponse.parse)
-        return call(bytes(HealthCheckRequest(service=service)), timeout=10)  # type: ignore[no-any-return]
+        return call(bytes(HealthCheckRequest(service=service)), timeout=60)  # type: ignore[no-any-return]
 
 
 async def test_health_of_each_service(target: str) -> None:
@@ -48,7 +48,7 @@ async def test_health_of_all_services(target: str) -> None:
     def ask() -> HealthListResponse:
         with grpc.insecure_channel(target) as channel:
             call = channel.unary_unary("/grpc.health.v1.Health/List", bytes, HealthListResponse.parse)
-            return call(b"", timeout=10)  # type: ignore[no-any-return]
+            return call(b"", timeout=60)  # type: ignore[no-any-return]
 
     statuses = (await anyio.to_thread.run_sync(ask)).statuses
     assert {name: answer.status for name, answer in statuses.items()} == dict.fromkeys(("", *API_SERVICES), SERVING)
@@ -62,7 +62,7 @@ async def test_health_is_watched_until_the_server_ends() -> None:
         with grpc.insecure_channel(target) as channel:
             call = channel.unary_stream("/grpc.health.v1.Health/Watch", bytes, HealthCheckResponse.parse)
             try:
-                for answer in call(bytes(HealthCheckRequest()), timeout=15):
+                for answer in call(bytes(HealthCheckRequest()), timeout=60):
                     seen.append(answer.status)
                     began.set()
             except grpc.RpcError as error:
@@ -89,7 +89,7 @@ async def test_reflection_gives_what_a_client_needs_to_call(target: str, version
         with grpc.insecure_channel(target) as channel:
             path = f"/grpc.reflection.{version}.ServerReflection/ServerReflectionInfo"
             call = channel.stream_stream(path, bytes, ServerReflectionResponse.parse)
-            return list(call(iter([bytes(request) for request in requests]), timeout=10))
+            return list(call(iter([bytes(request) for request in requests]), timeout=60))
 
     services, tunnel, provision, cats, nothing = await anyio.to_thread.run_sync(ask)
     assert services.valid_host == "here"

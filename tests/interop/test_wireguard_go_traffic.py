@@ -22,7 +22,7 @@ def iperf(client: Namespace, server: Namespace, address: str, *options: str) -> 
         assert time.monotonic() < deadline
         time.sleep(0.02)
     report = json.loads(client.run(["iperf3", "-J", "-c", address, *options], timeout=60))
-    assert listening.wait(10) == 0
+    assert listening.wait(60) == 0
     found: dict[str, float] = report["end"]["sum" if "-u" in options else "sum_received"]
     return found
 

@@ -158,7 +158,7 @@ def test_it_ends_with_its_socket_and_takes_the_interface_along(namespace: Namesp
 def test_stopped_it_takes_the_interface_along(namespace: Namespace) -> None:
     with bare(namespace) as wg0:
         assert "wg0" in namespace.interfaces()
-        assert stop(wg0.process) == 0
+        assert stop(wg0.process, 60) == 0
         assert "wg0" not in namespace.interfaces()
 
 
@@ -166,7 +166,7 @@ def test_a_taken_name_is_one_clear_line(namespace: Namespace) -> None:
     with bare(namespace):
         second = Bare(namespace)
         assert second.first_line.strip() == ("siderolink: the interface wg0 already exists: remove it, or choose another name")
-        assert second.process.wait(10) == 1
+        assert second.process.wait(60) == 1
 
 
 def test_a_stale_socket_is_taken_over_and_a_live_one_is_not(namespace: Namespace, tmp_path: Path) -> None:
@@ -343,7 +343,7 @@ def test_status_shows_what_was_dropped_and_why(namespace: Namespace, tmp_path: P
     monkeypatch.setenv("SIDEROLINK_RUNTIME_DIR", str(tmp_path))
 
     def status() -> dict[str, Any]:
-        [found] = json.loads(namespace.run([sys.executable, "-m", "siderolink", "status", "--json"], timeout=30))
+        [found] = json.loads(namespace.run([sys.executable, "-m", "siderolink", "status", "--json"], timeout=60))
         return dict(found)
 
     with bare(namespace) as wg0:
@@ -362,6 +362,6 @@ def test_status_shows_what_was_dropped_and_why(namespace: Namespace, tmp_path: P
         assert found["drops"]["replayed_initiation"] == 1
         assert found["listen_port"] == 12345
         assert [one["public_key"] for one in found["peers"]] == [peer.public_key().encode()]
-        shown = namespace.run([sys.executable, "-m", "siderolink", "status"], timeout=30)
+        shown = namespace.run([sys.executable, "-m", "siderolink", "status"], timeout=60)
         assert "1 replayed_initiation" in shown
     assert not list(tmp_path.iterdir())

@@ -52,7 +52,7 @@ def end(process: "subprocess.Popen[str]", number: signal.Signals) -> None:
     process.send_signal(number)
     assert process.stdout is not None
     rest = process.stdout.read()
-    assert process.wait(10) == 0, rest
+    assert process.wait(60) == 0, rest
     assert "Traceback" not in rest
 
 

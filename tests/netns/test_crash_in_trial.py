@@ -72,7 +72,7 @@ class Bench:
         options: tuple[str, ...] = ("--maintenance-api", "--device", "userspace", "--meta", str(self.folder / "meta"))
         options += ("--keep-config", str(self.folder / "kept"))
         self.machine = start(self.net.machine, *self._arguments, *options)
-        return self.joins.get(timeout=15)
+        return self.joins.get(timeout=60)
 
     def said(self, *texts: str) -> None:
         assert self.machine is not None
@@ -81,7 +81,7 @@ class Bench:
     def kill_and_start(self) -> JoinRequest:
         assert self.machine is not None
         self.machine.kill()
-        self.machine.communicate(timeout=10)
+        self.machine.communicate(timeout=60)
         while not self.joins.empty():
             self.joins.get()
         return self.start(*self._arguments[1:-4])

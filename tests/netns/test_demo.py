@@ -62,7 +62,7 @@ def test_nothing_is_left_however_it_ends(number: signal.Signals) -> None:
         watched = [os.pidfd_open(pid) for pid in hosts]
         assert len(namespaces) == 3
         demo.send_signal(number)
-        _, errors = demo.communicate(timeout=15)
+        _, errors = demo.communicate(timeout=60)
         assert demo.returncode == (130 if number != signal.SIGKILL else -signal.SIGKILL)
         assert errors == ""
     for descriptor in watched:

@@ -32,7 +32,7 @@ def serving(tls: ssl.SSLContext | None = None) -> Iterator[Net]:
 
 def examine(namespace: Namespace, *args: str) -> dict[str, dict[str, Any]]:
     """The findings by their checks."""
-    said = namespace.run([sys.executable, "-m", "siderolink", "doctor", "--json", *args], check=False, timeout=45)
+    said = namespace.run([sys.executable, "-m", "siderolink", "doctor", "--json", *args], check=False, timeout=60)
     return {finding["check"]: finding for finding in json.loads(said)}
 
 
@@ -123,6 +123,6 @@ def test_a_stopped_doctor_leaves_nothing_behind() -> None:
         assert process.stdout is not None
         assert any("admitted" in line for line in iter(process.stdout.readline, ""))
         process.terminate()
-        assert process.wait(20) == 130
+        assert process.wait(60) == 130
         assert net.machine.interfaces() == {"lo", "eth0"}
         assert "siderolink" not in net.machine.run(["nft", "list", "tables"])

@@ -264,7 +264,7 @@ def test_a_firewall_ends_with_its_program_however_that_ends() -> None:
         assert holder.stdout.readline() == "held\n"
         assert keeps_out(net.server, partial(dial, MACHINE_V4, 80, None))
         holder.send_signal(signal.SIGKILL)
-        holder.wait(10)
+        holder.wait(60)
         assert lets_in(net.server, partial(dial, MACHINE_V4, 80, None))
         assert ruleset(net.machine) == before
 

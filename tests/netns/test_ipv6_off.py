@@ -49,7 +49,7 @@ def test_the_interface_switches_ipv6_on_for_itself(which: str, inside: bool) -> 
 
 def doctor(namespace: Namespace, *, before: str = "exec ") -> dict[str, dict[str, object]]:
     program = f"{before} {sys.executable} -m siderolink doctor --json"
-    said = namespace.run(["unshare", "-m", "sh", "-c", program], check=False, timeout=45)
+    said = namespace.run(["unshare", "-m", "sh", "-c", program], check=False, timeout=60)
     return {finding["check"]: finding for finding in json.loads(said)}
 
 
@@ -62,7 +62,7 @@ def test_where_it_cannot_be_switched_on_the_sysctl_is_named() -> None:
         assert "net.ipv6.conf.default.disable_ipv6=0" in str(found["text"])
         assert namespace.interfaces() == {"lo"}
         program = f"{READ_ONLY} {sys.executable} -m siderolink serve --api-listen 127.0.0.1:0 --wireguard-endpoint 127.0.0.1:0"
-        said = namespace.run(["unshare", "-m", "sh", "-c", f"{program} --join-token t"], check=False, timeout=45)
+        said = namespace.run(["unshare", "-m", "sh", "-c", f"{program} --join-token t"], check=False, timeout=60)
         assert "net.ipv6.conf.default.disable_ipv6=0" in said
         assert "Traceback" not in said
 

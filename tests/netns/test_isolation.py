@@ -377,7 +377,7 @@ def test_two_servers_in_one_namespace_and_one_that_is_killed() -> None:
         assert first.stdout is not None
         assert first.stdout.readline() == "ready\n"
         before = ruleset(namespace)
-        said = namespace.run([sys.executable, "-c", SERVER], check=False, timeout=30)
+        said = namespace.run([sys.executable, "-c", SERVER], check=False, timeout=60)
         assert "InterfaceInUseError: the interface siderolink already exists" in said
         assert ruleset(namespace) == before
         assert "dport 80" in before
@@ -385,7 +385,7 @@ def test_two_servers_in_one_namespace_and_one_that_is_killed() -> None:
             with suppress(ProcessLookupError):  # the one that lists them
                 if int(pid) != os.getpid():
                     os.kill(int(pid), signal.SIGKILL)
-        first.wait(10)
+        first.wait(60)
         deadline = time.monotonic() + 30
         while namespace.interfaces() != {"lo"} and time.monotonic() < deadline:
             time.sleep(0.05)

@@ -56,7 +56,7 @@ def start_ping(namespace: Namespace, address: object, seconds: float) -> "subpro
 
 
 def lost(process: "subprocess.Popen[str]") -> int:
-    output, _ = process.communicate(timeout=30)
+    output, _ = process.communicate(timeout=60)
     words = output.split()
     return int(words[words.index("packets") - 1]) - int(words[words.index("received,") - 1])
 
@@ -105,6 +105,6 @@ def test_a_killed_program_leaves_no_interface(how: signal.Signals, tmp_path: Pat
         process = net.machine.popen(command, stdout=subprocess.PIPE, env=os.environ | {"HOME": str(tmp_path)})
         wait_for(lambda: "siderolink" in net.machine.interfaces())
         process.send_signal(how)
-        status = process.wait(10)
+        status = process.wait(60)
         assert status == (0 if how is not signal.SIGKILL else -signal.SIGKILL)
         wait_for(lambda: "siderolink" not in net.machine.interfaces())

@@ -45,7 +45,7 @@ def running(host: Namespace, tmp_path: Path, *arguments: str, before: tuple[str,
     try:
         yield process
         process.send_signal(signal.SIGTERM)
-        assert process.wait(15) == 0
+        assert process.wait(60) == 0
     finally:
         stop(process)
 
@@ -64,7 +64,7 @@ def provision(count: int, token: str, uuid: str = UUID) -> None:
         call = channel.unary_unary("/sidero.link.ProvisionService/Provision")
         for _ in range(count):
             try:
-                call(bytes(request), timeout=5)
+                call(bytes(request), timeout=60)
             except grpc.RpcError:
                 pass
 

@@ -85,7 +85,7 @@ def read_until(process: "subprocess.Popen[str]", *texts: str) -> list[str]:
 
 def end(process: "subprocess.Popen[str]") -> None:
     process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=10)
+    output, _ = process.communicate(timeout=60)
     assert process.returncode == 0, output
     assert "Traceback" not in output
     assert TOKEN not in output

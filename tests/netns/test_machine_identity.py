@@ -100,7 +100,7 @@ def test_a_machine_without_a_token_is_back_at_once_after_a_goodbye_and_in_second
     with served(net.server, tmp_path, "--device", "userspace") as server:
         first = Machine(net.machine, url, node_uuid, "stop at once")
         address = first.address()
-        assert first.process.wait(10) == 0
+        assert first.process.wait(60) == 0
         second = Machine(net.machine, url, node_uuid)
         assert second.address() == address
         server.wait_for("goes to another key: goodbye")

@@ -205,7 +205,7 @@ def test_what_was_changed_is_audited_followed_and_exported(fleet: Fleet, tmp_pat
     while not (followed and "for the audit" in followed[-1]["after"]):
         followed.append(json.loads(follower.stdout.readline()))
     follower.send_signal(signal.SIGINT)
-    assert follower.wait(20) == 130
+    assert follower.wait(60) == 130
     stop(follower)
     machine_id = next(str(one["id"]) for one in here.machines() if one["node_uuid"] == FIRST)
     listed = json.loads(here.ok("audit", "--object", machine_id, "--since", "1h", "-o", "json"))
@@ -240,7 +240,7 @@ def test_a_ban_cuts_the_link_while_events_are_followed(fleet: Fleet) -> None:
         pass
     for process in (follower, watcher):
         process.send_signal(signal.SIGINT)
-        assert process.wait(20) == 130
+        assert process.wait(60) == 130
         stop(process)
     (ban,) = json.loads(here.ok("ban", "list", "-o", "json"))
     assert (ban["kind"], ban["value"], ban["reason"]) == ("uuid", SECOND, "lost")

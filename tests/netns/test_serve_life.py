@@ -83,7 +83,7 @@ def test_sigterm_tells_waiting_calls_and_ends(net: Net, tmp_path: Path, portal: 
         while not ready:
             assert not waiting.done(), waiting.result()
             time.sleep(0.02)
-        assert server.stop() == 0, "within TimeoutStopSec= of packaging/siderolink.service"
+        assert server.stop(10) == 0, "within TimeoutStopSec= of packaging/siderolink.service"
         assert waiting.result(5) is Status.UNAVAILABLE
         kept = {"siderolink.state", "siderolink.state.key", "siderolink.reports"}
         assert {path.name for path in server.state.parent.iterdir()} == kept
@@ -232,8 +232,8 @@ def test_systemd_is_told(net: Net, tmp_path: Path) -> None:
 def test_what_cannot_be_used_is_one_line(net: Net, options: list[str], line: str) -> None:
     arguments = ["serve", "--api-listen", API, "--wireguard-endpoint", f"{SERVER}:51820", "--join-token", "t", *options]
     process = net.server.popen([*COMMAND, *arguments], stdout=-1, stderr=-2)
-    output, _ = process.communicate(timeout=15)
-    assert stop(process) == 1
+    output, _ = process.communicate(timeout=60)
+    assert stop(process, 60) == 1
     assert line in output
     assert output.startswith("siderolink: ")
     assert output.count("\n") == 1

@@ -83,11 +83,11 @@ def test_a_udp_machine_is_dialled_after_a_restart(net: Net, tmp_path: Path) -> N
         """)
         server.start(until="1 machines")
         # Only a handshake that the server begins can succeed.
-        server.wait_for("handshake", 10)
+        server.wait_for("handshake")
         assert pings(net.server, link.address, 5)
         server.kill()
         server.start(until="1 machines")
-        server.wait_for("handshake", 10)
+        server.wait_for("handshake")
         assert link.server_key == key
         assert link.state == "connected"
 

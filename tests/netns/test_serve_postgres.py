@@ -145,7 +145,7 @@ def test_after_an_old_backup_machines_return_and_those_since_join_again(net: Net
         postgres.run("pg_restore", "--clean", "--if-exists", "--single-transaction", "--dbname=state", "dump")
         restored_at = Timestamps().next(time.time_ns())
         server.start(until="1 machines")
-        server.wait_for("handshake", 10)
+        server.wait_for("handshake")
         assert pings(net.server, address, 20)
         assert link.address == address
         net.server.nft("delete table inet only_answers")

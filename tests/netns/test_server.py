@@ -124,7 +124,7 @@ def carrying(joined: Joined) -> Iterator[Callable[[], tuple[Status, str | None]]
 
     future = joined.portal.start_task_soon(carry)
     try:
-        yield lambda: future.result(timeout=10)
+        yield lambda: future.result(timeout=60)
     finally:
         future.cancel()
 
@@ -186,7 +186,7 @@ def test_a_second_stream_takes_over_once_it_is_proved_and_not_before() -> None:
             for _ in range(3):
                 assert first.pings(OVERLAY)
             portal.call(enough.set)
-            squatting.result(timeout=10)
+            squatting.result(timeout=60)
 
         with joined(host, 1, tunnel=True, node_uuid=first.machine.node_uuid, key=first.machine.key) as second:
             assert second.link.answer == first.link.answer
@@ -265,7 +265,7 @@ def test_hostile_calls_are_refused_while_a_neighbours_traffic_flows() -> None:
         thief = RawMachine(api=API, join_token=TOKEN, node_uuid=neighbour.machine.node_uuid)
         with pytest.raises(GRPCError, match="has a living link"):
             portal.call(thief.provision)
-        output, _ = ping.communicate(timeout=15)
+        output, _ = ping.communicate(timeout=60)
         assert " 100 received" in output
         refused = host.server.refusals()
         assert (refused["invalid join token"], refused["link alive"], refused["message_too_large"]) == (2, 1, 1)

@@ -153,7 +153,7 @@ def test_soak(tmp_path: Path) -> None:
             soak.pause(4)
         wait_connected(links, 90)
         for namespace, (_, link) in zip(net.machines, links, strict=True):
-            namespace.run(["ping", "-c1", "-i0.2", "-w20", str(link.server_address)], timeout=30)
+            namespace.run(["ping", "-c1", "-i0.2", "-w20", str(link.server_address)], timeout=60)
         time.sleep(CALM)
         wait_connected(links, 60)
         tasks, kinds = measure(links)

@@ -87,7 +87,7 @@ class Terminal:
 
     def end(self) -> tuple[int, bool]:
         """The exit status, and whether the terminal is as it was."""
-        status = self.process.wait(20)
+        status = self.process.wait(60)
         is_as_before = termios.tcgetattr(self._theirs) == self.before
         os.close(self._ours)
         os.close(self._theirs)

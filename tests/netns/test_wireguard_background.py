@@ -30,7 +30,7 @@ def shell(namespace: Namespace, script: str, *, status: int = 0) -> str:
         ["bash", "-c", script], own_uapi_folder=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
     )
     try:
-        output, _ = process.communicate(timeout=30)
+        output, _ = process.communicate(timeout=60)
     finally:
         stop(process)
     assert process.returncode == status, output

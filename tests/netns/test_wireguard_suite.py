@@ -103,7 +103,7 @@ def iperf(server: End, client: End, address: str, *options: str) -> None:
     listening = server.inner.popen(["iperf3", "-s", "-1", "-B", address], stdout=subprocess.DEVNULL)
     eventually(lambda: ":5201" in server.inner.run(["ss", "-Htln", "sport = 5201"]))
     client.inner.run(["iperf3", "-Z", "-n", BULK, *options, "-c", address], timeout=300)
-    assert listening.wait(10) == 0
+    assert listening.wait(60) == 0
 
 
 def exercise(one: End, two: End) -> None:

@@ -22,7 +22,7 @@ class Bare:
         assert self.process.stdout is not None
         self.first_line = self.process.stdout.readline()
 
-    def wg(self, *args: str, stdin: str | None = None, check: bool = True, timeout: float = 15) -> str:
+    def wg(self, *args: str, stdin: str | None = None, check: bool = True, timeout: float = 60) -> str:
         return run_beside(self.process, ["wg", *args], input=stdin, check=check, timeout=timeout)
 
     def show(self, what: str) -> str:
@@ -41,7 +41,7 @@ class Bare:
 
     def rest(self) -> str:
         """What it said to its end, which must come by itself."""
-        output, _ = self.process.communicate(timeout=10)
+        output, _ = self.process.communicate(timeout=60)
         return output
 
 

@@ -109,7 +109,7 @@ class Namespace:
         self._processes.append(process)
         return process
 
-    def run(self, args: Sequence[str], *, check: bool = True, timeout: float = 15, **options: Any) -> str:
+    def run(self, args: Sequence[str], *, check: bool = True, timeout: float = 60, **options: Any) -> str:
         """Run a program inside to its end and give what it wrote; an error holds that, too."""
         return _run(["ip", "netns", "exec", self.name, *args], check, timeout, **options)
 
@@ -230,7 +230,7 @@ def link(
 
 
 def run_beside(
-    process: subprocess.Popen[str], args: Sequence[str], *, check: bool = True, timeout: float = 15, **options: Any
+    process: subprocess.Popen[str], args: Sequence[str], *, check: bool = True, timeout: float = 60, **options: Any
 ) -> str:
     """Run a program in the network and mount namespaces of a running one, so that it sees the same UAPI sockets."""
     return _run(["nsenter", "--net", "--mount", "--target", str(process.pid), *args], check, timeout, **options)

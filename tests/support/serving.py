@@ -55,9 +55,9 @@ class Served:
         )
         self._queue = queue.Queue()
         threading.Thread(target=_read, args=(self._process, self._queue), daemon=True).start()
-        self.wait_for(until)
+        self.wait_for(until, 90)  # an interpreter that starts beside twenty busy processes
 
-    def wait_for(self, text: str, timeout: float = 30) -> str:
+    def wait_for(self, text: str, timeout: float = 60) -> str:
         """The next line that holds the text."""
         while True:
             try:
@@ -79,7 +79,7 @@ class Served:
         assert self._process is not None
         self._process.send_signal(number)
 
-    def stop(self, timeout: float = 10) -> int:
+    def stop(self, timeout: float = 60) -> int:
         """SIGTERM, and the exit status."""
         assert self._process is not None
         self._process.terminate()
