@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -76,3 +77,16 @@ def test_every_page_has_its_place_in_the_site() -> None:
     text = (ROOT / "mkdocs.yml").read_text()
     pages = re.findall(r": ([\w-]+\.md)$", text, re.MULTILINE)
     assert sorted(pages) == sorted(path.name for path in (ROOT / "docs").glob("*.md"))
+
+
+def test_each_command_has_a_manual_page(tmp_path: Path) -> None:
+    done = [sys.executable, "-m", "scripts.write_man_pages", str(tmp_path)]
+    subprocess.run(done, cwd=ROOT, check=True)
+    sections = re.findall(r"^##+ ([a-z -]+)$", (ROOT / "docs" / "commands.md").read_text(), re.MULTILINE)
+    assert {page.stem for page in tmp_path.iterdir()} == {
+        "siderolink",
+        *(f"siderolink-{name.replace(' ', '-')}" for name in sections),
+    }
+    page = (tmp_path / "siderolink-token-create.1").read_text()
+    assert "\n.B \\-\\-expires WHEN\n" in page
+    assert "\n.B siderolink token create\n[OPTIONS] NAME\n" in page
