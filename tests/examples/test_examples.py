@@ -71,7 +71,7 @@ def test_http(net: Net) -> None:
     interrupt(server, net.server)
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(240)
 def test_reports(net: Net) -> None:
     server = start(net.server, "reports/server.py", *ENDPOINT, "--token", "secret")
     read_until(server, "takes events")

@@ -18,7 +18,7 @@ from siderolink import JoinURL, Server
 from siderolink.cli.trial import JoinSettings, SettingsTrial
 from siderolink.common.pb.machine import ApplyConfigurationRequest
 from siderolink.server import Allow, Deny, JoinRequest
-from tests.netns.test_machine_command import COMMAND, TOKEN, UUID, ask, end, read_until, start
+from tests.netns.test_machine_command import COMMAND, TOKEN, UUID, ask_when_linked, end, read_until, start
 from tests.support.machine_api import MACHINE, MachineClient, status_of
 from tests.support.machine_stubs import Stubs
 from tests.support.topology import Net, direct
@@ -92,7 +92,7 @@ class Bench:
 
     def ask(self, work: Callable[[MachineClient], object]) -> object:
         [found] = [one for one in self._portal.call(self._server.machines) if one.machine.public_key is not None]
-        return ask(self.net.server, str(found.machine.overlay_address), work)
+        return ask_when_linked(self.net.server, str(found.machine.overlay_address), work)
 
     def call_and_lose_it(self, method: str, **fields: object) -> None:
         """A call that the machine's end interrupts."""
@@ -126,7 +126,7 @@ def notes(bench: Bench) -> list[str]:
     return [path.name for path in (bench.folder / "identity").glob("trial-*")]
 
 
-@pytest.mark.timeout(90)
+@pytest.mark.timeout(180)
 @pytest.mark.parametrize(("key", "value"), [(15, OTHER), (16, GIVEN)], ids=["uuid", "unique-token"])
 def test_meta_that_is_still_tried(bench: Bench, key: int, value: str) -> None:
     """The server answers the new Provision only after the write has returned: the file has the value when the machine dies."""
@@ -154,7 +154,7 @@ def test_meta_that_is_still_tried(bench: Bench, key: int, value: str) -> None:
     assert not notes(bench)
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(180)
 @pytest.mark.parametrize(("old", "new"), [(URL, NOBODY), (TUNNEL, URL)], ids=["server", "transport"])
 def test_a_file_whose_settings_are_still_tried(bench: Bench, tmp_path: Path, old: str, new: str) -> None:
     file = tmp_path / "machine.yaml"
@@ -178,7 +178,7 @@ def test_a_file_whose_settings_are_still_tried(bench: Bench, tmp_path: Path, old
     bench.stop()
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(180)
 def test_a_crash_after_the_server_has_bound_the_new_settings(bench: Bench, tmp_path: Path) -> None:
     """The old ones are refused now, which is no reason to wait."""
     first = bench.start(URL)
@@ -194,7 +194,7 @@ def test_a_crash_after_the_server_has_bound_the_new_settings(bench: Bench, tmp_p
     assert not notes(bench)
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(180)
 def test_configurations_by_the_api_that_are_still_tried_or_on_trial(bench: Bench, tmp_path: Path) -> None:
     file = tmp_path / "machine.yaml"
     file.write_text(document(URL))

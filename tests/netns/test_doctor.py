@@ -19,7 +19,7 @@ from tests.support.topology import SERVER_V4, Net, direct
 
 TOKEN = "the-join-token"
 URL = f"grpc://{SERVER_V4}:4000?jointoken={TOKEN}"
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(240)
 
 
 @contextmanager

@@ -183,7 +183,7 @@ def test_blocked_udp_falls_back_to_the_tunnel_and_goes_back() -> None:
 
 
 @pytest.mark.long
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(240)
 def test_a_path_that_loses_large_packets_is_told_and_forgiven() -> None:
     with direct() as net, serving(net):
         net.server.nft(RULES.format("udp length > 1300 drop"))
@@ -193,7 +193,7 @@ def test_a_path_that_loses_large_packets_is_told_and_forgiven() -> None:
 
 
 @pytest.mark.long
-@pytest.mark.timeout(90)
+@pytest.mark.timeout(240)
 def test_a_blackholed_stream_is_left_by_itself() -> None:
     with direct() as net, serving(net), joined(net, TUNNEL_URL) as machine:
         net.server.nft(RULES.format("tcp dport 4000 drop"))

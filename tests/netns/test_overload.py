@@ -121,7 +121,7 @@ def bulk(net: Net, overlay: str, *options: str) -> Iterator[None]:
         stop(receiver)
 
 
-@pytest.mark.timeout(90)
+@pytest.mark.timeout(240)
 def test_a_peer_at_full_speed_starves_nobody(tmp_path: Path) -> None:
     with (
         routed(2) as net,
@@ -177,7 +177,7 @@ def overload(net: Net, server: Served, portal: BlockingPortal, seconds: float) -
         assert status["drops"]["tunnel_full"] > 1000, status["drops"]
 
 
-@pytest.mark.timeout(90)
+@pytest.mark.timeout(240)
 def test_peers_that_take_nothing_cost_no_memory_and_nobody_else(tmp_path: Path) -> None:
     with routed(2) as net, served(net.server, tmp_path) as server, net.machines[1].portal() as portal:
         overload(net, server, portal, 5)

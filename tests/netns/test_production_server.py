@@ -162,7 +162,7 @@ def accepted(net: Net, *options: str) -> "Iterator[tuple[Membership, JoinRequest
         yield machine, join
 
 
-@pytest.mark.timeout(90)
+@pytest.mark.timeout(240)
 def test_a_default_join_is_accepted_read_and_configured(net: Net, tmp_path: Path) -> None:
     with accepted(net) as (machine, _):
         machine.ask(by_stubs(inventory))
@@ -194,7 +194,7 @@ def install(stubs: Stubs) -> None:
     )
 
 
-@pytest.mark.timeout(90)
+@pytest.mark.timeout(240)
 def test_meta_outlives_a_restart_of_the_machine(net: Net, tmp_path: Path) -> None:
     meta = ("--meta", str(tmp_path / "meta"))
     with accepted(net, *meta) as (machine, join):
@@ -214,7 +214,7 @@ def test_meta_outlives_a_restart_of_the_machine(net: Net, tmp_path: Path) -> Non
         }
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(240)
 def test_links_addresses_routes_and_the_hosts_name_are_live(net: Net) -> None:
     machine = Membership(net)
     with machine.running():
@@ -294,7 +294,7 @@ anyio.run(main)
 """
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(240)
 def test_disks_come_and_go(tmp_path: Path) -> None:
     image = tmp_path / "disk"
     image.write_bytes(bytes(1 << 20))

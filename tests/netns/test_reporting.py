@@ -144,7 +144,7 @@ def wait_for_lines(server: Server, portal: BlockingPortal, count: int) -> None:
     wait(portal, lambda: len(server.reports.recent_lines(machine_id)) >= count)
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(240)
 def test_nothing_is_lost_while_the_server_is_away() -> None:
     with routed() as net, serving(net) as (server, server_portal), reporting(net) as (machine, portal):
         portal.call(machine.events.publish, PAYLOADS[0])

@@ -157,7 +157,7 @@ def test_a_copy_is_put_in_place_while_no_server_runs(net: Net, tmp_path: Path) -
 
 
 @pytest.mark.long
-@pytest.mark.timeout(90)
+@pytest.mark.timeout(240)
 def test_machines_learn_a_rotated_key_by_themselves(net: Net, tmp_path: Path) -> None:
     from benchmarks.recovery import Swarm, running, wait_back, watch_all
 
@@ -177,7 +177,7 @@ def test_machines_learn_a_rotated_key_by_themselves(net: Net, tmp_path: Path) ->
         assert before != after
 
 
-@pytest.mark.timeout(90)
+@pytest.mark.timeout(240)
 def test_sigkill_in_a_join_storm(net: Net, tmp_path: Path) -> None:
     """Whatever was answered is remembered, nobody has two addresses, and no address is held by two."""
     answered: dict[str, str] = {}

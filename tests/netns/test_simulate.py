@@ -11,7 +11,7 @@ import pytest
 
 from tests.support.topology import SERVER_V4, direct
 
-pytestmark = pytest.mark.timeout(90)
+pytestmark = pytest.mark.timeout(240)
 
 SIDEROLINK = (sys.executable, "-m", "siderolink")
 URL = f"grpc://{SERVER_V4}:4000?jointoken=simulated"
