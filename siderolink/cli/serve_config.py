@@ -127,11 +127,13 @@ class ServeConfig(SettingsPart):
     )
     web_origin: Annotated[list[str], BeforeValidator(listed)] = option(
         [],
-        "Under which name browsers reach the page, where neither --web-listen nor the certificate says it, as behind a proxy: "
-        "https://HOST[:PORT]. Repeatable.",
+        "Another name under which browsers reach the page, as behind a proxy: https://HOST[:PORT]. Repeatable.",
         _ADMIN,
         metavar="ORIGIN",
         shown="none",
+    )
+    web_forwarded_from: networks("web_forwarded_from") = option(  # type: ignore[valid-type]
+        [], "As --forwarded-from, of proxies before the page. Repeatable.", _ADMIN, metavar="NETWORK", shown="no proxy"
     )
     audit_days: Annotated[float, Field(gt=0)] = option(
         365.0, "Keep what people changed for this many days.", _ADMIN, metavar="DAYS"
@@ -372,8 +374,8 @@ class ServeConfig(SettingsPart):
             ),
             (self.web_tls_key is not None and self.web_tls_cert is None, "--web-tls-key needs --web-tls-cert"),
             (
-                (self.web_tls_cert is not None or bool(self.web_origin)) and self.web_listen is None,
-                "--web-tls-cert and --web-origin need --web-listen",
+                self.web_listen is None and bool(self.web_tls_cert or self.web_origin or self.web_forwarded_from),
+                "--web-tls-cert, --web-origin and --web-forwarded-from need --web-listen",
             ),
             (
                 self.web_listen is not None and self.web_tls_cert is None and not is_loopback(full_listen(self.web_listen)),

@@ -25,6 +25,7 @@ def run_web(
     tls_cert: Path | None,
     tls_key: Path | None,
     origins: tuple[str, ...],
+    forwarded_from: tuple[str, ...],
     with_parent: bool,
 ) -> None:
     """Serve until stopped. Raises SideroLinkError."""
@@ -40,6 +41,7 @@ def run_web(
         ca_file=found.ca_file,
         certificate=certificate,
         origins=origins,
+        forwarded_from=forwarded_from,
     )
     run_until_stopped(partial(_serve, options, found, with_parent))
 

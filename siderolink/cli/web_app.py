@@ -39,6 +39,14 @@ def web(
             metavar="ORIGIN",
         ),
     ] = None,
+    forwarded_from: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Trust X-Forwarded-For from proxies in this network. The visitor is the rightmost address that is not a "
+            "proxy. Repeatable.",
+            metavar="NETWORK",
+        ),
+    ] = None,
     with_parent: Annotated[bool, typer.Option("--with-parent", help="End when standard input ends.", hidden=True)] = False,
     log_format: LogFormatOption = LogFormat.TEXT,
     log_level: LogLevelOption = LogLevel.INFO,
@@ -60,5 +68,6 @@ def web(
         tls_cert=tls_cert,
         tls_key=tls_key,
         origins=tuple(origin or ()),
+        forwarded_from=tuple(forwarded_from or ()),
         with_parent=with_parent,
     )

@@ -29,6 +29,8 @@ def page_arguments(options: ServeConfig, socket: Path) -> Iterator[str]:
         yield from ("--tls-key", str(options.web_tls_key))
     for origin in options.web_origin:
         yield from ("--origin", origin)
+    for network in options.web_forwarded_from:
+        yield from ("--forwarded-from", str(network))
     yield from ("--log-format", options.log_format.value, "--log-level", options.log_level.value)
 
 

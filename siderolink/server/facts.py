@@ -6,7 +6,7 @@ from collections.abc import Callable
 from importlib.metadata import version
 
 from siderolink.common.addressing import server_address
-from siderolink.common.pb.siderolink.admin.v1 import Check, ServerInfo, ServerStatus
+from siderolink.common.pb.siderolink.admin.v1 import Check, FleetServer, ServerInfo, ServerStatus
 from siderolink.server.composition import Parts
 from siderolink.server.counters import check_health, drops, read_counters
 from siderolink.server.events import EventHub, EventStream
@@ -53,6 +53,30 @@ class Facts:
             join_tokens_mode=str(options.policy.mode or ""),
             started_at=self._started_at,
         )
+
+    def servers(self) -> list[FleetServer]:
+        """The servers that share the store, this one first."""
+        parts, info = self._parts(), self.info()
+        membership, owners, directory = parts.fleet.membership, parts.fleet.owners, parts.fleet.directory
+        if membership is None or owners is None:
+            alone = FleetServer(is_this=True, state="up", wireguard_endpoints=info.wireguard_endpoints, version=info.version)
+            alone.machines = sum(1 for link in directory if link.state is LinkState.UP)
+            return [alone]
+        owned = owners.counts()
+        return [
+            FleetServer(
+                id=one.id,
+                is_this=one.id == membership.id,
+                state="silent" if not membership.is_alive(one.id) else "draining" if one.is_draining else "up",
+                wireguard_endpoints=list(one.endpoints),
+                peer_address=one.peer_address,
+                version=one.software,
+                heartbeat_age=membership.heartbeat_age(one),
+                machines=owned[one.id],
+                clock_offset=one.clock_offset,
+            )
+            for one in membership.everyone()
+        ]
 
     async def figures(self) -> ServerStatus:
         """What the server does now, in figures. Other tasks run meanwhile."""

@@ -15,6 +15,7 @@ from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from siderolink.common.errors import ConfigurationError
+from siderolink.common.grpc import TrustedProxies
 from siderolink.common.hostport import HostPort
 from siderolink.common.text import one_line
 
@@ -131,13 +132,17 @@ class SlowReaderError(Exception):
 class Guard:
     """An ASGI application around another one."""
 
-    def __init__(self, inner: ASGIApp, origins: Origins) -> None:
+    def __init__(self, inner: ASGIApp, origins: Origins, proxies: TrustedProxies | None = None) -> None:
         self._inner = inner
         self._origins = origins
+        self._proxies = proxies or TrustedProxies()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return
+        if scope.get("client") is not None:
+            host, port = scope["client"]
+            scope["client"] = self._proxies.forwarded_for(host, Headers(scope=scope).getlist("x-forwarded-for")), port
         guarded = _Answer(send)
         refusal = self._refusal(scope)
         try:

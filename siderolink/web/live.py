@@ -3,8 +3,9 @@
 import json
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Final
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
 
 import anyio
 from anyio.abc import TaskGroup
@@ -29,13 +30,74 @@ _LOG_PENDING: Final = 1000
 _LOG_EVERY: Final = 0.25
 _HEADERS: Final = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"x-accel-buffering", b"no")]
 
-Render = Callable[[], Awaitable[Mapping[str, str]]]
-"""Gives the HTML of each part of a page that may change."""
+ROW_BYTES: Final = 48 * 1024
+"""Of changed rows, at most so many bytes (or one row) are told after one look; the others follow after the next ones."""
+
+
+@dataclass(frozen=True, slots=True)
+class Looks:
+    """How a page looks now."""
+
+    regions: Mapping[str, str]
+    """The HTML of each part that may change, by its id."""
+    rows: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """The HTML of each row, in order, by the ids of part and row."""
+
+
+Render = Callable[[], Awaitable[Looks]]
 
 
 def event(name: str, data: object) -> bytes:
     """One event; JSON holds no line end."""
     return f"event: {name}\ndata: {json.dumps(data)}\n\n".encode()
+
+
+class ToldRows:
+    """What a browser was told of a part's rows."""
+
+    def __init__(self) -> None:
+        self._order: list[str] = []
+        self._told: dict[str, str] = {}
+        """By the rows' ids, the one that was told the longest ago first."""
+
+    def news(self, rows: Mapping[str, str]) -> dict[str, Any] | None:
+        """What to tell now: the order, and as many changed rows as ROW_BYTES holds. None where there is nothing."""
+        order = list(rows)
+        for row_id in [row_id for row_id in self._told if row_id not in rows]:
+            del self._told[row_id]
+        new = [row_id for row_id in order if row_id not in self._told]
+        changed = new + [row_id for row_id, html in self._told.items() if rows[row_id] != html]
+        told: dict[str, str] = {}
+        left = ROW_BYTES
+        for row_id in changed:
+            left -= len(rows[row_id])
+            if left < 0 and told:
+                break
+            told[row_id] = rows[row_id]
+            self._told.pop(row_id, None)
+            self._told[row_id] = rows[row_id]
+        if not told and order == self._order:
+            return None
+        self._order = order
+        return {"order": order, "rows": told}
+
+
+class _Told:
+    """What a browser was told of a page."""
+
+    def __init__(self) -> None:
+        self._regions: dict[str, str] = {}
+        self._rows: dict[str, ToldRows] = {}
+
+    def news(self, looks: Looks) -> Iterator[bytes]:
+        """The events that tell how a page looks now."""
+        for name, html in looks.regions.items():
+            if self._regions.get(name) != html:
+                self._regions[name] = html
+                yield event("region", {"id": name, "html": html})
+        for name, rows in looks.rows.items():
+            if (found := self._rows.setdefault(name, ToldRows()).news(rows)) is not None:
+                yield event("rows", {"id": name} | found)
 
 
 class LiveStream:
@@ -80,15 +142,14 @@ class LiveStream:
             await self._tell(b": still here\n\n")
 
     async def _show(self) -> None:
-        shown: dict[str, str] = {}
+        told = _Told()
         is_away = False
         while self._sessions.is_live(self._session):
             began = time.monotonic()
             try:
-                for name, html in (await self._render()).items():
-                    if shown.get(name) != html:
-                        shown[name] = html
-                        await self._tell(event("region", {"id": name, "html": html}))
+                looks = await self._render()
+                for data in told.news(looks):
+                    await self._tell(data)
                 if is_away:
                     await self._tell(event("back", ""))
                 is_away = False

@@ -16,7 +16,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 from siderolink.common.admin_channel import ServerAddress
 from siderolink.common.errors import AddressInUseError, ConfigurationError
-from siderolink.common.grpc import ServerCertificate
+from siderolink.common.grpc import ServerCertificate, TrustedProxies, parse_networks
+from siderolink.common.grpc.sources import contains
 from siderolink.common.hostport import HostPort
 from siderolink.common.tasks import background_tasks, keep_running
 from siderolink.web.api import open_api
@@ -40,27 +41,38 @@ class WebOptions:
     ca_file: Path | None = None
     certificate: ServerCertificate | None = None
     origins: tuple[str, ...] = ()
+    forwarded_from: tuple[str, ...] = ()
+    """Networks of proxies that say in ``X-Forwarded-For`` whom a request comes from."""
 
     def __post_init__(self) -> None:
         """Raises ConfigurationError."""
+        if self.proxies.forwarded_from and not self.origins and self.certificate is None:
+            raise ConfigurationError("behind a proxy, browsers use its name: --origin https://HOST says which")
         if self.certificate is None and not is_loopback(self.listen.host):
             raise ConfigurationError(
                 f"API keys and cookies travel to {self.listen}, which takes TLS: set --tls-cert, or listen on 127.0.0.1"
             )
 
+    @property
+    def proxies(self) -> TrustedProxies:
+        """Raises ConfigurationError."""
+        return TrustedProxies(forwarded_from=parse_networks(self.forwarded_from, "forwarded_from"))
+
 
 class BoundedProtocol(H11Protocol):
     """Ends a connection whose next request does not come whole in time, and one too many of an address."""
 
+    proxies = TrustedProxies()
+    """Of their addresses, as many connections are taken as of all."""
     _waiting: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         host = None if self.client is None else self.client[0]
-        if sum(1 for one in self.connections if isinstance(one, H11Protocol) and one.client and one.client[0] == host) > (
-            MAX_CONNECTIONS_PER_ADDRESS
-        ):
-            transport.abort()
+        if host is None or not contains(self.proxies.forwarded_from, host):
+            others = (one.client for one in self.connections if isinstance(one, H11Protocol))
+            if sum(1 for one in others if one and one[0] == host) > MAX_CONNECTIONS_PER_ADDRESS:
+                transport.abort()
         self._wait()
 
     def data_received(self, data: bytes) -> None:
@@ -132,10 +144,11 @@ async def serve_page(options: WebOptions, on_listening: Callable[[HostPort], Awa
         certificate = None if options.certificate is None else options.certificate.files[0]
         origins = find_origins(listening, certificate, options.origins)
         async with open_api(options.server, options.ca_file, options.api_key) as api, background_tasks() as tasks:
-            site = Site(api, origins)
+            site = Site(api, origins, options.proxies)
             tasks.start_soon(keep_running, "reading the server's figures", site.sampler.run)
+            tasks.start_soon(keep_running, "following the machines", site.fleet.run)
             tasks.start_soon(_expire_often, site)
-            server = _Server(_config(site, options.certificate), site.sessions.end_all)
+            server = _Server(_config(site, options), site.sessions.end_all)
             if on_listening is not None and (told := on_listening(listening)) is not None:
                 await told
             ended = anyio.Event()
@@ -153,10 +166,13 @@ async def _run(server: uvicorn.Server, sock: socket.socket, ended: anyio.Event) 
     ended.set()
 
 
-def _config(site: Site, certificate: ServerCertificate | None) -> uvicorn.Config:
+def _config(site: Site, options: WebOptions) -> uvicorn.Config:
+    class Protocol(BoundedProtocol):
+        proxies = options.proxies
+
     config = uvicorn.Config(
         site.app,
-        http=BoundedProtocol,
+        http=Protocol,
         ws="none",
         lifespan="off",
         log_config=None,
@@ -171,7 +187,7 @@ def _config(site: Site, certificate: ServerCertificate | None) -> uvicorn.Config
         h11_max_incomplete_event_size=32 * 1024,
     )
     config.load()
-    if certificate is not None:
+    if (certificate := options.certificate) is not None:
         certificate.context.set_alpn_protocols(["http/1.1"])
         config.ssl = certificate.context
     logging.getLogger("uvicorn").setLevel(logging.WARNING)

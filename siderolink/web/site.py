@@ -1,7 +1,7 @@
 """The ASGI application: routes, who is signed in, and how what fails is shown."""
 
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
@@ -15,11 +15,13 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp
 
+from siderolink.common.grpc import TrustedProxies
 from siderolink.common.text import one_line
 from siderolink.web.actions import ACTIONS, Do, Done, Download, Shown, Wanted
 from siderolink.web.api import Api, ApiError, Caller, ServerAwayError, SignedOutError
+from siderolink.web.fleet import Fleet, Row
 from siderolink.web.guard import BODY_SECONDS, LIVE, MAX_BODY, Guard, Origins
-from siderolink.web.live import LiveStream, event
+from siderolink.web.live import LiveStream, Looks, event
 from siderolink.web.sampling import Sampler
 from siderolink.web.sessions import COOKIE, LIFETIME, Session, Sessions, TooManyError
 from siderolink.web.templating import make_environment
@@ -46,13 +48,14 @@ class SignInNeededError(Exception):
 class Site:
     """The page of one server."""
 
-    def __init__(self, api: Api, origins: Origins) -> None:
+    def __init__(self, api: Api, origins: Origins, proxies: TrustedProxies | None = None) -> None:
         self._api = api
         self._environment = make_environment()
         self._environment.globals |= {"version": version("siderolink"), "views": VIEWS, "server": str(api.address)}
         self.sessions = Sessions()
         self.sampler = Sampler(self._sampling_caller)
-        self.app = Guard(Starlette(routes=self._routes()), origins)
+        self.fleet = Fleet(lambda: self._sampling_caller() if self.sessions.any() is not None else None)
+        self.app = Guard(Starlette(routes=self._routes()), origins, proxies)
 
     def _sampling_caller(self) -> Caller | None:
         """This process's own credentials, or those of somebody who is signed in."""
@@ -94,6 +97,7 @@ class Site:
         if (before := self.sessions.find(request.cookies.get(COOKIE), source)) is not None:
             self.sessions.end(before)
         cookie, _ = self.sessions.begin(key, who.actor, who.role, source)
+        self.fleet.wake()
         response = RedirectResponse(location, status_code=303)
         response.set_cookie(COOKIE, cookie, max_age=int(LIFETIME), path="/", secure=True, httponly=True, samesite="strict")
         return response
@@ -150,11 +154,15 @@ class Site:
                 return Response(event("stopped", str(error)), media_type="text/event-stream")
             asked = self._asked(request, caller, is_live=True)
 
-            async def render() -> Mapping[str, str]:
+            rendered: dict[str, tuple[int, str]] = {}
+
+            async def render() -> Looks:
                 values = await view.load(asked) | {"session": session, "view": view}
-                return {
+                regions = {
                     name: self._environment.get_template(template).render(values) for name, template in view.regions.items()
                 }
+                rows = {name: self._rows(template, values[name], rendered) for name, template in view.rows.items()}
+                return Looks(regions, rows)
 
             stream = LiveStream(self.sessions, session, render)
             if view.name == "machine":
@@ -163,9 +171,23 @@ class Site:
 
         return follow
 
+    def _rows(self, template: str, rows: Sequence[Row], rendered: dict[str, tuple[int, str]]) -> dict[str, str]:
+        """Each row's HTML by the id of its machine. One that was `rendered` and has not changed is not made anew."""
+        found: dict[str, tuple[int, str]] = {}
+        for row in rows:
+            machine_id = row.machine.id
+            known = rendered.get(machine_id)
+            if known is None or known[0] != row.stamp:
+                known = row.stamp, self._environment.get_template(template).render(row=row)
+            found[machine_id] = known
+        rendered.clear()
+        rendered.update(found)
+        return {machine_id: html for machine_id, (_, html) in found.items()}
+
     def _asked(self, request: Request, caller: Caller, *, is_live: bool = False) -> Asked:
         path = {name: str(value) for name, value in request.path_params.items()}
-        return Asked(caller=caller, sampler=self.sampler, query=dict(request.query_params), path=path, is_live=is_live)
+        query = dict(request.query_params)
+        return Asked(caller=caller, sampler=self.sampler, fleet=self.fleet, query=query, path=path, is_live=is_live)
 
     def _action(self, do: Do) -> Endpoint:
         async def act(request: Request) -> Response:

@@ -50,6 +50,14 @@ def number(count: float) -> str:
     return f"{count:,.0f}"
 
 
+def seconds(passed: float) -> str:
+    """``12 s``, ``3 min``, ``5 h``."""
+    for unit, length in (("h", 3600), ("min", 60)):
+        if passed >= 2 * length:
+            return f"{passed / length:.0f} {unit}"
+    return f"{max(0.0, passed):.0f} s"
+
+
 def labels(found: dict[str, str]) -> str:
     """``a=b, c``, sorted."""
     return ", ".join(f"{key}={value}" if value else key for key, value in sorted(found.items()))
@@ -78,6 +86,6 @@ def make_environment() -> jinja2.Environment:
         lstrip_blocks=True,
         auto_reload=False,
     )
-    for given in (moment, timestamp, size, rate, number, labels, block):
+    for given in (moment, timestamp, size, rate, number, seconds, labels, block):
         environment.filters[given.__name__] = given
     return environment

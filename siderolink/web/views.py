@@ -2,9 +2,10 @@
 
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
+from siderolink.common.errors import ConfigurationError
 from siderolink.common.pb.siderolink.admin.v1 import (
     AuditFilter,
     AuditServiceStub,
@@ -16,10 +17,9 @@ from siderolink.common.pb.siderolink.admin.v1 import (
     ListAuditRequest,
     ListBansRequest,
     ListHistoryRequest,
-    ListMachinesRequest,
+    ListServersRequest,
     ListTokensRequest,
     ListTokenUsersRequest,
-    MachineFilter,
     MachineRequest,
     MachineServiceStub,
     ServerServiceStub,
@@ -27,12 +27,12 @@ from siderolink.common.pb.siderolink.admin.v1 import (
     TokenServiceStub,
 )
 from siderolink.web.api import Caller, explained
+from siderolink.web.fleet import ORDERS, Fleet, Found, Query
 from siderolink.web.plots import Line, plot
 from siderolink.web.sampling import Sampler, rates
 from siderolink.web.templating import number, rate
 
 PAGE_SIZE: Final = 100
-SORTS: Final = ("name", "state", "version", "address", "joined", "seen", "received", "sent")
 STATES: Final = ("up", "down", "pending", "denied", "accepted")
 TOKEN_STATES: Final = ("active", "revoked", "expired", "used up")
 _TIMELINE: Final = 50
@@ -45,6 +45,7 @@ class Asked:
 
     caller: Caller
     sampler: Sampler
+    fleet: Fleet
     query: Mapping[str, str]
     path: Mapping[str, str]
     is_live: bool = False
@@ -68,6 +69,9 @@ class View:
     load: Load
     regions: Mapping[str, str] = field(default_factory=dict)
     """The parts that may change, by their ids, each with its template."""
+    rows: Mapping[str, str] = field(default_factory=dict)
+    """Parts of many rows, of which only those that changed are told: by their ids, each with the template of a row. What they
+    show is the value of that name: see `fleet.Row`."""
     role: str = "viewer"
     title: str = ""
     """In the navigation; empty for pages that are not there."""
@@ -122,36 +126,32 @@ def _minutely(found: list[float | None]) -> list[float | None]:
 
 
 async def machines(asked: Asked) -> dict[str, Any]:
+    """From what this process keeps: the server is asked only whether the key still counts."""
+    if asked.is_live:
+        await asked.caller.who()
     sort = asked.text("sort")
-    if sort.removeprefix("-") not in SORTS:
-        sort = "name"
-    state = asked.text("state", among=STATES)
-    query = {
-        "text": asked.text("text"),
-        "state": state,
-        "transport": asked.text("transport", among=("udp", "tunnel")),
-        "selector": asked.text("selector"),
-        "version": asked.text("version"),
-        "sort": sort,
-    }
-    wanted = MachineFilter(
-        states=[state] if state else [],
-        text=query["text"],
-        selector=query["selector"],
-        version=query["version"],
-        transport=query["transport"],
+    query = Query(
+        text=asked.text("text"),
+        state=asked.text("state", among=STATES),
+        transport=asked.text("transport", among=("udp", "tunnel")),
+        selector=asked.text("selector"),
+        version=asked.text("version"),
+        sort=sort if sort.removeprefix("-") in ORDERS else "name",
     )
-    request = ListMachinesRequest(page_size=PAGE_SIZE, page_token=asked.text("page"), filter=wanted, sort=sort)
-    with explained():
-        found = await asked.caller.stub(MachineServiceStub).list_machines(request)
+    number, problem = asked.text("page"), ""
+    try:
+        found = await asked.fleet.find(query, int(number) if number.isascii() and number.isdigit() and len(number) < 9 else 1)
+    except ConfigurationError as error:  # a selector that is still being typed
+        found, problem = Found(rows=(), total=0, number=1, pages=1), str(error)
+    wanted = {name: value for name, value in asdict(query).items() if value and (name, value) != ("sort", "name")}
     return {
-        "machines": found.machines,
-        "total": found.total,
-        "next_page": found.next_page_token,
-        "is_first": not asked.text("page"),
-        "wanted": query,
+        "found": found,
+        "machines": found.rows,
+        "problem": problem,
+        "query": query,
+        "wanted": wanted,
         "states": STATES,
-        "sorts": SORTS,
+        "orders": tuple(ORDERS),
     }
 
 
@@ -247,12 +247,20 @@ async def servers(asked: Asked) -> dict[str, Any]:
     stub = asked.caller.stub(ServerServiceStub)
     with explained():
         info, status = await stub.get_info(GetInfoRequest()), await stub.get_status(GetStatusRequest())
-    return {"info": info, "status": status}
+        every = await stub.list_servers(ListServersRequest())
+    return {"info": info, "status": status, "servers": every.servers}
 
 
 VIEWS: Final = (
     View(name="overview", path="/", load=overview, regions={"figures": "overview_figures.html"}, title="Overview"),
-    View(name="machines", path="/machines", load=machines, regions={"machines": "machines_rows.html"}, title="Machines"),
+    View(
+        name="machines",
+        path="/machines",
+        load=machines,
+        regions={"machines-count": "machines_count.html", "machines-pages": "machines_pages.html"},
+        rows={"machines": "machines_row.html"},
+        title="Machines",
+    ),
     View(
         name="machine",
         path="/machines/{machine}",

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from siderolink.common.grpc import GrpcChannel, Limits, Servable, open_channel, serve
-from siderolink.common.pb.siderolink.admin.v1 import ServerInfo, ServerStatus
+from siderolink.common.pb.siderolink.admin.v1 import FleetServer, ServerInfo, ServerStatus
 from siderolink.common.tasks import background_tasks
 from siderolink.server.admin import Administration
 from siderolink.server.admin.forwards import OpenPort
@@ -29,6 +29,9 @@ class Facts:
 
     def info(self) -> ServerInfo:
         return ServerInfo(interface="fake", overlay_address="fdae:41e4:649b:9303::1", api_port=8090)
+
+    def servers(self) -> list[FleetServer]:
+        return [FleetServer(is_this=True, state="up", version="1")]
 
     async def figures(self) -> ServerStatus:
         return ServerStatus()

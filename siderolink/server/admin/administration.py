@@ -14,6 +14,7 @@ from siderolink.common.wireguard.device import Device
 from siderolink.server.admin.api_keys import ApiKeys
 from siderolink.server.admin.audit_log import AuditLog
 from siderolink.server.admin.bans import Bans
+from siderolink.server.admin.following import Followers
 from siderolink.server.admin.forwards import Forwards, OpenPort
 from siderolink.server.admin.hostnames import Hostnames
 from siderolink.server.admin.machine_answers import MachineAnswers, OpenApi
@@ -78,6 +79,7 @@ class Administration:
         self._reports = reports
         self.hostnames = Hostnames(directory)
         self.machines = MachineAdministration(store, directory, machines, device, events, clock, self.hostnames)
+        self.followers = Followers(self.machines, self.hostnames)
         self.bans = Bans(store, machines, self.machines, clock)
         self.api_keys = ApiKeys(store, clock)
         self.audit = AuditLog(store, clock)

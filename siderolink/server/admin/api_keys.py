@@ -19,8 +19,8 @@ from siderolink.common.errors import (
 )
 from siderolink.common.tasks import uninterrupted
 from siderolink.common.text import one_line
-from siderolink.server.admin.labels import check_name, require
 from siderolink.server.admin.lists import Page, page_of
+from siderolink.server.admin.names import check_name, require
 from siderolink.server.admission.admit import new_id
 from siderolink.server.clock import Clock
 from siderolink.server.fleet.machines import find_named

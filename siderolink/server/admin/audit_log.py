@@ -8,8 +8,8 @@ from typing import Final
 
 from siderolink.common.tasks import uninterrupted
 from siderolink.common.token_bucket import TokenBucket
-from siderolink.server.admin.labels import require
 from siderolink.server.admin.lists import Page, page_size, seq_of
+from siderolink.server.admin.names import require
 from siderolink.server.clock import Clock
 from siderolink.server.store import Actor, AuditAdded, AuditEntry, AuditQuery, ChangesLost, Role, Store
 from siderolink.server.store.audit import EMBEDDER

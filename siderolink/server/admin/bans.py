@@ -7,9 +7,9 @@ from siderolink.common.keys import PublicKey
 from siderolink.common.node_uuid import parse_uuid
 from siderolink.common.tasks import uninterrupted
 from siderolink.common.text import one_line
-from siderolink.server.admin.labels import check_note, require
 from siderolink.server.admin.lists import Page, page_of
 from siderolink.server.admin.machines import MachineAdministration, MachineStatus
+from siderolink.server.admin.names import check_note, require
 from siderolink.server.admission.audit import machine_entry
 from siderolink.server.admission.tokens import parse_unique_token
 from siderolink.server.clock import Clock

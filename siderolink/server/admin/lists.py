@@ -4,11 +4,16 @@ import base64
 import binascii
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from heapq import nlargest, nsmallest
 from itertools import accumulate
+from operator import itemgetter
 from typing import Final, Generic, TypeVar
 
+from anyio.lowlevel import checkpoint
+
 from siderolink.common.errors import ConfigurationError
+from siderolink.common.tasks import in_parts
 
 T = TypeVar("T")
 
@@ -17,6 +22,7 @@ MAX_PAGE: Final = 1000
 MAX_PAGE_BYTES: Final = 1024 * 1024
 """Approximate size limit of a page, in bytes."""
 _MAX_TOKEN_LENGTH: Final = 2048
+_AT_ONCE: Final = 500
 
 SortKey = tuple[float | str, str]
 """A value to sort by, and an id."""
@@ -61,6 +67,30 @@ def page_of(
     part = part[: max(sum(1 for whole in weights if whole <= MAX_PAGE_BYTES), 1)]
     has_more = first + len(part) < len(items)
     return Page(items=part, next_page_token=_write(sort, key(part[-1])) if has_more else "", total=len(items))
+
+
+async def page_of_unsorted(
+    keyed: Sequence[tuple[SortKey, T]],
+    size: int,
+    token: str,
+    *,
+    sort: str,
+    descending: bool,
+    weight: Callable[[tuple[SortKey, T]], int],
+) -> Page[tuple[SortKey, T]]:
+    """As `page_of`, of pairs in any order: only as many are sorted as the page needs, and other tasks run meanwhile."""
+    size, after = page_size(size), _read(token, sort) if token else None
+    pick = nlargest if descending else nsmallest
+    best: list[tuple[SortKey, T]] = []
+    for part in in_parts(keyed, _AT_ONCE):
+        try:
+            rest = part if after is None else [one for one in part if (one[0] < after if descending else one[0] > after)]
+        except TypeError:
+            raise _not_ours() from None
+        best = pick(size + 1, [*best, *rest], key=itemgetter(0))
+        await checkpoint()
+    page = page_of(best, itemgetter(0), size, "", sort=sort, weight=weight)
+    return replace(page, total=len(keyed))
 
 
 def _first_after(items: Sequence[T], key: Callable[[T], SortKey], after: SortKey, descending: bool) -> int:

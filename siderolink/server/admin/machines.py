@@ -2,19 +2,19 @@
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from operator import itemgetter
 from typing import Final, Protocol, TypeVar
 
 from anyio.lowlevel import checkpoint
 
 from siderolink.common.errors import AlreadyExistsError, ConfigurationError, NotFoundError, SideroLinkError
 from siderolink.common.keys import PublicKey
+from siderolink.common.selection import Selector, changed_labels, is_of_version, version_order
 from siderolink.common.tasks import in_parts, uninterrupted
 from siderolink.common.text import one_line
 from siderolink.common.wireguard.device import Device, PeerStatus
 from siderolink.server.admin.hostnames import Hostnames
-from siderolink.server.admin.labels import Selector, changed_labels, check_name, check_note, require
-from siderolink.server.admin.lists import Page, SortKey, page_of
+from siderolink.server.admin.lists import Page, SortKey, page_of_unsorted
+from siderolink.server.admin.names import check_name, check_note, require
 from siderolink.server.admission.audit import machine_entry
 from siderolink.server.clock import Clock
 from siderolink.server.events import AdmissionChanged, EventHub, LeaveReason
@@ -115,7 +115,7 @@ class MachineQuery:
     text: str = ""
     """A part of the name, the hostname or the UUID."""
     selector: str = ""
-    """See `words.Selector`."""
+    """See `selection.Selector`."""
     version: str = ""
     """A version, or the beginning of one."""
     token: str = ""
@@ -128,16 +128,11 @@ class MachineQuery:
     page_token: str = ""
 
 
-def _version(text: str) -> str:
-    """Fit for sorting: 1.9 comes before 1.10."""
-    return ".".join(part.zfill(6) if part.isdigit() else part for part in text.lstrip("v").split("."))
-
-
 _OF_ROW: Final[Mapping[str, Callable[[MachineLink], float | str]]] = {
     "name": lambda link: link.machine.shown_name,
     "uuid": lambda link: link.machine.node_uuid,
     "state": lambda link: f"{link.machine.admission} {link.state}",
-    "version": lambda link: _version(link.machine.talos_version),
+    "version": lambda link: version_order(link.machine.talos_version),
     "address": lambda link: str(link.machine.overlay_address),
     "created": lambda link: link.machine.created_at,
     "joined": lambda link: link.machine.joined_at,
@@ -167,7 +162,7 @@ class _Filter:
         self._text = query.text.lower()
         self._hostnames = hostnames
         self._selector = Selector(query.selector) if query.selector else None
-        self._version = query.version.lstrip("v")
+        self._version = query.version
         self._tunnel = None if not query.transport else query.transport == "tunnel"
         self._token = query.token.lower()
         self._token_id, self._token_digest = token_id, token_digest
@@ -179,7 +174,7 @@ class _Filter:
             and (not self._links or link.state in self._links)
             and (self._tunnel is None or machine.tunnel == self._tunnel)
             and (not self._text or self._has_text(machine))
-            and (not self._version or self._has_version(machine))
+            and (not self._version or is_of_version(machine.talos_version, self._version))
             and (self._selector is None or self._selector.matches(machine.labels))
             and (not self._token or self._came_by(machine))
         )
@@ -187,10 +182,6 @@ class _Filter:
     def _has_text(self, machine: Machine) -> bool:
         names = (machine.name or "", machine.node_uuid, self._hostnames.of(machine.id))
         return any(self._text in name for name in names)
-
-    def _has_version(self, machine: Machine) -> bool:
-        version = machine.talos_version.lstrip("v")
-        return version == self._version or version.startswith((f"{self._version}.", f"{self._version}-"))
 
     def _came_by(self, machine: Machine) -> bool:
         digest = machine.join_token_digest
@@ -267,6 +258,13 @@ class MachineAdministration:
         page = await _sorted_page(rows, lambda link: link.machine, query, descending)
         found = await self._statuses(page.items, elsewhere)
         return Page(items=found, next_page_token=page.next_page_token, total=page.total)
+
+    async def every(self) -> list[MachineStatus]:
+        """The status of every machine. Other tasks run meanwhile."""
+        elsewhere = {} if self.other_servers is None else await self.other_servers.links()
+        links = [_as_elsewhere(link, elsewhere.get(link.machine.id)) for link in self._directory]
+        await checkpoint()
+        return await self._statuses(links, elsewhere)
 
     async def _statuses(self, links: Sequence[MachineLink], elsewhere: Mapping[str, LinkElsewhere]) -> list[MachineStatus]:
         found = await statuses(self._device, links)
@@ -449,11 +447,8 @@ def _weight(machine: Machine) -> int:
 async def _sorted_page(
     keyed: Sequence[tuple[SortKey, T]], machine: Callable[[T], Machine], query: MachineQuery, descending: bool
 ) -> Page[T]:
-    ordered = sorted(keyed, key=itemgetter(0), reverse=descending)
-    await checkpoint()
-    page = page_of(
-        ordered,
-        itemgetter(0),
+    page = await page_of_unsorted(
+        keyed,
         query.page_size,
         query.page_token,
         sort=query.sort,

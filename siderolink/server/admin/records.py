@@ -9,9 +9,9 @@ from siderolink.common.errors import ConfigurationError, NotFoundError, SideroLi
 from siderolink.common.tasks import uninterrupted
 from siderolink.common.text import one_line
 from siderolink.server.admin.audit_log import AuditLog
-from siderolink.server.admin.labels import require
 from siderolink.server.admin.lists import Page, page_size, seq_of
 from siderolink.server.admin.machines import MachineAdministration
+from siderolink.server.admin.names import require
 from siderolink.server.clock import Clock
 from siderolink.server.history import History, HistoryOptions
 from siderolink.server.reporting import KeepOptions, KernelLine, ReportedEvent, ReportQuery, Reports

@@ -8,9 +8,10 @@ from typing import Final
 
 from siderolink.common.errors import AlreadyExistsError, ConfigurationError, NotFoundError, SideroLinkError
 from siderolink.common.node_uuid import parse_uuid
+from siderolink.common.selection import changed_labels
 from siderolink.common.tasks import uninterrupted
 from siderolink.common.text import one_line
-from siderolink.server.admin.labels import changed_labels, check_note, require
+from siderolink.server.admin.names import check_note, require
 from siderolink.server.admission.signed_tokens import PROVIDER, is_signed, sign
 from siderolink.server.admission.tokens import MAX_JOIN_TOKEN_BYTES, JoinTokenCheck, token_digest
 from siderolink.server.store import (

@@ -86,6 +86,14 @@ class Membership:
         """The servers that are alive, this one first."""
         return [self._row, *(one for _, one in sorted(self._others.items()) if self.is_alive(one.id))]
 
+    def everyone(self) -> list[FleetServer]:
+        """The servers that were not removed, this one first, the silent ones included."""
+        return [self._row, *(one for _, one in sorted(self._others.items()))]
+
+    def heartbeat_age(self, server: FleetServer) -> float:
+        """Seconds since a server's last heartbeat, by the store's clock."""
+        return max(0.0, self._clock.time() - server.heartbeat_at)
+
     @property
     def offline_for(self) -> float:
         """Seconds since the last heartbeat that was written."""

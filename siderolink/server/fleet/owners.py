@@ -6,6 +6,7 @@ still be under way.
 """
 
 import logging
+from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -80,6 +81,10 @@ class Owners:
         """The id of the server that owns the machine's link."""
         owner = self._known.get(machine_id)
         return None if owner is None else owner.server_id
+
+    def counts(self) -> Counter[str]:
+        """How many links each server owns, by the servers' ids."""
+        return Counter(owner.server_id for owner in self._known.values())
 
     def is_mine(self, machine_id: str) -> bool:
         return self.owner_of(machine_id) == self.membership.id

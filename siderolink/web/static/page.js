@@ -52,6 +52,39 @@ function patchChildren(old, fresh) {
   }
 }
 
+function patchRows({ id, order, rows }) {
+  const body = document.getElementById(id);
+  if (!body) return;
+  const kept = new Map();
+  for (const row of body.children) kept.set(row.id, row);
+  let at = body.firstElementChild;
+  for (const one of order) {
+    const name = `machine-${one}`;
+    const fresh = rows[one] && fragment(rows[one]).querySelector("tr");
+    const row = kept.get(name) || fresh;
+    if (!row) continue; // it comes with what is told next
+    kept.delete(name);
+    if (row === at) at = at.nextElementSibling;
+    else body.insertBefore(row, at);
+    if (fresh && fresh !== row) patch(row, fresh);
+  }
+  for (const row of kept.values()) row.remove();
+  numberRows();
+  showAges();
+}
+
+// Where a table shows some of many rows, a screen reader is told which.
+function numberRows() {
+  for (const table of document.querySelectorAll("table[data-rows]")) {
+    const told = table.querySelector("[data-total]");
+    const body = document.getElementById(table.dataset.rows);
+    if (!told || !body) continue;
+    const first = Number(told.dataset.first);
+    table.setAttribute("aria-rowcount", Number(told.dataset.total) + 1);
+    [...body.rows].forEach((row, index) => row.setAttribute("aria-rowindex", first + index + 1));
+  }
+}
+
 function replaceRegion(id, html) {
   const region = document.getElementById(id);
   if (!region) return;
@@ -108,6 +141,10 @@ function openStream() {
     tell("Live", "live");
     replaceRegion(id, html);
   });
+  on("rows", (news) => {
+    tell("Live", "live");
+    patchRows(news);
+  });
   on("back", () => tell("Live", "live"));
   on("away", (text) => tell(`The server does not answer: ${text}. Trying again.`, "away"));
   on("stopped", (text) => {
@@ -155,11 +192,14 @@ function addLines(lines) {
 
 let asked = 0;
 
-async function search(form) {
-  const number = ++asked;
+function search(form) {
   const query = new URLSearchParams();
   for (const [name, value] of new FormData(form)) if (value) query.set(name, value);
-  const url = `${form.getAttribute("action")}${query.size ? `?${query}` : ""}`;
+  return load(form, `${form.getAttribute("action")}${query.size ? `?${query}` : ""}`, false);
+}
+
+async function load(form, url, isStep) {
+  const number = ++asked;
   let answer;
   try {
     answer = await fetch(url, { headers: { accept: "text/html" }, redirect: "error" });
@@ -178,9 +218,13 @@ async function search(form) {
     location.assign(url);
     return;
   }
+  const had = region.contains(document.activeElement) ? document.activeElement : null;
   patchChildren(region, document.adoptNode(fresh));
+  numberRows();
   showAges();
-  history.replaceState(null, "", url);
+  if (had && !had.matches("[href], [tabindex]")) region.querySelector("[tabindex]")?.focus();
+  if (isStep) history.pushState(null, "", url);
+  else history.replaceState(null, "", url);
   document.body.dataset.live = found.body.dataset.live;
   openStream();
 }
@@ -196,6 +240,32 @@ for (const form of document.querySelectorAll("form[data-searches]")) {
     clearTimeout(timer);
     search(form);
   });
+}
+
+// Links of a list, as those of its pages, lead to another part of it without loading the page again.
+document.addEventListener("click", (clicked) => {
+  const link = clicked.target.closest("a[data-list][href]");
+  const form = link && document.querySelector("form[data-searches]");
+  if (!form || clicked.button || clicked.ctrlKey || clicked.metaKey || clicked.shiftKey || clicked.altKey) return;
+  clicked.preventDefault();
+  showQuery(form, link.getAttribute("href"));
+  load(form, link.getAttribute("href"), true);
+  const region = document.getElementById(form.dataset.searches);
+  if (region.getBoundingClientRect().top < 0) region.scrollIntoView();
+});
+
+window.addEventListener("popstate", () => {
+  const form = document.querySelector("form[data-searches]");
+  if (!form) return;
+  showQuery(form, location.href);
+  load(form, location.pathname + location.search, false);
+});
+
+function showQuery(form, url) {
+  const query = new URL(url, location.href).searchParams;
+  for (const field of form.elements) {
+    if (field.name) field.value = query.get(field.name) ?? (field.name === "sort" ? "name" : "");
+  }
 }
 
 // --- copying
@@ -214,6 +284,7 @@ for (const button of document.querySelectorAll("button[data-copies]")) {
 }
 
 document.body.classList.add("has-script");
+numberRows();
 showAges();
 setInterval(showAges, 1000);
 if (!document.hidden) openStream();

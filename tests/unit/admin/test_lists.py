@@ -15,9 +15,10 @@ from siderolink.common.keys import PublicKey
 from siderolink.common.machine_events import pack_event
 from siderolink.common.pb.machine import AddressEvent
 from siderolink.common.pb.siderolink.admin import v1 as pb
-from siderolink.server.admin.labels import Selector, changed_labels, check_name, check_note
+from siderolink.common.selection import Selector, changed_labels
 from siderolink.server.admin.lists import page_of
 from siderolink.server.admin.machines import SORTS
+from siderolink.server.admin.names import check_name, check_note
 from siderolink.server.reporting import MachineEvent
 from siderolink.server.store import Machine, Transaction
 from tests.support.office import Office, open_office

@@ -38,6 +38,7 @@ ROWS: dict[str, tuple[Role, betterproto2.Message]] = {
     "TokenService/ListTokenUsers": (VIEWER, pb.ListTokenUsersRequest(name="x")),
     "MachineService/ListMachines": (VIEWER, pb.ListMachinesRequest()),
     "MachineService/WatchMachines": (VIEWER, pb.WatchMachinesRequest()),
+    "MachineService/FollowMachines": (VIEWER, pb.FollowMachinesRequest()),
     "MachineService/GetMachine": (VIEWER, pb.MachineRequest(name="x")),
     "MachineService/AskMachine": (VIEWER, pb.MachineRequest(name="x")),
     "MachineService/RenameMachine": (OPERATOR, pb.RenameMachineRequest(name="x", new_name="y")),
@@ -70,6 +71,7 @@ ROWS: dict[str, tuple[Role, betterproto2.Message]] = {
     "ServerService/GetVersion": (VIEWER, pb.GetVersionRequest()),
     "ServerService/GetInfo": (VIEWER, pb.GetInfoRequest()),
     "ServerService/GetStatus": (VIEWER, pb.GetStatusRequest()),
+    "ServerService/ListServers": (VIEWER, pb.ListServersRequest()),
 }
 PREFIX = "/siderolink.admin.v1."
 REFUSED = (grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNAUTHENTICATED)

@@ -90,7 +90,9 @@ class Stage:
 
 
 @asynccontextmanager
-async def page(folder: Path, certificate: ServerCertificate | None = None) -> AsyncIterator[Stage]:
+async def page(
+    folder: Path, certificate: ServerCertificate | None = None, *, origins: tuple[str, ...] = (), proxies: tuple[str, ...] = ()
+) -> AsyncIterator[Stage]:
     async with open_office(folder) as office, background_tasks() as tasks:
         keys = {role: (await office.administration.api_keys.create(str(role), role))[1] for role in Role}
         ready = anyio.Event()
@@ -101,7 +103,13 @@ async def page(folder: Path, certificate: ServerCertificate | None = None) -> As
             ready.set()
 
         server = ServerAddress(host="127.0.0.1", port=office.port, is_plain=True)
-        options = WebOptions(listen=HostPort("127.0.0.1", 0), server=server, certificate=certificate)
+        options = WebOptions(
+            listen=HostPort("127.0.0.1", 0),
+            server=server,
+            certificate=certificate,
+            origins=origins,
+            forwarded_from=proxies,
+        )
         tasks.start_soon(serve_page, options, listening)
         await ready.wait()
         yield Stage(office, found[0].port, keys)
@@ -222,6 +230,38 @@ async def test_a_token_is_made_and_shown_with_an_audit_and_leads_where_the_form_
         assert "Days is a number." in (await browser.get("/tokens")).text
         assert (await browser.post(f"/tokens/{status.token.id}/revoke", {})).status == 303
         assert "revoked" in (await browser.get(f"/tokens/{status.token.id}")).text
+
+
+async def test_behind_a_proxy_the_visitors_address_counts(tmp_path: Path) -> None:
+    """For the session, and in the audit; what a visitor writes into the header himself does not."""
+    public = {"host": "fleet.example.com", "origin": "https://fleet.example.com"}
+
+    def says(address: str, **more: str) -> dict[str, str]:
+        return {**more, "x_forwarded_for": address}
+
+    async with page(tmp_path, origins=("https://fleet.example.com",), proxies=("127.0.0.1/32",)) as stage:
+        browser = Browser(stage.port)
+        form = {"key": stage.keys[Role.OPERATOR], "next": "/"}
+        assert (await browser.post("/sign-in", form, **says("192.0.2.66, 198.51.100.7", **public))).status == 303
+        cookie = browser.cookie
+        assert (await browser.get("/machines", **says("203.0.113.5, 198.51.100.7", host=public["host"]))).status == 200
+        ban = {"name": "3e1d4b52-0f8b-4d4d-9a34-1d4e3b7c6a51", "kind": "uuid"}
+        assert (await browser.post("/bans", ban, **says("198.51.100.7", **public))).headers["location"] == "/bans"
+        entry = (await stage.office.administration.audit.page()).items[0]
+        assert (entry.action, entry.actor.source) == ("ban.add", "127.0.0.1"), "the page has no key of its own at this server"
+        for thief, said in (("127.0.0.1", "192.0.2.66"), ("127.0.0.2", "198.51.100.7")):  # elsewhere; and past the proxy
+            browser = Browser(stage.port, cookie=cookie, source=thief)
+            assert (await browser.get("/machines", **says(said, host=public["host"]))).status == 303
+            again = Browser(stage.port)
+            await again.post("/sign-in", form, **says("198.51.100.7", **public))
+            cookie = again.cookie
+        assert (await Browser(stage.port).get("/sign-in", host="evil.example.com")).status == 421
+    with pytest.raises(ConfigurationError, match="--origin"):
+        WebOptions(
+            listen=HostPort("127.0.0.1", 0),
+            server=ServerAddress(host="127.0.0.1", port=1, is_plain=True),
+            forwarded_from=("127.0.0.1",),
+        )
 
 
 async def test_who_does_not_finish_a_request_is_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

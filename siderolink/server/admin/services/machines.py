@@ -1,16 +1,21 @@
 """Machines and bans by gRPC."""
 
+import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
+from typing import Final
 
+import anyio
 from anyio.lowlevel import checkpoint
 
 from siderolink.common.errors import ConfigurationError
+from siderolink.common.grpc import GRPCError, Status
 from siderolink.common.pb.siderolink.admin import v1 as pb
 from siderolink.common.tasks import in_parts
 from siderolink.common.text import one_line
 from siderolink.server.admin.administration import Administration
 from siderolink.server.admin.bans import StandingBan
+from siderolink.server.admin.following import MAX_FOLLOWERS, FollowedPart
 from siderolink.server.admin.machines import MachineQuery, MachineStatus
 from siderolink.server.admin.services.access import GetAdministration, actor
 from siderolink.server.store import (
@@ -25,6 +30,10 @@ from siderolink.server.store import (
 
 DIGEST_DIGITS = 12
 _AT_ONCE = 100
+_LOOK_SECONDS: Final = 2.0
+_SELDOM_SECONDS: Final = 30.0
+_PAUSE: Final = 20.0
+"""A pause is this many times as long as the look before it took."""
 
 
 async def machine_message(administration: Administration, status: MachineStatus) -> pb.Machine:
@@ -80,6 +89,26 @@ def _message(administration: Administration, status: MachineStatus, token_name: 
         server=administration.owner_of(row.id) or "",
         rate_rx=row.rate_rx,
         rate_tx=row.rate_tx,
+    )
+
+
+async def _part_message(administration: Administration, part: FollowedPart) -> pb.MachinesPart:
+    machines = await machine_messages(administration, part.machines) if part.machines else []
+    links = [_link_message(administration, status) for status in part.links]
+    return pb.MachinesPart(machines=machines, links=links, gone=part.gone, is_last=part.is_last)
+
+
+def _link_message(administration: Administration, status: MachineStatus) -> pb.LinkChange:
+    row, peer = status.machine, status.peer
+    return pb.LinkChange(
+        id=row.id,
+        link=str(status.state),
+        endpoint=(peer.path if peer is not None else None) or row.last_endpoint or "",
+        last_handshake_at=(peer.last_handshake if peer is not None else None) or row.last_handshake_at,
+        last_seen_at=status.last_seen_at,
+        received_bytes=0 if peer is None else peer.received_bytes,
+        sent_bytes=0 if peer is None else peer.sent_bytes,
+        server=administration.owner_of(row.id) or "",
     )
 
 
@@ -152,6 +181,20 @@ class MachineService(pb.MachineServiceBase):
     async def _changed(self, administration: Administration, kind: str, machine: Machine) -> pb.MachineChange:
         status = await administration.machines.status(machine)
         return pb.MachineChange(kind=kind, machine=await machine_message(administration, status))
+
+    async def follow_machines(self, message: pb.FollowMachinesRequest) -> AsyncIterator[pb.MachinesPart]:
+        administration, every = self._administration(), message.every or _LOOK_SECONDS
+        if not 1.0 <= every <= _SELDOM_SECONDS:
+            raise ConfigurationError(f"a look is made every 1 to {_SELDOM_SECONDS:.0f} seconds, not every {every:g}")
+        with administration.followers.one_more() as follower:
+            if follower is None:
+                raise GRPCError(Status.RESOURCE_EXHAUSTED, f"{MAX_FOLLOWERS} programs follow the machines already")
+            while True:
+                began = time.monotonic()
+                async for part in follower.look():
+                    yield await _part_message(administration, part)
+                took = time.monotonic() - began
+                await anyio.sleep(min(max(every, _PAUSE * took), _SELDOM_SECONDS))
 
     async def get_machine(self, message: pb.MachineRequest) -> pb.Machine:
         administration = self._administration()

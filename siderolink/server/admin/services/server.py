@@ -30,6 +30,8 @@ class ServerFacts(Protocol):
 
     def info(self) -> pb.ServerInfo: ...
 
+    def servers(self) -> list[pb.FleetServer]: ...
+
     async def figures(self) -> pb.ServerStatus: ...
 
 
@@ -206,6 +208,9 @@ class ServerService(pb.ServerServiceBase):
 
     async def get_status(self, message: pb.GetStatusRequest) -> pb.ServerStatus:
         return await self._facts().figures()
+
+    async def list_servers(self, message: pb.ListServersRequest) -> pb.ListServersResponse:
+        return pb.ListServersResponse(servers=self._facts().servers())
 
 
 def admin_services(administration: GetAdministration, facts: GetFacts) -> list[Servable]:

@@ -4,9 +4,9 @@ from anyio.lowlevel import checkpoint
 
 from siderolink.common.errors import ConfigurationError
 from siderolink.common.pb.siderolink.admin import v1 as pb
+from siderolink.common.selection import Selector
 from siderolink.common.tasks import in_parts
 from siderolink.common.text import one_line
-from siderolink.server.admin.labels import Selector
 from siderolink.server.admin.lists import page_of
 from siderolink.server.admin.machines import MachineQuery
 from siderolink.server.admin.services.access import GetAdministration, actor

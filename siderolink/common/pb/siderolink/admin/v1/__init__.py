@@ -29,8 +29,10 @@ __all__ = (
     "EventServiceBase",
     "EventServiceStub",
     "ExportAuditRequest",
+    "FleetServer",
     "FollowAuditRequest",
     "FollowEventsRequest",
+    "FollowMachinesRequest",
     "ForwardData",
     "ForwardRequest",
     "ForwardServiceBase",
@@ -45,6 +47,7 @@ __all__ = (
     "HistoryServiceBase",
     "HistoryServiceStub",
     "LabelMachineRequest",
+    "LinkChange",
     "ListApiKeysRequest",
     "ListApiKeysResponse",
     "ListAuditRequest",
@@ -55,6 +58,8 @@ __all__ = (
     "ListHistoryResponse",
     "ListMachinesRequest",
     "ListMachinesResponse",
+    "ListServersRequest",
+    "ListServersResponse",
     "ListTokenUsersRequest",
     "ListTokenUsersResponse",
     "ListTokensRequest",
@@ -71,6 +76,7 @@ __all__ = (
     "MachineRequest",
     "MachineServiceBase",
     "MachineServiceStub",
+    "MachinesPart",
     "NoteMachineRequest",
     "RenameMachineRequest",
     "RenewTokenRequest",
@@ -537,6 +543,58 @@ default_message_pool.register_message(
 
 
 @dataclass(eq=False, repr=False)
+class FleetServer(betterproto2.Message):
+    id: "str" = betterproto2.field(1, betterproto2.TYPE_STRING)
+    """
+    Empty where a server has its store for itself.
+    """
+
+    is_this: "bool" = betterproto2.field(2, betterproto2.TYPE_BOOL)
+    """
+    Whether it is the one that answers.
+    """
+
+    state: "str" = betterproto2.field(3, betterproto2.TYPE_STRING)
+    """
+    "up", "draining", or "silent": without a heartbeat lately.
+    """
+
+    wireguard_endpoints: "list[str]" = betterproto2.field(
+        4, betterproto2.TYPE_STRING, repeated=True
+    )
+    """
+    Where machines reach its WireGuard.
+    """
+
+    peer_address: "str" = betterproto2.field(5, betterproto2.TYPE_STRING)
+    """
+    Where the other servers reach it; empty if they cannot.
+    """
+
+    version: "str" = betterproto2.field(6, betterproto2.TYPE_STRING)
+
+    heartbeat_age: "float | None" = betterproto2.field(
+        7, betterproto2.TYPE_DOUBLE, optional=True
+    )
+    """
+    Seconds; absent where a server has its store for itself.
+    """
+
+    machines: "int" = betterproto2.field(8, betterproto2.TYPE_UINT64)
+    """
+    Machines whose link it has.
+    """
+
+    clock_offset: "float" = betterproto2.field(9, betterproto2.TYPE_DOUBLE)
+    """
+    Its host's clock less the store's, in seconds.
+    """
+
+
+default_message_pool.register_message("siderolink.admin.v1", "FleetServer", FleetServer)
+
+
+@dataclass(eq=False, repr=False)
 class FollowAuditRequest(betterproto2.Message):
     filter: "AuditFilter | None" = betterproto2.field(
         1, betterproto2.TYPE_MESSAGE, optional=True
@@ -567,6 +625,19 @@ class FollowEventsRequest(betterproto2.Message):
 
 default_message_pool.register_message(
     "siderolink.admin.v1", "FollowEventsRequest", FollowEventsRequest
+)
+
+
+@dataclass(eq=False, repr=False)
+class FollowMachinesRequest(betterproto2.Message):
+    every: "float" = betterproto2.field(1, betterproto2.TYPE_DOUBLE)
+    """
+    Seconds between two looks, at least 1; 0: 2. A server that needs long for a look looks seldomer.
+    """
+
+
+default_message_pool.register_message(
+    "siderolink.admin.v1", "FollowMachinesRequest", FollowMachinesRequest
 )
 
 
@@ -749,6 +820,36 @@ default_message_pool.register_message(
 
 
 @dataclass(eq=False, repr=False)
+class LinkChange(betterproto2.Message):
+    """
+    The fields of Machine that change without its row.
+    """
+
+    id: "str" = betterproto2.field(1, betterproto2.TYPE_STRING)
+
+    link: "str" = betterproto2.field(2, betterproto2.TYPE_STRING)
+
+    endpoint: "str" = betterproto2.field(3, betterproto2.TYPE_STRING)
+
+    last_handshake_at: "float | None" = betterproto2.field(
+        4, betterproto2.TYPE_DOUBLE, optional=True
+    )
+
+    last_seen_at: "float | None" = betterproto2.field(
+        5, betterproto2.TYPE_DOUBLE, optional=True
+    )
+
+    received_bytes: "int" = betterproto2.field(6, betterproto2.TYPE_UINT64)
+
+    sent_bytes: "int" = betterproto2.field(7, betterproto2.TYPE_UINT64)
+
+    server: "str" = betterproto2.field(8, betterproto2.TYPE_STRING)
+
+
+default_message_pool.register_message("siderolink.admin.v1", "LinkChange", LinkChange)
+
+
+@dataclass(eq=False, repr=False)
 class ListApiKeysRequest(betterproto2.Message):
     page_size: "int" = betterproto2.field(1, betterproto2.TYPE_UINT32)
 
@@ -913,6 +1014,28 @@ class ListMachinesResponse(betterproto2.Message):
 
 default_message_pool.register_message(
     "siderolink.admin.v1", "ListMachinesResponse", ListMachinesResponse
+)
+
+
+@dataclass(eq=False, repr=False)
+class ListServersRequest(betterproto2.Message):
+    pass
+
+
+default_message_pool.register_message(
+    "siderolink.admin.v1", "ListServersRequest", ListServersRequest
+)
+
+
+@dataclass(eq=False, repr=False)
+class ListServersResponse(betterproto2.Message):
+    servers: "list[FleetServer]" = betterproto2.field(
+        1, betterproto2.TYPE_MESSAGE, repeated=True
+    )
+
+
+default_message_pool.register_message(
+    "siderolink.admin.v1", "ListServersResponse", ListServersResponse
 )
 
 
@@ -1397,6 +1520,42 @@ class MachineRequest(betterproto2.Message):
 
 default_message_pool.register_message(
     "siderolink.admin.v1", "MachineRequest", MachineRequest
+)
+
+
+@dataclass(eq=False, repr=False)
+class MachinesPart(betterproto2.Message):
+    """
+    A part of what one look has found.
+    """
+
+    machines: "list[Machine]" = betterproto2.field(
+        1, betterproto2.TYPE_MESSAGE, repeated=True
+    )
+    """
+    Those that are new, or whose rows changed. Their join_token_admits is not looked at again.
+    """
+
+    links: "list[LinkChange]" = betterproto2.field(
+        2, betterproto2.TYPE_MESSAGE, repeated=True
+    )
+    """
+    What changed of the links of others.
+    """
+
+    gone: "list[str]" = betterproto2.field(3, betterproto2.TYPE_STRING, repeated=True)
+    """
+    The ids of machines that are not there any more.
+    """
+
+    is_last: "bool" = betterproto2.field(4, betterproto2.TYPE_BOOL)
+    """
+    The look ends with this part: all is told.
+    """
+
+
+default_message_pool.register_message(
+    "siderolink.admin.v1", "MachinesPart", MachinesPart
 )
 
 
@@ -2407,6 +2566,29 @@ class MachineServiceStub(betterproto2_grpclib.ServiceStub):
         ):
             yield response
 
+    async def follow_machines(
+        self,
+        message: "FollowMachinesRequest",
+        *,
+        timeout: "float | None" = None,
+        deadline: "Deadline | None" = None,
+        metadata: "MetadataLike | None" = None,
+    ) -> "AsyncIterator[MachinesPart]":
+        """
+        viewer: all machines, and then what changes of them and of their links, look by look, until the caller stops. For programs
+        that keep the whole list themselves. RESOURCE_EXHAUSTED where too many follow already.
+        """
+
+        async for response in self._unary_stream(
+            "/siderolink.admin.v1.MachineService/FollowMachines",
+            message,
+            MachinesPart,
+            timeout=timeout,
+            deadline=deadline,
+            metadata=metadata,
+        ):
+            yield response
+
     async def get_machine(
         self,
         message: "MachineRequest",
@@ -2712,6 +2894,30 @@ class ServerServiceStub(betterproto2_grpclib.ServiceStub):
             "/siderolink.admin.v1.ServerService/GetStatus",
             message,
             ServerStatus,
+            timeout=timeout,
+            deadline=deadline,
+            metadata=metadata,
+        )
+
+    async def list_servers(
+        self,
+        message: "ListServersRequest | None" = None,
+        *,
+        timeout: "float | None" = None,
+        deadline: "Deadline | None" = None,
+        metadata: "MetadataLike | None" = None,
+    ) -> "ListServersResponse":
+        """
+        viewer: the servers that share the store, the one that answers first.
+        """
+
+        if message is None:
+            message = ListServersRequest()
+
+        return await self._unary_unary(
+            "/siderolink.admin.v1.ServerService/ListServers",
+            message,
+            ListServersResponse,
             timeout=timeout,
             deadline=deadline,
             metadata=metadata,
@@ -3473,6 +3679,17 @@ class MachineServiceBase(betterproto2_grpclib.ServiceBase):
         raise grpclib.GRPCError(grpclib.const.Status.UNIMPLEMENTED)
         yield MachineChange()
 
+    async def follow_machines(
+        self, message: "FollowMachinesRequest"
+    ) -> "AsyncIterator[MachinesPart]":
+        """
+        viewer: all machines, and then what changes of them and of their links, look by look, until the caller stops. For programs
+        that keep the whole list themselves. RESOURCE_EXHAUSTED where too many follow already.
+        """
+
+        raise grpclib.GRPCError(grpclib.const.Status.UNIMPLEMENTED)
+        yield MachinesPart()
+
     async def get_machine(self, message: "MachineRequest") -> "Machine":
         """
         viewer
@@ -3566,6 +3783,17 @@ class MachineServiceBase(betterproto2_grpclib.ServiceBase):
         assert request is not None
         await self._call_rpc_handler_server_stream(
             self.watch_machines,
+            stream,
+            request,
+        )
+
+    async def __rpc_follow_machines(
+        self, stream: "grpclib.server.Stream[FollowMachinesRequest, MachinesPart]"
+    ) -> None:
+        request = await stream.recv_message()
+        assert request is not None
+        await self._call_rpc_handler_server_stream(
+            self.follow_machines,
             stream,
             request,
         )
@@ -3672,6 +3900,12 @@ class MachineServiceBase(betterproto2_grpclib.ServiceBase):
                 WatchMachinesRequest,
                 MachineChange,
             ),
+            "/siderolink.admin.v1.MachineService/FollowMachines": grpclib.const.Handler(
+                self.__rpc_follow_machines,
+                grpclib.const.Cardinality.UNARY_STREAM,
+                FollowMachinesRequest,
+                MachinesPart,
+            ),
             "/siderolink.admin.v1.MachineService/GetMachine": grpclib.const.Handler(
                 self.__rpc_get_machine,
                 grpclib.const.Cardinality.UNARY_UNARY,
@@ -3767,6 +4001,15 @@ class ServerServiceBase(betterproto2_grpclib.ServiceBase):
 
         raise grpclib.GRPCError(grpclib.const.Status.UNIMPLEMENTED)
 
+    async def list_servers(
+        self, message: "ListServersRequest"
+    ) -> "ListServersResponse":
+        """
+        viewer: the servers that share the store, the one that answers first.
+        """
+
+        raise grpclib.GRPCError(grpclib.const.Status.UNIMPLEMENTED)
+
     async def __rpc_get_version(
         self, stream: "grpclib.server.Stream[GetVersionRequest, GetVersionResponse]"
     ) -> None:
@@ -3791,6 +4034,14 @@ class ServerServiceBase(betterproto2_grpclib.ServiceBase):
         response = await self.get_status(request)
         await stream.send_message(response)
 
+    async def __rpc_list_servers(
+        self, stream: "grpclib.server.Stream[ListServersRequest, ListServersResponse]"
+    ) -> None:
+        request = await stream.recv_message()
+        assert request is not None
+        response = await self.list_servers(request)
+        await stream.send_message(response)
+
     def __mapping__(self) -> "dict[str, grpclib.const.Handler]":
         return {
             "/siderolink.admin.v1.ServerService/GetVersion": grpclib.const.Handler(
@@ -3810,6 +4061,12 @@ class ServerServiceBase(betterproto2_grpclib.ServiceBase):
                 grpclib.const.Cardinality.UNARY_UNARY,
                 GetStatusRequest,
                 ServerStatus,
+            ),
+            "/siderolink.admin.v1.ServerService/ListServers": grpclib.const.Handler(
+                self.__rpc_list_servers,
+                grpclib.const.Cardinality.UNARY_UNARY,
+                ListServersRequest,
+                ListServersResponse,
             ),
         }
 

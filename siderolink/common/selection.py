@@ -1,20 +1,16 @@
-"""What administrators may write: names, labels, notes, and selectors of labels. All raise ConfigurationError."""
+"""What selects and orders machines in lists, here and where they are shown: labels and versions."""
 
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Final
 
-from siderolink.common.errors import ConfigurationError, ForbiddenError
+from siderolink.common.errors import ConfigurationError
 from siderolink.common.text import one_line
-from siderolink.server.store import Actor, Role
 
 MAX_LABELS: Final = 64
-MAX_NOTE_BYTES: Final = 4096
 MAX_SELECTOR_LENGTH: Final = 2048
 MAX_REQUIREMENTS: Final = 64
 
-_NAME = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,61}[a-z0-9])?")
-_TAKEN = re.compile(r"[0-9a-f]{16}|[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
 _LABEL_NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,61}[A-Za-z0-9])?")
 _LABEL_PREFIX = re.compile(r"[a-z0-9](?:[a-z0-9.-]{0,251}[a-z0-9])?")
 
@@ -22,30 +18,15 @@ Labels = Mapping[str, str]
 Requirement = Callable[[Labels], bool]
 
 
-def require(actor: Actor, least: Role) -> None:
-    """Raises ForbiddenError where the actor's role does not include this one."""
-    if actor.role is None or not actor.role.includes(least):
-        raise ForbiddenError(f"this needs the role {least}; {one_line(actor.name, limit=64)} has {actor.role or 'none'}")
+def version_order(text: str) -> str:
+    """A version, fit for sorting: 1.9 comes before 1.10."""
+    return ".".join(part.zfill(6) if part.isdigit() else part for part in text.lstrip("v").split("."))
 
 
-def check_name(text: str) -> str:
-    """A name in its one form, in lower case. None looks like an id or a UUID."""
-    name = text.lower() if len(text) <= 63 else ""
-    if _NAME.fullmatch(name) is None:
-        raise ConfigurationError(
-            "a name has 1 to 63 letters, digits, dots, dashes and underscores, and begins and ends with a letter or digit"
-        )
-    if _TAKEN.fullmatch(name) is not None:
-        raise ConfigurationError("a name may not look like an id or a UUID")
-    return name
-
-
-def check_note(text: str) -> str:
-    if len(text.encode("utf-8", "surrogatepass")) > MAX_NOTE_BYTES:
-        raise ConfigurationError(f"a note has at most {MAX_NOTE_BYTES} bytes")
-    if any(not (character.isprintable() or character == "\n") for character in text):
-        raise ConfigurationError("a note may not contain control characters")
-    return text
+def is_of_version(version: str, wanted: str) -> bool:
+    """Whether a version is the wanted one, or begins with it: v1.10 takes 1.10.3."""
+    version, wanted = version.lstrip("v"), wanted.lstrip("v")
+    return version == wanted or version.startswith((f"{wanted}.", f"{wanted}-"))
 
 
 def _check_key(key: str) -> str:
@@ -68,7 +49,7 @@ def _check_value(value: str) -> str:
 
 
 def changed_labels(labels: Labels, set_labels: Labels, remove: Iterable[str]) -> dict[str, str]:
-    """The labels with some set and others removed."""
+    """The labels with some set and others removed. Raises ConfigurationError."""
     changed = {key: value for key, value in labels.items() if key not in set(remove)}
     changed |= {_check_key(key): _check_value(value) for key, value in set_labels.items()}
     if len(changed) > MAX_LABELS:
@@ -80,6 +61,7 @@ class Selector:
     """A label selector, as kubectl knows it: ``a=b,c!=d,e,!f,g in (h,i),j notin (k)``. The empty one takes everything."""
 
     def __init__(self, text: str) -> None:
+        """Raises ConfigurationError."""
         if len(text) > MAX_SELECTOR_LENGTH:
             raise ConfigurationError(f"a selector has at most {MAX_SELECTOR_LENGTH} characters")
         parts = [part for part in _split(text) if part]

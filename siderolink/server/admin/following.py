@@ -1,0 +1,96 @@
+"""All machines for a program that keeps the list itself: told once, and from then on by what changed, look by look."""
+
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Final
+
+from anyio.lowlevel import checkpoint
+
+from siderolink.common.tasks import in_parts
+from siderolink.server.admin.hostnames import Hostnames
+from siderolink.server.admin.machines import MachineAdministration, MachineStatus
+
+MAX_FOLLOWERS: Final = 16
+"""Each holds what it was told of every machine."""
+_AT_ONCE: Final = 100
+_WHOLE: Final = 20
+"""Machines in one part: whole ones take long to encode."""
+
+Row = tuple[int, str]
+Link = tuple[object, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FollowedPart:
+    """A part of what one look has found."""
+
+    machines: list[MachineStatus] = field(default_factory=list)
+    """New ones, and those whose rows or hostnames changed."""
+    links: list[MachineStatus] = field(default_factory=list)
+    """Others whose links changed."""
+    gone: list[str] = field(default_factory=list)
+    is_last: bool = False
+
+
+class Follower:
+    """What one program knows of the machines."""
+
+    def __init__(self, machines: MachineAdministration, hostnames: Hostnames) -> None:
+        self._machines = machines
+        self._hostnames = hostnames
+        self._told: dict[str, tuple[Row, Link]] = {}
+
+    async def look(self) -> AsyncIterator[FollowedPart]:
+        """What is new to it, in parts. Other tasks run meanwhile."""
+        seen: set[str] = set()
+        machines: list[MachineStatus] = []
+        links: list[MachineStatus] = []
+        for part in in_parts(await self._machines.every(), _AT_ONCE):
+            for status in part:
+                machine_id = status.machine.id
+                seen.add(machine_id)
+                now, before = self._state(status), self._told.get(machine_id)
+                if before is None or before[0] != now[0]:
+                    machines.append(status)
+                elif before[1] != now[1]:
+                    links.append(status)
+                self._told[machine_id] = now
+            for whole in in_parts(machines, _WHOLE):
+                yield FollowedPart(machines=whole)
+            if len(links) >= _AT_ONCE:
+                yield FollowedPart(links=links)
+                links = []
+            machines = []
+            await checkpoint()
+        gone = [machine_id for machine_id in self._told if machine_id not in seen]
+        for machine_id in gone:
+            del self._told[machine_id]
+        yield FollowedPart(links=links, gone=gone, is_last=True)
+
+    def _state(self, status: MachineStatus) -> tuple[Row, Link]:
+        """What of a machine is compared. Times are not: what moves them moves the counters."""
+        machine, peer = status.machine, status.peer
+        link: Link = (status.state,) if peer is None else (status.state, peer.path, peer.received_bytes, peer.sent_bytes)
+        return (machine.revision, self._hostnames.of(machine.id)), link
+
+
+class Followers:
+    """How many programs follow."""
+
+    def __init__(self, machines: MachineAdministration, hostnames: Hostnames) -> None:
+        self._machines = machines
+        self._hostnames = hostnames
+        self._count = 0
+
+    @contextmanager
+    def one_more(self) -> Iterator[Follower | None]:
+        """None where there are as many as may be."""
+        if self._count >= MAX_FOLLOWERS:
+            yield None
+            return
+        self._count += 1
+        try:
+            yield Follower(self._machines, self._hostnames)
+        finally:
+            self._count -= 1

@@ -1,0 +1,187 @@
+"""The machines as this process keeps them: followed at the server, and searched and ordered here."""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Final
+
+import anyio
+from anyio.lowlevel import checkpoint
+
+from siderolink.common.pb.siderolink.admin.v1 import (
+    FollowMachinesRequest,
+    LinkChange,
+    Machine,
+    MachineServiceStub,
+    MachinesPart,
+)
+from siderolink.common.selection import Selector, is_of_version, version_order
+from siderolink.common.tasks import in_parts
+from siderolink.web.api import ApiError, Caller, ServerAwayError, explained
+
+log = logging.getLogger(__name__)
+
+PAGE_SIZE: Final = 100
+_AGAIN: Final = 2.0
+_WAIT_SECONDS: Final = 10.0
+"""How long a page waits for the first look."""
+_AT_ONCE: Final = 1000
+
+ORDERS: Final[Mapping[str, Callable[[Machine], float | str]]] = {
+    "name": attrgetter("name"),
+    "state": lambda one: f"{one.admission} {one.link}",
+    "version": lambda one: version_order(one.talos_version),
+    "address": attrgetter("overlay_address"),
+    "joined": lambda one: one.joined_at or 0.0,
+    "seen": lambda one: one.last_seen_at or 0.0,
+    "received": attrgetter("received_bytes"),
+    "sent": attrgetter("sent_bytes"),
+}
+
+
+@dataclass(slots=True, eq=False)
+class Row:
+    """One machine; `stamp` rises with each change of what is shown of it."""
+
+    machine: Machine
+    text: str
+    """What a search looks into."""
+    stamp: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Query:
+    """Selects and orders machines; what is empty selects all."""
+
+    text: str = ""
+    state: str = ""
+    transport: str = ""
+    selector: str = ""
+    version: str = ""
+    sort: str = "name"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """One page of those that a query selects."""
+
+    rows: Sequence[Row]
+    total: int
+    number: int
+    """Of the page, from 1."""
+    pages: int
+
+    @property
+    def first(self) -> int:
+        """The number of the first row, from 1."""
+        return (self.number - 1) * PAGE_SIZE + 1
+
+
+class Fleet:
+    """All machines of the server, as long as somebody is signed in."""
+
+    def __init__(self, caller: Callable[[], Caller | None]) -> None:
+        self._caller = caller
+        self._rows: dict[str, Row] = {}
+        self._coming: dict[str, Row] | None = {}
+        """What the first look has told so far; None after it."""
+        self._stamp = 0
+        self._problem = ""
+        self._whole = anyio.Event()
+        self._wake = anyio.Event()
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    # --- followed
+
+    async def run(self) -> None:
+        """Follow the server, until cancelled."""
+        while True:
+            if (caller := self._caller()) is not None:
+                try:
+                    await self._follow(caller)
+                except ApiError as error:
+                    self._problem = str(error)
+                    log.debug("the machines cannot be followed: %s", error)
+                self._begin_again()
+            self._wake = anyio.Event()
+            with anyio.move_on_after(_AGAIN):
+                await self._wake.wait()
+
+    def wake(self) -> None:
+        """Somebody has signed in."""
+        self._wake.set()
+
+    async def _follow(self, caller: Caller) -> None:
+        async with caller.following(MachineServiceStub) as stub:
+            with explained():
+                async for part in stub.follow_machines(FollowMachinesRequest()):
+                    self.take(part)
+                    if part.is_last and self._caller() is None:
+                        return
+
+    def _begin_again(self) -> None:
+        self._coming = {}
+        if self._whole.is_set():
+            self._whole = anyio.Event()
+
+    def take(self, part: MachinesPart) -> None:
+        """What the server tells."""
+        rows = self._rows if self._coming is None else self._coming
+        self._stamp += 1
+        for machine in part.machines:
+            text = f"{machine.name}\n{machine.node_uuid}\n{machine.hostname}".lower()
+            rows[machine.id] = Row(machine, text, self._stamp)
+        for change in part.links:
+            if (row := rows.get(change.id)) is not None:
+                _apply(row.machine, change)
+                row.stamp = self._stamp
+        for machine_id in part.gone:
+            rows.pop(machine_id, None)
+        if part.is_last and self._coming is not None:
+            self._rows, self._coming, self._problem = self._coming, None, ""
+            self._whole.set()
+
+    # --- asked
+
+    async def find(self, query: Query, number: int) -> Found:
+        """Raises ConfigurationError for a selector that is none, and ServerAwayError where the machines are not known yet."""
+        selector = Selector(query.selector) if query.selector else None
+        with anyio.move_on_after(_WAIT_SECONDS):
+            await self._whole.wait()
+        if not self._whole.is_set():
+            raise ServerAwayError(self._problem or "the machines are being read", 503)
+        order = ORDERS[query.sort.removeprefix("-")]
+        taken: list[tuple[float | str, str, Row]] = []
+        for part in in_parts(self._rows.values(), _AT_ONCE):
+            taken += [(order(row.machine), row.machine.id, row) for row in part if _takes(query, selector, row)]
+            await checkpoint()
+        taken.sort(reverse=query.sort.startswith("-"))  # ids differ, so no row is compared
+        await checkpoint()
+        pages = max(1, -(-len(taken) // PAGE_SIZE))
+        number = min(max(number, 1), pages)
+        rows = [row for _, _, row in taken[(number - 1) * PAGE_SIZE : number * PAGE_SIZE]]
+        return Found(rows=rows, total=len(taken), number=number, pages=pages)
+
+
+def _apply(machine: Machine, change: LinkChange) -> None:
+    machine.link = change.link
+    machine.endpoint = change.endpoint
+    machine.last_handshake_at = change.last_handshake_at
+    machine.last_seen_at = change.last_seen_at
+    machine.received_bytes = change.received_bytes
+    machine.sent_bytes = change.sent_bytes
+    machine.server = change.server
+
+
+def _takes(query: Query, selector: Selector | None, row: Row) -> bool:
+    machine = row.machine
+    return (
+        (not query.text or query.text.lower() in row.text)
+        and (not query.state or query.state == (machine.link if query.state in ("up", "down") else machine.admission))
+        and (not query.transport or machine.transport == query.transport)
+        and (not query.version or is_of_version(machine.talos_version, query.version))
+        and (selector is None or selector.matches(machine.labels))
+    )

@@ -1,0 +1,207 @@
+"""The machines as the page keeps them: what the server tells, what a search finds, what a browser is told."""
+
+from collections import Counter
+from ipaddress import IPv6Address
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from siderolink.common.keys import PublicKey
+from siderolink.common.pb.siderolink.admin import v1 as pb
+from siderolink.server import Role
+from siderolink.server.admin.following import MAX_FOLLOWERS, Follower
+from siderolink.server.admin.machines import MachineQuery
+from siderolink.server.admin.services.machines import MachineService, machine_messages
+from siderolink.server.admin.services.server import ServerService
+from siderolink.server.fleet.directory import LinkState
+from siderolink.server.store import Machine, MachineAdmission, Transaction
+from siderolink.web.api import ServerAwayError
+from siderolink.web.fleet import ORDERS, PAGE_SIZE, Fleet, Query
+from siderolink.web.live import ROW_BYTES, ToldRows
+from tests.support.office import Office, open_office
+from tests.unit.web.test_site import page
+
+pytestmark = pytest.mark.anyio
+
+COUNT = 230
+
+
+def machine(number: int) -> Machine:
+    return Machine(
+        id=f"{number * 7919 % 65536:016x}",
+        node_uuid=f"00000000-0000-4000-8000-{number:012x}",
+        public_key=PublicKey((number + 1).to_bytes(32)),
+        overlay_address=IPv6Address((0xFD << 120) + number + 2),
+        name=f"node-{number}",
+        labels={"rack": str(number % 10), "site": "north" if number % 2 else "south"},
+        talos_version=f"v1.{number % 12}.3",
+        tunnel=number % 3 == 0,
+        admission=MachineAdmission.PENDING if number % 50 == 7 else MachineAdmission.ACCEPTED,
+        created_at=float(number),
+        joined_at=float(number * 31 % 101),
+        linked_at=float(number),
+        seen_at=float(number * 17 % 97) + 1,
+        was_linked=True,
+    )
+
+
+async def fill(office: Office) -> None:
+    async def work(transaction: Transaction) -> None:
+        for number in range(COUNT):
+            await transaction.insert(machine(number))
+
+    await office.manager.store.transact(work)
+    await office.manager.reconciler.load()
+
+
+async def look(office: Office, follower: Follower) -> pb.MachinesPart:
+    """All parts of a look as one."""
+    whole = pb.MachinesPart()
+    async for part in follower.look():
+        assert len(part.machines) <= 20
+        whole.machines += await machine_messages(office.administration, part.machines)
+        whole.links += [pb.LinkChange(id=one.machine.id, link=str(one.state)) for one in part.links]
+        whole.gone += part.gone
+        assert not whole.is_last
+        whole.is_last = part.is_last
+    assert whole.is_last
+    return whole
+
+
+async def test_a_follower_is_told_all_and_then_what_changes(tmp_path: Path) -> None:
+    async with open_office(tmp_path) as office:
+        await fill(office)
+        with office.administration.followers.one_more() as follower:
+            assert follower is not None
+            assert len((await look(office, follower)).machines) == COUNT
+            assert await look(office, follower) == pb.MachinesPart(is_last=True)
+            await office.administration.machines.rename("node-3", "other")
+            (link,) = [one for one in office.manager.links if one.machine.name == "node-5"]
+            link.state = LinkState.UP
+            await office.administration.machines.remove("node-4")
+            told = await look(office, follower)
+            assert [one.name for one in told.machines] == ["other"]
+            assert [(one.id, one.link) for one in told.links] == [(machine(5).id, "up")]
+            assert told.gone == [machine(4).id]
+
+
+async def test_no_more_follow_than_may(tmp_path: Path) -> None:
+    async with open_office(tmp_path) as office:
+        followers = [office.administration.followers.one_more() for _ in range(MAX_FOLLOWERS + 1)]
+        given = [one.__enter__() for one in followers]
+        assert given.count(None) == 1
+        followers[0].__exit__(None, None, None)
+        with office.administration.followers.one_more() as follower:
+            assert follower is not None
+
+
+async def test_a_search_finds_what_the_servers_own_list_finds(tmp_path: Path) -> None:
+    """In the same order, whatever is asked; only a page of it."""
+    async with open_office(tmp_path) as office:
+        await fill(office)
+        fleet = Fleet(lambda: None)
+        with office.administration.followers.one_more() as follower:
+            assert follower is not None
+            fleet.take(await look(office, follower))
+        queries = [Query(sort=sign + name) for name in ORDERS for sign in ("", "-")]
+        queries += [
+            Query(text="NODE-1"),
+            Query(text="00000000-0000-4000-8000-0000000000"),
+            Query(state="pending"),
+            Query(state="down", transport="tunnel", sort="-seen"),
+            Query(selector="site=north,rack notin (1,3)"),
+            Query(version="1.1"),
+            Query(text="<b>"),
+        ]
+        for query in queries:
+            wanted = MachineQuery(
+                states=[query.state] if query.state else [],
+                text=query.text,
+                transport=query.transport,
+                selector=query.selector,
+                version=query.version,
+                sort=query.sort,
+            )
+            expected = [one.machine.id async for one in office.administration.machines.all(wanted)]
+            found = await fleet.find(query, 1)
+            assert (found.total, found.pages) == (len(expected), max(1, -(-len(expected) // PAGE_SIZE)))
+            rows: list[str] = []
+            for number in range(1, found.pages + 1):
+                rows += [row.machine.id for row in (await fleet.find(query, number)).rows]
+            assert rows == expected, query
+        last = await fleet.find(Query(), 99)
+        assert (last.number, last.first, len(last.rows)) == (3, 201, 30)
+
+
+async def test_nothing_is_found_while_the_server_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("siderolink.web.fleet._WAIT_SECONDS", 0.01)
+    with pytest.raises(ServerAwayError):
+        await Fleet(lambda: None).find(Query(), 1)
+
+
+async def test_what_changes_of_a_link_marks_its_row_alone() -> None:
+    fleet = Fleet(lambda: None)
+    fleet.take(pb.MachinesPart(machines=[pb.Machine(id=name, name=name, link="up") for name in "ab"], is_last=True))
+    before = {row.machine.id: row.stamp for row in (await fleet.find(Query(), 1)).rows}
+    fleet.take(pb.MachinesPart(links=[pb.LinkChange(id="b", link="down"), pb.LinkChange(id="nobody")], is_last=True))
+    after = {
+        row.machine.id: (row.stamp != before[row.machine.id], row.machine.link) for row in (await fleet.find(Query(), 1)).rows
+    }
+    assert after == {"a": (False, "up"), "b": (True, "down")}
+
+
+def test_a_browser_is_told_no_more_than_it_can_take_and_each_row_in_its_turn() -> None:
+    told, size = ToldRows(), 1500
+    rows = {f"row-{number}": str(number).ljust(size) for number in range(100)}
+    seen: Counter[str] = Counter()
+    looks = 12
+    for number in range(looks):
+        news = told.news({name: html + str(number) for name, html in rows.items()})  # every row is new each time
+        assert news is not None
+        assert news["order"] == list(rows)
+        assert 0 < sum(map(len, news["rows"].values())) <= ROW_BYTES
+        seen.update(news["rows"].keys())
+    assert set(seen) == set(rows)
+    assert max(seen.values()) - min(seen.values()) <= 1
+    told = ToldRows()
+    assert told.news({"a": "1", "b": "2"}) == {"order": ["a", "b"], "rows": {"a": "1", "b": "2"}}
+    assert told.news({"a": "1", "b": "2"}) is None
+    assert told.news({"b": "2", "a": "1"}) == {"order": ["b", "a"], "rows": {}}
+    assert told.news({"b": "3"}) == {"order": ["b"], "rows": {"b": "3"}}
+    assert told.news({"a": "x" * 2 * ROW_BYTES}) == {"order": ["a"], "rows": {"a": "x" * 2 * ROW_BYTES}}
+
+
+def counting(monkeypatch: pytest.MonkeyPatch, calls: Counter[str], face: type, name: str) -> None:
+    inner: Any = getattr(face, name)
+
+    def counted(self: object, message: object) -> Any:
+        calls[name] += 1
+        return inner(self, message)
+
+    monkeypatch.setattr(face, name, counted)
+
+
+async def test_what_a_page_of_machines_asks_and_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A search asks only whether the key still counts; a page has 100 rows; the list is followed once for all."""
+    calls: Counter[str] = Counter()
+    for name in ("list_machines", "watch_machines", "get_machine", "follow_machines"):
+        counting(monkeypatch, calls, MachineService, name)
+    counting(monkeypatch, calls, ServerService, "get_version")
+    async with page(tmp_path) as stage:
+        await fill(stage.office)
+        browser, other = await stage.visitor(Role.VIEWER), await stage.visitor(Role.ADMIN)
+        first = await browser.get("/machines")
+        assert (first.text.count('<tr id="machine-'), first.status) == (PAGE_SIZE, 200)
+        calls["get_version"] = 0
+        paths = ("/machines?page=3", "/machines?sort=-received", "/machines?text=node-22", "/machines?selector=site%3Dnorth")
+        texts = [(await visitor.get(path)).text for visitor in (browser, other) for path in paths]
+        assert [text.count('<tr id="machine-') for text in texts[:4]] == [30, 100, 11, 100]
+        assert texts[0].count("aria-sort=") == 1
+        assert "230 machines" in texts[0]
+        assert "201 to 230 on this page" in texts[0]
+        assert "No machine is like that" in (await browser.get("/machines?text=nobody")).text
+        half = await browser.get("/machines?selector=site+in+(")  # as one types
+        assert (half.status, half.text.count('<tr id="machine-')) == (200, 0)
+        assert 'role="alert"' in half.text
+        assert calls == {"get_version": 10, "follow_machines": 1}
