@@ -1,6 +1,7 @@
 """What every request passes: its host, its origin, its size, how long it may take; and the headers of every answer."""
 
 import logging
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from ipaddress import ip_address
@@ -15,15 +16,19 @@ from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from siderolink.common.errors import ConfigurationError
-from siderolink.common.grpc import TrustedProxies
+from siderolink.common.grpc import TrustedProxies, source_of
 from siderolink.common.hostport import HostPort
 from siderolink.common.text import one_line
 
 log = logging.getLogger(__name__)
 
 MAX_BODY: Final = 64 * 1024
+MAX_TARGET: Final = 8 * 1024
+MAX_HEADERS: Final = 32 * 1024
 BODY_SECONDS: Final = 15.0
 SEND_SECONDS: Final = 30.0
+MAX_REQUESTS_PER_VISITOR: Final = 128
+"""Requests of one address that are answered at once, live pages included: behind a proxy connections say nothing."""
 LIVE: Final = "/live/"
 """Where streams are."""
 _FORM: Final = "application/x-www-form-urlencoded"
@@ -136,6 +141,7 @@ class Guard:
         self._inner = inner
         self._origins = origins
         self._proxies = proxies or TrustedProxies()
+        self._answering: Counter[str] = Counter()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -143,8 +149,12 @@ class Guard:
         if scope.get("client") is not None:
             host, port = scope["client"]
             scope["client"] = self._proxies.forwarded_for(host, Headers(scope=scope).getlist("x-forwarded-for")), port
+        visitor = source_of(scope["client"][0], 64) if scope.get("client") else ""
         guarded = _Answer(send)
         refusal = self._refusal(scope)
+        if refusal is None and self._answering[visitor] >= MAX_REQUESTS_PER_VISITOR:
+            refusal = 429, "Too many requests of your address are being answered; close some pages."
+        self._answering[visitor] += 1
         try:
             if refusal is not None:
                 status, text = refusal
@@ -153,9 +163,17 @@ class Guard:
                 await self._inner(scope, receive, guarded)
         except SlowReaderError:
             log.debug("a browser stopped reading; its request is dropped")
+        finally:
+            self._answering[visitor] -= 1
+            if not self._answering[visitor]:
+                del self._answering[visitor]
 
     def _refusal(self, scope: Scope) -> tuple[int, str] | None:
         """A status and why, or None."""
+        if len(scope["path"]) + len(scope["query_string"]) > MAX_TARGET:
+            return 414, f"An address has at most {MAX_TARGET} bytes."
+        if sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEADERS:
+            return 431, f"The headers have at most {MAX_HEADERS} bytes."
         headers, method = Headers(scope=scope), scope["method"]
         hosts = headers.getlist("host")
         if len(hosts) != 1 or not self._origins.has_host(hosts[0]):
@@ -167,6 +185,8 @@ class Guard:
             return 403, "This request comes from another site."
         if method == "POST":
             return self._refused_write(headers, origin)
+        if scope["path"].startswith(LIVE) and method != "GET":
+            return 405, "A stream has no head alone."
         if scope["path"].startswith(LIVE) and origin is None and headers.get("sec-fetch-site") != "same-origin":
             return 403, "A stream is for this page's own script."
         return None
@@ -176,6 +196,8 @@ class Guard:
             return 403, "A change needs the header Origin, which browsers send."
         if headers.get("content-type", "").partition(";")[0].strip().lower() != _FORM:
             return 415, "A change is a form."
+        if "transfer-encoding" in headers:
+            return 411, "A change says how long it is, and comes whole."
         length = headers.get("content-length", "")
         if not (length.isascii() and length.isdigit() and len(length) < 10):
             return 411, "A change says how long it is."

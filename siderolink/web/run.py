@@ -119,6 +119,23 @@ class _Server(uvicorn.Server):
         """Signals are for whoever runs `serve_page`."""
         yield
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """As uvicorn's, but who begins no TLS in time is dropped."""
+        config, loop = self.config, asyncio.get_running_loop()
+        patience = None if config.ssl is None else REQUEST_SECONDS
+
+        def protocol() -> Any:
+            made: Any = config.http_protocol_class
+            return made(config=config, server_state=self.server_state, app_state=self.lifespan.state)
+
+        self.servers = [
+            await loop.create_server(
+                protocol, sock=sock, ssl=config.ssl, backlog=config.backlog, ssl_handshake_timeout=patience
+            )
+            for sock in sockets or ()
+        ]
+        self.started = True
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._on_stop()
         await super().shutdown(sockets)

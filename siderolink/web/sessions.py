@@ -17,8 +17,12 @@ COOKIE: Final = "__Host-siderolink"
 LIFETIME: Final = 12 * 3600.0
 IDLE: Final = 30 * 60.0
 MAX_SESSIONS: Final = 1000
+MAX_SESSIONS_PER_ACTOR: Final = 20
+"""So that nobody ends others' sessions by beginning many."""
 MAX_STREAMS: Final = 12
 """Live pages of one session."""
+MAX_STREAMS_PER_ACTOR: Final = 36
+"""Live pages of all sessions of one API key."""
 MAX_SIGN_INS: Final = 32
 MAX_SIGN_INS_PER_SOURCE: Final = 4
 """Keys that are being checked at once: a wrong one is answered late."""
@@ -75,12 +79,17 @@ class Sessions:
         """A new session, and its cookie's value. Where there are too many, the one that was used the longest ago is ended."""
         now = self._clock()
         self.expire()
+        while len(own := self._of(actor)) >= MAX_SESSIONS_PER_ACTOR:
+            self.end(min(own, key=_used_at))
         while len(self._by_digest) >= MAX_SESSIONS:
-            self.end(min(self._by_digest.values(), key=lambda one: one.used_at))
+            self.end(min(self._by_digest.values(), key=_used_at))
         cookie = secrets.token_urlsafe(32)
         session = Session(key=key, actor=actor, role=role, source=source, created_at=now, used_at=now)
         self._by_digest[_digest(cookie)] = session
         return cookie, session
+
+    def _of(self, actor: str) -> list[Session]:
+        return [one for one in self._by_digest.values() if one.actor == actor]
 
     def find(self, cookie: str | None, source: str, *, is_use: bool = True) -> Session | None:
         """The session of a cookie; without `is_use` its idle time goes on. A cookie from another source than its session's ends
@@ -131,6 +140,8 @@ class Sessions:
         """A scope that is cancelled when the session ends. Raises TooManyError."""
         if len(session.scopes) >= MAX_STREAMS:
             raise TooManyError(f"a session has at most {MAX_STREAMS} live pages")
+        if sum(len(one.scopes) for one in self._of(session.actor)) >= MAX_STREAMS_PER_ACTOR:
+            raise TooManyError(f"an API key has at most {MAX_STREAMS_PER_ACTOR} live pages")
         with anyio.CancelScope() as scope:
             session.scopes.add(scope)
             try:
@@ -150,6 +161,10 @@ class Sessions:
             self._signing_in[source] -= 1
             if not self._signing_in[source]:
                 del self._signing_in[source]
+
+
+def _used_at(session: Session) -> float:
+    return session.used_at
 
 
 def _network(source: str) -> str:

@@ -10,6 +10,7 @@ from markupsafe import Markup, escape
 from siderolink.common.text import one_line, printable
 
 LONGEST: Final = 4096
+_SHORT: Final = 160
 _SIZES: Final = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 
 
@@ -63,6 +64,11 @@ def labels(found: dict[str, str]) -> str:
     return ", ".join(f"{key}={value}" if value else key for key, value in sorted(found.items()))
 
 
+def short(text: str) -> str:
+    """What fits into a row of a list."""
+    return text if len(text) <= _SHORT else f"{text[: _SHORT - 1]}…"
+
+
 def block(text: str) -> Markup:
     """Text of several lines."""
     return Markup(escape(printable(text)))
@@ -86,6 +92,6 @@ def make_environment() -> jinja2.Environment:
         lstrip_blocks=True,
         auto_reload=False,
     )
-    for given in (moment, timestamp, size, rate, number, seconds, labels, block):
+    for given in (moment, timestamp, size, rate, number, seconds, labels, short, block):
         environment.filters[given.__name__] = given
     return environment

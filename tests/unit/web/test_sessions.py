@@ -46,9 +46,9 @@ def test_there_are_only_so_many() -> None:
     clock = Clock()
     sessions = Sessions(clock)
     first, _ = sessions.begin("slk_x", "alice", "viewer", "192.0.2.1")
-    for _ in range(MAX_SESSIONS):
+    for number in range(MAX_SESSIONS):
         clock.now += 0.001
-        sessions.begin("slk_x", "alice", "viewer", "192.0.2.1")
+        sessions.begin("slk_x", f"user-{number}", "viewer", "192.0.2.1")
     assert (len(sessions), sessions.find(first, "192.0.2.1")) == (MAX_SESSIONS, None)
     with pytest.raises(TooManyError):
         _nested(sessions, MAX_SIGN_INS_PER_SOURCE + 1)
