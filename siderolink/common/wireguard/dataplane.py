@@ -15,7 +15,6 @@ from siderolink.common.wireguard.noise.messages import TRANSPORT_OVERHEAD
 from siderolink.common.wireguard.noise.peer import Path as EnginePath
 from siderolink.common.wireguard.noise.rates import rows_within
 from siderolink.common.wireguard.packets.buffers import round_up
-from siderolink.common.wireguard.packets.gather import place_packet
 from siderolink.common.wireguard.packets.headers import PLAIN_VNET_HEADER, UDP, VNET_SIZE, Gso, address_pair
 from siderolink.common.wireguard.packets.parts import PacketInterface, RowFunctions, SmallPacketGatherer, SuperPacketSplitter
 from siderolink.common.wireguard.packets.seal import find_runs
@@ -66,7 +65,7 @@ class DataPlane:
         self._refusals = TokenBucket(REFUSALS_PER_SECOND, REFUSALS_PER_SECOND)
 
     def _set_mtu(self, mtu: int) -> None:
-        self._alone = memoryview(bytearray(round_up(mtu)))
+        self._row_bytes = round_up(mtu)
         self._splitter = self._rows.splitter(mtu)
         self._gatherer = self._rows.gatherer(mtu)
         self._collector: SuperPacketSplitter | SmallPacketGatherer = self._gatherer
@@ -96,7 +95,7 @@ class DataPlane:
             if count == MAX_READS or size >= MAX_BYTES or self._is_blocked:
                 break  # decided before the next read, because every frame read must be sent
             frame, added = self._read_on(MAX_READS - count)
-            size, count = size + added * len(self._alone), count + added
+            size, count = size + added * self._row_bytes, count + added
         self._leave_peer(now)
         self.drain(now)
 
@@ -122,12 +121,12 @@ class DataPlane:
         peer = self._find_peer(frame, pair)
         if peer is None:
             return True
+        path = _device_path(peer.path)
         try:
-            length = place_packet(frame, self._alone, self._engine.mtu)
+            packets = self._gatherer.single(frame, 0 if path is None else path.headroom)
         except MalformedFrame:
             self._engine.drop(Drop.OUTBOUND_MALFORMED)
             return True
-        packets = Packets.single(self._alone[:length])
         if peer.outbound_rates is not None and self._engine.can_send(peer, now) and self._within(peer, packets, now) is None:
             return True  # what is staged is charged when it is sent
         sealed = self._engine.seal(peer, packets, now)
@@ -179,7 +178,10 @@ class DataPlane:
     def _find_peer(self, frame: memoryview, pair: bytes) -> Peer | None:
         """The peer that a packet goes to; None if it was dropped and counted."""
         half = len(pair) // 2
-        peer = self._engine.find_peer(pair[:half], pair[half:])
+        destination = pair[half:]
+        peer = self._engine.find_peer(pair[:half], destination)
+        if peer is not None and not peer.is_passive and (peer.path is None or not peer.path.source.startswith(destination)):
+            return peer
         if peer is None and self._engine.allowed_ips.may_leave(pair[:half]):
             self._reply_unreachable(frame)
         if peer is not None and peer.is_passive:
@@ -258,12 +260,13 @@ class DataPlane:
 
     def drain(self, now: float) -> None:
         """Empty the engine's output: send its datagrams, send staged packets, emit its events."""
-        if self._engine.output:
+        if self._engine.output.is_waiting:
             self._drain(now)
         self._on_drained(now)
 
     def _drain(self, now: float) -> None:
         output = self._engine.output
+        output.is_waiting = False
         ready = output.take_ready()
         while ready:
             for peer in ready:

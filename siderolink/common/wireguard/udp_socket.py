@@ -131,6 +131,7 @@ class UdpSocket:
         self._waiting: list[Callable[[], None]] = []
         self._paths: dict[tuple[_SocketAddress, bytes], UdpPath] = {}
         self._data = memoryview(bytearray(MAX_BYTES + (1 << 16)))
+        self._buffers = (self._data,)
         self._cache = RowCache(self._data)
         self._control_size = socket.CMSG_SPACE(4) + socket.CMSG_SPACE(20)
         _set_options(sock, gro=gso)
@@ -183,12 +184,17 @@ class UdpSocket:
 
     def _on_readable(self) -> None:
         """Receive what is waiting, up to a limit. Datagrams of one length from one sender become one batch."""
+        now = self._loop.time()
+        is_alone, self._read_at = now - self._read_at >= QUIET_INTERVAL, now
+        if not is_alone:
+            self._read_batches()
+        elif (taken := self._receive_into(0)) is not None:
+            self._deliver(*taken)
+
+    def _read_batches(self) -> None:
         filled = stride = 0
         path: UdpPath | None = None
-        now = self._loop.time()
-        reads = MAX_READS if now - self._read_at < QUIET_INTERVAL else 1
-        self._read_at = now
-        for _ in range(reads):
+        for _ in range(MAX_READS):
             taken = self._receive_into(filled)
             if taken is None:
                 break
@@ -210,9 +216,10 @@ class UdpSocket:
 
     def _receive_into(self, filled: int) -> tuple[int, int, UdpPath] | None:
         """Receive into the buffer behind `filled` bytes. Returns size, stride and path; None if nothing is waiting."""
+        buffers = (self._data[filled:],) if filled else self._buffers
         for _ in range(MAX_READS):
             try:
-                size, controls, _, address = self._sock.recvmsg_into((self._data[filled:],), self._control_size)
+                size, controls, _, address = self._sock.recvmsg_into(buffers, self._control_size)
             except (BlockingIOError, InterruptedError):
                 return None
             except OSError:  # caused by an earlier send; the socket still works
@@ -249,8 +256,23 @@ class UdpSocket:
             self.drops[Drop.SEND_FAILED] += datagrams.count
         elif self._pending is not None:
             self.drops[Drop.SEND_BUFFER_FULL] += datagrams.count
-        else:
+        elif datagrams.count > 1 or not self._send_single(datagrams.data, path):
             self._send(datagrams, path)
+
+    def _send_single(self, datagram: memoryview, path: UdpPath) -> bool:
+        """Send one datagram from the address that was written to; False, and nothing was sent, where that is not all there is
+        to do.
+        """
+        if path.local_end is None or self._routes is None or path is self._suspect:
+            return False
+        control = path.local_end.check(self._routes, self._mark)
+        if control is None:
+            return False
+        try:
+            self._sock.sendmsg((datagram,), (control,), 0, path.address)
+        except OSError:  # `_send` meets it again, and knows what follows from it
+            return False
+        return True
 
     def _send(self, datagrams: Datagrams, path: UdpPath) -> None:
         data, stride, sent = datagrams.data, datagrams.stride, 0

@@ -76,6 +76,8 @@ class Engine:
             initiate=self.initiate,
             on_confirmed=self._confirmed,
         )
+        self.earliest_deadline = self._deadlines.earliest
+        """Like `next_deadline`, but perhaps too early, and so cheap that it may be asked after every packet."""
         self.find_peer, self.can_send = traffic.find_peer, traffic.can_send
         self.seal, self.stage, self.send_keepalive = traffic.seal, traffic.stage, traffic.send_keepalive
 
@@ -187,10 +189,6 @@ class Engine:
     def next_deadline(self) -> float:
         """When `handle_timers` is due, on the caller's clock; infinity without a deadline."""
         return self._deadlines.next_at()
-
-    def earliest_deadline(self) -> float:
-        """Like `next_deadline`, but perhaps too early, and so cheap that it may be asked after every packet."""
-        return self._deadlines.earliest()
 
     def handle_timers(self, now: float) -> None:
         """Do what is due."""

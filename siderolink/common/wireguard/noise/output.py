@@ -113,18 +113,16 @@ Event = SessionEstablished | PeerRoamed | HandshakeTimedOut | PeerUnresponsive
 class Output:
     """Filled by the engine, emptied by its owner after each call into the engine."""
 
-    __slots__ = ("_datagrams", "_events", "_ready", "drops")
+    __slots__ = ("_datagrams", "_events", "_ready", "drops", "is_waiting")
 
     def __init__(self) -> None:
         self._datagrams: list[tuple[Path, bytes]] = []
         self._events: list[Event] = []
         self._ready: list[Peer] = []
+        self.is_waiting = False
+        """Whether there may be anything to take; whoever takes all clears it."""
         self.drops: Counter[Drop] = Counter()
         """How often each reason to drop something came up."""
-
-    def __bool__(self) -> bool:
-        """Whether there is anything to take."""
-        return bool(self._datagrams or self._events or self._ready)
 
     def drop(self, reason: Drop, count: int = 1) -> None:
         if count:
@@ -132,13 +130,16 @@ class Output:
 
     def send(self, path: "Path", datagram: bytes) -> None:
         self._datagrams.append((path, datagram))
+        self.is_waiting = True
 
     def announce(self, event: Event) -> None:
         self._events.append(event)
+        self.is_waiting = True
 
     def release(self, peer: "Peer") -> None:
         """The peer's staged packets can be sent now."""
         self._ready.append(peer)
+        self.is_waiting = True
 
     def take_datagrams(self) -> "list[tuple[Path, bytes]]":
         """Handshake messages, keepalives and single data messages to send."""

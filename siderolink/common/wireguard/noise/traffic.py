@@ -41,7 +41,10 @@ class Traffic:
 
     def find_peer(self, source: bytes, destination: bytes) -> Peer | None:
         """The peer of a packet from the interface. None, and counted as a drop, if there is none."""
-        found = self._routing.outbound(source, destination)
+        routing = self._routing
+        if routing.only_to is None and (peer := routing.lookup(destination)) is not None:
+            return peer
+        found = routing.outbound(source, destination)
         if isinstance(found, Drop):
             self._output.drop(found)
             return None
@@ -64,7 +67,8 @@ class Traffic:
         if counter is None:
             return None
         peer.sent_bytes += packets.size + packets.count * TRANSPORT_OVERHEAD
-        if peer.timers.data_sent(now):
+        timers = peer.timers
+        if timers.data_sent(now) and timers.new_handshake_at < peer.scheduled_at:
             self._deadlines.update(peer)
         if session.wants_rekey(now):
             self._initiate(peer, now)
@@ -172,7 +176,7 @@ class Traffic:
         if not has_data:
             session.release_ciphers()
             timers.authenticated_received(now)
-        elif timers.data_received(now):
+        elif timers.data_received(now) and timers.keepalive_at < peer.scheduled_at:
             self._deadlines.update(peer)
         # What was still under way in the last session does not lead back to where that was.
         self.heard(peer, path, size, now, may_roam=session not in peer.previous or peer.reachable_path is None)

@@ -187,6 +187,13 @@ class CompiledGatherer:
     def __len__(self) -> int:
         return self._count
 
+    def single(self, frame: memoryview, headroom: int) -> PlacedPackets:
+        """The frame's packet as a batch of one, valid until the next call: see `SmallPacketGatherer`."""
+        before = headroom + TRANSPORT_HEADER_BYTES
+        length = self._place(frame, before, len(self._buffer) - before - _TAG_BYTES)
+        assert length is not None  # it is no longer than the MTU
+        return _placed(self._buffer, 1, length, length, headroom)
+
     def add(self, frame: memoryview) -> bool:
         """Add the frame as the next row. False if it does not fit the batch: call take() first.
 
@@ -322,7 +329,9 @@ class _CompiledCipher:
     def open(self, datagrams: AnyDatagrams, first: int, count: int) -> OpenedInPlace:
         batch = cast("Datagrams", datagrams)
         data, stride = batch.data, batch.stride
-        length, last = text_lengths(batch, first, count)
+        length = last = len(data) - batch.headroom - TRANSPORT_OVERHEAD
+        if batch.count > 1 or last < 0:
+            length, last = text_lengths(batch, first, count)
         start = first * stride + batch.headroom
         if data.readonly:
             data = self._device.copied(data[start : start + (count - 1) * stride + last + TRANSPORT_OVERHEAD])
@@ -351,8 +360,14 @@ class CompiledMerger:
     def deliver(self, opened: Opened, inner_filter: InnerFilter, interface: PacketInterface) -> None:
         """Write what `merge` gives to the interface; packets between two addresses that were let in go in one call."""
         batch = cast("OpenedInPlace", opened)
-        data, frames, descriptor = batch.data, self._find(batch), interface.fileno()
+        data, frames = batch.data, self._find(batch)
         index, count = 0, len(frames)
+        if count == 1:
+            start, end, rows = frames[0]
+            if _admits(inner_filter, data[start + VNET_SIZE : end], rows):
+                interface.write((data[start:end],))
+            return
+        descriptor = interface.fileno()
         while index < count:
             start, end, rows = frames[index]
             written = 0

@@ -36,6 +36,13 @@ class Gatherer:
     def __len__(self) -> int:
         return self._count
 
+    def single(self, frame: memoryview, headroom: int) -> Packets:
+        """The frame's packet as a batch of one, valid until the next call: see `SmallPacketGatherer`."""
+        view = self._scratch.view
+        length = place_packet(frame, view, self._mtu)
+        row = view[:length]
+        return Packets(row, 1, length, length, length, (row,))
+
     def add(self, frame: memoryview) -> bool:
         """Add the frame as the next row. False if it does not fit the batch: call take() first.
 

@@ -54,6 +54,9 @@ class SmallPacketGatherer(Protocol):
 
     def __len__(self) -> int: ...
 
+    def single(self, frame: memoryview, headroom: int) -> Packets:
+        """The frame's packet, no longer than the MTU, as a batch of one; nothing may be collected then. Raises MalformedFrame."""
+
     def add(self, frame: memoryview) -> bool: ...
 
     def read_on(self, interface: PacketInterface, most: int) -> tuple[memoryview | None, int]:
