@@ -61,7 +61,7 @@ class DataPlane:
         self._pair = b""
         """The addresses of the last packet; most packets have those of the one before."""
         self._is_blocked = False
-        self._read_at = 0.0
+        self._read_at = self._delivered_at = 0.0
         self._refusals = TokenBucket(REFUSALS_PER_SECOND, REFUSALS_PER_SECOND)
 
     def _set_mtu(self, mtu: int) -> None:
@@ -238,9 +238,10 @@ class DataPlane:
 
     # From a path
 
-    def deliver(self, datagrams: Datagrams, path: Path) -> None:
-        """Process a received batch, which may mix peers and kinds of messages."""
+    def deliver(self, datagrams: Datagrams, path: Path) -> bool:
+        """Process a received batch, which may mix peers and kinds of messages. Returns whether it came after a lull."""
         now = boot_time()
+        is_alone, self._delivered_at = now - self._delivered_at > QUIET_INTERVAL, now
         if datagrams.count == 1:
             self._receive(datagrams, 0, 1, path, now)
         elif datagrams.stride - datagrams.headroom < TRANSPORT_OVERHEAD:
@@ -250,11 +251,19 @@ class DataPlane:
             for run in find_runs(datagrams):
                 self._receive(datagrams, run.first, run.count, path, now)
         self.drain(now)
+        return is_alone
 
     def _receive(self, datagrams: Datagrams, first: int, count: int, path: Path, now: float) -> None:
         received = self._engine.receive(datagrams, path, now, first=first, count=count)
-        if received is not None:
-            self._merger.deliver(*received, self._interface)
+        if received is None:
+            return
+        opened, inner_filter = received
+        if count > 1:
+            self._merger.deliver(opened, inner_filter, self._interface)
+            return
+        packet = opened.row(0)
+        if opened.good[0] and len(packet) and (header := inner_filter.admit(packet)) is not None:
+            self._interface.write((PLAIN_VNET_HEADER, packet[: header[1]]))
 
     # After each call
 

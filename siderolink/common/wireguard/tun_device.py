@@ -11,7 +11,7 @@ from siderolink.common.errors import DeviceError, InterfaceInUseError
 from siderolink.common.netlink import NetworkLink, call_in
 from siderolink.common.wireguard.device import DeviceConfig, InterfaceLost, OnDeviceEvent, OpenPorts
 from siderolink.common.wireguard.interface_rules import InterfaceRules
-from siderolink.common.wireguard.path import Path
+from siderolink.common.wireguard.path import Datagrams, Path
 from siderolink.common.wireguard.tun import Tun, TunDrop, fitting_gso_max_size
 from siderolink.common.wireguard.tun_monitor import TunMonitor
 from siderolink.common.wireguard.uapi.server import serve_uapi
@@ -78,6 +78,11 @@ class TunDevice(UserspaceDevice):
         if self._monitor is not None:
             self._monitor.close()
             self._monitor = None
+
+    def deliver(self, datagrams: Datagrams, path: Path) -> None:
+        """See `UserspaceDevice`. What the host answers by itself waits already when it has been given a packet: it goes at once."""
+        if self.is_passing and self.plane.deliver(datagrams, path) and self._is_reading:
+            self._readable()
 
     async def set_open_ports(self, open_ports: OpenPorts) -> None:
         await self._rules.set(isolate=False, open_ports=open_ports)

@@ -161,12 +161,10 @@ class Engine:
 
         Returns decrypted packets, good until the next call, and the filter which says what of them may be passed on.
         """
-        if count > 1:
-            return self._traffic.open(datagrams, first, count, path, now)
         datagram = datagrams.row(first)
-        kind = messages.message_type(datagram)
+        kind = messages.TRANSPORT if count > 1 else messages.message_type(datagram)
         if kind == messages.TRANSPORT:
-            return self._traffic.open(datagrams, first, 1, path, now)
+            return self._traffic.open(datagrams, first, count, messages.receiver_index(datagram), path, now)
         if kind == 0:
             self.output.drop(Drop.MALFORMED)
         else:

@@ -52,8 +52,6 @@ class ReplayWindow:
     def accept_run(self, counters: list[int]) -> list[bool] | None:
         """Mark a batch in one operation where the counters rise by one; None when all are accepted."""
         count = len(counters)
-        if count == 1:
-            return None if self.accept(counters[0]) else [False]
         first, last = counters[0], counters[-1]
         gap = first - self._newest
         if gap > 0 and last - first == count - 1 and last < REJECT_AFTER_MESSAGES and _rises_by_one(counters, first):

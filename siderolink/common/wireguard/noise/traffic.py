@@ -4,7 +4,7 @@ from collections.abc import Callable
 from functools import partial
 
 from .exchange import Indices
-from .messages import TRANSPORT_OVERHEAD, receiver_index
+from .messages import TRANSPORT_OVERHEAD
 from .output import Drop, Output, PeerRoamed, SessionEstablished
 from .peer import Path, Peer
 from .rates import Buckets, rows_within
@@ -121,12 +121,14 @@ class Traffic:
 
     # In
 
-    def open(self, datagrams: Datagrams, first: int, count: int, path: Path, now: float) -> tuple[Opened, InnerFilter] | None:
-        """Decrypt `count` data messages that name one session, from row `first` on; None if not one of them is accepted.
+    def open(
+        self, datagrams: Datagrams, first: int, count: int, receiver: int, path: Path, now: float
+    ) -> tuple[Opened, InnerFilter] | None:
+        """Decrypt `count` data messages to one receiver index, from row `first` on; None if not one of them is accepted.
 
         Rows with a bad tag or a spent counter are marked as not good. The filter decides on the inner packets of the others.
         """
-        session = self._indices.session(receiver_index(datagrams.row(first)))
+        session = self._indices.session(receiver)
         refusal = _session_refusal(session, path, now)
         if refusal is not None or session is None:
             self._output.drop(refusal or Drop.UNKNOWN_RECEIVER, count)
@@ -154,7 +156,10 @@ class Traffic:
         good, count = opened.good, opened.count
         bad = good.count(False)
         if not bad:
-            fresh = session.replay.accept_run(opened.counters)
+            if count == 1:
+                fresh = None if session.replay.accept(opened.counters[0]) else [False]
+            else:
+                fresh = session.replay.accept_run(opened.counters)
             if fresh is None:
                 return count
             opened.good = fresh

@@ -362,11 +362,6 @@ class CompiledMerger:
         batch = cast("OpenedInPlace", opened)
         data, frames = batch.data, self._find(batch)
         index, count = 0, len(frames)
-        if count == 1:
-            start, end, rows = frames[0]
-            if _admits(inner_filter, data[start + VNET_SIZE : end], rows):
-                interface.write((data[start:end],))
-            return
         descriptor = interface.fileno()
         while index < count:
             start, end, rows = frames[index]
