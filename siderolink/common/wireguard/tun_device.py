@@ -80,7 +80,7 @@ class TunDevice(UserspaceDevice):
             self._monitor = None
 
     def deliver(self, datagrams: Datagrams, path: Path) -> None:
-        """See `UserspaceDevice`. What the host answers by itself waits already when it has been given a packet: it goes at once."""
+        """See `UserspaceDevice`. What the host answers by itself waits when the packet has been written: it leaves at once."""
         if self.is_passing and self.plane.deliver(datagrams, path) and self._is_reading:
             self._readable()
 

@@ -55,7 +55,10 @@ class SmallPacketGatherer(Protocol):
     def __len__(self) -> int: ...
 
     def single(self, frame: memoryview, headroom: int) -> Packets:
-        """The frame's packet, no longer than the MTU, as a batch of one; nothing may be collected then. Raises MalformedFrame."""
+        """The frame's packet, no longer than the MTU, as a batch of one; nothing may be collected then.
+
+        Raises MalformedFrame.
+        """
 
     def add(self, frame: memoryview) -> bool: ...
 
