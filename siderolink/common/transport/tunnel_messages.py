@@ -108,7 +108,7 @@ class TunnelReader:
             return
         chunk = pieces[0]
         if self._partial or len(pieces) > 1:
-            chunk = memoryview(b"".join((self._partial, *pieces)))
+            chunk = memoryview(bytearray().join((self._partial, *pieces)))  # writable: it is decrypted where it lies
             self._partial.clear()
         pos, end = 0, len(chunk)
         while end - pos >= _PREFIX:

@@ -133,7 +133,6 @@ class DataPlane:
         if sealed is None:
             self._engine.stage(peer, bytes(frame), now)
         else:
-            path = _device_path(sealed[0])
             path.send(cast("Datagrams", sealed[1]))
             if not path.is_writable:
                 self._on_blocked(path)

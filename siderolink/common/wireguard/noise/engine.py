@@ -162,9 +162,10 @@ class Engine:
         Returns decrypted packets, good until the next call, and the filter which says what of them may be passed on.
         """
         datagram = datagrams.row(first)
-        kind = messages.TRANSPORT if count > 1 else messages.message_type(datagram)
-        if kind == messages.TRANSPORT:
-            return self._traffic.open(datagrams, first, count, messages.receiver_index(datagram), path, now)
+        receiver = messages.receiver_index(datagram)
+        if receiver is not None:
+            return self._traffic.open(datagrams, first, count, receiver, path, now)
+        kind = messages.message_type(datagram)
         if kind == 0:
             self.output.drop(Drop.MALFORMED)
         else:

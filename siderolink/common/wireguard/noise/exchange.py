@@ -34,11 +34,13 @@ MIN_INITIATION_INTERVAL = 0.02
 class Indices:
     """The receiver indices that peers put into messages for us, each of a session or of an open initiation."""
 
-    __slots__ = ("_entropy", "_pending", "_sessions")
+    __slots__ = ("_entropy", "_pending", "_sessions", "session")
 
     def __init__(self, entropy: Entropy) -> None:
         self._entropy = entropy
         self._sessions: dict[int, Session] = {}
+        self.session: Callable[[int], Session | None] = self._sessions.get
+        """The session of an index."""
         self._pending: dict[int, Peer] = {}
 
     def fresh(self) -> int:
@@ -47,9 +49,6 @@ class Indices:
             index = int.from_bytes(self._entropy(4), "little")
             if index not in self._sessions and index not in self._pending:
                 return index
-
-    def session(self, index: int) -> Session | None:
-        return self._sessions.get(index)
 
     def pending(self, index: int) -> Peer | None:
         return self._pending.get(index)

@@ -56,6 +56,7 @@ _INITIATION = struct.Struct("<II32s48s28s16s16s")
 _RESPONSE = struct.Struct("<III32s16s16s16s")
 _COOKIE_REPLY = struct.Struct("<II24s32s")
 _TRANSPORT = struct.Struct("<IIQ")
+_KIND_AND_INDEX = struct.Struct("<II")
 _WORD = struct.Struct("<I")
 
 
@@ -109,10 +110,12 @@ def parse_cookie_reply(datagram: bytes) -> CookieReply:
     return CookieReply(receiver, nonce, cookie)
 
 
-def receiver_index(datagram: bytes | memoryview) -> int:
-    """The session that a data message names."""
-    index: int = _WORD.unpack_from(datagram, 4)[0]
-    return index
+def receiver_index(datagram: bytes | memoryview) -> int | None:
+    """The session that a data message names; None for any other message."""
+    if len(datagram) < TRANSPORT_OVERHEAD:
+        return None
+    kind, index = _KIND_AND_INDEX.unpack_from(datagram)
+    return index if kind == TRANSPORT else None
 
 
 def sender_index(datagram: bytes) -> int:

@@ -63,10 +63,11 @@ class Traffic:
         session, path = peer.current, peer.path
         if session is None or path is None or not path.is_open:
             return None
-        counter = session.reserve(packets.count, now)
+        count = packets.count
+        counter = session.reserve(count, now)
         if counter is None:
             return None
-        peer.sent_bytes += packets.size + packets.count * TRANSPORT_OVERHEAD
+        peer.sent_bytes += packets.size + count * TRANSPORT_OVERHEAD
         timers = peer.timers
         if timers.data_sent(now) and timers.new_handshake_at < peer.scheduled_at:
             self._deadlines.update(peer)

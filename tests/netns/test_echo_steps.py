@@ -1,0 +1,106 @@
+"""How many steps an echo of the host takes through a device: counted, so that it does not depend on the machine."""
+
+import sys
+from collections import Counter
+from dataclasses import dataclass, field
+from ipaddress import IPv4Address, ip_interface, ip_network
+from types import FrameType
+
+import anyio
+import pytest
+
+from siderolink.common.keys import PrivateKey
+from siderolink.common.wireguard import userspace
+from siderolink.common.wireguard.device import DeviceConfig, PeerConfig
+from siderolink.common.wireguard.packet_device import open_packet_device
+from siderolink.common.wireguard.packets import RowFunctions
+from siderolink.common.wireguard.tun_device import TunDevice
+from tests.support.netns import Namespace
+from tests.support.packets import checksum
+from tests.support.rows import IMPLEMENTATIONS, implementation
+
+HOST, PEER = "fd00::1", "fd00::2"
+ECHOES = 10
+READER = "UdpSocket._on_readable"
+SYSTEM_CALLS = {"recvmsg_into", "writev", "readv", "sendmsg"}
+MOST_CALLS = {"compiled": 70, "matrices": 80}
+"""Python functions of one echo, in and out."""
+
+
+@dataclass
+class Steps:
+    """What one turn of the loop for a readable UDP socket does."""
+
+    functions: int = 0
+    system_calls: Counter[str] = field(default_factory=Counter)
+
+
+class StepCounter:
+    """Counts while the reader of a UDP socket runs."""
+
+    def __init__(self) -> None:
+        self.turns: list[Steps] = []
+        self._reader: FrameType | None = None
+
+    def note(self, frame: FrameType, kind: str, argument: object) -> None:
+        """For sys.setprofile."""
+        if kind == "call" and self._reader is None and frame.f_code.co_qualname == READER:
+            self._reader = frame
+            self.turns.append(Steps())
+        elif kind == "return" and frame is self._reader:
+            self._reader = None
+        elif self._reader is not None and kind == "call":
+            self.turns[-1].functions += 1
+        elif self._reader is not None and kind == "c_call" and (name := getattr(argument, "__name__", "")) in SYSTEM_CALLS:
+            self.turns[-1].system_calls[name] += 1
+
+
+def echo_request(number: int) -> bytes:
+    """ICMPv6, from the peer to the host."""
+    source, destination = (ip_interface(address).ip.packed for address in (PEER, HOST))
+    body = bytes((128, 0, 0, 0, 0, 1, 0, number)) + bytes(56)
+    pseudo = source + destination + len(body).to_bytes(4) + bytes((0, 0, 0, 58))
+    body = body[:2] + checksum(pseudo + body).to_bytes(2) + body[4:]
+    return bytes((0x60, 0, 0, 0)) + len(body).to_bytes(2) + bytes((58, 64)) + source + destination + body
+
+
+async def answer(rows: RowFunctions, patch: pytest.MonkeyPatch) -> list[Steps]:
+    """The turns in which the host's device passed an echo request on, after its handshake."""
+    patch.setattr(userspace, "row_functions", lambda: rows)
+    keys = PrivateKey.generate(), PrivateKey.generate()
+    sent, received = anyio.create_memory_object_stream[bytes](100)
+    configs = [
+        DeviceConfig(name=name, private_key=key, addresses=(ip_interface(f"{address}/64"),), mtu=1280)
+        for name, key, address in zip(("sltest0", "peer"), keys, (HOST, PEER), strict=True)
+    ]
+    counter = StepCounter()
+    with sent, received:
+        async with (
+            TunDevice.open(configs[0], lambda event: None) as device,
+            open_packet_device(configs[1], sent.send_nowait) as peer,
+        ):
+            await device.set_peer(PeerConfig(public_key=peer.public_key, allowed_ips=(ip_network(f"{PEER}/128"),)))
+            endpoint = (IPv4Address("127.0.0.1"), device.listen_port or 0)
+            await peer.set_peer(PeerConfig(public_key=device.public_key, allowed_ips=(ip_network("::/0"),), endpoint=endpoint))
+            with anyio.fail_after(60):
+                for number in range(ECHOES + 2):  # the first ones make a session, and its path
+                    await anyio.sleep(0.01)  # longer than a packet counts as one of a batch
+                    if number == 2:
+                        sys.setprofile(counter.note)
+                    peer.send(echo_request(number))
+                    while not (packet := await received.receive()).startswith(b"\x60") or packet[40] != 129:
+                        pass
+                sys.setprofile(None)
+    return [steps for steps in counter.turns if steps.system_calls["writev"]]
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_an_echo_of_the_host_is_one_turn_with_four_system_calls(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One receive, one write, one read and one send: nothing is waited for between the request and what the host answers."""
+    with Namespace("echo") as namespace, namespace.portal() as portal:
+        namespace.run(["ip", "link", "set", "lo", "up"])
+        turns = portal.call(answer, implementation(name), monkeypatch)
+    assert len(turns) == ECHOES
+    for steps in turns:
+        assert steps.system_calls == dict.fromkeys(SYSTEM_CALLS, 1)
+        assert steps.functions <= MOST_CALLS[name]
