@@ -74,6 +74,12 @@ def not_to_network(network: IPv6Network) -> Match:
     return _address(network, offset=24, operation=Cmp.NFT_CMP_NEQ)
 
 
+def ipv6_address(side: Literal["source", "destination"]) -> Match:
+    """IPv6 packets, with that address loaded into the register."""
+    is_ipv6 = [_meta(Meta.NFT_META_NFPROTO), _compare(Cmp.NFT_CMP_EQ, struct.pack("B", NFPROTO_IPV6))]
+    return [*is_ipv6, _payload(_NETWORK_HEADER, 8 if side == "source" else 24, 16)]
+
+
 def ipv4() -> Match:
     return [_meta(Meta.NFT_META_NFPROTO), _compare(Cmp.NFT_CMP_EQ, struct.pack("B", NFPROTO_IPV4))]
 

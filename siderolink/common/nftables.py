@@ -12,7 +12,7 @@ import re
 import socket
 import struct
 import threading
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -36,7 +36,7 @@ from pyroute2.nftables.expressions import genex
 
 from siderolink.common.errors import SideroLinkError
 from siderolink.common.netlink import NetlinkRefusal, RequestSocket, call_in
-from siderolink.common.netlink.messages import ERROR, attribute, encode, error_of, parse
+from siderolink.common.netlink.messages import ERROR, attribute, attributes, encode, error_of, parse, text, values
 from siderolink.common.netlink.sockets import NETFILTER
 from siderolink.common.nft_matches import Match
 
@@ -55,6 +55,8 @@ _NEW = NLM_F_CREATE | NLM_F_EXCL
 _RECEIVE_BYTES = 64 * 1024
 _FLAGS_AT = 6  # in nlmsghdr; the message's number follows
 _GET_TABLE = NFNL_SUBSYS_NFTABLES << 8 | 1
+_GET_RULES = NFNL_SUBSYS_NFTABLES << 8 | 7
+_CHAIN, _EXPRESSIONS, _NAME, _DATA, _PACKETS = 2, 4, 1, 2, 2
 _TABLE_NAME, _TABLE_FLAGS, _USERDATA = 1, 2, 6
 _NFGENMSG_BYTES = 4
 _COMMENT = b"made by siderolink\0"
@@ -114,15 +116,24 @@ class Table:
         self._socket.bind((0, 0))
         self._requests = RequestSocket(NETFILTER)
 
-    async def replace(self, chains: Sequence[Chain], parts: Sequence[Part] = ()) -> None:
-        """Replace all that the table holds by these rules.
+    async def replace(self, chains: Sequence[Chain], parts: Sequence[Part] = (), named: Sequence[bytes] = ()) -> None:
+        """Replace all that the table holds by these rules; `named` are messages that make what they name (nft_limits).
 
         Raises SideroLinkError if the kernel refuses them; the previous rules then stay.
         """
         # A transaction waits until no packet is in the old rules any more, so it runs outside the event loop.
         with anyio.CancelScope(shield=True):
             async with self._turns:
-                await to_thread.run_sync(self._replace, chains, parts)
+                await to_thread.run_sync(self._replace, chains, parts, named)
+
+    async def change(self, messages: Callable[[], Sequence[bytes]]) -> None:
+        """Carry out what the function returns, which runs in a thread, in one transaction.
+
+        Raises SideroLinkError if the kernel refuses any of it; nothing is changed then.
+        """
+        with anyio.CancelScope(shield=True):
+            async with self._turns:
+                await to_thread.run_sync(self._change, messages)
 
     async def close(self) -> None:
         """Remove the table."""
@@ -137,13 +148,19 @@ class Table:
             self._socket.close()
             self._requests.close()
 
-    def _replace(self, chains: Sequence[Chain], parts: Sequence[Part]) -> None:
+    def _change(self, messages: Callable[[], Sequence[bytes]]) -> None:
+        with self._lock:
+            problem = self._try(messages())
+        if problem:
+            raise SideroLinkError(f"the change of the firewall table {self._name!r} was refused: {os.strerror(problem)}")
+
+    def _replace(self, chains: Sequence[Chain], parts: Sequence[Part], named: Sequence[bytes]) -> None:
         with self._lock:
             if not chains:
                 problem = self._remove() if self._exists else 0
                 self._exists = self._is_ours = False
             else:
-                problem = self._put(list(_content(self._name, chains, parts)))
+                problem = self._put([*named, *_content(self._name, chains, parts)])
                 self._exists = self._exists or not problem
                 self._is_ours = self._is_ours or not problem
         if problem == errno.EPERM and os.geteuid() == 0:
@@ -231,6 +248,31 @@ async def firewall(
         yield held
     finally:
         await held.close()
+
+
+def read_rule_counters(requests: RequestSocket, table: str) -> list[tuple[str, int]]:
+    """The chain and the packets of each counter in a table's rules; none where it cannot be read."""
+    found: list[tuple[str, int]] = []
+    try:
+        requests.begin_dump(_GET_RULES, bytes([NFPROTO_INET, 0, 0, 0]) + attribute(1, table.encode() + b"\0"))
+        is_last = False
+        while not is_last:
+            part = requests.next_part()
+            is_last = part.is_last
+            for message in part.messages:
+                fields = message.values(_NFGENMSG_BYTES)
+                found += [(text(fields.get(_CHAIN, b"")), count) for count in _packets(fields.get(_EXPRESSIONS, b""))]
+    except NetlinkRefusal:
+        pass
+    return found
+
+
+def _packets(expressions: bytes) -> Iterator[int]:
+    """The counters of one rule."""
+    for _, start, end in attributes(expressions):
+        fields = values(expressions, start, end)
+        if text(fields.get(_NAME, b"")) == "counter":
+            yield int.from_bytes(values(fields.get(_DATA, b"")).get(_PACKETS, b""), "big")
 
 
 # netlink messages

@@ -214,6 +214,7 @@ class Composition:
         options = self._options
         tasks.start_soon(fleet.monitor.watch)
         tasks.start_soon(keep_running, "writing when machines were heard", fleet.last_seen.run)
+        tasks.start_soon(keep_running, "watching limits", fleet.limits.run)
         if fleet.membership is not None and fleet.owners is not None:
             tasks.start_soon(keep_running, "writing heartbeats", fleet.membership.run)
             tasks.start_soon(keep_running, "taking links", fleet.owners.run)
@@ -259,6 +260,7 @@ class Composition:
             interface=device.name,
             namespace=self._options.namespace,
         ) as reports:
+            fleet.limits.report_drops = reports.limit_drops
             yield reports
 
     def _open_ports(self, reports: Reports | None) -> list[OverlayPort] | None:
@@ -360,6 +362,7 @@ class Composition:
             reports,
             partial(open_machine_port, source=self._address, interface=device.name, namespace=self._options.namespace),
             partial(self._options.join_url, port=api_port),
+            limits=fleet.limits,
             owner_of=lambda machine_id: None if fleet.owners is None else fleet.owners.owner_of(machine_id),
             open_api=partial(open_machine_api, namespace=self._options.namespace, answer_bytes=ANSWER_BYTES),
         )

@@ -88,6 +88,12 @@ class ServerCounters:
     """Open tunnel streams."""
     queued_bytes: int
     """Data waiting for room in them."""
+    limit_drops: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    """What machines' own limits dropped, by machine's id and limit's name; of machines with any."""
+    limits_biting: Mapping[str, int] = field(default_factory=dict)
+    """How many machines each limit bites now."""
+    limited_machines: int = 0
+    """How many machines any of their limits bites now."""
     device: DeviceCounters
     store: StoreCounters
     reports: ReportCounters | None
@@ -123,6 +129,9 @@ async def read_counters(parts: Parts, events: EventHub, store: MeasuredStore) ->
         connections=parts.api.connections,
         streams=links.streams,
         queued_bytes=links.queued_bytes,
+        limit_drops=parts.fleet.limits.all_dropped(),
+        limits_biting=parts.fleet.limits.bitten(),
+        limited_machines=parts.fleet.limits.bitten_machines(),
         device=await parts.device.counters(),
         store=store.counters(),
         reports=None if parts.reports is None else _count_reports(parts.reports),

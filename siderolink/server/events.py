@@ -3,7 +3,7 @@
 import logging
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from siderolink.common.keys import PublicKey
@@ -134,6 +134,27 @@ class AdmissionChanged:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LimitReached:
+    """One of a machine's own limits began to drop what it sends or is sent."""
+
+    machine: Machine
+    limit: str
+    """By what name the drops are counted (docs/drops.md)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LimitOver:
+    """That limit has dropped nothing for a minute."""
+
+    machine: Machine
+    limit: str
+    dropped: int
+    """Packets, lines, events or connections, since LimitReached."""
+    seconds: float
+    """For how long it dropped some."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EventsLost:
     """This reader was too slow; the oldest `count` events were dropped."""
 
@@ -150,6 +171,8 @@ ServerEvent = (
     | ClaimRefused
     | UniqueTokenBound
     | AdmissionChanged
+    | LimitReached
+    | LimitOver
     | EventsLost
 )
 
@@ -185,12 +208,16 @@ def _kind(event: ServerEvent) -> str:
             return str(reason)
         case MachineRekeyed(basis=basis):
             return basis
+        case LimitReached(limit=limit) | LimitOver(limit=limit):
+            return limit
         case _:
             return ""
 
 
 # --- events in words
 
+LIMIT_BURST = 20
+"""Limits of one name that began or ceased to bite, logged one by one within ten seconds."""
 REFUSAL_BURST = 20
 """Refused joins, for each reason, that are logged one by one within ten seconds."""
 
@@ -226,6 +253,13 @@ def describe_event(event: ServerEvent) -> Description:
             return _refused(event)
         case MachineRekeyed() | ClaimRefused() | UniqueTokenBound() | AdmissionChanged():
             return _identity_event(event)
+        case LimitReached(machine=machine, limit=limit):
+            found = _of_machine(machine, "limited", f"{machine.overlay_address}: {limit}", limit=limit)
+            return replace(found, sample=(f"limited: {limit}", LIMIT_BURST))
+        case LimitOver(machine=machine, limit=limit):
+            text = f"{machine.overlay_address}: {limit}, {event.dropped} dropped in {event.seconds:.0f} s"
+            found = _of_machine(machine, "limit over", text, limit=limit, dropped=event.dropped)
+            return replace(found, sample=(f"limit over: {limit}", LIMIT_BURST))
         case EventsLost(count=count):
             return Description(name="events lost", text=str(count), level=logging.WARNING)
 

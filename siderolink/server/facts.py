@@ -6,7 +6,7 @@ from collections.abc import Callable
 from importlib.metadata import version
 
 from siderolink.common.addressing import server_address
-from siderolink.common.pb.siderolink.admin.v1 import Check, FleetServer, ServerInfo, ServerStatus
+from siderolink.common.pb.siderolink.admin.v1 import Check, FleetServer, ServerInfo, ServerLimits, ServerStatus
 from siderolink.server.composition import Parts
 from siderolink.server.counters import check_health, drops, read_counters
 from siderolink.server.events import EventHub, EventStream
@@ -101,5 +101,19 @@ class Facts:
             sent_bytes=counters.device.sent_bytes,
             drops=drops(parts),
             refusals=dict(refusals),
+            limits=self._limits(counters.limited_machines),
             checks=[Check(name=check.name, is_healthy=check.is_good, detail=check.text) for check in checks],
+        )
+
+    def _limits(self, limited: int) -> ServerLimits:
+        limits, reports = self._options.limits, self._options.reports
+        return ServerLimits(
+            max_machines=limits.max_machines,
+            rate_rx=limits.rx_bits_per_second or None,
+            rate_tx=limits.tx_bits_per_second or None,
+            machine_rate_rx=limits.machine_rx_bits_per_second or None,
+            machine_rate_tx=limits.machine_tx_bits_per_second or None,
+            lines_per_second=0 if reports is None else reports.lines_per_second,
+            events_per_second=0 if reports is None else reports.events_per_second,
+            limited_machines=limited,
         )

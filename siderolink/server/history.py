@@ -26,6 +26,8 @@ from siderolink.server.events import (
     EventStream,
     HandshakeCompleted,
     JoinRefused,
+    LimitOver,
+    LimitReached,
     LinkDown,
     MachineJoined,
     MachineLeft,
@@ -151,6 +153,19 @@ class _Waiting:
         return [(happening, *self._found.pop(happening)) for happening in list(islice(self._found, most))]
 
 
+def _change_of(event: UniqueTokenBound | AdmissionChanged | LimitReached | LimitOver) -> tuple[HistoryKind, str, str]:
+    """Kind, detail and source of the entry for an event that leaves the link as it is."""
+    match event:
+        case UniqueTokenBound(source=source):
+            return HistoryKind.BOUND, "its unique token", source or ""
+        case AdmissionChanged(machine=machine):
+            return HistoryKind.ADMISSION, str(machine.admission), ""
+        case LimitReached(limit=limit):
+            return HistoryKind.LIMITED, limit, ""
+        case LimitOver(limit=limit):
+            return HistoryKind.LIMIT_OVER, f"{limit}: {event.dropped} dropped in {event.seconds:.0f} s", ""
+
+
 class History:
     """Records events of machines, and answers queries about them."""
 
@@ -266,10 +281,9 @@ class History:
                 self._add(
                     machine, HistoryKind.CLAIM_REFUSED, f"the machine is at {known_source or 'no address'}", source=source
                 )
-            case UniqueTokenBound(machine=machine, source=source):
-                self._add(machine, HistoryKind.BOUND, "its unique token", source=source or "")
-            case AdmissionChanged(machine=machine):
-                self._add(machine, HistoryKind.ADMISSION, str(machine.admission))
+            case UniqueTokenBound() | AdmissionChanged() | LimitReached() | LimitOver():
+                kind, detail, source = _change_of(event)
+                self._add(event.machine, kind, detail, source=source)
             case EventsLost(count=count):
                 self._lost += count
                 self._queue(_Happening(NO_MACHINE, "", HistoryKind.LOST, f"{count} events were not noted"))

@@ -22,6 +22,8 @@ class JoinRefusal(StrEnum):
     """The machine's release is too old for `join_tokens_mode` strict."""
     INVALID_JOIN_TOKEN = "invalid join token"
     """The join token is missing, overlong or not the server's, and no bound unique token admits the call either."""
+    TOKEN_FULL = "token full"
+    """As many machines as the join token admits at a time are known."""
     PROVIDER_GONE = "provider gone"
     """A signed join token names an infrastructure provider that the server does not know."""
     TOO_MANY_REFUSALS = "too many refusals"

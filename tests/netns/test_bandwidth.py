@@ -5,6 +5,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -44,6 +45,16 @@ def address(server: Served) -> str:
 def drops(server: Served) -> dict[str, int]:
     shown = json.loads(server.command(["status", "--json"]))
     return {str(name): int(count) for name, count in shown[0]["drops"].items()}
+
+
+def until_bitten(server: Served, limit: str) -> dict[str, Any]:
+    """The machine once the server has seen that this limit bites."""
+    deadline = time.monotonic() + 60
+    while True:
+        (found,) = json.loads(server.command(["machine", "list", "-o", "json"]))
+        if limit in found.get("limits_biting", ()) or time.monotonic() > deadline:
+            return dict(found)
+        time.sleep(0.5)
 
 
 def flood(sender: Namespace, receiver: Namespace, target: str, count: int) -> tuple[int, float]:
@@ -88,6 +99,9 @@ def test_what_is_beyond_a_machines_bandwidth_is_dropped_and_counted(fleet: tuple
     # padding and headers make what is counted larger than what arrives
     assert 0 < size <= BURST + seconds * 1_000_000 / 8
     assert drops(server)[reason] > before
+    assert until_bitten(server, reason)["limit_drops"][reason] > 0
+    happened = json.loads(server.command(["machine", "history", UUID, "-o", "json"]))
+    assert ("limited", reason) in {(entry["kind"], entry["detail"]) for entry in happened}
     assert "no limit" in server.command(["machine", "limit", UUID, f"--{direction}", "none"])
     counted = drops(server)[reason]
     size, _ = flood(sender, receiver, target, 200)

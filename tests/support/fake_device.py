@@ -93,6 +93,7 @@ class FakeDevice:
         """How long the host is busy with other things whenever somebody asks for a peer's status."""
         self.answering: set[PublicKey] = set()
         """Peers that answer a handshake or a ping at once."""
+        self.beyond_limits: dict[PublicKey, tuple[int, int]] = {}
         self._paths: dict[PublicKey, Path] = {}
 
     def hear(self, key: PublicKey, path: Path | None = None, *, handshake: bool = False) -> None:
@@ -122,6 +123,9 @@ class FakeDevice:
         self.given.append(peer)
         if peer.endpoint is not None and peer.persistent_keepalive and peer.public_key in self.answering:
             self.hear(peer.public_key)  # it was dialled
+
+    async def limit_drops(self) -> dict[PublicKey, tuple[int, int]]:
+        return dict(self.beyond_limits)
 
     async def remove_peer(self, public_key: PublicKey) -> None:
         self.calls.append(("remove", public_key))

@@ -106,6 +106,7 @@ COLUMNS = (
     Column[Machine]("ENDPOINT", lambda machine: machine.endpoint, is_wide=True),
     Column[Machine]("RX LIMIT", lambda machine: show_rate(machine.rate_rx, ""), is_wide=True),
     Column[Machine]("TX LIMIT", lambda machine: show_rate(machine.rate_tx, ""), is_wide=True),
+    Column[Machine]("LIMITED BY", lambda machine: ", ".join(machine.limits_biting), is_wide=True),
     Column[Machine]("TUNNEL", lambda machine: machine.tunnel, is_wide=True),
     Column[Machine]("RECEIVED", lambda machine: describe_size(machine.received_bytes), is_wide=True),
     Column[Machine]("SENT", lambda machine: describe_size(machine.sent_bytes), is_wide=True),

@@ -59,6 +59,7 @@ class TokenStateChoice(StrEnum):
     REVOKED = "revoked"
     EXPIRED = "expired"
     USED_UP = "used-up"
+    FULL = "full"
 
 
 Name = Annotated[str, typer.Argument(help="The token's name or id.", metavar="TOKEN", autocompletion=complete_tokens)]
@@ -83,6 +84,15 @@ Labels = Annotated[
 BoundUuid = Annotated[
     str | None, typer.Option("--uuid", help="Only the machine with this UUID may join by it.", metavar="UUID")
 ]
+MachinesAtATime = Annotated[
+    int | None,
+    typer.Option(
+        help="How many machines that joined by it may be known at a time; not together with --uses.",
+        min=1,
+        metavar="COUNT",
+        show_default="any number",
+    ),
+]
 Note = Annotated[str | None, typer.Option(help="A note about it.", metavar="TEXT")]
 
 
@@ -91,12 +101,18 @@ def uses_of(token: Token) -> str:
     return str(token.uses) if token.max_uses is None else f"{token.uses}/{token.max_uses}"
 
 
+def machines_of(token: Token) -> str:
+    """Known and allowed machines."""
+    return str(token.machines) if token.max_machines is None else f"{token.machines}/{token.max_machines}"
+
+
 TOKENS = View(
     columns=(
         Column[Token]("NAME", lambda token: token.name),
         Column[Token]("STATE", lambda token: token.state),
         Column[Token]("DEFAULT", lambda token: "yes" if token.is_default else ""),
         Column[Token]("USES", uses_of),
+        Column[Token]("MACHINES", machines_of),
         Column[Token]("EXPIRES", lambda token: "never" if token.expires_at is None else f"in {until(token.expires_at)}"),
         Column[Token]("AGE", lambda token: age(token.created_at)),
         Column[Token]("NOTE", lambda token: token.note),
@@ -122,6 +138,7 @@ def create(
         int | None, typer.Option(help="How many machines may join by it.", min=1, metavar="COUNT", show_default="any number")
     ] = None,
     one_time: Annotated[bool, typer.Option("--one-time", help="The same as --uses 1.")] = False,
+    machines: MachinesAtATime = None,
     uuid: BoundUuid = None,
     label: Labels = None,
     tunnel: Annotated[TunnelChoice | None, typer.Option(help="Whether its machines use the gRPC tunnel.")] = None,
@@ -140,6 +157,8 @@ def create(
     """Create a join token, and print it. Later it is shown by `token show --secret` only."""
     if uses is not None and one_time:
         raise ConfigurationError("give --uses or --one-time, not both")
+    if machines is not None and (uses is not None or one_time):
+        raise ConfigurationError("give --machines or a limit of uses, not both")
     expires_at, ttl = (None, None) if expires is None else read_expiry(expires)
     setting, removing = read_labels(label or ())
     if removing:
@@ -153,6 +172,7 @@ def create(
         expires_at=expires_at,
         ttl=ttl,
         max_uses=uses,
+        max_machines=machines,
         is_one_time=one_time,
         bound_uuid=uuid or "",
         labels=setting,
@@ -180,7 +200,8 @@ def _print_secret(call: Call, token: Token, secret: str, join_url: str = "") -> 
             show(token.name)
         case _:
             ends = "never expires" if token.expires_at is None else f"expires {timestamp(token.expires_at)}"
-            tell(f"{one_line(token.name)}: {token.state}, {uses_of(token)} uses, {ends}")
+            limit = f"{uses_of(token)} uses" if token.max_machines is None else f"{machines_of(token)} machines"
+            tell(f"{one_line(token.name)}: {token.state}, {limit}, {ends}")
             if join_url:
                 tell(f"machines join at {one_line(join_url)}")
             show(secret)
@@ -310,6 +331,12 @@ def update(
     uses: Annotated[
         int | None, typer.Option(help="How many machines may join by it; 0 for any number.", min=0, metavar="COUNT")
     ] = None,
+    machines: Annotated[
+        int | None,
+        typer.Option(
+            help="How many machines that joined by it may be known at a time; 0 for any number.", min=0, metavar="COUNT"
+        ),
+    ] = None,
     uuid: BoundUuid = None,
     label: Annotated[
         list[str] | None,
@@ -326,6 +353,7 @@ def update(
         tunnel=None if tunnel is None else tunnel.value,
         bound_uuid=uuid,
         max_uses=uses,
+        max_machines=machines,
         set_labels=setting,
         remove_labels=removing,
     )

@@ -5,7 +5,7 @@ A reason that has not come up is a series of zero, so that a rate over it is kno
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate, product
 
@@ -20,7 +20,7 @@ from prometheus_client.core import (
 from siderolink.common.grpc.refusals import Refusal
 from siderolink.common.tasks import in_parts
 from siderolink.common.transport.tunnel import TunnelDrop
-from siderolink.common.wireguard.device import DeviceCounters
+from siderolink.common.wireguard.device import BANDWIDTH_DROPS, DeviceCounters
 from siderolink.common.wireguard.interface_rules import RuleDrop
 from siderolink.common.wireguard.noise import Drop
 from siderolink.common.wireguard.tun import TunDrop
@@ -48,6 +48,7 @@ from siderolink.server import (
 )
 from siderolink.server.admin.tokens import TokenStatus
 from siderolink.server.admission.rules import Basis
+from siderolink.server.reporting.ingest import LIMITS
 from siderolink.server.store.measured import LATENCY_BOUNDS
 from siderolink.server.store.tokens import TokenState
 
@@ -60,6 +61,9 @@ MACHINES_AT_ONCE = 200
 DEVICE_DROPS = tuple(
     dict.fromkeys(str(reason) for reason in (*Drop, *TunDrop, *RuleDrop, *TunnelDrop, "send_failed", "send_buffer_full"))
 )
+
+MACHINE_LIMITS = tuple(map(str, (*BANDWIDTH_DROPS, *LIMITS)))
+"""Limits of single machines."""
 
 Labels = Sequence[str]
 
@@ -137,6 +141,10 @@ def server_families(counters: ServerCounters) -> Iterator[Metric]:
     yield from _event_families(counters)
     yield by("join_refusals", "Provision calls that were refused, by reason.", "reason", counters.join_refusals, JoinRefusal)
     yield from device_families(counters.device, counters.drops)
+    text = "Machines whose own limit of this name drops something now, or did within a minute."
+    yield gauges(
+        "machines_limited", text, ["limit"], (([name], counters.limits_biting.get(name, 0)) for name in MACHINE_LIMITS)
+    )
     yield gauge("api_connections", "Open connections to the API.", counters.connections)
     text = "Connections, calls and messages that the API refused, by reason."
     yield by("api_refusals", text, "reason", counters.api_refusals, Refusal)
@@ -208,6 +216,8 @@ def token_families(tokens: Sequence[TokenStatus], counters: ServerCounters) -> I
     yield gauges("token_admits", text, ["token"], of(lambda status: status.state is TokenState.ACTIVE))
     text = "Machines that may still join by each join token with a limit."
     yield gauges("token_uses_left", text, ["token"], of(_uses_left))
+    text = "Machines that each join token with a limit of them may still have at a time."
+    yield gauges("token_machines_left", text, ["token"], of(_machines_left))
     text = "When each join token that expires does so; Unix time."
     yield gauges("token_expiry_timestamp_seconds", text, ["token"], of(lambda status: status.token.expires_at))
     yield gauge("tokens_omitted", f"1 if there are more than {TOKENS} join tokens, else 0.", len(tokens) > TOKENS)
@@ -217,6 +227,10 @@ def _uses_left(status: TokenStatus) -> float | None:
     return None if status.token.max_uses is None else max(0, status.token.max_uses - status.uses)
 
 
+def _machines_left(status: TokenStatus) -> float | None:
+    return None if status.token.max_machines is None else max(0, status.token.max_machines - status.machines)
+
+
 @dataclass(frozen=True, slots=True)
 class MachineSeries:
     """The machines that have series of their own."""
@@ -224,6 +238,8 @@ class MachineSeries:
     machines: Sequence[MachineStatus]
     omitted: int
     """How many there are beyond the bound."""
+    limit_drops: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    """By machine's id and limit's name."""
 
 
 def machine_families(found: MachineSeries) -> Iterator[Metric]:
@@ -241,8 +257,20 @@ def machine_families(found: MachineSeries) -> Iterator[Metric]:
     yield from _series(received, found, lambda status: None if status.peer is None else status.peer.received_bytes)
     sent = partial(CounterMetricFamily, "siderolink_machine_sent_bytes", "WireGuard bytes to the machine.")
     yield from _series(sent, found, lambda status: None if status.peer is None else status.peer.sent_bytes)
+    yield _limit_series(found)
     text = "Machines without series of their own, because there are more than --metrics-machines."
     yield gauge("machine_series_omitted", text, found.omitted)
+
+
+def _limit_series(found: MachineSeries) -> Metric:
+    """Of machines at which a limit has dropped something."""
+    text = "What the machine's own limits dropped, by limit: packets, lines, events or connections."
+    family = CounterMetricFamily("siderolink_machine_limit_drops", text, labels=("machine_id", "node_uuid", "limit"))
+    for status in found.machines if found.limit_drops else ():
+        machine = status.machine
+        for limit, count in found.limit_drops.get(machine.id, {}).items():
+            family.add_metric((machine.id, machine.node_uuid, limit), count)
+    return family
 
 
 def _series(

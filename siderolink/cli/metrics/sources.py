@@ -66,7 +66,7 @@ class ServerMetrics:
         if self._machines:
             count = sum(found for group, found in counters.machines.items() if group.admission is MachineAdmission.ACCEPTED)
             machines = await server.machines(self._machines)
-            shown = MachineSeries(machines, max(0, count - len(machines)))
+            shown = MachineSeries(machines, max(0, count - len(machines)), counters.limit_drops)
             parts.append(partial(machine_families, shown))
         return lambda: chain.from_iterable(part() for part in parts)
 

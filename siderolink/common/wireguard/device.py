@@ -58,7 +58,7 @@ class DeviceConfig:
     rate_out: int | None = None
     """The same to all peers."""
     has_peer_rates: bool = False
-    """Peers will have limits of their own. The kernel's WireGuard has none: it is unavailable for any of these."""
+    """Peers will have limits of their own. The kernel's WireGuard needs nf_tables for any of these: see `InterfaceRates`."""
     keep: bool = False
     """Kernel only: the interface, its peers and its isolation stay when the context is left, and one that stayed is taken up
     again as it is. The private key and the port should be the same as before; with another key its sessions end."""
@@ -207,6 +207,9 @@ class InterfaceLost:
     reason: str
 
 
+BANDWIDTH_DROPS: Final = ("bandwidth_in", "bandwidth_out")
+"""How drops of a peer's own limits are named: from it, to it."""
+
 DeviceEvent = PeerHandshake | PathChanged | HandshakeGaveUp | PeerSilent | InterfaceLost
 OnDeviceEvent = Callable[[DeviceEvent], None]
 """Called on the event loop, between packets: it must be quick, must not raise, and may not call the device's `deliver`."""
@@ -268,6 +271,9 @@ class Device(Protocol):
 
     def drops(self) -> dict[str, int]:
         """How many datagrams and packets were dropped, by named reason (docs/drops.md)."""
+
+    async def limit_drops(self) -> dict[PublicKey, tuple[int, int]]:
+        """Packets from and to each peer that its own limits dropped (PeerConfig.rate_in, rate_out); of peers with any."""
 
 
 @runtime_checkable

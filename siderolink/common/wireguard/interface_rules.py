@@ -12,7 +12,6 @@ too.
 """
 
 import socket
-import struct
 from collections import Counter
 from collections.abc import Callable, Sequence
 from enum import StrEnum
@@ -20,8 +19,7 @@ from ipaddress import ip_network
 from typing import Final
 
 from siderolink.common.errors import DeviceUnavailableError, SideroLinkError
-from siderolink.common.netlink import NetlinkRefusal, RequestSocket, call_in
-from siderolink.common.netlink.messages import attribute, attributes, text, values
+from siderolink.common.netlink import RequestSocket, call_in
 from siderolink.common.netlink.sockets import NETFILTER
 from siderolink.common.nft_matches import (
     Match,
@@ -35,7 +33,7 @@ from siderolink.common.nft_matches import (
     protocol,
     to_network,
 )
-from siderolink.common.nftables import Chain, Rule, Table
+from siderolink.common.nftables import Chain, Rule, Table, read_rule_counters
 from siderolink.common.wireguard.device import Interface, Network, OpenPorts
 
 __all__ = ["InterfaceRules", "RuleDrop", "remove_leftover_rules", "table_name"]
@@ -43,9 +41,6 @@ __all__ = ["InterfaceRules", "RuleDrop", "remove_leftover_rules", "table_name"]
 _BEFORE_TRACKING: Final = -300
 _BEFORE_FILTERS: Final = -140
 _LAST: Final = 300
-_GET_RULES: Final = 10 << 8 | 7
-_INET: Final = 1
-_CHAIN, _EXPRESSIONS, _NAME, _DATA, _PACKETS = 2, 4, 1, 2, 2
 
 
 class RuleDrop(StrEnum):
@@ -119,7 +114,7 @@ class InterfaceRules:
         """Packets dropped by the rules, by reason."""
         found = Counter(self._earlier)
         if self._requests is not None and (self.isolate or self.open_ports is not None):
-            for chain, packets in _read_counters(self._requests, table_name(self._interface)):
+            for chain, packets in read_rule_counters(self._requests, table_name(self._interface)):
                 if chain in _REASONS:
                     found[str(_REASONS[chain])] += packets
         return +found
@@ -165,33 +160,6 @@ async def remove_leftover_rules(interface: str, namespace: str | None) -> None:
         pass  # not allowed, or another's: then no rules of ours are in its place either
     finally:
         await rules.close(keep=True)
-
-
-def _read_counters(requests: RequestSocket, table: str) -> list[tuple[str, int]]:
-    """The chain and the packets of each counter of a table."""
-    found: list[tuple[str, int]] = []
-    try:
-        requests.begin_dump(_GET_RULES, struct.pack("=BBH", _INET, 0, 0) + attribute(1, table.encode() + b"\0"))
-        is_last = False
-        while not is_last:
-            part = requests.next_part()
-            is_last = part.is_last
-            for message in part.messages:
-                fields = message.values(4)
-                found.append((text(fields.get(_CHAIN, b"")), _packets(fields.get(_EXPRESSIONS, b""))))
-    except NetlinkRefusal:
-        pass
-    return found
-
-
-def _packets(expressions: bytes) -> int:
-    """The counters of one rule."""
-    total = 0
-    for _, start, end in attributes(expressions):
-        fields = values(expressions, start, end)
-        if text(fields.get(_NAME, b"")) == "counter":
-            total += int.from_bytes(values(fields.get(_DATA, b"")).get(_PACKETS, b""), "big")
-    return total
 
 
 def _unavailable(reason: str) -> DeviceUnavailableError:

@@ -29,7 +29,7 @@ from siderolink.common.wireguard.device import (
     PeerStatus,
     interface_counters,
 )
-from siderolink.common.wireguard.noise import Engine, Event, PeerRoamed, PeerUnresponsive, SessionEstablished
+from siderolink.common.wireguard.noise import Drop, Engine, Event, PeerRoamed, PeerUnresponsive, SessionEstablished
 from siderolink.common.wireguard.packets import row_functions
 from siderolink.common.wireguard.packets.parts import PacketInterface
 from siderolink.common.wireguard.path import Datagrams, Path
@@ -61,7 +61,12 @@ class UserspaceDevice:
             timestamps=config.timestamps,
         )
         self.plane = DataPlane(
-            self.engine, interface, rows, on_events=self._emit, on_drained=self._arm_timer, on_blocked=self.pause_reading
+            self.engine,
+            interface,
+            rows,
+            on_events=lambda events: _tell(events, self.on_event),
+            on_drained=self._arm_timer,
+            on_blocked=self.pause_reading,
         )
         self.on_event = on_event
         self._timer_at = float("inf")
@@ -171,6 +176,18 @@ class UserspaceDevice:
         if self.is_passing:
             self.plane.deliver(datagrams, path)
 
+    async def limit_drops(self) -> dict[PublicKey, tuple[int, int]]:
+        found: dict[PublicKey, tuple[int, int]] = {}
+        if not (self.engine.drops[Drop.BANDWIDTH_IN] or self.engine.drops[Drop.BANDWIDTH_OUT]):
+            return found
+        for part in in_parts(self.engine.peers.items(), 1000):
+            for key, peer in part:
+                drops = tuple(0 if rate is None else rate.dropped for rate in peer.own_rates)
+                if any(drops):
+                    found[PublicKey(key)] = drops[0], drops[1]
+            await checkpoint()
+        return found
+
     def drops(self) -> dict[str, int]:
         counted = {str(reason): count for reason, count in self.engine.drops.items()}
         return counted | (self._udp.drops() if self._udp is not None else {})
@@ -198,10 +215,6 @@ class UserspaceDevice:
         """Called when a path is full. A subclass that can stop reading does so until it is writable, and returns True."""
         return False
 
-    def _emit(self, events: list[Event]) -> None:
-        for event in events:
-            self.on_event(_translate(event))
-
     def _arm_timer(self, now: float) -> None:
         """Keep one timer armed. It may fire early, never late, so that packets need not move it."""
         at = self.engine.earliest_deadline()
@@ -212,6 +225,11 @@ class UserspaceDevice:
     def _timer_fired(self) -> None:
         self._timer_at = float("inf")
         self.plane.handle_timers()
+
+
+def _tell(events: list[Event], on_event: OnDeviceEvent) -> None:
+    for event in events:
+        on_event(_translate(event))
 
 
 def _translate(event: Event) -> DeviceEvent:

@@ -24,6 +24,7 @@ from siderolink.server.admin.tokens import Tokens
 from siderolink.server.clock import Clock
 from siderolink.server.events import EventHub
 from siderolink.server.fleet.directory import Directory
+from siderolink.server.fleet.limit_watch import LimitWatch
 from siderolink.server.fleet.machines import Machines
 from siderolink.server.history import History
 from siderolink.server.reporting import Reports
@@ -65,13 +66,15 @@ class Administration:
         join_url: Callable[[str], str] = lambda token: "",
         owner_of: Callable[[str], str | None] = lambda machine_id: None,
         open_api: OpenApi | None = None,
+        limits: LimitWatch | None = None,
     ) -> None:
         """`admits` tells whether the join token that a machine presented would still let it in.
 
         `open_port` connects to a machine's port over the overlay. `join_url` is the URL for a token, empty where that is not
         known. `owner_of` tells the server that holds a machine's session, where several share the store. `open_api` leads to a
-        machine's own API.
+        machine's own API. `limits` knows which limits bite.
         """
+        self.limits = limits or LimitWatch(device, directory, events, clock)
         self.join_url = join_url
         self.owner_of = owner_of
         self._store = store

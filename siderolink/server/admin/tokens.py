@@ -1,19 +1,19 @@
 """The administration of join tokens. Every change is audited in the transaction that makes it; secrets are in no entry."""
 
 import secrets
-import string
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final
 
-from siderolink.common.errors import AlreadyExistsError, ConfigurationError, NotFoundError, SideroLinkError
+from siderolink.common.errors import AlreadyExistsError, NotFoundError, SideroLinkError
 from siderolink.common.node_uuid import parse_uuid
 from siderolink.common.selection import changed_labels
 from siderolink.common.tasks import uninterrupted
 from siderolink.common.text import one_line
 from siderolink.server.admin.names import check_note, require
-from siderolink.server.admission.signed_tokens import PROVIDER, is_signed, sign
-from siderolink.server.admission.tokens import MAX_JOIN_TOKEN_BYTES, JoinTokenCheck, token_digest
+from siderolink.server.admin.token_values import check_limits, check_name, check_provider, check_secret, expiry, random_secret
+from siderolink.server.admission.signed_tokens import PROVIDER, sign
+from siderolink.server.admission.tokens import JoinTokenCheck, token_digest
 from siderolink.server.store import (
     Actor,
     AuditEntry,
@@ -29,13 +29,8 @@ from siderolink.server.store import (
 )
 from siderolink.server.store.audit import EMBEDDER
 from siderolink.server.store.sealing import place_of_token
-from siderolink.server.store.tokens import DEFAULT_TOKEN, GIVEN_TOKEN, MAX_USES
+from siderolink.server.store.tokens import DEFAULT_TOKEN, GIVEN_TOKEN
 
-MAX_NAME_BYTES: Final = 64
-MAX_PROVIDER_LENGTH: Final = 253
-_ALPHABET: Final = string.digits + string.ascii_letters
-_RANDOM_CHARACTERS: Final = 43
-"""256 bits."""
 _SHOWN: Final = (
     "name",
     "kind",
@@ -44,6 +39,7 @@ _SHOWN: Final = (
     "expires_at",
     "revoked_at",
     "max_uses",
+    "max_machines",
     "bound_uuid",
     "tunnel",
     "labels",
@@ -63,6 +59,8 @@ class TokenStatus:
     state: TokenState
     uses: int
     """Of a token with a limit, the uses that are reserved or spent; of others, the machines that it last admitted."""
+    machines: int
+    """Machines that are known now and that it last admitted; of one with `max_machines`, also those that are about to join."""
     is_given: bool = False
     """It is the server's `join_token`: always there, and changed only there."""
 
@@ -174,6 +172,7 @@ class Tokens:
         expires_at: float | None = None,
         expires_in: float | None = None,
         max_uses: int | None = None,
+        max_machines: int | None = None,
         one_time: bool = False,
         bound_uuid: str | None = None,
         labels: Mapping[str, str] | None = None,
@@ -183,26 +182,27 @@ class Tokens:
     ) -> CreatedToken:
         """Add a token: random, or with the text `token`. Expires never, at a Unix time, or in so many seconds from now.
 
-        `max_uses`, 1 to MAX_USES: how many machines may join by it; `one_time` means 1. `bound_uuid`: the only UUID that may.
+        `max_uses`, 1 to MAX_USES: how many machines may join by it; `one_time` means 1. `max_machines`: how many of them may be
+        known at a time; not both. `bound_uuid`: the only UUID that may.
         `labels` and `tunnel` are for its machines. `kind` V1 and V2: for the machines of an infrastructure `provider`.
         """
         require(actor, Role.OPERATOR)
-        if one_time and max_uses not in (None, 1):
-            raise ConfigurationError("a one-time token has max_uses 1")
-        now, secret = self._store.time(), _check_secret(token) if token is not None else _random_secret()
+        max_uses = check_limits(max_uses, max_machines, one_time=one_time)
+        now, secret = self._store.time(), check_secret(token) if token is not None else random_secret()
         token_id = secrets.token_hex(8)
         made = JoinToken(
             id=token_id,
-            name=_check_name(name),
+            name=check_name(name),
             digest=token_digest(secret),
             secret=self._store.sealer.seal(secret.encode(), place_of_token(token_id)),
             kind=TokenKind(kind),
-            provider=_check_provider(TokenKind(kind), provider),
+            provider=check_provider(TokenKind(kind), provider),
             note=check_note(note),
             created_at=now,
             created_by=actor.name,
-            expires_at=_expiry(now, expires_at, expires_in),
-            max_uses=_check_uses(1 if one_time else max_uses),
+            expires_at=expiry(now, expires_at, expires_in),
+            max_uses=max_uses,
+            max_machines=max_machines,
             bound_uuid=None if bound_uuid is None else parse_uuid(bound_uuid),
             tunnel=TunnelSetting(tunnel),
             labels=changed_labels({}, labels or {}, ()),
@@ -230,33 +230,41 @@ class Tokens:
         tunnel: TunnelSetting | None = None,
         bound_uuid: str | None = None,
         max_uses: int | None = None,
+        max_machines: int | None = None,
         labels: Mapping[str, str] | None = None,
         set_labels: Mapping[str, str] | None = None,
         remove_labels: Iterable[str] = (),
         actor: Actor = EMBEDDER,
     ) -> TokenStatus:
-        """Change what is not None; `bound_uuid` "" unbinds it, `max_uses` 0 lifts its limit, `labels` replaces them,
-        `set_labels` and `remove_labels` change some.
+        """Change what is not None; `bound_uuid` "" unbinds it, `max_uses` or `max_machines` 0 lifts its limit, `labels`
+        replaces them, `set_labels` and `remove_labels` change some.
 
-        A token that was made without a limit gets none: its machines were not counted.
+        A token that was made without a limit gets none, and none of the other kind: its machines were not counted.
         """
 
         gone = frozenset(remove_labels)
 
         async def change(transaction: Transaction, token: JoinToken) -> JoinToken:
-            if max_uses and token.max_uses is None:
-                raise SideroLinkError("the machines of a token without a limit are not counted; make a new token with max_uses")
+            for limit, wanted in (("max_uses", max_uses), ("max_machines", max_machines)):
+                if wanted and getattr(token, limit) is None:
+                    raise SideroLinkError(
+                        f"a token that was made without {limit} cannot get it, because its machines "
+                        f"were not counted; make a new token with {limit}"
+                    )
+            check_limits(max_uses or None, max_machines or None)
             fields: dict[str, object] = {
-                "name": None if new_name is None else _check_name(new_name),
+                "name": None if new_name is None else check_name(new_name),
                 "note": None if note is None else check_note(note),
                 "tunnel": None if tunnel is None else TunnelSetting(tunnel),
                 "bound_uuid": parse_uuid(bound_uuid) if bound_uuid else None,
-                "max_uses": _check_uses(max_uses) if max_uses else None,
+                "max_uses": max_uses or None,
+                "max_machines": max_machines or None,
                 "labels": changed_labels(token.labels if labels is None else labels, set_labels or {}, gone),
             }
             changed = replace(token, **{key: value for key, value in fields.items() if value is not None})  # type: ignore[arg-type]
             changed = replace(changed, bound_uuid=None) if bound_uuid == "" else changed
-            return replace(changed, max_uses=None) if max_uses == 0 else changed
+            changed = replace(changed, max_uses=None) if max_uses == 0 else changed
+            return replace(changed, max_machines=None) if max_machines == 0 else changed
 
         return await self._change(name, "token.update", actor, change)
 
@@ -281,10 +289,10 @@ class Tokens:
         self, name: str, *, expires_at: float | None = None, expires_in: float | None = None, actor: Actor = EMBEDDER
     ) -> TokenStatus:
         """Let it expire at another time, or never. Lifts no revocation."""
-        expiry = _expiry(self._store.time(), expires_at, expires_in)
+        new_expiry = expiry(self._store.time(), expires_at, expires_in)
 
         async def change(transaction: Transaction, token: JoinToken) -> JoinToken:
-            return replace(token, expires_at=expiry)
+            return replace(token, expires_at=new_expiry)
 
         return await self._change(name, "token.renew", actor, change)
 
@@ -364,14 +372,17 @@ class Tokens:
 
     async def _statuses(self, tokens: Sequence[JoinToken]) -> Sequence[TokenStatus]:
         now = self._store.time()
-        limited = [token.id for token in tokens if token.max_uses is not None]
+        limited = [token.id for token in tokens if token.limit is not None]
         counts = await self._store.use_counts(limited, now) if limited else {}
         found: list[TokenStatus] = []
         for token in tokens:
-            uses = self._count_machines(token.id) if token.max_uses is None else counts.get(token.id, 0)
+            known = self._count_machines(token.id)
+            uses = known if token.limit is None else counts.get(token.id, 0)
             state = token.state(now)
-            is_used_up = token.max_uses is not None and uses >= token.max_uses and state is TokenState.ACTIVE
-            found.append(TokenStatus(token=token, state=TokenState.USED_UP if is_used_up else state, uses=uses))
+            if token.limit is not None and uses >= token.limit and state is TokenState.ACTIVE:
+                state = TokenState.USED_UP if token.max_machines is None else TokenState.FULL
+            machines = known if token.max_machines is None else uses
+            found.append(TokenStatus(token=token, state=state, uses=uses, machines=machines))
         return found
 
     async def _given_status(self) -> TokenStatus | None:
@@ -381,7 +392,7 @@ class Tokens:
         default = await self._store.transact(lambda transaction: transaction.tokens.find(*DEFAULT_TOKEN))
         token = replace(_given(), digest=token_digest(self._given.secret), is_default=default is None)
         uses = self._count_machines(GIVEN_TOKEN)
-        return TokenStatus(token=token, state=TokenState.ACTIVE, uses=uses, is_given=True)
+        return TokenStatus(token=token, state=TokenState.ACTIVE, uses=uses, machines=uses, is_given=True)
 
 
 def _given() -> JoinToken:
@@ -432,58 +443,3 @@ async def _take_default(transaction: Transaction) -> None:
 def _shown(token: JoinToken) -> dict[str, object]:
     found = {name: getattr(token, name) for name in _SHOWN}
     return {name: dict(value) if isinstance(value, Mapping) else value for name, value in found.items()}
-
-
-def _random_secret() -> str:
-    return "".join(secrets.choice(_ALPHABET) for _ in range(_RANDOM_CHARACTERS))
-
-
-def _check_secret(text: str) -> str:
-    """Raises ConfigurationError, which does not repeat it."""
-    if not 0 < len(text.encode("utf-8", "surrogatepass")) <= MAX_JOIN_TOKEN_BYTES:
-        raise ConfigurationError(f"a join token has 1 to {MAX_JOIN_TOKEN_BYTES} bytes")
-    if not text.isprintable() or " " in text:
-        raise ConfigurationError("a join token may not contain control characters or blanks")
-    if is_signed(text):
-        raise ConfigurationError("a token that begins with v1: or v2: is a signed one; give the token that signs")
-    return text
-
-
-def _check_name(text: str) -> str:
-    if not text:
-        raise ConfigurationError("the join token name cannot be empty")
-    if len(text.encode("utf-8", "surrogatepass")) > MAX_NAME_BYTES:
-        raise ConfigurationError(f"the join token name cannot be longer than {MAX_NAME_BYTES} bytes")
-    if not text.isprintable():
-        raise ConfigurationError("the join token name must not contain control characters")
-    if text == GIVEN_TOKEN:
-        raise AlreadyExistsError(f"{GIVEN_TOKEN} is the name of the token that is given to the server")
-    return text
-
-
-def _check_provider(kind: TokenKind, provider: str | None) -> str | None:
-    if kind is TokenKind.PLAIN:
-        if provider:
-            raise ConfigurationError("only a token of the kinds v1 and v2 has a provider")
-        return None
-    if not provider or len(provider) > MAX_PROVIDER_LENGTH or not provider.isprintable():
-        raise ConfigurationError(
-            f"a token of kind {kind} is for one provider: name it, in at most {MAX_PROVIDER_LENGTH} characters"
-        )
-    return provider
-
-
-def _check_uses(count: int | None) -> int | None:
-    if count is not None and not 1 <= count <= MAX_USES:
-        raise ConfigurationError(f"max_uses is 1 to {MAX_USES}, not {count}")
-    return count
-
-
-def _expiry(now: float, at: float | None, seconds: float | None) -> float | None:
-    if at is not None and seconds is not None:
-        raise ConfigurationError("give expires_at or expires_in, not both")
-    if seconds is not None and not 0 < seconds < 1e11:
-        raise ConfigurationError(f"expires_in is above 0 s, not {seconds:g}")
-    if at is not None and not now < at < 1e12:
-        raise ConfigurationError("expires_at is a Unix time in the future")
-    return at if seconds is None else now + seconds

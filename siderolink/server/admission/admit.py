@@ -96,16 +96,16 @@ class Admission:
         owner: Machine | None,
         holder: Machine | None,
     ) -> Grant:
-        """Reserve or spend a use of the token that admitted the call; one that another token reserved for the row ends."""
+        """Reserve or spend a use of the token that admitted the call; the store ends one that another token had for the row."""
         token, row, claim = request.credentials.join.token, grant.machine, grant.claim
         before = next((known for known in (owner, holder) if known is not None and known.id == row.id), None)
         is_stored = claim is None and not grant.moves
         if is_stored and row.has_reserved_use and before is not None and before.token_id != row.token_id:
-            transaction.tokens.release(before.token_id or "", row.id)
             row = await transaction.update(replace(row, has_reserved_use=False))
         is_user = row.token_id if claim is None else claim.token_id
-        is_limited = token is not None and token.max_uses is not None and is_user == token.id
-        if token is None or not is_limited or _is_known(request, owner, holder):
+        if token is None or token.limit is None or is_user != token.id:
+            return replace(grant, machine=row)
+        if token.max_machines is None and _is_known(request, owner, holder):
             return replace(grant, machine=row)
         until = claim.expires_at if claim is not None else self._clock.time() + CLAIM_SECONDS if grant.moves else None
         is_proved = is_stored and row.linked_at is not None
@@ -146,7 +146,8 @@ class Admission:
         known = Known(owner=owner, is_equal=_is_known(request, owner, holder))
         verdict = decide(self.policy, request.credentials, known)
         if isinstance(verdict, Rejection):
-            return replace(verdict, machine=owner)
+            is_full = request.credentials.join.is_full and verdict.reason is JoinRefusal.INVALID_JOIN_TOKEN
+            return refusal(JoinRefusal.TOKEN_FULL, owner) if is_full else replace(verdict, machine=owner)
         if request.credentials.join.is_provider_gone:
             return refusal(JoinRefusal.PROVIDER_GONE, owner)
         is_same = owner is not None and holder is not None and owner.id == holder.id

@@ -23,6 +23,7 @@ _TEXTS = {
     JoinRefusal.OTHER_UNIQUE_TOKEN: "another machine has joined with this UUID",
     JoinRefusal.LINK_ALIVE: "a machine with this UUID has a living link",
     JoinRefusal.KEY_IN_USE: "another machine has joined with this public key",
+    JoinRefusal.TOKEN_FULL: "as many machines are known as may join by this token at a time",
     JoinRefusal.TOO_MANY_MACHINES: "the server knows as many machines as it may",
     JoinRefusal.TOO_MANY_PENDING: "too many machines have joined without a handshake; try again later",
     JoinRefusal.TOO_MANY_CLAIMS: "too many calls claim this machine; try again in a minute",

@@ -1,13 +1,15 @@
 """Which stored token a call presents, and the uses of tokens that have a limit: inside the transaction of `admit`.
 
 A use is a pair of a token and a row. It is reserved with the call and spent once a handshake proves the call's key; that row
-may present the token again. Tokens without a limit have no uses: they take no lock, and cost no write.
+may present the token again. The uses of a token that limits the machines at a time are never spent: they end with their rows.
+Tokens without a limit have no uses: they take no lock, and cost no write.
 """
 
 import random
 from collections.abc import Sequence
 from dataclasses import replace
 
+from siderolink.server.admission.rows import refusal
 from siderolink.server.admission.tokens import JoinTokenResult, JoinTokenState
 from siderolink.server.clock import Clock
 from siderolink.server.refusals import JoinRefusal, JoinRejectedError
@@ -45,9 +47,11 @@ class TokenRules:
         if token is None:
             return found
         is_right = token.state(self._clock.time()) is TokenState.ACTIVE and token.bound_uuid in (None, node_uuid)
-        if is_right and token.max_uses is not None:
-            is_right = self._has_room(token, await transaction.tokens.uses(token.id), rows)
-        return found if is_right else replace(join, state=JoinTokenState.WRONG)
+        if not is_right or token.limit is None:
+            return found if is_right else replace(join, state=JoinTokenState.WRONG)
+        if self._has_room(token, await transaction.tokens.uses(token.id), rows):
+            return found
+        return replace(join, state=JoinTokenState.WRONG, is_full=token.max_machines is not None)
 
     async def _find_plain(self, transaction: Transaction, join: JoinTokenResult) -> JoinTokenResult:
         assert join.digest is not None
@@ -86,19 +90,20 @@ class TokenRules:
     async def take_use(
         self, transaction: Transaction, token: JoinToken, machine_id: str, *, until: float | None, is_proved: bool
     ) -> bool:
-        """Reserve a use for a row, or spend it if the row's key is proved; True if it has to be spent later.
+        """Reserve a use for a row, or spend it if the row's key is proved; True if the proof has to spend or confirm it.
 
         `until`: when the reservation ends; None for as long as the row is there. Raises JoinRejectedError where there is none.
         """
         now = self._clock.time()
         uses = await transaction.tokens.uses(token.id)
         own = next((use for use in uses if use.machine_id == machine_id and not use.is_free(now)), None)
-        if own is not None and own.spent_at is not None:
+        is_spent = token.max_machines is None
+        if own is not None and (own.spent_at is not None or own.expires_at is None and not is_spent):
             return False
         if own is None:
             free = _free_slots(token, uses, now)
             if not free:
-                raise JoinRejectedError(JoinRefusal.INVALID_JOIN_TOKEN, USED_UP_TEXT)
+                raise _used_up(token)
             own = TokenUse(
                 token_id=token.id, slot=random.choice(free), machine_id=machine_id, reserved_at=now, expires_at=until
             )
@@ -106,19 +111,36 @@ class TokenRules:
             return True
         ends = None if until is None or own.expires_at is None else max(until, own.expires_at)
         use = replace(own, reserved_at=now, expires_at=ends)
-        await transaction.tokens.put_use(replace(use, expires_at=None, spent_at=now) if is_proved else use)
-        return not is_proved
+        if is_proved:
+            use = replace(use, expires_at=None, spent_at=now if is_spent else None)
+        await transaction.tokens.put_use(use)
+        return not is_proved and (is_spent or use.expires_at is not None)
+
+
+def _used_up(token: JoinToken) -> JoinRejectedError:
+    if token.max_machines is not None:
+        return JoinRejectedError(JoinRefusal.TOKEN_FULL, refusal(JoinRefusal.TOKEN_FULL).text)
+    return JoinRejectedError(JoinRefusal.INVALID_JOIN_TOKEN, USED_UP_TEXT)
 
 
 def _free_slots(token: JoinToken, uses: Sequence[TokenUse], now: float) -> list[int]:
-    taken = {use.slot for use in uses if not use.is_free(now)}
-    return [slot for slot in range(token.max_uses or 0) if slot not in taken]
+    """As many as there may be more uses: of a limit that was lowered, slots beyond it may be taken.
+
+    They are the lowest ones, so that whoever knows less of the uses takes none that would be one too many.
+    """
+    limit, taken = token.limit or 0, {use.slot for use in uses if not use.is_free(now)}
+    free = [slot for slot in range(limit) if slot not in taken]
+    return free[: max(0, limit - len(taken))]
 
 
 async def spend_use(transaction: Transaction, token_id: str, machine_id: str, now: float) -> bool:
     """A handshake has proved the key for which a use was reserved. False if that reservation has ended."""
+    token = await transaction.tokens.find(TokenColumn.ID, token_id)
+    if token is None:
+        return True  # deleted: it has no uses, and cuts no links
     for use in await transaction.tokens.uses(token_id):
         if use.machine_id == machine_id:
-            await transaction.tokens.put_use(replace(use, reserved_at=now, expires_at=None, spent_at=use.spent_at or now))
+            spent_at = now if use.spent_at is None and token.max_machines is None else use.spent_at
+            await transaction.tokens.put_use(replace(use, reserved_at=now, expires_at=None, spent_at=spent_at))
             return True
-    return await transaction.tokens.find(TokenColumn.ID, token_id) is None  # deleted: it has no uses, and cuts no links
+    return False

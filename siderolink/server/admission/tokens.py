@@ -46,6 +46,8 @@ class JoinTokenResult:
     """The digest under which rows store the token; None for the empty token."""
     signed: SignedToken | None = None
     """A signed token, as it was read."""
+    is_full: bool = False
+    """It is not valid only because as many machines as it admits at a time are known."""
     is_provider_gone: bool = False
     """It is signed rightly, and names an infrastructure provider that there is not."""
     token: JoinToken | None = None

@@ -56,6 +56,7 @@ STATUSES = {
     # The caller may try again: a link without a unique token that stays silent for a minute gives way.
     JoinRefusal.LINK_ALIVE: Status.ALREADY_EXISTS,
     JoinRefusal.KEY_IN_USE: Status.ALREADY_EXISTS,
+    JoinRefusal.TOKEN_FULL: Status.RESOURCE_EXHAUSTED,
     JoinRefusal.TOO_MANY_MACHINES: Status.RESOURCE_EXHAUSTED,
     JoinRefusal.TOO_MANY_PENDING: Status.RESOURCE_EXHAUSTED,
     JoinRefusal.TOO_MANY_CLAIMS: Status.RESOURCE_EXHAUSTED,
@@ -65,7 +66,7 @@ STATUSES = {
 }
 """The gRPC status of each refusal."""
 
-_BY_TOKENS = {JoinRefusal.INVALID_JOIN_TOKEN, JoinRefusal.PROVIDER_GONE, JoinRefusal.OTHER_UNIQUE_TOKEN}
+_BY_TOKENS = {JoinRefusal.INVALID_JOIN_TOKEN, JoinRefusal.TOKEN_FULL, JoinRefusal.PROVIDER_GONE, JoinRefusal.OTHER_UNIQUE_TOKEN}
 INTERNAL_TEXT = "internal server error"
 MAX_ENDPOINTS = 32
 """In an answer; machines may take no more."""

@@ -21,6 +21,7 @@ from siderolink.server.fleet.directory import Directory
 from siderolink.server.fleet.enrolment import Enrolment
 from siderolink.server.fleet.failover import Failover, Lease
 from siderolink.server.fleet.last_seen import LastSeenNotes
+from siderolink.server.fleet.limit_watch import LimitWatch
 from siderolink.server.fleet.liveness import Liveness
 from siderolink.server.fleet.machines import Machines
 from siderolink.server.fleet.membership import Membership
@@ -49,6 +50,7 @@ class Fleet:
     moves: Moves
     machines: Machines
     enrolment: Enrolment
+    limits: LimitWatch
     last_seen: LastSeenNotes
     membership: Membership | None
     """This server among those of its store; None where no other can use that."""
@@ -81,8 +83,7 @@ def make_fleet(
     last_seen.owners = owners
     liveness = Liveness(device, directory, clock, owners=owners)
     rows = Rows(prefix, limits, clock, entropy, count_machines=directory.__len__)
-    tokens = TokenRules(store.sealer, clock)
-    admission = Admission(liveness, rows, clock, tokens, policy, directory.denied.find)
+    admission = Admission(liveness, rows, clock, TokenRules(store.sealer, clock), policy, directory.denied.find)
     reconciler = Reconciler(
         device, directory, sessions, store, events, clock, limits, persistent_keepalive=persistent_keepalive, owners=owners
     )
@@ -110,6 +111,7 @@ def make_fleet(
         moves=moves,
         machines=machines,
         enrolment=Enrolment(store, directory, sessions, reconciler, admission.policy),
+        limits=LimitWatch(device, directory, events, clock),
         last_seen=last_seen,
         membership=membership,
         owners=owners,

@@ -23,6 +23,10 @@ ITEM_BYTES = 512
 """Memory that a kept report takes besides its own parts."""
 
 
+LIMITS = (ReportDrop.LINE_RATE_LIMITED, ReportDrop.EVENT_RATE_LIMITED, ReportDrop.TOO_MANY_CONNECTIONS)
+"""Drops that a machine's limits make."""
+
+
 class ReportIngest:
     """Accepts or drops what the event sink and the log listener receive."""
 
@@ -135,6 +139,15 @@ class ReportIngest:
     def drops_of(self, machine_id: str) -> dict[str, int]:
         sender = self._senders.get(machine_id)
         return {} if sender is None else {str(reason): count for reason, count in sender.drops.items()}
+
+    def limit_drops(self) -> dict[str, dict[str, int]]:
+        """What limits of single machines dropped, by machine's id; of machines that have any."""
+        found = {
+            machine_id: {str(reason): sender.drops[reason] for reason in LIMITS if sender.drops[reason]}
+            for machine_id, sender in self._senders.items()
+            if sender.drops
+        }
+        return {machine_id: drops for machine_id, drops in found.items() if drops}
 
     def forget(self, machine_id: str) -> None:
         """The machine has left."""

@@ -131,6 +131,10 @@ class Reports:
             return self._ingest.drops_of(machine_id)
         return {str(reason): count for reason, count in self._ingest.drops.items()}
 
+    def limit_drops(self) -> dict[str, dict[str, int]]:
+        """What limits of single machines dropped, by machine's id and `ReportDrop`; of machines that have any."""
+        return self._ingest.limit_drops()
+
     def refusals(self) -> dict[str, int]:
         """How many connections and calls the event sink refused, by named reason (docs/drops.md)."""
         return {} if self._sink is None else {str(reason): count for reason, count in self._sink.refusals.items()}

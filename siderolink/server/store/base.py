@@ -49,7 +49,10 @@ class Transaction(Protocol):
         """Add a row and return it as stored. Raises UniqueViolationError; the transaction can go on after that."""
 
     async def update(self, machine: Machine) -> Machine:
-        """Replace the row of the same id; returns it as stored. Raises UniqueViolationError; StoreError without such a row."""
+        """Replace the row of the same id, and end its use of the token that admitted it before; returns it as stored.
+
+        Raises UniqueViolationError; StoreError without such a row.
+        """
 
     async def delete(self, machine_id: str) -> Machine | None:
         """Remove a row, its claims, its link's owner and the use of a token that is reserved for it; None if there is none."""

@@ -43,6 +43,10 @@ class HistoryKind(StrEnum):
     """A handshake came by another transport than the one before."""
     VERSION = "version"
     """It joined with another version than before."""
+    LIMITED = "limited"
+    """One of its limits began to drop what it sends or is sent; the detail names it."""
+    LIMIT_OVER = "limit over"
+    """That limit has dropped nothing for a minute; the detail says how much it dropped before."""
     LOST = "lost"
     """More happened than could be noted; the detail says how much."""
 

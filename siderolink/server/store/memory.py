@@ -151,6 +151,8 @@ class _RowChanges:
         old = self._table.rows.get(machine.id)
         if old is None:
             raise StoreError("there is no such machine to update")
+        if old.token_id is not None and old.token_id != machine.token_id:
+            self.tokens.release(old.token_id, machine.id)
         return self._put(replace(machine, revision=old.revision + 1), old)
 
     def _put(self, machine: Machine, old: Machine | None) -> Machine:
@@ -164,7 +166,7 @@ class _RowChanges:
         if machine is not None:
             for claim in await self.claims(machine_id):
                 await self.delete_claim(claim)
-            if machine.has_reserved_use and machine.token_id is not None:
+            if machine.token_id is not None:
                 self.tokens.release(machine.token_id, machine_id)
             self.ownership.forget(machine_id)
             self._before.append((machine_id, machine))

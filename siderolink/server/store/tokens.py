@@ -34,12 +34,14 @@ class TokenState(StrEnum):
     EXPIRED = "expired"
     USED_UP = "used up"
     """It admits only machines that have used it already."""
+    FULL = "full"
+    """It admits only machines that it admitted last, until one of them is removed."""
 
 
 GIVEN_TOKEN: Final = "given"
 """The id and the name of the token that is given to a server as an option, which is not stored."""
 MAX_USES: Final = 10_000
-"""The largest limit: each use of a limited token reads all of them."""
+"""The largest limit, of `max_machines` too: each use of a limited token reads all of them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +66,8 @@ class JoinToken:
     revoked_at: float | None = None
     max_uses: int | None = None
     """How many machines may join by it; None: any number."""
+    max_machines: int | None = None
+    """How many machines that it last admitted may be known at a time; None: any number. At most one of the two is set."""
     bound_uuid: str | None = None
     """The only UUID that may join by it, in lower case."""
     tunnel: TunnelSetting = TunnelSetting.INHERIT
@@ -72,6 +76,11 @@ class JoinToken:
     """Given to machines that join by it."""
     is_default: bool = False
     """It has signed the tokens `v1:…`, and those `v2:…` that name no provider. Of at most one token."""
+
+    @property
+    def limit(self) -> int | None:
+        """How many uses it may have at a time; None: any number."""
+        return self.max_uses if self.max_machines is None else self.max_machines
 
     def state(self, now: float) -> TokenState:
         """Whatever its uses are."""
@@ -87,12 +96,13 @@ class TokenUse:
     """A use of a token that has a limit of them: by one machine's row, however often that presents the token.
 
     It is reserved when a call is admitted, and spent once a handshake proves that call's key. A use that is not spent goes with
-    its row; one that was reserved for a claim is free again when the claim has expired.
+    its row, or when that goes to another token; one that was reserved for a claim is free again when the claim has expired. The
+    uses of a token with `max_machines` are never spent: they are the machines that there are.
     """
 
     token_id: str
     slot: int
-    """From 0 to below the token's max_uses. Unique for the token: so the store decides who takes the last one."""
+    """From 0 to below the token's limit. Unique for the token: so the store decides who takes the last one."""
     machine_id: str
     """Unique for the token. The row of a spent use may be gone."""
     reserved_at: float

@@ -11,6 +11,8 @@ from siderolink.server import (
     ClaimRefused,
     HandshakeCompleted,
     LeaveReason,
+    LimitOver,
+    LimitReached,
     LinkDown,
     Machine,
     MachineJoined,
@@ -93,6 +95,8 @@ def test_events_of_machines_have_their_fields() -> None:
         ClaimRefused(machine=row, source="", known_source=None),
         UniqueTokenBound(machine=row, source=None),
         AdmissionChanged(machine=row),
+        LimitReached(machine=row, limit="bandwidth_in"),
+        LimitOver(machine=row, limit="bandwidth_in", dropped=1, seconds=0),
     ):
         fields = describe_event(event).fields
         assert (fields["machine_id"], fields["node_uuid"], fields["machine_name"]) == ("m-1", "u-1", "berlin-7")

@@ -1,6 +1,5 @@
 """The kernel's WireGuard as a device: only the packets of tunnel streams pass through Python."""
 
-import logging
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterable
@@ -10,7 +9,7 @@ from typing import Literal
 
 from anyio.lowlevel import checkpoint
 
-from siderolink.common.errors import ConfigurationError, DeviceError, DeviceUnavailableError
+from siderolink.common.errors import ConfigurationError, DeviceError
 from siderolink.common.keys import PublicKey
 from siderolink.common.netlink import InterfaceMonitor, NetworkLink, call_in, configure_interface, open_events
 from siderolink.common.netlink.follow import LINKS
@@ -26,6 +25,7 @@ from siderolink.common.wireguard.device import (
     check_interface,
     interface_counters,
 )
+from siderolink.common.wireguard.interface_rates import InterfaceRates
 from siderolink.common.wireguard.interface_rules import InterfaceRules
 from siderolink.common.wireguard.kernel.interface import KernelInterface, hold_name, open_interface
 from siderolink.common.wireguard.kernel.peers import Peers
@@ -34,7 +34,6 @@ from siderolink.common.wireguard.path import Datagrams, Path
 
 __all__ = ["KernelDevice"]
 
-_logger = logging.getLogger("siderolink")
 _COUNTERS = {"no_peer": 5, "staged_overflow": 7, "malformed": 10, "inner_source": 13}
 """The index of each drop's counter in rtnl_link_stats64, as the kernel's WireGuard uses them."""
 
@@ -45,7 +44,13 @@ class KernelDevice:
     kind: Literal["kernel"] = "kernel"
 
     def __init__(
-        self, config: DeviceConfig, interface: KernelInterface, wireguard: WireGuard, rules: InterfaceRules, peers: Peers
+        self,
+        config: DeviceConfig,
+        interface: KernelInterface,
+        wireguard: WireGuard,
+        rules: InterfaceRules,
+        rates: InterfaceRates,
+        peers: Peers,
     ) -> None:
         """Use `open`."""
         self.name = interface.name
@@ -55,8 +60,8 @@ class KernelDevice:
         self._has_udp = config.listen_port is not None
         self._wireguard = wireguard
         self._rules = rules
+        self._rates = rates
         self._peers = peers
-        self._told_of_rates = False
 
     @classmethod
     @asynccontextmanager
@@ -66,8 +71,6 @@ class KernelDevice:
         Raises DeviceUnavailableError, InterfaceInUseError, AddressInUseError or ConfigurationError.
         """
         check_interface(config.name, config.mtu)
-        if config.rate_in or config.rate_out or config.has_peer_rates:
-            raise DeviceUnavailableError("limits of bandwidth need the built-in WireGuard")
         async with AsyncExitStack() as stack:
             stack.enter_context(hold_name(config.name, config.namespace))
             rules = InterfaceRules(config.name, config.namespace, config.addresses, outlives_process=True)
@@ -80,7 +83,16 @@ class KernelDevice:
             )
             wireguard.read_device()
             peers = stack.enter_context(closing(Peers(wireguard, config.mtu, on_event)))
-            device = cls(config, interface, wireguard, rules, peers)
+            rates = await stack.enter_async_context(
+                InterfaceRates.open(
+                    config.name,
+                    config.namespace,
+                    rate_in=config.rate_in,
+                    rate_out=config.rate_out,
+                    is_needed=config.has_peer_rates,
+                )
+            )
+            device = cls(config, interface, wireguard, rules, rates, peers)
             device._follow_link(interface, stack, on_event)
             async with background_tasks() as tasks:
                 if interface.was_there:
@@ -126,13 +138,12 @@ class KernelDevice:
             raise ConfigurationError(f"{peer.public_key} cannot be a peer's key: a device cannot be its own peer")
         if peer.endpoint is not None and not self._has_udp:
             raise ConfigurationError("this device has no UDP socket, so a peer cannot have a UDP endpoint")
-        if (peer.rate_in or peer.rate_out) and not self._told_of_rates:
-            self._told_of_rates = True
-            _logger.warning("the kernel's WireGuard does not limit the bandwidth of single machines; use the built-in one")
         self._peers.set_peer(peer)
+        self._rates.set_peer(peer)
 
     async def remove_peer(self, public_key: PublicKey) -> None:
         self._peers.remove_peer(bytes(public_key))
+        self._rates.remove_peer(bytes(public_key))
 
     async def settle(self) -> None:
         self._peers.settle()
@@ -181,5 +192,8 @@ class KernelDevice:
         for name, place in _COUNTERS.items():
             if place < len(counters):
                 counted[name] += counters[place]
-        counted += self._rules.drops()
+        counted += self._rules.drops() + self._rates.drops()
         return {name: count for name, count in counted.items() if count}
+
+    async def limit_drops(self) -> dict[PublicKey, tuple[int, int]]:
+        return {PublicKey(key): drops for key, drops in (await self._rates.peer_drops()).items()}

@@ -89,6 +89,8 @@ def _message(administration: Administration, status: MachineStatus, token_name: 
         server=administration.owner_of(row.id) or "",
         rate_rx=row.rate_rx,
         rate_tx=row.rate_tx,
+        limit_drops=administration.limits.dropped(row.id),
+        limits_biting=administration.limits.biting(row.id),
     )
 
 

@@ -48,7 +48,7 @@ from siderolink.server.store.rows import (
 from siderolink.server.store.sealing import is_sealed
 from siderolink.server.store.tokens import JoinToken, TokenKind, TokenUse, TunnelSetting
 
-HEAD = "9"
+HEAD = "10"
 """The newest migration, which these tables are."""
 
 metadata = MetaData()
@@ -202,6 +202,7 @@ join_tokens = Table(
     Column("expires_at", Float),
     Column("revoked_at", Float),
     Column("max_uses", Integer),
+    Column("max_machines", Integer),
     Column("bound_uuid", Text),
     Column("tunnel", Text, nullable=False),
     Column("labels", Text, nullable=False),

@@ -1,0 +1,121 @@
+"""Which limits bite at which machines: looked at every few seconds, told when it begins and when it is over.
+
+What a limit drops is counted where it does: by the device (bandwidth) and by the reports' intake. This adds up the differences,
+so that a count never falls while its machine is known, even if the device makes the peer anew.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Final
+
+from siderolink.common.wireguard.device import BANDWIDTH_DROPS, Device
+from siderolink.server.clock import Clock
+from siderolink.server.events import EventHub, LimitOver, LimitReached
+from siderolink.server.fleet.directory import Directory
+from siderolink.server.store import Machine
+
+LOOK_SECONDS: Final = 5.0
+QUIET_SECONDS: Final = 60.0
+"""A limit that has dropped nothing for so long bites no more. So a machine has at most two history entries a minute of each."""
+
+LimitDrops = Mapping[str, Mapping[str, int]]
+"""By machine's id and limit's name."""
+
+
+@dataclass(slots=True)
+class _Bite:
+    """A limit that bites."""
+
+    since: float
+    last_at: float
+    dropped: int
+
+
+@dataclass(slots=True)
+class _Watched:
+    """One machine that a limit has ever bitten."""
+
+    seen: dict[str, int] = field(default_factory=dict)
+    """What was counted at the last look."""
+    dropped: Counter[str] = field(default_factory=Counter)
+    bites: dict[str, _Bite] = field(default_factory=dict)
+
+
+class LimitWatch:
+    """Watches the limits of single machines. Names of limits are those of the drops (docs/drops.md)."""
+
+    def __init__(self, device: Device, directory: Directory, events: EventHub, clock: Clock) -> None:
+        self._device = device
+        self._directory = directory
+        self._events = events
+        self._clock = clock
+        self._watched: dict[str, _Watched] = {}
+        self.report_drops: Callable[[], LimitDrops] = dict
+        """What machines' reports lost to limits, since they are known."""
+
+    async def run(self) -> None:
+        """Look every few seconds, until cancelled."""
+        while True:
+            await self.look()
+            await self._clock.sleep(LOOK_SECONDS)
+
+    async def look(self) -> None:
+        """Compare the counts with those of the last look."""
+        found: dict[str, dict[str, int]] = {machine_id: dict(drops) for machine_id, drops in self.report_drops().items()}
+        for key, (inbound, outbound) in (await self._device.limit_drops()).items():
+            link = self._directory.by_key(key)
+            if link is not None and link.claim is None:
+                own = zip(BANDWIDTH_DROPS, (inbound, outbound), strict=True)
+                found.setdefault(link.machine.id, {}).update(own)
+        now = self._clock.monotonic()
+        for machine_id in self._watched.keys() | found.keys():
+            link = self._directory.get(machine_id)
+            if link is None:
+                self._watched.pop(machine_id, None)
+            else:
+                watched = self._watched.setdefault(machine_id, _Watched())
+                self._compare(link.machine, watched, found.get(machine_id, {}), now)
+
+    def _compare(self, machine: Machine, watched: _Watched, found: Mapping[str, int], now: float) -> None:
+        for limit, count in found.items():
+            before = watched.seen.get(limit, 0)
+            more = count - before if count >= before else count  # the device made the peer anew
+            if more:
+                watched.dropped[limit] += more
+                bite = watched.bites.get(limit)
+                if bite is None:
+                    bite = watched.bites[limit] = _Bite(now, now, 0)
+                    self._events.publish(LimitReached(machine=machine, limit=limit))
+                bite.last_at, bite.dropped = now, bite.dropped + more
+        watched.seen = dict(found)
+        for limit, bite in list(watched.bites.items()):
+            if now - bite.last_at >= QUIET_SECONDS:
+                del watched.bites[limit]
+                self._events.publish(
+                    LimitOver(machine=machine, limit=limit, dropped=bite.dropped, seconds=bite.last_at - bite.since)
+                )
+
+    # --- what is known
+
+    def dropped(self, machine_id: str) -> dict[str, int]:
+        """What the machine's limits dropped at this server, by name; as of the last look."""
+        watched = self._watched.get(machine_id)
+        return {} if watched is None else dict(watched.dropped)
+
+    def biting(self, machine_id: str) -> list[str]:
+        """The names of the limits that bite the machine now."""
+        watched = self._watched.get(machine_id)
+        return [] if watched is None else sorted(watched.bites)
+
+    def all_dropped(self) -> dict[str, dict[str, int]]:
+        """`dropped` of all machines that have any."""
+        return {machine_id: dict(watched.dropped) for machine_id, watched in self._watched.items() if watched.dropped}
+
+    def bitten(self) -> Counter[str]:
+        """How many machines each limit bites now."""
+        return Counter(limit for watched in self._watched.values() for limit in watched.bites)
+
+    def bitten_machines(self) -> int:
+        """How many machines any limit bites now."""
+        return sum(bool(watched.bites) for watched in self._watched.values())

@@ -1,0 +1,11 @@
+"""How many machines of a join token may be known at a time."""
+
+import sqlalchemy as sa
+from alembic import op
+
+revision = "10"
+down_revision = "9"
+
+
+def upgrade() -> None:
+    op.add_column("join_tokens", sa.Column("max_machines", sa.Integer))
