@@ -20,7 +20,7 @@ from tests.support.netns import Namespace, stop
 from tests.support.serving import API, COMMAND, TOKEN, Served, served
 from tests.support.topology import SERVER_V4, routed
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = pytest.mark.timeout(400)
 
 ROOT = Path(__file__).resolve().parents[2]
 RULES = ROOT / "packaging" / "siderolink.rules.yaml"
