@@ -8,9 +8,10 @@ from markupsafe import Markup
 
 from siderolink.web.templating import timestamp
 
-WIDTH, HEIGHT = 640, 180
-_LEFT, _RIGHT, _TOP, _BOTTOM = 70, 8, 10, 24
-_STEPS: Final = (1.0, 2.0, 5.0, 10.0)
+WIDTH, HEIGHT = 420, 160
+_LEFT, _RIGHT, _TOP, _BOTTOM = 66, 8, 10, 24
+_STEPS: Final = (2.0, 4.0, 10.0, 20.0)
+"""Even ones, so that half of a count is one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,21 +23,22 @@ class Line:
 
 
 def _ceiling(value: float) -> float:
-    """The next round number."""
-    if value <= 0:
-        return 1.0
+    """The next round number, at least 2."""
+    if value <= 2:
+        return 2.0
     power = 1.0
     while power * 10 <= value:
         power *= 10
-    while power > value:
-        power /= 10
     return next(step * power for step in _STEPS if step * power >= value)
 
 
 def plot(name: str, title: str, times: Sequence[float], lines: Sequence[Line], write: Callable[[float], str]) -> Markup:
     """Lines over time, named by a legend; `write` gives a value's text. `name` is unique on its page."""
     if len(times) < 2:
-        return Markup('<p class="none">{}: nothing to draw yet.</p>').format(title)
+        wait = Markup('<text class="empty-text" x="{}" y="{}" text-anchor="middle">{}</text>').format(
+            WIDTH / 2, HEIGHT / 2, "The first figures come in some seconds."
+        )
+        return _figure(name, title, wait, Markup(""))
     top = _ceiling(max((value for line in lines for value in line.values if value is not None), default=0.0))
     first, span = times[0], max(times[-1] - times[0], 1e-9)
 
@@ -56,13 +58,24 @@ def plot(name: str, title: str, times: Sequence[float], lines: Sequence[Line], w
         ).format(_LEFT, WIDTH - _RIGHT, y(value), y(value), _LEFT - 6, y(value) + 4, write(value))
         for value in (0.0, top / 2, top)
     )
-    ends = Markup('<text x="{}" y="{}">{}</text><text x="{}" y="{}" text-anchor="end">{}</text>').format(
-        _LEFT, HEIGHT - 6, timestamp(times[0])[11:19], WIDTH - _RIGHT, HEIGHT - 6, timestamp(times[-1])[11:19]
+    middle = first + span / 2
+    ends = Markup("").join(
+        Markup('<text x="{}" y="{}" text-anchor="{}">{}</text>').format(place, HEIGHT - 6, anchor, text)
+        for place, anchor, text in (
+            (_LEFT, "start", timestamp(times[0])[11:19]),
+            ((_LEFT + WIDTH - _RIGHT) / 2, "middle", timestamp(middle)[11:19]),
+            (WIDTH - _RIGHT, "end", f"{timestamp(times[-1])[11:19]} UTC"),
+        )
     )
+    return _figure(name, title, grid + ends + drawn, _legend(lines, write))
+
+
+def _figure(name: str, title: str, drawn: Markup, legend: Markup) -> Markup:
+    """The same room whatever is in it, so that nothing moves when there is something to draw."""
     return Markup(
-        '<figure class="plot"><svg viewBox="0 0 {} {}" role="img" aria-labelledby="{}-title">'
-        '<title id="{}-title">{}</title>{}{}{}</svg><figcaption>{}<ul>{}</ul></figcaption></figure>'
-    ).format(WIDTH, HEIGHT, name, name, title, grid, ends, drawn, title, _legend(lines, write))
+        '<figure class="plot"><figcaption>{}</figcaption><svg viewBox="0 0 {} {}" role="img" aria-labelledby="{}-title">'
+        '<title id="{}-title">{}</title>{}</svg><ul>{}</ul></figure>'
+    ).format(title, WIDTH, HEIGHT, name, name, title, drawn, legend)
 
 
 def _path(

@@ -46,6 +46,15 @@ def rate(count: float) -> str:
     return f"{size(count)}/s"
 
 
+def bit_rate(bits: float) -> str:
+    """``20 Mbit/s``."""
+    for unit in ("", "k", "M", "G"):
+        if bits < 1000 or unit == "G":
+            break
+        bits /= 1000
+    return f"{bits:,.4g} {unit}bit/s"
+
+
 def number(count: float) -> str:
     """``12,345``."""
     return f"{count:,.0f}"
@@ -92,6 +101,6 @@ def make_environment() -> jinja2.Environment:
         lstrip_blocks=True,
         auto_reload=False,
     )
-    for given in (moment, timestamp, size, rate, number, seconds, labels, short, block):
+    for given in (moment, timestamp, size, rate, bit_rate, number, seconds, labels, short, block):
         environment.filters[given.__name__] = given
     return environment

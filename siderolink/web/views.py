@@ -22,7 +22,9 @@ from siderolink.common.pb.siderolink.admin.v1 import (
     ListTokenUsersRequest,
     MachineRequest,
     MachineServiceStub,
+    ServerLimits,
     ServerServiceStub,
+    ServerStatus,
     TokenRequest,
     TokenServiceStub,
 )
@@ -30,7 +32,7 @@ from siderolink.web.api import Caller, explained
 from siderolink.web.fleet import ORDERS, Fleet, Found, Query
 from siderolink.web.plots import Line, plot
 from siderolink.web.sampling import Sampler, rates
-from siderolink.web.templating import number, rate
+from siderolink.web.templating import bit_rate, number, rate
 
 PAGE_SIZE: Final = 100
 STATES: Final = ("up", "down", "pending", "denied", "accepted")
@@ -219,7 +221,65 @@ async def limits(asked: Asked) -> dict[str, Any]:
             ListHistoryRequest(kinds=["refused", "lost"], page_size=_TIMELINE)
         )
         kept = await asked.caller.stub(HistoryServiceStub).get_retention(GetRetentionRequest())
-    return {"kept": kept, "refusals": _by_count(status.refusals), "drops": _by_count(status.drops), "history": refused.entries}
+    return {
+        "limits": _limits(status),
+        "kept": kept,
+        "refusals": _by_count(status.refusals),
+        "drops": _by_count(status.drops),
+        "history": refused.entries,
+    }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limit:
+    """A limit of the server: what it is, and where it bites."""
+
+    name: str
+    value: str
+    now: str = ""
+    bites: int = 0
+    """How often it refused or dropped something."""
+
+
+def _limits(status: ServerStatus) -> list[Limit]:
+    found = status.limits or ServerLimits()
+    known, drops, refusals = sum(status.machines.values()), status.drops, status.refusals
+
+    def bits(*values: int | None) -> str:
+        if values == (None, None):
+            return "no limit"
+        return " and ".join(
+            "no limit" if value is None else f"{bit_rate(value)} {way}"
+            for value, way in zip(values, ("from them", "to them"), strict=True)
+        )
+
+    packets = drops.get("bandwidth_in", 0) + drops.get("bandwidth_out", 0)
+    limited = f"slows down {number(found.limited_machines)} {'machine' if found.limited_machines == 1 else 'machines'}"
+    return [
+        Limit(
+            name="Machines in all",
+            value=number(found.max_machines) if found.max_machines else "no limit",
+            now=f"{number(known)} known",
+            bites=refusals.get("too many machines", 0),
+        ),
+        Limit(name="Bandwidth of all machines together", value=bits(found.rate_rx, found.rate_tx), bites=packets),
+        Limit(
+            name="Bandwidth of each machine",
+            value=bits(found.machine_rate_rx, found.machine_rate_tx),
+            now=limited,
+            bites=packets,
+        ),
+        Limit(
+            name="Log lines of each machine",
+            value=f"{number(found.lines_per_second)} a second" if found.lines_per_second else "no limit",
+            bites=drops.get("line rate limited", 0),
+        ),
+        Limit(
+            name="Events of each machine",
+            value=f"{number(found.events_per_second)} a second" if found.events_per_second else "no limit",
+            bites=drops.get("event rate limited", 0),
+        ),
+    ]
 
 
 def _by_count(found: Mapping[str, int]) -> list[tuple[str, int]]:

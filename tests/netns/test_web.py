@@ -178,6 +178,17 @@ def test_searching_while_one_types_changes_the_list_and_the_address(fleet: Fleet
         expect(page.locator("caption")).to_have_text("1 machine")
         page.keyboard.press("Enter")
         expect(page.get_by_role("link", name=FIRST)).to_be_visible()
+        page.get_by_role("columnheader", name="Version").get_by_role("link").click()
+        expect(page).to_have_url(re.compile(r"sort=version"))
+        expect(page.get_by_role("columnheader", name="Version")).to_have_attribute("aria-sort", "ascending")
+        expect(page.get_by_label("Order")).to_have_value("version")
+        expect(page.locator("table[data-rows]")).to_have_attribute("aria-rowcount", "2")
+        page.go_back()
+        expect(page).not_to_have_url(re.compile(r"sort=version"))
+        expect(page.get_by_label("Order")).to_have_value("name")
+        page.goto("/servers")
+        expect(page.locator("#fleet-servers tbody tr")).to_have_count(1)
+        expect(page.locator("#fleet-servers .state")).to_have_text("up")
 
 
 def test_a_stolen_cookie_ends_the_session_and_a_revoked_key_the_page(fleet: Fleet) -> None:
