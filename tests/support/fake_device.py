@@ -127,6 +127,9 @@ class FakeDevice:
     async def limit_drops(self) -> dict[PublicKey, tuple[int, int]]:
         return dict(self.beyond_limits)
 
+    def own_peers_for(self, seconds: float | None) -> None:
+        """Nothing is sent anyway."""
+
     async def remove_peer(self, public_key: PublicKey) -> None:
         self.calls.append(("remove", public_key))
         self.configs.pop(public_key, None)

@@ -118,7 +118,7 @@ class DataPlane:
         pair, size = address_pair(frame, VNET_SIZE), len(frame) - VNET_SIZE
         if pair is None or frame[1] != Gso.NONE or size > self._engine.mtu:
             return False
-        peer = self._find_peer(frame, pair)
+        peer = self._find_peer(frame, pair, now)
         if peer is None:
             return True
         path = _device_path(peer.path)
@@ -159,7 +159,7 @@ class DataPlane:
 
     def _route(self, frame: memoryview, pair: bytes, now: float) -> bool:
         """Make the packet's peer the current one; False if the packet was dropped or staged."""
-        peer = self._find_peer(frame, pair)
+        peer = self._find_peer(frame, pair, now)
         if peer is None:
             return False
         if peer is not self._peer:
@@ -174,7 +174,7 @@ class DataPlane:
         self._pair = pair
         return True
 
-    def _find_peer(self, frame: memoryview, pair: bytes) -> Peer | None:
+    def _find_peer(self, frame: memoryview, pair: bytes, now: float) -> Peer | None:
         """The peer that a packet goes to; None if it was dropped and counted."""
         half = len(pair) // 2
         destination = pair[half:]
@@ -183,7 +183,7 @@ class DataPlane:
             return peer
         if peer is None and self._engine.allowed_ips.may_leave(pair[:half]):
             self._reply_unreachable(frame)
-        if peer is not None and peer.is_passive:
+        if peer is not None and self._engine.is_silent(peer, now):
             self._reply_unreachable(frame)
             self._engine.drop(Drop.NO_PATH)
             return None

@@ -266,6 +266,11 @@ class Device(Protocol):
     def offer_path(self, public_key: PublicKey, path: Path) -> None:
         """Use `path` for the peer if it has no open one and is not passive. Without one it is unreachable until it is heard."""
 
+    def own_peers_for(self, seconds: float | None) -> None:
+        """For so long no other device with this key can have taken a peer; None is for ever. Peers that do not answer after
+        that are unreachable until they are heard. The kernel's device cannot be told.
+        """
+
     def deliver(self, datagrams: Datagrams, path: Path) -> None:
         """Process datagrams from `path` (a tunnel stream; a device reads its own UDP socket itself)."""
 

@@ -68,6 +68,7 @@ class UserspaceDevice:
             on_drained=self._arm_timer,
             on_blocked=self.pause_reading,
         )
+        self.own_peers_for: Callable[[float | None], None] = lambda seconds: self.engine.tenure.extend(seconds, boot_time())
         self.on_event = on_event
         self._timer_at = float("inf")
         self.is_passing = False

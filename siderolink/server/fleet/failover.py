@@ -123,6 +123,7 @@ class Lease:
         self._device = device
         self._clock = clock
         self._max_offline = max_offline
+        owners.membership.on_beat, owners.membership.on_return = device.own_peers_for, owners.refresh
 
     async def run(self) -> None:
         """Look at it, until cancelled. Raises StoreError when the database was away for too long."""

@@ -6,7 +6,7 @@ cannot read heartbeats itself, and after an outage of the database everyone has 
 
 import logging
 import os
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from hashlib import blake2b
@@ -22,6 +22,8 @@ log = logging.getLogger(__name__)
 HEARTBEAT_SECONDS = 1.0
 DEAD_AFTER = 3.5
 """Seconds after its last heartbeat from which a server is dead to the others."""
+SURE_SECONDS = 3.0
+"""For so long after its heartbeat a server is alive to the others, and keeps its machines."""
 FORGOTTEN_AFTER = 600.0
 """Seconds after which a dead server's row is removed."""
 OUTAGE_SECONDS = 3 * HEARTBEAT_SECONDS
@@ -29,6 +31,10 @@ OUTAGE_SECONDS = 3 * HEARTBEAT_SECONDS
 MAX_CLOCK_OFFSET = 0.5
 """Seconds by which a host's clock may differ from the store's."""
 _CLOSE_SECONDS = 1.0
+
+
+async def _nothing() -> None:
+    pass
 
 
 class Membership:
@@ -69,6 +75,11 @@ class Membership:
         self._wake = anyio.Event()
         self.on_dead: Callable[[str], None] = lambda server_id: None
         """Told the id of each server that is dead or gone, once."""
+        self.on_return: Callable[[], Awaitable[None]] = _nothing
+        """Awaited after a time in which others may have taken this server for dead, before it is sure of its machines again."""
+        self._was_doubtful = False
+        self.on_beat: Callable[[float | None], None] = lambda seconds: None
+        """Told at each heartbeat for how many seconds no other server takes this one's machines; None where there is none."""
 
     # --- asked
 
@@ -196,6 +207,7 @@ class Membership:
     async def beat(self) -> None:
         """Write this server's row, and read the others'. Raises StoreError."""
         self._watch_clock()
+        began_at = self._clock.monotonic()
         row = self._row = replace(self._row, heartbeat_at=self._clock.time(), clock_offset=self.clock_offset)
         is_first = not self._has_begun
         was_away = self.offline_for > OUTAGE_SECONDS
@@ -216,10 +228,15 @@ class Membership:
         now, at = self._clock.time(), self._clock.monotonic()
         if was_away:
             self.outage_ended_at = now
+        self._was_doubtful |= at - self._beat_at > SURE_SECONDS
         self._beat_at, self._read_at = at, now
         gone = self._others.keys() - others.keys()
         self._others = others
         self._tell_deaths(gone)
+        if self._was_doubtful:
+            await self.on_return()
+            self._was_doubtful = False
+        self.on_beat(SURE_SECONDS - (self._clock.monotonic() - began_at) if others else None)
 
     def _watch_clock(self) -> None:
         if self.has_wrong_clock is not self._had_wrong_clock:

@@ -201,6 +201,11 @@ class Owners:
         async for ownership in self._store.owners():
             self.taken(ownership)
 
+    async def refresh(self) -> None:
+        """Hear of all that others took, and send nothing more to those machines. Raises StoreError."""
+        await self.load()
+        await self._set_peers()
+
     async def run(self) -> None:
         """Take what is wanted, and set peers, until cancelled."""
         while True:
@@ -213,15 +218,7 @@ class Owners:
 
     async def settle(self) -> None:
         """Set the peers that changed, then take the links that are wanted. What cannot be taken now stays wanted."""
-        while self._unsettled:
-            machine_id = next(iter(self._unsettled))
-            del self._unsettled[machine_id]
-            link = self._directory.get(machine_id)
-            if link is not None and self.apply is not None:
-                try:
-                    await self.apply(link)
-                except SideroLinkError as error:
-                    log.warning("a machine's peer could not be changed: %s", error, extra=link.machine.log_fields)
+        await self._set_peers()
         try:
             while self._wanted:
                 await self._take(list(self._wanted)[:_AT_ONCE])
@@ -232,6 +229,17 @@ class Owners:
             if not self._is_away:
                 log.warning("the owners of links cannot be stored now; machines are served all the same: %s", error)
             self._is_away = True
+
+    async def _set_peers(self) -> None:
+        while self._unsettled:
+            machine_id = next(iter(self._unsettled))
+            del self._unsettled[machine_id]
+            link = self._directory.get(machine_id)
+            if link is not None and self.apply is not None:
+                try:
+                    await self.apply(link)
+                except SideroLinkError as error:
+                    log.warning("a machine's peer could not be changed: %s", error, extra=link.machine.log_fields)
 
     async def _take(self, machine_ids: list[str]) -> None:
         now = self._clock.time()

@@ -12,7 +12,7 @@ from anyio.abc import TaskStatus
 from siderolink.common.errors import SideroLinkError
 from siderolink.common.hostport import HostPort
 from siderolink.common.keys import PublicKey
-from siderolink.common.wireguard.device import Device, PeerConfig
+from siderolink.common.wireguard.device import CanShakeHands, Device, PeerConfig
 from siderolink.common.wireguard.path import Endpoint
 from siderolink.server.admission.limits import MachineLimits, bytes_per_second
 from siderolink.server.admission.prove import as_claimed
@@ -255,6 +255,7 @@ class Reconciler:
         if link.machine.public_key is None:
             return
         link.is_quiet = False
+        link.endpoint = str(HostPort(str(endpoint[0]), endpoint[1]))  # its answer comes from there, so that no path changes
         peer = replace(
             self._peer(link.machine, link.machine.public_key),
             endpoint=endpoint,
@@ -264,6 +265,8 @@ class Reconciler:
         # A keepalive that goes from off to on is sent at once, and it needs a session.
         await self._device.set_peer(replace(peer, persistent_keepalive=0))
         await self._device.set_peer(peer)
+        if isinstance(self._device, CanShakeHands):  # the keepalive takes a session of before another server had the machine
+            await self._device.handshake(link.machine.public_key)
 
     async def set_quiet(self, link: MachineLink, quiet: bool) -> None:
         """Stop keepalives, and the handshakes that they bring on, or begin them again. The machine may always come itself."""

@@ -75,3 +75,64 @@ def test_a_session_that_it_begins_makes_it_active_and_a_replayed_initiation_does
     b.send(B_TO_A)
     (sent,) = b.take()
     assert message_type(sent) == TRANSPORT
+
+
+# --- a peer that another device may have taken
+
+
+def test_who_may_have_lost_a_peer_sends_for_a_moment_and_then_nothing_until_it_is_heard() -> None:
+    a, b, wire = joined()
+    (peer,) = b.engine.peers.values()
+    b.engine.set_persistent_keepalive(peer, 25, 0.0)
+    b.engine.tenure.until = 3.0
+    wire.clock.now = 10.0
+    b.drain()
+    b.take()
+    b.send(B_TO_A)
+    assert [message_type(datagram) for datagram in b.take()] == [TRANSPORT]
+    wire.clock.now = 11.0
+    b.send(B_TO_A)
+    assert len(b.take()) == 1
+    del wire.nodes["a"]
+    wire.clock.now = 11.6
+    b.send(B_TO_A)
+    b.engine.handshake(peer, 11.6)
+    while (at := b.engine.next_deadline()) < 120:  # neither the handshake after 15 s nor keepalives
+        wire.clock.now = max(wire.clock.now, at)
+        b.handle_timers()
+    assert b.take() == []
+    assert dropped(b)[Drop.NO_PATH] == 1
+    a.send(A_TO_B)
+    for datagram in a.take():
+        b.receive(datagram, a.path)
+    b.send(B_TO_A)
+    assert [message_type(datagram) for datagram in b.take()][-1] == TRANSPORT
+
+
+def test_a_peer_that_answers_is_sent_to_all_the_time_and_one_that_is_sure_without_an_answer() -> None:
+    for until, answers in ((3.0, True), (float("inf"), False)):
+        a, b, wire = joined()
+        b.engine.tenure.until = until
+        b.take()
+        for second in range(4, 14):
+            wire.clock.now = float(second)
+            b.send(B_TO_A)
+            assert len(b.take()) == 1
+            if answers:
+                a.send(A_TO_B)
+                for datagram in a.take():
+                    b.receive(datagram, a.path)
+                b.take()
+
+
+def test_a_handshake_that_is_under_way_is_not_repeated_in_doubt() -> None:
+    a, b, wire = pair()
+    b.add(a)
+    b.engine.tenure.until = 0.0
+    del wire.nodes["a"]
+    b.send(B_TO_A)
+    while (at := b.engine.next_deadline()) < 200:
+        wire.clock.now = max(wire.clock.now, at)
+        b.handle_timers()
+    assert len(b.take()) == 1  # the first one
+    assert dropped(b)[Drop.HANDSHAKE_GAVE_UP] == 1

@@ -11,8 +11,10 @@ from siderolink.common.keys import PublicKey
 from siderolink.common.wireguard.noise.tai64n import CommonTimestamps, Timestamps
 from siderolink.server import MemoryStore
 from siderolink.server.fleet.dialling import dial_remembered
+from siderolink.server.fleet.directory import MachineLink
 from siderolink.server.fleet.failover import Lease
 from siderolink.server.fleet.membership import DEAD_AFTER, Membership
+from siderolink.server.fleet.owners import Owners
 from tests.support.fake_device import FakePath, VirtualClock
 from tests.support.manager import FakeMachine, Manager, following
 from tests.support.several import UdpPath, fleet_of, linked, membership, owners, settled
@@ -122,6 +124,50 @@ async def test_a_server_ends_when_the_database_was_away_for_too_long() -> None:
             await lease.look()
 
 
+async def test_a_server_that_was_away_is_sure_of_its_machines_only_when_it_knows_what_others_took() -> None:
+    """A process that was stopped still has its connections, and may write its heartbeat before it reads its feed."""
+    async with fleet_of("a", "b") as fleet:
+        machine = await linked(fleet, "a")
+        a = membership(fleet["a"])
+        late = Owners(a, fleet["a"].links, fleet["a"].store, fleet.time.clock)
+        passive: list[PublicKey | None] = []
+        told: list[str | float | None] = []
+        fails = [True]
+
+        async def apply(link: MachineLink) -> None:
+            assert not late.may_send(link.machine.id)
+            passive.append(link.machine.public_key)
+
+        async def refresh() -> None:
+            await late.refresh()
+            if fails.pop():
+                raise StoreError("away again")
+            told.append("knows")
+
+        late.apply, a.on_return, a.on_beat = apply, refresh, told.append
+        await fleet.pass_time(2)
+        assert (told, passive) == ([3.0, 3.0], [])
+        await fleet.pass_time(DEAD_AFTER + 1, "b")
+        fleet["b"].device.hear(machine.key, UdpPath("198.51.100.7:2"), handshake=True)
+        await owners(fleet["b"]).settle()
+        told.clear()
+        with pytest.raises(StoreError, match="away again"):
+            await a.beat()
+        fails.append(False)
+        assert (told, passive) == ([], [machine.key])
+        await a.beat()
+        await a.beat()
+        assert told == ["knows", 3.0, 3.0]
+
+
+async def test_a_server_that_is_alone_is_always_sure() -> None:
+    async with fleet_of("a") as fleet:
+        told: list[float | None] = []
+        membership(fleet["a"]).on_beat = told.append
+        await fleet.pass_time(2)
+        assert set(told) == {None}
+
+
 # --- dialling
 
 
@@ -175,6 +221,10 @@ async def test_the_machines_of_a_dead_server_are_dialled_by_exactly_one_of_the_o
         for name, machine in owned:
             row = await fleet["b"].row(machine)
             await settled(lambda: owners(fleet["b"]).owner_of(row.id) == owners(fleet["c"]).owner_of(row.id) == name)  # noqa: B023
+            owner = owners(fleet[name]).of(row.id)
+            assert owner is not None
+            assert owner.endpoint is not None  # for who dials it next
+            assert ("handshake", machine.key) in fleet[name].device.calls
         await fleet.is_owned_by(at_b, "b")
 
 

@@ -182,6 +182,9 @@ class KernelDevice:
     def offer_path(self, public_key: PublicKey, path: Path) -> None:
         self._peers.offer(bytes(public_key), path)
 
+    def own_peers_for(self, seconds: float | None) -> None:
+        """See `Device`: it cannot be told."""
+
     def deliver(self, datagrams: Datagrams, path: Path) -> None:
         self._peers.deliver(datagrams, path)
 

@@ -23,7 +23,7 @@ from .rates import Rates
 from .routing import CryptokeyRouting, InnerFilter
 from .rows import CipherFactory, Datagrams, Opened
 from .tai64n import Timestamps
-from .timers import NEVER, DeadlineQueue
+from .timers import ANSWER_SECONDS, NEVER, DeadlineQueue
 from .traffic import Traffic
 
 DEFAULT_MTU = 1420
@@ -68,17 +68,19 @@ class Engine:
             ciphers=ciphers,
             timestamps=timestamps or Timestamps(),
         )
+        self.tenure = self._exchange.tenure
         self._traffic = traffic = Traffic(
             self.allowed_ips,
             self._exchange.indices,
             self._deadlines,
             self.output,
+            tenure=self.tenure,
             initiate=self.initiate,
             on_confirmed=self._confirmed,
         )
         self.earliest_deadline = self._deadlines.earliest
         """Like `next_deadline`, but perhaps too early, and so cheap that it may be asked after every packet."""
-        self.find_peer, self.can_send = traffic.find_peer, traffic.can_send
+        self.find_peer, self.can_send, self.is_silent = traffic.find_peer, traffic.can_send, traffic.is_silent
         self.seal, self.stage, self.send_keepalive = traffic.seal, traffic.stage, traffic.send_keepalive
 
     # Configuration
@@ -251,6 +253,9 @@ class Engine:
             self.send_keepalive(peer, now)
 
     def _retransmit(self, peer: Peer, now: float) -> None:
+        if self._exchange.tenure.doubts(peer.timers, now) and not peer.timers.has_attempt_ended(now):
+            peer.timers.retransmit_at = now + ANSWER_SECONDS
+            return
         if not peer.timers.has_attempt_ended(now):
             self.output.announce(PeerUnresponsive(peer=peer))
             self._exchange.initiate(peer, now)

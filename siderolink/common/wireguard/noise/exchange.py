@@ -24,6 +24,7 @@ from .primitives import dh
 from .rows import CipherFactory
 from .session import Session
 from .tai64n import Timestamps
+from .timers import Tenure
 
 Entropy = Callable[[int], bytes]
 
@@ -90,6 +91,7 @@ class Exchange:
         self.identity = identity
         self.indices = Indices(entropy)
         self.timestamps = timestamps
+        self.tenure = Tenure()
         self.is_stopped = False
         """While the interface is down, no handshake begins."""
         self.load = LoadMeter()
@@ -113,7 +115,7 @@ class Exchange:
 
     def initiate(self, peer: Peer, now: float, *, at_once: bool = False) -> None:
         """Begin a handshake; unless `at_once`, put it off where the last attempt is less than 5 s old."""
-        if self.is_stopped or peer.is_passive:
+        if self.is_stopped or peer.is_passive or self.tenure.doubts(peer.timers, now):
             return
         earliest = peer.last_initiation_sent_at + REKEY_TIMEOUT
         if now < earliest and not at_once:

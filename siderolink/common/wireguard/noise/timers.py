@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from .peer import Peer
 
 NEVER = float("inf")
+ANSWER_SECONDS = 1.5
+"""How long a peer that may be another device's by now is sent to without an answer."""
 
 
 class Timers:
@@ -39,6 +41,7 @@ class Timers:
         "persistent_interval",
         "rekeyed_on_receive",
         "retransmit_at",
+        "unanswered_since",
         "zero_keys_at",
     )
 
@@ -56,6 +59,7 @@ class Timers:
         self.persistent_at = NEVER
         self.attempt_started_at = 0.0
         self.rekeyed_on_receive = False
+        self.unanswered_since = NEVER
         self._another_keepalive = False
 
     def next_at(self) -> float:
@@ -75,16 +79,17 @@ class Timers:
         if self.new_handshake_at != NEVER:
             return False
         self.new_handshake_at = now + NEW_HANDSHAKE_TIME + self.jitter
+        self._unanswered(now)
         return True
 
     def authenticated_received(self, now: float) -> None:
         """Any message of the peer's that was authenticated: it is alive."""
-        self.new_handshake_at = NEVER
+        self.new_handshake_at = self.unanswered_since = NEVER
         self._traversed(now)
 
     def data_received(self, now: float) -> bool:
         """The same for data; True if this sets a deadline that may be the next."""
-        self.new_handshake_at = NEVER
+        self.new_handshake_at = self.unanswered_since = NEVER
         if self.persistent_interval:
             self.persistent_at = now + self.persistent_interval
         if self.keepalive_at != NEVER:
@@ -104,6 +109,7 @@ class Timers:
         if self.retransmit_at == NEVER:
             self.attempt_started_at = now
         self.retransmit_at = min(now + REKEY_TIMEOUT + jitter, self.attempt_started_at + REKEY_ATTEMPT_TIME)
+        self._unanswered(now)
 
     def initiation_postponed(self, now: float, at: float) -> None:
         """An initiation is due, but the last one was too recent."""
@@ -140,9 +146,30 @@ class Timers:
         """Schedule the next one, even if this one could not be sent."""
         self.persistent_at = now + self.persistent_interval if self.persistent_interval else NEVER
 
+    def _unanswered(self, now: float) -> None:
+        if self.unanswered_since == NEVER:
+            self.unanswered_since = now
+
     def _traversed(self, now: float) -> None:
         if self.persistent_interval:
             self.persistent_at = now + self.persistent_interval
+
+
+class Tenure:
+    """How long a device may take its peers for its own, where other devices with its key may have taken some meanwhile."""
+
+    __slots__ = ("until",)
+
+    def __init__(self) -> None:
+        self.until = NEVER
+
+    def extend(self, seconds: float | None, now: float) -> None:
+        """It lasts for so long from now on; for ever with None."""
+        self.until = NEVER if seconds is None else now + seconds
+
+    def doubts(self, timers: Timers, now: float) -> bool:
+        """Whether the peer may be another device's by now: this one's tenure is over, and the peer does not answer."""
+        return now > self.until and now - timers.unanswered_since > ANSWER_SECONDS
 
 
 class DeadlineQueue:

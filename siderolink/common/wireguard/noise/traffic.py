@@ -11,7 +11,7 @@ from .rates import Buckets, rows_within
 from .routing import CryptokeyRouting, InnerFilter, inner_header, padded_length
 from .rows import Datagrams, Opened, Packets
 from .session import Session
-from .timers import DeadlineQueue
+from .timers import DeadlineQueue, Tenure
 
 Initiate = Callable[[Peer, float], None]
 
@@ -26,6 +26,7 @@ class Traffic:
         deadlines: DeadlineQueue,
         output: Output,
         *,
+        tenure: Tenure,
         initiate: Initiate,
         on_confirmed: Initiate,
     ) -> None:
@@ -34,6 +35,7 @@ class Traffic:
         self._indices = indices
         self._deadlines = deadlines
         self._output = output
+        self._tenure = tenure
         self._initiate = initiate
         self._on_confirmed = on_confirmed
 
@@ -54,6 +56,10 @@ class Traffic:
         """True if `seal` has a session to use; if not, packets have to be staged."""
         session = peer.current
         return session is not None and peer.reachable_path is not None and not session.is_expired(now)
+
+    def is_silent(self, peer: Peer, now: float) -> bool:
+        """Whether nothing may be sent to the peer: another device has it, or may have it."""
+        return peer.is_passive or self._tenure.doubts(peer.timers, now)
 
     def seal(self, peer: Peer, packets: Packets, now: float) -> tuple[Path, Datagrams] | None:
         """Make one data message of each packet, for the returned path, which the caller sends before its next call.
@@ -94,6 +100,9 @@ class Traffic:
         peer = self.find_peer(pair[:half], pair[half:])
         if peer is None:
             return
+        if self.is_silent(peer, now):
+            self._output.drop(Drop.NO_PATH)
+            return
         padding = padded_length(len(packet), mtu) - len(packet)
         sealed = self.seal(peer, Packets.single(memoryview(packet + bytes(padding))), now)
         if sealed is None:
@@ -105,7 +114,7 @@ class Traffic:
     def send_keepalive(self, peer: Peer, now: float) -> None:
         """Send an empty data message, or begin a handshake where there is no session."""
         session, path = peer.current, peer.reachable_path
-        if path is None:
+        if path is None or self.is_silent(peer, now):
             return
         counter = None if session is None else session.reserve(1, now)
         if session is None or counter is None:
