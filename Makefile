@@ -154,6 +154,9 @@ bench: setup needs ## figures of this machine beside other programs': a table, a
 bench-recovery: setup needs ## how soon links are back after a killed server, a cut stream, a network that was away
 	@$(SUDO) env PATH="$(abspath $(VENV)/bin):$$PATH:/usr/sbin:/sbin" $(PYTHON) benchmarks/recovery.py $(ARGS)
 
+faults: setup needs ## what may happen to several servers of one database: it is cut, a server is stopped, a split heals; some minutes
+	@$(PYTEST) tests/faults $(ARGS)
+
 soak: setup needs ## ten minutes of random faults, after which everyone is connected and nothing has leaked
 	@SOAK_SECONDS=600 $(MAKE) netns ARGS="-k soak -m long -s -o timeout=900 $(ARGS)"
 

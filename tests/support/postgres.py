@@ -38,7 +38,7 @@ def program(name: str) -> str:
     return path
 
 
-def _faketime() -> str:
+def faketime() -> str:
     """The library that gives a program another clock."""
     program("faketime")
     (found,) = Path("/usr/lib").glob("*/faketime/libfaketime.so.1")
@@ -76,7 +76,7 @@ class Cluster:
         self._environment = dict(os.environ)
         if clock_ahead:
             self._environment |= {
-                "LD_PRELOAD": _faketime(),
+                "LD_PRELOAD": faketime(),
                 "FAKETIME": f"{clock_ahead:+}s",
                 "FAKETIME_DONT_FAKE_MONOTONIC": "1",
             }
@@ -177,3 +177,30 @@ def cluster() -> Cluster:
     found = Cluster()
     atexit.register(found.close)
     return found
+
+
+@contextmanager
+def pgbouncer(folder: Path, database: str) -> Iterator[str]:
+    """Debian's, which gives each transaction another session; its URL."""
+    port, upstream = free_port(), cluster()
+    (folder / "ini").write_text(
+        f"[databases]\n* = host={upstream.folder} port={upstream.port} user=siderolink\n"
+        f"[pgbouncer]\nlisten_addr = 127.0.0.1\nlisten_port = {port}\nauth_type = any\nunix_socket_dir =\n"
+        "pool_mode = transaction\ndefault_pool_size = 3\nmax_client_conn = 100\n"
+    )
+    user = {"user": "nobody"} if os.geteuid() == 0 else {}
+    folder.chmod(0o755)
+    (folder / "ini").chmod(0o644)
+    with (folder / "ini").open("rb") as given:
+        process = subprocess.Popen(
+            [program("pgbouncer"), "-q", "/dev/stdin"],
+            stdin=given,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            **user,  # type: ignore[call-overload]
+        )
+    try:
+        yield f"postgresql://siderolink@127.0.0.1:{port}/{database}"
+    finally:
+        process.terminate()
+        process.wait(10)

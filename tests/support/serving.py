@@ -69,6 +69,12 @@ class Served:
             if text in line:
                 return line
 
+    def said(self) -> str:
+        """All that it has said so far."""
+        while not self._queue.empty():
+            self.lines.append(self._queue.get() or "(end)\n")
+        return "".join(self.lines)
+
     def kill(self) -> None:
         """SIGKILL, which nothing can prepare for."""
         assert self._process is not None

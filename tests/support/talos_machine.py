@@ -111,6 +111,10 @@ class TalosMachine:
         self._device: PacketDevice | None = None
         self._sequence = 0
 
+    @property
+    def node_uuid(self) -> str:
+        return self._machine.uuid
+
     def ping(self) -> None:
         answer = self.provisioned
         if self._device is not None and answer is not None:

@@ -1,10 +1,8 @@
 """The store on Postgres: its feed, its schema, several servers on one database, an outage, and what stands between."""
 
-import os
 import signal
-import subprocess
 from collections.abc import AsyncIterator, Iterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -36,7 +34,7 @@ from siderolink.server.store.sealing import SERVER_KEY, write_key
 from siderolink.server.store.sql import SqlStore, schema, tables
 from siderolink.server.store.sql.postgres import PostgresStore
 from siderolink.server.store.sql.postgres.database import database_url, describe
-from tests.support.postgres import STATE_KEY, Cluster, cluster, free_port, program
+from tests.support.postgres import STATE_KEY, Cluster, cluster, free_port, pgbouncer
 from tests.unit.server.test_store import claim, machine, work_of
 
 pytestmark = pytest.mark.anyio
@@ -429,33 +427,6 @@ async def test_a_dump_is_restored_and_the_feed_goes_on(url: str, database: str) 
 
 
 # --- a pooler
-
-
-@contextmanager
-def pgbouncer(folder: Path, database: str) -> Iterator[str]:
-    """Debian's, which gives each transaction another session; its URL."""
-    port, upstream = free_port(), cluster()
-    (folder / "ini").write_text(
-        f"[databases]\n* = host={upstream.folder} port={upstream.port} user=siderolink\n"
-        f"[pgbouncer]\nlisten_addr = 127.0.0.1\nlisten_port = {port}\nauth_type = any\nunix_socket_dir =\n"
-        "pool_mode = transaction\ndefault_pool_size = 3\nmax_client_conn = 100\n"
-    )
-    user = {"user": "nobody"} if os.geteuid() == 0 else {}
-    folder.chmod(0o755)
-    (folder / "ini").chmod(0o644)
-    with (folder / "ini").open("rb") as given:
-        process = subprocess.Popen(
-            [program("pgbouncer"), "-q", "/dev/stdin"],
-            stdin=given,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            **user,  # type: ignore[call-overload]
-        )
-    try:
-        yield f"postgresql://siderolink@127.0.0.1:{port}/{database}"
-    finally:
-        process.terminate()
-        process.wait(10)
 
 
 @asynccontextmanager
