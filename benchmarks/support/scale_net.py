@@ -78,10 +78,12 @@ class ServerProcess(Process):
 class SwarmProcess(Process):
     """`siderolink simulate`: each phase is a line of JSON."""
 
-    def __init__(self, net: Net, machines: int, *, tunnel: bool = False, sources: str = SOURCES, reconnects: int = 8) -> None:
+    def __init__(
+        self, net: Net, machines: int, *, tunnel: bool = False, sources: str = SOURCES, reconnects: int = 8, url: str = URL
+    ) -> None:
         options = {"machines": machines, "tunnel-share": int(tunnel), "sources": sources, "at-once": 64, "timeout": 120}
         arguments = [text for name, value in options.items() for text in (f"--{name}", str(value))]
-        command = [sys.executable, "-m", "siderolink", "simulate", URL, "--json", f"--reconnects={reconnects}"]
+        command = [sys.executable, "-m", "siderolink", "simulate", url, "--json", f"--reconnects={reconnects}"]
         super().__init__(net.machine, command + arguments)
 
     def phase(self) -> dict[str, Any]:

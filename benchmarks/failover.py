@@ -1,0 +1,269 @@
+"""Three servers over one Postgres, and one of them is killed: how soon its machines are back, and at which servers.
+
+    sudo python benchmarks/failover.py [--machines 1000] [--existing 100] [--rounds 1]
+    sudo python benchmarks/failover.py --load [--machines 10000]
+
+The first: machines of this package (half by UDP, half by the tunnel) and existing ones (by UDP, one endpoint each, which they
+never change) send a packet every second. A balancer gives the API's connections to the servers in turns. Back is who gets an
+answer. It prints how long that took, who took the machines and how often each was taken, how many handshakes servers began
+with each existing machine, and what the killed server does when it returns.
+
+The second: simulated machines join and connect at three servers, and at one, by turns: joins per second, processor time of all
+servers for each, memory of all servers for each. Then one of the three is killed, and the others take and dial its machines.
+
+Everything shares this host's processors. Needs root.
+"""
+
+import argparse
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.recovery import Machine, Swarm, wait_back, watch_all
+from benchmarks.support.scale_net import SOURCES, SwarmProcess
+from siderolink.common.join_url import JoinURL
+from tests.support.netns import Namespace, link
+from tests.support.packet_machine import PacketMachine
+from tests.support.postgres import Cluster
+from tests.support.server_pair import balancer
+from tests.support.serving import TOKEN, Served, served
+from tests.support.talos_machine import TalosMachine
+from tests.support.topology import Net
+from tests.support.who_sends import Record, recorded
+
+ADDRESSES = ("192.0.2.1", "198.51.100.1", "203.0.113.1")
+SETTLE_SECONDS = 20.0
+INITIATION = 1
+_TICK = 1 / os.sysconf("SC_CLK_TCK")
+_OWNERS = """
+    SELECT machines.node_uuid, split_part(servers.endpoints, ':', 1), sessions.epoch
+    FROM machines JOIN sessions ON machines.id = sessions.machine_id LEFT JOIN servers ON servers.id = sessions.server_id
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Servers, and a namespace for machines, with a router between them."""
+
+    servers: tuple[Served, ...]
+    router: Namespace
+    machine: Namespace
+    cluster: Cluster
+    database: str
+
+    def owners(self) -> dict[str, tuple[str | None, int]]:
+        """The address of the server that owns each machine, by UUID, and how often it was taken."""
+        found = self.cluster.execute(_OWNERS, self.database)
+        return {str(node_uuid): (None if owner is None else str(owner), int(str(epoch))) for node_uuid, owner, epoch in found}
+
+
+@contextmanager
+def place(count: int) -> Iterator[Place]:
+    cluster = Cluster(is_durable=True)
+    with ExitStack() as stack:
+        stack.callback(cluster.close)
+        database = stack.enter_context(cluster.database())
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        router, machine = (stack.enter_context(Namespace(label)) for label in ("router", "machine"))
+        hosts = [stack.enter_context(Namespace(f"server{number}")) for number in range(count)]
+        router.forward()
+        ends = [*zip(hosts, ADDRESSES, strict=False), (machine, "10.0.0.1")]
+        for number, (host, address) in enumerate(ends):
+            gateway = address.rpartition(".")[0] + ".254"
+            link(host, router, names=("eth0", f"down{number}"), addresses=([f"{address}/24"], [f"{gateway}/24"]))
+            host.add_route("default", gateway)
+        router.run(["ip", "route", "add", SOURCES, "via", "10.0.0.1"])
+        machine.run(["ip", "route", "add", "local", SOURCES, "dev", "lo"])
+        options = ["--store", cluster.url(database), "--device", "userspace", "--state-key-file", str(folder / "key")]
+        options += ["--connections-per-address", "20000"]
+        servers = [
+            stack.enter_context(served(host, folder / host.name, *options, address=address))
+            for host, address in zip(hosts, ADDRESSES, strict=False)
+        ]
+        yield Place(tuple(servers), router, machine, cluster, database)
+
+
+# --- one is killed
+
+
+def tell(what: str, machines: Sequence[Machine], since: float, reach: float) -> None:
+    took = sorted(at - since for machine in machines if (at := machine.answers.first_at) is not None)
+    if not took:
+        print(f"{what}: none of {len(machines)} is back", flush=True)
+        return
+    p99 = took[min(len(took) - 1, int(len(took) * 0.99))]
+    is_met = len(took) == len(machines) and took[-1] <= reach
+    print(
+        f"{what}: {len(took)} of {len(machines)} are back; median {statistics.median(took):.2f} s, p99 {p99:.2f} s, "
+        f"most {took[-1]:.2f} s (reach {reach:g} s: {'met' if is_met else 'NOT MET'})",
+        flush=True,
+    )
+
+
+def uuid_of(machine: Machine) -> str:
+    if isinstance(machine, PacketMachine):
+        return machine.runner.options.machine.uuid
+    assert isinstance(machine, TalosMachine)
+    return machine.node_uuid
+
+
+def initiations(record: Record, since: int, server: str | None = None) -> Counter[tuple[str, int]]:
+    """How many the servers sent, by the machine's port."""
+    return Counter(
+        (one.server, one.port)
+        for one in record.seen[since:]
+        if one.is_from_server and one.kind == INITIATION and server in (None, one.server)
+    )
+
+
+def kill_one(options: argparse.Namespace) -> None:
+    with place(3) as net, ExitStack() as stack:
+        portal = stack.enter_context(net.machine.portal())
+        port = stack.enter_context(portal.wrap_async_context_manager(balancer(list(ADDRESSES), is_fair=True)))
+        url = f"grpc://127.0.0.1:{port}?jointoken={TOKEN}"
+        ours = {way: [PacketMachine(JoinURL.parse(url + more)) for _ in range(options.machines // 2)] for way, more in WAYS}
+        existing = [TalosMachine(JoinURL.parse(url), sends=True) for _ in range(options.existing)]
+        everyone: list[Machine] = [*ours["UDP"], *ours["the tunnel"], *existing]
+        swarm = Swarm(everyone, lambda machine: False)
+        record = stack.enter_context(recorded(net.router))
+        future, _ = portal.start_task(swarm.run)
+        stack.callback(future.cancel)
+        watch_all(swarm)
+        wait_back(swarm, 300)
+        print(f"{swarm.back()} of {len(everyone)} machines are connected", flush=True)
+        time.sleep(SETTLE_SECONDS)
+        before, mark = net.owners(), record.mark()
+        print(f"owners before: {dict(Counter(owner for owner, _ in before.values()))}")
+        victim = net.servers[0]
+        gone = {node_uuid for node_uuid, (owner, _) in before.items() if owner == victim.address}
+        victim.kill()
+        watch_all(swarm)
+        since = time.monotonic()
+        wait_back(swarm, 60)
+        of = {name: [one for one in group if uuid_of(one) in gone] for name, group in ours.items()}
+        for name, group in of.items():
+            tell(f"ours by {name}, of the killed server", group, since, 5)
+        tell("existing ones by UDP, of the killed server", [one for one in existing if uuid_of(one) in gone], since, 10)
+        time.sleep(5)
+        after = net.owners()
+        taken = Counter(after[node_uuid][0] for node_uuid in gone)
+        times = Counter(after[node_uuid][1] - before[node_uuid][1] for node_uuid in gone)
+        moved = sum(after[one][0] != before[one][0] for one in before if one not in gone)
+        print(f"they are now at {dict(taken)}; times that one was taken: {dict(times)}; others that moved: {moved}")
+        dialled = initiations(record, mark)
+        by_port = Counter(where for _, where in dialled)
+        print(f"machines dialled: {len(by_port)}; servers that dialled one: {dict(Counter(by_port.values()))}", flush=True)
+        comes_back(net, victim, record, after)
+
+
+def comes_back(net: Place, victim: Served, record: Record, before: dict[str, tuple[str | None, int]]) -> None:
+    """It begins no handshake with machines that others have, and takes what comes to it from then on."""
+    mark, lines = record.mark(), len(victim.lines)
+    victim.start()
+    time.sleep(30)
+    dialled = sum(initiations(record, mark, victim.address).values())
+    seen = [one for one in record.seen[mark:] if one.server == victim.address and one.kind == INITIATION]
+    each = Counter(int(one.at) for one in seen)
+    moved = sum(owner != before[one][0] for one, (owner, _) in net.owners().items() if one in before)
+    print(
+        f"30 s after its return: {dialled} handshakes begun by it, {len(seen)} at it in all, {max(each.values(), default=0)} "
+        f"in one second at most; {moved} machines moved; {len(victim.lines) - lines} lines of its log",
+        flush=True,
+    )
+
+
+WAYS = (("UDP", ""), ("the tunnel", "&grpc_tunnel=true"))
+
+
+# --- three against one
+
+
+def status_of(server: Served) -> tuple[float, int]:
+    """Seconds of processor time, and resident kilobytes, of `serve` itself."""
+    pid = server.pid
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    memory = re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())
+    assert memory is not None
+    return (int(fields[11]) + int(fields[12])) * _TICK, int(memory[1])
+
+
+def load(count: int, machines: int, *, kills: bool) -> None:
+    with place(count) as net:
+        before = [status_of(server) for server in net.servers]
+        share = machines // 3
+        urls = [f"grpc://{net.servers[number % count].address}:4000?jointoken={TOKEN}" for number in range(3)]
+        nets = Net(net.servers[0].namespace, (net.machine,))
+        blocks = [f"198.18.{number * 64}.0/18" for number in range(3)]
+        swarms = [SwarmProcess(nets, share, sources=block, url=url) for block, url in zip(blocks, urls, strict=True)]
+        joined = [swarm.phase() for swarm in swarms]
+        middle = [status_of(server) for server in net.servers]
+        for swarm in swarms:
+            swarm.phase()
+        time.sleep(SETTLE_SECONDS)
+        end = [status_of(server) for server in net.servers]
+        made = 3 * share
+        rate = made / max(one["seconds"] for one in joined)
+        joining = sum(after[0] - start[0] for start, after in zip(before, middle, strict=True))
+        memory = sum(after[1] - start[1] for start, after in zip(before, end, strict=True))
+        print(
+            f"{count} servers, {made} machines: {rate:.0f} joins/s, {joining / made * 1000:.2f} ms of all servers' "
+            f"processor time for a join, {memory / made:.1f} KB of all servers for a machine",
+            flush=True,
+        )
+        if kills:
+            take_a_third(net, made)
+        for swarm in swarms:
+            swarm.stop()
+
+
+def take_a_third(net: Place, machines: int) -> None:
+    victim = net.servers[0]
+    before = {one for one, (owner, _) in net.owners().items() if owner == victim.address}
+    start = [status_of(server)[0] for server in net.servers[1:]]
+    victim.kill()
+    since = time.monotonic()
+    left = len(before)
+    while left and time.monotonic() - since < 120:
+        time.sleep(0.5)
+        owners = net.owners()
+        left = sum(owners[one][0] in (victim.address, None) for one in before)
+    seconds = time.monotonic() - since
+    spent = sum(status_of(server)[0] - was for server, was in zip(net.servers[1:], start, strict=True))
+    taken = Counter(net.owners()[one][0] for one in before)
+    print(
+        f"one of three killed with {len(before)} of {machines} machines: all but {left} taken after {seconds:.1f} s, "
+        f"by {dict(taken)}; {spent / max(1, len(before)) * 1000:.2f} ms of the others' processor time for each",
+        flush=True,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--machines", type=int)
+    parser.add_argument("--existing", type=int, default=100)
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--load", action="store_true")
+    options = parser.parse_args()
+    options.machines = options.machines or (10_000 if options.load else 1000)
+    print(subprocess.run(["uptime"], capture_output=True, text=True, check=True).stdout.strip())
+    for _ in range(options.rounds):
+        if options.load:
+            load(1, options.machines, kills=False)
+            load(3, options.machines, kills=True)
+        else:
+            kill_one(options)
+
+
+if __name__ == "__main__":
+    main()
