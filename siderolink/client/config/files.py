@@ -22,7 +22,7 @@ class Reading:
     _kept: dict[Path, bytes] = field(default_factory=dict)
 
     def read(self, path: Path, limit: int) -> bytes:
-        """As `read_up_to`."""
+        """See `read_up_to`."""
         if path in self._kept:
             return self._kept[path]
         is_kept = path.exists() and not path.is_file() and not path.is_dir()

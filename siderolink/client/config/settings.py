@@ -144,9 +144,9 @@ class MachineSettings:
         return Ingress(default, tuple(rule.value for rule in self.ingress_rules))
 
     def keeping(self, before: Self) -> Self:
-        """These settings; but while there are problems, what was in force and is not found any more stays in force.
+        """These settings. While there are problems, settings that were in force and are no longer found stay in force.
 
-        So a typo in a file neither takes a machine off its server nor opens its firewall.
+        So a typo in a file neither disconnects a machine from its server nor opens its firewall.
         """
         if not self.problems:
             return self

@@ -15,7 +15,7 @@ from siderolink.common.errors import ConfigurationError
 from siderolink.common.tasks import background_tasks
 
 HOST_DOCUMENTS = (Path("/etc/siderolink.yaml"), Path("/etc/siderolink"))
-"""Where documents lie when none are named: a file, a directory."""
+"""Default locations of documents: a file, a directory."""
 _EXTRA = frozenset({"pydantic", "pydantic_core", "watchfiles", "yaml"})
 
 

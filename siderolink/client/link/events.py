@@ -12,15 +12,15 @@ class ConnectionState(StrEnum):
     """Where a link is in its life."""
 
     PROVISIONING = "provisioning"
-    """The server's API is asked for addresses; there has been no handshake yet."""
+    """Calling the server's API for addresses; there has been no handshake yet."""
     CONNECTING = "connecting"
-    """The routes to the server are tried; there has been no handshake yet."""
+    """Trying the routes to the server; there has been no handshake yet."""
     CONNECTED = "connected"
     """Packets pass."""
     DEGRADED = "degraded"
-    """Packets pass badly or not at all; the link may still recover on the same route."""
+    """Packets are lost, some or all; the link may still recover on the same route."""
     REESTABLISHING = "re-establishing"
-    """The link was up and is dead; the next route is tried, or the API asked."""
+    """The link was up and is dead; it tries the next route or calls Provision again."""
     LEFT = "left"
     """It was left on purpose, or failed for good."""
 
@@ -59,7 +59,7 @@ class Joined(LinkEvent):
     transport: str
     """``udp`` or ``tunnel``."""
     endpoints: tuple[str, ...]
-    """Where the server may be dialled by UDP, in turn; empty for the tunnel."""
+    """The server's UDP endpoints, to be tried in this order; empty for the tunnel."""
     virtual_address: str = ""
     """This machine's address on the tunnel stream, ``[address]:port``; empty for UDP."""
 
@@ -87,7 +87,7 @@ class Connected(LinkEvent):
 
     route: str
     seconds: float
-    """Since the link was asked for."""
+    """Seconds since the link was requested."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,26 +121,26 @@ class ProvisionFailed(LinkEvent):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InterfaceRepaired(LinkEvent):
-    """Somebody else removed a part of the interface, and it was put back."""
+    """Another program removed part of the interface's configuration; it was restored."""
 
     what: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FallbackBegun(LinkEvent):
-    """UDP does not pass while the API answers, so the tunnel is asked for."""
+    """UDP is blocked while the API answers, so the link requests the tunnel."""
 
     reason: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FallbackEnded(LinkEvent):
-    """UDP passes again, so the link goes back to it."""
+    """UDP works again, so the link returns to it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TransportChanged(LinkEvent):
-    """Datagrams travel another way than before: by UDP or in the tunnel."""
+    """The transport changed: from UDP to the tunnel, or back."""
 
     old: str
     new: str
@@ -148,7 +148,7 @@ class TransportChanged(LinkEvent):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConnectionsCut(LinkEvent):
-    """Connections are cut at a regular age, which a proxy's idle or stream timeout does."""
+    """Connections are cut at a regular age, as by a proxy's idle or stream timeout."""
 
     what: str
     """Which connections, and what it means for the link."""
@@ -158,7 +158,7 @@ class ConnectionsCut(LinkEvent):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SettingsTried(LinkEvent):
-    """New settings are tried beside the link."""
+    """New settings are being tested alongside the link."""
 
     changes: str
     """What they change, without secrets."""

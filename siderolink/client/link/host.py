@@ -73,7 +73,7 @@ class Host(Protocol):
         """See `probes`."""
 
     async def say_goodbye(self, device: Device, source: IPv6Address, server: IPv6Address) -> None:
-        """Tell the server that the session ends, so that it does not take the machine's next start for a thief."""
+        """Tell the server that the session ends, so that it accepts the machine's next start at once."""
 
 
 class ThisHost:
@@ -134,7 +134,7 @@ class ThisHost:
     async def _hear_moves(self, device: Device, config: DeviceConfig, put: Put) -> None:
         for address in config.addresses[:1]:
             if isinstance(address, IPv6Interface):
-                with suppress(SideroLinkError):  # another program has the port: the link does without
+                with suppress(SideroLinkError):  # another program has the port; the link works without it
                     await hear_moves(
                         lambda key: put(ServerLeaves(key)),
                         address=address.ip,
@@ -173,11 +173,11 @@ class ThisHost:
 _IFA_F_NODAD = 0x02
 _UP = 1
 _CALM = 60.0
-"""Seconds after which a repair has nothing to do with the last one."""
+"""Seconds after which a repair no longer counts as a repetition of the last one."""
 
 
 class InterfaceGuard:
-    """Looks after one interface whenever the kernel tells of a change to it."""
+    """Checks one interface whenever the kernel reports a change to it, and restores what is missing."""
 
     def __init__(self, name: str, addresses: tuple[Interface, ...], namespace: str | None) -> None:
         """Raises OSError where there is no such interface."""
@@ -194,9 +194,9 @@ class InterfaceGuard:
             self._changed.set()
 
     async def next_repair(self) -> str | None:
-        """Wait until something had to be put back, and tell what; None where the interface is not there any more.
+        """Wait for a repair and return what it restored; None once the interface is gone.
 
-        Somebody who takes it away again and again is answered later and later.
+        Repeated removals are repaired with growing delays.
         """
         while True:
             await self._changed.wait()

@@ -30,7 +30,7 @@ _ETHER = 1
 
 
 def machine_identity(text: str) -> str:
-    """A UUID that was given, in its one form. Raises ConfigurationError for anything else, and for a vendor's placeholder."""
+    """A given UUID in canonical form. Raises ConfigurationError if it is malformed or a vendor's placeholder."""
     node_uuid = parse_uuid(text.strip())
     if is_placeholder(node_uuid):
         raise ConfigurationError(
@@ -42,7 +42,7 @@ def machine_identity(text: str) -> str:
 def machine_uuid(smbios: Path = SMBIOS_UUID, machine_id: Path = MACHINE_ID, folder: Path | None = None) -> str:
     """The firmware's UUID, else a stable one made from the operating system's machine id, else a random one.
 
-    What is drawn at random is kept in `folder`, if there is one, and drawn only once.
+    A random UUID is stored in `folder`, if there is one, and reused.
     """
     try:
         found = str(uuid.UUID(_first_line(smbios)))
@@ -53,7 +53,7 @@ def machine_uuid(smbios: Path = SMBIOS_UUID, machine_id: Path = MACHINE_ID, fold
     try:
         name = bytes.fromhex(_first_line(machine_id))
         if len(name) == 16:
-            # The machine id itself is not for strangers (machine-id(5)): only its hash leaves the machine.
+            # machine-id(5) asks to keep the id itself confidential: only its hash leaves the machine.
             return str(uuid.UUID(bytes=hashlib.sha256(b"siderolink machine uuid" + name).digest()[:16], version=4))
     except (OSError, ValueError):
         pass
@@ -78,7 +78,7 @@ class UniqueTokens:
         self._tokens: dict[tuple[str, int, str], str] = {}
 
     async def token(self, server: tuple[str, int], node_uuid: str) -> str:
-        """The token for a server (API host and port) as the machine of this UUID."""
+        """The token for a server (API host and port) and this UUID."""
         name = (*server, node_uuid)
         if name not in self._tokens:
             made = _encode(await _fingerprint())
@@ -122,7 +122,7 @@ async def _physical_addresses() -> list[bytes]:
 
 
 def _kept(file: Path, made: str) -> str:
-    """The text that the file holds, or `made`, which it holds from then on. Two processes get the same one."""
+    """The file's text; a missing file is created with `made`. Two processes get the same text."""
     try:
         if (text := _first_line(file, _LARGEST_FILE)) != "":
             return text

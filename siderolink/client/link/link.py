@@ -26,14 +26,14 @@ from siderolink.common.tasks import background_tasks
 from siderolink.common.wireguard.device import Device, DeviceKind, PeerStatus
 
 EVENT_HISTORY = 256
-"""Events that a late reader of a link still gets."""
+"""Number of past events kept for late readers."""
 HANDSHAKE_TIMEOUT = 60.0
 """Seconds from the server's first answer to the first handshake."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinkStatus:
-    """A link as it is."""
+    """A snapshot of a link."""
 
     state: ConnectionState
     reason: str
@@ -55,9 +55,9 @@ class LinkStatus:
     """The server as the device knows it."""
     drops: dict[str, int]
     refused_settings: str = ""
-    """Why newer settings are not in force; empty if the last ones are."""
+    """Why the latest settings are not in force; empty if they are."""
     last_refused: str = ""
-    """Which settings were refused and dropped last, and why; empty once later ones were applied."""
+    """The last settings that were refused and dropped, and why; empty once later ones were applied."""
 
 
 class Link:
@@ -73,7 +73,7 @@ class Link:
 
     @property
     def address(self) -> IPv6Address:
-        """This machine's overlay address. A server that has forgotten the machine gives it another."""
+        """This machine's overlay address. It changes if the server has forgotten the machine."""
         return self._answer.address.ip
 
     @property
@@ -83,7 +83,7 @@ class Link:
 
     @property
     def server_key(self) -> PublicKey:
-        """The server's WireGuard key; another one after a server without memory was started again."""
+        """The server's WireGuard key. It changes when a server without a state file restarts."""
         return self._answer.server_key
 
     @property
@@ -97,7 +97,7 @@ class Link:
 
     @property
     def transport(self) -> Literal["udp", "tunnel"]:
-        """How datagrams travel, as the server's last answer has it."""
+        """The transport that the server's last answer selected."""
         transport = self._runner.transport
         if transport is None:
             raise SideroLinkError("the server has not answered yet")
@@ -122,47 +122,47 @@ class Link:
 
     @property
     def private_key(self) -> PrivateKey:
-        """The key at the present server; another server gets another."""
+        """This machine's private key for the current server; each server gets another one."""
         return self._runner.private_key
 
     @property
     def has_worked(self) -> bool:
-        """Whether the link has been up by the settings in force."""
+        """Whether the link has been up with the settings in force."""
         progress = self._runner.progress
         return progress.machine.was_up and not progress.has_new_settings
 
     def runs_by(self, options: LinkOptions) -> bool:
-        """Whether the link is up by these settings."""
+        """Whether the link is up with these settings."""
         runner = self._runner
         return runner.options == options and runner.is_up and not runner.progress.has_new_settings
 
     async def apply(
         self, options: LinkOptions, *, timeout: float = VERDICT_TIMEOUT, keep: bool = False, prove_first: bool = False
     ) -> Verdict:
-        """Try other settings beside the link and switch to them only if they work; see `LinkSupervisor.apply`.
+        """Test other settings alongside the link and switch to them only if they work; see `LinkSupervisor.apply`.
 
         `dataclasses.replace(link.options, ...)` makes them.
         """
         return await self._supervisor.apply(options, timeout=timeout, keep=keep, prove_first=prove_first)
 
     async def status(self) -> LinkStatus:
-        """How the link stands now."""
+        """A snapshot of the link's state."""
         return await read_status(self._runner, self._supervisor.refusal, self._supervisor.last_refused)
 
     def events(self) -> AsyncIterator[LinkEvent]:
-        """The last events so far, then each event as it happens, until the link is left."""
+        """The most recent events, then each new one, until the link is left."""
         return self._broadcast.subscribe()
 
     async def wait_answered(self) -> None:
-        """Return once the server has answered a first time."""
+        """Wait for the server's first answer."""
         await self._runner.answered.wait()
 
     async def wait_connected(self) -> None:
-        """Return once the first handshake is done."""
+        """Wait for the first handshake."""
         await self._runner.progress.connected.wait()
 
     async def wait_down(self) -> None:
-        """Return once the link is down; immediately if it already is."""
+        """Wait until the link is down; returns immediately if it already is."""
         await self._runner.progress.down.wait()
 
     @property

@@ -62,13 +62,13 @@ class LinkContext:
     provisioner: Provisioner
     emit: Callable[[events.LinkEvent], None]
     says_goodbye: Callable[[], bool]
-    """Whether a link that is cancelled now says goodbye to its server."""
+    """Whether to say goodbye to the server when the link is cancelled now."""
     attempt_timeout: float
     down_after: float
     wants_tunnel: bool
-    """Request the tunnel, which the URL does not, when asking whether the server is the same."""
+    """Request the tunnel, even if the URL does not, when checking whether the server is still the same."""
     leave_small_path: Callable[[], None] | None
-    """Called when a route that passes no large packets is given up for the tunnel; None if there is no such fallback."""
+    """Called when the route loses all large packets and the tunnel should be used; None if there is no such fallback."""
 
 
 class RouteMonitor:
@@ -98,7 +98,7 @@ class RouteMonitor:
         self._tasks: TaskGroup
 
     async def run(self, provision_again: Callable[[], Awaitable[Provisioned]] | None) -> Provisioned | None:
-        """Run until the route fails (returns None: try the next) or a newer answer of the API replaces the present one.
+        """Run until the route fails (returns None: try the next one) or the API gives a newer answer, which is returned.
 
         The last route gets `provision_again`, and stays in use while that runs: a handshake makes its answer unnecessary.
         """
@@ -149,7 +149,7 @@ class RouteMonitor:
     # While the route may work
 
     async def _until_down(self) -> str | Provisioned:
-        """Why the route is dead; or an answer by which the server is not the same as before."""
+        """Why the route is dead, or an answer that shows that the server has changed."""
         now = time.monotonic()
         context = self._context
         watch = HandshakeWatch(now, attempt_timeout=context.attempt_timeout, down_after=context.down_after)
@@ -190,7 +190,7 @@ class RouteMonitor:
             self._progress.trouble("silence", f"{_API_LOST}, and handshakes go unanswered")
 
     async def _still_carries(self) -> bool:
-        """Whether an echo proves the session good; only asked of the kernel, where a new one would lose packets in flight."""
+        """Whether an echo shows that the session works. Only for the kernel, where a new session loses packets in flight."""
         if isinstance(self._device, CanShakeHands):
             return False
         return await self._context.host.is_answered(self._device.name, self._answer.server_address)
@@ -360,7 +360,7 @@ class RouteMonitor:
         self._probes_size = False
 
     async def _check_server_after_cut(self) -> None:
-        """After a cut that brought no handshake: ask, until answered, whether the server is still the same."""
+        """After a cut without a handshake: call the API until it answers whether the server is still the same."""
         handshakes = self._progress.handshakes
         waits = Backoff(first=6.0, cap=30.0, floor=4.0, factor=1.5)
         answer: Provisioned | None = None
@@ -401,9 +401,9 @@ class RouteMonitor:
         self._tasks.start_soon(run)
 
     async def _move(self) -> None:
-        """Go to another server of the same store, which has the same key: the present one is about to stop.
+        """Switch to another server of the same store, which has the same key, because the current one is about to stop.
 
-        The session that is there goes on until the other server has answered a handshake, where the device can do that.
+        Where the device supports it, the current session stays in use until the other server has answered a handshake.
         """
         self._check_reason = _LEAVING
         try:
@@ -452,7 +452,7 @@ class RouteMonitor:
 
 
 def _is_another(answer: Provisioned, present: Provisioned, *, but_endpoints: bool) -> bool:
-    """Whether the answer calls for a change; other endpoints alone do not, while the present one is good and stays."""
+    """Whether the answer requires a change. Other endpoints alone do not, while the current one works and is still listed."""
     if but_endpoints:
         answer = replace(answer, endpoints=present.endpoints if present.endpoints and answer.endpoints else ())
     return answer != present

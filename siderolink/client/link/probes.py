@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("siderolink")
 
 ROUNDS = 10
-"""With a fifth of all datagrams lost each way, all ten large ones are lost once in thirty thousand times."""
+"""If 20 % of all datagrams are lost each way, all ten large ones are lost once in 30,000 attempts."""
 _INTERVAL = 0.5
 _SMALL, _LARGE = 16, DEFAULT_MTU - 48
 """Payload bytes: the large one makes an IPv6 packet of 1,280 bytes."""
@@ -46,7 +46,7 @@ async def is_answered(interface: str, server: IPv6Address, namespace: str | None
     """Whether one of two small echo requests is answered within a second. `namespace` is where the interface is."""
     try:
         probe = _Probe(interface, namespace)
-    except OSError:  # this process may open no raw socket
+    except OSError:  # this process may not open raw sockets
         return False
     with closing(probe):
         for sequence in range(2):
@@ -58,10 +58,10 @@ async def is_answered(interface: str, server: IPv6Address, namespace: str | None
 
 
 async def large_packets_pass(interface: str, server: IPv6Address, namespace: str | None) -> bool | None:
-    """Whether the route passes packets as large as the interface takes; None if it cannot be told.
+    """Whether the route passes packets as large as the interface's MTU; None if that cannot be determined.
 
-    Some routes pass handshakes and lose large datagrams. Only when small requests are answered and no large one is, the route
-    is at fault; a server that answers no echo proves nothing. `namespace` is where the interface is.
+    Some routes pass handshakes but lose large datagrams. The route is at fault only if small requests are answered and no large
+    one is; a server that answers no echo proves nothing. `namespace` is where the interface is.
     """
     try:
         probe = _Probe(interface, namespace)
@@ -128,12 +128,12 @@ class _Probe:
 
 _HANDSHAKE_INTERVAL = 1.5
 _ANSWER_TIMEOUT = 11.5
-"""Seconds to wait for an authenticated answer to data: a WireGuard with nothing to say sends a keepalive after 10 s."""
+"""Seconds to wait for an authenticated answer to data: an idle WireGuard peer sends a keepalive after 10 s."""
 _ECHO_INTERVAL = 0.5
 _RESPONSE_BYTES = 92
 """Size of the message that ends a handshake; larger messages are data."""
 _UDP_TIMEOUT = 6.0
-"""Seconds a try by UDP takes: at least two initiations, with no route of its own to the API."""
+"""Seconds for one attempt by UDP: enough for two initiations."""
 
 
 async def shake_hands_beside(
@@ -199,7 +199,7 @@ async def shake_hands_beside(
 async def _bytes_after_echoes(
     device: "PacketDevice", server_key: PublicKey, addresses: tuple[IPv6Address, IPv6Address]
 ) -> AsyncIterator[int]:
-    """Send echo requests without end; after each, how many authenticated bytes have come in all."""
+    """Send echo requests forever; after each one, yield the number of authenticated bytes received so far."""
     for sequence in count():
         device.send(_echo_request(*addresses, sequence & 0xFFFF))
         await anyio.sleep(min(_ECHO_INTERVAL, 0.05 * 2 ** min(sequence, 8)))
@@ -240,15 +240,15 @@ async def until_udp_passes(
 
 
 STABLE = 5.0
-"""Seconds after which a connection counts as kept. Of shorter ones in a row only the first one's end means anything."""
+"""Seconds after which a connection counts as kept. Among consecutive shorter ones, only the end of the first is significant."""
 _SPACING = 30.0
-"""The least seconds between two connections when each is ended soon although the API answers."""
+"""Minimum seconds between connections when each ends early although the API answers."""
 _LEARN_AGAIN = 1800.0
-"""Seconds without a connection where a proxy cuts idle ones regularly, before the next look at whether it still does."""
+"""Where a proxy cuts idle connections: seconds before checking again whether it still does."""
 
 
 async def _until_api_ends(url: JoinURL, tls: ssl.SSLContext | bool | None, on_up: Callable[[], None]) -> float:
-    """Watch the API; returns the seconds for which it was there, 0 if it was not."""
+    """Watch the API; returns for how many seconds it was reachable, 0 if it was not."""
     began_at: list[float] = []
 
     def up() -> None:

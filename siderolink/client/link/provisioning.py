@@ -1,4 +1,4 @@
-"""The Provision call: the request, the checked answer, and what is retried how soon."""
+"""The Provision call: the request, the checked answer, and retries with backoff."""
 
 import logging
 import ssl
@@ -76,7 +76,7 @@ def make_request(url: JoinURL, machine: NodeInfo, public_key: PublicKey) -> Prov
 def read_response(response: ProvisionResponse, public_key: PublicKey) -> Provisioned:
     """Check an answer to the machine of `public_key`. Raises InvalidAnswerError, naming the field.
 
-    An answer changes this host's addresses and routes, so it may name nothing but one /64 among the unique local addresses.
+    An answer changes this host's addresses and routes, so it may only name one /64 of unique local addresses.
     """
     try:
         server_key = PublicKey.parse(response.server_public_key)
@@ -165,14 +165,14 @@ def _refusal(error: GRPCError, url: JoinURL, machine: NodeInfo) -> JoinError:
 
 
 PASSING = frozenset({"ALREADY_EXISTS", "RESOURCE_EXHAUSTED", "ABORTED", "CANCELLED", "INTERNAL", "UNKNOWN"})
-"""Refusals that pass by themselves: another link of this machine must end first, there is no room now, or something failed at
+"""Refusals that are temporary: another link of this machine must end first, there is no room now, or something failed at
 the server or at a proxy on the way."""
 
 
 class Provisioner:
-    """Calls Provision for one machine, by settings that may be replaced.
+    """Calls Provision for one machine; its settings may be replaced.
 
-    The trigger ends the wait for an API that was away, but not the wait after a refusal.
+    The trigger ends the wait for an unreachable API early, but not the wait after a refusal.
     """
 
     def __init__(
@@ -193,14 +193,14 @@ class Provisioner:
         self.use(url, machine, public_key, tls)
 
     def use(self, url: JoinURL, machine: NodeInfo, public_key: PublicKey, tls: ssl.SSLContext | None) -> None:
-        """Call by these settings from now on."""
+        """Use these settings from now on."""
         self._url = url
         self._machine = machine
         self._public_key = public_key
         self._tls = tls
 
     async def request(self, *, tunnel: bool = False) -> Provisioned:
-        """Call once; `tunnel` requests it although the URL does not. Raises JoinError."""
+        """Call once; `tunnel` requests the tunnel even if the URL does not. Raises JoinError."""
         url = replace(self._url, tunnel=True) if tunnel else self._url
         try:
             answer = await provision(url, self._machine, self._public_key, tls=self._tls, timeout=self._timeout)

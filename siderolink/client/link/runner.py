@@ -1,11 +1,12 @@
-"""The life of one link: provision, configure, connect, watch, and begin again where it died.
+"""The life of one link: provision, configure, connect, watch, and reconnect after it died.
 
     provisioning ──► connecting ──► connected ◄──► degraded ──► re-establishing ──► connected …
                          ▲  next route, then provision again  │
                          └────────────────────────────────────┘
 
-`state` holds the states, `watch` judges up and down, `monitor` cares for one route, `supervisor` changes the settings of a
-running link, and `common.transport.choice` chooses how datagrams travel. docs/link.md shows it all in one picture.
+`state` holds the states, `watch` decides when a link is up or down, `monitor` handles one route, `supervisor` changes the
+settings of a running link, and `common.transport.choice` chooses how datagrams travel. docs/link.md shows it all in one
+picture.
 """
 
 import logging
@@ -75,12 +76,12 @@ class LinkOptions:
 
     @property
     def server(self) -> tuple[str, int]:
-        """Whom key and unique token belong to: the API's host and port."""
+        """What key and unique token belong to: the API's host and port."""
         return self.url.host.lower(), self.url.port
 
 
 class LinkRunner:
-    """Runs a link until cancelled and emits what happens. Its attributes say how the link stands."""
+    """Runs a link until cancelled and emits its events. Its attributes describe the link's state."""
 
     def __init__(
         self,
@@ -107,7 +108,7 @@ class LinkRunner:
         self._udp_is_small = False
         self._udp_tries = Backoff(first=30.0, cap=900.0, floor=15.0)
         self._says_goodbye: bool | None = None
-        """Whether a cancelled link takes leave of its server; None if it does when it is up."""
+        """Whether to say goodbye to the server when cancelled; None does so if the link is up."""
         self._signals: Signals | None = None
         self._settings_scope: anyio.CancelScope | None = None
         self._api_scope: anyio.CancelScope | None = None
@@ -117,11 +118,11 @@ class LinkRunner:
         self.transport: LinkTransport | None = None
         self.route: Route | None = None
         self.answered = anyio.Event()
-        """Set once the server has answered a first time."""
+        """Set once the server has answered for the first time."""
 
     @property
     def private_key(self) -> PrivateKey:
-        """The key at the present server."""
+        """The key for the current server."""
         return self.key_for(self.options)
 
     @property
@@ -134,7 +135,7 @@ class LinkRunner:
 
     @property
     def is_fallback(self) -> bool:
-        """Whether the tunnel is used because UDP does not pass."""
+        """Whether the tunnel is used because UDP is blocked."""
         return self._udp_answer is not None and self.transport is not None and self.transport.kind == "tunnel"
 
     def key_for(self, options: LinkOptions) -> PrivateKey:
@@ -202,12 +203,12 @@ class LinkRunner:
         )
 
     def _carries_alike(self, options: LinkOptions) -> bool:
-        """Whether a route of the present transport, which may hold a TLS connection, would be made alike."""
+        """Whether the current transport's routes, which may hold a TLS connection, would stay the same."""
         is_udp = self.transport is not None and self.transport.kind == "udp"
         return is_udp or (options.tls is self.options.tls and options.url.tls == self.options.url.tls)
 
     def replace_settings(self, options: LinkOptions, answer: Provisioned | None) -> None:
-        """Run by other settings from now on, beginning with an answer that they brought, or with a Provision call."""
+        """Use other settings from now on, beginning with an answer that they produced, or with a Provision call."""
         keeps_interface = answer is not None and self.fits(options, answer)
         is_same = keeps_interface and answer == self.answer and self._carries_alike(options)
         is_other_server = options.server != self.options.server
@@ -237,7 +238,7 @@ class LinkRunner:
 
     @asynccontextmanager
     async def silenced(self) -> AsyncIterator[None]:
-        """Keep the link off the wire while the body runs; it shakes hands again afterwards."""
+        """Send nothing on the link while the body runs; it shakes hands again afterwards."""
         pause = Pause()
         try:
             if self._signals is not None:
@@ -251,7 +252,7 @@ class LinkRunner:
     # Holding an interface
 
     async def _hold_or_repair(self, answer: Provisioned) -> Provisioned:
-        """Hold the link, and make its interface again when somebody else deletes it; returns an answer for another device."""
+        """Keep the link; recreate its interface if another program deletes it. Returns an answer that needs another device."""
         backoff = Backoff(first=1.0, cap=30.0, at_once=True)
         while True:
             try:
@@ -271,7 +272,7 @@ class LinkRunner:
             await anyio.sleep(backoff.next())
 
     async def _hold(self, answer: Provisioned) -> Provisioned:
-        """Keep one device for as long as the server's answers fit it; returns the first that does not."""
+        """Keep one device for as long as the server's answers fit it; returns the first answer that does not."""
         transport = self._adopt(answer)
         config = DeviceConfig(
             name=self.options.interface or transport.interface,
@@ -332,7 +333,7 @@ class LinkRunner:
             self._adopt(answer)
 
     def rising_timestamps(self) -> "Timestamps":
-        """One for all devices: a server takes no initiation that is older than the last of the same key."""
+        """Shared by all devices: a server accepts no initiation that is older than the last one of the same key."""
         from siderolink.common.wireguard.noise import Timestamps
 
         if self._timestamps is None:
@@ -352,7 +353,7 @@ class LinkRunner:
         return self.transport
 
     async def _try_routes(self, context: LinkContext, answer: Provisioned) -> Provisioned:
-        """Take the routes to the server in turn, each until it fails; returns the next answer once they are used up."""
+        """Try the routes to the server in turn, each until it fails; returns the next answer once all have failed."""
         assert self.transport is not None
         routes = self.transport.routes
         peer = _peer(answer, keepalive=KEEPALIVE)
@@ -388,10 +389,10 @@ class LinkRunner:
         self._udp_is_small = True
 
     async def _watch_udp(self, signals: Signals) -> None:
-        """While the tunnel stands in for UDP, notice when UDP passes again."""
+        """While the tunnel replaces UDP, notice when UDP works again."""
         udp = self._udp_answer
         assert udp is not None
-        # UDP passed handshakes but no large packets, so another handshake is no reason to go back soon.
+        # UDP passed handshakes but no large packets, so a handshake alone is no reason to return to it soon.
         tries = Backoff(first=900.0, cap=3600.0, floor=600.0) if self._udp_is_small else self._udp_tries
 
         def server_key() -> PublicKey:  # which may have changed since

@@ -23,7 +23,7 @@ class RouteLost:
 
 @dataclass(frozen=True, slots=True)
 class RouteInterrupted:
-    """The route is interrupted and will recover on its own."""
+    """The route is interrupted and will recover by itself."""
 
     reason: str
 
@@ -37,7 +37,7 @@ class Answered:
 
 @dataclass(frozen=True, slots=True)
 class ApiLost:
-    """The connection that is kept to the API broke."""
+    """The connection to the API was lost."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ class ApiBack:
 
 @dataclass(frozen=True, slots=True)
 class ApiCutRegularly:
-    """Idle connections to the API are cut at a regular age, so none is kept any more."""
+    """Idle connections to the API are cut at a regular age, so the link no longer keeps one."""
 
     age: float
     """Seconds."""
@@ -58,12 +58,12 @@ class NetworkChanged:
     """This host's addresses or routes changed, or a carrier came."""
 
     carriers: frozenset[int] = frozenset()
-    """The indexes of interfaces that had lost theirs and have it again."""
+    """The indexes of interfaces that lost their carrier and have it again."""
 
 
 @dataclass(frozen=True, slots=True)
 class Repaired:
-    """A part of the interface was missing and was put back."""
+    """Part of the interface's configuration was missing and was restored."""
 
     what: str
 
@@ -87,21 +87,21 @@ class UdpPasses:
 
 @dataclass(frozen=True, slots=True)
 class ServerLeaves:
-    """The server asks to be left for another one of the same store."""
+    """The server asks the machine to switch to another server of the same store."""
 
     public_key: PublicKey
 
 
 @dataclass(frozen=True, slots=True)
 class Replaced:
-    """New settings were tried and work: go on with this answer."""
+    """New settings were tested and work: continue with this answer."""
 
     answer: Provisioned
 
 
 @dataclass(frozen=True, slots=True)
 class Pause:
-    """Keep off the wire until `ended`: another engine with the same key is tried, and the server would follow both."""
+    """Send nothing until `ended`: another engine with the same key is being tested, and the server would roam between both."""
 
     begun: anyio.Event = field(default_factory=anyio.Event)
     """Set by the monitor once nothing is sent any more."""
@@ -129,7 +129,7 @@ Put = Callable[[Signal], None]
 
 
 class InterfaceGone(DeviceError):
-    """Raised when the interface was deleted by somebody else; the link makes another."""
+    """Raised when another program deleted the interface; the link creates a new one."""
 
 
 class Signals:
@@ -143,7 +143,7 @@ class Signals:
         self._send.send_nowait(signal)
 
     def clear(self) -> None:
-        """Forget what belongs to an earlier route, but not what waits for an answer. Raises InterfaceGone."""
+        """Drop the signals of an earlier route, except those that wait for an answer. Raises InterfaceGone."""
         kept: list[Signal] = []
         with suppress(anyio.WouldBlock):
             while True:

@@ -17,7 +17,7 @@ TRANSITIONS: Mapping[ConnectionState, frozenset[ConnectionState]] = {
     _S.REESTABLISHING: frozenset({_S.CONNECTED, _S.LEFT}),
     _S.LEFT: frozenset(),
 }
-"""From each state, those that may follow. A late handshake of the last route takes a link from PROVISIONING to CONNECTED."""
+"""The states that may follow each state. A late handshake on the last route leads from PROVISIONING to CONNECTED."""
 
 
 class StateMachine:
@@ -44,7 +44,7 @@ class StateMachine:
         return self.state in (ConnectionState.CONNECTED, ConnectionState.DEGRADED)
 
     def go(self, state: ConnectionState, reason: str) -> None:
-        """Make a transition; in the state already, only the reason changes."""
+        """Make a transition. If the link is in that state already, only the reason changes."""
         old, self.reason = self.state, reason
         if state is old:
             return
@@ -58,14 +58,14 @@ CLEARED_BY_HANDSHAKE = ("network", "stream", "interface", "silence")
 
 
 class Progress:
-    """Moves the state machine by what happens. A link that is up is degraded while there is any trouble."""
+    """Drives the state machine. A link that is up is degraded while there is any trouble."""
 
     def __init__(self, emit: Callable[[events.LinkEvent], None]) -> None:
         self._emit = emit
         self._started_at = time.monotonic()
         self._down_at = 0.0
         self.has_new_settings = False
-        """Whether the link is being made by other settings and has not come up yet."""
+        """Whether the link is being recreated with other settings and has not come up yet."""
         self._troubles: dict[str, str] = {}
         self.machine = StateMachine(self._changed)
         self.handshakes = 0
@@ -82,18 +82,18 @@ class Progress:
         return self.machine.state
 
     def provisioning(self, reason: str) -> None:
-        """The API is asked; a link that was up before stays re-establishing meanwhile."""
+        """The API is being called; a link that was up before stays re-establishing."""
         if not self.machine.was_up:
             self.machine.go(ConnectionState.PROVISIONING, reason)
 
     def connecting(self, route: str) -> None:
-        """A route is tried."""
+        """A route is being tried."""
         self._emit(events.Connecting(route=route))
         if not self.machine.was_up:
             self.machine.go(ConnectionState.CONNECTING, f"trying {route}")
 
     def handshake(self, route: str) -> None:
-        """A handshake completed by this route."""
+        """A handshake completed on this route."""
         self.handshakes += 1
         self._note_handshake(route)
         self.next_handshake.set()

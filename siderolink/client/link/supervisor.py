@@ -1,9 +1,9 @@
 """Changes the settings of a running link without losing the link that works: make before break.
 
-New settings are tried beside the link: a Provision call, then a handshake by each route on a WireGuard of its own, without an
-interface. Only settings that work take over. At the same server (the API's host and port) they keep the link's key, so the
-present link is silent during that handshake, or the server would send to both in turn; it shakes hands again afterwards. If the
-answer has the same address and kind of transport as before, the running interface stays; otherwise it is replaced.
+New settings are tested alongside the link: a Provision call, then a handshake by each route in a separate WireGuard engine
+without an interface. Only settings that work take over. At the same server (the API's host and port) they keep the link's key,
+so the present link is silent during that handshake, or the server would send to both in turn; it shakes hands again afterwards.
+If the answer has the same address and kind of transport as before, the running interface stays; otherwise it is replaced.
 """
 
 import logging
@@ -24,13 +24,13 @@ from siderolink.common.transport.choice import choose
 log = logging.getLogger("siderolink")
 
 VERDICT_TIMEOUT = 20.0
-"""Seconds within which whoever changes a link's settings learns what became of them."""
+"""Seconds within which the caller learns the outcome of a change."""
 PROMPT_TIMEOUT = 1.0
-"""Seconds for callers for whose return the server itself waits before it answers the new Provision (META writes)."""
+"""The same for META writes: the server waits for their end before it answers the new Provision call."""
 _ANSWER_GRACE = 1.0
-"""Seconds between an answer and what silences or ends the old link: the caller may be waiting for its answer there."""
+"""Seconds between an answer and the step that silences or ends the old link, over which the caller may be waiting."""
 _TAKEOVER = 20.0
-"""Seconds that settings which worked in the trial have to bring the link up; then the old ones return."""
+"""Seconds in which settings that passed the test must bring the link up; otherwise the old ones return."""
 _SHORTEST_TRY = 2.0
 _LONGEST_TRY = 8.0
 
@@ -54,13 +54,13 @@ class Verdict:
 
 @dataclass(slots=True, eq=False)
 class _Change:
-    """Settings that somebody wants."""
+    """Requested settings."""
 
     options: LinkOptions
     is_kept: bool
     """Retry until they work, instead of dropping them after a failure."""
     is_proved_first: bool = False
-    """Try them beside the link even where there has been none yet, since its present settings are known to have worked."""
+    """Test them first even if the link has not been up yet, because the current settings are known to have worked."""
     backoff: Backoff = field(default_factory=lambda: Backoff(first=30.0, floor=10.0, cap=300.0))
     verdict: Verdict | None = None
     decided: anyio.Event = field(default_factory=anyio.Event)
@@ -83,7 +83,7 @@ class LinkSupervisor:
         self._is_switching = False
         """Until the link is up by new settings or back with the old ones; later settings wait for that."""
         self.refusal = ""
-        """Why the settings that were wanted last are not in force; empty if they are."""
+        """Why the latest settings are not in force; empty if they are."""
         self.last_refused = ""
         """Which change was refused and dropped last, and why; empty once a later one was applied."""
 
@@ -120,7 +120,7 @@ class LinkSupervisor:
         return change.verdict or Verdict(outcome="refused", reason=reason)
 
     async def run(self) -> None:
-        """Try what is wanted, and switch to what works. Never returns."""
+        """Test requested settings and switch to those that work. Never returns."""
         while True:
             change, changed = self._change, self._changed
             if change is None:
@@ -142,7 +142,7 @@ class LinkSupervisor:
         self._changed = anyio.Event()
 
     async def _try(self, change: _Change) -> None:
-        """One try; afterwards the change is decided, and no longer wanted unless it is to be retried."""
+        """Test once. Afterwards the change is decided, and forgotten unless it is to be retried."""
         runner, options = self._runner, change.options
         changes = describe_changes(runner.options, options)
         if options == runner.options:
@@ -288,7 +288,7 @@ async def try_first(options: LinkOptions, keys: ServerKeys, *, timeout: float = 
     """
 
     def ignore(_: events.LinkEvent) -> None:
-        """There is no link that anything could happen to."""
+        """There is no link that could be disturbed."""
 
     try:
         with anyio.fail_after(timeout):

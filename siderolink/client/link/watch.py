@@ -3,9 +3,9 @@
 A link is judged by its handshakes alone. WireGuard renews a session every 120 s while there is traffic, and the persistent
 keepalive is traffic; so a healthy link's last handshake is at most 120 s old, and a link whose last one is 275 s old is dead.
 
-Nobody has to wait that long. Whatever looks wrong makes the link *suspect*: a handshake is begun at once and then every
-second, and the first that completes clears the suspicion. Losing fifteen in a row is no accident, not even where a fifth of all
-datagrams is lost each way: that happens once in five million suspicions. So a healthy link is never declared down.
+A failure is found sooner than that. Any symptom makes the link *suspect*: a handshake is begun at once and then every
+second, and the first that completes clears the suspicion. Fifteen losses in a row are no accident, even where 20 % of all
+datagrams are lost each way: that happens once in five million suspicions. So a healthy link is never declared down.
 """
 
 DOWN_AFTER = 275.0
@@ -22,11 +22,11 @@ ENDING_SECONDS = 3.0
 SILENT_AFTER = 35.0
 """Seconds without an authenticated packet that make a link suspect: most servers send a keepalive every 25 s."""
 QUIET_SILENT_AFTER = 60.0
-"""The same once a silence turned out harmless: this server sends no keepalives, or packets are lost."""
+"""The same after a silence that turned out to be harmless: this server sends no keepalives, or packets are lost."""
 
 
 class HandshakeWatch:
-    """Judges one route to the server from the moment `now` at which it was first tried."""
+    """Decides whether one route to the server works, from `now`, when it was first tried."""
 
     def __init__(self, now: float, *, attempt_timeout: float = ATTEMPT_TIMEOUT, down_after: float = DOWN_AFTER) -> None:
         self._attempt_timeout = attempt_timeout
@@ -69,20 +69,20 @@ class HandshakeWatch:
         return came_up
 
     def heard(self, at: float) -> None:
-        """Note that something authenticated came."""
+        """Note that an authenticated packet arrived."""
         if self._handshake_at is not None and self.suspicion is None:
             self._heard_at = max(self._heard_at, at)
             self._silent_at = self._heard_at + self._silent_after
 
     def answered(self, now: float) -> None:
-        """Note that something sent under suspicion came back, which clears it without a handshake."""
+        """Note an answer to a packet that was sent under suspicion, which clears it without a handshake."""
         if self._handshake_at is not None:
             self._clear_suspicion()
             self._down_at, self._probe_at = self._handshake_at + self._down_after, float("inf")
             self.heard(now)
 
     def suspect(self, now: float, reason: str) -> bool:
-        """Something looks wrong with an established link; True if it was not suspect before."""
+        """Suspect an established link; True if it was not suspect before."""
         if self._handshake_at is None or self.suspicion is not None:
             return False
         self.suspicion, self.unanswered = reason, 0
@@ -92,18 +92,18 @@ class HandshakeWatch:
         return True
 
     def suspect_at_once(self, now: float, reason: str) -> None:
-        """Suspect an established link, or bring the next handshake forward where one is due anyway."""
+        """Suspect an established link, or bring the next handshake forward if one is due anyway."""
         if not self.suspect(now, reason):
             self.probe_now(now)
 
     def suspect_twice(self, now: float, reason: str) -> None:
-        """Something looks wrong that one handshake does not disprove: suspect the link again after `ENDING_SECONDS`."""
+        """Note a symptom that one handshake does not disprove: suspect the link again after `ENDING_SECONDS`."""
         self.suspect(now, reason)
         if self._handshake_at is not None:
             self._again = now + ENDING_SECONDS, reason
 
     def slept(self, now: float) -> None:
-        """The host slept, so nothing could happen meanwhile: the link gets another chance."""
+        """The host was asleep, so no packet could arrive: restart the deadlines."""
         if self._handshake_at is None:
             self._down_at = now + self._attempt_timeout
             self.probe_now(now)

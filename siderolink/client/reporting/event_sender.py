@@ -1,4 +1,4 @@
-"""Delivers a machine's events to the event sink, one call each, in order; the next only when the last one was taken."""
+"""Delivers a machine's events to the event sink in order, one call each; a call waits for the acknowledgement of the last."""
 
 import logging
 import os

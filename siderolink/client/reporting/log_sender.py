@@ -1,9 +1,9 @@
 """Delivers kernel log lines to one receiver, by TCP (one JSON object a line) or by UDP (one a datagram).
 
-TCP says what the other end's kernel has taken. A line is kept until then; after a break, what was not taken is sent again, so
-that a line can come twice but is not lost on the way. Of a line of which a part was taken before the break, all is sent again.
-What the kernel has taken and its program never read is known to nobody: so where a connection does not end as it should, what
-was taken lately is sent again, too.
+TCP reports what the other end's kernel has acknowledged. A line is kept until then; after a disconnect, unacknowledged lines
+are sent again, so that a line can arrive twice but is not lost. A partly acknowledged line is sent again as a whole. TCP does
+not report what the receiving program has read from its kernel: so after an abnormal end of a connection, lines that were
+acknowledged recently are sent again, too.
 """
 
 import asyncio
@@ -42,7 +42,7 @@ RETRY_SECONDS = 1.0
 RESOLVE_SECONDS = 60.0
 """How long datagrams go to one address of a host name; TCP resolves it at each connection."""
 LATELY_BYTES = 256 * 1024
-"""How much of what was taken is sent again after a connection that was reset or timed out."""
+"""Bytes of acknowledged lines that are sent again after a connection was reset or timed out."""
 _BATCH_BYTES = 64 * 1024
 
 

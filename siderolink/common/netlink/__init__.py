@@ -1,6 +1,6 @@
 """The kernel's network configuration over netlink: sockets, parsers, live events, and work in other network namespaces.
 
-What the rest of the package needs stands here; `messages` and `sockets` are for those who speak netlink themselves.
+This module exports what the rest of the package needs; `messages` and `sockets` are for code that speaks netlink itself.
 """
 
 from siderolink.common.netlink.configure import configure_interface, enable_ipv6

@@ -23,7 +23,7 @@ _IFADDR: Final = struct.Struct("=BBBBi")
 _UP: Final = 1
 _NO_DUPLICATE_DETECTION: Final = 0x02
 _LINK_SCOPE: Final = 253
-"""Of link-local addresses, which the kernel makes."""
+"""Of link-local addresses, which the kernel assigns."""
 _CREATE, _EXCLUSIVE = 0x400, 0x200
 
 Interface = IPv4Interface | IPv6Interface
@@ -41,9 +41,9 @@ async def configure_interface(
 ) -> None:
     """Give the interface its MTU and these addresses, IPv6 without duplicate detection, and set it up if `up`.
 
-    With `exact`, other addresses are removed and those that are there already stay; without, the latter are an error.
+    With `exact`, other addresses are removed and existing ones are kept; without it, an existing address is an error.
     IPv6 is switched on for it where the host switched it off for new interfaces. A kernel without `gso_max_size` (before 5.19)
-    ignores it. Raises AddressInUseError for a UDP port that is taken, which the kernel's WireGuard finds out when it is set up;
+    ignores that. Raises AddressInUseError for a UDP port in use, which the kernel's WireGuard detects when it is set up;
     ConfigurationError or DeviceError otherwise.
     """
     wanted = tuple(addresses)
@@ -70,13 +70,13 @@ async def configure_interface(
 def enable_ipv6(name: str) -> None:
     """Switch IPv6 on for one interface in the calling thread's network namespace, if it is off.
 
-    A new interface has it off where the sysctl net.ipv6.conf.default.disable_ipv6 is 1. Raises DeviceError.
+    New interfaces have it off if the sysctl net.ipv6.conf.default.disable_ipv6 is 1. Raises DeviceError.
     """
     setting = Path("/proc/sys/net/ipv6/conf", name, "disable_ipv6")
     try:
         if setting.read_bytes().strip() == b"0":
             return
-    except OSError:  # no IPv6 or no /proc here: adding an address tells
+    except OSError:  # no IPv6 or no /proc here: adding an address will fail with the reason
         return
     try:
         setting.write_bytes(b"0\n")

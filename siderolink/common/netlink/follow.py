@@ -1,6 +1,6 @@
-"""The kernel's news of interfaces, addresses and routes. Nothing is polled.
+"""Follows changes of interfaces, addresses and routes by the kernel's events. Nothing is polled.
 
-- `NetworkWatch` says which interfaces are concerned, for whoever only has to look again.
+- `NetworkWatch` reports which interfaces changed, without how.
 - `InterfaceMonitor` follows one interface.
 - `follow_network` keeps a full picture of all links, addresses and routes, and reports the differences.
 """
@@ -59,9 +59,9 @@ class NetworkChange:
     """The changes of one interval."""
 
     interfaces: frozenset[int]
-    """The indexes of the interfaces concerned; 0 for a route without one."""
+    """The indexes of the interfaces that changed; 0 for a route without one."""
     carriers: frozenset[int]
-    """Those of them that had lost their carrier and have it again."""
+    """Those of them that lost their carrier and have it again."""
     lost: bool = False
     """The kernel dropped events: anything may have changed."""
 
@@ -135,7 +135,7 @@ class InterfaceMonitor:
     """
 
     _QUESTION: Final = 1
-    """The sequence number of a question about the interface; an error in answer to it says that it is gone."""
+    """The sequence number of a request about the interface; an error in reply means that the interface is gone."""
     _RETRY_SECONDS: Final = 1.0
 
     def __init__(
@@ -157,15 +157,15 @@ class InterfaceMonitor:
             self._retry.cancel()
 
     def ask(self) -> None:
-        """Have the kernel describe the interface; `on_change` or `on_gone` follows if that is news."""
+        """Ask the kernel to describe the interface; `on_change` or `on_gone` follows if it has changed."""
         self._retry = None
         try:
             self._events.send(GETLINK, link_request(self._index), self._QUESTION)
-        except OSError:  # no memory for it now
+        except OSError:  # out of memory at the moment
             self._ask_later()
 
     def set(self, *attributes: bytes) -> None:
-        """Change the interface by link attributes. A kernel that refuses them is not reported."""
+        """Change the interface by link attributes. A refusal by the kernel is ignored."""
         try:
             self._events.send(NEWLINK, link_request(self._index, *attributes))
         except OSError:
@@ -207,7 +207,7 @@ class InterfaceMonitor:
 
 @dataclass(frozen=True, slots=True)
 class NetworkUpdate:
-    """One picture and how it differs from the one before; a changed item is among both the removed and the added ones."""
+    """A snapshot and its differences from the previous one; a changed item is among both the removed and the added ones."""
 
     network: HostNetwork
     added: frozenset[NetworkLink | Address | Route]
@@ -219,9 +219,9 @@ async def follow_network(
 ) -> Never:
     """Call `on_update` with the current network and after each change, until cancelled.
 
-    The first update has everything in `added`. Each picture is a dump of its own, because the kernel removes routes of an
-    interface or an address that goes without an event for each. So events are only a reason to read again, 50 ms later and
-    after a pause of twenty times as long as the last reading took. Counters are not read and cause no update.
+    The first update has everything in `added`. Each snapshot is a new dump, because the kernel sends no event for each route
+    that it removes along with an interface or an address. So events only cause another dump, 50 ms later and
+    after a pause of twenty times the duration of the last dump. Counters are not read and cause no update.
     Raises OSError or ConfigurationError where the namespace cannot be followed.
     """
     changed = anyio.Event()

@@ -1,4 +1,4 @@
-"""What a link of a kind has that others have not (IFLA_INFO_DATA of linux/if_link.h): VLANs, bridges, bonds and VRFs.
+"""The kind-specific data of links (IFLA_INFO_DATA of linux/if_link.h): VLANs, bridges, bonds and VRFs.
 
 Timers and counters, which change all the time, are left out.
 """
@@ -103,7 +103,7 @@ _BOND_ARP_TARGETS, _BOND_PRIMARY, _BOND_NS_TARGETS = 8, 11, 31
 
 
 def parse_kind(kind: str, data: bytes) -> KindFacts | None:
-    """None for kinds without anything of their own that is read here."""
+    """None for kinds whose data is not read here."""
     if not data:
         return None
     found = values(data)

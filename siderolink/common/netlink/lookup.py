@@ -14,7 +14,7 @@ from siderolink.common.netlink.sockets import NetlinkRefusal, RequestSocket
 __all__ = ["OutgoingRoute", "RouteLookup", "route_to"]
 
 _FIB_MATCH: Final = 0x2000
-"""Answer with the table's entry, or an error: without it, Linux takes any IPv4 host for a neighbour on a named interface."""
+"""Answer with the table's entry, or an error: without this, Linux treats any IPv4 host as a neighbour on a named interface."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """Netlink's wire format (netlink(7), linux/netlink.h): message headers, attributes and error answers. No I/O.
 
-Every length is checked against the bytes that are there before anything behind it is read. A length that cannot be right ends
-the walk: what came before it is kept, what follows is dropped. No input raises an exception.
+Every length is checked against the available bytes before anything behind it is read. An impossible length ends
+parsing: what came before it is kept, what follows is dropped. No input raises an exception.
 """
 
 import os
@@ -76,14 +76,14 @@ def parse(data: bytes) -> Iterator[Message]:
 
 
 def error_of(message: Message) -> tuple[int, str]:
-    """The error number of an ERROR or DONE message, 0 for success, and its explanation, by the kernel where it gives one."""
+    """The error number of an ERROR or DONE message, 0 for success, and its explanation: the kernel's if it gives one."""
     found = message.fixed(_CODE)
     code = -found[0] if found is not None else 0
     if code <= 0:
         return 0, ""
     explanation = os.strerror(code)
     if message.flags & _ACK_TLVS:
-        # behind the number stands the request: its header only where it is capped, else all of it
+        # the number is followed by the request: only its header if it is capped, else all of it
         request = message.data[message.start + 4 : message.start + 8]
         skip = 4 + (_HEADER.size if message.flags & _CAPPED or len(request) < 4 else number(request))
         for kind, start, end in message.attributes(skip):

@@ -53,8 +53,8 @@ async def run_netlink(
 ) -> T:
     """Run pyroute2 work, in a network namespace if one is given; cancellation waits for it to end.
 
-    The kernel blocks the caller while it carries out a request; `in_thread` keeps the event loop free for requests that may
-    take it long.
+    The kernel blocks the caller while it carries out a request; `in_thread` keeps the event loop responsive during requests
+    that may take long.
 
     uvloop does not accept pyroute2's netlink sockets, so there the work gets a thread with an asyncio loop of its own. It is a
     new thread each time, because a new thread starts in the caller's network namespace and a pooled one might be in another.

@@ -49,7 +49,7 @@ DELROUTE: Final = 25
 GETROUTE: Final = 26
 
 MAX_ITEMS: Final = 65_536
-"""Links, addresses or routes that `read_network` reads; a host with a full Internet table has a million."""
+"""Maximum number of links, addresses or routes that `read_network` reads; a full Internet routing table has a million."""
 _DUMP_ATTEMPTS: Final = 3
 
 _IFINFO: Final = struct.Struct("=BxHiII")
@@ -80,7 +80,7 @@ class NetworkLink:
     kind: str = ""
     """The driver's kind, such as ``wireguard`` or ``tun``; empty for hardware."""
     of_kind: KindFacts | None = None
-    """What only links of this kind have; None for most."""
+    """The data of this kind of link; None for most."""
     slave_kind: str = ""
     alias: str = ""
     alternative_names: tuple[str, ...] = ()
@@ -111,10 +111,10 @@ class Address:
     interface: int
     family: int
     address: IPAddress
-    """Of a point-to-point interface, the other side's."""
+    """On a point-to-point interface, the peer's address."""
     prefix_length: int
     local: IPAddress | None
-    """This side's; None where the kernel names none, as for most of IPv6."""
+    """The local address; None if the kernel reports none, as for most IPv6 addresses."""
     broadcast: IPAddress | None
     flags: int
     scope: int
@@ -123,7 +123,7 @@ class Address:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NextHop:
-    """One way of a route that has several."""
+    """One next hop of a multipath route."""
 
     interface: int
     gateway: IPAddress | None
@@ -141,7 +141,7 @@ class Route:
     interface: int
     """The index of the outgoing interface; 0 where there is none or there are several."""
     source: IPAddress | None
-    """The source address that this host prefers for it."""
+    """The preferred source address."""
     table: int
     priority: int
     scope: int
@@ -162,7 +162,7 @@ class HostNetwork:
     is_complete: bool = True
     """False where there are more than `MAX_ITEMS` of a kind, or they changed during each attempt to read them."""
     read_seconds: float = field(default=0.0, compare=False)
-    """How much of this thread's time it took to read them."""
+    """Processor time of this thread that reading them took, in seconds."""
 
 
 # --- parsing
@@ -341,7 +341,7 @@ class _Reader:
         found: list[T] = []
         is_interrupted, is_last = False, False
         self._requests.begin_dump(kind, payload)
-        while not is_last:  # to its end, even where there is too much: only then can the socket ask again
+        while not is_last:  # read to its end even if it is too long: the socket can send a request only then
             began_at = time.thread_time()
             part = self._requests.next_part()
             if len(found) <= MAX_ITEMS:

@@ -62,7 +62,7 @@ class DumpPart:
 
 
 class RequestSocket:
-    """Sends requests and reads their answers. While a dump runs, nothing else may be asked."""
+    """Sends requests and reads their answers. No request may be sent while a dump runs."""
 
     def __init__(self, protocol: int = ROUTE) -> None:
         """In the calling thread's network namespace. Raises OSError."""
@@ -85,21 +85,21 @@ class RequestSocket:
                 return answers
 
     def ask(self, kind: int, payload: bytes) -> Message:
-        """Send a question that has one answer, and return it. Raises NetlinkRefusal."""
+        """Send a request that has one answer, and return it. Raises NetlinkRefusal."""
         self._send(kind, payload, REQUEST)
         while True:
             for message in self.next_part().messages:
                 return message
 
     def begin_dump(self, kind: int, payload: bytes) -> None:
-        """Ask for a dump, which `next_part` reads. Raises NetlinkRefusal."""
+        """Request a dump, which `next_part` reads. Raises NetlinkRefusal."""
         self._send(kind, payload, REQUEST | DUMP)
 
     def next_part(self) -> DumpPart:
         """Read the next part of a dump without waiting. Raises NetlinkRefusal."""
         try:
             data, _, flags, sender = self._socket.recvmsg(_RECEIVE_BYTES)
-        except OSError as error:  # EAGAIN too: a kernel that answers at once leaves no reason to wait
+        except OSError as error:  # EAGAIN too: the kernel answers inside the call, so there is nothing to wait for
             raise NetlinkRefusal(error.errno, error.strerror) from error
         messages, is_last, is_interrupted = [], False, False
         for message in parse(data):
@@ -128,8 +128,8 @@ class RequestSocket:
 class EventSocket:
     """Passes on the kernel's events, on the running event loop.
 
-    `on_messages` gets those of one datagram. `on_overrun` is called when the kernel had to drop some, after all that were
-    queued have been passed on: there is room then for the answer to a question. Under a flood it reads every 100 ms only.
+    `on_messages` gets the messages of one datagram. `on_overrun` is called when the kernel dropped some, after all that were
+    queued have been passed on, so that there is room for the answer to a request. Under a flood it reads only every 100 ms.
     """
 
     def __init__(
@@ -159,7 +159,7 @@ class EventSocket:
             self._pause.cancel()
 
     def send(self, kind: int, payload: bytes, sequence: int = 0) -> None:
-        """Send a question, whose answer comes as an event. Raises OSError."""
+        """Send a request, whose answer arrives as an event. Raises OSError."""
         self._socket.send(encode(kind, payload, REQUEST, sequence))
 
     def _read(self) -> None:
@@ -187,7 +187,7 @@ class EventSocket:
             self._on_overrun()
 
     def _slow_down(self) -> None:
-        """Pause after many turns within one second: then each turn reads more at once."""
+        """Pause after many reads within one second, so that each read returns more."""
         now = self._loop.time()
         if now - self._second > 1.0:
             self._second, self._turns = now, 0

@@ -32,11 +32,11 @@ servers end connections for it."""
 
 
 OnInterrupted = Callable[[str], None]
-"""Called with the reason when a route is interrupted. It recovers on its own, which the next handshake shows."""
+"""Called with the reason when a route is interrupted. It recovers by itself, which the next handshake shows."""
 
 
 class Answer(Protocol):
-    """The part of a Provision answer that the choice needs."""
+    """The part of a Provision answer that decides the transport."""
 
     @property
     def endpoints(self) -> tuple[HostPort, ...]: ...
@@ -62,9 +62,9 @@ class Route(Protocol):
         """Start a handshake on this route. Does nothing while the route is interrupted."""
 
     async def shake_hands_with(self, device: Device, peer: PeerConfig, endpoints: Sequence[HostPort]) -> None:
-        """Begin a handshake with the first of other endpoints of the same peer, while its session goes on here.
+        """Begin a handshake with the first of other endpoints of the same peer, while the session stays in use here.
 
-        Returns when that answered, or after a short while; does nothing where the device or the route cannot.
+        Returns after an answer or a short timeout; does nothing if the device or the route does not support it.
         """
 
     def reopen(self) -> None:
@@ -75,7 +75,7 @@ class Route(Protocol):
 
 
 class LinkTransport(Protocol):
-    """How datagrams travel, and what that needs of the device."""
+    """A transport: its routes, and what it requires of the device."""
 
     @property
     def kind(self) -> Literal["udp", "tunnel"]: ...
@@ -101,7 +101,7 @@ def choose(
     retry: RetryTrigger | None = None,
     turn: int = 0,
 ) -> LinkTransport:
-    """The tunnel where the server answered with a virtual address, asked for or not; else UDP.
+    """The tunnel if the server answered with a virtual address, whether or not it was requested; else UDP.
 
     `retry` ends waits between attempts. Each `turn` uses another of the addresses that a name resolves to.
     """
@@ -160,7 +160,7 @@ class UdpRoute:
         except OSError:
             return
         before = await device.peer(peer.public_key)
-        # Nothing else runs between these: the initiation alone goes there. Its answer brings the path along.
+        # No other task runs in between, so only the initiation is sent there. Its answer moves the path.
         await device.set_peer(replace(peer, endpoint=there))
         await device.handshake(peer.public_key)
         await device.set_peer(replace(peer, endpoint=self._address))
@@ -249,7 +249,7 @@ class TunnelRoute:
             await _dial(device, peer, self._path)
 
     async def shake_hands_with(self, device: Device, peer: PeerConfig, endpoints: Sequence[HostPort]) -> None:
-        """The stream leads to one server."""
+        """A stream belongs to one server."""
 
     def reopen(self) -> None:
         """Reopen the stream immediately."""

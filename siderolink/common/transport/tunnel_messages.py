@@ -16,7 +16,7 @@ HEADROOM = 8
 """Free bytes before each datagram, so that it needs no copy."""
 MAX_DATAGRAM = 65_535
 MAX_MESSAGE = MAX_DATAGRAM + 1024
-"""The longest message taken: the longest datagram, with room for fields of newer peers."""
+"""The longest message accepted: the longest datagram, with room for fields of newer peers."""
 
 _FIELD = 2
 _TAG = 0x12
@@ -33,16 +33,16 @@ class MessageRun:
     data: memoryview
     stride: int
     sent: int = 0
-    """Bytes that are on the wire already."""
+    """Bytes that were already sent."""
 
     @property
     def begun_end(self) -> int:
-        """Where the last message ends of which anything is on the wire."""
+        """The end of the last message of which any byte was sent."""
         return min(-(-self.sent // self.stride) * self.stride, len(self.data))
 
     @property
     def messages(self) -> int:
-        """Messages of which nothing is on the wire."""
+        """Messages of which nothing was sent."""
         return -(-(len(self.data) - self.begun_end) // self.stride)
 
 
@@ -86,7 +86,7 @@ def _copy(datagrams: Sequence[memoryview]) -> MessageRun:
 
 
 class TunnelReader:
-    """Reads messages from pieces of any size; runs of equally long datagrams come as one batch, without a copy."""
+    """Reads messages from pieces of any size; a run of equally long datagrams becomes one batch, without a copy."""
 
     def __init__(self, max_message: int = MAX_MESSAGE) -> None:
         self._max_message = max_message
@@ -95,13 +95,13 @@ class TunnelReader:
 
     @property
     def is_between_messages(self) -> bool:
-        """True when all bytes so far made whole messages."""
+        """True if all bytes so far formed whole messages."""
         return not self._partial
 
     def feed(self, pieces: Sequence[memoryview]) -> Iterator[Datagrams]:
         """Yield the datagrams that the next bytes complete, as slices of the piece where possible.
 
-        Raises Refused: MESSAGE_COMPRESSED, MESSAGE_TOO_LARGE or MESSAGE_MALFORMED; the reader is of no use afterwards.
+        Raises Refused: MESSAGE_COMPRESSED, MESSAGE_TOO_LARGE or MESSAGE_MALFORMED; the reader cannot be used afterwards.
         """
         if self._partial and sum(map(len, pieces)) < self._missing:
             self._keep(pieces)

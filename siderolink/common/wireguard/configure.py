@@ -21,7 +21,7 @@ class Sockets(Protocol):
     def path(self, endpoint: Endpoint) -> Path: ...
 
     def rebind(self, port: int) -> None:
-        """Listen on another port; paths stay good. Raises AddressInUseError and keeps the old port."""
+        """Listen on another port; existing paths stay valid. Raises AddressInUseError and then keeps the old port."""
 
     def set_mark(self, mark: int) -> None:
         """Mark all packets sent from now on; 0 for none."""
@@ -142,7 +142,7 @@ def _report(peer: Peer) -> PeerReport:
 
 
 def _endpoint(place: str) -> str | None:
-    """A path's name as an endpoint that `wg` can parse, a tunnel's virtual address included; None if it is none."""
+    """A path's name as an endpoint that `wg` can parse, also for a tunnel's virtual address; None if it is not an endpoint."""
     place = place.removeprefix("tunnel ")
     try:
         parse_endpoint(place)

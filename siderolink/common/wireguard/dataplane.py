@@ -1,8 +1,8 @@
-"""Moves packets between an interface and paths, in batches. The protocol stays in the engine, the matrices in `packets`.
+"""Moves packets between an interface and paths, in batches. The engine has the protocol, `packets` the work on rows.
 
 Outwards: a super-packet from the interface is split into rows, sealed by the engine and sent as one batch; small packets for
-the same peer that are read together are gathered into one. Inwards: the engine opens each run of one session's datagrams, and
-what it accepts is written to the interface, merged again. A single packet is a batch of one.
+the same peer that are read together are gathered into one batch. Inwards: the engine opens each run of one session's datagrams,
+and the packets that it accepts are merged and written to the interface. A single packet is a batch of one.
 """
 
 from collections.abc import Callable
@@ -69,7 +69,7 @@ class DataPlane:
         self._splitter = self._rows.splitter(mtu)
         self._gatherer = self._rows.gatherer(mtu)
         self._collector: SuperPacketSplitter | SmallPacketGatherer = self._gatherer
-        """Whichever of the two holds packets now."""
+        """The one of the two that holds packets now."""
 
     def change_mtu(self, mtu: int) -> None:
         """Follow the interface's MTU."""
@@ -128,7 +128,7 @@ class DataPlane:
             self._engine.drop(Drop.OUTBOUND_MALFORMED)
             return True
         if peer.outbound_rates is not None and self._engine.can_send(peer, now) and self._within(peer, packets, now) is None:
-            return True  # what is staged is charged when it is sent
+            return True  # staged packets count towards the limits when they are sent
         sealed = self._engine.seal(peer, packets, now)
         if sealed is None:
             self._engine.stage(peer, bytes(frame), now)
@@ -225,7 +225,7 @@ class DataPlane:
             self._is_blocked = True
 
     def _within(self, peer: Peer, packets: Packets, now: float) -> Packets | None:
-        """What of the packets the limits of bandwidth let through; None for nothing."""
+        """The packets that the bandwidth limits let through; None if there are none."""
         buckets = peer.outbound_rates
         if buckets is None:
             return packets
@@ -244,7 +244,7 @@ class DataPlane:
         if datagrams.count == 1:
             self._receive(datagrams, 0, 1, path, now)
         elif datagrams.stride - datagrams.headroom < TRANSPORT_OVERHEAD:
-            # no message is so short, and one read from a stream can hold tens of thousands of these
+            # no valid message is this short, and one read from a stream can hold tens of thousands of them
             self._engine.drop(Drop.MALFORMED, datagrams.count)
         else:
             for run in find_runs(datagrams):
@@ -297,7 +297,7 @@ class DataPlane:
 
 
 def _device_path(path: EnginePath | None) -> Path:
-    """The engine knows less of paths than a device, but all that it has came from the device."""
+    """The engine's type for paths is narrower, but every path in it came from this device."""
     return cast("Path", path)
 
 

@@ -1,14 +1,15 @@
 """Firewall rules for a device's interface, in one nftables table of their own.
 
-- *Isolation*, for the kernel's WireGuard (the built-in one does it itself): what a peer sends passes only if it is for one of
-  the interface's own addresses, judged by what the peer wrote: before connection tracking and before any address translation of
-  this host. What is sent to a peer passes only if it is from one of them, judged last of all. That holds with forwarding on,
-  and no other table can undo a drop. WireGuard itself judges the source of what a peer sends, by the peer's allowed IPs.
-- *Open ports*: which ports of this host peers may dial. Pings pass, and so do answers to what this host began; a connection
-  that a peer began is judged by its port for as long as it lasts, so that closing a port also ends what was established.
+- *Isolation*, for the kernel's WireGuard (the built-in one does it itself): a peer's packet passes only if it is for one of the
+  interface's own addresses. This is checked before connection tracking and before any address translation of this host. A
+  packet to a peer passes only if it is from one of them, which is checked last of all. This holds with forwarding on, and no
+  other table can undo a drop. WireGuard itself checks the source of a peer's packets, by the peer's allowed IPs.
+- *Open ports*: which ports of this host peers may connect to. Pings pass, and so do answers to connections of this host; a
+  connection that a peer opened is checked by its port for as long as it lasts, so that closing a port also ends established
+  connections.
 
-The rules are in force before the interface is up and until it is gone. Those of an interface that outlives this process do so
-too.
+The rules are in force before the interface is up and until it is gone. If the interface outlives this process, so do the
+rules.
 """
 
 import socket
@@ -76,12 +77,12 @@ class InterfaceRules:
         self._table: Table | None = None
         self._requests: RequestSocket | None = None
         self._earlier: Counter[str] = Counter()
-        """Counts of rules that were replaced since."""
+        """The counts of rules that have been replaced."""
         self.isolate = False
         self.open_ports: OpenPorts = None
 
     async def set(self, *, isolate: bool, open_ports: OpenPorts) -> None:
-        """Put these rules in the place of those before, in one step. Raises DeviceUnavailableError; those before then stay."""
+        """Replace the rules atomically. Raises DeviceUnavailableError; the old rules then stay."""
         is_needed = isolate or open_ports is not None
         if not is_needed and self._table is None and not self._outlives_process:
             return
@@ -100,7 +101,7 @@ class InterfaceRules:
         self.isolate, self.open_ports = isolate, open_ports
 
     async def close(self, *, keep: bool = False) -> None:
-        """Take the rules away, unless the interface stays."""
+        """Remove the rules, unless the interface stays."""
         if self._requests is not None:
             self._requests.close()
         if self._table is None:
@@ -157,7 +158,7 @@ async def remove_leftover_rules(interface: str, namespace: str | None) -> None:
     try:
         await rules.set(isolate=False, open_ports=None)
     except DeviceUnavailableError:
-        pass  # not allowed, or another's: then no rules of ours are in its place either
+        pass  # not allowed, or another process's table: then there are no rules of ours either
     finally:
         await rules.close(keep=True)
 

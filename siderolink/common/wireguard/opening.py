@@ -77,11 +77,11 @@ async def _open_either(config: DeviceConfig, on_event: OnDeviceEvent) -> AsyncIt
 
 @dataclass(frozen=True, slots=True)
 class BareInterface:
-    """A WireGuard interface that others configure."""
+    """A WireGuard interface that other programs configure."""
 
     device: "UserspaceDevice"
     lost: asyncio.Event
-    """Set when somebody deletes the interface or its socket."""
+    """Set when another program deletes the interface or its socket."""
 
 
 @asynccontextmanager

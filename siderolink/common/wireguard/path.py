@@ -1,6 +1,6 @@
 """Paths and batches of datagrams: a device's view of its transports.
 
-WireGuard only needs "the place this peer was last heard from". That place is a *path*: a UDP address is one, an open tunnel
+WireGuard only needs the place where a peer was last heard from. That place is a *path*: a UDP address is one, an open tunnel
 stream is one, and roaming is replacing one path by another after an authenticated packet.
 """
 

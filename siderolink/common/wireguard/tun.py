@@ -39,7 +39,7 @@ _PLAIN_HEADER: Final = bytes(10)
 _MAX_PACKET: Final = 65_535
 _FIRST_PAUSE: Final = 1.0
 _LONGEST_PAUSE: Final = 60.0
-"""Seconds until super-packets are tried again after they were refused, doubled each time."""
+"""Seconds until super-packets are tried again after a refusal, doubled each time."""
 
 Buffer = bytes | bytearray | memoryview
 

@@ -102,7 +102,7 @@ class TunDevice(UserspaceDevice):
     def pause_reading(self, path: Path) -> bool:
         """Stop reading, so that packets wait in the interface's queue, their senders slow down and nothing is lost.
 
-        With several peers, a stalled one is waited for once and briefly; after that its own queue overflows.
+        With several peers, it waits for a stalled one once and briefly; after that the peer's own queue overflows.
         """
         if path in self._stalled:
             return False

@@ -1,6 +1,6 @@
 """Follows a TUN interface by netlink, also into another network namespace.
 
-A netlink socket hears of the namespace that it was opened in. When the interface is moved, the monitor opens a new socket
+A netlink socket reports on the namespace in which it was opened. When the interface is moved, the monitor opens a new socket
 there; the device's UDP sockets stay where they are, as WireGuard users expect. The interface's state is asked for each time,
 because it may have changed, or moved on, before the socket was open.
 """
@@ -28,11 +28,11 @@ _TUNGETIFF: Final = 0x800454D2
 _IFREQ_BYTES: Final = 40
 _GSO_MAX_SIZE: Final = 41
 _MOVES: Final = 10
-"""Attempts to follow an interface that is moved on and on."""
+"""Attempts to follow an interface that is moved repeatedly."""
 
 
 class TunMonitor:
-    """Calls `on_change` when the interface is set up or down or gets another MTU. Its end shows when it is read."""
+    """Calls `on_change` when the interface is set up or down or gets another MTU. Reading the interface shows its deletion."""
 
     def __init__(self, tun_fd: int, on_change: Callable[[NetworkLink], None], namespace: str | None = None) -> None:
         """`namespace` is where the interface is, if not in the calling thread's. Raises OSError or ConfigurationError."""

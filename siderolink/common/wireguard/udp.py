@@ -43,7 +43,7 @@ class UdpSockets:
         return UdpPath(self._sockets[socket.AF_INET6], (host, port, 0, _zone_index(zone)), None)
 
     def rebind(self, port: int) -> None:
-        """Listen on another port (0: any); paths stay good. Raises as open_udp does, and then keeps the old port."""
+        """Listen on another port (0: any); paths stay valid. Raises what open_udp raises, and then keeps the old port."""
         if port == self.port:
             return
         for sock in _bind(port):

@@ -1,8 +1,8 @@
 """The source address and interface of replies: those that the peer's packets came to, while they still lead to the peer.
 
 A machine may have several addresses and several routes, and a peer expects the reply from the address it wrote to. When that
-address goes, or a better route replaces the one in use, the routing table decides again. The kernel announces such changes by
-netlink (rtnetlink(7)), and the next send looks the route up: nothing polls, and idle peers cost nothing.
+address disappears, or a better route replaces the one in use, the routing table decides again. The kernel announces such
+changes by netlink (rtnetlink(7)), and the next send looks the route up: nothing polls, and idle peers cost nothing.
 """
 
 import asyncio

@@ -109,7 +109,7 @@ class UserspaceDevice:
         self.plane.drain(now)
 
     async def apply(self, change: DeviceChange) -> None:
-        """Carry out what `wg` asks for. Raises AddressInUseError or ConfigurationError."""
+        """Apply a change that `wg` requests. Raises AddressInUseError or ConfigurationError."""
         now = boot_time()
         self._configurator.apply(change, now)
         self.plane.drain(now)
@@ -139,7 +139,7 @@ class UserspaceDevice:
 
     async def counters(self) -> DeviceCounters:
         now, count = boot_time(), len(self.engine.peers)
-        # of peers that are removed meanwhile, the objects keep their bytes
+        # objects of peers that were removed meanwhile keep their counts
         received, sent = self.engine.removed_received_bytes, self.engine.removed_sent_bytes
         ages: list[float] = []
         for part in in_parts(self.engine.peers.values(), 500):

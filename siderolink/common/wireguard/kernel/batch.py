@@ -86,7 +86,7 @@ class BatchReceiver:
         raise OSError(code, os.strerror(code))
 
     def results(self, count: int) -> Iterator[tuple[int, bool, bytes]]:
-        """Length, whether it is whole, and the destination (4 bytes) of each datagram just received."""
+        """The length of each datagram just received, whether it is complete, and its destination (4 bytes)."""
         control = self._control
         position = _DESTINATION_AT
         for flags, length in _RESULT.iter_unpack(self._view[: count * _SIZE]):

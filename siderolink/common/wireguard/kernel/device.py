@@ -149,7 +149,7 @@ class KernelDevice:
         self._peers.settle()
 
     async def peer(self, public_key: PublicKey) -> PeerStatus | None:
-        """As the kernel has it now; with thousands of peers, as of a few seconds ago at most."""
+        """The peer's current state; with thousands of peers it may be a few seconds old."""
         await self._peers.looks.refresh()
         return self._peers.table.status(bytes(public_key))
 
@@ -160,7 +160,7 @@ class KernelDevice:
 
     async def counters(self) -> DeviceCounters:
         table, now, count = self._peers.table, time.time(), len(self._peers.table.entries)
-        # of peers that are removed meanwhile, the objects keep their bytes
+        # objects of peers that were removed meanwhile keep their counts
         received, sent = table.removed_received_bytes, table.removed_sent_bytes
         ages: list[float] = []
         for part in in_parts(table.entries.values(), 500):

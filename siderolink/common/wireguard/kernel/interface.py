@@ -1,6 +1,6 @@
 """The kernel's WireGuard interface: made, found again and removed, by pyroute2.
 
-A lock and a mark tell whose an interface is. The lock is a socket in the abstract namespace: the kernel keeps it per network
+A lock and a mark identify an interface's owner. The lock is a socket in the abstract namespace: the kernel keeps it per network
 namespace, as it does interfaces' names, and closes it when the process ends. The mark is the interface's alias, which outlives
 the process. An interface with the mark whose lock is free was left by a process that has ended; one without the mark is
 somebody else's.
@@ -33,7 +33,7 @@ _CREDENTIALS: Final = struct.Struct("=iII")
 
 @dataclass(slots=True)
 class KernelInterface:
-    """An interface that is ours."""
+    """An interface of this package."""
 
     name: str
     namespace: str | None
@@ -46,10 +46,10 @@ class KernelInterface:
 async def open_interface(config: DeviceConfig, rules: InterfaceRules) -> AsyncIterator[KernelInterface]:
     """Yield an interface of this name, down if it is new. Leaving removes it and then its rules, unless it is to be kept.
 
-    The caller holds the name (`hold_name`). One that a process of ours left behind is removed first, unless it shall be kept;
-    then it is given as it is. Raises DeviceUnavailableError, InterfaceInUseError or DeviceError.
+    The caller holds the name (`hold_name`). An interface that an ended process left behind is removed first, unless it is to be
+    kept; then it is adopted as it is. Raises DeviceUnavailableError, InterfaceInUseError or DeviceError.
     """
-    with anyio.CancelScope(shield=True):  # without its mark it could not be told from others
+    with anyio.CancelScope(shield=True):  # without the mark it could not be recognised later
         interface = await run_netlink(partial(_make, config))
     stays = interface.was_there and config.keep
     try:
@@ -64,7 +64,7 @@ async def open_interface(config: DeviceConfig, rules: InterfaceRules) -> AsyncIt
 
 
 async def remove_leftovers(name: str, namespace: str | None) -> None:
-    """Remove an interface that a process of ours left behind, and its rules; nothing else.
+    """Remove an interface that an ended process of this package left behind, and its rules; never any other interface.
 
     Raises InterfaceInUseError where another process holds the name.
     """

@@ -1,6 +1,6 @@
 """The kernel's WireGuard by generic netlink (linux/wireguard.h): requests written, dumps read. No I/O.
 
-A dump is read message by message. What seldom changes (allowed IPs, the endpoint) is kept as raw bytes until it is needed:
+A dump is read message by message. Values that seldom change (allowed IPs, the endpoint) stay raw bytes until they are needed:
 thousands of peers are read each time and few are shown.
 """
 
@@ -83,7 +83,7 @@ def set_device(index: int, *, private_key: PrivateKey | None = None, listen_port
 
 
 def set_peer(index: int, peer: PeerConfig, *, replace_allowed_ips: bool) -> bytes:
-    """Make or change a peer. Without `replace_allowed_ips` those it has already stay."""
+    """Add or change a peer. Without `replace_allowed_ips` its present ones stay."""
     psk = bytes(32) if peer.preshared_key is None else bytes(peer.preshared_key)
     parts = [attribute(_PEER_KEY, bytes(peer.public_key)), attribute(_PSK, psk)]
     parts.append(attribute(_FLAGS, _LONG.pack(_REPLACE_ALLOWED_IPS if replace_allowed_ips else 0)))
@@ -104,7 +104,7 @@ def peer_endpoint(index: int, key: bytes, endpoint: bytes) -> bytes:
 
 
 def peer_keepalive(index: int, key: bytes, seconds: int) -> bytes:
-    """Make a peer that exists send a keepalive now, and then every `seconds`: the kernel does where it goes from off to on."""
+    """Make an existing peer send a keepalive now and then every `seconds`: the kernel does so when the interval was 0."""
     values = (0, seconds)
     return _device_with(index, [_peer(key, _UPDATE_ONLY, attribute(_KEEPALIVE, _SHORT.pack(value))) for value in values])
 
@@ -160,7 +160,7 @@ def read_device(data: bytes, start: int, end: int) -> DeviceFacts:
 
 def _read_peer(data: bytes, start: int, end: int) -> PeerFacts:
     peer = PeerFacts(b"")
-    while start + 4 <= end:  # written out, because it runs for each peer of each dump
+    while start + 4 <= end:  # inlined, because it runs for each peer of each dump
         length, kind = _HEAD(data, start)
         if length < 4 or start + length > end:
             break

@@ -1,4 +1,4 @@
-"""The kernel's peers as they are known here between two looks, and by which stream each of them is reached."""
+"""The kernel's peers as of the last poll, and by which stream each of them is reached."""
 
 import time
 from collections.abc import Sequence
@@ -35,13 +35,13 @@ class PeerEntry:
         self.networks: frozenset[object] = frozenset()
         """The allowed IPs it was last given."""
         self.keepalive = 0
-        """Seconds; the kernel is told with the first endpoint: before, it would try to shake hands every 5 s, in vain."""
+        """Seconds. Set in the kernel together with the first endpoint: before, it would try a handshake every 5 s, in vain."""
         self.changed_at = time.monotonic()
-        """When we last changed it: what was read before then is out of date."""
+        """When this process last changed it: anything read before that is stale."""
         self.is_claimed = False
         """True once `set_peer` was called for it."""
         self.is_adopted = False
-        """True until `settle`, for one that was there before."""
+        """True until `settle`, for a peer of an adopted interface."""
 
 
 class PeerTable:
@@ -51,10 +51,10 @@ class PeerTable:
         self.entries: dict[bytes, PeerEntry] = {}
         self.streams = streams
         self.removed_received_bytes = self.removed_sent_bytes = 0
-        """Traffic of removed peers, as of the last look."""
+        """Traffic of removed peers, as of the last poll."""
         self._wireguard = wireguard
         self._removed: dict[bytes, float] = {}
-        """When each was removed: a look that began before still finds them."""
+        """When each peer was removed: a poll that began before still finds it."""
 
     def add(self, key: bytes) -> PeerEntry:
         """A peer that is being set."""
@@ -65,7 +65,7 @@ class PeerTable:
         return entry
 
     def add_found(self, facts: PeerFacts) -> None:
-        """A peer that a look found, unless we have just removed it."""
+        """Register a peer that a poll found, unless it was just removed here."""
         if facts.key not in self._removed:
             entry = self.entries[facts.key] = PeerEntry(facts)
             self.streams.hold(facts.endpoint, facts.key, self.slot(entry))
@@ -88,7 +88,7 @@ class PeerTable:
         return self.streams.at(entry.view.facts.endpoint)
 
     def move(self, entry: PeerEntry, endpoint: bytes) -> None:
-        """The peer is reached at another endpoint now."""
+        """Note the peer's new endpoint."""
         before = self.slot(entry)
         entry.view.facts.endpoint = endpoint
         self.streams.hold(endpoint, entry.view.facts.key, before)

@@ -19,7 +19,7 @@ __all__ = ["Peers"]
 
 _SESSION_SECONDS = 180.0
 _NOWHERE = IPv4Address("127.0.0.1"), 9
-"""The endpoint of a passive peer, the discard service here: the kernel forgets an endpoint only with the peer's sessions."""
+"""The endpoint of a passive peer, this host's discard port: the kernel forgets an endpoint only with the peer's sessions."""
 
 
 class Peers:
@@ -46,7 +46,7 @@ class Peers:
             peer = replace(peer, allowed_ips=(), endpoint=_NOWHERE if has_endpoint else None, persistent_keepalive=0)
         networks = frozenset(peer.allowed_ips)
         try:
-            # Prefixes that stay are never taken away for a moment: packets may be on their way.
+            # Unchanged prefixes are never removed, not even for a moment: packets may be in flight.
             replaces = known is None or not known.networks <= networks
             endpoint = messages.encode_endpoint(peer.endpoint) if peer.endpoint is not None else b""
             has_endpoint = bool(endpoint or (known is not None and known.view.facts.endpoint))
@@ -78,9 +78,9 @@ class Peers:
                 self._report_session(entry.view.facts)
 
     def _report_session(self, facts: PeerFacts) -> None:
-        """The peer has a session that was made before us; a tunnel's ended with the process that held its stream."""
+        """Report a session that is older than this process; a tunnel's session ended with the process that held its stream."""
         is_by_udp = bool(facts.endpoint) and not is_loopback(facts.endpoint)
-        # the kernel says when in Unix time, and nothing else is known of a time before this process
+        # the kernel reports Unix time, and no other clock covers the time before this process
         if not is_by_udp or time.time() - facts.handshake_ns / 1e9 > _SESSION_SECONDS:
             return
         public_key = PublicKey(facts.key)
@@ -97,7 +97,7 @@ class Peers:
         if current is None and endpoint and not is_loopback(endpoint):
             return  # by UDP, which is always open
         if current is not None and current.path is not path and current.path.is_open and not current.is_barred:
-            relay.slot(path)  # it has to prove itself, from an address of its own
+            relay.slot(path)  # its packets must authenticate first, so it gets an address of its own
             return
         try:
             if current is not None:

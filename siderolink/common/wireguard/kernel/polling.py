@@ -1,7 +1,7 @@
-"""Looks at the kernel's peers: reads them all when it is due, and reports what changed since the last look.
+"""Polls the kernel's peers: reads them all when that is due, and reports what changed since the last poll.
 
-The kernel has no request for a single peer, so whoever asks about one causes a look at all. Those who ask at the same time
-share a look, and where looks are costly the last one also answers for a while after.
+The kernel has no request for a single peer, so a question about one reads all. Questions at the same time
+share a poll, and where polls are costly the last one also answers later questions for a while.
 """
 
 import time
@@ -37,11 +37,11 @@ class PeerPoller:
         self.is_stopped = False
 
     def stop(self) -> None:
-        """Stop looking once the interface is gone."""
+        """Stop polling once the interface is gone."""
         self.is_stopped = True
 
     def expect(self, key: bytes) -> None:
-        """Look soon: the peer may shake hands."""
+        """Poll soon, because a handshake with the peer is expected."""
         if key not in self._table.entries:
             return
         before = self._schedule.next_at()
@@ -55,7 +55,7 @@ class PeerPoller:
         self._schedule.settled(key)
 
     async def watch(self) -> None:
-        """Look whenever it is due, until cancelled."""
+        """Poll whenever it is due, until cancelled."""
         while not self.is_stopped:
             now = time.monotonic()
             wait = self._schedule.next_at() - now if self._table.entries else None
@@ -71,14 +71,14 @@ class PeerPoller:
                 await anyio.sleep(_RETRY)
 
     async def refresh(self) -> None:
-        """Look, unless the last look still answers. Raises DeviceError."""
+        """Poll, unless the last poll is recent enough. Raises DeviceError."""
         asked_at = time.monotonic()
         async with self._lock:
             if not self.is_stopped and not self._schedule.is_fresh(self._began_at, asked_at):
                 await self._look()
 
     async def adopt(self) -> None:
-        """Take up the peers that were there before, without an event for any of them."""
+        """Register the peers of an adopted interface, without events."""
         async with self._lock:
             await self._look()
         for entry in self._table.entries.values():
@@ -151,7 +151,7 @@ class PeerPoller:
                     self._on_event(HandshakeGaveUp(public_key=public_key))
 
     def _check_stream(self, entry: PeerEntry, facts: PeerFacts) -> None:
-        """Send a peer that was heard by another one's stream back to where it was, and let that stream carry nothing more."""
+        """Restore the endpoint of a peer that was heard by another one's stream, and close that stream's path."""
         slot = self._table.streams.at(facts.endpoint)
         if slot is None or slot.path.peer in (None, facts.key):
             return

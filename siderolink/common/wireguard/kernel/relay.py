@@ -45,7 +45,7 @@ _SO_ATTACH_FILTER, _SO_RCVBUFFORCE = 26, 33
 _RESPONSE, _COOKIE = 2, 3
 _NO_GSO: Final = (errno.EINVAL, errno.EIO, errno.EMSGSIZE, errno.EOPNOTSUPP, errno.ENOPROTOOPT)
 _PLAIN_SECONDS: Final = 60.0
-"""UDP_SEGMENT is tried again so long after the kernel refused it."""
+"""Seconds until UDP_SEGMENT is tried again after the kernel refused it."""
 
 
 @dataclass(slots=True, eq=False)
@@ -57,13 +57,13 @@ class Slot:
     """The same as a sockaddr, as the kernel's peer has it."""
     path: Path
     holder: bytes | None = None
-    """The peer that the kernel reaches here."""
+    """The peer whose endpoint this is."""
     is_barred: bool = False
-    """True once another peer than the path's own was heard here."""
+    """True once another peer than the path's owner was heard here."""
 
 
 class Relay:
-    """Owns the socket. `on_hint(key)` is called after a peer's handshake message, or a reply at a new address: look soon."""
+    """Owns the socket. `on_hint(key)` is called after a peer's handshake message or a reply at a new address: poll soon."""
 
     def __init__(self, device_port: int, mtu: int, on_hint: Callable[[bytes], None]) -> None:
         """Opens the socket in the calling thread's network namespace. Raises DeviceError."""
@@ -128,7 +128,7 @@ class Relay:
         self._by_path[id(path)] = slot
 
     def hold(self, slot: Slot | None, key: bytes, before: Slot | None) -> None:
-        """The kernel reaches the peer at `slot` now, and no longer at `before`."""
+        """Note that the kernel reaches the peer at `slot` instead of `before`."""
         if before is not None and before is not slot and before.holder == key:
             before.holder = None
         if slot is not None:
@@ -201,7 +201,7 @@ class Relay:
             receiver = self._receiver
             try:
                 count = receiver.receive(self._socket.fileno())
-            except OSError:  # caused by a datagram of ours, such as one to a closed port; the socket still works
+            except OSError:  # caused by an earlier send, such as one to a closed port; the socket still works
                 read_on(self._loop, self._socket, self._read)
                 continue
             self._pass_on(receiver, count)
@@ -262,7 +262,7 @@ class Relay:
 def _open_socket() -> socket.socket:
     opened = socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
     try:
-        _hear_only(opened, 0)  # nobody, until the device's port is known
+        _hear_only(opened, 0)  # accept nothing until the device's port is known
         opened.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"lo")
         opened.setsockopt(socket.IPPROTO_IP, _IP_PKTINFO, 1)
         try:
@@ -284,8 +284,8 @@ def _hear_only(sock: socket.socket, port: int) -> None:
         (0x15, 0, 3, localhost),
         (0x28, 0, 0, 0),  # the first two bytes of the UDP header: the source port
         (0x15, 0, 1, port),
-        (0x06, 0, 0, 0xFFFF_FFFF),  # take it
-        (0x06, 0, 0, 0),  # drop it
+        (0x06, 0, 0, 0xFFFF_FFFF),  # accept
+        (0x06, 0, 0, 0),  # drop
     )
     code = b"".join(struct.pack("=HBBI", *instruction) for instruction in program)
     buffer = ctypes.create_string_buffer(code, len(code))

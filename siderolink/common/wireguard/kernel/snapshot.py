@@ -1,4 +1,4 @@
-"""What the kernel's peers did between two looks at them, and when to look again. No I/O; the time is passed in.
+"""What the kernel's peers did between two polls, and when to poll again. No I/O; the time is passed in.
 
 The kernel sends no events about handshakes, roaming or attempts given up. All three are derived from its counters:
 
@@ -7,7 +7,7 @@ The kernel sends no events about handshakes, roaming or attempts given up. All t
 - attempts were given up if something that needs an answer has gone unanswered for as long as WireGuard tries: 10 s until a
   passive keepalive would have come, 5 s, then 90 s of handshakes. Keepalives need no answer and are recognized by their size.
 
-A look costs time in proportion to the number of peers, so looks are rationed: frequent while a handshake is expected, rare
+A poll costs time in proportion to the number of peers, so polls are rationed: frequent while a handshake is expected, rare
 otherwise.
 """
 
@@ -21,18 +21,18 @@ __all__ = ["Change", "GaveUp", "HandshakeSeen", "PeerView", "PollSchedule", "Roa
 
 KEEPALIVE_BYTES: Final = 32
 _ANSWER_BYTES: Final = 92 + KEEPALIVE_BYTES
-"""A handshake's response and a passive keepalive: what may follow the last packet heard without wanting an answer itself."""
+"""A handshake response and a passive keepalive: may follow the last packet received and need no answer themselves."""
 GIVE_UP_AFTER: Final = 10.0 + 5.0 + 90.0
 
 
 @dataclass(frozen=True, slots=True)
 class HandshakeSeen:
-    """A handshake was completed since the last look."""
+    """A handshake was completed since the last poll."""
 
 
 @dataclass(frozen=True, slots=True)
 class Roamed:
-    """The peer's endpoint is another than at the last look."""
+    """The peer's endpoint has changed since the last poll."""
 
     old: bytes
 
@@ -51,18 +51,18 @@ class PeerView:
 
     facts: PeerFacts
     last_received: float | None = None
-    """Unix time of the look that found more received bytes, or of a later handshake; late by one interval at most."""
+    """Unix time of the poll that found more received bytes, or of a later handshake; late by one interval at most."""
     received_at: float | None = None
     """The same on the monotonic clock of `compare`, which measures silence."""
     sent_when_heard: int = 0
     heard_at: float = 0.0
     unanswered_at: float | None = None
-    """When a look first found something sent that needs an answer, since the peer was last heard."""
+    """When a poll first found that something was sent that needs an answer, since the peer was last heard."""
     has_given_up: bool = False
 
 
 def compare(view: PeerView, facts: PeerFacts, now: float, unix_now: float) -> Iterator[Change]:
-    """Update a view and yield what happened: roaming first, because a handshake proves the path that it came by."""
+    """Update a view and yield what happened: roaming first, because a handshake proves the path by which it came."""
     old, view.facts = view.facts, facts
     if old.endpoint != facts.endpoint and facts.endpoint:
         yield Roamed(old.endpoint)
@@ -93,34 +93,34 @@ def _unanswered(view: PeerView, now: float) -> Iterator[Change]:
 
 
 class PollSchedule:
-    """When to look at the peers again. All times are of one monotonic clock."""
+    """When to poll the peers again. All times are of one monotonic clock."""
 
     SHARE: Final = 20
-    """A look is followed by a pause of so many times its length while a handshake is expected."""
+    """While a handshake is expected, a poll is followed by a pause of this many times its duration."""
     IDLE_SHARE: Final = 100
     IDLE: Final = 5.0
-    """Seconds between looks when no handshake is expected; more if a look is costly."""
+    """Seconds between polls when no handshake is expected; more if a poll is costly."""
     PATIENCE: Final = 15.0
     """Seconds for which a handshake is expected of a peer that was set, was offered a path, or sent a handshake message."""
     FIRST: Final = 0.02
     LONGEST: Final = 1.0
     FRESH_COST: Final = 0.05
-    """Seconds: each question about a peer causes a look, unless looks cost more than this."""
+    """Seconds: each question about a peer causes a poll, unless polls cost more than this."""
 
     def __init__(self, now: float) -> None:
         self.cost = 0.0
-        """Seconds of this thread's work that the last look took."""
+        """Processor time of this thread that the last poll took, in seconds."""
         self.looked_at = now
         self._expected: dict[bytes, float] = {}
         self._newest = now
 
     def expect(self, key: bytes, now: float) -> None:
-        """A handshake with this peer is expected soon."""
+        """Expect a handshake with this peer soon."""
         self._expected.pop(key, None)
         self._expected[key] = self._newest = now
 
     def settled(self, key: bytes) -> None:
-        """The handshake was completed, or the peer is gone."""
+        """Expect none any more: the handshake was completed, or the peer is gone."""
         self._expected.pop(key, None)
 
     @property
@@ -128,7 +128,7 @@ class PollSchedule:
         return bool(self._expected)
 
     def looked(self, cost: float, now: float) -> None:
-        """A look has ended."""
+        """Note the end of a poll."""
         self.cost = cost
         self.looked_at = now
         while self._expected:
@@ -138,7 +138,7 @@ class PollSchedule:
             del self._expected[key]
 
     def next_at(self) -> float:
-        """When the next look is due."""
+        """When the next poll is due."""
         if not self._expected:
             return self.looked_at + max(self.IDLE, self.IDLE_SHARE * self.cost)
         age = max(0.0, self.looked_at - self._newest)
@@ -146,6 +146,6 @@ class PollSchedule:
         return self.looked_at + max(pause, self.SHARE * self.cost)
 
     def is_fresh(self, began_at: float, now: float) -> bool:
-        """Whether a look that began then still answers a question asked now."""
+        """Whether a poll that began then is recent enough for a question asked now."""
         allowed = self.SHARE * self.cost if self.cost > self.FRESH_COST else 0.0
         return now - began_at <= allowed

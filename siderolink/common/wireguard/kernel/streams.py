@@ -1,4 +1,4 @@
-"""How the kernel reaches its peers: by UDP itself, or by a tunnel stream through the relay, which the first stream opens."""
+"""How the kernel reaches its peers: directly by UDP, or by a tunnel stream through the relay, opened for the first one."""
 
 from collections.abc import Callable
 
@@ -10,7 +10,7 @@ from siderolink.common.wireguard.path import Datagrams, Path
 __all__ = ["KernelUdpPath", "Streams", "is_loopback"]
 
 _LOOPBACK = 127
-"""The first byte of a loopback address, in a sockaddr_in; in a sockaddr_in6, its place belongs to the flow information: 0."""
+"""The first byte of a loopback address in a sockaddr_in; a sockaddr_in6 has its flow information there, which is 0."""
 
 
 def is_loopback(endpoint: bytes) -> bool:
@@ -19,7 +19,7 @@ def is_loopback(endpoint: bytes) -> bool:
 
 
 class KernelUdpPath:
-    """A UDP address at which the kernel reaches a peer: to be shown, not to send by; its datagrams never pass this process."""
+    """A UDP address at which the kernel reaches a peer. For display only: its datagrams never pass through this process."""
 
     __slots__ = ("_endpoint",)
 
@@ -56,7 +56,7 @@ class KernelUdpPath:
 
 
 class Streams:
-    """The relay, as far as there is one."""
+    """The relay, once a stream has needed it."""
 
     def __init__(self, wireguard: WireGuard, mtu: int, on_hint: Callable[[bytes], None]) -> None:
         """`on_hint(key)`: see Relay."""
@@ -87,7 +87,7 @@ class Streams:
         return slot.path if slot is not None else KernelUdpPath(endpoint)
 
     def hold(self, endpoint: bytes, key: bytes, before: Slot | None) -> None:
-        """The kernel reaches the peer at `endpoint` now, and no longer at `before`."""
+        """Note that the kernel reaches the peer at `endpoint` instead of `before`."""
         if self._relay is not None:
             self._relay.hold(self._relay.at(endpoint), key, before)
 

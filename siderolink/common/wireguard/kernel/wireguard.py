@@ -64,14 +64,14 @@ class WireGuard:
         self.read_device()
 
     def set(self, payload: bytes, doing: str) -> None:
-        """Make a change, of which `messages` wrote the attributes."""
+        """Make a change, whose attributes come from `messages`."""
         try:
             self._requests.request(self._family, generic(messages.SET_DEVICE, payload))
         except NetlinkRefusal as error:
             raise explain(error, self.name, doing) from error
 
     def read_device(self) -> None:
-        """Read the key and the port, which a dump's first part tells; the rest is left with its socket."""
+        """Read the key and the port from the first part of a dump; the rest is discarded with its socket."""
         try:
             with closing(call_in(self._namespace, partial(RequestSocket, GENERIC))) as netlink:
                 netlink.begin_dump(self._family, generic(messages.GET_DEVICE, messages.get_device(self.index)))
@@ -83,7 +83,7 @@ class WireGuard:
             self.port = found.listen_port or 0
 
     def begin_dump(self) -> None:
-        """Begin to read all peers; one dump at a time, to its last part."""
+        """Begin to read all peers. Only one dump at a time, read to its last part."""
         try:
             self._dumps.begin_dump(self._family, generic(messages.GET_DEVICE, messages.get_device(self.index)))
         except NetlinkRefusal as error:
@@ -97,7 +97,7 @@ class WireGuard:
             raise explain(error, self.name, "read the peers") from error
 
     def give_up_dump(self) -> None:
-        """Throw the rest of a dump away."""
+        """Discard the rest of a dump."""
         self._dumps.close()
         self._dumps = call_in(self._namespace, partial(RequestSocket, GENERIC))
 

@@ -133,7 +133,7 @@ class SourceLimiter:
     """Limits each source to `SOURCE_RATE` in a table of fixed size: a look-up costs the same however many sources there are.
 
     Sources share the table's slots by a keyed hash. So a flood from many addresses raises no slot by much, nobody can choose
-    to share a slot with a victim, and no source is refused because others came first.
+    to share a slot with a victim, and no source is refused because others were first.
     """
 
     __slots__ = ("_full_at", "_secret")
@@ -141,10 +141,10 @@ class SourceLimiter:
     def __init__(self, entropy: Callable[[int], bytes]) -> None:
         self._secret = entropy(16)
         self._full_at: array[float] | None = None
-        """When each slot will have its whole burst again; made when first needed, as most devices are never under load."""
+        """When each slot will have its full burst again; allocated on first use, because most devices are never under load."""
 
     def allows(self, source: bytes, now: float) -> bool:
-        """Count one message of the source, unless it is one too many."""
+        """Count one message of the source; False if it exceeds the limit."""
         if self._full_at is None:
             self._full_at = array("d", bytes(8 * SOURCE_SLOTS))
         digest = blake2s(source_network(source), key=self._secret, digest_size=4).digest()
@@ -171,7 +171,7 @@ class CookieBudget:
         self._at = 0.0
 
     def allows(self, source: bytes, now: float) -> bool:
-        """Count one cookie for the source, unless it is one too many."""
+        """Count one cookie for the source; False if it exceeds the limit."""
         self._left = min(COOKIE_RATE, self._left + (now - self._at) * COOKIE_RATE)
         self._at = now
         within_share = self._sources.allows(source, now)

@@ -91,11 +91,11 @@ class Engine:
 
     @property
     def drops(self) -> dict[Drop, int]:
-        """How often each reason to drop something came up."""
+        """Number of drops by reason."""
         return self.output.drops
 
     def set_private_key(self, raw: bytes) -> None:
-        """Become another identity: a peer of the same public key is removed, all sessions end."""
+        """Replace the private key: all sessions end, and a peer with the same public key is removed."""
         self._exchange.rename(Identity.of(raw))
         self.remove_peer(self.public_key)
         for peer in self.peers.values():
@@ -142,7 +142,7 @@ class Engine:
         self._deadlines.update(peer)
 
     def set_passive(self, peer: Peer, is_passive: bool) -> None:
-        """A passive peer is sent nothing, and has no path; its sessions stay for what it sends."""
+        """Make the peer passive: nothing is sent to it and it has no path, but its sessions stay for packets that it sends."""
         peer.is_passive = is_passive
         if is_passive:
             self._exchange.indices.abandon(peer)
@@ -159,9 +159,9 @@ class Engine:
     def receive(
         self, datagrams: Datagrams, path: Path, now: float, *, first: int = 0, count: int = 1
     ) -> tuple[Opened, InnerFilter] | None:
-        """Take `count` datagrams from row `first` on; more than one only if all are data messages that name one session.
+        """Process `count` datagrams from row `first` on; more than one only if all are data messages of one session.
 
-        Returns decrypted packets, good until the next call, and the filter which says what of them may be passed on.
+        Returns decrypted packets, valid until the next call, and the filter that decides which of them may be passed on.
         """
         datagram = datagrams.row(first)
         receiver = messages.receiver_index(datagram)
@@ -180,7 +180,7 @@ class Engine:
         self._deadlines.update(peer)
 
     def handshake(self, peer: Peer, now: float) -> None:
-        """Begin a handshake although the last one may be less than 5 s ago; the owner bounds how often. Sessions stay good."""
+        """Begin a handshake even if the last one was less than 5 s ago; the owner limits how often. Sessions stay valid."""
         if now - peer.last_initiation_sent_at > _REPEAT_INTERVAL:
             self._exchange.initiate(peer, now, at_once=True)
             self._deadlines.update(peer)
@@ -192,13 +192,13 @@ class Engine:
         return self._deadlines.next_at()
 
     def handle_timers(self, now: float) -> None:
-        """Do what is due."""
+        """Run the timers that are due."""
         for peer in self._deadlines.due(now):
             self._handle_due(peer, now)
             self._deadlines.update(peer)
 
     def stop(self) -> None:
-        """Forget all sessions and what waits for them, and do nothing until `start`: the interface is down."""
+        """Drop all sessions and staged packets, and do nothing until `start`: the interface is down."""
         self._exchange.is_stopped = True
         for peer in self.peers.values():
             self._erase(peer)

@@ -27,12 +27,12 @@ REKEY_TIMEOUT = 5.0
 KEEPALIVE_TIMEOUT = 10.0
 COOKIE_REFRESH_TIME = 120.0
 
-# Described there in words.
+# Given there in prose only.
 REKEY_ON_RECEIVE_TIME = REJECT_AFTER_TIME - KEEPALIVE_TIMEOUT - REKEY_TIMEOUT
 NEW_HANDSHAKE_TIME = KEEPALIVE_TIMEOUT + REKEY_TIMEOUT
 ZERO_KEYS_TIME = REJECT_AFTER_TIME * 3
 REKEY_JITTER = 1 / 3
-"""Upper bound of the random delay of a retry, so that two ends that start together do not stay in step."""
+"""Upper bound of the random delay of a retry, so that two ends that start together do not stay synchronised."""
 
 PADDING_MULTIPLE = 16
 COUNTER_WINDOW = 8128
@@ -125,12 +125,12 @@ def sender_index(datagram: bytes) -> int:
 
 
 def encode_initiation(message: Initiation) -> bytes:
-    """The message up to, and without, its two macs."""
+    """The message without its two macs."""
     return _INITIATION.pack(INITIATION, *message, b"", b"")[:-32]
 
 
 def encode_response(message: Response) -> bytes:
-    """The message up to, and without, its two macs."""
+    """The message without its two macs."""
     return _RESPONSE.pack(RESPONSE, *message, b"", b"")[:-32]
 
 

@@ -32,7 +32,7 @@ class Drop(StrEnum):
     INITIATION_FLOOD = "initiation_flood"
     """More initiations from one peer than a live one sends."""
     UNEXPECTED_RESPONSE = "unexpected_response"
-    """A response or cookie for no initiation of ours that is open."""
+    """A response or cookie that answers no open initiation of this device."""
     BAD_COOKIE = "bad_cookie"
     """A cookie reply that does not decrypt."""
     UNKNOWN_RECEIVER = "unknown_receiver"
@@ -42,7 +42,7 @@ class Drop(StrEnum):
     BAD_TAG = "bad_tag"
     """A data message that was altered, or not sealed with the session's key."""
     REPLAYED = "replayed"
-    """A data message whose counter was seen before, or is too old to tell."""
+    """A data message whose counter was seen before, or is older than the replay window."""
     WRONG_PATH = "wrong_path"
     """Authenticated as one peer, but arrived by another peer's path."""
     INNER_MALFORMED = "inner_malformed"
@@ -52,34 +52,34 @@ class Drop(StrEnum):
     INNER_DESTINATION = "inner_destination"
     """Isolation: an inner packet to or from anything but this host's own overlay address."""
     BANDWIDTH_IN = "bandwidth_in"
-    """An inner packet from a peer beyond the limit of its bandwidth, or that of all."""
+    """An inner packet from a peer above its bandwidth limit, or above that of all peers together."""
     BANDWIDTH_OUT = "bandwidth_out"
-    """A packet to a peer beyond the limit of its bandwidth, or that of all."""
+    """A packet to a peer above its bandwidth limit, or above that of all peers together."""
     NO_PEER = "no_peer"
     """A packet from the interface for an address that no peer has."""
     NO_PATH = "no_path"
     """A packet or message for a peer that was never heard from and has no endpoint."""
     ROUTING_LOOP = "routing_loop"
-    """A packet from the interface that is a datagram to the peer's own endpoint: routes lead it round in a circle."""
+    """A packet from the interface that is a datagram to the peer's own endpoint: a routing loop."""
     USELESS_KEY = "useless_key"
-    """A handshake that was not begun, because with the peer's public key no secret can be shared."""
+    """A handshake that was not begun, because the peer's public key is of low order and gives no shared secret."""
     STAMP_AHEAD = "stamp_ahead"
-    """A handshake that was not begun: its timestamp would lie too far ahead of the clock that several servers share."""
+    """A handshake that was not begun, because its timestamp would be too far ahead of the servers' common clock."""
     STAGED_OVERFLOW = "staged_overflow"
-    """The oldest packet of a queue that waits for a handshake."""
+    """The oldest packet of a full queue that waits for a handshake."""
     HANDSHAKE_GAVE_UP = "handshake_gave_up"
     """Packets that waited for a handshake which never came."""
     OUTBOUND_MALFORMED = "outbound_malformed"
     """A packet from the interface that is not one whole IP packet."""
     SEND_FAILED = "send_failed"
-    """A datagram that the host's network did not take: no route, or larger than UDP can carry."""
+    """A datagram that the host could not send: no route, or larger than UDP can carry."""
     SEND_BUFFER_FULL = "send_buffer_full"
-    """A datagram that arrived while the socket's buffer and our queue were full."""
+    """A datagram to send while the socket's buffer and the queue behind it were full."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SessionEstablished:
-    """Both ends hold the session and the peer has proved it."""
+    """Both ends have the session, and the peer has confirmed it."""
 
     peer: "Peer"
 
@@ -122,7 +122,7 @@ class Output:
         self.is_waiting = False
         """Whether there may be anything to take; whoever takes all clears it."""
         self.drops: Counter[Drop] = Counter()
-        """How often each reason to drop something came up."""
+        """Number of drops by reason."""
 
     def drop(self, reason: Drop, count: int = 1) -> None:
         if count:

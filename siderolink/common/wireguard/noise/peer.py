@@ -77,7 +77,7 @@ class Peer:
         self.allowed_ips: dict[Network, None] = {}
         """An ordered set."""
         self.is_passive = False
-        """Nothing is sent to it but answers to its handshakes: another device with our key has it."""
+        """Only answers to its handshakes are sent: another device with the same key serves it."""
         self.signer = MacSigner(public_key)
         self.timers = Timers()
         self.scheduled_at = NEVER

@@ -1,6 +1,6 @@
-"""Limits of bandwidth: token buckets in bytes, for all peers together and for each, asked once for each batch.
+"""Bandwidth limits: token buckets in bytes, for all peers together and for each peer, checked once per batch.
 
-What counts are inner packets with their padding. A peer without a limit has no buckets, and costs nothing.
+Inner packets count with their padding. A peer without a limit has no buckets and costs nothing.
 """
 
 from collections.abc import Iterable, Mapping
@@ -11,11 +11,11 @@ if TYPE_CHECKING:
 
 BURST_SECONDS: Final = 0.1
 LEAST_BURST: Final = 128 * 1024
-"""Bytes; two super-packets pass at any rate."""
+"""Bytes; two super-packets pass at any configured rate."""
 
 
 class Rate:
-    """A token bucket. It may be asked for less than there is, and starts full."""
+    """A token bucket, which starts full."""
 
     __slots__ = ("_burst", "_level", "_seen_at", "dropped", "per_second")
 
@@ -23,7 +23,7 @@ class Rate:
         self.per_second = per_second
         """Bytes."""
         self.dropped = 0
-        """Packets that it had no room for."""
+        """Number of packets that did not fit."""
         self._burst = self._level = max(per_second * BURST_SECONDS, LEAST_BURST)
         self._seen_at: float | None = None
 
@@ -43,11 +43,11 @@ class Rate:
 
 
 Buckets = tuple[Rate, ...]
-"""A peer's own and that of all, as far as there are."""
+"""A peer's own bucket and the common one, as far as they exist."""
 
 
 def rows_within(buckets: Buckets, length: int, count: int, last: int, now: float) -> int:
-    """How many rows, from the first on, fit into all of the buckets; these bytes are taken, the other rows counted."""
+    """How many rows, from the first on, fit into all of the buckets. Takes their bytes and counts the other rows."""
     room = min([rate.room(now) for rate in buckets])
     size, fitting = length * (count - 1) + last, count
     if size > room:

@@ -58,7 +58,7 @@ class InnerFilter:
         self._refusals: dict[bytes, Drop | None] = {}
 
     def admit(self, packet: bytes | memoryview) -> InnerHeader | None:
-        """The header of a packet that may pass; else None, and the drop is counted. Padding may follow the packet."""
+        """The header of a packet that may pass; None for one that is dropped and counted. Padding may follow the packet."""
         header = inner_header(packet)
         if header is None:
             self._on_drop(Drop.INNER_MALFORMED, 1)

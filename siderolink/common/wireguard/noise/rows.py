@@ -1,6 +1,6 @@
-"""The seam between the protocol and the code that encrypts: batches, and the ciphers that work on them.
+"""The interface between the protocol and the code that encrypts: batches, and the ciphers that work on them.
 
-Whoever makes an engine injects a `CipherFactory`, as it injects entropy and time. A single packet is a batch of one.
+The owner of an engine injects a `CipherFactory`, like entropy and time. A single packet is a batch of one.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,7 +10,7 @@ from typing import Protocol
 
 @dataclass(slots=True)
 class Packets:
-    """Padded plaintext of packets for one peer, as rows of one buffer that its maker reuses for the next batch."""
+    """Padded plaintext of packets for one peer, as rows of one buffer that is reused for the next batch."""
 
     data: memoryview
     """From the first row to the end of the last one."""
@@ -54,7 +54,7 @@ class Opened(Protocol):
     """A batch of data messages after decryption."""
 
     good: list[bool]
-    """Whether each row's tag held; the engine also clears it for replayed rows."""
+    """Whether each row's tag is valid; the engine also clears it for replayed rows."""
 
     @property
     def count(self) -> int: ...
@@ -76,11 +76,11 @@ class Opened(Protocol):
         """The counter of each row; it is genuine where `good`."""
 
     def row(self, index: int) -> memoryview:
-        """One row with its padding; zeros if its tag did not hold."""
+        """One row with its padding; zeros if its tag is invalid."""
 
 
 class RowCipher(Protocol):
-    """ChaCha20-Poly1305 under one key of a session, for whole batches. The results are good until the next call."""
+    """ChaCha20-Poly1305 under one key of a session, for whole batches. The results are valid until the next call."""
 
     def seal(self, packets: Packets, receiver: int, counter: int, headroom: int) -> Datagrams:
         """Make data messages: row i under `counter` + i, each behind `headroom` free bytes."""

@@ -22,8 +22,8 @@ _MASK = (1 << COUNTER_WINDOW) - 1
 class ReplayWindow:
     """The sliding window that refuses a counter seen before (RFC 6479 for the idea).
 
-    It is one integer: bit i stands for the counter i below the newest, and a run of rising counters is one shift. Counters are
-    unsigned 64-bit; `accept` only those of datagrams whose tag held.
+    It is one integer: bit i represents the counter i below the newest, and a run of rising counters is one shift. Counters are
+    unsigned 64-bit. Call `accept` only for datagrams with a valid tag.
     """
 
     __slots__ = ("_newest", "_seen")
@@ -130,7 +130,7 @@ class Session:
         return now - self.created_at >= REJECT_AFTER_TIME or self.send_counter >= REJECT_AFTER_MESSAGES
 
     def wants_rekey(self, now: float) -> bool:
-        """True when sending with these keys should start a handshake; only the initiator goes by age."""
+        """True when sending with these keys should start a handshake; only the initiator considers their age."""
         aged = self.is_initiator and now - self.created_at >= REKEY_AFTER_TIME
         return aged or self.send_counter > REKEY_AFTER_MESSAGES
 

@@ -44,10 +44,10 @@ class Timestamps:
 
 
 class CommonTimestamps(Timestamps):
-    """Those of a key that several hosts use at the same time: by a clock that they share, rising for each peer.
+    """Timestamps of a key that several hosts use at the same time: taken from a common clock, rising for each peer.
 
-    None lies more than MAX_AHEAD seconds before that clock, so that each host's next ones are above all that another has sent
-    when it takes a peer over.
+    None is more than MAX_AHEAD seconds ahead of that clock, so that a host's next timestamps are above all that another has
+    sent when it takes over a peer.
     """
 
     __slots__ = ("_floor", "_last", "_unix_time_ns")
@@ -55,7 +55,7 @@ class CommonTimestamps(Timestamps):
     MAX_AHEAD = 2.0
 
     def __init__(self, unix_time_ns: Callable[[], int], high_water: bytes = bytes(12)) -> None:
-        """`high_water`: the highest that the key is known to have used; it may be of another clock."""
+        """`high_water`: the highest timestamp that the key is known to have used, possibly by another clock."""
         super().__init__(high_water)
         self._unix_time_ns = unix_time_ns
         self._floor = high_water
@@ -74,11 +74,11 @@ class CommonTimestamps(Timestamps):
         return stamp
 
     def last(self, peer: bytes) -> bytes:
-        """The last one that the peer is known to have been sent."""
+        """The last timestamp known to have been sent to the peer."""
         return self._last.get(peer, bytes(12))
 
     def begin_above(self, peer: bytes, stamp: bytes) -> None:
-        """Another host has sent the peer this one."""
+        """Note a timestamp that another host has sent to the peer."""
         if stamp > self.last(peer):
             self._last[peer] = stamp
 

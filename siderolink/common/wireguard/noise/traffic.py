@@ -90,7 +90,7 @@ class Traffic:
         self._initiate(peer, now)
 
     def send(self, packet: bytes, mtu: int, now: float) -> None:
-        """Route one inner packet, pad it, and put it sealed among the datagrams to send, or stage it."""
+        """Route one inner packet and pad it; queue the sealed datagram, or stage the packet."""
         header = inner_header(packet)
         if header is None or header[1] != len(packet):
             self._output.drop(Drop.OUTBOUND_MALFORMED)
@@ -193,7 +193,7 @@ class Traffic:
             timers.authenticated_received(now)
         elif timers.data_received(now) and timers.keepalive_at < peer.scheduled_at:
             self._deadlines.update(peer)
-        # What was still under way in the last session does not lead back to where that was.
+        # Late packets of the previous session do not move the path back.
         self.heard(peer, path, size, now, may_roam=session not in peer.previous or peer.reachable_path is None)
         if session is peer.current and session.wants_rekey_on_receive(now) and not timers.rekeyed_on_receive:
             timers.rekeyed_on_receive = True
@@ -211,7 +211,7 @@ class Traffic:
                 self._output.announce(PeerRoamed(peer=peer, old=old, new=path))
 
     def announce(self, peer: Peer) -> None:
-        """Tell that the peer has a session to send with, and release what waited for it."""
+        """Report that the peer has a session to send with, and release its staged packets."""
         self._output.announce(SessionEstablished(peer=peer))
         if peer.staged:
             self._output.release(peer)

@@ -119,7 +119,7 @@ def load() -> tuple[Functions | None, str]:
 
 @dataclass(slots=True)
 class PlacedPackets(Packets):
-    """Packets placed so that they can be sealed where they are, for a path with this headroom."""
+    """Packets laid out so that they can be sealed in place, for a path with this headroom."""
 
     buffer: memoryview
     """From the first row's headroom on; it has room for the last row's tag."""
@@ -173,7 +173,7 @@ class CompiledSplitter:
 
 
 class CompiledGatherer:
-    """Collects small packets for one peer, each finished where it is sealed: see `Gatherer`."""
+    """Collects small packets for one peer, each written where it will be sealed: see `Gatherer`."""
 
     def __init__(self, functions: Functions, mtu: int, max_rows: int = MAX_ROWS) -> None:
         self.headroom = 0
@@ -214,7 +214,7 @@ class CompiledGatherer:
 
     def _add_first(self, frame: memoryview, before: int) -> None:
         length = self._place(frame, before, len(self._buffer) - before - _TAG_BYTES)
-        if length is None:  # the interface's MTU has just been reduced by far, or the headroom is an odd one
+        if length is None:  # the interface's MTU has just been reduced a lot, or the headroom is unusual
             self._buffer = memoryview(bytearray(before + _MAX_PACKET + _TAG_BYTES))
             length = self._place(frame, before, _MAX_PACKET)
             assert length is not None  # no frame is longer
@@ -358,7 +358,7 @@ class CompiledMerger:
                 yield [batch.data[start:end]]
 
     def deliver(self, opened: Opened, inner_filter: InnerFilter, interface: PacketInterface) -> None:
-        """Write what `merge` gives to the interface; packets between two addresses that were let in go in one call."""
+        """Write the frames of `merge` to the interface; packets between two accepted addresses go in one call."""
         batch = cast("OpenedInPlace", opened)
         data, frames = batch.data, self._find(batch)
         index, count = 0, len(frames)

@@ -23,7 +23,7 @@ class Gatherer:
 
     def __init__(self, mtu: int, max_rows: int = MAX_ROWS) -> None:
         self.headroom = 0
-        """The path's, of which nothing is made here."""
+        """The path's headroom, which this implementation ignores."""
         self._mtu = mtu
         self._max_rows = max_rows
         self._scratch = Scratch(max_rows * round_up(mtu))

@@ -94,9 +94,9 @@ class Merger:
 
 
 def _run_length(opened: Opened, first: int, inner: Inner, pair: bytes, seen: dict[tuple[Inner, bytes], Continuity]) -> int:
-    """How many rows from `first` on form one super-packet; 1 if the next row does not continue it or its own checksum is wrong.
+    """How many rows from `first` on form one super-packet; 1 if the next does not continue it or its own checksum is wrong.
 
-    `seen` is what was found out about the batch so far; `pair` the packet's addresses.
+    `seen` caches what is known about the batch; `pair` is the packet's addresses.
     """
     view, stride = opened.scratch.view, opened.stride
     packet = view[first * stride :]

@@ -40,7 +40,7 @@ class Continuity:
     def run(self, row: int, room: int) -> int | None:
         """The length of the run that begins at `row`, at most `room`; 0 if that row's own checksum is wrong.
 
-        None if the run may go on behind what was looked at, and another look from `row` on would tell.
+        None if the run may continue beyond the rows examined; another examination from `row` on decides that.
         """
         start, limit = row - self._first, self._limit - self._first
         end = min(start + room, limit)
@@ -88,7 +88,7 @@ class Continuity:
         scratch, stride, first, limit = opened.scratch, opened.stride, self._first, self._limit
         version, protocol, transport, _, total = inner
         words = (total - transport + 3) // 4
-        if transport + words * 4 > opened.length:  # the bytes behind each row are undefined
+        if transport + words * 4 > opened.length:  # the bytes after each row are undefined
             scratch.matrix(opened.length, stride, stride - opened.length, "u1")[first:limit] = 0
         sums = row_sums(scratch.matrix(transport, stride, words)[first:limit])
         pseudo = pseudo_header_sum(scratch.view[first * stride :][:40], version, protocol)

@@ -190,7 +190,7 @@ class Opened:
     counters: list[int]
     """The counter of each row; it is genuine where `good`."""
     good: list[bool]
-    """Whether each row's tag held. Set more of them to False to leave rows out, such as replayed ones."""
+    """Whether each row's tag is valid. Set more of them to False to leave rows out, such as replayed ones."""
 
     @property
     def size(self) -> int:
@@ -198,7 +198,7 @@ class Opened:
         return self.length * (self.count - 1) + self.last
 
     def row(self, index: int) -> memoryview:
-        """One row with its padding; zeros if its tag did not hold."""
+        """One row with its padding; zeros if its tag is invalid."""
         start = index * self.stride
         return self.scratch.view[start : start + (self.last if index == self.count - 1 else self.length)]
 
@@ -272,7 +272,7 @@ def _open_rows(
 
 
 class MatrixCiphers:
-    """Makes the ciphers of one device. They share its buffers: a batch is good until the next one in the same direction."""
+    """Makes the ciphers of one device. They share its buffers: a batch is valid until the next one in the same direction."""
 
     def __init__(self) -> None:
         self._sealer = Sealer()

@@ -7,7 +7,7 @@ from siderolink.common.wireguard.packets.checksum import MODULUS, pseudo_header_
 from siderolink.common.wireguard.packets.headers import NEEDS_CSUM, TCP, UDP, VNET_HEADER, VNET_SIZE, Gso
 
 MAX_FRAME: Final = VNET_SIZE + 65535 + 40
-"""No IP packet is longer, so no frame is."""
+"""The longest IP packet, which bounds frames too."""
 MAX_SEGMENTS: Final = 2048
 """Linux lets no TCP segment go below 48 bytes of payload by default, which makes 1,366."""
 MAX_BYTES: Final = 1 << 19

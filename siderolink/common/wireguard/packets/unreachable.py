@@ -1,7 +1,7 @@
-"""Builds the ICMP error for a packet whose destination no peer has (RFC 792; RFC 4443, 3.1), so that its sender fails fast.
+"""Builds the ICMP error for a packet whose destination no peer has (RFC 792; RFC 4443, 3.1): its sender fails fast.
 
-As the kernel's WireGuard does: "host unreachable" over IPv4, "address unreachable" over IPv6. The error comes from the address
-that is not there, because a host believes no packet that comes in from one of its own.
+Like the kernel's WireGuard: "host unreachable" over IPv4, "address unreachable" over IPv6. The error's source is the address
+that is unreachable, because a host drops incoming packets with one of its own addresses as source.
 """
 
 import struct

@@ -30,7 +30,7 @@ MANY_LINES = 2_000
 """Lines of a request or answer that take about ten milliseconds to process."""
 
 _IN_ATTRIB, _IN_DELETE_SELF = 0x4, 0x400
-"""The first also tells of the number of links, which is what a removed socket in use loses."""
+"""IN_ATTRIB also reports a change of the link count, which is how the removal of a socket in use shows."""
 _INOTIFY_FLAGS: Final = os.O_NONBLOCK | os.O_CLOEXEC
 _INOTIFY_BYTES: Final = 4096
 
@@ -56,7 +56,7 @@ async def serve_uapi(name: str, report: Report, apply: Apply, *, folder: Path = 
         try:
             await _serve_client(reader, writer, report, apply)
         except asyncio.CancelledError:
-            pass  # only by us, below; asyncio's streams complain of a callback that ends cancelled
+            pass  # only by this module, below; asyncio's streams log an error for a cancelled callback
         finally:
             clients.discard(task)
             writer.close()
@@ -172,7 +172,7 @@ def _parse(request: bytes) -> DeviceChange:
 
 
 async def _run(lines: int, function: Callable[[A], T], argument: A) -> T:
-    """Process text, in a thread if it is so long that packets would wait for it."""
+    """Process text, in a thread if it is long enough to delay packets."""
     return await asyncio.to_thread(function, argument) if lines > MANY_LINES else function(argument)
 
 
