@@ -1,9 +1,12 @@
 """The commands of machines: `join`, `config show`, `kernel-args` and `machine-config`."""
 
+import inspect
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from siderolink.cli.options import (
     DEFAULT_EVENT_SINK_PORT,
@@ -39,6 +42,7 @@ from siderolink.cli.options import (
     begin_log,
     metrics_options,
     state_folder,
+    with_parameters,
 )
 
 app = typer.Typer(add_completion=False)
@@ -46,17 +50,53 @@ config_app = typer.Typer(help="Inspect configuration documents and kernel argume
 app.add_typer(config_app, name="config")
 
 
-@app.command(cls=KernelCmdlineCommand)
+_SETTINGS: dict[str, tuple[Any, Any]] = {
+    "url": (Url, None),
+    "config": (Config, None),
+    "kernel_cmdline": (KernelCmdline, None),
+    "unique_token": (UniqueToken, None),
+    "unique_token_file": (UniqueTokenFile, None),
+    "join_token_file": (TokenFile, None),
+}
+"""Where a machine's settings come from: each option's type and default."""
+_FOR_MACHINES: dict[str, tuple[Any, Any]] = {
+    "url": (ServerUrl, inspect.Parameter.empty),
+    "join_token_file": (TokenFile, None),
+    "event_sink_port": (EventSinkPort, DEFAULT_EVENT_SINK_PORT),
+    "log_port": (LogPort, DEFAULT_LOG_PORT),
+    "installation_id": (InstallationId, ""),
+}
+"""What machines need to know of a server: each option's type and default."""
+
+
+def _command(
+    app: typer.Typer, shared: Mapping[str, tuple[Any, Any]], cls: type[TyperCommand] | None = None
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Add a command that has the shared options and its own. Its first parameter is a dictionary of the shared ones."""
+
+    def add(function: Callable[..., None]) -> Callable[..., None]:
+        _, *own = inspect.signature(function).parameters.values()
+
+        def run(**given: Any) -> None:
+            function({name: given.pop(name) for name in shared}, **given)
+
+        run.__doc__ = function.__doc__
+        options = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
+            for name, (kind, default) in shared.items()
+        ]
+        app.command(function.__name__.replace("_", "-"), cls=cls)(with_parameters(run, [*options, *own]))
+        return function
+
+    return add
+
+
+@_command(app, _SETTINGS, KernelCmdlineCommand)
 def join(
-    url: Url = None,
-    config: Config = None,
-    kernel_cmdline: KernelCmdline = None,
+    given: dict[str, Any],
     uuid: Annotated[str | None, typer.Option(help="The machine's UUID.", show_default="the firmware's")] = None,
     talos_version: TalosVersion = None,
-    unique_token: UniqueToken = None,
-    unique_token_file: UniqueTokenFile = None,
     identity: IdentityFolder = None,
-    join_token_file: TokenFile = None,
     interface: Interface = None,
     device: Device = DeviceChoice.AUTO,
     netns: NetNs = None,
@@ -83,15 +123,7 @@ def join(
     begin_log(log_format, log_level)
     release = TALOS_VERSION if talos_version is None else talos_version
     maintenance = MaintenanceOptions(port=maintenance_port, version=release, meta=meta, configuration=keep_config)
-    settings = SettingsOptions(
-        url=url,
-        config=tuple(config or ()),
-        kernel_cmdline=kernel_cmdline,
-        uuid=uuid,
-        unique_token=unique_token,
-        unique_token_file=unique_token_file,
-        join_token_file=join_token_file,
-    )
+    settings = SettingsOptions(**_as_options(given), uuid=uuid)
     run_join(
         JoinOptions(
             settings=settings,
@@ -108,16 +140,8 @@ def join(
     )
 
 
-@config_app.command(cls=KernelCmdlineCommand)
-def show(
-    url: Url = None,
-    config: Config = None,
-    kernel_cmdline: KernelCmdline = None,
-    unique_token: UniqueToken = None,
-    unique_token_file: UniqueTokenFile = None,
-    join_token_file: TokenFile = None,
-    as_json: Json = False,
-) -> None:
+@_command(config_app, _SETTINGS, KernelCmdlineCommand)
+def show(given: dict[str, Any], as_json: Json = False) -> None:
     """Show the settings that `siderolink join` would use with the same options, and where each comes from. Hides secrets.
 
     Exits with 1 if any input was ignored.
@@ -125,47 +149,26 @@ def show(
     from siderolink.cli.config import run_show
     from siderolink.cli.settings import SettingsOptions
 
-    settings = SettingsOptions(
-        url=url,
-        config=tuple(config or ()),
-        kernel_cmdline=kernel_cmdline,
-        unique_token=unique_token,
-        unique_token_file=unique_token_file,
-        join_token_file=join_token_file,
-    )
-    if not run_show(settings, as_json=as_json):
+    if not run_show(SettingsOptions(**_as_options(given)), as_json=as_json):
         raise typer.Exit(1)
 
 
-@app.command()
-def kernel_args(
-    url: ServerUrl,
-    join_token_file: TokenFile = None,
-    event_sink_port: EventSinkPort = DEFAULT_EVENT_SINK_PORT,
-    log_port: LogPort = DEFAULT_LOG_PORT,
-    installation_id: InstallationId = "",
-) -> None:
+def _as_options(given: dict[str, Any]) -> dict[str, Any]:
+    """The shared options as SettingsOptions takes them."""
+    return given | {"config": tuple(given["config"] or ())}
+
+
+@_command(app, _FOR_MACHINES)
+def kernel_args(given: dict[str, Any]) -> None:
     """Print kernel arguments that make a machine join a server. They include the join token."""
     from siderolink.cli.config import ForMachinesOptions, run_kernel_args
 
-    run_kernel_args(
-        ForMachinesOptions(
-            url=url,
-            join_token_file=join_token_file,
-            event_sink_port=event_sink_port,
-            log_port=log_port,
-            installation_id=installation_id,
-        )
-    )
+    run_kernel_args(ForMachinesOptions(**given))
 
 
-@app.command()
+@_command(app, _FOR_MACHINES)
 def machine_config(
-    url: ServerUrl,
-    join_token_file: TokenFile = None,
-    event_sink_port: EventSinkPort = DEFAULT_EVENT_SINK_PORT,
-    log_port: LogPort = DEFAULT_LOG_PORT,
-    installation_id: InstallationId = "",
+    given: dict[str, Any],
     ca_file: Annotated[
         Path | None, typer.Option(help="Additional CA certificates for the machine to trust.", metavar="FILE")
     ] = None,
@@ -173,13 +176,4 @@ def machine_config(
     """Print configuration documents that make a machine join a server. They include the join token."""
     from siderolink.cli.config import ForMachinesOptions, run_machine_config
 
-    run_machine_config(
-        ForMachinesOptions(
-            url=url,
-            join_token_file=join_token_file,
-            event_sink_port=event_sink_port,
-            log_port=log_port,
-            installation_id=installation_id,
-            ca_file=ca_file,
-        )
-    )
+    run_machine_config(ForMachinesOptions(**given, ca_file=ca_file))

@@ -16,9 +16,11 @@ from siderolink.common.pb.siderolink.admin.v1 import (
     HistoryServiceStub,
     ListAuditRequest,
     ListBansRequest,
+    ListBansResponse,
     ListHistoryRequest,
     ListServersRequest,
     ListTokensRequest,
+    ListTokensResponse,
     ListTokenUsersRequest,
     MachineRequest,
     MachineServiceStub,
@@ -157,6 +159,11 @@ async def machines(asked: Asked) -> dict[str, Any]:
     }
 
 
+def _page(asked: Asked, found: ListTokensResponse | ListBansResponse) -> dict[str, Any]:
+    """What the templates need to know about one page of a list."""
+    return {"total": found.total, "next_page": found.next_page_token, "is_first": not asked.text("page")}
+
+
 async def machine(asked: Asked) -> dict[str, Any]:
     name = asked.path["machine"]
     with explained():
@@ -189,10 +196,8 @@ async def tokens(asked: Asked) -> dict[str, Any]:
     with explained():
         found = await asked.caller.stub(TokenServiceStub).list_tokens(request)
     return {
+        **_page(asked, found),
         "tokens": found.tokens,
-        "total": found.total,
-        "next_page": found.next_page_token,
-        "is_first": not asked.text("page"),
         "wanted": {"text": asked.text("text"), "state": state},
         "states": TOKEN_STATES,
     }
@@ -211,7 +216,7 @@ async def bans(asked: Asked) -> dict[str, Any]:
         found = await asked.caller.stub(BanServiceStub).list_bans(
             ListBansRequest(page_size=PAGE_SIZE, page_token=asked.text("page"))
         )
-    return {"bans": found.bans, "total": found.total, "next_page": found.next_page_token, "is_first": not asked.text("page")}
+    return {"bans": found.bans, **_page(asked, found)}
 
 
 async def limits(asked: Asked) -> dict[str, Any]:

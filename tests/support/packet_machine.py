@@ -10,11 +10,13 @@ from ipaddress import IPv6Address, IPv6Network
 
 import anyio
 
+from siderolink.client.link.probes import HandshakeTrial
 from siderolink.client.link.provisioning import NodeInfo
 from siderolink.client.link.runner import LinkOptions, LinkRunner
 from siderolink.client.link.signals import Put
 from siderolink.common.join_url import JoinURL
 from siderolink.common.netlink import OutgoingRoute
+from siderolink.common.transport.choice import Route
 from siderolink.common.wireguard.device import Device, DeviceConfig, DeviceKind, OnDeviceEvent
 from siderolink.common.wireguard.packet_device import PacketDevice, open_packet_device
 
@@ -90,7 +92,7 @@ class PacketMachine:
     async def large_packets_pass(self, interface: str, server: IPv6Address) -> bool | None:
         return None
 
-    async def shake_hands_beside(self, *_: object, **more: object) -> str | None:
+    async def try_handshake(self, trial: HandshakeTrial, route: Route) -> str | None:
         return None
 
     async def say_goodbye(self, device: Device, source: IPv6Address, server: IPv6Address) -> None:

@@ -1,4 +1,4 @@
-"""Probes of a link: echo requests over it, handshakes beside it, and a connection to the server's API."""
+"""Probes of a link: echo requests over it, handshakes alongside it, and a connection to the server's API."""
 
 import asyncio
 import logging
@@ -7,6 +7,7 @@ import socket
 import ssl
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from functools import partial
 from ipaddress import IPv6Address, IPv6Network
 from itertools import count
@@ -136,28 +137,34 @@ _UDP_TIMEOUT = 6.0
 """Seconds for one attempt by UDP: enough for two initiations."""
 
 
-async def shake_hands_beside(
-    key: PrivateKey,
-    server_key: PublicKey,
-    route: Route,
-    timestamps: "Timestamps",
-    *,
-    udp: bool,
-    timeout: float,
-    echo: tuple[IPv6Address, IPv6Address] | None = None,
-) -> str | None:
-    """Try one handshake by a route on a WireGuard of its own, without an interface; None if it succeeds, else why not.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HandshakeTrial:
+    """A handshake with a server in a separate WireGuard engine, without an interface.
 
-    With `echo`, the overlay addresses of machine and server, data must be answered, too: by an echo reply, or else by the
-    keepalive that every WireGuard sends 10 s after data. The server sends to this engine from then on: whoever else uses the
-    key must stay silent meanwhile and shake hands afterwards.
+    The server sends to that engine from then on: any other device with the same key must stay silent meanwhile and shake hands
+    afterwards.
     """
+
+    key: PrivateKey
+    server_key: PublicKey
+    timestamps: "Timestamps"
+    udp: bool
+    """Whether the routes need a UDP socket."""
+    timeout: float
+    """Seconds for the handshake by one route."""
+    echo: tuple[IPv6Address, IPv6Address] | None = None
+    """The overlay addresses of machine and server. With them, data must be answered, too: by an echo reply, or else by the
+    keepalive that every WireGuard sends 10 s after data."""
+
+
+async def try_handshake(trial: HandshakeTrial, route: Route) -> str | None:
+    """Try one handshake by a route; None if it succeeds, else why not."""
     # Imported only here: it needs the data plane, which a kernel device does without.
     from siderolink.common.wireguard.packet_device import open_packet_device
 
     done = anyio.Event()
     handshakes = 0
-    reasons = [f"no handshake by {route} within {timeout:.0f} s"]
+    reasons = [f"no handshake by {route} within {trial.timeout:.0f} s"]
 
     def on_event(event: DeviceEvent) -> None:
         nonlocal handshakes
@@ -165,9 +172,11 @@ async def shake_hands_beside(
             handshakes += 1
             done.set()
 
-    config = DeviceConfig(name="trial", private_key=key, listen_port=0 if udp else None, timestamps=timestamps)
-    peer = PeerConfig(public_key=server_key, allowed_ips=(IPv6Network("::/0"),), persistent_keepalive=25)
-    with anyio.move_on_after(timeout) as limit:
+    config = DeviceConfig(
+        name="trial", private_key=trial.key, listen_port=0 if trial.udp else None, timestamps=trial.timestamps
+    )
+    peer = PeerConfig(public_key=trial.server_key, allowed_ips=(IPv6Network("::/0"),), persistent_keepalive=25)
+    with anyio.move_on_after(trial.timeout) as limit:
         async with open_packet_device(config, lambda packet: None, on_event) as device, background_tasks() as tasks:
 
             async def carry() -> None:
@@ -186,11 +195,11 @@ async def shake_hands_beside(
             await done.wait()
             if not handshakes:
                 return reasons[-1]
-            if echo is None:
+            if trial.echo is None:
                 return None
             limit.deadline = anyio.current_time() + _ANSWER_TIMEOUT
             reasons.append(f"a handshake succeeded by {route}, but data went unanswered for {_ANSWER_TIMEOUT:.0f} s")
-            async for received in _bytes_after_echoes(device, server_key, echo):
+            async for received in _bytes_after_echoes(device, trial.server_key, trial.echo):
                 if received > handshakes * _RESPONSE_BYTES:
                     return None
     return reasons[-1]
@@ -233,9 +242,9 @@ async def until_udp_passes(
     """
     while True:
         await retry.sleep(backoff.next())
+        trial = HandshakeTrial(key=key, server_key=server_key(), timestamps=timestamps, udp=True, timeout=_UDP_TIMEOUT)
         for endpoint in endpoints:
-            route = UdpRoute(endpoint, 0)
-            if await shake_hands_beside(key, server_key(), route, timestamps, udp=True, timeout=_UDP_TIMEOUT) is None:
+            if await try_handshake(trial, UdpRoute(endpoint, 0)) is None:
                 return
 
 

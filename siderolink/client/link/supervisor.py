@@ -15,6 +15,7 @@ from typing import Literal
 import anyio
 
 from siderolink.client.link import events
+from siderolink.client.link.probes import HandshakeTrial
 from siderolink.client.link.provisioning import PASSING, Provisioned
 from siderolink.client.link.runner import LinkOptions, LinkRunner, ServerKeys
 from siderolink.common.backoff import Backoff
@@ -206,16 +207,16 @@ class LinkSupervisor:
         async with AsyncExitStack() as stack:
             if options.server == runner.options.server:
                 await stack.enter_async_context(runner.silenced())
+            trial = HandshakeTrial(
+                key=runner.key_for(options),
+                server_key=answer.server_key,
+                timestamps=runner.rising_timestamps(),
+                udp=transport.kind == "udp",
+                timeout=timeout,
+                echo=(answer.address.ip, answer.server_address),
+            )
             for route in transport.routes:
-                reason = await runner.host.shake_hands_beside(
-                    runner.key_for(options),
-                    answer.server_key,
-                    route,
-                    runner.rising_timestamps(),
-                    udp=transport.kind == "udp",
-                    timeout=timeout,
-                    echo=(answer.address.ip, answer.server_address),
-                )
+                reason = await runner.host.try_handshake(trial, route)
                 if reason is None:
                     return
                 reasons.append(reason)

@@ -12,6 +12,7 @@ from grpclib import GRPCError, Status
 
 from siderolink.client.link import events
 from siderolink.client.link.events import ConnectionState
+from siderolink.client.link.probes import HandshakeTrial
 from siderolink.client.link.provisioning import NodeInfo
 from siderolink.client.link.runner import LinkOptions, LinkRunner
 from siderolink.client.link.signals import Put
@@ -20,6 +21,7 @@ from siderolink.common.keys import PublicKey
 from siderolink.common.netlink import OutgoingRoute
 from siderolink.common.pb.sidero.link import ProvisionResponse
 from siderolink.common.tasks import background_tasks
+from siderolink.common.transport.choice import Route
 from siderolink.common.wireguard.device import Device, DeviceConfig, DeviceKind, HandshakeGaveUp, OnDeviceEvent
 from tests.support.fake_device import FakeDevice, VirtualClock
 from tests.support.provision import ADDRESS, SERVER_ADDRESS, FakeProvision, new_key, provision_api, response
@@ -87,7 +89,7 @@ class Bench:
     async def large_packets_pass(self, interface: str, server: IPv6Address) -> bool | None:
         return self.size_verdicts.pop(0) if self.size_verdicts else True
 
-    async def shake_hands_beside(self, *_: object, **more: object) -> str | None:
+    async def try_handshake(self, trial: HandshakeTrial, route: Route) -> str | None:
         return self.trial
 
     async def say_goodbye(self, device: Device, source: IPv6Address, server: IPv6Address) -> None:
