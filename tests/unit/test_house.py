@@ -339,6 +339,13 @@ def test_the_walks_of_the_architecture_page_lead_through_files_and_functions_tha
     offences(wrong())
 
 
+def test_the_places_for_changes_on_the_architecture_page_are_there() -> None:
+    table = (ROOT / "docs" / "architecture.md").read_text().partition("## Where to change what")[2].partition("\n## ")[0]
+    places = {name for line in table.splitlines() for name in re.findall(r"`([a-z_/]+/[a-z_/.]+)`", line.rpartition(" | ")[2])}
+    assert len(places) > 20
+    assert not [place for place in places if not (PACKAGE / place).exists() and not (ROOT / place).exists()]
+
+
 def test_tests_read_no_private_attributes() -> None:
     def wrong() -> Iterator[tuple[Path, str]]:
         for path in (ROOT / "tests").rglob("*.py"):

@@ -78,12 +78,17 @@ class Rates:
     def set_peer(self, peer: "Peer", inbound: int | None, outbound: int | None) -> None:
         """Bytes a second for one peer; None for no limit of its own."""
         own_in, own_out = peer.own_rates
+        if own_in is own_out is inbound is outbound is None:
+            return
         peer.own_rates = _changed(own_in, inbound), _changed(own_out, outbound)
         self.adopt(peer)
 
     def adopt(self, peer: "Peer") -> None:
         """Give the peer the buckets that it shares."""
         own_in, own_out = peer.own_rates
+        if own_in is own_out is self.inbound is self.outbound is None:
+            peer.inbound_rates = peer.outbound_rates = None
+            return
         peer.inbound_rates, peer.outbound_rates = _buckets((own_in, self.inbound)), _buckets((own_out, self.outbound))
 
 
