@@ -142,7 +142,7 @@ async def ask_all() -> Asked:
     asked = Asked()
     for path in (path for folder in _all_directories() for path in _sockets(folder)):
         try:
-            asked.answers.append(await _ask(path))
+            asked.answers.append(await _request(path))
         except JoinError as error:
             if isinstance(error.__cause__, FileNotFoundError):
                 continue  # its process has just ended
@@ -183,7 +183,7 @@ def _remove(path: Path) -> str:
     return f"{path} does not answer yet: its process is starting"
 
 
-async def _ask(path: Path) -> StatusResponse:
+async def _request(path: Path) -> StatusResponse:
     with translate_errors():
         async with open_channel(path=str(path), limits=Limits.for_answers(_ANSWER_BYTES)) as channel:
             return await ControlStub(channel).status(StatusRequest(), timeout=_ANSWER_TIMEOUT)

@@ -43,7 +43,7 @@ class StateCommands(StateBase):
         store, state = self._store()
         copy = beside(state)
         try:
-            with _told():
+            with _reporting_errors():
                 await self._serving.server.audit.record(actor(), "state.backup", "state")
                 await self._serving.server.remember()
                 await to_its_end(store.backup(copy))
@@ -58,7 +58,7 @@ class StateCommands(StateBase):
         copy = beside(state)
         try:
             await _receive(messages, copy)
-            with _told():
+            with _reporting_errors():
                 machines = await check(copy, self._serving.key or KeyFile(key_file_beside(state)))
                 server = await to_its_end(self._put(copy, state, actor()))
         finally:
@@ -76,7 +76,7 @@ class StateCommands(StateBase):
         store = self._serving.store
         if store is None:
             raise GRPCError(Status.FAILED_PRECONDITION, "this server remembers nothing, or is being started again")
-        with _told():
+        with _reporting_errors():
             async with self._lock:
                 await self._serving.server.audit.record(actor(), "state.rotate_key", "state")
                 await rotate_key(store)
@@ -95,7 +95,7 @@ class StateCommands(StateBase):
 
 
 @contextmanager
-def _told() -> Iterator[None]:
+def _reporting_errors() -> Iterator[None]:
     """Tell the caller, who is this host's administrator, what went wrong."""
     try:
         yield

@@ -159,7 +159,7 @@ class Keyboard(AbstractContextManager["Keyboard"]):
         if self._is_terminal:
             self._before = termios.tcgetattr(self._descriptor)
             tty.setcbreak(self._descriptor, termios.TCSADRAIN)
-            self._loop.add_reader(self._descriptor, self._read)
+            self._loop.add_reader(self._descriptor, self._read_keys)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
@@ -167,7 +167,7 @@ class Keyboard(AbstractContextManager["Keyboard"]):
             self._loop.remove_reader(self._descriptor)
             termios.tcsetattr(self._descriptor, termios.TCSADRAIN, self._before)
 
-    def _read(self) -> None:
+    def _read_keys(self) -> None:
         try:
             data = os.read(self._descriptor, _READ)
         except OSError:

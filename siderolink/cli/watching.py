@@ -14,11 +14,11 @@ async def watch_files(files: Sequence[Path], changed: Callable[[], None]) -> Non
 
     Folders are watched, as files are replaced by renaming, and as mounted secrets are links that change.
     """
-    before = _look(files)
+    before = _fingerprints(files)
     folders = {file.absolute().parent for file in files}
     try:
         async for _ in awatch(*folders, recursive=False, debounce=200):
-            now = _look(files)
+            now = _fingerprints(files)
             if now != before:
                 before = now
                 changed()
@@ -27,7 +27,7 @@ async def watch_files(files: Sequence[Path], changed: Callable[[], None]) -> Non
         say("not watched", f"{names}: this user may not list it; tell of changes by SIGHUP", level=logging.WARNING)
 
 
-def _look(files: Sequence[Path]) -> list[tuple[int, int, int]]:
+def _fingerprints(files: Sequence[Path]) -> list[tuple[int, int, int]]:
     found = []
     for file in files:
         try:

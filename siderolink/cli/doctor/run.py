@@ -40,7 +40,7 @@ def run_doctor(url: str | None, *, ca_file: Path | None, as_json: bool) -> int:
         async for finding in check_all(parsed, tls):
             findings.append(finding)
             if not as_json:
-                _say(finding)
+                _print_finding(finding)
         if as_json:
             show(json.dumps([asdict(finding) for finding in findings], indent=2))
         return 0 if all(finding.is_good is not False for finding in findings) else 1
@@ -68,7 +68,7 @@ async def check_all(url: JoinURL | None, tls: ssl.SSLContext | None) -> AsyncIte
             yield finding
 
 
-def _say(finding: Finding) -> None:
+def _print_finding(finding: Finding) -> None:
     show(f"{_MARKS[finding.is_good]:5}{one_line(finding.check)}: {one_line(finding.text)}")
     if finding.remedy:
         show(f"     -> {one_line(finding.remedy)}")

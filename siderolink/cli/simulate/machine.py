@@ -82,7 +82,7 @@ class SimulatedMachine:
         self._sock = socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
         any_address = "0.0.0.0" if family == socket.AF_INET else "::"
         self._sock.bind((self._source or any_address, 0))
-        self._loop.add_reader(self._sock, self._read)
+        self._loop.add_reader(self._sock, self._receive_datagrams)
         self._set_out(SocketPath(self._sock, endpoint))
 
     def reconnect(self) -> None:
@@ -136,7 +136,7 @@ class SimulatedMachine:
                         await carry(stream, path, self._deliver)
             await asyncio.sleep(_AGAIN_SECONDS)
 
-    def _read(self) -> None:
+    def _receive_datagrams(self) -> None:
         assert self._sock is not None
         try:
             datagram = self._sock.recv(1 << 16)

@@ -249,7 +249,7 @@ class RouteMonitor:
                 watch.suspect(now, _API_LOST)
             case signals.ServerLeaves(public_key=key) if key == self._peer.public_key and not self._is_moving:
                 self._is_moving = True
-                self._tasks.start_soon(self._move)
+                self._tasks.start_soon(self._switch_server)
             case signals.UdpPasses():
                 self._context.emit(events.FallbackEnded())
                 self._provision_in_background("UDP passes again", self._context.provisioner.request_until_answered)
@@ -400,7 +400,7 @@ class RouteMonitor:
 
         self._tasks.start_soon(run)
 
-    async def _move(self) -> None:
+    async def _switch_server(self) -> None:
         """Switch to another server of the same store, which has the same key, because the current one is about to stop.
 
         Where the device supports it, the current session stays in use until the other server has answered a handshake.

@@ -87,7 +87,7 @@ class Observation:
             f"{machine}Events": (self._follow_events, pb.EventsRequest, pb.Event),
             f"{machine}ImageList": (_nothing, pb.ImageListRequest, pb.ImageListResponse),
             f"{machine}Logs": (self._logs, pb.LogsRequest, Data),
-            f"{machine}Read": (self._read, pb.ReadRequest, Data),
+            f"{machine}Read": (self._serve_file, pb.ReadRequest, Data),
             "/machine.ImageService/List": (_nothing, pb.ImageServiceListRequest, pb.ImageServiceListResponse),
         }
         others = {
@@ -103,7 +103,7 @@ class Observation:
             | others
         )
 
-    async def _ask(self, function: Callable[[], T]) -> T:
+    async def _cached(self, function: Callable[[], T]) -> T:
         """The result of a function that reads files, at most `_FRESH_SECONDS` old. Raises GRPCError."""
         try:
             with anyio.fail_after(_READ_SECONDS):
@@ -128,36 +128,36 @@ class Observation:
             raise GRPCError(Status.UNAVAILABLE, f"the kernel query failed: {error.strerror}") from None
 
     async def _cpu_info(self, _: Empty, role: CallerRole) -> pb.CpuInfoResponse:
-        return pb.CpuInfoResponse(messages=[pb.CpUsInfo(cpu_info=await self._ask(proc.cpu_info))])
+        return pb.CpuInfoResponse(messages=[pb.CpUsInfo(cpu_info=await self._cached(proc.cpu_info))])
 
     async def _cpu_frequencies(self, _: Empty, role: CallerRole) -> pb.CpuFreqStatsResponse:
-        found = await self._ask(proc.cpu_frequencies)
+        found = await self._cached(proc.cpu_frequencies)
         return pb.CpuFreqStatsResponse(messages=[pb.CpUsFreqStats(cpu_freq_stats=found)])
 
     async def _disk_stats(self, _: Empty, role: CallerRole) -> pb.DiskStatsResponse:
-        return pb.DiskStatsResponse(messages=[await self._ask(proc.disk_stats)])
+        return pb.DiskStatsResponse(messages=[await self._cached(proc.disk_stats)])
 
     async def _load_average(self, _: Empty, role: CallerRole) -> pb.LoadAvgResponse:
-        return pb.LoadAvgResponse(messages=[await self._ask(proc.load_average)])
+        return pb.LoadAvgResponse(messages=[await self._cached(proc.load_average)])
 
     async def _memory(self, _: Empty, role: CallerRole) -> pb.MemoryResponse:
-        return pb.MemoryResponse(messages=[pb.Memory(meminfo=await self._ask(proc.memory_info))])
+        return pb.MemoryResponse(messages=[pb.Memory(meminfo=await self._cached(proc.memory_info))])
 
     async def _mounts(self, _: Empty, role: CallerRole) -> pb.MountsResponse:
-        return pb.MountsResponse(messages=[pb.Mounts(stats=await self._ask(proc.mounts))])
+        return pb.MountsResponse(messages=[pb.Mounts(stats=await self._cached(proc.mounts))])
 
     async def _network_devices(self, _: Empty, role: CallerRole) -> pb.NetworkDeviceStatsResponse:
-        return pb.NetworkDeviceStatsResponse(messages=[await self._ask(proc.network_devices)])
+        return pb.NetworkDeviceStatsResponse(messages=[await self._cached(proc.network_devices)])
 
     async def _processes(self, _: Empty, role: CallerRole) -> pb.ProcessesResponse:
-        found = await self._ask(_all_of_processes if role is CallerRole.ADMIN else _processes)
+        found = await self._cached(_all_of_processes if role is CallerRole.ADMIN else _processes)
         return pb.ProcessesResponse(messages=[pb.Process(processes=found)])
 
     async def _system_stat(self, _: Empty, role: CallerRole) -> pb.SystemStatResponse:
-        return pb.SystemStatResponse(messages=[await self._ask(proc.system_stat)])
+        return pb.SystemStatResponse(messages=[await self._cached(proc.system_stat)])
 
     async def _disks(self, _: Empty, role: CallerRole) -> storage.DisksResponse:
-        found = await self._ask(disks.read_disks)
+        found = await self._cached(disks.read_disks)
         return storage.DisksResponse(messages=[storage.Disks(disks=disks.legacy_disks(found))])
 
     async def _statfs(self, request: pb.StorageServiceStatfsRequest, role: CallerRole) -> pb.StorageServiceStatfsResponse:
@@ -221,7 +221,7 @@ class Observation:
             async for event in events:
                 yield event
 
-    async def _read(self, request: pb.ReadRequest, role: CallerRole) -> AsyncIterator[Data]:
+    async def _serve_file(self, request: pb.ReadRequest, role: CallerRole) -> AsyncIterator[Data]:
         if request.path not in _READABLE:
             allowed = ", ".join(_READABLE)
             raise GRPCError(Status.PERMISSION_DENIED, f"this machine only serves the files {allowed}")

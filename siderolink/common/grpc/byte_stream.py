@@ -110,7 +110,7 @@ class ByteStream:
             early, self._early = self._early, bytearray()
             self._release_early()
             flow, self._early_flow = self._early_flow, 0
-            self._give([memoryview(bytes(early))], flow)
+            self._deliver([memoryview(bytes(early))], flow)
         if self._outcome.done():  # which may be before anyone received: what came with it is given still
             self._receiver = None
 
@@ -180,7 +180,7 @@ class ByteStream:
         if not self._is_grpc:
             self._judge_answer()
         if self._receiver is not None or self._outcome.done():
-            self._give(pieces, size if flow else 0)
+            self._deliver(pieces, size if flow else 0)
             return
         for piece in pieces:
             self._early += piece
@@ -217,7 +217,7 @@ class ByteStream:
         for waker in wakers:
             waker()
 
-    def _give(self, pieces: Sequence[memoryview], flow: int) -> None:
+    def _deliver(self, pieces: Sequence[memoryview], flow: int) -> None:
         if self._receiver is None:
             # Dropped data must still be returned to the connection's window.
             self._raw.give_back(self._id, flow)

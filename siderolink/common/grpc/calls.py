@@ -417,27 +417,27 @@ async def _run(
 class _Expiry:
     """Cancels the present task at its call's deadline. It is asyncio.timeout for a whole task, at a part of its cost."""
 
-    __slots__ = ("_deadline", "_has_come", "_task", "_timers")
+    __slots__ = ("_deadline", "_has_expired", "_task", "_timers")
 
     def __init__(self, deadline: Deadline, timers: Timers) -> None:
         self._deadline = deadline
         self._timers = timers
         self._task: asyncio.Task[Any] | None = None
-        self._has_come = False
+        self._has_expired = False
 
     def begin(self) -> None:
         """In the call's task."""
         self._task = asyncio.current_task()
-        self._timers.after(self, self._deadline.time_remaining(), self._come)
+        self._timers.after(self, self._deadline.time_remaining(), self._expire)
 
-    def _come(self) -> None:
-        self._has_come = True
+    def _expire(self) -> None:
+        self._has_expired = True
         if self._task is not None:
             self._task.cancel()
 
     def was_all(self) -> bool:
         """Whether the task was cancelled by this, and by nothing else."""
-        return self._has_come and self._task is not None and not self._task.uncancel()
+        return self._has_expired and self._task is not None and not self._task.uncancel()
 
     def stop(self) -> None:
         """The call is over."""

@@ -26,7 +26,7 @@ def try_short_ways() -> bool:
     client.increment_flow_control_window(40)
     wire = client.data_to_send()
     events = server.receive_data(wire[: len(frames.PREFACE)]) + private.short_receive(server, wire[len(frames.PREFACE) :])
-    if list(map(_told, events)) != list(map(_told, plain.receive_data(wire))):
+    if list(map(_describe, events)) != list(map(_describe, plain.receive_data(wire))):
         return False
     if server.data_to_send() != plain.data_to_send() or _windows(server) != _windows(plain):
         return False
@@ -45,7 +45,7 @@ def _try_remembering() -> bool:
     return plain == learning == knowing and len(beginnings) == 1
 
 
-def _told(event: Event) -> tuple[str, list[tuple[str, str]]]:
+def _describe(event: Event) -> tuple[str, list[tuple[str, str]]]:
     """An event in words, the parts of it included."""
     return type(event).__name__, sorted((name, repr(value)) for name, value in vars(event).items())
 
@@ -59,7 +59,7 @@ def _try_ending(client: H2Connection, server: H2Connection, plain: H2Connection)
     wire = client.data_to_send()
     ways = (private.short_receive(server, wire), plain.receive_data(wire))
     return (
-        len({tuple(map(repr, map(_told, events))) for events in ways}) == 1
+        len({tuple(map(repr, map(_describe, events))) for events in ways}) == 1
         and server.state_machine.state is plain.state_machine.state
     )
 

@@ -52,9 +52,9 @@ class Input:
         if self._pieces is None:
             self._pieces = self._connection.scanner.feed(data)
             if self._is_urgent():
-                self._read(self._loop.time() + turns.TURN_SECONDS)
+                self._process(self._loop.time() + turns.TURN_SECONDS)
                 return
-            self._ask()
+            self._ask_turn()
         else:
             self._backlog.append(data)
             self._pause()
@@ -74,16 +74,16 @@ class Input:
     def _is_urgent(self) -> bool:
         return not self._account.takes_turns or (bool(self._connection.scanner.raw) and not self._account.is_stranger)
 
-    def _ask(self) -> None:
+    def _ask_turn(self) -> None:
         if self._account.takes_turns:
-            self._account.ask_turn(self._read)
+            self._account.ask_turn(self._process)
         else:
-            self._loop.call_soon(self._read_alone)
+            self._loop.call_soon(self._process_alone)
 
-    def _read_alone(self) -> None:
-        self._read(self._loop.time() + turns.TURN_SECONDS)
+    def _process_alone(self) -> None:
+        self._process(self._loop.time() + turns.TURN_SECONDS)
 
-    def _read(self, until: float) -> float:
+    def _process(self, until: float) -> float:
         """Process input until then. Returns the estimated seconds of the calls that it started."""
         pieces = self._pieces
         if pieces is None or self._transport.is_closing():
@@ -101,7 +101,7 @@ class Input:
             return 0.0
         calls = self._connection.streams_started - self._calls_charged
         self._calls_charged += calls
-        self._go_on(is_over, self._charge(calls))
+        self._continue(is_over, self._charge(calls))
         return calls * turns.CALL_SECONDS
 
     def _charge(self, calls: int) -> float:
@@ -109,7 +109,7 @@ class Input:
         seconds, self._engine_seconds = self._engine_seconds + calls * turns.CALL_SECONDS, 0.0
         return self._account.charge(seconds, self._loop.time()) if seconds else 0.0
 
-    def _go_on(self, is_over: bool, wait: float) -> None:
+    def _continue(self, is_over: bool, wait: float) -> None:
         """Continue in another turn, or when the source may use processor time again."""
         if is_over:
             self._pieces = None
@@ -128,9 +128,9 @@ class Input:
             return
         if wait:
             self._pause()
-            self._timers.after("read", min(wait, _LONGEST_WAIT), self._ask)
+            self._timers.after("read", min(wait, _LONGEST_WAIT), self._ask_turn)
         else:
-            self._ask()
+            self._ask_turn()
 
     def _pause(self) -> None:
         if not self.is_paused and not self._transport.is_closing():

@@ -67,7 +67,7 @@ class Inbox:
         self._messages: deque[bytes] = deque()
         self._news = asyncio.Event()
         self._has_ended = False
-        stream.receive(self._take, credited=True)
+        stream.receive(self._split_messages, credited=True)
 
     async def next(self) -> bytes | None:
         """The next message; None once the stream has ended and there are no more. `credit` it when it is done with."""
@@ -96,7 +96,7 @@ class Inbox:
         self._has_ended = True
         self._news.set()
 
-    def _take(self, pieces: Sequence[memoryview]) -> None:
+    def _split_messages(self, pieces: Sequence[memoryview]) -> None:
         for piece in pieces:
             self._partial += piece
             self.held += len(piece)

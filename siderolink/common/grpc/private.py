@@ -318,10 +318,10 @@ class RequestDecoder(frames.HeaderDecoder):
             if data.startswith(known.block):
                 if number:
                     beginnings.insert(0, beginnings.pop(number))
-                return self._go_on(known, data)
+                return self._decode_rest(known, data)
         return self._learn(data)
 
-    def _go_on(self, known: Beginning, data: bytes) -> Any:
+    def _decode_rest(self, known: Beginning, data: bytes) -> Any:
         rest, longest = data[len(known.block) :], self.max_header_list_size
         # A change of the table's size may stand at a block's beginning only: that is for the decoder to judge.
         if known.headers_size > longest or (rest and rest[0] >> 5 == 1):

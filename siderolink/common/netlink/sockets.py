@@ -144,7 +144,7 @@ class EventSocket:
         self._second = self._loop.time()
         self._turns = 0
         self._pause: asyncio.TimerHandle | None = None
-        self._loop.add_reader(opened, self._read)
+        self._loop.add_reader(opened, self._receive)
 
     @property
     def is_closed(self) -> bool:
@@ -162,7 +162,7 @@ class EventSocket:
         """Send a request, whose answer arrives as an event. Raises OSError."""
         self._socket.send(encode(kind, payload, REQUEST, sequence))
 
-    def _read(self) -> None:
+    def _receive(self) -> None:
         for _ in range(_READS_PER_TURN):
             try:
                 data, _, flags, sender = self._socket.recvmsg(_EVENT_BYTES)
@@ -171,7 +171,7 @@ class EventSocket:
                 break
             except OSError:  # ENOBUFS: the kernel dropped messages
                 self._was_overrun = True
-                read_on(self._loop, self._socket, self._read)
+                read_on(self._loop, self._socket, self._receive)
                 continue
             if sender[0] != 0:
                 continue
@@ -198,7 +198,7 @@ class EventSocket:
 
     def _resume(self) -> None:
         self._pause = None
-        self._loop.add_reader(self._socket, self._read)
+        self._loop.add_reader(self._socket, self._receive)
 
 
 def open_events(groups: int, protocol: int = ROUTE) -> socket.socket:

@@ -192,7 +192,7 @@ class ProvisionService:
         if is_given:
             on_valid_token()
         join_request = self._parse(request, credentials, source)
-        verdict = await self._ask(join_request)
+        verdict = await self._authorize_call(join_request)
         try:
             if self._force_tunnel or verdict.force_tunnel:
                 join_request = replace(join_request, force_tunnel=True)
@@ -258,7 +258,7 @@ class ProvisionService:
             raise _bad_key("no private key belongs to this one")
         return public_key
 
-    async def _ask(self, request: JoinRequest) -> Allow:
+    async def _authorize_call(self, request: JoinRequest) -> Allow:
         """Ask the embedder. Raises JoinRejectedError."""
         if self._authorize is allow_all:
             return Allow()

@@ -45,7 +45,7 @@ class Goodbyes:
         self._socket = sock
         with sock:
             async with anyio.create_task_group() as tasks:
-                loop.add_reader(sock, self._read, sock, tasks)
+                loop.add_reader(sock, self._receive, sock, tasks)
                 try:
                     await anyio.sleep_forever()
                 finally:
@@ -57,7 +57,7 @@ class Goodbyes:
         if self._socket is not None:
             _answer(self._socket, MoveAway(public_key=server_key).encode(), (str(address), GOODBYE_PORT))
 
-    def _read(self, sock: socket.socket, tasks: TaskGroup) -> None:
+    def _receive(self, sock: socket.socket, tasks: TaskGroup) -> None:
         for _ in range(_AT_ONCE):
             try:
                 data, source = sock.recvfrom(GOODBYE_BYTES + 1)

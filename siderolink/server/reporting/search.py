@@ -185,20 +185,20 @@ class ReportSearch:
             for report in await _chosen(recent, query):
                 yield report
         else:
-            async for report in self._read(_Reader(self._archive, machine, query, kind), cut):
+            async for report in self._read_until(_Reader(self._archive, machine, query, kind), cut):
                 yield report
         async for item in live or _nothing():
             if isinstance(item, ReportsLost) and self._archive is not None:
                 missed = replace(query, since=max(math.nextafter(cut, math.inf), query.since or 0.0), tail=0)
                 cut = time.time()
-                async for report in self._read(_Reader(self._archive, machine, missed, kind), cut):
+                async for report in self._read_until(_Reader(self._archive, machine, missed, kind), cut):
                     yield report
             elif isinstance(item, LogLine | MachineEvent) and _is_of(item.machine, machine) and query.takes(item):
                 is_shown = self._archive is not None and item.received_at <= cut
                 if not is_shown:
                     yield item
 
-    async def _read(self, reader: _Reader, before: float) -> AsyncIterator[Report]:
+    async def _read_until(self, reader: _Reader, before: float) -> AsyncIterator[Report]:
         """What was received after that time is followed instead."""
         parts = reader.read()
         try:

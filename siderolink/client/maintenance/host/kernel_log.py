@@ -30,7 +30,7 @@ async def kernel_log(*, follow: bool, only_new: bool, path: Path = KMSG) -> Asyn
             os.lseek(fd, 0, os.SEEK_END)
         loop.add_reader(fd, ready.set)
         while True:
-            lines = [line for record in _read(fd) if (line := _line(record, boot_time))]
+            lines = [line for record in _read_records(fd) if (line := _line(record, boot_time))]
             if lines:
                 yield b"".join(lines)
                 await asyncio.sleep(0)
@@ -44,7 +44,7 @@ async def kernel_log(*, follow: bool, only_new: bool, path: Path = KMSG) -> Asyn
         os.close(fd)
 
 
-def _read(fd: int) -> list[bytes]:
+def _read_records(fd: int) -> list[bytes]:
     """The next records, up to a bound."""
     records: list[bytes] = []
     while len(records) < _RECORDS_AT_ONCE:

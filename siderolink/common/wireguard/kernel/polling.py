@@ -66,7 +66,7 @@ class PeerPoller:
                 continue
             try:
                 async with self._lock:
-                    await self._look()
+                    await self._poll()
             except DeviceError:
                 await anyio.sleep(_RETRY)
 
@@ -75,17 +75,17 @@ class PeerPoller:
         asked_at = time.monotonic()
         async with self._lock:
             if not self.is_stopped and not self._schedule.is_fresh(self._began_at, asked_at):
-                await self._look()
+                await self._poll()
 
     async def adopt(self) -> None:
         """Register the peers of an adopted interface, without events."""
         async with self._lock:
-            await self._look()
+            await self._poll()
         for entry in self._table.entries.values():
             entry.networks = frozenset(messages.read_allowed_ips(entry.view.facts.allowed))
             entry.is_adopted = True
 
-    async def _look(self) -> None:
+    async def _poll(self) -> None:
         """Read all peers in parts, letting other tasks run in between."""
         began_at = read_at = time.monotonic()
         seen: set[bytes] = set()

@@ -189,20 +189,20 @@ class Relay:
     def _read_on(self) -> None:
         if not self._is_reading and self._socket.fileno() >= 0:
             self._is_reading = True
-            self._loop.add_reader(self._socket, self._read)
+            self._loop.add_reader(self._socket, self._receive)
 
     def _stop_reading(self) -> None:
         if self._is_reading:
             self._is_reading = False
             self._loop.remove_reader(self._socket)
 
-    def _read(self) -> None:
+    def _receive(self) -> None:
         for _ in range(_CALLS_PER_TURN):
             receiver = self._receiver
             try:
                 count = receiver.receive(self._socket.fileno())
             except OSError:  # caused by an earlier send, such as one to a closed port; the socket still works
-                read_on(self._loop, self._socket, self._read)
+                read_on(self._loop, self._socket, self._receive)
                 continue
             self._pass_on(receiver, count)
             if count < BATCH or not self._is_reading:
@@ -215,21 +215,21 @@ class Relay:
         last = 0
         for index, (length, is_whole, address) in enumerate(receiver.results(count)):
             if end > first and (address != current or last != receiver.longest):
-                self._give(receiver, first, end, last, current)
+                self._deliver_run(receiver, first, end, last, current)
                 first = index
             if not is_whole:
                 self.drops["malformed"] += 1
                 if end > first:
-                    self._give(receiver, first, end, last, current)
+                    self._deliver_run(receiver, first, end, last, current)
                 first = end = index + 1
                 continue
             if end <= first:
                 first = index
             end, current, last = index + 1, address, length
         if end > first:
-            self._give(receiver, first, end, last, current)
+            self._deliver_run(receiver, first, end, last, current)
 
-    def _give(self, receiver: BatchReceiver, first: int, end: int, last: int, address: bytes) -> None:
+    def _deliver_run(self, receiver: BatchReceiver, first: int, end: int, last: int, address: bytes) -> None:
         slot = self._by_address.get(address)
         count = end - first
         if slot is None or slot.is_barred or not slot.path.is_open:

@@ -87,7 +87,7 @@ class Splitter:
 
         An empty splitter takes every one that is well-formed. Raises MalformedFrame.
         """
-        shape = self._read(frame)
+        shape = self._read_frame(frame)
         packet, first = frame[VNET_SIZE:], self._count
         count = shape.segments(len(packet))
         if not first:
@@ -172,7 +172,7 @@ class Splitter:
             layout = self._layouts[shape] = _Layout(self._scratch.array, shape, rows)
         return layout
 
-    def _read(self, frame: memoryview) -> Shape:
+    def _read_frame(self, frame: memoryview) -> Shape:
         size = packet_size(frame)
         key = None
         if frame[1] == Gso.TCPV6 and size >= 60 and frame[VNET_SIZE] >> 4 == 6 and frame[VNET_SIZE + 6] == TCP:
