@@ -26,19 +26,19 @@ class DeviceUnavailableError(DeviceError):
 
 
 class InterfaceInUseError(DeviceError):
-    """Raised when an interface of the wanted name exists already."""
+    """Raised when an interface of that name already exists."""
 
 
 class OverlayInUseError(DeviceError):
-    """Raised when another interface of this host is in the overlay that a link is to join: their servers have one address."""
+    """Raised when another interface of this host already has an address in the overlay: both servers would have one address."""
 
 
 class AddressInUseError(SideroLinkError):
-    """Raised when a UDP or TCP port to listen on is taken."""
+    """Raised when a UDP or TCP port to listen on is in use."""
 
 
 class JoinError(SideroLinkError):
-    """The base of what can go wrong between a machine and its server's API."""
+    """The base of errors between a machine and its server's API."""
 
 
 class ServerUnreachableError(JoinError):
@@ -67,7 +67,7 @@ class StoreError(SideroLinkError):
 
 
 class StoreUnavailableError(StoreError):
-    """Raised when the database does not answer. What was asked for may be asked again; it may also have happened."""
+    """Raised when the database does not answer. The operation may be repeated; it may also have succeeded."""
 
 
 class StoreFullError(StoreError):
@@ -75,16 +75,16 @@ class StoreFullError(StoreError):
 
 
 class NotFoundError(SideroLinkError):
-    """Raised when what an administrator names is not there."""
+    """Raised when an object that an administrator names does not exist."""
 
 
 class AlreadyExistsError(SideroLinkError):
-    """Raised when a name is another one's already."""
+    """Raised when another object already has the name."""
 
 
 class ForbiddenError(SideroLinkError):
-    """Raised when a role does not include what is asked for."""
+    """Raised when the caller's role does not include the operation."""
 
 
 class UnauthenticatedError(SideroLinkError):
-    """Raised when a caller of the admin API does not prove who it is."""
+    """Raised when a caller of the admin API presents no valid credentials."""

@@ -78,7 +78,7 @@ class Rates:
     def set_peer(self, peer: "Peer", inbound: int | None, outbound: int | None) -> None:
         """Bytes a second for one peer; None for no limit of its own."""
         own_in, own_out = peer.own_rates
-        if own_in is own_out is inbound is outbound is None:
+        if own_in is None and own_out is None and inbound is None and outbound is None:
             return
         peer.own_rates = _changed(own_in, inbound), _changed(own_out, outbound)
         self.adopt(peer)
@@ -86,7 +86,7 @@ class Rates:
     def adopt(self, peer: "Peer") -> None:
         """Give the peer the buckets that it shares."""
         own_in, own_out = peer.own_rates
-        if own_in is own_out is self.inbound is self.outbound is None:
+        if own_in is None and own_out is None and self.inbound is None and self.outbound is None:
             peer.inbound_rates = peer.outbound_rates = None
             return
         peer.inbound_rates, peer.outbound_rates = _buckets((own_in, self.inbound)), _buckets((own_out, self.outbound))
