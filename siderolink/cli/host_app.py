@@ -36,12 +36,14 @@ def status(as_json: Json = False) -> None:
 
 @app.command()
 def top(
-    interval: Annotated[float, typer.Option(help="Seconds between two looks.", min=0.2, max=3600)] = 2.0,
-    sort: Annotated[OrderChoice, typer.Option(help="What comes first: the busiest, the longest silent, or by name.")] = (
+    interval: Annotated[float, typer.Option(help="Seconds between updates.", min=0.2, max=3600)] = 2.0,
+    sort: Annotated[OrderChoice, typer.Option(help="Sort by traffic, by time since the last handshake, or by name.")] = (
         OrderChoice.RATE
     ),
-    containing: Annotated[str, typer.Option("--filter", help="Only peers whose name or path holds this.", metavar="TEXT")] = "",
-    once: Annotated[bool, typer.Option("--once", help="Print all peers once, and end.")] = False,
+    containing: Annotated[
+        str, typer.Option("--filter", help="Only peers whose name or path contains this text.", metavar="TEXT")
+    ] = "",
+    once: Annotated[bool, typer.Option("--once", help="Print all peers once and exit.")] = False,
 ) -> None:
     """Show the links and peers on this host live: state, path, last handshake, rates; and, at a server, a machine's timeline.
 
@@ -56,11 +58,13 @@ def top(
 @app.command()
 def support_bundle(
     output: Annotated[Path, typer.Argument(help="The archive to write; it must not exist.", metavar="FILE.tar.gz")],
-    unit: Annotated[str, typer.Option(help="The systemd unit whose last lines to take.")] = "siderolink",
-    log: Annotated[Path | None, typer.Option(help="Take the last lines of this file instead.", metavar="FILE")] = None,
-    metrics: Annotated[str | None, typer.Option(help="Take the metrics served there, too.", metavar="[HOST:]PORT")] = None,
+    unit: Annotated[str, typer.Option(help="The systemd unit whose last log lines to include.")] = "siderolink",
+    log: Annotated[Path | None, typer.Option(help="Include the last lines of this file instead.", metavar="FILE")] = None,
+    metrics: Annotated[
+        str | None, typer.Option(help="Include the metrics served at this address.", metavar="[HOST:]PORT")
+    ] = None,
     secret_file: Annotated[
-        list[Path] | None, typer.Option(help="Mask what this file holds; may be given several times.", metavar="FILE")
+        list[Path] | None, typer.Option(help="Mask the contents of this file. Repeatable.", metavar="FILE")
     ] = None,
 ) -> None:
     """Write versions, status, doctor's findings, settings and the last log lines into one archive, without secrets."""

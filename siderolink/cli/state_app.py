@@ -53,13 +53,13 @@ def restore(
 
 @app.command()
 def migrate(
-    source: Annotated[str, typer.Argument(help="The state as it is: a file, or a postgresql:// URL.", metavar="SOURCE")],
-    target: Annotated[str, typer.Argument(help="Where it shall be: a new file, or an empty database.", metavar="TARGET")],
+    source: Annotated[str, typer.Argument(help="The state to copy: a file, or a postgresql:// URL.", metavar="SOURCE")],
+    target: Annotated[str, typer.Argument(help="The destination: a new file, or an empty database.", metavar="TARGET")],
     store_password_file: StorePasswordFile = None,
     state_key_file: StateKeyFile = None,
     unsealed_secrets: Annotated[
         bool,
-        typer.Option("--unsealed-secrets", help="Leave the secrets readable in a TARGET in Postgres."),
+        typer.Option("--unsealed-secrets", help="Store the secrets unsealed in a TARGET in Postgres."),
     ] = False,
 ) -> None:
     """Copy the state of a stopped server from a file to Postgres, or back. Machines return without joining again."""
@@ -89,10 +89,11 @@ def rekey(
     store_password_file: StorePasswordFile = None,
     state_key_file: StateKeyFile = None,
     new_key_file: Annotated[
-        Path | None, typer.Option(help="Take the new key from this file, or make it there. Default: exchange the old one.")
+        Path | None,
+        typer.Option(help="Read the new key from this file, or create it there. Default: replace the old key file."),
     ] = None,
 ) -> None:
-    """Seal the secrets of a stopped server's state with another key. Machines notice nothing."""
+    """Seal the secrets of a stopped server's state with another key. Machines are not affected."""
     from siderolink.cli.serving import store_address
     from siderolink.cli.state import run_rekey
 

@@ -20,16 +20,18 @@ def web(
     listen: Annotated[
         str,
         typer.Option(
-            help="Address to serve the page on; the host defaults to the loopback. TLS is needed elsewhere.",
+            help="Address of the web UI; the host defaults to the loopback. Other addresses need TLS.",
             metavar="[HOST:]PORT",
         ),
     ] = DEFAULT_LISTEN,
     tls_cert: Annotated[
-        Path | None, typer.Option(help="Certificate chain (PEM) of the page.", metavar="FILE", show_default="no TLS")
+        Path | None, typer.Option(help="Certificate chain (PEM) of the web UI.", metavar="FILE", show_default="no TLS")
     ] = None,
     tls_key: Annotated[
         Path | None,
-        typer.Option(help="Private key (PEM) of it.", metavar="FILE", show_default="read from the --tls-cert file"),
+        typer.Option(
+            help="Private key (PEM) of the certificate.", metavar="FILE", show_default="read from the --tls-cert file"
+        ),
     ] = None,
     origin: Annotated[
         list[str] | None,
@@ -47,11 +49,11 @@ def web(
             metavar="NETWORK",
         ),
     ] = None,
-    with_parent: Annotated[bool, typer.Option("--with-parent", help="End when standard input ends.", hidden=True)] = False,
+    with_parent: Annotated[bool, typer.Option("--with-parent", help="Exit when standard input ends.", hidden=True)] = False,
     log_format: LogFormatOption = LogFormat.TEXT,
     log_level: LogLevelOption = LogLevel.INFO,
 ) -> None:
-    """Serve a page to see and manage a server in a browser. People sign in with an API key.
+    """Serve the web UI of a server. Users sign in with an API key.
 
     `serve --web-listen` starts it, too.
     """

@@ -33,7 +33,7 @@ from siderolink.common.pb.siderolink.admin.v1 import (
 from siderolink.common.text import one_line
 
 app = typer.Typer(
-    help="Manage API keys, which let others manage the server from elsewhere.", no_args_is_help=True, add_completion=False
+    help="Manage API keys, which allow remote management of the server.", no_args_is_help=True, add_completion=False
 )
 
 
@@ -65,12 +65,12 @@ _KEYS = View(
 @command(app, "create", prints=True)
 def create(
     call: Call,
-    name: Annotated[str, typer.Argument(help="A name for it, such as the one who gets it.", metavar="NAME")],
-    role: Annotated[RoleChoice, typer.Option(help="What it allows; each includes those before it.")] = RoleChoice.VIEWER,
+    name: Annotated[str, typer.Argument(help="Name of the key, such as its owner's.", metavar="NAME")],
+    role: Annotated[RoleChoice, typer.Option(help="Role of the key; each includes those before it.")] = RoleChoice.VIEWER,
     expires: Annotated[
         str | None,
         typer.Option(
-            help="When it stops working: 24h, 7d or 2w from now, or a time such as 2026-12-31T12:00:00Z.",
+            help="When the key expires: 24h, 7d or 2w from now, or a time such as 2026-12-31T12:00:00Z.",
             metavar="WHEN",
             show_default="never",
             callback=CHECK_EXPIRY,
@@ -79,7 +79,7 @@ def create(
     forward: Annotated[
         list[str] | None,
         typer.Option(
-            help="Machine that it may forward to whatever its role, with a port or without for all. Repeatable.",
+            help="Machine, optionally with a port, that the key may forward to whatever its role. Repeatable.",
             metavar="MACHINE[:PORT]",
         ),
     ] = None,
@@ -122,7 +122,7 @@ def list_keys(call: Call, watch: Watch = False) -> None:
 
 @command(app, "revoke", prints=True, destroys=True)
 def revoke(call: Call, name: Name) -> None:
-    """Let a key work no more. It stays in the list."""
+    """Revoke an API key. It stays in the list."""
     call.confirm(f"Revoke the API key {one_line(name, limit=80)}")
 
     async def work(connection: Connection) -> ApiKey:
@@ -133,7 +133,7 @@ def revoke(call: Call, name: Name) -> None:
 
 @command(app, "delete", destroys=True)
 def delete(call: Call, name: Name) -> None:
-    """Revoke a key and take it off the list."""
+    """Revoke an API key and remove it from the list."""
     call.confirm(f"Delete the API key {one_line(name, limit=80)}")
 
     async def work(connection: Connection) -> ApiKey:

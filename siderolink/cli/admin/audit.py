@@ -76,9 +76,9 @@ def audit(
     follow: Follow = False,
     since: Since = None,
     until: Until = None,
-    who: Annotated[str, typer.Option(help="Only what this key or user did.", metavar="NAME")] = "",
+    who: Annotated[str, typer.Option(help="Only actions of this key or user.", metavar="NAME")] = "",
     action: Annotated[
-        str, typer.Option(help="Only this action, or those that begin with it: 'machine.' takes all.", metavar="ACTION")
+        str, typer.Option(help="Only this action, or all with this prefix, such as 'machine.'.", metavar="ACTION")
     ] = "",
     what: Annotated[
         str, typer.Option("--object", help="Only changes of this machine, token or key, by name or id.", metavar="NAME")
@@ -86,10 +86,10 @@ def audit(
     limit: Limit = 100,
     export: Annotated[
         str | None,
-        typer.Option(help="Write all that match as JSON lines to a new file; - is standard output.", metavar="FILE"),
+        typer.Option(help="Write all matching entries as JSON lines to a new file, or - for standard output.", metavar="FILE"),
     ] = None,
 ) -> None:
-    """Show what people did and how identities changed, the oldest first."""
+    """Show administrative actions and changes of machine identities, oldest first."""
     if follow and export is not None:
         raise ConfigurationError("give --follow or --export, not both")
     wanted = AuditFilter(
@@ -152,7 +152,7 @@ def events(
     call: Call,
     follow: Follow = False,
     machine: Annotated[
-        str, typer.Option(help="Only those of this machine.", metavar="MACHINE", autocompletion=complete_machines)
+        str, typer.Option(help="Only events of this machine.", metavar="MACHINE", autocompletion=complete_machines)
     ] = "",
     kind: Annotated[
         list[str] | None, typer.Option(help="Only this event, such as joined. Repeatable.", metavar="EVENT")
@@ -161,7 +161,7 @@ def events(
     until: Until = None,
     limit: Limit = 100,
 ) -> None:
-    """Show what happened to machines, the oldest first; with -f what happens from now on."""
+    """Show events of machines, oldest first; with -f, follow new ones."""
     if follow:
         if since is not None or until is not None:
             raise ConfigurationError("--follow shows what happens from now on: leave out --since and --until")
@@ -185,9 +185,9 @@ def events(
 @command(app, "version", prints=True)
 def version(
     call: Call,
-    client: Annotated[bool, typer.Option("--client", help="Show this program's version alone; ask no server.")] = False,
+    client: Annotated[bool, typer.Option("--client", help="Show this program's version only; call no server.")] = False,
 ) -> None:
-    """Show the version of this program and of the server, and who this is to the server."""
+    """Show the versions of this program and of the server, and the caller's identity and role there."""
     found: dict[str, object] = {"client": own_version()}
     failure: CommandError | None = None
     if not client:

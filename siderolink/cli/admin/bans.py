@@ -32,14 +32,14 @@ class BanKindChoice(StrEnum):
 
 Kind = Annotated[
     BanKindChoice | None,
-    typer.Option(help="What is banned: the UUID, the public key or the unique token.", show_default="uuid"),
+    typer.Option(help="What to ban: the UUID, the public key or the unique token.", show_default="uuid"),
 ]
-Reason = Annotated[str, typer.Option(help="Why, for those who read the list.", metavar="TEXT")]
+Reason = Annotated[str, typer.Option(help="Reason, shown in the list.", metavar="TEXT")]
 Value = Annotated[
     str,
     typer.Argument(help="The ban's value, as `ban list` shows it.", metavar="VALUE", autocompletion=complete_bans),
 ]
-Watch = Annotated[bool, typer.Option("--watch", "-w", help="Go on with what changes, until stopped.")]
+Watch = Annotated[bool, typer.Option("--watch", "-w", help="Keep printing changes until stopped.")]
 
 _BANS = View(
     columns=(
@@ -91,7 +91,7 @@ def add(
     kind: Kind = None,
     reason: Reason = "",
 ) -> None:
-    """Refuse a machine from now on, forget it, and end its link at once."""
+    """Refuse a machine's future joins, forget it, and end its link at once."""
     ban_machine(call, name, kind, reason)
 
 

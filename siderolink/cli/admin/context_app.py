@@ -119,7 +119,7 @@ def use(name: Name) -> None:
 
 @app.command()
 def remove(name: Name) -> None:
-    """Remove a context. The server is not touched."""
+    """Remove a context. This does not affect the server."""
     path = contexts_path()
     contexts = read_contexts(path)
     contexts.named(name)

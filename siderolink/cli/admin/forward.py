@@ -48,8 +48,8 @@ def forward(
 ) -> None:
     """Open a local port that leads to a port of a machine, through its server, until stopped.
 
-    Needs the role admin, or an API key with a grant for the machine (siderolink apikey create --forward): a machine takes its
-    server for its administrator, and so whoever can connect to the local port.
+    Needs the role admin, or an API key with a grant for the machine (siderolink apikey create --forward): a machine trusts its
+    server as its administrator, and so anyone who can connect to the local port.
     """
     hosts, number = _listen_at(local, port)
 

@@ -19,7 +19,7 @@ from siderolink.common.pb.siderolink.admin.v1 import (
 
 DAY = 86_400.0
 
-app = typer.Typer(name="history", help="What happened to machines, and how much of it is kept.", no_args_is_help=True)
+app = typer.Typer(name="history", help="Show and prune the history of machines.", no_args_is_help=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +48,7 @@ _KEPT = View(
 
 @command(app, "list", prints=True)
 def list_all(call: Call, since: Since = None, until: Until = None, kind: Kinds = None, limit: Limit = 100) -> None:
-    """Show what happened to all machines, the oldest first."""
+    """Show the history of all machines, oldest first."""
     request = ListHistoryRequest(
         since=None if since is None else read_time(since),
         until=None if until is None else read_time(until),
@@ -63,17 +63,19 @@ def delete(
     until: Annotated[
         str,
         typer.Option(
-            help="What is older: 30d for a month, or a time such as 2026-12-31T12:00:00Z.", metavar="WHEN", callback=CHECK_TIME
+            help="Delete entries older than this: 30d, or a time such as 2026-12-31T12:00:00Z.",
+            metavar="WHEN",
+            callback=CHECK_TIME,
         ),
     ],
 ) -> None:
-    """Delete what is old of the history, kernel logs and events of all machines; `machine history --delete` does it of one."""
+    """Delete old history, kernel logs and events of all machines; for one machine, use `machine history --delete`."""
     delete_records(call, "", until)
 
 
 @command(app, "retention", prints=True)
 def retention(call: Call) -> None:
-    """Show how much is kept of the history, kernel logs and events, and for how long. Options of `serve` set it."""
+    """Show how much history, kernel logs and events are kept, and for how long. Options of `serve` set these limits."""
     found = call.run(lambda connection: connection.stub(HistoryServiceStub).get_retention(GetRetentionRequest()))
     print_list(list(_rows(found)), _KEPT, call.output)
 

@@ -81,7 +81,7 @@ Selector = Annotated[
 Sort = Annotated[
     str,
     typer.Option(
-        help="name, uuid, state, version, address, created, joined, seen, received or sent; with '-' in front the other way.",
+        help="name, uuid, state, version, address, created, joined, seen, received or sent; prefix '-' for descending order.",
         metavar="KEY",
     ),
 ]
@@ -135,14 +135,14 @@ def list_machines(
     state: Annotated[list[StateChoice] | None, typer.Option(help="Only in this state. Repeatable.")] = None,
     name: Annotated[str, typer.Option(help="Only with this text in the name, hostname or UUID.", metavar="TEXT")] = "",
     selector: Selector = "",
-    version: Annotated[str, typer.Option(help="Only of this version: v1.10 takes v1.10.3.", metavar="VERSION")] = "",
+    version: Annotated[str, typer.Option(help="Only of this version; v1.10 includes v1.10.3.", metavar="VERSION")] = "",
     token: Annotated[
         str,
-        typer.Option(help="Only those that joined by this token.", metavar="TOKEN", autocompletion=complete_tokens),
+        typer.Option(help="Only machines that joined by this token.", metavar="TOKEN", autocompletion=complete_tokens),
     ] = "",
     transport: Annotated[TransportChoice | None, typer.Option(help="Only by this transport.")] = None,
     sort: Sort = "name",
-    limit: Annotated[int | None, typer.Option(help="At most so many.", min=1, show_default="all", metavar="COUNT")] = None,
+    limit: Annotated[int | None, typer.Option(help="Maximum number.", min=1, show_default="all", metavar="COUNT")] = None,
     watch: Watch = False,
 ) -> None:
     """List machines: accepted, pending and denied ones."""
@@ -262,9 +262,9 @@ def limit(
     rx: Annotated[str | None, typer.Option(help="Bits a second from the machine: 500k, 10M or 1G; none.", **_RATE)] = None,
     tx: Annotated[str | None, typer.Option(help="Bits a second to the machine.", **_RATE)] = None,
 ) -> None:
-    """Limit a machine's bandwidth through the server that has its link, at once. What is more is dropped and counted.
+    """Limit a machine's bandwidth, effective at once. Packets above the limit are dropped and counted.
 
-    Without a limit of its own it has the one that the server has for each machine.
+    A machine without a limit of its own has the server's default limit.
     """
     wanted = SetMachineRatesRequest(
         name=name, rx=None if rx is None else read_rate(rx), tx=None if tx is None else read_rate(tx)
@@ -336,7 +336,7 @@ def accept(
         typer.Option("--forget-token", help="Also discard its unique token. Use this if the machine lost it."),
     ] = False,
 ) -> None:
-    """Let pending or denied machines in."""
+    """Accept pending or denied machines."""
 
     async def work(connection: Connection, name: str) -> None:
         stub = connection.stub(MachineServiceStub)

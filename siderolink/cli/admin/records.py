@@ -38,17 +38,19 @@ T = TypeVar("T")
 TAIL = 1000
 _LINE_LIMIT = 16_384
 
-Follow = Annotated[bool, typer.Option("--follow", "-f", help="Print what comes, until stopped.")]
+Follow = Annotated[bool, typer.Option("--follow", "-f", help="Keep printing new entries until stopped.")]
 Since = Annotated[
     str | None,
-    typer.Option(help="From then on: 24h ago, or a time such as 2026-12-31T12:00:00Z.", metavar="WHEN", callback=CHECK_TIME),
+    typer.Option(
+        help="Start of the period: 24h (ago), or a time such as 2026-12-31T12:00:00Z.", metavar="WHEN", callback=CHECK_TIME
+    ),
 ]
-Until = Annotated[str | None, typer.Option(help="Up to then.", metavar="WHEN", callback=CHECK_TIME)]
-Limit = Annotated[int, typer.Option("--limit", "-n", help="At most so many, the newest.", min=1, metavar="COUNT")]
+Until = Annotated[str | None, typer.Option(help="End of the period.", metavar="WHEN", callback=CHECK_TIME)]
+Limit = Annotated[int, typer.Option("--limit", "-n", help="Maximum number, the newest ones.", min=1, metavar="COUNT")]
 Tail = Annotated[
     int | None,
     typer.Option(
-        "--tail", "-n", help="At most so many, the last.", min=1, metavar="COUNT", show_default=f"{TAIL}; all with --since"
+        "--tail", "-n", help="Maximum number, the last ones.", min=1, metavar="COUNT", show_default=f"{TAIL}; all with --since"
     ),
 ]
 Kinds = Annotated[list[str] | None, typer.Option("--kind", help="Only these, such as joined. Repeatable.", metavar="KIND")]
@@ -103,11 +105,11 @@ def logs(
     until: Until = None,
     tail: Tail = None,
     grep: Annotated[
-        str, typer.Option("--grep", "-g", help="Only lines that hold this text. It is no pattern.", metavar="TEXT")
+        str, typer.Option("--grep", "-g", help="Only lines that contain this text (not a pattern).", metavar="TEXT")
     ] = "",
-    ignore_case: Annotated[bool, typer.Option("--ignore-case", "-i", help="With --grep: in upper or lower case.")] = False,
+    ignore_case: Annotated[bool, typer.Option("--ignore-case", "-i", help="With --grep: ignore case.")] = False,
 ) -> None:
-    """Show a machine's kernel log, as far as the server has kept it; with -f also what comes."""
+    """Show the part of a machine's kernel log that the server keeps; with -f, follow new lines."""
     request = MachineLogsRequest(
         machine=name,
         follow=follow,
@@ -129,7 +131,7 @@ def events(
     tail: Tail = None,
     kind: Kinds = None,
 ) -> None:
-    """Show what a machine told of itself, as far as the server has kept it; with -f also what comes."""
+    """Show a machine's events that the server keeps; with -f, follow new ones."""
     request = MachineEventsRequest(
         machine=name,
         follow=follow,
@@ -154,9 +156,7 @@ def history(
     limit: Limit = 100,
     delete: Annotated[
         bool,
-        typer.Option(
-            "--delete", help="Delete what is kept of the machine: history, kernel log and events; with --until, what is older."
-        ),
+        typer.Option("--delete", help="Delete the machine's history, kernel log and events; with --until, only older entries."),
     ] = False,
 ) -> None:
     """Show what happened to a machine, known or gone, the oldest first; or delete what is kept of it."""

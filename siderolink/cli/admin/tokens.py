@@ -144,7 +144,7 @@ def create(
     tunnel: Annotated[TunnelChoice | None, typer.Option(help="Whether its machines use the gRPC tunnel.")] = None,
     note: Note = None,
     kind: Annotated[
-        TokenKindChoice, typer.Option(help="How machines present it: as it is, or signed by it (v1, v2).")
+        TokenKindChoice, typer.Option(help="How machines present it: in plain, or as a token signed with it (v1, v2).")
     ] = TokenKindChoice.PLAIN,
     provider: Annotated[
         str, typer.Option(help="The provider whose signed v2 tokens it verifies.", metavar="ID", show_default="none")
@@ -154,7 +154,7 @@ def create(
     ] = None,
     default: Annotated[bool, typer.Option("--default", help="Make it the default token.")] = False,
 ) -> None:
-    """Create a join token, and print it. Later it is shown by `token show --secret` only."""
+    """Create a join token and print it. Later, only `token show --secret` shows it."""
     if uses is not None and one_time:
         raise ConfigurationError("give --uses or --one-time, not both")
     if machines is not None and (uses is not None or one_time):
@@ -299,14 +299,14 @@ def _confirm_end(call: Call, name: str, what: str) -> None:
 
 @command(app, "revoke", prints=True, destroys=True)
 def revoke(call: Call, name: Name) -> None:
-    """Let no more machines in by a token. Links stay; machines with a bound unique token come back without it."""
+    """Revoke a token: it admits no more machines. Links stay; machines with a bound unique token can rejoin without it."""
     _confirm_end(call, name, "Revoke the token")
     _print_after(call, name, lambda stub, request: stub.revoke_token(request))
 
 
 @command(app, "reinstate", prints=True)
 def reinstate(call: Call, name: Name) -> None:
-    """Take back a revocation."""
+    """Undo a revocation."""
     _print_after(call, name, lambda stub, request: stub.reinstate_token(request))
 
 
@@ -344,7 +344,7 @@ def update(
     ] = None,
     tunnel: Annotated[TunnelChoice | None, typer.Option(help="Whether its machines use the gRPC tunnel.")] = None,
 ) -> None:
-    """Change what is written about a token, and what it allows."""
+    """Change a token's name, note, labels and limits."""
     setting, removing = read_labels(label or ())
     request = UpdateTokenRequest(
         name=name,
@@ -377,5 +377,5 @@ def delete(call: Call, name: Name) -> None:
 
 @command(app, "default", prints=True)
 def default(call: Call, name: Name) -> None:
-    """Make a token the default one, which is given to machines and verifies v1 tokens."""
+    """Make a token the default one, which join URLs contain and which verifies v1 tokens."""
     _print_after(call, name, lambda stub, request: stub.set_default_token(request))
