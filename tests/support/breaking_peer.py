@@ -5,6 +5,7 @@ import socket
 import struct
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 from hyperframe.frame import GoAwayFrame, HeadersFrame, RstStreamFrame, SettingsFrame
@@ -20,6 +21,10 @@ def _goaway(code: int, last: int = 0) -> bytes:
 def _reset(sock: Socket) -> None:
     """The next close sends a TCP RST."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+
+def _close(sock: Socket, _: object) -> None:
+    sock.close()
 
 
 def _half_headers() -> bytes:
@@ -89,6 +94,7 @@ class BreakingPeer:
                 task = self._loop.create_task(self._serve(sock))
                 tasks.add(task)
                 task.add_done_callback(tasks.discard)
+                task.add_done_callback(partial(_close, sock))  # also if it was cancelled before it began
         finally:
             for task in tuple(tasks):
                 task.cancel()
