@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -26,7 +26,7 @@ from playwright.sync_api import Page, expect
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.support.report import machine
-from benchmarks.support.scale_net import SOURCES, URL, scale_net
+from benchmarks.support.scale_net import ONE_SOURCE, SOURCES, URL, scale_net
 from tests.support.browser import browser_in, sign_in, visitor
 from tests.support.netns import stop
 from tests.support.topology import SERVER_V4, Net
@@ -82,6 +82,17 @@ class Turn:
     """Milliseconds."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Served:
+    """The server."""
+
+    pid: int
+    key: str
+    """An API key."""
+    address: str
+    """Of the machine that stays."""
+
+
 @dataclass(slots=True)
 class Results:
     waits: dict[str, float] = field(default_factory=dict)
@@ -110,28 +121,35 @@ def page_process(server: int) -> int:
 
 
 @contextmanager
-def fleet(net: Net, folder: Path, machines: int, churn: float) -> Iterator[tuple[int, str]]:
-    """A server with its page, and machines that come and go; gives its process id and an API key."""
+def fleet(net: Net, folder: Path, machines: int, churn: float) -> Iterator[Served]:
+    """A server with its page, one machine that stays, and others that come and go."""
     environment = os.environ | {"SIDEROLINK_RUNTIME_DIR": str(folder / "run")}
     listen = ["--api-listen", f"{SERVER_V4}:4000", "--wireguard-endpoint", f"{SERVER_V4}:51820", "--web-listen", "8096"]
-    kept = ["--state", str(folder / "state"), "--join-token", "foo", "--interface", "slpage0", "--device", "userspace"]
+    kept = ["--state", str(folder / "state"), "--join-token", "foo", "--device", "userspace"]
     limits = ["--limit", f"max-machines={10 * machines}"]
-    server = net.server.popen([*COMMAND, "serve", *listen, *kept, *limits], stdout=subprocess.PIPE, env=environment)
-    assert server.stdout is not None
-    while " page: " not in server.stdout.readline():
-        assert server.poll() is None, "the server ended"
-    command = [*COMMAND, "apikey", "create", "bench", "--role", "viewer", "-o", "json"]
-    key = str(json.loads(net.server.run(command, env=environment))["secret"])
-    many = ["--machines", str(machines), "--churn", str(churn), "--sources", SOURCES, "--at-once", "64", "--timeout", "600"]
-    swarm = net.machine.popen([*COMMAND, "simulate", URL, "--json", *many], stdout=subprocess.PIPE)
-    try:
-        assert swarm.stdout is not None
-        for _ in ("join", "connect"):
-            print(swarm.stdout.readline().strip(), file=sys.stderr)
-        yield server.pid, key
-    finally:
-        stop(swarm)
-        stop(server)
+    said = folder / "said"
+    with said.open("w") as output, ExitStack() as stack:
+        command = [*COMMAND, "serve", *listen, *kept, *limits]
+        server = net.server.popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
+        stack.callback(stop, server)
+        while not all(word in said.read_text() for word in (" page: ", " serving")):
+            assert server.poll() is None, said.read_text()
+            time.sleep(0.2)
+        command = [*COMMAND, "apikey", "create", "bench", "--role", "viewer", "-o", "json"]
+        key = str(json.loads(net.server.run(command, env=environment, timeout=60))["secret"])
+        many = ["--machines", str(machines), "--churn", str(churn), "--sources", SOURCES, "--at-once", "64", "--timeout", "600"]
+        address = ""
+        for some in (["--machines", "1", "--sources", ONE_SOURCE], many):  # the one that stays is pinged
+            swarm = net.machine.popen([*COMMAND, "simulate", URL, "--json", *some], stdout=subprocess.PIPE)
+            stack.callback(stop, swarm)
+            assert swarm.stdout is not None
+            for _ in ("join", "connect"):
+                print(swarm.stdout.readline().strip(), file=sys.stderr)
+            if not address:
+                listed = net.server.run([*COMMAND, "machine", "list", "-o", "json"], env=environment, timeout=60)
+                (steady,) = json.loads(listed)
+                address = steady["overlay_address"]
+        yield Served(pid=server.pid, key=key, address=address)
 
 
 def ping_p99(net: Net, address: str, seconds: float) -> float:
@@ -140,12 +158,12 @@ def ping_p99(net: Net, address: str, seconds: float) -> float:
     return times[int(0.99 * (len(times) - 1))] if times else float("nan")
 
 
-def one_turn(net: Net, server: int, address: str, seconds: float) -> Turn:
-    page = page_process(server)
-    before, began = (cpu_of(page), cpu_of(server)), time.perf_counter()
-    p99 = ping_p99(net, address, seconds)
+def one_turn(net: Net, server: Served, seconds: float) -> Turn:
+    page = page_process(server.pid)
+    before, began = (cpu_of(page), cpu_of(server.pid)), time.perf_counter()
+    p99 = ping_p99(net, server.address, seconds)
     passed = time.perf_counter() - began
-    return Turn((cpu_of(page) - before[0]) / passed, (cpu_of(server) - before[1]) / passed, p99)
+    return Turn((cpu_of(page) - before[0]) / passed, (cpu_of(server.pid) - before[1]) / passed, p99)
 
 
 def measure_page(page: Page, seconds: float, results: Results) -> None:
@@ -171,20 +189,17 @@ def run(options: argparse.Namespace) -> Results:
     with (
         tempfile.TemporaryDirectory() as name,
         scale_net() as net,
-        fleet(net, Path(name), options.machines, options.churn) as (server, key),
+        fleet(net, Path(name), options.machines, options.churn) as server,
         browser_in(net.server, Path(name)) as browser,
     ):
-        environment = os.environ | {"SIDEROLINK_RUNTIME_DIR": str(Path(name) / "run")}
-        listed = net.server.run([*COMMAND, "machine", "list", "--state", "up", "-o", "json"], env=environment, timeout=120)
-        address = min(json.loads(listed), key=lambda one: one["joined_at"])["overlay_address"]
         for _ in range(options.turns):
-            results.without.append(one_turn(net, server, address, options.seconds))
+            results.without.append(one_turn(net, server, options.seconds))
             with visitor(browser, BASE, bypass_csp=True) as page:
-                sign_in(page, key)
+                sign_in(page, server.key)
                 page.goto("/machines?sort=-seen")
                 expect(page.locator("#live-state")).to_have_text("Live")
                 page.wait_for_timeout(3000)
-                results.with_page.append(one_turn(net, server, address, options.seconds))
+                results.with_page.append(one_turn(net, server, options.seconds))
                 measure_page(page, options.seconds, results)
     return results
 
