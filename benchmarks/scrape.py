@@ -1,7 +1,8 @@
 """What one scrape of the metrics costs among many machines: `python -m benchmarks.scrape [MACHINES [WITH_SERIES]]`.
 
 Prints the milliseconds of a scrape, and the longest for which another task of the event loop had to wait meanwhile, beside the
-same without a scrape.
+same without a scrape; and the most processor time that this process took while the task waited. What goes beyond that is the
+host's: it ran others.
 """
 
 import sys
@@ -75,25 +76,30 @@ class CrowdMetrics:
         return ()
 
 
-async def longest_wait(work: Callable[[], Awaitable[object]]) -> tuple[float, float]:
-    """Seconds that `work` takes, and the longest for which another task had to wait meanwhile."""
+async def longest_wait(work: Callable[[], Awaitable[object]]) -> tuple[float, float, float]:
+    """Seconds that `work` takes, the longest for which another task had to wait meanwhile, and the most processor time of this
+    process, all threads together, in one such wait.
+    """
     waits: list[float] = []
+    used: list[float] = []
 
     async def tick() -> None:
         while True:
-            due_at = time.perf_counter() + TICK
+            due_at, used_before = time.perf_counter() + TICK, time.process_time()
             await anyio.sleep(TICK)
             waits.append(time.perf_counter() - due_at)
+            used.append(time.process_time() - used_before)
 
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(tick)
         await anyio.sleep(0.05)
         waits.clear()
+        used.clear()
         began_at = time.perf_counter()
         await work()
         seconds = time.perf_counter() - began_at
         tasks.cancel_scope.cancel()
-    return seconds, max(waits, default=0.0)
+    return seconds, max(waits, default=0.0), max(used, default=0.0)
 
 
 async def main(machines: int, with_series: int) -> None:
@@ -103,9 +109,10 @@ async def main(machines: int, with_series: int) -> None:
         pages = Pages(CrowdMetrics(crowd, with_series))
         print(f"{machines} machines, {with_series} with series, {len((await pages.metrics()).body)} bytes")
         for _ in range(SCRAPES):
-            _, idle = await longest_wait(lambda: anyio.sleep(0.1))
-            seconds, wait = await longest_wait(pages.metrics)
-            print(f"scrape {seconds * 1e3:.1f} ms, longest wait {wait * 1e3:.1f} ms, without a scrape {idle * 1e3:.1f} ms")
+            _, idle, _ = await longest_wait(lambda: anyio.sleep(0.1))
+            seconds, wait, used = await longest_wait(pages.metrics)
+            waits = f"longest wait {wait * 1e3:.1f} ms, {used * 1e3:.1f} ms of it ours, without a scrape {idle * 1e3:.1f} ms"
+            print(f"scrape {seconds * 1e3:.1f} ms, {waits}")
 
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ class TunnelPath:
     @property
     def batch_bytes(self) -> int:
         """So much that a writable path has room for it, and for what goes beyond."""
-        return self._limit // 4
+        return self._limit * 7 // 16
 
     @property
     def queued_bytes(self) -> int:

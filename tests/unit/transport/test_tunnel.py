@@ -21,7 +21,7 @@ from siderolink.common.grpc import (
     translate_errors,
 )
 from siderolink.common.grpc.client import CREATE_STREAM
-from siderolink.common.transport.tunnel import ADDRESS_METADATA, TunnelPath, carry
+from siderolink.common.transport.tunnel import ADDRESS_METADATA, QUEUE_BYTES, TunnelPath, carry
 from siderolink.common.transport.tunnel_messages import HEADROOM
 from siderolink.common.wireguard.path import Datagrams, Path
 
@@ -162,6 +162,17 @@ async def test_a_full_path_drops_the_oldest_whole_datagrams_and_counts_them() ->
         assert path.queued_bytes <= 20_000
         assert path.drops.total() > 0
         assert not path.is_writable
+
+
+async def test_a_writable_path_has_room_for_a_batch_and_a_super_packet_beyond_it() -> None:
+    async with tunnel_server(SMALL) as (server, _), tunnel_client(server) as stream:
+        path = TunnelPath(stream, NAME)
+        while path.queued_bytes < QUEUE_BYTES // 4 - 2000:  # the loop is not given a turn meanwhile
+            path.send(batch(1312, 1))
+        assert path.is_writable
+        path.send(batch(1312, path.batch_bytes // 1280 + 49))
+        assert not path.is_writable
+        assert not path.drops
 
 
 async def test_what_remains_after_drops_arrives_whole_and_in_order() -> None:
