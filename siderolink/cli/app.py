@@ -26,6 +26,8 @@ _PLACES = {
     "audit": "admin.audit",
     "events": "admin.audit",
     "web": "web_app",
+    "servers": "admin.servers",
+    "drain": "admin.servers",
     "context": "admin.context_app",
     "state": "state_app",
     "config": "join_app",

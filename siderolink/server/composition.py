@@ -218,6 +218,7 @@ class Composition:
         if fleet.membership is not None and fleet.owners is not None:
             tasks.start_soon(keep_running, "writing heartbeats", fleet.membership.run)
             tasks.start_soon(keep_running, "taking links", fleet.owners.run)
+            tasks.start_soon(keep_running, "asking machines to move", self._draining.watch)
         if fleet.lease is not None:
             tasks.start_soon(fleet.lease.run)
         listen = partial(goodbyes.run, self._address, device.name, options.namespace)
@@ -365,6 +366,8 @@ class Composition:
             limits=fleet.limits,
             owner_of=lambda machine_id: None if fleet.owners is None else fleet.owners.owner_of(machine_id),
             open_api=partial(open_machine_api, namespace=self._options.namespace, answer_bytes=ANSWER_BYTES),
+            membership=fleet.membership,
+            draining=self._draining,
         )
         async with administration.run(options.audit_retention), AsyncExitStack() as stack:
             api = None

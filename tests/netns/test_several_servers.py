@@ -2,14 +2,17 @@
 
 import json
 import re
-import subprocess
 import sys
 import time
 from base64 import b64encode
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
+import anyio
+
+from siderolink.cli.demo.probe import EchoCount, keep_pinging
 from tests.netns.test_serve_memory import joined, pings
 from tests.netns.test_serve_postgres import waits_until
 from tests.support.netns import stop
@@ -129,15 +132,29 @@ def test_a_rotated_key_reaches_every_server_within_five_seconds(tmp_path: Path) 
 def test_a_machine_leaves_a_server_that_drains_without_a_lost_echo(tmp_path: Path) -> None:
     with (
         several(2) as net,
-        servers(net, tmp_path, "--drain-timeout", "60") as (a, _),
+        servers(net, tmp_path, "--drain-timeout", "60") as (a, b),
         joined(net.machines[0], url(net, 0)) as (link, portal),
     ):
         machine = net.machines[0]
         assert pings(machine, link.server_address, 10)
-        echoes = machine.popen(["ping", "-i", "0.01", "-c", "1500", "-q", str(link.server_address)], stdout=subprocess.PIPE)
-        time.sleep(1)
-        assert a.stop(timeout=50) == 0
-        said, _ = echoes.communicate(timeout=60)
-        assert "1500 packets transmitted, 1500 received" in said, said
+        echoes, stop_echoes = EchoCount(), portal.call(anyio.Event)
+        pinging = portal.start_task_soon(partial(keep_pinging, link.server_address, echoes, stop_echoes))
+        # from the other server, by the command
+        said = b.command(["drain", f"{net.address(0)}:51820", "--timeout", "50s"])
+        assert said.splitlines()[-1] == "nobody is left: the server can be stopped"
         assert "192.0.3.1" in str(portal.call(link.status).route)
-        assert pings(net.servers[1], link.address, 10)
+        assert [one["state"] for one in json.loads(b.command(["servers", "-o", "json"]))] == ["up", "draining"]
+        (audited,) = json.loads(b.command(["audit", "--action", "server.drain", "-o", "json"]))
+        assert "by server" in audited["source"]
+        refused = b.command(["drain"], check=False)
+        assert "no other server would stay" in refused
+        a.command(["drain", "--undo"])
+        # and by SIGTERM, back
+        waits_until(lambda: "draining" not in b.command(["servers"]), 10)
+        assert b.stop(timeout=50) == 0
+        assert "192.0.2.1" in str(portal.call(link.status).route)
+        assert pings(net.servers[0], link.address, 10)
+        portal.call(stop_echoes.set)
+        pinging.result(60)
+        assert len(echoes.sent_at) > 200
+        assert echoes.lost == []

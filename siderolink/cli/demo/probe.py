@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
 from ipaddress import IPv6Address
 from threading import Thread
 
@@ -18,6 +19,8 @@ from anyio.abc import Process
 
 _ECHO_REQUEST, _ECHO_REPLY = 128, 129
 _ICMPV6_FILTER = 1
+_LAST_ANSWERS = 3.0
+"""Seconds for which an answer is waited for after the last request."""
 _ECHO = struct.Struct("!BBHHH")
 
 
@@ -26,12 +29,18 @@ class _HTTPServer(http.server.ThreadingHTTPServer):
     daemon_threads = True
 
 
+def _echo_socket() -> socket.socket:
+    """Hears echo replies alone."""
+    sock = socket.socket(socket.AF_INET6, socket.SOCK_RAW | socket.SOCK_NONBLOCK, socket.IPPROTO_ICMPV6)
+    passed = bytearray(b"\xff" * 32)
+    passed[_ECHO_REPLY // 8] &= ~(1 << _ECHO_REPLY % 8)
+    sock.setsockopt(socket.IPPROTO_ICMPV6, _ICMPV6_FILTER, bytes(passed))
+    return sock
+
+
 async def ping(address: IPv6Address, *, count: int = 3, timeout: float = 1.0, interval: float = 0.02) -> list[float]:
     """Send echo requests (RFC 4443, section 4) one by one; the round trips in milliseconds of those that were answered."""
-    with socket.socket(socket.AF_INET6, socket.SOCK_RAW | socket.SOCK_NONBLOCK, socket.IPPROTO_ICMPV6) as sock:
-        passed = bytearray(b"\xff" * 32)
-        passed[_ECHO_REPLY // 8] &= ~(1 << _ECHO_REPLY % 8)
-        sock.setsockopt(socket.IPPROTO_ICMPV6, _ICMPV6_FILTER, bytes(passed))
+    with _echo_socket() as sock:
         identifier = os.getpid() & 0xFFFF
         trips: list[float] = []
         for sequence in range(count):
@@ -49,6 +58,46 @@ async def ping(address: IPv6Address, *, count: int = 3, timeout: float = 1.0, in
         return trips
 
 
+@dataclass(slots=True)
+class EchoCount:
+    """Echo requests at regular intervals: when each was sent, and which were answered."""
+
+    sent_at: list[float] = field(default_factory=list)
+    """By the monotonic clock."""
+    answered: set[int] = field(default_factory=set)
+
+    @property
+    def lost(self) -> list[int]:
+        return [sequence for sequence in range(len(self.sent_at)) if sequence not in self.answered]
+
+
+async def keep_pinging(address: IPv6Address, count: EchoCount, until: anyio.Event, *, interval: float = 0.01) -> None:
+    """Send an echo request every `interval` seconds until told; then wait for answers that are still under way."""
+    identifier = (os.getpid() ^ id(count)) & 0xFFFF
+    with _echo_socket() as sock:
+
+        async def receive() -> None:
+            while True:
+                data, source = await _receive(sock)
+                sequence = _reply_to(data, source, address, identifier)
+                if sequence is not None:
+                    count.answered.add(sequence)
+                if until.is_set() and len(count.answered) == len(count.sent_at):
+                    return
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(receive)
+            while not until.is_set() and len(count.sent_at) < 1 << 16:
+                count.sent_at.append(time.monotonic())
+                try:
+                    sequence = len(count.sent_at) - 1
+                    sock.sendto(_ECHO.pack(_ECHO_REQUEST, 0, 0, identifier, sequence) + bytes(48), (str(address), 0))
+                except OSError:
+                    pass  # not answered, then
+                await anyio.sleep(interval)
+            tasks.cancel_scope.deadline = anyio.current_time() + _LAST_ANSWERS
+
+
 async def _receive(sock: socket.socket) -> tuple[bytes, str]:
     await anyio.wait_readable(sock)
     data, source = sock.recvfrom(2048)
@@ -56,11 +105,15 @@ async def _receive(sock: socket.socket) -> tuple[bytes, str]:
 
 
 def _is_reply(received: tuple[bytes, str], address: IPv6Address, identifier: int, sequence: int) -> bool:
-    data, source = received
+    return _reply_to(*received, address, identifier) == sequence
+
+
+def _reply_to(data: bytes, source: str, address: IPv6Address, identifier: int) -> int | None:
+    """The sequence number of the echo request that this answers; None for anything else."""
     if len(data) < _ECHO.size or IPv6Address(source) != address:
-        return False
-    kind, _, _, *echoed = _ECHO.unpack_from(data)
-    return kind == _ECHO_REPLY and echoed == [identifier, sequence]
+        return None
+    kind, _, _, echoed, sequence = _ECHO.unpack_from(data)
+    return int(sequence) if kind == _ECHO_REPLY and echoed == identifier else None
 
 
 @asynccontextmanager

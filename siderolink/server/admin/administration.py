@@ -20,12 +20,15 @@ from siderolink.server.admin.hostnames import Hostnames
 from siderolink.server.admin.machine_answers import MachineAnswers, OpenApi
 from siderolink.server.admin.machines import MachineAdministration
 from siderolink.server.admin.records import Records
+from siderolink.server.admin.servers import Servers
 from siderolink.server.admin.tokens import Tokens
 from siderolink.server.clock import Clock
 from siderolink.server.events import EventHub
 from siderolink.server.fleet.directory import Directory
+from siderolink.server.fleet.draining import Draining
 from siderolink.server.fleet.limit_watch import LimitWatch
 from siderolink.server.fleet.machines import Machines
+from siderolink.server.fleet.membership import Membership
 from siderolink.server.history import History
 from siderolink.server.reporting import Reports
 from siderolink.server.store import (
@@ -67,12 +70,15 @@ class Administration:
         owner_of: Callable[[str], str | None] = lambda machine_id: None,
         open_api: OpenApi | None = None,
         limits: LimitWatch | None = None,
+        membership: Membership | None = None,
+        draining: Draining | None = None,
     ) -> None:
         """`admits` tells whether the join token that a machine presented would still let it in.
 
         `open_port` connects to a machine's port over the overlay. `join_url` is the URL for a token, empty where that is not
         known. `owner_of` tells the server that holds a machine's session, where several share the store. `open_api` leads to a
-        machine's own API. `limits` knows which limits bite.
+        machine's own API. `limits` knows which limits bite. `membership` and `draining` are this server's among those that
+        share the store.
         """
         self.limits = limits or LimitWatch(device, directory, events, clock)
         self.join_url = join_url
@@ -86,6 +92,7 @@ class Administration:
         self.bans = Bans(store, machines, self.machines, clock)
         self.api_keys = ApiKeys(store, clock)
         self.audit = AuditLog(store, clock)
+        self.servers = Servers(membership, draining, self.audit, clock)
         self.forwards = Forwards(self.machines, self.audit, clock, open_port)
         self.answers = MachineAnswers(self.machines, open_api)
         self.records = Records(history, reports, self.machines, self.audit, clock)

@@ -1,13 +1,16 @@
-"""A server that is about to stop: its row says so, and the machines whose links it owns are asked to go to another server.
+"""A server that is to be left: its row says so, and the machines whose links it owns are asked to go to another server.
 
 Others leave it out of their answers from then on. Machines that do not know the word stay until the server stops; those that
-can be dialled are dialled by another one then.
+can be dialled are dialled by another one then. A server that drains goes on serving, and can be told to stay after all.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import dataclass
 from ipaddress import IPv6Address
 from typing import Final
+
+import anyio
 
 from siderolink.common.errors import SideroLinkError
 from siderolink.common.tasks import in_parts
@@ -28,8 +31,20 @@ _PAUSE_SECONDS: Final = 0.02
 AskToMove = Callable[[IPv6Address], None]
 
 
+@dataclass(frozen=True, slots=True)
+class DrainStep:
+    """How far a drain has come."""
+
+    left: int
+    """Machines whose links are still up here."""
+    others: int
+    """Servers that stay."""
+    is_over: bool = False
+    """Nobody is left, or the time is over."""
+
+
 class Draining:
-    """One server's end, in good order."""
+    """How machines leave one server in good order."""
 
     def __init__(
         self, membership: Membership | None, owners: Owners | None, directory: Directory, ask: AskToMove, clock: Clock
@@ -39,32 +54,95 @@ class Draining:
         self._directory = directory
         self._ask = ask
         self._clock = clock
+        self._wake = anyio.Event()
+        self._is_final = False
         self.has_begun = False
 
     async def run(self, timeout: float) -> int:
-        """Let machines go until none is left that this server owns, or for so many seconds; tells how many are left.
+        """Before this server stops: let machines go until none is left that it owns, or for so many seconds.
 
-        Returns at once where no other server stays.
+        Tells how many are left. Returns at once where no other server stays.
         """
-        membership = self._membership
-        if membership is None or not any(one.id != membership.id and not one.is_draining for one in membership.living()):
+        if not self._others():
             return 0
-        self.has_begun = True
-        membership.describe(is_draining=True)
+        self._is_final = True
+        left = 0
+        async for step in self.steps(timeout):
+            left = step.left
+        return left
+
+    async def steps(self, timeout: float) -> AsyncGenerator[DrainStep]:
+        """Begin, and tell each second how far it is, until nobody is left or so many seconds are over.
+
+        `watch` does the asking, whether anybody reads this or not. Raises SideroLinkError where no other server stays, and
+        where the drain is undone meanwhile.
+        """
+        await self._begin()
+        ends_at = self._clock.monotonic() + timeout
+        while (left := len(self._left())) and self._clock.monotonic() < ends_at:
+            yield DrainStep(left, self._others())
+            await self._clock.sleep(min(LOOK_SECONDS, max(0.0, ends_at - self._clock.monotonic())))
+            if not self.has_begun:
+                raise SideroLinkError("the drain was undone")
+        yield DrainStep(left, self._others(), is_over=True)
+
+    async def undo(self) -> None:
+        """Stay after all: others name this server again. Machines that have gone do not come back by themselves.
+
+        Raises SideroLinkError where the server does not drain, or is about to stop.
+        """
+        if self._membership is None or not self.has_begun:
+            raise SideroLinkError("this server is not being drained")
+        if self._is_final:
+            raise SideroLinkError("this server is about to stop; that cannot be undone")
+        self.has_begun = False
+        log.warning("this server is not being drained any more")
+        await self._describe(self._membership, is_draining=False)
+
+    async def watch(self) -> None:
+        """Ask the machines that are here, and those that still come, while the server drains; until cancelled."""
+        while True:
+            await self._wake.wait()
+            self._wake = anyio.Event()
+            asked: dict[str, int] = {}
+            while self.has_begun:
+                links = self._left()
+                asked = {link.machine.id: asked.get(link.machine.id, 0) for link in links}
+                for part in in_parts([link for link in links if asked[link.machine.id] < ASKED_TIMES], _AT_ONCE):
+                    for link in part:
+                        asked[link.machine.id] += 1
+                        self._ask(link.machine.overlay_address)
+                    await self._clock.sleep(_PAUSE_SECONDS)
+                await self._clock.sleep(LOOK_SECONDS)
+
+    async def _begin(self) -> None:
+        """Raises SideroLinkError."""
+        membership, others = self._membership, self._others()
+        if membership is None or not others:
+            raise SideroLinkError("no other server would stay: machines have nowhere to go")
+        if not self.has_begun:
+            self.has_begun = True
+            self._wake.set()
+            log.warning(
+                "this server drains: %d machines are asked to go to %d other servers; TCP connections that end here are reset",
+                len(self._left()),
+                others,
+            )
+            await self._describe(membership, is_draining=True)
+
+    async def _describe(self, membership: Membership, *, is_draining: bool) -> None:
+        membership.describe(is_draining=is_draining)
         try:
             await membership.beat()
         except SideroLinkError as error:
-            log.warning("the other servers do not learn that this one drains: %s", error)
-        ends_at = self._clock.monotonic() + timeout
-        asked: dict[str, int] = {}
-        while (left := self._left()) and self._clock.monotonic() < ends_at:
-            for part in in_parts([link for link in left if asked.get(link.machine.id, 0) < ASKED_TIMES], _AT_ONCE):
-                for link in part:
-                    asked[link.machine.id] = asked.get(link.machine.id, 0) + 1
-                    self._ask(link.machine.overlay_address)
-                await self._clock.sleep(_PAUSE_SECONDS)
-            await self._clock.sleep(min(LOOK_SECONDS, max(0.0, ends_at - self._clock.monotonic())))
-        return len(left)
+            log.warning("the other servers do not learn %s yet: %s", "that this one drains" if is_draining else "it", error)
+
+    def _others(self) -> int:
+        """How many other servers stay."""
+        membership = self._membership
+        if membership is None:
+            return 0
+        return sum(one.id != membership.id and not one.is_draining for one in membership.living())
 
     def _left(self) -> list[MachineLink]:
         """The machines whose links are up here."""

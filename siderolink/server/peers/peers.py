@@ -19,7 +19,7 @@ from siderolink.server.peers.forwards import connected_at_the_owner
 from siderolink.server.peers.gathering import deleted_everywhere, events_of_all, reports_of_all
 from siderolink.server.peers.identity import PeerIdentity
 from siderolink.server.peers.questions import Questions
-from siderolink.server.peers.relay import How, at_the_owner, relayed_by
+from siderolink.server.peers.relay import How, at_the_named_server, at_the_owner, relayed_by
 from siderolink.server.peers.service import PeerService
 from siderolink.server.store import FleetServer, Store, Transaction
 
@@ -50,6 +50,11 @@ def _machine(message: Any) -> str:
     return name
 
 
+def _server(message: Any) -> str:
+    name: str = message.server
+    return name
+
+
 WAYS: Final[Mapping[str, How]] = {
     **{f"{_API}.MachineService/{name}": partial(at_the_owner, _named) for name in _OF_A_MACHINE},
     f"{_API}.HistoryService/MachineLogs": reports_of_all,
@@ -57,6 +62,8 @@ WAYS: Final[Mapping[str, How]] = {
     f"{_API}.HistoryService/DeleteHistory": deleted_everywhere,
     f"{_API}.EventService/FollowEvents": events_of_all,
     f"{_API}.ForwardService/CheckForward": partial(at_the_owner, _machine),
+    f"{_API}.ServerService/Drain": partial(at_the_named_server, _server),
+    f"{_API}.ServerService/UndoDrain": partial(at_the_named_server, _server),
     f"{_API}.ForwardService/Forward": connected_at_the_owner,
 }
 """How calls of the admin API are made where there are other servers; those that are missing are answered here alone."""

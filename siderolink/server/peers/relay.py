@@ -16,6 +16,7 @@ from grpclib.const import Handler
 from siderolink.common.errors import ServerUnreachableError
 from siderolink.common.grpc import GRPCError, Servable, Status, translate_errors
 from siderolink.common.tasks import background_tasks
+from siderolink.server.admin.servers import is_called
 from siderolink.server.admin.services import actor
 from siderolink.server.peers.access import caller_metadata
 from siderolink.server.peers.channels import PeerChannels
@@ -136,6 +137,14 @@ async def at_the_owner(name_of: Callable[[Any], str], method: Method, others: Ot
             log.debug("a call about a machine is answered here: %s", error)
             replayed = _Replayed(call, message)
     await method.at(None, others.channels, replayed)
+
+
+async def at_the_named_server(name_of: Callable[[Any], str], method: Method, others: Others, call: Any) -> None:
+    """At the server that the request names; here, where it names none that can be called."""
+    message = await call.recv_message()
+    name = "" if message is None else name_of(message)
+    server = next((one for one in others.others() if name and is_called(one, name)), None)
+    await method.at(server, others.channels, _Replayed(call, message))
 
 
 class _Relayed:

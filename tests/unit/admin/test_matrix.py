@@ -72,6 +72,8 @@ ROWS: dict[str, tuple[Role, betterproto2.Message]] = {
     "ServerService/GetInfo": (VIEWER, pb.GetInfoRequest()),
     "ServerService/GetStatus": (VIEWER, pb.GetStatusRequest()),
     "ServerService/ListServers": (VIEWER, pb.ListServersRequest()),
+    "ServerService/Drain": (ADMIN, pb.DrainRequest()),
+    "ServerService/UndoDrain": (ADMIN, pb.UndoDrainRequest()),
 }
 PREFIX = "/siderolink.admin.v1."
 REFUSED = (grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNAUTHENTICATED)

@@ -1,36 +1,57 @@
 """A server that drains: its row, its answers and the others', and the machines that it asks to go."""
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from ipaddress import IPv6Address
 
 import pytest
 
+from siderolink.common.errors import ForbiddenError, NotFoundError, SideroLinkError
+from siderolink.common.tasks import background_tasks
+from siderolink.server.admin.audit_log import AuditLog
+from siderolink.server.admin.servers import Servers
 from siderolink.server.fleet.draining import ASKED_TIMES, Draining
+from siderolink.server.store import Actor, AuditQuery, Role
+from tests.support.fake_device import VirtualClock
 from tests.support.manager import FakeMachine
-from tests.support.several import Fleet, fleet_of, membership
+from tests.support.several import Fleet, fleet_of, membership, settled
 
 pytestmark = pytest.mark.anyio
 
 
-def draining(fleet: Fleet, name: str, asked: list[IPv6Address]) -> Draining:
+@asynccontextmanager
+async def draining(fleet: Fleet, name: str, asked: list[IPv6Address]) -> AsyncIterator[Draining]:
     manager = fleet[name]
-    return Draining(manager.membership, manager.fleet.owners, manager.links, asked.append, fleet.time.clock)
+    # a time of its own: its two tasks turn it, and heartbeats would grow old in the fleet's
+    found = Draining(manager.membership, manager.fleet.owners, manager.links, asked.append, VirtualClock().clock)
+    async with background_tasks() as tasks:
+        tasks.start_soon(found.watch)
+        yield found
+
+
+def servers(fleet: Fleet, name: str, drain: Draining) -> Servers:
+    audit = AuditLog(fleet[name].store, fleet.time.clock)
+    return Servers(membership(fleet[name]), drain, audit, fleet.time.clock)
+
+
+async def at(fleet: Fleet, name: str) -> FakeMachine:
+    machine = FakeMachine()
+    await fleet[name].join(machine)
+    await fleet[name].handshake(machine)
+    await fleet.is_owned_by(machine, name)
+    return machine
 
 
 async def test_its_own_machines_are_asked_and_nobody_is_sent_to_it_any_more() -> None:
-    async with fleet_of("a", "b") as fleet:
+    asked: list[IPv6Address] = []
+    async with fleet_of("a", "b") as fleet, draining(fleet, "a", asked) as drain:
         a, b = membership(fleet["a"]), membership(fleet["b"])
         for name, one in (("a", a), ("b", b)):
             one.describe(endpoints=[f"{name}.example.com:51820"])
             await one.beat()
         await a.beat()
-        mine, other = FakeMachine(), FakeMachine()
-        for machine, name in ((mine, "a"), (other, "b")):
-            await fleet[name].join(machine)
-            await fleet[name].handshake(machine)
-            await fleet.is_owned_by(machine, name)
-        asked: list[IPv6Address] = []
-        drain = draining(fleet, "a", asked)
-        assert [drain.has_begun, await drain.run(10), drain.has_begun] == [False, 1, True]
+        mine, _ = await at(fleet, "a"), await at(fleet, "b")
+        assert [drain.has_begun, await drain.run(30), drain.has_begun] == [False, 1, True]
         assert asked == [(await fleet["a"].row(mine)).overlay_address] * ASKED_TIMES
         await fleet.pass_time(1)
         assert b.endpoints() == ["b.example.com:51820"]
@@ -43,14 +64,69 @@ async def test_its_own_machines_are_asked_and_nobody_is_sent_to_it_any_more() ->
 
 
 async def test_a_server_alone_or_among_leaving_ones_does_not_wait() -> None:
-    async with fleet_of("a", "b") as fleet:
-        await draining(fleet, "b", []).run(0)
+    async with fleet_of("a", "b") as fleet, draining(fleet, "b", []) as other, draining(fleet, "a", []) as alone:
+        await other.run(0)
         await fleet.pass_time(1)
-        machine = FakeMachine()
-        await fleet["a"].join(machine)
-        await fleet["a"].handshake(machine)
-        alone = draining(fleet, "a", [])
+        await at(fleet, "a")
         before = fleet.time.now
         assert await alone.run(60) == 0
         assert not alone.has_begun
         assert fleet.time.now == before
+        with pytest.raises(SideroLinkError, match="machines have nowhere to go"):
+            await anext(servers(fleet, "a", alone).drain())
+
+
+async def test_a_drain_by_command_tells_its_steps_is_audited_and_can_be_undone() -> None:
+    asked: list[IPv6Address] = []
+    async with fleet_of("a", "b") as fleet, draining(fleet, "a", asked) as drain:
+        b = membership(fleet["b"])
+        found = servers(fleet, "a", drain)
+        with pytest.raises(SideroLinkError, match="is not being drained"):
+            await found.undo_drain()
+        await at(fleet, "a")
+        steps = [(step.left, step.others, step.is_over) async for step in found.drain(timeout=20)]
+        assert steps == [(1, 1, False)] * (len(steps) - 1) + [(1, 1, True)]
+        assert len(steps) > 2
+        await fleet.pass_time(1)
+        assert [(one.id, one.is_draining) for one in b.everyone()] == [("b", False), ("a", True)]
+        assert b.heir("any") == "b"
+        # who comes while the server drains is asked, too, though nobody follows the drain
+        asked.clear()
+        later = await at(fleet, "a")
+        address = (await fleet["a"].row(later)).overlay_address
+        await settled(lambda: asked.count(address) == ASKED_TIMES)
+        await found.undo_drain("a")
+        assert not drain.has_begun
+        await fleet.pass_time(1)
+        assert [one.is_draining for one in b.living()] == [False, False]
+        entries = await fleet["a"].store.audit_entries(AuditQuery(limit=2, newest_first=True))
+        assert [(entry.action, entry.object_id) for entry in entries] == [("server.undo_drain", "a"), ("server.drain", "a")]
+
+
+async def test_whoever_follows_an_undone_drain_hears_so_and_a_stop_cannot_be_undone() -> None:
+    async with fleet_of("a", "b") as fleet, draining(fleet, "a", []) as drain:
+        await at(fleet, "a")
+        steps = drain.steps(30)
+        await anext(steps)
+        await drain.undo()
+        with pytest.raises(SideroLinkError, match="the drain was undone"):
+            await anext(steps)
+        await drain.run(1)
+        with pytest.raises(SideroLinkError, match="about to stop"):
+            await drain.undo()
+
+
+async def test_only_admins_drain_and_a_server_that_is_not_there_is_told() -> None:
+    async with fleet_of("a", "b") as fleet, draining(fleet, "a", []) as drain:
+        found = servers(fleet, "a", drain)
+        operator = Actor(name="eve", role=Role.OPERATOR)
+        with pytest.raises(ForbiddenError):
+            await anext(found.drain(actor=operator))
+        with pytest.raises(ForbiddenError):
+            await found.undo_drain(actor=operator)
+        with pytest.raises(NotFoundError, match="no living server that can be called is 'c'"):
+            await anext(found.drain("c"))
+        for timeout in (-1.0, float("nan"), 1e9):
+            with pytest.raises(SideroLinkError, match="a drain takes"):
+                await anext(found.drain(timeout=timeout))
+        assert not drain.has_begun

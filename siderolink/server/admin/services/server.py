@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import aclosing
 from importlib.metadata import version
 from typing import Protocol
 
@@ -196,7 +197,8 @@ class EventService(pb.EventServiceBase):
 class ServerService(pb.ServerServiceBase):
     """See admin.proto."""
 
-    def __init__(self, facts: GetFacts) -> None:
+    def __init__(self, administration: GetAdministration, facts: GetFacts) -> None:
+        self._administration = administration
         self._facts = facts
 
     async def get_version(self, message: pb.GetVersionRequest) -> pb.GetVersionResponse:
@@ -212,6 +214,16 @@ class ServerService(pb.ServerServiceBase):
     async def list_servers(self, message: pb.ListServersRequest) -> pb.ListServersResponse:
         return pb.ListServersResponse(servers=self._facts().servers())
 
+    async def drain(self, message: pb.DrainRequest) -> AsyncIterator[pb.DrainProgress]:
+        steps = self._administration().servers.drain(message.server, message.timeout, actor=actor())
+        async with aclosing(steps):
+            async for step in steps:
+                yield pb.DrainProgress(left=step.left, others=step.others, is_over=step.is_over)
+
+    async def undo_drain(self, message: pb.UndoDrainRequest) -> pb.UndoDrainResponse:
+        await self._administration().servers.undo_drain(message.server, actor=actor())
+        return pb.UndoDrainResponse()
+
 
 def admin_services(administration: GetAdministration, facts: GetFacts) -> list[Servable]:
     """All services of the admin API. Their callers are recognised by `guarded`."""
@@ -221,7 +233,7 @@ def admin_services(administration: GetAdministration, facts: GetFacts) -> list[S
         ApiKeyService(administration),
         AuditService(administration),
         EventService(administration, facts),
-        ServerService(facts),
+        ServerService(administration, facts),
         TokenService(administration),
         HistoryService(administration),
         ForwardService(administration),

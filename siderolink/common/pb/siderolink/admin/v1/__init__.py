@@ -25,6 +25,8 @@ __all__ = (
     "CreateTokenResponse",
     "DeleteHistoryRequest",
     "DeleteHistoryResponse",
+    "DrainProgress",
+    "DrainRequest",
     "Event",
     "EventServiceBase",
     "EventServiceStub",
@@ -95,6 +97,8 @@ __all__ = (
     "TokenServiceStub",
     "TokenUser",
     "UnbanRequest",
+    "UndoDrainRequest",
+    "UndoDrainResponse",
     "UpdateTokenRequest",
     "WatchMachinesRequest",
 )
@@ -498,6 +502,44 @@ class DeleteHistoryResponse(betterproto2.Message):
 
 default_message_pool.register_message(
     "siderolink.admin.v1", "DeleteHistoryResponse", DeleteHistoryResponse
+)
+
+
+@dataclass(eq=False, repr=False)
+class DrainProgress(betterproto2.Message):
+    left: "int" = betterproto2.field(1, betterproto2.TYPE_UINT32)
+    """
+    Machines whose links are still up there.
+    """
+
+    others: "int" = betterproto2.field(2, betterproto2.TYPE_UINT32)
+    """
+    Servers that stay.
+    """
+
+    is_over: "bool" = betterproto2.field(3, betterproto2.TYPE_BOOL)
+
+
+default_message_pool.register_message(
+    "siderolink.admin.v1", "DrainProgress", DrainProgress
+)
+
+
+@dataclass(eq=False, repr=False)
+class DrainRequest(betterproto2.Message):
+    server: "str" = betterproto2.field(1, betterproto2.TYPE_STRING)
+    """
+    By its id, or by an address where machines or servers reach it; empty for the one that is asked.
+    """
+
+    timeout: "float" = betterproto2.field(2, betterproto2.TYPE_DOUBLE)
+    """
+    Seconds; 0 for 30.
+    """
+
+
+default_message_pool.register_message(
+    "siderolink.admin.v1", "DrainRequest", DrainRequest
 )
 
 
@@ -2016,6 +2058,29 @@ default_message_pool.register_message(
 
 
 @dataclass(eq=False, repr=False)
+class UndoDrainRequest(betterproto2.Message):
+    server: "str" = betterproto2.field(1, betterproto2.TYPE_STRING)
+    """
+    As in DrainRequest.
+    """
+
+
+default_message_pool.register_message(
+    "siderolink.admin.v1", "UndoDrainRequest", UndoDrainRequest
+)
+
+
+@dataclass(eq=False, repr=False)
+class UndoDrainResponse(betterproto2.Message):
+    pass
+
+
+default_message_pool.register_message(
+    "siderolink.admin.v1", "UndoDrainResponse", UndoDrainResponse
+)
+
+
+@dataclass(eq=False, repr=False)
 class UpdateTokenRequest(betterproto2.Message):
     name: "str" = betterproto2.field(1, betterproto2.TYPE_STRING)
     """
@@ -2918,6 +2983,51 @@ class ServerServiceStub(betterproto2_grpclib.ServiceStub):
             "/siderolink.admin.v1.ServerService/ListServers",
             message,
             ListServersResponse,
+            timeout=timeout,
+            deadline=deadline,
+            metadata=metadata,
+        )
+
+    async def drain(
+        self,
+        message: "DrainRequest",
+        *,
+        timeout: "float | None" = None,
+        deadline: "Deadline | None" = None,
+        metadata: "MetadataLike | None" = None,
+    ) -> "AsyncIterator[DrainProgress]":
+        """
+        admin; audited: let a server's machines go to the others. Tells each second how far it is, until nobody is left or the
+        time is over. The server drains on when the caller hangs up, and afterwards: until it stops, or the drain is undone.
+        FAILED_PRECONDITION where no other server stays.
+        """
+
+        async for response in self._unary_stream(
+            "/siderolink.admin.v1.ServerService/Drain",
+            message,
+            DrainProgress,
+            timeout=timeout,
+            deadline=deadline,
+            metadata=metadata,
+        ):
+            yield response
+
+    async def undo_drain(
+        self,
+        message: "UndoDrainRequest",
+        *,
+        timeout: "float | None" = None,
+        deadline: "Deadline | None" = None,
+        metadata: "MetadataLike | None" = None,
+    ) -> "UndoDrainResponse":
+        """
+        admin; audited: let a server that drains stay.
+        """
+
+        return await self._unary_unary(
+            "/siderolink.admin.v1.ServerService/UndoDrain",
+            message,
+            UndoDrainResponse,
             timeout=timeout,
             deadline=deadline,
             metadata=metadata,
@@ -4010,6 +4120,23 @@ class ServerServiceBase(betterproto2_grpclib.ServiceBase):
 
         raise grpclib.GRPCError(grpclib.const.Status.UNIMPLEMENTED)
 
+    async def drain(self, message: "DrainRequest") -> "AsyncIterator[DrainProgress]":
+        """
+        admin; audited: let a server's machines go to the others. Tells each second how far it is, until nobody is left or the
+        time is over. The server drains on when the caller hangs up, and afterwards: until it stops, or the drain is undone.
+        FAILED_PRECONDITION where no other server stays.
+        """
+
+        raise grpclib.GRPCError(grpclib.const.Status.UNIMPLEMENTED)
+        yield DrainProgress()
+
+    async def undo_drain(self, message: "UndoDrainRequest") -> "UndoDrainResponse":
+        """
+        admin; audited: let a server that drains stay.
+        """
+
+        raise grpclib.GRPCError(grpclib.const.Status.UNIMPLEMENTED)
+
     async def __rpc_get_version(
         self, stream: "grpclib.server.Stream[GetVersionRequest, GetVersionResponse]"
     ) -> None:
@@ -4042,6 +4169,25 @@ class ServerServiceBase(betterproto2_grpclib.ServiceBase):
         response = await self.list_servers(request)
         await stream.send_message(response)
 
+    async def __rpc_drain(
+        self, stream: "grpclib.server.Stream[DrainRequest, DrainProgress]"
+    ) -> None:
+        request = await stream.recv_message()
+        assert request is not None
+        await self._call_rpc_handler_server_stream(
+            self.drain,
+            stream,
+            request,
+        )
+
+    async def __rpc_undo_drain(
+        self, stream: "grpclib.server.Stream[UndoDrainRequest, UndoDrainResponse]"
+    ) -> None:
+        request = await stream.recv_message()
+        assert request is not None
+        response = await self.undo_drain(request)
+        await stream.send_message(response)
+
     def __mapping__(self) -> "dict[str, grpclib.const.Handler]":
         return {
             "/siderolink.admin.v1.ServerService/GetVersion": grpclib.const.Handler(
@@ -4067,6 +4213,18 @@ class ServerServiceBase(betterproto2_grpclib.ServiceBase):
                 grpclib.const.Cardinality.UNARY_UNARY,
                 ListServersRequest,
                 ListServersResponse,
+            ),
+            "/siderolink.admin.v1.ServerService/Drain": grpclib.const.Handler(
+                self.__rpc_drain,
+                grpclib.const.Cardinality.UNARY_STREAM,
+                DrainRequest,
+                DrainProgress,
+            ),
+            "/siderolink.admin.v1.ServerService/UndoDrain": grpclib.const.Handler(
+                self.__rpc_undo_drain,
+                grpclib.const.Cardinality.UNARY_UNARY,
+                UndoDrainRequest,
+                UndoDrainResponse,
             ),
         }
 
