@@ -33,7 +33,7 @@ KERNEL_SERVERS := $(foreach name,absence other_users restart server ten_thousand
 
 COVERED_WELL := $(subst $(space),$(comma),$(addprefix siderolink/,common/wireguard/noise/* common/wireguard/packets/* common/transport/* server/admission/* server/store/*))
 
-.PHONY: help setup native native-check native-tests native-sanitized needs demo test check lint types fresh format proto docs unit netns interop examples dist verify-dist test-kernel kernel-servers kernel-links others h2-range pure all-tests coverage bench bench-recovery soak clean
+.PHONY: help setup native native-check native-tests native-sanitized needs demo demo-ha test check lint types fresh format proto docs unit netns interop examples dist verify-dist test-kernel kernel-servers kernel-links others h2-range pure all-tests coverage bench bench-recovery soak clean
 
 help: ## this list
 	@sed -n 's/^\([a-z0-9 -]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 32
@@ -48,6 +48,9 @@ needs: ## the Debian packages that the tests use (apt-get, as root or by sudo)
 
 demo: setup ## the main job, shown in network namespaces of its own
 	@$(PYTHON) -m siderolink demo $(ARGS)
+
+demo-ha: setup ## three servers over a Postgres of their own; one is killed, one drained, everyone is back. As root; needs Postgres's programs
+	@$(SUDO) $(PYTHON) -m siderolink demo --several-servers $(ARGS)
 
 test: needs native check ## every check and every test, on every interpreter and with the kernel's WireGuard
 	@echo "beside what follows: tests that take minutes, the kernel's WireGuard, and other interpreters"

@@ -92,10 +92,18 @@ def demo(
     as_json: Json = False,
     device: Device = DeviceChoice.AUTO,
     seconds: Annotated[float, typer.Option(help="Duration of each of the four bulk transfers.", min=0.1, max=60)] = 2.0,
+    several: Annotated[
+        bool,
+        typer.Option(
+            "--several-servers", help="Three servers over a Postgres of their own, one killed and one drained. Needs root."
+        ),
+    ] = False,
 ) -> None:
     """Demonstrate a server and machines in temporary network namespaces."""
-    from siderolink.cli.demo.run import run_demo
+    from siderolink.cli.demo.run import run_demo, run_fleet_demo
 
+    if several:
+        raise typer.Exit(run_fleet_demo(as_json=as_json, device=device.value))
     raise typer.Exit(run_demo(as_json=as_json, device=device.value, seconds=seconds))
 
 

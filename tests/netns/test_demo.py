@@ -10,7 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from siderolink.cli.demo import programs
+from siderolink.cli.demo.fleet import check_needs
 from siderolink.cli.demo.namespace import is_in_use, of_process
+from siderolink.common.errors import SideroLinkError
 
 DEMO = [sys.executable, "-m", "siderolink", "demo", "--seconds", "0.3"]
 
@@ -70,3 +73,13 @@ def test_nothing_is_left_however_it_ends(number: signal.Signals) -> None:
         os.close(descriptor)
         assert ended, "a host lives on"
     assert not any(is_in_use(identity) for identity in namespaces)
+
+
+def test_what_several_servers_need_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(programs, "_POSTGRES", Path("/nowhere"))
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(SideroLinkError, match="cannot find initdb, postgres, pg_isready: on Debian, apt-get install"):
+        check_needs()
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    with pytest.raises(SideroLinkError, match="this demo needs root"):
+        check_needs()

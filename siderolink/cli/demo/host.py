@@ -17,6 +17,7 @@ from siderolink.common.tasks import background_tasks
 
 Fields = dict[str, Any]
 START_TIMEOUT = 20.0
+_END_SECONDS = 15.0
 OnEvent = Callable[[str, str, str], None]
 """Takes the host's name, the event's name and its text."""
 
@@ -107,10 +108,10 @@ async def _lines(stream: ByteReceiveStream | None) -> AsyncIterator[str]:
 
 
 @asynccontextmanager
-async def start_host(name: str, on_event: OnEvent) -> AsyncIterator[DemoHost]:
-    """A host in a network namespace of its own; both are gone when the context is left."""
+async def start_host(name: str, on_event: OnEvent, module: str = "siderolink.cli.demo.node") -> AsyncIterator[DemoHost]:
+    """A host in a network namespace of its own, which runs this module; both are gone when the context is left."""
     # A session of its own: an interrupt from the terminal is for the demo, which then ends its hosts in order.
-    command = [sys.executable, "-m", "siderolink.cli.demo.node"]
+    command = [sys.executable, "-m", module]
     async with await anyio.open_process(command, stdin=PIPE, stdout=PIPE, stderr=PIPE, start_new_session=True) as process:
         host = DemoHost(name, process, on_event)
         try:
@@ -129,7 +130,7 @@ async def _end(process: Process) -> None:
     with anyio.CancelScope(shield=True):
         if process.stdin is not None:
             await process.stdin.aclose()
-        with anyio.move_on_after(5):
+        with anyio.move_on_after(_END_SECONDS):
             await process.wait()
             return
         process.kill()

@@ -13,6 +13,7 @@ from siderolink.common.netlink import run_netlink
 _CLONE_NEWUSER = 0x10000000
 _CLONE_NEWNET = 0x40000000
 _FORWARDING = Path("/proc/sys/net/ipv6/conf/all/forwarding")
+_FORWARDING_IPV4 = Path("/proc/sys/net/ipv4/ip_forward")
 
 
 def _unshare(flags: int) -> None:
@@ -79,6 +80,16 @@ async def configure(interface: str, address: IPv4Interface) -> None:
     await run_netlink(work)
 
 
+async def add_gateway(address: str) -> None:
+    """Send by this router whatever has no other route."""
+
+    async def work() -> None:
+        async with AsyncIPRoute() as netlink:
+            await netlink.route("add", dst="default", gateway=address)
+
+    await run_netlink(work)
+
+
 async def add_route(destination: IPv6Address, interface: str) -> None:
     async def work() -> None:
         async with AsyncIPRoute() as netlink:
@@ -99,10 +110,19 @@ async def interfaces() -> list[str]:
 
 def forward_ipv6() -> None:
     """Make this namespace a router. Raises SideroLinkError where /proc/sys cannot be written."""
+    _forward(_FORWARDING)
+
+
+def forward_ipv4() -> None:
+    """The same for IPv4."""
+    _forward(_FORWARDING_IPV4)
+
+
+def _forward(switch: Path) -> None:
     try:
-        _FORWARDING.write_text("1")
+        switch.write_text("1")
     except OSError as error:
-        raise SideroLinkError(f"cannot enable IPv6 forwarding: {_FORWARDING}: {error.strerror}") from error
+        raise SideroLinkError(f"forwarding cannot be switched on: {switch}: {error.strerror}") from error
 
 
 async def _index(netlink: AsyncIPRoute, interface: str) -> int:

@@ -47,7 +47,7 @@ class Node:
         self._stack = stack
         self._tasks = tasks
         self._leave = anyio.Event()
-        self._left: anyio.Event | None = None
+        self._left: list[anyio.Event] = []
         self._server: Server | None = None
         self._link: Link | None = None
         self._sink: Process | None = None
@@ -89,7 +89,7 @@ class Node:
             join_token=join_token,
             device=device,  # type: ignore[arg-type]  # checked by Server
         )
-        self._server = await self._hold(server)
+        self._server = await self.hold(server)
         return {"address": str(server.address), "public_key": str(server.public_key), "device": server.device.kind}
 
     async def do_join(self, url: str, uuid: str, device: str) -> Fields:
@@ -100,7 +100,7 @@ class Node:
             say({"event": name, "text": text})
 
         context = connect(url, uuid=uuid, device=device, on_event=tell)  # type: ignore[arg-type]  # checked by connect
-        self._link = link = await self._hold(context)
+        self._link = link = await self.hold(context)
         return {
             "address": str(link.address),
             "server_address": str(link.server_address),
@@ -111,8 +111,8 @@ class Node:
     async def do_leave(self) -> Fields:
         """Stop serving, or leave the link; tells which interfaces are left."""
         self._leave.set()
-        if self._left is not None:
-            await self._left.wait()
+        for left in self._left:
+            await left.wait()
         return {"interfaces": await namespace.interfaces()}
 
     async def do_ping(self, address: str, count: int = 5, timeout: float = 1.0) -> Fields:
@@ -175,15 +175,16 @@ class Node:
             raise SideroLinkError("this host has no link")
         return self._link
 
-    async def _hold(self, context: AbstractAsyncContextManager[T]) -> T:
+    async def hold(self, context: AbstractAsyncContextManager[T]) -> T:
         """Enter a context in a task of its own, which leaves it when told to."""
 
         async def hold(*, task_status: TaskStatus[T]) -> None:
             async with context as value:
-                self._left = anyio.Event()
+                left = anyio.Event()
+                self._left.append(left)
                 task_status.started(value)
                 await self._leave.wait()
-            self._left.set()
+            left.set()
 
         value: T = await self._tasks.start(hold)
         return value
@@ -212,16 +213,21 @@ async def _line(process: Process) -> str:
     return line.decode()
 
 
-async def main() -> None:
+async def _main(kind: type[Node]) -> None:
     await namespace.bring_up_loopback()
     say({"event": "ready", "text": ""})
     async with AsyncExitStack() as stack, background_tasks() as tasks:
-        node = Node(stack, tasks)
+        node = kind(stack, tasks)
         while line := await anyio.to_thread.run_sync(sys.stdin.readline, abandon_on_cancel=True):
             tasks.start_soon(node.answer, json.loads(line))
         await node.do_leave()
 
 
-if __name__ == "__main__":
+def run_node(kind: type[Node]) -> None:
+    """Be one host, until the input ends."""
     namespace.enter_network_namespace()
-    anyio.run(main, backend_options=loop_options())
+    anyio.run(_main, kind, backend_options=loop_options())
+
+
+if __name__ == "__main__":
+    run_node(Node)

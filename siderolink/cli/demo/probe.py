@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from ipaddress import IPv6Address
+from itertools import pairwise
 from threading import Thread
 
 import anyio
@@ -64,11 +65,19 @@ class EchoCount:
 
     sent_at: list[float] = field(default_factory=list)
     """By the monotonic clock."""
-    answered: set[int] = field(default_factory=set)
+    answered_at: dict[int, float] = field(default_factory=dict)
+    """By the requests' numbers."""
+    ended: anyio.Event = field(default_factory=anyio.Event)
 
     @property
     def lost(self) -> list[int]:
-        return [sequence for sequence in range(len(self.sent_at)) if sequence not in self.answered]
+        return [sequence for sequence in range(len(self.sent_at)) if sequence not in self.answered_at]
+
+    @property
+    def longest_gap(self) -> float:
+        """The longest time without an answer, in seconds; from the first request on."""
+        times = sorted([*self.sent_at[:1], *self.answered_at.values()])
+        return max((later - earlier for earlier, later in pairwise(times)), default=0.0)
 
 
 async def keep_pinging(address: IPv6Address, count: EchoCount, until: anyio.Event, *, interval: float = 0.01) -> None:
@@ -81,8 +90,8 @@ async def keep_pinging(address: IPv6Address, count: EchoCount, until: anyio.Even
                 data, source = await _receive(sock)
                 sequence = _reply_to(data, source, address, identifier)
                 if sequence is not None:
-                    count.answered.add(sequence)
-                if until.is_set() and len(count.answered) == len(count.sent_at):
+                    count.answered_at.setdefault(sequence, time.monotonic())
+                if until.is_set() and len(count.answered_at) == len(count.sent_at):
                     return
 
         async with anyio.create_task_group() as tasks:
@@ -96,6 +105,7 @@ async def keep_pinging(address: IPv6Address, count: EchoCount, until: anyio.Even
                     pass  # not answered, then
                 await anyio.sleep(interval)
             tasks.cancel_scope.deadline = anyio.current_time() + _LAST_ANSWERS
+    count.ended.set()
 
 
 async def _receive(sock: socket.socket) -> tuple[bytes, str]:

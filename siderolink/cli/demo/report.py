@@ -122,11 +122,20 @@ class JsonReport:
         flush()
 
 
+def _machine_line(name: str, machine: Fields) -> str:
+    told = []
+    if "back_after" in machine:
+        told.append(f"back {machine['back_after']:.1f} s after kill -9")
+    if "lost_in_drain" in machine:
+        told.append(f"{machine['lost_in_drain']} echoes lost in the drain")
+    return f"{name} by {machine['link']:6}   {', '.join(told)}"
+
+
 def _summary_lines(summary: Fields) -> list[str]:
     if not summary["ok"]:
         return [f"The demo failed at: {summary['failed']}"]
-    lines = []
-    for name, link in summary["links"].items():
+    lines = [_machine_line(name, machine) for name, machine in summary.get("machines", {}).items()]
+    for name, link in summary.get("links", {}).items():
         lines.append(
             f"{name:7} {link['up_mbit']:7.0f} Mbit/s up {link['down_mbit']:7.0f} Mbit/s down   ping {link['ping_ms']:.2f} ms"
         )

@@ -6,8 +6,10 @@ import signal
 import anyio
 
 from siderolink.cli.demo import namespace
+from siderolink.cli.demo.fleet import FleetDemo, check_needs
 from siderolink.cli.demo.report import Report, make_report
-from siderolink.cli.demo.steps import Demo, StepFailed
+from siderolink.cli.demo.stepping import StepFailed
+from siderolink.cli.demo.steps import Demo
 from siderolink.cli.running import loop_options
 from siderolink.common.errors import SideroLinkError
 
@@ -18,7 +20,15 @@ def run_demo(*, as_json: bool, device: str, seconds: float) -> int:
     """The exit status: 0 where every step holds, 1 where one does not, 130 after an interrupt. Raises SideroLinkError."""
     _prepare()
     report = make_report(as_json=as_json)
-    return anyio.run(_run, report, device, seconds, backend_options=loop_options())
+    return anyio.run(_run, report, Demo(report, device=device, seconds=seconds), backend_options=loop_options())
+
+
+def run_fleet_demo(*, as_json: bool, device: str) -> int:
+    """As `run_demo`, with several servers over one Postgres."""
+    check_needs()
+    _prepare()
+    report = make_report(as_json=as_json)
+    return anyio.run(_run, report, FleetDemo(report, device=device), backend_options=loop_options())
 
 
 def _prepare() -> None:
@@ -38,7 +48,7 @@ def _prepare() -> None:
         ) from None
 
 
-async def _run(report: Report, device: str, seconds: float) -> int:
+async def _run(report: Report, demo: Demo | FleetDemo) -> int:
     status = 130
     async with anyio.create_task_group() as tasks:
 
@@ -50,7 +60,7 @@ async def _run(report: Report, device: str, seconds: float) -> int:
 
         tasks.start_soon(stop_when_told)
         try:
-            report.finish(await Demo(report, device=device, seconds=seconds).run())
+            report.finish(await demo.run())
             status = 0
         except StepFailed as failure:
             report.fail(failure.step, str(failure))

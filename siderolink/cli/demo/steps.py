@@ -1,11 +1,8 @@
 """The demo itself, step by step: two machines join one server, talk to it, and cannot talk to each other."""
 
 import secrets
-import socket
 import statistics
-import time
 import uuid
-from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,25 +10,15 @@ from typing import Any
 
 import anyio
 
-from siderolink.cli.demo import namespace
-from siderolink.cli.demo.host import DemoError, DemoHost, start_host
+from siderolink.cli.demo.host import DemoError, DemoHost
 from siderolink.cli.demo.report import Report
-from siderolink.common.errors import SideroLinkError
+from siderolink.cli.demo.stepping import Steps
 
 Fields = dict[str, Any]
 
-STEP_TIMEOUT = 40.0
 API_PORT, WIREGUARD_PORT = 4000, 51820
 _CABLES = (("192.0.2.1", "192.0.2.2"), ("198.51.100.1", "198.51.100.2"))
 """Server's and machine's address on each cable (RFC 5737), each a /30."""
-
-
-class StepFailed(DemoError):
-    """Raised when a step fails; `step` is its name."""
-
-    def __init__(self, step: str, reason: str) -> None:
-        super().__init__(reason)
-        self.step = step
 
 
 @dataclass
@@ -51,56 +38,38 @@ class Demo:
         self._report = report
         self._device = device
         self._seconds = seconds
-        self._steps = 0
+        self._steps = Steps(report)
         self._token = secrets.token_urlsafe(24)
         self._server_address = ""
 
     async def run(self) -> Fields:
         """Run all steps; returns the summary. Raises StepFailed. Nothing of it is left afterwards, whatever happens."""
-        began_at = time.monotonic()
-        before = _own_interfaces()
         async with AsyncExitStack() as stack:
             self._report.begin("network namespaces")
-            hosts = [
-                await stack.enter_async_context(start_host(name, self._report.note))
-                for name in ("server", "machine 1", "machine 2")
-            ]
+            hosts = await self._steps.start_hosts(stack, ("server", "machine 1", "machine 2"))
             await self._run_steps(*hosts)
-        await self._step("nothing is left", partial(self._nothing_left, before, hosts))
-        links = {machine.link: machine.result for machine in self._machines}
-        return {"ok": True, "steps": self._steps, "seconds": round(time.monotonic() - began_at, 1), "links": links}
+        await self._steps.run("nothing is left", partial(self._steps.nothing_left, hosts))
+        return self._steps.summary(links={machine.link: machine.result for machine in self._machines})
 
     async def _run_steps(self, server: DemoHost, one: DemoHost, two: DemoHost) -> None:
         self._server = server
         self._machines = [_Machine(one, 0, "udp"), _Machine(two, 1, "tunnel")]
         first, second = self._machines
-        await self._step("network namespaces", self._lay_cables, begun=True)
-        await self._step("machine 2 drops all UDP", self._drop_udp)
-        await self._step("the server listens", self._serve)
-        await self._step("machine 1 joins by UDP", partial(self._join, first, tunnel=False))
-        await self._step("machine 2 joins by the gRPC tunnel", partial(self._join, second, tunnel=True))
-        await self._step("ping over the overlay", self._ping)
-        await self._step("HTTP over the overlay", self._web)
+        step = self._steps.run
+        await step("network namespaces", self._lay_cables, begun=True)
+        await step("machine 2 drops all UDP", self._drop_udp)
+        await step("the server listens", self._serve)
+        await step("machine 1 joins by UDP", partial(self._join, first, tunnel=False))
+        await step("machine 2 joins by the gRPC tunnel", partial(self._join, second, tunnel=True))
+        await step("ping over the overlay", self._ping)
+        await step("HTTP over the overlay", self._web)
         for machine in self._machines:
-            await self._step(f"throughput by {machine.link}", partial(self._transfer, machine))
-        await self._step("both machines turn hostile", self._turn_hostile)
-        await self._step("the machines cannot reach each other", self._isolated)
-        await self._step("without the filter the same packets pass", self._not_isolated)
-        await self._step("with the filter back they do not", self._isolated)
-        await self._step("everyone leaves", self._leave)
-
-    async def _step(self, name: str, work: Callable[[], Awaitable[tuple[str, Fields]]], *, begun: bool = False) -> None:
-        if not begun:
-            self._report.begin(name)
-        try:
-            with anyio.fail_after(STEP_TIMEOUT):
-                text, fields = await work()
-        except TimeoutError:
-            raise StepFailed(name, f"not done within {STEP_TIMEOUT:.0f} s") from None
-        except SideroLinkError as error:
-            raise StepFailed(name, str(error)) from error
-        self._steps += 1
-        self._report.end(name, text, fields)
+            await step(f"throughput by {machine.link}", partial(self._transfer, machine))
+        await step("both machines turn hostile", self._turn_hostile)
+        await step("the machines cannot reach each other", self._isolated)
+        await step("without the filter the same packets pass", self._not_isolated)
+        await step("with the filter back they do not", self._isolated)
+        await step("everyone leaves", partial(self._steps.leave, (one, two, server)))
 
     async def _lay_cables(self) -> tuple[str, Fields]:
         for number, machine in enumerate(self._machines, start=1):
@@ -217,23 +186,3 @@ class Demo:
         if answered != [3, 3]:
             raise DemoError(f"only {answered} of 3 packets passed, so the earlier loss proves nothing")
         return "so it was the filter that stopped them", {}
-
-    async def _leave(self) -> tuple[str, Fields]:
-        for host in (*(machine.host for machine in self._machines), self._server):
-            left = [name for name in (await host.ask("leave"))["interfaces"] if name.startswith("siderolink")]
-            if left:
-                raise DemoError(f"{host.name} still has {', '.join(left)}")
-        return "no overlay interface is left in any namespace", {}
-
-    async def _nothing_left(self, before: set[str], hosts: list[DemoHost]) -> tuple[str, Fields]:
-        processes = [host.name for host in hosts if host.is_running]
-        namespaces = [host.name for host in hosts if namespace.is_in_use(host.namespace)]
-        interfaces = sorted(_own_interfaces() - before)
-        if processes or namespaces or interfaces:
-            raise DemoError(f"processes {processes}, namespaces {namespaces} and interfaces {interfaces} are left")
-        return "no process, namespace or interface", {}
-
-
-def _own_interfaces() -> set[str]:
-    """Interfaces of the host itself that have the demo's names."""
-    return {name for _, name in socket.if_nameindex() if name.startswith(("siderolink", "machine"))}

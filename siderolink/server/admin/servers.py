@@ -8,7 +8,7 @@ from typing import Final
 from siderolink.common.errors import ConfigurationError, NotFoundError, SideroLinkError
 from siderolink.common.text import one_line
 from siderolink.server.admin.audit_log import AuditLog
-from siderolink.server.admin.labels import require
+from siderolink.server.admin.names import require
 from siderolink.server.clock import Clock
 from siderolink.server.fleet.draining import Draining, DrainStep
 from siderolink.server.fleet.membership import Membership
