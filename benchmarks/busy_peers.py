@@ -135,8 +135,8 @@ class Crowd:
         for _, datagram in player.engine.output.take_datagrams():
             self._socket.sendmsg((datagram,), player.control, 0, self._target)
 
-    def run(self, seconds: float, burst: int) -> tuple[float, float]:
-        """Echoes a second, and the part of the requests that was lost."""
+    def run(self, seconds: float, burst: int) -> tuple[int, float, float]:
+        """Echoes, the seconds that they took, and the part of the requests that was lost."""
         turns = [player for player in self.players for _ in range(ROUND // burst)]
         self._random.shuffle(turns)
         sequence = iter(range(len(turns) * burst))
@@ -159,7 +159,7 @@ class Crowd:
             if answered == before and not select.select([sock], [], [], 0.05)[0]:
                 lost = sent - answered
         taken = time.perf_counter() - began
-        return answered / taken, lost / max(sent, 1)
+        return answered, taken, lost / max(sent, 1)
 
 
 @contextmanager
@@ -222,20 +222,22 @@ def main() -> None:
             for name, (server, crowd) in running.items():
                 print(f"round {number + 1} of {options.rounds}: {NAMES[name]}", file=sys.stderr)
                 before = cpu(server.pid)
-                rate, lost = crowd.run(options.seconds, options.burst)
-                figures[name]["packets"].append(2 * rate)
+                echoes, taken, lost = crowd.run(options.seconds, options.burst)
+                figures[name]["packets"].append(2 * echoes / taken)
                 figures[name]["lost"].append(lost)
                 # processor time of the server's process for a packet, either way; a clock of 10 ms
-                figures[name]["us"].append((cpu(server.pid) - before) / max(1.0, rate) * 5e5)
+                figures[name]["us"].append((cpu(server.pid) - before) / max(1, echoes) * 5e5)
     if options.json:
         print(json.dumps(figures))
         return
-    base = median(figures["newest"]["packets"]) if "newest" in figures else 0.0
-    print(f"{f'{options.peers} busy peers':<28}{'packets/s':>12}{'ratio':>8}{'lost':>8}{'handshakes/s':>14}")
+    base = {key: median(figures["newest"][key]) if "newest" in figures else 0.0 for key in ("packets", "us")}
+    head = f"{f'{options.peers} busy peers':<28}{'packets/s':>12}{'ratio':>8}{'CPU/packet':>12}{'ratio':>8}"
+    print(f"{head}{'lost':>8}{'handshakes/s':>14}")
     for name, found in figures.items():
-        rate = median(found["packets"])
-        ratio = f"{rate / base:.2f} x" if base else "-"
-        print(f"{NAMES[name]:<28}{rate:>12,.0f}{ratio:>8}{median(found['lost']):>8.2%}{found['handshakes'][0]:>14,.0f}")
+        rate, cost = median(found["packets"]), median(found["us"])
+        ratios = [f"{value / of:.2f} x" if of else "-" for value, of in ((rate, base["packets"]), (cost, base["us"]))]
+        line = f"{NAMES[name]:<28}{rate:>12,.0f}{ratios[0]:>8}{cost:>9.1f} us{ratios[1]:>8}"
+        print(f"{line}{median(found['lost']):>8.2%}{found['handshakes'][0]:>14,.0f}")
 
 
 if __name__ == "__main__":

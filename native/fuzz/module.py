@@ -8,11 +8,13 @@ the sanitizer it still finds panics, and results that contradict each other.
 
 import os
 import random
+import socket
+import struct
 import sys
 import time
 from array import array
 from collections import Counter
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 
 import siderolink_native as native
 
@@ -30,13 +32,21 @@ def filled(chance: random.Random, size: int) -> memoryview:
     return memoryview(array("B", bytes(data)))
 
 
-def one_round(chance: random.Random, source: int, sink: int) -> list[bool]:
-    """Call each function once; returns which of the calls were accepted. `source` gives bytes for ever, `sink` takes them."""
+def one_round(chance: random.Random, source: int, sink: int, sockets: tuple[int, int], name: bytes) -> list[bool]:
+    """Call each function once; returns which of the calls were accepted. `source` gives bytes for ever, `sink` takes them.
+
+    `sockets` are two of UDP; the first has the address `name`.
+    """
 
     def number() -> int:
         return chance.choice(ODD) if chance.random() < 0.1 else chance.randrange(130)
 
+    def around() -> tuple[bytes, bytes]:
+        names = (name, name, name, b"", b"\xff" + chance.randbytes(number() % 200))  # 0xFF: of no family that there is
+        return chance.choice(names), chance.randbytes(number() % 64)
+
     buffer, frame, count = filled(chance, chance.randrange(900)), filled(chance, chance.randrange(400)), chance.randrange(8)
+    large = memoryview(array("B", bytes(chance.choice((100, 1 << 16, 70_200, 150_000)))))
     frames = [(number(), number(), 1) for _ in range(70)]
     accepted = []
     for call in (
@@ -48,6 +58,12 @@ def one_round(chance: random.Random, source: int, sink: int) -> list[bool]:
         lambda: native.place(frame, number(), buffer, number(), number()),
         lambda: native.read_rows(source, frame, number(), buffer, number(), number(), number(), 1, count),
         lambda: native.write_frames(sink, buffer, frames, number()),
+        lambda: native.open_many(buffer, [(KEY, number(), number()) for _ in range(count)]),
+        lambda: native.seal_many(buffer, [(KEY, number(), number(), 1, number()) for _ in range(count)]),
+        lambda: native.read_many(source, large, number(), number(), number(), count),
+        lambda: native.write_many(sink, buffer, [(number(), number()) for _ in range(count)]),
+        lambda: native.receive_many(sockets[0], large, count, number()),
+        lambda: native.send_many(sockets[1], buffer, [(*sorted((number(), number())), *around()) for _ in range(count)]),
     ):
         with suppress(ValueError):
             call()
@@ -62,9 +78,17 @@ def main(seconds: float) -> None:
     sys.stdout.write(f"seed {seed}\n")
     sys.stdout.flush()
     chance, accepted, end = random.Random(seed), Counter[bool](), time.monotonic() + seconds
-    with open("/dev/urandom", "rb") as source, open("/dev/null", "wb") as sink:
+    with ExitStack() as stack:
+        source, sink = stack.enter_context(open("/dev/urandom", "rb")), stack.enter_context(open("/dev/null", "wb"))
+        one, other = (stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) for _ in range(2))
+        one.bind(("127.0.0.1", 0))
+        for sock in (one, other):
+            sock.setblocking(False)
+            sock.setsockopt(socket.IPPROTO_IP, 8, 1)  # IP_PKTINFO
+        name = struct.pack("=H", socket.AF_INET) + struct.pack(">H", one.getsockname()[1]) + bytes((127, 0, 0, 1)) + bytes(8)
         while time.monotonic() < end:
-            accepted.update(one_round(chance, source.fileno(), sink.fileno()))
+            descriptors = one.fileno(), other.fileno()
+            accepted.update(one_round(chance, source.fileno(), sink.fileno(), descriptors, name))
     sys.stdout.write(f"{accepted.total()} calls, of which {accepted[True]} were accepted\n")
     assert accepted[True] > accepted.total() // 100, "hardly a call was one that does something"
 

@@ -11,8 +11,8 @@
 
 use std::fs::File;
 use std::io::{self, Read, Write};
-use std::mem::ManuallyDrop;
-use std::os::fd::FromRawFd;
+use std::mem::{size_of_val, zeroed, ManuallyDrop};
+use std::os::fd::{AsRawFd, FromRawFd};
 
 use pyo3::buffer::PyBuffer;
 use pyo3::exceptions::{PyBufferError, PyValueError};
@@ -112,4 +112,66 @@ impl Descriptor {
     pub fn write(&self, bytes: &[u8]) -> bool {
         (&*self.0).write(bytes).is_ok_and(|size| size == bytes.len())
     }
+
+    /// Receive one message of a socket: its size, the sender's address (a sockaddr) and the control messages.
+    pub fn receive<'a>(&self, into: &mut [u8], room: &'a mut Around) -> io::Result<(usize, &'a [u8], &'a [u8])> {
+        let mut part = libc::iovec {
+            iov_base: into.as_mut_ptr().cast(),
+            iov_len: into.len(),
+        };
+        // SAFETY: all zeros is a msghdr without anything.
+        let mut header: libc::msghdr = unsafe { zeroed() };
+        header.msg_name = room.name.as_mut_ptr().cast();
+        header.msg_namelen = size_of_val(&room.name) as _;
+        header.msg_iov = &mut part;
+        header.msg_iovlen = 1;
+        header.msg_control = room.control.as_mut_ptr().cast();
+        header.msg_controllen = size_of_val(&room.control) as _;
+        // SAFETY: each pointer is that of a slice or array which is borrowed mutably here, with its own length in bytes.
+        let size = unsafe { libc::recvmsg(self.0.as_raw_fd(), &mut header, 0) };
+        let size = usize::try_from(size).map_err(|_| io::Error::last_os_error())?;
+        let name = usize::min(header.msg_namelen as usize, size_of_val(&room.name));
+        let control = usize::min(header.msg_controllen as usize, size_of_val(&room.control));
+        Ok((
+            size.min(into.len()),
+            bytes_of(&room.name, name),
+            bytes_of(&room.control, control),
+        ))
+    }
+
+    /// Send one message by a socket to the address `name` (a sockaddr), with control messages as Linux takes them, or none.
+    pub fn send(&self, bytes: &[u8], name: &[u8], control: &[u8]) -> io::Result<usize> {
+        let mut part = libc::iovec {
+            iov_base: bytes.as_ptr().cast_mut().cast(),
+            iov_len: bytes.len(),
+        };
+        // SAFETY: all zeros is a msghdr without anything.
+        let mut header: libc::msghdr = unsafe { zeroed() };
+        header.msg_name = name.as_ptr().cast_mut().cast();
+        header.msg_namelen = name.len() as _;
+        header.msg_iov = &mut part;
+        header.msg_iovlen = 1;
+        if !control.is_empty() {
+            header.msg_control = control.as_ptr().cast_mut().cast();
+            header.msg_controllen = control.len() as _;
+        }
+        // SAFETY: each pointer is that of a slice with its own length. The kernel copies from them, aligned or not, checks what
+        // it finds there, and writes nothing.
+        let size = unsafe { libc::sendmsg(self.0.as_raw_fd(), &header, libc::MSG_NOSIGNAL) };
+        usize::try_from(size).map_err(|_| io::Error::last_os_error())
+    }
+}
+
+/// Room for what comes with a datagram.
+#[derive(Default)]
+pub struct Around {
+    name: [u64; 16],
+    control: [u64; 32],
+}
+
+/// The first `size` bytes of some numbers, as they are in memory.
+fn bytes_of(numbers: &[u64], size: usize) -> &[u8] {
+    assert!(size <= size_of_val(numbers));
+    // SAFETY: these bytes are initialised and within the slice, and bytes need no alignment.
+    unsafe { std::slice::from_raw_parts(numbers.as_ptr().cast(), size) }
 }

@@ -3,6 +3,8 @@
 //! Our copy of a key is zeroized when a call ends. `ring` keeps the key on the stack for the time of the call and does not
 //! overwrite it afterwards.
 
+use std::ops::Range;
+
 use ring::aead::{Aad, LessSafeKey, Nonce, UnboundKey, CHACHA20_POLY1305, NONCE_LEN};
 use zeroize::Zeroizing;
 
@@ -18,7 +20,7 @@ pub const AROUND: Margins = Margins {
     after: TAG,
 };
 
-const TRANSPORT: u32 = 4;
+pub(crate) const TRANSPORT: u32 = 4;
 
 /// One key of a session.
 pub struct Key(LessSafeKey);
@@ -44,20 +46,24 @@ pub fn seal(key: &Key, buffer: &mut [u8], rows: &Rows, receiver: u32, counter: u
         return Err(Refused("there are not so many counters"));
     }
     for row in 0..rows.count() {
-        let text = rows.text(row);
-        let counter = counter + row as u64;
-        let message = &mut buffer[text.start - HEADER..text.end + TAG];
-        let (header, rest) = message.split_at_mut(HEADER);
-        header[..4].copy_from_slice(&TRANSPORT.to_le_bytes());
-        header[4..8].copy_from_slice(&receiver.to_le_bytes());
-        header[8..].copy_from_slice(&counter.to_le_bytes());
-        let (text, room) = rest.split_at_mut(text.len());
-        let tag = key
-            .0
-            .seal_in_place_separate_tag(nonce(counter), Aad::empty(), text)
-            .map_err(|_| Refused("a row is too long"))?;
-        room.copy_from_slice(tag.as_ref());
+        seal_row(key, buffer, rows.text(row), receiver, counter + row as u64)?;
     }
+    Ok(())
+}
+
+/// The same for one row.
+pub(crate) fn seal_row(key: &Key, buffer: &mut [u8], text: Range<usize>, receiver: u32, counter: u64) -> Result<(), Refused> {
+    let message = &mut buffer[text.start - HEADER..text.end + TAG];
+    let (header, rest) = message.split_at_mut(HEADER);
+    header[..4].copy_from_slice(&TRANSPORT.to_le_bytes());
+    header[4..8].copy_from_slice(&receiver.to_le_bytes());
+    header[8..].copy_from_slice(&counter.to_le_bytes());
+    let (text, room) = rest.split_at_mut(text.len());
+    let tag = key
+        .0
+        .seal_in_place_separate_tag(nonce(counter), Aad::empty(), text)
+        .map_err(|_| Refused("a row is too long"))?;
+    room.copy_from_slice(tag.as_ref());
     Ok(())
 }
 
@@ -76,19 +82,24 @@ pub fn open(key: &Key, buffer: &mut [u8], rows: &Rows) -> Opened {
         good: Vec::with_capacity(rows.count()),
     };
     for row in 0..rows.count() {
-        let text = rows.text(row);
-        let mut raw = [0; 8];
-        raw.copy_from_slice(&buffer[text.start - 8..text.start]);
-        let counter = u64::from_le_bytes(raw);
-        let sealed = &mut buffer[text.start..text.end + TAG];
-        let good = key.0.open_in_place(nonce(counter), Aad::empty(), sealed).is_ok();
-        if !good {
-            sealed.fill(0);
-        }
+        let (counter, good) = open_row(key, buffer, rows.text(row));
         opened.counters.push(counter);
         opened.good.push(good);
     }
     opened
+}
+
+/// The counter of one row, and whether its tag held.
+pub(crate) fn open_row(key: &Key, buffer: &mut [u8], text: Range<usize>) -> (u64, bool) {
+    let mut raw = [0; 8];
+    raw.copy_from_slice(&buffer[text.start - 8..text.start]);
+    let counter = u64::from_le_bytes(raw);
+    let sealed = &mut buffer[text.start..text.end + TAG];
+    let good = key.0.open_in_place(nonce(counter), Aad::empty(), sealed).is_ok();
+    if !good {
+        sealed.fill(0);
+    }
+    (counter, good)
 }
 
 #[cfg(all(test, not(miri)))]

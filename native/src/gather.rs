@@ -13,6 +13,22 @@ use crate::split::{padded_length, Failure, MAX_FRAME};
 ///
 /// None if it does not fit, and nothing is written then.
 pub fn place(frame: &[u8], mtu: usize, room: &mut [u8]) -> Result<Option<usize>, Failure> {
+    let unfinished = check(frame)?;
+    let packet = &frame[VNET..];
+    let length = padded_length(packet.len(), mtu);
+    let Some(text) = room.get_mut(..length) else {
+        return Ok(None);
+    };
+    text[..packet.len()].copy_from_slice(packet);
+    finish(text, packet.len(), unfinished);
+    Ok(Some(length))
+}
+
+/// Where a packet's checksum begins, and at which offset from there it is written.
+pub(crate) type Unfinished = Option<(usize, usize)>;
+
+/// What is left to do to the one packet of a frame.
+pub(crate) fn check(frame: &[u8]) -> Result<Unfinished, Failure> {
     if frame.len() < VNET + 20 || frame.len() > MAX_FRAME {
         return Err(Failure::Malformed("a frame of such a length"));
     }
@@ -20,24 +36,25 @@ pub fn place(frame: &[u8], mtu: usize, room: &mut [u8]) -> Result<Option<usize>,
     if gso.kind != 0 {
         return Err(Failure::Malformed("a super-packet among small ones"));
     }
-    let packet = &frame[VNET..];
     let offset = usize::from(u16::from_ne_bytes([frame[8], frame[9]]));
-    let field = (gso.flags & NEEDS_CSUM != 0).then_some(gso.csum_start + offset);
-    if field.is_some_and(|field| field + 2 > packet.len()) {
+    if gso.flags & NEEDS_CSUM == 0 {
+        return Ok(None);
+    }
+    if gso.csum_start + offset + 2 > frame.len() - VNET {
         return Err(Failure::Malformed("the checksum field lies outside the packet"));
     }
-    let length = padded_length(packet.len(), mtu);
-    let Some(text) = room.get_mut(..length) else {
-        return Ok(None);
-    };
-    text[..packet.len()].copy_from_slice(packet);
-    text[packet.len()..].fill(0);
-    if let Some(field) = field {
-        let checksum = complement(word_sum(&packet[gso.csum_start..]));
+    Ok(Some((gso.csum_start, offset)))
+}
+
+/// Write padding and checksum of a packet of `size` bytes at the start of `text`.
+pub(crate) fn finish(text: &mut [u8], size: usize, unfinished: Unfinished) {
+    text[size..].fill(0);
+    if let Some((start, offset)) = unfinished {
+        let checksum = complement(word_sum(&text[start..size]));
         // of UDP, zero would mean "no checksum" (RFC 768)
-        put_16(text, field, if checksum == 0 && offset == 6 { 0xFFFF } else { checksum });
+        let checksum = if checksum == 0 && offset == 6 { 0xFFFF } else { checksum };
+        put_16(text, start + offset, checksum);
     }
-    Ok(Some(length))
 }
 
 /// What came of reading.
@@ -131,7 +148,7 @@ pub fn write(mut write: impl FnMut(&[u8]) -> bool, buffer: &[u8], frames: impl I
 }
 
 /// Source and destination of an IP packet.
-fn addresses(packet: &[u8]) -> Option<&[u8]> {
+pub(crate) fn addresses(packet: &[u8]) -> Option<&[u8]> {
     match packet.first()? >> 4 {
         6 => packet.get(8..40),
         4 => packet.get(12..20),

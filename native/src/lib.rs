@@ -11,6 +11,7 @@ pub mod frames;
 pub mod gather;
 pub mod headers;
 pub mod layout;
+pub mod many;
 #[cfg(feature = "python")]
 mod python;
 pub mod split;

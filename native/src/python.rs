@@ -4,17 +4,18 @@ use std::io::ErrorKind;
 
 use pyo3::exceptions::{PyOverflowError, PyValueError};
 use pyo3::prelude::*;
-use pyo3::types::PyList;
+use pyo3::types::{PyBytes, PyList};
 
-use crate::buffers::{Descriptor, Input, Output};
+use crate::buffers::{Around, Descriptor, Input, Output};
 use crate::cipher::{self, Key};
 use crate::frames::{self, Offloads};
 use crate::gather::{self, Read};
 use crate::layout::{Margins, Refused, Rows};
+use crate::many::{self, Receive, Row};
 use crate::split::{split as split_frame, Failure};
 
 /// Raised with each change of what the functions take or give; siderolink uses only the one it was written for.
-pub const SEAM: u32 = 2;
+pub const SEAM: u32 = 3;
 /// Frames that one call writes at most.
 const MOST_WRITTEN: usize = 64;
 
@@ -240,14 +241,17 @@ fn read_rows(
     }
     let bytes = output.bytes();
     let rows = Rows::new(bytes.len(), margins.before, stride, (length.0, length.0), count.0, margins)?;
-    let read = |into: &mut [u8]| match file.read(into) {
+    let found = gather::gather(|into| read_frame(&file, into), frame.bytes(), mtu.0, bytes, &rows, filled.0);
+    Ok((found.rows, found.last, found.waiting))
+}
+
+fn read_frame(file: &Descriptor, into: &mut [u8]) -> Read {
+    match file.read(into) {
         Ok(0) => Read::Failed,
         Ok(size) => Read::Frame(size),
         Err(error) if error.kind() == ErrorKind::WouldBlock => Read::Drained,
         Err(_) => Read::Failed,
-    };
-    let found = gather::gather(read, frame.bytes(), mtu.0, bytes, &rows, filled.0);
-    Ok((found.rows, found.last, found.waiting))
+    }
 }
 
 /// Write frames of `buffer`, given as find_frames gives them, from the one of number `first` on to a descriptor.
@@ -267,6 +271,181 @@ fn write_frames(descriptor: i32, buffer: &Bound<'_, PyAny>, frames: &Bound<'_, P
     Ok(gather::write(|frame| file.write(frame), input.bytes(), places))
 }
 
+fn row(key_bytes: &Bound<'_, PyBytes>, start: Size, length: Size) -> PyResult<Row> {
+    let end = start.0.checked_add(length.0).ok_or(Refused("the rows leave the buffer"))?;
+    Ok(Row {
+        key: Key::new(key_bytes.as_bytes())?,
+        text: start.0..end,
+    })
+}
+
+/// Whether a socket has nothing to give or to take now.
+fn is_busy(error: &std::io::Error) -> bool {
+    matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted)
+}
+
+type Came<'py> = (Bound<'py, PyBytes>, usize, usize, usize, Option<u32>);
+
+/// Receive datagrams of a UDP socket that does not block into `buffer`, one behind the other, up to `most` times, and up to
+/// `others` times what is no single data message. It ends where less than 64 KiB are left.
+///
+/// Returns for each the sender (its sockaddr and in_pktinfo or in6_pktinfo), start, size, the length of each datagram in it but
+/// the last (UDP_GRO), and the receiver index if it is one data message; and whether there was an error.
+#[pyfunction]
+fn receive_many<'py>(
+    descriptor: i32,
+    buffer: &Bound<'py, PyAny>,
+    most: Size,
+    others: Size,
+) -> PyResult<(Vec<Came<'py>>, bool)> {
+    let python = buffer.py();
+    let file = Descriptor::new(descriptor)?;
+    let mut output = Output::new(buffer)?;
+    let mut around = Around::default();
+    let receive = |into: &mut [u8]| match file.receive(into, &mut around) {
+        Ok((size, name, controls)) => {
+            let (segment, local) = many::controls(controls);
+            let mut sender = [0; 64];
+            let length = usize::min(name.len() + local.len(), sender.len());
+            for (to, from) in sender.iter_mut().zip(name.iter().chain(local)) {
+                *to = *from;
+            }
+            Receive::Datagrams(size, segment.unwrap_or(size), (sender, length))
+        }
+        Err(error) if is_busy(&error) => Receive::Drained,
+        Err(_) => Receive::Failed,
+    };
+    let (found, has_failed) = many::receive(receive, output.bytes(), most.0, others.0);
+    let found = found
+        .iter()
+        .map(|came| {
+            let (sender, length) = &came.sender;
+            let sender = PyBytes::new(python, &sender[..*length]);
+            (sender, came.start, came.size, came.stride, came.receiver)
+        })
+        .collect();
+    Ok((found, has_failed))
+}
+
+type Opened<'py> = Option<(u64, Option<Bound<'py, PyBytes>>, usize)>;
+
+/// Open data messages of many sessions in place: `rows` are key, start and size of each, one behind the other. An empty
+/// virtio_net_hdr is written before each text.
+///
+/// Returns counter, source and destination, and the end of the packet. There are no addresses in a keepalive and in what is not
+/// one whole IP packet. None for a message with a bad tag, which is erased.
+#[pyfunction]
+fn open_many<'py>(buffer: &Bound<'py, PyAny>, rows: Vec<(Bound<'py, PyBytes>, Size, Size)>) -> PyResult<Vec<Opened<'py>>> {
+    let python = buffer.py();
+    let rows = rows
+        .into_iter()
+        .map(|(key, start, size)| {
+            let length = size
+                .0
+                .checked_sub(cipher::HEADER + cipher::TAG)
+                .ok_or(Refused("a data message has 32 bytes and more"))?;
+            let start = start
+                .0
+                .checked_add(cipher::HEADER)
+                .ok_or(Refused("the rows leave the buffer"))?;
+            row(&key, Number(start), Number(length))
+        })
+        .collect::<PyResult<Vec<_>>>()?;
+    let mut output = Output::new(buffer)?;
+    let bytes = output.bytes();
+    let found = many::open(bytes, &rows)?;
+    Ok(found
+        .into_iter()
+        .map(|text| {
+            text.map(|text| {
+                let addresses = text.addresses.map(|place| PyBytes::new(python, &bytes[place]));
+                (text.counter, addresses, text.end)
+            })
+        })
+        .collect())
+}
+
+type ToSeal<'py> = (Bound<'py, PyBytes>, Size, Size, Number<u32>, Number<u64>);
+
+/// Seal texts of many sessions in place: `rows` are key, start, length, receiver and counter of each, one behind the other, with
+/// 16 free bytes before and after each.
+#[pyfunction]
+fn seal_many<'py>(buffer: &Bound<'py, PyAny>, rows: Vec<ToSeal<'py>>) -> PyResult<()> {
+    let rows = rows
+        .into_iter()
+        .map(|(key, start, length, receiver, counter)| Ok((row(&key, start, length)?, receiver.0, counter.0)))
+        .collect::<PyResult<Vec<_>>>()?;
+    let mut output = Output::new(buffer)?;
+    Ok(many::seal(output.bytes(), &rows)?)
+}
+
+type Frame<'py> = (Option<Bound<'py, PyBytes>>, usize, usize, usize);
+
+/// Read up to `most` frames from a descriptor that does not block, and finish each where it is: see native/README.md.
+///
+/// Returns for each source and destination, start, size and padded length of the packet, 0 for one that is no small packet, with
+/// which it ends; and whether there was an error.
+#[pyfunction]
+fn read_many<'py>(
+    descriptor: i32,
+    buffer: &Bound<'py, PyAny>,
+    mtu: Size,
+    before: Size,
+    after: Size,
+    most: Size,
+) -> PyResult<(Vec<Frame<'py>>, bool)> {
+    let python = buffer.py();
+    let file = Descriptor::new(descriptor)?;
+    let margins = Margins {
+        before: before.0,
+        after: after.0,
+    };
+    let mut output = Output::new(buffer)?;
+    let bytes = output.bytes();
+    let (found, has_failed) = many::read(|into| read_frame(&file, into), bytes, mtu.0, margins, most.0)?;
+    let found = found
+        .into_iter()
+        .map(|frame| {
+            let addresses = frame.addresses.map(|place| PyBytes::new(python, &bytes[place]));
+            (addresses, frame.start, frame.size, frame.length)
+        })
+        .collect();
+    Ok((found, has_failed))
+}
+
+/// Write frames, given by start and end, to a descriptor, until one is not taken. Returns how many were.
+#[pyfunction]
+fn write_many(descriptor: i32, buffer: &Bound<'_, PyAny>, frames: Vec<(Size, Size)>) -> PyResult<usize> {
+    let file = Descriptor::new(descriptor)?;
+    let input = Input::new(buffer)?;
+    let places = frames.iter().map(|(start, end)| (start.0, end.0));
+    Ok(many::write(|frame| file.write(frame), input.bytes(), places)?)
+}
+
+type ToSend<'py> = (Size, Size, Bound<'py, PyBytes>, Bound<'py, PyBytes>);
+
+/// Send datagrams, given by start, end, sockaddr and control messages, by a socket that does not block.
+///
+/// Returns how many were tried before the socket was full, and which of these were not sent.
+#[pyfunction]
+fn send_many(descriptor: i32, buffer: &Bound<'_, PyAny>, datagrams: Vec<ToSend<'_>>) -> PyResult<(usize, Vec<usize>)> {
+    let file = Descriptor::new(descriptor)?;
+    let input = Input::new(buffer)?;
+    let parts = datagrams
+        .iter()
+        .map(|(start, end, ..)| many::part(input.bytes(), start.0, end.0))
+        .collect::<Result<Vec<_>, _>>()?;
+    let mut failed = Vec::new();
+    for (index, (part, (_, _, name, control))) in parts.into_iter().zip(&datagrams).enumerate() {
+        match file.send(part, name.as_bytes(), control.as_bytes()) {
+            Ok(_) => {}
+            Err(error) if is_busy(&error) => return Ok((index, failed)),
+            Err(_) => failed.push(index),
+        }
+    }
+    Ok((datagrams.len(), failed))
+}
+
 /// Rows in one call: the optional compiled core of siderolink's WireGuard data plane.
 #[pymodule]
 fn siderolink_native(module: &Bound<'_, PyModule>) -> PyResult<()> {
@@ -280,5 +459,11 @@ fn siderolink_native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(place, module)?)?;
     module.add_function(wrap_pyfunction!(read_rows, module)?)?;
     module.add_function(wrap_pyfunction!(write_frames, module)?)?;
+    module.add_function(wrap_pyfunction!(receive_many, module)?)?;
+    module.add_function(wrap_pyfunction!(open_many, module)?)?;
+    module.add_function(wrap_pyfunction!(seal_many, module)?)?;
+    module.add_function(wrap_pyfunction!(read_many, module)?)?;
+    module.add_function(wrap_pyfunction!(write_many, module)?)?;
+    module.add_function(wrap_pyfunction!(send_many, module)?)?;
     Ok(())
 }

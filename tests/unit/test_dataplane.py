@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from siderolink.common.wireguard.dataplane import MAX_READS, DataPlane
 from siderolink.common.wireguard.noise import Drop, Engine, Packets
 from siderolink.common.wireguard.packets import row_functions
-from siderolink.common.wireguard.path import Datagrams
+from siderolink.common.wireguard.path import Datagrams, Message, Path
 from tests.support.packets import TCP, UDP, Packet, batch, pad
 from tests.support.rows import compiled_functions
 
@@ -337,3 +337,142 @@ def test_packets_between_two_addresses_are_written_together(interfaces: Callable
     receiver.plane.deliver(batch(rows), receiver.wire)
     assert len(to.collect()) == 50
     assert to.single_writes == before
+
+
+class Hub:
+    """An end with sessions with several others, each by a wire of its own."""
+
+    def __init__(self, count: int, interface: Interface) -> None:
+        self.end = End(Wire(), Random(99), interface)
+        self.others = [End(Wire(bytes([number])), Random(number)) for number in range(count)]
+        for number, other in enumerate(self.others):
+            peer = self.end.engine.add_peer(other.engine.public_key)
+            self.end.engine.allowed_ips.set(peer, [ip_network(f"fd00::{number + 2:x}/128")])
+            hub = other.engine.add_peer(self.end.engine.public_key)
+            other.engine.allowed_ips.set(hub, [ip_network("::/0")])
+            hub.path, peer.path = Wire(), other.wire
+            other.plane.send_packet(frame())  # stays, and is refused by the hub: it is from ::1
+            for datagrams in hub.path.take():
+                self.end.plane.deliver(datagrams, other.wire)
+            for datagrams in other.wire.take():
+                other.plane.deliver(datagrams, hub.path)
+            for datagrams in hub.path.take():
+                self.end.plane.deliver(datagrams, other.wire)
+
+    def seal(self, number: int, packet: bytes) -> bytes:
+        """A data message of an other one's."""
+        engine = self.others[number].engine
+        [peer] = engine.peers.values()
+        sealed = engine.seal(peer, Packets.single(memoryview(packet)), time.clock_gettime(time.CLOCK_BOOTTIME))
+        assert sealed is not None
+        return bytes(sealed[1].row(0))
+
+    def state(self) -> list[object]:
+        found: list[object] = [self.end.engine.drops]
+        for peer in self.end.engine.peers.values():
+            assert peer.path is not None
+            found.append((peer.path.source, peer.received_bytes, peer.sent_bytes, peer.timers.keepalive_at < 1e300))
+        return found
+
+
+@pytest.fixture
+def always_busy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing counts as a lone packet after a pause."""
+    monkeypatch.setattr("siderolink.common.wireguard.dataplane.QUIET_INTERVAL", float("inf"))
+
+
+def send_each(data: memoryview, datagrams: Sequence[tuple[Path, int, int]]) -> Path | None:
+    for path, start, end in datagrams:
+        path.send(Datagrams.single(bytes(data[start:end])))
+    return next((path for path, *_ in datagrams if not path.is_writable), None)
+
+
+@st.composite
+def frames_for_many(draw: st.DrawFn) -> list[bytes]:
+    """Mostly for another peer each; some for none, malformed, or super-packets."""
+    made = []
+    for _ in range(draw(st.integers(1, 30))):
+        kind = draw(st.integers(0, 20))
+        packet = Packet(protocol=UDP, destination=draw(st.integers(2, 7)), payload=bytes(draw(st.sampled_from([0, 20, 300]))))
+        if kind == 0:
+            made.append(bytes(10) + packet.encode()[: draw(st.integers(1, 47))])
+        elif kind == 1 and packet.payload:
+            made.append(packet.frame(20))
+        else:
+            made.append(bytes(10) + packet.encode())
+    return made
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=15, deadline=None)
+@given(frames=frames_for_many())
+def test_packets_for_many_peers_are_sealed_together_like_one_by_one(
+    always_busy: None, interfaces: Callable[[], Descriptor], frames: list[bytes]
+) -> None:
+    compiled_functions()
+    hubs = [Hub(5, interfaces()), Hub(5, Interface())]  # one of the six addresses is nobody's
+    hubs[0].end.plane.send_many = send_each
+    together = hubs[0].end.interface
+    assert isinstance(together, Descriptor)
+    for hub in hubs:
+        for other in hub.others:
+            other.wire.take()
+    for some in ([frame(20, number) for number in (2, 3, 4, 5)], frames):  # the first show how mixed they are
+        for hub in hubs:
+            hub.end.interface.frames.extend(some)
+        while together.refill():
+            hubs[0].end.plane.read_interface()
+        while hubs[1].end.interface.frames:
+            hubs[1].end.plane.read_interface()
+    sent = [[rows_of(other.wire.take()) for other in hub.others] for hub in hubs]
+    assert sent[0] == sent[1]
+    assert hubs[0].state() == hubs[1].state()
+    assert not any(hub.end.blocked for hub in hubs)
+
+
+def test_a_full_path_among_many_peers_holds_reading_back(always_busy: None, interfaces: Callable[[], Descriptor]) -> None:
+    compiled_functions()
+    hub = Hub(4, interfaces())
+    hub.end.plane.send_many = send_each
+    interface = hub.end.interface
+    assert isinstance(interface, Descriptor)
+    for _ in range(2):
+        interface.frames.extend([frame(20, number) for number in (2, 3, 4, 5)])
+        interface.refill()
+        hub.end.plane.read_interface()
+        hub.others[2].wire.is_writable = False
+    assert hub.end.blocked == [hub.others[2].wire]
+    assert [other.counts() for other in hub.others[:2]] == [2, 2]
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=15, deadline=None)
+@given(data=st.data())
+def test_messages_of_many_peers_are_opened_together_like_one_by_one(
+    interfaces: Callable[[], Descriptor], data: st.DataObject
+) -> None:
+    """Altered, replayed and foreign ones are dropped and counted, and spoil none of the others."""
+    compiled_functions()
+    together, alone = Hub(4, interfaces()), Hub(4, Interface())
+    messages: list[tuple[int, bytes]] = []
+    for _ in range(data.draw(st.integers(1, 20))):
+        number, source = data.draw(st.integers(0, 3)), data.draw(st.sampled_from([None, None, None, 3]))
+        packet = pad(Packet(protocol=UDP, source=number + 2 if source is None else source, payload=bytes(20)).encode())
+        if data.draw(st.integers(0, 5)) == 0:
+            packet = data.draw(st.sampled_from([b"", bytes(16), packet[:32]]))
+        sealed = bytearray(together.seal(number, packet))
+        assert alone.seal(number, packet) == sealed
+        if data.draw(st.integers(0, 4)) == 0:
+            sealed[data.draw(st.sampled_from([4, 8, -1]))] ^= 1  # receiver, counter, tag
+        if data.draw(st.integers(0, 6)) == 0 and messages:
+            messages.append(messages[0])
+        messages.append((data.draw(st.sampled_from([number, number, 0])), bytes(sealed)))
+    buffer, given = bytearray(), list[Message]()
+    for number, message in messages:
+        given.append((together.others[number].wire, len(buffer), len(message), int.from_bytes(message[4:8], "little")))
+        buffer += message
+        alone.end.plane.deliver(Datagrams.single(message), alone.others[number].wire)
+    together.end.plane.deliver_many(memoryview(buffer), given)
+    interface = together.end.interface
+    assert isinstance(interface, Descriptor)
+    assert interface.collect() == alone.end.interface.written
+    assert interface.single_writes == 0
+    assert together.state() == alone.state()

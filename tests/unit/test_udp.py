@@ -3,6 +3,7 @@
 import asyncio
 import random
 import socket
+import struct
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from ipaddress import IPv4Address, IPv6Address, ip_address
@@ -13,6 +14,7 @@ from siderolink.common.errors import AddressInUseError, ConfigurationError
 from siderolink.common.wireguard.path import Datagrams
 from siderolink.common.wireguard.udp_routes import LocalEnd
 from siderolink.common.wireguard.udp_socket import UdpPath, UdpSocket
+from tests.support.rows import implementation
 from tests.support.udp import End, batch
 
 pytestmark = pytest.mark.anyio
@@ -21,8 +23,8 @@ LOCALS = [ip_address("127.0.0.1"), ip_address("::1")]
 
 
 @asynccontextmanager
-async def two(**options: bool) -> AsyncIterator[tuple[End, End]]:
-    one, other = End(**options), End(echo=True, **options)
+async def two(*, gso: bool = True) -> AsyncIterator[tuple[End, End]]:
+    one, other = End(gso=gso), End(echo=True, gso=gso)
     try:
         yield one, other
     finally:
@@ -202,11 +204,12 @@ async def test_a_refused_offload_is_not_the_local_addresss_fault_and_is_tried_ag
         receiver.udp.close()
 
 
+@pytest.mark.parametrize("by", ["matrices", "compiled"])
 @pytest.mark.parametrize("gso", [True, False])
 @pytest.mark.parametrize("seed", range(6))
-async def test_what_is_joined_keeps_each_datagram_its_order_and_its_sender(gso: bool, seed: int) -> None:
+async def test_what_is_joined_keeps_each_datagram_its_order_and_its_sender(by: str, gso: bool, seed: int) -> None:
     draw = random.Random(seed)
-    receiver = End(gso=gso)
+    receiver = End(gso=gso, mixed=implementation(by).mixed())
     senders = [socket.socket(socket.AF_INET, socket.SOCK_DGRAM) for _ in range(2)]
     try:
         sent: list[tuple[int, bytes]] = []
@@ -224,3 +227,117 @@ async def test_what_is_joined_keeps_each_datagram_its_order_and_its_sender(gso: 
         receiver.udp.close()
         for sock in senders:
             sock.close()
+
+
+def data_message(number: int, size: int = 64) -> bytes:
+    return struct.pack("<IIQ", 4, 77, number).ljust(size, b"x")
+
+
+@pytest.mark.parametrize("address", LOCALS)
+async def test_data_messages_of_many_senders_come_and_go_together(address: IPv4Address | IPv6Address) -> None:
+    """Each reply goes to its own sender, from the address that was written to; other messages are not among them."""
+    mixed = implementation("compiled").mixed()
+    here = End(echo=True, mixed=mixed)
+    family = socket.AF_INET if address.version == 4 else socket.AF_INET6
+    called = "127.0.0.9" if address.version == 4 else "::1"
+    senders = [socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) for _ in range(20)]
+    try:
+        sent = []
+        for number in range(200):
+            size = 31 if number % 17 == 0 else 32 + number  # 31 bytes are no data message
+            sent.append((senders[number % 20], data_message(number, size)))
+        for sender, message in sent:
+            sender.sendto(message, (called, here.udp.port))
+        assert sorted(await here.wait_for(200)) == sorted(message for _, message in sent)
+        assert max(here.together) > 1
+        for sender in senders:
+            own = [message for by, message in sent if by is sender]
+            replies = [await asyncio.wait_for(reply(sender), 30) for _ in own]
+            assert [data for data, _ in replies] == own
+            assert {came_by[:2] for _, came_by in replies} == {(called, here.udp.port)}
+        assert here.udp.drops() == {}
+    finally:
+        here.udp.close()
+        for sender in senders:
+            sender.close()
+
+
+async def reply(sock: socket.socket) -> tuple[bytes, tuple[str, int]]:
+    while True:
+        try:
+            return sock.recvfrom(2000)
+        except BlockingIOError:
+            await asyncio.sleep(0.005)
+
+
+async def test_one_address_that_cannot_be_reached_keeps_no_other_back() -> None:
+    mixed = implementation("compiled").mixed()
+    here, there = End(mixed=mixed), End()
+    try:
+        good, local = here.udp.path((LOCALS[0], there.udp.port)), bytes([127, 0, 0, 1])
+        refused = here.udp.path((IPv4Address("255.255.255.255"), 9))  # EACCES: it takes SO_BROADCAST
+        gone = here.udp.path((LOCALS[0], there.udp.port))
+        gone.local_end = LocalEnd(local, bytes([192, 0, 2, 77]), 1)  # an address that this host has not
+        rows = [data_message(number) for number in range(6)]
+        data, places = memoryview(b"".join(rows)), [(at, at + 64) for at in range(0, 6 * 64, 64)]
+        paths = [good, refused, good, gone, refused, good]
+        assert here.udp.send_many(data, [(path, *place) for path, place in zip(paths, places, strict=True)]) is None
+        large = memoryview(bytes(70_000))
+        assert here.udp.send_many(large, [(good, 0, 70_000), (good, 0, 100)]) is None  # EMSGSIZE
+        received = await there.wait_for(5)
+        assert sorted(received) == sorted([rows[0], rows[2], rows[3], rows[5], bytes(100)])
+        assert here.udp.drops() == {"send_failed": 3}
+    finally:
+        here.udp.close()
+        there.udp.close()
+
+
+async def test_what_a_full_socket_does_not_take_is_sent_later_in_order() -> None:
+    mixed = implementation("compiled").mixed()
+    here, there = End(mixed=mixed), End()
+    assert mixed is not None
+    send, takes = mixed.send, iter([2, 0])
+
+    def take_few(descriptor: int, data: memoryview, datagrams: list[tuple[int, int, bytes, bytes]]) -> tuple[int, list[int]]:
+        few = next(takes, len(datagrams))
+        send(descriptor, data, datagrams[:few])
+        return few, []
+
+    mixed.send = take_few  # type: ignore[method-assign]
+    try:
+        path = here.udp.path((LOCALS[0], there.udp.port))
+        rows = [data_message(number) for number in range(12)]
+        data, places = memoryview(bytearray(b"".join(rows))), [(path, at, at + 64) for at in range(0, 12 * 64, 64)]
+        assert here.udp.send_many(data, places[:6]) == path
+        assert here.udp.send_many(data, places[6:]) == path
+        states = [path.is_writable]
+        data[:] = bytes(len(data))  # it is the caller's again
+        writable = asyncio.Event()
+        path.when_writable(writable.set)
+        await asyncio.wait_for(writable.wait(), 30)
+        states.append(path.is_writable)
+        assert states == [False, True]
+        assert await there.wait_for(12) == rows
+        assert here.udp.send_many(memoryview(rows[0]), [(path, 0, 64)]) == path  # takes none
+        huge = memoryview(bytes(60_000))
+        assert here.udp.send_many(huge, [(path, 0, 60_000)] * 10) == path
+        assert here.udp.drops() == {"send_buffer_full": 2}
+    finally:
+        here.udp.close()
+        there.udp.close()
+
+
+async def test_an_error_that_waits_does_not_stop_receiving_together() -> None:
+    here = End(mixed=implementation("compiled").mixed())
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+        try:
+            closed = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+            closed.bind(("127.0.0.1", 0))
+            port = closed.getsockname()[1]
+            closed.close()
+            for _ in range(3):
+                here.udp.path((LOCALS[0], port)).send(Datagrams.single(b"hello"))
+                sender.sendto(data_message(1), ("127.0.0.1", here.udp.port))
+            assert len(await here.wait_for(3)) == 3
+        finally:
+            here.udp.close()

@@ -6,6 +6,7 @@ use libfuzzer_sys::fuzz_target;
 use siderolink_native::cipher::{self, Key};
 use siderolink_native::frames::{self, Offloads};
 use siderolink_native::layout::{Margins, Rows};
+use siderolink_native::many;
 use siderolink_native::split::split;
 
 #[derive(Arbitrary, Debug)]
@@ -20,6 +21,7 @@ struct Case<'a> {
     wanted: u16,
     margins: (u8, u8),
     good: Option<Vec<bool>>,
+    places: Vec<(u16, u16)>,
     frame: &'a [u8],
 }
 
@@ -57,4 +59,17 @@ fuzz_target!(|case: Case<'_>| {
             assert_eq!(before[rows.text(row)], buffer[rows.text(row)]);
         }
     }
+    let rows = |_: ()| case.places.iter().map(|&(start, size)| many::Row {
+        key: Key::new(&[1; 32]).unwrap(),
+        text: usize::from(start)..usize::from(start) + usize::from(size),
+    });
+    if let Ok(found) = many::open(&mut buffer, &rows(()).collect::<Vec<_>>()) {
+        assert!(found.iter().flatten().all(|text| text.end <= buffer.len()));
+    }
+    let sealed: Vec<_> = rows(()).zip(0..).map(|(row, counter)| (row, 1, counter)).collect();
+    if many::seal(&mut buffer, &sealed).is_ok() {
+        let found = many::open(&mut buffer, &rows(()).collect::<Vec<_>>()).unwrap();
+        assert!(found.iter().all(|text| text.is_some()));
+    }
+    many::controls(case.frame);
 });

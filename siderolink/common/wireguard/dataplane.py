@@ -16,16 +16,24 @@ from siderolink.common.wireguard.noise.peer import Path as EnginePath
 from siderolink.common.wireguard.noise.rates import rows_within
 from siderolink.common.wireguard.packets.buffers import round_up
 from siderolink.common.wireguard.packets.headers import PLAIN_VNET_HEADER, UDP, VNET_SIZE, Gso, address_pair
-from siderolink.common.wireguard.packets.parts import PacketInterface, RowFunctions, SmallPacketGatherer, SuperPacketSplitter
+from siderolink.common.wireguard.packets.parts import (
+    MixedPackets,
+    PacketInterface,
+    RowFunctions,
+    SmallPacketGatherer,
+    SuperPacketSplitter,
+)
 from siderolink.common.wireguard.packets.seal import find_runs
 from siderolink.common.wireguard.packets.shape import MalformedFrame
 from siderolink.common.wireguard.packets.unreachable import unreachable
-from siderolink.common.wireguard.path import QUIET_INTERVAL, Datagrams, Path
+from siderolink.common.wireguard.path import QUIET_INTERVAL, Datagrams, Message, Path, SendMany
 
 MAX_READS: Final = 64
 """Frames read from the interface in one turn of the event loop."""
 MAX_BYTES: Final = 3 << 16
 """Bytes read from the interface in one turn; enough for one batch of four full super-packets."""
+MIXED_CHANGES: Final = 0.5
+"""Changes of the peer, of all packets read in one turn, above which packets are sealed and sent together though not alike."""
 REFUSALS_PER_SECOND: Final = 100
 """ICMP errors sent for packets to addresses that no peer has."""
 
@@ -53,6 +61,12 @@ class DataPlane:
         self._on_blocked = on_blocked
         self._rows = rows
         self._set_mtu(engine.mtu)
+        self.mixed = rows.mixed()
+        self.send_many: SendMany | None = None
+        """Sends datagrams of many peers; without it they go one by one."""
+        self._mixed_frames = memoryview(bytearray(MAX_BYTES if self.mixed is not None else 0))
+        self._is_mixed = False
+        """Whether the last packets were for one peer after the other."""
         self._merger = rows.merger(tso=interface.tso, uso=interface.uso)
         self._peer: Peer | None = None
         """The peer that the collected packets are for."""
@@ -62,6 +76,8 @@ class DataPlane:
         """The addresses of the last packet; most packets have those of the one before."""
         self._is_blocked = False
         self._read_at = self._delivered_at = 0.0
+        self._changes = 0
+        """How often the packets read in this turn were for another peer than the one before."""
         self._refusals = TokenBucket(REFUSALS_PER_SECOND, REFUSALS_PER_SECOND)
 
     def _set_mtu(self, mtu: int) -> None:
@@ -81,6 +97,10 @@ class DataPlane:
     def read_interface(self) -> None:
         """Read and send what is waiting, up to a limit. Raises DeviceError when the interface is gone."""
         now = boot_time()
+        if self._is_mixed and self.mixed is not None and self.send_many is not None and now - self._read_at < QUIET_INTERVAL:
+            self._read_at = now
+            self._read_mixed(self.mixed, self.send_many, now)
+            return
         frame = self._interface.read()
         if frame is None:
             return
@@ -89,6 +109,7 @@ class DataPlane:
             return
         size = count = 0
         self._is_blocked = False
+        self._changes = 0
         while frame is not None:
             self._send_frame(frame, now)
             size, count = size + len(frame), count + 1
@@ -97,7 +118,43 @@ class DataPlane:
             frame, added = self._read_on(MAX_READS - count)
             size, count = size + added * self._row_bytes, count + added
         self._leave_peer(now)
+        self._is_mixed = self._changes > MIXED_CHANGES * count and self._interface.fileno() >= 0
         self.drain(now)
+
+    def _read_mixed(self, mixed: MixedPackets, send_many: SendMany, now: float) -> None:
+        """Read what is waiting in one call, and seal and send in one call what needs nothing else."""
+        data = self._mixed_frames
+        frames, has_failed = mixed.read(self._interface, data, self._engine.mtu, MAX_READS)
+        lone: list[tuple[Peer, int, int]] = []
+        changes, before = 0, b""
+        for pair, start, size, length in frames:
+            frame = data[start - VNET_SIZE : start + size]
+            if pair is not None and length:
+                if pair != before:
+                    before, changes = pair, changes + 1
+                peer = self._find_peer(frame, pair)
+                if peer is None:
+                    continue
+                if peer.outbound_rates is None and self._engine.can_send(peer, now):
+                    lone.append((peer, start, length))
+                    continue
+            self._send_lone(mixed, send_many, lone, now)
+            lone = []
+            self._send_frame(frame, now)
+            self._leave_peer(now)
+        self._send_lone(mixed, send_many, lone, now)
+        self._is_mixed = not frames or changes > MIXED_CHANGES * len(frames)
+        if has_failed:
+            self._interface.read()  # tells why
+        self.drain(now)
+
+    def _send_lone(self, mixed: MixedPackets, send_many: SendMany, packets: list[tuple[Peer, int, int]], now: float) -> None:
+        """Send packets of many peers, each by itself."""
+        if packets:
+            sealed = self._engine.seal_many(self._mixed_frames, packets, mixed.seal, now)
+            full = send_many(self._mixed_frames, cast("list[tuple[Path, int, int]]", sealed))
+            if full is not None:
+                self._on_blocked(full)
 
     def _read_on(self, most: int) -> tuple[memoryview | None, int]:
         """The next frame, and how many became part of the batch before it; no frame if none is waiting, or so many did."""
@@ -163,6 +220,7 @@ class DataPlane:
         if peer is None:
             return False
         if peer is not self._peer:
+            self._changes += 1
             self._leave_peer(now)
             if not self._engine.can_send(peer, now):
                 self._engine.stage(peer, bytes(frame), now)
@@ -251,6 +309,14 @@ class DataPlane:
                 self._receive(datagrams, run.first, run.count, path, now)
         self.drain(now)
         return is_alone
+
+    def deliver_many(self, data: memoryview, messages: list[Message]) -> None:
+        """Process data messages of many senders, one behind the other in `data`."""
+        assert self.mixed is not None  # who receives them has it
+        self._delivered_at = now = boot_time()
+        packets = self._engine.receive_many(data, messages, self.mixed.open, now)
+        self.mixed.write(self._interface, data, packets)
+        self.drain(now)
 
     def _receive(self, datagrams: Datagrams, first: int, count: int, path: Path, now: float) -> None:
         received = self._engine.receive(datagrams, path, now, first=first, count=count)

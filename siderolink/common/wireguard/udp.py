@@ -4,12 +4,14 @@ import asyncio
 import errno
 import socket
 from collections import Counter
+from collections.abc import Sequence
 from ipaddress import IPv4Address, IPv6Address
 from typing import Final
 
 from siderolink.common.errors import AddressInUseError, ConfigurationError
 from siderolink.common.wireguard.noise.output import Drop
-from siderolink.common.wireguard.path import Endpoint, Receive
+from siderolink.common.wireguard.packets.parts import MixedPackets
+from siderolink.common.wireguard.path import Datagrams, Endpoint, Path, Receive, ReceiveMany
 from siderolink.common.wireguard.udp_routes import Routes
 from siderolink.common.wireguard.udp_socket import UdpPath, UdpSocket
 
@@ -58,6 +60,21 @@ class UdpSockets:
         for udp in self._sockets.values():
             udp.set_mark(mark)
 
+    def send_many(self, data: memoryview, datagrams: Sequence[tuple[Path, int, int]]) -> Path | None:
+        """See `SendMany`. Paths of other kinds are sent to one by one."""
+        groups: dict[UdpSocket, list[tuple[UdpPath, int, int]]] = {}
+        full: Path | None = None
+        for path, start, end in datagrams:
+            if isinstance(path, UdpPath):
+                groups.setdefault(path.udp, []).append((path, start, end))
+            else:
+                path.send(Datagrams.single(data[start:end], path.headroom))
+                full = full if path.is_writable else path
+        for udp, group in groups.items():
+            if not udp.send_many(data, group):
+                full = group[0][0]
+        return full
+
     def drops(self) -> dict[str, int]:
         """Datagrams that were not sent, by reason: send_failed, send_buffer_full."""
         counted = sum((udp.drops for udp in self._sockets.values()), Counter[Drop]())
@@ -71,10 +88,18 @@ class UdpSockets:
             self._routes.close()
 
 
-def open_udp(port: int, receive: Receive, *, gso: bool = True) -> UdpSockets:
+def open_udp(
+    port: int,
+    receive: Receive,
+    *,
+    gso: bool = True,
+    mixed: MixedPackets | None = None,
+    receive_many: ReceiveMany | None = None,
+) -> UdpSockets:
     """Listen on a UDP port (0: any that is free for both IP versions), on the running event loop.
 
-    `gso`: whether to use segmentation offloads where the kernel has them. IPv6 is left out on a host without it.
+    `gso`: whether to use segmentation offloads where the kernel has them. `mixed` and `receive_many`: what receives data
+    messages of many senders in one call, and what processes them. IPv6 is left out on a host without it.
     Raises AddressInUseError, or ConfigurationError for a port that is not allowed.
     """
     loop = asyncio.get_running_loop()
@@ -83,7 +108,11 @@ def open_udp(port: int, receive: Receive, *, gso: bool = True) -> UdpSockets:
         routes = Routes(loop)
     except OSError:  # a sandbox without netlink
         routes = None
-    return UdpSockets([UdpSocket(sock, loop, receive, gso, routes) for sock in sockets], routes)
+    made = [UdpSocket(sock, loop, receive, gso, routes) for sock in sockets]
+    if mixed is not None and receive_many is not None:
+        for udp in made:
+            udp.mix(mixed, receive_many)
+    return UdpSockets(made, routes)
 
 
 def _bind(port: int) -> list[socket.socket]:

@@ -7,16 +7,22 @@ changes by netlink (rtnetlink(7)), and the next send looks the route up: nothing
 
 import asyncio
 import socket
+import struct
+import sys
 from typing import Final
 
 from siderolink.common.netlink import EventSocket, NetlinkRefusal, RouteLookup, open_events
 from siderolink.common.netlink.follow import ADDRESSES, ROUTES
 
-__all__ = ["Control", "LocalEnd", "Routes"]
+__all__ = ["Control", "LocalEnd", "Routes", "SocketAddress", "encode_address", "encode_control"]
 
 Control = tuple[int, int, bytes]
 """A control message for sendmsg."""
 
+SocketAddress = tuple[str, int] | tuple[str, int, int, int]
+"""As the socket module writes it: host, port, and for IPv6 flow information and zone."""
+
+_CONTROL_HEADER: Final = struct.Struct("@Nii")
 _IP_PKTINFO: Final = 8
 _RULES: Final = 0x80 | 0x40000
 """RTMGRP_IPV4_RULE, and of IPv6 the same."""
@@ -111,3 +117,19 @@ def _control(source: bytes, interface: int) -> Control:
 def _is_link_local(address: bytes) -> bool:
     """Such an address means nothing without its interface."""
     return len(address) == 16 and address[0] == 0xFE and address[1] & 0xC0 == 0x80
+
+
+def encode_address(address: SocketAddress, source: bytes) -> bytes:
+    """sockaddr_in or sockaddr_in6, as the kernel takes it; `source` is the IP address and the port in two bytes."""
+    if len(address) == 2:
+        return socket.AF_INET.to_bytes(2, sys.byteorder) + source[-2:] + source[:-2] + bytes(8)
+    family = socket.AF_INET6.to_bytes(2, sys.byteorder)
+    _, _, flow, zone = address
+    return family + source[-2:] + flow.to_bytes(4, "big") + source[:-2] + zone.to_bytes(4, sys.byteorder)
+
+
+def encode_control(control: Control) -> bytes:
+    """cmsghdr and data, as the kernel takes them (cmsg(3))."""
+    level, kind, data = control
+    header = _CONTROL_HEADER.pack(socket.CMSG_LEN(len(data)), level, kind)
+    return (header + data).ljust(socket.CMSG_SPACE(len(data)), b"\0")

@@ -4,7 +4,8 @@ import asyncio
 import errno
 import socket
 import struct
-from collections import Counter
+import sys
+from collections import Counter, deque
 from collections.abc import Callable
 from typing import Final
 
@@ -12,11 +13,14 @@ from siderolink.common.degraded import say_once
 from siderolink.common.errors import ConfigurationError
 from siderolink.common.readers import read_on
 from siderolink.common.wireguard.noise.output import Drop
-from siderolink.common.wireguard.path import QUIET_INTERVAL, Datagrams, Receive, RowCache
-from siderolink.common.wireguard.udp_routes import Control, LocalEnd, Routes
+from siderolink.common.wireguard.packets.parts import MixedPackets
+from siderolink.common.wireguard.path import QUIET_INTERVAL, Datagrams, Message, Receive, ReceiveMany, RowCache
+from siderolink.common.wireguard.udp_routes import Control, LocalEnd, Routes, SocketAddress, encode_address, encode_control
 
 MAX_READS: Final = 16
 """Receives in one turn of the event loop; each gives up to 64 KiB of datagrams."""
+MAX_MIXED_READS: Final = 64
+"""The same where all are received in one call, of which up to MAX_READS may be something else than one data message."""
 MAX_BYTES: Final = 3 << 16
 """Bytes received in one turn of the event loop."""
 MAX_SEGMENTS: Final = 64
@@ -52,40 +56,50 @@ checksums (EIO), the socket has no GSO."""
 
 _CANNOT_SEGMENT: Final = "UDP sends cannot be segmented (UDP_SEGMENT) on some route of this host"
 
-_SocketAddress = tuple[str, int] | tuple[str, int, int, int]
-
 
 class UdpPath:
     """A remote UDP address, and the local end that its packets came to."""
 
-    __slots__ = ("_socket", "address", "local_end", "source")
+    __slots__ = ("_control", "_target", "address", "local_end", "source", "udp")
 
     headroom = 0
     batch_bytes = MAX_PENDING // 2
     peer = None
 
-    def __init__(self, udp: "UdpSocket", address: _SocketAddress, local_end: LocalEnd | None) -> None:
-        self._socket = udp
+    def __init__(self, udp: "UdpSocket", address: SocketAddress, local_end: LocalEnd | None) -> None:
+        self.udp = udp
         self.address = address
         """As the socket module writes it: host, port, and for IPv6 flow information and zone."""
         self.source = socket.inet_pton(udp.family, address[0].partition("%")[0]) + address[1].to_bytes(2, "big")
         """The address (4 or 16 bytes) and the port (2 bytes, big-endian)."""
         self.local_end = local_end
         """Where packets leave from; None leaves it to the routing table."""
+        self._control: Control | None = None
+        self._target: tuple[bytes, bytes] | None = None
 
     @property
     def is_open(self) -> bool:
-        return self._socket.is_open
+        return self.udp.is_open
 
     @property
     def is_writable(self) -> bool:
-        return self._socket.is_writable
+        return self.udp.is_writable
 
     def send(self, datagrams: Datagrams) -> None:
-        self._socket.send(datagrams, self)
+        self.udp.send(datagrams, self)
 
     def when_writable(self, callback: Callable[[], None]) -> None:
-        self._socket.when_writable(callback)
+        self.udp.when_writable(callback)
+
+    def target(self) -> tuple[bytes, bytes]:
+        """The address and the control messages of a send, as the kernel takes them."""
+        control = self.local_end.control if self.local_end is not None else None
+        if self._target is None or control is not self._control:
+            self._control, self._target = (
+                control,
+                (encode_address(self.address, self.source), b"" if control is None else encode_control(control)),
+            )
+        return self._target
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, UdpPath) and self.address == other.address
@@ -122,14 +136,18 @@ class UdpSocket:
         self._routes = routes
         self._read_at = 0.0
         self._mark = 0
-        self._plain: dict[_SocketAddress, float] = {}
+        self._plain: dict[SocketAddress, float] = {}
         """Destinations to which the kernel refused GSO, and when it is tried again; the oldest first."""
         self._suspect: UdpPath | None = None
         """Where a segmented send was refused, and GSO or the local address may be the reason."""
         self._max_bytes = 65_507 if self.family == socket.AF_INET else 65_527
-        self._pending: tuple[Datagrams, UdpPath] | None = None
+        self._pending: deque[tuple[Datagrams, UdpPath]] = deque()
+        self._pending_bytes = 0
         self._waiting: list[Callable[[], None]] = []
-        self._paths: dict[tuple[_SocketAddress, bytes], UdpPath] = {}
+        self._paths: dict[tuple[SocketAddress, bytes], UdpPath] = {}
+        self._senders: dict[bytes, UdpPath] = {}
+        """The same paths by what the kernel gives with a datagram."""
+        self._mixed: tuple[MixedPackets, ReceiveMany] | None = None
         self._data = memoryview(bytearray(MAX_BYTES + (1 << 16)))
         self._buffers = (self._data,)
         self._cache = RowCache(self._data)
@@ -139,10 +157,10 @@ class UdpSocket:
 
     @property
     def is_writable(self) -> bool:
-        return self._pending is None
+        return not self._pending
 
     def when_writable(self, callback: Callable[[], None]) -> None:
-        if self._pending is None or not self.is_open:
+        if not self._pending or not self.is_open:
             self._loop.call_soon(callback)
         else:
             self._waiting.append(callback)
@@ -158,7 +176,7 @@ class UdpSocket:
         if self._mark:
             self.set_mark(self._mark)
         self._loop.add_reader(sock, self._on_readable)
-        if self._pending is not None:
+        if self._pending:
             self._loop.add_writer(sock, self._on_writable)
 
     def set_mark(self, mark: int) -> None:
@@ -177,16 +195,22 @@ class UdpSocket:
             self._loop.remove_reader(self._sock)
             self._loop.remove_writer(self._sock)
             self._sock.close()
-            self._pending = None
+            self._pending.clear()
             self._notify_writable()
 
     # Receiving
+
+    def mix(self, mixed: MixedPackets, receive_many: ReceiveMany) -> None:
+        """Receive by `mixed`, and give lone data messages of many senders to `receive_many`, all of one turn together."""
+        self._mixed = mixed, receive_many
 
     def _on_readable(self) -> None:
         """Receive what is waiting, up to a limit. Datagrams of one length from one sender become one batch."""
         now = self._loop.time()
         is_alone, self._read_at = now - self._read_at >= QUIET_INTERVAL, now
-        if not is_alone:
+        if not is_alone and self._mixed is not None:
+            self._receive_mixed(*self._mixed)
+        elif not is_alone:
             self._read_batches()
         elif (taken := self._receive_into(0)) is not None:
             self._deliver(*taken)
@@ -234,13 +258,53 @@ class UdpSocket:
             return size, stride, self._paths.get((address, local_end)) or self._make_path(address, local_end)
         return None
 
-    def _deliver(self, size: int, stride: int, path: UdpPath) -> None:
+    def _deliver(self, size: int, stride: int, path: UdpPath, start: int = 0) -> None:
         count = -(-size // stride) if stride else 1
-        self._receive(Datagrams(self._data[:size], count, stride, 0, self._cache), path)
+        cache = None if start else self._cache
+        self._receive(Datagrams(self._data[start : start + size], count, stride, 0, cache), path)
 
-    def _make_path(self, address: _SocketAddress, info: bytes) -> UdpPath:
+    def _receive_mixed(self, mixed: MixedPackets, receive_many: ReceiveMany) -> None:
+        """Receive what is waiting in one call. Neighbours of one length from one sender become one batch, as ever."""
+        found, has_failed = mixed.receive(self._sock.fileno(), self._data, MAX_MIXED_READS, MAX_READS)
+        if has_failed:  # caused by an earlier send; the socket still works
+            read_on(self._loop, self._sock, self._on_readable)
+        lone: list[Message] = []
+        index, count = 0, len(found)
+        while index < count and self.is_open:  # what was received may close the socket
+            sender, start, size, stride, receiver = found[index]
+            index += 1
+            while index < count and stride and not size % stride and found[index][0] == sender and found[index][3] == stride:
+                size += found[index][2]
+                receiver = None
+                index += 1
+            path = self._senders.get(sender) or self._path_of(sender)
+            if receiver is not None:
+                lone.append((path, start, size, receiver))
+                continue
+            if lone:
+                receive_many(self._data, lone)
+                lone = []
+            self._deliver(size, stride, path, start)
+        if lone:
+            receive_many(self._data, lone)
+
+    def _path_of(self, sender: bytes) -> UdpPath:
+        """The path of a sockaddr and an in_pktinfo or in6_pktinfo."""
+        address: SocketAddress
+        port = int.from_bytes(sender[2:4], "big")
+        if self.family == socket.AF_INET:
+            address, info = (socket.inet_ntop(self.family, sender[4:8]), port), sender[16:]
+        else:
+            flow, zone = int.from_bytes(sender[4:8], "big"), int.from_bytes(sender[24:28], sys.byteorder)
+            address, info = (socket.inet_ntop(self.family, sender[8:24]), port, flow, zone), sender[28:]
+        path = self._paths.get((address, info)) or self._make_path(address, info)
+        self._senders[sender] = path
+        return path
+
+    def _make_path(self, address: SocketAddress, info: bytes) -> UdpPath:
         if len(self._paths) >= _MAX_PATHS:
             self._paths.clear()
+            self._senders.clear()
         path = self._paths[address, info] = UdpPath(self, address, None)
         remote = path.source[:-2]
         if self.family == socket.AF_INET and len(info) == 12:  # in_pktinfo
@@ -254,7 +318,7 @@ class UdpSocket:
     def send(self, datagrams: Datagrams, path: UdpPath) -> None:
         if not self.is_open:
             self.drops[Drop.SEND_FAILED] += datagrams.count
-        elif self._pending is not None:
+        elif self._pending:
             self.drops[Drop.SEND_BUFFER_FULL] += datagrams.count
         elif datagrams.count > 1 or not self._send_single(datagrams.data, path):
             self._send(datagrams, path)
@@ -273,6 +337,32 @@ class UdpSocket:
         except OSError:  # `_send` meets it again, and knows what follows from it
             return False
         return True
+
+    def send_many(self, data: memoryview, datagrams: list[tuple[UdpPath, int, int]]) -> bool:
+        """Send datagrams of a buffer, from start to end, each by its path. False if the socket is full; then they are kept."""
+        if not self.is_open:
+            self.drops[Drop.SEND_FAILED] += len(datagrams)
+            return True
+        tried = 0
+        if self._mixed is not None and not self._pending:
+            targets = []
+            for path, start, end in datagrams:
+                if path.local_end is not None and self._routes is not None:
+                    path.local_end.check(self._routes, self._mark)
+                targets.append((start, end, *path.target()))
+            tried, failed = self._mixed[0].send(self._sock.fileno(), data, targets)
+            for path, start, end in [datagrams[index] for index in failed]:
+                self._send(Datagrams.single(data[start:end]), path)  # it knows what may be changed, and counts
+        for path, start, end in datagrams[tried:]:
+            if self._pending_bytes + end - start > MAX_PENDING:
+                self.drops[Drop.SEND_BUFFER_FULL] += 1
+            else:
+                self._pending.append((Datagrams.single(bytes(data[start:end])), path))
+                self._pending_bytes += end - start
+        if not self._pending:
+            return True
+        self._loop.add_writer(self._sock, self._on_writable)
+        return False
 
     def _send(self, datagrams: Datagrams, path: UdpPath) -> None:
         data, stride, sent = datagrams.data, datagrams.stride, 0
@@ -348,14 +438,19 @@ class UdpSocket:
         kept = max(1, min(count, MAX_PENDING // stride))
         self.drops[Drop.SEND_BUFFER_FULL] += count - kept
         data = memoryview(bytes(datagrams.data[sent * stride : (sent + kept) * stride]))
-        self._pending = (Datagrams(data, kept, stride), path)
+        self._pending.appendleft((Datagrams(data, kept, stride), path))
+        self._pending_bytes += len(data)
         self._loop.add_writer(self._sock, self._on_writable)
 
     def _on_writable(self) -> None:
-        if self._pending is not None:
-            (datagrams, path), self._pending = self._pending, None
+        for _ in range(len(self._pending)):
+            datagrams, path = self._pending.popleft()
+            self._pending_bytes -= len(datagrams.data)
+            before = len(self._pending)
             self._send(datagrams, path)
-        if self._pending is None:
+            if len(self._pending) > before:  # it is full again
+                return
+        if not self._pending:
             self._loop.remove_writer(self._sock)
             self._notify_writable()
 

@@ -32,7 +32,7 @@ from siderolink.common.wireguard.device import (
 from siderolink.common.wireguard.noise import Drop, Engine, Event, PeerRoamed, PeerUnresponsive, SessionEstablished
 from siderolink.common.wireguard.packets import row_functions
 from siderolink.common.wireguard.packets.parts import PacketInterface
-from siderolink.common.wireguard.path import Datagrams, Path
+from siderolink.common.wireguard.path import Datagrams, Message, Path
 from siderolink.common.wireguard.uapi.protocol import DeviceReport
 from siderolink.common.wireguard.udp import UdpSockets, open_udp
 
@@ -80,7 +80,13 @@ class UserspaceDevice:
         """The current interface, if the packet device has one; None once it is gone."""
         self._udp: UdpSockets | None = None
         if config.listen_port is not None:
-            self._udp = open_udp(config.listen_port, self.deliver)
+
+            def receive_many(data: memoryview, messages: list[Message]) -> None:
+                if self.is_passing:
+                    self.plane.deliver_many(data, messages)
+
+            self._udp = open_udp(config.listen_port, self.deliver, mixed=self.plane.mixed, receive_many=receive_many)
+            self.plane.send_many = self._udp.send_many
         self._configurator = Configurator(self.engine, config.private_key, self._udp)
         self._timer = BootTimer(self._timer_fired)
 

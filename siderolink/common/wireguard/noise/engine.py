@@ -81,6 +81,7 @@ class Engine:
         self.earliest_deadline = self._deadlines.earliest
         """Like `next_deadline`, but perhaps too early, and so cheap that it may be asked after every packet."""
         self.find_peer, self.can_send, self.is_silent = traffic.find_peer, traffic.can_send, traffic.is_silent
+        self.receive_many, self.seal_many = traffic.open_many, traffic.seal_many
         self.seal, self.stage, self.send_keepalive = traffic.seal, traffic.stage, traffic.send_keepalive
 
     # Configuration

@@ -91,3 +91,18 @@ class RowCipher(Protocol):
 
 CipherFactory = Callable[[bytes], RowCipher]
 """Makes the cipher for a key of 32 bytes."""
+
+ToOpen = tuple[bytes, int, int]
+"""One data message in a buffer: the key of its session, its start and its size."""
+
+OpenedText = tuple[int, bytes | None, int]
+"""Counter, source and destination in one (None in an empty text and in no whole IP packet), and the end of the packet."""
+
+OpenMany = Callable[[memoryview, list[ToOpen]], list[OpenedText | None]]
+"""Decrypts messages of many sessions where they are, one behind the other; None for one with a bad tag, which is erased."""
+
+ToSeal = tuple[bytes, int, int, int, int]
+"""One padded text in a buffer: the key of its session, its start and length, the receiver index and the counter."""
+
+SealMany = Callable[[memoryview, list[ToSeal]], None]
+"""Makes data messages of texts where they are, one behind the other, with room for header and tag around each."""

@@ -72,11 +72,11 @@ class Session:
 
     __slots__ = (
         "_ciphers",
-        "_keys",
         "_opener",
         "_sealer",
         "created_at",
         "is_initiator",
+        "keys",
         "local_index",
         "peer",
         "remote_index",
@@ -97,7 +97,7 @@ class Session:
     ) -> None:
         self.peer = peer
         self._ciphers = ciphers
-        self._keys = keys
+        self.keys = keys
         self.local_index = local_index
         self.remote_index = remote_index
         self.is_initiator = is_initiator
@@ -111,14 +111,14 @@ class Session:
     def sealer(self) -> RowCipher:
         """The cipher for sending, made when first used: an idle peer keeps only keys."""
         if self._sealer is None:
-            self._sealer = self._ciphers(self._keys.send)
+            self._sealer = self._ciphers(self.keys.send)
         return self._sealer
 
     @property
     def opener(self) -> RowCipher:
         """The cipher for receiving, made when first used."""
         if self._opener is None:
-            self._opener = self._ciphers(self._keys.receive)
+            self._opener = self._ciphers(self.keys.receive)
         return self._opener
 
     def release_ciphers(self) -> None:

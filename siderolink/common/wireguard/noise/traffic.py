@@ -1,15 +1,15 @@
 """Data messages (whitepaper, section 5.4.6): sealed for a peer's path and opened from one, always in batches of one session."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from .exchange import Indices
-from .messages import TRANSPORT_OVERHEAD
+from .messages import TRANSPORT_HEADER_BYTES, TRANSPORT_OVERHEAD
 from .output import Drop, Output, PeerRoamed, SessionEstablished
 from .peer import Path, Peer
 from .rates import Buckets, rows_within
 from .routing import CryptokeyRouting, InnerFilter, inner_header, padded_length
-from .rows import Datagrams, Opened, Packets
+from .rows import Datagrams, Opened, OpenMany, Packets, SealMany, ToOpen, ToSeal
 from .session import Session
 from .timers import DeadlineQueue, Tenure
 
@@ -80,6 +80,34 @@ class Traffic:
         if session.wants_rekey(now):
             self._initiate(peer, now)
         return path, session.sealer.seal(packets, session.remote_index, counter, path.headroom)
+
+    def seal_many(
+        self, data: memoryview, packets: Sequence[tuple[Peer, int, int]], seal_many: SealMany, now: float
+    ) -> list[tuple[Path, int, int]]:
+        """Make data messages of padded packets for many peers where they are; each is peer, start and length.
+
+        Returns path, start and end of each, which the caller sends before its next call.
+        """
+        rows: list[ToSeal] = []
+        found: list[tuple[Path, int, int]] = []
+        for peer, start, length in packets:
+            session, path = peer.current, peer.path
+            counter = None
+            if session is not None and path is not None and path.is_open:
+                counter = session.reserve(1, now)
+            if session is None or path is None or counter is None:
+                self._output.drop(Drop.EXPIRED_SESSION)
+                continue
+            peer.sent_bytes += length + TRANSPORT_OVERHEAD
+            if peer.timers.data_sent(now):
+                self._deadlines.update(peer)
+            if session.wants_rekey(now):
+                self._initiate(peer, now)
+            rows.append((session.keys.send, start, length, session.remote_index, counter))
+            begin = start - TRANSPORT_HEADER_BYTES
+            found.append((path, begin, begin + length + TRANSPORT_OVERHEAD))
+        seal_many(data, rows)
+        return found
 
     def stage(self, peer: Peer, item: bytes, now: float) -> None:
         """Queue an item until the peer is ready, and start a handshake. Drops the item if the peer has no endpoint."""
@@ -153,6 +181,52 @@ class Traffic:
         if session.peer.inbound_rates is not None and has_data:
             self._limit(opened, session.peer.inbound_rates, now)
         return opened, InnerFilter(partial(self._routing.inbound_refusal, session.peer), self._output.drop)
+
+    def open_many(
+        self, data: memoryview, messages: Sequence[tuple[Path, int, int, int]], open_many: OpenMany, now: float
+    ) -> list[tuple[int, int]]:
+        """Decrypt data messages of many sessions where they are; each is path, start, size and receiver index.
+
+        Returns start and end of the inner packets that may be passed on.
+        """
+        rows: list[ToOpen] = []
+        known: list[tuple[Session, Path]] = []
+        find = self._indices.session
+        for path, start, size, receiver in messages:
+            session = find(receiver)
+            refusal = _session_refusal(session, path, now)
+            if refusal is not None or session is None:
+                self._output.drop(refusal or Drop.UNKNOWN_RECEIVER)
+                continue
+            rows.append((session.keys.receive, start, size))
+            known.append((session, path))
+        found = []
+        for (session, path), (_, start, size), text in zip(known, rows, open_many(data, rows), strict=True):
+            if text is None:
+                self._output.drop(Drop.BAD_TAG)
+            elif not session.replay.accept(text[0]):
+                self._output.drop(Drop.REPLAYED)
+            else:
+                length = size - TRANSPORT_OVERHEAD
+                self._accepted(session, path, size, now, has_data=length > 0)
+                if length and self._may_pass(session.peer, text[1], length, now):
+                    found.append((start + TRANSPORT_HEADER_BYTES, text[2]))
+        return found
+
+    def _may_pass(self, peer: Peer, pair: bytes | None, length: int, now: float) -> bool:
+        """Whether one inner packet may be passed on; if not, the drop is counted."""
+        refusal: Drop | None
+        if peer.inbound_rates is not None and not rows_within(peer.inbound_rates, length, 1, length, now):
+            refusal = Drop.BANDWIDTH_IN
+        elif pair is None:
+            refusal = Drop.INNER_MALFORMED
+        else:
+            half = len(pair) // 2
+            refusal = self._routing.inbound_refusal(peer, pair[:half], pair[half:])
+        if refusal is None:
+            return True
+        self._output.drop(refusal)
+        return False
 
     def _limit(self, opened: Opened, buckets: Buckets, now: float) -> None:
         """Leave out the rows that are beyond the peer's bandwidth."""

@@ -14,16 +14,16 @@ from typing import Final, Protocol, cast
 from siderolink.common.wireguard.noise.messages import TRANSPORT_HEADER_BYTES, TRANSPORT_OVERHEAD
 from siderolink.common.wireguard.noise.routing import InnerFilter
 from siderolink.common.wireguard.noise.rows import Datagrams as AnyDatagrams
-from siderolink.common.wireguard.noise.rows import Opened, Packets, RowCipher
+from siderolink.common.wireguard.noise.rows import Opened, OpenedText, Packets, RowCipher, ToOpen, ToSeal
 from siderolink.common.wireguard.packets.buffers import Bytes, round_up
 from siderolink.common.wireguard.packets.gather import MAX_ROWS
 from siderolink.common.wireguard.packets.headers import VNET_SIZE
-from siderolink.common.wireguard.packets.parts import PacketInterface
+from siderolink.common.wireguard.packets.parts import MixedFrame, PacketInterface
 from siderolink.common.wireguard.packets.seal import text_lengths
 from siderolink.common.wireguard.packets.shape import MalformedFrame
 from siderolink.common.wireguard.path import Datagrams
 
-SEAM: Final = 2
+SEAM: Final = 3
 """The version of the functions' interface that this module was written for."""
 VARIABLE: Final = "SIDEROLINK_NATIVE"
 _MODULE: Final = "siderolink_native"
@@ -98,6 +98,24 @@ class Functions(Protocol):
         uso: bool,
         /,
     ) -> list[tuple[int, int, int]]: ...
+
+    def receive_many(
+        self, descriptor: int, buffer: memoryview, most: int, others: int, /
+    ) -> tuple[list[tuple[bytes, int, int, int, int | None]], bool]: ...
+
+    def open_many(self, buffer: memoryview, rows: list[ToOpen], /) -> list[OpenedText | None]: ...
+
+    def write_many(self, descriptor: int, buffer: memoryview, frames: list[tuple[int, int]], /) -> int: ...
+
+    def read_many(
+        self, descriptor: int, buffer: memoryview, mtu: int, before: int, after: int, most: int, /
+    ) -> tuple[list[MixedFrame], bool]: ...
+
+    def seal_many(self, buffer: memoryview, rows: list[ToSeal], /) -> None: ...
+
+    def send_many(
+        self, descriptor: int, buffer: memoryview, datagrams: list[tuple[int, int, bytes, bytes]], /
+    ) -> tuple[int, list[int]]: ...
 
 
 @cache
@@ -395,3 +413,28 @@ def _admits(inner_filter: InnerFilter, packet: memoryview, rows: int) -> bool:
     for _ in range(rows - 1):  # every packet of a refused run is counted
         inner_filter.admit(packet)
     return False
+
+
+class CompiledMixedPackets:
+    """See `MixedPackets`."""
+
+    def __init__(self, functions: Functions) -> None:
+        self._read_many, self._write_many = functions.read_many, functions.write_many
+        self.open, self.seal = functions.open_many, functions.seal_many
+        self.receive, self.send = functions.receive_many, functions.send_many
+
+    def read(self, interface: PacketInterface, buffer: memoryview, mtu: int, most: int) -> tuple[list[MixedFrame], bool]:
+        """See `MixedPackets`."""
+        return self._read_many(interface.fileno(), buffer, mtu, TRANSPORT_HEADER_BYTES, _TAG_BYTES, most)
+
+    def write(self, interface: PacketInterface, data: memoryview, packets: list[tuple[int, int]]) -> None:
+        """See `MixedPackets`."""
+        descriptor = interface.fileno()
+        frames = [(start - VNET_SIZE, end) for start, end in packets]
+        if descriptor >= 0:
+            frames = frames[self._write_many(descriptor, data, frames) :]
+        while frames:  # the first of them was not taken, or there is no descriptor
+            start, end = frames[0]
+            interface.write((data[start:end],))
+            written = self._write_many(descriptor, data, frames[1:]) if descriptor >= 0 else 0
+            frames = frames[1 + written :]

@@ -5,13 +5,20 @@ from siderolink.common.wireguard.packets.compiled import (
     CompiledCiphers,
     CompiledGatherer,
     CompiledMerger,
+    CompiledMixedPackets,
     CompiledSplitter,
     Functions,
     load,
 )
 from siderolink.common.wireguard.packets.gather import MAX_ROWS, Gatherer
 from siderolink.common.wireguard.packets.merge import Merger
-from siderolink.common.wireguard.packets.parts import FrameMerger, RowFunctions, SmallPacketGatherer, SuperPacketSplitter
+from siderolink.common.wireguard.packets.parts import (
+    FrameMerger,
+    MixedPackets,
+    RowFunctions,
+    SmallPacketGatherer,
+    SuperPacketSplitter,
+)
 from siderolink.common.wireguard.packets.seal import MatrixCiphers
 from siderolink.common.wireguard.packets.split import Splitter
 
@@ -33,6 +40,9 @@ class MatrixRows:
     def merger(self, *, tso: bool, uso: bool) -> FrameMerger:
         return Merger(tso=tso, uso=uso)
 
+    def mixed(self) -> MixedPackets | None:
+        return None
+
 
 class CompiledRows:
     """The compiled core."""
@@ -51,6 +61,9 @@ class CompiledRows:
 
     def merger(self, *, tso: bool, uso: bool) -> FrameMerger:
         return CompiledMerger(self._functions, tso=tso, uso=uso)
+
+    def mixed(self) -> MixedPackets | None:
+        return CompiledMixedPackets(self._functions)
 
 
 def row_functions() -> RowFunctions:

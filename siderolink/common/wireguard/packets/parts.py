@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from siderolink.common.wireguard.noise.routing import InnerFilter
-from siderolink.common.wireguard.noise.rows import CipherFactory, Opened, Packets
+from siderolink.common.wireguard.noise.rows import CipherFactory, Opened, OpenMany, Packets, SealMany
 from siderolink.common.wireguard.packets.buffers import Bytes
 
 
@@ -80,6 +80,44 @@ class FrameMerger(Protocol):
         """Write what `merge` gives to the interface."""
 
 
+MixedFrame = tuple[bytes | None, int, int, int]
+"""Source and destination in one (None if it is not IP), and start, size and padded length of the packet behind its
+virtio_net_hdr. The length is 0 for what is no small packet."""
+
+
+class MixedPackets(Protocol):
+    """Works on small packets of many sessions at a time, each by itself."""
+
+    open: OpenMany
+    seal: SealMany
+
+    def receive(
+        self, descriptor: int, buffer: memoryview, most: int, others: int, /
+    ) -> tuple[list[tuple[bytes, int, int, int, int | None]], bool]:
+        """Receive from a UDP socket into the buffer, up to `most` times, and `others` times what is no single data message.
+
+        Returns for each the sender (sockaddr, in_pktinfo or in6_pktinfo), start, size, the length of each datagram in it but
+        the last, and the receiver index if it is one data message; and whether there was an error.
+        """
+
+    def read(self, interface: PacketInterface, buffer: memoryview, mtu: int, most: int) -> tuple[list[MixedFrame], bool]:
+        """Read up to `most` frames from the interface's descriptor, finish and pad the packets, and leave room to seal them.
+
+        Ends with one that is no small packet. The second value is true if the interface cannot be read.
+        """
+
+    def send(
+        self, descriptor: int, data: memoryview, datagrams: list[tuple[int, int, bytes, bytes]], /
+    ) -> tuple[int, list[int]]:
+        """Send datagrams, given by start, end, sockaddr and control messages, by a UDP socket.
+
+        Returns how many were tried before the socket was full, and which of these it refused.
+        """
+
+    def write(self, interface: PacketInterface, data: memoryview, packets: list[tuple[int, int]]) -> None:
+        """Write packets, given by start and end, each behind room for a virtio_net_hdr that `open` has cleared."""
+
+
 class RowFunctions(Protocol):
     """Creates the parts that work on rows. All parts of a device must come from the same implementation."""
 
@@ -90,3 +128,6 @@ class RowFunctions(Protocol):
     def gatherer(self, mtu: int, max_rows: int = ...) -> SmallPacketGatherer: ...
 
     def merger(self, *, tso: bool, uso: bool) -> FrameMerger: ...
+
+    def mixed(self) -> MixedPackets | None:
+        """None where packets of many sessions are no faster together."""
