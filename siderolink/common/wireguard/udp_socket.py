@@ -95,10 +95,8 @@ class UdpPath:
         """The address and the control messages of a send, as the kernel takes them."""
         control = self.local_end.control if self.local_end is not None else None
         if self._target is None or control is not self._control:
-            self._control, self._target = (
-                control,
-                (encode_address(self.address, self.source), b"" if control is None else encode_control(control)),
-            )
+            around = b"" if control is None else encode_control(control)
+            self._control, self._target = control, (encode_address(self.address, self.source), around)
         return self._target
 
     def __eq__(self, other: object) -> bool:
