@@ -132,7 +132,7 @@ class DataPlane:
             if pair is not None and length:
                 if pair != before:
                     before, changes = pair, changes + 1
-                peer = self._find_peer(frame, pair)
+                peer = self._find_peer(frame, pair, now)
                 if peer is None:
                     continue
                 if peer.outbound_rates is None and self._engine.can_send(peer, now):
