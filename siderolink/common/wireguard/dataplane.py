@@ -237,11 +237,12 @@ class DataPlane:
         half = len(pair) // 2
         destination = pair[half:]
         peer = self._engine.find_peer(pair[:half], destination)
-        if peer is not None and not peer.is_passive and (peer.path is None or not peer.path.source.startswith(destination)):
+        is_silent = peer is not None and self._engine.is_silent(peer, now)
+        if peer is not None and not is_silent and (peer.path is None or not peer.path.source.startswith(destination)):
             return peer
         if peer is None and self._engine.allowed_ips.may_leave(pair[:half]):
             self._reply_unreachable(frame)
-        if peer is not None and self._engine.is_silent(peer, now):
+        if is_silent:
             self._reply_unreachable(frame)
             self._engine.drop(Drop.NO_PATH)
             return None
