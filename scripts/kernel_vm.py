@@ -27,6 +27,7 @@ MODULES = (
     "crc32c_generic",
     *("wireguard", "tun", "veth", "dummy", "sch_netem"),
     *("nf_tables", "nft_chain_nat", "nft_masq", "nft_nat", "nft_ct", "nft_reject_inet", "nf_conntrack", "nf_conntrack_netlink"),
+    *("nft_limit", "nft_objref"),
 )
 """Loaded at the start, each after what it depends on; the kernel finds no other."""
 STATUS = re.compile(r"^vm status (\d+)\s*$")

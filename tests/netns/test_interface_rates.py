@@ -84,7 +84,6 @@ def flood(rates: InterfaceRates, sender: tuple[Namespace, str], receiver: tuple[
         before = sum(rates.drops().values())
         began = time.monotonic()
         send_all(source, receiver[1], SENT)
-        took = time.monotonic() - began
         target.setblocking(False)
         arrived = 0
         while arrived + sum(rates.drops().values()) - before < SENT and time.monotonic() - began < 20:
@@ -94,14 +93,14 @@ def flood(rates: InterfaceRates, sender: tuple[Namespace, str], receiver: tuple[
                 time.sleep(0.01)
             else:
                 arrived += 1
-        return arrived, took
+        return arrived, time.monotonic() - began
 
 
 def check_slow(arrived: int, took: float, dropped: int) -> None:
     """A bucket's worth arrived, with what came into it meanwhile, and the rest was counted."""
     assert arrived + dropped == SENT
     size = PACKET + HEADERS
-    assert LEAST_BUCKET // size - 2 <= arrived <= (LEAST_BUCKET + (took + 1) * SLOW) / size + 1
+    assert LEAST_BUCKET // size - 2 <= arrived <= (LEAST_BUCKET + took * SLOW) / size + 1
 
 
 async def until_there(server: Namespace, text: str, *, gone: bool = False) -> None:
@@ -143,10 +142,12 @@ async def test_one_machine_is_limited_in_both_directions_and_others_are_not(host
 async def test_all_together_are_limited(hosts: tuple[Namespace, Namespace]) -> None:
     server, machines = hosts
     async with limiting(server, rate_in=SLOW) as rates:
+        began = time.monotonic()
         first, took = flood(rates, (machines, ONE), (server, SERVER))
         check_slow(first, took, rates.drops()["bandwidth_in"])
         second, _ = flood(rates, (machines, TWO), (server, SERVER))
-        assert second < first
+        passed = LEAST_BUCKET + (time.monotonic() - began) * SLOW
+        assert first + second <= passed / (PACKET + HEADERS) + 2
         assert rates.drops() == {"bandwidth_in": 2 * SENT - first - second}
         assert flood(rates, (server, SERVER), (machines, ONE))[0] == SENT
     assert TABLE not in tables(server)
@@ -164,7 +165,7 @@ async def test_thousands_of_machines_are_limited_in_a_few_transactions(hosts: tu
         for round_ in (SLOW, 2 * SLOW, None):
             for number, key in enumerate(keys):
                 rates.set_peer(wanted(number, key, round_))
-            with anyio.fail_after(60):
+            with anyio.fail_after(120):
                 while True:
                     found = server.run(["nft", "-nn", "list", "limits"])
                     right = found.count(f"rate over {round_} bytes") if round_ else 0
