@@ -124,6 +124,12 @@ kernel-servers:
 kernel-links:
 	@$(IN_THE_VM) tests/kernel $(KERNEL_SERVERS:%=--ignore=%) $(ARGS) || [ $$? -eq 5 ]
 
+.PHONY: test-talos-client
+# a Go module of its own, so that nothing of it comes into the package
+test-talos-client: setup needs ## the machines' own client package (Go, from the module proxy) through `siderolink forward`
+	@cd tests/talos_client && go build -o $(abspath $(VENV))/talos-client .
+	@$(SUDO) env TALOS_CLIENT=$(abspath $(VENV))/talos-client PATH="$(abspath $(VENV)/bin):$$PATH:/usr/sbin:/sbin" $(PYTHON) -m pytest tests/talos_client $(ARGS)
+
 h2-range: setup ## tests of the gRPC layer with the lowest and the newest h2 that grpclib allows
 	@scripts/h2-range $(UV) $(VENV)
 

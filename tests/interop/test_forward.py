@@ -30,8 +30,9 @@ apiUrl: grpc://{API}?jointoken={TOKEN}
 class Elsewhere:
     """A host that reaches the server's admin API alone."""
 
-    def __init__(self, namespace: Namespace, server: Served, folder: Path) -> None:
-        self._namespace = namespace
+    def __init__(self, namespace: Namespace, machine: Namespace, server: Served, folder: Path) -> None:
+        self.namespace = namespace
+        self.machine = machine
         self.server = server
         self._environment = os.environ | {
             "SIDEROLINK_ADMIN_URL": f"https://{ADMIN}",
@@ -44,7 +45,7 @@ class Elsewhere:
         return self.server.command(["apikey", "create", name, *options]).splitlines()[-1]
 
     def start(self, key: str, *arguments: str) -> "subprocess.Popen[str]":
-        return self._namespace.popen(
+        return self.namespace.popen(
             [*COMMAND, "forward", *arguments],
             env=self._environment | {"SIDEROLINK_API_KEY": key},
             stdin=subprocess.DEVNULL,
@@ -69,7 +70,7 @@ class Elsewhere:
             stop(process)
 
     def run(self, port: int, command: Callable[[Talosctl], T]) -> T:
-        return self._namespace.call(lambda: command(Talosctl("127.0.0.1", port)))
+        return self.namespace.call(lambda: command(Talosctl("127.0.0.1", port)))
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +91,7 @@ def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Elsewhere]:
         )
         try:
             server.wait_for("is up", 60)
-            yield Elsewhere(net.machines[1], server, folder)
+            yield Elsewhere(net.machines[1], net.machines[0], server, folder)
         finally:
             stop(machine)
 
