@@ -36,8 +36,8 @@ def test_no_packet_is_lost_over_a_rekey() -> None:
         we_begin.know_each_other(we_dial=True)
         they_begin.know_each_other(they_dial=True)
         # The side that sends first begins the session, and only that side renews it by age.
-        we_begin.net.server.run(["ping", "-c1", "-W3", "fd00::2"])
-        they_begin.net.machine.run(["ping", "-c1", "-W3", "fd00::1"])
+        we_begin.net.server.run(["ping", "-c1", "-W20", "fd00::2"])
+        they_begin.net.machine.run(["ping", "-c1", "-W20", "fd00::1"])
         before = [handshake_times(pair) for pair in (we_begin, they_begin)]
         began = time.monotonic()
         pings = [

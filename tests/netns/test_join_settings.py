@@ -24,7 +24,7 @@ TOKEN = "the-join-token"
 URL = f"grpc://{SERVER_V4}:4000?jointoken={TOKEN}"
 TUNNEL_URL = f"{URL}&grpc_tunnel=true"
 OVERLAY = "fdae:41e4:649b:9303::1"
-SECONDS = 15.0
+SECONDS = 90.0
 BLOCK = "apiVersion: v1alpha1\nkind: NetworkDefaultActionConfig\ningress: block\n"
 
 

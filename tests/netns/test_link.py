@@ -43,7 +43,7 @@ class Machine:
     events: list[LinkEvent]
 
     def ping(self, *options: str) -> str:
-        return self.namespace.run(["ping", "-c3", "-i0.1", "-W1", *options, str(self.link.server_address)], check=False)
+        return self.namespace.run(["ping", "-c3", "-i0.1", "-W20", *options, str(self.link.server_address)], check=False)
 
 
 @contextmanager
@@ -97,7 +97,7 @@ def test_events_begin_with_the_link_and_end_with_it() -> None:
 def test_the_machines_address_changes_under_load() -> None:
     with direct() as net, serving(net), joined(net.machine) as machine:
         pings = net.machine.popen(
-            ["ping", "-c60", "-i0.05", "-W1", "-q", str(machine.link.server_address)], stdout=subprocess.PIPE
+            ["ping", "-c60", "-i0.05", "-W5", "-q", str(machine.link.server_address)], stdout=subprocess.PIPE
         )
         net.machine.add_address("eth0", "192.0.2.77/24")
         net.machine.remove_address("eth0", "192.0.2.2/24")
@@ -130,7 +130,7 @@ def test_a_cut_stream_is_opened_again() -> None:
                 chain output { type filter hook output priority 0; tcp sport 4000 reject with tcp reset; }
             }
         """)
-        assert " 100% packet loss" in machine.ping()
+        assert " 100% packet loss" in machine.ping("-W1")
         net.server.nft("delete table inet cut")
         # Lost ones do not count; one comes back within ten seconds.
         net.machine.run(["ping", "-c1", "-i0.2", "-w10", str(machine.link.server_address)])
@@ -168,9 +168,9 @@ def test_two_links_in_one_process_to_two_servers() -> None:
             with beside.wrap_async_context_manager(other), portal.wrap_async_context_manager(second) as link_to_other:
                 assert link.server_address != link_to_other.server_address
                 for one in (link, link_to_other):
-                    net.machine.run(["ping", "-c1", "-W5", str(one.server_address)])
-                    net.server.run(["ping", "-c1", "-W5", str(one.address)])
-            net.machine.run(["ping", "-c1", "-W5", str(link.server_address)])
+                    net.machine.run(["ping", "-c1", "-W20", str(one.server_address)])
+                    net.server.run(["ping", "-c1", "-W20", str(one.address)])
+            net.machine.run(["ping", "-c1", "-W20", str(link.server_address)])
         assert net.machine.interfaces() == {"lo", "eth0"}
 
 

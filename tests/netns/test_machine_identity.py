@@ -112,7 +112,7 @@ def test_a_machine_without_a_token_is_back_at_once_after_a_goodbye_and_in_second
         assert third.took < 45, "a machine that is not probed counts as alive for a minute"
         refused = [line for line in server.lines if "refused" in line]
         assert len(refused) == 1, f"only the thief is refused; the machine's first call is admitted: {refused}"
-        net.server.run(["ping", "-c1", "-W2", address])
+        net.server.run(["ping", "-c1", "-W20", address])
         third.kill()
 
 
@@ -218,7 +218,7 @@ def test_a_running_machine_without_a_token_changes_its_uuid_by_an_echo(net: Net,
         server.wait_for(f"accepted: {after}")
         new_address, new_key = str(process.stdout.readline()).split()
         assert (new_key == old_key, new_address == old_address) == (True, False)
-        net.server.run(["ping", "-c1", "-W2", new_address])
+        net.server.run(["ping", "-c1", "-W20", new_address])
         found = {row["node_uuid"]: row for row in json.loads(command(tmp_path, "list", "--json").stdout)}
         assert (found[after]["overlay_address"], found[after]["link"]) == (new_address, "up")
         assert (found[before]["public_key"], found[before]["link"]) == ("", "down")

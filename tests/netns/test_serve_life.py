@@ -194,7 +194,7 @@ def test_a_machine_that_has_only_a_proxy(
             url = f"grpc://siderolink.example:4000?jointoken={TOKEN}&grpc_tunnel=true"
             context = connect(url, uuid=str(uuid.uuid4()), device="userspace")
             with portal.wrap_async_context_manager(context) as link:
-                net.machine.run(["ping", "-c1", "-W5", str(link.server_address)])
+                net.machine.run(["ping", "-c1", "-W20", str(link.server_address)])
             assert set(proxy.asked) == {"siderolink.example:4000"}
             assert len(proxy.asked) >= 2
 

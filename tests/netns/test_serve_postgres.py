@@ -83,7 +83,7 @@ def test_links_outlive_the_database_and_joins_come_back_with_it(net: Net, tmp_pa
     url = postgres.url("state")
     with served(net.server, tmp_path, "--store", url) as server, joined(net.machine) as (link, portal):
         address = link.address
-        assert pings(net.server, address, 5)
+        assert pings(net.server, address, 60)
         key = ["--state-key-file", str(server.state_key)]
         [(sealed,)] = postgres.execute("SELECT private_key FROM server", "state")
         assert isinstance(sealed, bytes)
@@ -94,18 +94,18 @@ def test_links_outlive_the_database_and_joins_come_back_with_it(net: Net, tmp_pa
         linked_at(postgres, known)
         postgres.stop(signal.SIGQUIT)
         assert portal.call(join) == "the server's database does not answer; try again"
-        assert pings(net.server, address, 5)
+        assert pings(net.server, address, 60)
         for machine, answer in zip((known, new), answers, strict=True):
             shake_hands(portal, machine, answer)
         postgres.start()
         assert portal.call(join) is None
-        assert pings(net.server, address, 5)
+        assert pings(net.server, address, 60)
         # the first handshake of its life, which could not be written then; all times are the database's
         assert abs(linked_at(postgres, new) - CLOCK_AHEAD - time.time()) < 120
         server.kill()
         server.start()
         assert f"machines, in {url}" in server.lines[-1]
-        assert pings(net.server, address, 20)
+        assert pings(net.server, address, 60)
         assert "a server uses the database state" in server.command(
             ["state", "migrate", url, str(tmp_path / "moved"), *key], check=False
         )
@@ -115,7 +115,7 @@ def test_links_outlive_the_database_and_joins_come_back_with_it(net: Net, tmp_pa
         server.command(["state", "migrate", url, str(moved), *key])
         with served(net.server, tmp_path / "again", *key) as again:
             assert " 0 machines" not in again.lines[-1]
-            assert pings(net.server, address, 20)
+            assert pings(net.server, address, 60)
             assert link.address == address
 
 
@@ -123,11 +123,11 @@ def test_after_an_old_backup_machines_return_and_those_since_join_again(net: Net
     url = postgres.url("state")
     with served(net.server, tmp_path, "--store", url) as server, joined(net.machine) as (link, portal):
         address = link.address
-        assert pings(net.server, address, 5)
+        assert pings(net.server, address, 60)
         assert server.stop(timeout=30) == 0
         postgres.run("pg_dump", "--format=custom", "--file=dump", "state")
         server.start(until="1 machines")
-        assert pings(net.server, address, 20)
+        assert pings(net.server, address, 60)
         since = raw_machine()
         shake_hands(portal, since, portal.call(since.provision))
         # Only a handshake that the server begins can succeed: the machine refuses a timestamp that is not above the last one.
@@ -146,7 +146,7 @@ def test_after_an_old_backup_machines_return_and_those_since_join_again(net: Net
         restored_at = Timestamps().next(time.time_ns())
         server.start(until="1 machines")
         server.wait_for("handshake")
-        assert pings(net.server, address, 20)
+        assert pings(net.server, address, 60)
         assert link.address == address
         net.server.nft("delete table inet only_answers")
         shake_hands(portal, since, portal.call(since.provision))
@@ -173,7 +173,7 @@ def test_a_machine_whose_row_a_promoted_replica_lacks_joins_again(net: Net, tmp_
             waits_until(lambda: replica.execute(count, "state") == [(1,)])
             replica.stop()
             with joined(net.machine) as (link, _):
-                assert pings(net.server, link.address, 5)
+                assert pings(net.server, link.address, 60)
                 waits_until(lambda: postgres.execute(count, "state") == [(2,)])
                 postgres.stop(signal.SIGQUIT)
                 replica.start()

@@ -72,7 +72,7 @@ class Joined:
             await self.link.connected.wait()
 
     def pings(self, destination: str, *options: str) -> bool:
-        done = self.namespace.run(["ping", "-c1", "-W1", *options, destination], check=False)
+        done = self.namespace.run(["ping", "-c1", "-W20", *options, destination], check=False)
         return " 0 received" not in done
 
 
@@ -137,12 +137,12 @@ def test_machines_reach_the_server_and_never_each_other() -> None:
         assert one.pings(OVERLAY)
         assert two.pings(OVERLAY)
         ping = subprocess.run(
-            ["ip", "netns", "exec", host.net.server.name, "ping", "-c1", "-W1", one.address], capture_output=True, check=False
+            ["ip", "netns", "exec", host.net.server.name, "ping", "-c1", "-W20", one.address], capture_output=True, check=False
         )
         assert ping.returncode == 0
         for target in (two.address, "2001:db8:ffff::1"):
             before = host.server.drops()
-            assert not one.pings(target)
+            assert not one.pings(target, "-W1")
             after = host.server.drops()
             counted = {reason for reason in after if after[reason] > before.get(reason, 0)}
             # a machine's kernel looks for routers now and then, from an address that is not the peer's
@@ -152,7 +152,7 @@ def test_machines_reach_the_server_and_never_each_other() -> None:
         assert one.pings(two.address)
         assert one.pings("2001:db8:ffff::1")
         host.portal.call(host.server.device.set_isolate, True)
-        assert not one.pings(two.address)
+        assert not one.pings(two.address, "-W1")
         assert one.pings(OVERLAY)
 
 
@@ -160,7 +160,7 @@ def test_a_machine_cannot_speak_with_anothers_address() -> None:
     with serving() as host, joined(host, 1) as two, joined(host, 0, addresses=(f"{two.address}/128",)) as one:
         assert one.pings(OVERLAY, "-I", one.address)
         before = host.server.drops()
-        assert not one.pings(OVERLAY, "-I", two.address)
+        assert not one.pings(OVERLAY, "-I", two.address, "-W1")
         after = host.server.drops()
         assert {reason for reason in after if after[reason] > before.get(reason, 0)} == {"inner_source"}
         assert two.pings(OVERLAY)
@@ -220,7 +220,7 @@ def test_a_stream_that_proves_nothing_ends_and_a_removed_machines_stream_ends() 
             assert status.peer.path == f"tunnel {address}"
             assert host.portal.call(host.server.remove, status.machine.id)
             assert ended() == (Status.PERMISSION_DENIED, "peer not allowed")
-        assert not machine.pings(OVERLAY)
+        assert not machine.pings(OVERLAY, "-W1")
         assert host.portal.call(host.server.machines) == []
 
 
@@ -242,7 +242,7 @@ def test_an_administrator_cuts_a_link_before_the_call_returns(action: str, tunne
         assert host.portal.call(host.server.device.peers) == []
         if ended is not None:
             assert ended() == (Status.PERMISSION_DENIED, "peer not allowed")
-        assert not machine.pings(OVERLAY)
+        assert not machine.pings(OVERLAY, "-W1")
         entries = host.portal.call(host.server.audit.page).items
         assert {entry.actor.name for entry in entries} == {"embedder"}
         assert {entry.action for entry in entries} == {

@@ -90,7 +90,7 @@ def test_a_machine_of_one_server_is_seen_and_managed_from_the_other(tmp_path: Pa
             portal,
         ),
     ):
-        assert pings(net.servers[0], link.address, 10)
+        assert pings(net.servers[0], link.address, 60)
         (listed,) = json.loads(b.command(["machine", "list", "-o", "json"]))
         machine_id = listed["id"]
         assert listed["link"] == "up"
@@ -113,7 +113,7 @@ def test_a_rotated_key_reaches_every_server_within_five_seconds(tmp_path: Path) 
         servers(net, tmp_path) as (a, b),
         joined(net.machines[0], url(net, 1)) as (link, _),
     ):
-        assert pings(net.servers[1], link.address, 10)
+        assert pings(net.servers[1], link.address, 60)
         first = link.server_key
         refused = a.command(["state", "rotate-key"], check=False)
         assert "every machine has to join again? There is no terminal to ask on: add --yes" in refused
@@ -126,7 +126,7 @@ def test_a_rotated_key_reaches_every_server_within_five_seconds(tmp_path: Path) 
         assert key in said
         assert time.monotonic() - began < 10
         waits_until(lambda: link.server_key != first)
-        assert pings(net.servers[1], link.address, 20)
+        assert pings(net.servers[1], link.address, 60)
 
 
 def test_a_machine_leaves_a_server_that_drains_without_a_lost_echo(tmp_path: Path) -> None:
@@ -136,7 +136,7 @@ def test_a_machine_leaves_a_server_that_drains_without_a_lost_echo(tmp_path: Pat
         joined(net.machines[0], url(net, 0)) as (link, portal),
     ):
         machine = net.machines[0]
-        assert pings(machine, link.server_address, 10)
+        assert pings(machine, link.server_address, 60)
         echoes, stop_echoes = EchoCount(), portal.call(anyio.Event)
         pinging = portal.start_task_soon(partial(keep_pinging, link.server_address, echoes, stop_echoes))
         # from the other server, by the command
@@ -153,7 +153,7 @@ def test_a_machine_leaves_a_server_that_drains_without_a_lost_echo(tmp_path: Pat
         waits_until(lambda: "draining" not in b.command(["servers"]), 10)
         assert b.stop(timeout=50) == 0
         assert "192.0.2.1" in str(portal.call(link.status).route)
-        assert pings(net.servers[0], link.address, 10)
+        assert pings(net.servers[0], link.address, 60)
         portal.call(stop_echoes.set)
         pinging.result(60)
         assert len(echoes.sent_at) > 200
