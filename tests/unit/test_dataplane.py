@@ -193,6 +193,22 @@ def test_a_lone_packet_that_fills_the_path_holds_the_next_ones_back() -> None:
     assert end.blocked == [end.wire]
 
 
+@pytest.mark.parametrize("doubted", [False, True], ids=["passive", "in doubt"])
+def test_a_peer_that_another_device_has_or_may_have_is_sent_nothing(doubted: bool) -> None:
+    end = linked()
+    (peer,) = end.engine.peers.values()
+    if doubted:
+        end.engine.tenure.until = peer.timers.unanswered_since = 0.0
+    else:
+        end.engine.set_passive(peer, True)
+    end.plane.send_packet(frame())
+    end.interface.frames.extend([frame(), frame(1000), frame()])
+    end.plane.read_interface()
+    assert end.counts() == 0
+    assert end.engine.drops[Drop.NO_PATH] >= 2
+    assert end.interface.written, "the sender hears that its packet goes nowhere"
+
+
 def test_only_a_datagram_to_the_peers_own_place_is_a_loop() -> None:
     place = bytes((203, 0, 113, 5))
     end = linked(Wire(place + (2000).to_bytes(2, "big")))

@@ -237,16 +237,15 @@ class DataPlane:
         half = len(pair) // 2
         destination = pair[half:]
         peer = self._engine.find_peer(pair[:half], destination)
-        is_silent = peer is not None and self._engine.is_silent(peer, now)
-        if peer is not None and not is_silent and (peer.path is None or not peer.path.source.startswith(destination)):
-            return peer
-        if peer is None and self._engine.allowed_ips.may_leave(pair[:half]):
-            self._reply_unreachable(frame)
-        if is_silent:
+        if peer is None:
+            if self._engine.allowed_ips.may_leave(pair[:half]):
+                self._reply_unreachable(frame)
+            return None
+        if self._engine.is_silent(peer, now):
             self._reply_unreachable(frame)
             self._engine.drop(Drop.NO_PATH)
             return None
-        if peer is not None and _is_routing_loop(frame, pair, peer):
+        if peer.path is not None and peer.path.source.startswith(destination) and _is_routing_loop(frame, pair, peer):
             self._engine.drop(Drop.ROUTING_LOOP)
             return None
         return peer
