@@ -29,6 +29,10 @@ HEARD_SECONDS = 30.0
 """After that it sends only to machines that it heard within so many seconds."""
 _LOOK_SECONDS = 2.0
 _RETRY_SECONDS = 1.0
+DIALS = 3
+"""How often a dead server's machines are dialled, those that have not answered."""
+DIAL_SECONDS = 2.0
+"""Between these: WireGuard itself tries again only after 5 s, and not while a server is in doubt."""
 
 
 class Failover:
@@ -49,12 +53,13 @@ class Failover:
         self._reconciler = reconciler
         self._store = store
         self._clock = clock
-        self._dead: dict[str, None] = {}
+        self._dead: dict[str, int] = {}
+        """How often the machines of each are still to be dialled."""
         self._wake = anyio.Event()
         owners.membership.on_dead = self._note_death
 
     def _note_death(self, server_id: str) -> None:
-        self._dead[server_id] = None
+        self._dead[server_id] = DIALS
         self._wake.set()
 
     async def run(self) -> None:
@@ -63,14 +68,27 @@ class Failover:
             await self._wake.wait()
             self._wake = anyio.Event()
             while self._dead:
-                server_id = next(iter(self._dead))
-                try:
-                    await self.take_over(server_id)
-                except SideroLinkError as error:
-                    log.warning("the machines of a dead server could not be read; retrying: %s", error)
-                    await self._clock.sleep(_RETRY_SECONDS)
-                    continue
-                self._dead.pop(server_id, None)
+                with anyio.move_on_after(await self.take_turn()):
+                    await self._wake.wait()
+                    self._wake = anyio.Event()
+
+    async def take_turn(self) -> float:
+        """Take over from all that are dead, once; seconds until the next turn.
+
+        Servers that see each other's heartbeats late may disagree for a moment about who dials a machine, and dials are lost.
+        """
+        pause = DIAL_SECONDS
+        for server_id in list(self._dead):
+            try:
+                await self.take_over(server_id)
+            except SideroLinkError as error:
+                log.warning("the machines of a dead server could not be read; retrying: %s", error)
+                pause = _RETRY_SECONDS
+                continue
+            self._dead[server_id] -= 1
+            if not self._dead[server_id]:
+                del self._dead[server_id]
+        return pause if self._dead else 0.0
 
     async def take_over(self, server_id: str) -> None:
         """Dial those machines of a dead server that this one inherits. Raises StoreError."""

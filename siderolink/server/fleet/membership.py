@@ -31,6 +31,8 @@ OUTAGE_SECONDS = 3 * HEARTBEAT_SECONDS
 MAX_CLOCK_OFFSET = 0.5
 """Seconds by which a host's clock may differ from the store's."""
 _CLOSE_SECONDS = 1.0
+_LATER_SECONDS = 0.05
+"""Between the moment at which a server may be dead and the look at its heartbeat."""
 
 
 async def _nothing() -> None:
@@ -178,6 +180,14 @@ class Membership:
 
     # --- run
 
+    @property
+    def pause(self) -> float:
+        """Seconds until the next heartbeat; fewer where another server will be dead before, which is told at once then."""
+        now = self._clock.time()
+        heard = (max(one.heartbeat_at, self.outage_ended_at) for one in self._others.values() if self.is_alive(one.id))
+        soonest = min((at + DEAD_AFTER - now for at in heard), default=HEARTBEAT_SECONDS)
+        return min(HEARTBEAT_SECONDS, max(0.0, soonest) + _LATER_SECONDS)
+
     @asynccontextmanager
     async def joined(self) -> AsyncIterator[None]:
         """Be one of the servers meanwhile, with `run` for the heartbeats that follow the first. Raises StoreError."""
@@ -201,7 +211,7 @@ class Membership:
                 if not is_away:
                     log.warning("this server's heartbeat could not be written: %s", error)
                 is_away = True
-            with anyio.move_on_after(HEARTBEAT_SECONDS):
+            with anyio.move_on_after(self.pause):
                 await self._wake.wait()
 
     async def beat(self) -> None:

@@ -12,7 +12,7 @@ from siderolink.common.wireguard.noise.tai64n import CommonTimestamps, Timestamp
 from siderolink.server import MemoryStore
 from siderolink.server.fleet.dialling import dial_remembered
 from siderolink.server.fleet.directory import MachineLink
-from siderolink.server.fleet.failover import Lease
+from siderolink.server.fleet.failover import DIAL_SECONDS, DIALS, Lease
 from siderolink.server.fleet.membership import DEAD_AFTER, Membership
 from siderolink.server.fleet.owners import Owners
 from tests.support.fake_device import FakePath, VirtualClock
@@ -226,6 +226,27 @@ async def test_the_machines_of_a_dead_server_are_dialled_by_exactly_one_of_the_o
             assert owner.endpoint is not None  # for who dials it next
             assert ("handshake", machine.key) in fleet[name].device.calls
         await fleet.is_owned_by(at_b, "b")
+
+
+async def test_a_dead_servers_machines_that_do_not_answer_are_dialled_again_by_the_same_server() -> None:
+    async with fleet_of("a", "b", "c") as fleet:
+        machines = [await linked(fleet, "a") for _ in range(6)]
+        await fleet.pass_time(DEAD_AFTER + 1, "b", "c")
+
+        def dials(name: str, machine: FakeMachine) -> int:
+            return fleet[name].device.calls.count(("handshake", machine.key))
+
+        answers = machines[0]
+        for turn in range(1, DIALS + 2):
+            for name in "bc":
+                failover = fleet[name].fleet.failover
+                assert failover is not None
+                assert await failover.take_turn() == (DIAL_SECONDS if turn < DIALS else 0)
+                if dials(name, answers) and turn == 1:
+                    fleet[name].device.hear(answers.key, handshake=True)
+                    await fleet.is_owned_by(answers, name)
+        counted = [sorted(dials(name, machine) for name in "bc") for machine in machines]
+        assert counted == [[0, 1], *[[0, DIALS]] * (len(machines) - 1)]
 
 
 async def test_a_server_that_starts_dials_no_machine_that_others_have() -> None:

@@ -7,7 +7,7 @@ from grpclib import Status
 
 from siderolink.common.addressing import swap_endpoints
 from siderolink.server import LinkState, MachineLeft, MemoryStore
-from siderolink.server.fleet.membership import DEAD_AFTER, Membership
+from siderolink.server.fleet.membership import DEAD_AFTER, HEARTBEAT_SECONDS, Membership
 from siderolink.server.fleet.owners import UNDER_WAY_SECONDS, Owners
 from siderolink.server.store import Machine
 from tests.support.fake_device import FakePath, VirtualClock
@@ -39,6 +39,27 @@ async def test_servers_see_each_other_come_and_go() -> None:
         assert dead == ["b", "b"]
         await fleet.pass_time(2, "a")
         assert [one.id for one in a.living()] == ["a"]
+
+
+@pytest.mark.parametrize("phase", [0.1, 0.5, 0.9])
+async def test_a_death_is_told_at_once_and_not_only_at_the_next_heartbeat(phase: float) -> None:
+    async with fleet_of("a", "b") as fleet:
+        a, b = membership(fleet["a"]), membership(fleet["b"])
+        dead: list[str] = []
+        a.on_dead = dead.append
+        assert a.pause == HEARTBEAT_SECONDS
+        await b.beat()
+        killed_at = fleet.time.clock.time()
+        fleet.time.advance(phase)
+        beats = 0
+        while not dead:
+            await a.beat()
+            beats += 1
+            if not dead:
+                fleet.time.advance(a.pause)
+        assert DEAD_AFTER < fleet.time.clock.time() - killed_at < DEAD_AFTER + 0.1
+        assert beats <= DEAD_AFTER + 2
+        assert a.pause == HEARTBEAT_SECONDS  # the dead do not hurry it
 
 
 async def test_nobody_is_dead_to_a_server_that_was_away_itself() -> None:
