@@ -43,6 +43,9 @@ _REOPEN_AFTER = 2
 """Unanswered handshakes before a stream is reopened."""
 _CHECK_AFTER = 3
 """Unanswered handshakes before the API is asked whether the server is still the same."""
+_ASK_OTHERS_AFTER = 1
+"""The same where the API broke, and an answer with several endpoints says that there may be other servers. Asked once more
+after `_CHECK_AFTER`."""
 _SIZE_PROBE_AFTER = 1.0
 _SIZE_PROBE_AGAIN = 60.0
 _RETRY = (2.0, 4.0)
@@ -182,9 +185,13 @@ class RouteMonitor:
             return
         if watch.unanswered == _REOPEN_AFTER + 1:
             self._route.reopen()
+        may_have_others = watch.suspicion == _API_LOST and len(self._answer.endpoints) > 1
+        if may_have_others and watch.unanswered == _ASK_OTHERS_AFTER + 1 and self._check_at > watch.unanswered:
+            self._check_server()
         if watch.unanswered != self._check_at:
             return
         if not self._server_checked:
+            self._server_checked = True
             self._check_server()
         if watch.suspicion == _API_LOST:
             self._progress.trouble("silence", f"{_API_LOST}, and handshakes go unanswered")
@@ -382,7 +389,6 @@ class RouteMonitor:
 
     def _check_server(self) -> None:
         """Ask once, in the background, whether the server is still the same."""
-        self._server_checked = True
 
         async def ask() -> Provisioned:
             return await self._context.provisioner.request(tunnel=self._context.wants_tunnel)

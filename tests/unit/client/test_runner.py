@@ -13,9 +13,9 @@ from grpclib import GRPCError, Status
 from siderolink.client.link import events
 from siderolink.client.link.events import ConnectionState
 from siderolink.client.link.probes import HandshakeTrial
-from siderolink.client.link.provisioning import NodeInfo
+from siderolink.client.link.provisioning import NodeInfo, Provisioned, Provisioner
 from siderolink.client.link.runner import LinkOptions, LinkRunner
-from siderolink.client.link.signals import Put
+from siderolink.client.link.signals import ApiLost, Put
 from siderolink.common.errors import JoinRefusedError
 from siderolink.common.keys import PublicKey
 from siderolink.common.netlink import OutgoingRoute
@@ -191,6 +191,43 @@ async def test_a_dead_link_is_re_established_by_the_next_endpoint() -> None:
         assert back.route == f"udp {TWO}"
         assert not bench.runner.progress.down.is_set()
         assert len(bench.service.requests) == 1
+
+
+@pytest.mark.parametrize(("endpoints", "handshakes"), [((ONE,), [4]), ((TWO, ONE), [2, 4])])
+async def test_where_the_api_broke_other_servers_are_asked_for_after_one_unanswered_handshake(
+    endpoints: tuple[str, ...], handshakes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first of the calls hangs, as it may at a dead address."""
+    monkeypatch.setattr("siderolink.client.link.watch.PROBE_INTERVAL", 0.05)
+    server = new_key()
+    async with running(response(server, *endpoints)) as bench:
+        await bench.saw(events.Connecting)
+        await anyio.wait_all_tasks_blocked()
+        bench.shake_hands(server)
+        await bench.saw(events.Connected)
+        device = bench.device
+        assert device is not None
+        begun = len(device.calls)
+        asked: list[int] = []
+        told, shake = Provisioner.request, device.handshake
+
+        async def handshake(key: PublicKey) -> None:
+            for _ in range(10):  # a call that was begun after the last one is counted first, however late this task is
+                await anyio.lowlevel.checkpoint()
+            await shake(key)
+
+        async def request(provisioner: Provisioner, *, tunnel: bool = False) -> Provisioned:
+            asked.append(device.calls[begun:].count(("handshake", server)))
+            if len(asked) < len(handshakes):
+                await anyio.sleep_forever()
+            return await told(provisioner, tunnel=tunnel)
+
+        monkeypatch.setattr(device, "handshake", handshake)
+        monkeypatch.setattr(Provisioner, "request", request)
+        bench.service.answer = response(server, ONE, TWO)
+        bench.put(ApiLost())
+        await bench.saw(events.Connecting, condition=lambda event: event.route == f"udp {TWO}")
+        assert asked == handshakes
 
 
 async def test_a_device_that_gives_up_means_the_link_is_down() -> None:
