@@ -4,6 +4,7 @@ import json
 import re
 import sys
 import time
+import uuid
 from base64 import b64encode
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -12,7 +13,10 @@ from pathlib import Path
 
 import anyio
 
+from siderolink import connect
+from siderolink.cli.demo.balancer import Balancer
 from siderolink.cli.demo.probe import EchoCount, keep_pinging
+from siderolink.common.hostport import HostPort
 from tests.netns.test_serve_memory import joined, pings
 from tests.netns.test_serve_postgres import waits_until
 from tests.support.netns import stop
@@ -158,3 +162,22 @@ def test_a_machine_leaves_a_server_that_drains_without_a_lost_echo(tmp_path: Pat
         pinging.result(60)
         assert len(echoes.sent_at) > 200
         assert echoes.lost == []
+
+
+def test_a_machine_by_tunnel_opens_a_stream_to_the_next_server_before_it_leaves_the_old_one(tmp_path: Path) -> None:
+    with several(2) as net, servers(net, tmp_path) as (a, b), net.machines[0].portal() as portal:
+        apis = [HostPort(net.address(number), 4000) for number in range(2)]
+        portal.wrap_async_context_manager(Balancer(apis).run(4000)).__enter__()
+        through = f"grpc://127.0.0.1:4000?jointoken={TOKEN}&grpc_tunnel=true"
+        context = connect(through, uuid=str(uuid.uuid4()), device="userspace")
+        with portal.wrap_async_context_manager(context) as link:
+            assert pings(net.machines[0], link.server_address, 20)
+            echoes, stop_echoes = EchoCount(), portal.call(anyio.Event)
+            pinging = portal.start_task_soon(partial(keep_pinging, link.server_address, echoes, stop_echoes))
+            first, other = (a, b) if pings(a.namespace, link.address, 5) else (b, a)
+            assert first.command(["drain", "--timeout", "50s"]).splitlines()[-1].startswith("nobody is left")
+            assert pings(other.namespace, link.address, 10)
+            portal.call(stop_echoes.set)
+            pinging.result(60)
+            assert len(echoes.sent_at) > 100
+            assert echoes.lost == []

@@ -418,7 +418,7 @@ class RouteMonitor:
                 await self._route.shake_hands_with(self._device, self._peer, answer.endpoints)
                 self._signals.put(signals.Answered(answer))
             elif answer.virtual_address is not None:
-                self._route.reopen()
+                await self._route.shake_hands_with(self._device, self._peer, ())
         except JoinError:
             pass  # the server asks again
         finally:

@@ -1,7 +1,8 @@
 """Chooses the transport of a machine's WireGuard datagrams: UDP or a gRPC stream. No other module does."""
 
 import ssl
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import replace
 from ipaddress import IPv6Address
 from typing import TYPE_CHECKING, Literal, Protocol
@@ -11,21 +12,26 @@ import anyio
 from siderolink.common.addressing import format_peer_addr_port
 from siderolink.common.backoff import Backoff, RetryTrigger
 from siderolink.common.errors import ConfigurationError, JoinError
-from siderolink.common.grpc import GRPCError, Limits, Status, open_byte_stream, open_channel, translate_errors
+from siderolink.common.grpc import ByteStream, GRPCError, Limits, Status, open_byte_stream, open_channel, translate_errors
 from siderolink.common.hostport import HostPort
 from siderolink.common.join_url import JoinURL
+from siderolink.common.tasks import background_tasks
 from siderolink.common.text import one_line
 from siderolink.common.transport.tunnel import ADDRESS_METADATA, TunnelPath, carry
 from siderolink.common.wireguard.device import CanShakeHands, Device, PeerConfig
 
 if TYPE_CHECKING:
+    from anyio.abc import TaskGroup
+
     from siderolink.common.wireguard.path import Endpoint
 
 __all__ = ["Answer", "LinkTransport", "OnInterrupted", "Route", "TunnelTransport", "UdpTransport", "choose"]
 
 STABLE_AFTER = 10.0
-_MOVE_SECONDS, _MOVE_LOOK_SECONDS = 2.0, 0.005
 """Seconds; a stream that lived this long is reopened immediately."""
+_MOVE_SECONDS, _MOVE_LOOK_SECONDS = 2.0, 0.005
+_UNDER_WAY_SECONDS = 1.0
+"""For which an old stream is still read after another has taken over."""
 STREAM_LIMITS = Limits(tcp_keepalive_idle=9, tcp_keepalive_interval=3)
 """A stream's connection is given up 18 s after its last sign of life. HTTP/2's own pings may not be sent as often: other
 servers end connections for it."""
@@ -204,9 +210,16 @@ class TunnelRoute:
         self._retry = retry
         self._path: TunnelPath | None = None
         self._attempt: anyio.CancelScope | None = None
+        self._tasks: TaskGroup | None = None
+        self._next: _StreamBeside | None = None
+        """The stream that carries the link when the present one ends."""
         self.remote: str | None = None
 
     async def carry(self, device: Device, peer: PeerConfig, on_interrupted: OnInterrupted) -> str:
+        async with background_tasks() as self._tasks:
+            return await self._keep_carrying(device, peer, on_interrupted)
+
+    async def _keep_carrying(self, device: Device, peer: PeerConfig, on_interrupted: OnInterrupted) -> str:
         while True:
             opened_at = anyio.current_time()
             reason = "it is opened anew"
@@ -220,25 +233,36 @@ class TunnelRoute:
                 if error.status is Status.PERMISSION_DENIED:
                     return f"the server refused the stream: {one_line(error.message or 'no reason given')}"
                 reason = one_line(error.message or error.status.name)
+            if self._next is not None:
+                continue
             on_interrupted(f"the tunnel's stream was cut: {reason}")
             if anyio.current_time() - opened_at > STABLE_AFTER:
                 self._backoff.reset()
             await self._retry.sleep(self._backoff.next())
 
     async def _carry_once(self, device: Device, peer: PeerConfig) -> None:
+        beside, self._next = self._next, None
+        try:
+            if beside is not None:
+                self._path = beside.path
+                await beside.until_ended()
+                return
+            async with self._opened() as (stream, path):
+                await _dial(device, peer, path)
+                self._path = path
+                await carry(stream, path, device.deliver)
+        finally:
+            self._path = None
+
+    @asynccontextmanager
+    async def _opened(self) -> AsyncIterator[tuple[ByteStream, TunnelPath]]:
         metadata = {ADDRESS_METADATA: self._virtual_address}
         async with (
             open_channel(self._url.host, self._url.port, self._tls, limits=STREAM_LIMITS) as channel,
             open_byte_stream(channel, metadata=metadata) as stream,
         ):
-            path = TunnelPath(stream, self._virtual_address)
             self.remote = stream.peer_name.rpartition(":")[0] or None
-            await _dial(device, peer, path)
-            self._path = path
-            try:
-                await carry(stream, path, device.deliver)
-            finally:
-                self._path = None
+            yield stream, TunnelPath(stream, self._virtual_address)
 
     async def shake_hands(self, device: Device, peer: PeerConfig) -> None:
         if self._path is None:
@@ -249,7 +273,23 @@ class TunnelRoute:
             await _dial(device, peer, self._path)
 
     async def shake_hands_with(self, device: Device, peer: PeerConfig, endpoints: Sequence[HostPort]) -> None:
-        """A stream belongs to one server."""
+        """By a second stream, which leads wherever the API's address does now; it replaces the first when it works."""
+        attempt = self._attempt
+        if not isinstance(device, CanShakeHands) or self._tasks is None or self._path is None or attempt is None:
+            self.reopen()
+            return
+        beside = _StreamBeside()
+        self._tasks.start_soon(beside.carry, self._opened, device)
+        try:
+            with anyio.move_on_after(_MOVE_SECONDS):
+                if await beside.shakes_hands(device, peer):
+                    self._next = beside
+        finally:
+            if self._next is not beside:
+                beside.scope.cancel()
+        if self._next is beside:
+            await anyio.sleep(_UNDER_WAY_SECONDS)
+            attempt.cancel()
 
     def reopen(self) -> None:
         """Reopen the stream immediately."""
@@ -259,6 +299,56 @@ class TunnelRoute:
 
     def __str__(self) -> str:
         return f"tunnel {self._url.authority}"
+
+
+_Opened = AbstractAsyncContextManager[tuple[ByteStream, TunnelPath]]
+
+
+class _StreamBeside:
+    """A second stream of a link, from its first handshake on."""
+
+    def __init__(self) -> None:
+        self.scope = anyio.CancelScope()
+        self.path: TunnelPath | None = None
+        self._opened = anyio.Event()
+        self._ended = anyio.Event()
+        self._error: GRPCError | JoinError | None = None
+
+    async def carry(self, opened: Callable[[], _Opened], device: Device) -> None:
+        """Open it, and pass its datagrams until it ends. Whoever waits for it is told why."""
+        try:
+            with self.scope, translate_errors():
+                async with opened() as (stream, self.path):
+                    self._opened.set()
+                    await carry(stream, self.path, device.deliver)
+        except (GRPCError, JoinError) as error:
+            self._error = error
+        finally:
+            self._opened.set()
+            self._ended.set()
+
+    async def until_ended(self) -> None:
+        """Ends it where the caller is cancelled. Raises GRPCError, JoinError."""
+        try:
+            await self._ended.wait()
+        finally:
+            self.scope.cancel()
+        if self._error is not None:
+            raise self._error
+
+    async def shakes_hands(self, device: Device, peer: PeerConfig) -> bool:
+        """Whether a handshake by it was answered; waits until it is, or the stream ends."""
+        await self._opened.wait()
+        before = await device.peer(peer.public_key)
+        if self.path is None or before is None or not isinstance(device, CanShakeHands):
+            return False
+        await device.handshake(peer.public_key, self.path)
+        while not self._ended.is_set():
+            await anyio.sleep(_MOVE_LOOK_SECONDS)
+            now = await device.peer(peer.public_key)
+            if now is None or now.last_handshake != before.last_handshake:
+                return now is not None
+        return False
 
 
 async def _dial(device: Device, peer: PeerConfig, path: TunnelPath | None = None) -> None:

@@ -285,8 +285,11 @@ class Device(Protocol):
 class CanShakeHands(Protocol):
     """A device that can begin a handshake on request; the kernel's cannot."""
 
-    async def handshake(self, public_key: PublicKey) -> None:
-        """Start a handshake with the peer. Its sessions stay valid. Ignores unknown peers."""
+    async def handshake(self, public_key: PublicKey, path: Path | None = None) -> None:
+        """Start a handshake with the peer. Its sessions stay valid. Ignores unknown peers.
+
+        With `path`, the initiation alone goes there; the answer brings the path along.
+        """
 
 
 DeviceContext = AbstractAsyncContextManager[Device]

@@ -161,12 +161,14 @@ class UserspaceDevice:
             interface=interface_counters(self.read_interface()),
         )
 
-    async def handshake(self, public_key: PublicKey) -> None:
+    async def handshake(self, public_key: PublicKey, path: Path | None = None) -> None:
         """See `CanShakeHands`."""
         entry = self.engine.peers.get(bytes(public_key))
         if entry is not None:
-            now = boot_time()
+            now, before = boot_time(), entry.path
+            entry.path = path or before
             self.engine.handshake(entry, now)
+            entry.path = before
             self.plane.drain(now)
 
     def offer_path(self, public_key: PublicKey, path: Path) -> None:
