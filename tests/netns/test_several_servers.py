@@ -165,9 +165,9 @@ def test_a_machine_leaves_a_server_that_drains_without_a_lost_echo(tmp_path: Pat
 
 
 def test_a_machine_by_tunnel_opens_a_stream_to_the_next_server_before_it_leaves_the_old_one(tmp_path: Path) -> None:
-    with several(2) as net, servers(net, tmp_path) as (a, b), net.machines[0].portal() as portal:
+    with several(2) as net, servers(net, tmp_path) as (a, b), net.machines[0].portal() as portal, ExitStack() as stack:
         apis = [HostPort(net.address(number), 4000) for number in range(2)]
-        portal.wrap_async_context_manager(Balancer(apis).run(4000)).__enter__()
+        stack.enter_context(portal.wrap_async_context_manager(Balancer(apis).run(4000)))
         through = f"grpc://127.0.0.1:4000?jointoken={TOKEN}&grpc_tunnel=true"
         context = connect(through, uuid=str(uuid.uuid4()), device="userspace")
         with portal.wrap_async_context_manager(context) as link:
