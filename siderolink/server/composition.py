@@ -302,8 +302,9 @@ class Composition:
             authorize=options.authorize,
             authorize_timeout=options.limits.authorize_timeout,
         )
-        tunnel = TunnelService(fleet.directory, fleet.reconciler, fleet.monitor, device)
-        listen, health = options.api_address, HealthService(is_leaving=lambda: self._draining.has_begun)
+        is_leaving = lambda: self._draining.has_begun  # noqa: E731
+        tunnel = TunnelService(fleet.directory, fleet.reconciler, fleet.monitor, device, is_leaving)
+        listen, health = options.api_address, HealthService(is_leaving=is_leaving)
         async with (
             serve(
                 [

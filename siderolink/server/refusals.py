@@ -67,6 +67,8 @@ class StreamRefusal(StrEnum):
     """No authenticated packet arrived by the stream in time."""
     CROWDED_OUT = "crowded out"
     """Newer unauthenticated streams claimed the same address."""
+    DRAINING = "draining"
+    """The server is being drained, and the machine's present stream here carries its packets."""
     LINK_DOWN = "link down"
     """The machine's link was declared down."""
     MACHINE_GONE = "machine gone"

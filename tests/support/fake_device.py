@@ -141,10 +141,13 @@ class FakeDevice:
     async def settle(self) -> None:
         """Nothing was kept."""
 
-    async def handshake(self, public_key: PublicKey) -> None:
+    async def handshake(self, public_key: PublicKey, path: Path | None = None) -> None:
         self.calls.append(("handshake", public_key))
         if public_key in self.answering:
-            self.hear(public_key)
+            self.hear(public_key, path)
+
+    def sends_by(self, public_key: PublicKey, path: Path) -> bool:
+        return self._paths.get(public_key) is path
 
     async def peer(self, public_key: PublicKey) -> PeerStatus | None:
         config = self.configs.get(public_key)

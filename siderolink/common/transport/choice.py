@@ -30,6 +30,8 @@ __all__ = ["Answer", "LinkTransport", "OnInterrupted", "Route", "TunnelTransport
 STABLE_AFTER = 10.0
 """Seconds; a stream that lived this long is reopened immediately."""
 _MOVE_SECONDS, _MOVE_LOOK_SECONDS = 2.0, 0.005
+_MOVE_ATTEMPTS = 7
+"""How often a stream to another server is tried, within about 20 s: balancers take a while to see that a server is left."""
 _UNDER_WAY_SECONDS = 1.0
 """For which an old stream is still read after another has taken over."""
 STREAM_LIMITS = Limits(tcp_keepalive_idle=9, tcp_keepalive_interval=3)
@@ -216,8 +218,11 @@ class TunnelRoute:
         self.remote: str | None = None
 
     async def carry(self, device: Device, peer: PeerConfig, on_interrupted: OnInterrupted) -> str:
-        async with background_tasks() as self._tasks:
-            return await self._keep_carrying(device, peer, on_interrupted)
+        try:
+            async with background_tasks() as self._tasks:
+                return await self._keep_carrying(device, peer, on_interrupted)
+        finally:
+            self._tasks = self._next = None
 
     async def _keep_carrying(self, device: Device, peer: PeerConfig, on_interrupted: OnInterrupted) -> str:
         while True:
@@ -233,7 +238,7 @@ class TunnelRoute:
                 if error.status is Status.PERMISSION_DENIED:
                     return f"the server refused the stream: {one_line(error.message or 'no reason given')}"
                 reason = one_line(error.message or error.status.name)
-            if self._next is not None:
+            if self._next is not None and await self._next.takes_over():
                 continue
             on_interrupted(f"the tunnel's stream was cut: {reason}")
             if anyio.current_time() - opened_at > STABLE_AFTER:
@@ -243,11 +248,13 @@ class TunnelRoute:
     async def _carry_once(self, device: Device, peer: PeerConfig) -> None:
         beside, self._next = self._next, None
         try:
-            if beside is not None:
-                self._path = beside.path
+            if beside is not None and beside.path is not None:
+                self._path, self.remote = beside.path, beside.remote
+                device.offer_path(peer.public_key, beside.path)
                 await beside.until_ended()
                 return
             async with self._opened() as (stream, path):
+                self.remote = _host(stream)
                 await _dial(device, peer, path)
                 self._path = path
                 await carry(stream, path, device.deliver)
@@ -261,7 +268,6 @@ class TunnelRoute:
             open_channel(self._url.host, self._url.port, self._tls, limits=STREAM_LIMITS) as channel,
             open_byte_stream(channel, metadata=metadata) as stream,
         ):
-            self.remote = stream.peer_name.rpartition(":")[0] or None
             yield stream, TunnelPath(stream, self._virtual_address)
 
     async def shake_hands(self, device: Device, peer: PeerConfig) -> None:
@@ -273,23 +279,39 @@ class TunnelRoute:
             await _dial(device, peer, self._path)
 
     async def shake_hands_with(self, device: Device, peer: PeerConfig, endpoints: Sequence[HostPort]) -> None:
-        """By a second stream, which leads wherever the API's address does now; it replaces the first when it works."""
-        attempt = self._attempt
-        if not isinstance(device, CanShakeHands) or self._tasks is None or self._path is None or attempt is None:
+        """By a second stream, which leads wherever the API's address does now, and replaces the first once it is answered.
+
+        The first stays in use while the second is refused, silent or cut; others are tried, with backoff.
+        """
+        if not isinstance(device, CanShakeHands):
             self.reopen()
             return
-        beside = _StreamBeside()
-        self._tasks.start_soon(beside.carry, self._opened, device)
+        backoff = Backoff(first=0.5, cap=8.0)
+        for attempt in range(_MOVE_ATTEMPTS):
+            if attempt:
+                await self._retry.sleep(backoff.next())
+            if self._tasks is None or self._path is None:
+                return  # a stream is being opened anyway
+            if await self._move(self._tasks, device, peer):
+                return
+
+    async def _move(self, tasks: "TaskGroup", device: Device, peer: PeerConfig) -> bool:
+        """Whether a second stream was answered; it carries the link from then on."""
+        attempt, beside = self._attempt, _StreamBeside()
+        self._next = beside
         try:
+            tasks.start_soon(beside.carry, self._opened, device)
             with anyio.move_on_after(_MOVE_SECONDS):
-                if await beside.shakes_hands(device, peer):
-                    self._next = beside
+                await beside.shake_hands(device, peer)
         finally:
-            if self._next is not beside:
-                beside.scope.cancel()
-        if self._next is beside:
+            beside.decide()
+            if not beside.is_answered and self._next is beside:
+                self._next = None
+        if beside.is_answered:
             await anyio.sleep(_UNDER_WAY_SECONDS)
-            attempt.cancel()
+            if attempt is not None and self._next is beside:
+                attempt.cancel()
+        return beside.is_answered
 
     def reopen(self) -> None:
         """Reopen the stream immediately."""
@@ -308,47 +330,62 @@ class _StreamBeside:
     """A second stream of a link, from its first handshake on."""
 
     def __init__(self) -> None:
-        self.scope = anyio.CancelScope()
         self.path: TunnelPath | None = None
+        self.remote: str | None = None
+        self.is_answered = False
+        self._scope = anyio.CancelScope()
         self._opened = anyio.Event()
+        self._decided = anyio.Event()
         self._ended = anyio.Event()
         self._error: GRPCError | JoinError | None = None
 
     async def carry(self, opened: Callable[[], _Opened], device: Device) -> None:
         """Open it, and pass its datagrams until it ends. Whoever waits for it is told why."""
         try:
-            with self.scope, translate_errors():
-                async with opened() as (stream, self.path):
+            with self._scope, translate_errors():
+                async with opened() as (stream, path):
+                    self.path, self.remote = path, _host(stream)
                     self._opened.set()
-                    await carry(stream, self.path, device.deliver)
+                    await carry(stream, path, device.deliver)
         except (GRPCError, JoinError) as error:
             self._error = error
         finally:
             self._opened.set()
             self._ended.set()
 
+    async def shake_hands(self, device: Device, peer: PeerConfig) -> None:
+        """Begin a handshake by it; returns once that is answered, or the stream has ended."""
+        await self._opened.wait()
+        if self.path is None or not isinstance(device, CanShakeHands):
+            return
+        await device.handshake(peer.public_key, self.path)
+        while not self._ended.is_set() and not self.is_answered:
+            await anyio.sleep(_MOVE_LOOK_SECONDS)
+            self.is_answered = device.sends_by(peer.public_key, self.path)
+
+    def decide(self) -> None:
+        """It was answered by now, or is given up."""
+        if not self.is_answered:
+            self._scope.cancel()
+        self._decided.set()
+
+    async def takes_over(self) -> bool:
+        await self._decided.wait()
+        return self.is_answered
+
     async def until_ended(self) -> None:
         """Ends it where the caller is cancelled. Raises GRPCError, JoinError."""
         try:
             await self._ended.wait()
         finally:
-            self.scope.cancel()
+            self._scope.cancel()
         if self._error is not None:
             raise self._error
 
-    async def shakes_hands(self, device: Device, peer: PeerConfig) -> bool:
-        """Whether a handshake by it was answered; waits until it is, or the stream ends."""
-        await self._opened.wait()
-        before = await device.peer(peer.public_key)
-        if self.path is None or before is None or not isinstance(device, CanShakeHands):
-            return False
-        await device.handshake(peer.public_key, self.path)
-        while not self._ended.is_set():
-            await anyio.sleep(_MOVE_LOOK_SECONDS)
-            now = await device.peer(peer.public_key)
-            if now is None or now.last_handshake != before.last_handshake:
-                return now is not None
-        return False
+
+def _host(stream: ByteStream) -> str | None:
+    """The address that this host sends to."""
+    return stream.peer_name.rpartition(":")[0] or None
 
 
 async def _dial(device: Device, peer: PeerConfig, path: TunnelPath | None = None) -> None:

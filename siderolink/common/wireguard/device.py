@@ -291,6 +291,9 @@ class CanShakeHands(Protocol):
         With `path`, the initiation alone goes there; the answer brings the path along.
         """
 
+    def sends_by(self, public_key: PublicKey, path: Path) -> bool:
+        """Whether the peer's packets take this path now."""
+
 
 DeviceContext = AbstractAsyncContextManager[Device]
 

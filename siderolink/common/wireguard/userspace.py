@@ -171,6 +171,11 @@ class UserspaceDevice:
             entry.path = before
             self.plane.drain(now)
 
+    def sends_by(self, public_key: PublicKey, path: Path) -> bool:
+        """See `CanShakeHands`."""
+        entry = self.engine.peers.get(bytes(public_key))
+        return entry is not None and entry.path is path
+
     def offer_path(self, public_key: PublicKey, path: Path) -> None:
         entry = self.engine.peers.get(bytes(public_key))
         if entry is None or entry.is_passive or entry.reachable_path is not None:

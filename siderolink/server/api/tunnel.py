@@ -1,6 +1,8 @@
 """The WireGuardOverGRPCService: a machine's datagrams inside one stream, as one more path of the device."""
 
+import time
 from collections import Counter
+from collections.abc import Callable
 from ipaddress import AddressValueError, IPv4Address
 
 from grpclib import GRPCError, Status
@@ -9,6 +11,7 @@ from siderolink.common.addressing import parse_peer_addr_port
 from siderolink.common.errors import ConfigurationError
 from siderolink.common.grpc import ByteStream, ByteStreamService
 from siderolink.common.grpc.client import CREATE_STREAM
+from siderolink.common.keys import PublicKey
 from siderolink.common.transport.tunnel import ADDRESS_METADATA, TunnelDrop, TunnelPath, carry
 from siderolink.common.wireguard.device import Device
 from siderolink.server.fleet.directory import Directory, MachineLink
@@ -22,16 +25,29 @@ ENDINGS = {
     StreamRefusal.REPLACED: (Status.ABORTED, "peer replaced"),
     StreamRefusal.NEVER_AUTHENTICATED: (Status.DEADLINE_EXCEEDED, "nothing authenticated came by this stream"),
     StreamRefusal.CROWDED_OUT: (Status.RESOURCE_EXHAUSTED, "too many streams claim this address"),
+    StreamRefusal.DRAINING: (Status.UNAVAILABLE, "this server is being drained; the machine's other stream here stays open"),
     StreamRefusal.LINK_DOWN: (Status.UNAVAILABLE, "the link is down"),
     StreamRefusal.MACHINE_GONE: (Status.PERMISSION_DENIED, "peer not allowed"),
 }
 """How a stream ends for each reason. Existing machines compare status and text of two of them exactly."""
 
+_SERVED_SECONDS = 3.0
+"""A machine that was heard so long ago may have lost its stream without this server knowing."""
+
 
 class TunnelService:
     """Serves sidero.link.WireGuardOverGRPCService."""
 
-    def __init__(self, directory: Directory, reconciler: Reconciler, monitor: Monitor, device: Device) -> None:
+    def __init__(
+        self,
+        directory: Directory,
+        reconciler: Reconciler,
+        monitor: Monitor,
+        device: Device,
+        is_leaving: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """`is_leaving`: whether machines are being asked to go to other servers."""
+        self._is_leaving = is_leaving
         self._directory = directory
         self._reconciler = reconciler
         self._monitor = monitor
@@ -49,6 +65,8 @@ class TunnelService:
         key = link.machine.public_key
         if key is None:
             raise self._refused(StreamRefusal.NOT_ALLOWED)
+        if self._is_leaving() and await self._is_served(link, key):
+            raise self._refused(StreamRefusal.DRAINING)
         path = TunnelPath(stream, name, peer=bytes(key), drops=self.drops)
 
         def end(refusal: StreamRefusal) -> None:
@@ -60,6 +78,14 @@ class TunnelService:
             await carry(stream, path, self._device.deliver)
         finally:
             self._monitor.close_stream(opened)
+
+    async def _is_served(self, link: MachineLink, key: PublicKey) -> bool:
+        """Whether packets come by a stream of the machine. A second one would end it, and what is under way in it is lost."""
+        if not any(stream.is_proven and stream.path.is_open for stream in link.streams):
+            return False
+        status = await self._device.peer(key)
+        silence = None if status is None else status.silence(time.time())
+        return silence is not None and silence < _SERVED_SECONDS
 
     async def _find_link(self, value: str) -> tuple[MachineLink, str]:
         """The link of the virtual address in the metadata, and the address as text. The port is ignored."""

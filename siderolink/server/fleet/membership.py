@@ -99,6 +99,11 @@ class Membership:
         """The servers that are alive, this one first."""
         return [self._row, *(one for _, one in sorted(self._others.items()) if self.is_alive(one.id))]
 
+    @property
+    def is_draining(self) -> bool:
+        """Whether this server is to be left by its machines."""
+        return self._row.is_draining
+
     def everyone(self) -> list[FleetServer]:
         """The servers that were not removed, this one first, the silent ones included."""
         return [self._row, *(one for _, one in sorted(self._others.items()))]

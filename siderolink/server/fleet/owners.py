@@ -1,7 +1,8 @@
 """Which server owns which machine's link, where several servers share the store.
 
 A server owns a link from the first authenticated packet of a session on. Until another one takes it, it alone sends: the peers
-of machines that others own are passive. A server that lost a link takes it again when the machine is heard later than what can
+of machines that others own are passive. One that drains answers on for a second, for what is under way by the old path. A
+server that lost a link takes it again when the machine is heard later than what can
 still be under way.
 """
 
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING
 import anyio
 
 from siderolink.common.errors import SideroLinkError
+from siderolink.common.tasks import background_tasks
 from siderolink.server.clock import Clock
 from siderolink.server.fleet.directory import Directory, MachineLink
 from siderolink.server.fleet.membership import Membership
@@ -29,6 +31,8 @@ log = logging.getLogger(__name__)
 UNDER_WAY_SECONDS = 2.0
 """How long after a loss packets of the machine may still be under way to the server that lost it."""
 RETRY_SECONDS = 1.0
+ANSWERS_ON_SECONDS = 1.0
+"""For so long a server that drains answers a machine that has gone to another one."""
 _AT_ONCE = 128
 
 
@@ -62,6 +66,9 @@ class Owners:
         self._wanted: dict[str, None] = {}
         self._unsettled: dict[str, None] = {}
         """The machines whose peers have to become passive, or active."""
+        self._answered: dict[str, float] = {}
+        """Machines that left this server while it drains, and when, by the monotonic clock; they are still answered."""
+        self._has_left = anyio.Event()
         self._held: set[str] = set()
         """Machines that are not sent to because the database is away, and they were not heard."""
         self.is_holding_back = False
@@ -101,7 +108,7 @@ class Owners:
         if machine_id in self._held:
             return False
         owner = self.owner_of(machine_id)
-        if owner is None or owner == self.membership.id or machine_id in self._wanted:
+        if owner is None or owner == self.membership.id or machine_id in self._wanted or machine_id in self._answered:
             return True
         if self.membership.is_alive(owner):
             return False
@@ -152,19 +159,23 @@ class Owners:
         self.raise_stamp(ownership)
         if ownership.server_id == self.membership.id:
             self._lost_at.pop(ownership.machine_id, None)
+            self._answered.pop(ownership.machine_id, None)
             return
         link = self._directory.get(ownership.machine_id)
         if link is not None and ownership.machine_id not in self._wanted:
             now = self._clock.monotonic()
             self._lost_at = {one: at for one, at in self._lost_at.items() if now - at < UNDER_WAY_SECONDS}
             self._lost_at[ownership.machine_id] = now
+            if self.membership.is_draining:
+                self._answered[ownership.machine_id] = now
+                self._has_left.set()
             self.on_lost(link)
             self._unsettled[ownership.machine_id] = None
             self._wake.set()
 
     def forget(self, machine_id: str) -> None:
         """The machine's row is gone."""
-        for known in (self._known, self._lost_at, self._wanted, self._unsettled):
+        for known in (self._known, self._lost_at, self._wanted, self._unsettled, self._answered):
             known.pop(machine_id, None)
 
     def hold_back(self, machine_ids: "Iterable[str]") -> None:
@@ -204,17 +215,34 @@ class Owners:
     async def refresh(self) -> None:
         """Hear of all that others took, and send nothing more to those machines. Raises StoreError."""
         await self.load()
+        self._unsettled.update(dict.fromkeys(self._answered))
+        self._answered.clear()
         await self._set_peers()
 
     async def run(self) -> None:
         """Take what is wanted, and set peers, until cancelled."""
-        while True:
-            await self._wake.wait()
-            self._wake = anyio.Event()
-            await self.settle()
-            if self._wanted:
-                await self._clock.sleep(RETRY_SECONDS)
-                self._wake.set()
+
+        async def answer_on() -> None:
+            while True:
+                await self._has_left.wait()
+                self._has_left = anyio.Event()
+                while self._answered:
+                    await self._clock.sleep(ANSWERS_ON_SECONDS)
+                    before = self._clock.monotonic() - ANSWERS_ON_SECONDS
+                    over = [one for one, left_at in self._answered.items() if left_at <= before]
+                    for machine_id in over:
+                        del self._answered[machine_id]
+                    self.settle_all(over)
+
+        async with background_tasks() as tasks:
+            tasks.start_soon(answer_on)
+            while True:
+                await self._wake.wait()
+                self._wake = anyio.Event()
+                await self.settle()
+                if self._wanted:
+                    await self._clock.sleep(RETRY_SECONDS)
+                    self._wake.set()
 
     async def settle(self) -> None:
         """Set the peers that changed, then take the links that are wanted. What cannot be taken now stays wanted."""

@@ -11,6 +11,7 @@ from siderolink.common.tasks import background_tasks
 from siderolink.server.admin.audit_log import AuditLog
 from siderolink.server.admin.servers import Servers
 from siderolink.server.fleet.draining import ASKED_TIMES, Draining
+from siderolink.server.fleet.owners import ANSWERS_ON_SECONDS
 from siderolink.server.store import Actor, AuditQuery, Role
 from tests.support.fake_device import VirtualClock
 from tests.support.manager import FakeMachine
@@ -61,6 +62,19 @@ async def test_its_own_machines_are_asked_and_nobody_is_sent_to_it_any_more() ->
         asked.clear()
         assert await drain.run(10) == 0
         assert asked == []
+
+
+async def test_a_machine_that_has_gone_to_another_server_is_answered_for_a_second() -> None:
+    async with fleet_of("a", "b") as fleet, draining(fleet, "a", []) as drain:
+        mine = await at(fleet, "a")
+        await anext(drain.steps(30))
+        during: list[bool] = []
+        fleet.time.on_sleep = lambda: during.append(fleet.is_passive("a", mine))
+        left_at = fleet.time.now
+        await fleet["b"].handshake(mine)
+        await fleet.is_owned_by(mine, "b")
+        assert during[0] is False
+        assert fleet.time.now - left_at >= ANSWERS_ON_SECONDS
 
 
 async def test_a_server_alone_or_among_leaving_ones_does_not_wait() -> None:

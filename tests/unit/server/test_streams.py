@@ -2,10 +2,14 @@
 
 from dataclasses import dataclass, field, replace
 
+import anyio
 import pytest
 
+from siderolink.common.grpc import GRPCError, open_byte_stream, open_channel, serve
 from siderolink.common.pb.sidero.link import ProvisionResponse
+from siderolink.common.transport.tunnel import ADDRESS_METADATA
 from siderolink.server import MachineLimits, StreamRefusal
+from siderolink.server.api.tunnel import TunnelService
 from siderolink.server.fleet.directory import Stream
 from tests.support.fake_device import FakePath
 from tests.support.manager import FakeMachine, Manager, new_key
@@ -161,3 +165,38 @@ async def test_a_stranger_does_not_crowd_out_the_machine() -> None:
     assert ended == {"thief": 21, "machine": 0}
     manager.device.hear(machine.key, path, handshake=True)
     assert link.path is path
+
+
+async def test_a_server_that_drains_refuses_a_second_stream_while_the_first_carries_packets() -> None:
+    manager, machine = Manager(), FakeMachine(tunnel=True)
+    answer = await manager.join(machine)
+    living = claim(manager, answer, machine)
+    manager.device.hear(machine.key, living.path, handshake=True)
+    leaving = [False, True]
+    service = TunnelService(manager.links, manager.reconciler, manager.monitor, manager.device, leaving.pop)
+    metadata = {ADDRESS_METADATA: answer.grpc_peer_addr_port}
+
+    async with serve([service.service()], host="127.0.0.1") as server, open_channel("127.0.0.1", server.port, None) as channel:
+
+        async def opened() -> int:
+            """Open streams of the machine while another one is."""
+            async with open_byte_stream(channel, metadata=metadata) as stream:
+                with anyio.fail_after(10):
+                    while not (service.refusals or len(manager.link(answer).streams) > 1):
+                        await anyio.sleep(0.01)
+                if service.refusals:
+                    with pytest.raises(GRPCError, match="is being drained"):
+                        await stream.wait_ended()
+                return len(manager.link(answer).streams)
+
+        assert await opened() == 1
+        assert service.refusals == {StreamRefusal.DRAINING: 1}
+        service.refusals.clear()
+        assert await opened() == 2  # it stays after all
+        leaving.append(True)
+        manager.time.advance(10)  # silent for so long that its stream may be dead
+        with anyio.fail_after(10):
+            while len(manager.link(answer).streams) > 1:
+                await anyio.sleep(0.01)
+        assert await opened() == 2
+    assert living.ended == []

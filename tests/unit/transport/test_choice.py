@@ -1,5 +1,7 @@
 """The one choice between UDP and the tunnel, and what each way does to the device."""
 
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
 
@@ -10,8 +12,11 @@ from siderolink.common.grpc import ByteStream, ByteStreamService, GrpcError, Sta
 from siderolink.common.grpc.client import CREATE_STREAM
 from siderolink.common.hostport import HostPort
 from siderolink.common.join_url import JoinURL
-from siderolink.common.transport.choice import TunnelTransport, UdpTransport, choose
+from siderolink.common.keys import PublicKey
+from siderolink.common.transport import choice
+from siderolink.common.transport.choice import Route, TunnelTransport, UdpTransport, choose
 from siderolink.common.wireguard.device import PeerConfig
+from siderolink.common.wireguard.path import Path
 from tests.support.fake_device import FakeDevice, VirtualClock
 from tests.support.provision import new_key
 
@@ -106,3 +111,131 @@ async def test_a_stream_that_is_not_allowed_is_a_reason_to_provision_again() -> 
     async with serve([ByteStreamService({CREATE_STREAM: refuse})], host="127.0.0.1") as server:
         [route] = choose(JoinURL("127.0.0.1", server.port, tls=False), Answer(virtual_address=VIRTUAL)).routes
         assert await route.carry(Journal(), peer(), print) == "the server refused the stream: peer not allowed [31m"
+
+
+class Mover(Journal):
+    """A device whose peer answers by the second stream and later ones, once the server there is `good`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.good = anyio.Event()
+        self.asked: list[Path | None] = []
+
+    async def handshake(self, public_key: PublicKey, path: Path | None = None) -> None:
+        self.asked.append(path)
+
+    def sends_by(self, public_key: PublicKey, path: Path) -> bool:
+        return self.good.is_set() and path.is_open
+
+    def offer_path(self, public_key: PublicKey, path: Path) -> None:
+        pass
+
+
+class Streams:
+    """A server whose streams do what is said of each, the last for all that follow; it knows which are open."""
+
+    def __init__(self, *kinds: str) -> None:
+        self.kinds = kinds
+        self.device = Mover()
+        self.opened = 0
+        self.open: set[int] = set()
+        self.end_first = anyio.Event()
+        self.interruptions: list[str] = []
+
+    async def handle(self, stream: ByteStream) -> None:
+        number, self.opened = self.opened, self.opened + 1
+        kind = self.kinds[min(number, len(self.kinds) - 1)]
+        self.open.add(number)
+        try:
+            if kind == "refused":
+                raise GrpcError(Status.UNAVAILABLE, "not here")
+            stream.accept()
+            if kind == "reset":
+                raise GrpcError(Status.INTERNAL, "broken")
+            if kind == "replaces":
+                self.end_first.set()
+                await anyio.sleep(0.05)
+            if kind in ("good", "replaces"):
+                self.device.good.set()
+            if kind == "first":
+                await self.end_first.wait()
+            else:
+                await anyio.sleep_forever()
+        finally:
+            self.open.discard(number)
+
+    @asynccontextmanager
+    async def carried(self) -> AsyncIterator[tuple[Route, PeerConfig]]:
+        """A route whose first stream is open."""
+        wanted = peer()
+        async with serve([ByteStreamService({CREATE_STREAM: self.handle})], host="127.0.0.1") as server:
+            [route] = choose(JoinURL("127.0.0.1", server.port, tls=False), Answer(virtual_address=VIRTUAL)).routes
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(route.carry, self.device, wanted, self.interruptions.append)
+                await self.until(lambda: self.open == {0} and bool(self.device.asked))
+                yield route, wanted
+                tasks.cancel_scope.cancel()
+            await self.until(lambda: not self.open)
+
+    async def until(self, holds: Callable[[], bool]) -> None:
+        with anyio.fail_after(20):
+            while not holds():
+                await anyio.sleep(0.01)
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("kind", ["refused", "reset", "silent"])
+async def test_a_second_stream_that_fails_leaves_the_first_and_is_tried_again(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(choice, "_UNDER_WAY_SECONDS", 0.2)
+    if kind == "silent":
+        monkeypatch.setattr(choice, "_MOVE_SECONDS", 0.3)
+    streams = Streams("first", kind, "good")
+    async with streams.carried() as (route, wanted), anyio.create_task_group() as tasks:
+        tasks.start_soon(route.shake_hands_with, streams.device, wanted, ())
+        await streams.device.good.wait()
+        assert 0 in streams.open
+        await streams.until(lambda: streams.open == {streams.opened - 1})
+        assert streams.opened >= 3
+        assert route.remote == "127.0.0.1"
+    assert streams.interruptions == []
+
+
+@pytest.mark.anyio
+async def test_a_link_stays_where_it_is_while_every_other_stream_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice, "_MOVE_ATTEMPTS", 3)
+    streams = Streams("first", "refused")
+    async with streams.carried() as (route, wanted):
+        await route.shake_hands_with(streams.device, wanted, ())
+        await streams.until(lambda: streams.open == {0})
+        assert streams.opened == 4
+    assert streams.interruptions == []
+
+
+@pytest.mark.anyio
+async def test_a_second_stream_that_ends_the_first_carries_the_link_on_without_a_third() -> None:
+    streams = Streams("first", "replaces")
+    async with streams.carried() as (route, wanted):
+        await route.shake_hands_with(streams.device, wanted, ())
+        assert streams.open == {1}
+    assert streams.opened == 2
+    assert streams.interruptions == []
+
+
+@pytest.mark.anyio
+async def test_a_second_stream_is_closed_when_the_link_is_left_before_it_is_answered() -> None:
+    streams = Streams("first", "silent")
+    async with streams.carried() as (route, wanted), anyio.create_task_group() as tasks:
+        scope = anyio.CancelScope()
+
+        async def move() -> None:
+            with scope:
+                await route.shake_hands_with(streams.device, wanted, ())
+
+        tasks.start_soon(move)
+        await streams.until(lambda: streams.open == {0, 1})
+        scope.cancel()
+        await streams.until(lambda: streams.open == {0})
+    assert scope.cancelled_caught
+    assert streams.interruptions == []
