@@ -88,7 +88,12 @@ class UserspaceDevice:
             self._udp = open_udp(config.listen_port, self.deliver, mixed=self.plane.mixed, receive_many=receive_many)
             self.plane.send_many = self._udp.send_many
         self._configurator = Configurator(self.engine, config.private_key, self._udp)
-        self._timer = BootTimer(self._timer_fired)
+
+        def timer_fired() -> None:
+            self._timer_at = float("inf")
+            self.plane.handle_timers()
+
+        self._timer = BootTimer(timer_fired)
 
     @property
     def public_key(self) -> PublicKey:
@@ -235,10 +240,6 @@ class UserspaceDevice:
         if at < self._timer_at and self.is_passing:
             self._timer_at = at
             self._timer.set(at)
-
-    def _timer_fired(self) -> None:
-        self._timer_at = float("inf")
-        self.plane.handle_timers()
 
 
 def _tell(events: list[Event], on_event: OnDeviceEvent) -> None:
