@@ -199,6 +199,7 @@ async def test_where_the_api_broke_other_servers_are_asked_for_after_one_unanswe
 ) -> None:
     """The first of the calls hangs, as it may at a dead address."""
     monkeypatch.setattr("siderolink.client.link.watch.PROBE_INTERVAL", 0.05)
+    monkeypatch.setattr("siderolink.client.link.watch.PROBE_LIMIT", 1000)  # the link is not given up meanwhile
     server = new_key()
     async with running(response(server, *endpoints)) as bench:
         await bench.saw(events.Connecting)
