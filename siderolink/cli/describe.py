@@ -27,6 +27,7 @@ _LINK: dict[type[events.LinkEvent], tuple[str, int, Callable[[Any], str]]] = {
     events.Connected: ("connected", logging.INFO, lambda e: f"{e.route} after {e.seconds:.2f} s; monitoring the link"),
     events.RouteFailed: ("route failed", logging.WARNING, lambda e: f"{e.route}: {e.reason}"),
     events.Disconnected: ("link down", logging.WARNING, lambda e: e.reason),
+    events.Moved: ("link moved", logging.INFO, lambda e: f"{e.route}: {e.reason}"),
     events.ProvisionFailed: ("provision failed", logging.WARNING, lambda e: f"{e.reason}; again in {e.retry_in:.0f} s"),
     events.Reestablished: ("re-established", logging.INFO, lambda e: f"{e.route} after {e.down_for:.1f} s"),
     events.InterfaceRepaired: ("interface repaired", logging.WARNING, lambda e: e.what),

@@ -5,7 +5,7 @@ import subprocess
 import tempfile
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from ipaddress import IPv6Interface
 from pathlib import Path
@@ -16,6 +16,7 @@ from anyio.from_thread import BlockingPortal
 from grpclib import GRPCError, Status
 
 from siderolink import Link, connect
+from siderolink.client import LinkEvent
 from siderolink.common.errors import ServerUnreachableError
 from siderolink.common.grpc import translate_errors
 from siderolink.common.hostport import HostPort
@@ -39,8 +40,10 @@ def net() -> Iterator[Net]:
 
 
 @contextmanager
-def joined(namespace: Namespace, url: str = URL) -> Iterator[tuple[Link, BlockingPortal]]:
-    context = connect(url, uuid=str(uuid.uuid4()), device="userspace")
+def joined(
+    namespace: Namespace, url: str = URL, on_event: Callable[[LinkEvent], None] | None = None
+) -> Iterator[tuple[Link, BlockingPortal]]:
+    context = connect(url, uuid=str(uuid.uuid4()), device="userspace", on_event=on_event)
     with namespace.portal() as portal, portal.wrap_async_context_manager(context) as link:
         yield link, portal
 

@@ -111,6 +111,15 @@ class Disconnected(LinkEvent):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Moved(LinkEvent):
+    """The link went to another server of the same store without being down: that one has answered a handshake."""
+
+    route: str
+    """The route to the server that has the link now."""
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ProvisionFailed(LinkEvent):
     """The server's API could not be reached or refused; the call is retried."""
 

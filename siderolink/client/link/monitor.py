@@ -218,10 +218,10 @@ class RouteMonitor:
                 if watch.is_up and not self._checks_after_cut:
                     self._checks_after_cut = True
                     self._tasks.start_soon(self._check_server_after_cut)
-            case signals.Answered(answer=answer) if _is_another(
+            case signals.Answered(answer=answer, has_link=has_link) if _is_another(
                 answer, self._answer, but_endpoints=watch.is_up and watch.suspicion is None and self._check_reason != _LEAVING
             ):
-                self._progress.lost(str(self._route), self._check_reason)
+                self._progress.replaced(str(self._route), self._check_reason, has_link=has_link)
                 return answer
             case signals.LargePackets(pass_=passes):
                 return self._judge_size(passes)
@@ -415,10 +415,11 @@ class RouteMonitor:
         try:
             answer = await self._context.provisioner.request(tunnel=self._context.wants_tunnel)
             if answer.server_key == self._answer.server_key and answer.endpoints != self._answer.endpoints:
-                await self._route.shake_hands_with(self._device, self._peer, answer.endpoints)
-                self._signals.put(signals.Answered(answer))
-            elif answer.virtual_address is not None:
-                await self._route.shake_hands_with(self._device, self._peer, ())
+                has_moved = await self._route.shake_hands_with(self._device, self._peer, answer.endpoints)
+                has_link = has_moved and not _is_another(answer, self._answer, but_endpoints=True)
+                self._signals.put(signals.Answered(answer, has_link=has_link))
+            elif answer.virtual_address is not None and await self._route.shake_hands_with(self._device, self._peer, ()):
+                self._context.emit(events.Moved(route=str(self._route), reason=_LEAVING))
         except JoinError:
             pass  # the server asks again
         finally:

@@ -33,6 +33,8 @@ class Answered:
     """A new answer of the server to Provision."""
 
     answer: Provisioned
+    has_link: bool = False
+    """Whether its server has answered a handshake already, so that the link goes on there."""
 
 
 @dataclass(frozen=True, slots=True)

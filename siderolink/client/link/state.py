@@ -64,6 +64,8 @@ class Progress:
         self._emit = emit
         self._started_at = time.monotonic()
         self._down_at = 0.0
+        self._moves_because = ""
+        """Why the next route has the link already; empty if it does not."""
         self.has_new_settings = False
         """Whether the link is being recreated with other settings and has not come up yet."""
         self._troubles: dict[str, str] = {}
@@ -87,7 +89,11 @@ class Progress:
             self.machine.go(ConnectionState.PROVISIONING, reason)
 
     def connecting(self, route: str) -> None:
-        """A route is being tried."""
+        """A route is being tried, or has the link already."""
+        reason, self._moves_because = self._moves_because, ""
+        if reason and self.machine.is_up:
+            self._emit(events.Moved(route=route, reason=reason))
+            return
         self._emit(events.Connecting(route=route))
         if not self.machine.was_up:
             self.machine.go(ConnectionState.CONNECTING, f"trying {route}")
@@ -117,6 +123,13 @@ class Progress:
             self.has_new_settings = False
             self._emit(events.Connected(route=route, seconds=now - self._started_at))
             self.connected.set()
+
+    def replaced(self, route: str, reason: str, *, has_link: bool) -> None:
+        """Another answer of the API counts from now on. `has_link`: the route that is told next was answered already."""
+        if has_link and self.machine.is_up:
+            self._moves_because = reason
+        else:
+            self.lost(route, reason)
 
     def trouble(self, kind: str, reason: str) -> None:
         """Something is wrong with a link that is up."""

@@ -69,10 +69,10 @@ class Route(Protocol):
     async def shake_hands(self, device: Device, peer: PeerConfig) -> None:
         """Start a handshake on this route. Does nothing while the route is interrupted."""
 
-    async def shake_hands_with(self, device: Device, peer: PeerConfig, endpoints: Sequence[HostPort]) -> None:
+    async def shake_hands_with(self, device: Device, peer: PeerConfig, endpoints: Sequence[HostPort]) -> bool:
         """Begin a handshake with the first of other endpoints of the same peer, while the session stays in use here.
 
-        Returns after an answer or a short timeout; does nothing if the device or the route does not support it.
+        Whether it was answered; returns after a short time. Does nothing if the device or the route does not support it.
         """
 
     def reopen(self) -> None:
@@ -160,13 +160,13 @@ class UdpRoute:
         elif self._address is not None:
             await _dial(device, replace(peer, endpoint=self._address))
 
-    async def shake_hands_with(self, device: Device, peer: PeerConfig, endpoints: Sequence[HostPort]) -> None:
+    async def shake_hands_with(self, device: Device, peer: PeerConfig, endpoints: Sequence[HostPort]) -> bool:
         if not isinstance(device, CanShakeHands) or self._address is None or not endpoints:
-            return
+            return False
         try:
             there = (await endpoints[0].resolve())[0]
         except OSError:
-            return
+            return False
         before = await device.peer(peer.public_key)
         # No other task runs in between, so only the initiation is sent there. Its answer moves the path.
         await device.set_peer(replace(peer, endpoint=there))
@@ -177,7 +177,8 @@ class UdpRoute:
                 await anyio.sleep(_MOVE_LOOK_SECONDS)
                 now = await device.peer(peer.public_key)
                 if now is None or now.last_handshake != before.last_handshake:
-                    return
+                    return now is not None
+        return False
 
     def reopen(self) -> None:
         """Nothing is held open."""
@@ -278,22 +279,23 @@ class TunnelRoute:
         else:
             await _dial(device, peer, self._path)
 
-    async def shake_hands_with(self, device: Device, peer: PeerConfig, endpoints: Sequence[HostPort]) -> None:
+    async def shake_hands_with(self, device: Device, peer: PeerConfig, endpoints: Sequence[HostPort]) -> bool:
         """By a second stream, which leads wherever the API's address does now, and replaces the first once it is answered.
 
         The first stays in use while the second is refused, silent or cut; others are tried, with backoff.
         """
         if not isinstance(device, CanShakeHands):
             self.reopen()
-            return
+            return False
         backoff = Backoff(first=0.5, cap=8.0)
         for attempt in range(_MOVE_ATTEMPTS):
             if attempt:
                 await self._retry.sleep(backoff.next())
             if self._tasks is None or self._path is None:
-                return  # a stream is being opened anyway
+                return False  # a stream is being opened anyway
             if await self._move(self._tasks, device, peer):
-                return
+                return True
+        return False
 
     async def _move(self, tasks: "TaskGroup", device: Device, peer: PeerConfig) -> bool:
         """Whether a second stream was answered; it carries the link from then on."""

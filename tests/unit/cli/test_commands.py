@@ -111,6 +111,7 @@ def test_every_event_of_a_link_has_words() -> None:
         events.Connected(route="udp a:1", seconds=0.5),
         events.RouteFailed(route="udp a:1", reason="no handshake"),
         events.Disconnected(reason="no handshake for 275 s"),
+        events.Moved(route="udp b:1", reason="the server is about to stop"),
         events.ProvisionFailed(reason="away", retry_in=3.0),
         events.Reestablished(route="udp a:1", down_for=2.0),
         events.InterfaceRepaired(what="it was set down"),

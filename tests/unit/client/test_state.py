@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from siderolink.client.link.events import ConnectionState
-from siderolink.client.link.state import TRANSITIONS, StateMachine
+from siderolink.client.link.events import ConnectionState, Disconnected, LinkEvent, Moved, RouteFailed
+from siderolink.client.link.state import TRANSITIONS, Progress, StateMachine
 
 DOCS = Path(__file__).resolve().parents[3] / "docs"
 
@@ -43,3 +43,24 @@ def test_the_picture_and_the_table_of_the_documentation_are_the_machine() -> Non
     assert {(old, new) for old, new in arrow if new != "left"} == expected
     row = re.findall(r"^\| `([a-z-]+)` \| `([a-z-]+)` \|", (DOCS / "link.md").read_text(), re.MULTILINE)
     assert {(old, new) for old, new in row} == expected
+
+
+def test_a_link_that_another_server_has_already_moves_and_was_never_down() -> None:
+    told: list[LinkEvent] = []
+    progress = Progress(told.append)
+    progress.connecting("udp a:1")
+    progress.handshake("udp a:1")
+    told.clear()
+    progress.replaced("udp a:1", "a stops", has_link=True)
+    progress.connecting("udp b:1")
+    progress.handshake("udp b:1")
+    assert [(event.route, event.reason) for event in told if isinstance(event, Moved)] == [("udp b:1", "a stops")]
+    assert not progress.down.is_set()
+    assert progress.state is ConnectionState.CONNECTED
+    assert not any(isinstance(event, Disconnected) for event in told)
+    # one whose server has not answered yet is down
+    progress.replaced("udp b:1", "b stops", has_link=False)
+    progress.replaced("udp c:1", "c stops, too", has_link=True)
+    progress.connecting("udp d:1")
+    assert [type(event) for event in told if isinstance(event, Disconnected | RouteFailed)] == [Disconnected, RouteFailed]
+    assert sum(isinstance(event, Moved) for event in told) == 1
