@@ -96,7 +96,7 @@ class FakeDevice:
         self.beyond_limits: dict[PublicKey, tuple[int, int]] = {}
         self._paths: dict[PublicKey, Path] = {}
 
-    def hear(self, key: PublicKey, path: Path | None = None, *, handshake: bool = False) -> None:
+    def hear(self, key: PublicKey, path: Path | None = None, *, handshake: bool = False, keys_age: float | None = None) -> None:
         """An authenticated packet from the peer came just now."""
         assert key in self.configs
         self._heard[key] = self._clock.clock.time()
@@ -107,7 +107,7 @@ class FakeDevice:
             self._paths[key] = path
             self.on_event(PathChanged(public_key=key, old=old, new=path))
         if handshake:
-            self.on_event(PeerHandshake(public_key=key))
+            self.on_event(PeerHandshake(public_key=key, keys_age=keys_age))
 
     async def set_isolate(self, isolate: bool) -> None:
         raise AssertionError("a server never does that by itself")

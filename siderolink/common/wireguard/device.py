@@ -175,6 +175,8 @@ class PeerHandshake:
     """A session with the peer was made or renewed, and the peer has proved that it holds it."""
 
     public_key: PublicKey
+    keys_age: float | None = None
+    """Seconds since this end made the session's keys; None where the device does not tell."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

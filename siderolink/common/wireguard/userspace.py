@@ -252,7 +252,8 @@ def _translate(event: Event) -> DeviceEvent:
     if isinstance(event, PeerRoamed):
         return PathChanged(public_key=key, old=event.old, new=event.new)  # type: ignore[arg-type] # ours, see DataPlane
     if isinstance(event, SessionEstablished):
-        return PeerHandshake(public_key=key)
+        session = event.peer.current
+        return PeerHandshake(public_key=key, keys_age=None if session is None else boot_time() - session.created_at)
     if isinstance(event, PeerUnresponsive):
         return PeerSilent(public_key=key)
     return HandshakeGaveUp(public_key=key)

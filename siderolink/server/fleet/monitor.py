@@ -133,7 +133,7 @@ class Monitor:
             if self._owners is not None:
                 self._owners.heard(link, is_new_session=False)
         elif isinstance(event, device_events.PeerHandshake):
-            self._handshake_completed(link, event.public_key)
+            self._handshake_completed(link, event)
         elif isinstance(event, device_events.HandshakeGaveUp) and link.state is LinkState.DOWN:
             self._set_quiet(link, True)
 
@@ -150,12 +150,16 @@ class Monitor:
         )
         self._last_seen.add(link.machine.id, seen)
 
-    def _handshake_completed(self, link: MachineLink, public_key: PublicKey) -> None:
+    def _handshake_completed(self, link: MachineLink, handshake: device_events.PeerHandshake) -> None:
+        public_key = handshake.public_key
         self._sessions.prove_current_stream(link)
         if link.claim is not None:
             self._proved.append(public_key)
             self._wake.set()
             return
+        age, goodbye_at = handshake.keys_age, link.goodbye_at
+        if goodbye_at is not None and age is not None and age > self._clock.monotonic() - goodbye_at:
+            return  # begun before the goodbye, and confirmed by the machine on its way out
         link.goodbye_at = None
         if self._owners is not None:
             self._owners.heard(link, is_new_session=True)

@@ -13,7 +13,7 @@ from grpclib import GRPCError, Status
 from siderolink.common.goodbye import Goodbye
 from siderolink.server import ClaimRefused, JoinRefusal, JoinRefused, MachineRekeyed, UniqueTokenBound
 from siderolink.server.admission.tokens import unique_token_digest
-from siderolink.server.fleet.directory import Stream
+from siderolink.server.fleet.directory import LinkState, Stream
 from siderolink.server.fleet.goodbyes import Goodbyes
 from siderolink.server.store import Ban, BanKind
 from tests.support.fake_device import FakePath
@@ -388,6 +388,27 @@ async def test_who_is_heard_after_its_goodbye_is_alive() -> None:
     await scene.manager.pass_time(5)
     scene.manager.device.hear(scene.machine.key)
     assert await scene.attempt(thief(scene, ELSEWHERE)) is Verdict.REFUSED
+
+
+async def test_a_handshake_that_was_under_way_at_the_goodbye_does_not_undo_it() -> None:
+    scene = Scene(False, Link.GOODBYE)
+    await scene.set_up()
+    scene.manager.device.hear(scene.machine.key, handshake=True, keys_age=1.2)  # the goodbye was said a second ago
+    row = await scene.manager.row(scene.machine)
+    link = scene.manager.links.get(row.id)
+    assert link is not None
+    assert link.state is LinkState.DOWN
+    assert await scene.attempt(thief(scene, HERE)) is Verdict.TAKES, "whoever comes next is admitted at once"
+
+
+async def test_a_handshake_after_the_goodbye_is_a_new_start() -> None:
+    scene = Scene(False, Link.GOODBYE)
+    await scene.set_up()
+    scene.manager.device.hear(scene.machine.key, handshake=True, keys_age=0.8)
+    row = await scene.manager.row(scene.machine)
+    link = scene.manager.links.get(row.id)
+    assert link is not None
+    assert link.state is LinkState.UP
 
 
 async def test_a_machine_that_asks_to_be_forgotten_is() -> None:
