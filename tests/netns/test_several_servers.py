@@ -160,5 +160,6 @@ def test_a_machine_leaves_a_server_that_drains_without_a_lost_echo(tmp_path: Pat
         pinging.result(60)
         assert len(echoes.sent_at) > 200
         assert echoes.lost == []
+        waits_until(lambda: sum(isinstance(event, Moved) for event in told) >= 2)
         assert [event.route for event in told if isinstance(event, Moved)] == ["udp 192.0.3.1:51820", "udp 192.0.2.1:51820"]
         assert not any(isinstance(event, Disconnected) for event in told)
