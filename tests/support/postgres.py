@@ -18,6 +18,7 @@ from pathlib import Path
 import psycopg
 import pytest
 
+from siderolink.cli.demo.programs import postgres_program
 from siderolink.server.store.sealing import KEY_BYTES, GivenKey
 
 _NUMBERS = count(1)
@@ -28,8 +29,7 @@ STATE_KEY = GivenKey(bytes(range(KEY_BYTES)))
 
 def program(name: str) -> str:
     """Its path. Where it is missing the test is skipped; in CI, where nothing may be missing, it fails."""
-    folders = sorted(str(path) for path in Path("/usr/lib/postgresql").glob("*/bin"))
-    path = shutil.which(name, path=os.pathsep.join([*reversed(folders), os.environ["PATH"], "/usr/sbin"]))
+    path = postgres_program(name) or shutil.which(name, path="/usr/sbin")
     if path is None:
         reason = f"needs {name}: scripts/install-needs test"
         if "CI" in os.environ:
