@@ -126,11 +126,7 @@ def _mapped(name: str) -> Any:
 
 def read_named_counters(requests: RequestSocket, table: str) -> Iterator[dict[str, int]]:
     """Packets by counter's name, in parts of a read each. Raises NetlinkRefusal."""
-    requests.begin_dump(_SUBSYSTEM | _GET_OBJECT, _HEADER + _name(1, table) + attribute(3, _be32(_COUNTER)))
-    is_last = False
-    while not is_last:
-        part = requests.next_part()
-        is_last = part.is_last
+    for part in requests.dump(_SUBSYSTEM | _GET_OBJECT, _HEADER + _name(1, table) + attribute(3, _be32(_COUNTER))):
         found = (message.values(len(_HEADER)) for message in part.messages)
         yield dict(_counted(found))
 

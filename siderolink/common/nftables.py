@@ -254,11 +254,7 @@ def read_rule_counters(requests: RequestSocket, table: str) -> list[tuple[str, i
     """The chain and the packets of each counter in a table's rules; none where it cannot be read."""
     found: list[tuple[str, int]] = []
     try:
-        requests.begin_dump(_GET_RULES, bytes([NFPROTO_INET, 0, 0, 0]) + attribute(1, table.encode() + b"\0"))
-        is_last = False
-        while not is_last:
-            part = requests.next_part()
-            is_last = part.is_last
+        for part in requests.dump(_GET_RULES, bytes([NFPROTO_INET, 0, 0, 0]) + attribute(1, table.encode() + b"\0")):
             for message in part.messages:
                 fields = message.values(_NFGENMSG_BYTES)
                 found += [(text(fields.get(_CHAIN, b"")), count) for count in _packets(fields.get(_EXPRESSIONS, b""))]

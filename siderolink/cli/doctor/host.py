@@ -129,11 +129,7 @@ def _closed_chains() -> list[str]:
     """Base chains of others at the input hook whose policy is to drop. Raises OSError where they cannot be read."""
     found = []
     with closing(RequestSocket(NETFILTER)) as requests:
-        requests.begin_dump(_GET_CHAINS, bytes(4))
-        is_last = False
-        while not is_last:
-            part = requests.next_part()
-            is_last = part.is_last
+        for part in requests.dump(_GET_CHAINS, bytes(4)):
             for message in part.messages:
                 fields = message.values(4)
                 hook = values(fields.get(_HOOK, b""))

@@ -300,12 +300,8 @@ def find_link(requests: RequestSocket, name: str) -> NetworkLink:
 def read_addresses(requests: RequestSocket, index: int) -> list[Address]:
     """One interface's addresses. Raises NetlinkRefusal."""
     found: list[Address | None] = []
-    requests.begin_dump(_GETADDR, bytes(_IFADDR.size))
-    is_last = False
-    while not is_last:
-        part = requests.next_part()
+    for part in requests.dump(_GETADDR, bytes(_IFADDR.size)):
         found += map(parse_address, part.messages)
-        is_last = part.is_last
     return [address for address in found if address is not None and address.interface == index]
 
 

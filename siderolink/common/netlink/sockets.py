@@ -8,7 +8,7 @@ the kernel are ignored.
 import asyncio
 import errno
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
@@ -90,6 +90,15 @@ class RequestSocket:
         while True:
             for message in self.next_part().messages:
                 return message
+
+    def dump(self, kind: int, payload: bytes) -> Iterator[DumpPart]:
+        """Request a dump and yield its parts, which must be read to the last one. Raises NetlinkRefusal."""
+        self.begin_dump(kind, payload)
+        is_last = False
+        while not is_last:
+            part = self.next_part()
+            is_last = part.is_last
+            yield part
 
     def begin_dump(self, kind: int, payload: bytes) -> None:
         """Request a dump, which `next_part` reads. Raises NetlinkRefusal."""
