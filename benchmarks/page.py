@@ -3,7 +3,8 @@
     sudo python benchmarks/page.py [--machines 10000] [--churn 50] [--turns 4] [--seconds 20] [--json FILE]
 
 Server, page and browser are in one namespace, simulated machines in another. Figures with and without an open page are taken by
-turns.
+turns. The browser and the machines that come and go stand for other hosts: they have one half of the processors, and the
+server, its page and the machine that is pinged have the other.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Browser, Page, expect
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -121,6 +122,23 @@ def page_process(server: int) -> int:
 
 
 @contextmanager
+def on_processors(half: slice) -> Iterator[None]:
+    """Run what is started meanwhile on one half of the processors; a single processor is shared by all."""
+    every = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, every[half] or every)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, every)
+
+
+def halves() -> tuple[slice, slice]:
+    """The server's processors and those of other hosts."""
+    middle = len(os.sched_getaffinity(0)) // 2
+    return slice(None, middle), slice(middle, None)
+
+
+@contextmanager
 def fleet(net: Net, folder: Path, machines: int, churn: float) -> Iterator[Served]:
     """A server with its page, one machine that stays, and others that come and go."""
     environment = os.environ | {"SIDEROLINK_RUNTIME_DIR": str(folder / "run")}
@@ -130,7 +148,9 @@ def fleet(net: Net, folder: Path, machines: int, churn: float) -> Iterator[Serve
     said = folder / "said"
     with said.open("w") as output, ExitStack() as stack:
         command = [*COMMAND, "serve", *listen, *kept, *limits]
-        server = net.server.popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
+        ours, others = halves()
+        with on_processors(ours):
+            server = net.server.popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
         stack.callback(stop, server)
         while not all(word in said.read_text() for word in (" page: ", " serving")):
             assert server.poll() is None, said.read_text()
@@ -139,8 +159,10 @@ def fleet(net: Net, folder: Path, machines: int, churn: float) -> Iterator[Serve
         key = str(json.loads(net.server.run(command, env=environment, timeout=60))["secret"])
         many = ["--machines", str(machines), "--churn", str(churn), "--sources", SOURCES, "--at-once", "64", "--timeout", "600"]
         address = ""
-        for some in (["--machines", "1", "--sources", ONE_SOURCE], many):  # the one that stays is pinged
-            swarm = net.machine.popen([*COMMAND, "simulate", URL, "--json", *some], stdout=subprocess.PIPE)
+        steady_one = ["--machines", "1", "--sources", ONE_SOURCE]
+        for some, half in ((steady_one, ours), (many, others)):  # the one that stays is pinged
+            with on_processors(half):
+                swarm = net.machine.popen([*COMMAND, "simulate", URL, "--json", *some], stdout=subprocess.PIPE)
             stack.callback(stop, swarm)
             assert swarm.stdout is not None
             for _ in ("join", "connect"):
@@ -150,6 +172,15 @@ def fleet(net: Net, folder: Path, machines: int, churn: float) -> Iterator[Serve
                 (steady,) = json.loads(listed)
                 address = steady["overlay_address"]
         yield Served(pid=server.pid, key=key, address=address)
+
+
+@contextmanager
+def browser_elsewhere(net: Net, folder: Path) -> Iterator[Browser]:
+    """A browser that takes no processor from the server."""
+    with ExitStack() as stack:
+        with on_processors(halves()[1]):
+            browser = stack.enter_context(browser_in(net.server, folder))
+        yield browser
 
 
 def ping_p99(net: Net, address: str, seconds: float) -> float:
@@ -190,7 +221,7 @@ def run(options: argparse.Namespace) -> Results:
         tempfile.TemporaryDirectory() as name,
         scale_net() as net,
         fleet(net, Path(name), options.machines, options.churn) as server,
-        browser_in(net.server, Path(name)) as browser,
+        browser_elsewhere(net, Path(name)) as browser,
     ):
         for _ in range(options.turns):
             results.without.append(one_turn(net, server, options.seconds))
