@@ -62,6 +62,7 @@ class Configurator:
             endpoint=config.endpoint,
             persistent_keepalive=config.persistent_keepalive,
         )
+        is_new = bytes(config.public_key) not in self._engine.peers
         try:
             entry = self._engine.add_peer(bytes(config.public_key))
         except ValueError as error:
@@ -70,6 +71,8 @@ class Configurator:
         self._engine.set_passive(entry, config.is_passive)
         self._engine.rates.set_peer(entry, config.rate_in, config.rate_out)
         self.apply_peer(change, now)
+        if is_new:
+            self._engine.greet(entry, now)
 
     def apply_peer(self, change: PeerChange, now: float) -> None:
         """Apply the change of one peer. Like the kernel: our own key is ignored, and a key of low order is never dialled."""
@@ -114,7 +117,7 @@ class Configurator:
 
 def peer_status(peer: Peer, now: float) -> PeerStatus:
     """The peer for an embedder; `now` is the engine's clock."""
-    received_at = peer.last_received_at
+    received_at, unanswered_since = peer.last_received_at, peer.timers.unanswered_since
     return PeerStatus(
         public_key=PublicKey(peer.public_key),
         allowed_ips=tuple(peer.allowed_ips),
@@ -125,6 +128,7 @@ def peer_status(peer: Peer, now: float) -> PeerStatus:
         sent_bytes=peer.sent_bytes,
         persistent_keepalive=peer.timers.persistent_interval,
         silent_for=now - received_at if received_at is not None else None,
+        unanswered_for=now - unanswered_since if unanswered_since <= now else None,
     )
 
 

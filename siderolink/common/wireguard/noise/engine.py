@@ -115,6 +115,12 @@ class Engine:
             self.rates.adopt(peer)
         return peer
 
+    def greet(self, peer: Peer, now: float) -> None:
+        """Answer what a peer that was just added sent a moment before."""
+        kept = self._exchange.strangers.take(peer.public_key, now)
+        if kept is not None:
+            self._receive_handshake(messages.INITIATION, *kept, now)
+
     def remove_peer(self, public_key: bytes) -> None:
         """Forget a peer with its keys and prefixes; nothing happens if it is unknown."""
         peer = self.peers.pop(public_key, None)

@@ -32,6 +32,34 @@ MIN_INITIATION_INTERVAL = 0.02
 """Seconds; initiations of one peer that come faster are dropped."""
 
 
+STRANGER_SECONDS = 2.0
+"""How long an initiation of an unknown key waits for its peer: another server may have admitted it a moment ago."""
+MAX_STRANGERS = 256
+
+
+class Strangers:
+    """The last initiations of unknown keys, one of each; the oldest gives way."""
+
+    __slots__ = ("_kept",)
+
+    def __init__(self) -> None:
+        self._kept: dict[bytes, tuple[float, bytes, Path]] = {}
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def keep(self, public_key: bytes, datagram: bytes, path: Path, now: float) -> None:
+        self._kept.pop(public_key, None)
+        if len(self._kept) >= MAX_STRANGERS:
+            del self._kept[next(iter(self._kept))]
+        self._kept[public_key] = now, datagram, path
+
+    def take(self, public_key: bytes, now: float) -> tuple[bytes, Path] | None:
+        """The initiation and where it came from; None where there is none, or it is too old."""
+        kept = self._kept.pop(public_key, None)
+        return None if kept is None or now - kept[0] > STRANGER_SECONDS else kept[1:]
+
+
 class Indices:
     """The receiver indices that peers put into messages for us, each of a session or of an open initiation."""
 
@@ -95,6 +123,7 @@ class Exchange:
         self.is_stopped = False
         """While the interface is down, no handshake begins."""
         self.load = LoadMeter()
+        self.strangers = Strangers()
         self._peers = peers
         self._output = output
         self._entropy = entropy
@@ -189,6 +218,7 @@ class Exchange:
         peer = self._peers.get(claimed.public_key)
         if peer is None:
             self._output.drop(Drop.UNKNOWN_PEER)
+            self.strangers.keep(claimed.public_key, datagram, path, now)
             return None
         shared = self._static_static(peer)
         received = verify_initiation(claimed, shared) if shared else None
