@@ -29,7 +29,7 @@ KERNEL ?= linux-image-amd64
 IN_THE_VM = $(PYTHON) scripts/kernel_vm.py --kernel $(KERNEL) --resident $(VENV)/kernel-files \
 	$(abspath $(PYTHON)) -m pytest -q -p no:cacheprovider -o timeout=120
 # half of the time that tests/kernel takes; the other half is links, some of which have to grow two minutes old
-KERNEL_SERVERS := $(foreach name,absence other_users restart server ten_thousand_peers,tests/kernel/test_$(name).py)
+KERNEL_SERVERS := $(foreach name,absence other_users restart server ten_thousand_peers two_servers,tests/kernel/test_$(name).py)
 
 COVERED_WELL := $(subst $(space),$(comma),$(addprefix siderolink/,common/wireguard/noise/* common/wireguard/packets/* common/transport/* server/admission/* server/store/*))
 

@@ -18,7 +18,7 @@ from siderolink.common.join_url import JoinURL
 from siderolink.common.tasks import background_tasks
 from siderolink.common.text import one_line
 from siderolink.common.transport.tunnel import ADDRESS_METADATA, TunnelPath, carry
-from siderolink.common.wireguard.device import CanShakeHands, Device, PeerConfig
+from siderolink.common.wireguard.device import CanShakeHands, Device, PeerConfig, dial_peer
 
 if TYPE_CHECKING:
     from anyio.abc import TaskGroup
@@ -148,7 +148,7 @@ class UdpRoute:
             return f"{self._endpoint.host} cannot be resolved: {error.strerror or error}"
         self._address = addresses[self._turn % len(addresses)]
         try:
-            await _dial(device, replace(peer, endpoint=self._address))
+            await dial_peer(device, replace(peer, endpoint=self._address))
         except ConfigurationError as error:
             return str(error)
         await anyio.sleep_forever()
@@ -158,7 +158,7 @@ class UdpRoute:
         if isinstance(device, CanShakeHands):
             await device.handshake(peer.public_key)
         elif self._address is not None:
-            await _dial(device, replace(peer, endpoint=self._address))
+            await dial_peer(device, replace(peer, endpoint=self._address))
 
     async def shake_hands_with(self, device: Device, peer: PeerConfig, endpoints: Sequence[HostPort]) -> bool:
         if not isinstance(device, CanShakeHands) or self._address is None or not endpoints:
@@ -256,7 +256,7 @@ class TunnelRoute:
                 return
             async with self._opened() as (stream, path):
                 self.remote = _host(stream)
-                await _dial(device, peer, path)
+                await dial_peer(device, peer, path)
                 self._path = path
                 await carry(stream, path, device.deliver)
         finally:
@@ -277,7 +277,7 @@ class TunnelRoute:
         if isinstance(device, CanShakeHands):
             await device.handshake(peer.public_key)
         else:
-            await _dial(device, peer, self._path)
+            await dial_peer(device, peer, self._path)
 
     async def shake_hands_with(self, device: Device, peer: PeerConfig, endpoints: Sequence[HostPort]) -> bool:
         """By a second stream, which leads wherever the API's address does now, and replaces the first once it is answered.
@@ -388,17 +388,3 @@ class _StreamBeside:
 def _host(stream: ByteStream) -> str | None:
     """The address that this host sends to."""
     return stream.peer_name.rpartition(":")[0] or None
-
-
-async def _dial(device: Device, peer: PeerConfig, path: TunnelPath | None = None) -> None:
-    """Set the peer up on a route, and begin a handshake there."""
-    if not isinstance(device, CanShakeHands):
-        # The kernel begins a handshake only 5 s after the last; it forgets when that was with the peer itself.
-        await device.remove_peer(peer.public_key)
-    # A keepalive that goes from off to on is sent at once: it starts the handshake, or shows a known peer the new path.
-    await device.set_peer(replace(peer, persistent_keepalive=0))
-    if path is not None:
-        device.offer_path(peer.public_key, path)
-    await device.set_peer(peer)
-    if isinstance(device, CanShakeHands):
-        await device.handshake(peer.public_key)

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Iterable
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from ipaddress import IPv4Interface, IPv4Network, IPv6Interface, IPv6Network
 from typing import TYPE_CHECKING, Final, Literal, Protocol, runtime_checkable
 
@@ -135,6 +135,8 @@ class PeerStatus:
     persistent_keepalive: int
     silent_for: float | None = None
     """Seconds since the last authenticated packet, by a clock that never steps; None if there was none, or no such clock."""
+    unanswered_for: float | None = None
+    """Seconds since the first data or initiation after which nothing was heard; None without any, or where it is not known."""
 
     def silence(self, now: float) -> float | None:
         """Seconds since the last authenticated packet, at this Unix time of the host; None if there was none."""
@@ -298,6 +300,24 @@ class CanShakeHands(Protocol):
 
 
 DeviceContext = AbstractAsyncContextManager[Device]
+
+
+async def dial_peer(device: Device, peer: PeerConfig, path: Path | None = None, *, keeps_session: bool = False) -> None:
+    """Set the peer up, and begin a handshake with it at its endpoint or by `path`.
+
+    A kernel's device loses the peer's sessions by that. With `keeps_session` it sends a keepalive in the present one instead,
+    and begins a handshake only where there is none.
+    """
+    if not isinstance(device, CanShakeHands) and not keeps_session:
+        # The kernel begins a handshake only 5 s after the last; it forgets when that was with the peer itself.
+        await device.remove_peer(peer.public_key)
+    # A keepalive that goes from off to on is sent at once: it starts the handshake, or shows a known peer the new path.
+    await device.set_peer(replace(peer, persistent_keepalive=0))
+    if path is not None:
+        device.offer_path(peer.public_key, path)
+    await device.set_peer(peer)
+    if isinstance(device, CanShakeHands):
+        await device.handshake(peer.public_key)
 
 
 def interface_counters(link: "NetworkLink | None") -> InterfaceCounters | None:

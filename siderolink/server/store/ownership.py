@@ -18,7 +18,7 @@ class Ownership:
     machine_id: str
     server_id: str
     epoch: int = 0
-    """Rises with every taking; the store sets it."""
+    """Rises with every taking."""
     public_key: PublicKey
     """The key of the link's session."""
     endpoint: str | None = None
@@ -32,10 +32,10 @@ class Ownership:
     tx: int = 0
 
     def taken(self, before: "Ownership | None") -> "Ownership":
-        """This, after what was stored: the epoch is above the last one, and no timestamp is forgotten."""
+        """This, after what was stored: the epoch is above both, and no timestamp is forgotten."""
         if before is None:
-            return replace(self, epoch=1)
-        return replace(self, epoch=before.epoch + 1, stamp=max(self.stamp, before.stamp))
+            return replace(self, epoch=self.epoch + 1)
+        return replace(self, epoch=max(self.epoch, before.epoch) + 1, stamp=max(self.stamp, before.stamp))
 
     def is_of(self, stored: "Ownership | None") -> bool:
         """Whether what is stored is still this taking."""
@@ -89,7 +89,10 @@ class OwnershipRepository(Protocol):
     async def of(self, machine_id: str) -> Ownership | None: ...
 
     async def take(self, ownership: Ownership) -> Ownership:
-        """Own a machine's link from now on, whoever had it; returns it with its epoch. The feed tells the others."""
+        """Own a machine's link from now on, whoever had it; returns it with its epoch. The feed tells the others.
+
+        The epoch is above the stored one, and above the given one, which a promoted replica may not have heard of.
+        """
 
     async def note(self, ownership: Ownership) -> bool:
         """Store the owner's news of a link: when it was heard, its counters and timestamps. The feed is told nothing.

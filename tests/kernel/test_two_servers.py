@@ -1,0 +1,64 @@
+"""Two servers' kernel devices with one key, and an existing machine with the kernel's WireGuard that goes to and fro."""
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from ipaddress import IPv4Address, ip_network
+
+import pytest
+
+from siderolink.common.keys import PrivateKey
+from siderolink.common.wireguard.device import PeerConfig, dial_peer
+from tests.support.kernel_device import OURS, PORT, THEIR_PORT, THEIRS, ping, running
+from tests.support.kernel_wireguard import kernel_wireguard
+from tests.support.topology import several
+
+pytestmark = pytest.mark.usefixtures("ageing")
+
+MACHINE = "198.51.100.2"
+
+
+def until(is_so: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_passive_peer_is_sent_nothing_and_a_dial_is_answered_though_there_is_an_old_session() -> None:
+    """What happens when a drains, and then b: the one that dials has a session of before, which the machine has left."""
+    key = PrivateKey.generate()
+    with (
+        several(2) as net,
+        running(net.servers[0]) as a,
+        running(net.servers[1], name="theirs") as b,
+        kernel_wireguard(net.machines[0], key, port=THEIR_PORT, addresses=(f"{THEIRS}/64",)) as machine,
+    ):
+        owned = PeerConfig(public_key=key.public_key(), allowed_ips=(ip_network(THEIRS),), persistent_keepalive=25)
+        passive = replace(owned, persistent_keepalive=0, is_passive=True)
+        dialled = replace(owned, endpoint=(IPv4Address(MACHINE), THEIR_PORT))
+        server_key = a.device.public_key
+        a.portal.call(a.device.set_peer, owned)
+        b.portal.call(b.device.set_peer, passive)
+        machine.set_peer(server_key, f"{OURS}/128", endpoint=f"{net.address(0)}:{PORT}")
+        ping(net.machines[0], OURS)
+
+        # nothing of b reaches the machine, and packets to it are answered as unreachable
+        net.router.nft(
+            "table ip seen { counter of_b {} ; chain c { type filter hook forward priority 0; "
+            f"ip saddr {net.address(1)} counter name of_b ; }} }}"
+        )
+        assert "unreachable" in net.servers[1].run(["ping", "-c2", "-i0.2", "-W1", THEIRS], check=False).lower()
+        assert "packets 0 " in net.router.run(["nft", "list", "counter", "ip", "seen", "of_b"])
+
+        # a drains: b dials, the machine answers and goes there; then the other way round
+        for old, new, address in ((a, b, net.address(1)), (b, a, net.address(0))):
+            before = machine.latest_handshake(server_key)
+            time.sleep(1.1)  # handshakes are told in whole seconds
+            new.portal.call(partial(dial_peer, new.device, dialled))
+            until(lambda: machine.endpoint(server_key) == f"{address}:{PORT}")  # noqa: B023
+            until(lambda: machine.latest_handshake(server_key) > before)  # noqa: B023
+            old.portal.call(old.device.set_peer, passive)
+            ping(net.machines[0], OURS)
+            ping(net.servers[0] if new is a else net.servers[1], THEIRS)
