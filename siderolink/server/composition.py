@@ -96,6 +96,7 @@ class Composition:
         self._admin_services = admin_services
         self._peers: Peers | None = None
         self._draining: Draining
+        self._health = HealthService(is_leaving=self._is_leaving)
 
     @asynccontextmanager
     async def run(self) -> AsyncIterator[Parts]:
@@ -204,6 +205,9 @@ class Composition:
         fleet.liveness.word = peers.questions
         return peers
 
+    def _is_leaving(self) -> bool:
+        return self._draining.has_begun
+
     def _make_draining(self, device: Device, fleet: Fleet, goodbyes: Goodbyes) -> Draining:
         def ask(address: IPv6Address) -> None:
             goodbyes.ask_to_move(address, device.public_key)
@@ -219,6 +223,8 @@ class Composition:
             tasks.start_soon(keep_running, "writing heartbeats", fleet.membership.run)
             tasks.start_soon(keep_running, "taking links", fleet.owners.run)
             tasks.start_soon(keep_running, "asking machines to move", self._draining.watch)
+            fleet.membership.on_dead.append(lambda server_id: self._health.tell_watchers())
+            tasks.start_soon(keep_running, "telling machines of dead servers", self._health.run)
         if fleet.lease is not None:
             tasks.start_soon(fleet.lease.run)
         listen = partial(goodbyes.run, self._address, device.name, options.namespace)
@@ -302,15 +308,14 @@ class Composition:
             authorize=options.authorize,
             authorize_timeout=options.limits.authorize_timeout,
         )
-        is_leaving = lambda: self._draining.has_begun  # noqa: E731
-        tunnel = TunnelService(fleet.directory, fleet.reconciler, fleet.monitor, device, is_leaving)
-        listen, health = options.api_address, HealthService(is_leaving=is_leaving)
+        tunnel = TunnelService(fleet.directory, fleet.reconciler, fleet.monitor, device, self._is_leaving)
+        listen = options.api_address
         async with (
             serve(
                 [
                     provisioning,
                     tunnel.service(),
-                    health,
+                    self._health,
                     ReflectionService(),
                 ],
                 host=listen.host,

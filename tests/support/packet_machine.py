@@ -86,7 +86,7 @@ class PacketMachine:
     def way_out(self, remote: str) -> OutgoingRoute | None:
         return OutgoingRoute(b"here", 1)
 
-    async def is_answered(self, interface: str, server: IPv6Address) -> bool:
+    async def is_answered(self, interface: str, server: IPv6Address, interval: float = 0.0) -> bool:
         return False
 
     async def large_packets_pass(self, interface: str, server: IPv6Address) -> bool | None:

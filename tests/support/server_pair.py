@@ -88,11 +88,11 @@ class Pair:
         """Whether the database says so of the machine's link."""
         return self.owner_of(node_uuid) == server.address
 
-    def join(self, machine: Namespace, options: str = "") -> tuple[Link, str]:
-        """A machine of ours, which finds the servers' APIs by a balancer that prefers a."""
+    def join(self, machine: Namespace, options: str = "", *, is_fair: bool = False) -> tuple[Link, str]:
+        """A machine of ours, which finds the servers' APIs by a balancer that prefers a, or takes them in turns."""
         node_uuid = str(uuid.uuid4())
         portal = self.stack.enter_context(machine.portal())
-        port = self.stack.enter_context(portal.wrap_async_context_manager(balancer(self.preferred)))
+        port = self.stack.enter_context(portal.wrap_async_context_manager(balancer(self.preferred, is_fair=is_fair)))
         context = connect(f"grpc://127.0.0.1:{port}?jointoken={TOKEN}{options}", uuid=node_uuid, device="userspace")
         return self.stack.enter_context(portal.wrap_async_context_manager(context)), node_uuid
 

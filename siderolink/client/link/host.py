@@ -8,7 +8,7 @@ from typing import Protocol
 import anyio
 
 from siderolink.client.link.interface_guard import InterfaceGuard, overlay_holder
-from siderolink.client.link.probes import HandshakeTrial, is_answered, large_packets_pass, try_handshake
+from siderolink.client.link.probes import ROUND_SECONDS, HandshakeTrial, is_answered, large_packets_pass, try_handshake
 from siderolink.client.link.signals import ClockJumped, NetworkChanged, Put, Repaired, ServerLeaves
 from siderolink.common.addressing import server_address
 from siderolink.common.clock_watch import ClockWatch
@@ -43,7 +43,7 @@ class Host(Protocol):
     def way_out(self, remote: str) -> OutgoingRoute | None:
         """How packets to `remote` leave; None if there is no route."""
 
-    async def is_answered(self, interface: str, server: IPv6Address) -> bool:
+    async def is_answered(self, interface: str, server: IPv6Address, interval: float = ROUND_SECONDS) -> bool:
         """See `probes`."""
 
     async def large_packets_pass(self, interface: str, server: IPv6Address) -> bool | None:
@@ -126,8 +126,8 @@ class ThisHost:
     def way_out(self, remote: str) -> OutgoingRoute | None:
         return route_to(remote)
 
-    async def is_answered(self, interface: str, server: IPv6Address) -> bool:
-        return await is_answered(interface, server, self._namespace)
+    async def is_answered(self, interface: str, server: IPv6Address, interval: float = ROUND_SECONDS) -> bool:
+        return await is_answered(interface, server, self._namespace, interval)
 
     async def large_packets_pass(self, interface: str, server: IPv6Address) -> bool | None:
         return await large_packets_pass(interface, server, self._namespace)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import anyio
 
 from siderolink.client.link import events, signals
+from siderolink.client.link.echoes import EchoCheck
 from siderolink.client.link.host import Host
 from siderolink.client.link.provisioning import Provisioned, Provisioner
 from siderolink.client.link.state import Progress
@@ -21,7 +22,6 @@ from siderolink.common.tasks import background_tasks, keep_running
 from siderolink.common.transport.choice import Route
 from siderolink.common.wireguard.device import (
     DEFAULT_MTU,
-    CanShakeHands,
     Device,
     HandshakeGaveUp,
     PeerConfig,
@@ -99,6 +99,14 @@ class RouteMonitor:
         self._cut_at = time.monotonic()
         self._carrying = anyio.CancelScope()
         self._tasks: TaskGroup
+        self._echoes = EchoCheck(
+            context.host,
+            context.device,
+            peer.public_key,
+            answer.server_address,
+            context.signals.put,
+            may_move=len(answer.endpoints) > 1 and answer.virtual_address is None,
+        )
 
     async def run(self, provision_again: Callable[[], Awaitable[Provisioned]] | None) -> Provisioned | None:
         """Run until the route fails (returns None: try the next one) or the API gives a newer answer, which is returned.
@@ -110,6 +118,7 @@ class RouteMonitor:
         async with background_tasks() as self._tasks:
             try:
                 self._last_handshake = await self._last_known_handshake()
+                self._tasks.start_soon(keep_running, "checking whether the link carries packets", self._echoes.run)
                 self._start()
                 return await self._until_replaced(provision_again)
             except anyio.get_cancelled_exc_class():
@@ -174,7 +183,7 @@ class RouteMonitor:
                 return outcome
 
     async def _probe(self, watch: HandshakeWatch) -> None:
-        if watch.suspicion is not None and watch.unanswered == 1 and await self._still_carries():
+        if watch.suspicion is not None and watch.unanswered == 1 and await self._echoes.still_carries():
             watch.answered(time.monotonic())
             return
         if not watch.is_up and (remote := self._route.remote) and self._context.host.way_out(remote) is None:
@@ -195,12 +204,6 @@ class RouteMonitor:
             self._check_server()
         if watch.suspicion == _API_LOST:
             self._progress.trouble("silence", f"{_API_LOST}, and handshakes go unanswered")
-
-    async def _still_carries(self) -> bool:
-        """Whether an echo shows that the session works. Only for the kernel, where a new session loses packets in flight."""
-        if isinstance(self._device, CanShakeHands):
-            return False
-        return await self._context.host.is_answered(self._device.name, self._answer.server_address)
 
     async def _handle(self, signal: signals.Signal, watch: HandshakeWatch) -> str | Provisioned | None:
         now = time.monotonic()
@@ -240,7 +243,7 @@ class RouteMonitor:
         await self._pause(signal, watch)
         return None
 
-    def _handle_network_signal(self, signal: signals.Signal, watch: HandshakeWatch, now: float) -> None:
+    def _handle_api_signal(self, signal: signals.Signal, watch: HandshakeWatch, now: float) -> None:
         match signal:
             case signals.ApiLost():
                 watch.suspect_twice(now, _API_LOST)
@@ -254,6 +257,13 @@ class RouteMonitor:
                 what = "idle connections to the API are cut, so none is kept:"
                 self._context.emit(events.ConnectionsCut(what=what, age=age))
                 watch.suspect(now, _API_LOST)
+            case signals.ServerDied():
+                self._echoes.ask()
+            case signals.EchoesUnanswered(reason=reason) if watch.suspect(now, reason):
+                self._check_server()  # an answer that lists another server is there before a second handshake would be
+
+    def _handle_network_signal(self, signal: signals.Signal, watch: HandshakeWatch, now: float) -> None:
+        match signal:
             case signals.ServerLeaves(public_key=key) if key == self._peer.public_key and not self._is_moving:
                 self._is_moving = True
                 self._tasks.start_soon(self._switch_server)
@@ -271,6 +281,8 @@ class RouteMonitor:
                 if asleep > 1.0:
                     watch.slept(now)
                     self._context.retry.fire()
+            case _:
+                self._handle_api_signal(signal, watch, now)
 
     def _network_changed(self, watch: HandshakeWatch, now: float, carriers: frozenset[int]) -> None:
         remote = self._route.remote

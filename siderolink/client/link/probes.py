@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import anyio
 
-from siderolink.client.link.signals import ApiBack, ApiCutRegularly, ApiLost, Put
+from siderolink.client.link.signals import ApiBack, ApiCutRegularly, ApiLost, Put, ServerDied
 from siderolink.client.link.watch import RegularCuts
 from siderolink.common.backoff import Backoff, RetryTrigger
 from siderolink.common.errors import JoinError
@@ -36,15 +36,16 @@ log = logging.getLogger("siderolink")
 
 ROUNDS = 10
 """If 20 % of all datagrams are lost each way, all ten large ones are lost once in 30,000 attempts."""
-_INTERVAL = 0.5
+ROUND_SECONDS = 0.5
+"""Between echo requests, which is how long the answer to each may take."""
 _SMALL, _LARGE = 16, DEFAULT_MTU - 48
 """Payload bytes: the large one makes an IPv6 packet of 1,280 bytes."""
 _ICMPV6, _ECHO_REQUEST, _ECHO_REPLY = 58, 128, 129
 _MARK = 8
 
 
-async def is_answered(interface: str, server: IPv6Address, namespace: str | None) -> bool:
-    """Whether one of two small echo requests is answered within a second. `namespace` is where the interface is."""
+async def is_answered(interface: str, server: IPv6Address, namespace: str | None, interval: float = ROUND_SECONDS) -> bool:
+    """Whether one of two small echo requests is answered, `interval` seconds apart. `namespace` is where the interface is."""
     try:
         probe = _Probe(interface, namespace)
     except OSError:  # this process may not open raw sockets
@@ -52,7 +53,7 @@ async def is_answered(interface: str, server: IPv6Address, namespace: str | None
     with closing(probe):
         for sequence in range(2):
             probe.send(server, sequence, _SMALL)
-            with anyio.move_on_after(_INTERVAL):
+            with anyio.move_on_after(interval):
                 await probe.any.wait()
                 return True
     return False
@@ -72,7 +73,7 @@ async def large_packets_pass(interface: str, server: IPv6Address, namespace: str
         for sequence in range(ROUNDS):
             for size in (_SMALL, _LARGE):
                 probe.send(server, sequence, size)
-            with anyio.move_on_after(_INTERVAL):
+            with anyio.move_on_after(ROUND_SECONDS):
                 await probe.large.wait()
                 return True
     return False if len(probe.small) >= ROUNDS // 3 else None
@@ -256,7 +257,9 @@ _LEARN_AGAIN = 1800.0
 """Where a proxy cuts idle connections: seconds before checking again whether it still does."""
 
 
-async def _until_api_ends(url: JoinURL, tls: ssl.SSLContext | bool | None, on_up: Callable[[], None]) -> float:
+async def _until_api_ends(
+    url: JoinURL, tls: ssl.SSLContext | bool | None, on_up: Callable[[], None], on_news: Callable[[], None]
+) -> float:
     """Watch the API; returns for how many seconds it was reachable, 0 if it was not."""
     began_at: list[float] = []
 
@@ -267,7 +270,7 @@ async def _until_api_ends(url: JoinURL, tls: ssl.SSLContext | bool | None, on_up
     try:
         with translate_errors():
             async with open_channel(url.host, url.port, tls) as channel:
-                await channel.watch_health(up)
+                await channel.watch_health(up, on_news)
     except JoinError:
         pass
     except Exception:
@@ -293,7 +296,7 @@ async def watch_api(url: JoinURL, tls: ssl.SSLContext | None, put: Put, retry: R
             put(ApiBack())
 
     while True:
-        stood_for = await _until_api_ends(url, context, api_answers)
+        stood_for = await _until_api_ends(url, context, api_answers, lambda: put(ServerDied()))
         if not stood_for:
             cuts = RegularCuts()
         elif (age := cuts.note(stood_for)) is not None:

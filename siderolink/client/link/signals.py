@@ -48,6 +48,18 @@ class ApiBack:
 
 
 @dataclass(frozen=True, slots=True)
+class ServerDied:
+    """The API says that another server of its store died. It may be the one that has the link."""
+
+
+@dataclass(frozen=True, slots=True)
+class EchoesUnanswered:
+    """Echo requests over the link went unanswered, when there was a reason to send them."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class ApiCutRegularly:
     """Idle connections to the API are cut at a regular age, so the link no longer keeps one."""
 
@@ -117,6 +129,8 @@ Signal = (
     | Answered
     | ApiLost
     | ApiBack
+    | ServerDied
+    | EchoesUnanswered
     | ApiCutRegularly
     | NetworkChanged
     | Repaired

@@ -7,7 +7,7 @@ import logging
 import os
 import socket
 import ssl
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from hashlib import sha256
 from typing import cast
@@ -26,7 +26,7 @@ from siderolink.common.grpc.calls import SHUTTING_DOWN
 from siderolink.common.grpc.connection import H2Stream, Headers
 from siderolink.common.grpc.dialing import adopt, authority, check_host, connect_in, dial
 from siderolink.common.grpc.limits import Limits
-from siderolink.common.grpc.messages import ClientCodec
+from siderolink.common.grpc.messages import ClientCodec, PrefixGuard
 from siderolink.common.grpc.protocol import Http2Protocol
 from siderolink.common.grpc.refusals import Refusal
 from siderolink.common.grpc.tls import client_tls
@@ -38,6 +38,7 @@ CREATE_STREAM = "/sidero.link.WireGuardOverGRPCService/CreateStream"
 """The bidirectional method of the tunnel."""
 HEALTH_WATCH = "/grpc.health.v1.Health/Watch"
 _EMPTY_MESSAGE = bytes(5)
+_MAX_HEALTH_BYTES = 4096
 _CLOSE_SECONDS = 0.5
 
 
@@ -147,8 +148,11 @@ class GrpcChannel(private.ConnectingChannel):
         for protocol in tuple(self._connections):
             await protocol.lost.wait()
 
-    async def watch_health(self, on_up: Callable[[], None]) -> None:
+    async def watch_health(self, on_up: Callable[[], None], on_news: Callable[[], None] = lambda: None) -> None:
         """Call `on_up` once the server answers, and return when it is gone. Uses one long-lived call.
+
+        `on_news` is called for each further message within one call: servers of this package send one when another server of
+        their store died.
 
         The call (``grpc.health.v1.Health/Watch``) keeps the connection open at reverse proxies, which close idle ones after a
         minute, and it ends with the server behind such a proxy, where the connection would stay. A server without that service
@@ -166,7 +170,7 @@ class GrpcChannel(private.ConnectingChannel):
         while True:
             before = answers
             try:
-                status, message = await self._call_health(heard)
+                status, message = await self._call_health(heard, on_news)
             except (grpclib.exceptions.StreamTerminatedError, ServerUnreachableError):
                 if not answers and not protocol.connection.is_closing():
                     raise
@@ -182,11 +186,21 @@ class GrpcChannel(private.ConnectingChannel):
                 return
         await protocol.lost.wait()
 
-    async def _call_health(self, heard: Callable[[object], None]) -> tuple[grpclib.Status, str]:
+    async def _call_health(self, heard: Callable[[object], None], on_news: Callable[[], None]) -> tuple[grpclib.Status, str]:
         """Make one health call and wait for its end; returns its status and what was said with it."""
+        guard = PrefixGuard(_MAX_HEALTH_BYTES)
+
+        def receive(pieces: Sequence[memoryview]) -> None:
+            heard(pieces)
+            before = guard.messages
+            for piece in pieces:
+                guard.feed(bytes(piece))
+            if guard.messages > max(before, 1):
+                on_news()
+
         try:
             async with open_byte_stream(self, HEALTH_WATCH) as stream:
-                stream.receive(heard)
+                stream.receive(receive)
                 stream.send(memoryview(_EMPTY_MESSAGE))
                 stream.end()
                 await stream.wait_ended()

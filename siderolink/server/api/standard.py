@@ -31,6 +31,7 @@ from siderolink.common.pb.grpc.reflection.v1 import (
     ServerReflectionResponse,
     ServiceResponse,
 )
+from siderolink.common.tasks import in_parts
 
 API_SERVICES = ("sidero.link.ProvisionService", "sidero.link.WireGuardOverGRPCService")
 STANDARD_SERVICES = ("grpc.health.v1.Health", "grpc.reflection.v1.ServerReflection", "grpc.reflection.v1alpha.ServerReflection")
@@ -48,6 +49,8 @@ REFLECTION_SECONDS = 20.0
 """How long a reflection call waits for its next request."""
 MAX_CALLS = 8
 """Watches, and reflection calls of each version, at the same time on one connection."""
+_TOLD_AT_ONCE, _TOLD_PAUSE = 64, 0.005
+"""Watchers that are told in one turn of the event loop, and the seconds after each such turn."""
 
 
 class HealthService(HealthBase):
@@ -63,6 +66,8 @@ class HealthService(HealthBase):
         """`is_leaving` tells whether new callers had better go to another server."""
         self._services = frozenset(services) | {""}
         self._is_leaving = is_leaving
+        self._watchers: set[anyio.Event] = set()
+        self._has_news = anyio.Event()
 
     async def check(self, message: HealthCheckRequest) -> HealthCheckResponse:
         if message.service not in self._services:
@@ -77,9 +82,29 @@ class HealthService(HealthBase):
         return _LEAVING if self._is_leaving() else _SERVING
 
     async def watch(self, message: HealthCheckRequest) -> AsyncIterator[HealthCheckResponse]:
-        """Send the state now. The call ends with UNAVAILABLE when the state changes, or after `WATCH_SECONDS`."""
-        yield self._now if message.service in self._services else _UNKNOWN
-        await anyio.sleep_forever()
+        """Send the state now, and again whenever another server died. The call ends with UNAVAILABLE after `WATCH_SECONDS`."""
+        while True:
+            told = anyio.Event()
+            self._watchers.add(told)
+            try:
+                yield self._now if message.service in self._services else _UNKNOWN
+                await told.wait()
+            finally:
+                self._watchers.discard(told)
+
+    def tell_watchers(self) -> None:
+        """Have `run` send every watcher the state again: a machine whose own server is dead learns of it in this way."""
+        self._has_news.set()
+
+    async def run(self) -> None:
+        """Tell watchers, some at a time, until cancelled."""
+        while True:
+            await self._has_news.wait()
+            self._has_news = anyio.Event()
+            for part in in_parts(self._watchers, _TOLD_AT_ONCE):
+                for watcher in part:
+                    watcher.set()
+                await anyio.sleep(_TOLD_PAUSE)
 
 
 class ReflectionService(ServerReflectionBase):

@@ -75,8 +75,12 @@ class Membership:
         """By the store's clock. A server that has just started cannot know what was before."""
         self._has_begun = False
         self._wake = anyio.Event()
-        self.on_dead: Callable[[str], None] = lambda server_id: None
+        self._draining: set[str] = set()
+        """Others whose drains were told."""
+        self.on_dead: list[Callable[[str], None]] = []
         """Told the id of each server that is dead or gone, once."""
+        self.on_drained: Callable[[str], None] = lambda server_id: None
+        """Told the id of each other server that begins to drain."""
         self.on_return: Callable[[], Awaitable[None]] = _nothing
         """Awaited after a time in which others may have taken this server for dead, before it is sure of its machines again."""
         self._was_doubtful = False
@@ -103,6 +107,11 @@ class Membership:
     def is_draining(self) -> bool:
         """Whether this server is to be left by its machines."""
         return self._row.is_draining
+
+    def is_leaving(self, server_id: str) -> bool:
+        """Whether a living server drains."""
+        server = self.get(server_id)
+        return server is not None and server.is_draining and self.is_alive(server_id)
 
     def everyone(self) -> list[FleetServer]:
         """The servers that were not removed, this one first, the silent ones included."""
@@ -175,13 +184,20 @@ class Membership:
             newest = server.heartbeat_at if known is None else max(known.heartbeat_at, server.heartbeat_at)
             self._others[server.id] = replace(server, heartbeat_at=newest)
         self._tell_deaths({server.id} if is_gone else set())
+        self._tell_drains()
 
     def _tell_deaths(self, gone: set[str]) -> None:
         dead = gone | {server_id for server_id in self._others if not self.is_alive(server_id)}
         told, self._dead = self._dead, dead | (self._dead - self._others.keys())
         for server_id in dead - told:
             log.warning("the server %s is %s", server_id, "gone" if server_id in gone else "dead: it has no heartbeat")
-            self.on_dead(server_id)
+            for tell in self.on_dead:
+                tell(server_id)
+
+    def _tell_drains(self) -> None:
+        told, self._draining = self._draining, {server_id for server_id in self._others if self.is_leaving(server_id)}
+        for server_id in self._draining - told:
+            self.on_drained(server_id)
 
     # --- run
 
@@ -248,6 +264,7 @@ class Membership:
         gone = self._others.keys() - others.keys()
         self._others = others
         self._tell_deaths(gone)
+        self._tell_drains()
         if self._was_doubtful:
             await self.on_return()
             self._was_doubtful = False

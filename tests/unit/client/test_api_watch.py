@@ -91,6 +91,18 @@ async def test_a_health_call_that_ends_after_its_time_is_no_end_of_the_server() 
         await bench.until(lambda: bench.told == [signals.ApiLost()])
 
 
+async def test_a_machine_hears_of_other_servers_deaths_by_its_health_call() -> None:
+    health = HealthService()
+    async with background_tasks() as tasks, watched(health) as bench:
+        tasks.start_soon(health.run)
+        for deaths in range(1, 3):
+            with anyio.fail_after(30):
+                while len(bench.told) < deaths:
+                    health.tell_watchers()  # the first may be told before the machine's call has come
+                    await anyio.sleep(0.1)
+        assert set(bench.told) == {signals.ServerDied()}
+
+
 async def test_a_server_that_ends_each_connection_soon_is_told_of_once() -> None:
     async with watched() as bench:
         await bench.stop()

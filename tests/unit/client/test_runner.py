@@ -46,6 +46,7 @@ class Bench:
         self.size_verdicts: list[bool | None] = []
         self.device_type: type[FakeDevice] = FakeDevice
         self.is_server_answering = False
+        self.echo_checks = 0
         self.trial: str | None = None
         """Why handshakes beside the link fail; None if they succeed."""
         self._changed = anyio.Event()
@@ -83,7 +84,8 @@ class Bench:
     def way_out(self, remote: str) -> OutgoingRoute | None:
         return self.out
 
-    async def is_answered(self, interface: str, server: IPv6Address) -> bool:
+    async def is_answered(self, interface: str, server: IPv6Address, interval: float = 0.0) -> bool:
+        self.echo_checks += 1
         return self.is_server_answering
 
     async def large_packets_pass(self, interface: str, server: IPv6Address) -> bool | None:

@@ -10,7 +10,7 @@ from siderolink.client.link import events, signals
 from siderolink.client.link.events import ConnectionState
 from siderolink.common.keys import PublicKey
 from siderolink.common.netlink import OutgoingRoute
-from siderolink.common.wireguard.device import InterfaceLost, PeerConfig
+from siderolink.common.wireguard.device import InterfaceLost, PeerConfig, PeerStatus
 from tests.support.fake_device import FakeDevice, FakeKernelDevice
 from tests.support.provision import SERVER_ADDRESS, new_key, response
 from tests.unit.client.test_runner import ONE, TWO, VIRTUAL, Bench, running
@@ -47,6 +47,56 @@ async def test_a_lost_api_is_answered_by_a_handshake_and_by_no_transition() -> N
         await bench.saw(events.Handshake, 2)
         assert bench.state() is ConnectionState.CONNECTED
         assert not any(isinstance(event, events.Disconnected) for event in bench.events)
+
+
+async def test_a_dead_server_costs_an_echo_where_the_link_carries_and_a_call_where_it_does_not() -> None:
+    server = new_key()
+    async with running(response(server, ONE)) as bench:
+        await connect(bench, server)
+        before, calls = handshakes_begun(bench), len(bench.service.requests)
+        bench.is_server_answering = True
+        bench.put(signals.ServerDied())
+        with anyio.fail_after(30):
+            while not bench.echo_checks:
+                await anyio.sleep(0.01)
+        await anyio.wait_all_tasks_blocked()
+        assert (handshakes_begun(bench), len(bench.service.requests)) == (before, calls)
+        bench.is_server_answering = False
+        bench.service.answer = response(server, TWO)
+        bench.put(signals.ServerDied())
+        await bench.saw(events.Connecting, condition=lambda event: event.route == f"udp {TWO}")
+        assert len(bench.service.requests) == calls + 1
+
+
+@pytest.mark.parametrize(("endpoints", "seconds"), [((TWO, ONE), 4.0), ((TWO, ONE), 1.0), ((ONE,), 4.0)])
+async def test_unanswered_data_is_a_reason_for_echoes_where_there_are_other_servers(
+    endpoints: tuple[str, ...], seconds: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Data of a second ago is none yet."""
+    monkeypatch.setattr("siderolink.client.link.echoes.LOOK_SECONDS", 0.01)
+    server, looks = new_key(), 0
+
+    class Unanswered(FakeDevice):
+        async def peer(self, public_key: PublicKey) -> PeerStatus | None:
+            nonlocal looks
+            looks += 1
+            status = await super().peer(public_key)
+            return status and replace(status, last_handshake=1.0, unanswered_for=seconds)
+
+    async with running(response(server, *endpoints)) as bench:
+        bench.device_type = Unanswered
+        await connect(bench, server)
+        bench.service.answer = response(server, TWO)
+        if len(endpoints) > 1 and seconds > 3:
+            await bench.saw(events.Connecting, condition=lambda event: event.route == f"udp {TWO}")
+            assert bench.echo_checks == 1
+            return
+        before = looks
+        with anyio.fail_after(30):
+            while len(endpoints) > 1 and looks < before + 3:
+                await anyio.sleep(0.01)
+        await anyio.wait_all_tasks_blocked()
+        assert bench.echo_checks == 0
 
 
 async def test_no_route_is_trouble_and_its_return_a_handshake() -> None:
