@@ -120,13 +120,14 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Faulty]:
         record = stack.enter_context(recorded(pair.router))
         for server in (pair.a, pair.b):
             for address in machines.values():
-                stack.callback(stop, _traffic(server.namespace, address))
+                stack.callback(stop, traffic(server.namespace, address))
         yield Faulty(pair, gates, machines, record, Lateness())
         for server in (pair.a, pair.b):  # for whoever reads why a test failed
             log.info("%s said:\n%s", server.address, server.said())
 
 
-def _traffic(namespace: Namespace, address: object) -> "subprocess.Popen[str]":
+def traffic(namespace: Namespace, address: object) -> "subprocess.Popen[str]":
+    """Pings all the time."""
     return namespace.popen(["ping", "-q", "-i0.2", str(address)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 

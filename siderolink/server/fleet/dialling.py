@@ -7,7 +7,7 @@ would only lengthen that queue until both ends retransmit.
 
 import logging
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 
 import anyio
@@ -84,14 +84,14 @@ async def dial_remembered(
 
     `may_dial` is asked by a machine's id: another server may have it.
     """
-    await dial_links(_newest_first(directory), directory, sessions, reconciler, pace, clock, may_dial=may_dial)
+    await dial_links(_newest_first(directory), directory, sessions, reconciler.dial, pace, clock, may_dial=may_dial)
 
 
 async def dial_links(
     links: Iterable[MachineLink],
     directory: Directory,
     sessions: Sessions,
-    reconciler: Reconciler,
+    dial: Callable[[MachineLink, Endpoint], Awaitable[None]],
     pace: Pace | None = None,
     clock: Clock | None = None,
     *,
@@ -120,7 +120,7 @@ async def dial_links(
                 continue
             window.dialled(link.machine.id, now)
             try:
-                await reconciler.dial(link, endpoint)
+                await dial(link, endpoint)
             except SideroLinkError as error:
                 window.settled(link.machine.id, now)
                 log.debug("a stored endpoint could not be dialled: %s", error)

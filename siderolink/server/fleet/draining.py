@@ -1,7 +1,7 @@
 """A server that is to be left: its row says so, and the machines whose links it owns are asked to go to another server.
 
-Others leave it out of their answers from then on. Machines that do not know the word stay until the server stops; those that
-can be dialled are dialled by another one then. A server that drains goes on serving, and can be told to stay after all.
+Others leave it out of their answers from then on, and dial the machines that do not know the word (`failover`); those that
+cannot be dialled stay until the server stops. A server that drains goes on serving, and can be told to stay after all.
 """
 
 import logging

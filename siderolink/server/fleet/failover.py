@@ -1,16 +1,19 @@
-"""What a server does about others that fail: it dials the machines of dead servers, and holds back without the database.
+"""What a server does about others that fail or leave: it dials their machines, and holds back without the database.
 
 Each machine of a dead server that can be dialled is dialled by one of the servers that are left. A server without the database
 cannot know who took its machines meanwhile: after a while it sends only to those that it hears.
 """
 
 import logging
+from functools import partial
 from ipaddress import ip_address
+from typing import TYPE_CHECKING
 
 import anyio
 
 from siderolink.common.errors import SideroLinkError, StoreError
 from siderolink.common.hostport import HostPort
+from siderolink.common.tasks import background_tasks
 from siderolink.common.wireguard.device import Device
 from siderolink.common.wireguard.path import Endpoint
 from siderolink.server.clock import Clock
@@ -20,6 +23,11 @@ from siderolink.server.fleet.owners import Owners
 from siderolink.server.fleet.reconciler import Reconciler
 from siderolink.server.fleet.sessions import Sessions
 from siderolink.server.store import Store
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Coroutine
+
+    Act = Callable[[str], Coroutine[object, object, None]]
 
 log = logging.getLogger(__name__)
 
@@ -33,10 +41,17 @@ DIALS = 3
 """How often a dead server's machines are dialled, those that have not answered."""
 DIAL_SECONDS = 2.0
 """Between these: WireGuard itself tries again only after 5 s, and not while a server is in doubt."""
+INVITE_AFTER = 5.0
+"""Seconds after which the machines that stay at a server that drains are dialled: those that know the word have left then."""
+INVITE_SECONDS = 1.5
+"""For so long such a machine is sent to, so that it may answer the handshake and come."""
+INVITATIONS = 3
+INVITE_AGAIN_SECONDS = 10.0
+"""Between two dials of one machine: meanwhile its owner alone sends to it."""
 
 
 class Failover:
-    """Dials the machines of servers that died."""
+    """Dials the machines of servers that died, and those that are left at a server that drains."""
 
     def __init__(
         self,
@@ -53,52 +68,85 @@ class Failover:
         self._reconciler = reconciler
         self._store = store
         self._clock = clock
-        self._dead: dict[str, int] = {}
-        """How often the machines of each are still to be dialled."""
+        self._told: dict[str, Act] = {}
+        """What to do about which server; not begun yet."""
         self._wake = anyio.Event()
-        owners.membership.on_dead = self._note_death
+        owners.membership.on_dead.append(partial(self._note, self.succeed))
+        owners.membership.on_drained = partial(self._note, self.relieve)
 
-    def _note_death(self, server_id: str) -> None:
-        self._dead[server_id] = DIALS
+    def _note(self, act: "Act", server_id: str) -> None:
+        self._told[server_id] = act
         self._wake.set()
 
     async def run(self) -> None:
-        """Take over from each server that dies, until cancelled."""
-        while True:
-            await self._wake.wait()
-            self._wake = anyio.Event()
-            while self._dead:
-                with anyio.move_on_after(await self.take_turn()):
-                    await self._wake.wait()
-                    self._wake = anyio.Event()
+        """Take over from each server that dies or drains, until cancelled. None of them waits for another."""
+        async with background_tasks() as tasks:
+            while True:
+                await self._wake.wait()
+                self._wake = anyio.Event()
+                told, self._told = self._told, {}
+                for server_id, act in told.items():
+                    tasks.start_soon(act, server_id)
 
-    async def take_turn(self) -> float:
-        """Take over from all that are dead, once; seconds until the next turn.
+    async def succeed(self, server_id: str) -> None:
+        """Take over from a dead server.
 
         Servers that see each other's heartbeats late may disagree for a moment about who dials a machine, and dials are lost.
         """
-        pause = DIAL_SECONDS
-        for server_id in list(self._dead):
+        for turn in range(DIALS):
+            if turn:
+                await self._clock.sleep(DIAL_SECONDS)
+            await self._retry(self.take_over, server_id)
+
+    async def relieve(self, server_id: str) -> None:
+        """Invite the machines that stay at a server that drains, some seconds after it asked those that know the word."""
+        for turn in range(INVITATIONS):
+            await self._clock.sleep(INVITE_AGAIN_SECONDS if turn else INVITE_AFTER)
+            if not self._owners.membership.is_leaving(server_id):
+                return
+            await self._retry(self.invite, server_id)
+
+    async def _retry(self, act: "Act", server_id: str) -> None:
+        while True:
             try:
-                await self.take_over(server_id)
+                return await act(server_id)
             except SideroLinkError as error:
-                log.warning("the machines of a dead server could not be read; retrying: %s", error)
-                pause = _RETRY_SECONDS
-                continue
-            self._dead[server_id] -= 1
-            if not self._dead[server_id]:
-                del self._dead[server_id]
-        return pause if self._dead else 0.0
+                log.warning("the machines of the server %s could not be read; retrying: %s", server_id, error)
+                await self._clock.sleep(_RETRY_SECONDS)
 
     async def take_over(self, server_id: str) -> None:
         """Dial those machines of a dead server that this one inherits. Raises StoreError."""
+        await self._dial(server_id, self._owners.may_dial, self._reconciler.dial)
+
+    async def invite(self, server_id: str) -> None:
+        """Dial those machines of a server that drains which this one is to have. Raises StoreError.
+
+        The owner serves them until they answer: they are sent to for a moment only, and those that do not answer stay.
+        """
+
+        async def dial(link: MachineLink, endpoint: Endpoint) -> None:
+            self._owners.moments.begin(link.machine.id, INVITE_SECONDS)
+            await self._reconciler.dial(link, endpoint)
+
+        await self._dial(server_id, self._may_invite, dial)
+
+    def _may_invite(self, machine_id: str) -> bool:
+        owners, membership = self._owners, self._owners.membership
+        owner = owners.owner_of(machine_id)
+        if owner is None or not membership.is_leaving(owner) or membership.heir(machine_id) != membership.id:
+            return False
+        return not membership.has_wrong_clock and not owners.is_holding_back
+
+    async def _dial(
+        self, server_id: str, may_dial: "Callable[[str], bool]", dial: "Callable[[MachineLink, Endpoint], Awaitable[None]]"
+    ) -> None:
         endpoints: dict[str, Endpoint] = {}
         links: list[MachineLink] = []
         async for owned in self._store.owners(server_id):
             link, endpoint = self._directory.get(owned.machine_id), _parse(owned.endpoint)
             if link is not None and link.streams:
                 self._owners.settle_all([owned.machine_id])  # it came here already, with the session of the dead one
-            if link is not None and endpoint is not None and self._owners.may_dial(owned.machine_id):
+            if link is not None and endpoint is not None and may_dial(owned.machine_id):
                 self._owners.taken(owned)
                 self._owners.raise_stamp(owned)
                 endpoints[owned.machine_id] = endpoint
@@ -107,9 +155,9 @@ class Failover:
             links,
             self._directory,
             self._sessions,
-            self._reconciler,
+            dial,
             clock=self._clock,
-            may_dial=self._owners.may_dial,
+            may_dial=may_dial,
             endpoint_of=lambda link: endpoints.get(link.machine.id),
         )
 

@@ -33,7 +33,49 @@ UNDER_WAY_SECONDS = 2.0
 RETRY_SECONDS = 1.0
 ANSWERS_ON_SECONDS = 1.0
 """For so long a server that drains answers a machine that has gone to another one."""
+_LEAST_PAUSE = 0.1
 _AT_ONCE = 128
+
+
+class Moments:
+    """Machines that are sent to for a moment although another server owns them: those that left this server while it drains
+    are still answered, and those of another one that drains are invited.
+    """
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._until: dict[str, float] = {}
+        """By the monotonic clock."""
+        self._wake = anyio.Event()
+
+    def __contains__(self, machine_id: str) -> bool:
+        return machine_id in self._until
+
+    def begin(self, machine_id: str, seconds: float) -> None:
+        self._until[machine_id] = self._clock.monotonic() + seconds
+        self._wake.set()
+
+    def end(self, machine_id: str) -> None:
+        """No error if it is over."""
+        self._until.pop(machine_id, None)
+
+    def end_all(self) -> list[str]:
+        """Returns the machines."""
+        over, self._until = list(self._until), {}
+        return over
+
+    async def run(self, on_over: "Callable[[Iterable[str]], None]") -> None:
+        """Tell which are over, until cancelled."""
+        while True:
+            await self._wake.wait()
+            self._wake = anyio.Event()
+            while self._until:
+                await self._clock.sleep(max(_LEAST_PAUSE, min(self._until.values()) - self._clock.monotonic()))
+                now = self._clock.monotonic()
+                over = [machine_id for machine_id, until in self._until.items() if until <= now]
+                for machine_id in over:
+                    del self._until[machine_id]
+                on_over(over)
 
 
 class Owners:
@@ -66,9 +108,7 @@ class Owners:
         self._wanted: dict[str, None] = {}
         self._unsettled: dict[str, None] = {}
         """The machines whose peers have to become passive, or active."""
-        self._answered: dict[str, float] = {}
-        """Machines that left this server while it drains, and when, by the monotonic clock; they are still answered."""
-        self._has_left = anyio.Event()
+        self.moments = Moments(clock)
         self._held: set[str] = set()
         """Machines that are not sent to because the database is away, and they were not heard."""
         self.is_holding_back = False
@@ -102,13 +142,13 @@ class Owners:
         return owner is not None and owner != self.membership.id and self.membership.is_alive(owner)
 
     def may_send(self, machine_id: str) -> bool:
-        """Whether this server sends to the machine: its own ones, those of nobody, and of a dead server's those that it is to
-        dial or that have come with a stream.
+        """Whether this server sends to the machine: its own ones, those of nobody, of a dead server's those that it is to
+        dial or that have come with a stream, and of a living one's those that it sends to for a moment.
         """
         if machine_id in self._held:
             return False
         owner = self.owner_of(machine_id)
-        if owner is None or owner == self.membership.id or machine_id in self._wanted or machine_id in self._answered:
+        if owner is None or owner == self.membership.id or machine_id in self._wanted or machine_id in self.moments:
             return True
         if self.membership.is_alive(owner):
             return False
@@ -157,9 +197,9 @@ class Owners:
             return
         self._known[ownership.machine_id] = ownership
         self.raise_stamp(ownership)
+        self.moments.end(ownership.machine_id)
         if ownership.server_id == self.membership.id:
             self._lost_at.pop(ownership.machine_id, None)
-            self._answered.pop(ownership.machine_id, None)
             return
         link = self._directory.get(ownership.machine_id)
         if link is not None and ownership.machine_id not in self._wanted:
@@ -167,16 +207,16 @@ class Owners:
             self._lost_at = {one: at for one, at in self._lost_at.items() if now - at < UNDER_WAY_SECONDS}
             self._lost_at[ownership.machine_id] = now
             if self.membership.is_draining:
-                self._answered[ownership.machine_id] = now
-                self._has_left.set()
+                self.moments.begin(ownership.machine_id, ANSWERS_ON_SECONDS)
             self.on_lost(link)
             self._unsettled[ownership.machine_id] = None
             self._wake.set()
 
     def forget(self, machine_id: str) -> None:
         """The machine's row is gone."""
-        for known in (self._known, self._lost_at, self._wanted, self._unsettled, self._answered):
+        for known in (self._known, self._lost_at, self._wanted, self._unsettled):
             known.pop(machine_id, None)
+        self.moments.end(machine_id)
 
     def hold_back(self, machine_ids: "Iterable[str]") -> None:
         """Send these machines nothing until they are heard, or until `go_on`: another server may have them."""
@@ -196,10 +236,6 @@ class Owners:
         if self.stamps is not None and any(ownership.stamp):
             self.stamps.begin_above(bytes(ownership.public_key), ownership.stamp)
 
-    def _last_stamp(self, ownership: Ownership) -> bytes:
-        sent = bytes(12) if self.stamps is None else self.stamps.last(bytes(ownership.public_key))
-        return max(sent, ownership.stamp)
-
     def settle_all(self, machine_ids: "Iterable[str]") -> None:
         """Set these machines' peers again."""
         self._unsettled.update(dict.fromkeys(machine_ids))
@@ -207,35 +243,31 @@ class Owners:
 
     # --- run
 
-    async def load(self) -> None:
-        """Read all owners. Raises StoreError."""
+    async def load(self) -> set[str]:
+        """Read all owners; returns the machines of this server whose taking is not stored. Raises StoreError."""
+        stored = set()
         async for ownership in self._store.owners():
             self.taken(ownership)
+            if ownership.is_of(self._known.get(ownership.machine_id)):
+                stored.add(ownership.machine_id)
+        return {one for one, owner in self._known.items() if owner.server_id == self.membership.id} - stored
+
+    def take_again(self, machine_ids: "Iterable[str]") -> None:
+        """Take links that this server has, and that the store does not know of: a replica may lack the last commits."""
+        self._wanted.update(dict.fromkeys(one for one in machine_ids if self.is_mine(one)))
+        self._wake.set()
 
     async def refresh(self) -> None:
         """Hear of all that others took, and send nothing more to those machines. Raises StoreError."""
         await self.load()
-        self._unsettled.update(dict.fromkeys(self._answered))
-        self._answered.clear()
+        self._unsettled.update(dict.fromkeys(self.moments.end_all()))
         await self._set_peers()
 
     async def run(self) -> None:
         """Take what is wanted, and set peers, until cancelled."""
 
-        async def answer_on() -> None:
-            while True:
-                await self._has_left.wait()
-                self._has_left = anyio.Event()
-                while self._answered:
-                    await self._clock.sleep(ANSWERS_ON_SECONDS)
-                    before = self._clock.monotonic() - ANSWERS_ON_SECONDS
-                    over = [one for one, left_at in self._answered.items() if left_at <= before]
-                    for machine_id in over:
-                        del self._answered[machine_id]
-                    self.settle_all(over)
-
         async with background_tasks() as tasks:
-            tasks.start_soon(answer_on)
+            tasks.start_soon(self.moments.run, self.settle_all)
             while True:
                 await self._wake.wait()
                 self._wake = anyio.Event()
@@ -280,15 +312,17 @@ class Owners:
                 key = None if link is None else link.machine.public_key
                 if link is None or key is None:
                     continue
+                known = self._known.get(machine_id)
                 wanted = Ownership(
                     machine_id=machine_id,
                     server_id=self.membership.id,
+                    epoch=0 if known is None else known.epoch,
                     public_key=key,
                     endpoint=link.endpoint,
                     heard_at=now,
                     handshake_at=now,
                 )
-                taken.append(await transaction.ownership.take(replace(wanted, stamp=self._last_stamp(wanted))))
+                taken.append(await transaction.ownership.take(replace(wanted, stamp=_last_stamp(self.stamps, wanted))))
             return taken
 
         taken = await self._store.transact(work)
@@ -312,7 +346,7 @@ class Owners:
                 endpoint=one.endpoint,
                 heard_at=max(before.heard_at, one.seen_at),
                 handshake_at=before.handshake_at if one.handshake_at is None else one.handshake_at,
-                stamp=self._last_stamp(before),
+                stamp=_last_stamp(self.stamps, before),
             )
             if await transaction.ownership.note(after):
                 noted[machine_id] = after
@@ -325,3 +359,8 @@ class Owners:
         for machine_id, ownership in noted.items():
             if ownership.is_of(self._known.get(machine_id)):
                 self._known[machine_id] = ownership
+
+
+def _last_stamp(stamps: "CommonTimestamps | None", ownership: Ownership) -> bytes:
+    """The highest timestamp that the machine was sent."""
+    return max(bytes(12) if stamps is None else stamps.last(bytes(ownership.public_key)), ownership.stamp)

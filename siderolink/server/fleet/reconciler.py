@@ -12,7 +12,7 @@ from anyio.abc import TaskStatus
 from siderolink.common.errors import SideroLinkError
 from siderolink.common.hostport import HostPort
 from siderolink.common.keys import PublicKey
-from siderolink.common.wireguard.device import CanShakeHands, Device, PeerConfig
+from siderolink.common.wireguard.device import Device, PeerConfig, dial_peer
 from siderolink.common.wireguard.path import Endpoint
 from siderolink.server.admission.limits import MachineLimits, bytes_per_second
 from siderolink.server.admission.prove import as_claimed
@@ -251,7 +251,10 @@ class Reconciler:
             await self._drop(link)
 
     async def dial(self, link: MachineLink, endpoint: Endpoint) -> None:
-        """Begin a handshake towards a UDP address. Raises ConfigurationError for one that cannot be dialled from here."""
+        """Begin a handshake towards a UDP address. Raises ConfigurationError for one that cannot be dialled from here.
+
+        A session of before another server had the machine is of no use: the machine does not answer in it.
+        """
         if link.machine.public_key is None:
             return
         link.is_quiet = False
@@ -262,11 +265,7 @@ class Reconciler:
             persistent_keepalive=self._persistent_keepalive,
             is_passive=False,
         )
-        # A keepalive that goes from off to on is sent at once, and it needs a session.
-        await self._device.set_peer(replace(peer, persistent_keepalive=0))
-        await self._device.set_peer(peer)
-        if isinstance(self._device, CanShakeHands):  # the keepalive takes a session of before another server had the machine
-            await self._device.handshake(link.machine.public_key)
+        await dial_peer(self._device, peer, keeps_session=link.state is LinkState.UP)
 
     async def set_quiet(self, link: MachineLink, quiet: bool) -> None:
         """Stop keepalives, and the handshakes that they bring on, or begin them again. The machine may always come itself."""
@@ -387,8 +386,7 @@ class Reconciler:
             await self.forget(link.machine, LeaveReason.REMOVED_ELSEWHERE)
 
     async def _reread(self) -> None:
-        if self._owners is not None:
-            await self._owners.load()
+        unstored = set() if self._owners is None else await self._owners.load()
         await self._directory.known.load_tokens(self._store)
         seen = set()
         async for machine in self._store.machines():
@@ -397,6 +395,8 @@ class Reconciler:
         for link in self._directory:
             if link.machine.id not in seen:
                 await self.resync(link.machine.id)  # it may have joined since its page was read
+        if self._owners is not None:
+            self._owners.take_again(unstored)
         known = {claim.id: claim for claim in await self._store.all_claims()}
         for claim in known.values():
             await self._follow_claim(claim, False)

@@ -4,20 +4,32 @@ from dataclasses import replace
 from ipaddress import IPv4Address
 from itertools import pairwise
 
+import anyio
 import pytest
 
 from siderolink.common.errors import StoreError
 from siderolink.common.keys import PublicKey
+from siderolink.common.tasks import background_tasks
 from siderolink.common.wireguard.noise.tai64n import CommonTimestamps, Timestamps
+from siderolink.common.wireguard.path import Path
 from siderolink.server import MemoryStore
 from siderolink.server.fleet.dialling import dial_remembered
 from siderolink.server.fleet.directory import MachineLink
-from siderolink.server.fleet.failover import DIAL_SECONDS, DIALS, Lease
+from siderolink.server.fleet.failover import (
+    DIAL_SECONDS,
+    DIALS,
+    INVITATIONS,
+    INVITE_AFTER,
+    INVITE_AGAIN_SECONDS,
+    INVITE_SECONDS,
+    Failover,
+    Lease,
+)
 from siderolink.server.fleet.membership import DEAD_AFTER, Membership
-from siderolink.server.fleet.owners import Owners
+from siderolink.server.fleet.owners import UNDER_WAY_SECONDS, Owners
 from tests.support.fake_device import FakePath, VirtualClock
 from tests.support.manager import FakeMachine, Manager, following
-from tests.support.several import UdpPath, fleet_of, linked, membership, owners, settled
+from tests.support.several import Fleet, UdpPath, fleet_of, linked, membership, owners, settled
 
 pytestmark = pytest.mark.anyio
 
@@ -171,6 +183,12 @@ async def test_a_server_that_is_alone_is_always_sure() -> None:
 # --- dialling
 
 
+def failover_of(fleet: Fleet, name: str) -> Failover:
+    found = fleet[name].fleet.failover
+    assert found is not None
+    return found
+
+
 async def test_a_stream_that_was_opened_before_its_server_was_known_to_be_dead_is_used_then() -> None:
     async with fleet_of("a", "b", "c") as fleet:
         for _ in range(4):  # whoever of the two would dial it
@@ -236,17 +254,129 @@ async def test_a_dead_servers_machines_that_do_not_answer_are_dialled_again_by_t
         def dials(name: str, machine: FakeMachine) -> int:
             return fleet[name].device.calls.count(("handshake", machine.key))
 
-        answers = machines[0]
-        for turn in range(1, DIALS + 2):
+        answers, heard = machines[0], list[str]()
+
+        def answer() -> None:
             for name in "bc":
-                failover = fleet[name].fleet.failover
-                assert failover is not None
-                assert await failover.take_turn() == (DIAL_SECONDS if turn < DIALS else 0)
-                if dials(name, answers) and turn == 1:
+                if dials(name, answers) and not heard:
+                    heard.append(name)
                     fleet[name].device.hear(answers.key, handshake=True)
-                    await fleet.is_owned_by(answers, name)
+
+        fleet.time.on_sleep = answer
+        for name in "bc":
+            before = fleet.time.now
+            await failover_of(fleet, name).succeed("a")
+            assert fleet.time.now - before >= (DIALS - 1) * DIAL_SECONDS
         counted = [sorted(dials(name, machine) for name in "bc") for machine in machines]
         assert counted == [[0, 1], *[[0, DIALS]] * (len(machines) - 1)]
+
+
+async def test_a_second_death_does_not_bring_the_next_dial_of_the_first_ones_machines_forward() -> None:
+    turns: list[str] = []
+    sleeps: list[anyio.Event] = []
+
+    class Counted(Failover):
+        async def take_over(self, server_id: str) -> None:
+            turns.append(server_id)
+
+    async def sleep(seconds: float) -> None:
+        assert seconds == DIAL_SECONDS
+        sleeps.append(anyio.Event())
+        await sleeps[-1].wait()
+
+    async with fleet_of("a", "b", "c") as fleet, background_tasks() as tasks:
+        b = fleet["b"]
+        clock = replace(fleet.time.clock, sleep=sleep)
+        failover = Counted(owners(b), b.links, b.fleet.sessions, b.reconciler, b.store, clock)
+        tasks.start_soon(failover.run)
+        for number, name in enumerate("ac", 1):
+            await membership(fleet[name]).leave()
+            await settled(lambda: len(sleeps) == number)  # noqa: B023
+        assert turns == ["a", "c"]
+        sleeps[0].set()
+        await settled(lambda: len(sleeps) == 3)
+        assert turns == ["a", "c", "a"]
+
+
+# --- draining
+
+
+async def stays(fleet: Fleet, name: str, is_draining: bool) -> None:
+    """This server is to be left, or stays after all; all have heard."""
+    membership(fleet[name]).describe(is_draining=is_draining)
+    await fleet.pass_time(2)
+
+
+async def test_machines_that_stay_at_a_server_that_drains_are_dialled_by_one_successor_for_a_moment() -> None:
+    async with fleet_of("a", "b", "c") as fleet:
+        machines = [await linked(fleet, "a") for _ in range(8)]
+        comes, at_b, by_tunnel = machines[0], await linked(fleet, "b"), FakeMachine(tunnel=True)
+        await fleet["a"].join(by_tunnel)
+        await settled(lambda: all(by_tunnel.key in one.device.configs for one in fleet.managers.values()))
+        fleet["a"].device.hear(by_tunnel.key, FakePath(by_tunnel.key), handshake=True)
+        await fleet.is_owned_by(by_tunnel, "a")
+        await stays(fleet, "a", False)
+        dialled: list[tuple[str, PublicKey]] = []
+        for name in "bc":
+            device = fleet[name].device
+
+            async def handshake(key: PublicKey, path: Path | None = None, name: str = name) -> None:
+                dialled.append((name, key))
+                assert not fleet[name].device.configs[key].is_passive
+                if key == comes.key:
+                    fleet[name].device.hear(key, UdpPath("198.51.100.7:3"), handshake=True)
+
+            device.handshake = handshake  # type: ignore[method-assign, assignment]
+            await failover_of(fleet, name).invite("a")
+        assert dialled == []  # it does not drain
+        await stays(fleet, "a", True)
+        for name in "bc":
+            await failover_of(fleet, name).invite("a")
+        assert sorted(str(key) for _, key in dialled) == sorted(str(machine.key) for machine in machines)
+        assert {name for name, _ in dialled} == {"b", "c"}
+        [successor] = [name for name, key in dialled if key == comes.key]
+        await fleet.is_owned_by(comes, successor)
+        for machine in (*machines[1:], by_tunnel):
+            await fleet.is_owned_by(machine, "a")  # who does not answer stays, and is sent to by its owner alone
+        await fleet.is_owned_by(at_b, "b")
+        assert INVITE_SECONDS < UNDER_WAY_SECONDS  # two of them send for no longer
+
+
+@pytest.mark.parametrize("is_noted_first", [True, False])
+async def test_an_invited_machine_is_its_successors_in_whatever_order_both_servers_commit(is_noted_first: bool) -> None:
+    async with fleet_of("a", "b") as fleet:
+        machine = await linked(fleet, "a")
+        await stays(fleet, "a", True)
+        await failover_of(fleet, "b").invite("a")
+        assert ("handshake", machine.key) in fleet["b"].device.calls
+        fleet["a"].device.hear(machine.key, UdpPath("192.0.2.77:1"), handshake=True)  # it speaks to both for a moment
+        fleet["b"].device.hear(machine.key, UdpPath("198.51.100.7:2"), handshake=True)
+        commits = [fleet["a"].fleet.last_seen.write, owners(fleet["b"]).settle]
+        for commit in commits if is_noted_first else reversed(commits):
+            await commit()
+        await fleet.is_owned_by(machine, "b")
+        await fleet["b"].fleet.last_seen.write()
+        assert (await fleet["b"].row(machine)).last_endpoint == "198.51.100.7:2"
+
+
+async def test_a_server_invites_some_seconds_after_a_drain_begins_and_not_after_it_ended() -> None:
+    invited: list[float] = []
+
+    class Counted(Failover):
+        async def invite(self, server_id: str) -> None:
+            assert server_id == "a"
+            invited.append(clock.monotonic() - began)
+
+    async with fleet_of("a", "b") as fleet:
+        b, clock = fleet["b"], VirtualClock().clock
+        failover = Counted(owners(b), b.links, b.fleet.sessions, b.reconciler, b.store, clock)
+        await stays(fleet, "a", True)
+        began = clock.monotonic()
+        await failover.relieve("a")
+        assert invited == [INVITE_AFTER + turn * INVITE_AGAIN_SECONDS for turn in range(INVITATIONS)]
+        await stays(fleet, "a", False)
+        await failover.relieve("a")
+        assert len(invited) == INVITATIONS
 
 
 async def test_a_server_that_starts_dials_no_machine_that_others_have() -> None:

@@ -1,6 +1,7 @@
 """Several servers of one store, in virtual time: who is alive, who owns a link, and who may have a row."""
 
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 
 import pytest
 from grpclib import Status
@@ -9,7 +10,8 @@ from siderolink.common.addressing import swap_endpoints
 from siderolink.server import LinkState, MachineLeft, MemoryStore
 from siderolink.server.fleet.membership import DEAD_AFTER, HEARTBEAT_SECONDS, Membership
 from siderolink.server.fleet.owners import UNDER_WAY_SECONDS, Owners
-from siderolink.server.store import Machine
+from siderolink.server.fleet.reconciler import EVERYTHING
+from siderolink.server.store import Machine, Ownership, Transaction
 from tests.support.fake_device import FakePath, VirtualClock
 from tests.support.manager import FakeMachine
 from tests.support.several import UdpPath, fleet_of, linked, membership, owners, settled
@@ -26,7 +28,7 @@ async def test_servers_see_each_other_come_and_go() -> None:
     async with fleet_of("a", "b") as fleet:
         a, b = membership(fleet["a"]), membership(fleet["b"])
         dead: list[str] = []
-        a.on_dead = dead.append
+        a.on_dead.append(dead.append)
         assert [[one.id for one in of.living()] for of in (a, b)] == [["a", "b"], ["b", "a"]]
         await fleet.pass_time(DEAD_AFTER, "a")
         assert a.is_alive("b")
@@ -46,7 +48,7 @@ async def test_a_death_is_told_at_once_and_not_only_at_the_next_heartbeat(phase:
     async with fleet_of("a", "b") as fleet:
         a, b = membership(fleet["a"]), membership(fleet["b"])
         dead: list[str] = []
-        a.on_dead = dead.append
+        a.on_dead.append(dead.append)
         assert a.pause == HEARTBEAT_SECONDS
         await b.beat()
         killed_at = fleet.time.clock.time()
@@ -66,7 +68,7 @@ async def test_nobody_is_dead_to_a_server_that_was_away_itself() -> None:
     async with fleet_of("a", "b") as fleet:
         a = membership(fleet["a"])
         dead: list[str] = []
-        a.on_dead = dead.append
+        a.on_dead.append(dead.append)
         fleet.time.advance(3600)
         assert a.is_alive("b")
         await a.beat()  # an outage of the database has ended: the others come next
@@ -316,6 +318,40 @@ async def test_of_two_that_take_a_link_at_once_the_later_commit_owns_it(first: s
         owner = await fleet["a"].store.transact(lambda transaction: transaction.ownership.of(row.id))
         assert owner is not None
         assert owner.server_id == order[1]
+
+
+async def test_takings_that_a_promoted_replica_lacks_are_made_again_above_the_epochs_that_are_known() -> None:
+    async with fleet_of("a", "b") as fleet:
+        machine = await linked(fleet, "a")
+        row = await fleet["a"].row(machine)
+
+        async def stored() -> Ownership:
+            found = await fleet["a"].store.transact(lambda transaction: transaction.ownership.of(row.id))
+            assert found is not None
+            return found
+
+        async def go_back(transaction: Transaction) -> None:
+            transaction.ownership.forget(row.id)  # type: ignore[attr-defined]
+            await transaction.ownership.take(replace(first, epoch=first.epoch - 1))
+
+        first = await stored()
+        for name in "bab":
+            await fleet[name].handshake(machine)
+            await fleet.is_owned_by(machine, name)
+        last = await stored()
+        await fleet["a"].store.transact(go_back)
+        assert await stored() == first
+        for name in "ab":
+            await fleet[name].reconciler.resync(EVERYTHING)
+            await owners(fleet[name]).settle()
+        again = await stored()
+        assert (again.server_id, again.epoch) == ("b", last.epoch + 1)
+        await fleet.is_owned_by(machine, "b")
+        fleet["b"].device.hear(machine.key, UdpPath("198.51.100.7:2"))
+        await fleet["b"].fleet.last_seen.write()  # what it notes is stored again
+        assert (await stored()).endpoint == "198.51.100.7:2"
+        await fleet["a"].handshake(machine)
+        await fleet.is_owned_by(machine, "a")
 
 
 @BOTH
