@@ -189,7 +189,14 @@ async def _request(path: Path) -> StatusResponse:
             return await ControlStub(channel).status(StatusRequest(), timeout=_ANSWER_TIMEOUT)
 
 
-def peer_message(peer: PeerStatus, node_uuid: str = "", report_drops: dict[str, int] | None = None, *, name: str = "") -> Peer:
+def peer_message(
+    peer: PeerStatus,
+    node_uuid: str = "",
+    report_drops: dict[str, int] | None = None,
+    *,
+    name: str = "",
+    limits_biting: Sequence[str] = (),
+) -> Peer:
     return Peer(
         public_key=str(peer.public_key),
         allowed_ips=[str(network) for network in peer.allowed_ips],
@@ -201,4 +208,5 @@ def peer_message(peer: PeerStatus, node_uuid: str = "", report_drops: dict[str, 
         node_uuid=node_uuid,
         report_drops=report_drops or {},
         name=name,
+        limits_biting=list(limits_biting),
     )

@@ -57,14 +57,15 @@ class ServerSource:
             return StatusResponse(role="server", interface=self._interface, state="starting")
         server = self._serving.server
         reports = server.reports if self._has_reports else None
-        machines = {status.machine.public_key: status.machine for status in await server.machines()}
+        machines = {status.machine.public_key: status for status in await server.machines()}
 
         def describe_peer(peer: PeerStatus) -> Peer:
-            machine = machines.get(peer.public_key)
-            if machine is None:
+            status = machines.get(peer.public_key)
+            if status is None:
                 return peer_message(peer)
+            machine, limits = status.machine, status.limits_biting
             report_drops = {} if reports is None else reports.drops(machine.id)
-            return peer_message(peer, machine.node_uuid, report_drops, name=machine.shown_name)
+            return peer_message(peer, machine.node_uuid, report_drops, name=machine.shown_name, limits_biting=limits)
 
         peers: list[Peer] = []
         for part in in_parts(await server.device.peers(), _PEERS_AT_ONCE):

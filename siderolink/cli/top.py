@@ -48,6 +48,8 @@ class Row:
     node_uuid: str = ""
     """The machine's, at a server; empty elsewhere."""
     public_key: str = ""
+    limits: Sequence[str] = ()
+    """The machine's limits that drop something now."""
 
     @property
     def key(self) -> str:
@@ -87,7 +89,8 @@ class Rates:
                 seen = kept[key] = self._note(key, peer, now)
                 name = one_line(peer.name or peer.node_uuid or peer.public_key)
                 who = answer.interface, peer.node_uuid if answer.role == "server" else "", peer.public_key
-                found.append(Row(name, one_line(peer.path), peer.last_handshake, *seen.rates, tuple(seen.history), *who))
+                history, limits = tuple(seen.history), tuple(peer.limits_biting)
+                found.append(Row(name, one_line(peer.path), peer.last_handshake, *seen.rates, history, *who, limits))
         self._seen = kept
         return found
 
@@ -129,12 +132,15 @@ def render(asked: Asked, rows: Sequence[Row], shown: Sequence[Row], now: float, 
         reason = f", {answer.reason}" if answer.reason else ""
         lines.append(Text(one_line(f"{answer.interface}: {answer.role}, {answer.state}{reason}  {kind}")))
     up = sum(row.is_up(now) for row in rows)
-    lines.append(Text(f"{len(rows)} peers, {up} up, {sum(row.is_tunnel for row in rows)} by the tunnel"))
+    counts = f"{len(rows)} peers, {up} up, {sum(row.is_tunnel for row in rows)} by the tunnel"
+    limited = sum(bool(row.limits) for row in rows)
+    lines.append(Text(f"{counts}, {limited} limited" if limited else counts))
     table = Table(box=None, pad_edge=False)
     for heading in ("state", "peer", "path", "handshake", "received/s", "sent/s", "traffic"):
         table.add_column(heading, no_wrap=True)
     for row in shown:
         state = "up" if row.is_up(now) else "down" if row.last_handshake is not None else "new"
+        state += ", limited" if row.limits else ""
         rates = describe_size(round(row.received_rate)), describe_size(round(row.sent_rate))
         cells = (state, row.name, row.path or "-", describe_age(row.last_handshake), *rates, sparkline(row.history))
         table.add_row(*map(Text, cells), style="reverse" if row.key == selected else None)
@@ -146,6 +152,8 @@ def render_timeline(row: Row, entries: Sequence[HistoryEntry], problem: str, cou
     uuid = f" ({row.node_uuid})" if row.node_uuid not in ("", row.name) else ""
     state = f"{row.path or 'no path'}, handshake {describe_age(row.last_handshake)}  {sparkline(row.history)}"
     lines = [Text(one_line(f"{row.name}{uuid}: {state}"))]
+    if row.limits:
+        lines.append(Text(one_line(f"limited: {', '.join(row.limits)}")))
     if problem or not entries:
         lines.append(Text(one_line(problem) or "nothing is kept of it"))
     table = Table(box=None, pad_edge=False)

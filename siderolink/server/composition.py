@@ -400,7 +400,8 @@ class Composition:
         options, membership = self._options.peers, fleet.membership
         assert options is not None
         assert membership is not None
-        service = PeerService(fleet.directory, device, Clock(time=self._store.time), fleet.liveness.heard_at)
+        clock = Clock(time=self._store.time)
+        service = PeerService(fleet.directory, device, clock, fleet.liveness.heard_at, fleet.limits)
         async with peers.listen(options.listen, service, self._admin_services, administration.api_keys) as port:
             administration.machines.other_servers = peers.questions
             membership.describe(peer_address=options.dialled(port), peer_fingerprint=peers.identity.fingerprint)

@@ -17,6 +17,7 @@ from siderolink.common.errors import SideroLinkError
 from siderolink.common.tasks import in_parts
 from siderolink.common.transport.tunnel import TunnelPath
 from siderolink.common.wireguard.device import DeviceCounters
+from siderolink.server.admin.forwards import ForwardCounters
 from siderolink.server.composition import Parts
 from siderolink.server.events import EventHub, ServerEvent
 from siderolink.server.fleet.directory import Directory, LinkState
@@ -94,6 +95,8 @@ class ServerCounters:
     """How many machines each limit bites now."""
     limited_machines: int = 0
     """How many machines any of their limits bites now."""
+    forwards: ForwardCounters | None = None
+    """Connections to ports of machines that this server makes."""
     device: DeviceCounters
     store: StoreCounters
     reports: ReportCounters | None
@@ -132,6 +135,7 @@ async def read_counters(parts: Parts, events: EventHub, store: MeasuredStore) ->
         limit_drops=parts.fleet.limits.all_dropped(),
         limits_biting=parts.fleet.limits.bitten(),
         limited_machines=parts.fleet.limits.bitten_machines(),
+        forwards=parts.administration.forwards.counters(),
         device=await parts.device.counters(),
         store=store.counters(),
         reports=None if parts.reports is None else _count_reports(parts.reports),

@@ -8,7 +8,7 @@ from importlib.metadata import version
 from siderolink.common.addressing import server_address
 from siderolink.common.pb.siderolink.admin.v1 import Check, FleetServer, ServerInfo, ServerLimits, ServerStatus
 from siderolink.server.composition import Parts
-from siderolink.server.counters import check_health, drops, read_counters
+from siderolink.server.counters import ServerCounters, check_health, drops, read_counters
 from siderolink.server.events import EventHub, EventStream
 from siderolink.server.fleet.directory import LinkState
 from siderolink.server.options import ServerOptions
@@ -92,6 +92,9 @@ class Facts:
         refusals = Counter(counters.join_refusals)
         refusals.update(counters.stream_refusals)
         refusals.update(counters.api_refusals)
+        dropped = Counter(drops(parts))
+        if counters.reports is not None:
+            dropped.update(counters.reports.drops)
         checks = await check_health(parts, self._store)
         return ServerStatus(
             machines=dict(machines),
@@ -99,13 +102,13 @@ class Facts:
             transports=dict(transports),
             received_bytes=counters.device.received_bytes,
             sent_bytes=counters.device.sent_bytes,
-            drops=drops(parts),
+            drops=dict(dropped),
             refusals=dict(refusals),
-            limits=self._limits(counters.limited_machines),
+            limits=self._limits(counters),
             checks=[Check(name=check.name, is_healthy=check.is_good, detail=check.text) for check in checks],
         )
 
-    def _limits(self, limited: int) -> ServerLimits:
+    def _limits(self, counters: ServerCounters) -> ServerLimits:
         limits, reports = self._options.limits, self._options.reports
         return ServerLimits(
             max_machines=limits.max_machines,
@@ -115,5 +118,7 @@ class Facts:
             machine_rate_tx=limits.machine_tx_bits_per_second or None,
             lines_per_second=0 if reports is None else reports.lines_per_second,
             events_per_second=0 if reports is None else reports.events_per_second,
-            limited_machines=limited,
+            log_connections=0 if reports is None else reports.max_connections_per_machine,
+            limited_machines=counters.limited_machines,
+            limited=dict(counters.limits_biting),
         )

@@ -162,12 +162,14 @@ class _Administered(_Measured):
     async def machines(self, limit: int | None = None) -> list[MachineStatus]:
         """All accepted machines, or up to `limit` of them. Other tasks run meanwhile."""
         live = self._lifetime.live
-        return await statuses(live.device, [link for link in live.fleet.directory if link.machine.is_accepted][:limit])
+        links = [link for link in live.fleet.directory if link.machine.is_accepted]
+        return await statuses(live.device, links[:limit], live.fleet.limits)
 
     async def unaccepted_machines(self) -> list[MachineStatus]:
         """The machines that are pending or denied."""
         live = self._lifetime.live
-        return await statuses(live.device, [link for link in live.fleet.directory if not link.machine.is_accepted])
+        links = [link for link in live.fleet.directory if not link.machine.is_accepted]
+        return await statuses(live.device, links, live.fleet.limits)
 
     async def find(self, name: str) -> Machine | None:
         """The machine that has this id, UUID, public key or name."""

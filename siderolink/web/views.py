@@ -250,16 +250,14 @@ def _limits(status: ServerStatus) -> list[Limit]:
     found = status.limits or ServerLimits()
     known, drops, refusals = sum(status.machines.values()), status.drops, status.refusals
 
-    def bits(*values: int | None) -> str:
-        if values == (None, None):
-            return "no limit"
-        return " and ".join(
-            "no limit" if value is None else f"{bit_rate(value)} {way}"
-            for value, way in zip(values, ("from them", "to them"), strict=True)
-        )
+    def bandwidth(whose: str, rate: int | None, reason: str) -> Limit:
+        value = "no limit" if rate is None else bit_rate(rate)
+        return Limit(name=f"Bandwidth {whose}", value=value, now=limited(reason), bites=drops.get(reason, 0))
 
-    packets = drops.get("bandwidth_in", 0) + drops.get("bandwidth_out", 0)
-    limited = f"slows down {number(found.limited_machines)} {'machine' if found.limited_machines == 1 else 'machines'}"
+    def limited(reason: str) -> str:
+        count = found.limited.get(reason, 0)
+        return f"slows down {number(count)} {'machine' if count == 1 else 'machines'}" if count else ""
+
     return [
         Limit(
             name="Machines in all",
@@ -267,22 +265,27 @@ def _limits(status: ServerStatus) -> list[Limit]:
             now=f"{number(known)} known",
             bites=refusals.get("too many machines", 0),
         ),
-        Limit(name="Bandwidth of all machines together", value=bits(found.rate_rx, found.rate_tx), bites=packets),
-        Limit(
-            name="Bandwidth of each machine",
-            value=bits(found.machine_rate_rx, found.machine_rate_tx),
-            now=limited,
-            bites=packets,
-        ),
+        bandwidth("of all machines together, from them", found.rate_rx, "bandwidth_all_in"),
+        bandwidth("of all machines together, to them", found.rate_tx, "bandwidth_all_out"),
+        bandwidth("of each machine, from it", found.machine_rate_rx, "bandwidth_in"),
+        bandwidth("of each machine, to it", found.machine_rate_tx, "bandwidth_out"),
         Limit(
             name="Log lines of each machine",
             value=f"{number(found.lines_per_second)} a second" if found.lines_per_second else "no limit",
+            now=limited("line rate limited"),
             bites=drops.get("line rate limited", 0),
         ),
         Limit(
             name="Events of each machine",
             value=f"{number(found.events_per_second)} a second" if found.events_per_second else "no limit",
+            now=limited("event rate limited"),
             bites=drops.get("event rate limited", 0),
+        ),
+        Limit(
+            name="Log connections of each machine",
+            value=number(found.log_connections) if found.log_connections else "no limit",
+            now=limited("too many connections"),
+            bites=drops.get("too many connections", 0),
         ),
     ]
 

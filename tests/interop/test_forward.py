@@ -1,16 +1,22 @@
 """The machines' command-line client through `siderolink forward`, from a host that is not on the overlay."""
 
 import os
+import re
 import signal
+import socket
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
+from urllib.request import urlopen
 
 import pytest
 import yaml
+from prometheus_client.parser import text_string_to_metric_families
 
+from siderolink.server.admin.forwards import ForwardRefusal
 from tests.support.certificates import make_certificate
 from tests.support.netns import Namespace, stop
 from tests.support.serving import API, COMMAND, SERVER, TOKEN, Served, served
@@ -18,6 +24,7 @@ from tests.support.talosctl import Talosctl
 from tests.support.topology import routed
 
 T = TypeVar("T")
+METRICS = "http://127.0.0.1:9180/metrics"
 ADMIN = f"{SERVER}:8095"
 UUID = "a1b2c3d4-0000-4000-8000-000000000001"
 DOCUMENTS = f"""\
@@ -25,6 +32,13 @@ apiVersion: v1alpha1
 kind: SideroLinkConfig
 apiUrl: grpc://{API}?jointoken={TOKEN}
 """
+
+
+def until(is_so: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 class Elsewhere:
@@ -64,10 +78,17 @@ class Elsewhere:
             assert " -> " in line, process.stderr.read()
             yield int(line.split(" -> ")[0].rpartition(":")[2])
             process.send_signal(signal.SIGTERM)
-            _, told = process.communicate(timeout=60)
+            said, told = process.communicate(timeout=60)
             assert (process.returncode, told) == (0, "")
+            assert re.fullmatch(r"[0-9]+ connections: .* to the machine, .* from it", said.splitlines()[-1])
         finally:
             stop(process)
+
+    def metrics(self) -> dict[str, float]:
+        """The server's, of forwards, by name and label's value."""
+        text = self.server.namespace.call(lambda: urlopen(METRICS, timeout=60).read().decode())
+        samples = (sample for family in text_string_to_metric_families(text) for sample in family.samples)
+        return {"".join((one.name, *one.labels.values())): one.value for one in samples if "_forward" in one.name}
 
     def run(self, port: int, command: Callable[[Talosctl], T]) -> T:
         return self.namespace.call(lambda: command(Talosctl("127.0.0.1", port)))
@@ -81,6 +102,7 @@ def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Elsewhere]:
     (folder / "ca.pem").write_text(root.certificate_pem)
     (folder / "machine.yaml").write_text(DOCUMENTS)
     options = ["--device", "userspace", "--admin-listen", ADMIN, "--admin-tls-cert", str(folder / "tls.pem")]
+    options += ["--metrics-listen", "9180"]
     with routed(2) as net, served(net.server, folder, *options) as server:
         command = [*COMMAND, "join", "--config", str(folder / "machine.yaml"), "--uuid", UUID, "--device", "userspace"]
         machine = net.machines[0].popen(
@@ -100,6 +122,15 @@ def test_the_client_is_the_machines_administrator_through_a_forwarded_port(elsew
     key = elsewhere.key("root", "--role", "admin")
     with elsewhere.forwarding(key, UUID, "50000", "--local", "0") as port:
         assert "NODE:        127.0.0.1\n" in elsewhere.run(port, Talosctl.version_soon)
+        until(lambda: elsewhere.metrics()["siderolink_forwards"] == 0)
+        before, to_machine = elsewhere.metrics(), "siderolink_forward_bytes_totalto_machine"
+        with elsewhere.namespace.call(lambda: socket.create_connection(("127.0.0.1", port))) as idle:
+            idle.send(b"\x16\x03\x01")
+            until(lambda: elsewhere.metrics()[to_machine] == before[to_machine] + 3)
+            assert elsewhere.metrics()["siderolink_forwards"] == 1
+        until(lambda: elsewhere.metrics()["siderolink_forwards"] == 0)
+        assert before["siderolink_forwards_opened_total"] >= 1
+        assert before["siderolink_forward_bytes_totalfrom_machine"] > 0
         link = yaml.safe_load(elsewhere.run(port, lambda command: command.get("linkspec", "siderolink", output="yaml")))
         assert len(link["spec"]["wireguard"]["privateKey"]) == 44, "which only an administrator reads"
         assert "siderolink" in elsewhere.run(port, lambda command: command.get("links"))
@@ -122,6 +153,7 @@ def test_a_viewer_with_a_grant_reaches_that_port(elsewhere: Elsewhere) -> None:
 
 
 def test_an_operator_forwards_nothing_and_a_machine_that_is_not_there_is_told(elsewhere: Elsewhere) -> None:
+    before = elsewhere.metrics()
     key = elsewhere.key("op", "--role", "operator")
     process = elsewhere.start(key, UUID, "50000", "--local", "0")
     out, told = process.communicate(timeout=60)
@@ -132,3 +164,10 @@ def test_an_operator_forwards_nothing_and_a_machine_that_is_not_there_is_told(el
     out, told = process.communicate(timeout=60)
     assert (process.returncode, out) == (3, "")
     assert "no machine has the id" in told
+    names = {str(reason): f"siderolink_forward_refusals_total{reason}" for reason in ForwardRefusal}
+
+    def refused() -> dict[str, float]:
+        now = elsewhere.metrics()
+        return {reason: now[name] - before[name] for reason, name in names.items() if now[name] > before[name]}
+
+    until(lambda: refused() == {"not granted": 1, "no machine": 1})

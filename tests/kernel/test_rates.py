@@ -77,5 +77,5 @@ def test_all_machines_together_are_limited() -> None:
         ping(net.machine, OURS)
         arrived, _ = flood(ours, net.machine, THEIRS, net.server, OURS)
         assert arrived < COUNT
-        assert ours.device.drops()["bandwidth_in"] == COUNT - arrived
+        assert ours.device.drops()["bandwidth_all_in"] == COUNT - arrived
         assert flood(ours, net.server, OURS, net.machine, THEIRS)[0] == COUNT

@@ -100,6 +100,8 @@ def test_what_is_beyond_a_machines_bandwidth_is_dropped_and_counted(fleet: tuple
     assert 0 < size <= BURST + seconds * 1_000_000 / 8
     assert drops(server)[reason] > before
     assert until_bitten(server, reason)["limit_drops"][reason] > 0
+    assert "up, limited" in server.command(["machine", "list"])
+    assert "up, limited" in server.command(["top", "--once", "--interval", "0.2"])
     happened = json.loads(server.command(["machine", "history", UUID, "-o", "json"]))
     assert ("limited", reason) in {(entry["kind"], entry["detail"]) for entry in happened}
     assert "no limit" in server.command(["machine", "limit", UUID, f"--{direction}", "none"])

@@ -144,11 +144,11 @@ async def test_all_together_are_limited(hosts: tuple[Namespace, Namespace]) -> N
     async with limiting(server, rate_in=SLOW) as rates:
         began = time.monotonic()
         first, took = flood(rates, (machines, ONE), (server, SERVER))
-        check_slow(first, took, rates.drops()["bandwidth_in"])
+        check_slow(first, took, rates.drops()["bandwidth_all_in"])
         second, _ = flood(rates, (machines, TWO), (server, SERVER))
         passed = LEAST_BUCKET + (time.monotonic() - began) * SLOW
         assert first + second <= passed / (PACKET + HEADERS) + 2
-        assert rates.drops() == {"bandwidth_in": 2 * SENT - first - second}
+        assert rates.drops() == {"bandwidth_all_in": 2 * SENT - first - second}
         assert flood(rates, (server, SERVER), (machines, ONE))[0] == SENT
     assert TABLE not in tables(server)
 

@@ -115,7 +115,7 @@ async def open_sibling(
             silence = None if link is None else await manager.fleet.liveness.silence(link.machine)
             return 0.0 if silence is None else registry.store.time() - silence
 
-        face = PeerService(manager.links, manager.device, registry.time.clock, heard_at)
+        face = PeerService(manager.links, manager.device, registry.time.clock, heard_at, office.administration.limits)
         listening = peers.listen("127.0.0.1:0", face, office.services, office.administration.api_keys)
         port = await stack.enter_async_context(listening)
         office.administration.machines.other_servers = peers.questions

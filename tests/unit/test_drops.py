@@ -11,6 +11,7 @@ from siderolink.common.transport.tunnel import TunnelDrop
 from siderolink.common.wireguard.interface_rules import RuleDrop
 from siderolink.common.wireguard.noise.output import Drop
 from siderolink.common.wireguard.tun import TunDrop
+from siderolink.server.admin.forwards import ForwardRefusal
 from siderolink.server.refusals import JoinRefusal, StreamRefusal
 from siderolink.server.reporting.model import ReportDrop
 
@@ -24,6 +25,7 @@ SECTIONS = {
     "Joins": JoinRefusal,
     "Reports": ReportDrop,
     "Tunnel streams": StreamRefusal,
+    "Connections to machines' ports": ForwardRefusal,
 }
 
 

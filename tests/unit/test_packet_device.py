@@ -151,8 +151,9 @@ async def test_bandwidth_beyond_the_limit_is_dropped_and_counted(direction: str,
                 while len(came) < min(number + 1, fitting):
                     await anyio.lowlevel.checkpoint()
         dropping = a if direction == "out" else b
+        reason = f"bandwidth_all_{direction}" if of_all else f"bandwidth_{direction}"
         with anyio.fail_after(20):
-            while dropping.drops().get(f"bandwidth_{direction}", 0) < fitting:
+            while dropping.drops().get(reason, 0) < fitting:
                 await anyio.sleep(0.001)
         assert len(came) == fitting
-        assert dropping.drops() == {f"bandwidth_{direction}": fitting}
+        assert dropping.drops() == {reason: fitting}

@@ -12,7 +12,7 @@ from anyio.abc import TaskGroup
 from siderolink.cli.admin.commands import Call, command
 from siderolink.cli.admin.completion import MachineName
 from siderolink.cli.admin.connection import CommandError, Connection, ExitStatus
-from siderolink.cli.output import flush, show, tell
+from siderolink.cli.output import describe_size, flush, show, tell
 from siderolink.cli.running import stop_on_signal
 from siderolink.common.grpc import GRPCError, Limits, Status, open_byte_stream
 from siderolink.common.grpc.listeners import listen_tcp
@@ -99,6 +99,7 @@ class _Forwarding:
         self._request = bytes(ForwardRequest(machine=target.machine_id, port=target.port))
         self._error: CommandError | None = None
         self._scope = anyio.CancelScope()
+        self._connections = self._to_machine = self._from_machine = 0
 
     async def run(self, sockets: Sequence[socket.socket]) -> None:
         """Carry connections until stopped. Raises CommandError when none can be carried any more."""
@@ -110,6 +111,8 @@ class _Forwarding:
                 await anyio.sleep_forever()
         if self._error is not None:
             raise self._error
+        carried = f"{describe_size(self._to_machine)} to the machine, {describe_size(self._from_machine)} from it"
+        show(f"{self._connections} connections: {carried}")
 
     async def _accept(self, sock: socket.socket, tasks: TaskGroup) -> None:
         while True:
@@ -146,6 +149,7 @@ class _Forwarding:
         async with open_byte_stream(self._connection.channel, FORWARD, self._connection.metadata) as stream:
             pipe = Pipe(stream, Inbox(stream), sock)
             try:
+                self._connections += 1
                 await pipe.send(self._request)
                 await pipe.run()
                 stream.end()
@@ -158,4 +162,7 @@ class _Forwarding:
                 if not error.is_connection:
                     raise CommandError(f"{self._connection.target} ended a connection", ExitStatus.UNAVAILABLE) from None
                 return False
+            finally:
+                self._to_machine += pipe.from_connection
+                self._from_machine += pipe.to_connection
         return True

@@ -88,8 +88,9 @@ Sort = Annotated[
 
 
 def state_of(machine: Machine) -> str:
-    """Its admission; for an accepted machine, the state of its link."""
-    return machine.link if machine.admission == "accepted" else machine.admission
+    """Its admission; for an accepted machine, the state of its link; and whether a limit of its own drops something now."""
+    state = machine.link if machine.admission == "accepted" else machine.admission
+    return f"{state}, limited" if machine.limits_biting else state
 
 
 COLUMNS = (

@@ -46,6 +46,7 @@ from siderolink.server import (
     StreamRefusal,
     Transport,
 )
+from siderolink.server.admin.forwards import ForwardCounters, ForwardRefusal
 from siderolink.server.admin.tokens import TokenStatus
 from siderolink.server.admission.rules import Basis
 from siderolink.server.reporting.ingest import LIMITS
@@ -152,6 +153,8 @@ def server_families(counters: ServerCounters) -> Iterator[Metric]:
     yield gauge("tunnel_queued_bytes", "Bytes that wait for room in tunnel streams.", counters.queued_bytes)
     text = "Tunnel streams that were refused or ended by the server, by reason."
     yield by("stream_refusals", text, "reason", counters.stream_refusals, StreamRefusal)
+    if counters.forwards is not None:
+        yield from _forward_families(counters.forwards)
     if counters.reports is not None:
         yield from _report_families(counters.reports)
     if counters.history is not None:
@@ -173,6 +176,16 @@ def _event_families(counters: ServerCounters) -> Iterator[Metric]:
     yield counter("claims_refused", text, sum(of(ClaimRefused).values()))
     yield counter("links_down", "Links that were declared down.", sum(of(LinkDown).values()))
     yield by("machines_left", "Machines that were forgotten, by reason.", "reason", of(MachineLeft), LeaveReason)
+
+
+def _forward_families(forwards: ForwardCounters) -> Iterator[Metric]:
+    yield gauge("forwards", "Open connections to ports of machines (siderolink forward).", forwards.open)
+    yield counter("forwards_opened", "Connections to ports of machines that were opened.", forwards.opened)
+    text = "Connections to ports of machines that were not opened, by reason."
+    yield by("forward_refusals", text, "reason", forwards.refusals, ForwardRefusal)
+    carried = {"to_machine": forwards.to_machines, "from_machine": forwards.from_machines}
+    yield by("forward_bytes", "Bytes that such connections carried, by direction.", "direction", carried)
+    yield gauge("forward_held_bytes", "Bytes of such connections that wait to be written out.", forwards.held_bytes)
 
 
 def _report_families(reports: ReportCounters) -> Iterator[Metric]:

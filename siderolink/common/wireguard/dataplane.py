@@ -13,7 +13,7 @@ from siderolink.common.token_bucket import TokenBucket
 from siderolink.common.wireguard.noise import Drop, Engine, Event, Packets, Peer
 from siderolink.common.wireguard.noise.messages import TRANSPORT_OVERHEAD
 from siderolink.common.wireguard.noise.peer import Path as EnginePath
-from siderolink.common.wireguard.noise.rates import rows_within
+from siderolink.common.wireguard.noise.rates import rows_within, tightest
 from siderolink.common.wireguard.packets.buffers import round_up
 from siderolink.common.wireguard.packets.headers import PLAIN_VNET_HEADER, UDP, VNET_SIZE, Gso, address_pair
 from siderolink.common.wireguard.packets.parts import (
@@ -290,7 +290,7 @@ class DataPlane:
         fitting = rows_within(buckets, packets.length, packets.count, packets.last, now)
         if fitting == packets.count:
             return packets
-        self._engine.drop(Drop.BANDWIDTH_OUT, packets.count - fitting)
+        self._engine.drop(tightest(buckets).reason, packets.count - fitting)
         return packets.first(fitting) if fitting else None
 
     # From a path

@@ -213,6 +213,8 @@ class InterfaceLost:
 
 BANDWIDTH_DROPS: Final = ("bandwidth_in", "bandwidth_out")
 """How drops of a peer's own limits are named: from it, to it."""
+COMMON_BANDWIDTH_DROPS: Final = ("bandwidth_all_in", "bandwidth_all_out")
+"""The same of the limits of all peers together."""
 
 DeviceEvent = PeerHandshake | PathChanged | HandshakeGaveUp | PeerSilent | InterfaceLost
 OnDeviceEvent = Callable[[DeviceEvent], None]

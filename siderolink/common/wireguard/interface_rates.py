@@ -23,9 +23,9 @@ from siderolink.common.errors import DeviceUnavailableError, SideroLinkError
 from siderolink.common.netlink import NetlinkRefusal, RequestSocket, call_in
 from siderolink.common.netlink.sockets import NETFILTER
 from siderolink.common.nft_matches import arriving_by, counted, leaving_by
-from siderolink.common.nftables import Chain, Hook, Rule, Table, read_rule_counters
+from siderolink.common.nftables import Chain, Hook, Part, Rule, Table, read_rule_counters
 from siderolink.common.tasks import background_tasks
-from siderolink.common.wireguard.device import BANDWIDTH_DROPS, PeerConfig
+from siderolink.common.wireguard.device import BANDWIDTH_DROPS, COMMON_BANDWIDTH_DROPS, PeerConfig
 
 __all__ = ["InterfaceRates", "rates_table"]
 
@@ -38,7 +38,10 @@ _RETRY_SECONDS: Final = 30.0
 
 Direction = Literal["in", "out"]
 _HOOKS: Final[dict[Direction, Hook]] = {"in": "prerouting", "out": "postrouting"}
-_REASONS: Final = dict(zip(_HOOKS.values(), BANDWIDTH_DROPS, strict=True))
+_OF_ALL: Final[dict[Direction, str]] = {"in": "all-in", "out": "all-out"}
+"""The parts with the rules of all peers together."""
+_REASONS: Final = dict(zip([*_HOOKS.values(), *_OF_ALL.values()], [*BANDWIDTH_DROPS, *COMMON_BANDWIDTH_DROPS], strict=True))
+"""How the drops of each chain are counted."""
 Place = tuple[Direction, bytes]
 """A direction and a peer's address."""
 
@@ -143,7 +146,7 @@ class InterfaceRates:
             try:
                 if self._requests is None:
                     self._requests = call_in(self._namespace, partial(RequestSocket, NETFILTER))
-                await table.replace(list(self._chains()), named=list(self._named()))
+                await table.replace(list(self._chains()), list(self._parts()), list(self._named()))
             except BaseException:
                 table.leave()
                 raise
@@ -164,8 +167,12 @@ class InterfaceRates:
             over = nft_limits.over_mapped_limit(f"{direction}-limits", f"{direction}-drops", side)
             rules = [Rule([here, over, counted()], "drop")]
             if direction in self._everyone:
-                rules.append(Rule([here, nft_limits.over_limit(f"{direction}-all"), counted()], "drop"))
+                rules.append(Rule([here], jump=_OF_ALL[direction]))
             yield Chain(hook, rules, priority=_AFTER_ISOLATION[direction])
+
+    def _parts(self) -> Iterator[Part]:
+        for direction in self._everyone:
+            yield Part(_OF_ALL[direction], [Rule([nft_limits.over_limit(f"{direction}-all"), counted()], "drop")])
 
     async def _apply_often(self) -> None:
         while True:

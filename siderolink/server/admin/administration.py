@@ -87,7 +87,7 @@ class Administration:
         self.tokens = tokens
         self._reports = reports
         self.hostnames = Hostnames(directory)
-        self.machines = MachineAdministration(store, directory, machines, device, events, clock, self.hostnames)
+        self.machines = MachineAdministration(store, directory, machines, device, events, clock, self.hostnames, self.limits)
         self.followers = Followers(self.machines, self.hostnames)
         self.bans = Bans(store, machines, self.machines, clock)
         self.api_keys = ApiKeys(store, clock)

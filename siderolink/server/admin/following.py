@@ -71,7 +71,9 @@ class Follower:
     def _state(self, status: MachineStatus) -> tuple[Row, Link]:
         """What of a machine is compared. Times are not: what moves them moves the counters."""
         machine, peer = status.machine, status.peer
-        link: Link = (status.state,) if peer is None else (status.state, peer.path, peer.received_bytes, peer.sent_bytes)
+        link: Link = (status.state, *status.limits_biting)
+        if peer is not None:
+            link += (peer.path, peer.received_bytes, peer.sent_bytes)
         return (machine.revision, self._hostnames.of(machine.id)), link
 
 

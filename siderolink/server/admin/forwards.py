@@ -7,14 +7,16 @@ import contextlib
 import logging
 import socket
 import time
-from collections.abc import Awaitable, Callable
+from collections import Counter
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 from ipaddress import IPv6Address
 from typing import Final
 
 import anyio
 
-from siderolink.common.errors import ConfigurationError, ForbiddenError, SideroLinkError, StoreError
+from siderolink.common.errors import ConfigurationError, ForbiddenError, NotFoundError, SideroLinkError, StoreError
 from siderolink.common.grpc.piped import Pipe, PipeCutError, close_with_reset
 from siderolink.common.overlay_socket import dial_overlay
 from siderolink.common.text import one_line
@@ -40,6 +42,23 @@ StartPipe = Callable[[socket.socket], Awaitable[Pipe]]
 """Tells the caller that the port is open, and makes the pipe to it."""
 
 
+class ForwardRefusal(StrEnum):
+    """Why a connection was not opened."""
+
+    NOT_GRANTED = "not granted"
+    """The caller is no admin, and has no grant for the machine and port."""
+    NO_MACHINE = "no machine"
+    """No machine has the name, id, UUID or key that the caller gave."""
+    MACHINE_DENIED = "machine denied"
+    """The machine is denied, and so has no link."""
+    TOO_MANY = "too many"
+    """As many connections are open as may be."""
+    NO_ANSWER = "no answer"
+    """The machine did not answer in time, or there is no way to it."""
+    PORT_CLOSED = "port closed"
+    """The machine refused the connection: nothing listens there."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ForwardCounters:
     """What was forwarded since the start."""
@@ -47,10 +66,8 @@ class ForwardCounters:
     open: int
     """Connections now."""
     opened: int
-    refused: int
-    """Asked for by somebody who may not, or beyond the limit."""
-    failed: int
-    """The machine did not answer, or refused the connection."""
+    refusals: Mapping[str, int]
+    """Those that were not opened, by `ForwardRefusal`."""
     held_bytes: int
     """Bytes of all connections that wait to be written out."""
     to_machines: int
@@ -88,7 +105,8 @@ class Forwards:
         self._clock = clock
         self._open_port = open_port
         self._running: set[_Forward] = set()
-        self._opened = self._refused = self._failed = self._to_machines = self._from_machines = 0
+        self._opened = self._to_machines = self._from_machines = 0
+        self._refusals: Counter[ForwardRefusal] = Counter()
         self._noted_refusals = TokenBucket(_REFUSALS_PER_MINUTE / 60, _REFUSALS_PER_MINUTE)
 
     def counters(self) -> ForwardCounters:
@@ -96,8 +114,7 @@ class Forwards:
         return ForwardCounters(
             open=len(self._running),
             opened=self._opened,
-            refused=self._refused,
-            failed=self._failed,
+            refusals={str(reason): count for reason, count in self._refusals.items()},
             held_bytes=sum(pipe.held for pipe in pipes),
             to_machines=self._to_machines + sum(pipe.to_connection for pipe in pipes),
             from_machines=self._from_machines + sum(pipe.from_connection for pipe in pipes),
@@ -113,16 +130,21 @@ class Forwards:
         is_admin = actor.role is not None and actor.role.includes(Role.ADMIN)
         if not is_admin and not actor.grants:
             await self._refuse(actor, port, one_line(name, limit=64))
-        machine = (await self._machines.get(name)).machine
+        try:
+            machine = (await self._machines.get(name)).machine
+        except NotFoundError:
+            self._refusals[ForwardRefusal.NO_MACHINE] += 1
+            raise
         if not is_admin and not any(grant.allows(machine.id, port) for grant in actor.grants):
             await self._refuse(actor, port, machine.shown_name, machine.id)
         if machine.admission is MachineAdmission.DENIED:
+            self._refusals[ForwardRefusal.MACHINE_DENIED] += 1
             raise SideroLinkError(f"the machine {machine.shown_name} is denied: it has no link")
         return machine
 
     async def _refuse(self, actor: Actor, port: int, name: str, machine_id: str = "") -> None:
         """Raises ForbiddenError. Some refusals a minute are audited."""
-        self._refused += 1
+        self._refusals[ForwardRefusal.NOT_GRANTED] += 1
         if self._noted_refusals.take(1):
             await self._audit.add(
                 AuditEntry(
@@ -147,7 +169,7 @@ class Forwards:
         """
         machine = await self.check(name, port, actor=actor)
         if len(self._running) >= MAX_FORWARDS:
-            self._refused += 1
+            self._refusals[ForwardRefusal.TOO_MANY] += 1
             raise SideroLinkError(f"{MAX_FORWARDS} forwarded connections are open already; close some")
         forward = _Forward(machine, port, actor, time.monotonic())
         self._running.add(forward)
@@ -193,12 +215,12 @@ class Forwards:
         try:
             return await self._open_port(forward.machine, forward.port)
         except TimeoutError:
-            reason = f"{where} does not answer"
+            refusal, reason = ForwardRefusal.NO_ANSWER, f"{where} does not answer"
         except ConnectionRefusedError:
-            reason = f"nothing listens at {where}"
+            refusal, reason = ForwardRefusal.PORT_CLOSED, f"nothing listens at {where}"
         except OSError as error:
-            reason = f"{where} cannot be reached: {error.strerror or error}"
-        self._failed += 1
+            refusal, reason = ForwardRefusal.NO_ANSWER, f"{where} cannot be reached: {error.strerror or error}"
+        self._refusals[refusal] += 1
         raise SideroLinkError(reason)
 
     async def _record_end(self, forward: _Forward, outcome: str) -> None:

@@ -19,6 +19,7 @@ from siderolink.server.admission.audit import machine_entry
 from siderolink.server.clock import Clock
 from siderolink.server.events import AdmissionChanged, EventHub, LeaveReason
 from siderolink.server.fleet.directory import Directory, LinkState, MachineLink
+from siderolink.server.fleet.limit_watch import LimitWatch
 from siderolink.server.fleet.machines import Machines, find_named
 from siderolink.server.store import (
     Actor,
@@ -50,6 +51,8 @@ class MachineStatus:
     state: LinkState
     peer: PeerStatus | None
     """The device's status of its peer; None without a peer."""
+    limits_biting: Sequence[str] = ()
+    """The names of its limits that drop something now (docs/limits.md)."""
 
     @property
     def last_seen_at(self) -> float | None:
@@ -65,6 +68,7 @@ class LinkElsewhere:
     server_id: str
     state: LinkState
     peer: PeerStatus
+    limits_biting: Sequence[str] = ()
 
     @property
     def heard_at(self) -> float:
@@ -87,11 +91,12 @@ def with_elsewhere(status: MachineStatus, other: LinkElsewhere | None) -> Machin
     heard = status.peer.last_received if status.peer is not None else None
     if other is None or (heard or 0.0) >= other.heard_at:
         return status
-    return replace(status, state=other.state, peer=other.peer)
+    return replace(status, state=other.state, peer=other.peer, limits_biting=other.limits_biting)
 
 
-async def statuses(device: Device, links: Sequence[MachineLink]) -> list[MachineStatus]:
-    """The status of each link's machine. Other tasks run meanwhile."""
+async def statuses(device: Device, links: Sequence[MachineLink], limits: LimitWatch | None = None) -> list[MachineStatus]:
+    """The status of each link's machine; `limits` knows which of its limits bite. Other tasks run meanwhile."""
+    biting = {} if limits is None else limits.all_biting()
     keys = [link.machine.public_key for link in links if link.machine.public_key is not None]
     peers = dict[PublicKey | None, PeerStatus]()
     for found in in_parts(await device.peers(keys), 1000):
@@ -100,7 +105,13 @@ async def statuses(device: Device, links: Sequence[MachineLink]) -> list[Machine
     result: list[MachineStatus] = []
     for part in in_parts(links, _AT_ONCE):
         result += [
-            MachineStatus(machine=link.machine, state=link.state, peer=peers.get(link.machine.public_key)) for link in part
+            MachineStatus(
+                machine=link.machine,
+                state=link.state,
+                peer=peers.get(link.machine.public_key),
+                limits_biting=biting.get(link.machine.id, ()),
+            )
+            for link in part
         ]
         await checkpoint()
     return result
@@ -205,7 +216,9 @@ class MachineAdministration:
         events: EventHub,
         clock: Clock,
         hostnames: Hostnames | None = None,
+        limits: LimitWatch | None = None,
     ) -> None:
+        self._limits = limits
         self._store = store
         self._directory = directory
         self._machines = machines
@@ -232,7 +245,7 @@ class MachineAdministration:
         link = self._directory.get(machine.id)
         found = MachineStatus(machine=machine, state=LinkState.DOWN, peer=None)
         if link is not None:
-            (found,) = await statuses(self._device, [link])
+            (found,) = await statuses(self._device, [link], self._limits)
             found = replace(found, machine=machine)
         if self.other_servers is None or _is_heard_here(found):
             return found
@@ -267,7 +280,7 @@ class MachineAdministration:
         return await self._statuses(links, elsewhere)
 
     async def _statuses(self, links: Sequence[MachineLink], elsewhere: Mapping[str, LinkElsewhere]) -> list[MachineStatus]:
-        found = await statuses(self._device, links)
+        found = await statuses(self._device, links, self._limits)
         return [with_elsewhere(one, elsewhere.get(one.machine.id)) for one in found] if elsewhere else found
 
     async def all(self, query: MachineQuery) -> AsyncIterator[MachineStatus]:

@@ -103,10 +103,9 @@ class LimitWatch:
         watched = self._watched.get(machine_id)
         return {} if watched is None else dict(watched.dropped)
 
-    def biting(self, machine_id: str) -> list[str]:
-        """The names of the limits that bite the machine now."""
-        watched = self._watched.get(machine_id)
-        return [] if watched is None else sorted(watched.bites)
+    def all_biting(self) -> dict[str, list[str]]:
+        """The names of the limits that bite now, by machine's id; of machines with any."""
+        return {machine_id: sorted(watched.bites) for machine_id, watched in self._watched.items() if watched.bites}
 
     def all_dropped(self) -> dict[str, dict[str, int]]:
         """`dropped` of all machines that have any."""

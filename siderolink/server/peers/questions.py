@@ -110,4 +110,5 @@ class Questions:
                 persistent_keepalive=0,
                 silent_for=one.silent_for,
             ),
+            limits_biting=tuple(one.limits_biting),
         )

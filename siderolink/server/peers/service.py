@@ -9,6 +9,7 @@ from siderolink.common.wireguard.device import Device
 from siderolink.server.admin.machines import MachineStatus, statuses
 from siderolink.server.clock import Clock
 from siderolink.server.fleet.directory import Directory, MachineLink
+from siderolink.server.fleet.limit_watch import LimitWatch
 
 _AT_ONCE: Final = 200
 
@@ -16,19 +17,28 @@ _AT_ONCE: Final = 200
 class PeerService(pb.PeerServiceBase):
     """See peers.proto."""
 
-    def __init__(self, directory: Directory, device: Device, clock: Clock, heard_at: Callable[[str], Awaitable[float]]) -> None:
+    def __init__(
+        self,
+        directory: Directory,
+        device: Device,
+        clock: Clock,
+        heard_at: Callable[[str], Awaitable[float]],
+        limits: LimitWatch,
+    ) -> None:
         """`heard_at` tells when this server last heard a machine, by the store's clock; 0.0 if it never did."""
         self._heard_at = heard_at
         self._directory = directory
         self._device = device
         self._clock = clock
+        self._limits = limits
 
     async def last_heard(self, message: pb.LastHeardRequest) -> pb.LastHeardResponse:
         return pb.LastHeardResponse(heard_at=await self._heard_at(message.machine_id))
 
     async def link_states(self, message: pb.LinkStatesRequest) -> AsyncIterator[pb.LinkStatesResponse]:
         for links in in_parts(self._wanted(message.machine_ids), _AT_ONCE):
-            found = [one for status in await statuses(self._device, links) if (one := self._message(status)) is not None]
+            known = await statuses(self._device, links, self._limits)
+            found = [one for status in known if (one := self._message(status)) is not None]
             if found:
                 yield pb.LinkStatesResponse(links=found)
 
@@ -52,4 +62,5 @@ class PeerService(pb.PeerServiceBase):
             handshake_age=None if peer.last_handshake is None else max(0.0, now - peer.last_handshake),
             received_bytes=peer.received_bytes,
             sent_bytes=peer.sent_bytes,
+            limits_biting=list(status.limits_biting),
         )

@@ -254,6 +254,7 @@ async def test_only_admins_and_keys_with_a_grant_forward(desk: Desk) -> None:
             await asyncio.wait_for(carried.done, 20)
         assert caught.value.status is Status.PERMISSION_DENIED
     assert desk.ports.wanted == []
+    assert forwards.counters().refusals == {"not granted": 3, "no machine": 1}
     refused = (await entries(desk, 3))[-1]
     assert (refused.action, refused.actor.name, refused.object_name) == ("forward.refuse", "looks", desk.machine.id)
 
@@ -323,7 +324,7 @@ async def test_a_port_where_nothing_listens_is_told(desk: Desk) -> None:
         assert caught.value.status is Status.FAILED_PRECONDITION
     closed = (await entries(desk, 2))[1]
     assert closed.after["outcome"] == f"nothing listens at port 22 of {desk.machine.shown_name}"
-    assert desk.office.administration.forwards.counters().failed == 1
+    assert desk.office.administration.forwards.counters().refusals == {"port closed": 1}
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from siderolink.cli.top import Row, render_timeline
+from siderolink.cli.control import Asked
+from siderolink.cli.top import Rates, Row, render, render_timeline
 from siderolink.cli.top_keys import MAX_FILTER, Key, Order, ViewState, split_keys
 from siderolink.common.pb.siderolink.admin.v1 import HistoryEntry
+from siderolink.common.pb.siderolink.control import Peer, StatusResponse
 
 ROWS = [f"row {number}" for number in range(10)]
 
@@ -64,6 +66,21 @@ def test_a_row_is_selected_and_its_timeline_opened_scrolled_and_closed() -> None
     assert not view.is_over
     assert press(ViewState(), Key.ENTER).selected == "row 0"
     assert not press(ViewState(), Key.ENTER, rows=[]).is_timeline
+
+
+def test_a_machine_that_a_limit_holds_back_is_marked() -> None:
+    peers = [Peer(public_key=name, name=name, last_handshake=100.0) for name in ("free", "held")]
+    peers[1].limits_biting = ["bandwidth_in", "line rate limited"]
+    asked = Asked(answers=[StatusResponse(role="server", interface="siderolink", peers=peers)])
+    rows = Rates().rows(asked.answers, 1.0)
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(render(asked, rows, rows, 101.0))
+    console.print(render_timeline(rows[1], (), "", 10, 0))
+    lines = console.export_text().splitlines()
+    assert "2 peers, 2 up, 0 by the tunnel, 1 limited" in [line.strip() for line in lines]
+    assert [line.split("  ")[0] for line in lines if "free" in line] == ["up"]
+    assert next(line for line in lines if line.startswith("up, limited")).split()[2] == "held"
+    assert "limited: bandwidth_in, line rate limited" in [line.strip() for line in lines]
 
 
 @pytest.mark.parametrize("problem", ["", "the server \x1b[31m is away"])

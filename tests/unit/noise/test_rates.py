@@ -2,8 +2,9 @@
 
 import pytest
 
+from siderolink.common.wireguard.noise.output import Drop
 from siderolink.common.wireguard.noise.peer import Peer
-from siderolink.common.wireguard.noise.rates import LEAST_BURST, Rate, Rates, rows_within
+from siderolink.common.wireguard.noise.rates import LEAST_BURST, Rate, Rates, rows_within, tightest
 
 ROW = 1280
 
@@ -13,7 +14,7 @@ def full_batch(rate: Rate, now: float, count: int = 1000) -> int:
 
 
 def test_a_burst_passes_and_then_the_rate() -> None:
-    rate = Rate(ROW * 100)
+    rate = Rate(ROW * 100, Drop.BANDWIDTH_IN)
     assert full_batch(rate, 0.0) == LEAST_BURST // ROW
     assert rate.dropped == 1000 - LEAST_BURST // ROW
     assert full_batch(rate, 0.0) == 0
@@ -22,7 +23,7 @@ def test_a_burst_passes_and_then_the_rate() -> None:
 
 
 def test_a_short_last_row_and_a_batch_that_fits_are_taken_whole() -> None:
-    rate = Rate(1)
+    rate = Rate(1, Drop.BANDWIDTH_IN)
     rows = LEAST_BURST // ROW
     assert rows_within((rate,), ROW, rows + 1, LEAST_BURST - rows * ROW, 0.0) == rows + 1
     assert rows_within((rate,), ROW, 1, 1, 0.0) == 0
@@ -30,12 +31,14 @@ def test_a_short_last_row_and_a_batch_that_fits_are_taken_whole() -> None:
 
 
 def test_what_is_beyond_either_bucket_is_dropped_and_counted_where_it_was() -> None:
-    own, shared = Rate(ROW * 10), Rate(ROW * 1000)
+    own, shared = Rate(ROW * 10, Drop.BANDWIDTH_OUT), Rate(ROW * 1000, Drop.BANDWIDTH_ALL_OUT)
     assert rows_within((own, shared), ROW, 500, ROW, 0.0) == LEAST_BURST // ROW
     assert own.dropped == 500 - LEAST_BURST // ROW
-    other = Rate(ROW * 10**6)
+    assert tightest((own, shared)).reason is Drop.BANDWIDTH_OUT
+    other = Rate(ROW * 10**6, Drop.BANDWIDTH_OUT)
     assert rows_within((other, shared), ROW, 500, ROW, 0.0) == 0
     assert (other.dropped, shared.dropped) == (0, 500)
+    assert tightest((other, shared)).reason is Drop.BANDWIDTH_ALL_OUT
     assert rows_within((other, shared), ROW, 500, ROW, 0.0625) == 62, "and nothing was taken from what had room"
 
 
@@ -66,4 +69,4 @@ def test_peers_share_one_bucket_and_keep_their_own() -> None:
 
 @pytest.mark.parametrize("per_second", [10**4, 10**7, 10**9])
 def test_a_fast_bucket_holds_a_tenth_of_a_second(per_second: int) -> None:
-    assert Rate(per_second).room(0.0) == max(per_second // 10, LEAST_BURST)
+    assert Rate(per_second, Drop.BANDWIDTH_IN).room(0.0) == max(per_second // 10, LEAST_BURST)

@@ -121,6 +121,9 @@ async def test_machines_of_another_server_are_shown_as_that_one_has_them(tmp_pat
             assert {one.link for one in seen.machines} == {"up"}
             known = [one async for one in machines.watch_machines(pb.WatchMachinesRequest())]
             assert {one.machine.link for one in known if one.machine is not None} == {"up"}
+            a.office.manager.device.beyond_limits[there.key] = (0, 5)
+            await a.office.administration.limits.look()
+            assert (await b.get(its)).limits_biting == ["bandwidth_out"]
             a.die()
             await anyio.sleep(1.1)  # how old the answer of the others may be
             alone = await machines.list_machines(pb.ListMachinesRequest(filter=pb.MachineFilter(states=["up"])))

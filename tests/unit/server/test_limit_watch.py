@@ -39,13 +39,13 @@ async def test_a_limit_is_told_of_when_it_begins_to_bite_and_a_minute_after_it_h
     (began,) = limit_events(events)
     assert isinstance(began, LimitReached)
     assert began.limit == IN
-    assert (watch.biting(machine_id), watch.dropped(machine_id), watch.bitten_machines()) == ([IN], {IN: 25}, 1)
+    assert (watch.all_biting().get(machine_id, []), watch.dropped(machine_id), watch.bitten_machines()) == ([IN], {IN: 25}, 1)
     manager.time.advance(QUIET_SECONDS)
     await watch.look()
     (over,) = limit_events(events)
     assert isinstance(over, LimitOver)
     assert (over.limit, over.dropped, over.seconds) == (IN, 25, 5)
-    assert (watch.biting(machine_id), watch.dropped(machine_id), watch.bitten_machines()) == ([], {IN: 25}, 0)
+    assert (watch.all_biting().get(machine_id, []), watch.dropped(machine_id), watch.bitten_machines()) == ([], {IN: 25}, 0)
 
 
 async def test_a_limit_that_bites_all_the_time_is_two_entries_at_most() -> None:

@@ -6,6 +6,8 @@ Inner packets count with their padding. A peer without a limit has no buckets an
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Final
 
+from .output import Drop
+
 if TYPE_CHECKING:
     from .peer import Peer
 
@@ -17,11 +19,13 @@ LEAST_BURST: Final = 128 * 1024
 class Rate:
     """A token bucket, which starts full."""
 
-    __slots__ = ("_burst", "_level", "_seen_at", "dropped", "per_second")
+    __slots__ = ("_burst", "_level", "_seen_at", "dropped", "per_second", "reason")
 
-    def __init__(self, per_second: int) -> None:
+    def __init__(self, per_second: int, reason: Drop) -> None:
         self.per_second = per_second
         """Bytes."""
+        self.reason = reason
+        """What its drops are counted as."""
         self.dropped = 0
         """Number of packets that did not fit."""
         self._burst = self._level = max(per_second * BURST_SECONDS, LEAST_BURST)
@@ -56,9 +60,13 @@ def rows_within(buckets: Buckets, length: int, count: int, last: int, now: float
     for rate in buckets:
         rate.take(size)
     if fitting < count:
-        tightest = min(buckets, key=Rate.left)
-        tightest.dropped += count - fitting
+        tightest(buckets).dropped += count - fitting
     return fitting
+
+
+def tightest(buckets: Buckets) -> Rate:
+    """The bucket whose drops those of the last batch are."""
+    return min(buckets, key=Rate.left)
 
 
 class Rates:
@@ -71,7 +79,8 @@ class Rates:
 
     def set_all(self, inbound: int | None, outbound: int | None) -> None:
         """Bytes a second for all peers together; None for no limit."""
-        self.inbound, self.outbound = _changed(self.inbound, inbound), _changed(self.outbound, outbound)
+        self.inbound = _changed(self.inbound, inbound, Drop.BANDWIDTH_ALL_IN)
+        self.outbound = _changed(self.outbound, outbound, Drop.BANDWIDTH_ALL_OUT)
         for peer in self._peers.values():
             self.adopt(peer)
 
@@ -80,7 +89,7 @@ class Rates:
         own_in, own_out = peer.own_rates
         if own_in is None and own_out is None and inbound is None and outbound is None:
             return
-        peer.own_rates = _changed(own_in, inbound), _changed(own_out, outbound)
+        peer.own_rates = _changed(own_in, inbound, Drop.BANDWIDTH_IN), _changed(own_out, outbound, Drop.BANDWIDTH_OUT)
         self.adopt(peer)
 
     def adopt(self, peer: "Peer") -> None:
@@ -92,11 +101,11 @@ class Rates:
         peer.inbound_rates, peer.outbound_rates = _buckets((own_in, self.inbound)), _buckets((own_out, self.outbound))
 
 
-def _changed(rate: Rate | None, per_second: int | None) -> Rate | None:
+def _changed(rate: Rate | None, per_second: int | None, reason: Drop) -> Rate | None:
     """The same bucket where the limit is the same."""
     if per_second is None:
         return None
-    return rate if rate is not None and rate.per_second == per_second else Rate(per_second)
+    return rate if rate is not None and rate.per_second == per_second else Rate(per_second, reason)
 
 
 def _buckets(rates: Iterable[Rate | None]) -> Buckets | None:

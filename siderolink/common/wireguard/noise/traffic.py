@@ -7,7 +7,7 @@ from .exchange import Indices
 from .messages import TRANSPORT_HEADER_BYTES, TRANSPORT_OVERHEAD
 from .output import Drop, Output, PeerRoamed, SessionEstablished
 from .peer import Path, Peer
-from .rates import Buckets, rows_within
+from .rates import Buckets, rows_within, tightest
 from .routing import CryptokeyRouting, InnerFilter, inner_header, padded_length
 from .rows import Datagrams, Opened, OpenMany, Packets, SealMany, ToOpen, ToSeal
 from .session import Session
@@ -217,7 +217,7 @@ class Traffic:
         """Whether one inner packet may be passed on; if not, the drop is counted."""
         refusal: Drop | None
         if peer.inbound_rates is not None and not rows_within(peer.inbound_rates, length, 1, length, now):
-            refusal = Drop.BANDWIDTH_IN
+            refusal = tightest(peer.inbound_rates).reason
         elif pair is None:
             refusal = Drop.INNER_MALFORMED
         else:
@@ -232,7 +232,7 @@ class Traffic:
         """Leave out the rows that are beyond the peer's bandwidth."""
         fitting = rows_within(buckets, opened.length, opened.count, opened.last, now)
         if fitting < opened.count:
-            self._output.drop(Drop.BANDWIDTH_IN, opened.good[fitting:].count(True))
+            self._output.drop(tightest(buckets).reason, opened.good[fitting:].count(True))
             opened.good = opened.good[:fitting] + [False] * (opened.count - fitting)
 
     def _accept(self, opened: Opened, session: Session) -> int:

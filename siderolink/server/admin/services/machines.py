@@ -90,7 +90,7 @@ def _message(administration: Administration, status: MachineStatus, token_name: 
         rate_rx=row.rate_rx,
         rate_tx=row.rate_tx,
         limit_drops=administration.limits.dropped(row.id),
-        limits_biting=administration.limits.biting(row.id),
+        limits_biting=list(status.limits_biting),
     )
 
 
@@ -111,6 +111,7 @@ def _link_message(administration: Administration, status: MachineStatus) -> pb.L
         received_bytes=0 if peer is None else peer.received_bytes,
         sent_bytes=0 if peer is None else peer.sent_bytes,
         server=administration.owner_of(row.id) or "",
+        limits_biting=list(status.limits_biting),
     )
 
 

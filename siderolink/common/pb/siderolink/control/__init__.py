@@ -137,6 +137,13 @@ class Peer(betterproto2.Message):
     The name that is shown of the machine, where this end knows it.
     """
 
+    limits_biting: "list[str]" = betterproto2.field(
+        11, betterproto2.TYPE_STRING, repeated=True
+    )
+    """
+    The names of the machine's limits that drop something now (docs/limits.md).
+    """
+
 
 default_message_pool.register_message("siderolink.control", "Peer", Peer)
 

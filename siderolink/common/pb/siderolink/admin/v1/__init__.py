@@ -887,6 +887,10 @@ class LinkChange(betterproto2.Message):
 
     server: "str" = betterproto2.field(8, betterproto2.TYPE_STRING)
 
+    limits_biting: "list[str]" = betterproto2.field(
+        9, betterproto2.TYPE_STRING, repeated=True
+    )
+
 
 default_message_pool.register_message("siderolink.admin.v1", "LinkChange", LinkChange)
 
@@ -1315,7 +1319,7 @@ class Machine(betterproto2.Message):
         36, betterproto2.TYPE_STRING, repeated=True
     )
     """
-    The names of those that bite now.
+    The names of those that bite now, at the server that has its link.
     """
 
 
@@ -1777,6 +1781,22 @@ class ServerLimits(betterproto2.Message):
     limited_machines: "int" = betterproto2.field(8, betterproto2.TYPE_UINT64)
     """
     How many machines have a limit that bites now.
+    """
+
+    limited: "dict[str, int]" = betterproto2.field(
+        9,
+        betterproto2.TYPE_MAP,
+        map_meta=betterproto2.map_meta(
+            betterproto2.TYPE_STRING, betterproto2.TYPE_UINT64
+        ),
+    )
+    """
+    How many machines each limit of single machines bites now, by its name (see Machine.limits_biting).
+    """
+
+    log_connections: "int" = betterproto2.field(10, betterproto2.TYPE_UINT64)
+    """
+    Log connections of each machine at a time; 0: it receives no logs.
     """
 
 

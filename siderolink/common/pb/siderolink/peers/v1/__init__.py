@@ -140,6 +140,13 @@ class LinkStatus(betterproto2.Message):
 
     sent_bytes: "int" = betterproto2.field(8, betterproto2.TYPE_UINT64)
 
+    limits_biting: "list[str]" = betterproto2.field(
+        9, betterproto2.TYPE_STRING, repeated=True
+    )
+    """
+    The names of the machine's limits that drop something now.
+    """
+
 
 default_message_pool.register_message("siderolink.peers.v1", "LinkStatus", LinkStatus)
 
