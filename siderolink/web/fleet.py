@@ -81,8 +81,10 @@ class Found:
 class Fleet:
     """All machines of the server, as long as somebody is signed in."""
 
-    def __init__(self, caller: Callable[[], Caller | None]) -> None:
+    def __init__(self, caller: Callable[[], Caller | None], may_go_on: Callable[[Caller], bool] = lambda caller: True) -> None:
+        """`caller` gives credentials to follow by, while somebody is signed in; `may_go_on` tells whether they still count."""
         self._caller = caller
+        self._may_go_on = may_go_on
         self._rows: dict[str, Row] = {}
         self._coming: dict[str, Row] | None = {}
         """What the first look has told so far; None after it."""
@@ -99,28 +101,32 @@ class Fleet:
     async def run(self) -> None:
         """Follow the server, until cancelled."""
         while True:
+            has_signed_out = False
             if (caller := self._caller()) is not None:
                 try:
-                    await self._follow(caller)
+                    has_signed_out = await self._follow(caller)
                 except ApiError as error:
                     self._problem = str(error)
                     log.debug("the machines cannot be followed: %s", error)
                 self._begin_again()
             self._wake = anyio.Event()
-            with anyio.move_on_after(_AGAIN):
-                await self._wake.wait()
+            if not has_signed_out:
+                with anyio.move_on_after(_AGAIN):
+                    await self._wake.wait()
 
     def wake(self) -> None:
         """Somebody has signed in."""
         self._wake.set()
 
-    async def _follow(self, caller: Caller) -> None:
+    async def _follow(self, caller: Caller) -> bool:
+        """Until the credentials count no more (True), or the server ends it."""
         async with caller.following(MachineServiceStub) as stub:
             with explained():
                 async for part in stub.follow_machines(FollowMachinesRequest()):
                     self.take(part)
-                    if part.is_last and self._caller() is None:
-                        return
+                    if part.is_last and (self._caller() is None or not self._may_go_on(caller)):
+                        return True
+        return False
 
     def _begin_again(self) -> None:
         self._coming = {}
@@ -174,6 +180,7 @@ def _apply(machine: Machine, change: LinkChange) -> None:
     machine.received_bytes = change.received_bytes
     machine.sent_bytes = change.sent_bytes
     machine.server = change.server
+    machine.limits_biting = change.limits_biting
 
 
 def _takes(query: Query, selector: Selector | None, row: Row) -> bool:

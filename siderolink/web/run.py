@@ -4,14 +4,17 @@ import asyncio
 import errno
 import logging
 import socket
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 import anyio
 import uvicorn
+from anyio.abc import TaskGroup
 from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 from siderolink.common.admin_channel import ServerAddress
@@ -24,9 +27,12 @@ from siderolink.web.api import open_api
 from siderolink.web.guard import find_origins, is_loopback
 from siderolink.web.site import Site
 
+log = logging.getLogger(__name__)
+
 MAX_CONNECTIONS: Final = 512
 MAX_CONNECTIONS_PER_ADDRESS: Final = 128
 REQUEST_SECONDS: Final = 10.0
+_ACCEPT_PAUSE: Final = 0.5
 _EXPIRE_EVERY: Final = 60.0
 
 
@@ -110,9 +116,15 @@ class BoundedProtocol(H11Protocol):
 class _Server(uvicorn.Server):
     """Ends the live pages before it waits for the connections."""
 
-    def __init__(self, config: uvicorn.Config, on_stop: Callable[[], None]) -> None:
+    _tasks: TaskGroup
+
+    def __init__(self, config: uvicorn.Config, proxies: TrustedProxies, on_stop: Callable[[], None]) -> None:
         super().__init__(config)
+        self._proxies = proxies
         self._on_stop = on_stop
+        self._stack = AsyncExitStack()
+        self._beginning: Counter[str] = Counter()
+        """Connections by address that have no protocol yet."""
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -120,25 +132,53 @@ class _Server(uvicorn.Server):
         yield
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """As uvicorn's, but who begins no TLS in time is dropped."""
-        config, loop = self.config, asyncio.get_running_loop()
-        patience = None if config.ssl is None else REQUEST_SECONDS
-
-        def protocol() -> Any:
-            made: Any = config.http_protocol_class
-            return made(config=config, server_state=self.server_state, app_state=self.lifespan.state)
-
-        self.servers = [
-            await loop.create_server(
-                protocol, sock=sock, ssl=config.ssl, backlog=config.backlog, ssl_handshake_timeout=patience
-            )
-            for sock in sockets or ()
-        ]
+        """As uvicorn's, but who begins no TLS in time is dropped, and an address may begin it so many times at once."""
+        self._tasks = await self._stack.enter_async_context(background_tasks())
+        for sock in sockets or ():
+            sock.setblocking(False)
+            self._tasks.start_soon(self._accept, sock)
+        self.servers = []
         self.started = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._on_stop()
+        await self._stack.aclose()
         await super().shutdown(sockets)
+
+    async def _accept(self, sock: socket.socket) -> None:
+        while True:
+            try:
+                connection, (host, *_) = await asyncio.get_running_loop().sock_accept(sock)
+            except ConnectionError:
+                continue
+            except OSError as error:  # out of descriptors
+                log.warning("no connection can be accepted: %s", error.strerror or error)
+                await anyio.sleep(_ACCEPT_PAUSE)
+                continue
+            most = MAX_CONNECTIONS if contains(self._proxies.forwarded_from, host) else MAX_CONNECTIONS_PER_ADDRESS
+            if self._beginning[host] >= most or self._beginning.total() >= MAX_CONNECTIONS:
+                connection.close()
+            else:
+                self._beginning[host] += 1
+                self._tasks.start_soon(self._begin, connection, host)
+
+    async def _begin(self, connection: socket.socket, host: str) -> None:
+        """Give the connection its protocol, after the TLS handshake where there is TLS."""
+        config = self.config
+        made: Any = config.http_protocol_class
+        protocol = partial(made, config=config, server_state=self.server_state, app_state=self.lifespan.state)
+        patience = None if config.ssl is None else REQUEST_SECONDS
+        try:
+            await asyncio.get_running_loop().connect_accepted_socket(
+                protocol, connection, ssl=config.ssl, ssl_handshake_timeout=patience
+            )
+        except OSError as error:
+            log.debug("a connection of %s began no TLS: %s", host, error)
+            connection.close()
+        finally:
+            self._beginning[host] -= 1
+            if not self._beginning[host]:
+                del self._beginning[host]
 
 
 def _listen(address: HostPort) -> socket.socket:
@@ -165,7 +205,7 @@ async def serve_page(options: WebOptions, on_listening: Callable[[HostPort], Awa
             tasks.start_soon(keep_running, "reading the server's figures", site.sampler.run)
             tasks.start_soon(keep_running, "following the machines", site.fleet.run)
             tasks.start_soon(_expire_often, site)
-            server = _Server(_config(site, options), site.sessions.end_all)
+            server = _Server(_config(site, options), options.proxies, site.sessions.end_all)
             if on_listening is not None and (told := on_listening(listening)) is not None:
                 await told
             ended = anyio.Event()

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 import anyio
+from anyio.abc import TaskGroup
 
 from siderolink.common.pb.siderolink.admin.v1 import (
     EventServiceStub,
@@ -20,6 +21,7 @@ from siderolink.common.pb.siderolink.admin.v1 import (
     ServerServiceStub,
     ServerStatus,
 )
+from siderolink.common.tasks import background_tasks
 from siderolink.web.api import ApiError, Caller, SignedOutError, explained
 
 log = logging.getLogger(__name__)
@@ -134,6 +136,8 @@ class Sampler:
     """Asks the server for its figures as long as there is somebody whose key it may ask with, or a key of its own."""
 
     caller: Callable[[], Caller | None]
+    may_go_on: Callable[[Caller], bool] = lambda caller: True
+    """Whether credentials that were given still count."""
     samples: deque[Sample] = field(default_factory=lambda: deque(maxlen=KEPT))
     machines: MachineTraffic = field(default_factory=MachineTraffic)
     answers: AnsweredMachines = field(default_factory=AnsweredMachines)
@@ -161,10 +165,21 @@ class Sampler:
         while True:
             if (caller := self.caller()) is not None:
                 try:
-                    async with caller.following(EventServiceStub) as stub:
-                        with explained():
-                            async for _ in stub.follow_events(FollowEventsRequest(kinds=["joined"])):
-                                self.joins += 1
+                    async with background_tasks() as tasks:
+                        tasks.start_soon(self._end_with, caller, tasks)
+                        await self._follow_joins(caller)
                 except ApiError as error:
                     log.debug("joins cannot be followed: %s", error)
             await anyio.sleep(_AGAIN)
+
+    async def _follow_joins(self, caller: Caller) -> None:
+        async with caller.following(EventServiceStub) as stub:
+            with explained():
+                async for _ in stub.follow_events(FollowEventsRequest(kinds=["joined"])):
+                    self.joins += 1
+
+    async def _end_with(self, caller: Caller, tasks: TaskGroup) -> None:
+        while True:
+            await anyio.sleep(_AGAIN)
+            if not self.may_go_on(caller):
+                tasks.cancel_scope.cancel()

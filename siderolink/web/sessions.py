@@ -130,10 +130,10 @@ class Sessions:
         for session in list(self._by_digest.values()):
             self.is_live(session)
 
-    def any(self) -> Session | None:
-        """One of the live ones: the newest."""
+    def live(self) -> list[Session]:
+        """Those whose time is not over, the newest first."""
         self.expire()
-        return next(reversed(self._by_digest.values()), None)
+        return list(reversed(self._by_digest.values()))
 
     @contextmanager
     def streaming(self, session: Session) -> Iterator[anyio.CancelScope]:

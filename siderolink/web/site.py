@@ -53,14 +53,20 @@ class Site:
         self._environment = make_environment()
         self._environment.globals |= {"version": version("siderolink"), "views": VIEWS, "server": str(api.address)}
         self.sessions = Sessions()
-        self.sampler = Sampler(self._sampling_caller)
-        self.fleet = Fleet(lambda: self._sampling_caller() if self.sessions.any() is not None else None)
+        self.sampler = Sampler(self._sampling_caller, self._may_go_on)
+        self.fleet = Fleet(lambda: self._sampling_caller() if self.sessions.live() else None, self._may_go_on)
         self.app = Guard(Starlette(routes=self._routes()), origins, proxies)
 
     def _sampling_caller(self) -> Caller | None:
         """This process's own credentials, or those of somebody who is signed in."""
-        own, session = self._api.own(), self.sessions.any()
-        return own if own is not None or session is None else self._api.caller(session.key, session.source)
+        own, sessions = self._api.own(), self.sessions.live()
+        return own if own is not None or not sessions else self._api.caller(sessions[0].key, sessions[0].source)
+
+    def _may_go_on(self, caller: Caller) -> bool:
+        """Whether what was begun with these credentials may last: whoever signs out is called for no more."""
+        return caller == self._api.own() or any(
+            caller == self._api.caller(session.key, session.source) for session in self.sessions.live()
+        )
 
     def _routes(self) -> list[Route | Mount]:
         routes: list[Route | Mount] = [

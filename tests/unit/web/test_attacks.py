@@ -1,7 +1,8 @@
 """Attacks on the page: each is refused, bounded or shown as text, and the page serves others meanwhile."""
 
+import ssl
 from collections.abc import AsyncIterator
-from contextlib import ExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from anyio.abc import SocketStream
 
 import siderolink.web.guard
 import siderolink.web.live
+import siderolink.web.run
+from siderolink.common.grpc import ServerCertificate
 from siderolink.server import Role
 from siderolink.server.store import Transaction
 from siderolink.web.sessions import (
@@ -22,6 +25,7 @@ from siderolink.web.sessions import (
     Sessions,
     TooManyError,
 )
+from tests.support.certificates import make_certificate
 from tests.unit.web.test_fleet import machine
 from tests.unit.web.test_site import Browser, Stage, page
 
@@ -172,6 +176,42 @@ async def test_one_visitor_leaves_room_for_others(tmp_path: Path, monkeypatch: p
         with anyio.fail_after(60):
             while (await browser.get("/sign-in")).status != 200:
                 await anyio.sleep(0.05)
+
+
+async def test_who_begins_no_tls_is_dropped_and_leaves_room_for_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(siderolink.web.run, "MAX_CONNECTIONS_PER_ADDRESS", 3)
+    file = tmp_path / "tls.pem"
+    file.write_text(make_certificate("a root").sign("127.0.0.1").pem)
+    trusting = ssl.create_default_context()
+    trusting.check_hostname, trusting.verify_mode = False, ssl.CERT_NONE
+    hello = ssl.MemoryBIO()
+    with suppress(ssl.SSLWantReadError):
+        trusting.wrap_bio(ssl.MemoryBIO(), hello, server_hostname="x").do_handshake()
+    begun = (b"", hello.read(50), b"GET / HTTP/1.1")
+
+    async def is_ended(stream: SocketStream) -> None:
+        """By an alert, where what was said is no TLS."""
+        with anyio.fail_after(60), suppress(anyio.EndOfStream, anyio.BrokenResourceError):
+            while await stream.receive():
+                pass
+
+    async with page(tmp_path, ServerCertificate(file)) as stage, AsyncExitStack() as stack:
+        silent = [await stack.enter_async_context(await anyio.connect_tcp("127.0.0.1", stage.port)) for _ in range(3)]
+        await is_ended(await stack.enter_async_context(await anyio.connect_tcp("127.0.0.1", stage.port)))
+        elsewhere = await anyio.connect_tcp(
+            "127.0.0.1", stage.port, local_host="127.0.0.2", ssl_context=trusting, tls=True, tls_standard_compatible=False
+        )
+        async with elsewhere:
+            await elsewhere.send(b"GET /sign-in HTTP/1.1\r\nHost: 127.0.0.1:%d\r\n\r\n" % stage.port)
+            assert (await elsewhere.receive()).startswith(b"HTTP/1.1 200")
+        for stream in silent:
+            await stream.aclose()
+        monkeypatch.setattr(siderolink.web.run, "REQUEST_SECONDS", 0.2)
+        for said in begun:
+            async with await anyio.connect_tcp("127.0.0.1", stage.port) as stream:
+                if said:
+                    await stream.send(said)
+                await is_ended(stream)
 
 
 async def test_one_key_leaves_sessions_and_streams_to_others() -> None:

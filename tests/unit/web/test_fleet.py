@@ -1,10 +1,12 @@
 """The machines as the page keeps them: what the server tells, what a search finds, what a browser is told."""
 
+import re
 from collections import Counter
 from ipaddress import IPv6Address
 from pathlib import Path
 from typing import Any
 
+import anyio
 import pytest
 
 from siderolink.common.keys import PublicKey
@@ -12,9 +14,11 @@ from siderolink.common.pb.siderolink.admin import v1 as pb
 from siderolink.server import Role
 from siderolink.server.admin.following import MAX_FOLLOWERS, Follower
 from siderolink.server.admin.machines import MachineQuery
+from siderolink.server.admin.services.access import actor
 from siderolink.server.admin.services.machines import MachineService, machine_messages
 from siderolink.server.admin.services.server import ServerService
 from siderolink.server.fleet.directory import LinkState
+from siderolink.server.fleet.limit_watch import QUIET_SECONDS
 from siderolink.server.store import Machine, MachineAdmission, Transaction
 from siderolink.web.api import ServerAwayError
 from siderolink.web.fleet import ORDERS, PAGE_SIZE, Fleet, Query
@@ -61,7 +65,9 @@ async def look(office: Office, follower: Follower) -> pb.MachinesPart:
     async for part in follower.look():
         assert len(part.machines) <= 20
         whole.machines += await machine_messages(office.administration, part.machines)
-        whole.links += [pb.LinkChange(id=one.machine.id, link=str(one.state)) for one in part.links]
+        whole.links += [
+            pb.LinkChange(id=one.machine.id, link=str(one.state), limits_biting=list(one.limits_biting)) for one in part.links
+        ]
         whole.gone += part.gone
         assert not whole.is_last
         whole.is_last = part.is_last
@@ -84,6 +90,24 @@ async def test_a_follower_is_told_all_and_then_what_changes(tmp_path: Path) -> N
             assert [one.name for one in told.machines] == ["other"]
             assert [(one.id, one.link) for one in told.links] == [(machine(5).id, "up")]
             assert told.gone == [machine(4).id]
+
+
+async def test_a_follower_is_told_when_a_limit_begins_to_hold_a_machine_back_and_when_it_is_over(tmp_path: Path) -> None:
+    async with open_office(tmp_path) as office:
+        await fill(office)
+        limits, row = office.administration.limits, machine(5)
+        assert row.public_key is not None
+        with office.administration.followers.one_more() as follower:
+            assert follower is not None
+            await look(office, follower)
+            for count, expected in ((7, [(row.id, ["bandwidth_in"])]), (9, [])):
+                office.manager.device.beyond_limits[row.public_key] = (count, 0)
+                await limits.look()
+                told = (await look(office, follower)).links
+                assert [(one.id, one.limits_biting) for one in told] == expected
+            office.manager.time.advance(QUIET_SECONDS)
+            await limits.look()
+            assert [(one.id, one.limits_biting) for one in (await look(office, follower)).links] == [(row.id, [])]
 
 
 async def test_no_more_follow_than_may(tmp_path: Path) -> None:
@@ -149,6 +173,9 @@ async def test_what_changes_of_a_link_marks_its_row_alone() -> None:
         row.machine.id: (row.stamp != before[row.machine.id], row.machine.link) for row in (await fleet.find(Query(), 1)).rows
     }
     assert after == {"a": (False, "up"), "b": (True, "down")}
+    for biting in (["bandwidth_out"], []):
+        fleet.take(pb.MachinesPart(links=[pb.LinkChange(id="b", link="down", limits_biting=biting)], is_last=True))
+        assert [row.machine.limits_biting for row in (await fleet.find(Query(), 1)).rows] == [[], biting]
 
 
 def test_a_browser_is_told_no_more_than_it_can_take_and_each_row_in_its_turn() -> None:
@@ -182,6 +209,28 @@ def counting(monkeypatch: pytest.MonkeyPatch, calls: Counter[str], face: type, n
     monkeypatch.setattr(face, name, counted)
 
 
+async def test_whoever_signs_out_is_followed_for_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The list goes on by the key of somebody who is still signed in."""
+    callers: list[str] = []
+    inner: Any = MachineService.follow_machines
+
+    def noted(self: object, message: pb.FollowMachinesRequest) -> Any:
+        callers.append(actor().name)
+        return inner(self, pb.FollowMachinesRequest(every=1.0))
+
+    monkeypatch.setattr(MachineService, "follow_machines", noted)
+    async with page(tmp_path) as stage:
+        first, second = await stage.visitor(Role.VIEWER), await stage.visitor(Role.ADMIN)
+        assert (await first.get("/machines")).status == 200
+        (began,) = callers
+        assert (await (first if began == "viewer" else second).post("/sign-out", {})).status == 303
+        with anyio.fail_after(60):
+            while len(callers) == 1:
+                await anyio.sleep(0.05)
+        assert sorted(callers) == ["admin", "viewer"]
+        assert (await (second if began == "viewer" else first).get("/machines")).status == 200
+
+
 async def test_what_a_page_of_machines_asks_and_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A search asks only whether the key still counts; a page has 100 rows; the list is followed once for all."""
     calls: Counter[str] = Counter()
@@ -190,9 +239,17 @@ async def test_what_a_page_of_machines_asks_and_shows(tmp_path: Path, monkeypatc
     counting(monkeypatch, calls, ServerService, "get_version")
     async with page(tmp_path) as stage:
         await fill(stage.office)
+        limited = machine(0)
+        assert limited.public_key is not None
+        stage.office.manager.device.beyond_limits[limited.public_key] = (1, 1)
+        await stage.office.administration.limits.look()
         browser, other = await stage.visitor(Role.VIEWER), await stage.visitor(Role.ADMIN)
         first = await browser.get("/machines")
         assert (first.text.count('<tr id="machine-'), first.status) == (PAGE_SIZE, 200)
+        (row,) = re.findall(rf'<tr id="machine-{limited.id}">.*?</tr>', first.text, re.DOTALL)
+        assert "limited" in row
+        assert "bandwidth in, bandwidth out" in row
+        assert first.text.count(">limited<") == 1
         calls["get_version"] = 0
         paths = ("/machines?page=3", "/machines?sort=-received", "/machines?text=node-22", "/machines?selector=site%3Dnorth")
         texts = [(await visitor.get(path)).text for visitor in (browser, other) for path in paths]

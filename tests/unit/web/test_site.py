@@ -4,7 +4,7 @@ import http.client
 import ssl
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from urllib.parse import urlencode
 
@@ -19,11 +19,13 @@ from siderolink.common.grpc import ServerCertificate
 from siderolink.common.hostport import HostPort
 from siderolink.common.tasks import background_tasks
 from siderolink.server import Role
+from siderolink.server.store import Transaction
 from siderolink.web.guard import find_origins, read_origin
 from siderolink.web.run import WebOptions, serve_page
-from siderolink.web.sessions import COOKIE
+from siderolink.web.sessions import COOKIE, MAX_SIGN_INS_PER_SOURCE
 from siderolink.web.views import VIEWS
 from tests.support.certificates import make_certificate
+from tests.support.fake_device import VirtualClock
 from tests.support.office import Office, open_office
 
 pytestmark = pytest.mark.anyio
@@ -131,6 +133,61 @@ async def test_who_gets_in_and_with_what(tmp_path: Path) -> None:
         assert not any(part.startswith("domain") for part in parts)
         assert stage.keys[Role.VIEWER] not in answer.headers["set-cookie"]
         assert "viewer" in (await stranger.get("/")).text
+
+
+async def test_wrong_keys_are_answered_late_and_so_many_of_an_address_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who waits, waits at the server, whose clock stands still here."""
+    released = anyio.Event()
+
+    waiting: list[float] = []
+
+    async def sleep(clock: VirtualClock, seconds: float) -> None:
+        waiting.append(seconds)
+        await released.wait()
+
+    monkeypatch.setattr(VirtualClock, "sleep", sleep)
+    async with page(tmp_path) as stage:
+        statuses: list[int] = []
+
+        async def guess(number: int) -> None:
+            statuses.append((await Browser(stage.port).sign_in(f"slk_{number}")).status)
+
+        await stage.visitor(Role.ADMIN)
+        others = len(waiting)
+        async with anyio.create_task_group() as guessing:
+            for number in range(MAX_SIGN_INS_PER_SOURCE):
+                guessing.start_soon(guess, number)
+            with anyio.fail_after(60):
+                while len(waiting) < others + MAX_SIGN_INS_PER_SOURCE:
+                    await anyio.sleep(0.01)
+            assert (await Browser(stage.port).sign_in(stage.keys[Role.ADMIN])).status == 429
+            assert (await Browser(stage.port, source="127.0.0.2").sign_in(stage.keys[Role.ADMIN])).status == 303
+            assert statuses == []
+            released.set()
+        assert statuses == [401] * MAX_SIGN_INS_PER_SOURCE
+        delays = waiting[others : others + MAX_SIGN_INS_PER_SOURCE]
+        assert len({round(delay, 3) for delay in delays}) == MAX_SIGN_INS_PER_SOURCE, "each waits longer than the one before"
+        await stage.visitor(Role.ADMIN)
+
+
+async def test_a_session_ends_when_its_key_has_another_role(tmp_path: Path) -> None:
+    async with page(tmp_path) as stage:
+        browser = await stage.visitor(Role.OPERATOR)
+
+        async def work(transaction: Transaction) -> None:
+            (key,) = (one for one in await transaction.principals() if one.role is Role.OPERATOR)
+            await transaction.put_principal(replace(key, role=Role.VIEWER))
+
+        await stage.office.manager.store.transact(work)
+        with anyio.fail_after(60):
+            while (answer := await browser.get("/machines")).status == 200:
+                await anyio.sleep(0.01)
+        assert answer.status == 303
+        assert answer.headers["location"].startswith("/sign-in")
+        again = await browser.sign_in(stage.keys[Role.OPERATOR])
+        assert (again.status, "Ban a machine" in (await browser.get("/bans")).text) == (303, False)
 
 
 async def test_what_every_answer_carries(tmp_path: Path) -> None:
