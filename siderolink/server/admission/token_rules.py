@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from siderolink.server.admission.rows import refusal
+from siderolink.server.admission.signed_tokens import SignedToken
 from siderolink.server.admission.tokens import JoinTokenResult, JoinTokenState
 from siderolink.server.clock import Clock
 from siderolink.server.refusals import JoinRefusal, JoinRejectedError
@@ -31,8 +32,7 @@ class TokenRules:
         """What of the stored tokens has to be looked at to judge this one."""
         if join.signed is not None:
             wanted: list[TokenKey] = [] if join.signed.signing_provider is not None else [DEFAULT_TOKEN]
-            provider = join.signed.provider
-            return wanted if provider is None else [*wanted, (TokenColumn.PROVIDER, provider)]
+            return [*wanted, *_provider_keys(join.signed)]
         is_judged = join.is_valid or join.digest is None or join.state is JoinTokenState.MALFORMED
         return [] if is_judged else [(TokenColumn.DIGEST, join.digest)]
 
@@ -63,8 +63,8 @@ class TokenRules:
     async def _find_signed(self, transaction: Transaction, join: JoinTokenResult) -> JoinTokenResult:
         """The token that signed it; of a provider's machines that join by the default token, the provider's own entry."""
         assert join.signed is not None
-        tokens, name = transaction.tokens, join.signed.provider
-        provider = None if name is None else await tokens.find(TokenColumn.PROVIDER, name)
+        tokens, name, keys = transaction.tokens, join.signed.provider, _provider_keys(join.signed)
+        provider = await tokens.find(*keys[0]) if keys else None
         is_valid, signer = join.is_valid, provider
         if join.signed.signing_provider is None:
             default = await tokens.find(*DEFAULT_TOKEN)
@@ -115,6 +115,12 @@ class TokenRules:
             use = replace(use, expires_at=None, spent_at=now if is_spent else None)
         await transaction.tokens.put_use(use)
         return not is_proved and (is_spent or use.expires_at is not None)
+
+
+def _provider_keys(signed: SignedToken) -> list[TokenKey]:
+    """Where the token of the provider is that a signed token names; not in the store if no provider can have that name."""
+    name = signed.provider
+    return [(TokenColumn.PROVIDER, name)] if name is not None and name.isprintable() else []
 
 
 def _used_up(token: JoinToken) -> JoinRejectedError:

@@ -158,8 +158,8 @@ def parse_unique_token(token: str) -> UniqueToken | None:
     if not isinstance(document, dict) or not isinstance(document.get("Token"), str) or not document["Token"]:
         return UniqueToken(token_digest("text:" + token), text=token)
     given = document.get("Fingerprint")
-    fingerprint = given if isinstance(given, str) and len(given) <= 128 and given != _NO_HARDWARE else ""
-    return UniqueToken(token_digest("token:" + document["Token"]), fingerprint)
+    fingerprint = given if isinstance(given, str) and len(given) <= 128 and given.isprintable() else ""
+    return UniqueToken(token_digest("token:" + document["Token"]), "" if fingerprint == _NO_HARDWARE else fingerprint)
 
 
 def unique_token_digest(token: str) -> bytes | None:

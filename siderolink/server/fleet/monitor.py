@@ -277,9 +277,16 @@ class Monitor:
     async def _guarded(self, key: Due | None, check: Check) -> None:
         try:
             await check()
-        except SideroLinkError as error:
+        except Exception as error:
+            is_foreseen = isinstance(error, SideroLinkError)
             fields = log_fields(self._directory, key if isinstance(key, str) else getattr(key, "machine_id", None))
-            log.warning("checking a machine failed; retrying: %s", error, extra=fields)
+            log.log(
+                logging.WARNING if is_foreseen else logging.ERROR,
+                "checking a machine failed; retrying: %s",
+                error,
+                extra=fields,
+                exc_info=None if is_foreseen else error,
+            )
             if isinstance(key, _Resync):
                 self._retry_resync(key.machine_id)
             elif key is not None:

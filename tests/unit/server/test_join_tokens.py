@@ -483,3 +483,15 @@ def test_stored_tokens_alone_are_not_combined_with_others(other: dict[str, Any])
     Server(api_listen="127.0.0.1:0", force_tunnel=True, policy=policy)
     with pytest.raises(ConfigurationError, match="stored_tokens_only=True admits by stored tokens alone"):
         Server(api_listen="127.0.0.1:0", force_tunnel=True, policy=policy, **other)
+
+
+@pytest.mark.parametrize("version", ["v1", "v2"])
+async def test_a_signed_token_that_names_an_unreadable_provider_is_refused_as_any_other(version: str) -> None:
+    """It costs its caller, and is no outage of the database."""
+    async with opened("postgres") as store:
+        manager = Manager(store=store)
+        own = (await tokens_of(manager).create("default", make_default=True)).secret
+        for signer in ("a stranger's", own):
+            text = sign(version, signer, {PROVIDER: "a\0b"})
+            status, _ = await manager.refuses(FakeMachine(), join_token=text)
+            assert status in (DENIED, GONE)

@@ -18,6 +18,7 @@ from siderolink.common.keys import PublicKey
 from siderolink.common.pb.sidero.link import ProvisionRequest
 from siderolink.server import Allow, Deny, JoinRefusal, JoinRefused, JoinRequest, MachineJoined, MachineLimits
 from tests.support.manager import TOKEN, FakeMachine, Manager, new_key
+from tests.support.stores import opened
 
 pytestmark = pytest.mark.anyio
 
@@ -142,6 +143,16 @@ async def test_a_unique_token_is_its_token_part() -> None:
     await manager.join(replace(machine, unique_token='{"Token":"t","Fingerprint":"bb"}', key=new_key()))
     for other in ('{"Fingerprint":"aa","Token":"x"}', "t", '{"Token":1}', "[" * 1024):
         assert await manager.refuses(replace(machine, unique_token=other)) == (Status.PERMISSION_DENIED, ANOTHER)
+
+
+@pytest.mark.parametrize("fingerprint", ["\\ud800", "a\\u0000b", "\\u202e", "\\u001b[31m"])
+async def test_a_fingerprint_that_nobody_could_read_is_none(fingerprint: str) -> None:
+    async with opened("sql") as store:
+        manager, machine = Manager(store=store), FakeMachine(unique_token=f'{{"Fingerprint":"{fingerprint}","Token":"t"}}')
+        await manager.join(machine)
+        await manager.handshake(machine)
+        row = await manager.row(machine)
+        assert (row.unique_fingerprint, row.unique_token_digest is None) == ("", False)
 
 
 async def test_without_a_unique_token_a_living_link_keeps_its_address() -> None:

@@ -288,6 +288,18 @@ async def test_a_slower_writer_with_lower_numbers_is_not_skipped(url: str, datab
     assert [change.ban.value for change in found if not isinstance(change, ChangesLost)] == ["slow", "quick"]  # type: ignore[union-attr]
 
 
+async def test_a_change_that_no_server_wrote_does_not_stop_the_feed(url: str) -> None:
+    insert = "INSERT INTO changes (kind, id, body) VALUES (%s, 'x', %s)"
+    async with PostgresStore.open(url, key=STATE_KEY) as store, store.changes() as changes:
+        writer = await psycopg.AsyncConnection.connect(url, autocommit=True)
+        async with writer:
+            for kind, body in (("machine", "{"), ("ban", '{"kind": "none", "value": 5}'), ("owner", "[]"), ("server", "null")):
+                await writer.execute(insert, (kind, body))
+                assert await anext(changes) == ChangesLost()
+        await store.transact(work_of("insert", machine(1, 1)))
+        assert isinstance(await anext(changes), MachineChanged)
+
+
 async def test_a_reader_behind_what_was_pruned_reads_all(url: str, database: str) -> None:
     async with PostgresStore.open(url, key=STATE_KEY) as store, PostgresStore.open(url, key=STATE_KEY) as other:
         async with store.changes() as changes:

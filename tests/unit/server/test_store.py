@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from siderolink.common.errors import StoreError
+from siderolink.common.errors import StoreError, StoreUnavailableError
 from siderolink.common.keys import PrivateKey, PublicKey
 from siderolink.server.store import (
     AuditQuery,
@@ -310,6 +310,21 @@ async def test_an_undone_note_and_record_are_undone(store: Store) -> None:
     assert await store.transact(lambda transaction: transaction.server()) is None
     await store.transact(lambda transaction: transaction.set_server(record))
     assert await store.transact(lambda transaction: transaction.server()) == record
+
+
+@pytest.mark.parametrize("text", ["half of a pair \ud800", "a NUL \0"])
+async def test_a_text_that_cannot_be_stored_is_refused_and_the_store_goes_on(store: Store, text: str) -> None:
+    """It is no outage either. Memory can hold anything."""
+    insert, find = work_of("insert", replace(machine(1, 1), unique_fingerprint=text)), lambda found: found.machine(text)
+    errors: list[type[StoreError]] = []
+    for work in (insert, find):
+        try:
+            await store.transact(work)
+        except StoreError as error:
+            errors.append(type(error))
+    assert StoreUnavailableError not in errors
+    await store.transact(work_of("insert", machine(2, 2, overlay=2)))
+    assert [row.id async for row in store.machines()][-1] == "2"
 
 
 async def test_a_caller_that_gives_up_breaks_nothing(store: Store) -> None:

@@ -7,6 +7,7 @@ looked up first: where the database refuses one, nothing is stored and the batch
 """
 
 import asyncio
+import logging
 import sqlite3
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
@@ -23,6 +24,8 @@ from siderolink.server.store.sql import statements
 from siderolink.server.store.sql.file import translated
 from siderolink.server.store.sql.reading import Key, Reader
 from siderolink.server.store.sql.transaction import SqlTransaction
+
+log = logging.getLogger(__name__)
 
 MAX_BATCH = 256
 
@@ -173,6 +176,9 @@ class Batches:
                     taken, put_off = await self._attempt(jobs, is_checked=True)
         except StoreError as error:
             failure = error
+        except Exception as error:  # nobody foresaw it: it fails these works, and no later ones
+            log.exception("works of the store failed")
+            failure = StoreError(f"the state cannot be read or written: {type(error).__name__}")
         self._waiting.extendleft(reversed(put_off))
         changes: list[Change] = []
         for job in taken:

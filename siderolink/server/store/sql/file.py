@@ -148,7 +148,7 @@ def translated() -> Iterator[None]:
         if _FULL in reason:
             raise StoreFullError("the state cannot be written: the disk is full") from error
         raise StoreError(f"the state cannot be read or written: {reason}") from error
-    except SQLAlchemyError as error:
+    except (SQLAlchemyError, UnicodeError, OverflowError) as error:  # the last two: a value that no column can hold
         raise StoreError(f"the state cannot be read or written: {type(error).__name__}") from error
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import anyio
 from psycopg import AsyncConnection as Driver
+from psycopg import DataError
 from psycopg import Error as DriverError
 from psycopg.pq import TransactionStatus
 from psycopg.sql import SQL, Identifier
@@ -133,7 +134,7 @@ def told() -> Iterator[None]:
     """
     try:
         yield
-    except (SQLAlchemyError, DriverError, TimeoutError) as error:
+    except (SQLAlchemyError, DriverError, TimeoutError, UnicodeError) as error:
         raise _translate(error) from error
 
 
@@ -161,7 +162,8 @@ def _translate(error: Exception) -> Exception:
         return ContendedError(reason, is_unique=state == _NOT_UNIQUE)
     if state == _NO_SPACE:
         return StoreFullError("the state cannot grow: the database's disk is full")
-    if is_lost or not state or state.startswith(_AWAY):
+    is_refused_here = isinstance(cause, DataError) and not state  # a text that Postgres cannot hold
+    if is_lost or not (state or is_refused_here) or state.startswith(_AWAY):
         return StoreUnavailableError(f"the database does not answer: {reason}")
     return StoreError(f"the database refuses: {reason}")
 

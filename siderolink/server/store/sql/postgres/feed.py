@@ -9,7 +9,7 @@ other. A notification says only that there is something; who misses it finds out
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import fields
 from typing import Any
@@ -111,6 +111,15 @@ def _read_change(kind: str, body: str) -> Change | None:
         return _change_of(kind, json.loads(body))
     except (ValueError, TypeError, KeyError, AttributeError):
         raise StoreError("the feed holds a change that no server wrote") from None
+
+
+def _read_changes(rows: Sequence[tuple[str, str]]) -> list[Change]:
+    """Where one of them cannot be read, all rows are to be read anew: the feed goes on."""
+    try:
+        return [change for kind, body in rows if (change := _read_change(kind, body)) is not None]
+    except StoreError as error:
+        log.warning("%s; all rows are read anew", error)
+        return [ChangesLost()]
 
 
 def _change_of(kind: str, found: Any) -> Change | None:
@@ -220,8 +229,7 @@ class FeedReader:
         if self._postmaster and (is_lost or first.postmaster != self._postmaster):
             self._feeds.publish([ChangesLost()])
         elif self._postmaster:
-            changes = (_read_change(row.kind, row.body) for row in rows if row.kind is not None)
-            self._feeds.publish([change for change in changes if change is not None])
+            self._feeds.publish(_read_changes([(row.kind, row.body) for row in rows if row.kind is not None]))
         self._position, self._postmaster = top, first.postmaster
 
     async def listen(self) -> None:
