@@ -24,7 +24,6 @@ _CHECKS: dict[str, Callable[[object], bool]] = {
     "bool": lambda value: isinstance(value, bool),
     "float": lambda value: isinstance(value, float),
     "double": lambda value: isinstance(value, float),
-    "map": lambda value: isinstance(value, dict),
     **dict.fromkeys(_INTEGERS, lambda value: isinstance(value, int) and not isinstance(value, bool)),
 }
 
@@ -181,23 +180,53 @@ def prepare(kind: type[betterproto2.Message]) -> None:
 
 def has_declared_types(message: betterproto2.Message) -> bool:
     """Whether every field, those of messages within included, has a value of its declared kind."""
-    return all(_is_right(message, field) for field in dataclasses.fields(cast("DataclassInstance", message)))
+    return all(is_right(getattr(message, name)) for name, is_right in _checks_of(type(message)))
 
 
-def _is_right(message: betterproto2.Message, field: "dataclasses.Field[Any]") -> bool:
-    declared = field.metadata["betterproto"]
-    value = getattr(message, field.name)
+_Check = Callable[[object], bool]
+
+
+@cache
+def _checks_of(kind: type[betterproto2.Message]) -> tuple[tuple[str, _Check], ...]:
+    """Each field of a model, and what its value has to be."""
+    model: Any = kind
+    return tuple((each.name, _check_of(each.metadata["betterproto"])) for each in dataclasses.fields(model))
+
+
+def _check_of(declared: Any) -> _Check:
+    is_value = _value_check(declared)
     if declared.repeated:
-        return isinstance(value, list) and all(_is_value(declared, one) for one in value)
-    if value is None:
-        return bool(declared.optional)
-    return _is_value(declared, value)
+        return lambda value: isinstance(value, list) and all(map(is_value, value))
+    is_optional = bool(declared.optional)
+    return lambda value: is_optional if value is None else is_value(value)
 
 
-def _is_value(declared: Any, value: object) -> bool:
+def _value_check(declared: Any) -> _Check:
+    if declared.map_meta is not None:
+        is_key, is_value = map(_value_check, declared.map_meta)
+        return lambda value: isinstance(value, dict) and all(map(is_key, value)) and all(map(is_value, value.values()))
     if declared.proto_type != "message":
-        return _CHECKS[declared.proto_type](value)
-    if isinstance(value, betterproto2.Message):
-        return has_declared_types(value)
+        return _CHECKS[declared.proto_type]
     # well-known types become datetime, timedelta and the like; a number or bytes are what came instead of a message
-    return declared.unwrap is not None and not isinstance(value, int | bytes | list)
+    is_well_known = declared.unwrap is not None
+
+    def is_message(value: object) -> bool:
+        if isinstance(value, betterproto2.Message):
+            return has_declared_types(value)
+        return is_well_known and not isinstance(value, int | bytes | list)
+
+    return is_message
+
+
+def holds_nul(value: object) -> bool:
+    """Whether a text in a message has a NUL, which a database may not be able to look for."""
+    match value:
+        case str():
+            return "\0" in value
+        case betterproto2.Message():
+            return any(holds_nul(getattr(value, name)) for name, _ in _checks_of(type(value)))
+        case list():
+            return any(map(holds_nul, value))
+        case dict():
+            return any(holds_nul(part) for pair in value.items() for part in pair)
+    return False

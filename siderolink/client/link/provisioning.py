@@ -84,6 +84,8 @@ def read_response(response: ProvisionResponse, public_key: PublicKey) -> Provisi
         raise InvalidAnswerError(f"the server's answer is invalid: server_public_key: {error}") from None
     if server_key == public_key:
         raise InvalidAnswerError("the server's answer is invalid: server_public_key is this machine's own key")
+    if server_key.is_low_order:
+        raise InvalidAnswerError("the server's answer is invalid: server_public_key: no private key belongs to this one")
     address, server_address = _read_addresses(response)
     virtual_address: tuple[IPv6Address, int] | None = None
     endpoints: tuple[HostPort, ...] = ()

@@ -6,6 +6,7 @@ from siderolink.common.grpc.byte_stream import ByteStream
 from siderolink.common.grpc.calls import ANY_METHOD, ByteStreamService, Servable, certificate_of, valid_token
 from siderolink.common.grpc.client import GrpcChannel, open_byte_stream, open_channel, pinned_channel, translate_errors
 from siderolink.common.grpc.limits import CallLimits, Limits
+from siderolink.common.grpc.messages import decode_answer
 from siderolink.common.grpc.refusals import Refusal, Refused
 from siderolink.common.grpc.server import GrpcServer, serve
 from siderolink.common.grpc.sources import LocalPeer, TrustedProxies, parse_networks, source_of
@@ -36,6 +37,7 @@ __all__ = [
     "TrustedProxies",
     "certificate_of",
     "client_tls",
+    "decode_answer",
     "mutual_tls",
     "open_byte_stream",
     "open_channel",

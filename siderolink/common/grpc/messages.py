@@ -1,8 +1,9 @@
 """Bounds on gRPC's length-prefixed messages (gRPC over HTTP/2, "Length-Prefixed-Message"), and the codec of ordinary calls."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar, cast
 
+import betterproto2
 from grpclib import GRPCError, Status
 from grpclib.encoding.proto import ProtoCodec
 from grpclib.protocol import Buffer
@@ -11,7 +12,9 @@ from siderolink.common.errors import InvalidAnswerError
 from siderolink.common.grpc.accounts import Account
 from siderolink.common.grpc.refusals import Refusal, Refused
 from siderolink.common.grpc.timers import Timers
-from siderolink.common.protobuf_wire import count_fields, refuse_strings_as_numbers
+from siderolink.common.protobuf_wire import MalformedWireError, count_fields, has_declared_types, refuse_strings_as_numbers
+
+T = TypeVar("T")
 
 PREFIX_BYTES = 5
 """One byte that says whether the message is compressed, four of length."""
@@ -242,7 +245,7 @@ class ServerCodec(ProtoCodec):
     """Decodes requests: unreadable ones are INVALID_ARGUMENT.
 
     A model may have a static method `read_plain`, which reads an ordinary message in one pass and has bounds of its own; it
-    returns None for any other.
+    returns None for any other. Its service checks the fields of those itself.
     """
 
     def __init__(self, on_refusal: OnRefusal, max_fields: int | None = None) -> None:
@@ -261,18 +264,32 @@ class ServerCodec(ProtoCodec):
             if self._max_fields is not None and count_fields(data, self._max_fields, message_type) > self._max_fields:
                 raise ValueError(f"more than {self._max_fields} fields")
             refuse_strings_as_numbers(message_type, data)
-            return super().decode(data, message_type)
+            message = super().decode(data, message_type)
+            return message if read_plain is not None else _declared(message)
         except Exception as error:
             self._on_refusal(Refusal.MESSAGE_MALFORMED, f"{type(error).__name__} on reading a {message_type.__name__}")
             raise GRPCError(Status.INVALID_ARGUMENT, "the message could not be read") from None
+
+
+def _declared(message: Any) -> Any:
+    """The message. Raises MalformedWireError where a field came with another wire type, which the decoders let pass."""
+    if isinstance(message, betterproto2.Message) and not has_declared_types(message):
+        raise MalformedWireError("a field is of another type")
+    return message
+
+
+def decode_answer(data: bytes, kind: type[T]) -> T:
+    """A message from an answer, or within one. Raises InvalidAnswerError for what is none."""
+    try:
+        refuse_strings_as_numbers(kind, data)
+        message: T = _declared(ProtoCodec().decode(data, cast("Any", kind)))
+    except Exception as error:
+        raise InvalidAnswerError(f"the server's answer is no {kind.__name__}") from error
+    return message
 
 
 class ClientCodec(ProtoCodec):
     """Decodes responses: unreadable ones raise InvalidAnswerError."""
 
     def decode(self, data: bytes, message_type: Any) -> Any:
-        try:
-            refuse_strings_as_numbers(message_type, data)
-            return super().decode(data, message_type)
-        except Exception as error:
-            raise InvalidAnswerError(f"the server's answer is no {message_type.__name__}") from error
+        return decode_answer(data, message_type)

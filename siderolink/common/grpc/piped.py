@@ -101,18 +101,20 @@ class Inbox:
             self._partial += piece
             self.held += len(piece)
         data, start = self._partial, 0
-        while len(data) - start >= PREFIX_BYTES:
-            body = start + PREFIX_BYTES
-            length = int.from_bytes(data[start + 1 : body])
-            check_prefix(data[start], length, MAX_DATA_BYTES + _OVERHEAD_BYTES)
-            end = body + length
-            if end > len(data):
-                break
-            self._messages.append(bytes(data[body:end]))
-            start = end
-        if start:
-            del data[:start]
-            self._news.set()
+        try:
+            while len(data) - start >= PREFIX_BYTES:
+                body = start + PREFIX_BYTES
+                length = int.from_bytes(data[start + 1 : body])
+                check_prefix(data[start], length, MAX_DATA_BYTES + _OVERHEAD_BYTES)
+                end = body + length
+                if end > len(data):
+                    break
+                self._messages.append(bytes(data[body:end]))
+                start = end
+        finally:
+            if start:
+                del data[:start]
+                self._news.set()
 
 
 class Pipe:

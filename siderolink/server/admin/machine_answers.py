@@ -9,7 +9,7 @@ from typing import Final, TypeVar
 import anyio
 
 from siderolink.common.errors import ServerUnreachableError, SideroLinkError
-from siderolink.common.grpc import GrpcChannel, GRPCError, Status, translate_errors
+from siderolink.common.grpc import GrpcChannel, GRPCError, Status, decode_answer, translate_errors
 from siderolink.common.pb.common import NetIpPrefix
 from siderolink.common.pb.cosi.resource import GetOptions, GetRequest, StateStub
 from siderolink.common.pb.google.protobuf import Empty
@@ -119,7 +119,7 @@ async def _resource(channel: GrpcChannel, namespace: str, kind: str, name: str, 
     found = await StateStub(channel).get(request)
     if found.resource is None or found.resource.spec is None:
         raise GRPCError(Status.NOT_FOUND)
-    return into.parse(found.resource.spec.proto_spec)
+    return decode_answer(found.resource.spec.proto_spec, into)
 
 
 async def _ask_stage(channel: GrpcChannel, answer: MachineAnswer) -> None:

@@ -18,7 +18,7 @@ from grpclib import GRPCError, Status
 
 from siderolink.common.backoff import Backoff
 from siderolink.common.errors import SideroLinkError
-from siderolink.common.grpc import GrpcChannel, Limits, open_channel, translate_errors
+from siderolink.common.grpc import GrpcChannel, Limits, decode_answer, open_channel, translate_errors
 from siderolink.common.pb.cosi.resource import ListOptions, ListRequest, StateStub
 from siderolink.common.pb.google.protobuf import Empty
 from siderolink.common.pb.machine import MachineServiceStub, MetaWriteRequest
@@ -208,7 +208,7 @@ async def _fingerprint(channel: GrpcChannel) -> str:
     async for answer in StateStub(channel).list(request):
         if answer.resource is None or answer.resource.spec is None:
             continue
-        spec = LinkStatusSpec.parse(answer.resource.spec.proto_spec)
+        spec = decode_answer(answer.resource.spec.proto_spec, LinkStatusSpec)
         if spec.type == _ETHER and not spec.kind:
             addresses.append((spec.permanent_addr or spec.hardware_addr)[:_MAX_ADDRESS_BYTES])
         if len(addresses) > _MAX_LINKS:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from siderolink.common.errors import JoinError, SideroLinkError
+from siderolink.common.errors import InvalidAnswerError, JoinError, SideroLinkError
 from siderolink.common.grpc import GrpcChannel, Limits, Servable, open_channel, serve
 from siderolink.common.pb.common import NetIpPrefix
 from siderolink.common.pb.cosi.resource import GetRequest, GetResponse, Resource, Spec, StateBase
@@ -80,6 +80,17 @@ async def test_what_a_hostile_machine_says_is_short_and_printable() -> None:
     for text in (found.version, found.hostname, found.unmet[0], found.disks[0].model):
         assert text.isprintable()
         assert len(text) <= 128
+
+
+@pytest.mark.parametrize("spec", [b"\x08\x05", b"\x0a\x02\xff\xff"])
+async def test_a_resource_that_is_none_is_an_invalid_answer(spec: bytes) -> None:
+    class OddState(StateBase):
+        async def get(self, message: GetRequest) -> GetResponse:
+            return GetResponse(resource=Resource(spec=Spec(proto_spec=spec if message.id == "hostname" else b"")))
+
+    async with machine_api(OddState()) as channel:
+        with pytest.raises(InvalidAnswerError):
+            await ask_machine(channel)
 
 
 async def test_what_it_does_not_answer_is_noted() -> None:

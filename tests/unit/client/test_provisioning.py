@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 
 from siderolink.client.link.provisioning import NodeInfo, make_request, provision, read_response
 from siderolink.common.errors import InvalidAnswerError, JoinRefusedError, ServerUnreachableError
+from siderolink.common.grpc import decode_answer
 from siderolink.common.join_url import JoinURL
+from siderolink.common.keys import PublicKey
 from siderolink.common.pb.sidero.link import ProvisionRequest, ProvisionResponse
 from tests.support.provision import new_key, provision_api, response
 
@@ -63,6 +65,8 @@ def test_a_tunnel_answer_names_no_endpoint() -> None:
         ("server_public_key", ""),
         ("server_public_key", "A" * 44),
         ("server_public_key", str(OWN)),
+        ("server_public_key", str(PublicKey(bytes(32)))),
+        ("server_public_key", str(PublicKey(bytes([1]) + bytes(31)))),
         ("node_address_prefix", ""),
         ("node_address_prefix", "192.0.2.1/24"),
         ("node_address_prefix", "fdae:41e4:649b:9303::42"),
@@ -99,6 +103,12 @@ def test_an_answer_that_breaks_the_protocol_is_refused(field: str, value: object
 def test_no_answer_raises_anything_else(answer: ProvisionResponse) -> None:
     with pytest.raises(InvalidAnswerError):
         read_response(answer, OWN)
+
+
+@pytest.mark.parametrize("number", [1, 3, 4, 5, 6])
+def test_an_answer_with_a_number_for_a_text_is_no_answer(number: int) -> None:
+    with pytest.raises(InvalidAnswerError):
+        decode_answer(bytes([number << 3, 5]), ProvisionResponse)
 
 
 @pytest.mark.anyio

@@ -41,7 +41,7 @@ from siderolink.common.grpc import (
 )
 from siderolink.common.grpc.piped import PIPE_WINDOW_BYTES
 from siderolink.common.pb.siderolink.admin import v1 as pb
-from siderolink.common.protobuf_wire import encode_in_parts
+from siderolink.common.protobuf_wire import encode_in_parts, holds_nul
 from siderolink.common.text import one_line
 from siderolink.server.admin.administration import Administration
 from siderolink.server.store import Actor, Role
@@ -227,18 +227,21 @@ def _bearer(metadata: Mapping[str, object]) -> str:
 
 
 class _Answering:
-    """A call whose long lists are encoded in parts, so that other tasks run meanwhile."""
+    """A call whose requests hold no NUL, and whose long lists are encoded in parts, so that other tasks run meanwhile."""
 
     def __init__(self, call: Any) -> None:
         self._call = call
         self._sent = 0
 
-    def __aiter__(self) -> AsyncIterator[Any]:
-        messages: AsyncIterator[Any] = self._call.__aiter__()
-        return messages
+    async def __aiter__(self) -> AsyncIterator[Any]:
+        while (message := await self.recv_message()) is not None:
+            yield message
 
     async def recv_message(self) -> Any:
-        return await self._call.recv_message()
+        message = await self._call.recv_message()
+        if holds_nul(message):
+            raise ConfigurationError("a text may not contain a NUL character")
+        return message
 
     async def send_message(self, message: betterproto2.Message) -> None:
         self._sent += 1

@@ -9,7 +9,8 @@ from grpclib.const import Cardinality, Handler
 from siderolink.common.grpc import ByteStream, GRPCError, Status
 from siderolink.common.grpc.piped import Inbox, Pipe, PipeCutError
 from siderolink.common.pb.siderolink.admin import v1 as pb
-from siderolink.common.protobuf_wire import has_declared_types, refuse_strings_as_numbers
+from siderolink.common.protobuf_wire import has_declared_types, holds_nul, refuse_strings_as_numbers
+from siderolink.common.tasks import background_tasks
 from siderolink.server.admin.services.access import GetAdministration, actor
 
 FORWARD: Final = "/siderolink.admin.v1.ForwardService/Forward"
@@ -35,7 +36,9 @@ class ForwardService(pb.ForwardServiceBase):
 
     async def _forward(self, stream: ByteStream) -> None:
         inbox = Inbox(stream)
-        request = await _first(inbox)
+        message = await first_message(stream, inbox)
+        request = read_request(message)
+        inbox.credit(message)
 
         async def start(sock: socket.socket) -> Pipe:
             pipe = Pipe(stream, inbox, sock)
@@ -50,26 +53,32 @@ class ForwardService(pb.ForwardServiceBase):
             await stream.wait_ended()
 
 
-async def first_message(inbox: Inbox) -> bytes:
+async def first_message(stream: ByteStream, inbox: Inbox) -> bytes:
     """The request that says where to, as it came. Raises GRPCError."""
+
+    async def watch() -> None:
+        await stream.wait_ended()
+        inbox.end()
+
     try:
         with anyio.fail_after(_FIRST_SECONDS):
-            message = await inbox.next()
+            async with background_tasks() as tasks:
+                tasks.start_soon(watch)
+                message = await inbox.next()
     except TimeoutError:
         raise GRPCError(Status.DEADLINE_EXCEEDED, "no request came that names a machine and a port") from None
-    assert message is not None  # nobody said that the stream has ended
+    if message is None:
+        raise GRPCError(Status.INVALID_ARGUMENT, "the stream has ended before a request came")
     return message
 
 
-async def _first(inbox: Inbox) -> pb.ForwardRequest:
+def read_request(message: bytes) -> pb.ForwardRequest:
     """The request that says where to. Raises GRPCError."""
-    message = await first_message(inbox)
     try:
         refuse_strings_as_numbers(pb.ForwardRequest, message)
         request = pb.ForwardRequest.parse(message)
     except Exception:
         raise GRPCError(Status.INVALID_ARGUMENT, "the first request cannot be read") from None
-    if not has_declared_types(request) or request.data or request.end:
+    if not has_declared_types(request) or holds_nul(request) or request.data or request.end:
         raise GRPCError(Status.INVALID_ARGUMENT, "the first request names a machine and a port, and nothing else")
-    inbox.credit(message)
     return request
