@@ -24,7 +24,7 @@ answered; machines that do not know it stay until the server is gone.
 
 import asyncio
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from ipaddress import IPv6Address
 from typing import Self
@@ -42,6 +42,8 @@ _HEADER = b"SLby\x01"
 _MOVE_HEADER = b"SLmv\x01"
 _FORGET = 0x01
 GOODBYE_BYTES = len(_HEADER) + 1 + KEY_BYTES
+MOVE_SECONDS = 0.5
+_MOVES_AT_ONCE = 256
 _TRIES = 3
 _ANSWER_SECONDS = 0.2
 
@@ -89,23 +91,29 @@ class MoveAway:
 async def hear_moves(
     on_move: Callable[[PublicKey], None], *, address: IPv6Address, server: IPv6Address, interface: str, namespace: str | None
 ) -> None:
-    """Call `on_move` with the server's key for each move that comes to the machine's address, until cancelled.
+    """Call `on_move` with the server's key for the moves that come to the machine's address, until cancelled.
 
-    `namespace` is where the interface is. Raises SideroLinkError where the port cannot be had.
+    Each may cost a call of the API, so those that come within MOVE_SECONDS count as one. `namespace` is where the interface is.
+    Raises SideroLinkError where the port cannot be had.
     """
     with await bind_overlay(address, GOODBYE_PORT, interface, udp=True, namespace=namespace) as sock:
         while True:
             await anyio.wait_readable(sock)  # uvloop has no sock_recvfrom
-            try:
-                data, source = sock.recvfrom(GOODBYE_BYTES + 1)
-            except BlockingIOError:
-                continue
-            except OSError:  # the interface is down; who watches it tells
-                await anyio.sleep(1.0)
-                continue
-            move = MoveAway.parse(data)
-            if move is not None and IPv6Address(source[0].partition("%")[0]) == server:
-                on_move(move.public_key)
+            for public_key in {move.public_key for move in _moves(sock, server)}:
+                on_move(public_key)
+            await anyio.sleep(MOVE_SECONDS)
+
+
+def _moves(sock: socket.socket, server: IPv6Address) -> Iterator[MoveAway]:
+    """What the server has sent so far."""
+    for _ in range(_MOVES_AT_ONCE):
+        try:
+            data, source = sock.recvfrom(GOODBYE_BYTES + 1)
+        except OSError:  # nothing is left, or the interface is down, which its watch tells
+            return
+        move = MoveAway.parse(data)
+        if move is not None and IPv6Address(source[0].partition("%")[0]) == server:
+            yield move
 
 
 async def say_goodbye(

@@ -1,15 +1,22 @@
 """The goodbye's bytes, and the UUIDs that are nobody's."""
 
+import socket
 import uuid
+from contextlib import suppress
+from functools import partial
+from ipaddress import IPv6Address
 
+import anyio
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from siderolink.common.errors import ConfigurationError
-from siderolink.common.goodbye import GOODBYE_BYTES, Goodbye, MoveAway
+from siderolink.common.goodbye import GOODBYE_BYTES, MOVE_SECONDS, Goodbye, MoveAway, hear_moves
 from siderolink.common.keys import PublicKey
 from siderolink.common.node_uuid import is_placeholder, parse_uuid
+from siderolink.common.tasks import background_tasks
+from tests.support.postgres import free_port
 
 KEY = PublicKey(bytes(range(32)))
 
@@ -71,3 +78,26 @@ def test_a_malformed_uuid_is_refused_without_repeating_it(text: str) -> None:
     with pytest.raises(ConfigurationError) as caught:
         parse_uuid(text)
     assert not text or text not in str(caught.value)
+
+
+@pytest.mark.anyio
+async def test_many_moves_at_once_are_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of them may cost a call of the API."""
+    port, here = free_port(), IPv6Address("::1")
+    monkeypatch.setattr("siderolink.common.goodbye.GOODBYE_PORT", port)
+    heard: list[PublicKey] = []
+    hearing = partial(hear_moves, heard.append, address=here, server=here, interface="lo", namespace=None)
+    with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as sender:
+        sender.bind(("::1", 0))
+        sender.connect(("::1", port))
+        async with background_tasks() as tasks:
+            began = anyio.current_time()
+            tasks.start_soon(hearing)
+            with anyio.fail_after(20):
+                while len(heard) < 2:
+                    with suppress(ConnectionRefusedError):
+                        for _ in range(100):
+                            sender.send(MoveAway(public_key=KEY).encode())
+                    await anyio.sleep(0.01)
+            assert anyio.current_time() - began >= MOVE_SECONDS
+    assert heard == [KEY, KEY]

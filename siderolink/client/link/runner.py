@@ -13,7 +13,7 @@ import logging
 import math
 import ssl
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from ipaddress import IPv6Network
@@ -31,7 +31,7 @@ from siderolink.client.link.signals import InterfaceGone, Pause, Replaced, Signa
 from siderolink.client.link.state import Progress
 from siderolink.client.link.watch import ATTEMPT_TIMEOUT, DOWN_AFTER
 from siderolink.common.backoff import Backoff, RetryTrigger
-from siderolink.common.errors import SideroLinkError
+from siderolink.common.errors import JoinError, SideroLinkError
 from siderolink.common.join_url import JoinURL
 from siderolink.common.keys import PrivateKey, PublicKey
 from siderolink.common.tasks import background_tasks, keep_running
@@ -254,16 +254,20 @@ class LinkRunner:
     async def _hold_or_repair(self, answer: Provisioned) -> Provisioned:
         """Keep the link; recreate its interface if another program deletes it. Returns an answer that needs another device."""
         backoff = Backoff(first=1.0, cap=30.0, at_once=True)
+        is_unusable = False
         while True:
+            if is_unusable:  # the server may know better by now
+                with suppress(JoinError):
+                    answer = await self._provisioner.request(tunnel=self.is_fallback)
             try:
                 return await self._hold(answer)
             except InterfaceGone as gone:
-                reason = str(gone)
+                reason, is_unusable = str(gone), False
                 answer = self.answer or answer
             except SideroLinkError as error:
                 if not self.progress.machine.was_up:
                     raise
-                reason = str(error)
+                reason, is_unusable = str(error), True
             except Exception as error:
                 log.exception("the link failed; restarting it")
                 reason = f"internal error: {type(error).__name__}"

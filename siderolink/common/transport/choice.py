@@ -165,11 +165,11 @@ class UdpRoute:
             return False
         try:
             there = (await endpoints[0].resolve())[0]
-        except OSError:
+            before = await device.peer(peer.public_key)
+            # No other task runs in between, so only the initiation is sent there. Its answer moves the path.
+            await device.set_peer(replace(peer, endpoint=there))
+        except (OSError, ConfigurationError):  # it cannot be dialled from here
             return False
-        before = await device.peer(peer.public_key)
-        # No other task runs in between, so only the initiation is sent there. Its answer moves the path.
-        await device.set_peer(replace(peer, endpoint=there))
         await device.handshake(peer.public_key)
         await device.set_peer(replace(peer, endpoint=self._address))
         with anyio.move_on_after(_MOVE_SECONDS):

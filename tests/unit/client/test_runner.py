@@ -16,7 +16,7 @@ from siderolink.client.link.probes import HandshakeTrial
 from siderolink.client.link.provisioning import NodeInfo, Provisioned, Provisioner
 from siderolink.client.link.runner import LinkOptions, LinkRunner
 from siderolink.client.link.signals import ApiLost, Put
-from siderolink.common.errors import JoinRefusedError
+from siderolink.common.errors import JoinRefusedError, OverlayInUseError
 from siderolink.common.keys import PublicKey
 from siderolink.common.netlink import OutgoingRoute
 from siderolink.common.pb.sidero.link import ProvisionResponse
@@ -306,6 +306,28 @@ async def test_another_address_or_transport_needs_another_device() -> None:
         assert bench.configs[2].name == "siderolinktun"
         assert bench.configs[2].listen_port is None
         assert bench.configs[2].private_key == bench.configs[0].private_key
+
+
+async def test_an_answer_that_this_host_cannot_use_is_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another link of this host may have the overlay that an answer names; the next answer need not name it."""
+    server, taken = new_key(), "fdae:41e4:649b:9399::43/64"
+
+    async def check_overlay(overlay: IPv6Network, interface: str) -> None:
+        if overlay == IPv6Interface(taken).network:
+            raise OverlayInUseError("another link has it")
+
+    async with running(response(server, ONE), attempt_timeout=0.05, down_after=0.05) as bench:
+        monkeypatch.setattr(bench, "check_overlay", check_overlay)
+        await bench.saw(events.Connecting)
+        await anyio.wait_all_tasks_blocked()
+        bench.shake_hands(server)
+        await bench.saw(events.Connected)
+        unusable = response(server, ONE, address=taken)
+        unusable.server_address = "fdae:41e4:649b:9399::1"
+        bench.service.answer = unusable
+        await bench.service.wait_asked(lambda count: count >= 3)
+        bench.service.answer = response(server, TWO)
+        await bench.saw(events.Connecting, condition=lambda event: event.route == f"udp {TWO}")
 
 
 async def test_udp_is_tried_with_the_key_that_the_server_has_by_now(monkeypatch: pytest.MonkeyPatch) -> None:

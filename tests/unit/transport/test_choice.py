@@ -13,9 +13,11 @@ from siderolink.common.grpc.client import CREATE_STREAM
 from siderolink.common.hostport import HostPort
 from siderolink.common.join_url import JoinURL
 from siderolink.common.keys import PublicKey
+from siderolink.common.tasks import background_tasks
 from siderolink.common.transport import choice
 from siderolink.common.transport.choice import Route, TunnelTransport, UdpTransport, choose
-from siderolink.common.wireguard.device import PeerConfig
+from siderolink.common.wireguard.device import DeviceConfig, PeerConfig
+from siderolink.common.wireguard.packet_device import open_packet_device
 from siderolink.common.wireguard.path import Path
 from tests.support.fake_device import FakeDevice, VirtualClock
 from tests.support.provision import new_key
@@ -239,3 +241,21 @@ async def test_a_second_stream_is_closed_when_the_link_is_left_before_it_is_answ
         await streams.until(lambda: streams.open == {0})
     assert scope.cancelled_caught
     assert streams.interruptions == []
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("host", ["fe80::1%nowhere", "no-such-host.invalid"])
+async def test_another_endpoint_that_cannot_be_dialled_from_here_leaves_the_link_where_it_is(host: str) -> None:
+    wanted = peer()
+    (route,) = UdpTransport((HostPort("127.0.0.1", 9),)).routes
+    config = DeviceConfig(name="here", private_key=None, listen_port=0)
+    async with open_packet_device(config, lambda packet: None, lambda event: None) as device:
+        async with background_tasks() as tasks:
+            tasks.start_soon(route.carry, device, wanted, lambda reason: None)
+            with anyio.fail_after(20):
+                while route.remote is None:
+                    await anyio.sleep(0.01)
+                assert not await route.shake_hands_with(device, wanted, (HostPort(host, 5),))
+            status = await device.peer(wanted.public_key)
+            assert status is not None
+            assert status.path == "127.0.0.1:9"
