@@ -10,6 +10,7 @@ import anyio
 from siderolink.common.errors import UnauthenticatedError
 from siderolink.common.grpc import certificate_of, valid_token
 from siderolink.common.pb.siderolink.peers.v1 import Caller
+from siderolink.common.protobuf_wire import has_declared_types
 from siderolink.common.text import one_line
 from siderolink.server.admin.api_keys import ApiKeys
 from siderolink.server.peers.identity import fingerprint
@@ -89,6 +90,10 @@ class PeerAccess:
 
 def _read(told: object) -> Caller:
     try:
-        return Caller.parse(b64decode(told, validate=True)) if isinstance(told, str) else Caller()
+        caller = Caller.parse(b64decode(told, validate=True)) if isinstance(told, str) else Caller()
+        is_one = has_declared_types(caller)
     except Exception:
-        raise UnauthenticatedError("the caller that the server names cannot be read") from None
+        is_one = False
+    if not is_one:
+        raise UnauthenticatedError("the caller that the server names cannot be read")
+    return caller

@@ -4,13 +4,12 @@ from contextlib import suppress
 from typing import Any
 
 from siderolink.common.errors import SideroLinkError
-from siderolink.common.grpc import ByteStream, GRPCError, Status, open_byte_stream, translate_errors
+from siderolink.common.grpc import ByteStream, GRPCError, Refused, Status, open_byte_stream, translate_errors
 from siderolink.common.grpc.messages import framed
 from siderolink.common.grpc.piped import Inbox, PipeCutError, send_message
-from siderolink.common.pb.siderolink.admin.v1 import ForwardRequest
 from siderolink.common.tasks import background_tasks
 from siderolink.server.admin.services import actor
-from siderolink.server.admin.services.forward import first_message
+from siderolink.server.admin.services.forward import first_message, read_request
 from siderolink.server.peers.access import caller_metadata
 from siderolink.server.peers.relay import Method, Others
 from siderolink.server.store import FleetServer
@@ -28,15 +27,19 @@ class _Rewound:
 
     def receive(self, receiver: Any, *, credited: bool = False) -> None:
         first, self._first = self._first, b""
-        receiver([memoryview(first)])
+        try:
+            receiver([memoryview(first)])
+        except Refused as refused:
+            self._stream.refuse(refused.refusal, refused.message)
         self._stream.receive(receiver, credited=credited)
 
 
 async def connected_at_the_owner(method: Method, others: Others, stream: Any) -> None:
     """A connection to a machine's port is made by the server that has its link; by this one, where no other has it."""
     inbox = Inbox(stream)
-    first = await first_message(inbox)
-    owner = await others.owner_of(name) if (name := _machine(first)) else None
+    first = await first_message(stream, inbox)
+    name = read_request(first).machine
+    owner = await others.owner_of(name) if name else None
     if owner is None:
         await method.at(None, others.channels, _Rewound(stream, framed(first) + inbox.rest()))
         return
@@ -47,14 +50,6 @@ async def connected_at_the_owner(method: Method, others: Others, stream: Any) ->
         raise GRPCError(Status.ABORTED, "the stream has ended") from None
     except SideroLinkError as error:
         raise GRPCError(Status.UNAVAILABLE, f"the server that has the machine's link cannot be reached: {error}") from None
-
-
-def _machine(first: bytes) -> str:
-    """Whom the first request names; empty where it cannot be read, which this server tells the caller itself."""
-    try:
-        return ForwardRequest.parse(first).machine
-    except Exception:
-        return ""
 
 
 async def _pipe(path: str, owner: FleetServer, others: Others, stream: ByteStream, inbox: Inbox, first: bytes) -> None:

@@ -1,5 +1,7 @@
 """Servers that share a store: who is admitted, what they ask each other, whose calls are passed on, what all show as one."""
 
+import asyncio
+from base64 import b64encode
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
@@ -9,11 +11,14 @@ import anyio
 import pytest
 
 from siderolink.common.errors import SideroLinkError
-from siderolink.common.grpc import GRPCError, Status, open_channel, pinned_channel, translate_errors
+from siderolink.common.grpc import GRPCError, Status, open_byte_stream, open_channel, pinned_channel, translate_errors
+from siderolink.common.grpc.messages import framed
 from siderolink.common.keys import PrivateKey
 from siderolink.common.pb.siderolink.admin import v1 as pb
 from siderolink.common.pb.siderolink.peers import v1 as peers_pb
 from siderolink.server import KeepOptions, ReportOptions
+from siderolink.server.admin.services.forward import FORWARD
+from siderolink.server.peers.access import CALLER
 from siderolink.server.peers.channels import PEER_LIMITS
 from siderolink.server.peers.identity import PeerIdentity
 from siderolink.server.reporting.archive import Archive
@@ -256,3 +261,40 @@ async def test_lines_of_all_servers_are_shown_as_one_and_deleted_everywhere(tmp_
             deleted = await history.delete_history(pb.DeleteHistoryRequest(machine=machine_id))
             assert deleted.bytes > 0
             assert await shown() == []
+
+
+async def test_a_forward_whose_first_bytes_are_nonsense_is_refused_where_it_comes_in(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with two(tmp_path) as (a, b):
+        here, there = await b.join(FakeMachine()), await a.join(FakeMachine())
+        await b.knows(there)
+        bad_prefix = b"\x01\0\0\0\x01x"
+        async with b.office.local() as channel:
+            for sent in (
+                framed(b"\x08\x05\x10\x50"),  # the machine is a number
+                framed(bytes(pb.ForwardRequest(machine="a\0b", port=1))),
+                framed(b"\xff" * 40),
+                bad_prefix,
+                framed(bytes(pb.ForwardRequest(machine=here, port=1))) + bad_prefix,
+                framed(bytes(pb.ForwardRequest(machine=there, port=1))) + bad_prefix,
+            ):
+                with anyio.fail_after(10), pytest.raises(GRPCError) as refused:
+                    async with open_byte_stream(channel, FORWARD) as stream:
+                        stream.send(memoryview(sent))
+                        await stream.wait_ended()
+                assert refused.value.status is Status.INVALID_ARGUMENT, sent
+        with anyio.fail_after(10):  # and none of the calls waits on
+            while any("_run_byte_stream" in repr(task) for task in asyncio.all_tasks()):
+                await anyio.sleep(0.01)
+    assert not [record for record in caplog.records if record.exc_info]
+
+
+@pytest.mark.parametrize("told", [b"\x08\x05", b"\xff", b"\x1a\x02\xff\xff", b"\x20\x05"])
+async def test_a_caller_that_cannot_be_read_is_nobody(tmp_path: Path, caplog: pytest.LogCaptureFixture, told: bytes) -> None:
+    async with two(tmp_path) as (a, b):
+        machines = pb.MachineServiceStub(a.peers.channels.to(b.registry.rows["b"]))
+        with pytest.raises(GRPCError) as refused:
+            await machines.list_machines(pb.ListMachinesRequest(), metadata={CALLER: b64encode(told).decode()})
+        assert refused.value.status is Status.UNAUTHENTICATED
+    assert not [record for record in caplog.records if record.exc_info]
