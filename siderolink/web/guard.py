@@ -61,7 +61,8 @@ class Origins:
             return True
         scheme, separator, rest = origin.partition("://")
         label, dot, parent = rest.partition(".")
-        return bool(separator and label and dot) and f"{scheme}://*.{parent}" in self.wildcards
+        is_label = label.replace("-", "").replace("_", "").isalnum() and label.isascii()
+        return bool(separator and is_label and dot) and f"{scheme}://*.{parent}" in self.wildcards
 
     def has_host(self, host: str) -> bool:
         """Whether a Host header names one of them."""

@@ -286,7 +286,10 @@ def _local(location: str) -> str:
 
 def _back(request: Request) -> str:
     """The page that the form was on."""
-    return _local(urlsplit(request.headers.get("referer", "/")).path or "/")
+    try:
+        return _local(urlsplit(request.headers.get("referer", "/")).path or "/")
+    except ValueError:  # what no browser sends
+        return "/"
 
 
 def _without_cookie(response: Response) -> Response:

@@ -16,6 +16,7 @@ import siderolink.web.run
 from siderolink.common.grpc import ServerCertificate
 from siderolink.server import Role
 from siderolink.server.store import Transaction
+from siderolink.web.guard import Origins
 from siderolink.web.sessions import (
     COOKIE,
     MAX_SESSIONS_PER_ACTOR,
@@ -233,3 +234,19 @@ async def test_one_key_leaves_sessions_and_streams_to_others() -> None:
 
         assert sum(opened(one) for one in own if not one.is_over) == MAX_STREAMS_PER_ACTOR
         assert opened(other) == MAX_STREAMS
+
+
+@pytest.mark.parametrize("referer", ["http://[", "//[x]", "http://a\N{ADDRESSED TO THE SUBJECT}b/", "//evil.example/x"])
+async def test_a_form_of_no_page_leads_to_the_first_one(tmp_path: Path, referer: str) -> None:
+    async with page(tmp_path) as stage:
+        browser = await stage.visitor(Role.VIEWER)
+        answer = await browser.post("/bans", {"name": "x"}, referer=referer.encode().decode("latin-1"))
+        assert (answer.status, answer.headers["location"]) in ((303, "/"), (303, "/x"))
+
+
+def test_the_first_label_of_a_certificates_name_is_one() -> None:
+    origins = Origins(frozenset(), ("https://*.example.com:8096",))
+    for host in ("fleet.example.com:8096", "FLEET-1.example.com:8096", "my_fleet.example.com:8096"):
+        assert origins.has_host(host)
+    for label in ("[x", "a@b", "x:1", "x/y", "x#", "x?", "", "*", " ", "\N{FULLWIDTH SOLIDUS}", "a.b"):
+        assert not origins.has_host(f"{label}.example.com:8096"), label
