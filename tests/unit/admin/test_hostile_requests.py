@@ -3,8 +3,9 @@
 import dataclasses
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
+import betterproto2
 import pytest
 from grpclib.const import Handler
 
@@ -34,10 +35,10 @@ def field(number: int, value: int | bytes) -> bytes:
 
 def fields(kind: Any) -> Iterator[tuple[Any, type | None]]:
     """Each field of a model, with the model of what is in it."""
+    hints = get_type_hints(kind)
     for each in dataclasses.fields(kind):
-        declared = each.metadata["betterproto"]
-        is_message = declared.proto_type == "message" and not declared.unwrap
-        yield declared, kind._betterproto.cls_by_field[each.name] if is_message else None
+        models = (one for one in get_args(hints[each.name]) if isinstance(one, type) and issubclass(one, betterproto2.Message))
+        yield each.metadata["betterproto"], next(models, None)
 
 
 def of_another_type(kind: Any) -> Iterator[bytes]:
