@@ -18,9 +18,11 @@ from siderolink.server.store.sql.queries import READERS, Statement, matches, nam
 from siderolink.server.store.sql.reading import Sought
 from siderolink.server.store.sql.token_rows import SqlTokens
 
+_DIALECT = sqlite.dialect()
+
 
 def _statement(clause: ClauseElement) -> Statement:
-    return Statement(clause, sqlite.dialect())
+    return Statement(clause, _DIALECT)
 
 
 async def _run(driver: aiosqlite.Connection, statement: Statement, rows: Sequence[Mapping[str, Any]]) -> None:
