@@ -176,8 +176,10 @@ class Broadcast(Generic[T]):
     def publish(self, item: T, size: int = 0) -> None:
         """Hand out an item of `size` bytes. Never blocks."""
         self._history.append((item, size))
-        for subscription in self._held():
-            subscription.add(item, size)
+        for held in tuple(self._subscriptions):
+            subscription = held()
+            if subscription is not None:
+                subscription.add(item, size)
 
     @property
     def has_readers(self) -> bool:
@@ -187,12 +189,11 @@ class Broadcast(Generic[T]):
     def end(self) -> None:
         """End every subscription once its reader has what waits."""
         self._ended = True
-        for subscription in self._held():
-            subscription.end()
+        for held in tuple(self._subscriptions):
+            subscription = held()
+            if subscription is not None:
+                subscription.end()
         self._subscriptions.clear()
-
-    def _held(self) -> list[Subscription[T]]:
-        return [found for held in tuple(self._subscriptions) if (found := held()) is not None]
 
     def _forget(self, held: "ref[Subscription[T]]") -> None:
         self._subscriptions.pop(held, None)

@@ -1,7 +1,6 @@
 """What the calls of a server take, by source: memory, and processor time with its turns."""
 
 import asyncio
-from collections import Counter
 
 from siderolink.common.grpc.limits import Limits
 from siderolink.common.grpc.turns import CALL_SECONDS, Turns, Work
@@ -31,8 +30,8 @@ class CallBudget:
         self._total = limits.max_call_bytes
         self._share = limits.max_call_bytes_per_address
         self._unproven = limits.max_unproven_call_bytes
-        self._taken: Counter[str] = Counter()
-        self._taken_unproven: Counter[str] = Counter()
+        self._taken: dict[str, int] = {}
+        self._taken_unproven: dict[str, int] = {}
         self._all_until = 0.0
         self._until: dict[str, float] = {}
         self._known: dict[str, None] = {}
@@ -70,26 +69,28 @@ class CallBudget:
 
     def take(self, source: str, size: int) -> bool:
         """Reserve bytes for a source. Returns False, and reserves nothing, if that exceeds its share."""
-        used = self.used + size
-        if used > self._total or (used > self._total // 2 and self._taken[source] + size > self._share):
+        used, taken = self.used + size, self._taken.get(source, 0) + size
+        if used > self._total or (used > self._total // 2 and taken > self._share):
             return False
-        if self.is_stranger(source):
-            unproven, of_source = self.used_unproven + size, self._taken_unproven[source] + size
+        if self._has_tokens and source and source not in self._known:  # a stranger
+            unproven, of_source = self.used_unproven + size, self._taken_unproven.get(source, 0) + size
             if unproven > self._unproven or of_source > self._unproven // _QUARTER:
                 return False
             self.used_unproven, self._taken_unproven[source] = unproven, of_source
         self.used = used
-        self._taken[source] += size
+        self._taken[source] = taken
         return True
 
     def give_back(self, source: str, size: int) -> None:
         """Release bytes of a source."""
         self.used -= size
-        self._taken[source] -= size
-        if self._taken[source] <= 0:
-            del self._taken[source]
-        unproven = min(size, self._taken_unproven[source]) if source in self._taken_unproven else 0
-        if unproven:
+        taken = self._taken.get(source, 0) - size
+        if taken > 0:
+            self._taken[source] = taken
+        else:
+            self._taken.pop(source, None)
+        if source in self._taken_unproven:
+            unproven = min(size, self._taken_unproven[source])
             self.used_unproven -= unproven
             self._taken_unproven[source] -= unproven
             if not self._taken_unproven[source]:
@@ -138,6 +139,11 @@ class Account:
         """Do the work in the source's turn; said only by one that `takes_turns`."""
         assert self._budget is not None
         self._budget.turns.ask(self._source, work, is_known=self.is_known)
+
+    def run_or_ask(self, work: Work) -> None:
+        """Do the work: at once where `Turns` lets the source, and else in its turn; said only by one that `takes_turns`."""
+        assert self._budget is not None
+        self._budget.turns.run_or_ask(self._source, work, is_known=self.is_known)
 
     async def wait_turn(self, seconds: float = CALL_SECONDS) -> None:
         """Let others have their turn of the loop, and wait for that of the source, for what takes so many seconds."""

@@ -22,7 +22,7 @@ from siderolink.common.grpc.accounts import Account, CallBudget
 from siderolink.common.grpc.budget import ConnectionBudget, Held
 from siderolink.common.grpc.byte_stream import CONTENT_TYPE, ByteStream, trailers
 from siderolink.common.grpc.connection import H2Stream, Headers
-from siderolink.common.grpc.header_fields import check_fields
+from siderolink.common.grpc.header_fields import read_fields
 from siderolink.common.grpc.limits import CallLimits, Limits
 from siderolink.common.grpc.messages import ServerCodec, framed
 from siderolink.common.grpc.refusals import Refusal
@@ -122,7 +122,7 @@ class Caller:
 
     def of_call(self, headers: Headers) -> object:
         """Where one call comes from: the connection's address, or what a trusted proxy says of it."""
-        if not self.proxies.forwarded_from or not isinstance(self.address, tuple):
+        if not isinstance(self.address, tuple):
             return self.address
         fields = [value for name, value in headers if name == "x-forwarded-for"]
         found = self.proxies.forwarded_for(str(self.address[0]), fields) if fields else self.address[0]
@@ -188,27 +188,29 @@ class CallHandler(AbstractHandler):
     def accept(self, stream: GrpclibH2Stream, headers: Headers, release_stream: Callable[[], None]) -> None:
         """Start the call. Refusals are sent before a task is created."""
         assert isinstance(stream, H2Stream)
-        check_fields(headers)
-        connection = stream.connection
+        fields = read_fields(headers)
+        connection, caller = stream.connection, self._caller
         held: Held | None = None
+        address, account = caller.address, connection.account
         try:
-            path, fields = _check_request(headers)
+            path = _check_request(fields)
             if path not in self._methods and ANY_METHOD in self._methods:
                 path = ANY_METHOD
             method = self._method(path)
             size = 0 if method.handler.request_type is ByteStream else _CALL_BYTES
-            address = self._caller.of_call(headers)
-            held = self._caller.enter_call(address, partial(self._crowd_out, stream))
-            account = self._caller.account_of(held, connection.account, self._limits)
+            if caller.proxies.forwarded_from:
+                address = caller.of_call(headers)
+                held = caller.enter_call(address, partial(self._crowd_out, stream))
+                account = caller.account_of(held, account, self._limits)
             try:
                 if not account.take(size):
                     size = 0
                     raise _Bad(Refusal.CALL_MEMORY, Status.RESOURCE_EXHAUSTED, "calls take too much memory (max_call_bytes)")
-                origin = _Origin(address, partial(self._caller.valid_token, held), account)
+                origin = _Origin(address, partial(caller.valid_token, held), account)
                 run = self._prepare(stream, path, headers, fields, origin)
             except BaseException:
                 account.give_back(size)
-                self._caller.leave_call(held)
+                caller.leave_call(held)
                 raise
         except _Bad as bad:
             stream.put_headers(_answer(bad), end_stream=True)
@@ -226,7 +228,7 @@ class CallHandler(AbstractHandler):
         def done(task: asyncio.Task[None]) -> None:
             self._tasks.pop(stream, None)
             self._running[path] -= 1
-            self._caller.leave_call(held)
+            caller.leave_call(held)
             account.give_back(size)
             release_stream()
             try:
@@ -445,18 +447,15 @@ class _Expiry:
         self._task = None
 
 
-def _check_request(headers: Headers) -> tuple[str, dict[str, str]]:
-    """The call's path and header fields (gRPC over HTTP/2, "Requests"). Raises _Bad."""
-    fields: dict[str, str] = {}
-    for name, value in headers:
-        fields.setdefault(name, value)
+def _check_request(fields: Mapping[str, str]) -> str:
+    """The path of a call with these header fields (gRPC over HTTP/2, "Requests"). Raises _Bad."""
     if fields.get(":method") != "POST":
         raise _Bad(Refusal.BAD_REQUEST, Status.UNKNOWN, "a gRPC call is a POST", "405")
     if fields.get("content-type", "").partition(";")[0] not in (CONTENT_TYPE, f"{CONTENT_TYPE}+proto"):
         raise _Bad(Refusal.BAD_REQUEST, Status.UNKNOWN, f"the content-type is not {CONTENT_TYPE}", "415")
     if fields.get("grpc-encoding", "identity") != "identity":
         raise _Bad(Refusal.MESSAGE_COMPRESSED, Status.UNIMPLEMENTED, "compression is not supported")
-    return fields.get(":path", ""), fields
+    return fields[":path"]
 
 
 def _answer(bad: _Bad) -> Headers:

@@ -61,6 +61,7 @@ def new_h2_connection(limits: Limits, *, server: bool) -> Engine:
         # The engine ends a whole connection for one call too many. It is told a higher number than the peer, so that
         # calls opened before the peer has read our settings are refused one by one.
         settings[SettingCodes.MAX_CONCURRENT_STREAMS] *= _STREAM_HEADROOM
+        private.expect_frames(connection)
     connection.local_settings = Settings(client=not server, initial_values=settings)
     connection.max_inbound_frame_size = limits.max_frame_bytes
     connection.decoder.max_header_list_size = limits.max_header_bytes
@@ -89,8 +90,8 @@ def first_words(limits: Limits, *, server: bool) -> bytes:
 
 
 @lru_cache(maxsize=8)
-def grpclib_config(limits: Limits, *, server: bool) -> Configuration:
-    return private.grpclib_config(limits.connection_window_bytes, server=server)
+def grpclib_config(connection_window: int, *, server: bool) -> Configuration:
+    return private.grpclib_config(connection_window, server=server)
 
 
 def as_text(headers: Iterable[tuple[bytes, bytes]]) -> Headers:
@@ -182,7 +183,7 @@ class Connection(_GrpclibConnection):
     ) -> None:
         self.engine = engine
         self.transport = CorkedTransport(transport, limits.max_unsent_bytes, self._overflow)
-        super().__init__(engine, self.transport, config=grpclib_config(limits, server=server))
+        super().__init__(engine, self.transport, config=grpclib_config(limits.connection_window_bytes, server=server))
         self.limits = limits
         self.account = account
         self.timers = timers

@@ -53,6 +53,9 @@ def frame_header(length: int, frame_type: int, flags: int, stream_id: int) -> by
     return _FRAME_HEADER.pack(length >> 8, length & 0xFF, frame_type, flags, stream_id)
 
 
+_SETTINGS_ACK = frame_header(0, SETTINGS, ACK, 0)
+
+
 def read_header(data: bytes, pos: int) -> tuple[int, int, int, int]:
     """Length, type, flags and stream of the frame whose header is at `pos`; the reserved bit is ignored."""
     high, low, kind, flags, stream_id = _FRAME_HEADER.unpack_from(data, pos)
@@ -141,8 +144,9 @@ class FloodGuard:
 class FrameScanner:
     """Reads frame headers in front of the HTTP/2 engine, so that the engine does only what a call needs.
 
-    DATA of streams in `raw` is handed out as it comes. PING, PRIORITY, frames of unknown types and DATA for streams that this
-    side has reset never reach the engine. Of SETTINGS it sees the known ones, with a header table of 4,096 bytes at most.
+    DATA of streams in `raw` is handed out as it comes. The preface, PING, PRIORITY, frames of unknown types and DATA for
+    streams that this side has reset never reach the engine. Of SETTINGS it sees the known ones, with a header table of 4,096
+    bytes at most.
     """
 
     def __init__(self, limits: Limits, guard: FloodGuard, *, server: bool) -> None:
@@ -193,7 +197,7 @@ class FrameScanner:
         self._partial = b""
         view = memoryview(data)
         end = len(data)
-        start, pos = 0, self._skip_preface(data)
+        start = pos = self._skip_preface(data) if self._preface else 0
         self._cuts.clear()
         while pos < end and (self._remaining or end - pos >= FRAME_HEADER_BYTES):
             if self._remaining:
@@ -274,7 +278,7 @@ class FrameScanner:
         self.has_settings = True
         known = {name: value for name, value in _SETTING.iter_unpack(payload) if name in _KNOWN_SETTINGS}
         if not known:
-            self.replies += frame_header(0, SETTINGS, ACK, 0)
+            self.replies += _SETTINGS_ACK
             return _NOTHING
         if _HEADER_TABLE_SIZE in known:
             known[_HEADER_TABLE_SIZE] = min(known[_HEADER_TABLE_SIZE], _HEADER_TABLE_BYTES)
@@ -282,8 +286,6 @@ class FrameScanner:
         return memoryview(frame_header(len(entries), SETTINGS, 0, 0) + entries)
 
     def _skip_preface(self, data: bytes) -> int:
-        if not self._preface:
-            return 0
         length = min(len(self._preface), len(data))
         if data[:length] != self._preface[:length]:
             raise Refused(Refusal.NOT_HTTP2, "the connection did not start with the HTTP/2 preface")
@@ -328,7 +330,8 @@ class FrameScanner:
             self.guard.count(Refusal.OTHER_FRAME_FLOOD)
         elif not self._is_server:  # a call of ours leads to two at most; there may be any number of interim responses
             self.guard.spend(Refusal.OTHER_FRAME_FLOOD)
-        self._highest_stream = max(self._highest_stream, stream_id)
+        if stream_id > self._highest_stream:
+            self._highest_stream = stream_id
 
     def _check_settings(self, flags: int, length: int) -> None:
         if flags & ACK and length:

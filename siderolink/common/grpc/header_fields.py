@@ -15,28 +15,33 @@ _PSEUDO = frozenset((":method", ":scheme", ":path", ":authority"))
 _CONNECTION_FIELDS = frozenset(("connection", "keep-alive", "proxy-connection", "transfer-encoding", "upgrade"))
 
 
-def check_fields(headers: Sequence[tuple[str, str]]) -> None:
-    """Check a request's fields. Raises Refused for what RFC 9113 calls malformed."""
-    pseudo: dict[str, str] = {}
-    host = None
+def read_fields(headers: Sequence[tuple[str, str]]) -> dict[str, str]:
+    """A request's fields by name, of a repeated one the first. Raises Refused for what RFC 9113 calls malformed."""
+    fields: dict[str, str] = {}
+    pseudo = hosts = 0
     for number, (name, value) in enumerate(headers):
         has_good_name = name in _ORDINARY_NAMES or _NAME.fullmatch(name) is not None
         # without controls and spaces a value is good; the pattern is for the others
         if not has_good_name or not (value.isprintable() and " " not in value or _VALUE.fullmatch(value) is not None):
             raise _malformed("a field has a character that it may not have")
         if name[0] == ":":
-            if name not in _PSEUDO or name in pseudo or number != len(pseudo):
+            if name not in _PSEUDO or name in fields or number != pseudo:
                 raise _malformed("a pseudo-header field is unknown, repeated or out of place")
-            pseudo[name] = value
+            pseudo += 1
         elif name in _CONNECTION_FIELDS or (name == "te" and value.lower() != "trailers"):
             raise _malformed("a field of HTTP/1 connections")
         elif name == "host":
-            if host is not None:
-                raise _malformed("the request names its host twice")
-            host = value
-    authority = pseudo.get(":authority", host)
-    if len(pseudo) - (":authority" in pseudo) != 3 or not pseudo[":path"] or authority is None or host not in (None, authority):
+            hosts += 1
+        if name not in fields:
+            fields[name] = value
+    if hosts > 1:
+        raise _malformed("the request names its host twice")
+    host = fields.get("host")
+    authority = fields.get(":authority", host)
+    is_whole = pseudo - (":authority" in fields) == 3 and fields[":path"] and authority is not None
+    if not is_whole or host not in (None, authority):
         raise _malformed("a pseudo-header field is missing, or the request names two hosts")
+    return fields
 
 
 def _malformed(message: str) -> Refused:

@@ -18,8 +18,9 @@ _FREE_BYTES = 4096
 class Input:
     """The input of one connection.
 
-    On a server, input is dealt with in the turns of its source. The exceptions are raw streams that are no stranger's, local
-    processes, and clients: these do not wait, but take `TURN_SECONDS` of one turn of the loop at most, too.
+    On a server, input is dealt with in the turns of its source, which a known one need not wait for where that takes nothing
+    from others. The exceptions are raw streams that are no stranger's, local processes, and clients: these never wait, but take
+    `TURN_SECONDS` of one turn of the loop at most, too.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class Input:
         self._timers = connection.timers
         self._fail = fail
         self._account = connection.account
+        self._raw = connection.scanner.raw
         self._loop = asyncio.get_running_loop()
         self._pieces: Iterator[tuple[int, memoryview]] | None = None
         self._backlog: list[bytes] = []
@@ -51,14 +53,15 @@ class Input:
         """Accept received bytes. Failures are reported to `fail`."""
         if self._pieces is None:
             self._pieces = self._connection.scanner.feed(data)
-            if self._is_urgent():
-                self._process(self._loop.time() + turns.TURN_SECONDS)
+            account = self._account
+            if not account.takes_turns or (self._raw and not account.is_stranger):
+                self._process_alone()
                 return
-            self._ask_turn()
+            account.run_or_ask(self._process)
         else:
             self._backlog.append(data)
             self._pause()
-        if len(data) > _FREE_BYTES:
+        if len(data) > _FREE_BYTES and self._is_waiting:
             if not self._account.take(len(data)):
                 self._fail(Refused(Refusal.CALL_MEMORY, "too much input waits for its turn (max_call_bytes)"))
             else:
@@ -71,8 +74,9 @@ class Input:
         self.flooded = None
         self._fail = _ignore
 
-    def _is_urgent(self) -> bool:
-        return not self._account.takes_turns or (bool(self._connection.scanner.raw) and not self._account.is_stranger)
+    @property
+    def _is_waiting(self) -> bool:
+        return self._pieces is not None
 
     def _ask_turn(self) -> None:
         if self._account.takes_turns:
@@ -85,11 +89,11 @@ class Input:
 
     def _process(self, until: float) -> float:
         """Process input until then. Returns the estimated seconds of the calls that it started."""
-        pieces = self._pieces
+        pieces, connection = self._pieces, self._connection
         if pieces is None or self._transport.is_closing():
             return 0.0
         is_over = True
-        self._connection.begin()
+        connection.begin()
         try:
             is_over = self._scan(pieces, until)
             if is_over:
@@ -99,7 +103,7 @@ class Input:
         if self._transport.is_closing():
             self._backlog.clear()
             return 0.0
-        calls = self._connection.streams_started - self._calls_charged
+        calls = connection.streams_started - self._calls_charged
         self._calls_charged += calls
         self._continue(is_over, self._charge(calls))
         return calls * turns.CALL_SECONDS
@@ -113,14 +117,8 @@ class Input:
         """Continue in another turn, or when the source may use processor time again."""
         if is_over:
             self._pieces = None
-            data = b"".join(self._backlog)
-            self._backlog.clear()
-            if data or wait:
-                self._pieces = self._connection.scanner.feed(data)
-            done = max(self._queued - len(data), 0)
-            if done:
-                self._account.give_back(done)
-                self._queued -= done
+            if self._backlog or wait or self._queued:
+                self._take_backlog(wait)
         if self._pieces is None:
             if self.is_paused:
                 self.is_paused = False
@@ -131,6 +129,16 @@ class Input:
             self._timers.after("read", min(wait, _LONGEST_WAIT), self._ask_turn)
         else:
             self._ask_turn()
+
+    def _take_backlog(self, wait: float) -> None:
+        data = b"".join(self._backlog)
+        self._backlog.clear()
+        if data or wait:
+            self._pieces = self._connection.scanner.feed(data)
+        done = max(self._queued - len(data), 0)
+        if done:
+            self._account.give_back(done)
+            self._queued -= done
 
     def _pause(self) -> None:
         if not self.is_paused and not self._transport.is_closing():
@@ -179,7 +187,8 @@ class Input:
 
     def _after_scan(self) -> None:
         """Send replies, and account for bytes that the scanner dropped or the engine holds."""
-        connection, scanner = self._connection, self._connection.scanner
+        connection = self._connection
+        scanner = connection.scanner
         if scanner.replies:
             connection.flush()
             connection.transport.write(bytes(scanner.replies))

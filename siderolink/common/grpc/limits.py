@@ -112,6 +112,10 @@ class Limits:
         """`max_received_bytes`, or as much as the largest message needs."""
         return max(self.max_received_bytes, self.max_message_bytes + 5 + self.max_frame_bytes)
 
+    def __hash__(self) -> int:
+        """Of a few fields: every connection looks up what is the same for all with its limits."""
+        return hash((self.max_message_bytes, self.connection_window_bytes, self.max_streams))
+
     def __post_init__(self) -> None:
         """Raises ConfigurationError for what HTTP/2 cannot express."""
         if not 16_384 <= self.max_frame_bytes < 1 << 24:

@@ -9,7 +9,7 @@ import ssl
 import struct
 from collections.abc import Awaitable, Callable
 from functools import lru_cache
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 from grpclib.client import Channel
 from grpclib.config import Configuration
@@ -209,6 +209,19 @@ class _PlainGoAway(NamedTuple):
     additional_data: bytes
 
 
+def expect_frames(engine: H2Connection) -> None:
+    """Let a server's new engine expect frames: the preface is read in front of it."""
+    if has_short_ways():
+        expect_frames_past_h2(engine)
+    else:
+        engine.receive_data(frames.PREFACE)
+
+
+def expect_frames_past_h2(engine: H2Connection) -> None:
+    """The short way of `expect_frames`."""
+    engine.incoming_buffer._preamble_len = 0
+
+
 def receive(engine: H2Connection, data: bytes) -> list[Event]:
     """What h2's `receive_data` does. Plain frames become no objects of hyperframe's on their way."""
     return short_receive(engine, data) if has_short_ways() else engine.receive_data(data)
@@ -219,10 +232,7 @@ def short_receive(engine: H2Connection, data: bytes) -> list[Event]:
     events: list[Event] = []
     waiting = engine.incoming_buffer
     if waiting._preamble_len or waiting._data or waiting._headers_buffer:
-        if waiting._preamble_len != len(frames.PREFACE) or not data.startswith(frames.PREFACE):
-            return engine.receive_data(data)
-        waiting._preamble_len = 0
-        data = data[len(frames.PREFACE) :]
+        return engine.receive_data(data)
     pos, end = 0, len(data)
     while end - pos >= frames.FRAME_HEADER_BYTES:
         length, kind, flags, stream_id = frames.read_header(data, pos)
@@ -250,18 +260,19 @@ def _receive_plain(engine: H2Connection, kind: int, flags: int, frame: _PlainFra
         engine.outbound_flow_control_window += delta
         return [WindowUpdated(stream_id=0, delta=delta)]
     received: _PlainFrame | _PlainGoAway = frame
+    take: Any  # h2's own frames have what ours have of them
     if kind == frames.HEADERS:
         is_new = frame.stream_id & 1 and frame.stream_id > engine.highest_inbound_stream_id
         if flags & ~frames.END_STREAM != frames.END_HEADERS or engine.config.client_side or not is_new:
             return None
-        take = cast("Callable[..., Any]", engine._receive_headers_frame)
+        take = engine._receive_headers_frame
     elif kind == frames.DATA:
         stream = engine.streams.get(frame.stream_id)
         if stream is None or flags & ~frames.END_STREAM or stream.state_machine.state not in _TAKES_DATA:
             return None
-        take = cast("Callable[..., Any]", engine._receive_data_frame)
+        take = engine._receive_data_frame
     elif kind == frames.GOAWAY and not frame.stream_id and len(frame.data) >= 8:
-        take = cast("Callable[..., Any]", engine._receive_goaway_frame)
+        take = engine._receive_goaway_frame
         last, code = _GOAWAY.unpack_from(frame.data)
         received = _PlainGoAway(last & _LARGEST_WINDOW, code, frame.data[_GOAWAY.size :])
     else:

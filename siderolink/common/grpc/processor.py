@@ -1,7 +1,6 @@
 """grpclib's dispatch of a connection's HTTP/2 events to its streams, with bounds, and with raw streams past it."""
 
 from collections.abc import Callable
-from typing import cast
 
 import h2.events
 from grpclib.protocol import AbstractHandler, EventsProcessor
@@ -33,6 +32,7 @@ class Processor(EventsProcessor):
             super().process(event)
 
     def register(self, stream: _GrpclibStream) -> Callable[[], None]:
+        assert isinstance(stream, H2Stream)
         release = super().register(stream)
         self._on_streams(len(self.streams))
 
@@ -40,9 +40,8 @@ class Processor(EventsProcessor):
             assert stream.id is not None
             self.connection.raw_streams.drop(stream.id)
             release()
-            released = cast("H2Stream", stream)
-            released.sink = None  # it leads back to the stream
-            released.buffer.release()
+            stream.sink = None  # it leads back to the stream
+            stream.buffer.release()
             self._on_streams(len(self.streams))
 
         return release_stream

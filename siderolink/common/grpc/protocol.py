@@ -49,7 +49,8 @@ class Http2Protocol(H2Protocol):
         on_lost: Callable[[], None] = nothing,
         account: Account | None = None,
     ) -> None:
-        super().__init__(handler, grpclib_config(limits, server=server), h2_config(server=server))
+        config = grpclib_config(limits.connection_window_bytes, server=server)
+        super().__init__(handler, config, h2_config(server=server))
         self._limits = limits
         self._server = server
         self._on_refusal = on_refusal

@@ -189,19 +189,17 @@ class GrpcServer:
 
     def _enter(self, accepted: "_Accepted") -> bool:
         """Count a connection, or turn it away; False in that case. Others may have to make room."""
-        source = accepted.source(self._limits.ipv6_source_bits)
-        address, is_trusted = accepted.name if source else "", self._is_proxy(accepted)
-        held = self._budget.enter(source, self._loop.time(), accepted.close, address=address, is_trusted=is_trusted)
+        if isinstance(accepted.address, tuple):
+            accepted.source = source_of(str(accepted.address[0]), self._limits.ipv6_source_bits)
+            accepted.is_proxy = bool(self._proxies.forwarded_from) and contains(self._proxies.forwarded_from, accepted.name)
+        source, address = accepted.source, accepted.name if accepted.source else ""
+        held = self._budget.enter(source, self._loop.time(), accepted.close, address=address, is_trusted=accepted.is_proxy)
         if isinstance(held, Refusal):
             self._turn_away(accepted.connection, held, accepted.name)
             return False
         accepted.held = held
         accepted.on_refusal = self._refuse
         return True
-
-    def _is_proxy(self, accepted: "_Accepted") -> bool:
-        """Whether it forwards for others, and is trusted to say for whom."""
-        return isinstance(accepted.address, tuple) and contains(self._proxies.forwarded_from, str(accepted.address[0]))
 
     async def _admit(self, accepted: "_Accepted") -> None:
         """Bring a connection to the point where HTTP/2 begins."""
@@ -223,14 +221,14 @@ class GrpcServer:
                 self._leave(accepted)
 
     async def _begin(self, accepted: "_Accepted") -> None:
-        source = accepted.source(self._limits.ipv6_source_bits)
+        source = accepted.source
 
         def on_valid_token() -> None:
             if source:
                 self._budget.know(source)
                 self._calls.know(source)
 
-        if source and (self._is_known(accepted.name) or self._is_proxy(accepted)):
+        if source and not self._calls.is_known(source) and (accepted.is_proxy or self._is_known(accepted.name)):
             self._calls.know(source)  # a proxy's calls are charged to those that it forwards for
         caller = Caller(
             address=accepted.address,
@@ -302,14 +300,14 @@ class _Accepted:
     protocol: Http2Protocol | None = None
     task: asyncio.Task[None] | None = None
     on_refusal: Callable[[Refusal, str], None] = lambda refusal, message: None
+    source: str = ""
+    """The key that identifies one source; empty for a local socket."""
+    is_proxy: bool = False
+    """Whether it forwards for others, and is trusted to say for whom."""
 
     @property
     def name(self) -> str:
         return plain(str(self.address[0])) if isinstance(self.address, tuple) else "a local process"
-
-    def source(self, ipv6_bits: int) -> str:
-        """The key that identifies one source; empty for a local socket."""
-        return source_of(str(self.address[0]), ipv6_bits) if isinstance(self.address, tuple) else ""
 
     def close(self, refusal: Refusal, message: str) -> None:
         """Make room for others: say GOAWAY where that is possible, and close now."""

@@ -2,7 +2,8 @@
 
 In one turn of the loop, strangers together get `TURN_SECONDS`, and known sources twice as much. What does not fit waits for the
 next turn, in which everything else, such as the streams of proven machines, is served between. Each source has a slice in
-its turn, whatever number of connections it has.
+its turn, whatever number of connections it has. While no known source waits and their share lasts, their input does not wait
+for a turn either.
 """
 
 import asyncio
@@ -26,7 +27,7 @@ class _Class:
 
     def __init__(self, share: int) -> None:
         self.spent = 0.0
-        """Seconds used since the last turn outside of it, by calls that took longer than they were said to."""
+        """Seconds used since the last turn outside of it: at once, or by calls that took longer than they were said to."""
         self._share = share
         self._waiting: OrderedDict[str, deque[Work]] = OrderedDict()
 
@@ -36,25 +37,39 @@ class _Class:
     def add(self, source: str, work: Work) -> None:
         self._waiting.setdefault(source, deque()).append(work)
 
-    def run(self, clock: Callable[[], float]) -> None:
+    def run_at_once(self, work: Work, clock: Callable[[], float]) -> bool:
+        """Do the work now; False, and nothing done, where others wait or the share is used up."""
+        if self._waiting or self.spent >= self._share * TURN_SECONDS:
+            return False
+        began = clock()
+        charged = work(began + SLICE_SECONDS)
+        self.spent += clock() - began + charged
+        return True
+
+    def run(self, clock: Callable[[], float]) -> float:
+        """Do what waits, within the share; returns the seconds used."""
         spent, self.spent = self.spent, 0.0
-        now = clock()
+        began = now = clock()
         until = now + self._share * TURN_SECONDS - spent
         is_first = not spent  # whatever a turn's length is, something is done in every other turn
-        while self._waiting and (is_first or now < until):
+        charged = 0.0
+        while self._waiting and (is_first or now + charged < until):
             is_first = False
             source, works = self._waiting.popitem(last=False)
             work = works.popleft()
             if works:
                 self._waiting[source] = works
-            until -= work(min(now + SLICE_SECONDS, until))
+            charged += work(min(now + SLICE_SECONDS, until - charged))
             now = clock()
+        return now - began + charged
 
 
 class Turns:
     """The turns of one server."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] | None = None) -> None:
+        """`clock` is the loop's by default."""
+        self._clock = clock
         self._known = _Class(2)
         self._strangers = _Class(1)
         self._is_scheduled = False
@@ -65,6 +80,11 @@ class Turns:
         if not self._is_scheduled:
             self._is_scheduled = True
             asyncio.get_running_loop().call_soon(self._run)
+
+    def run_or_ask(self, source: str, work: Work, *, is_known: bool) -> None:
+        """Do the work: a known source's at once where that takes nothing from others, and else when it is the source's turn."""
+        if not is_known or not self._known.run_at_once(work, self._clock or asyncio.get_running_loop().time):
+            self.ask(source, work, is_known=is_known)
 
     async def wait(self, source: str, seconds: float = CALL_SECONDS, *, is_known: bool) -> None:
         """Wait until it is the source's turn, in which it is going to use so many seconds."""
@@ -84,8 +104,10 @@ class Turns:
         (self._known if is_known else self._strangers).spent += seconds
 
     def _run(self) -> None:
-        clock = asyncio.get_running_loop().time
-        self._known.run(clock)
+        clock = self._clock or asyncio.get_running_loop().time
+        used = self._known.run(clock)
+        if not self._known:
+            self._known.spent = used  # what is run at once in the same turn of the loop counts with it
         self._strangers.run(clock)
         self._is_scheduled = bool(self._known or self._strangers)
         if self._is_scheduled:

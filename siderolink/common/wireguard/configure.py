@@ -55,24 +55,21 @@ class Configurator:
 
     def set_peer(self, config: PeerConfig, now: float) -> None:
         """Add a peer or replace its configuration. Raises ConfigurationError for a key that cannot be a peer's."""
-        change = PeerChange(
-            public_key=config.public_key,
-            clear_preshared_key=config.preshared_key is None,
-            preshared_key=config.preshared_key,
-            endpoint=config.endpoint,
-            persistent_keepalive=config.persistent_keepalive,
-        )
-        is_new = bytes(config.public_key) not in self._engine.peers
+        engine, preshared_key = self._engine, config.preshared_key
+        is_new = bytes(config.public_key) not in engine.peers
         try:
-            entry = self._engine.add_peer(bytes(config.public_key))
+            entry = engine.add_peer(bytes(config.public_key))
         except ValueError as error:
             raise ConfigurationError(f"{config.public_key} cannot be a peer's key: {error}") from None
-        self._engine.allowed_ips.set(entry, config.allowed_ips)
-        self._engine.set_passive(entry, config.is_passive)
-        self._engine.rates.set_peer(entry, config.rate_in, config.rate_out)
-        self.apply_peer(change, now)
+        engine.allowed_ips.set(entry, config.allowed_ips)
+        engine.set_passive(entry, config.is_passive)
+        engine.rates.set_peer(entry, config.rate_in, config.rate_out)
+        engine.set_preshared_key(entry, None if preshared_key is None else bytes(preshared_key))
+        if config.endpoint is not None:
+            self._set_endpoint(entry, config.endpoint)
+        engine.set_persistent_keepalive(entry, config.persistent_keepalive, now)
         if is_new:
-            self._engine.greet(entry, now)
+            engine.greet(entry, now)
 
     def apply_peer(self, change: PeerChange, now: float) -> None:
         """Apply the change of one peer. Like the kernel: our own key is ignored, and a key of low order is never dialled."""

@@ -63,8 +63,7 @@ FRAMES = st.lists(
 def test_every_byte_goes_where_it_belongs_however_it_is_cut(
     frames: list[tuple[int, int, int, bytes]], cuts: list[int], server: bool
 ) -> None:
-    preface = PREFACE if server else b""
-    wire, engine, raw = preface, preface, b""
+    wire, engine, raw = PREFACE if server else b"", b"", b""
     for kind, flags, stream_id, payload in frames:
         flags |= END_HEADERS if kind == HEADERS else 0  # within a header block nothing else may come
         wire += frame(kind, flags, stream_id, payload)
@@ -81,7 +80,15 @@ def test_byte_by_byte() -> None:
     wire = PREFACE + frame(HEADERS, 4, RAW, b"h") + frame(DATA, 0, RAW, b"some data") + frame(DATA, 1, RAW, b"end")
     engine, raw = scan(scanner(server=True), [wire[index : index + 1] for index in range(len(wire))])
     assert raw == b"some data"
-    assert engine == PREFACE + frame(HEADERS, 4, RAW, b"h") + frame(DATA, 1, RAW, b"end")
+    assert engine == frame(HEADERS, 4, RAW, b"h") + frame(DATA, 1, RAW, b"end")
+
+
+@pytest.mark.parametrize("step", [1, 100])
+@pytest.mark.parametrize("wrong", [b"PRI * HTTP/1.1\r\n\r\nSM\r\n\r\n\0\0\0\4\0\0\0\0\0", b"GET / HTTP/1.1\r\n\r\n"])
+def test_another_preface_is_refused(wrong: bytes, step: int) -> None:
+    with pytest.raises(Refused) as caught:
+        scan(scanner(server=True), [wrong[start : start + step] for start in range(0, len(wrong), step)])
+    assert caught.value.refusal is Refusal.NOT_HTTP2
 
 
 def test_counts_begin_again_after_the_interval() -> None:

@@ -20,7 +20,6 @@ from hypothesis import strategies as st
 
 from siderolink.common.grpc import Limits, private
 from siderolink.common.grpc.connection import new_h2_connection
-from siderolink.common.grpc.frames import PREFACE
 
 LIMITS = Limits(max_streams=2)
 STREAMS = st.sampled_from([0, 1, 1, 1, 2, 3, 5])
@@ -113,13 +112,8 @@ def cut(whole: bytes, places: list[int]) -> list[bytes]:
 @example([headers(number, False, False, True, None).serialize() for number in range(1, 31, 2)], [])
 @example([WindowUpdateFrame(0, 2**31 - 1).serialize()], [])
 def test_short_ways_lead_to_the_same_place(frames: list[bytes], places: list[int]) -> None:
-    whole = PREFACE + b"".join(frames)
+    whole = b"".join(frames)
     for pieces in ([whole], cut(whole, places)):
         assert outcome(new_h2_connection(LIMITS, server=True), pieces) == outcome(
             new_h2_connection(LIMITS, server=True), pieces, short=False
         )
-
-
-def test_another_preface_is_refused() -> None:
-    for wrong in (b"PRI * HTTP/1.1\r\n\r\nSM\r\n\r\n" + settings({}).serialize(), b"GET / HTTP/1.1\r\n\r\n"):
-        assert outcome(new_h2_connection(LIMITS, server=True), [wrong]).error == "ProtocolError"

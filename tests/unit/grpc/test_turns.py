@@ -19,7 +19,7 @@ from siderolink.common.grpc.connection import Connection, H2Stream
 from siderolink.common.grpc.messages import MessageBuffer
 from siderolink.common.grpc.private import Call
 from siderolink.common.grpc.protocol import Http2Protocol
-from siderolink.common.grpc.turns import Metered, Turns
+from siderolink.common.grpc.turns import SLICE_SECONDS, Metered, Turns
 from tests.support.api import CALL, ECHO, Raw, Tokens, echo, serving
 from tests.support.http2 import PREFACE, RawPeer, data, message
 
@@ -64,6 +64,37 @@ async def test_calls_that_took_long_cost_their_class_a_turn() -> None:
     assert done == ["known"]
     await turns.wait("known", is_known=True)
     assert done == ["known", "stranger"]
+
+
+async def test_known_sources_do_not_wait_while_their_share_lasts() -> None:
+    now, done = 100.0, list[str]()
+    turns = Turns(lambda: now)
+
+    def working(name: str, seconds: float, charged: float = 0.0) -> Callable[[float], float]:
+        def work(until: float) -> float:
+            nonlocal now
+            assert until - now <= SLICE_SECONDS + 1e-9
+            now += seconds
+            done.append(name)
+            return charged
+
+        return work
+
+    turns.run_or_ask("stranger", working("stranger", 0.001), is_known=False)
+    for number in range(4):  # of 8 ms, three take 9
+        turns.run_or_ask("machine", working(f"at once {number}", 0.002, 0.001), is_known=True)
+    assert done == ["at once 0", "at once 1", "at once 2"]
+    turns.run_or_ask("another", working("another", 0.004), is_known=True)
+    assert done == ["at once 0", "at once 1", "at once 2"]
+    done.clear()
+    await asyncio.sleep(0)
+    assert done == ["stranger"]
+    await asyncio.sleep(0)
+    assert done == ["stranger", "at once 3", "another"]
+    done.clear()
+    turns.run_or_ask("machine", working("in the same turn", 0.002), is_known=True)
+    turns.run_or_ask("machine", working("beyond its share", 0.001), is_known=True)
+    assert done == ["in the same turn"]
 
 
 async def test_a_metered_coroutine_behaves_like_any() -> None:

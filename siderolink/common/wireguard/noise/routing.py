@@ -142,8 +142,9 @@ class AllowedIPs(Generic[T]):
         """Give the prefix to `owner`; returns who held it before."""
         if network.prefixlen < network.max_prefixlen:
             return self._family(network).insert(network, owner)
-        before = self._hosts.get(network.network_address.packed)
-        self._hosts[network.network_address.packed] = owner
+        address = network.network_address.packed
+        before = self._hosts.get(address)
+        self._hosts[address] = owner
         return before
 
     def remove(self, network: Network) -> None:
