@@ -30,6 +30,7 @@ class CrowdMetrics:
     """A server's counters, of parts without a listener."""
 
     certificate = None
+    is_leaving = False
 
     def __init__(self, crowd: Crowd, with_series: int) -> None:
         self._crowd = crowd

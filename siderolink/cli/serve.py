@@ -268,7 +268,7 @@ class Serve:
             say("administration", f"on TCP port {server.admin_port}, by API keys")
         say("overlay", f"{server.address} on {server.device.name} ({server.device.kind} device), key {server.public_key}")
         if self._state is not None:
-            say("remembering", f"{len(await server.machines())} machines, in {self._state}")
+            say("remembering", f"{(await server.counters()).accepted_machines} machines, in {self._state}")
         if self._reports is not None and (keep := self._reports.keep) is not None:
             say("keeping reports", f"for {keep.max_age / DAY:g} days, in {keep.folder}")
         calm_collector()

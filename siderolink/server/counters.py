@@ -104,6 +104,11 @@ class ServerCounters:
     history: HistoryCounters | None
     """None where the server keeps none."""
 
+    @property
+    def accepted_machines(self) -> int:
+        """How many machines are accepted."""
+        return sum(count for group, count in self.machines.items() if group.admission is MachineAdmission.ACCEPTED)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HealthCheck:

@@ -386,6 +386,11 @@ class Server(_Administered, AbstractAsyncContextManager["Server"]):
         """
         return await self._lifetime.live.draining.run(timeout)
 
+    @property
+    def is_draining(self) -> bool:
+        """Whether machines are asked to go to the other servers: by `drain`, or by the admin API."""
+        return self._lifetime.live.draining.has_begun
+
     def events(self) -> EventStream:
         """Subscribe to events from now on. Bounded per reader: a slow one loses its oldest events and receives EventsLost."""
         return self._events.subscribe(self._options.limits.event_limit)

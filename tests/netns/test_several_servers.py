@@ -46,6 +46,18 @@ def url(net: ServersNet, number: int, query: str = "") -> str:
     return f"grpc://{net.address(number)}:4000?jointoken={TOKEN}{query}"
 
 
+def readiness(server: Served) -> int:
+    """The status by which a balancer decides."""
+    asked = """
+import urllib.error, urllib.request
+try:
+    print(urllib.request.urlopen("http://127.0.0.1:9180/readyz").status)
+except urllib.error.HTTPError as error:
+    print(error.code)
+"""
+    return int(server.namespace.run([sys.executable, "-c", asked]))
+
+
 def start_echo(net: ServersNet, address: str) -> None:
     """A program at the machine that gives everything back, the last byte first."""
     net.machines[0].popen(
@@ -134,7 +146,7 @@ def test_a_machine_leaves_a_server_that_drains_without_a_lost_echo(tmp_path: Pat
     told: list[LinkEvent] = []
     with (
         several(2) as net,
-        servers(net, tmp_path, "--drain-timeout", "60") as (a, b),
+        servers(net, tmp_path, "--drain-timeout", "60", "--metrics-listen", "127.0.0.1:9180") as (a, b),
         joined(net.machines[0], url(net, 0), told.append) as (link, portal),
     ):
         machine = net.machines[0]
@@ -148,9 +160,11 @@ def test_a_machine_leaves_a_server_that_drains_without_a_lost_echo(tmp_path: Pat
         assert [one["state"] for one in json.loads(b.command(["servers", "-o", "json"]))] == ["up", "draining"]
         (audited,) = json.loads(b.command(["audit", "--action", "server.drain", "-o", "json"]))
         assert "by server" in audited["source"]
+        assert (readiness(a), readiness(b)) == (503, 200)
         refused = b.command(["drain"], check=False)
         assert "no other server would stay" in refused
         a.command(["drain", "--undo"])
+        assert readiness(a) == 200
         # and by SIGTERM, back
         waits_until(lambda: "draining" not in b.command(["servers"]), 10)
         assert b.stop(timeout=50) == 0

@@ -64,6 +64,10 @@ class MetricsSource(Protocol):
     @property
     def certificate(self) -> ServerCertificate | None: ...
 
+    @property
+    def is_leaving(self) -> bool:
+        """Whether it works, but new machines are to go elsewhere."""
+
 
 @dataclass(slots=True)
 class LoopLag:
@@ -115,8 +119,11 @@ class Pages:
         return _health_page([check for check in await self._source.health() if check.name == "device"])
 
     async def ready(self) -> PageAnswer:
-        """Whether machines can join and be reached now."""
-        return _health_page(await self._checks())
+        """Whether machines can join and be reached now, and are to come here. A drain is no fault, so no metric tells it."""
+        checks = await self._checks()
+        if self._source.is_leaving:
+            checks.append(HealthCheck(name="drain", is_good=False, text="this server drains: machines go to the other servers"))
+        return _health_page(checks)
 
     async def _checks(self) -> list[HealthCheck]:
         checks = list(await self._source.health())

@@ -28,7 +28,7 @@ from siderolink.common.errors import SideroLinkError, StoreError
 from siderolink.common.grpc import ServerCertificate
 from siderolink.common.pb.siderolink.control import Reports
 from siderolink.common.wireguard.userspace import UserspaceDevice
-from siderolink.server import HealthCheck, MachineAdmission, Server
+from siderolink.server import HealthCheck, Server
 
 
 def wireguard_info(kind: str) -> Metric:
@@ -64,11 +64,14 @@ class ServerMetrics:
         except StoreError:
             pass  # the counters say so; what does not need the store is served
         if self._machines:
-            count = sum(found for group, found in counters.machines.items() if group.admission is MachineAdmission.ACCEPTED)
             machines = await server.machines(self._machines)
-            shown = MachineSeries(machines, max(0, count - len(machines)), counters.limit_drops)
+            shown = MachineSeries(machines, max(0, counters.accepted_machines - len(machines)), counters.limit_drops)
             parts.append(partial(machine_families, shown))
         return lambda: chain.from_iterable(part() for part in parts)
+
+    @property
+    def is_leaving(self) -> bool:
+        return self._serving.is_running and self._serving.server.is_draining
 
     async def health(self) -> Sequence[HealthCheck]:
         try:
@@ -81,6 +84,7 @@ class InterfaceMetrics:
     """A bare interface."""
 
     certificate = None
+    is_leaving = False
 
     def __init__(self, device: UserspaceDevice) -> None:
         self._device = device
@@ -99,6 +103,7 @@ class LinkMetrics:
     """A `join`; there is no link while there is no join URL."""
 
     certificate = None
+    is_leaving = False
 
     def __init__(self, link: Callable[[], Link | None], reports: Callable[[], Reports | None]) -> None:
         self._link = link

@@ -286,6 +286,7 @@ class Fixed:
     """A source that gives always the same, and counts how often it was read."""
 
     certificate = None
+    is_leaving = False
 
     def __init__(self, families: Families, *checks: HealthCheck) -> None:
         self.reads = 0
@@ -313,6 +314,16 @@ async def at_date(monkeypatch: pytest.MonkeyPatch, moment: float) -> AsyncIterat
     with monkeypatch.context() as patch:
         patch.setattr(time, "time", lambda: moment)
         yield
+
+
+async def test_who_drains_takes_no_new_machines_and_fails_nowhere() -> None:
+    source = Fixed(lambda: (), HealthCheck(name="store", is_good=True, text=""))
+    source.is_leaving = True
+    pages = Pages(source)
+    ready = await pages.ready()
+    assert (ready.status, b'"drain"' in ready.body) == (503, True)
+    assert (await pages.live()).status == 200
+    assert b'check="drain"' not in (await pages.metrics()).body
 
 
 async def test_health_says_what_fails(monkeypatch: pytest.MonkeyPatch) -> None:
