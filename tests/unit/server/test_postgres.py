@@ -32,7 +32,7 @@ from siderolink.server.store import (
 )
 from siderolink.server.store.sealing import SERVER_KEY, write_key
 from siderolink.server.store.sql import SqlStore, schema, tables
-from siderolink.server.store.sql.postgres import PostgresStore
+from siderolink.server.store.sql.postgres import PostgresStore, feed
 from siderolink.server.store.sql.postgres.database import database_url, describe
 from tests.support.postgres import STATE_KEY, Cluster, cluster, free_port, pgbouncer
 from tests.unit.server.test_store import claim, machine, work_of
@@ -317,6 +317,27 @@ async def test_a_reader_behind_what_was_pruned_reads_all(url: str, database: str
         async with store.changes() as changes:
             cluster().execute("UPDATE feed SET pruned = pg_current_xact_id()", database)
             assert await anext(changes) == ChangesLost()
+
+
+async def test_a_reader_that_is_far_behind_reads_part_by_part(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feed, "MOST_AT_ONCE", 3)
+
+    async def many(transaction: Transaction) -> None:
+        for number in range(20, 30):
+            await transaction.insert(machine(number, number, overlay=number))
+
+    async with PostgresStore.open(url, key=STATE_KEY) as store, PostgresStore.open(url, key=STATE_KEY) as other:
+        async with store.changes() as changes, await psycopg.AsyncConnection.connect(url) as holder:
+            await holder.execute("SELECT pg_current_xact_id()")  # the feed cannot pass this
+            for number in range(10):
+                await other.transact(work_of("insert", machine(number, number, overlay=number)))
+            await holder.rollback()
+            found = [await anext(changes) for _ in range(10)]
+            assert [change.machine.id for change in found if isinstance(change, MachineChanged)] == [*map(str, range(10))]
+            await other.transact(many)
+            assert await anext(changes) == ChangesLost()
+            await other.transact(work_of("insert", machine(40, 40, overlay=40)))
+            assert isinstance(await anext(changes), MachineChanged)
 
 
 async def test_changes_of_another_clusters_transactions_are_forgotten(url: str, database: str) -> None:

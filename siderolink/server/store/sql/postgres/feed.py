@@ -47,13 +47,15 @@ KEPT_SECONDS = 600
 PRUNE_SECONDS = 60.0
 RETRY_SECONDS = 1.0
 MOST_AT_ONCE = 4096
+"""Changes of one look. What is left is looked at again at once; only a single transaction with more loses its reader."""
 _CHANNEL = "siderolink_changes"
 _PRUNE_LOCK = 0x53444C4C
 
 _READ = text(
     "SELECT now.top::text AS top, feed.pruned::text AS pruned, pg_postmaster_start_time()::text AS postmaster,"
     " CAST(extract(epoch FROM clock_timestamp()) AS float8) AS now,"
-    " EXISTS (SELECT FROM changes WHERE xid >= now.top) AS is_kept_back, changes.kind, changes.body"
+    " EXISTS (SELECT FROM changes WHERE xid >= now.top) AS is_kept_back, changes.xid::text AS xid, changes.kind,"
+    " changes.body"
     " FROM (SELECT pg_snapshot_xmin(pg_current_snapshot()) AS top) AS now CROSS JOIN feed LEFT JOIN changes"
     " ON changes.xid >= CAST(CAST(:position AS text) AS xid8) AND changes.xid < now.top"
     " ORDER BY changes.xid, changes.seq LIMIT :most"
@@ -161,6 +163,8 @@ class FeedReader:
         self._postmaster = ""
         """When the database was started: another one may lack the last commits."""
         self._is_kept_back = False
+        self._has_more = False
+        """Whether the last look was at a part of what there is."""
         self._ahead = time.time() - time.monotonic()
         """The database's clock less this host's monotonic one, in seconds."""
         self._lock = anyio.Lock()
@@ -210,7 +214,7 @@ class FeedReader:
                 log.warning("the feed of changes goes on")
                 is_away = False
             again = min(2 * again, POLL_SECONDS) if self._is_kept_back else AGAIN_SECONDS
-            delay = again if self._is_kept_back else POLL_SECONDS
+            delay = 0.0 if self._has_more else again if self._is_kept_back else POLL_SECONDS
 
     async def _poll(self) -> None:
         try:
@@ -224,8 +228,13 @@ class FeedReader:
             raise StoreUnavailableError(str(error)) from error
         first = rows[0]
         top, pruned = int(first.top), int(first.pruned)
-        self._is_kept_back = first.is_kept_back
-        is_lost = top < self._position or pruned >= self._position or len(rows) > MOST_AT_ONCE
+        is_lost = top < self._position or pruned >= self._position
+        self._is_kept_back, self._has_more = first.is_kept_back, False
+        if self._postmaster and not is_lost and len(rows) > MOST_AT_ONCE:
+            top = int(rows[-1].xid)  # whose changes may not all be here
+            rows = [row for row in rows if int(row.xid) < top]
+            is_lost, self._has_more = not rows, bool(rows)
+            top = top if rows else int(first.top)
         if self._postmaster and (is_lost or first.postmaster != self._postmaster):
             self._feeds.publish([ChangesLost()])
         elif self._postmaster:
