@@ -177,12 +177,13 @@ docs: setup ## the documentation site, in .venvs/site: reference pages from the 
 dist: $(UV) ## wheel and sdist in dist/: reproducible, checked by twine, installed into a fresh environment
 	@scripts/make-dist $(abspath $(UV)) $(call interpreter,$(FIRST))
 
-verify-dist: dist ## the wheel with the lowest and newest versions, the Debian packages in booted Debians, the first hour, the image, the chart; 40 minutes, not part of `make test`
+verify-dist: dist ## the wheel with the lowest and newest versions, the Debian packages in booted Debians, the first hour, the image, the chart, the compose file; 40 minutes, not part of `make test`
 	@scripts/dist-range $(abspath $(UV)) $(PYTHONS)
 	@for suite in bookworm trixie; do $(SUDO) scripts/deb_trial $(abspath $(UV)) $$suite || exit 1; done
 	@$(SUDO) scripts/first_hour_trial bookworm
 	@$(SUDO) scripts/image_trial bookworm
 	@scripts/chart_trial
+	@$(SUDO) env PATH="$$PATH:/usr/sbin:/sbin" $(PYTHON) scripts/compose_trial.py
 
 clean: ## remove what make made
 	rm -rf .venvs dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

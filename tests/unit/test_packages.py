@@ -61,7 +61,8 @@ def test_the_compose_file_of_three_servers_differs_between_them_in_their_address
         assert options.pop("wireguard-endpoint").endswith(f"}}:5018{number}")
         assert service["ports"] == [f"5018{number}:{options['wireguard-listen-port']}/udp"]
         assert options.pop("peer-address") == f"{name}:8094"
-        assert f"server {name}:8090 " in compose["configs"]["balancer"]["content"]
+        (address,) = service["networks"]["default"].values()
+        assert f"server {name} {address}:8090\n" in compose["configs"]["balancer"]["content"]
         assert int(service["stop_grace_period"].removesuffix("s")) > float(options["drain-timeout"])
         commands.append(options)
     assert commands[0] == commands[1] == commands[2]
