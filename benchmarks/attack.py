@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from hpack import Encoder
 
+from benchmarks.support.scale_net import processor, resident
 from siderolink.common.grpc import frames, open_channel
 from siderolink.common.keys import PrivateKey
 from siderolink.common.pb.sidero.link import ProvisionRequest, ProvisionServiceStub
@@ -268,17 +269,6 @@ def host_busy() -> float:
 Beside = Callable[[], "subprocess.Popen[str] | None"]
 
 
-def processor(pid: int) -> float:
-    """Seconds of processor time that a process has used."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-def resident(pid: int) -> float:
-    """A process's memory in MB."""
-    return int(re.findall(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[0]) / 1024
-
-
 def measure(machine: Namespace, pid: int, seconds: float, beside: Beside) -> dict[str, Any]:
     """What the machine sees for so long, with something else beside it."""
     other = beside()
@@ -287,7 +277,7 @@ def measure(machine: Namespace, pid: int, seconds: float, beside: Beside) -> dic
     pinging = machine.popen(["ping", "-6", "-i", "0.05", "-w", str(int(seconds)), OVERLAY], stdout=subprocess.PIPE)
     most, used, busy, began = 0.0, processor(pid), host_busy(), time.monotonic()
     while joining.poll() is None:
-        most = max(most, resident(pid))
+        most = max(most, resident(pid) / 1024)
         time.sleep(0.1)
     lasted = time.monotonic() - began
     used, busy = (processor(pid) - used) / lasted, (host_busy() - busy) / lasted / (os.cpu_count() or 1)
@@ -324,14 +314,14 @@ def run(kinds: list[str], connections: int, seconds: float, settle: float) -> di
         attack = ["nice", "-n", "19", sys.executable, __file__, "--attack", ",".join(kinds)]
         attack += ["--connections", str(connections), "--seconds", str(seconds)]
         calm = measure(net.machine, server.pid, 5, lambda: None)
-        before = resident(server.pid)
+        before = resident(server.pid) / 1024
         rounds, after = [], []
         for _ in range(2):
             rounds.append(
                 measure(net.machine, server.pid, seconds, lambda: net.machines[1].popen(attack, stdout=subprocess.PIPE))
             )
             time.sleep(settle)
-            after.append(resident(server.pid))
+            after.append(resident(server.pid) / 1024)
     grown = max(found["memory most MB"] for found in rounds) - before
     return {
         "calm": calm,

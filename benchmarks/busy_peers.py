@@ -26,6 +26,7 @@ from tempfile import TemporaryDirectory
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.support.carriers import COMMAND, newest_wireguard_go
+from benchmarks.support.scale_net import processor
 from siderolink.common.keys import PrivateKey
 from siderolink.common.wireguard.noise import Engine, Packets, Peer
 from siderolink.common.wireguard.path import Datagrams
@@ -182,11 +183,6 @@ def served(command: Sequence[str], count: int) -> Iterator[tuple[WireguardGo, Cr
         yield server, crowd, net.machine
 
 
-def cpu(pid: int) -> float:
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
 def commands(wanted: Sequence[str], path: str | None) -> dict[str, Sequence[str]]:
     found: dict[str, Sequence[str]] = {}
     for name in wanted:
@@ -221,12 +217,12 @@ def main() -> None:
         for number in range(options.rounds):
             for name, (server, crowd) in running.items():
                 print(f"round {number + 1} of {options.rounds}: {NAMES[name]}", file=sys.stderr)
-                before = cpu(server.pid)
+                before = processor(server.pid)
                 echoes, taken, lost = crowd.run(options.seconds, options.burst)
                 figures[name]["packets"].append(2 * echoes / taken)
                 figures[name]["lost"].append(lost)
                 # processor time of the server's process for a packet, either way; a clock of 10 ms
-                figures[name]["us"].append((cpu(server.pid) - before) / max(1, echoes) * 5e5)
+                figures[name]["us"].append((processor(server.pid) - before) / max(1, echoes) * 5e5)
     if options.json:
         print(json.dumps(figures))
         return

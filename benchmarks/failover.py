@@ -1,7 +1,7 @@
 """Three servers over one Postgres, and one of them is killed: how soon its machines are back, and at which servers.
 
     sudo python benchmarks/failover.py [--machines 1000] [--existing 100] [--rounds 1]
-    sudo python benchmarks/failover.py --load [--machines 10000]
+    sudo python benchmarks/failover.py --load [--machines 10000] [--rounds 3]
 
 The first: machines of this package (half by UDP, half by the tunnel) and existing ones (by UDP, one endpoint each, which they
 never change) send a packet every second. A balancer gives the API's connections to the servers in turns. Back is who gets an
@@ -9,14 +9,14 @@ answer. It prints how long that took, who took the machines and how often each w
 with each existing machine, and what the killed server does when it returns.
 
 The second: simulated machines join and connect at three servers, and at one, by turns: joins per second, processor time of all
-servers for each, memory of all servers for each. Then one of the three is killed, and the others take and dial its machines.
+servers and of Postgres for each, memory of all servers for each, and a restart of all servers at once. In the last turn one of
+the three is killed before that, and the others take and dial its machines.
 
 Everything shares this host's processors. Needs root.
 """
 
 import argparse
-import os
-import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -24,14 +24,15 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.recovery import Machine, Swarm, wait_back, watch_all
-from benchmarks.support.scale_net import SOURCES, SwarmProcess
+from benchmarks.support.scale_net import SOURCES, SwarmProcess, cluster_processor, processor, resident
 from siderolink.common.join_url import JoinURL
 from tests.support.netns import Namespace, link
 from tests.support.packet_machine import PacketMachine
@@ -45,7 +46,6 @@ from tests.support.who_sends import Record, recorded
 ADDRESSES = ("192.0.2.1", "198.51.100.1", "203.0.113.1")
 SETTLE_SECONDS = 20.0
 INITIATION = 1
-_TICK = 1 / os.sysconf("SC_CLK_TCK")
 _OWNERS = """
     SELECT machines.node_uuid, split_part(servers.endpoints, ':', 1), sessions.epoch
     FROM machines JOIN sessions ON machines.id = sessions.machine_id LEFT JOIN servers ON servers.id = sessions.server_id
@@ -69,7 +69,7 @@ class Place:
 
 
 @contextmanager
-def place(count: int) -> Iterator[Place]:
+def place(count: int, *more: str) -> Iterator[Place]:
     cluster = Cluster(is_durable=True)
     with ExitStack() as stack:
         stack.callback(cluster.close)
@@ -86,7 +86,7 @@ def place(count: int) -> Iterator[Place]:
         router.run(["ip", "route", "add", SOURCES, "via", "10.0.0.1"])
         machine.run(["ip", "route", "add", "local", SOURCES, "dev", "lo"])
         options = ["--store", cluster.url(database), "--device", "userspace", "--state-key-file", str(folder / "key")]
-        options += ["--connections-per-address", "20000"]
+        options += ["--connections-per-address", "20000", *more]
         servers = [
             stack.enter_context(served(host, folder / host.name, *options, address=address))
             for host, address in zip(hosts, ADDRESSES, strict=False)
@@ -189,48 +189,86 @@ WAYS = (("UDP", ""), ("the tunnel", "&grpc_tunnel=true"))
 # --- three against one
 
 
-def status_of(server: Served) -> tuple[float, int]:
-    """Seconds of processor time, and resident kilobytes, of `serve` itself."""
-    pid = server.pid
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    memory = re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())
-    assert memory is not None
-    return (int(fields[11]) + int(fields[12])) * _TICK, int(memory[1])
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What one turn measured."""
+
+    joins: float
+    """A second."""
+    servers: float
+    """Milliseconds of processor time of all servers for a join."""
+    database: float
+    """Of Postgres."""
+    memory: float
+    """Kilobytes of all servers for a machine."""
+    serving: float
+    """Seconds from the start of all servers at once until each serves."""
+    restart: float
+    """Seconds of processor time of all servers until then."""
+    back: float
+    """Seconds from then until every machine has a session."""
 
 
-def load(count: int, machines: int, *, kills: bool) -> None:
-    with place(count) as net:
-        before = [status_of(server) for server in net.servers]
+def processor_of(servers: Sequence[Served]) -> float:
+    return sum(processor(server.pid) for server in servers)
+
+
+def load(count: int, machines: int, *, kills: bool) -> Load:
+    """Machines join, connect, and come back after all servers were stopped and started at once."""
+    with place(count, "--drain-timeout", "0") as net, ExitStack() as stack:
+        empty = sum(resident(server.pid) for server in net.servers)
         share = machines // 3
         urls = [f"grpc://{net.servers[number % count].address}:4000?jointoken={TOKEN}" for number in range(3)]
         nets = Net(net.servers[0].namespace, (net.machine,))
         blocks = [f"198.18.{number * 64}.0/18" for number in range(3)]
+        used, theirs = processor_of(net.servers), cluster_processor(net.cluster)
         swarms = [SwarmProcess(nets, share, sources=block, url=url) for block, url in zip(blocks, urls, strict=True)]
-        joined = [swarm.phase() for swarm in swarms]
-        middle = [status_of(server) for server in net.servers]
+        for swarm in swarms:
+            stack.callback(swarm.stop)
+        made = 3 * share
+        rate = made / max(swarm.phase()["seconds"] for swarm in swarms)
+        used, theirs = processor_of(net.servers) - used, cluster_processor(net.cluster) - theirs
         for swarm in swarms:
             swarm.phase()
         time.sleep(SETTLE_SECONDS)
-        end = [status_of(server) for server in net.servers]
-        made = 3 * share
-        rate = made / max(one["seconds"] for one in joined)
-        joining = sum(after[0] - start[0] for start, after in zip(before, middle, strict=True))
-        memory = sum(after[1] - start[1] for start, after in zip(before, end, strict=True))
-        print(
-            f"{count} servers, {made} machines: {rate:.0f} joins/s, {joining / made * 1000:.2f} ms of all servers' "
-            f"processor time for a join, {memory / made:.1f} KB of all servers for a machine",
-            flush=True,
-        )
+        memory = sum(resident(server.pid) for server in net.servers) - empty
         if kills:
             take_a_third(net, made)
+            net.servers[0].start()
+        with ThreadPoolExecutor(count) as threads:
+            list(threads.map(Served.stop, net.servers))
+            began = time.monotonic()
+            list(threads.map(Served.start, net.servers))
+        serving, restart = time.monotonic() - began, processor_of(net.servers)
         for swarm in swarms:
-            swarm.stop()
+            swarm.signal(signal.SIGUSR1)
+        back = max(swarm.phase()["seconds"] for swarm in swarms)
+        each = Load(rate, used / made * 1000, theirs / made * 1000, memory / made, serving, restart, back)
+        print(
+            f"{count} servers, {made} machines: {each.joins:.0f} joins/s, each {each.servers:.2f} ms of processor time of all "
+            f"servers and {each.database:.2f} of Postgres; {each.memory:.1f} KB of all servers for a machine; started at once, "
+            f"all serve after {each.serving:.1f} s, {each.restart:.1f} s of processor time, and {each.back:.1f} s later all "
+            "machines are back",
+            flush=True,
+        )
+        return each
+
+
+def compare_loads(rounds: int, machines: int) -> None:
+    """One server and three, by turns; then the medians."""
+    found: dict[int, list[Load]] = {1: [], 3: []}
+    for turn in range(rounds):
+        for count in (1, 3) if turn % 2 == 0 else (3, 1):
+            found[count].append(load(count, machines, kills=count == 3 and turn == rounds - 1))
+    for one in fields(Load):
+        alone, three = (statistics.median(getattr(each, one.name) for each in found[count]) for count in (1, 3))
+        print(f"{one.name}: {alone:.2f} with one server, {three:.2f} with three: {three / alone:.2f} x")
 
 
 def take_a_third(net: Place, machines: int) -> None:
     victim = net.servers[0]
     before = {one for one, (owner, _) in net.owners().items() if owner == victim.address}
-    start = [status_of(server)[0] for server in net.servers[1:]]
+    start = processor_of(net.servers[1:])
     victim.kill()
     since = time.monotonic()
     left = len(before)
@@ -239,7 +277,7 @@ def take_a_third(net: Place, machines: int) -> None:
         owners = net.owners()
         left = sum(owners[one][0] in (victim.address, None) for one in before)
     seconds = time.monotonic() - since
-    spent = sum(status_of(server)[0] - was for server, was in zip(net.servers[1:], start, strict=True))
+    spent = processor_of(net.servers[1:]) - start
     taken = Counter(net.owners()[one][0] for one in before)
     print(
         f"one of three killed with {len(before)} of {machines} machines: all but {left} taken after {seconds:.1f} s, "
@@ -257,12 +295,11 @@ def main() -> None:
     options = parser.parse_args()
     options.machines = options.machines or (10_000 if options.load else 1000)
     print(subprocess.run(["uptime"], capture_output=True, text=True, check=True).stdout.strip())
+    if options.load:
+        compare_loads(options.rounds, options.machines)
+        return
     for _ in range(options.rounds):
-        if options.load:
-            load(1, options.machines, kills=False)
-            load(3, options.machines, kills=True)
-        else:
-            kill_one(options)
+        kill_one(options)
 
 
 if __name__ == "__main__":

@@ -27,14 +27,13 @@ from playwright.sync_api import Browser, Page, expect
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.support.report import machine
-from benchmarks.support.scale_net import ONE_SOURCE, SOURCES, URL, scale_net
+from benchmarks.support.scale_net import ONE_SOURCE, SOURCES, URL, processor, scale_net
 from tests.support.browser import browser_in, sign_in, visitor
 from tests.support.netns import stop
 from tests.support.topology import SERVER_V4, Net
 
 COMMAND = (sys.executable, "-m", "siderolink")
 BASE = "http://127.0.0.1:8096"
-TICK = 1 / os.sysconf("SC_CLK_TCK")
 ROUNDS = 7
 SEARCHES = {
     "list": "/machines",
@@ -102,11 +101,6 @@ class Results:
     stream_bytes: float = 0.0
     with_page: list[Turn] = field(default_factory=list)
     without: list[Turn] = field(default_factory=list)
-
-
-def cpu_of(pid: int) -> float:
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) * TICK
 
 
 def page_process(server: int) -> int:
@@ -191,10 +185,10 @@ def ping_p99(net: Net, address: str, seconds: float) -> float:
 
 def one_turn(net: Net, server: Served, seconds: float) -> Turn:
     page = page_process(server.pid)
-    before, began = (cpu_of(page), cpu_of(server.pid)), time.perf_counter()
+    before, began = (processor(page), processor(server.pid)), time.perf_counter()
     p99 = ping_p99(net, server.address, seconds)
     passed = time.perf_counter() - began
-    return Turn((cpu_of(page) - before[0]) / passed, (cpu_of(server.pid) - before[1]) / passed, p99)
+    return Turn((processor(page) - before[0]) / passed, (processor(server.pid) - before[1]) / passed, p99)
 
 
 def measure_page(page: Page, seconds: float, results: Results) -> None:

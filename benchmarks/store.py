@@ -1,10 +1,13 @@
 """The store, SQLite and Postgres by turns: joins, memory, a restart, a million rows, and what a machine costs in an hour.
 
+For fleets of several servers: what a change that another server made costs, among many rows and among few.
+
     python benchmarks/store.py joins [--joins 2000] [--at-once 64] [--rounds 3]     the store alone
     python benchmarks/store.py tokens               the store alone: a thousand join tokens against the given one, by turns
     python benchmarks/store.py rows [--rows 1000000]                                the store alone
     sudo python benchmarks/store.py fleet [--machines 10000]                        a server and machines in namespaces
     sudo python benchmarks/store.py hour [--machines 300] [--minutes 6]             what Postgres itself counts
+    sudo python benchmarks/store.py events [--rows 100000] [--events 400]         a server that follows, among all rows and 1 %
 
 Postgres is Debian's, started for the run with its own settings: every commit is on the disk before it is answered, in both.
 """
@@ -15,12 +18,13 @@ import contextlib
 import os
 import random
 import resource
-import sqlite3
 import sys
 import tempfile
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from ipaddress import IPv6Address
 from pathlib import Path
 from statistics import median
@@ -30,9 +34,11 @@ import uvloop
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.support.scale_net import ServerProcess, SwarmProcess, scale_net
+from benchmarks.support.rows import fill, machine_cells, tell_bytes
+from benchmarks.support.scale_net import ServerProcess, SwarmProcess, cluster_processor, scale_net
 from siderolink.common.addressing import overlay_prefix
 from siderolink.common.keys import PublicKey
+from siderolink.common.tasks import background_tasks
 from siderolink.server.admin.tokens import Tokens
 from siderolink.server.admission.admit import Admission, new_id
 from siderolink.server.admission.limits import MachineLimits
@@ -42,8 +48,10 @@ from siderolink.server.admission.rules import LinkLiveness
 from siderolink.server.admission.token_rules import TokenRules
 from siderolink.server.admission.tokens import JoinTokenCheck
 from siderolink.server.clock import Clock
+from siderolink.server.fleet.membership import Membership
 from siderolink.server.store import Claim, Machine, Store, Transaction
-from siderolink.server.store.sql import SqlStore, tables
+from siderolink.server.store.ownership import Ownership
+from siderolink.server.store.sql import SqlStore
 from siderolink.server.store.sql.postgres import PostgresStore
 from tests.support.postgres import STATE_KEY, Cluster
 
@@ -84,16 +92,6 @@ async def opened(where: str) -> AsyncIterator[Store]:
 def cpu() -> float:
     used = resource.getrusage(resource.RUSAGE_SELF)
     return used.ru_utime + used.ru_stime
-
-
-def cluster_cpu(cluster: Cluster) -> float:
-    """Seconds of processor time of Postgres, its ended children included."""
-    tick, used = 1 / os.sysconf("SC_CLK_TCK"), 0.0
-    for pid in cluster.pids():
-        with contextlib.suppress(OSError):
-            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-            used += sum(map(int, fields[11:15])) * tick
-    return used
 
 
 def syncs(cluster: Cluster) -> int:
@@ -141,9 +139,9 @@ async def measure_joins(options: argparse.Namespace, cluster: Cluster) -> None:
             with place(kind, cluster) as where:
                 async with opened(where) as store:
                     await join_all(store, max(options.at_once, options.joins // 10), options.at_once)
-                    used, synced = cluster_cpu(cluster), syncs(cluster)
+                    used, synced = cluster_processor(cluster), syncs(cluster)
                     rate, cost = await join_all(store, options.joins, options.at_once)
-                    theirs = (cluster_cpu(cluster) - used) / options.joins * 1000
+                    theirs = (cluster_processor(cluster) - used) / options.joins * 1000
             rates[kind].append(rate)
             said = ""
             if kind == "postgres":
@@ -173,52 +171,6 @@ async def measure_tokens(options: argparse.Namespace, cluster: Cluster) -> None:
 # --- many rows
 
 
-def _cells(number: int) -> dict[str, object]:
-    random_bytes = random.Random(number).randbytes
-    row = Machine(
-        id=random_bytes(8).hex(),
-        node_uuid=str(uuid.UUID(bytes=random_bytes(16))),
-        public_key=PublicKey(random_bytes(32)),
-        overlay_address=IPv6Address(random_bytes(16)),
-        virtual_address=IPv6Address(random_bytes(16)),
-        talos_version="v1.11.0",
-        created_at=1.0,
-        joined_at=1.0,
-        linked_at=2.0,
-        was_linked=True,
-        last_endpoint="192.0.2.7:51820",
-        last_handshake_at=3.0,
-        seen_at=3.0,
-        last_source="192.0.2.7",
-    )
-    return tables.cells(row, tables.machines)
-
-
-def fill(where: str, count: int) -> float:
-    """Load rows as a bulk does; the seconds it took."""
-    names = [column.name for column in tables.machines.columns]
-    listed = ", ".join(names)
-    began = time.perf_counter()
-    rows = ([_plain(cells[name]) for name in names] for cells in map(_cells, range(count)))
-    if "://" in where:
-        with psycopg.connect(where) as connection, connection.cursor() as cursor:
-            with cursor.copy(f"COPY machines ({listed}) FROM STDIN") as copy:
-                for row in rows:
-                    copy.write_row(row)
-            connection.commit()
-            connection.autocommit = True
-            connection.execute("VACUUM ANALYZE machines")
-    else:
-        with sqlite3.connect(where) as file:
-            file.executemany(f"INSERT INTO machines ({listed}) VALUES ({', '.join('?' * len(names))})", rows)
-        file.close()
-    return time.perf_counter() - began
-
-
-def _plain(value: object) -> object:
-    return str(value) if isinstance(value, str) else value
-
-
 async def timed(work: Callable[[int], Awaitable[object]]) -> str:
     """Milliseconds, the median and the 99th of a hundred, one after the other."""
     taken: list[float] = []
@@ -237,6 +189,8 @@ async def measure_rows(options: argparse.Namespace, cluster: Cluster) -> None:
                 async with opened(where):
                     pass
                 print(f"{kind}, {count:,} rows: loaded in {fill(where, count):.1f} s", flush=True)
+                if kind == "postgres":
+                    tell_bytes(where, count)
                 began = time.perf_counter()
                 async with opened(where) as store:
                     print(f"  opened in {time.perf_counter() - began:.2f} s")
@@ -244,7 +198,7 @@ async def measure_rows(options: argparse.Namespace, cluster: Cluster) -> None:
 
 
 async def _measure_one(store: Store, count: int, at_once: int) -> None:
-    known = [_cells(random.randrange(count)) for _ in range(_SAMPLES)]
+    known = [machine_cells(random.randrange(count)) for _ in range(_SAMPLES)]
 
     async def look_up(number: int) -> None:
         uuid_ = str(known[number]["node_uuid"])
@@ -281,6 +235,112 @@ async def _measure_one(store: Store, count: int, at_once: int) -> None:
         f"  a page of {_PAGE} rows: {first * 1000:.1f} ms; all rows, as at a start: {time.perf_counter() - began:.1f} s",
         flush=True,
     )
+
+
+# --- changes among many rows
+
+_WRITER = "another server"
+_IDLE_SECONDS = 4.0
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """A database with rows, a server that follows it, and another one, which is this process, that changes rows."""
+
+    rows: int
+    where: str
+    store: Store
+    server: ServerProcess
+
+
+async def _side(stack: contextlib.AsyncExitStack, cluster: Cluster, rows: int) -> Side:
+    where = stack.enter_context(place("postgres", cluster))
+    store = await stack.enter_async_context(opened(where))
+    await asyncio.to_thread(fill, where, rows, _WRITER)
+    membership = Membership(store, Clock(time=store.time), server_id=_WRITER, endpoints=["198.51.100.1:51820"])
+    await stack.enter_async_context(membership.joined())
+    beating = await stack.enter_async_context(background_tasks())
+    beating.start_soon(membership.run)
+    net = stack.enter_context(scale_net())
+    began = time.perf_counter()
+    server = await asyncio.to_thread(ServerProcess, net, state=where)
+    started, used = time.perf_counter() - began, server.cpu
+    kilobytes = await asyncio.to_thread(server.settle)
+    stack.callback(server.stop)
+    print(
+        f"{rows:,} rows: a server serves {started:.1f} s after its start, with {used:.1f} s of processor time, {kilobytes} KB",
+        flush=True,
+    )
+    return Side(rows, where, store, server)
+
+
+async def _change(side: Side, kind: str, count: int) -> None:
+    """That many changes of one kind, by the other server."""
+    store = side.store
+    if kind == "join":
+        await join_all(store, count, 16)
+        return
+    ids = [str(machine_cells(number)["id"]) for number in random.sample(range(side.rows), min(count, side.rows))]
+    if kind == "leave":
+        with psycopg.connect(side.where) as connection:
+            newest = f"SELECT id FROM machines ORDER BY joined_at DESC LIMIT {count}"
+            ids = [str(row[0]) for row in connection.execute(newest)]
+
+    async def work(transaction: Transaction, machine_id: str) -> None:
+        row = await transaction.machine(machine_id)
+        assert row is not None
+        assert row.public_key is not None
+        if kind == "leave":
+            await transaction.delete(machine_id)
+        elif kind == "label":
+            await transaction.update(replace(row, labels={"turn": new_id()}))
+        else:
+            owner = Ownership(machine_id=machine_id, server_id=_WRITER, public_key=row.public_key, heard_at=store.time())
+            await transaction.ownership.take(owner)
+
+    for number in range(count):
+        await store.transact(partial(work, machine_id=ids[number % len(ids)]))
+
+
+async def _costs(side: Side, cluster: Cluster, kind: str, count: int) -> tuple[float, float]:
+    """Milliseconds of processor time for each change: the server's that follows, and Postgres's, beyond what they use idle."""
+
+    def used() -> tuple[float, float, float]:
+        return side.server.cpu, cluster_processor(cluster), time.perf_counter()
+
+    before = used()
+    await asyncio.sleep(_IDLE_SECONDS)
+    began = used()
+    idle = [(now - then) / _IDLE_SECONDS for then, now in zip(before, began[:2], strict=False)]
+    await _change(side, kind, count)
+    last = side.server.cpu
+    while True:  # until the server has followed
+        await asyncio.sleep(1.0)
+        last, more = side.server.cpu, side.server.cpu - last
+        if more <= idle[0] + 0.03:
+            break
+    ended = used()
+    server, database = (
+        (now - then - rate * (ended[2] - began[2])) / count * 1000 for then, now, rate in zip(began, ended, idle, strict=False)
+    )
+    return server, database
+
+
+async def measure_events(options: argparse.Namespace, cluster: Cluster) -> None:
+    found: dict[str, dict[int, list[tuple[float, float]]]] = {}
+    async with contextlib.AsyncExitStack() as stack:
+        sides = [await _side(stack, cluster, rows) for rows in (options.rows // 100, options.rows)]
+        for turn in range(options.rounds):
+            for kind in ("join", "label", "owner", "leave"):
+                for side in sides if turn % 2 == 0 else reversed(sides):
+                    costs = await _costs(side, cluster, kind, options.events)
+                    found.setdefault(kind, {}).setdefault(side.rows, []).append(costs)
+    for kind, by_rows in found.items():
+        for at, whose in enumerate(("the server that follows", "Postgres, with the change itself")):
+            few, many = (median(costs[at] for costs in by_rows[side.rows]) for side in sides)
+            print(
+                f"{kind:6} {whose}: {few:.2f} ms at {sides[0].rows:,} rows, {many:.2f} at {sides[1].rows:,}: {many / few:.2f} x"
+            )
 
 
 # --- a fleet
@@ -321,6 +381,7 @@ _COUNTED = {
     "statements": "SELECT sum(calls) FROM pg_stat_statements",
     "notifications": "SELECT coalesce(sum(calls), 0) FROM pg_stat_statements WHERE query ILIKE 'notify%'",
 }
+_CONNECTIONS = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'siderolink'"
 
 
 def measure_hour(options: argparse.Namespace, cluster: Cluster) -> None:
@@ -329,10 +390,11 @@ def measure_hour(options: argparse.Namespace, cluster: Cluster) -> None:
     def counted(url: str) -> dict[str, float]:
         time.sleep(2.0)  # it counts with a delay
         with psycopg.connect(url, autocommit=True) as connection:
-            return {name: float(connection.execute(query).fetchone()[0]) for name, query in _COUNTED.items()}  # type: ignore[index]
+            found = {name: float(connection.execute(query).fetchone()[0]) for name, query in _COUNTED.items()}  # type: ignore[index]
+        return found | {"s of the server's processor time": server.cpu, "s of Postgres's": cluster_processor(cluster)}
 
     def tell(what: str, before: dict[str, float], after: dict[str, float], each: float) -> None:
-        found = (f"{(after[name] - before[name]) / each:.3g} {name}" for name in _COUNTED)
+        found = (f"{(after[name] - before[name]) / each:.3g} {name}" for name in after)
         print(f"{what}: {', '.join(found)}", flush=True)
 
     with scale_net() as net, place("postgres", cluster) as url:
@@ -355,6 +417,7 @@ def measure_hour(options: argparse.Namespace, cluster: Cluster) -> None:
         tell("an hour of a connected machine", after, end, options.machines * hours)
         tell("an hour of the server with all of them", after, end, hours)
         with psycopg.connect(url) as connection:
+            print(f"  {connection.execute(_CONNECTIONS).fetchone()[0]} connections of the server")  # type: ignore[index]
             for row in connection.execute("SELECT relname, n_live_tup FROM pg_stat_user_tables WHERE n_live_tup > 0"):
                 print(f"  {row[1]} rows in {row[0]}")
         swarm.stop()
@@ -363,15 +426,17 @@ def measure_hour(options: argparse.Namespace, cluster: Cluster) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("joins", "tokens", "rows", "fleet", "hour"))
+    parser.add_argument("what", choices=("joins", "tokens", "rows", "fleet", "hour", "events"))
     parser.add_argument("--joins", type=int, default=2000)
     parser.add_argument("--at-once", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--rows", type=int)
+    parser.add_argument("--events", type=int, default=400)
     parser.add_argument("--machines", type=int)
     parser.add_argument("--minutes", type=float, default=6.0)
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS)
     options = parser.parse_args()
+    options.rows = options.rows or (100_000 if options.what == "events" else 1_000_000)
     options.machines = options.machines or (300 if options.what == "hour" else 10_000)
     cluster = Cluster(is_durable=True, shared_preload_libraries="pg_stat_statements")
     try:
@@ -382,6 +447,8 @@ def main() -> None:
                 uvloop.run(measure_tokens(options, cluster))
             case "rows":
                 uvloop.run(measure_rows(options, cluster))
+            case "events":
+                uvloop.run(measure_events(options, cluster))
             case "fleet":
                 measure_fleet(options, cluster)
             case _:

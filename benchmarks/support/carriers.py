@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from benchmarks.support.scale_net import processor, resident
 from siderolink.common.keys import PrivateKey
 from tests.support.netns import Namespace, stop
 from tests.support.topology import SERVER_V6, direct
@@ -32,11 +33,11 @@ class Carried:
 
     def memory(self) -> int:
         """Bytes that the larger end holds in memory."""
-        return max((_resident(pid) for pid in self.processes), default=0)
+        return max((resident(pid) * 1024 for pid in self.processes), default=0)
 
     def cpu(self) -> float:
         """Seconds of processor time that both ends have taken so far."""
-        return sum(_cpu(pid) for pid in self.processes)
+        return sum(processor(pid) for pid in self.processes)
 
 
 Carrier = Callable[[], AbstractContextManager[Carried]]
@@ -114,18 +115,6 @@ def _started(namespace: Namespace, command: Sequence[str], text: str, folder: st
 
 def _link_local(namespace: Namespace, interface: str) -> set[str]:
     return {address for address in namespace.addresses(interface) if address.startswith("fe80")}
-
-
-def _resident(pid: int) -> int:
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith("VmRSS:"):
-            return int(line.split()[1]) * 1024
-    return 0
-
-
-def _cpu(pid: int) -> float:
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / 100
 
 
 def newest_wireguard_go(path: str | None) -> Sequence[str] | None:

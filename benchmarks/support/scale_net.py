@@ -9,11 +9,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from tests.support.netns import Namespace, stop
+from tests.support.postgres import Cluster
 from tests.support.topology import SERVER_V4, Net, direct
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -24,6 +25,28 @@ ONE_SOURCE = "192.0.2.2/32"
 URL = f"grpc://{SERVER_V4}:4000?jointoken=foo"
 _ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
 _TICK = 1 / os.sysconf("SC_CLK_TCK")
+
+
+def processor(pid: int, *, with_ended: bool = False) -> float:
+    """Seconds of processor time that a process has used, its threads' included; `with_ended`: and its children's that ended."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return sum(map(int, fields[11 : 15 if with_ended else 13])) * _TICK
+
+
+def cluster_processor(cluster: Cluster) -> float:
+    """Seconds of processor time of Postgres."""
+    used = 0.0
+    for pid in cluster.pids():
+        with suppress(OSError):
+            used += processor(pid, with_ended=True)
+    return used
+
+
+def resident(pid: int) -> int:
+    """A process's memory in kilobytes."""
+    found = re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())
+    assert found is not None
+    return int(found[1])
 
 
 class Process:
@@ -49,15 +72,12 @@ class Process:
     @property
     def cpu(self) -> float:
         """Seconds of processor time, its threads' included."""
-        fields = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) * _TICK
+        return processor(self._process.pid)
 
     @property
     def kilobytes(self) -> int:
         """Resident memory."""
-        found = re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{self._process.pid}/status").read_text())
-        assert found is not None
-        return int(found[1])
+        return resident(self._process.pid)
 
 
 class ServerProcess(Process):

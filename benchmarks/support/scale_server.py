@@ -22,10 +22,10 @@ async def open_store(path: str | None) -> AsyncIterator[Store]:
     if path is None:
         yield MemoryStore()
     elif "://" in path:
-        from siderolink.server.store.sealing import KEY_BYTES, GivenKey
         from siderolink.server.store.sql.postgres import PostgresStore
+        from tests.support.postgres import STATE_KEY
 
-        async with PostgresStore.open(path, key=GivenKey(bytes(KEY_BYTES))) as store:
+        async with PostgresStore.open(path, key=STATE_KEY) as store:
             yield store
     else:
         async with SqlStore.open(path) as store:

@@ -39,11 +39,11 @@ class SocketPath:
 
     def __init__(self, sock: socket.socket, endpoint: tuple[object, ...]) -> None:
         self._sock = sock
-        self._endpoint = endpoint
+        self.endpoint = endpoint
 
     def send(self, datagrams: Datagrams) -> None:
         with contextlib.suppress(OSError):  # no way there now, or the buffer is full: as lost on the way
-            self._sock.sendto(datagrams.data, self._endpoint)
+            self._sock.sendto(datagrams.data, self.endpoint)
 
 
 class SimulatedMachine:
@@ -139,20 +139,20 @@ class SimulatedMachine:
     def _receive_datagrams(self) -> None:
         assert self._sock is not None
         try:
-            datagram = self._sock.recv(1 << 16)
+            datagram, endpoint = self._sock.recvfrom(1 << 16)
         except OSError:
             return
-        self._deliver(Datagrams.single(datagram))
-
-    def _deliver(self, datagrams: Datagrams, _: object = None) -> None:
-        for index in range(datagrams.count):
-            self._receive(datagrams, index)
-
-    def _receive(self, datagrams: Datagrams, index: int) -> None:
-        now = _now()
         path = self._peer.path
-        if path is None:
-            return
+        if not isinstance(path, SocketPath) or path.endpoint != endpoint:
+            path = SocketPath(self._sock, endpoint)  # another server dials; the engine goes there if the packet is authentic
+        self._deliver(Datagrams.single(datagram), path)
+
+    def _deliver(self, datagrams: Datagrams, path: EnginePath) -> None:
+        for index in range(datagrams.count):
+            self._receive(datagrams, index, path)
+
+    def _receive(self, datagrams: Datagrams, index: int, path: EnginePath) -> None:
+        now = _now()
         received = self._engine.receive(datagrams, path, now, first=index)
         for packet in received[1].packets(received[0]) if received is not None else ():
             reply = echo_reply(packet)

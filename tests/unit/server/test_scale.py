@@ -4,20 +4,30 @@ import gc
 import sys
 import time
 import tracemalloc
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 from types import FrameType
+from typing import TypeVar
 
 import pytest
 
+from siderolink.server import Machine, MemoryStore
+from siderolink.server.events import LeaveReason
+from siderolink.server.store.ownership import Ownership
 from tests.support.crowd import Crowd, Member, open_crowd
+from tests.support.fake_device import VirtualClock
+from tests.support.manager import FakeMachine, Manager
+from tests.support.several import membership, owners
 
 pytestmark = pytest.mark.anyio
+
+T = TypeVar("T")
 
 FEW, MANY = 10, 120
 EVENTS = 40
 
 
-async def calls_of(act: Callable[[Member], Awaitable[object]], members: list[Member]) -> int:
+async def calls_of(act: Callable[[T], Awaitable[object]], members: Sequence[T]) -> int:
     """How many Python functions run while `act` is done with each."""
     count = 0
 
@@ -60,6 +70,50 @@ async def test_no_event_costs_the_number_of_machines() -> None:
         before, after = await costs(few), await costs(many)
     # a search in a heap of twelve times as many takes four steps more
     assert {kind: after[kind] for kind in after if after[kind] > 1.3 * before[kind] + 4 * EVENTS} == {}
+
+
+async def follow_costs(count: int) -> dict[str, int]:
+    """Calls of one server for changes of each kind that another server of the store made, with so many rows."""
+    store, clock = MemoryStore(), VirtualClock()
+    changing, following = (Manager(store=store, time=clock, server_id=name) for name in ("a", "b"))
+    for manager in (changing, following):
+        await membership(manager).beat()
+    await membership(following).beat()
+    machines = [FakeMachine() for _ in range(count)]
+
+    async def join(machine: FakeMachine) -> Machine:
+        await changing.join(machine)
+        return await changing.row(machine)
+
+    rows = [await join(machine) for machine in machines]
+    await following.reconciler.load()
+    new = [await join(FakeMachine()) for _ in range(EVENTS)]
+    some = [rows[number * count // EVENTS] for number in range(EVENTS)]
+
+    async def take(row: Machine) -> None:
+        assert row.public_key is not None
+        epoch = 1 + (owner.epoch if (owner := owners(following).of(row.id)) else 0)
+        taken = Ownership(machine_id=row.id, server_id="a", epoch=epoch, public_key=row.public_key, heard_at=0.0)
+        owners(following).taken(taken)
+        await owners(following).settle()
+
+    async def change(row: Machine) -> None:
+        known = following.links.get(row.id)
+        assert known is not None
+        await following.reconciler.apply_change(replace(known.machine, name=row.id, revision=known.machine.revision + 1))
+
+    return {
+        "join": await calls_of(following.reconciler.apply_change, new),
+        "change": await calls_of(change, some),
+        "owner": await calls_of(take, some),
+        "leave": await calls_of(lambda row: following.reconciler.forget(row, LeaveReason.REMOVED_ELSEWHERE), new),
+    }
+
+
+async def test_following_another_server_does_not_cost_the_number_of_rows() -> None:
+    before, after = await follow_costs(FEW), await follow_costs(MANY)
+    assert all(before.values())
+    assert {kind: after[kind] for kind in after if after[kind] > 1.3 * before[kind]} == {}
 
 
 async def test_a_machine_takes_little_memory() -> None:
