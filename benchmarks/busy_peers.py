@@ -52,7 +52,7 @@ class Place:
     """Where a peer is; keeps what its engine sends."""
 
     headroom = 0
-    batch_bytes = 1 << 16
+    batch_bytes = spare_bytes = 1 << 16
     peer = None
     is_open = is_writable = True
     source = b"server"

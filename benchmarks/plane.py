@@ -65,7 +65,7 @@ class Wire:
     """A path that keeps what is sent, as it arrives."""
 
     headroom = 0
-    batch_bytes = 1 << 18
+    batch_bytes = spare_bytes = 1 << 18
     peer = None
     source = b"wire"
     is_open = is_writable = True

@@ -47,7 +47,7 @@ class Recorder:
     """A stream that keeps what the kernel sends by it."""
 
     headroom = 8
-    batch_bytes = 1 << 16
+    batch_bytes = spare_bytes = 1 << 16
     is_open = True
     is_writable = True
     source = b"stream"

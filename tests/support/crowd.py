@@ -38,6 +38,7 @@ class Place:
     sent: list[bytes] = field(default_factory=list)
     headroom: int = 0
     batch_bytes: int = 1 << 16
+    spare_bytes: int = 1 << 16
     peer: bytes | None = None
     is_open: bool = True
     is_writable: bool = True

@@ -54,7 +54,7 @@ class FakePath:
     """A path that keeps nothing."""
 
     headroom = 8
-    batch_bytes = 1 << 16
+    batch_bytes = spare_bytes = 1 << 16
     source = b""
     is_writable = True
 

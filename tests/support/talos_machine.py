@@ -37,7 +37,7 @@ class Relay:
     """The tunnel between WireGuard and the stream, which WireGuard takes for a path that is always open."""
 
     headroom = 8
-    batch_bytes = 1 << 16
+    batch_bytes = spare_bytes = 1 << 16
     peer = None
     source = b"relay"
     is_open = True

@@ -31,7 +31,7 @@ class SocketPath:
     """A UDP socket and its destination. Not connected, so that closed ports cause no errors."""
 
     headroom = 0
-    batch_bytes = 1 << 16
+    batch_bytes = spare_bytes = 1 << 16
     peer = None
     source = b""
     is_open = True

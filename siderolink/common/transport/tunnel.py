@@ -74,8 +74,12 @@ class TunnelPath:
 
     @property
     def batch_bytes(self) -> int:
-        """So much that a writable path has room for it, and for what goes beyond."""
-        return self._limit * 7 // 16
+        """So much that a writable path has room for it and what goes beyond, even after small packets that passed others."""
+        return self._limit * 3 // 8
+
+    @property
+    def spare_bytes(self) -> int:
+        return max(0, self._limit - self._queued)
 
     @property
     def queued_bytes(self) -> int:

@@ -14,6 +14,7 @@ from siderolink.common.wireguard.noise import Drop, Engine, Event, Packets, Peer
 from siderolink.common.wireguard.noise.messages import TRANSPORT_OVERHEAD
 from siderolink.common.wireguard.noise.peer import Path as EnginePath
 from siderolink.common.wireguard.noise.rates import rows_within, tightest
+from siderolink.common.wireguard.packets.backlog import LONGEST_HEADER, Backlog, QuietFlows
 from siderolink.common.wireguard.packets.buffers import round_up
 from siderolink.common.wireguard.packets.headers import PLAIN_VNET_HEADER, UDP, VNET_SIZE, Gso, address_pair
 from siderolink.common.wireguard.packets.parts import (
@@ -34,6 +35,8 @@ MAX_BYTES: Final = 3 << 16
 """Bytes read from the interface in one turn; enough for one batch of four full super-packets."""
 MIXED_CHANGES: Final = 0.5
 """Changes of the peer, of all packets read in one turn, above which packets are sealed and sent together though not alike."""
+_AROUND: Final = 128
+"""No path and no message adds more to a packet."""
 REFUSALS_PER_SECOND: Final = 100
 """ICMP errors sent for packets to addresses that no peer has."""
 
@@ -64,6 +67,8 @@ class DataPlane:
         self.mixed = rows.mixed()
         self.send_many: SendMany | None = None
         """Sends datagrams of many peers; without it they go one by one."""
+        self.after_lull: Callable[[], None] | None = None
+        """Called when what came after a lull has been written: what the host answers by itself waits and may leave at once."""
         self._mixed_frames = memoryview(bytearray(MAX_BYTES if self.mixed is not None else 0))
         self._is_mixed = False
         """Whether the last packets were for one peer after the other."""
@@ -75,6 +80,9 @@ class DataPlane:
         self._pair = b""
         """The addresses of the last packet; most packets have those of the one before."""
         self._is_blocked = False
+        self.backlog = Backlog()
+        """What was read while a path was full."""
+        self._quiet_flows = QuietFlows()
         self._read_at = self._delivered_at = 0.0
         self._changes = 0
         """How often the packets read in this turn were for another peer than the one before."""
@@ -94,19 +102,24 @@ class DataPlane:
 
     # From the interface
 
-    def read_interface(self) -> None:
-        """Read and send what is waiting, up to a limit. Raises DeviceError when the interface is gone."""
+    def read_interface(self) -> bool:
+        """Read and send what is waiting, up to a limit; True if more of the backlog can be sent at once.
+
+        Raises DeviceError when the interface is gone.
+        """
         now = boot_time()
+        if self.backlog.frames or (self._is_blocked and self._quiet_flows.are_recent(now)):
+            return self._send_backlog(now)
         if self._is_mixed and self.mixed is not None and self.send_many is not None and now - self._read_at < QUIET_INTERVAL:
             self._read_at = now
             self._read_mixed(self.mixed, self.send_many, now)
-            return
+            return False
         frame = self._interface.read()
         if frame is None:
-            return
+            return False
         is_alone, self._read_at = now - self._read_at > QUIET_INTERVAL, now
         if is_alone and self._send_single(frame, now):
-            return
+            return False
         size = count = 0
         self._is_blocked = False
         self._changes = 0
@@ -120,6 +133,37 @@ class DataPlane:
         self._leave_peer(now)
         self._is_mixed = self._changes > MIXED_CHANGES * count and self._interface.fileno() >= 0
         self.drain(now)
+        return False
+
+    def read_ahead(self) -> bool:
+        """Read what is waiting, up to a limit, though a path is full; False once the backlog has room for no more.
+
+        Packets of flows of which nothing waits are sent, as far as their path takes them. Raises DeviceError.
+        """
+        now, backlog = boot_time(), self.backlog
+        for _ in range(MAX_READS):
+            frame = None if backlog.is_full else self._interface.read()
+            if frame is None:
+                break
+            if backlog.may_pass(frame) and self._send_single(frame, now, is_ahead=True):
+                backlog.note_passed(frame)
+                self._quiet_flows.note(now)
+            else:
+                backlog.add(frame)
+        return not backlog.is_full
+
+    def _send_backlog(self, now: float) -> bool:
+        if self._quiet_flows.are_recent(now):
+            self.read_ahead()
+        self._read_at = now
+        self._is_blocked = False
+        size = 0
+        while size < MAX_BYTES and not self._is_blocked and (frame := self.backlog.take()) is not None:
+            self._send_frame(frame, now)
+            size += len(frame)
+        self._leave_peer(now)
+        self.drain(now)
+        return bool(self.backlog.frames) and not self._is_blocked
 
     def _read_mixed(self, mixed: MixedPackets, send_many: SendMany, now: float) -> None:
         """Read what is waiting in one call, and seal and send in one call what needs nothing else."""
@@ -170,8 +214,11 @@ class DataPlane:
             self._leave_peer(now)
             self.drain(now)
 
-    def _send_single(self, frame: memoryview, now: float) -> bool:
-        """Send one packet with the least latency; False if it needs the path for batches."""
+    def _send_single(self, frame: memoryview, now: float, *, is_ahead: bool = False) -> bool:
+        """Send one packet with the least latency; False if it needs the path for batches.
+
+        `is_ahead`: also False if its path has no room for it; and the path is not told to be full.
+        """
         pair, size = address_pair(frame, VNET_SIZE), len(frame) - VNET_SIZE
         if pair is None or frame[1] != Gso.NONE or size > self._engine.mtu:
             return False
@@ -179,6 +226,8 @@ class DataPlane:
         if peer is None:
             return True
         path = _device_path(peer.path)
+        if is_ahead and (path is None or path.spare_bytes < size + _AROUND):
+            return False
         try:
             packets = self._gatherer.single(frame, 0 if path is None else path.headroom)
         except MalformedFrame:
@@ -191,7 +240,7 @@ class DataPlane:
             self._engine.stage(peer, bytes(frame), now)
         else:
             path.send(cast("Datagrams", sealed[1]))
-            if not path.is_writable:
+            if not path.is_writable and not is_ahead:
                 self._on_blocked(path)
         self.drain(now)
         return True
@@ -203,7 +252,13 @@ class DataPlane:
             return
         if pair != self._pair and not self._route(frame, pair, now):
             return
-        collector = self._gatherer if frame[1] == Gso.NONE else self._splitter
+        if frame[1] == Gso.NONE:
+            collector: SuperPacketSplitter | SmallPacketGatherer = self._gatherer
+            if self._quiet_flows.busy:
+                self._quiet_flows.judge(frame, now)
+        else:
+            collector = self._splitter
+            self._quiet_flows.busy = bytes(frame[:LONGEST_HEADER])
         try:
             if collector is not self._collector or not collector.add(frame):
                 self._flush(now)
@@ -295,8 +350,8 @@ class DataPlane:
 
     # From a path
 
-    def deliver(self, datagrams: Datagrams, path: Path) -> bool:
-        """Process a received batch, which may mix peers and kinds of messages. Returns whether it came after a lull."""
+    def deliver(self, datagrams: Datagrams, path: Path) -> None:
+        """Process a received batch, which may mix peers and kinds of messages."""
         now = boot_time()
         is_alone, self._delivered_at = now - self._delivered_at > QUIET_INTERVAL, now
         if datagrams.count == 1:
@@ -308,15 +363,19 @@ class DataPlane:
             for run in find_runs(datagrams):
                 self._receive(datagrams, run.first, run.count, path, now)
         self.drain(now)
-        return is_alone
+        if is_alone and self.after_lull is not None:
+            self.after_lull()
 
     def deliver_many(self, data: memoryview, messages: list[Message]) -> None:
         """Process data messages of many senders, one behind the other in `data`."""
         assert self.mixed is not None  # who receives them has it
-        self._delivered_at = now = boot_time()
+        now = boot_time()
+        is_alone, self._delivered_at = now - self._delivered_at > QUIET_INTERVAL, now
         packets = self._engine.receive_many(data, messages, self.mixed.open, now)
         self.mixed.write(self._interface, data, packets)
         self.drain(now)
+        if is_alone and self.after_lull is not None:
+            self.after_lull()
 
     def _receive(self, datagrams: Datagrams, first: int, count: int, path: Path, now: float) -> None:
         received = self._engine.receive(datagrams, path, now, first=first, count=count)

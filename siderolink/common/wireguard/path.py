@@ -101,6 +101,10 @@ class Path(Protocol):
     def is_writable(self) -> bool:
         """False while more datagrams would only be queued; a device with a single peer then stops reading its interface."""
 
+    @property
+    def spare_bytes(self) -> int:
+        """Bytes that may be sent without loss even while it is not writable; a batch may follow once it is writable again."""
+
     def send(self, datagrams: Datagrams) -> None:
         """Send a batch whose headroom is this path's. Never blocks or raises. Drops and counts unsendable datagrams.
 

@@ -11,7 +11,7 @@ from siderolink.common.errors import DeviceError, InterfaceInUseError
 from siderolink.common.netlink import NetworkLink, call_in
 from siderolink.common.wireguard.device import DeviceConfig, InterfaceLost, OnDeviceEvent, OpenPorts
 from siderolink.common.wireguard.interface_rules import InterfaceRules
-from siderolink.common.wireguard.path import Datagrams, Path
+from siderolink.common.wireguard.path import Path
 from siderolink.common.wireguard.tun import Tun, TunDrop, fitting_gso_max_size
 from siderolink.common.wireguard.tun_monitor import TunMonitor
 from siderolink.common.wireguard.uapi.server import serve_uapi
@@ -19,6 +19,8 @@ from siderolink.common.wireguard.userspace import UserspaceDevice
 
 PATIENCE: Final = 0.005
 """Seconds for which a full path may delay packets for other peers."""
+AHEAD_INTERVAL: Final = 0.005
+"""Seconds between two looks at the interface while a path stays full."""
 
 _TX_DROPPED: Final = 7
 """Its place in struct rtnl_link_stats64."""
@@ -37,9 +39,15 @@ class TunDevice(UserspaceDevice):
         self._reader_loop = asyncio.get_running_loop()
         self._stalled: set[Path] = set()
         self._is_reading = False
+        self._is_paused = False
+        """Whether a path is full."""
+        self._ahead_timer: asyncio.TimerHandle | None = None
+        self._next_turn: asyncio.Handle | None = None
+        """Sends more of the backlog."""
         self._is_up = False
         self._monitor: TunMonitor | None = None
         self.read_interface = self._read_interface
+        self.plane.after_lull = self._readable
 
     @classmethod
     @asynccontextmanager
@@ -75,14 +83,12 @@ class TunDevice(UserspaceDevice):
     def close(self) -> None:
         super().close()
         self._stop_reading()
+        for handle in (self._next_turn, self._ahead_timer):
+            if handle is not None:
+                handle.cancel()
         if self._monitor is not None:
             self._monitor.close()
             self._monitor = None
-
-    def deliver(self, datagrams: Datagrams, path: Path) -> None:
-        """See `UserspaceDevice`. What the host answers by itself waits when the packet has been written: it leaves at once."""
-        if self.is_passing and self.plane.deliver(datagrams, path) and self._is_reading:
-            self._readable()
 
     async def set_open_ports(self, open_ports: OpenPorts) -> None:
         await self._rules.set(isolate=False, open_ports=open_ports)
@@ -100,13 +106,16 @@ class TunDevice(UserspaceDevice):
         return self._monitor.read() if self._monitor is not None else None
 
     def pause_reading(self, path: Path) -> bool:
-        """Stop reading, so that packets wait in the interface's queue, their senders slow down and nothing is lost.
+        """Send no more: packets wait in the backlog and the interface's queue, their senders slow down, and nothing is lost.
 
         With several peers, it waits for a stalled one once and briefly; after that the peer's own queue overflows.
         """
         if path in self._stalled:
             return False
         self._stop_reading()
+        if not self._is_paused:
+            self._is_paused = True
+            self._ahead_timer = self._reader_loop.call_later(AHEAD_INTERVAL, self._read_ahead)
         timer = self._reader_loop.call_later(PATIENCE, self._stop_waiting, path) if len(self.engine.peers) > 1 else None
         path.when_writable(partial(self._writable, path, timer))
         return True
@@ -122,9 +131,17 @@ class TunDevice(UserspaceDevice):
         self._read_on()
 
     def _read_on(self) -> None:
-        if not self._is_reading and self._monitor is not None:
+        self._is_paused = False
+        if self._ahead_timer is not None:
+            self._ahead_timer.cancel()
+            self._ahead_timer = None
+        if self._monitor is None:
+            return
+        if not self._is_reading:
             self._is_reading = True
             self._reader_loop.add_reader(self._tun.fileno(), self._readable)
+        if self.plane.backlog.frames and self._next_turn is None:
+            self._next_turn = self._reader_loop.call_soon(self._send_backlog)
 
     def _stop_reading(self) -> None:
         if self._is_reading:
@@ -132,11 +149,31 @@ class TunDevice(UserspaceDevice):
             self._reader_loop.remove_reader(self._tun.fileno())
 
     def _readable(self) -> None:
+        if not self._is_reading:
+            return
         try:
-            self.plane.read_interface()
+            if self._next_turn is None and self.plane.read_interface():
+                self._next_turn = self._reader_loop.call_soon(self._send_backlog)
         except DeviceError as error:
-            self._stop_reading()
-            self.on_event(InterfaceLost(reason=str(error)))
+            self._lost(error)
+
+    def _send_backlog(self) -> None:
+        self._next_turn = None
+        self._readable()
+
+    def _read_ahead(self) -> None:
+        """Read ahead while a path stays full; what is read once it has room again needs no timer."""
+        self._ahead_timer = None
+        try:
+            if self.plane.read_ahead():
+                self._ahead_timer = self._reader_loop.call_later(AHEAD_INTERVAL, self._read_ahead)
+        except DeviceError as error:
+            self._lost(error)
+
+    def _lost(self, error: DeviceError) -> None:
+        self._stop_reading()
+        self.plane.backlog.clear()
+        self.on_event(InterfaceLost(reason=str(error)))
 
     def _link_changed(self, link: NetworkLink) -> None:
         if link.mtu != self.engine.mtu:

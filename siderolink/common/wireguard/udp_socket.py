@@ -85,6 +85,10 @@ class UdpPath:
     def is_writable(self) -> bool:
         return self.udp.is_writable
 
+    @property
+    def spare_bytes(self) -> int:
+        return MAX_PENDING if self.udp.is_writable else 0
+
     def send(self, datagrams: Datagrams) -> None:
         self.udp.send(datagrams, self)
 
@@ -206,8 +210,8 @@ class UdpSocket:
         """Receive what is waiting, up to a limit. Datagrams of one length from one sender become one batch."""
         now = self._loop.time()
         is_alone, self._read_at = now - self._read_at >= QUIET_INTERVAL, now
-        if not is_alone and self._mixed is not None:
-            self._receive_mixed(*self._mixed)
+        if self._mixed is not None:
+            self._receive_mixed(*self._mixed, 1 if is_alone else MAX_MIXED_READS)
         elif not is_alone:
             self._read_batches()
         elif (taken := self._receive_into(0)) is not None:
@@ -261,9 +265,9 @@ class UdpSocket:
         cache = None if start else self._cache
         self._receive(Datagrams(self._data[start : start + size], count, stride, 0, cache), path)
 
-    def _receive_mixed(self, mixed: MixedPackets, receive_many: ReceiveMany) -> None:
+    def _receive_mixed(self, mixed: MixedPackets, receive_many: ReceiveMany, most: int) -> None:
         """Receive what is waiting in one call. Neighbours of one length from one sender become one batch, as ever."""
-        found, has_failed = mixed.receive(self._sock.fileno(), self._data, MAX_MIXED_READS, MAX_READS)
+        found, has_failed = mixed.receive(self._sock.fileno(), self._data, most, MAX_READS)
         if has_failed:  # caused by an earlier send; the socket still works
             read_on(self._loop, self._sock, self._on_readable)
         lone: list[Message] = []

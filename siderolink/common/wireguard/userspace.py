@@ -221,6 +221,7 @@ class UserspaceDevice:
     def stop(self) -> None:
         """Forget all sessions and pass nothing until `start`."""
         self.is_passing = False
+        self.plane.backlog.clear()
         self.engine.stop()
 
     def close(self) -> None:

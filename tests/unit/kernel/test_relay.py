@@ -23,7 +23,7 @@ class Stream:
     """A path that keeps what is sent to it."""
 
     headroom = HEADROOM
-    batch_bytes = 1 << 16
+    batch_bytes = spare_bytes = 1 << 16
     source = b""
 
     def __init__(self, peer: bytes | None = None) -> None:

@@ -24,7 +24,7 @@ class KernelUdpPath:
     __slots__ = ("_endpoint",)
 
     headroom = 0
-    batch_bytes = 1 << 16
+    batch_bytes = spare_bytes = 1 << 16
     peer = None
     is_open = True
     is_writable = True
