@@ -17,7 +17,7 @@ _FLAGS = ("--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu", "--disable
 
 
 @contextmanager
-def browser_in(namespace: Namespace, folder: Path) -> Iterator[Browser]:
+def browser_in(namespace: Namespace, folder: Path, *flags: str) -> Iterator[Browser]:
     """Debian's chromium, which sees what the namespace sees."""
     found = shutil.which("chromium")
     assert found is not None, "the tests of the page need Debian's chromium: make needs"
@@ -26,7 +26,7 @@ def browser_in(namespace: Namespace, folder: Path) -> Iterator[Browser]:
     program.chmod(0o755)
     expect.set_options(timeout=PATIENCE)
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=program, args=list(_FLAGS), timeout=PATIENCE)
+        browser = playwright.chromium.launch(executable_path=program, args=[*_FLAGS, *flags], timeout=PATIENCE)
         try:
             yield browser
         finally:
