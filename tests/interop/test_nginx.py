@@ -3,8 +3,6 @@
 import subprocess
 import time
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -12,7 +10,8 @@ import pytest
 from siderolink import connect
 from siderolink.client import Connected, Disconnected, LinkEvent
 from tests.support.certificates import make_certificate
-from tests.support.netns import Namespace, stop
+from tests.support.netns import stop
+from tests.support.reverse_proxies import nginx
 from tests.support.serving import SERVER, TOKEN, served
 from tests.support.topology import direct
 
@@ -22,30 +21,21 @@ IDLE_SECONDS = 220.0
 """Longer than any of nginx's timeouts in the configuration."""
 
 
-@contextmanager
-def nginx(namespace: Namespace, folder: Path) -> Iterator[None]:
+def certified(folder: Path) -> None:
     root = make_certificate("a test root")
     (folder / "root").write_text(root.certificate_pem)
     (folder / "pem").write_text(root.sign(SERVER).pem)
-    (folder / "nginx.conf").write_text(CONFIGURATION.read_text())
-    process = namespace.popen(["nginx", "-p", str(folder), "-c", str(folder / "nginx.conf")], stderr=subprocess.PIPE)
-    try:
-        while not (folder / "nginx.pid").exists():
-            assert process.poll() is None, process.communicate()[1]
-            time.sleep(0.05)
-        yield
-    finally:
-        assert stop(process, 60) == 0
 
 
 @pytest.mark.long
 @pytest.mark.timeout(480)
 def test_a_tunnel_behind_nginx(tmp_path: Path) -> None:
     events: list[LinkEvent] = []
+    certified(tmp_path)
     with (
         direct() as net,
         served(net.server, tmp_path, "--api-listen", "127.0.0.1:4000"),
-        nginx(net.server, tmp_path),
+        nginx(net.server, tmp_path, CONFIGURATION.read_text()),
         net.machine.portal() as portal,
     ):
         net.machine.drop_udp()

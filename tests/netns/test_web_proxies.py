@@ -18,9 +18,9 @@ from playwright.sync_api import Browser, expect
 from tests.support.browser import browser_in, sign_in, visitor
 from tests.support.certificates import make_certificate
 from tests.support.netns import Namespace
+from tests.support.reverse_proxies import caddy, nginx
 from tests.support.serving import SERVER, Served, served
 from tests.support.topology import direct
-from tests.support.web_proxies import caddy, nginx
 
 HOST = "fleet.example.com"
 BASE = f"https://{HOST}"

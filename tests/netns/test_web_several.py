@@ -7,7 +7,6 @@ import subprocess
 import uuid
 from pathlib import Path
 
-import pytest
 from playwright.sync_api import expect
 
 from tests.netns.test_several_servers import servers, url
@@ -19,7 +18,6 @@ from tests.support.talosctl import Talosctl
 from tests.support.topology import several
 
 
-@pytest.mark.timeout(240)
 def test_a_machine_of_another_server_through_this_ones_page(tmp_path: Path) -> None:
     node_uuid = str(uuid.uuid4())
     with several(2) as net, servers(net, tmp_path, "--device", "userspace", "--web-listen", "8096") as (a, b):
